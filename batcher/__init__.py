@@ -1,0 +1,1 @@
+"""Plans chunks, dispatches them and records what comes back."""

@@ -1,0 +1,86 @@
+"""Where chunks run: the Executor protocol and the registry of executors.
+
+`batcher.cycle` packs a chunk into a file, hands a Job to an executor, and reads the results file itself. An executor
+moves files and starts work; it must not open the store, nor trust what is in a results file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from provider_image.errors import ConfigError, MlgError
+
+if TYPE_CHECKING:
+    from batcher.settings import BatcherSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A packed chunk on its way to an executor."""
+
+    #: The chunk's random id.
+    chunk_id: str
+    #: The model's canonical name.
+    model: str
+    #: How many items are inside.
+    items: int
+    #: The chunk file.
+    chunk: Path
+    #: Where the results file must be when `run` returns without an error; it does not exist before.
+    results: Path
+    #: The executor gives up after this long.
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a dispatch ended."""
+
+    #: Who worked on it; None if nobody did.
+    provider: str | None
+    #: From the start of the work to its end, waiting for a free worker not counted.
+    seconds: float
+    #: What it cost, a decimal number as text; None where nothing is paid.
+    cost: str | None = None
+    #: Why there is no results file; None if there is one.
+    error: MlgError | None = None
+    #: True when the failure says nothing about the items, for example because the executor is stopping.
+    is_blameless: bool = False
+
+
+class Executor(Protocol):
+    """A place where chunks run."""
+
+    #: The name in the registry.
+    name: str
+
+    async def start(self) -> None:
+        """Get ready. :raises MlgError: it never will be; says what to do."""
+
+    def capacity(self) -> int:
+        """Tell how many jobs should be under way at once to keep it busy; at least 1 after `start`."""
+
+    async def run(self, job: Job) -> Outcome:
+        """Run one job. Failures are returned, not raised; cancelling the call stops the work."""
+
+    async def close(self) -> None:
+        """Stop every process and remove every temporary file. May be called twice."""
+
+
+#: name -> "module:Class"; the class takes the settings.
+REGISTRY = {
+    "local": "batcher.executors.local:LocalExecutor",
+}
+
+
+def load_executor(name: str, settings: BatcherSettings) -> Executor:
+    """Make the executor of this name. :raises ConfigError: there is none."""
+    if name not in REGISTRY:
+        known = ", ".join(sorted(REGISTRY))
+        raise ConfigError(f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}.")
+    module, _, attribute = REGISTRY[name].partition(":")
+    executor: Executor = getattr(importlib.import_module(module), attribute)(settings)
+    return executor

@@ -1,0 +1,69 @@
+"""The settings of the batcher room: when chunks are due, how large they are, where they run.
+
+Read once by `from_env` in `commands.py` and passed on. Every field is a row of the README's settings table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_image.environment import Environment
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatcherSettings:
+    """What `mlg batch` needs beside the server room's settings."""
+
+    #: Folder of chunk files under way; in the home.
+    work: Path
+    #: Folder of model artefacts; in the home.
+    models: Path
+    #: Where chunks run. MLG_EXECUTOR. Defaults to local.
+    executor: str = "local"
+    #: Seconds between two rounds that take everything that waits. MLG_EVERY_SECONDS. Defaults to 600 seconds.
+    every_seconds: float = 600.0
+    #: A request waits at most this long for its chunk to fill. MLG_MAX_WAIT_SECONDS. Defaults to 600 seconds.
+    max_wait_seconds: float = 600.0
+    #: Seconds between two looks for chunks that are due. MLG_POLL_SECONDS. Defaults to 1 second.
+    poll_seconds: float = 1.0
+    #: Items in a chunk at most. MLG_CHUNK_ITEMS. Defaults to 16.
+    chunk_items: int = 16
+    #: Bytes of pictures in a chunk at most. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
+    chunk_bytes: int = 64 * 1024 * 1024
+    #: Seconds after which an unrenewed claim goes back to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
+    lease_seconds: float = 30.0
+    #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.
+    chunk_timeout_seconds: float = 120.0
+    #: Seconds that chunks under way get to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
+    drain_seconds: float = 10.0
+    #: Local worker processes. MLG_WORKERS. Defaults to the number of cores.
+    workers: int = 1
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str]) -> BatcherSettings:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
+        home = env.path("MLG_HOME", "~/.mlg")
+        return cls(
+            work=home / "work",
+            models=home / "models",
+            executor=env.text("MLG_EXECUTOR", cls.executor),
+            every_seconds=env.number("MLG_EVERY_SECONDS", cls.every_seconds, minimum=0.05, maximum=86400),
+            max_wait_seconds=env.number("MLG_MAX_WAIT_SECONDS", cls.max_wait_seconds, minimum=0, maximum=86400),
+            poll_seconds=env.number("MLG_POLL_SECONDS", cls.poll_seconds, minimum=0.01, maximum=3600),
+            chunk_items=env.whole("MLG_CHUNK_ITEMS", cls.chunk_items, minimum=1, maximum=16),
+            chunk_bytes=env.whole("MLG_CHUNK_BYTES", cls.chunk_bytes, minimum=65536, maximum=64 * 1024 * 1024),
+            lease_seconds=env.number("MLG_LEASE_SECONDS", cls.lease_seconds, minimum=1, maximum=59),
+            chunk_timeout_seconds=env.number(
+                "MLG_CHUNK_TIMEOUT_SECONDS", cls.chunk_timeout_seconds, minimum=0.1, maximum=18000
+            ),
+            drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
+            workers=env.whole("MLG_WORKERS", _cores(), minimum=1, maximum=256),
+        )

@@ -1,0 +1,1 @@
+"""What runs on a provider: chunk files in, results files out. Imports only the standard library until a model is loaded."""

@@ -1,0 +1,62 @@
+"""Reads typed settings from environment variables; a bad value names its variable.
+
+Called by each room's `Settings.from_env`, which `commands.py` calls once. Nothing else may look into `os.environ`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from provider_image.errors import ConfigError
+
+_YES = frozenset({"1", "true", "yes", "on"})
+_NO = frozenset({"0", "false", "no", "off", ""})
+
+
+class Environment:
+    """A mapping of variables with readers for each type."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def text(self, name: str, default: str) -> str:
+        """Read a text; an empty value counts as unset."""
+        return self._variables.get(name, "").strip() or default
+
+    def path(self, name: str, default: str) -> Path:
+        """Read a path; `~` is the user's home."""
+        return Path(self.text(name, default)).expanduser().absolute()
+
+    def yes_or_no(self, name: str, default: bool) -> bool:
+        """Read a switch. :raises ConfigError: neither yes nor no."""
+        value = self._variables.get(name)
+        if value is None:
+            return default
+        if value.strip().lower() in _YES:
+            return True
+        if value.strip().lower() in _NO:
+            return False
+        raise ConfigError(f"{name}={value!r} is neither yes nor no. Use 1 or 0.")
+
+    def whole(self, name: str, default: int, *, minimum: int, maximum: int) -> int:
+        """Read a whole number in a range, both ends included. :raises ConfigError:"""
+        text = self.text(name, str(default))
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}={text!r} is not a whole number.") from error
+        if not minimum <= value <= maximum:
+            raise ConfigError(f"{name}={value} is out of range: {minimum} to {maximum}.")
+        return value
+
+    def number(self, name: str, default: float, *, minimum: float, maximum: float) -> float:
+        """Read a number in a range, both ends included. :raises ConfigError:"""
+        text = self.text(name, repr(default))
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}={text!r} is not a number.") from error
+        if not minimum <= value <= maximum:  # also refuses nan
+            raise ConfigError(f"{name}={text} is out of range: {minimum:g} to {maximum:g}.")
+        return value

@@ -1,0 +1,240 @@
+"""The one tree of errors.
+
+    MlgError
+    ├── BadInput                 the caller's picture or parameters; never retried
+    │   ├── EmptyImage
+    │   ├── NotAnImage
+    │   ├── UnsupportedFormat
+    │   ├── BrokenImage
+    │   ├── ImageTooLarge        too many pixels
+    │   ├── TooManyBytes
+    │   ├── InvalidParams
+    │   └── MalformedRequest
+    ├── UnknownModel
+    ├── UnknownRequest
+    ├── NotInstalled
+    ├── NotCancellable
+    ├── NotRetryable
+    ├── ModelError               the artefact, not the picture
+    │   ├── WeightsMismatch
+    │   ├── WeightsMissing
+    │   └── BrokenArtefact
+    ├── ChunkError               what crosses to a provider and back
+    │   ├── MalformedChunk
+    │   ├── MalformedResults
+    │   ├── WorkerDied
+    │   └── ChunkTimeout
+    ├── InferenceFailed
+    ├── StoreError
+    │   ├── StoreBusy
+    │   ├── StoreUnavailable
+    │   └── DiskFull
+    └── ConfigError
+
+Every room raises these; the ground floor holds them because it is the one that every other room may import.
+A class's docstring is its default message and tells the cure. `code` is the word that machines read (in HTTP answers
+and in results files), `permanent` says that trying again cannot help.
+"""
+
+from __future__ import annotations
+
+
+class MlgError(Exception):
+    """Something went wrong in mlg."""
+
+    #: The word for machines; stays the same when the sentence is improved.
+    code = "error"
+    #: True when another attempt cannot end differently.
+    permanent = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or " ".join((type(self).__doc__ or "").split()))
+
+    @property
+    def reason(self) -> str:
+        """Return the sentence for people."""
+        return str(self)
+
+
+class BadInput(MlgError):
+    """The input cannot be used. Send a picture that opens in an image viewer."""
+
+    code = "bad_input"
+    permanent = True
+
+
+class EmptyImage(BadInput):
+    """The picture is empty. Send the image's bytes, for example: curl -F image=@kitten.jpg URL"""
+
+    code = "empty_image"
+
+
+class NotAnImage(BadInput):
+    """The bytes are not an image. Send a JPEG, PNG, WebP, GIF, BMP or TIFF file."""
+
+    code = "not_an_image"
+
+
+class UnsupportedFormat(BadInput):
+    """This image format is not supported. Send JPEG, PNG, WebP, GIF, BMP or TIFF."""
+
+    code = "unsupported_format"
+
+
+class BrokenImage(BadInput):
+    """The image is cut short or damaged. Save it again in an image program and send that file."""
+
+    code = "broken_image"
+
+
+class ImageTooLarge(BadInput):
+    """The image has too many pixels. Scale it down and send it again."""
+
+    code = "too_many_pixels"
+
+
+class TooManyBytes(BadInput):
+    """The image file is too large. Send at most 2 MB: a smaller size or a stronger JPEG compression helps."""
+
+    code = "too_large"
+
+
+class InvalidParams(BadInput):
+    """A parameter has a value that the service does not take."""
+
+    code = "invalid_params"
+
+
+class MalformedRequest(BadInput):
+    """The request cannot be read. Send the picture as the multipart field `image` or as the raw body."""
+
+    code = "malformed_request"
+
+
+class UnknownModel(MlgError):
+    """There is no such model. `mlg models` and GET /models list those there are."""
+
+    code = "unknown_model"
+    permanent = True
+
+
+class UnknownRequest(MlgError):
+    """There is no request with this id. It was never accepted here, or its retention time is over."""
+
+    code = "unknown_request"
+    permanent = True
+
+
+class NotInstalled(MlgError):
+    """The model is not installed here."""
+
+    code = "not_installed"
+
+
+class NotCancellable(MlgError):
+    """The request has been dispatched or answered already, so it cannot be cancelled."""
+
+    code = "not_cancellable"
+    permanent = True
+
+
+class NotRetryable(MlgError):
+    """Only a failed or cancelled request whose picture is still kept can be tried again."""
+
+    code = "not_retryable"
+    permanent = True
+
+
+class ModelError(MlgError):
+    """The model cannot be used."""
+
+    code = "model_error"
+
+
+class WeightsMismatch(ModelError):
+    """The weights file does not match its sha256. Get the file again, then: mlg models compile MODEL"""
+
+    code = "weights_mismatch"
+    permanent = True
+
+
+class WeightsMissing(ModelError):
+    """The weights file is not there."""
+
+    code = "weights_missing"
+    permanent = True
+
+
+class BrokenArtefact(ModelError):
+    """The model artefact is incomplete or damaged. Delete its folder, then: mlg models compile MODEL"""
+
+    code = "broken_artefact"
+    permanent = True
+
+
+class ChunkError(MlgError):
+    """The chunk could not be processed."""
+
+    code = "chunk_error"
+
+
+class MalformedChunk(ChunkError):
+    """The chunk file cannot be read."""
+
+    code = "malformed_chunk"
+    permanent = True
+
+
+class MalformedResults(ChunkError):
+    """The results file is not what was asked for."""
+
+    code = "malformed_results"
+
+
+class WorkerDied(ChunkError):
+    """The worker process ended before it had written its results."""
+
+    code = "worker_died"
+
+
+class ChunkTimeout(ChunkError):
+    """The chunk took longer than its time limit."""
+
+    code = "chunk_timeout"
+
+
+class InferenceFailed(MlgError):
+    """The model failed on this item."""
+
+    code = "inference_failed"
+
+
+class StoreError(MlgError):
+    """The store cannot do this now."""
+
+    code = "store_error"
+
+
+class StoreBusy(StoreError):
+    """The database is locked by another process. Send the request again in a moment."""
+
+    code = "store_busy"
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be written. Check that its folder exists, belongs to this user and is not read-only."""
+
+    code = "store_unavailable"
+
+
+class DiskFull(StoreError):
+    """The disk is full. Nothing was kept of this request; free some space and send it again."""
+
+    code = "disk_full"
+
+
+class ConfigError(MlgError):
+    """A setting has a value that cannot be used."""
+
+    code = "config_error"
+    permanent = True

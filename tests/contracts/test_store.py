@@ -1,0 +1,528 @@
+"""What every Store and Journal must do. A new implementation adds a parameter to `store`, not tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from provider_image.errors import NotCancellable, NotRetryable, UnknownRequest
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.records import (
+    Answer,
+    BatcherRecord,
+    Blame,
+    ChunkRecord,
+    Claim,
+    NewRequest,
+    Request,
+    State,
+)
+from server.store.sqlite import MAX_ATTEMPTS, SqliteStore
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+OUTPUT = [["n02123159", "tiger_cat", 0.408]]
+DIGEST = "d" * 64
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+@pytest.fixture(params=["sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def add(
+    store: SqliteStore,
+    data: bytes = b"picture",
+    *,
+    model: str = "resnet50",
+    at: datetime = NOW,
+    digest: str | None = None,
+    is_fresh: bool = False,
+) -> Request:
+    new = NewRequest(
+        id=new_id(), service="classification", model=model, digest=digest, is_fresh=is_fresh, created_at=at
+    )
+    return store.add(new, store.blobs.stage(data))
+
+
+def claim_all(store: SqliteStore, *, at: datetime = NOW, limit: int = 1000) -> list[Claim]:
+    return store.claim(
+        models={"resnet50", "vgg16"}, limit=limit, now=at, lease_ends_at=at + timedelta(seconds=30), oldest_before=None
+    )
+
+
+def answer(claim: Claim) -> Answer:
+    return Answer(claim=claim, output=OUTPUT, digest=DIGEST, chunk_id="c1", provider="local/test", seconds=0.01)
+
+
+def test_a_request_is_read_back_as_it_was_added(store: SqliteStore) -> None:
+    added = add(store, b"bytes of a picture")
+
+    found = store.get(added.id)
+
+    assert found == added
+    assert (found.state, found.attempts, found.output) == (State.QUEUED, 0, None)
+    assert store.blobs.read(found.image_sha256) == b"bytes of a picture"
+
+
+def test_an_unknown_id_is_an_error(store: SqliteStore) -> None:
+    for id in ("", "nope", 'x" union select 1 --', "é" * 5000):
+        with pytest.raises(UnknownRequest):
+            store.get(id)
+
+
+def test_equal_pictures_are_kept_once(store: SqliteStore) -> None:
+    add(store, b"same")
+    add(store, b"same")
+
+    assert len(list(store.blobs.names())) == 1
+
+
+def test_an_answer_is_used_again_for_the_same_bytes_and_the_same_artefact(store: SqliteStore) -> None:
+    first = add(store, b"same")
+    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+
+    again = add(store, b"same", digest=DIGEST, at=after(2))
+
+    assert (again.state, again.is_cached, again.output) == (State.DONE, True, OUTPUT)
+    assert again.finished_at == after(2)
+    assert again.chunk_id == store.get(first.id).chunk_id
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"data": b"other"},
+        {"model": "vgg16"},
+        {"digest": "e" * 64},
+        {"digest": None},
+        {"is_fresh": True},
+    ],
+    ids=lambda difference: next(iter(difference)),
+)
+def test_an_answer_is_not_used_again_when_anything_differs(store: SqliteStore, difference: dict[str, object]) -> None:
+    add(store, b"same")
+    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+
+    again = add(store, **{"data": b"same", "digest": DIGEST, **difference})  # type: ignore[arg-type]
+
+    assert (again.state, again.is_cached) == (State.QUEUED, False)
+
+
+def test_claim_takes_the_oldest_first(store: SqliteStore) -> None:
+    ids = [add(store, bytes([n])).id for n in range(1, 6)]
+
+    claims = claim_all(store, limit=3)
+
+    assert [claim.id for claim in claims] == ids[:3]
+
+
+def test_claim_skips_a_live_lease(store: SqliteStore) -> None:
+    add(store)
+    claim_all(store)
+
+    assert claim_all(store, at=after(29)) == []
+
+
+def test_claim_takes_only_the_models_it_was_asked_for(store: SqliteStore) -> None:
+    add(store, model="vgg16")
+
+    claims = store.claim(models={"resnet50"}, limit=10, now=NOW, lease_ends_at=after(30), oldest_before=None)
+
+    assert claims == []
+
+
+def test_a_model_is_due_when_a_full_chunk_waits_and_the_rest_goes_on_waiting(store: SqliteStore) -> None:
+    for n in range(20):
+        add(store, bytes([n]))
+
+    claims = store.claim(
+        models={"resnet50"}, limit=100, now=after(1), lease_ends_at=after(31), oldest_before=after(-600)
+    )
+
+    assert len(claims) == 16
+    assert store.backlog()[0].waiting == 4
+
+
+def test_a_model_is_due_when_its_oldest_request_has_waited_long_enough(store: SqliteStore) -> None:
+    for n in range(3):
+        add(store, bytes([n]), at=after(n))
+
+    early = store.claim(models={"resnet50"}, limit=100, now=after(9), lease_ends_at=after(40), oldest_before=after(-1))
+    late = store.claim(models={"resnet50"}, limit=100, now=after(10), lease_ends_at=after(40), oldest_before=NOW)
+
+    assert early == []
+    assert len(late) == 3
+
+
+def test_what_was_released_is_due_without_waiting_for_a_full_chunk(store: SqliteStore) -> None:
+    add(store)
+    store.release(claim_all(store), blame=Blame.ITEM, code="x", reason="it failed", now=after(1), due_at=after(3))
+    which = {"models": {"resnet50"}, "limit": 10, "oldest_before": after(-600)}
+
+    early = store.claim(now=after(2), lease_ends_at=after(32), **which)
+    late = store.claim(now=after(3), lease_ends_at=after(33), **which)
+
+    assert early == []
+    assert len(late) == 1
+
+
+def test_models_share_the_limit_in_turns(store: SqliteStore) -> None:
+    for n in range(64):
+        add(store, n.to_bytes(2), model="resnet50")
+    add(store, b"later", model="vgg16", at=after(1))
+
+    claims = claim_all(store, limit=32, at=after(2))
+
+    assert [claim.model for claim in claims] == ["resnet50"] * 16 + ["vgg16"] + ["resnet50"] * 15
+
+
+def test_finish_records_an_answer_once(store: SqliteStore) -> None:
+    request = add(store)
+    (claim,) = claim_all(store)
+
+    recorded = [store.finish([answer(claim)], now=after(1)), store.finish([answer(claim)], now=after(2))]
+
+    assert recorded == [1, 0]
+    found = store.get(request.id)
+    assert (found.state, found.output, found.finished_at) == (State.DONE, OUTPUT, after(1))
+    assert (found.digest, found.provider, found.seconds) == (DIGEST, "local/test", 0.01)
+
+
+def test_a_late_answer_with_a_stale_token_is_dropped(store: SqliteStore) -> None:
+    request = add(store)
+    (late,) = claim_all(store)
+    store.release_expired(after(31))
+    (newer,) = claim_all(store, at=after(32))
+
+    assert store.finish([answer(late)], now=after(33)) == 0
+    assert store.fail([late], code="x", reason="y", now=after(33)) == 0
+    assert store.release([late], blame=Blame.ITEM, code="x", reason="y", now=after(33)) == 0
+    assert store.renew([late], lease_ends_at=after(99)) == set()
+    assert store.finish([answer(newer)], now=after(34)) == 1
+    assert store.get(request.id).state is State.DONE
+
+
+def test_renew_keeps_a_claim(store: SqliteStore) -> None:
+    add(store)
+    claims = claim_all(store)
+
+    held = store.renew(claims, lease_ends_at=after(60))
+
+    assert held == {claims[0].number}
+    assert store.release_expired(after(59)) == 0
+    assert store.release_expired(after(60)) == 1
+
+
+def test_a_release_that_blames_nobody_counts_nothing(store: SqliteStore) -> None:
+    request = add(store)
+    for _ in range(10):
+        store.release(claim_all(store), blame=Blame.NOBODY, code="stopping", reason="stopping", now=NOW)
+
+    found = store.get(request.id)
+    assert (found.state, found.attempts, found.isolation) == (State.QUEUED, 0, 0)
+
+
+def test_a_request_fails_after_three_failures_of_its_own_with_the_last_reason(store: SqliteStore) -> None:
+    request = add(store)
+    for attempt in range(MAX_ATTEMPTS):
+        assert store.get(request.id).state is State.QUEUED
+        store.release(claim_all(store), blame=Blame.ITEM, code="inference_failed", reason=f"try {attempt}", now=NOW)
+
+    found = store.get(request.id)
+    assert (found.state, found.attempts, found.reason) == (State.FAILED, 3, "try 2")
+    assert found.finished_at == NOW
+
+
+def test_an_item_of_failing_chunks_is_isolated_before_it_is_blamed(store: SqliteStore) -> None:
+    request = add(store)
+    seen = []
+    while store.get(request.id).state is State.QUEUED:
+        (claim,) = claim_all(store)
+        seen.append((claim.isolation, claim.attempts))
+        store.release([claim], blame=Blame.CHUNK, code="worker_died", reason="the worker died", now=NOW)
+
+    assert seen == [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert store.get(request.id).code == "worker_died"
+
+
+def test_fail_is_final_at_once(store: SqliteStore) -> None:
+    request = add(store)
+
+    store.fail(claim_all(store), code="broken_image", reason="It is cut short.", now=after(1))
+
+    found = store.get(request.id)
+    assert (found.state, found.code, found.reason) == (State.FAILED, "broken_image", "It is cut short.")
+
+
+def test_cancel_takes_back_what_is_queued_and_nothing_else(store: SqliteStore) -> None:
+    queued, claimed = add(store, b"1"), add(store, b"2")
+    cancelled = store.cancel(queued.id, now=after(1))
+    claim_all(store)
+
+    assert cancelled.state is State.CANCELLED
+    for id in (queued.id, claimed.id):
+        with pytest.raises(NotCancellable):
+            store.cancel(id, now=after(2))
+    with pytest.raises(UnknownRequest):
+        store.cancel("nope", now=after(2))
+
+
+def test_retry_queues_a_failed_request_with_its_attempts_forgotten(store: SqliteStore) -> None:
+    request = add(store)
+    store.fail(claim_all(store), code="x", reason="y", now=after(1))
+
+    again = store.retry(request.id, now=after(2))
+
+    assert (again.state, again.attempts, again.finished_at) == (State.QUEUED, 0, None)
+    with pytest.raises(NotRetryable):
+        store.retry(request.id, now=after(3))
+    with pytest.raises(UnknownRequest):
+        store.retry("nope", now=after(3))
+
+
+def test_list_pages_from_the_newest(store: SqliteStore) -> None:
+    ids = [add(store, bytes([n]), model="vgg16" if n % 2 else "resnet50").id for n in range(6)]
+
+    first = store.list(limit=4)
+    second = store.list(limit=4, before=first[-1].number)
+
+    assert [request.id for request in [*first, *second]] == ids[::-1]
+    assert [request.id for request in store.list(model="vgg16")] == ids[5::-2]
+    assert store.list(state=State.FAILED) == []
+    assert len(store.list(state=State.QUEUED)) == 6
+
+
+def test_purge_deletes_pictures_first_and_results_later_and_nothing_that_waits(store: SqliteStore) -> None:
+    waiting, finished = add(store, b"waits"), add(store, b"done")
+    claims = [claim for claim in claim_all(store) if claim.id == finished.id]
+    store.finish([answer(claims[0])], now=after(1))
+
+    kept = store.purge(pictures_before=after(1), results_before=after(1), now=after(2))
+    pictures = store.purge(pictures_before=after(2), results_before=after(1), now=after(3))
+
+    assert (kept.pictures, kept.results) == (0, 0)
+    assert (pictures.pictures, pictures.results) == (1, 0)
+    assert store.get(finished.id).image_deleted_at == after(3)
+    assert list(store.blobs.names()) == [waiting.image_sha256]
+    assert store.purge(pictures_before=after(2), results_before=after(2), now=after(4)).results == 1
+    with pytest.raises(UnknownRequest):
+        store.get(finished.id)
+    assert store.get(waiting.id).image_sha256 == waiting.image_sha256
+
+
+def test_purge_keeps_a_picture_that_another_request_still_needs(store: SqliteStore) -> None:
+    add(store, b"same")
+    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+    waiting = add(store, b"same", at=after(5))
+
+    store.purge(pictures_before=after(4), results_before=after(4), now=after(6))
+
+    assert store.blobs.read(waiting.image_sha256) == b"same"
+
+
+def test_purge_sweeps_what_a_killed_process_left(store: SqliteStore) -> None:
+    orphan = store.blobs.stage(b"its row was never committed")
+    store.blobs.publish(orphan)
+    unnamed = store.blobs.stage(b"never published")
+    later = datetime.now(UTC) + timedelta(hours=2)
+
+    swept = store.purge(pictures_before=NOW, results_before=NOW, now=later)
+
+    assert swept.leftovers == 2
+    assert list(store.blobs.names()) == []
+    assert not unnamed.path.exists()
+
+
+def test_retry_is_refused_when_the_picture_is_gone(store: SqliteStore) -> None:
+    request = add(store)
+    store.fail(claim_all(store), code="x", reason="y", now=after(1))
+    store.purge(pictures_before=after(2), results_before=NOW, now=after(3))
+
+    with pytest.raises(NotRetryable):
+        store.retry(request.id, now=after(4))
+
+
+def test_many_threads_add_and_claim_without_losing_or_doubling(store: SqliteStore) -> None:
+    ids: list[str] = []
+    claims: list[Claim] = []
+    adding = threading.Event()
+
+    def adder(part: int) -> None:
+        for n in range(50):
+            ids.append(add(store, b"%d-%d" % (part, n)).id)
+
+    def claimer() -> None:
+        while True:
+            was_adding = not adding.is_set()
+            found = claim_all(store, limit=16)
+            claims.extend(found)
+            if not found and not was_adding:
+                return
+
+    adders = [threading.Thread(target=adder, args=(part,)) for part in range(4)]
+    claimers = [threading.Thread(target=claimer) for _ in range(3)]
+    for thread in adders + claimers:
+        thread.start()
+    for thread in adders:
+        thread.join()
+    adding.set()
+    for thread in claimers:
+        thread.join()
+
+    assert sorted(claim.id for claim in claims) == sorted(ids)
+    assert len(set(ids)) == 200
+
+
+def test_a_failing_write_takes_nothing_of_its_neighbours_with_it(store: SqliteStore) -> None:
+    request = add(store, b"first")
+    staged = store.blobs.stage(b"second")
+    same_id = NewRequest(id=request.id, service="classification", model="resnet50", created_at=NOW)
+
+    with pytest.raises(Exception, match="UNIQUE"):
+        store.add(same_id, staged)
+
+    assert list(store.blobs.names()) == [request.image_sha256]
+    assert not staged.path.exists()
+    assert store.get(request.id) == request
+
+
+def test_the_journal_tells_the_pace_and_the_backlog(store: SqliteStore) -> None:
+    chunk = ChunkRecord(
+        id="c1", batcher_id="b1", executor="local", provider=None, service="classification", model="resnet50",
+        items=16, bytes_sent=1000, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
+        done=None, failed=None, cost=None, code=None, reason=None,
+    )  # fmt: skip
+    for n in range(3):
+        add(store, bytes([n]), at=after(n))
+    claim_all(store, limit=1, at=after(5))
+
+    store.start_chunk(chunk)
+    assert store.pace("resnet50") is None
+    store.finish_chunk(
+        "c1", provider="local/test", bytes_received=10, seconds=2.0, done=16, failed=0, cost=None, code=None,
+        reason=None, now=after(2),
+    )  # fmt: skip
+
+    pace = store.pace("resnet50")
+    assert pace is not None
+    assert (pace.items, pace.chunk_seconds, pace.items_per_second) == (16, 2.0, 8.0)
+    (listed,) = store.list_chunks()
+    assert (listed.provider, listed.finished_at, listed.done) == ("local/test", after(2), 16)
+    (backlog,) = store.backlog()
+    assert (backlog.waiting, backlog.claimed, backlog.oldest_number, backlog.oldest_at) == (2, 1, 2, after(1))
+
+
+def test_a_batcher_is_listed_while_it_says_that_it_is_alive(store: SqliteStore) -> None:
+    batcher = BatcherRecord(
+        id="b1", host="here", pid=1, executor="local", every_seconds=600, max_wait_seconds=600, capacity=4,
+        started_at=NOW, seen_at=NOW,
+    )  # fmt: skip
+
+    store.beat(batcher)
+    store.beat(BatcherRecord(**{**vars(batcher), "seen_at": after(2)}))
+
+    assert store.list_batchers(seen_since=after(3)) == []
+    (listed,) = store.list_batchers(seen_since=after(2))
+    assert listed.seen_at == after(2)
+    store.leave("b1")
+    assert store.list_batchers(seen_since=NOW) == []
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Any mix of calls: nothing is lost, nothing is answered twice, final states stay."""
+
+    claims = Bundle("claims")
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = SqliteStore(ServerSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store.migrate()
+        self.ids: list[str] = []
+        self.answered: dict[int, int] = {}
+        self.final: dict[str, State] = {}
+        self.clock = 0.0
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.folder.cleanup()
+
+    @property
+    def now(self) -> datetime:
+        return after(self.clock)
+
+    @rule(data=st.binary(min_size=1, max_size=1), model=st.sampled_from(["resnet50", "vgg16"]))
+    def add(self, data: bytes, model: str) -> None:
+        self.ids.append(add(self.store, data, model=model, at=self.now).id)
+
+    @rule(target=claims, limit=st.integers(1, 5))
+    def claim(self, limit: int) -> list[Claim]:
+        return claim_all(self.store, at=self.now, limit=limit)
+
+    @rule(held=claims)
+    def finish(self, held: list[Claim]) -> None:
+        for claim in held:
+            recorded = self.store.finish([answer(claim)], now=self.now)
+            self.answered[claim.number] = self.answered.get(claim.number, 0) + recorded
+
+    @rule(held=claims, blame=st.sampled_from(Blame))
+    def release(self, held: list[Claim], blame: Blame) -> None:
+        self.store.release(held, blame=blame, code="x", reason="y", now=self.now)
+
+    @rule(held=claims)
+    def fail(self, held: list[Claim]) -> None:
+        self.store.fail(held, code="x", reason="y", now=self.now)
+
+    @rule(held=claims)
+    def renew(self, held: list[Claim]) -> None:
+        self.store.renew(held, lease_ends_at=self.now + timedelta(seconds=30))
+
+    @rule(seconds=st.floats(0, 60))
+    def time_passes(self, seconds: float) -> None:
+        self.clock += seconds
+        self.store.release_expired(self.now)
+
+    @rule(pick=st.integers(0, 1000))
+    def cancel(self, pick: int) -> None:
+        if self.ids:
+            id = self.ids[pick % len(self.ids)]
+            if self.store.get(id).state is State.QUEUED:
+                self.store.cancel(id, now=self.now)
+            else:
+                with pytest.raises(NotCancellable):
+                    self.store.cancel(id, now=self.now)
+
+    @invariant()
+    def nothing_is_lost_or_answered_twice_or_changed_when_final(self) -> None:
+        found = {request.id: request for request in self.store.list(limit=10_000)}
+        assert set(found) == set(self.ids)
+        assert all(count <= 1 for count in self.answered.values())
+        for id, state in self.final.items():
+            assert found[id].state is state
+        self.final = {id: request.state for id, request in found.items() if request.state.is_final}
+        for request in found.values():
+            assert request.attempts <= MAX_ATTEMPTS
+            assert (request.state is State.DONE) == bool(self.answered.get(request.number))
+
+
+AnyHistory.TestCase.settings = settings(
+    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestAnyHistory = AnyHistory.TestCase
