@@ -14,6 +14,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: Writes that share a commit at most; bounds how long the lock is held.
 MOST_IN_A_COMMIT = 128
+#: Pause between two tries for the write lock.
+LOCK_POLL_SECONDS = 0.0005
 
 
 def as_store_error(error: sqlite3.Error, database: Path) -> StoreError:
@@ -161,7 +164,7 @@ class Writer:
 
     def _commit(self, connection: sqlite3.Connection, batch: list[tuple[Write, Future[Any]]]) -> None:
         outcomes: list[tuple[Future[Any], Any, Exception | None]] = []
-        connection.execute("BEGIN IMMEDIATE")
+        self._begin(connection)
         transaction = Transaction(connection)
         try:
             for write, future in batch:
@@ -196,6 +199,23 @@ class Writer:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        """Take the write lock. Another process holds it for some milliseconds at most.
+
+        SQLite's own busy handler sleeps longer from try to try, up to a tenth of a second, and so starves a process
+        whose neighbour writes all the time (measured with two server processes: a 99th percentile of 1.5 s).
+        """
+        deadline = time.monotonic() + self._busy_seconds
+        connection.execute("PRAGMA busy_timeout = 0")
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                break
+            except sqlite3.OperationalError as error:
+                if (error.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(LOCK_POLL_SECONDS)
 
     def _take_back(self, transaction: Transaction, keep: int) -> None:
         kept, transaction.published = transaction.published[:keep], transaction.published[keep:]

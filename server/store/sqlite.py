@@ -1,7 +1,8 @@
 """The store on SQLite (WAL, synchronous=FULL) with pictures in files: the implementation there is.
 
 Made by `commands.py`, used by the server and the batcher. Every statement that depends on a request's state is named
-SQL text in this file; the journal's tables are in `sqlite_journal.py`.
+SQL text in this file; the journal's tables are in `sqlite_journal.py`, deleting what is old in `sqlite_retention.py`.
+Long because each statement and the method that runs it stand in one place.
 
 Weaknesses: one machine only, and one writer at a time for all processes. Good for thousands of requests a second on
 one disk; beyond that the same protocol wants a database server.
@@ -24,13 +25,12 @@ from server.store.blobs import Blobs, Staged, as_store_error, sync_folder
 from server.store.connections import Readers, Transaction, Writer, connect
 from server.store.connections import as_store_error as database_error
 from server.store.migrations import migrate
-from server.store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Purged, Request, State, to_text
+from server.store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Request, State, to_text
 from server.store.sqlite_journal import SqliteJournal
+from server.store.sqlite_retention import SqliteRetention
 
 #: A request fails after this many failures of its own.
 MAX_ATTEMPTS = 3
-#: Rows that one commit of a retention sweep touches, so that nobody waits long for the lock.
-PURGE_STEP = 500
 
 _FIND_ANSWER = """
     SELECT output, digest, provider, seconds, chunk_id FROM requests
@@ -125,26 +125,12 @@ _RETRY = """
     RETURNING *
 """
 
-_PICTURES_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests
-    WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :step
-"""
-
-_RESULTS_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT :step
-"""
-
-# A picture goes only when no row that still needs it is left.
-_IS_NEEDED = """
-    SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ? AND image_deleted_at IS NULL)
-"""
-
 
 def _params_text(params: Any) -> str:
     return json.dumps(params, sort_keys=True, separators=(",", ":"))
 
 
-class SqliteStore(SqliteJournal):
+class SqliteStore(SqliteJournal, SqliteRetention):
     """Store and Journal in one SQLite file; may be used from any thread, and by several processes at once."""
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -253,7 +239,7 @@ class SqliteStore(SqliteJournal):
                 if self.blobs.publish(staged):
                     transaction.published.append(staged.sha256)
                 # Also when it was there: whoever named it may have been killed before the name was durable.
-                transaction.folders_to_sync.add(self.blobs.path(staged.sha256).parent)
+                transaction.folders_to_sync.add(self.blobs.pictures)
             except OSError as error:
                 raise as_store_error(error, self.blobs.folder) from error
             # All rows are fetched, else the statement stays open and the savepoint cannot be released.
@@ -427,16 +413,6 @@ class SqliteStore(SqliteJournal):
         """See Store.retry."""
         return self._change_one(_RETRY, id, now, NotRetryable)
 
-    def purge(self, *, pictures_before: datetime, results_before: datetime, now: datetime) -> Purged:
-        """See Store.purge."""
-        results = self._purge_rows(_RESULTS_TO_PURGE, "DELETE FROM requests WHERE number = ?", results_before)
-        pictures = self._purge_rows(
-            _PICTURES_TO_PURGE,
-            f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
-            pictures_before,
-        )
-        return Purged(pictures=pictures, results=results, leftovers=self._sweep(now))
-
     # What they are made of
 
     def _sync_folders(self, transaction: Transaction) -> None:
@@ -470,48 +446,6 @@ class SqliteStore(SqliteJournal):
 
         result: Request = self._writer.run(write)
         return result
-
-    def _purge_rows(self, find: str, change: str, before: datetime) -> int:
-        """Change the rows that are found, step by step, and delete pictures that nobody needs any more."""
-
-        def write(transaction: Transaction) -> int:
-            found = transaction.execute(find, {"before": to_text(before), "step": PURGE_STEP}).fetchall()
-            for number, _ in found:
-                transaction.execute(change, (number,))
-            for sha256 in {row["image_sha256"] for row in found}:
-                # The file goes before the commit: a crash in between leaves a finished request without its
-                # picture, which retention wanted anyway, never a waiting one.
-                if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
-                    self.blobs.delete(sha256)
-            return len(found)
-
-        total = 0
-        while True:
-            step: int = self._writer.run(write)
-            total += step
-            if step < PURGE_STEP:
-                return total
-
-    def _sweep(self, now: datetime) -> int:
-        """Delete files that a killed process left: temporary ones, and pictures whose row was never committed."""
-        swept = self.blobs.sweep_staging(now=now.timestamp())
-        suspects: list[str] = []
-        with self._readers.lend() as connection:
-            for sha256 in self.blobs.names():
-                if connection.execute("SELECT 1 FROM requests WHERE image_sha256 = ?", (sha256,)).fetchone() is None:
-                    suspects.append(sha256)
-
-        def write(transaction: Transaction) -> int:
-            # Asked again under the lock: a row may have come since.
-            return sum(
-                self.blobs.delete(sha256)
-                for sha256 in suspects
-                if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]
-            )
-
-        if suspects:
-            swept += self._writer.run(write)
-        return swept
 
     def __repr__(self) -> str:
         return f"SqliteStore({str(self._database)!r})"
