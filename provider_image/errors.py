@@ -9,12 +9,15 @@
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
     │   ├── InvalidParams
-    │   └── MalformedRequest
+    │   ├── MalformedRequest
+    │   └── UnsupportedMediaType
     ├── UnknownModel
     ├── UnknownRequest
     ├── NotInstalled
     ├── NotCancellable
     ├── NotRetryable
+    ├── BacklogFull
+    ├── ServerUnreachable
     ├── ModelError               the artefact, not the picture
     │   ├── WeightsMismatch
     │   ├── WeightsMissing
@@ -111,6 +114,12 @@ class MalformedRequest(BadInput):
     code = "malformed_request"
 
 
+class UnsupportedMediaType(BadInput):
+    """This content type is not taken. Send multipart/form-data with the field `image`, or the raw bytes as image/*."""
+
+    code = "unsupported_media_type"
+
+
 class UnknownModel(MlgError):
     """There is no such model. `mlg models` and GET /models list those there are."""
 
@@ -143,6 +152,18 @@ class NotRetryable(MlgError):
 
     code = "not_retryable"
     permanent = True
+
+
+class BacklogFull(MlgError):
+    """Too many requests wait already. Send the picture again later."""
+
+    code = "backlog_full"
+
+
+class ServerUnreachable(MlgError):
+    """The server does not answer. Start it with: mlg serve"""
+
+    code = "server_unreachable"
 
 
 class ModelError(MlgError):

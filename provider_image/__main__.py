@@ -1,0 +1,158 @@
+"""The command `mlg-provider`, also `python -m provider_image`: what a provider starts.
+
+Only the standard library is imported here, argparse instead of click included: this folder runs without the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from provider_image.environment import Environment
+from provider_image.errors import MlgError
+
+_DEFAULT_KEEP_WARM_SECONDS = 300.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. :return: the exit status; 1 means that one line on standard error says why."""
+    environment = Environment(os.environ)
+    is_debugging = False
+    try:
+        is_debugging = environment.yes_or_no("MLG_DEBUG", False)
+        options = _parser(environment).parse_args(arguments)
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        # Pillow warns of odd metadata in pictures, which nobody here can mend.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        if options.command == "serve":
+            _serve(options)
+        else:
+            _run(options, environment)
+    except (MlgError, OSError) as error:
+        if is_debugging:
+            traceback.print_exc()
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as shells count it; nobody needs a traceback of their own Ctrl-C
+    return 0
+
+
+def _run(options: argparse.Namespace, environment: Environment) -> None:
+    keep_warm_seconds = environment.number(
+        "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
+    )
+    if options.cold:
+        from provider_image.runtime import NetCache, run_chunk
+
+        nets = NetCache(options.models, threads=options.threads, precision=options.precision)
+        run_chunk(options.chunk, options.results, nets)
+        return
+    from provider_image.door import run
+
+    run(
+        options.chunk,
+        options.results,
+        models=options.models,
+        place=options.place,
+        threads=options.threads,
+        precision=options.precision,
+        keep_warm_seconds=keep_warm_seconds,
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from provider_image.runtime import NetCache
+    from provider_image.warm import serve
+
+    serve(
+        options.place,
+        NetCache(options.models, threads=options.threads, precision=options.precision),
+        idle_seconds=options.idle_seconds,
+        exit_with_stdin=options.exit_with_stdin,
+        announce=lambda: print("ready", flush=True),
+    )
+
+
+def _parser(environment: Environment) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlg-provider",
+        description="Works on chunks of pictures: a chunk file in, a results file out.",
+        epilog="example:\n  mlg-provider run chunk.zip results.zip\n\nMLG_DEBUG=1 shows tracebacks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="work on one chunk",
+        description="Work on one chunk. A warm process, which keeps models loaded, is used or started.",
+        epilog=(
+            "example:\n  mlg-provider run chunk.zip results.zip --models ~/.mlg/models\n\n"
+            "A warm process that is started here ends after MLG_KEEP_WARM_SECONDS (300) without work."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("chunk", type=Path, metavar="CHUNK.zip", help="the chunk file")
+    run.add_argument("results", type=Path, metavar="RESULTS.zip", help="where to write the results file")
+    run.add_argument("--place", type=_path, metavar="DIR", help="folder for warm processes (default: /tmp/mlg-UID)")
+    run.add_argument("--cold", action="store_true", help="work in this process instead of a warm one")
+    serve = commands.add_parser(
+        "serve",
+        help="be a warm process",
+        description=(
+            "Keep models loaded and take chunks over a Unix socket in DIR, one after another: a line "
+            '{"chunk": PATH, "results": PATH} in, a line {"ok": true, "seconds": S} out. '
+            "Prints `ready` when it listens. SIGTERM finishes the chunk under way."
+        ),
+        epilog="example:\n  mlg-provider serve --place /tmp/warm --models ~/.mlg/models --idle-seconds 60",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("--place", type=_path, metavar="DIR", required=True, help="private folder for lock and socket")
+    serve.add_argument(
+        "--idle-seconds",
+        type=_seconds,
+        metavar="S",
+        default=_DEFAULT_KEEP_WARM_SECONDS,
+        help="end after this long without work; 0 never ends (default: %(default)g)",
+    )
+    serve.add_argument("--exit-with-stdin", action="store_true", help="end at once when the standard input ends")
+    home = environment.path("MLG_HOME", "~/.mlg")
+    for command in (run, serve):
+        command.add_argument(
+            "--models", type=_path, metavar="DIR", default=home / "models", help="folder of models (%(default)s)"
+        )
+        command.add_argument("--threads", type=_threads, metavar="N", help="items side by side (default: cores)")
+        command.add_argument(
+            "--precision", choices=("f32", "bf16", "auto"), default="f32", help="of the inference (%(default)s)"
+        )
+    return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1024")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 1e6:  # refuses nan as well
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""A zip as chunk and results files use it: bounded, uncompressed, written whole or not at all.
+
+Called by `chunk.py` only. Nothing is compressed, so that nothing can swell, and every length is checked against a limit
+before it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import secrets
+import shutil
+import struct
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from provider_image.documents import MAX_BYTES, MAX_FILES, MAX_ITEMS
+from provider_image.errors import ChunkError
+
+#: Bytes of chunk.json or results.json at most.
+MAX_JSON_BYTES = 1024 * 1024
+#: What a zip's own bookkeeping may add to its contents.
+_SLACK_BYTES = 256 * 1024
+#: What zipfile raises for files that somebody has tampered with.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class Archive:
+    """A zip from somebody else: bounded before Python's zipfile sees it, read within what was announced."""
+
+    def __init__(self, path: Path, main: str, error: type[ChunkError]) -> None:
+        self._error, self._path, self._main = error, path, main
+        self._lock = threading.Lock()
+        try:
+            self._file: BinaryIO = path.open("rb")
+        except OSError as cause:
+            raise error(f"{path.name} cannot be opened: {cause.strerror}") from cause
+        try:
+            self._check_end()
+            self._zip = zipfile.ZipFile(self._file)
+            self._infos = self._zip.infolist()
+            self._check_entries()
+            self.document = _parse(self._read_entry(main, MAX_JSON_BYTES), error, main)
+        except _ZIP_ERRORS as cause:
+            self._file.close()
+            raise error(f"{path.name} is not a sound zip: {cause}") from cause
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _check_end(self) -> None:
+        """Bound the list of entries before zipfile reads it whole: 64 MB of it would become a million objects."""
+        size = self._file.seek(0, io.SEEK_END)
+        if size > MAX_BYTES + MAX_JSON_BYTES + _SLACK_BYTES:
+            raise self._error(f"{self._path.name} has {size} bytes, more than a chunk may have.")
+        self._file.seek(max(0, size - 42))
+        tail = self._file.read(42)
+        if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":
+            raise self._error(f"{self._path.name} is not a zip, is cut short, or has something behind its end.")
+        entries, length = struct.unpack_from("<HL", tail, len(tail) - 12)
+        if entries > MAX_ITEMS * MAX_FILES + 1 or length > _SLACK_BYTES or tail[:4] == b"PK\x06\x07":
+            raise self._error(f"{self._path.name} lists more files than a chunk may have.")
+
+    def _check_entries(self) -> None:
+        names = [info.filename for info in self._infos]
+        if len(set(names)) != len(names) or len(names) > MAX_ITEMS * MAX_FILES + 1:
+            raise self._error(f"{self._path.name} has a file twice, or too many.")
+        for info in self._infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1 or info.file_size != info.compress_size:
+                raise self._error(f"{self._path.name} has compressed or encrypted files.")
+        if sum(info.file_size for info in self._infos) > MAX_BYTES + MAX_JSON_BYTES:
+            raise self._error(f"{self._path.name} announces more bytes than a chunk may have.")
+
+    def check_files(self, expected: Mapping[str, int]) -> None:
+        """Check that the zip holds exactly these files, in these sizes, beside the document."""
+        found = {info.filename: info.file_size for info in self._infos if info.filename != self._main}
+        if found != expected:
+            raise self._error(f"{self._path.name} has other files than its {self._main} lists.")
+        if sum(expected.values()) > MAX_BYTES:
+            raise self._error(f"{self._path.name} has more bytes than a chunk may have.")
+
+    def read(self, name: str, size: int) -> bytes:
+        """Read a file that must have this size."""
+        try:
+            data = self._read_entry(name, size)
+        except _ZIP_ERRORS as cause:
+            raise self._error(f"{self._path.name} is damaged at {name}: {cause}") from cause
+        if len(data) != size:
+            raise self._error(f"{self._path.name} has another length at {name} than announced.")
+        return data
+
+    def _read_entry(self, name: str, most: int) -> bytes:
+        with self._lock, self._zip.open(name) as entry:
+            data = entry.read(most + 1)
+        if len(data) > most:
+            raise self._error(f"{self._path.name} has more bytes at {name} than announced.")
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._zip.close()
+        self._file.close()
+
+
+def _parse(raw: bytes, error: type[ChunkError], name: str) -> Any:
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text[:20]} is not a number that JSON knows")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a field occurs twice")
+        return found
+
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{name} is not sound JSON: {cause}") from cause
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Give a zip under another name beside `path`, and move it there when it is complete."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:
+            yield archive
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)  # dated 1980: when a picture was uploaded is nobody's business
+    entry.external_attr = 0o600 << 16
+    return entry
+
+
+def add(archive: zipfile.ZipFile, name: str, source: Path | bytes) -> int:
+    """Add a file as it is, streamed if it comes from a path, and return its size."""
+    if isinstance(source, bytes):
+        archive.writestr(_entry(name), source)
+        return len(source)
+    entry = _entry(name)
+    with source.open("rb") as file, archive.open(entry, "w") as target:
+        shutil.copyfileobj(file, target, 1024 * 1024)
+    return entry.file_size
+
+
+def add_json(archive: zipfile.ZipFile, name: str, document: Any, error: type[ChunkError]) -> None:
+    """Add a JSON document. :raises error: it is too long, or holds what JSON cannot."""
+    try:
+        raw = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, TypeError, RecursionError) as cause:
+        raise error(f"{name} cannot be written: {cause}") from cause
+    if len(raw) > MAX_JSON_BYTES:
+        raise error(f"{name} would have more than {MAX_JSON_BYTES} bytes.")
+    archive.writestr(_entry(name), raw)

@@ -1,0 +1,292 @@
+"""What a picture's bytes say about themselves, read without decoding and without Pillow.
+
+Called through `imaging.check_upload` at the server's door, some two thousand times a second, and before every decode.
+It finds the format, the declared size, and whether the file's end is there. Whether the pixels can be decoded only a
+decoder knows. Every length in a file is somebody's claim: nothing is sliced or looped over without a bound.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from provider_image.errors import BrokenImage, EmptyImage, ImageTooLarge, NotAnImage, UnsupportedFormat
+
+#: Steps through a file's segments or blocks before it counts as damaged; real files have some dozens.
+_MOST_STEPS = 20_000
+#: Called by a reader with width and height as soon as it knows them.
+_Declare = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFacts:
+    """What the header says."""
+
+    #: One of imaging.FORMATS.
+    format: str
+    #: Declared size in pixels, as stored: before any turning by an EXIF tag.
+    width: int
+    height: int
+
+
+def read_facts(data: bytes, max_pixels: int) -> ImageFacts:
+    """Read format and size, and check that the file is whole as far as its structure tells.
+
+    :param max_pixels: of width x height; compared as soon as the size is known, so that a bomb is called a bomb even
+        when the rest of the file is missing.
+    :raises EmptyImage: no bytes.
+    :raises UnsupportedFormat: a format that is recognised but not taken; names it.
+    :raises NotAnImage: not recognised.
+    :raises ImageTooLarge: it declares more than max_pixels.
+    :raises BrokenImage: the header makes no sense, or the file's end is missing.
+    """
+    if not data:
+        raise EmptyImage()
+
+    def declare(width: int, height: int) -> None:
+        if width * height > max_pixels:
+            raise ImageTooLarge(
+                f"The image declares {width} x {height} pixels; at most {max_pixels / 1e6:g} million are taken. "
+                "Scale it down and send it again."
+            )
+
+    for magic, name, reader in _READERS:
+        if data.startswith(magic) and (name != "WEBP" or data[8:12] == b"WEBP"):
+            if name == "TIFF" and data[8:10] == b"CR":
+                raise _unsupported("Canon raw")
+            try:
+                width, height = reader(data, declare)
+            except (struct.error, IndexError) as error:
+                raise BrokenImage(f"The {name} file is cut short. Save it again and send that file.") from error
+            if width < 1 or height < 1:
+                raise BrokenImage(f"The {name} file declares a size of {width} x {height} pixels.")
+            return ImageFacts(format=name, width=width, height=height)
+    raise _refusal(data)
+
+
+def _cut_short(name: str) -> BrokenImage:
+    return BrokenImage(f"The {name} file is cut short: its end is missing. Save it again and send that file.")
+
+
+def _jpeg(data: bytes, declare: _Declare) -> tuple[int, int]:
+    """Walk the segments to the frame header, then to the first scan, behind which an end marker must stand.
+
+    The walk steps over the EXIF segment as a whole, so that the end marker of a thumbnail inside it does not count.
+    """
+    position, size = 2, None
+    for _ in range(_MOST_STEPS):
+        if data[position] != 0xFF:
+            raise BrokenImage("The JPEG file is damaged: a segment does not start where it should.")
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
+            position += 2
+            continue
+        if marker == 0xD9:
+            break
+        length = (data[position + 2] << 8) | data[position + 3]
+        if length < 2:
+            raise BrokenImage("The JPEG file is damaged: a segment has an impossible length.")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and size is None:
+            if data[position + 4] != 8:
+                raise _unsupported(f"{data[position + 4]}-bit JPEG")
+            if marker in (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF):
+                raise _unsupported("lossless or hierarchical JPEG")
+            size = struct.unpack_from(">HH", data, position + 5)
+            declare(size[1], size[0])
+        if marker == 0xDA:
+            if size is None:
+                raise BrokenImage("The JPEG file is damaged: it has no frame header.")
+            if data.rfind(b"\xff\xd9", position + 2 + length) < 0:
+                raise _cut_short("JPEG")
+            return size[1], size[0]
+        position += 2 + length
+    raise BrokenImage("The JPEG file is damaged: it has no picture data.")
+
+
+def _png(data: bytes, declare: _Declare) -> tuple[int, int]:
+    if data[8:16] != b"\x00\x00\x00\rIHDR":
+        raise BrokenImage("The PNG file is damaged: it does not start with its header.")
+    width, height = struct.unpack_from(">II", data, 16)
+    declare(width, height)
+    if data.rfind(b"IEND\xaeB`\x82") < 33 or data.find(b"IDAT") < 0:
+        raise _cut_short("PNG")
+    return width, height
+
+
+def _webp(data: bytes, declare: _Declare) -> tuple[int, int]:
+    width, height = _webp_size(data)
+    declare(width, height)
+    if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
+        raise _cut_short("WEBP")
+    if data[12:16] in (b"VP8 ", b"VP8L") and 20 + struct.unpack_from("<I", data, 16)[0] > len(data):
+        raise _cut_short("WEBP")
+    return width, height
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    kind = data[12:16]
+    if kind == b"VP8X" and len(data) >= 30:
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
+    raise BrokenImage("The WEBP file is damaged: it does not start with a picture.")
+
+
+def _gif(data: bytes, declare: _Declare) -> tuple[int, int]:
+    """Walk to the end of the first frame, the only one used. A frame may be larger than the screen: Pillow grows it."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    declare(width, height)
+    position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    is_frame = False
+    for _ in range(_MOST_STEPS):
+        introducer = data[position]
+        if introducer == 0x2C:
+            left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, position + 1)
+            width, height = max(width, left + frame_width), max(height, top + frame_height)
+            position += 11 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+            declare(width, height)
+            is_frame = True
+        elif introducer == 0x21:
+            position += 2
+        else:
+            break
+        for _ in range(_MOST_STEPS):
+            length = data[position]
+            position += 1 + length
+            if not length:
+                break
+        else:
+            break
+        if is_frame:
+            return width, height
+    raise BrokenImage("The GIF file is damaged: it has no picture.")
+
+
+def _bmp(data: bytes, declare: _Declare) -> tuple[int, int]:
+    start, header = struct.unpack_from("<II", data, 10)
+    if header == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        compression = 0
+    elif header >= 40:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+        height = abs(height)  # negative: stored from the top down
+    else:
+        raise BrokenImage("The BMP file is damaged: its header has an impossible length.")
+    if bits not in (1, 2, 4, 8, 16, 24, 32):
+        raise BrokenImage(f"The BMP file is damaged: it declares {bits} bits a pixel.")
+    declare(width, height)
+    if compression in (0, 3) and width > 0:
+        # The size field is wrong in many files, so the end is computed from the declared picture.
+        if start + (width * bits + 31) // 32 * 4 * height > len(data):
+            raise _cut_short("BMP")
+    elif compression not in (1, 2) and width > 0:
+        raise _unsupported("BMP with JPEG or PNG inside")
+    return width, height
+
+
+def _tiff(data: bytes, declare: _Declare) -> tuple[int, int]:
+    """Read the first directory; a file that is cut short has lost the directory or the end of its strips."""
+    order = "<" if data[:2] == b"II" else ">"
+    (position,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, position)
+    values: dict[int, tuple[int, int, int]] = {}
+    for index in range(count):
+        offset = position + 2 + 12 * index
+        tag, kind, length = struct.unpack_from(order + "HHI", data, offset)
+        if tag in (256, 257, 273, 279, 322, 323, 324, 325):
+            values.setdefault(tag, (kind, length, offset + 8))
+    size = []
+    for tag in (256, 257):
+        numbers = _tiff_numbers(data, order, values.get(tag), 1)
+        if not numbers:
+            raise BrokenImage("The TIFF file is damaged: it does not declare its size.")
+        size.append(numbers[0])
+    declare(size[0], size[1])
+    # A tile is decoded as a whole, however small the picture is said to be.
+    declare(*(max(_tiff_numbers(data, order, values.get(tag), 1), default=0) for tag in (322, 323)))
+    for starts, lengths in ((273, 279), (324, 325)):
+        if starts in values and lengths in values:
+            ends = zip(
+                _tiff_numbers(data, order, values[starts], _MOST_STEPS),
+                _tiff_numbers(data, order, values[lengths], _MOST_STEPS),
+                strict=False,
+            )
+            if max((start + length for start, length in ends), default=0) > len(data):
+                raise _cut_short("TIFF")
+    return size[0], size[1]
+
+
+def _tiff_numbers(data: bytes, order: str, entry: tuple[int, int, int] | None, most: int) -> tuple[int, ...]:
+    if entry is None or entry[0] not in (3, 4) or not 0 < entry[1] <= most:
+        return ()
+    kind, length, offset = entry
+    width = 2 if kind == 3 else 4
+    if width * length > 4:
+        (offset,) = struct.unpack_from(order + "I", data, offset)
+    return struct.unpack_from(f"{order}{length}{'H' if kind == 3 else 'I'}", data, offset)
+
+
+_READERS: tuple[tuple[bytes, str, Callable[[bytes, _Declare], tuple[int, int]]], ...] = (
+    (b"\xff\xd8\xff", "JPEG", _jpeg),
+    (b"\x89PNG\r\n\x1a\n", "PNG", _png),
+    (b"RIFF", "WEBP", _webp),
+    (b"GIF87a", "GIF", _gif),
+    (b"GIF89a", "GIF", _gif),
+    (b"BM", "BMP", _bmp),
+    (b"II*\x00", "TIFF", _tiff),
+    (b"MM\x00*", "TIFF", _tiff),
+)
+
+#: Formats that are worth naming to whoever sends them: (offset, magic, name).
+_OTHERS = (
+    (0, b"%PDF-", "PDF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"\x00\x00\x02\x00", "CUR"),
+    (0, b"II+\x00", "BigTIFF"),
+    (0, b"MM\x00+", "BigTIFF"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (0, b"gimp xcf", "XCF"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"DDS ", "DDS"),
+    (0, b"qoif", "QOI"),
+    (0, b"icns", "ICNS"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"P4\n", "PBM"),
+    (0, b"P5\n", "PGM"),
+    (0, b"P6\n", "PPM"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftypcrx", "Canon raw"),
+    (4, b"ftyp", "video (MP4 or MOV)"),
+)
+
+
+def _unsupported(name: str) -> UnsupportedFormat:
+    return UnsupportedFormat(f"{name} is not supported. Send JPEG, PNG, WebP, GIF, BMP or TIFF.")
+
+
+def _refusal(data: bytes) -> UnsupportedFormat | NotAnImage:
+    for offset, magic, name in _OTHERS:
+        if data.startswith(magic, offset):
+            return _unsupported(name)
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"<svg") or (start.startswith((b"<?xml", b"<!doctype svg", b"<!--")) and b"<svg" in start):
+        return _unsupported("SVG")
+    return NotAnImage()

@@ -1,0 +1,179 @@
+"""Works on a chunk: loads the model, runs item by item, writes the results file.
+
+Called by the warm process and by `run --cold`. As many threads as there are cores each take an item, decode it and run
+it; Pillow and OpenVINO let go of Python's lock, so one item's decoding overlaps with another's inference. An item's
+bytes are read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
+from provider_image.cores import available_cores
+from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
+from provider_image.models.artefact import Artefact
+from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.compilers import build, can_build_now, ensure_installed
+from provider_image.service import Service
+from provider_image.services import load_service
+
+logger = logging.getLogger(__name__)
+
+#: Loaded nets that are kept; the one that was not used for longest goes first.
+KEPT_NETS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    service: Service
+    artefact: Artefact
+    #: What the service's `load` gave.
+    net: Any
+    #: Seconds that loading took this time; 0 when it was loaded already.
+    seconds: float
+
+
+class NetCache:
+    """The loaded nets of one process. Used by one chunk at a time."""
+
+    def __init__(
+        self,
+        models: Path,
+        *,
+        threads: int | None = None,
+        precision: str = "f32",
+        find_service: Callable[[str], Service] = load_service,
+    ) -> None:
+        #: Items that are worked on side by side; as many as there are cores unless told otherwise.
+        self.threads = threads or available_cores()
+        #: f32, bf16 or auto.
+        self.precision = precision
+        self._models = models
+        self._find_service = find_service
+        self._nets: collections.OrderedDict[tuple[Path, str], tuple[Service, Artefact, Any]] = collections.OrderedDict()
+
+    def get(self, service: str, model: str, digest: str | None) -> Loaded:
+        """Return a model ready to run, building and loading it first if need be.
+
+        :param digest: of the artefact that must answer; None takes any.
+        :raises NotInstalled: it is not here and cannot be built here, or another artefact of it is here.
+        :raises ModelError: it is here but cannot be loaded.
+        :raises MalformedChunk: there is no such service, or the model is another service's.
+        """
+        started = time.perf_counter()
+        worker = self._find_service(service)
+        artefact = ensure_installed(self._models, model)
+        if artefact.service != service:
+            raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
+        if digest is not None and digest != artefact.digest:
+            raise NotInstalled(
+                f"The chunk asks for {model} with digest {digest[:12]}; here it has {artefact.digest[:12]}. "
+                "Bring both machines to the same version of mlg, then install the model again."
+            )
+        key = (artefact.folder, artefact.digest)
+        if key in self._nets:
+            self._nets.move_to_end(key)
+            return Loaded(service=worker, artefact=artefact, net=self._nets[key][2], seconds=0.0)
+        while len(self._nets) >= KEPT_NETS:
+            self._nets.popitem(last=False)
+        try:
+            net = worker.load(artefact, self.threads, self.precision)
+        except BrokenArtefact as error:
+            # Its model.json is sound, so the damage only shows now.
+            row = CATALOGUE.get(model)
+            if row is None or not can_build_now(row):
+                raise
+            logger.warning("building the model again: %s", error, extra={"model": model})
+            artefact = build(self._models, row, again=True)
+            net = worker.load(artefact, self.threads, self.precision)
+        self._nets[key] = (worker, artefact, net)
+        return Loaded(service=worker, artefact=artefact, net=net, seconds=time.perf_counter() - started)
+
+
+def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
+    """Work on a chunk file and write its results file. Items fail alone.
+
+    :raises MlgError: the chunk as a whole cannot be worked on; there is no results file then.
+    :raises OSError: the results file cannot be written.
+    """
+    with open_chunk(chunk) as reader:
+        loaded = nets.get(reader.service, reader.model, reader.digest)
+        for item in reader.items:
+            if item.sizes.keys() != loaded.service.inputs.keys():
+                raise MalformedChunk(f"Item {item.number} must have the inputs {', '.join(loaded.service.inputs)}.")
+        with ThreadPoolExecutor(nets.threads, thread_name_prefix="item") as pool:
+            items = tuple(pool.map(lambda item: _run_item(reader, loaded, item), reader.items))
+        answer = Results(
+            chunk_id=reader.chunk_id,
+            model=loaded.artefact.name,
+            digest=loaded.artefact.digest,
+            versions=_versions(),
+            precision=nets.precision,
+            cpu=cpu_name(),
+            load_seconds=loaded.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            items=items,
+        )
+    write_results(results, answer)
+    return answer
+
+
+def _run_item(reader: ChunkReader, loaded: Loaded, item: ItemEntry) -> ItemResult:
+    started = time.perf_counter()
+    try:
+        loaded.service.check_params(item.params)
+        prepared = loaded.service.prepare(loaded.artefact, reader.read_inputs(item))
+        output = loaded.service.run(loaded.net, prepared)
+    except MlgError as error:
+        failure = ItemError(code=error.code, reason=error.reason, permanent=error.permanent)
+        return ItemResult(number=item.number, error=failure, seconds=time.perf_counter() - started)
+    except Exception as error:
+        # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
+        logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
+        failure = ItemError(
+            code=InferenceFailed.code, reason=f"{type(error).__name__}: {error}", permanent=InferenceFailed.permanent
+        )
+        return ItemResult(number=item.number, error=failure, seconds=time.perf_counter() - started)
+    return ItemResult(number=item.number, output=output, seconds=time.perf_counter() - started)
+
+
+def _versions() -> dict[str, str]:
+    """List the versions of the libraries that are loaded; nothing is imported for it."""
+    found = {"python": sys.version.split()[0]}
+    for package, name in (("openvino", "openvino"), ("numpy", "numpy"), ("PIL", "pillow")):
+        version = getattr(sys.modules.get(package), "__version__", None)
+        if version is not None:
+            found[name] = str(version)[:100]
+    return found
+
+
+def cpu_name() -> str:
+    """Return the processor's name, "unknown" where the system does not tell."""
+    return _field(Path("/proc/cpuinfo"), "model name") or "unknown"
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process ever had, 0 where the system does not tell.
+
+    Not from getrusage: Linux carries that figure over from the parent across exec.
+    """
+    return int((_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
+
+
+def _field(path: Path, name: str) -> str | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

@@ -1,0 +1,130 @@
+"""Classification: one picture in, the twenty likeliest labels out.
+
+The graph takes uint8 RGB and gives probabilities (preprocessing and softmax are inside), so every classifier is run
+alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from provider_image.errors import InferenceFailed, MalformedResults
+from provider_image.service import Param, check_params
+
+if TYPE_CHECKING:
+    from provider_image.engine import Net
+    from provider_image.models.artefact import Artefact
+
+#: How many labels an output has, or as many as the model knows if that is fewer.
+KEPT = 20
+#: Probabilities are rounded to this many digits after the point: two honest machines differ by about 1e-6.
+_DIGITS = 6
+
+
+class Classification:
+    """See `provider_image.service.Service`."""
+
+    name = "classification"
+    title = "Classification"
+    help = "Says what is on a picture: labels of the model's classes with their probabilities, likeliest first."
+    inputs: Mapping[str, str] = {"image": "The picture: JPEG, PNG, WebP, GIF, BMP or TIFF."}
+    params = (
+        Param(
+            name="top",
+            kind="whole",
+            default=5,
+            minimum=1,
+            maximum=KEPT,
+            help="How many labels to show, likeliest first.",
+            is_read_time=True,
+        ),
+    )
+    output_schema: Mapping[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": KEPT,
+        "items": {
+            "type": "array",
+            "prefixItems": [
+                {"type": "string", "description": "WordNet id"},
+                {"type": "string", "description": "label"},
+                {"type": "number", "minimum": 0, "maximum": 1, "description": "probability"},
+            ],
+            "minItems": 3,
+            "maxItems": 3,
+        },
+    }
+    example: Any = (
+        ("n02123159", "tiger_cat", 0.408),
+        ("n02124075", "Egyptian_cat", 0.34),
+        ("n02123045", "tabby", 0.167),
+        ("n02127052", "lynx", 0.015),
+        ("n04589890", "window_screen", 0.001),
+    )
+
+    def load(self, artefact: Artefact, threads: int, precision: str) -> Net:
+        """Compile the artefact's graph. :raises BrokenArtefact: it cannot be loaded."""
+        from provider_image.engine import load_net
+
+        return load_net(artefact, threads, precision)
+
+    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes]) -> Any:
+        """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
+        from provider_image.imaging import decode
+
+        return decode(inputs["image"], artefact.height, artefact.width, artefact.crop)
+
+    def run(self, net: Net, item: Any) -> list[list[Any]]:
+        """Classify one decoded picture. :raises InferenceFailed: the net gave something that is no probabilities."""
+        import numpy as np
+
+        probabilities = net.infer(item)
+        labels = net.artefact.labels
+        if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
+            raise InferenceFailed(f"The model {net.artefact.name} did not give {len(labels)} finite numbers.")
+        best = np.argsort(-probabilities, kind="stable")[:KEPT]
+        return [[*labels[i], min(1.0, round(float(probabilities[i]), _DIGITS))] for i in best.tolist()]
+
+    def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Check parameters; what is missing gets its default. :raises InvalidParams:"""
+        return check_params(self.params, raw)
+
+    def check_output(self, artefact: Artefact, output: Any) -> None:
+        """Check that the labels are the model's, each once, and probabilities fall. :raises MalformedResults:"""
+        expected = min(KEPT, len(artefact.labels))
+        if not isinstance(output, list) or len(output) != expected:
+            raise MalformedResults(f"A classification must have {expected} rows.")
+        if not all(isinstance(row, list) and len(row) == 3 for row in output):
+            raise MalformedResults("A row of a classification must be [wnid, name, probability].")
+        if not all(isinstance(row[0], str) and isinstance(row[1], str) for row in output):
+            raise MalformedResults("A label must be text.")
+        seen = {(row[0], row[1]) for row in output}
+        if len(seen) != expected or not seen.issubset(_label_set(artefact)):
+            raise MalformedResults("A label occurs twice or is not one of the model's.")
+        earlier, total = 1.0, 0.0
+        for row in output:
+            probability = row[2]
+            if isinstance(probability, bool) or not isinstance(probability, int | float):
+                raise MalformedResults("A probability must be a number.")
+            if not 0.0 <= probability <= earlier:  # refuses nan as well
+                raise MalformedResults("Probabilities must lie between 0 and 1 and must not rise.")
+            earlier = float(probability)
+            total += earlier
+        if total > 1.001:
+            raise MalformedResults("Probabilities must not sum to more than 1.")
+
+    def view(self, output: Any, params: Mapping[str, Any]) -> Any:
+        """Cut the rows to the `top` ones."""
+        return output[: int(params.get("top", 5))]
+
+
+#: The label sets of the few artefacts in use, by digest: made once, asked for at every output.
+_label_sets: dict[str, frozenset[tuple[str, str]]] = {}
+
+
+def _label_set(artefact: Artefact) -> frozenset[tuple[str, str]]:
+    found = _label_sets.get(artefact.digest)
+    if found is None:
+        found = _label_sets.setdefault(artefact.digest, frozenset(artefact.labels))
+    return found

@@ -1,0 +1,191 @@
+"""What every service must keep, with every model of it that can be installed here without a download.
+
+A new service or model needs no test of its own to be held to this: both come from the registries.
+"""
+
+import json
+
+import pytest
+
+from provider_image.errors import BadInput, InvalidParams, MalformedChunk, MalformedResults
+from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.compilers import can_build_now, ensure_installed
+from provider_image.service import check_params
+from provider_image.services import REGISTRY, load_service
+
+PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
+
+
+@pytest.fixture(scope="module", params=sorted(REGISTRY))
+def service(request):
+    return load_service(request.param)
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
+def answered(request, models_folder, photos):
+    """A service, an artefact, and the output for a photo."""
+    name, model = request.param
+    service, artefact = load_service(name), ensure_installed(models_folder, model)
+    net = service.load(artefact, 1, "f32")
+    inputs = dict.fromkeys(service.inputs, photos["coffee"])
+    return service, artefact, net, service.run(net, service.prepare(artefact, inputs))
+
+
+def test_every_service_has_a_model_to_be_tested_with():
+    assert {name for name, _ in PAIRS} == set(REGISTRY)
+
+
+def test_every_model_belongs_to_a_service():
+    assert {row.service for row in CATALOGUE.values()} <= set(REGISTRY)
+
+
+def test_service_describes_itself(service):
+    assert service.name in REGISTRY
+    assert service.title
+    assert service.help.endswith(".")
+    assert service.inputs and all(help.endswith(".") for help in service.inputs.values())
+    assert json.loads(json.dumps(service.output_schema))["type"]
+    assert json.dumps(service.example)
+
+
+def test_unknown_service_is_refused_and_the_known_are_named(service):
+    with pytest.raises(MalformedChunk, match=service.name):
+        load_service("no_such_service")
+
+
+def test_params_have_help_and_defaults_within_their_range(service):
+    for param in service.params:
+        assert param.help.endswith(".")
+        assert param.check(param.default) == param.default
+        assert param.check(str(param.default)) == param.default
+    assert service.check_params({}) == {param.name: param.default for param in service.params}
+
+
+def test_unknown_param_is_refused_and_the_known_are_named(service):
+    with pytest.raises(InvalidParams) as caught:
+        service.check_params({"no_such_param": 1})
+
+    assert all(param.name in caught.value.reason for param in service.params)
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, [], {}, "", "x", "nan", float("nan"), 1e300, -1e300, 10**400, "9" * 5000]
+)
+def test_value_that_makes_no_sense_is_refused(service, value):
+    for param in service.params:
+        with pytest.raises(InvalidParams, match=param.name):
+            service.check_params({param.name: value})
+
+
+def test_service_without_params_takes_none():
+    assert check_params((), {}) == {}
+    with pytest.raises(InvalidParams, match="none"):
+        check_params((), {"top": 1})
+
+
+def test_output_is_json_and_passes_its_own_check(answered):
+    service, artefact, _, output = answered
+
+    assert json.loads(json.dumps(output, allow_nan=False)) == output
+    service.check_output(artefact, json.loads(json.dumps(output)))
+
+
+def test_output_fits_its_schema(answered):
+    service, _, _, output = answered
+
+    assert fits(output, service.output_schema)
+    assert fits(json.loads(json.dumps(service.example)), service.output_schema)
+
+
+def fits(value, schema) -> bool:
+    """Check against the part of JSON Schema that services use."""
+    kind = {"array": list, "object": dict, "string": str, "number": (int, float)}[schema["type"]]
+    if not isinstance(value, kind):
+        return False
+    if schema["type"] == "number":
+        return schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    if schema["type"] == "array":
+        parts = schema.get("prefixItems", [])
+        return (
+            schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+            and all(fits(each, part) for each, part in zip(value, parts, strict=False))
+            and ("items" not in schema or all(fits(each, schema["items"]) for each in value))
+        )
+    return True
+
+
+def test_same_item_gives_the_same_output(answered, photos):
+    service, artefact, net, output = answered
+    inputs = dict.fromkeys(service.inputs, photos["coffee"])
+
+    assert service.run(net, service.prepare(artefact, inputs)) == output
+
+
+def test_view_of_default_params_is_json_and_no_longer_than_the_output(answered):
+    service, _, _, output = answered
+
+    view = service.view(output, service.check_params({}))
+
+    assert len(json.dumps(view)) <= len(json.dumps(output))
+    assert fits(view, service.output_schema)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
+def test_input_that_is_no_picture_is_bad_input(answered, data):
+    service, artefact, _, _ = answered
+
+    with pytest.raises(BadInput):
+        service.prepare(artefact, dict.fromkeys(service.inputs, data))
+
+
+@pytest.mark.parametrize("output", [None, True, 0, "", "x", [], {}, [[]], [None] * 20, {"a": 1}, [[1, 2, 3]] * 20])
+def test_output_of_another_kind_is_refused(answered, output):
+    service, artefact, _, _ = answered
+
+    with pytest.raises(MalformedResults):
+        service.check_output(artefact, output)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rows: rows.pop(),
+        lambda rows: rows.append(rows[-1]),
+        lambda rows: rows.reverse(),
+        lambda rows: rows.__setitem__(1, rows[0]),
+        lambda rows: rows[0].append(1),
+        lambda rows: rows[0].__setitem__(0, "n00000000"),
+        lambda rows: rows[0].__setitem__(1, "another label"),
+        lambda rows: rows[0].__setitem__(2, 1.5),
+        lambda rows: rows[-1].__setitem__(2, -0.1),
+        lambda rows: rows[0].__setitem__(2, float("nan")),
+        lambda rows: rows[0].__setitem__(2, True),
+        lambda rows: rows[0].__setitem__(2, "0.5"),
+        lambda rows: rows[0].__setitem__(0, ["n1"]),
+        lambda rows: [row.__setitem__(2, 0.9) for row in rows],
+    ],
+)
+def test_forged_classification_is_refused(answered, spoil):
+    service, artefact, _, output = answered
+    if service.name != "classification":
+        pytest.skip("this is how a classification can be forged")
+    rows = json.loads(json.dumps(output))
+    spoil(rows)
+
+    with pytest.raises(MalformedResults):
+        service.check_output(artefact, rows)
+
+
+@pytest.mark.parametrize(("top", "shown"), [(1, 1), (5, 5), ("20", 20), (7.0, 7)])
+def test_top_cuts_the_view_of_a_classification(answered, top, shown):
+    service, _, _, output = answered
+    if service.name != "classification":
+        pytest.skip("only a classification has a top")
+
+    assert service.view(output, service.check_params({"top": top})) == output[:shown]
+
+
+@pytest.mark.parametrize("top", [0, 21, -1, "0", 2.5, "1e1x"])
+def test_top_out_of_range_is_refused_with_its_range(top):
+    with pytest.raises(InvalidParams, match="top takes a whole number from 1 to 20"):
+        load_service("classification").check_params({"top": top})

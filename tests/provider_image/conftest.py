@@ -1,0 +1,124 @@
+"""Fixtures of the ground floor: pictures in every format, chunks, and warm processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.warm import socket_path
+
+ROOT = Path(__file__).parents[2]
+
+
+def saved(image, format: str, **options) -> bytes:
+    """Save a Pillow image to bytes."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> object:
+    """Wait until the condition holds, and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the condition was never met"
+        time.sleep(0.01)
+    return found
+
+
+def make_chunk(path: Path, pictures: list[bytes], **changes) -> Path:
+    """Write a chunk of pictures for efficientnet_lite0."""
+    facts = {
+        "chunk_id": "chunk-1",
+        "service": "classification",
+        "model": "efficientnet_lite0",
+        "digest": None,
+    } | changes
+    write_chunk(path, items=[ChunkItem(number=i, inputs={"image": p}) for i, p in enumerate(pictures)], **facts)
+    return path
+
+
+class Warm:
+    """A `serve` process, and how to talk to it."""
+
+    def __init__(self, place: Path, models: Path, *options: str) -> None:
+        self.place = place
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "provider_image", "serve", "--place", place, "--models", models, *options],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> Warm:
+        assert self.process.stdout.readline() == "ready\n", self.process.stderr.read()
+        return self
+
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(60)
+        connection.connect(str(socket_path(self.place)))
+        return connection
+
+    def send(self, line: object) -> socket.socket:
+        connection = self.connect()
+        connection.sendall((line if isinstance(line, str) else json.dumps(line)).encode() + b"\n")
+        return connection
+
+    def ask(self, line: object) -> dict:
+        with self.send(line) as connection:
+            return reply(connection)
+
+    def end(self) -> int:
+        """Wait for its end and return the exit status."""
+        status = self.process.wait(60)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+        return status
+
+
+def reply(connection: socket.socket) -> dict:
+    """Read one reply; an empty one if the other side ended."""
+    with connection.makefile() as lines:
+        return json.loads(lines.readline() or "{}")
+
+
+@pytest.fixture
+def warm(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Warm]]:
+    """Start warm processes; those that a test leaves are killed."""
+    started = []
+
+    def start(place: Path = tmp_path / "place", models: Path = models_folder, options: tuple[str, ...] = ()) -> Warm:
+        started.append(Warm(place, models, *options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.end()
+
+
+@pytest.fixture(scope="session")
+def slow_chunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chunk that takes several seconds: sixteen pictures of as many pixels as are taken."""
+    from PIL import Image
+
+    picture = saved(Image.new("RGB", (6000, 6000), "teal"), "PNG", compress_level=1)
+    return make_chunk(tmp_path_factory.mktemp("slow") / "slow.zip", [picture] * 16)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment with changes."""
+    return {**os.environ, **changes}

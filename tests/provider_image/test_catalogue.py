@@ -1,0 +1,102 @@
+"""The model catalogue: the right rows, found by any spelling."""
+
+import pytest
+
+from provider_image.errors import UnknownModel
+from provider_image.models import catalogue
+from provider_image.models.catalogue import CATALOGUE, find_model, install_command
+
+
+def test_catalogue_has_the_sixteen_keras_models_and_the_starter():
+    names = set(CATALOGUE)
+
+    assert names == {
+        *[
+            "densenet121",
+            "densenet169",
+            "densenet201",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnet50v2",
+            "resnet101v2",
+            "resnet152v2",
+        ],
+        *[
+            "vgg16",
+            "vgg19",
+            "nasnet_large",
+            "nasnet_mobile",
+            "xception",
+            "inception_v3",
+            "inception_resnet_v2",
+            "efficientnet_lite0",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "preprocessing"),
+    [  # keras.applications: default input shapes, and the mode that each module's preprocess_input passes on
+        ("densenet201", 224, "torch"),
+        ("resnet152", 224, "caffe"),
+        ("vgg19", 224, "caffe"),
+        ("resnet50v2", 224, "tf"),
+        ("nasnet_large", 331, "tf"),
+        ("nasnet_mobile", 224, "tf"),
+        ("xception", 299, "tf"),
+        ("inception_v3", 299, "tf"),
+        ("inception_resnet_v2", 299, "tf"),
+    ],
+)
+def test_row_has_the_size_and_preprocessing_of_keras(name, side, preprocessing):
+    row = CATALOGUE[name]
+
+    assert (row.height, row.width, row.preprocessing, row.crop, row.source) == (
+        side,
+        side,
+        preprocessing,
+        None,
+        "keras",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("DenseNet121", "densenet121"),
+        ("NASNet_large", "nasnet_large"),
+        ("NASNetLarge", "nasnet_large"),
+        ("XCeption", "xception"),
+        ("ResNet50V2", "resnet50v2"),
+        ("resnet-50-v2", "resnet50v2"),
+        ("Inception v3", "inception_v3"),
+        ("EfficientNet-Lite0", "efficientnet_lite0"),
+        ("lite0", "efficientnet_lite0"),
+    ],
+)
+def test_model_is_found_by_any_spelling(spelling, name):
+    assert find_model(spelling).name == name
+
+
+def test_no_two_models_share_a_spelling():
+    spellings = [{catalogue._key(name) for name in (row.name, row.title, *row.aliases)} for row in CATALOGUE.values()]
+
+    assert sum(map(len, spellings)) == len(set().union(*spellings))
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(UnknownModel, match=r"Did you mean densenet121\? .*mlg models"):
+        find_model("densnet121")
+
+
+def test_unknown_model_that_resembles_none_names_none():
+    with pytest.raises(UnknownModel) as caught:
+        find_model("../" * 1000)
+
+    assert "Did you mean" not in caught.value.reason
+    assert len(caught.value.reason) < 200
+
+
+def test_install_command_names_the_model():
+    assert install_command(CATALOGUE["vgg16"]) == "mlg models compile vgg16"

@@ -1,0 +1,247 @@
+"""Working on a chunk: right answers, items that fail alone, memory that does not grow."""
+
+import logging
+import shutil
+import time
+
+import pytest
+from PIL import Image
+
+from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
+from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
+from provider_image.models.artefact import installed_digest
+from provider_image.runtime import KEPT_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
+from provider_image.services import load_service
+from provider_image.services.classification import Classification
+from tests.provider_image.conftest import make_chunk, saved
+
+
+@pytest.fixture(scope="module")
+def nets(models_folder):
+    """Nets that stay loaded over this module's tests."""
+    return NetCache(models_folder, threads=2)
+
+
+def top(result) -> str:
+    return result.output[0][1]
+
+
+def test_photos_get_the_right_labels(tmp_path, photos, nets):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["chelsea"], photos["coffee"], photos["rocket"]])
+
+    run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    results = read_results(tmp_path / "r.zip", "chunk-1", "efficientnet_lite0", [0, 1, 2])
+    assert [top(item) for item in results.items] == ["tiger_cat", "espresso", "missile"]
+
+
+def test_results_say_how_they_were_made(tmp_path, photos, models_folder):
+    nets = NetCache(models_folder, threads=1)
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
+
+    first, second = (run_chunk(chunk, tmp_path / "r.zip", nets) for _ in range(2))
+
+    assert first.digest == installed_digest(models_folder, "efficientnet_lite0")
+    assert first.load_seconds > 0 == second.load_seconds
+    assert first.precision == "f32"
+    assert first.cpu == cpu_name()
+    assert first.versions.keys() >= {"python", "openvino", "numpy", "pillow"}
+    assert 50e6 < first.peak_memory_bytes <= peak_memory_bytes()
+    assert 0 < second.items[0].seconds < 10
+
+
+def test_broken_picture_fails_alone(tmp_path, photos, nets):
+    pictures = [photos["coffee"], photos["coffee"][:5000], b"", b"text", photos["chelsea"]]
+    chunk = make_chunk(tmp_path / "c.zip", pictures)
+
+    results = run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    codes = [item.error.code if item.error else top(item) for item in results.items]
+    assert codes == ["espresso", "broken_image", "empty_image", "not_an_image", "tiger_cat"]
+    assert all(item.error.permanent for item in results.items if item.error)
+
+
+class Clumsy(Classification):
+    """A service with a bug that some pictures wake."""
+
+    def prepare(self, artefact, inputs):
+        if inputs["image"] == b"bug":
+            raise ZeroDivisionError("a bug")
+        if inputs["image"] == b"net":
+            raise InferenceFailed()
+        return super().prepare(artefact, inputs)
+
+
+def test_bug_fails_its_item_only_and_is_logged(tmp_path, photos, models_folder, caplog):
+    nets = NetCache(models_folder, threads=2, find_service=lambda name: Clumsy())
+    chunk = make_chunk(tmp_path / "c.zip", [b"bug", b"net", photos["coffee"]])
+
+    with caplog.at_level(logging.ERROR):
+        first, second, third = run_chunk(chunk, tmp_path / "r.zip", nets).items
+
+    assert (first.error.code, first.error.permanent) == ("inference_failed", False)
+    assert first.error.reason == "ZeroDivisionError: a bug"
+    assert second.error.code == "inference_failed"
+    assert top(third) == "espresso"
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]
+
+
+def test_item_with_bad_params_fails_alone(tmp_path, photos, nets):
+    items = [
+        ChunkItem(number=0, inputs={"image": photos["coffee"]}, params={"top": 99}),
+        ChunkItem(number=1, inputs={"image": photos["coffee"]}, params={"top": 1}),
+    ]
+    write_chunk(tmp_path / "c.zip", "chunk-1", "classification", "efficientnet_lite0", None, items)
+
+    first, second = run_chunk(tmp_path / "c.zip", tmp_path / "r.zip", nets).items
+
+    assert first.error.code == "invalid_params"
+    assert len(second.output) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"model": "densenet121"}, NotInstalled),
+        ({"model": "no_such_model"}, (NotInstalled, UnknownModel)),
+        ({"service": "style"}, MalformedChunk),
+        ({"digest": "0" * 64}, NotInstalled),
+    ],
+)
+def test_chunk_that_cannot_be_worked_on_leaves_no_results(tmp_path, photos, nets, changes, error):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]], **changes)
+
+    with pytest.raises(error):
+        run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    assert not (tmp_path / "r.zip").exists()
+
+
+def test_right_digest_is_answered(tmp_path, photos, nets, models_folder):
+    digest = installed_digest(models_folder, "efficientnet_lite0")
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]], digest=digest)
+
+    assert run_chunk(chunk, tmp_path / "r.zip", nets).digest == digest
+
+
+def test_item_with_other_inputs_than_the_service_takes_spoils_the_chunk(tmp_path, nets):
+    items = [ChunkItem(number=0, inputs={"content": b"", "style": b""})]
+    write_chunk(tmp_path / "c.zip", "id", "classification", "efficientnet_lite0", None, items)
+
+    with pytest.raises(MalformedChunk, match="inputs image"):
+        run_chunk(tmp_path / "c.zip", tmp_path / "r.zip", nets)
+
+
+def test_model_is_built_on_first_use(tmp_path, photos):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
+
+    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(tmp_path / "models", threads=1))
+
+    assert top(results.items[0]) == "espresso"
+
+
+def test_damaged_weights_are_built_again(tmp_path, photos, models_folder):
+    models = shutil.copytree(models_folder, tmp_path / "models")
+    weights = models / "efficientnet_lite0" / "model.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
+
+    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(models, threads=1))
+
+    assert top(results.items[0]) == "espresso"
+
+
+def test_threads_do_not_change_the_answers(tmp_path, photos, models_folder):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["chelsea"], photos["coffee"], photos["rocket"]] * 5)
+
+    one, three = (
+        run_chunk(chunk, tmp_path / "r.zip", NetCache(models_folder, threads=threads)).items for threads in (1, 3)
+    )
+
+    assert [item.output for item in one] == [item.output for item in three]
+
+
+class Counting(Classification):
+    """Loads nothing, counts how often, and remembers how many inputs were in memory at once."""
+
+    def __init__(self):
+        self.loads = 0
+
+    def load(self, artefact, threads, precision):
+        self.loads += 1
+        return artefact.name
+
+    def prepare(self, artefact, inputs):
+        return len(inputs["image"])
+
+    def run(self, net, item):
+        return item
+
+
+def test_net_is_loaded_once(models_folder):
+    service = Counting()
+    nets = NetCache(models_folder, find_service=lambda name: service)
+
+    first, second = (nets.get("classification", "efficientnet_lite0", None) for _ in range(2))
+
+    assert service.loads == 1
+    assert first.net is second.net
+
+
+def test_nets_that_are_kept_are_few(tmp_path, models_folder):
+    import json
+
+    for number in range(KEPT_NETS + 1):
+        folder = shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / f"model{number}")
+        facts = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(facts | {"name": f"model{number}"}))
+    service = Counting()
+    nets = NetCache(tmp_path, find_service=lambda name: service)
+
+    for number in range(KEPT_NETS + 1):
+        nets.get("classification", f"model{number}", None)
+    nets.get("classification", "model1", None)
+    nets.get("classification", "model0", None)
+
+    assert service.loads == KEPT_NETS + 2
+
+
+def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):
+    import tracemalloc
+
+    megabytes = 4
+    chunk = make_chunk(tmp_path / "c.zip", [bytes(megabytes << 20)] * 16)
+    nets = NetCache(models_folder, threads=1, find_service=lambda name: Counting())
+    nets.get("classification", "efficientnet_lite0", None)
+
+    tracemalloc.start()
+    run_chunk(chunk, tmp_path / "r.zip", nets)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 4 * (megabytes << 20)
+
+
+def test_items_are_worked_on_side_by_side(tmp_path, models_folder):
+    class Slow(Counting):
+        def run(self, net, item):
+            time.sleep(0.2)
+            return item
+
+    chunk = make_chunk(tmp_path / "c.zip", [b"x"] * 8)
+    nets = NetCache(models_folder, threads=8, find_service=lambda name: Slow())
+
+    started = time.perf_counter()
+    run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    assert time.perf_counter() - started < 1.2
+
+
+def test_reader_is_closed_after_a_chunk(tmp_path, photos, nets):
+    chunk = make_chunk(tmp_path / "c.zip", [saved(Image.new("RGB", (8, 8)), "PNG")])
+
+    run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    with open_chunk(chunk) as reader:
+        assert reader.items
+    assert load_service("classification") is load_service("classification")
