@@ -5,16 +5,12 @@ Read once by `from_env` in `commands.py` and passed on. Every field is a row of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from provider_image.cores import available_cores
 from provider_image.environment import Environment
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,5 +61,5 @@ class BatcherSettings:
                 "MLG_CHUNK_TIMEOUT_SECONDS", cls.chunk_timeout_seconds, minimum=0.1, maximum=18000
             ),
             drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
-            workers=env.whole("MLG_WORKERS", _cores(), minimum=1, maximum=256),
+            workers=env.whole("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
         )

@@ -63,6 +63,9 @@ class Executor(Protocol):
     def capacity(self) -> int:
         """Tell how many jobs should be under way at once to keep it busy; at least 1 after `start`."""
 
+    def workers(self) -> int:
+        """Tell how many jobs are worked on at the same time; the others under way wait for their turn."""
+
     async def run(self, job: Job) -> Outcome:
         """Run one job. Failures are returned, not raised; cancelling the call stops the work."""
 

@@ -1,0 +1,413 @@
+"""The cycle: claims what is due, has it worked on, records what comes back.
+
+Run by `batcher.schedule`, one cycle at a time. Requests are claimed window by window: only as many as the executor can
+soon work on, so that memory stays bounded however many wait, and several batchers share. Each chunk has a task of its
+own from packing to recording; while some run, others are claimed and packed, so that workers do not wait. Leases are
+renewed all along; what a batcher that was killed had claimed goes back to the queue when its leases end.
+
+Longer than other modules, because claiming, dispatching, renewing and stopping share the state of one loop; what is
+not asynchronous (planning, packing, judging results, recording) stands in modules of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from batcher.dispatch_notes import DispatchNotes
+from batcher.executors import Executor, Job, Outcome
+from batcher.packing import Packed, pack
+from batcher.planner import PlannedChunk, PlannedItem, plan
+from batcher.recording import Recording, Tally
+from batcher.results import OBSTACLE_SECONDS, Settlement, settle, settle_failure
+from batcher.settings import BatcherSettings
+from provider_image.errors import ChunkError, MlgError, StoreError, StoreUnavailable
+from provider_image.models.artefact import installed_digest
+from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.compilers import can_build_now
+from server.store import Journal, Store
+from server.store.blobs import Blobs
+from server.store.records import ISOLATION_STEPS, Claim
+
+log = logging.getLogger(__name__)
+
+#: Pause after the store has refused something; doubles from the first to the last.
+FIRST_PAUSE_SECONDS = 0.2
+LAST_PAUSE_SECONDS = 5.0
+#: Ended leases are looked for this often.
+EXPIRY_SECONDS = 1.0
+#: When stopping, the store gets this long to take what is left to record.
+LAST_RECORD_SECONDS = 5.0
+
+
+class Home(Store, Journal, Protocol):
+    """What the cycle needs of a store."""
+
+    blobs: Blobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleReport:
+    """What one cycle did, in requests."""
+
+    claimed: int
+    done: int
+    failed: int
+    released: int
+    #: Dispatches.
+    chunks: int
+    seconds: float
+
+
+def now_utc() -> datetime:
+    """Return the time."""
+    return datetime.now(UTC)
+
+
+def servable(models: Path) -> frozenset[str]:
+    """List the models that are installed or would be built on first use."""
+    return frozenset(
+        row.name for row in CATALOGUE.values() if installed_digest(models, row.name) is not None or can_build_now(row)
+    )
+
+
+class Cycle:
+    """One batcher's cycles, one after another; not to be run twice at once.
+
+    :param folder: the batcher's own folder for files under way.
+    :param clock: gives the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Home,
+        executor: Executor,
+        settings: BatcherSettings,
+        folder: Path,
+        batcher_id: str,
+        clock: Callable[[], datetime] = now_utc,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._settings = settings
+        self._folder = folder
+        self._clock = clock
+        self._journal = DispatchNotes(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
+        self._wake = asyncio.Event()
+        self._takes_all = False
+        self._is_stopping = False
+        self._tally = Tally()
+        #: Planned but not yet begun.
+        self._ready: deque[PlannedChunk] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._runs: set[asyncio.Task[Outcome]] = set()
+        #: Chunks that take a place of the executor's capacity: being packed or with the executor.
+        self._places_taken = 0
+        #: (number, token) of every claim that is not yet recorded.
+        self._held: dict[tuple[int, int], Claim] = {}
+        #: Model -> until when (loop time) it is left alone, and why.
+        self._obstacles: dict[str, tuple[float, str]] = {}
+        self._no_claim_before = 0.0
+        self._claim_pause = FIRST_PAUSE_SECONDS
+        self._expiry_looked_at = float("-inf")
+
+    def look(self) -> None:
+        """Ask for a look at what is due."""
+        self._wake.set()
+
+    def take_all(self) -> None:
+        """Ask to take everything that waits, due or not, until nothing does."""
+        self._takes_all = True
+        self._wake.set()
+
+    async def asked(self) -> None:
+        """Wait until somebody asks for a look."""
+        await self._wake.wait()
+
+    @property
+    def obstacles(self) -> dict[str, str]:
+        """The models that cannot be worked on just now, and why."""
+        now = asyncio.get_running_loop().time()
+        return {model: reason for model, (until, reason) in self._obstacles.items() if until > now}
+
+    async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> CycleReport:
+        """Work until nothing is due and nothing is under way, or until told to stop.
+
+        :param stop: no new claims from then on; what is under way gets `drain_seconds`, and then goes back.
+        :param models: called in a thread, says which models to claim; those that can be served unless told otherwise.
+        """
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        self._tally = Tally()
+        choose = models or (lambda: servable(self._settings.models))
+        renewing = asyncio.create_task(self._renew_leases())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            while not stop.is_set():
+                self._wake.clear()
+                claimed = await self._claim(choose)
+                if stop.is_set():
+                    break
+                self._start_ready()
+                if not claimed and not self._tasks:
+                    break
+                if not claimed or self._room() <= 0:
+                    await self._wait_for_news(stopping)
+            if stop.is_set():
+                await self._drain()
+        finally:
+            # Only after a failure of the cycle itself is anything left here; its leases end by themselves.
+            for task in (*self._tasks, *self._runs, renewing, stopping):
+                task.cancel()
+            await asyncio.gather(*self._tasks, *self._runs, renewing, stopping, return_exceptions=True)
+        tally = self._tally
+        return CycleReport(
+            claimed=tally.claimed,
+            done=tally.done,
+            failed=tally.failed,
+            released=tally.released,
+            chunks=tally.chunks,
+            seconds=loop.time() - started_at,
+        )
+
+    # Claiming
+
+    def _room(self) -> int:
+        """Tell for how many more chunks the executor has a place."""
+        return self._executor.capacity() - self._places_taken - len(self._ready)
+
+    async def _claim(self, choose: Callable[[], Collection[str]]) -> int:
+        """Claim and plan for the places that are free. :return: how many claims were made."""
+        loop = asyncio.get_running_loop()
+        room = self._room()
+        if room <= 0 or loop.time() < self._no_claim_before:
+            return 0
+        limit = room * ISOLATION_STEPS[0]
+        is_looking_for_ended = loop.time() - self._expiry_looked_at >= EXPIRY_SECONDS
+        obstacles = frozenset(self.obstacles)
+        takes_all = self._takes_all
+        try:
+            claims = await asyncio.to_thread(self._claim_now, choose, obstacles, limit, takes_all, is_looking_for_ended)
+        except StoreError as error:
+            log.warning("cannot claim, trying again in %.1f s: %s", self._claim_pause, error)
+            self._no_claim_before = loop.time() + self._claim_pause
+            self._claim_pause = min(2 * self._claim_pause, LAST_PAUSE_SECONDS)
+            return 0
+        self._claim_pause = FIRST_PAUSE_SECONDS
+        if is_looking_for_ended:
+            self._expiry_looked_at = loop.time()
+        self._held.update(((claim.number, claim.token), claim) for claim in claims)
+        self._ready.extend(plan(claims, max_items=self._settings.chunk_items, max_bytes=self._settings.chunk_bytes))
+        self._tally.claimed += len(claims)
+        if len(claims) < limit and takes_all:
+            self._takes_all = False
+        return len(claims)
+
+    def _claim_now(
+        self,
+        choose: Callable[[], Collection[str]],
+        obstacles: frozenset[str],
+        limit: int,
+        takes_all: bool,
+        is_looking_for_ended: bool,
+    ) -> list[Claim]:
+        now = self._clock()
+        if is_looking_for_ended:
+            released = self._store.release_expired(now)
+            if released:
+                log.warning("%d requests of batchers that are gone are queued again", released)
+        return self._store.claim(
+            models=frozenset(choose()) - obstacles,
+            limit=limit,
+            now=now,
+            lease_ends_at=now + timedelta(seconds=self._settings.lease_seconds),
+            oldest_before=None if takes_all else now - timedelta(seconds=self._settings.max_wait_seconds),
+        )
+
+    def _start_ready(self) -> None:
+        while self._ready and self._places_taken < self._executor.capacity():
+            self._places_taken += 1
+            task = asyncio.create_task(self._handle(self._ready.popleft()))
+            self._tasks.add(task)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake.set()
+
+    async def _wait_for_news(self, stopping: asyncio.Task[bool]) -> None:
+        # Besides the events there is a longest pause: leases end and back-offs pass without any event.
+        waking = asyncio.create_task(self._wake.wait())
+        try:
+            await asyncio.wait({waking, stopping}, timeout=EXPIRY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waking.cancel()
+
+    # One chunk
+
+    async def _handle(self, planned: PlannedChunk) -> None:
+        """Take one chunk from packing to recording; never raises."""
+        packed: Packed | None = None
+        outcome = Outcome(provider=None, seconds=0.0)
+        try:
+            try:
+                packed = await asyncio.to_thread(self._pack, planned)
+                if packed.items:
+                    outcome = await self._dispatch(packed)
+            finally:
+                self._places_taken -= 1
+                self._wake.set()
+            settlement = await asyncio.to_thread(
+                settle, packed, outcome, self._settings.models, is_stopping=self._is_stopping
+            )
+        except OSError as error:
+            failure = StoreUnavailable(f"A chunk could not be written: {error}")
+            # A full disk, or a folder that was taken away: nobody's fault, and no use to hurry. But one picture on a
+            # bad sector must not hold up its neighbours for ever.
+            is_blameless = error.errno != errno.EIO
+            if is_blameless:
+                self._no_claim_before = asyncio.get_running_loop().time() + LAST_PAUSE_SECONDS
+            settlement = settle_failure(planned.items, _failed(failure, is_blameless=is_blameless))
+        except MlgError as error:
+            settlement = settle_failure(planned.items, _failed(error))
+        except Exception as error:
+            # A bug here or in an executor must not stop the batcher, nor may its chunk be tried for ever.
+            log.exception("a chunk failed", extra={"model": planned.model})
+            settlement = settle_failure(planned.items, _failed(ChunkError(f"{type(error).__name__}: {error}")))
+        try:
+            await self._record(planned, packed, outcome, settlement)
+        finally:
+            for claim in planned.claims:
+                self._held.pop((claim.number, claim.token), None)
+            if packed is not None:
+                await asyncio.to_thread(packed.remove_files)
+
+    def _pack(self, planned: PlannedChunk) -> Packed:
+        still_held = _without_lost(planned, self._held)
+        packed = pack(
+            still_held,
+            folder=self._folder,
+            picture=self._store.blobs.path,
+            digest=installed_digest(self._settings.models, planned.model),
+        )
+        if packed.items:
+            self._journal.note_start(packed)
+        return packed
+
+    async def _dispatch(self, packed: Packed) -> Outcome:
+        if self._is_stopping:
+            return _stopped()
+        job = Job(
+            chunk_id=packed.chunk_id,
+            model=packed.planned.model,
+            items=len(packed.items),
+            chunk=packed.chunk,
+            results=packed.results,
+            timeout_seconds=self._settings.chunk_timeout_seconds,
+        )
+        self._tally.chunks += 1
+        run = asyncio.create_task(self._executor.run(job))
+        self._runs.add(run)
+        try:
+            # Not awaited itself: when it is cancelled, this task is to go on and give the claims back.
+            await asyncio.wait({run})
+        finally:
+            run.cancel()
+            self._runs.discard(run)
+        return _stopped() if run.cancelled() else run.result()
+
+    async def _record(
+        self, planned: PlannedChunk, packed: Packed | None, outcome: Outcome, settlement: Settlement
+    ) -> None:
+        if settlement.error is not None and not self._is_stopping:
+            facts = {"model": planned.model, "code": settlement.error.code, "items": len(planned.items)}
+            log.warning("a chunk failed: %s", settlement.error, extra=facts)
+        if settlement.is_model_unusable and settlement.error is not None:
+            until = asyncio.get_running_loop().time() + OBSTACLE_SECONDS
+            self._obstacles[planned.model] = (until, settlement.error.reason)
+        recording = Recording(self._store, settlement)
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await asyncio.to_thread(recording.advance, self._clock())
+                break
+            except StoreError as error:
+                if not any((claim.number, claim.token) in self._held for claim in planned.claims):
+                    log.error("results are dropped, their leases ended before the store took them: %s", error)
+                    break
+                log.warning("cannot record results, trying again in %.1f s: %s", pause, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
+        for claim in planned.claims:
+            self._held.pop((claim.number, claim.token), None)
+        self._tally.add(recording.tally)
+        if packed is not None and packed.items:
+            await asyncio.to_thread(self._journal.note_end, packed, outcome, settlement)
+
+    # Leases and the end
+
+    async def _renew_leases(self) -> None:
+        period = self._settings.lease_seconds / 3
+        pause = period
+        while True:
+            await asyncio.sleep(pause)
+            held = list(self._held.values())
+            lease_ends_at = self._clock() + timedelta(seconds=self._settings.lease_seconds)
+            try:
+                kept = await asyncio.to_thread(self._store.renew, held, lease_ends_at=lease_ends_at)
+            except StoreError as error:
+                log.warning("cannot renew leases: %s", error)
+                pause = min(period, 1.0)
+                continue
+            pause = period
+            lost = [claim for claim in held if claim.number not in kept]
+            # What was recorded meanwhile is not lost.
+            gone = [claim for claim in lost if self._held.pop((claim.number, claim.token), None) is not None]
+            if gone:
+                log.warning("%d claims were lost, their results will be dropped", len(gone))
+
+    async def _drain(self) -> None:
+        """Finish what is under way, within limits, and give everything else back."""
+        self._is_stopping = True
+        unstarted = [item for planned in self._ready for item in planned.items]
+        self._ready.clear()
+        if unstarted:
+            await self._give_back(unstarted)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.drain_seconds)
+        for run in self._runs:
+            run.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LAST_RECORD_SECONDS)
+
+    async def _give_back(self, items: Iterable[PlannedItem]) -> None:
+        recording = Recording(self._store, settle_failure(items, _stopped(), is_stopping=True))
+        try:
+            await asyncio.to_thread(recording.advance, self._clock())
+        except StoreError as error:
+            log.warning("cannot give claims back, they will be when their leases end: %s", error)
+        self._tally.add(recording.tally)
+
+
+def _failed(error: MlgError, *, is_blameless: bool = False) -> Outcome:
+    return Outcome(provider=None, seconds=0.0, error=error, is_blameless=is_blameless)
+
+
+def _stopped() -> Outcome:
+    return _failed(ChunkError("The batcher was stopped before the chunk was done."), is_blameless=True)
+
+
+def _without_lost(planned: PlannedChunk, held: Collection[tuple[int, int]]) -> PlannedChunk:
+    """Leave out the items that nobody waits for any more, unless that is all of them."""
+    items = tuple(item for item in planned.items if any((claim.number, claim.token) in held for claim in item.claims))
+    if not items or len(items) == len(planned.items):
+        return planned
+    return PlannedChunk(service=planned.service, model=planned.model, isolation=planned.isolation, items=items)

@@ -1,0 +1,263 @@
+"""The local executor: warm worker processes on this machine.
+
+Made by the registry. Each worker is the door that every provider has, kept open, so that a model is loaded once and
+not per chunk. A worker that dies takes only its own chunk with it and is replaced at once.
+
+Weaknesses compared with others: it is as fast as this machine, and a worker may use all of this machine's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batcher.executors import Job, Outcome
+from batcher.executors.worker import Worker
+from batcher.settings import BatcherSettings
+from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.cores import available_cores
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied
+from provider_image.models.artefact import installed_digest
+from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.compilers import can_build_now
+from provider_image.warm import error_from
+
+log = logging.getLogger(__name__)
+
+#: Jobs under way for each worker: one that it works on and one that is packed and waits, so that it never waits itself.
+JOBS_PER_WORKER = 2
+#: Pause before a process that died at its start, without having done anything, is started again; doubles to the last.
+FIRST_PAUSE_SECONDS = 0.2
+LAST_PAUSE_SECONDS = 5.0
+#: After so many starts in a row that failed, and with no other worker alive, the jobs that wait are refused.
+HOPELESS_STARTS = 3
+#: A worker that lived this long was well, even if it had nothing to do.
+WELL_SECONDS = 5.0
+#: One grey pixel, to load everything with before the first request comes.
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Errand:
+    """A job on its way to a worker."""
+
+    job: Job
+    #: Set when it is over; cancelled when the caller has lost interest.
+    outcome: asyncio.Future[Outcome]
+
+
+class LocalExecutor:
+    """See `batcher.executors.Executor`.
+
+    :param environment: variables that the workers get beside those of this process.
+    """
+
+    name = "local"
+
+    def __init__(self, settings: BatcherSettings, *, environment: Mapping[str, str] | None = None) -> None:
+        self._settings = settings
+        self._extra = dict(environment or {})
+        self._provider = f"local/{socket.gethostname()}"
+        # A name of its own: several executors may work in one folder.
+        self._folder = settings.work / f"local-{secrets.token_hex(3)}"
+        self._errands: asyncio.Queue[_Errand] = asyncio.Queue()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._workers: dict[int, Worker] = {}
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Start the workers, without waiting for them: the first jobs do."""
+        self._folder.mkdir(parents=True, mode=0o700)
+        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
+
+    def capacity(self) -> int:
+        """See Executor.capacity."""
+        return JOBS_PER_WORKER * self._settings.workers
+
+    def workers(self) -> int:
+        """See Executor.workers."""
+        return self._settings.workers
+
+    def pids(self) -> list[int]:
+        """List the processes of the workers that are ready."""
+        return [worker.pid for worker in self._workers.values() if worker.pid is not None]
+
+    async def run(self, job: Job) -> Outcome:
+        """See Executor.run."""
+        if self._is_closed:
+            return self._nobodys_fault("The executor is closed.")
+        errand = _Errand(job=job, outcome=asyncio.get_running_loop().create_future())
+        self._errands.put_nowait(errand)
+        return await errand.outcome
+
+    async def close(self) -> None:
+        """See Executor.close."""
+        self._is_closed = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers = []
+        self._refuse_waiting("The executor is closed.")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # One keeper per worker
+
+    async def _keep(self, number: int) -> None:
+        """Keep one worker alive and busy until cancelled."""
+        loop = asyncio.get_running_loop()
+        pause, failed_starts = FIRST_PAUSE_SECONDS, 0
+        while not self._is_closed:
+            worker = self._new_worker(number)
+            started_at, was_useful = loop.time(), False
+            try:
+                await worker.start()
+                self._workers[number] = worker
+                failed_starts = 0
+                await self._warm_up(worker)
+                while await self._work_once(worker):
+                    was_useful = True
+                was_useful = True  # a chunk ended it; the next one shall not wait
+            except WorkerDied as error:
+                log.warning("worker %d: %s", number, error)
+                failed_starts += number not in self._workers
+                if failed_starts >= HOPELESS_STARTS and not self._workers:
+                    self._refuse_waiting(f"No worker process can be started. {error}")
+            finally:
+                self._workers.pop(number, None)
+                await worker.end(is_kill=not self._is_closed)
+            if was_useful or loop.time() - started_at > WELL_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            else:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
+
+    def _new_worker(self, number: int) -> Worker:
+        return Worker(
+            number,
+            self._folder / str(number),
+            models=self._settings.models,
+            threads=max(1, available_cores() // self._settings.workers),
+            extra=self._extra,
+        )
+
+    async def _work_once(self, worker: Worker) -> bool:
+        """Wait for an errand and do it.
+
+        :return: whether the worker can go on.
+        :raises WorkerDied: it ended while it had nothing to do.
+        """
+        taking = asyncio.create_task(self._errands.get())
+        ending = asyncio.create_task(worker.wait())
+        is_over = False
+        try:
+            await asyncio.wait({taking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            is_over = worker.has_ended
+        except asyncio.CancelledError:
+            is_over = True
+            raise
+        finally:
+            for task in (taking, ending):
+                task.cancel()  # nothing happens to one that is done
+            await asyncio.gather(taking, ending, return_exceptions=True)
+            if is_over and not taking.cancelled():
+                self._errands.put_nowait(taking.result())
+        if is_over:
+            raise WorkerDied("It ended while it had nothing to do.")
+        errand = taking.result()
+        if errand.outcome.done():
+            return True
+        try:
+            return await self._do(worker, errand)
+        finally:
+            if not errand.outcome.done():
+                errand.outcome.set_result(self._nobodys_fault("The executor was closed."))
+
+    async def _do(self, worker: Worker, errand: _Errand) -> bool:
+        """Do one errand. :return: whether the worker can go on."""
+        job, loop = errand.job, asyncio.get_running_loop()
+        started_at = loop.time()
+        asking = asyncio.create_task(worker.ask(job.chunk, job.results))
+        waits: set[asyncio.Future[Any]] = {asking, errand.outcome}
+        try:
+            await asyncio.wait(waits, timeout=job.timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            is_answered = asking.done()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        seconds = loop.time() - started_at
+        error: MlgError | None
+        can_go_on = False
+        if is_answered:
+            try:
+                reply = asking.result()
+            except WorkerDied as died:
+                error = died
+            else:
+                error = None if reply.get("ok") is True else error_from(reply)
+                can_go_on = True
+        else:
+            error = ChunkTimeout(f"The chunk took longer than {job.timeout_seconds:g} s, so its worker was stopped.")
+        if errand.outcome.done():
+            log.info("worker %d: its chunk was called back", worker.number, extra={"chunk_id": job.chunk_id})
+            return can_go_on
+        # A worker that was told to stop says so itself; only one that died in mid-chunk makes its items suspicious.
+        is_blameless = can_go_on and isinstance(error, WorkerDied)
+        if not can_go_on:
+            log.warning("worker %d: %s", worker.number, error, extra={"chunk_id": job.chunk_id})
+        errand.outcome.set_result(
+            Outcome(provider=self._provider, seconds=seconds, error=error, is_blameless=is_blameless)
+        )
+        return can_go_on
+
+    # Odds and ends
+
+    async def _warm_up(self, worker: Worker) -> None:
+        """Have one pixel classified, so that libraries and a model are loaded when the first request comes."""
+        row = _likeliest_model(self._settings.models)
+        if row is None or not self._errands.empty():
+            return
+        chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
+        item = ChunkItem(number=0, inputs={"image": _PIXEL})
+        try:
+            await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
+            # Not wait_for: before Python 3.12 it can swallow a cancellation that comes at the wrong moment.
+            async with asyncio.timeout(self._settings.chunk_timeout_seconds):
+                reply = await worker.ask(chunk, results)
+        except TimeoutError as error:
+            raise WorkerDied("It did not warm up in time.") from error
+        except OSError as error:
+            log.warning("worker %d was not warmed up: %s", worker.number, error)
+        else:
+            if reply.get("ok") is not True:
+                log.warning("worker %d was not warmed up: %s", worker.number, reply.get("reason"))
+        finally:
+            for path in (chunk, results):
+                path.unlink(missing_ok=True)
+
+    def _refuse_waiting(self, reason: str) -> None:
+        with contextlib.suppress(asyncio.QueueEmpty):
+            while True:
+                errand = self._errands.get_nowait()
+                if not errand.outcome.done():
+                    errand.outcome.set_result(self._nobodys_fault(reason))
+
+    def _nobodys_fault(self, reason: str) -> Outcome:
+        return Outcome(provider=None, seconds=0.0, error=WorkerDied(reason), is_blameless=True)
+
+
+def _likeliest_model(models: Path) -> ModelRow | None:
+    """Guess which model is asked for first: one that is installed, else one that can be built."""
+    rows = list(CATALOGUE.values())
+    installed = (row for row in rows if installed_digest(models, row.name) is not None)
+    return next(installed, next((row for row in rows if can_build_now(row)), None))

@@ -1,0 +1,185 @@
+"""Decides what becomes of each claim of a chunk that came back: answered, failed, or tried again.
+
+Called by `batcher.cycle` in a thread. Nothing in a results file is trusted: it counts only if it answers exactly this
+chunk, by the artefact that is installed here, and each output passes the service's own check. Must not open the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from batcher.executors import Outcome
+from batcher.packing import Packed
+from batcher.planner import PlannedItem
+from provider_image.chunk import ItemResult, read_results
+from provider_image.errors import (
+    BadInput,
+    ChunkError,
+    MalformedResults,
+    MlgError,
+    ModelError,
+    NotInstalled,
+    UnknownModel,
+)
+from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.services import load_service
+from provider_image.warm import error_from
+from server.store.records import Answer, Blame, Claim
+
+#: Seconds before an item that failed by itself is tried again, by its failures so far.
+BACKOFF_SECONDS = (1.0, 4.0, 16.0)
+#: Seconds before work is tried again that failed through no fault of its own: a model that cannot be used, a full disk.
+OBSTACLE_SECONDS = 30.0
+#: What concerns the model and not the items.
+MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setback:
+    """Claims that got no answer, and why."""
+
+    claims: tuple[Claim, ...]
+    #: The word for machines, and the sentence for people.
+    code: str
+    reason: str
+    #: Whose fault it was; None fails them for good.
+    blame: Blame | None
+    #: Seconds before they are tried again.
+    delay_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settlement:
+    """What becomes of the claims of one chunk: each stands in exactly one place here."""
+
+    answers: tuple[Answer, ...] = ()
+    setbacks: tuple[Setback, ...] = ()
+    #: Items that have an answer.
+    items_done: int = 0
+    #: Why the chunk failed as a whole; None if it did not.
+    error: MlgError | None = None
+    #: True when the failure is the model's, so that other chunks of it would fail alike.
+    is_model_unusable: bool = False
+
+
+def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> Settlement:
+    """Settle a chunk that was dispatched.
+
+    :param models: the folder of artefacts.
+    :param is_stopping: what failed through nobody's fault is due again at once, for others to take.
+    """
+    missing = tuple(
+        Setback(
+            claims=item.claims,
+            code="picture_missing",
+            reason="The picture's file is gone from the store. Send the picture again.",
+            blame=None,
+        )
+        for item in packed.missing
+    )
+    if not packed.items:
+        return Settlement(setbacks=missing)
+    if outcome.error is not None:
+        return settle_failure(packed.items, outcome, is_stopping=is_stopping, beside=missing)
+    try:
+        artefact = find_artefact(models, packed.planned.model)
+        results = read_results(
+            packed.results, packed.chunk_id, packed.planned.model, range(len(packed.items)), artefact.digest
+        )
+    except (MalformedResults, *MODEL_ERRORS) as error:
+        failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
+        return settle_failure(packed.items, failed, is_stopping=is_stopping, beside=missing)
+    answers: list[Answer] = []
+    setbacks = list(missing)
+    items_done = 0
+    for item, result in zip(packed.items, results.items, strict=True):
+        refusal = _refusal(packed.planned.service, artefact, result)
+        if refusal is None:
+            items_done += 1
+            answers += _answers(packed, item, result, artefact, outcome.provider)
+        elif isinstance(refusal, BadInput):
+            # Decided by our own table of errors, not by what the provider says of it.
+            setbacks.append(Setback(claims=item.claims, code=refusal.code, reason=_plain(refusal), blame=None))
+        else:
+            setbacks.append(_on_its_own(item, refusal))
+    return Settlement(answers=tuple(answers), setbacks=tuple(setbacks), items_done=items_done)
+
+
+def settle_failure(
+    items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False, beside: tuple[Setback, ...] = ()
+) -> Settlement:
+    """Settle a chunk that failed as a whole.
+
+    :param outcome: its error says why.
+    :param beside: setbacks that are known already.
+    """
+    failed = tuple(items)
+    error = outcome.error or ChunkError()
+    is_model_unusable = isinstance(error, MODEL_ERRORS)
+    if outcome.is_blameless or is_model_unusable:
+        blame, delay = Blame.NOBODY, 0.0 if is_stopping else OBSTACLE_SECONDS
+        setbacks: tuple[Setback, ...] = tuple(_setback(item, error, blame, delay) for item in failed)
+    elif len(failed) == 1:
+        setbacks = (_on_its_own(failed[0], error),)
+    else:
+        # Due at once: they go out in smaller chunks, so that the guilty one is found and the others are answered.
+        setbacks = tuple(_setback(item, error, Blame.CHUNK, 0.0) for item in failed)
+    return Settlement(setbacks=beside + _merge(setbacks), error=error, is_model_unusable=is_model_unusable)
+
+
+def _refusal(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
+    if result.error is not None:
+        return error_from({"code": result.error.code, "reason": result.error.reason})
+    try:
+        load_service(service).check_output(artefact, result.output)
+    except MalformedResults as error:
+        return error
+    return None
+
+
+def _answers(
+    packed: Packed, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
+) -> list[Answer]:
+    return [
+        Answer(
+            claim=claim,
+            output=result.output,
+            digest=artefact.digest,
+            chunk_id=packed.chunk_id,
+            provider=provider or "unknown",
+            seconds=result.seconds,
+        )
+        for claim in item.claims
+    ]
+
+
+def _on_its_own(item: PlannedItem, error: MlgError) -> Setback:
+    attempts = max(claim.attempts for claim in item.claims)
+    return _setback(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
+
+
+def _setback(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> Setback:
+    return Setback(claims=item.claims, code=error.code, reason=_plain(error), blame=blame, delay_seconds=delay_seconds)
+
+
+def _merge(setbacks: tuple[Setback, ...]) -> tuple[Setback, ...]:
+    """Make one setback of several that differ only in their claims: the store then needs one commit for all."""
+    if not setbacks:
+        return ()
+    first = setbacks[0]
+    return (
+        Setback(
+            claims=tuple(claim for setback in setbacks for claim in setback.claims),
+            code=first.code,
+            reason=first.reason,
+            blame=first.blame,
+            delay_seconds=first.delay_seconds,
+        ),
+    )
+
+
+def _plain(error: MlgError) -> str:
+    """Return the reason without control characters: it may come from a provider, and ends up in logs and terminals."""
+    return "".join(character if character.isprintable() else " " for character in error.reason)[:1000]

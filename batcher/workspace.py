@@ -1,0 +1,87 @@
+"""A batcher's own folder for files under way, with a lock that tells the living from the dead.
+
+Made by `commands.py` at the start of a batcher. Whoever starts next removes the folders of batchers that were killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from provider_image.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_LOCK = "lock"
+#: A batcher's folder is called after the start of its id: paths of Unix sockets, which end up inside, must be short.
+_NAME_LENGTH = 8
+
+
+class Workspace:
+    """`work/<start of the batcher's id>`, held by a file lock that the kernel gives up when the process ends."""
+
+    def __init__(self, work: Path, batcher_id: str) -> None:
+        self._work = work
+        self.folder = work / batcher_id[:_NAME_LENGTH]
+        self._lock: int | None = None
+
+    def create(self) -> list[str]:
+        """Make the folder and remove those of dead batchers.
+
+        :return: the names of the folders removed.
+        :raises StoreUnavailable: it cannot be made.
+        """
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+            with self._held_by_one():
+                removed = [folder.name for folder in self._dead()]
+                for name in removed:
+                    shutil.rmtree(self._work / name, ignore_errors=True)
+                self.folder.mkdir(mode=0o700)
+                self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The folder {self._work} cannot be used: {error.strerror or error}. "
+                "Check that it belongs to this user and is not read-only."
+            ) from error
+        if removed:
+            log.info("removed files of %d batchers that are gone", len(removed))
+        return removed
+
+    def remove(self) -> None:
+        """Remove the folder and whatever is still in it; harmless when called twice."""
+        if self._lock is None:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
+
+    @contextlib.contextmanager
+    def _held_by_one(self) -> Iterator[None]:
+        # Without it a starter could take another's folder, made but not yet locked, for a dead one.
+        with (self._work / ".lock").open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            yield
+
+    def _dead(self) -> list[Path]:
+        return [folder for folder in sorted(self._work.iterdir()) if folder.is_dir() and not _is_locked(folder)]
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

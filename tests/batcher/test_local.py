@@ -1,0 +1,128 @@
+"""What only the local executor has: processes of its own that must start, warm up, and be found from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batcher.executors import Job
+from batcher.executors.local import LocalExecutor
+from batcher.settings import BatcherSettings
+from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.errors import WorkerDied
+
+MODEL = "efficientnet_lite0"
+
+
+async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+def job(folder: Path) -> Job:
+    write_chunk(folder / "c.zip", "c", "classification", MODEL, None, [ChunkItem(number=0, inputs={"image": b"?"})])
+    return Job(chunk_id="c", model=MODEL, items=1, chunk=folder / "c.zip", results=folder / "r.zip", timeout_seconds=60)
+
+
+def with_plugin(folder: Path, code: str) -> dict[str, str]:
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_workers_start_from_a_folder_that_has_a_server_package_of_its_own(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("provider_image", "server"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+
+    async def main() -> None:
+        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1))
+        await executor.start()
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+
+def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1))
+        await executor.start()
+        await until(lambda: len(executor.pids()) == 1)
+        (first,) = executor.pids()
+
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: executor.pids() not in ([], [first]))
+        outcome = await executor.run(job(tmp_path))
+
+        await executor.close()
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+
+def test_jobs_are_refused_without_blame_when_no_worker_can_start(
+    tmp_path: Path, models_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment = with_plugin(tmp_path / "plugin", "import os, sys; print('no luck', file=sys.stderr); os._exit(3)")
+
+    async def main() -> None:
+        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=2)
+        executor = LocalExecutor(settings, environment=environment)
+        await executor.start()
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert isinstance(outcome.error, WorkerDied)
+        assert outcome.is_blameless
+        assert "status 3" in outcome.error.reason and "no luck" in outcome.error.reason
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+
+    assert "worker 0: no luck" in caplog.messages
+
+
+def test_a_flood_on_standard_error_reaches_the_log_and_fills_no_pipe(
+    tmp_path: Path, models_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flood = "import sys\nsys.stderr.write('x' * 3_000_000 + '\\n')\nsys.stderr.write('last words\\n')"
+    environment = with_plugin(tmp_path / "plugin", flood)
+
+    async def main() -> None:
+        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1)
+        executor = LocalExecutor(settings, environment=environment)
+        await executor.start()
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert outcome.error is None
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+
+    assert "worker 0: last words" in caplog.messages
+
+
+def test_workers_warm_up_without_anybody_asking(tmp_path: Path) -> None:
+    async def main() -> None:
+        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=tmp_path / "models", workers=1))
+        started_at = time.monotonic()
+        await executor.start()
+        is_started_at_once = time.monotonic() - started_at < 0.5
+        await until((tmp_path / "models" / MODEL / "model.json").exists)
+        await executor.close()
+        assert is_started_at_once
+
+    asyncio.run(main())

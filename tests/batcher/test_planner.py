@@ -1,0 +1,175 @@
+"""The planner, as properties that hold for any mix of models, sizes, equal pictures and suspicions."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from datetime import UTC, datetime
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batcher.planner import PlannedChunk, plan
+from server.store.records import ISOLATION_STEPS, Claim
+
+NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def claim(
+    number: int,
+    *,
+    model: str = "resnet50",
+    service: str = "classification",
+    image: str | None = None,
+    image_bytes: int = 100,
+    isolation: int = 0,
+    params: dict[str, int] | None = None,
+) -> Claim:
+    return Claim(
+        number=number,
+        id=f"id{number}",
+        token=1,
+        service=service,
+        model=model,
+        params=params or {},
+        image_sha256=image or f"{number:064x}",
+        image_bytes=image_bytes,
+        attempts=0,
+        isolation=isolation,
+        created_at=NOON,
+    )
+
+
+#: Few models, pictures and parameters, so that equal ones meet; the size belongs to the picture.
+parts = st.tuples(
+    st.sampled_from(["resnet50", "vgg16", "densenet121"]),
+    st.sampled_from(["classification", "style"]),
+    st.one_of(st.none(), st.integers(0, 5)),
+    st.integers(1, 400),
+    st.integers(0, len(ISOLATION_STEPS) - 1),
+    st.sampled_from([{}, {"size": 1}, {"size": 2}]),
+)
+
+
+@st.composite
+def waiting(draw: st.DrawFn) -> list[Claim]:
+    drawn = draw(st.lists(parts, max_size=80))
+    numbers = draw(st.permutations(range(1, len(drawn) + 1)))
+    return [
+        claim(
+            number,
+            model=model,
+            service=service,
+            image=None if image is None else f"picture{image}",
+            image_bytes=size if image is None else 50 + image,
+            isolation=isolation,
+            params=params,
+        )
+        for number, (model, service, image, size, isolation, params) in zip(numbers, drawn, strict=True)
+    ]
+
+
+limits = {"max_items": st.integers(1, 16), "max_bytes": st.integers(1, 1000)}
+
+
+def first_numbers(chunks: list[PlannedChunk]) -> list[int]:
+    return [item.first.number for chunk in chunks for item in chunk.items]
+
+
+@given(claims=waiting(), **limits)
+def test_no_claim_is_lost_or_planned_twice(claims: list[Claim], max_items: int, max_bytes: int) -> None:
+    chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
+
+    planned = Counter(claim.number for chunk in chunks for claim in chunk.claims)
+    assert planned == Counter(claim.number for claim in claims)
+
+
+@given(claims=waiting(), **limits)
+def test_limits_are_kept_and_only_a_lone_item_may_exceed_the_bytes(
+    claims: list[Claim], max_items: int, max_bytes: int
+) -> None:
+    chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
+
+    for chunk in chunks:
+        assert 1 <= len(chunk.items) <= max_items
+        assert chunk.image_bytes <= max_bytes or len(chunk.items) == 1
+
+
+@given(claims=waiting(), **limits)
+def test_a_chunk_has_one_service_one_model_and_one_degree_of_isolation(
+    claims: list[Claim], max_items: int, max_bytes: int
+) -> None:
+    chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
+
+    for chunk in chunks:
+        assert {(claim.service, claim.model, claim.isolation) for claim in chunk.claims} == {
+            (chunk.service, chunk.model, chunk.isolation)
+        }
+        assert len(chunk.items) <= ISOLATION_STEPS[chunk.isolation]
+
+
+@given(claims=waiting(), **limits)
+def test_chunks_and_the_items_of_a_model_go_oldest_first(claims: list[Claim], max_items: int, max_bytes: int) -> None:
+    chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
+
+    starts = [chunk.items[0].first.number for chunk in chunks]
+    assert starts == sorted(starts)
+    for kind in {(chunk.service, chunk.model, chunk.isolation) for chunk in chunks}:
+        of_kind = [chunk for chunk in chunks if (chunk.service, chunk.model, chunk.isolation) == kind]
+        assert first_numbers(of_kind) == sorted(first_numbers(of_kind))
+
+
+@given(claims=waiting(), **limits)
+def test_claims_share_an_item_exactly_when_they_are_equal_and_above_suspicion(
+    claims: list[Claim], max_items: int, max_bytes: int
+) -> None:
+    chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
+
+    def key(claim: Claim) -> tuple[object, ...]:
+        return claim.service, claim.model, claim.image_sha256, tuple(claim.params.items())
+
+    items = [item for chunk in chunks for item in chunk.items]
+    for item in items:
+        assert len({key(claim) for claim in item.claims}) == 1
+        assert len(item.claims) == 1 or all(claim.isolation == 0 for claim in item.claims)
+    unsuspected = [key(item.first) for item in items if item.first.isolation == 0]
+    assert len(unsuspected) == len(set(unsuspected))
+
+
+@given(claims=waiting(), seed=st.integers(0, 1000), **limits)
+def test_the_plan_does_not_depend_on_the_order_of_the_claims(
+    claims: list[Claim], seed: int, max_items: int, max_bytes: int
+) -> None:
+    shuffled = random.Random(seed).sample(claims, len(claims))
+
+    assert plan(shuffled, max_items=max_items, max_bytes=max_bytes) == plan(
+        claims, max_items=max_items, max_bytes=max_bytes
+    )
+
+
+@given(count=st.integers(1, 60))
+@settings(max_examples=20)
+def test_no_more_chunks_are_made_than_the_items_need(count: int) -> None:
+    chunks = plan([claim(number) for number in range(count)])
+
+    assert len(chunks) == -(-count // 16)
+
+
+def test_equal_pictures_count_their_bytes_once() -> None:
+    claims = [claim(number, image="same", image_bytes=900) for number in range(40)]
+
+    (chunk,) = plan(claims, max_bytes=1000)
+
+    assert (len(chunk.items), len(chunk.claims), chunk.image_bytes) == (1, 40, 900)
+
+
+def test_an_item_over_the_byte_limit_goes_alone_between_its_neighbours() -> None:
+    sizes = [10, 5000, 10, 10]
+
+    chunks = plan([claim(n, image_bytes=size) for n, size in enumerate(sizes)], max_bytes=1000)
+
+    assert [[item.first.number for item in chunk.items] for chunk in chunks] == [[0], [1], [2, 3]]
+
+
+def test_nothing_waiting_gives_no_chunks() -> None:
+    assert plan([]) == []

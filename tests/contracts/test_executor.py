@@ -1,0 +1,249 @@
+"""What every Executor must do. A new executor adds a parameter to `kind`, not tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from batcher.executors import Executor, Job, Outcome
+from batcher.executors.local import LocalExecutor
+from batcher.settings import BatcherSettings
+from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.errors import ChunkTimeout, MalformedChunk, WorkerDied
+
+MODEL = "efficientnet_lite0"
+WORKERS = 2
+
+#: Loaded by every worker at its start. A picture that ends in HOLD:PATH says that it was begun, by making PATH.begun
+#: with the process's id in it, and is held until PATH is there.
+PLUGIN = """
+import os, pathlib, time
+import provider_image.imaging as imaging
+
+def decode(data, *arguments, plain=imaging.decode, **options):
+    head, mark, path = bytes(data).rpartition(b"HOLD:")
+    if mark:
+        path = pathlib.Path(os.fsdecode(path))
+        path.with_suffix(".half").write_text(str(os.getpid()))
+        path.with_suffix(".half").rename(path.with_suffix(".begun"))
+        while not path.exists():
+            time.sleep(0.01)
+    return plain(data, *arguments, **options)
+
+imaging.decode = decode
+"""
+
+
+class Bench:
+    """An executor, and a folder to make jobs in."""
+
+    def __init__(self, executor: Executor, folder: Path) -> None:
+        self.executor = executor
+        self.folder = folder
+
+    def job(self, name: str, *, pictures: int = 1, timeout_seconds: float = 120, is_held: bool = False) -> Job:
+        data = picture() + (b"HOLD:" + os.fsencode(self.gate(name)) if is_held else b"")
+        chunk = self.folder / f"{name}.chunk.zip"
+        items = [ChunkItem(number=number, inputs={"image": data}) for number in range(pictures)]
+        write_chunk(chunk, name, "classification", MODEL, None, items)
+        return Job(
+            chunk_id=name,
+            model=MODEL,
+            items=pictures,
+            chunk=chunk,
+            results=self.folder / f"{name}.results.zip",
+            timeout_seconds=timeout_seconds,
+        )
+
+    def gate(self, name: str) -> Path:
+        return self.folder / f"{name}.gate"
+
+    def open(self, name: str) -> None:
+        self.gate(name).touch()
+
+    async def begun(self, name: str) -> int:
+        """Wait until a held job is being worked on, and return the id of the process that does."""
+        path = self.gate(name).with_suffix(".begun")
+        await until(path.exists)
+        return int(path.read_text())
+
+    async def assert_works(self, name: str = "next") -> None:
+        job = self.job(name)
+        outcome = await self.executor.run(job)
+        assert outcome.error is None
+        assert read_results(job.results, name, MODEL, [0]).items[0].error is None
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), (200, 120, 40)).save(file, "PNG")
+    return file.getvalue()
+
+
+async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["local"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def bench(
+    kind: str, tmp_path: Path, models_folder: Path
+) -> Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]:
+    """Run a test body with a started executor, and close it afterwards."""
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "sitecustomize.py").write_text(PLUGIN)
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=WORKERS)
+
+    @contextlib.asynccontextmanager
+    async def started() -> AsyncIterator[Bench]:
+        executor = {"local": LocalExecutor}[kind](settings, environment={"PYTHONPATH": str(plugin)})
+        await executor.start()
+        try:
+            yield Bench(executor, folder)
+        finally:
+            await executor.close()
+
+    def run(body: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            async with started() as made:
+                await asyncio.wait_for(body(made), 150)
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_a_chunk_is_answered(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        job = bench.job("chunk", pictures=3)
+
+        outcome = await bench.executor.run(job)
+
+        assert (outcome.error, outcome.is_blameless) == (None, False)
+        assert outcome.provider is not None and outcome.provider.startswith(bench.executor.name)
+        assert outcome.seconds > 0
+        results = read_results(job.results, "chunk", MODEL, range(3))
+        assert [len(item.output) for item in results.items] == [20, 20, 20]
+
+    bench(body)
+
+
+def test_as_many_jobs_as_it_has_workers_run_side_by_side_and_the_rest_of_its_capacity_waits(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        names = [f"job{number}" for number in range(bench.executor.capacity())]
+
+        runs = [asyncio.create_task(bench.executor.run(bench.job(name, is_held=True))) for name in names]
+        pids = {await bench.begun(name) for name in names[: bench.executor.workers()]}
+        for name in names:
+            bench.open(name)
+        outcomes = await asyncio.gather(*runs)
+
+        assert len(pids) == bench.executor.workers()
+        assert [outcome.error for outcome in outcomes] == [None] * len(names)
+
+    bench(body)
+
+
+def test_a_malformed_chunk_file_is_an_error_and_the_next_job_works(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        job = bench.job("broken")
+        job.chunk.write_bytes(b"PK\x03\x04 not a zip at all")
+
+        outcome = await bench.executor.run(job)
+
+        assert isinstance(outcome.error, MalformedChunk)
+        assert not outcome.is_blameless
+        await bench.assert_works()
+
+    bench(body)
+
+
+def test_a_worker_killed_in_mid_job_fails_that_job_only(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        run = asyncio.create_task(bench.executor.run(bench.job("killed", is_held=True)))
+        os.kill(await bench.begun("killed"), signal.SIGKILL)
+        outcome = await run
+
+        assert isinstance(outcome.error, WorkerDied)
+        assert "SIGKILL" in outcome.error.reason
+        assert not outcome.is_blameless
+        for number in range(2 * WORKERS):
+            await bench.assert_works(f"next{number}")
+
+    bench(body)
+
+
+def test_a_job_over_its_time_limit_is_stopped_and_the_next_job_works(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        await bench.assert_works("first")  # so that the limit is not spent on the start
+
+        run = asyncio.create_task(bench.executor.run(bench.job("slow", is_held=True, timeout_seconds=1)))
+        pid = await bench.begun("slow")
+        outcome = await run
+
+        assert isinstance(outcome.error, ChunkTimeout)
+        await until(lambda: not is_alive(pid))
+        await bench.assert_works()
+
+    bench(body)
+
+
+def test_cancelling_a_run_stops_the_work_and_the_next_job_works(bench: Any) -> None:
+    async def body(bench: Bench) -> None:
+        run = asyncio.create_task(bench.executor.run(bench.job("unwanted", is_held=True)))
+        pid = await bench.begun("unwanted")
+
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+        await until(lambda: not is_alive(pid))
+        await bench.assert_works()
+
+    bench(body)
+
+
+def test_closing_leaves_no_process_and_no_file_and_blames_nobody(bench: Any, tmp_path: Path) -> None:
+    async def body(bench: Bench) -> None:
+        jobs = [bench.job(f"job{number}", is_held=True) for number in range(bench.executor.capacity())]
+        runs = [asyncio.create_task(bench.executor.run(job)) for job in jobs]
+        pids = [await bench.begun(f"job{number}") for number in range(bench.executor.workers())]
+
+        await bench.executor.close()
+        await bench.executor.close()
+        outcomes: list[Outcome] = await asyncio.gather(*runs)
+        late = await bench.executor.run(bench.job("late"))
+
+        assert all(outcome.is_blameless and outcome.error is not None for outcome in [*outcomes, late])
+        assert not any(is_alive(pid) for pid in pids)
+        assert list((tmp_path / "work").iterdir()) == []
+
+    bench(body)
