@@ -81,6 +81,8 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": str(threads),
         "INFERENCE_NUM_THREADS": str(threads),
+        # Pinned, the single threads of several processes would all sit on the first core and leave the others idle.
+        "ENABLE_CPU_PINNING": "NO",
         **hints(precision),
     }
     try:

@@ -1,0 +1,113 @@
+"""The command `mlg`: a lazy table of subcommands. Imports nothing else until one of them is called for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from provider_image.errors import ConfigError, MlgError
+
+#: name -> ("module:attribute", help for the list of commands).
+COMMANDS = {
+    "up": ("batcher.commands:up", "Run everything here: server, batcher and workers."),
+    "serve": ("server.commands:serve", "Run the HTTP server."),
+    "batch": ("batcher.commands:batch", "Run the batcher, on a timer or once."),
+    "submit": ("server.commands:submit", "Send pictures to a server and collect the answers."),
+    "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
+    "models": ("server.commands:models", "List models, or install one."),
+    "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, naming the nearest if there is none."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " See: mlg --help"
+            ctx.fail(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"mlg {version('mlg')}")
+    except PackageNotFoundError:
+        click.echo("mlg (not installed)")
+    ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+def cli() -> None:
+    """Classify pictures in batches, here or on other people's computers.
+
+    \b
+    Example:
+      mlg up
+      mlg submit --model efficientnet_lite0 --wait photos/
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and end the process: 0 well, 1 failed, 2 a mistake in settings or usage, 130 Ctrl-C."""
+    try:
+        # standalone_mode=False hands errors and exit codes to us, so that every error is one line.
+        status = cli.main(args=arguments, prog_name="mlg", standalone_mode=False)
+    except MlgError as error:
+        _show_traceback()
+        click.echo(f"mlg: {error.reason}", err=True)
+        status = 2 if isinstance(error, ConfigError) else 1
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _show_traceback()
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `mlg requests list | head`. Nothing more can be written, and Python
+        # would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show_traceback() -> None:
+    if os.environ.get("MLG_DEBUG") == "1":
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

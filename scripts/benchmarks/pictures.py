@@ -1,0 +1,49 @@
+"""Real photos as JPEGs of a wanted size in bytes, any number of them, all with different bytes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+#: Colour photos in scikit-image's wheel.
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+#: Room in a JPEG comment for what makes each picture's bytes different.
+MARK_BYTES = 32
+
+
+def album() -> Path:
+    """Return the folder of scikit-image's photos without importing the library."""
+    from importlib.util import find_spec
+
+    spec = find_spec("skimage")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "data"
+
+
+def photo_jpegs(*, width: int = 800, height: int = 600, size: int = 113 * 1024) -> list[bytes]:
+    """Encode each photo at the pixel size, with the quality that comes nearest to the byte size from below.
+
+    Each has a comment of MARK_BYTES bytes right after its start, for `marked`.
+    """
+    return [_with_comment(_encode(album() / name, width, height, size)) for name in PHOTOS]
+
+
+def _encode(path: Path, width: int, height: int, size: int) -> bytes:
+    picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    for quality in range(98, 10, -1):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= size:
+            return buffer.getvalue()
+    raise ValueError(f"{path} does not fit into {size} bytes")
+
+
+def _with_comment(jpeg: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xfe" + (MARK_BYTES + 2).to_bytes(2) + b"@" * MARK_BYTES + jpeg[2:]
+
+
+def marked(jpeg: bytes, number: int) -> bytes:
+    """Return the same picture with other bytes."""
+    return jpeg[:6] + f"{number:0{MARK_BYTES}d}".encode() + jpeg[6 + MARK_BYTES :]

@@ -1,0 +1,70 @@
+"""Starts the programs that are measured, each in its own process group, and surely ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def free_port() -> int:
+    """Find a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def running(command: list[str], *, url: str, log: Path, env: dict[str, str] | None = None) -> Iterator[int]:
+    """Run a program until the block ends; enter it when the address answers. :return: its process id."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(env or {})}
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield process.pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def mlg(*words: str) -> list[str]:
+    """Return the command line of an mlg command."""
+    return [sys.executable, "-m", "mlg", *words]
+
+
+def resident_megabytes(pid: int) -> float:
+    """Read the peak resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"no memory figure for {pid}")

@@ -1,0 +1,73 @@
+"""How a request looks to a client: the JSON of one request, and of the catalogue.
+
+Called by `api.py` and, for `--json`, by `commands.py`. Pictures, tokens and leases are nobody's business and stay out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from provider_image.models.artefact import installed_digest
+from provider_image.models.catalogue import CATALOGUE, install_command
+from provider_image.models.compilers import can_build_now
+from provider_image.services import load_service
+from server.estimates import Wait
+from server.store.records import Request, State, to_text
+
+
+def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None) -> dict[str, Any]:
+    """Build a request's JSON.
+
+    :param params: the service's read-time parameters, checked.
+    """
+    shown: dict[str, Any] = {
+        "req_id": request.id,
+        "status": str(request.state),
+        "preds": None,
+        "model": request.model,
+        "service": request.service,
+        "name": request.name,
+        "created_at": to_text(request.created_at),
+        "attempts": request.attempts,
+    }
+    if request.state is State.DONE:
+        shown["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
+        shown["cached"] = request.is_cached
+        shown["provider"] = request.provider
+        shown["seconds"] = request.seconds
+        shown["digest"] = request.digest
+    if request.finished_at is not None:
+        shown["finished_at"] = to_text(request.finished_at)
+    if wait is not None:
+        shown["waiting_for"] = wait.waiting_for
+        shown["eta_seconds"] = wait.eta_seconds
+        if wait.ahead is not None:
+            shown["ahead"] = wait.ahead
+    if request.state is not State.DONE and request.reason is not None:
+        # Also while it is queued again: why the last attempt failed.
+        shown["reason"] = request.reason
+        shown["code"] = request.code
+    return shown
+
+
+def show_models(models: Path) -> list[dict[str, Any]]:
+    """List the catalogue with what is installed in a models folder."""
+    rows = []
+    for row in CATALOGUE.values():
+        digest = installed_digest(models, row.name)
+        rows.append(
+            {
+                "name": row.name,
+                "title": row.title,
+                "service": row.service,
+                "height": row.height,
+                "width": row.width,
+                "installed": digest is not None,
+                "builds_on_first_use": digest is None and can_build_now(row),
+                "digest": digest,
+                "install": install_command(row),
+            }
+        )
+    return rows

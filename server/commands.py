@@ -1,0 +1,274 @@
+"""The commands of the server room: serve, migrate, requests, models, submit.
+
+Found through the table in `mlg.py`. Settings are read here, once; whatever is heavy is imported in the function that
+needs it, so that `mlg requests --help` is quick. Long because a room has one file of commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from provider_image.errors import MlgError, NotInstalled
+from server.options import environment, home_option, host_option, json_option, port_option
+from server.request_commands import requests
+from server.settings import ServerSettings
+from server.tables import make_table, print_table
+
+if TYPE_CHECKING:
+    from server.submit import Row
+
+__all__ = ["migrate", "models", "requests", "serve", "submit"]
+
+
+# serve
+
+
+@click.command()
+@home_option
+@host_option
+@port_option
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--parent-fd", type=int, hidden=True)
+def serve(home: Path | None, host: str | None, port: int | None, ready_fd: int | None, parent_fd: int | None) -> None:
+    """Run the HTTP server until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      mlg serve --port 5000
+      curl -F image=@kitten.jpg http://127.0.0.1:5000/requestPrediction/efficientnet_lite0
+    """
+    settings = ServerSettings.from_env(environment(home=home, host=host, port=port))
+    from server import wsgi
+    from server.logs import configure
+
+    configure()
+
+    def tell(host: str, port: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"mlg serves {settings.home} at http://{shown}:{port}", err=True)
+        if ready_fd is not None:
+            with os.fdopen(ready_fd, "w") as ready:
+                ready.write(f"{host} {port}\n")
+
+    private = () if ready_fd is None else (ready_fd,)
+    wsgi.serve(settings, on_ready=tell, parent_fd=parent_fd, private_fds=private)
+
+
+# migrate
+
+
+@click.command()
+@home_option
+def migrate(home: Path | None) -> None:
+    """Make the home if need be and bring its database to this version's schema.
+
+    `mlg serve`, `mlg batch` and `mlg up` do this by themselves.
+
+    \b
+    Example:
+      mlg migrate --home /srv/mlg
+    """
+    settings = ServerSettings.from_env(environment(home=home))
+    from server.store.sqlite import SqliteStore
+
+    store = SqliteStore(settings)
+    try:
+        applied = store.migrate()
+    finally:
+        store.close()
+    click.echo(f"{settings.database}: " + (f"applied {', '.join(applied)}" if applied else "is up to date"))
+
+
+# models
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@home_option
+@json_option
+def models(context: click.Context, home: Path | None, as_json: bool) -> None:
+    """List the models and which of them are installed, or install one.
+
+    \b
+    Example:
+      mlg models
+      mlg models compile efficientnet_lite0
+    """
+    context.obj = home
+    if context.invoked_subcommand is None:
+        _list_models(home, as_json)
+
+
+@models.command("list")
+@home_option
+@json_option
+@click.pass_obj
+def list_models(group_home: Path | None, home: Path | None, as_json: bool) -> None:
+    """List the models and which of them are installed.
+
+    \b
+    Example:
+      mlg models list --json
+    """
+    _list_models(home or group_home, as_json)
+
+
+@models.command("compile")
+@home_option
+@click.option("--again", is_flag=True, help="Also if it is installed already.")
+@click.argument("name", metavar="MODEL")
+@click.pass_obj
+def compile_model(group_home: Path | None, home: Path | None, again: bool, name: str) -> None:
+    """Install a model: build its artefact from its weights.
+
+    \b
+    Example:
+      mlg models compile efficientnet_lite0
+    """
+    settings = ServerSettings.from_env(environment(home=home or group_home))
+    from provider_image.models.catalogue import find_model
+    from provider_image.models.compilers import build, can_build_now
+
+    row = find_model(name)
+    if not can_build_now(row):
+        if row.source == "keras":
+            raise NotInstalled(
+                f"This version of mlg knows {row.title} ({row.height} x {row.width}) but has no compiler for Keras "
+                "weights yet, so it cannot be installed. efficientnet_lite0 can."
+            )
+        raise NotInstalled(f"The packages that {row.name} is built with are missing. Install mlg again with pip.")
+    artefact = build(settings.models, row, again=again)
+    click.echo(f"{artefact.name} is installed in {artefact.folder} (digest {artefact.digest[:12]})")
+
+
+# submit
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE|DIR...")
+@click.option("--model", required=True, metavar="MODEL", help="Which model; `mlg models` lists them.")
+@click.option("--wait", is_flag=True, help="Wait for the answers and write them.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the answers to this .jsonl or .csv file; waits for them.",
+)
+@click.option("--url", metavar="URL", help="The server. [http://127.0.0.1:5000, or MLG_HOST and MLG_PORT]")
+@click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Labels a picture.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(0, 86400),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to try again when the server is busy or away.",
+)
+@home_option
+def submit(
+    paths: Sequence[Path],
+    model: str,
+    wait: bool,
+    out: Path | None,
+    url: str | None,
+    top: int,
+    patience: float,
+    home: Path | None,
+) -> None:
+    """Send pictures, and whole folders of them, to a server.
+
+    Run it again after a break: what the server has is not sent again. Without --wait each line on stdout is a file and
+    its request id, with it also the status and the best label, separated by tabs. The exit status is 1 if any failed.
+
+    \b
+    Example:
+      mlg submit --model efficientnet_lite0 --wait kitten.jpg
+      mlg submit --model efficientnet_lite0 --out results.csv photos/
+    """
+    settings = ServerSettings.from_env(environment(home=home))
+    from server import submit as submission
+    from server.client import Client
+    from server.progress import Bars
+    from server.submissions import Submissions
+
+    if out is not None:
+        submission.check_out(out)
+    rows = [submission.Row(file=file) for file in submission.find_files(paths)]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    address = (url or f"http://{host}:{settings.port}").rstrip("/")
+    is_waiting = wait or out is not None
+    client = Client(address, model, connections=submission.IN_FLIGHT, patience_seconds=patience)
+    try:
+        with (
+            Submissions(settings.home, address, model.lower()) as journal,
+            Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _tell_sent) as bars,
+        ):
+            submission.send_all(rows, client, journal, top=top, progress=bars)
+            if is_waiting:
+                submission.wait_for_all(rows, client, top=top, progress=bars)
+    except (MlgError, KeyboardInterrupt) as error:
+        client.stopping.set()
+        if out is not None:
+            submission.write_rows(rows, out)
+        acknowledged = sum(row.req_id is not None for row in rows)
+        click.echo(
+            f"mlg: {acknowledged} of {len(rows)} pictures are with the server. Run the same command again to go on.",
+            err=True,
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise click.exceptions.Exit(130) from error
+        raise
+    if out is not None:
+        submission.write_rows(rows, out)
+    elif is_waiting:
+        for row in rows:
+            _tell_answered(row)
+    failed = [row for row in rows if row.is_failed]
+    for row in failed:
+        click.echo(f"mlg: {_shown(row.file)}: {row.reason or row.status}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _list_models(home: Path | None, as_json: bool) -> None:
+    settings = ServerSettings.from_env(environment(home=home))
+    from server.answers import show_models
+
+    rows = show_models(settings.models)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    table = make_table("model", "title", "service", "input", "installed")
+    for row in rows:
+        state = "yes" if row["installed"] else "builds on first use" if row["builds_on_first_use"] else "no"
+        table.add_row(row["name"], row["title"], row["service"], f"{row['height']} x {row['width']}", state)
+    print_table(table)
+
+
+def _tell_sent(row: Row) -> None:
+    if row.req_id is not None:
+        _write_line([os.fsencode(row.file), row.req_id.encode()])
+
+
+def _tell_answered(row: Row) -> None:
+    preds = (row.answer or {}).get("preds") or [["", "", 0.0]]
+    best = f"{preds[0][1]} {preds[0][2]:.3f}" if preds[0][1] else ""
+    _write_line([os.fsencode(row.file), (row.req_id or "").encode(), row.status.encode(), best.encode()])
+
+
+def _write_line(fields: list[bytes]) -> None:
+    # As bytes: a file name need not be UTF-8.
+    sys.stdout.buffer.write(b"\t".join(fields) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _shown(file: Path) -> str:
+    return os.fsencode(file).decode("utf-8", "replace")

@@ -1,0 +1,26 @@
+"""Tables on the terminal, for commands that list."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def make_table(*columns: str) -> Table:
+    """Make an empty table; without any headings if all are empty."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("id", "number"), overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table; in a pipe each row stays on one line."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 250, markup=False, highlight=False).print(table)

@@ -1,0 +1,83 @@
+"""What waits and who works, as the store told it a moment ago.
+
+Counting a long queue takes milliseconds, so a server process counts at most once a second, and while one thread counts
+the others use the figures there are. Used by `api.py` for estimates and for the limit on the backlog.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from server.estimates import ALIVE_SECONDS
+from server.store import Journal
+from server.store.records import Backlog, BatcherRecord, Pace
+
+#: Figures are used for this long.
+FRESH_SECONDS = 1.0
+#: Beyond this age nobody uses them any more, even while they are being counted anew.
+STALE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    at: float
+    backlog: Sequence[Backlog]
+    batchers: Sequence[BatcherRecord]
+
+
+class Traffic:
+    """The figures of one server process."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._counted: _Counted | None = None
+        self._paces: dict[str, tuple[float, Pace | None]] = {}
+
+    def backlog(self) -> Sequence[Backlog]:
+        """Tell what waits and is worked on, by model. :raises StoreError:"""
+        return self._figures().backlog
+
+    def batchers(self) -> Sequence[BatcherRecord]:
+        """List the batchers that are alive. :raises StoreError:"""
+        return self._figures().batchers
+
+    def waiting(self) -> int:
+        """Count the requests that wait. :raises StoreError:"""
+        return sum(backlog.waiting for backlog in self.backlog())
+
+    def pace(self, model: str) -> Pace | None:
+        """Tell how fast the model was answered lately. :param model: canonical. :raises StoreError:"""
+        now = time.monotonic()
+        known = self._paces.get(model)
+        if known is None or now - known[0] > FRESH_SECONDS:
+            known = (now, self._journal.pace(model))
+            self._paces[model] = known
+        return known[1]
+
+    def _figures(self) -> _Counted:
+        counted = self._counted
+        age = float("inf") if counted is None else time.monotonic() - counted.at
+        if counted is not None and age < FRESH_SECONDS:
+            return counted
+        # Wait for the one who is counting only when there is nothing usable.
+        if not self._lock.acquire(blocking=counted is None or age > STALE_SECONDS):
+            assert counted is not None
+            return counted
+        try:
+            if self._counted is not counted and self._counted is not None:
+                return self._counted
+            alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
+            fresh = _Counted(
+                at=time.monotonic(),
+                backlog=self._journal.backlog(),
+                batchers=self._journal.list_batchers(seen_since=alive_since),
+            )
+            self._counted = fresh
+            return fresh
+        finally:
+            self._lock.release()

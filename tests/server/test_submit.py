@@ -1,0 +1,377 @@
+"""`mlg submit` against a real server: what is sent, what is written, and how it goes on after a break."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MODEL, OUTPUT, ROOT, Running  # type: ignore[import-not-found]
+from PIL import Image
+
+from provider_image.errors import ConfigError
+from server.settings import ServerSettings
+from server.store.records import Answer, Request
+from server.store.sqlite import SqliteStore
+from server.submissions import Submissions
+from server.submit import find_files
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), (number % 256, number // 256, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures in two levels, and a file that is none."""
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.PNG", "more/d.jpg", "more/c e.png", "kätzchen.png"]):
+        (photos / name).write_bytes(picture(number))
+    (photos / "notes.txt").write_text("no picture")
+    return photos
+
+
+@pytest.fixture
+def server(serve: Callable[..., Running]) -> Running:
+    return serve()
+
+
+@pytest.fixture
+def store(server: Running) -> Iterator[SqliteStore]:
+    """The server's store, opened beside it."""
+    store = SqliteStore(ServerSettings(home=server.home))
+    yield store
+    store.close()
+
+
+class Submit:
+    """Runs `mlg submit` with one home of the client's own."""
+
+    def __init__(self, home: Path, url: str) -> None:
+        self.home = home
+        self.url = url
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        options = ["--model", MODEL, "--url", self.url, "--home", str(self.home)]
+        return [sys.executable, "-m", "mlg", "submit", *options, *map(str, arguments)]
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def __call__(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    @property
+    def journal(self) -> Path:
+        (path,) = (self.home / "submissions").iterdir()
+        return path
+
+
+@pytest.fixture
+def submit(tmp_path: Path, server: Running) -> Submit:
+    return Submit(tmp_path / "client", server.base)
+
+
+@pytest.fixture
+def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
+    """Answers whatever is queued, as soon as it is started."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(0.05):
+            now = datetime.now(UTC)
+            lease = now + timedelta(seconds=30)
+            claims = store.claim(models=[MODEL], limit=16, now=now, lease_ends_at=lease, oldest_before=None)
+            store.finish(
+                [
+                    Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="p", seconds=0.01)
+                    for claim in claims
+                ],
+                now=now,
+            )
+
+    thread = threading.Thread(target=loop)
+    yield thread.start
+    stop.set()
+    if thread.is_alive():
+        thread.join()
+
+
+def everything(store: SqliteStore) -> list[Request]:
+    return store.list(limit=10_000)
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    return [line.split("\t") for line in done.stdout.splitlines()]
+
+
+def test_files_and_folders_are_found_in_a_stable_order(folder: Path) -> None:
+    named = folder / "notes.txt"
+
+    found = find_files([folder / "more", named, folder])
+
+    assert [str(file.relative_to(folder)) for file in found] == [
+        "more/c e.png",
+        "more/d.jpg",
+        "notes.txt",
+        "a.PNG",
+        "b.png",
+        "kätzchen.png",
+    ]
+    with pytest.raises(ConfigError, match="no file or folder"):
+        find_files([folder / "missing.jpg"])
+
+
+def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
+    submit: Submit, store: SqliteStore, folder: Path
+) -> None:
+    first = submit(folder)
+    second = submit(folder)
+    (folder / "new.png").write_bytes(picture(999))
+    third = submit(folder)
+
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    assert [line[0] for line in lines(first)] == [str(file) for file in find_files([folder]) if file.name != "new.png"]
+    assert all(store.get(id).name == Path(file).name for file, id in lines(first))
+    assert second.stdout == first.stdout
+    assert set(first.stdout.splitlines()) < set(third.stdout.splitlines())
+    assert len(everything(store)) == 6
+
+
+def test_moved_files_are_known_and_equal_ones_are_sent_once(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    for copy in range(20):
+        (folder / f"copy{copy}.png").write_bytes(picture(0))
+    submit(folder)
+
+    folder.rename(folder.with_name("moved"))
+    again = submit(folder.with_name("moved"))
+
+    assert len(lines(again)) == 25
+    assert len(everything(store)) == 5
+
+
+def test_waiting_prints_the_best_label(submit: Submit, folder: Path, batcher: Callable[[], None]) -> None:
+    batcher()
+
+    done = submit("--wait", folder / "a.PNG")
+
+    assert done.returncode == 0, done.stderr
+    assert [line[2:] for line in lines(done)] == [["done", "label_0 0.095"]]
+
+
+def test_answers_are_written_as_jsonl_and_csv(
+    submit: Submit, folder: Path, tmp_path: Path, batcher: Callable[[], None]
+) -> None:
+    batcher()
+
+    as_jsonl = submit("--out", tmp_path / "results.jsonl", "--top", "3", folder)
+    as_csv = submit("--out", tmp_path / "results.csv", folder)
+
+    assert (as_jsonl.returncode, as_csv.returncode) == (0, 0), as_jsonl.stderr + as_csv.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == [str(file) for file in find_files([folder])]
+    assert {(row["status"], len(row["preds"]), row["reason"]) for row in rows} == {("done", 3, None)}
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 5 * 5
+    assert (table[0]["rank"], table[0]["wnid"], table[0]["label"]) == ("1", "n00000020", "label_0")
+    assert {row["req_id"] for row in table} == {row["req_id"] for row in rows}
+    assert sorted(path.name for path in tmp_path.glob("*results*")) == ["results.csv", "results.jsonl"]
+
+
+def test_a_file_that_is_refused_does_not_stop_the_others(
+    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, batcher: Callable[[], None]
+) -> None:
+    batcher()
+    (folder / "letter.jpg").write_text("Dear kitten")
+    (folder / "huge.jpg").write_bytes(bytes(3_000_000))
+    (folder / "empty.png").touch()
+
+    done = submit("--out", tmp_path / "results.jsonl", folder)
+
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = {Path(row["file"]).name: row for row in written}
+    assert done.returncode == 1
+    assert {name: row["code"] for name, row in rows.items() if row["status"] == "refused"} == {
+        "letter.jpg": "not_an_image",
+        "huge.jpg": "too_large",
+        "empty.png": "empty_image",
+    }
+    assert sum(row["status"] == "done" for row in rows.values()) == 5
+    assert done.stderr.count("\n") == 3
+    assert f"mlg: {folder / 'letter.jpg'}: " in done.stderr
+    assert len(everything(store)) == 5
+
+
+def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(400):
+        (many / f"{number:03d}.png").write_bytes(picture(number))
+    process = submit.start(many)
+
+    deadline = time.monotonic() + 60
+    while len(everything(store)) < 40:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    sent_before = len(everything(store))
+    with submit.journal.open("ab") as journal:
+        journal.write(b'{"sha256": "torn')
+    again = submit(many)
+
+    assert sent_before < 400
+    assert (again.returncode, len(lines(again))) == (0, 400), again.stderr
+    assert len({request.image_sha256 for request in everything(store)}) == 400
+    # Those in flight at the kill may be there twice: the server had them, the client did not know.
+    assert 400 <= len(everything(store)) <= 408
+    with Submissions(submit.home, submit.url, MODEL) as journal:
+        assert all(journal.find(request.image_sha256) for request in everything(store))
+
+
+def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    submit(folder)
+    sha256 = hashlib.sha256((folder / "b.png").read_bytes()).hexdigest()
+    with submit.journal.open("a") as journal:
+        journal.write(json.dumps({"sha256": sha256, "req_id": "forgotten"}) + "\n")
+
+    again = submit(folder)
+
+    assert again.returncode == 0
+    assert len(everything(store)) == 6
+    assert dict(lines(again))[str(folder / "b.png")] != "forgotten"
+
+
+def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
+    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, batcher: Callable[[], None]
+) -> None:
+    out = tmp_path / "results.jsonl"
+    process = submit.start("--out", out, folder)
+    deadline = time.monotonic() + 60
+    while len(everything(store)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # it waits for answers now, which nobody gives
+
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    took = time.monotonic() - began
+    partly = [json.loads(line) for line in out.read_text().splitlines()]
+    batcher()
+    again = submit("--out", out, folder)
+
+    assert (process.returncode, took < 4) == (130, True), said
+    assert "same command" in said.decode()
+    assert {row["status"] for row in partly} == {"queued"}
+    assert all(row["req_id"] for row in partly)
+    assert again.returncode == 0
+    assert {json.loads(line)["status"] for line in out.read_text().splitlines()} == {"done"}
+    assert len(everything(store)) == 5
+
+
+class Moody(http.server.BaseHTTPRequestHandler):
+    """A server that is busy twice before it takes a picture."""
+
+    asked: list[float]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(time.monotonic())
+        busy = len(self.asked) <= 2
+        self.send_response(503 if busy else 202)
+        self.send_header("Retry-After", "1")
+        self.end_headers()
+        answer: dict[str, Any] = {"success": not busy, "req_id": "r1", "reason": "Busy.", "code": "store_busy"}
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def moody() -> Iterator[tuple[str, list[float]]]:
+    asked: list[float] = []
+    handler = type("Handler", (Moody,), {"asked": asked})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_busy_server_is_asked_again_as_late_as_it_wants(
+    moody: tuple[str, list[float]], folder: Path, tmp_path: Path
+) -> None:
+    url, asked = moody
+
+    done = Submit(tmp_path / "client", url)(folder / "b.png")
+
+    assert (done.returncode, lines(done)) == (0, [[str(folder / "b.png"), "r1"]]), done.stderr
+    assert len(asked) == 3
+    assert asked[1] - asked[0] >= 1.0
+
+
+def test_a_server_that_is_away_is_given_up_after_the_patience(folder: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+
+    done = Submit(tmp_path / "client", "http://127.0.0.1:9")("--patience", "1", folder)
+
+    assert done.returncode == 1
+    assert "mlg serve" in done.stderr
+    assert "0 of 5 pictures" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(("model", "word"), [("densenet12", "densenet121"), ("vgg16", "mlg models compile vgg16")])
+def test_a_model_that_nobody_can_serve_ends_the_run_at_once(
+    server: Running, folder: Path, tmp_path: Path, model: str, word: str
+) -> None:
+    submit = Submit(tmp_path / "client", server.base)
+    command = [model if part == MODEL else part for part in submit.command(folder)]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize("out", ["results.txt", "nowhere/results.csv"])
+def test_a_results_file_that_cannot_be_written_is_told_before_anything_is_sent(
+    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, out: str
+) -> None:
+    done = submit("--out", tmp_path / out, folder)
+
+    assert (done.returncode, "--out" in done.stderr) == (2, True)
+    assert everything(store) == []
+
+
+def test_a_name_that_is_not_utf8_is_no_trouble(submit: Submit, tmp_path: Path, batcher: Callable[[], None]) -> None:
+    batcher()
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(name)).write_bytes(picture(5))
+
+    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(name + b"\t")
