@@ -66,6 +66,7 @@ class Blobs:
         self.folder = folder
         #: Where the published pictures are.
         self.pictures = folder / "pictures"
+        self._published = str(self.pictures)
         self._staging = folder / "tmp"
 
     def create(self) -> None:
@@ -109,17 +110,12 @@ class Blobs:
         """Remove staged bytes that were not published; harmless when they were."""
         staged.path.unlink(missing_ok=True)
 
-    def publish(self, staged: Staged) -> bool:
+    def publish(self, staged: Staged) -> None:
         """Give staged bytes their final name. Only under the store's write lock; the caller syncs the folder.
 
-        :return: True when the file is new, False when equal bytes were there already.
+        When equal bytes are there already they are replaced by their like, which costs less than looking first.
         """
-        final = self.path(staged.sha256)
-        if final.exists():
-            self.discard(staged)
-            return False
-        staged.path.rename(final)
-        return True
+        os.rename(staged.path, f"{self._published}/{staged.sha256}")  # noqa: PTH104 - half the cost of Path.rename
 
     def delete(self, sha256: str) -> bool:
         """Remove a picture. Only under the store's write lock. :return: whether it was there."""

@@ -47,6 +47,8 @@ _ADD = """
     RETURNING *
 """
 
+_IS_REFERRED_TO = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
+
 _GET = "SELECT * FROM requests WHERE id = ?"
 
 # A skip scan: one step of the index per model, however many requests wait.
@@ -236,9 +238,8 @@ class SqliteStore(SqliteJournal, SqliteRetention):
                         "finished_at": row["created_at"],
                     }
             try:
-                if self.blobs.publish(staged):
-                    transaction.published.append(staged.sha256)
-                # Also when it was there: whoever named it may have been killed before the name was durable.
+                self.blobs.publish(staged)
+                transaction.published.append(staged.sha256)
                 transaction.folders_to_sync.add(self.blobs.pictures)
             except OSError as error:
                 raise as_store_error(error, self.blobs.folder) from error
@@ -247,7 +248,7 @@ class SqliteStore(SqliteJournal, SqliteRetention):
             return Request.from_row(added)
 
         try:
-            request: Request = self._writer.run(write)
+            request: Request = self._writer.run(write, has_savepoint=False)
         except BaseException:
             self.blobs.discard(staged)
             raise
@@ -424,7 +425,8 @@ class SqliteStore(SqliteJournal, SqliteRetention):
 
     def _unpublish(self, transaction: Transaction) -> None:
         for sha256 in transaction.published:
-            self.blobs.delete(sha256)
+            if not transaction.execute(_IS_REFERRED_TO, (sha256,)).fetchone()[0]:
+                self.blobs.delete(sha256)
 
     def _write_each(self, sql: str, rows: Sequence[dict[str, Any]]) -> int:
         """Run one statement for each row in one commit. :return: how many rows of the table it changed."""
