@@ -96,15 +96,16 @@ class Batcher:
     async def run(self, stop: asyncio.Event) -> None:
         """Run rounds on the timer until told to stop. :raises MlgError: the executor cannot start."""
         scheduler = self._scheduler()
+        looking: asyncio.Task[None] | None = None
         try:
             await self._executor.start()
             await self._beat()
             now = datetime.now(UTC)
             scheduler.add_job(self._take_all, "interval", seconds=self._settings.every_seconds, next_run_time=now)
-            scheduler.add_job(self._look, "interval", seconds=self._settings.poll_seconds)
             scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
             scheduler.add_job(self._purge, "interval", seconds=PURGE_SECONDS, next_run_time=now)
             scheduler.start()
+            looking = asyncio.create_task(self._look_out())
             while not stop.is_set():
                 await _first_of(self._cycle.asked(), stop.wait())
                 report = await self._cycle.run(stop)
@@ -121,6 +122,8 @@ class Batcher:
                         },
                     )
         finally:
+            if looking is not None:
+                looking.cancel()
             await self._end(scheduler)
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
@@ -172,8 +175,11 @@ class Batcher:
     async def _take_all(self) -> None:
         self._cycle.take_all()
 
-    async def _look(self) -> None:
-        self._cycle.look()
+    async def _look_out(self) -> None:
+        # Not a job: at twenty looks a second the scheduler's own work would cost more than the looks.
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            self._cycle.look()
 
     async def _beat(self) -> None:
         record = BatcherRecord(

@@ -22,8 +22,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     #: Port to listen on; 0 takes a free one. MLG_PORT. Defaults to 5000.
     port: int = 5000
-    #: Server processes. MLG_SERVER_PROCESSES. Defaults to 2.
-    server_processes: int = 2
+    #: Server processes. MLG_SERVER_PROCESSES. Defaults to 1.
+    server_processes: int = 1
     #: Requests that one server process works on at once. MLG_SERVER_THREADS. Defaults to 32.
     server_threads: int = 32
     #: Largest picture in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 2097152 (2 MB).
