@@ -112,16 +112,11 @@ def test_no_module_is_a_drawer_or_grows_without_saying_why(room: str) -> None:
 
 
 def test_every_public_function_says_what_it_does() -> None:
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
     for path in [ROOT / "mlg.py", *(path for room in ROOMS for path in modules(room))]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                members = [node, *(item for item in node.body if isinstance(item, ast.FunctionDef))]
-            elif isinstance(node, ast.Module):
-                members = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
-            else:
-                continue
-            if isinstance(node, ast.ClassDef) and node.name.startswith("_"):
-                continue
-            for member in members:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, functions | ast.ClassDef)]
+        for node in [node for node in top if not node.name.startswith("_")]:
+            inside = node.body if isinstance(node, ast.ClassDef) else []
+            for member in [node, *(item for item in inside if isinstance(item, functions))]:
                 if not member.name.startswith("_"):
                     assert ast.get_docstring(member), f"{path}: {member.name} has no docstring"

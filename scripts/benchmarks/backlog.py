@@ -108,5 +108,6 @@ def main(waiting: int, limit: int | None, home: str | None) -> None:
             ).stdout.split()
             seconds, megabytes, claims, chunks = (float(word) for word in printed)
             console.print(
-                f"claim and plan of {claims:.0f} requests in {chunks:.0f} chunks: {seconds:.3f} s, peak {megabytes:.0f} MB"
+                f"claim and plan of {claims:.0f} requests in {chunks:.0f} chunks: "
+                f"{seconds:.3f} s, peak {megabytes:.0f} MB"
             )
