@@ -1,20 +1,24 @@
 """What waits and who works, as the store told it a moment ago.
 
-Counting a long queue takes milliseconds, so a server process counts at most once a second, and while one thread counts
-the others use the figures there are. Used by `api.py` for estimates and for the limit on the backlog.
+Counting a long queue takes milliseconds, so a server process counts at most once a second, in a thread of its own while
+the readers use the figures there are. Used by `api.py` for estimates and for the limit on the backlog.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from provider_image.errors import StoreError
 from server.estimates import ALIVE_SECONDS
 from server.store import Journal
 from server.store.records import Backlog, BatcherRecord, Pace
+
+log = logging.getLogger(__name__)
 
 #: Figures are used for this long.
 FRESH_SECONDS = 1.0
@@ -64,20 +68,29 @@ class Traffic:
         age = float("inf") if counted is None else time.monotonic() - counted.at
         if counted is not None and age < FRESH_SECONDS:
             return counted
-        # Wait for the one who is counting only when there is nothing usable.
-        if not self._lock.acquire(blocking=counted is None or age > STALE_SECONDS):
-            assert counted is not None
+        if counted is not None and age < STALE_SECONDS:
+            if self._lock.acquire(blocking=False):
+                threading.Thread(target=self._count_behind, args=(counted,), name="count", daemon=True).start()
             return counted
+        with self._lock:
+            return self._count(counted)
+
+    def _count_behind(self, counted: _Counted) -> None:
+        """Count while readers use the old figures; the caller has taken the lock for this."""
         try:
-            if self._counted is not counted and self._counted is not None:
-                return self._counted
-            alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-            fresh = _Counted(
-                at=time.monotonic(),
-                backlog=self._journal.backlog(),
-                batchers=self._journal.list_batchers(seen_since=alive_since),
-            )
-            self._counted = fresh
-            return fresh
+            self._count(counted)
+        except StoreError as error:
+            log.warning("cannot count what waits: %s", error)
         finally:
             self._lock.release()
+
+    def _count(self, known: _Counted | None) -> _Counted:
+        if self._counted is not known and self._counted is not None:
+            return self._counted
+        alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
+        self._counted = _Counted(
+            at=time.monotonic(),
+            backlog=self._journal.backlog(),
+            batchers=self._journal.list_batchers(seen_since=alive_since),
+        )
+        return self._counted

@@ -20,7 +20,7 @@ from server.notifier import Notifier
 from server.settings import ServerSettings
 from server.store.records import Backlog, BatcherRecord, Pace, Request, State
 from server.store.sqlite import SqliteStore
-from server.traffic import Traffic
+from server.traffic import FRESH_SECONDS, Traffic
 
 URL = "/requestPrediction/efficientnet_lite0"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -366,3 +366,32 @@ def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> 
         thread.join()
 
     assert len(counted) == 1
+
+
+def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteStore) -> None:
+    may_count = threading.Event()
+    may_count.set()
+    counted = []
+
+    class Slow:
+        def backlog(self) -> list[Backlog]:
+            assert may_count.wait(30)
+            counted.append(threading.current_thread().name)
+            return store.backlog()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    traffic = Traffic(Slow())  # type: ignore[arg-type]
+    traffic.waiting()
+    may_count.clear()
+    time.sleep(FRESH_SECONDS)
+
+    # Would never return if it waited for the count.
+    assert traffic.waiting() == 0
+
+    may_count.set()
+    deadline = time.monotonic() + 30
+    while len(counted) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert counted == [threading.current_thread().name, "count"]
