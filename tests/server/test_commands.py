@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,8 @@ def mlg(*arguments: str, home: Path | None = None, **variables: str) -> subproce
 
 def curl(*arguments: str) -> tuple[int, dict[str, Any]]:
     """Run the real curl. :return: status and JSON."""
+    if shutil.which("curl") is None and os.environ.get("CI") != "true":
+        pytest.skip("curl is not installed")
     done = subprocess.run(
         ["curl", "-sS", "-m", "20", "--noproxy", "*", "-w", "\n%{http_code}", *arguments],
         capture_output=True,
