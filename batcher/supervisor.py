@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from batcher.child import child_environment, module_command
 from batcher.settings import BatcherSettings
 from provider_image.errors import MlgError
+from server.address import base_url
 from server.settings import ServerSettings
 from server.store.sqlite import SqliteStore
 
@@ -199,9 +200,7 @@ class Supervisor:
 
     def _welcome(self) -> str:
         assert self._address is not None
-        host, port = self._address
-        reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        url = f"http://{reached_at}:{port}"
+        url = base_url(*self._address)
         workers = self._batcher_settings.workers
         where = f"{workers} worker{'s' if workers > 1 else ''}" if self._batcher_settings.executor == "local" else ""
         return "\n".join(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from provider_image.errors import MlgError, NotInstalled
+from server.address import base_url
 from server.options import environment, home_option, host_option, json_option, port_option
 from server.request_commands import requests
 from server.settings import ServerSettings
@@ -51,8 +52,7 @@ def serve(home: Path | None, host: str | None, port: int | None, ready_fd: int |
     configure()
 
     def tell(host: str, port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"mlg serves {settings.home} at http://{shown}:{port}", err=True)
+        click.echo(f"mlg serves {settings.home} at {base_url(host, port)}", err=True)
         if ready_fd is not None:
             with os.fdopen(ready_fd, "w") as ready:
                 ready.write(f"{host} {port}\n")
@@ -201,8 +201,7 @@ def submit(
     if out is not None:
         submission.check_out(out)
     rows = [submission.Row(file=file) for file in submission.find_files(paths)]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    address = (url or f"http://{host}:{settings.port}").rstrip("/")
+    address = (url or base_url(settings.host, settings.port)).rstrip("/")
     is_waiting = wait or out is not None
     client = Client(address, model, connections=submission.IN_FLIGHT, patience_seconds=patience)
     try:

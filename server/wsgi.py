@@ -35,6 +35,7 @@ from granian.log import LogLevels
 from granian.server.mp import MPServer
 
 from provider_image.errors import ConfigError, MlgError
+from server.address import reached_at
 from server.api import create_app
 from server.notifier import Notifier
 from server.settings import ServerSettings
@@ -233,9 +234,8 @@ class _Server(MPServer):
 
     def _tell_when_ready(self) -> None:
         host, port = self._listener.getsockname()[:2]
-        reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         while not self.interrupt_signal:
-            connection = http.client.HTTPConnection(reached_at, port, timeout=5)
+            connection = http.client.HTTPConnection(reached_at(host), port, timeout=5)
             try:
                 connection.request("GET", "/healthz")
                 is_ready = connection.getresponse().status == 200

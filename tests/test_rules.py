@@ -91,7 +91,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_async_stays_in_its_places() -> None:
-    allowed = ("batcher/executors/", "batcher/devnet/", "batcher/cycle", "batcher/schedule", "batcher/dispatch")
+    allowed = ("batcher/executors/", "batcher/devnet/", "batcher/cycle", "batcher/schedule")
     for path in [path for room in ROOMS for path in modules(room)]:
         place = str(path.relative_to(ROOT))
         has_async = any(isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(ast.parse(path.read_text())))

@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.process_tree import command_line, descendants, is_alive, wait_until
+
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientnet_lite0"
 #: What the starter model says of scikit-image's photos, from the weights' own paper trail: label, probability.
@@ -33,14 +35,6 @@ TRIGGER = """
     CREATE TRIGGER count_answers AFTER UPDATE OF state ON requests WHEN new.state = 'done'
     BEGIN INSERT INTO answered VALUES (new.number); END;
 """
-
-
-def wait_until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-    return found
 
 
 class System:
@@ -96,35 +90,6 @@ class System:
         if self.process.poll() is None:
             self.process.send_signal(how)
         return self.process.wait(60)
-
-
-def command_line(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except OSError:
-        return []
-
-
-def descendants(pid: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from server.store.connections import as_store_error as database_error
 from server.store.migrations import migrate
 from server.store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Request, State, to_text
 from server.store.sqlite_journal import SqliteJournal
-from server.store.sqlite_retention import SqliteRetention
+from server.store.sqlite_retention import IS_REFERRED_TO, SqliteRetention
 
 #: A request fails after this many failures of its own.
 MAX_ATTEMPTS = 3
@@ -46,8 +46,6 @@ _ADD = """
             :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output)
     RETURNING *
 """
-
-_IS_REFERRED_TO = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
 
 _GET = "SELECT * FROM requests WHERE id = ?"
 
@@ -425,7 +423,7 @@ class SqliteStore(SqliteJournal, SqliteRetention):
 
     def _unpublish(self, transaction: Transaction) -> None:
         for sha256 in transaction.published:
-            if not transaction.execute(_IS_REFERRED_TO, (sha256,)).fetchone()[0]:
+            if not transaction.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]:
                 self.blobs.delete(sha256)
 
     def _write_each(self, sql: str, rows: Sequence[dict[str, Any]]) -> int:

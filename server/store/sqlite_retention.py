@@ -24,6 +24,9 @@ _RESULTS_TO_PURGE = """
     SELECT number, image_sha256 FROM requests WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT :step
 """
 
+#: A file whose row is not there was never acknowledged.
+IS_REFERRED_TO = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
+
 # A picture goes only when no row that still needs it is left.
 _IS_NEEDED = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ? AND image_deleted_at IS NULL)
@@ -71,20 +74,19 @@ class SqliteRetention:
     def _sweep(self, now: datetime) -> int:
         """Delete files that a killed process left: temporary ones, and pictures whose row was never committed."""
         swept = self.blobs.sweep_staging(now=now.timestamp())
-        suspects: list[str] = []
         with self._readers.lend() as connection:
-            for sha256 in self.blobs.names():
-                if connection.execute("SELECT 1 FROM requests WHERE image_sha256 = ?", (sha256,)).fetchone() is None:
-                    suspects.append(sha256)
+            suspects = [
+                sha256
+                for sha256 in self.blobs.names()
+                if not connection.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]
+            ]
 
         def write(transaction: Transaction) -> int:
             # Asked again under the lock: a row may have come since.
             return sum(
                 self.blobs.delete(sha256)
                 for sha256 in suspects
-                if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]
+                if not transaction.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]
             )
 
-        if suspects:
-            swept += self._writer.run(write)
-        return swept
+        return swept + int(self._writer.run(write)) if suspects else swept

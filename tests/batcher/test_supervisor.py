@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,38 +16,10 @@ from typing import Any
 import pytest
 
 from batcher.supervisor import with_short_waits
+from tests.process_tree import children, command_line, descendants, is_alive, wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
-
-
-def wait_until(what: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Return the processes below this one: id -> command line."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-    found: dict[int, str] = {}
-    below = {pid}
-    while below := {child for child, parent in parents.items() if parent in below}:
-        found |= {child: commands.get(child, "") for child in below}
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 class Up:
@@ -77,8 +48,8 @@ class Up:
 
     def child(self, command: str) -> int:
         def find() -> int | None:
-            direct = descendants(self.process.pid)
-            return next((pid for pid, line in direct.items() if f"mlg {command} --parent-fd" in line), None)
+            wanted = ["mlg", command, "--parent-fd"]
+            return next((pid for pid in children(self.process.pid) if command_line(pid)[3:6] == wanted), None)
 
         return int(wait_until(find))
 

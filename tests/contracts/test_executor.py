@@ -20,6 +20,7 @@ from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkTimeout, MalformedChunk, WorkerDied
+from tests.process_tree import is_alive
 
 MODEL = "efficientnet_lite0"
 WORKERS = 2
@@ -95,14 +96,6 @@ async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
     while not is_true():
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.fixture(params=["local"])

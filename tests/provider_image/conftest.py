@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,15 +24,6 @@ def saved(image, format: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> object:
-    """Wait until the condition holds, and return what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the condition was never met"
-        time.sleep(0.01)
-    return found
 
 
 def make_chunk(path: Path, pictures: list[bytes], **changes) -> Path:

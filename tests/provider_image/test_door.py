@@ -11,7 +11,8 @@ import pytest
 
 from provider_image.chunk import read_results
 from provider_image.door import warm_place
-from tests.provider_image.conftest import ROOT, environment, make_chunk, wait_until
+from tests.process_tree import wait_until
+from tests.provider_image.conftest import ROOT, environment, make_chunk
 from tests.provider_image.test_warm import is_alive
 
 

@@ -4,14 +4,14 @@ import os
 import signal
 import socket
 import time
-from pathlib import Path
 
 import pytest
 
 from provider_image.chunk import read_results
 from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled
 from provider_image.warm import error_from, private_folder, shared_folder, socket_path
-from tests.provider_image.conftest import make_chunk, reply, wait_until
+from tests.process_tree import is_alive, wait_until
+from tests.provider_image.conftest import make_chunk, reply
 
 
 def job(chunk, results) -> dict:
@@ -227,13 +227,6 @@ def test_process_dies_with_a_parent_that_is_killed(tmp_path, models_folder):
 
     wait_until(lambda: not is_alive(child))
     wait_until(lambda: not socket_path(tmp_path / "place").exists())
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_long_place_gets_a_short_socket(tmp_path, warm, chunk):

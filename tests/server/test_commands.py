@@ -20,8 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import Running  # type: ignore[import-not-found]
 from PIL import Image
+
+from tests.process_tree import children, is_alive, wait_until
+from tests.server.conftest import Running
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
@@ -52,32 +54,6 @@ def curl(*arguments: str) -> tuple[int, dict[str, Any]]:
     )
     body, _, status = done.stdout.rpartition("\n")
     return int(status), json.loads(body)
-
-
-def wait_until(what: Callable[[], Any], limit: float = 30.0) -> None:
-    deadline = time.monotonic() + limit
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
-        except OSError:
-            continue  # ended meanwhile
-        if fields and fields[1] == str(pid) and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture

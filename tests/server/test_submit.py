@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODEL, OUTPUT, ROOT, Running  # type: ignore[import-not-found]
 from PIL import Image
 
 from provider_image.errors import ConfigError
@@ -28,6 +27,7 @@ from server.store.records import Answer, Request
 from server.store.sqlite import SqliteStore
 from server.submissions import Submissions
 from server.submit import find_files
+from tests.server.conftest import MODEL, OUTPUT, ROOT, Running
 
 
 def picture(number: int) -> bytes:

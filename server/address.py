@@ -1,0 +1,17 @@
+"""How an address that is listened on is reached and written: for welcome lines, clients and the server's own probe."""
+
+from __future__ import annotations
+
+#: An address that means "all of them" -> one of them on this machine.
+_ALL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def reached_at(host: str) -> str:
+    """Return the host under which a server that listens on this one is reached from this machine."""
+    return _ALL.get(host, host)
+
+
+def base_url(host: str, port: int) -> str:
+    """Return the URL of a server that listens there."""
+    host = reached_at(host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,66 @@
+"""The processes below one, for tests that kill and count them; waiting until something is so."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def wait_until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait until a call gives something true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.02)
+    return found
+
+
+def _status(pid: int) -> list[str]:
+    """Read the fields of /proc/PID/stat from the state on: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether the process runs; one that has ended and was not waited for does not."""
+    try:
+        return _status(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
+def command_line(pid: int) -> list[str]:
+    """Return a process's words, none if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
+def _children() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                state, parent = _status(int(entry.name))[:2]
+                if state != "Z":
+                    found.setdefault(int(parent), []).append(int(entry.name))
+    return {parent: sorted(pids) for parent, pids in found.items()}
+
+
+def children(pid: int) -> list[int]:
+    """List the living processes that this one started."""
+    return _children().get(pid, [])
+
+
+def descendants(pid: int) -> list[int]:
+    """List the living processes below this one, parents before their children."""
+    below = _children()
+    found, todo = [], [pid]
+    while todo:
+        pids = below.get(todo.pop(0), [])
+        found += pids
+        todo += pids
+    return found
