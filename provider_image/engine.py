@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import queue
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
@@ -76,18 +78,8 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
     check_files(artefact)
     import numpy as np
 
-    openvino = import_openvino()
-    options = {
-        "PERFORMANCE_HINT": "THROUGHPUT",
-        "NUM_STREAMS": str(threads),
-        "INFERENCE_NUM_THREADS": str(threads),
-        # Pinned, the single threads of several processes would all sit on the first core and leave the others idle.
-        "ENABLE_CPU_PINNING": "NO",
-        **hints(precision),
-    }
     try:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(str(artefact.folder / "model.xml")), "CPU", options)
+        compiled = compile_graph(artefact.folder / "model.xml", threads, precision)
         expected = [1, artefact.height, artefact.width, 3]
         if list(compiled.input(0).shape) != expected:
             raise BrokenArtefact(f"The graph of {artefact.name} takes {compiled.input(0).shape}, not {expected}.")
@@ -100,6 +92,35 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
         raise BrokenArtefact(
             f"OpenVINO cannot load the model {artefact.name}: {error}. Delete {artefact.folder} and install it again."
         ) from error
+
+
+def compile_graph(graph: Path, threads: int, precision: str) -> Any:
+    """Compile a graph file for the processor, with one stream for each thread.
+
+    :return: OpenVINO's CompiledModel.
+    :raises RuntimeError: OpenVINO cannot read or compile it.
+    """
+    core = import_openvino().Core()
+    options = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": str(threads),
+        "INFERENCE_NUM_THREADS": str(threads),
+        # Pinned, the single threads of several processes would all sit on the first core and leave the others idle.
+        "ENABLE_CPU_PINNING": "NO",
+        **hints(precision),
+    }
+    return core.compile_model(core.read_model(str(graph)), "CPU", options)
+
+
+def run_graph(graph: Path, pictures: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Run pictures through a graph file in f32, one after another; for builders, which have no artefact yet.
+
+    :param pictures: uint8, shape (height, width, 3) as the graph takes them.
+    :return: the first output for each, without its batch axis.
+    :raises RuntimeError: OpenVINO cannot read, compile or run it.
+    """
+    request = compile_graph(graph, 1, "f32").create_infer_request()
+    return [request.infer({0: picture[None]})[0][0].copy() for picture in pictures]
 
 
 def hints(precision: str) -> dict[str, str]:

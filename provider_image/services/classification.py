@@ -6,13 +6,15 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.service import Param, check_params
+from provider_image.service import Difference, Param, check_params
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from provider_image.engine import Net
     from provider_image.models.artefact import Artefact
 
@@ -83,8 +85,7 @@ class Classification:
         labels = net.artefact.labels
         if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
             raise InferenceFailed(f"The model {net.artefact.name} did not give {len(labels)} finite numbers.")
-        best = np.argsort(-probabilities, kind="stable")[:KEPT]
-        return [[*labels[i], min(1.0, round(float(probabilities[i]), _DIGITS))] for i in best.tolist()]
+        return likeliest(labels, probabilities)
 
     def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters; what is missing gets its default. :raises InvalidParams:"""
@@ -117,6 +118,30 @@ class Classification:
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
         """Cut the rows to the `top` ones."""
         return output[: int(params.get("top", 5))]
+
+    def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
+        """Compare the probabilities of every label that either names, and the order of the five likeliest."""
+        one, other = ({(row[0], row[1]): row[2] for row in rows} for rows in (expected, output))
+        # A label that one side leaves out is there at most as likely as the last that it names.
+        floor, other_floor = expected[-1][2], output[-1][2]
+        gaps = [abs(p - other[label]) if label in other else max(0.0, p - other_floor) for label, p in one.items()]
+        gaps += [max(0.0, p - floor) for label, p in other.items() if label not in one]
+        is_same_order = all(
+            (row[0], row[1]) == (there[0], there[1]) or abs(row[2] - one.get((there[0], there[1]), floor)) <= tolerance
+            for row, there in zip(expected[:5], output[:5], strict=False)
+        )
+        return Difference(largest=max(gaps), is_same_order=is_same_order)
+
+
+def likeliest(labels: Sequence[tuple[str, str]], probabilities: np.ndarray[Any, Any]) -> list[list[Any]]:
+    """Return an output: [wnid, name, probability] of the KEPT likeliest labels, likeliest first.
+
+    :param probabilities: shape (len(labels),), in the labels' order.
+    """
+    import numpy as np
+
+    best = np.argsort(-probabilities, kind="stable")[:KEPT]
+    return [[*labels[i], min(1.0, round(float(probabilities[i]), _DIGITS))] for i in best.tolist()]
 
 
 #: The label sets of the few artefacts in use, by digest: made once, asked for at every output.

@@ -12,9 +12,10 @@ import pytest
 from provider_image.engine import load_net
 from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models import lite0
-from provider_image.models.artefact import building, find_artefact, installed_digest, read_artefact
+from provider_image.models.artefact import find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.compilers import can_build_now, ensure_installed
+from provider_image.models.installing import building
 from tests.provider_image.conftest import ROOT
 
 

@@ -7,7 +7,7 @@ from provider_image.models import catalogue
 from provider_image.models.catalogue import CATALOGUE, find_model, install_command
 
 
-def test_catalogue_has_the_sixteen_keras_models_and_the_starter():
+def test_catalogue_has_the_sixteen_keras_models_the_starter_and_newer_ones():
     names = set(CATALOGUE)
 
     assert names == {
@@ -32,6 +32,7 @@ def test_catalogue_has_the_sixteen_keras_models_and_the_starter():
             "inception_resnet_v2",
             "efficientnet_lite0",
         ],
+        *["mobilenet_v2", "efficientnetv2_b0", "convnext_tiny"],
     }
 
 

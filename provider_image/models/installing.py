@@ -1,0 +1,123 @@
+"""Puts a freshly built artefact into a models folder: one builder at a time, never half, durable.
+
+Called by `finishing.py` and the builders. Must not import openvino.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from provider_image.models.artefact import (
+    FORMAT,
+    GRAPH_FILES,
+    Artefact,
+    Sample,
+    Storage,
+    digest_of,
+    read_artefact,
+)
+from provider_image.models.catalogue import ModelRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an artefact is made from."""
+
+    #: (wnid, name) of each output, in the graph's order.
+    labels: tuple[tuple[str, str], ...]
+    #: Digest of the weights file.
+    weights_sha256: str
+    #: Names how the graph is made; part of the digest. Changed whenever the graph's answers change.
+    recipe: str
+    #: Where the weights come from: wheel, keras, or own if they are not the published ones.
+    source: str
+    #: What gave the self-test's answers, for example `keras 3.15.1`.
+    reference: str
+
+
+@contextlib.contextmanager
+def building(models: Path, name: str) -> Iterator[Path]:
+    """Hold the lock for building one model, and give a temporary folder in `models` for it, removed afterwards.
+
+    Several processes may start on the same empty home at once: one builds, the others wait and find it built. Folders
+    that a killed builder left are removed here, because whoever holds the lock knows that they belong to nobody.
+    """
+    models.mkdir(parents=True, exist_ok=True)
+    with (models / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in models.glob(f".{name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=models))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def install(
+    folder: Path,
+    models: Path,
+    row: ModelRow,
+    *,
+    origin: Origin,
+    storage: Storage,
+    samples: Sequence[Sample],
+) -> Artefact:
+    """Complete a freshly built folder with its model.json, make it durable and move it to its place.
+
+    Call it inside `building`. An artefact of the same name that is there already is replaced.
+
+    :param folder: holds model.xml, model.bin and the samples' files; gone afterwards.
+    """
+    document = {
+        "format": FORMAT,
+        "name": row.name,
+        "title": row.title,
+        "service": row.service,
+        "height": row.height,
+        "width": row.width,
+        "crop": row.crop,
+        "preprocessing": row.preprocessing,
+        "source": origin.source,
+        "recipe": origin.recipe,
+        "weights_sha256": origin.weights_sha256,
+        "digest": digest_of(row, origin.labels, origin.weights_sha256, origin.recipe),
+        "files": {file: _size_and_sha256(folder / file) for file in GRAPH_FILES},
+        "storage": asdict(storage),
+        "self_test": {"reference": origin.reference, "samples": [asdict(sample) for sample in samples]},
+        "labels": origin.labels,
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
+    folder.chmod(0o755)  # mkdtemp made it private
+    written = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
+    for path in (*(folder / file for file in written), folder):
+        _sync(path)
+    target = models / row.name
+    if target.exists():
+        target.rename(folder.with_name(f".{row.name}.old.tmp"))  # the next builder removes it if we are killed here
+    folder.rename(target)
+    shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
+    _sync(models)
+    return read_artefact(target)
+
+
+def _size_and_sha256(path: Path) -> tuple[int, str]:
+    with path.open("rb") as handle:
+        return path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,65 @@
+"""The self-test's pictures: what an artefact is tried with when it is built and whenever it is checked.
+
+Called by `finishing.py`. Photos where scikit-image is installed, whose wheel carries some (the extra `[compile]` brings
+it); drawn pictures elsewhere, so that a first use without that extra records a self-test as well. They are kept in the
+artefact, so it does not matter which of them another machine would take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+#: Public-domain photos in scikit-image's wheel: a cat, a cup, a rocket, a person, a garage, and one in grey.
+_PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png", "camera.png")
+#: Longest side in pixels; larger ones are scaled down so that an artefact does not grow by them.
+_LONGEST_SIDE = 400
+#: Width and height of the drawn pictures.
+_DRAWN = ((320, 240), (240, 320), (400, 225), (224, 224))
+
+
+def pictures() -> dict[str, bytes]:
+    """Return the self-test's pictures, JPEG, by file name."""
+    found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN)]
+    return {f"selftest-{number}.jpg": _jpeg(image) for number, image in enumerate(found)}
+
+
+def _photos() -> list[PIL.Image.Image]:
+    spec = importlib.util.find_spec("skimage")  # scikit-image itself takes seconds to import and is not needed
+    if spec is None or spec.origin is None:
+        return []
+    import PIL.Image
+
+    folder = Path(spec.origin).parent / "data"
+    return [PIL.Image.open(folder / name) for name in _PHOTOS if (folder / name).exists()]
+
+
+def _draw(number: int, width: int, height: int) -> PIL.Image.Image:
+    """Draw coloured noise with the spectrum of photos, and three discs on it."""
+    import numpy as np
+    import PIL.Image
+    import PIL.ImageDraw
+
+    random = np.random.default_rng(number)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    spectrum = np.fft.fft2(random.normal(size=(3, height, width))) / np.maximum(frequency, 1 / max(width, height))
+    noise = np.fft.ifft2(spectrum).real
+    noise = 128 + 50 * noise / noise.std(axis=(1, 2), keepdims=True)
+    image = PIL.Image.fromarray(np.clip(noise.transpose(1, 2, 0), 0, 255).astype(np.uint8))
+    draw = PIL.ImageDraw.Draw(image)
+    for x, y, radius, red, green, blue in random.integers(0, 256, (3, 6)).tolist():
+        left, top, size = x * width // 256, y * height // 256, 10 + radius // 4
+        draw.ellipse((left - size, top - size, left + size, top + size), fill=(red, green, blue))
+    return image
+
+
+def _jpeg(image: PIL.Image.Image) -> bytes:
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
