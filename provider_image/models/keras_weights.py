@@ -1,0 +1,173 @@
+"""Finds the weights of a model of `keras.applications`: a file, a folder, Keras' own cache, or Keras' address.
+
+Called by `mlg models compile`. Outgoing TLS trusts what the system trusts. Must not import keras, which takes seconds:
+weights are looked for first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_image.environment import Environment
+from provider_image.errors import WeightsMismatch, WeightsMissing
+from provider_image.models.catalogue import ModelRow, PublishedWeights
+
+#: Where Keras publishes weights; ModelRow.weights.address follows.
+PUBLISHED_AT = "https://storage.googleapis.com/tensorflow/keras-applications/"
+#: Seconds without a byte after which a download is given up.
+_SILENCE_SECONDS = 30.0
+_BLOCK = 1024 * 1024
+#: The largest published file, VGG19's, has 575 MB.
+_LARGEST_BYTES = 2_000_000_000
+
+#: Called with the bytes that came in and those there will be, 0 if the server does not say.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """A file of weights that was found."""
+
+    path: Path
+    #: Digest of the file; part of the artefact's digest.
+    sha256: str
+    #: True if it is the very file that Keras publishes, by its hash.
+    is_published: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where weights are looked for, in this order."""
+
+    #: A file, or a folder that must have it; None looks in the places below.
+    given: Path | None = None
+    #: A folder that may have it. MLG_WEIGHTS_DIR.
+    folder: Path | None = None
+    #: Where Keras keeps what it has downloaded, and where a download goes.
+    cache: Path
+    #: Where to download from. MLG_WEIGHTS_URL. Defaults to where Keras publishes them.
+    address: str = PUBLISHED_AT
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str], *, given: Path | None = None) -> Places:
+        """Read the settings. KERAS_HOME is Keras' own."""
+        env = Environment(variables)
+        return cls(
+            given=given,
+            folder=env.path("MLG_WEIGHTS_DIR", "") if env.text("MLG_WEIGHTS_DIR", "") else None,
+            cache=env.path("KERAS_HOME", "~/.keras") / "models",
+            address=env.text("MLG_WEIGHTS_URL", PUBLISHED_AT),
+        )
+
+
+def find_weights(row: ModelRow, places: Places, *, progress: Progress = lambda done, total: None) -> WeightsFile:
+    """Find or download the weights of a model.
+
+    :raises WeightsMissing: they are nowhere; says which file to get, from where, and where to put it.
+    :raises WeightsMismatch: what was downloaded is not what Keras publishes.
+    """
+    assert row.weights is not None
+    if places.given is not None and not places.given.is_dir():
+        if not places.given.is_file():
+            raise WeightsMissing(f"There is no weights file {places.given}.")
+        return _found(places.given, row.weights)
+    for folder in (places.given, places.folder):
+        if folder is not None:
+            for path in (folder / name for name in _names(row)):
+                if path.is_file():
+                    return _found(path, row.weights)
+        if folder is not None and folder == places.given:
+            raise WeightsMissing(f"{folder} has no weights of {row.title}. Put {' or '.join(_names(row))} there.")
+    cached = places.cache / row.weights.file
+    if cached.is_file():
+        found = _found(cached, row.weights)
+        if found.is_published or row.weights.hash is None:
+            return found
+    if row.weights.hash is None:
+        raise WeightsMissing(
+            f"Keras publishes no hash for the weights of {row.title}, so they are not downloaded unseen. Get "
+            f"{places.address}{row.weights.address} and say: mlg models compile {row.name} --weights FILE"
+        )
+    _download(row, places, cached, progress)
+    return _found(cached, row.weights)
+
+
+def hash_file(path: Path, hash: str) -> str:
+    """Compute a file's digest by the algorithm that this hash has, which its length tells: MD5 or SHA-256."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, _algorithm(hash)).hexdigest()
+
+
+def _algorithm(hash: str) -> str:
+    return "sha256" if len(hash) == 64 else "md5"
+
+
+def _names(row: ModelRow) -> list[str]:
+    """List the names under which a folder may have the file: Keras', the published one, and the plain one."""
+    assert row.weights is not None
+    published = row.weights.address.rpartition("/")[2]
+    return list(dict.fromkeys([row.weights.file, published, f"{row.name}.weights.h5"]))
+
+
+def _found(path: Path, published: PublishedWeights) -> WeightsFile:
+    try:
+        with path.open("rb") as handle:
+            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        is_published = published.hash is not None and hash_file(path, published.hash) == published.hash
+    except OSError as error:
+        raise WeightsMissing(f"The weights file {path} cannot be read: {error.strerror or error}") from error
+    return WeightsFile(path=path, sha256=sha256, is_published=is_published)
+
+
+def _download(row: ModelRow, places: Places, target: Path, progress: Progress) -> None:
+    """Download to a temporary file beside the target, compare the hash, and only then give it its name."""
+    assert row.weights is not None and row.weights.hash is not None
+    url = f"{places.address.rstrip('/')}/{row.weights.address}"
+    cure = (
+        f"Get {url} on a machine that can reach it, put it into a folder as {row.weights.file}, and say: "
+        f"mlg models compile {row.name} --weights FOLDER (or set MLG_WEIGHTS_DIR)."
+    )
+    digest = hashlib.new(_algorithm(row.weights.hash))
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        partial = Path(name)
+        context = ssl.create_default_context()
+        with (
+            os.fdopen(handle, "wb") as file,
+            urllib.request.urlopen(url, timeout=_SILENCE_SECONDS, context=context) as answer,
+        ):
+            total, done = int(answer.headers.get("Content-Length") or 0), 0
+            while block := answer.read(_BLOCK):
+                digest.update(block)
+                file.write(block)
+                done += len(block)
+                progress(done, total)
+                if done > _LARGEST_BYTES:
+                    raise WeightsMismatch(f"{url} gives more than {_LARGEST_BYTES} bytes. {cure}")
+            if total and done < total:
+                raise WeightsMissing(f"{url} ended after {done} of {total} bytes. Try again. {cure}")
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != row.weights.hash:
+            raise WeightsMismatch(f"What {url} gives does not have the hash that Keras publishes. {cure}")
+        partial.chmod(0o644)  # mkstemp made it private
+        partial.replace(target)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an address that is none
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise WeightsMissing(f"The weights of {row.title} cannot be downloaded ({reason}). {cure}") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
