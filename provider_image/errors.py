@@ -30,7 +30,8 @@
     │   ├── MalformedChunk
     │   ├── MalformedResults
     │   ├── WorkerDied
-    │   └── ChunkTimeout
+    │   ├── ChunkTimeout
+    │   └── ShrinkingUnavailable
     ├── InferenceFailed
     ├── StoreError
     │   ├── StoreBusy
@@ -254,6 +255,12 @@ class ChunkTimeout(ChunkError):
     """The chunk took longer than its time limit."""
 
     code = "chunk_timeout"
+
+
+class ShrinkingUnavailable(ChunkError):
+    """No process that shrinks pictures can be started, so nothing is sent. See the batcher's log."""
+
+    code = "shrinking_unavailable"
 
 
 class InferenceFailed(MlgError):

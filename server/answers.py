@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE, install_command
+from provider_image.errors import ModelError, NotInstalled
+from provider_image.models.artefact import find_artefact
+from provider_image.models.catalogue import ModelRow, install_command
 from provider_image.models.compilers import can_build_now
+from provider_image.models.shelf import rows
+from provider_image.models.speeds import read_speed
 from provider_image.services import load_service
 from server.estimates import Wait
 from server.store.records import Request, State, to_text
@@ -53,21 +56,33 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
 
 
 def show_models(models: Path) -> list[dict[str, Any]]:
-    """List the catalogue with what is installed in a models folder."""
-    rows = []
-    for row in CATALOGUE.values():
-        digest = installed_digest(models, row.name)
-        rows.append(
-            {
-                "name": row.name,
-                "title": row.title,
-                "service": row.service,
-                "height": row.height,
-                "width": row.width,
-                "installed": digest is not None,
-                "builds_on_first_use": digest is None and can_build_now(row),
-                "digest": digest,
-                "install": install_command(row),
-            }
-        )
-    return rows
+    """List the catalogue with what is installed in a models folder, then the installed models of users' own.
+
+    Costs some stats and small files, as it is often asked.
+
+    `images_per_second` is what a check measured of this very artefact on this machine, None if none did.
+    """
+    return [_show_model(models, row) for row in rows(models)]
+
+
+def _show_model(models: Path, row: ModelRow) -> dict[str, Any]:
+    try:
+        artefact = find_artefact(models, row.name)
+    except (NotInstalled, ModelError):
+        artefact = None
+    speed = None if artefact is None else read_speed(models, row.name, artefact.digest)
+    return {
+        "name": row.name,
+        "title": row.title,
+        "service": row.service,
+        "source": row.source,
+        "height": row.height,
+        "width": row.width,
+        "installed": artefact is not None,
+        "builds_on_first_use": artefact is None and can_build_now(row),
+        "digest": None if artefact is None else artefact.digest,
+        "size_bytes": None if artefact is None else artefact.size_bytes,
+        "storage": None if artefact is None else artefact.storage.kept,
+        "images_per_second": None if speed is None else speed.images_per_second,
+        "install": install_command(row),
+    }

@@ -23,8 +23,9 @@ from werkzeug.exceptions import HTTPException
 from provider_image import errors
 from provider_image.imaging import check_upload
 from provider_image.models.artefact import find_artefact, installed_digest
-from provider_image.models.catalogue import CATALOGUE, ModelRow, find_model, install_command
+from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
 from provider_image.models.compilers import can_build_now
+from provider_image.models.shelf import find_row
 from provider_image.service import Service
 from provider_image.services import load_service
 from server.answers import show_models, show_request
@@ -167,7 +168,7 @@ class _Api:
 
     def request_prediction(self, model: str) -> flask.Response:
         """Take a picture: 202 when it and its row are durable."""
-        row = find_model(model)
+        row = find_row(self._settings.models, model)
         service = load_service(row.service)
         query = query_fields(flask.request)
         _check_fields(service, query)
@@ -235,7 +236,7 @@ class _Api:
         return self._show(self._store.retry(id, now=self._clock()))
 
     def models(self) -> flask.Response:
-        """List the catalogue."""
+        """List the catalogue and the models of users' own."""
         return _answer({"success": True, "models": show_models(self._settings.models)})
 
     def healthz(self) -> flask.Response:
@@ -281,12 +282,15 @@ class _Api:
 
     def _obstacle(self, model: str) -> str | None:
         """Say why nobody can work on a model that requests wait for."""
+        if installed_digest(self._settings.models, model) is not None or _can_build(model):
+            return None
         row = CATALOGUE.get(model)
         if row is None:
-            return f"This version of mlg does not know the model {model} any more. Cancel the request."
-        if installed_digest(self._settings.models, model) is None and not _can_build(model):
-            return f"The model {model} is not installed any more. Install it: {install_command(row)}"
-        return None
+            return (
+                f"The model {model} is not installed any more and is not in the catalogue. If it is one of your own, "
+                f"install it again: {own_install_command(model)}; else cancel the request."
+            )
+        return f"The model {model} is not installed any more. Install it: {install_command(row)}"
 
     def _hold_seconds(self, raw: str | None) -> float:
         if raw is None:
@@ -303,7 +307,8 @@ class _Api:
 @functools.cache
 def _can_build(model: str) -> bool:
     # Looking for a package costs more than all else at the door, and packages do not come and go under a server.
-    return can_build_now(CATALOGUE[model])
+    row = CATALOGUE.get(model)
+    return row is not None and can_build_now(row)
 
 
 def _check_fields(service: Service, fields: Mapping[str, str]) -> tuple[bool, dict[str, Any]]:

@@ -54,13 +54,14 @@ def list_requests(
       mlg requests list --status failed --limit 20
       mlg requests list --json | jq .req_id
     """
-    from provider_image.models.catalogue import find_model
+    from provider_image.models.shelf import find_row
     from server.store.records import State
 
-    with _open_store(home) as store:
+    opened = _open_store(home)
+    with opened as store:
         found = store.list(
             state=State(status) if status else None,
-            model=find_model(model).name if model else None,
+            model=find_row(opened.settings.models, model).name if model else None,
             before=before,
             limit=limit,
         )
@@ -141,17 +142,17 @@ class _open_store:
     """Open the store of a home that exists already; a context manager."""
 
     def __init__(self, home: Path | None) -> None:
-        self._settings = ServerSettings.from_env(environment(home=home))
+        self.settings = ServerSettings.from_env(environment(home=home))
 
     def __enter__(self) -> SqliteStore:
         from server.store.sqlite import SqliteStore
 
-        if not self._settings.database.exists():
+        if not self.settings.database.exists():
             raise ConfigError(
-                f"There is no database in {self._settings.home}. Name the home of a server (--home, MLG_HOME), "
+                f"There is no database in {self.settings.home}. Name the home of a server (--home, MLG_HOME), "
                 "or make one: mlg migrate"
             )
-        self._store = SqliteStore(self._settings)
+        self._store = SqliteStore(self.settings)
         self._store.migrate()
         return self._store
 

@@ -30,3 +30,19 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     ensure_installed(folder, "efficientnet_lite0")
     return folder
+
+
+@pytest.fixture(scope="session")
+def own_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""
+    from provider_image.models.own import OwnModel, build
+    from tests.own_models import classifier, labels_file, save
+
+    folder = tmp_path_factory.mktemp("own-models")
+    (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
+    place = tmp_path_factory.mktemp("own-file")
+    labels = labels_file(place, "cat", "dog", "parrot")
+    build(
+        folder, OwnModel(name="my_pets", file=save(classifier(), place / "pets.keras"), labels=labels, title="My pets")
+    )
+    return folder

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled, UnknownModel
-from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
+from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class Artefact:
     source: str
     #: Digest of the weights file that it was built from.
     weights_sha256: str
+    #: Names how the graph was made.
+    recipe: str
     #: f32 or f16, and why.
     storage: Storage
     #: Self-test pictures with their answers.
@@ -157,6 +159,7 @@ def read_artefact(folder: Path) -> Artefact:
             preprocessing=str(facts["preprocessing"]),
             source=str(facts["source"]),
             weights_sha256=str(facts["weights_sha256"]),
+            recipe=str(facts["recipe"]),
             storage=Storage(
                 kept=str(facts["storage"]["kept"]),
                 f32_bytes=int(facts["storage"]["f32_bytes"]),
@@ -202,6 +205,11 @@ def check_files(artefact: Artefact) -> None:
             )
 
 
+def is_model_name(text: str) -> bool:
+    """Tell whether this can be a model's canonical name, and so the name of its folder."""
+    return _NAME.fullmatch(text) is not None
+
+
 def find_artefact(models: Path, name: str) -> Artefact:
     """Read the artefact of this canonical name; one stat if its model.json has not changed since the last call.
 
@@ -209,7 +217,7 @@ def find_artefact(models: Path, name: str) -> Artefact:
     :raises NotInstalled: it is not there; names the command that installs it.
     :raises BrokenArtefact: it is there but cannot be used.
     """
-    if not _NAME.fullmatch(name):
+    if not is_model_name(name):
         raise UnknownModel(f"{name[:64]!r} is not a model's name. `mlg models` lists those there are.")
     folder = models / name
     path = str(folder / "model.json")
@@ -251,7 +259,7 @@ def _plain(file: Any) -> str:
 
 def _command(name: str) -> str:
     row = CATALOGUE.get(name)
-    return install_command(row) if row else f"mlg models compile {name}"
+    return install_command(row) if row else own_install_command(name)
 
 
 def _not_installed(name: str) -> NotInstalled:

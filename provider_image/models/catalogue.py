@@ -6,12 +6,13 @@ installed is `artefact.py`'s to say. Adding a model is one row here. Must not im
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from provider_image.errors import UnknownModel
 
 #: Longest name that is looked at; anything longer is cut before it is compared or shown.
-_LONGEST_NAME = 64
+LONGEST_NAME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,30 +175,50 @@ _ROWS = (
 CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
+    """Return a name without its case and separators: two models must not share one."""
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 #: Every spelling without case and separators. A test proves that no two models share one.
-_BY_KEY: dict[str, ModelRow] = {_key(name): row for row in _ROWS for name in (row.name, row.title, *row.aliases)}
+_BY_KEY: dict[str, ModelRow] = {key(name): row for row in _ROWS for name in (row.name, row.title, *row.aliases)}
+
+
+def look_up(name: str) -> ModelRow | None:
+    """Return a model of the catalogue by its name in any case and spelling, None if there is none."""
+    return CATALOGUE.get(name) or _BY_KEY.get(key(name[:LONGEST_NAME]))
 
 
 def find_model(name: str) -> ModelRow:
-    """Find a model by its name in any case; `-`, `_` and blanks do not matter.
+    """Find a model of the catalogue by its name in any case; `-`, `_` and blanks do not matter.
 
     :raises UnknownModel: there is none; names the nearest, and how to list them.
     """
-    row = CATALOGUE.get(name) or _BY_KEY.get(_key(name[:_LONGEST_NAME]))
-    if row is not None:
-        return row
+    row = look_up(name)
+    if row is None:
+        raise unknown_model(name)
+    return row
+
+
+def unknown_model(name: str, others: Mapping[str, str] | None = None) -> UnknownModel:
+    """Make the error for a name that no model has; it names the nearest.
+
+    :param others: key -> name of models that are not in the catalogue.
+    """
     import difflib  # only for the mistaken: it costs milliseconds to import
 
-    shown = name[:_LONGEST_NAME] + ("..." if len(name) > _LONGEST_NAME else "")
-    near = difflib.get_close_matches(_key(name[:_LONGEST_NAME]), _BY_KEY, n=1, cutoff=0.5)
-    hint = f" Did you mean {_BY_KEY[near[0]].name}?" if near else ""
-    raise UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list those there are.")
+    names = {**{each: row.name for each, row in _BY_KEY.items()}, **(others or {})}
+    shown = name[:LONGEST_NAME] + ("..." if len(name) > LONGEST_NAME else "")
+    near = difflib.get_close_matches(key(name[:LONGEST_NAME]), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {names[near[0]]}?" if near else ""
+    return UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list those there are.")
 
 
 def install_command(row: ModelRow) -> str:
     """Say which command installs a model."""
-    return f"mlg models compile {row.name}"
+    return own_install_command(row.name) if row.source == "own" else f"mlg models compile {row.name}"
+
+
+def own_install_command(name: str) -> str:
+    """Say which command installs a model of a user's own."""
+    return f"mlg models compile {name} --keras FILE --labels FILE"

@@ -1,0 +1,96 @@
+"""The shelf: every model that can be asked for here, those of the catalogue and the users' own that are installed.
+
+Read by the server on every upload, by the batcher on every look at what is due, and by the commands. A user's own
+model is known by its artefact alone: it comes with its folder and goes with it. Must not import anything heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from provider_image.errors import BrokenArtefact, ModelError, NotInstalled
+from provider_image.models.artefact import find_artefact, is_model_name
+from provider_image.models.catalogue import CATALOGUE, LONGEST_NAME, ModelRow, key, look_up, unknown_model
+from provider_image.services import REGISTRY
+
+#: A listing is kept only if the folder had been at rest for this long: file systems stamp changes by a coarse clock.
+_AT_REST_NS = 2_000_000_000
+
+#: Models folder -> (its mtime_ns, key -> name of the folders in it that no model of the catalogue has).
+_listings: dict[str, tuple[int, Mapping[str, str]]] = {}
+
+
+def rows(models: Path) -> tuple[ModelRow, ...]:
+    """List the catalogue, then the installed models of users' own by name; one that is damaged is left out."""
+    own = []
+    for name in sorted(_own_names(models).values()):
+        try:
+            own.append(_own_row(models, name))
+        except (NotInstalled, ModelError):
+            continue  # `find_artefact` has told the log
+    return (*CATALOGUE.values(), *own)
+
+
+def find_row(models: Path, spelling: str) -> ModelRow:
+    """Find a model by its name in any case; `-`, `_` and blanks do not matter.
+
+    :raises UnknownModel: there is none; names the nearest, and how to list them.
+    :raises BrokenArtefact: it is a user's own and damaged.
+    """
+    row = look_up(spelling)
+    if row is not None:
+        return row
+    names = _own_names(models)
+    name = names.get(key(spelling[:LONGEST_NAME]))
+    if name is not None:
+        try:
+            return _own_row(models, name)
+        except NotInstalled:
+            pass  # a folder without a model in it
+    raise unknown_model(spelling, names)
+
+
+def find_own_name(models: Path, spelling: str) -> str | None:
+    """Return the name of the folder of a user's own model that is spelt like this, None if there is none."""
+    return _own_names(models).get(key(spelling[:LONGEST_NAME]))
+
+
+def _own_row(models: Path, name: str) -> ModelRow:
+    artefact = find_artefact(models, name)
+    if artefact.name != name or artefact.service not in REGISTRY:
+        raise BrokenArtefact(
+            f"{models / name} holds the model {artefact.name[:64]!r} for {artefact.service[:64]!r}, which cannot be "
+            f"used under this name. Delete {models / name}."
+        )
+    return ModelRow(
+        name=name,
+        title=artefact.title,
+        service=artefact.service,
+        height=artefact.height,
+        width=artefact.width,
+        preprocessing=artefact.preprocessing,
+        crop=artefact.crop,
+        source="own",
+    )
+
+
+def _own_names(models: Path) -> Mapping[str, str]:
+    """List the folders that may be users' own models, by key. One stat while the models folder is unchanged."""
+    path = str(models)
+    try:
+        changed_at = os.stat(path).st_mtime_ns  # noqa: PTH116 - as in artefact.py
+        known = _listings.get(path)
+        if known is not None and known[0] == changed_at:
+            return known[1]
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries if is_model_name(entry.name) and entry.is_dir())
+    except OSError:
+        return {}
+    # The first of two that are spelt alike, which nobody can install, is at least always the same.
+    found = {key(name): name for name in reversed(names) if look_up(name) is None}
+    if time.time_ns() - changed_at > _AT_REST_NS:
+        _listings[path] = (changed_at, found)
+    return found
