@@ -19,7 +19,7 @@ COMMANDS = {
     "batch": ("batcher.commands:batch", "Run the batcher, on a timer or once."),
     "submit": ("server.commands:submit", "Send pictures to a server and collect the answers."),
     "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
-    "models": ("server.commands:models", "List models, or install one."),
+    "models": ("server.model_commands:models", "List models, install one, or check it."),
     "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
 }
 

@@ -6,6 +6,7 @@ Only the standard library is imported here, argparse instead of click included: 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         # Pillow warns of odd metadata in pictures, which nobody here can mend.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        if options.command == "check":
+            return _check(options)
         if options.command == "serve":
             _serve(options)
         else:
@@ -80,6 +83,28 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
+def _check(options: argparse.Namespace) -> int:
+    from provider_image.check import check_in_process, check_model, find_folder, installed_folders, remember
+    from provider_image.check_report import describe
+
+    folders = [find_folder(options.models, text) for text in options.names] or installed_folders(options.models)
+    is_ok = True
+    for number, folder in enumerate(folders):
+        if len(folders) == 1:
+            name = folder.name if folder.parent == options.models else None
+            report = check_model(folder, threads=options.threads, precision=options.precision, installed_as=name)
+            remember(report, options.models)
+        else:
+            # One process a model: the memory that is told must not be that of the models before.
+            report = check_in_process(folder, options.models, threads=options.threads, precision=options.precision)
+        if options.json:
+            print(json.dumps(report.to_json()), flush=True)
+        else:
+            print("\n".join([*[""] * bool(number), *describe(report)]), flush=True)
+        is_ok = is_ok and report.is_ok
+    return 0 if is_ok else 1
+
+
 def _parser(environment: Environment) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlg-provider",
@@ -122,8 +147,22 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         help="end after this long without work; 0 never ends (default: %(default)g)",
     )
     serve.add_argument("--exit-with-stdin", action="store_true", help="end at once when the standard input ends")
+    check = commands.add_parser(
+        "check",
+        help="check the installed models",
+        description=(
+            "Check models on this machine: are the files whole, are the self-test pictures answered as recorded when "
+            "the model was built, how many images a second, how much memory. Exit status 0 only if all is well."
+        ),
+        epilog="example:\n  mlg-provider check --models ~/.mlg/models\n  mlg-provider check efficientnet_lite0 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument(
+        "names", nargs="*", metavar="MODEL", help="a name, or the path of a model's folder (default: all in --models)"
+    )
+    check.add_argument("--json", action="store_true", help="write JSON, one object a line")
     home = environment.path("MLG_HOME", "~/.mlg")
-    for command in (run, serve):
+    for command in (run, serve, check):
         command.add_argument(
             "--models", type=_path, metavar="DIR", default=home / "models", help="folder of models (%(default)s)"
         )

@@ -1,12 +1,11 @@
-"""The commands of the server room: serve, migrate, requests, models, submit.
+"""The commands of the server room: serve, migrate, requests, submit; the group `models` is in `model_commands.py`.
 
 Found through the table in `mlg.py`. Settings are read here, once; whatever is heavy is imported in the function that
-needs it, so that `mlg requests --help` is quick. Long because a room has one file of commands.
+needs it, so that `mlg requests --help` is quick.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,17 +14,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from provider_image.errors import MlgError, NotInstalled
+from provider_image.errors import MlgError
 from server.address import base_url
-from server.options import environment, home_option, host_option, json_option, port_option
+from server.options import environment, home_option, host_option, port_option
 from server.request_commands import requests
 from server.settings import ServerSettings
-from server.tables import make_table, print_table
 
 if TYPE_CHECKING:
     from server.submit import Row
 
-__all__ = ["migrate", "models", "requests", "serve", "submit"]
+__all__ = ["migrate", "requests", "serve", "submit"]
 
 
 # serve
@@ -84,68 +82,6 @@ def migrate(home: Path | None) -> None:
     finally:
         store.close()
     click.echo(f"{settings.database}: " + (f"applied {', '.join(applied)}" if applied else "is up to date"))
-
-
-# models
-
-
-@click.group(invoke_without_command=True)
-@click.pass_context
-@home_option
-@json_option
-def models(context: click.Context, home: Path | None, as_json: bool) -> None:
-    """List the models and which of them are installed, or install one.
-
-    \b
-    Example:
-      mlg models
-      mlg models compile efficientnet_lite0
-    """
-    context.obj = home
-    if context.invoked_subcommand is None:
-        _list_models(home, as_json)
-
-
-@models.command("list")
-@home_option
-@json_option
-@click.pass_obj
-def list_models(group_home: Path | None, home: Path | None, as_json: bool) -> None:
-    """List the models and which of them are installed.
-
-    \b
-    Example:
-      mlg models list --json
-    """
-    _list_models(home or group_home, as_json)
-
-
-@models.command("compile")
-@home_option
-@click.option("--again", is_flag=True, help="Also if it is installed already.")
-@click.argument("name", metavar="MODEL")
-@click.pass_obj
-def compile_model(group_home: Path | None, home: Path | None, again: bool, name: str) -> None:
-    """Install a model: build its artefact from its weights.
-
-    \b
-    Example:
-      mlg models compile efficientnet_lite0
-    """
-    settings = ServerSettings.from_env(environment(home=home or group_home))
-    from provider_image.models.catalogue import find_model
-    from provider_image.models.compilers import build, can_build_now
-
-    row = find_model(name)
-    if not can_build_now(row):
-        if row.source == "keras":
-            raise NotInstalled(
-                f"This version of mlg knows {row.title} ({row.height} x {row.width}) but has no compiler for Keras "
-                "weights yet, so it cannot be installed. efficientnet_lite0 can."
-            )
-        raise NotInstalled(f"The packages that {row.name} is built with are missing. Install mlg again with pip.")
-    artefact = build(settings.models, row, again=again)
-    click.echo(f"{artefact.name} is installed in {artefact.folder} (digest {artefact.digest[:12]})")
 
 
 # submit
@@ -234,22 +170,6 @@ def submit(
         click.echo(f"mlg: {_shown(row.file)}: {row.reason or row.status}", err=True)
     if failed:
         raise click.exceptions.Exit(1)
-
-
-def _list_models(home: Path | None, as_json: bool) -> None:
-    settings = ServerSettings.from_env(environment(home=home))
-    from server.answers import show_models
-
-    rows = show_models(settings.models)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
-        return
-    table = make_table("model", "title", "service", "input", "installed")
-    for row in rows:
-        state = "yes" if row["installed"] else "builds on first use" if row["builds_on_first_use"] else "no"
-        table.add_row(row["name"], row["title"], row["service"], f"{row['height']} x {row['width']}", state)
-    print_table(table)
 
 
 def _tell_sent(row: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,13 @@ def make_table(*columns: str) -> Table:
     return table
 
 
+def width() -> int:
+    """Return how many columns there are to print on; many in a pipe, so that each row stays on one line."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 250
+
+
 def print_table(table: Table) -> None:
     """Print a table; in a pipe each row stays on one line."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 250, markup=False, highlight=False).print(table)
+    Console(width=width(), markup=False, highlight=False).print(table)

@@ -85,7 +85,7 @@ def test_importing_a_room_loads_nothing_heavy(room: str) -> None:
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    loaded = loaded_by("import mlg, server.commands, batcher.commands")
+    loaded = loaded_by("import mlg, server.commands, server.model_commands, batcher.commands")
 
     assert not loaded & set(HEAVY_IN_COMMANDS)
 

@@ -46,16 +46,19 @@ def ensure_installed(models: Path, name: str) -> Artefact:
     return build(models, row)
 
 
-def build(models: Path, row: ModelRow, *, again: bool = False) -> Artefact:
+def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float | None = None) -> Artefact:
     """Build a model from weights that are on this machine.
 
     :param again: build even if a sound artefact of the same name is there.
+    :param f16_within: see `finishing.finish`; None takes its default.
     :raises NotInstalled: the weights are not on this machine, or the models folder cannot be written.
     """
     if not can_build_now(row):
         raise NotInstalled(f"The model {row.name} cannot be built here. Install it: {install_command(row)}")
     try:
-        artefact: Artefact = importlib.import_module(_BUILDERS[row.name][1]).build(models, again=again)
+        builder = importlib.import_module(_BUILDERS[row.name][1])
+        options = {} if f16_within is None else {"f16_within": f16_within}
+        artefact: Artefact = builder.build(models, again=again, **options)
     except OSError as error:
         raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
     return artefact

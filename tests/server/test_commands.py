@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from provider_image.models.catalogue import CATALOGUE
 from tests.process_tree import children, is_alive, wait_until
 from tests.server.conftest import Running
 
@@ -262,16 +266,79 @@ def test_models_lists_bare_and_by_name(tmp_path: Path, models_folder: Path) -> N
 
     assert re.search(r"efficientnet_lite0 .* 224 x 224 +yes", bare.stdout)
     assert re.search(r"nasnet_large .* 331 x 331 +no", bare.stdout)
-    assert len(as_json) == len(group_json) == 17
+    assert len(as_json) == len(group_json) == len(CATALOGUE)
     assert as_json[0]["installed"] is True
+    assert (as_json[0]["storage"], as_json[0]["images_per_second"]) == ("f32", None)
+    assert as_json[0]["size_bytes"] > 18e6
+    assert re.search(rf"yes +{as_json[0]['digest'][:12]} +1\d\.\d +f32\s", bare.stdout)
+    assert "mlg models check" in bare.stderr
+    assert all(len(line) < 130 for line in bare.stdout.splitlines())
 
 
-def test_models_compile_builds_the_starter_and_is_honest_about_the_others(tmp_path: Path) -> None:
-    built = mlg("models", "compile", "EfficientNet-Lite0", home=tmp_path)
-    keras = mlg("models", "compile", "densenet121", home=tmp_path)
-    unknown = mlg("models", "compile", "densenet12", home=tmp_path)
+def test_models_fit_a_terminal_of_100_columns(tmp_path: Path, models_folder: Path) -> None:
+    (tmp_path / "models").symlink_to(models_folder)
+    main, other = pty.openpty()
+    termios.tcsetwinsize(other, (40, 100))
 
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "models" / MODEL / "model.json").exists()
-    assert (keras.returncode, "no compiler for Keras" in keras.stderr) == (1, True)
-    assert (unknown.returncode, "densenet121" in unknown.stderr) == (1, True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlg", "models"],
+        cwd=ROOT,
+        stdout=other,
+        stderr=subprocess.DEVNULL,
+        env={**{k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}, "MLG_HOME": str(tmp_path)},
+    )
+    os.close(other)
+    shown = b""
+    with os.fdopen(main, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # it ends with an error
+        while data := terminal.read(65536):
+            shown += data
+    status = process.wait(60)
+
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).split("\r\n")
+    assert status == 0
+    assert len([line for line in lines if line]) == 1 + len(CATALOGUE)
+    assert all(word in lines[0] for word in ("service", "input", "digest", "MB", "weights", "images/s"))
+    assert max(map(len, lines)) <= 100
+
+
+def test_models_check_says_ok_and_the_list_then_shows_the_speed(tmp_path: Path, models_folder: Path) -> None:
+    shutil.copytree(models_folder / MODEL, tmp_path / "models" / MODEL)
+
+    checked = mlg("models", "check", "EfficientNet-Lite0", home=tmp_path)
+    listed = mlg("models", home=tmp_path)
+    as_json = json.loads(mlg("models", "list", "--json", home=tmp_path).stdout.splitlines()[0])
+
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert checked.stdout.startswith(f"{MODEL} (EfficientNet-Lite0)\n")
+    assert checked.stdout.splitlines()[-1].split() == ["verdict", "ok"]
+    said = re.search(r"speed +([\d.]+) images/s", checked.stdout)
+    assert said and as_json["images_per_second"] == pytest.approx(float(said[1]), abs=0.06)
+    assert (listed.stderr, "f32" in listed.stdout) == ("", True)
+
+
+def test_models_check_takes_the_path_of_an_artefact_and_its_status_is_the_verdict(
+    tmp_path: Path, models_folder: Path
+) -> None:
+    copy = Path(shutil.copytree(models_folder / MODEL, tmp_path / "copy"))
+    options = ("--json", "--threads", "1", "--precision", "bf16", "--home", str(tmp_path / "home"))
+    sound = mlg("models", "check", str(copy), *options)
+    data = bytearray((copy / "model.bin").read_bytes())
+    data[1000] ^= 1
+    (copy / "model.bin").write_bytes(data)
+
+    spoilt = mlg("models", "check", str(copy), "densenet121", *options)
+
+    report = json.loads(sound.stdout)
+    assert (sound.returncode, report["ok"], report["threads"], report["precision"]) == (0, True, 1, "bf16")
+    assert spoilt.returncode == 1
+    problems = [json.loads(line)["problem"] for line in spoilt.stdout.splitlines()]
+    assert "model.bin has changed" in problems[0]
+    assert "mlg models compile densenet121" in problems[1]
+    assert not (tmp_path / "home").exists()
+
+
+def test_models_check_of_an_unknown_model_is_one_line(tmp_path: Path) -> None:
+    done = mlg("models", "check", "densenet12", home=tmp_path)
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "densenet121" in done.stderr
