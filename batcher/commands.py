@@ -21,6 +21,16 @@ max_wait_option = click.option(
 workers_option = click.option(
     "--workers", type=int, metavar="N", help="Local worker processes. [MLG_WORKERS; one per core]"
 )
+shrink_option = click.option(
+    "--shrink",
+    type=click.Choice(("auto", "on", "off")),
+    help="Send pictures reduced to the model's input: auto does so where chunks leave this machine. [MLG_SHRINK; auto]",
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(("f32", "bf16", "auto")),
+    help="What local workers compute in: bf16 is about twice as fast where the processor has it. [MLG_PRECISION; f32]",
+)
 
 
 @click.command()
@@ -29,6 +39,8 @@ workers_option = click.option(
 @max_wait_option
 @click.option("--executor", metavar="NAME", help="Where chunks run. [MLG_EXECUTOR; local]")
 @workers_option
+@shrink_option
+@precision_option
 @home_option
 @json_option
 @click.option("--parent-fd", type=int, hidden=True)
@@ -38,6 +50,8 @@ def batch(
     max_wait: float | None,
     executor: str | None,
     workers: int | None,
+    shrink: str | None,
+    precision: str | None,
     home: Path | None,
     as_json: bool,
     parent_fd: int | None,
@@ -53,7 +67,13 @@ def batch(
       */10 * * * *  mlg batch --once --home /srv/mlg     (a line for cron)
     """
     variables = environment(
-        home=home, every_seconds=every, max_wait_seconds=max_wait, executor=executor, workers=workers
+        home=home,
+        every_seconds=every,
+        max_wait_seconds=max_wait,
+        executor=executor,
+        workers=workers,
+        shrink=shrink,
+        precision=precision,
     )
     from batcher.settings import BatcherSettings
 
@@ -111,7 +131,17 @@ def batch(
 @port_option
 @workers_option
 @max_wait_option
-def up(home: Path | None, host: str | None, port: int | None, workers: int | None, max_wait: float | None) -> None:
+@shrink_option
+@precision_option
+def up(
+    home: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    max_wait: float | None,
+    shrink: str | None,
+    precision: str | None,
+) -> None:
     """Run everything here: the server, the batcher and its workers, looked after by one process.
 
     Requests wait for each other 0.2 seconds at most, unless --max-wait or MLG_MAX_WAIT_SECONDS says otherwise. What
@@ -121,7 +151,15 @@ def up(home: Path | None, host: str | None, port: int | None, workers: int | Non
     Example:
       mlg up --home /tmp/try --port 8080
     """
-    variables = environment(home=home, host=host, port=port, workers=workers, max_wait_seconds=max_wait)
+    variables = environment(
+        home=home,
+        host=host,
+        port=port,
+        workers=workers,
+        max_wait_seconds=max_wait,
+        shrink=shrink,
+        precision=precision,
+    )
     from batcher.supervisor import Supervisor, with_short_waits
     from server.logs import configure
 

@@ -16,6 +16,7 @@ import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +27,13 @@ from batcher.executors import Executor, Job, Outcome
 from batcher.packing import Packed, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
 from batcher.recording import Recording, Tally
-from batcher.results import OBSTACLE_SECONDS, Settlement, settle, settle_failure
+from batcher.results import OBSTACLE_SECONDS, Settlement, settle, settle_failure, settle_left_out
 from batcher.settings import BatcherSettings
-from provider_image.errors import ChunkError, MlgError, StoreError, StoreUnavailable
+from batcher.shrinking import Shrinker
+from provider_image.errors import ChunkError, MlgError, ShrinkingUnavailable, StoreError, StoreUnavailable
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.compilers import can_build_now
+from provider_image.models.shelf import rows
 from server.store import Journal, Store
 from server.store.blobs import Blobs
 from server.store.records import ISOLATION_STEPS, Claim
@@ -45,6 +47,8 @@ LAST_PAUSE_SECONDS = 5.0
 EXPIRY_SECONDS = 1.0
 #: When stopping, the store gets this long to take what is left to record.
 LAST_RECORD_SECONDS = 5.0
+#: Chunks that are shrunk and packed at the same time.
+SHRINKING_CHUNKS = 4
 
 
 class Home(Store, Journal, Protocol):
@@ -74,7 +78,7 @@ def now_utc() -> datetime:
 def servable(models: Path) -> frozenset[str]:
     """List the models that are installed or would be built on first use."""
     return frozenset(
-        row.name for row in CATALOGUE.values() if installed_digest(models, row.name) is not None or can_build_now(row)
+        row.name for row in rows(models) if installed_digest(models, row.name) is not None or can_build_now(row)
     )
 
 
@@ -82,6 +86,7 @@ class Cycle:
     """One batcher's cycles, one after another; not to be run twice at once.
 
     :param folder: the batcher's own folder for files under way.
+    :param shrinker: shrinks pictures before they are packed; closed when a stop has to hurry. None sends originals.
     :param clock: gives the time.
     """
 
@@ -93,6 +98,7 @@ class Cycle:
         settings: BatcherSettings,
         folder: Path,
         batcher_id: str,
+        shrinker: Shrinker | None = None,
         clock: Callable[[], datetime] = now_utc,
     ) -> None:
         self._store = store
@@ -100,6 +106,9 @@ class Cycle:
         self._settings = settings
         self._folder = folder
         self._clock = clock
+        self._shrinker = shrinker
+        # Threads of its own: packing that waits for decoders must not keep the renewing of leases from its thread.
+        self._packers = None if shrinker is None else ThreadPoolExecutor(SHRINKING_CHUNKS, thread_name_prefix="pack")
         self._journal = DispatchNotes(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
         self._wake = asyncio.Event()
         self._takes_all = False
@@ -259,7 +268,9 @@ class Cycle:
         outcome = Outcome(provider=None, seconds=0.0)
         try:
             try:
-                packed = await asyncio.to_thread(self._pack, planned)
+                packed = await asyncio.get_running_loop().run_in_executor(self._packers, self._pack, planned)
+                if packed.missing or packed.refused:
+                    await self._write(settle_left_out(packed))
                 if packed.items:
                     outcome = await self._dispatch(packed)
             finally:
@@ -275,13 +286,19 @@ class Cycle:
             is_blameless = error.errno != errno.EIO
             if is_blameless:
                 self._no_claim_before = asyncio.get_running_loop().time() + LAST_PAUSE_SECONDS
-            settlement = settle_failure(planned.items, _failed(failure, is_blameless=is_blameless))
+            failed = _failed(failure, is_blameless=is_blameless)
+            settlement = settle_failure(planned.items if packed is None else packed.items, failed)
+        except ShrinkingUnavailable as error:
+            self._no_claim_before = asyncio.get_running_loop().time() + LAST_PAUSE_SECONDS
+            failed = _failed(error, is_blameless=True)
+            settlement = settle_failure(planned.items, failed, is_stopping=self._is_stopping)
         except MlgError as error:
-            settlement = settle_failure(planned.items, _failed(error))
+            settlement = settle_failure(planned.items if packed is None else packed.items, _failed(error))
         except Exception as error:
             # A bug here or in an executor must not stop the batcher, nor may its chunk be tried for ever.
             log.exception("a chunk failed", extra={"model": planned.model})
-            settlement = settle_failure(planned.items, _failed(ChunkError(f"{type(error).__name__}: {error}")))
+            failed = _failed(ChunkError(f"{type(error).__name__}: {error}"))
+            settlement = settle_failure(planned.items if packed is None else packed.items, failed)
         try:
             await self._record(planned, packed, outcome, settlement)
         finally:
@@ -296,7 +313,8 @@ class Cycle:
             still_held,
             folder=self._folder,
             picture=self._store.blobs.path,
-            digest=installed_digest(self._settings.models, planned.model),
+            models=self._settings.models,
+            shrinker=self._shrinker,
         )
         if packed.items:
             self._journal.note_start(packed)
@@ -333,6 +351,13 @@ class Cycle:
         if settlement.is_model_unusable and settlement.error is not None:
             until = asyncio.get_running_loop().time() + OBSTACLE_SECONDS
             self._obstacles[planned.model] = (until, settlement.error.reason)
+        await self._write(settlement)
+        if packed is not None and packed.items:
+            await asyncio.to_thread(self._journal.note_end, packed, outcome, settlement)
+
+    async def _write(self, settlement: Settlement) -> None:
+        """Write a settlement into the store, until it takes it or the claims are lost."""
+        claims = settlement.claims
         recording = Recording(self._store, settlement)
         pause = FIRST_PAUSE_SECONDS
         while True:
@@ -340,17 +365,15 @@ class Cycle:
                 await asyncio.to_thread(recording.advance, self._clock())
                 break
             except StoreError as error:
-                if not any((claim.number, claim.token) in self._held for claim in planned.claims):
+                if not any((claim.number, claim.token) in self._held for claim in claims):
                     log.error("results are dropped, their leases ended before the store took them: %s", error)
                     break
                 log.warning("cannot record results, trying again in %.1f s: %s", pause, error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
-        for claim in planned.claims:
+        for claim in claims:
             self._held.pop((claim.number, claim.token), None)
         self._tally.add(recording.tally)
-        if packed is not None and packed.items:
-            await asyncio.to_thread(self._journal.note_end, packed, outcome, settlement)
 
     # Leases and the end
 
@@ -385,6 +408,8 @@ class Cycle:
             await asyncio.wait(self._tasks, timeout=self._settings.drain_seconds)
         for run in self._runs:
             run.cancel()
+        if self._tasks and self._shrinker is not None:
+            await asyncio.to_thread(self._shrinker.close)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LAST_RECORD_SECONDS)
 

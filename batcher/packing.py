@@ -1,18 +1,32 @@
-"""Packs a planned chunk into a chunk file.
+"""Packs a planned chunk into a chunk file: pictures as they came, or shrunk to what the model sees of them.
 
-Called by `batcher.cycle` in a thread. A picture whose file is gone is left out, so that it harms nobody else.
+Called by `batcher.cycle` in a thread. A picture whose file is gone is left out, so that it harms nobody else; so is one
+that cannot be shrunk.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.planner import PlannedChunk, PlannedItem
+from batcher.shrinking import Shrinker
 from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
+from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.service import ModelInput
 from provider_image.services import load_service
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """An item that is not sent, and why."""
+
+    item: PlannedItem
+    error: MlgError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +41,8 @@ class Packed:
     items: tuple[PlannedItem, ...]
     #: Those left out because their pictures are gone.
     missing: tuple[PlannedItem, ...]
+    #: Those left out because they could not be shrunk.
+    refused: tuple[Refused, ...]
     #: The chunk file; not written when there are no items.
     chunk: Path
     #: Where the results file will be.
@@ -40,39 +56,90 @@ class Packed:
         self.results.unlink(missing_ok=True)
 
 
-def pack(planned: PlannedChunk, *, folder: Path, picture: Callable[[str], Path], digest: str | None) -> Packed:
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """An item that can be written."""
+
+    item: PlannedItem
+    inputs: Mapping[str, Path | bytes]
+
+    def is_there(self) -> bool:
+        return all(isinstance(source, bytes) or source.exists() for source in self.inputs.values())
+
+
+def pack(
+    planned: PlannedChunk, *, folder: Path, picture: Callable[[str], Path], models: Path, shrinker: Shrinker | None
+) -> Packed:
     """Write a chunk file into a folder.
 
     :param picture: where the picture with a digest is.
-    :param digest: of the artefact that must answer; None takes any.
+    :param models: the folder of artefacts; the one that is installed there must answer, any if there is none.
+    :param shrinker: None sends pictures as they came.
     :raises OSError: a picture that is there cannot be read, or the file cannot be written.
     :raises MalformedChunk: no reader would take such a chunk.
+    :raises NotInstalled: nothing is known of the model, so that nothing can be shrunk for it.
+    :raises ShrinkingUnavailable: nothing can be shrunk at all.
     """
     chunk_id = secrets.token_hex(16)
     chunk, results = folder / f"{chunk_id}.chunk.zip", folder / f"{chunk_id}.results.zip"
     (input_name,) = load_service(planned.service).inputs
+    ready = [_Ready(item=item, inputs={input_name: picture(item.first.image_sha256)}) for item in planned.items]
+    ready = [each for each in ready if each.is_there()]
+    refused: tuple[Refused, ...] = ()
+    # Asked once, so that digest and size are the same artefact's.
+    model = _model(models, planned.model)
+    if shrinker is not None and ready:
+        ready, refused = _shrunk(shrinker, planned.service, model, ready)
+    digest = model.digest if isinstance(model, Artefact) else None
     size_bytes = 0
-    while True:
-        items = tuple(item for item in planned.items if picture(item.first.image_sha256).exists())
-        if not items:
-            break
+    while ready:
         numbered = [
-            ChunkItem(number=number, inputs={input_name: picture(item.first.image_sha256)}, params=item.first.params)
-            for number, item in enumerate(items)
+            ChunkItem(number=number, inputs=each.inputs, params=each.item.first.params)
+            for number, each in enumerate(ready)
         ]
+        facts = (chunk_id, planned.service, planned.model, digest)
         try:
-            size_bytes = write_chunk(chunk, chunk_id, planned.service, planned.model, digest, numbered)
+            size_bytes = write_chunk(chunk, *facts, numbered, is_shrunk=shrinker is not None)
         except FileNotFoundError:
-            if all(picture(item.first.image_sha256).exists() for item in items):
+            left = [each for each in ready if each.is_there()]
+            if len(left) == len(ready):
                 raise  # it is the folder that is gone, not a picture
-            continue  # a picture went after it was looked for
+            ready = left  # a picture went after it was looked for
+            continue
         break
+    items = tuple(each.item for each in ready)
+    not_missing = [*items, *(each.item for each in refused)]
     return Packed(
         chunk_id=chunk_id,
         planned=planned,
         items=items,
-        missing=tuple(item for item in planned.items if item not in items),
+        missing=tuple(item for item in planned.items if item not in not_missing),
+        refused=refused,
         chunk=chunk,
         results=results,
         size_bytes=size_bytes,
     )
+
+
+def _model(models: Path, name: str) -> Artefact | ModelRow | None:
+    """Find what says what the model takes: its artefact, or its row if it will be built on first use."""
+    try:
+        return find_artefact(models, name)
+    except (NotInstalled, UnknownModel, ModelError):
+        return CATALOGUE.get(name)
+
+
+def _shrunk(
+    shrinker: Shrinker, service: str, model: Artefact | ModelRow | None, originals: list[_Ready]
+) -> tuple[list[_Ready], tuple[Refused, ...]]:
+    if model is None:
+        raise NotInstalled()
+    model_input = ModelInput(height=model.height, width=model.width, crop=model.crop)
+    paths = [{name: path for name, path in each.inputs.items() if isinstance(path, Path)} for each in originals]
+    ready, refused = [], []
+    for each, shrunk in zip(originals, shrinker.shrink(service, model_input, paths), strict=True):
+        if isinstance(shrunk, MlgError):
+            refused.append(Refused(item=each.item, error=shrunk))
+        elif not isinstance(shrunk, FileNotFoundError):
+            ready.append(_Ready(item=each.item, inputs=shrunk))
+    return ready, tuple(refused)

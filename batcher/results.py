@@ -63,14 +63,16 @@ class Settlement:
     #: True when the failure is the model's, so that other chunks of it would fail alike.
     is_model_unusable: bool = False
 
+    @property
+    def claims(self) -> list[Claim]:
+        """Every claim that is settled here."""
+        answered = [answer.claim for answer in self.answers]
+        return answered + [claim for setback in self.setbacks for claim in setback.claims]
 
-def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> Settlement:
-    """Settle a chunk that was dispatched.
 
-    :param models: the folder of artefacts.
-    :param is_stopping: what failed through nobody's fault is due again at once, for others to take.
-    """
-    missing = tuple(
+def settle_left_out(packed: Packed) -> Settlement:
+    """Settle what is not sent at all: nothing that happens to the chunk can change it."""
+    missing = [
         Setback(
             claims=item.claims,
             code="picture_missing",
@@ -78,11 +80,21 @@ def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool 
             blame=None,
         )
         for item in packed.missing
-    )
+    ]
+    refused = [_refused(each.item, each.error) for each in packed.refused]
+    return Settlement(setbacks=(*missing, *refused))
+
+
+def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> Settlement:
+    """Settle a chunk that was dispatched; what was left out of it is for `settle_left_out`.
+
+    :param models: the folder of artefacts.
+    :param is_stopping: what failed through nobody's fault is due again at once, for others to take.
+    """
     if not packed.items:
-        return Settlement(setbacks=missing)
+        return Settlement()
     if outcome.error is not None:
-        return settle_failure(packed.items, outcome, is_stopping=is_stopping, beside=missing)
+        return settle_failure(packed.items, outcome, is_stopping=is_stopping)
     try:
         artefact = find_artefact(models, packed.planned.model)
         results = read_results(
@@ -90,30 +102,24 @@ def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool 
         )
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
-        return settle_failure(packed.items, failed, is_stopping=is_stopping, beside=missing)
+        return settle_failure(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
-    setbacks = list(missing)
+    setbacks: list[Setback] = []
     items_done = 0
     for item, result in zip(packed.items, results.items, strict=True):
         refusal = _refusal(packed.planned.service, artefact, result)
         if refusal is None:
             items_done += 1
             answers += _answers(packed, item, result, artefact, outcome.provider)
-        elif isinstance(refusal, BadInput):
-            # Decided by our own table of errors, not by what the provider says of it.
-            setbacks.append(Setback(claims=item.claims, code=refusal.code, reason=_plain(refusal), blame=None))
         else:
-            setbacks.append(_on_its_own(item, refusal))
+            setbacks.append(_refused(item, refusal))
     return Settlement(answers=tuple(answers), setbacks=tuple(setbacks), items_done=items_done)
 
 
-def settle_failure(
-    items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False, beside: tuple[Setback, ...] = ()
-) -> Settlement:
+def settle_failure(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> Settlement:
     """Settle a chunk that failed as a whole.
 
     :param outcome: its error says why.
-    :param beside: setbacks that are known already.
     """
     failed = tuple(items)
     error = outcome.error or ChunkError()
@@ -126,7 +132,7 @@ def settle_failure(
     else:
         # Due at once: they go out in smaller chunks, so that the guilty one is found and the others are answered.
         setbacks = tuple(_setback(item, error, Blame.CHUNK, 0.0) for item in failed)
-    return Settlement(setbacks=beside + _merge(setbacks), error=error, is_model_unusable=is_model_unusable)
+    return Settlement(setbacks=_merge(setbacks), error=error, is_model_unusable=is_model_unusable)
 
 
 def _refusal(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
@@ -153,6 +159,13 @@ def _answers(
         )
         for claim in item.claims
     ]
+
+
+def _refused(item: PlannedItem, error: MlgError) -> Setback:
+    if isinstance(error, BadInput):
+        # Decided by our own table of errors, not by what the provider says of it.
+        return Setback(claims=item.claims, code=error.code, reason=_plain(error), blame=None)
+    return _on_its_own(item, error)
 
 
 def _on_its_own(item: PlannedItem, error: MlgError) -> Setback:

@@ -22,6 +22,7 @@ from batcher.cycle import Cycle, Home, now_utc, servable
 from batcher.executors import Executor
 from batcher.recording import Tally
 from batcher.settings import BatcherSettings
+from batcher.shrinking import make_shrinker
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError, StoreError
 from provider_image.models.artefact import find_artefact
@@ -84,12 +85,14 @@ class Batcher:
         self._id = batcher_id
         self._clock = clock
         self._started_at = clock()
+        self._shrinker = make_shrinker(settings, executor)
         self._cycle = Cycle(
             store=store,
             executor=executor,
             settings=settings,
             folder=workspace.folder,
             batcher_id=batcher_id,
+            shrinker=self._shrinker,
             clock=clock,
         )
 
@@ -219,6 +222,8 @@ class Batcher:
     async def _end(self, scheduler: AsyncIOScheduler) -> None:
         if scheduler.running:
             scheduler.shutdown(wait=False)
+        if self._shrinker is not None:
+            await asyncio.to_thread(self._shrinker.close)
         await self._executor.close()
         try:
             await asyncio.to_thread(self._store.leave, self._id)

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from provider_image.cores import available_cores
+from provider_image.engine import PRECISIONS
 from provider_image.environment import Environment
+
+#: What MLG_SHRINK takes.
+SHRINK_CHOICES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,14 @@ class BatcherSettings:
     chunk_timeout_seconds: float = 120.0
     #: Seconds that chunks under way get to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
     drain_seconds: float = 10.0
-    #: Local worker processes. MLG_WORKERS. Defaults to the number of cores.
+    #: Local worker processes, and processes that shrink pictures. MLG_WORKERS. Defaults to the number of cores.
     workers: int = 1
+    #: Whether pictures are reduced to the model's input before they are sent: on, off, or auto, which does so where
+    #: chunks leave this machine. MLG_SHRINK. Defaults to auto.
+    shrink: str = "auto"
+    #: Precision that local workers compute in: f32, bf16, or auto, which leaves it to the processor.
+    #: MLG_PRECISION. Defaults to f32.
+    precision: str = "f32"
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> BatcherSettings:
@@ -62,4 +72,6 @@ class BatcherSettings:
             ),
             drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
             workers=env.whole("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
+            shrink=env.choice("MLG_SHRINK", cls.shrink, SHRINK_CHOICES),
+            precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
         )

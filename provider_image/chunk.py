@@ -4,6 +4,8 @@ A chunk is a zip of `chunk.json` and one file an input, `NUMBER-INPUT`; a result
 the items' output files, `NUMBER-FILE`. The batcher writes chunks and reads results, the runtime does the reverse, and
 neither trusts the other: names must be exactly the expected ones, nothing is compressed (so that nothing can swell),
 and every length is checked against a limit before it is read. Request ids, clients and file names never enter a chunk.
+A chunk's inputs are either all as the client sent them or all shrunk (see `Service.shrink`), and the chunk says which:
+what was cropped and resized once must not be cropped again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from provider_image.documents import (
     check_chunk,
     check_results,
 )
-from provider_image.errors import MalformedChunk, MalformedResults
+from provider_image.errors import InferenceFailed, MalformedChunk, MalformedResults, MlgError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,14 @@ class ItemError:
     reason: str
     #: True when another attempt cannot end differently.
     permanent: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> ItemError:
+        """Say why an item failed; what is no MlgError is a bug in a service or a library."""
+        if isinstance(error, MlgError):
+            return cls(code=error.code, reason=error.reason, permanent=error.permanent)
+        reason = f"{type(error).__name__}: {error}"
+        return cls(code=InferenceFailed.code, reason=reason, permanent=InferenceFailed.permanent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +102,19 @@ class Results:
 
 
 def write_chunk(
-    path: Path, chunk_id: str, service: str, model: str, digest: str | None, items: Iterable[ChunkItem]
+    path: Path,
+    chunk_id: str,
+    service: str,
+    model: str,
+    digest: str | None,
+    items: Iterable[ChunkItem],
+    *,
+    is_shrunk: bool = False,
 ) -> int:
     """Write a chunk file; a reader never sees half of it.
 
     :param digest: of the artefact that must answer; None takes any.
+    :param is_shrunk: the inputs are what the service's `shrink` gave, not what the client sent.
     :return: the file's size in bytes.
     :raises MalformedChunk: too many items or bytes, or a name that no reader would take.
     :raises OSError: an input cannot be read or the file cannot be written.
@@ -123,6 +141,7 @@ def write_chunk(
             "service": service,
             "model": model,
             "digest": digest,
+            "is_shrunk": is_shrunk,
             "items": listed,
         }
         check_chunk(document)
@@ -155,6 +174,8 @@ class ChunkReader:
         self.model: str = document["model"]
         #: The artefact that must answer; None takes any.
         self.digest: str | None = document["digest"]
+        #: The inputs are what the service's `shrink` gave.
+        self.is_shrunk: bool = document["is_shrunk"]
         #: In the order of their numbers.
         self.items = tuple(
             ItemEntry(number=item["number"], sizes=item["inputs"], params=item["params"]) for item in document["items"]

@@ -29,7 +29,7 @@ FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "items"}
+_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
 _RESULTS_FIELDS = {
     "version",
     "chunk_id",
@@ -58,6 +58,7 @@ def check_chunk(document: Any) -> None:
     rule(_is_text(document["service"], _WORD), "its service is not a plain name")
     rule(_is_text(document["model"], _WORD), "its model is not a plain name")
     rule(document["digest"] is None or _is_text(document["digest"], _DIGEST), "its digest is none")
+    rule(isinstance(document["is_shrunk"], bool), "it does not say whether its inputs are shrunk")
     items = document["items"]
     rule(isinstance(items, list) and 0 < len(items) <= MAX_ITEMS, f"it does not have 1 to {MAX_ITEMS} items")
     for number, item in enumerate(items):

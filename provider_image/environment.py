@@ -28,6 +28,13 @@ class Environment:
         """Read a path; `~` is the user's home."""
         return Path(self.text(name, default)).expanduser().absolute()
 
+    def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
+        """Read a word out of a few. :raises ConfigError: another word."""
+        value = self.text(name, default).lower()
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is not known. It takes one of: {', '.join(choices)}.")
+        return value
+
     def yes_or_no(self, name: str, default: bool) -> bool:
         """Read a switch. :raises ConfigError: neither yes nor no."""
         value = self._variables.get(name)

@@ -1,8 +1,10 @@
 """Pictures: the quick check at the door, and the decoding that feeds a model.
 
-`check_upload` is called by the server on every upload and needs no Pillow. `decode` is called by services on the
-provider. Formats: JPEG, PNG, WebP, BMP and the first frame of GIF, WebP and TIFF. Greyscale, palette, CMYK and 16-bit
-pictures become RGB; transparent ones are laid on white, as most viewers do.
+`check_upload` is called by the server on every upload and needs no Pillow. `decode` is called by services, on the
+provider or in the batcher's processes that shrink pictures; those pack the pixels with `encode_lossless`, and the
+provider unpacks the very same ones with `decode_shrunk`. Formats: JPEG, PNG, WebP, BMP and the first frame of GIF, WebP
+and TIFF. Greyscale, palette, CMYK and 16-bit pictures become RGB; transparent ones are laid on white, as most viewers
+do.
 """
 
 from __future__ import annotations
@@ -119,6 +121,47 @@ def decode(
             f"The {facts.format} image cannot be decoded ({type(error).__name__}: {error}). "
             "Save it again in an image program and send that file."
         ) from error
+
+
+def encode_lossless(pixels: np.ndarray[Any, Any]) -> bytes:
+    """Pack decoded pixels so that `decode_shrunk` gives exactly the same, with nothing else in the file.
+
+    :param pixels: uint8, shape (height, width, 3), as `decode` gives them.
+    """
+    import PIL.Image
+    import PIL.WebPImagePlugin
+
+    # That import spares Pillow the search for it among all its plugins. The quickest method is
+    # used: a photo of 224 x 224 takes 2 ms; the thorough ones save a tenth more and take 40 ms.
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, method=0, quality=50)
+    return buffer.getvalue()
+
+
+def decode_shrunk(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]:
+    """Unpack what `encode_lossless` gave; nothing is turned, cropped or resized.
+
+    :return: uint8, shape (height, width, 3).
+    :raises BadInput: it is anything else than a WebP of that many RGB pixels.
+    """
+    import numpy as np
+    import PIL.Image
+    import PIL.WebPImagePlugin
+
+    wanted = f"a WebP file of {width} x {height} RGB pixels"
+    try:
+        facts = read_facts(data, height * width)
+        if (facts.format, facts.width, facts.height) != ("WEBP", width, height):
+            raise BadInput(f"It is {facts.format} of {facts.width} x {facts.height} pixels.")
+        with PIL.WebPImagePlugin.WebPImageFile(io.BytesIO(data)) as image:
+            # The frame is what is decoded; what was announced before it may be something else.
+            if (image.mode, image.size, getattr(image, "n_frames", 1)) != ("RGB", (width, height), 1):
+                raise BadInput(f"It has {image.mode} pixels, {image.width} x {image.height}, or several frames.")
+            image.load()
+            return np.asarray(image)
+    except (BadInput, *_DECODE_ERRORS, PIL.Image.DecompressionBombError) as error:
+        message = f"A shrunk picture must be {wanted}; the same version of mlg must shrink and run. {error}"
+        raise BadInput(message) from error
 
 
 @dataclass(frozen=True, kw_only=True)

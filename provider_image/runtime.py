@@ -19,7 +19,7 @@ from typing import Any
 
 from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
 from provider_image.cores import available_cores
-from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
+from provider_image.errors import BrokenArtefact, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.compilers import build, can_build_now, ensure_installed
@@ -118,7 +118,7 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
             chunk_id=reader.chunk_id,
             model=loaded.artefact.name,
             digest=loaded.artefact.digest,
-            versions=_versions(),
+            versions=versions(),
             precision=nets.precision,
             cpu=cpu_name(),
             load_seconds=loaded.seconds,
@@ -133,22 +133,19 @@ def _run_item(reader: ChunkReader, loaded: Loaded, item: ItemEntry) -> ItemResul
     started = time.perf_counter()
     try:
         loaded.service.check_params(item.params)
-        prepared = loaded.service.prepare(loaded.artefact, reader.read_inputs(item))
+        inputs = reader.read_inputs(item)
+        prepared = loaded.service.prepare(loaded.artefact, inputs, is_shrunk=reader.is_shrunk)
+        del inputs
         output = loaded.service.run(loaded.net, prepared)
-    except MlgError as error:
-        failure = ItemError(code=error.code, reason=error.reason, permanent=error.permanent)
-        return ItemResult(number=item.number, error=failure, seconds=time.perf_counter() - started)
     except Exception as error:
-        # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
-        logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
-        failure = ItemError(
-            code=InferenceFailed.code, reason=f"{type(error).__name__}: {error}", permanent=InferenceFailed.permanent
-        )
-        return ItemResult(number=item.number, error=failure, seconds=time.perf_counter() - started)
+        if not isinstance(error, MlgError):
+            # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
+            logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
+        return ItemResult(number=item.number, error=ItemError.of(error), seconds=time.perf_counter() - started)
     return ItemResult(number=item.number, output=output, seconds=time.perf_counter() - started)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """List the versions of the libraries that are loaded; nothing is imported for it."""
     found = {"python": sys.version.split()[0]}
     for package, name in (("openvino", "openvino"), ("numpy", "numpy"), ("PIL", "pillow")):

@@ -84,6 +84,17 @@ class Difference:
     is_same_order: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """What a model takes. Known before it is installed: its artefact and its row in the catalogue say the same."""
+
+    #: Height and width in pixels.
+    height: int
+    width: int
+    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole picture.
+    crop: float | None
+
+
 class Service(Protocol):
     """One kind of work. An instance has no state of its own: models come in as artefacts and nets."""
 
@@ -109,10 +120,21 @@ class Service(Protocol):
         :raises BrokenArtefact: the artefact cannot be loaded.
         """
 
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes]) -> Any:
+    def shrink(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Reduce what a client sent to what the model sees of it, as small as can be and without any loss.
+
+        Called before an item leaves the batcher's machine. `prepare` must make exactly the same of it as of the
+        originals; an input that has nothing to lose stays as it is.
+
+        :return: under the same names.
+        :raises BadInput: as `prepare` with the originals, in the same words.
+        """
+
+    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_shrunk: bool = False) -> Any:
         """Decode an item's inputs; needs no net, so that it runs beside another item's inference.
 
-        :raises BadInput: the inputs cannot be used.
+        :param is_shrunk: the inputs are what `shrink` gave, or claim to be.
+        :raises BadInput: the inputs cannot be used, or are not what `shrink` would give.
         """
 
     def run(self, net: Any, item: Any) -> Any:

@@ -14,8 +14,9 @@ from provider_image.models.catalogue import ModelRow
 from provider_image.models.keras_graph import import_keras
 from provider_image.models.self_test import pictures
 
-#: Deviation of the logits over the classes; the likeliest of a thousand then has some 10 to 60 %.
-_DEVIATION = 2.5
+#: Deviation of the logits over the classes for the photo that stands out most. Random networks are worse conditioned
+#: than trained ones: at 2.5 a ResNet152 turns f32's rounding into differences of 0.0001.
+_DEVIATION = 2.0
 
 
 def seeded_network(row: ModelRow, seed: int = 7) -> Any:
@@ -36,7 +37,7 @@ def seeded_network(row: ModelRow, seed: int = 7) -> Any:
         if type(layer).__name__ == "BatchNormalization":
             layer.momentum = 0.0
             if layer.gamma is not None:
-                layer.gamma.assign(random.uniform(0.7, 1.3, layer.gamma.shape))
+                layer.gamma.assign(random.uniform(0.3, 0.6, layer.gamma.shape))
             layer.beta.assign(random.normal(0, 0.2, layer.beta.shape))
         elif type(layer).__name__ == "LayerScale":
             layer.gamma.assign(random.uniform(0.1, 0.5, layer.gamma.shape))
@@ -46,7 +47,7 @@ def seeded_network(row: ModelRow, seed: int = 7) -> Any:
     seen = np.asarray(features(batch, training=False), np.float64)
     kernel = random.normal(size=last.kernel.shape)
     logits = (seen - seen.mean(axis=0)) @ kernel
-    kernel *= _DEVIATION / logits.std()
+    kernel *= _DEVIATION / logits.std(axis=1).max()
     last.kernel.assign(kernel)
     last.bias.assign(-(seen.mean(axis=0) @ kernel) + random.normal(0, 0.5, kernel.shape[1]))
     return network

@@ -56,6 +56,9 @@ class Executor(Protocol):
 
     #: The name in the registry.
     name: str
+    #: True when chunks leave this machine. Unless MLG_SHRINK says otherwise, the batcher then reduces pictures to what
+    #: the model sees of them before it packs them: less to send, and no stranger gets the original.
+    sends_away: bool
 
     async def start(self) -> None:
         """Get ready. :raises MlgError: it never will be; says what to do."""

@@ -27,8 +27,9 @@ from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.cores import available_cores
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.catalogue import ModelRow
 from provider_image.models.compilers import can_build_now
+from provider_image.models.shelf import rows
 from provider_image.warm import error_from
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class LocalExecutor:
     """
 
     name = "local"
+    sends_away = False
 
     def __init__(self, settings: BatcherSettings, *, environment: Mapping[str, str] | None = None) -> None:
         self._settings = settings
@@ -148,6 +150,7 @@ class LocalExecutor:
             self._folder / str(number),
             models=self._settings.models,
             threads=max(1, available_cores() // self._settings.workers),
+            precision=self._settings.precision,
             extra=self._extra,
         )
 
@@ -258,6 +261,6 @@ class LocalExecutor:
 
 def _likeliest_model(models: Path) -> ModelRow | None:
     """Guess which model is asked for first: one that is installed, else one that can be built."""
-    rows = list(CATALOGUE.values())
-    installed = (row for row in rows if installed_digest(models, row.name) is not None)
-    return next(installed, next((row for row in rows if can_build_now(row)), None))
+    known = rows(models)
+    installed = (row for row in known if installed_digest(models, row.name) is not None)
+    return next(installed, next((row for row in known if can_build_now(row)), None))

@@ -33,10 +33,13 @@ _LONGEST_LINE = 1024 * 1024
 class Worker:
     """A warm process, from its start to its end; a new one is made for each process."""
 
-    def __init__(self, number: int, place: Path, *, models: Path, threads: int, extra: Mapping[str, str]) -> None:
+    def __init__(
+        self, number: int, place: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
+    ) -> None:
         self.number = number
         self._place = place
         options = ["--place", str(place), "--models", str(models), "--threads", str(threads)]
+        options += ["--precision", precision]
         self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
         # Not settings: what the child gets is our own environment with one folder added.
         self._environment = child_environment(os.environ, extra)

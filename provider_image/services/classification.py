@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.service import Difference, Param, check_params
+from provider_image.service import Difference, ModelInput, Param, check_params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,10 +71,19 @@ class Classification:
 
         return load_net(artefact, threads, precision)
 
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes]) -> Any:
-        """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.imaging import decode
+    def shrink(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Decode the picture to the model's input size and pack the pixels. :raises BadInput: it cannot be used."""
+        from provider_image.imaging import decode, encode_lossless
 
+        pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
+        return {"image": encode_lossless(pixels)}
+
+    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_shrunk: bool = False) -> Any:
+        """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
+        from provider_image.imaging import decode, decode_shrunk
+
+        if is_shrunk:
+            return decode_shrunk(inputs["image"], artefact.height, artefact.width)
         return decode(inputs["image"], artefact.height, artefact.width, artefact.crop)
 
     def run(self, net: Net, item: Any) -> list[list[Any]]:

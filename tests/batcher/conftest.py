@@ -54,9 +54,12 @@ class TableExecutor:
     """
 
     name = "table"
+    sends_away = False
 
     def __init__(self, models: Path, *, places: int = 4) -> None:
         self.models = models
+        #: Of each chunk: whether its pictures were shrunk.
+        self.shrunk: list[bool] = []
         self.places = places
         self.jobs: list[Job] = []
         self.pictures: list[list[bytes]] = []
@@ -103,6 +106,7 @@ class TableExecutor:
     def _answer(self, job: Job) -> Outcome:
         with open_chunk(job.chunk) as reader:
             pictures = [reader.read_inputs(item)["image"] for item in reader.items]
+            self.shrunk.append(reader.is_shrunk)
         self.pictures.append(pictures)
         if any(picture.startswith(b"poison") for picture in pictures):
             return Outcome(provider="table/1", seconds=0.1, error=WorkerDied("The worker process was killed."))
@@ -140,6 +144,7 @@ class Bench:
         self.store.migrate()
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
+        self.shrinker: Any = None
         self.settings = BatcherSettings(
             work=folder / "work", models=models, workers=1, max_wait_seconds=600, poll_seconds=0.05, drain_seconds=5
         )
@@ -169,6 +174,7 @@ class Bench:
             settings=self.settings,
             folder=self.settings.work,
             batcher_id="batcher",
+            shrinker=self.shrinker,
             clock=self.clock,
         )
 

@@ -15,7 +15,7 @@ import pytest
 from batcher.executors import Job
 from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
-from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import WorkerDied
 
 MODEL = "efficientnet_lite0"
@@ -126,3 +126,20 @@ def test_workers_warm_up_without_anybody_asking(tmp_path: Path) -> None:
         assert is_started_at_once
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_workers_compute_in_the_precision_that_was_asked_for(
+    tmp_path: Path, models_folder: Path, precision: str
+) -> None:
+    async def main() -> None:
+        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1, precision=precision)
+        executor = LocalExecutor(settings)
+        await executor.start()
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+    assert read_results(tmp_path / "r.zip", "c", MODEL, [0]).precision == precision

@@ -10,7 +10,7 @@ import pytest
 from provider_image.errors import BadInput, InvalidParams, MalformedChunk, MalformedResults
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.compilers import can_build_now, ensure_installed
-from provider_image.service import check_params
+from provider_image.service import ModelInput, check_params
 from provider_image.services import REGISTRY, load_service
 
 PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
@@ -121,6 +121,39 @@ def test_same_item_gives_the_same_output(answered, photos):
     assert service.run(net, service.prepare(artefact, inputs)) == output
 
 
+def test_shrunk_item_gives_the_same_output_and_is_smaller(answered, photos):
+    service, artefact, net, output = answered
+    originals = dict.fromkeys(service.inputs, photos["coffee"])
+    model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
+
+    shrunk = service.shrink(model_input, originals)
+
+    assert shrunk.keys() == service.inputs.keys()
+    assert sum(map(len, shrunk.values())) < sum(map(len, originals.values()))
+    assert service.run(net, service.prepare(artefact, shrunk, is_shrunk=True)) == output
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
+def test_input_that_is_no_picture_is_refused_in_the_same_words_before_it_is_sent(answered, data):
+    service, artefact, _, _ = answered
+    inputs = dict.fromkeys(service.inputs, data)
+    model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
+
+    with pytest.raises(BadInput) as here:
+        service.shrink(model_input, inputs)
+    with pytest.raises(BadInput) as there:
+        service.prepare(artefact, inputs)
+
+    assert (type(here.value), here.value.reason) == (type(there.value), there.value.reason)
+
+
+def test_original_that_claims_to_be_shrunk_is_bad_input(answered, photos):
+    service, artefact, _, _ = answered
+
+    with pytest.raises(BadInput, match="must be a WebP"):
+        service.prepare(artefact, dict.fromkeys(service.inputs, photos["coffee"]), is_shrunk=True)
+
+
 def test_view_of_default_params_is_json_and_no_longer_than_the_output(answered):
     service, _, _, output = answered
 
@@ -189,3 +222,97 @@ def test_top_cuts_the_view_of_a_classification(answered, top, shown):
 def test_top_out_of_range_is_refused_with_its_range(top):
     with pytest.raises(InvalidParams, match="top takes a whole number from 1 to 20"):
         load_service("classification").check_params({"top": top})
+
+
+# Comparing two outputs
+
+
+def copied(output):
+    """A copy as it comes out of a results file."""
+    return json.loads(json.dumps(output))
+
+
+def test_equal_outputs_do_not_differ(answered):
+    service, _, _, output = answered
+
+    found = service.compare(output, copied(output), 0.0)
+
+    assert (found.largest, found.is_same_order) == (0.0, True)
+
+
+#: An output as a net of many classes may give it, with two near-ties among the five likeliest.
+ROWS = [[f"n{i}", f"label {i}", p] for i, p in enumerate([0.4, 0.2, 0.10002, 0.1, 0.05, 0.04, *[0.001] * 14])]
+
+
+def compare(one, other, tolerance=1e-4):
+    """Compare two classifications; which of them is the expected one makes no difference to how far apart they are."""
+    service = load_service("classification")
+    found = service.compare(one, other, tolerance)
+
+    assert service.compare(other, one, tolerance).largest == found.largest
+    return found
+
+
+def test_changed_probability_shows_and_leaves_the_order():
+    other = copied(ROWS)
+    other[0][2] -= 0.03
+
+    found = compare(ROWS, other)
+
+    assert found.largest == pytest.approx(0.03)
+    assert found.is_same_order
+
+
+def test_near_ties_may_swap_within_the_tolerance():
+    other = copied(ROWS)
+    other[2], other[3] = [*ROWS[3][:2], 0.10001], [*ROWS[2][:2], 0.10001]
+
+    assert compare(ROWS, other).is_same_order
+    assert compare(ROWS, other).largest == pytest.approx(1e-5)
+    assert not compare(ROWS, other, tolerance=1e-6).is_same_order
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2), (3, 4)])
+def test_changed_order_of_the_five_likeliest_shows(first, second):
+    other = copied(ROWS)
+    other[first][:2], other[second][:2] = ROWS[second][:2], ROWS[first][:2]
+
+    found = compare(ROWS, other)
+
+    assert not found.is_same_order
+    assert found.largest == pytest.approx(ROWS[first][2] - ROWS[second][2])
+
+
+def test_order_after_the_fifth_is_not_looked_at():
+    other = copied(ROWS)
+    other[5][:2], other[6][:2] = ROWS[6][:2], ROWS[5][:2]
+
+    assert compare(ROWS, other).is_same_order
+
+
+def test_label_that_one_side_leaves_out_counts_as_far_as_it_is_likely():
+    other = copied(ROWS)
+    other[4][:2] = ["n99", "label 99"]
+
+    found = compare(ROWS, other)
+
+    # It is there at most as likely as the last that is named.
+    assert found.largest == pytest.approx(0.05 - 0.001)
+    assert not found.is_same_order
+
+
+def test_label_at_the_end_may_be_another_one_as_unlikely():
+    other = copied(ROWS)
+    other[-1][:2] = ["n99", "label 99"]
+
+    found = compare(ROWS, other)
+
+    assert (found.largest, found.is_same_order) == (0.0, True)
+
+
+def test_outputs_of_a_net_with_few_classes_are_compared():
+    few = [["", "cat", 0.7], ["", "dog", 0.3]]
+
+    assert compare(few, copied(few)).largest == 0.0
+    assert compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).largest == pytest.approx(0.4)
+    assert not compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).is_same_order

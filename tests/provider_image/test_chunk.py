@@ -75,10 +75,18 @@ def test_chunk_that_was_written_is_read(chunk):
         first, second = reader.items
 
         assert (reader.chunk_id, reader.service, reader.model) == ("id-1", "classification", "vgg16")
-        assert reader.digest == DIGEST
+        assert (reader.digest, reader.is_shrunk) == (DIGEST, False)
         assert (first.params, second.params) == ({"top": 3}, {})
         assert reader.read_inputs(first) == {"image": b"from memory"}
         assert reader.read_inputs(second) == {"image": b"from a file"}
+
+
+def test_chunk_says_that_its_inputs_are_shrunk(tmp_path):
+    items = [ChunkItem(number=0, inputs={"image": b"pixels"})]
+    write_chunk(tmp_path / "c.zip", "id", "classification", "vgg16", None, items, is_shrunk=True)
+
+    with open_chunk(tmp_path / "c.zip") as reader:
+        assert reader.is_shrunk
 
 
 def test_pictures_lie_in_the_chunk_as_they_are(chunk):
@@ -165,6 +173,8 @@ def deep(levels: int) -> list:
         lambda d: d.update(version=2),
         lambda d: d.update(more=1),
         lambda d: d.pop("digest") and None,
+        lambda d: d.pop("is_shrunk") and None,
+        lambda d: d.update(is_shrunk=1),
         lambda d: d.update(chunk_id="../../x"),
         lambda d: d.update(chunk_id=7),
         lambda d: d.update(model="../x"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import BadInput, BrokenImage, ImageTooLarge, NotAnImage
-from provider_image.imaging import MAX_PIXELS, check_upload, decode
+from provider_image.imaging import MAX_PIXELS, check_upload, decode, decode_shrunk, encode_lossless
 from tests.provider_image.conftest import saved
 from tests.provider_image.test_headers import PICTURE, bombs, pictures
 
@@ -316,3 +316,34 @@ def test_at_the_least_scale_only_labels_that_are_as_likely_change_places(answers
     assert all(abs(after[label] - before[label]) < 0.02 for label in list(before)[:5])
     for label in set(list(before)[:5]) - set(list(after)[:5]):
         assert before[label] - full[5][2] < 0.005
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (224, 224, 3), (299, 331, 3)])
+def test_packed_pixels_are_unpacked_exactly(shape):
+    pixels = np.random.default_rng(7).integers(0, 256, shape, np.uint8)
+
+    assert np.array_equal(decode_shrunk(encode_lossless(pixels), *shape[:2]), pixels)
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "nothing": b"",
+        "text": b"text",
+        "half of it": encode_lossless(np.zeros((30, 40, 3), np.uint8))[:-9],
+        "wider": encode_lossless(np.zeros((30, 41, 3), np.uint8)),
+        "smaller": encode_lossless(np.zeros((20, 20, 3), np.uint8)),
+        "turned": encode_lossless(np.zeros((40, 30, 3), np.uint8)),
+        "another format": saved(Image.new("RGB", (40, 30)), "PNG"),
+        "transparent": saved(Image.new("RGBA", (40, 30), (1, 2, 3, 4)), "WEBP", lossless=True),
+        "several frames": saved(
+            Image.new("RGB", (40, 30)), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
+        ),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_what_is_no_shrunk_picture_of_the_right_size_is_bad_input(data):
+    with pytest.raises(BadInput, match="must be a WebP file of 40 x 30 RGB pixels") as caught:
+        decode_shrunk(data[1], 30, 40)
+
+    assert caught.value.permanent

@@ -9,6 +9,7 @@ from PIL import Image
 
 from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
 from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
+from provider_image.imaging import decode, encode_lossless
 from provider_image.models.artefact import installed_digest
 from provider_image.runtime import KEPT_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
 from provider_image.services import load_service
@@ -61,10 +62,24 @@ def test_broken_picture_fails_alone(tmp_path, photos, nets):
     assert all(item.error.permanent for item in results.items if item.error)
 
 
+def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_path, photos, nets):
+    pictures = [encode_lossless(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
+    chunk = make_chunk(tmp_path / "c.zip", [*pictures, photos["chelsea"]], is_shrunk=True)
+
+    results = run_chunk(chunk, tmp_path / "r.zip", nets)
+
+    assert [item.error.code if item.error else top(item) for item in results.items] == [
+        "espresso",
+        "bad_input",
+        "bad_input",
+    ]
+    assert all(item.error.permanent for item in results.items if item.error)
+
+
 class Clumsy(Classification):
     """A service with a bug that some pictures wake."""
 
-    def prepare(self, artefact, inputs):
+    def prepare(self, artefact, inputs, *, is_shrunk=False):
         if inputs["image"] == b"bug":
             raise ZeroDivisionError("a bug")
         if inputs["image"] == b"net":
@@ -171,7 +186,7 @@ class Counting(Classification):
         self.loads += 1
         return artefact.name
 
-    def prepare(self, artefact, inputs):
+    def prepare(self, artefact, inputs, *, is_shrunk=False):
         return len(inputs["image"])
 
     def run(self, net, item):
