@@ -25,7 +25,7 @@ from provider_image.check_report import CheckReport, PictureCheck
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, digest_of, is_model_name, read_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, look_up, own_install_command
+from provider_image.models.catalogue import CATALOGUE, install_command, look_up, own_install_command
 from provider_image.models.shelf import find_own_name, find_row
 from provider_image.models.speeds import Speed, write_speed
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
@@ -212,16 +212,7 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
 
 def _check_facts(artefact: Artefact) -> None:
     """Check that the digest is that of what model.json says, and that there is a self-test."""
-    row = ModelRow(
-        name=artefact.name,
-        title=artefact.title,
-        service=artefact.service,
-        height=artefact.height,
-        width=artefact.width,
-        preprocessing=artefact.preprocessing,
-        crop=artefact.crop,
-    )
-    if digest_of(row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
+    if digest_of(artefact.row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
         raise BrokenArtefact(f"Its digest is not that of what its model.json says: that was altered. {_cure(artefact)}")
     if not artefact.samples:
         raise BrokenArtefact(f"It has no self-test pictures, so nothing tells whether it is sound. {_cure(artefact)}")

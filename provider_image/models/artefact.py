@@ -104,6 +104,20 @@ class Artefact:
     folder: Path
 
     @property
+    def row(self) -> ModelRow:
+        """Return what a catalogue would say of it; for a model that is not in the catalogue, nobody else does."""
+        return ModelRow(
+            name=self.name,
+            title=self.title,
+            service=self.service,
+            height=self.height,
+            width=self.width,
+            preprocessing=self.preprocessing,
+            crop=self.crop,
+            source=self.source,
+        )
+
+    @property
     def size_bytes(self) -> int:
         """Return the size of the graph and its weights."""
         return sum(size for size, _ in self.files.values())

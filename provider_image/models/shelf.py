@@ -6,6 +6,7 @@ model is known by its artefact alone: it comes with its folder and goes with it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -65,16 +66,7 @@ def _own_row(models: Path, name: str) -> ModelRow:
             f"{models / name} holds the model {artefact.name[:64]!r} for {artefact.service[:64]!r}, which cannot be "
             f"used under this name. Delete {models / name}."
         )
-    return ModelRow(
-        name=name,
-        title=artefact.title,
-        service=artefact.service,
-        height=artefact.height,
-        width=artefact.width,
-        preprocessing=artefact.preprocessing,
-        crop=artefact.crop,
-        source="own",
-    )
+    return dataclasses.replace(artefact.row, source="own")
 
 
 def _own_names(models: Path) -> Mapping[str, str]:
