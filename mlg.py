@@ -20,6 +20,7 @@ COMMANDS = {
     "submit": ("server.commands:submit", "Send pictures to a server and collect the answers."),
     "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
     "models": ("server.model_commands:models", "List models, install one, or check it."),
+    "image": ("batcher.image_commands:image", "Build the provider's image and publish it."),
     "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
 }
 

@@ -33,6 +33,7 @@
     │   ├── ChunkTimeout
     │   └── ShrinkingUnavailable
     ├── InferenceFailed
+    ├── ImageError               a container image
     ├── StoreError
     │   ├── StoreBusy
     │   ├── StoreUnavailable
@@ -267,6 +268,12 @@ class InferenceFailed(MlgError):
     """The model failed on this item."""
 
     code = "inference_failed"
+
+
+class ImageError(MlgError):
+    """The image could not be built or published."""
+
+    code = "image_error"
 
 
 class StoreError(MlgError):

@@ -1,0 +1,136 @@
+"""What both Dockerfiles promise, as far as it can be read; `scripts/check_image` builds and runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from batcher.images import SOURCES
+
+ROOT = Path(__file__).parents[1]
+PROVIDER, REQUESTOR = ROOT / "provider_image/Dockerfile", ROOT / "Dockerfile"
+BOTH = pytest.mark.parametrize("file", [PROVIDER, REQUESTOR], ids=["provider", "requestor"])
+
+
+def stages(file: Path) -> dict[str, list[str]]:
+    """Take a Dockerfile apart: stage -> its instructions; "" has those before the first stage."""
+    lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+    found: dict[str, list[str]] = {"": []}
+    name = ""
+    for instruction in re.sub(r"\\\n", " ", "\n".join(lines)).splitlines():
+        words = instruction.split()
+        if words and words[0] == "FROM":
+            name = words[3]
+            assert words[2] == "AS" and name not in found
+            found[name] = []
+        if words:
+            found[name].append(" ".join(words))
+    return found
+
+
+def final(file: Path) -> list[str]:
+    return list(stages(file).values())[-1]
+
+
+def of_kind(kind: str, instructions: list[str]) -> list[str]:
+    return [instruction for instruction in instructions if instruction.startswith(f"{kind} ")]
+
+
+@BOTH
+def test_what_is_copied_from_the_context_exists_and_is_let_through_by_dockerignore(file: Path) -> None:
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line[1:] for line in ignore if line.startswith("!")}
+    sources = [
+        source
+        for instructions in stages(file).values()
+        for copy in of_kind("COPY", instructions)
+        if "--from" not in copy
+        for source in copy.split()[1:-1]
+    ]
+
+    assert sources and ignore[1] == "*"
+    for source in sources:
+        if source != "weight[s]":
+            assert (ROOT / source).exists(), source
+        assert source.replace("[s]", "s") in allowed, source
+        assert source == "weight[s]" or file == REQUESTOR or source in SOURCES, source
+
+
+@BOTH
+def test_the_final_stage_only_copies(file: Path) -> None:
+    instructions = final(file)
+
+    assert instructions[0].startswith("FROM ${BASE} AS ")
+    assert not of_kind("RUN", instructions) and not of_kind("ADD", instructions)
+    assert all("--from=builder" in copy for copy in of_kind("COPY", instructions))
+    assert not re.search("tensorflow|keras|pip", "\n".join(instructions))
+
+
+@BOTH
+def test_every_install_is_pinned_and_the_base_can_be_chosen(file: Path) -> None:
+    found = stages(file)
+    commands = "\n".join(found["builder"])
+    installs = re.findall(r"pip install [^&;]*", commands)
+
+    assert "ARG BASE=python:3.11-slim" in found[""]
+    assert installs and all("--constraint " in install and "--no-cache-dir" in install for install in installs)
+    assert "prune_runtime" in commands and not re.search("https?://|index-url", commands)
+
+
+@BOTH
+def test_it_runs_as_a_plain_user_who_owns_the_volumes(file: Path) -> None:
+    instructions = final(file)
+    volumes = [volume for line in of_kind("VOLUME", instructions) for volume in line.split()[1:]]
+
+    expected = ["/golem/input", "/golem/output", "/golem/work"] if file == PROVIDER else ["/var/lib/mlg"]
+    assert volumes == expected
+    assert of_kind("USER", instructions) == ["USER 10001:10001"]
+    owned = [copy.split()[-1] for copy in of_kind("COPY", instructions) if "--chown=10001:10001" in copy]
+    assert all(any(volume.startswith(folder.rstrip("/")) for folder in owned) for volume in volumes)
+
+
+@BOTH
+def test_it_is_labelled(file: Path) -> None:
+    instructions = final(file)
+    labels = dict(re.findall(r'([\w.]+)="([^"]*)"', " ".join(of_kind("LABEL", instructions))))
+
+    assert {"title", "description", "licenses", "version"} <= {name.rpartition(".")[2] for name in labels}
+    if file == PROVIDER:
+        assert (labels["mlg.model"], labels["mlg.digest"]) == ("${MODEL}", "${DIGEST}")
+        assert {"ARG MODEL=efficientnet_lite0", "ARG DIGEST=", "ARG VERSION="} <= set(instructions)
+
+
+def test_the_provider_has_tensorflow_only_to_compile_with_and_only_for_keras_models() -> None:
+    commands = " ".join(stages(PROVIDER)["builder"])
+
+    assert re.search(r"""case .* in \*" keras "\*\) extra='\[compile\]' ;; \*\) extra='' ;; esac""", commands)
+    assert "numpy openvino pillow" in commands and "--no-deps" in commands
+
+
+def test_the_requestor_serves_and_is_looked_after() -> None:
+    instructions = final(REQUESTOR)
+
+    assert "EXPOSE 5000" in instructions and 'CMD ["mlg", "up"]' in instructions
+    assert "/healthz" in of_kind("HEALTHCHECK", instructions)[0]
+    assert "MLG_HOME=/var/lib/mlg" in " ".join(of_kind("ENV", instructions))
+
+
+def test_pruning_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "openvino").mkdir()
+
+    result = subprocess.run(
+        [ROOT / "scripts/prune_runtime", tmp_path], capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert result.returncode == 1 and "holds no openvino, numpy and PIL" in result.stderr
+    assert (tmp_path / "openvino").is_dir()
+
+
+def test_the_scripts_are_programs() -> None:
+    for name in ("scripts/check_image", "scripts/prune_runtime", "provider_image/mlg-provider"):
+        assert (ROOT / name).stat().st_mode & 0o111 == 0o111, name
+        shell = "bash" if name.endswith("check_image") else "sh"
+        subprocess.run([shell, "-n", ROOT / name], timeout=30, check=True)
