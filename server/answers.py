@@ -75,7 +75,8 @@ def _show_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "name": row.name,
         "title": row.title,
         "service": row.service,
-        "source": row.source,
+        # Installed with other weights than the published ones, a model of the catalogue is the operator's own as well.
+        "source": row.source if artefact is None else artefact.source,
         "height": row.height,
         "width": row.width,
         "installed": artefact is not None,

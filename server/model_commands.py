@@ -131,6 +131,6 @@ def _installed(row: dict[str, Any]) -> tuple[str, ...]:
         "yes",
         row["digest"][:12],
         size,
-        row["storage"],
+        row["storage"] + (", own" if row["source"] == "own" else ""),
         "" if speed is None else f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
     )

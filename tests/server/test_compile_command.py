@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, we
     steps = ("looking for weights", "reading weights", "converting", "comparing", "storing")
     assert [step for line in by_option.stderr.splitlines() for step in steps if step in line] == list(steps)
     assert "not the file that Keras publishes" in by_option.stderr
+    assert re.search(r"mobilenet_v2 .* f32, own", mlg("models", home=tmp_path / "one").stdout)
     assert not (tmp_path / "models").exists()
 
 
