@@ -114,6 +114,7 @@ def serve(
             server = _Server(listener, path, nets, idle_seconds)
             if exit_with_stdin:
                 threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
+            server.heed_signals()  # first: whoever reads the announcement may tell it to stop at once
             announce()
             server.run()
         finally:
@@ -162,11 +163,14 @@ class _Server:
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
         self._clients: dict[socket.socket, _Client] = {}
 
-    def run(self) -> None:
-        """Listen until it is time to stop."""
+    def heed_signals(self) -> None:
+        """Take SIGTERM and SIGINT as a wish to stop, from now on."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+
+    def run(self) -> None:
+        """Listen until it is time to stop."""
         threading.Thread(target=self._work, daemon=True).start()
         while not self._is_over():
             for key, _ in self._selector.select(self._patience()):
