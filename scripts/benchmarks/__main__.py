@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("uploads", "drain", "chunk", "backlog", "start", "door", "scale", "models", "overlap", "shrink")
+NAMES = ("uploads", "drain", "chunk", "backlog", "start", "door", "scale", "shrink", "models", "overlap")
 
 
 def main() -> int:

@@ -30,6 +30,17 @@ def photo_jpegs(*, width: int = 800, height: int = 600, size: int = 113 * 1024) 
     return [_with_comment(_encode(album() / name, width, height, size)) for name in PHOTOS]
 
 
+def jpegs_of_quality(width: int, height: int, quality: int) -> list[bytes]:
+    """Encode each photo at the pixel size and quality, with a comment for `marked`."""
+    found = []
+    for name in PHOTOS:
+        buffer = io.BytesIO()
+        picture = Image.open(album() / name).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(buffer, "JPEG", quality=quality)
+        found.append(_with_comment(buffer.getvalue()))
+    return found
+
+
 def _encode(path: Path, width: int, height: int, size: int) -> bytes:
     picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     for quality in range(98, 10, -1):

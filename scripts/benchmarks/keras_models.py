@@ -1,0 +1,83 @@
+"""The sixteen Keras models of the original service, with seeded weights, compiled once and kept for later measurements.
+
+Speed and memory do not depend on what the weights are, and no measurement may need a download of gigabytes. Run as
+`python -m scripts.benchmarks.keras_models FOLDER MODEL` it compiles one: in a process of its own, so that the memory
+that tensorflow takes for it goes back.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_image.errors import BrokenArtefact, NotInstalled
+from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.keras_weights import Places, find_weights
+
+#: Those that the original service had.
+SIXTEEN = (
+    "densenet121", "densenet169", "densenet201", "resnet50", "resnet101", "resnet152", "resnet50v2", "resnet101v2",
+    "resnet152v2", "vgg16", "vgg19", "nasnet_large", "nasnet_mobile", "xception", "inception_v3",
+    "inception_resnet_v2",
+)  # fmt: skip
+#: A light, a middling and a deep one, for a first look.
+QUICK = ("nasnet_mobile", "resnet50", "densenet121")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A model as both sides take it."""
+
+    #: Its row in the catalogue.
+    row: ModelRow
+    #: What this project runs.
+    artefact: Artefact
+    #: What Keras loads.
+    weights: Path
+
+
+def cache_folder() -> Path:
+    """Return the folder for compiled models and their weights; 6 GB once all sixteen are there."""
+    return Path(tempfile.gettempdir()) / "mlg-bench-keras"
+
+
+def compiled(name: str) -> Compiled:
+    """Return a model that is ready to be measured, compiling it first if need be: some ten seconds to two minutes."""
+    folder = cache_folder()
+    weights = _weights(folder, name)
+    if not weights.exists() or not _is_installed(folder / "models", name):
+        subprocess.run([sys.executable, "-m", __name__, str(folder), name], check=True)
+    return Compiled(row=CATALOGUE[name], artefact=find_artefact(folder / "models", name), weights=weights)
+
+
+def _weights(folder: Path, name: str) -> Path:
+    # Not NAME.weights.h5: Keras takes that ending for its newer layout, which the published files do not have.
+    return folder / "weights" / f"{name}.h5"
+
+
+def _is_installed(models: Path, name: str) -> bool:
+    try:
+        return find_artefact(models, name).folder.is_dir()
+    except (NotInstalled, BrokenArtefact):
+        return False
+
+
+def _compile(folder: Path, name: str) -> None:
+    from provider_image.models.keras_applications import build
+    from tests.seeded import seeded_network, write_weights
+
+    weights = _weights(folder, name)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    if not weights.exists():
+        partial = weights.with_suffix(".tmp")
+        write_weights(seeded_network(CATALOGUE[name]), partial)
+        partial.replace(weights)
+    build(folder / "models", CATALOGUE[name], find_weights(CATALOGUE[name], Places(given=weights, cache=folder)))
+
+
+if __name__ == "__main__":
+    _compile(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,68 @@
+"""Keras in a process of its own, as a plain script would use it: what this project's runtime is measured against.
+
+`cold CLASS WEIGHTS CHUNK OUT` does one chunk of pictures from the import on and writes the five likeliest labels of
+each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line `{"seconds": S}` on standard input with the
+pictures a second of `predict` on ready arrays, in batches as large as the chunk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from provider_image.chunk import open_chunk
+from provider_image.runtime import peak_memory_bytes
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def load(keras_class: str, weights: Path) -> tuple[Any, Any]:
+    """Import Keras, build the class and load the weights. :return: the network and the class's module."""
+    import keras
+
+    network = getattr(keras.applications, keras_class)(weights=None)
+    network.load_weights(weights)
+    return network, importlib.import_module(getattr(keras.applications, keras_class).__module__)
+
+
+def batch_of(chunk: Path, side: int) -> Any:
+    """Decode a chunk's pictures as `keras.utils.load_img` does: to the model's size, proportions let go."""
+    import numpy as np
+    from PIL import Image
+
+    with open_chunk(chunk) as reader:
+        files = [reader.read_inputs(item)["image"] for item in reader.items]
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+    resized = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+    return np.stack([np.asarray(picture, dtype=np.float32) for picture in resized])
+
+
+def main() -> None:
+    """Do what the first argument says."""
+    way, keras_class, weights, chunk = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    network, module = load(keras_class, weights)
+    arrays = module.preprocess_input(batch_of(chunk, network.input_shape[1]))
+    if way == "cold":
+        best = (-network.predict(arrays, batch_size=len(arrays), verbose=0)).argsort(axis=1)[:, :5].tolist()
+        Path(sys.argv[5]).write_text(json.dumps({"best": best, "peak_memory_bytes": peak_memory_bytes()}))
+        return
+    network.predict(arrays, batch_size=len(arrays), verbose=0)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        seconds, done, started = float(json.loads(line)["seconds"]), 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            network.predict(arrays, batch_size=len(arrays), verbose=0)
+            done += len(arrays)
+        print(json.dumps(done / (time.perf_counter() - started)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What the machine can do at most, and how much a graph asks of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from provider_image.cores import available_cores
+from provider_image.engine import import_openvino
+
+#: Sides of the square matrices that are multiplied.
+_SIDES = (512, 1024, 2048)
+
+
+def f32_gigaflops(seconds: float = 1.0) -> float:
+    """Multiply f32 matrices on all cores, by numpy and by OpenVINO (one stream, a stream for each core); the best.
+
+    :param seconds: for each way and size.
+    """
+    cores, found = available_cores(), []
+    for side in _SIDES:
+        matrix = np.random.default_rng(side).random((side, side), np.float32)
+        product, flops = np.empty_like(matrix), 2.0 * side**3
+        found.append(_best(lambda m=matrix, p=product: np.matmul(m, m, out=p), flops, seconds))  # type: ignore[misc]
+        for streams in {1, cores}:
+            requests = _multiplications(matrix, streams, cores)
+
+            def multiply(requests: list[Any] = requests, matrix: Any = matrix) -> None:
+                for request in requests:
+                    request.start_async({0: matrix}, share_inputs=True)
+                for request in requests:
+                    request.wait()
+
+            found.append(_best(multiply, flops * streams, seconds))
+    return max(found)
+
+
+def _multiplications(matrix: Any, streams: int, cores: int) -> list[Any]:
+    openvino = import_openvino()
+    left = openvino.opset8.parameter(matrix.shape, np.float32)
+    product = openvino.opset8.matmul(left, openvino.opset8.constant(matrix), False, True)
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": str(cores),
+        "NUM_STREAMS": str(streams),
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    compiled = openvino.Core().compile_model(openvino.Model([product], [left]), "CPU", options)
+    return [compiled.create_infer_request() for _ in range(streams)]
+
+
+def _best(work: Callable[[], Any], flops: float, seconds: float) -> float:
+    work()
+    shortest, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        work()
+        shortest = min(shortest, time.perf_counter() - started)
+    return flops / shortest / 1e9
+
+
+def gigaflops_of(graph: Path) -> float:
+    """Count what one picture costs: two operations for each multiply-add of the convolutions and matrix products."""
+    total = 0.0
+    for node in import_openvino().Core().read_model(str(graph)).get_ordered_ops():
+        kind = node.get_type_name()
+        if kind in ("Convolution", "GroupConvolution"):
+            # (outputs, inputs, height, width), with the groups before that where there are any.
+            weights = list(node.input(1).get_partial_shape().to_shape())
+            total += math.prod(node.output(0).shape) * math.prod(weights[1 if kind == "Convolution" else 2 :])
+        elif kind == "MatMul":
+            first = list(node.input(0).get_partial_shape().to_shape())
+            total += math.prod(node.output(0).shape) * first[-2 if node.get_attributes()["transpose_a"] else -1]
+    return 2 * total / 1e9
+
+
+def decoding_rate(jpegs: list[bytes], decode: Callable[[bytes], Any], seconds: float = 3.0) -> float:
+    """Decode pictures on all cores and do nothing else. :return: pictures a second."""
+    cores = available_cores()
+
+    def work(first: int) -> int:
+        done = 0
+        while time.perf_counter() < end:
+            decode(jpegs[(first + done) % len(jpegs)])
+            done += 1
+        return done
+
+    decode(jpegs[0])
+    started = time.perf_counter()
+    end = started + seconds
+    with ThreadPoolExecutor(cores) as pool:
+        done = sum(pool.map(work, range(cores)))
+    return done / (time.perf_counter() - started)

@@ -1,0 +1,82 @@
+"""How much of OpenVINO's own throughput is left when pictures have to be decoded as well, and when decoding is all.
+
+Decoding runs beside inference, but on the same cores. A picture that costs i seconds of processor time to infer and d
+to decode can be worked on 1 / (i + d) times a second and core, OpenVINO alone infers 1 / i: the share is i / (i + d),
+and only where a core would otherwise stand still could it be more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from provider_image.models.compilers import ensure_installed
+from scripts.benchmarks import pictures
+from scripts.benchmarks.keras_models import cache_folder, compiled
+from scripts.benchmarks.models import make_chunk
+from scripts.benchmarks.processes import Answering
+
+MODELS = ("densenet121", "efficientnet_lite0")
+WANTED = 0.95
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
+@click.option("--seconds", default=3.0, show_default=True, help="Least length of a turn.")
+def main(rounds: int, seconds: float) -> None:
+    """Measure decoding beside inference. Example: scripts/bench overlap"""
+    table = Table(
+        "model",
+        "pictures",
+        "chunk /s",
+        "OpenVINO /s",
+        "decode /s",
+        "Pillow whole /s",
+        "share",
+        "arithmetic",
+        "of decode",
+    )
+    kinds = {
+        "500 x 375, quality 90": pictures.jpegs_of_quality(500, 375, 90),
+        "4000 x 3000, 2 MB": pictures.photo_jpegs(width=4000, height=3000, size=2_000_000),
+    }
+    with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
+        work = Path(folder)
+        for model in MODELS:
+            models = cache_folder() / "models"
+            if model == "efficientnet_lite0":
+                ensure_installed(models, model)
+            else:
+                compiled(model)
+            chunks = [make_chunk(work / f"{number}.zip", model, kinds[kind]) for number, kind in enumerate(kinds)]
+            with Answering(sys.executable, "-m", "scripts.benchmarks.runtime_side", str(models), model) as side:
+                for kind, chunk in zip(kinds, chunks, strict=True):
+                    seen = _measure(side, chunk, rounds, seconds)
+                    both = 1 / (1 / seen["queue"] + 1 / seen["decode"])
+                    share = seen["chunk"] / seen["queue"]
+                    table.add_row(
+                        model,
+                        kind,
+                        *(f"{seen[way]:.1f}" for way in ("chunk", "queue", "decode", "pillow")),
+                        f"{share:.0%} {'met' if share >= WANTED else 'missed'}",
+                        f"{both / seen['queue']:.0%}",
+                        f"{seen['chunk'] / seen['decode']:.0%}",
+                    )
+    Console(width=160).print(table)
+
+
+def _measure(side: Answering, chunk: Path, rounds: int, seconds: float) -> dict[str, float]:
+    ways = ("chunk", "queue", "decode", "pillow")
+    for way in ways[:2]:
+        side.ask(way=way, seconds=0, chunk=str(chunk))
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            found[way].append(side.ask(way=way, seconds=seconds, chunk=str(chunk)))
+    return {way: statistics.median(figures) for way, figures in found.items()}

@@ -1,0 +1,99 @@
+"""This project's runtime in a warm process of its own, measured on demand: `runtime_side MODELS MODEL`.
+
+Answers each line `{"way": WAY, "seconds": S, "chunk": PATH}` on standard input with pictures a second:
+
+- chunk: whole chunks as a worker does them, file to file, so decoding is included
+- net, bf16: the bare net on ready arrays, as many threads as cores, in f32 and in bf16
+- queue: OpenVINO's own AsyncInferQueue on ready arrays, same options
+- decode, pillow: decoding alone on all cores, as the runtime does it and by Pillow whole
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from provider_image.chunk import open_chunk
+from provider_image.engine import compile_graph, import_openvino
+from provider_image.imaging import decode
+from provider_image.runtime import NetCache, run_chunk
+from scripts.benchmarks.limits import decoding_rate
+
+
+class Side:
+    """The nets of one model, loaded when a way first needs them."""
+
+    def __init__(self, models: Path, model: str) -> None:
+        self._model = model
+        self._caches = {precision: NetCache(models, precision=precision) for precision in ("f32", "bf16")}
+        self._queue: Any = None
+
+    def rate(self, way: str, seconds: float, chunk: Path) -> float:
+        """Work in one way for about so many seconds. :return: pictures a second."""
+        pictures = _pictures(chunk)
+        if way == "pillow":
+            return decoding_rate(pictures, _whole, seconds)
+        cache = self._caches["bf16" if way == "bf16" else "f32"]
+        loaded = cache.get("classification", self._model, None)
+        height, width, crop = loaded.artefact.height, loaded.artefact.width, loaded.artefact.crop
+        if way == "decode":
+            return decoding_rate(pictures, lambda data: decode(data, height, width, crop), seconds)
+        if way == "chunk":
+            return _repeat(lambda: len(run_chunk(chunk, chunk.with_suffix(".results"), cache).items), seconds)
+        arrays = [decode(data, height, width, crop) for data in pictures]
+        if way == "queue":
+            return self._queued(loaded.artefact.folder, cache.threads, arrays, seconds)
+        with ThreadPoolExecutor(cache.threads) as pool:
+            return _repeat(lambda: len(list(pool.map(loaded.net.infer, arrays))), seconds)
+
+    def _queued(self, folder: Path, threads: int, arrays: list[Any], seconds: float) -> float:
+        if self._queue is None:
+            compiled = compile_graph(folder / "model.xml", threads, "f32")
+            self._queue = (compiled, import_openvino().AsyncInferQueue(compiled.graph, threads))
+        queue = self._queue[1]
+
+        def turn() -> int:
+            for array in arrays:
+                queue.start_async({0: array[None]}, share_inputs=True)
+            queue.wait_all()
+            return len(arrays)
+
+        turn()
+        return _repeat(turn, seconds)
+
+
+def _repeat(turn: Callable[[], int], seconds: float) -> float:
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        done += turn()
+    return done / (time.perf_counter() - started)
+
+
+def _pictures(chunk: Path) -> list[bytes]:
+    with open_chunk(chunk) as reader:
+        return [reader.read_inputs(item)["image"] for item in reader.items]
+
+
+def _whole(data: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).load()
+
+
+def main() -> None:
+    """Answer lines until standard input ends."""
+    side = Side(Path(sys.argv[1]), sys.argv[2])
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(side.rate(asked["way"], asked["seconds"], Path(asked["chunk"]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
