@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import ImageError
-from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.artefact import is_model_name
 
 #: Where it lies in a source checkout.
 LOCK_FILE = Path(__file__).resolve().parents[1] / "provider_image" / "images.lock"
@@ -79,8 +79,8 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
     try:
         found = {}
         for model, row in json.loads(text).items():
-            if model not in CATALOGUE:
-                raise ValueError("there is no such model")
+            if not is_model_name(model):  # users' own may be installed elsewhere only
+                raise ValueError("that is not a model's name")
             found[model] = PublishedImage.from_row(row)
     except (ValueError, AttributeError, RecursionError) as error:
         where = f" at {model}" if model else ""

@@ -19,27 +19,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from batcher.image_context import check_checkout, find_sound_artefact, make_context
 from batcher.image_engine import find_engine
 from batcher.image_lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, ImageError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
-from provider_image.models.catalogue import find_model
+from provider_image.models.catalogue import CATALOGUE, look_up
+from provider_image.models.shelf import find_own_name, find_row
 
-#: What the Dockerfile copies.
-SOURCES = (
-    "constraints.txt",
-    "setup.cfg",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "mlg.py",
-    "scripts/prune_runtime",
-    "provider_image",
-    "server",
-    "batcher",
-)
-_CHECKOUT = Path(__file__).resolve().parents[1]
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 #: What gvmkit-build says when it is not let in, or has no place to keep a token.
 _NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|\b401\b", re.IGNORECASE)
@@ -50,6 +38,8 @@ _NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
 class ImageSettings:
     """What `mlg image` needs."""
 
+    #: Folder of the artefacts that are installed here; in the home.
+    models: Path
     #: The container engine, a name or a path; empty takes the first that works. MLG_IMAGE_ENGINE. Defaults to empty.
     engine: str = ""
     #: user/repository on Golem's registry to publish to. MLG_IMAGE_REGISTRY. Defaults to empty.
@@ -62,12 +52,25 @@ class ImageSettings:
         registry = env.text("MLG_IMAGE_REGISTRY", cls.registry)
         if registry and not REPOSITORY.fullmatch(registry):
             raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} is not like user/repository, in lower case.")
-        return cls(engine=env.text("MLG_IMAGE_ENGINE", cls.engine), registry=registry)
+        return cls(
+            models=env.path("MLG_HOME", "~/.mlg") / "models",
+            engine=env.text("MLG_IMAGE_ENGINE", cls.engine),
+            registry=registry,
+        )
 
 
-def canonical_names(models: Sequence[str]) -> list[str]:
-    """Return the models' canonical names, each once, in order. :raises UnknownModel:"""
-    return list(dict.fromkeys(find_model(name).name for name in models))
+def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
+    """Return the canonical names of models of the catalogue and users' own, each once, in order.
+
+    :param models: where users' own are installed. Whether they are sound is not looked at.
+    :raises UnknownModel: there is no such model; names the nearest.
+    """
+    names = []
+    for spelling in spellings:
+        row = look_up(spelling)
+        name = find_own_name(models, spelling) if row is None else row.name
+        names.append(name or find_row(models, spelling).name)
+    return list(dict.fromkeys(names))
 
 
 def image_tag(models: Sequence[str], tag: str | None = None) -> str:
@@ -90,33 +93,36 @@ def build_image(
     settings: ImageSettings,
     *,
     weights: Path | None = None,
+    installed: bool = False,
     base: str | None = None,
     tag: str | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Build the image that holds these models.
 
+    Models of the catalogue are compiled in the build; users' own, which nothing there could compile, are copied from
+    the models folder.
+
     It takes two runs of the engine: the first exports the compiled artefacts, whose digests the second, which finds
     everything else cached, puts into the labels. The digests are thus those of the files in the image.
 
     :param weights: folder of weights files; None leaves it to Keras' published address.
+    :param installed: copy the models of the catalogue as well, instead of compiling them.
     :param base: image to build on; None takes the Dockerfile's.
     :return: the image's name, and each model's digest.
     :raises MlgError: it cannot be built; says what to do.
     """
-    names = canonical_names(models)
+    names = canonical_names(settings.models, models)
     name = image_tag(names, tag)
+    if installed and weights is not None:
+        raise ConfigError("--installed compiles nothing, so there is no use for --weights. Leave one of them out.")
     if weights is not None and not weights.is_dir():
         raise ImageError(f"There is no folder of weights {weights}. Make it and put the weights files there.")
-    missing = [source for source in (*SOURCES, "provider_image/Dockerfile") if not (_CHECKOUT / source).exists()]
-    if missing:
-        raise ImageError(
-            f"Images are built from a source checkout of mlg, and {_CHECKOUT} is none ({missing[0]} is missing). "
-            "Clone the repository, then scripts/setup and .venv/bin/mlg image build there."
-        )
+    check_checkout()
+    taken = [find_sound_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE]
     engine = find_engine(settings.engine)
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
         context, artefacts = Path(folder, "context"), Path(folder, "artefacts")
-        _make_context(context, weights)
+        make_context(context, weights=weights, artefacts=taken)
         arguments = {"MODEL": ",".join(names), "VERSION": _version()}
         if base is not None:
             arguments["BASE"] = base
@@ -140,7 +146,7 @@ def push_image(
     :return: what was published, by model.
     :raises MlgError: it was not published, and the lock file is as it was; says what to do.
     """
-    names = canonical_names(models)
+    names = canonical_names(settings.models, models)
     name = image_tag(names, tag)
     if not settings.registry:
         raise ConfigError("Say where to publish: MLG_IMAGE_REGISTRY=user/repository, as on Golem's registry.")
@@ -184,31 +190,6 @@ def _version() -> str:
         return version("mlg")
     except PackageNotFoundError:
         return ""
-
-
-def _make_context(context: Path, weights: Path | None) -> None:
-    """Copy what the Dockerfile wants, so that nothing else travels and edits meanwhile do not matter."""
-    try:
-        for source in SOURCES:
-            target = context / source
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (_CHECKOUT / source).is_dir():
-                shutil.copytree(_CHECKOUT / source, target, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy2(_CHECKOUT / source, target)
-        for file in sorted(weights.iterdir()) if weights is not None else ():
-            if file.is_file():
-                (context / "weights").mkdir(exist_ok=True)
-                _link_or_copy(file, context / "weights" / file.name)
-    except OSError as error:
-        raise ImageError(f"The build context cannot be made: {error}") from error
-
-
-def _link_or_copy(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file.resolve())  # weights are large
-    except OSError:
-        shutil.copy2(file, target)
 
 
 def _digest(folder: Path) -> str:

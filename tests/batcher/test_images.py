@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +18,12 @@ import pytest
 from batcher.image_lock import PublishedImage, add_to_lock, read_lock
 from batcher.images import ImageSettings, image_tag, push_image
 from provider_image.errors import ConfigError, ImageError
-from provider_image.models.artefact import find_artefact
+from provider_image.models.artefact import GRAPH_FILES, find_artefact, read_artefact
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
-#: It "builds" by copying artefacts that are there already, and keeps an image as the labels that it was given.
+#: It "builds" by copying artefacts, from the context or from where they are there already, and keeps an image as the
+#: labels that it was given.
 ENGINE = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -46,8 +47,9 @@ elif words[0] in ("build", "bud"):
     if "--output" in words:
         folder = Path(words[words.index("--output") + 1].removeprefix("type=local,dest="))
         for model in given["MODEL"].split(","):
+            taken = context / "models" / model
             if not os.environ.get("FAKE_NOTHING_BUILT"):
-                shutil.copytree(Path(os.environ["FAKE_MODELS"]) / model, folder / model)
+                shutil.copytree(taken if taken.exists() else Path(os.environ["FAKE_MODELS"]) / model, folder / model)
     if "--tag" in words:
         labels = {"mlg.model": given["MODEL"], "mlg.digest": given.get("DIGEST", "")}
         file = home / "images" / words[words.index("--tag") + 1].replace("/", "_")
@@ -98,7 +100,12 @@ class Machine:
 
     def variables(self, changes: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLG_", "FAKE_"))}
-        own = {"PATH": str(self.folder / "bin"), "FAKE_HOME": str(self.folder), "FAKE_MODELS": str(self.models)}
+        own = {
+            "PATH": str(self.folder / "bin"),
+            "MLG_HOME": str(self.folder / "home"),
+            "FAKE_HOME": str(self.folder),
+            "FAKE_MODELS": str(self.models),
+        }
         return {**kept, **own, **changes}
 
     def mlg(self, *words: str | Path, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -118,6 +125,12 @@ class Machine:
     def context(self) -> dict[str, int]:
         found: dict[str, int] = json.loads((self.folder / "context.json").read_text())
         return found
+
+    def install(self, folder: Path) -> Path:
+        """Install an artefact in this machine's home as a copy that may be changed."""
+        target = self.folder / "home" / "models" / folder.name
+        shutil.copytree(folder, target)
+        return target
 
     def allow(self, patch: pytest.MonkeyPatch, **changes: str) -> None:
         """Make this machine the one that code in this process sees."""
@@ -248,6 +261,142 @@ def test_building_needs_a_source_checkout_and_says_so(machine: Machine) -> None:
     assert "Images are built from a source checkout of mlg" in last_line(result)
 
 
+# models that are not compiled in the build
+
+
+def in_context(machine: Machine) -> set[str]:
+    """Return what the last build found of artefacts."""
+    return {name.removeprefix("models/") for name in machine.context() if name.startswith("models/")}
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return what a context must hold of this artefact."""
+    names = ("model.json", *GRAPH_FILES, *(sample.file for sample in read_artefact(folder).samples))
+    return {f"{folder.name}/{name}" for name in names}
+
+
+def test_an_own_model_is_taken_from_the_home_and_the_others_are_compiled(
+    machine: Machine, own_models_folder: Path
+) -> None:
+    machine.add("docker", ENGINE)
+    folder = machine.install(own_models_folder / "my_pets")
+    (folder / "notes.txt").write_text("not part of the model")
+    own, lite0 = read_artefact(folder).digest, find_artefact(machine.models, MODEL).digest
+
+    result = machine.mlg("build", "My-Pets", MODEL)
+
+    assert result.returncode == 0, result.stderr
+    tag = f"mlg-provider:my_pets-{MODEL}"
+    assert result.stdout == (f"{tag} holds my_pets (digest {own[:12]})\n{tag} holds {MODEL} (digest {lite0[:12]})\n")
+    assert in_context(machine) == files_of(folder)
+    assert f"MODEL=my_pets,{MODEL}" in machine.calls()[-1] and f"DIGEST={own},{lite0}" in machine.calls()[-1]
+
+
+def test_installed_models_of_the_catalogue_are_taken_when_that_is_asked_for(
+    machine: Machine, own_models_folder: Path
+) -> None:
+    machine.add("docker", ENGINE)
+    folders = [machine.install(machine.models / MODEL), machine.install(own_models_folder / "my_pets")]
+
+    result = machine.mlg("build", MODEL, "my_pets", "--installed", FAKE_MODELS="/nowhere")
+
+    assert result.returncode == 0, result.stderr
+    assert in_context(machine) == files_of(folders[0]) | files_of(folders[1])
+    assert f"DIGEST={','.join(read_artefact(folder).digest for folder in folders)}" in machine.calls()[-1]
+    assert all((folder / "model.bin").stat().st_nlink == 1 for folder in folders)
+
+
+def test_the_home_can_be_named_and_is_left_as_it_was(machine: Machine, own_models_folder: Path) -> None:
+    machine.add("docker", ENGINE)
+    folder = machine.install(own_models_folder / "my_pets")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    result = machine.mlg("build", "my_pets", "--home", machine.folder / "home", MLG_HOME="/nowhere")
+
+    assert result.returncode == 0, result.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "model.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.bin").write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    (folder / "model.bin").write_bytes(b"")
+
+
+def lose_the_description(folder: Path) -> None:
+    (folder / "model.json").unlink()
+
+
+def lose_a_picture(folder: Path) -> None:
+    (folder / read_artefact(folder).samples[0].file).unlink()
+
+
+def become_another(folder: Path) -> None:
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(text.replace('"name": "my_pets"', '"name": "my_cats"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_bit, "model.bin has changed since it was made"),
+        (cut_short, "model.bin is cut short"),
+        (lose_the_description, "my_pets is not installed here. Install it: mlg models compile my_pets --keras"),
+        (lose_a_picture, "is missing. What to do says: mlg models check my_pets"),
+        (become_another, "holds the model 'my_cats'"),
+    ],
+)
+def test_a_damaged_own_model_is_refused_in_one_line_before_anything_is_built(
+    machine: Machine, own_models_folder: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    machine.add("docker", ENGINE)
+    damage(machine.install(own_models_folder / "my_pets"))
+
+    result = machine.mlg("build", MODEL, "my_pets")
+
+    assert result.returncode == 1
+    assert said in result.stderr and len(result.stderr.splitlines()) == 1 and result.stdout == ""
+    assert not (machine.folder / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["my_pets"], 1, "There is no model 'my_pets'"),
+        ([MODEL, "--installed"], 1, f"{MODEL} is not installed here. Install it: mlg models compile {MODEL}"),
+        ([MODEL, "--installed", "--weights", "bin"], 2, "there is no use for --weights"),
+    ],
+)
+def test_what_is_not_installed_cannot_be_taken(machine: Machine, words: list[str], status: int, said: str) -> None:
+    machine.add("docker", ENGINE)
+
+    result = machine.mlg("build", *words)
+
+    assert result.returncode == status
+    assert said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_an_own_model_is_published_and_noted(
+    machine: Machine, own_models_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine.add("docker", ENGINE)
+    machine.add("gvmkit-build", GVMKIT)
+    folder = machine.install(own_models_folder / "my_pets")
+    assert machine.mlg("build", "my_pets").returncode == 0
+    digest = read_artefact(folder).digest
+    cut_short(folder)  # what is published is the image; what became of the home since then does not matter
+    machine.allow(monkeypatch)
+
+    push_image(["My pets"], ImageSettings(models=folder.parent, registry="me/mlg"), lock=tmp_path / "images.lock")
+
+    entry = read_lock(tmp_path / "images.lock")["my_pets"]
+    assert (entry.image, entry.digest) == ("me/mlg:my_pets", digest)
+
+
 def test_a_family_needs_a_tag_only_when_its_names_are_too_long() -> None:
     assert image_tag(["vgg16", "vgg19"]) == "mlg-provider:vgg16-vgg19"
     assert image_tag([MODEL], "mine") == "mine:latest"
@@ -268,7 +417,7 @@ def build_and_allow(machine: Machine, patch: pytest.MonkeyPatch, **changes: str)
     return find_artefact(machine.models, MODEL).digest
 
 
-SETTINGS = ImageSettings(registry="me/mlg")
+SETTINGS = ImageSettings(models=Path("/nowhere"), registry="me/mlg")
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
@@ -388,7 +537,7 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: dict[str, ob
         read_lock(lock)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"no_such_model": {}}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", '{"No model\'s name": {}}', '{"vgg16": {}}', "{"])
 def test_a_damaged_lock_file_is_refused_and_never_overwritten(tmp_path: Path, text: str) -> None:
     lock = tmp_path / "images.lock"
     lock.write_text(text)
