@@ -1,7 +1,7 @@
 """An upload: the picture and the fields beside it, read from a request with every length bounded.
 
-Called by `api.py`. Whoever sends too much is told so before the rest is read: a declared length is checked before the
-first byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: a picture is at most a
+Called by `api.py`. Whoever sends too much is told so as soon as can be: a declared length is checked before the first
+byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: a picture is at most a
 few megabytes, and temporary files would cost more than they save. Bytes are not looked at; `imaging.py` does that.
 """
 
@@ -28,6 +28,8 @@ LONGEST_NAME = 200
 #: Largest body of a request that carries only fields.
 MOST_FIELD_BYTES = 8192
 _STEP_BYTES = 64 * 1024
+#: What is read and thrown away of a body that is too large and did not say so before.
+_DISCARDED_BYTES = 32 * 1024 * 1024
 
 _RAW = (
     "The raw bytes are taken with an image content type, for example: "
@@ -192,6 +194,10 @@ def _read(request: Request, limit: int, max_image_bytes: int, readings: Readings
         while piece := stream.read(_STEP_BYTES):
             size += len(piece)
             if size > limit:
+                # A connection that is closed while its client still sends is reset, and the client sees that instead
+                # of the answer. Most are about to end; who is not is not waited for.
+                while size < limit + _DISCARDED_BYTES and (piece := stream.read(_STEP_BYTES)):
+                    size += len(piece)
                 raise too_many_bytes(max_image_bytes)
             pieces.append(piece)
     return b"".join(pieces)
