@@ -11,6 +11,7 @@ import pytest
 
 from batcher.settings import BatcherSettings
 from mlg import cli
+from provider_image.models.catalogue import CATALOGUE
 from server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +90,16 @@ def test_files_named_in_the_papers_exist() -> None:
     for paper in [ROOT / "README.md", ROOT / "docs/architecture.md"]:
         for name in re.findall(r"`((?:server|batcher|provider_image|scripts|tests)/[\w/.]+)`", paper.read_text()):
             assert (ROOT / name).exists(), f"{paper}: {name}"
+
+
+def test_every_model_of_the_catalogue_stands_in_its_table() -> None:
+    lines = (ROOT / "docs/models.md").read_text().splitlines()
+    split = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    rows = {cells[0].strip("`"): cells for cells in split}
+
+    for row in CATALOGUE.values():
+        cells = rows[row.name]
+
+        assert (cells[1], cells[2], cells[3]) == (row.title, f"{row.height} x {row.width}", row.preprocessing)
+        assert row.weights is None or row.weights.file in cells[4]
+    assert len(rows) == len(CATALOGUE) + 2  # the head and the line below it
