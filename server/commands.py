@@ -7,6 +7,7 @@ needs it, so that `mlg requests --help` is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +141,12 @@ def submit(
     address = (url or base_url(settings.host, settings.port)).rstrip("/")
     is_waiting = wait or out is not None
     client = Client(address, model, connections=submission.IN_FLIGHT, patience_seconds=patience)
+
+    def interrupt(number: int, frame: object) -> None:
+        client.stopping.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         with (
             Submissions(settings.home, address, model.lower()) as journal,
@@ -158,7 +165,10 @@ def submit(
             err=True,
         )
         if isinstance(error, KeyboardInterrupt):
-            raise click.exceptions.Exit(130) from error
+            # At once: threads may be in the middle of a request, and an interpreter that ends around them can hang.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         raise
     if out is not None:
         submission.write_rows(rows, out)

@@ -31,6 +31,8 @@ IN_FLIGHT = 8
 HOLD_SECONDS = 5.0
 #: Seconds between two reads of one request when the server does not hold it.
 POLL_SECONDS = 0.25
+#: Seconds between two looks for a Ctrl-C that was dropped.
+_LOOK_SECONDS = 0.5
 #: States in which nothing more happens by itself.
 _FINAL = frozenset({"done", "failed", "cancelled"})
 COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "model", "cached", "reason", "code")
@@ -117,7 +119,7 @@ def send_all(rows: Sequence[Row], client: Client, journal: Submissions, *, top: 
 
     finished: set[int] = set()
     told = 0
-    for index, _ in in_parallel(send, rows):
+    for index, _ in in_parallel(send, rows, client.stopping):
         finished.add(index)
         while told in finished:
             progress.sent(rows[told])
@@ -139,14 +141,20 @@ def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Pro
                 client.stopping.wait(POLL_SECONDS)
         return row
 
-    for _, row in in_parallel(read, [row for row in rows if row.req_id is not None]):
+    for _, row in in_parallel(read, [row for row in rows if row.req_id is not None], client.stopping):
         progress.answered(row)
 
 
-def in_parallel(work: Callable[[Row], Row], items: Sequence[Row]) -> Iterator[tuple[int, Row]]:
+def in_parallel(
+    work: Callable[[Row], Row], items: Sequence[Row], stopping: threading.Event
+) -> Iterator[tuple[int, Row]]:
     """Run work on each row, IN_FLIGHT at a time, and yield (index, result) as they finish; the first error ends it.
 
     The threads are daemons: on Ctrl-C nobody waits for their answers from the network.
+
+    :param stopping: set on Ctrl-C. Looked at as well because Python drops a KeyboardInterrupt where it cannot raise it,
+        for example in the finaliser of some object.
+    :raises KeyboardInterrupt:
     """
     todo: queue.SimpleQueue[tuple[int, Row]] = queue.SimpleQueue()
     for entry in enumerate(items):
@@ -170,12 +178,23 @@ def in_parallel(work: Callable[[Row], Row], items: Sequence[Row]) -> Iterator[tu
         threading.Thread(target=loop, name="submit", daemon=True).start()
     try:
         for _ in items:
-            outcome = finished.get()
+            outcome = _next(finished, stopping)
             if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
     finally:
         is_over.set()
+
+
+def _next(
+    finished: queue.SimpleQueue[tuple[int, Row] | Exception], stopping: threading.Event
+) -> tuple[int, Row] | Exception:
+    while True:
+        try:
+            return finished.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            if stopping.is_set():
+                raise KeyboardInterrupt from None
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:

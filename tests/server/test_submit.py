@@ -72,7 +72,13 @@ class Submit:
         return [sys.executable, "-m", "mlg", "submit", *options, *map(str, arguments)]
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        )
 
     def __call__(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -273,7 +279,11 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler then says where each thread stands
+        _, said = process.communicate()
     took = time.monotonic() - began
     partly = [json.loads(line) for line in out.read_text().splitlines()]
     batcher()
