@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.models.keras_graph import import_keras
+from tests import needs_keras  # noqa: F401 - importing it is its use
 
 SIDE = 32
 

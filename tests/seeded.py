@@ -13,6 +13,7 @@ from provider_image.imaging import decode
 from provider_image.models.catalogue import ModelRow
 from provider_image.models.keras_graph import import_keras
 from provider_image.models.self_test import pictures
+from tests import needs_keras  # noqa: F401 - importing it is its use
 
 #: Deviation of the logits over the classes for the photo that stands out most. Random networks are worse conditioned
 #: than trained ones: at 2.5 a ResNet152 turns f32's rounding into differences of 0.0001.
