@@ -1,4 +1,4 @@
-"""Importing this skips the tests of whoever does so where there is no tensorflow for this Python; with CI=true it fails."""
+"""Importing this skips the tests of whoever does so where there is no tensorflow; with CI=true it fails."""
 
 from __future__ import annotations
 
