@@ -47,7 +47,7 @@ _STAGES = (
 
 
 def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
-    """Build the artefact in the models folder; some 0.4 seconds.
+    """Build the artefact in the models folder; about a second, most of it to prove it and to weigh f16.
 
     :param again: build even if a sound one is there. Otherwise whoever waited for another process takes what that made.
     :param f16_within: see `finishing.finish`.

@@ -35,6 +35,7 @@ from provider_image.services import load_service
 from server.store.records import State
 from server.store.sqlite import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
+from tests.holding import HOLDING
 from tests.process_tree import children, command_line, is_alive, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +43,10 @@ INPUT = ModelInput(height=224, width=224, crop=0.875)
 #: Loaded by every decoder. A picture that ends in POISON ends its process, as a bug in a decoder may; one in HOLD:PATH
 #: says that it was begun, by making PATH.begun with the process's id in it, and is held until PATH is there; one in
 #: LOCK hangs and never lets go of Python's lock.
-PLUGIN = """
-import ctypes, os, pathlib, time
-import provider_image.imaging as imaging
+PLUGIN = (
+    HOLDING
+    + """
+import ctypes
 
 def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"POISON"):
@@ -52,17 +54,11 @@ def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"LOCK"):
         print("locked", file=__import__("sys").stderr, flush=True)
         ctypes.PyDLL(None).sleep(1000)
-    head, mark, path = bytes(data).rpartition(b"HOLD:")
-    if mark:
-        path = pathlib.Path(os.fsdecode(path))
-        path.with_suffix(".half").write_text(str(os.getpid()))
-        path.with_suffix(".half").rename(path.with_suffix(".begun"))
-        while not path.exists():
-            time.sleep(0.01)
     return plain(data, *arguments, **options)
 
 imaging.decode = decode
 """
+)
 
 
 def saved(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -20,29 +20,11 @@ from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkTimeout, MalformedChunk, WorkerDied
+from tests.holding import HOLDING
 from tests.process_tree import is_alive
 
 MODEL = "efficientnet_lite0"
 WORKERS = 2
-
-#: Loaded by every worker at its start. A picture that ends in HOLD:PATH says that it was begun, by making PATH.begun
-#: with the process's id in it, and is held until PATH is there.
-PLUGIN = """
-import os, pathlib, time
-import provider_image.imaging as imaging
-
-def decode(data, *arguments, plain=imaging.decode, **options):
-    head, mark, path = bytes(data).rpartition(b"HOLD:")
-    if mark:
-        path = pathlib.Path(os.fsdecode(path))
-        path.with_suffix(".half").write_text(str(os.getpid()))
-        path.with_suffix(".half").rename(path.with_suffix(".begun"))
-        while not path.exists():
-            time.sleep(0.01)
-    return plain(data, *arguments, **options)
-
-imaging.decode = decode
-"""
 
 
 class Bench:
@@ -110,7 +92,7 @@ def bench(
     """Run a test body with a started executor, and close it afterwards."""
     plugin = tmp_path / "plugin"
     plugin.mkdir()
-    (plugin / "sitecustomize.py").write_text(PLUGIN)
+    (plugin / "sitecustomize.py").write_text(HOLDING)
     folder = tmp_path / "jobs"
     folder.mkdir()
     settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=WORKERS)

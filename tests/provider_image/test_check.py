@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from provider_image.check import (
+    TOLERANCE,
     TOLERANCE_BF16,
-    TOLERANCE_F32,
     check_in_process,
     check_model,
     find_folder,
@@ -75,7 +75,7 @@ def test_sound_model_is_ok_and_measured(artefact: Path) -> None:
     assert (report.is_ok, report.problem) == (True, None)
     assert (report.name, report.storage, report.threads, report.precision) == (MODEL, "f32", 2, "f32")
     assert report.pictures and all(picture.problem is None for picture in report.pictures)
-    assert max(picture.difference or 0 for picture in report.pictures) <= TOLERANCE_F32
+    assert max(picture.difference or 0 for picture in report.pictures) <= TOLERANCE
     assert report.images_per_second > 0 and report.net_images_per_second > 0
     assert report.load_seconds > 0 and report.peak_memory_bytes > 10e6
     assert {"python", "openvino", "numpy", "pillow"} <= report.versions.keys()
