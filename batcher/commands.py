@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+from batcher.settings import SHRINK_CHOICES
+from provider_image.precision import PRECISIONS
 from server.options import environment, home_option, host_option, json_option, port_option
 from server.settings import ServerSettings
 
@@ -23,12 +25,12 @@ workers_option = click.option(
 )
 shrink_option = click.option(
     "--shrink",
-    type=click.Choice(("auto", "on", "off")),
+    type=click.Choice(SHRINK_CHOICES),
     help="Send pictures reduced to the model's input: auto does so where chunks leave this machine. [MLG_SHRINK; auto]",
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(("f32", "bf16", "auto")),
+    type=click.Choice(tuple(PRECISIONS)),
     help="What local workers compute in: bf16 is about twice as fast where the processor has it. [MLG_PRECISION; f32]",
 )
 

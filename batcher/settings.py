@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from provider_image.cores import available_cores
-from provider_image.engine import PRECISIONS
 from provider_image.environment import Environment
+from provider_image.precision import PRECISIONS
 
 #: What MLG_SHRINK takes.
 SHRINK_CHOICES = ("auto", "on", "off")

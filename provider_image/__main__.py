@@ -17,6 +17,7 @@ from pathlib import Path
 
 from provider_image.environment import Environment
 from provider_image.errors import MlgError
+from provider_image.precision import PRECISIONS
 
 _DEFAULT_KEEP_WARM_SECONDS = 300.0
 
@@ -168,7 +169,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         )
         command.add_argument("--threads", type=_threads, metavar="N", help="items side by side (default: cores)")
         command.add_argument(
-            "--precision", choices=("f32", "bf16", "auto"), default="f32", help="of the inference (%(default)s)"
+            "--precision", choices=tuple(PRECISIONS), default="f32", help="of the inference (%(default)s)"
         )
     return parser
 

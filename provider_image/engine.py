@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
+from provider_image.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from provider_image.models.artefact import Artefact
 
-#: What a precision means to OpenVINO. auto leaves the choice to it: on a CPU with AVX512_BF16 or AMX it then computes
-#: in bf16, twice as fast, and two honest machines differ by up to 0.26 in a logit.
-PRECISIONS = {"f32": "f32", "bf16": "bf16", "auto": None}
 #: While a graph is compiled, this often the part of its weights that has been read is given back.
 _GIVE_BACK_SECONDS = 0.01
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from provider_image.precision import PRECISIONS
 from server.compile_command import compile_models
 from server.options import environment, home_option, json_option
 from server.settings import ServerSettings
@@ -63,7 +64,7 @@ models.add_command(compile_models)
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Pictures side by side. [as many as cores]")
 @click.option(
     "--precision",
-    type=click.Choice(["f32", "bf16", "auto"]),
+    type=click.Choice(tuple(PRECISIONS)),
     default="f32",
     show_default=True,
     help="Of the inference; bf16 and auto may answer a little otherwise.",
