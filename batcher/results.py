@@ -17,23 +17,24 @@ from provider_image.chunk import ItemResult, read_results
 from provider_image.errors import (
     BadInput,
     ChunkError,
+    ExecutorUnavailable,
     MalformedResults,
     MlgError,
     ModelError,
     NotInstalled,
     UnknownModel,
+    error_from,
 )
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.services import load_service
-from provider_image.warm import error_from
 from server.store.records import Answer, Blame, Claim
 
 #: Seconds before an item that failed by itself is tried again, by its failures so far.
 BACKOFF_SECONDS = (1.0, 4.0, 16.0)
 #: Seconds before work is tried again that failed through no fault of its own: a model that cannot be used, a full disk.
 OBSTACLE_SECONDS = 30.0
-#: What concerns the model and not the items.
-MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel)
+#: What concerns the model and not the items: other chunks of it would end alike.
+MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,20 @@ def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool 
         else:
             setbacks.append(_refused(item, refusal))
     return Settlement(answers=tuple(answers), setbacks=tuple(setbacks), items_done=items_done)
+
+
+def check_results(packed: Packed, models: Path, results: Path) -> None:
+    """Say whether a file is a true answer to a chunk, as far as that can be seen without trying.
+
+    For executors that can try elsewhere. An item may have failed, but what is answered must be an answer.
+
+    :raises MlgError: it is not: another chunk's, another model's, damaged, or out of range.
+    """
+    artefact = find_artefact(models, packed.planned.model)
+    numbers = range(len(packed.items))
+    for result in read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest).items:
+        if result.error is None:
+            load_service(packed.planned.service).check_output(artefact, result.output)
 
 
 def settle_failure(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> Settlement:

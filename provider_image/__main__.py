@@ -1,17 +1,14 @@
 """The command `mlg-provider`, also `python -m provider_image`: what a provider starts.
 
-Only the standard library is imported here, argparse instead of click included: this folder runs without the others.
+Only the standard library is imported here, argparse instead of click included: this folder runs without the others. A
+process is started for every chunk, so what only some commands need is imported by them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import sys
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,17 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         is_debugging = environment.yes_or_no("MLG_DEBUG", False)
         options = _parser(environment).parse_args(arguments)
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-        # Pillow warns of odd metadata in pictures, which nobody here can mend.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        if options.command == "run" and not options.cold:
+            _knock(options, environment)
+            return 0
+        _prepare_for_work()
         if options.command == "check":
             return _check(options)
         if options.command == "serve":
             _serve(options)
         else:
-            _run(options, environment)
+            _run_cold(options)
     except (MlgError, OSError) as error:
         if is_debugging:
+            import traceback
+
             traceback.print_exc()
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -48,18 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, environment: Environment) -> None:
+def _prepare_for_work() -> None:
+    import logging
+    import warnings
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # Pillow warns of odd metadata in pictures, which nobody here can mend.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _run_cold(options: argparse.Namespace) -> None:
+    from provider_image.runtime import NetCache, run_chunk
+
+    nets = NetCache(options.models, threads=options.threads, precision=options.precision)
+    run_chunk(options.chunk, options.results, nets)
+
+
+def _knock(options: argparse.Namespace, environment: Environment) -> None:
+    from provider_image.door import run
+
     keep_warm_seconds = environment.number(
         "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
     )
-    if options.cold:
-        from provider_image.runtime import NetCache, run_chunk
-
-        nets = NetCache(options.models, threads=options.threads, precision=options.precision)
-        run_chunk(options.chunk, options.results, nets)
-        return
-    from provider_image.door import run
-
     run(
         options.chunk,
         options.results,
@@ -85,6 +95,8 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    import json
+
     from provider_image.check import check_in_process, check_model, find_folder, installed_folders, remember
     from provider_image.check_report import describe
 
@@ -126,7 +138,13 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
     )
     run.add_argument("chunk", type=Path, metavar="CHUNK.zip", help="the chunk file")
     run.add_argument("results", type=Path, metavar="RESULTS.zip", help="where to write the results file")
-    run.add_argument("--place", type=_path, metavar="DIR", help="folder for warm processes (default: /tmp/mlg-UID)")
+    run.add_argument(
+        "--place",
+        type=_path,
+        metavar="DIR",
+        default=environment.path("MLG_PLACE", "") if environment.text("MLG_PLACE", "") else None,
+        help="folder for warm processes; its path must be short (default: MLG_PLACE, else /tmp/mlg-UID)",
+    )
     run.add_argument("--cold", action="store_true", help="work in this process instead of a warm one")
     serve = commands.add_parser(
         "serve",

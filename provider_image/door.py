@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from provider_image.cores import available_cores
-from provider_image.errors import WorkerDied
-from provider_image.warm import error_from, private_folder, shared_folder, socket_path
+from provider_image.errors import WorkerDied, error_from
+from provider_image.places import private_folder, shared_folder, socket_path
+
+if TYPE_CHECKING:
+    import subprocess
 
 #: A warm process must listen within this time after it was started; importing takes a tenth of a second.
 _START_SECONDS = 30.0
@@ -90,6 +92,8 @@ def _connect_or_start(folder: Path, options: list[str]) -> socket.socket:
 
 def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
     """Start a process of its own session that has none of our streams, so that it can outlive us."""
+    import subprocess  # most runs find a warm process, and do not pay for this
+
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "provider_image", "serve", "--place", str(folder), *options],

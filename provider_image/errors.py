@@ -13,6 +13,7 @@
     │   └── UnsupportedMediaType
     ├── UnknownModel
     ├── UnknownRequest
+    ├── UnknownProvider          in server/store/ledger.py, beside the only ones who raise it
     ├── NotInstalled
     ├── NotCancellable
     ├── NotRetryable
@@ -34,6 +35,10 @@
     │   └── ShrinkingUnavailable
     ├── InferenceFailed
     ├── ImageError               a container image
+    ├── ExecutorUnavailable      nobody can work on it now; nobody's fault
+    │   ├── NoProvider
+    │   ├── BudgetReached
+    │   └── GolemUnavailable
     ├── StoreError
     │   ├── StoreBusy
     │   ├── StoreUnavailable
@@ -46,6 +51,9 @@ and in results files), `permanent` says that trying again cannot help.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class MlgError(Exception):
@@ -276,6 +284,30 @@ class ImageError(MlgError):
     code = "image_error"
 
 
+class ExecutorUnavailable(MlgError):
+    """Nobody can work on this now. It is tried again by itself."""
+
+    code = "executor_unavailable"
+
+
+class NoProvider(ExecutorUnavailable):
+    """No provider takes the work. See: mlg providers list"""
+
+    code = "no_provider"
+
+
+class BudgetReached(ExecutorUnavailable):
+    """The budget is used up. Raise MLG_BUDGET_DAY, or wait for tomorrow."""
+
+    code = "budget_reached"
+
+
+class GolemUnavailable(ExecutorUnavailable):
+    """The Golem daemon cannot be used. Is it running, and is YAGNA_APPKEY set?"""
+
+    code = "golem_unavailable"
+
+
 class StoreError(MlgError):
     """The store cannot do this now."""
 
@@ -305,3 +337,12 @@ class ConfigError(MlgError):
 
     code = "config_error"
     permanent = True
+
+
+def error_from(reply: Mapping[str, Any]) -> MlgError:
+    """Turn a reply that is not ok back into the error it was made of."""
+    kinds: list[type[MlgError]] = [MlgError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    found = next((kind for kind in kinds if kind.code == reply.get("code")), ChunkError)
+    return found(str(reply.get("reason", "")) or None)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ import queue
 import selectors
 import signal
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,55 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
+from provider_image.places import private_folder, socket_path
 from provider_image.runtime import NetCache, run_chunk
 
 logger = logging.getLogger(__name__)
 
-#: Longest path of a Unix socket on Linux is 107 bytes; some room is left for the temporary names of others.
-_LONGEST_SOCKET_PATH = 100
 #: Longest line that is taken.
 _LONGEST_LINE = 64 * 1024
 #: Connections that came in just before an idle process stopped listening get this long to send their line.
 _LAST_CALL_SECONDS = 1.0
-
-
-def shared_folder() -> Path:
-    """Return this user's folder for sockets, whatever the length of other paths; may not exist yet."""
-    return Path(f"/tmp/mlg-{os.getuid()}")
-
-
-def socket_path(place: Path) -> Path:
-    """Return the path of the socket of a process that serves in this place."""
-    path = place.absolute() / "socket"
-    if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
-        return path
-    return shared_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.socket"
-
-
-def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can enter.
-
-    :raises ConfigError: somebody else's folder or a link is in its place, or it cannot be made.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise ConfigError(f"{path} is a link or belongs to somebody else. Remove it or choose another --place.")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            path.chmod(0o700)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be used as a place: {error}") from error
-    return path
-
-
-def error_from(reply: dict[str, Any]) -> MlgError:
-    """Turn a reply that is not ok back into the error it was made of."""
-    kinds: list[type[MlgError]] = [MlgError]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    found = next((kind for kind in kinds if kind.code == reply.get("code")), ChunkError)
-    return found(str(reply.get("reason", "")) or None)
 
 
 @contextlib.contextmanager

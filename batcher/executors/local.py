@@ -25,12 +25,11 @@ from batcher.executors.worker import Worker
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.cores import available_cores
-from provider_image.errors import ChunkTimeout, MlgError, WorkerDied
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelRow
 from provider_image.models.compilers import can_build_now
 from provider_image.models.shelf import rows
-from provider_image.warm import error_from
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,16 @@ class _Errand:
 class LocalExecutor:
     """See `batcher.executors.Executor`.
 
+    :param books: not used: nothing is paid here.
     :param environment: variables that the workers get beside those of this process.
     """
 
     name = "local"
     sends_away = False
 
-    def __init__(self, settings: BatcherSettings, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, settings: BatcherSettings, books: object = None, *, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._settings = settings
         self._extra = dict(environment or {})
         self._provider = f"local/{socket.gethostname()}"
@@ -90,6 +92,10 @@ class LocalExecutor:
     def workers(self) -> int:
         """See Executor.workers."""
         return self._settings.workers
+
+    def obstacle(self, model: str) -> str | None:
+        """See Executor.obstacle: there never is one."""
+        return None
 
     def pids(self) -> list[int]:
         """List the processes of the workers that are ready."""
@@ -189,6 +195,8 @@ class LocalExecutor:
     async def _do(self, worker: Worker, errand: _Errand) -> bool:
         """Do one errand. :return: whether the worker can go on."""
         job, loop = errand.job, asyncio.get_running_loop()
+        if job.on_start is not None:
+            job.on_start()
         started_at = loop.time()
         asking = asyncio.create_task(worker.ask(job.chunk, job.results))
         waits: set[asyncio.Future[Any]] = {asking, errand.outcome}

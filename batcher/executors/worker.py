@@ -19,7 +19,7 @@ from typing import Any
 
 from batcher.child import child_environment, module_command
 from provider_image.errors import WorkerDied
-from provider_image.warm import socket_path
+from provider_image.places import socket_path
 
 log = logging.getLogger(__name__)
 

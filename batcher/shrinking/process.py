@@ -21,8 +21,7 @@ from typing import Any
 
 from batcher.child import module_command
 from provider_image.documents import MAX_BYTES
-from provider_image.errors import ChunkTimeout, MlgError, ShrinkingUnavailable, WorkerDied
-from provider_image.warm import error_from
+from provider_image.errors import ChunkTimeout, MlgError, ShrinkingUnavailable, WorkerDied, error_from
 
 #: A process must be ready within this time after it was started; importing takes a tenth of a second.
 START_SECONDS = 60.0

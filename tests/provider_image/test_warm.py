@@ -8,8 +8,8 @@ import time
 import pytest
 
 from provider_image.chunk import read_results
-from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled
-from provider_image.warm import error_from, private_folder, shared_folder, socket_path
+from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from
+from provider_image.places import private_folder, shared_folder, socket_path
 from tests.process_tree import is_alive, wait_until
 from tests.provider_image.conftest import make_chunk, reply
 
