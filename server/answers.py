@@ -18,10 +18,14 @@ from provider_image.models.speeds import read_speed
 from provider_image.services import load_service
 from server.estimates import Wait
 from server.store.records import Request, State, to_text
+from server.store.shares import to_amount
 
 
 def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None) -> dict[str, Any]:
     """Build a request's JSON.
+
+    `cost` is in GLM, and a string because a JSON number would lose digits; null where nothing is paid. It is an
+    estimate until `cost_is_final`.
 
     :param params: the service's read-time parameters, checked.
     """
@@ -41,6 +45,9 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
         shown["provider"] = request.provider
         shown["seconds"] = request.seconds
         shown["digest"] = request.digest
+        shown["cost"] = None if request.cost is None else to_amount(request.cost)
+        if request.cost is not None:
+            shown["cost_is_final"] = request.is_cost_final
     if request.finished_at is not None:
         shown["finished_at"] = to_text(request.finished_at)
     if wait is not None:

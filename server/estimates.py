@@ -49,7 +49,8 @@ class Wait:
 def estimate(request: Request, outlook: Outlook, now: datetime) -> Wait | None:
     """Say why the request waits and how long it will; None when it waits no more."""
     if request.state is State.CLAIMED:
-        return _under_way(request, outlook, now)
+        notice = _notice(request.model, outlook)
+        return _under_way(request, outlook, now) if notice is None else Wait(waiting_for=notice, eta_seconds=None)
     if request.state is not State.QUEUED:
         return None
     ahead = _ahead(request, outlook)
@@ -61,9 +62,18 @@ def estimate(request: Request, outlook: Outlook, now: datetime) -> Wait | None:
             eta_seconds=None,
             ahead=ahead,
         )
+    notice = _notice(request.model, outlook)
+    if notice is not None:
+        return Wait(waiting_for=notice, eta_seconds=None, ahead=ahead)
     due_in, why = _until_due(request, outlook, ahead, now)
     eta = due_in + _work_before(request, outlook, ahead) + _chunk_seconds(outlook)
     return Wait(waiting_for=why, eta_seconds=round(eta, 1), ahead=ahead)
+
+
+def _notice(model: str, outlook: Outlook) -> str | None:
+    """Return why no batcher takes any of the model now, in the words of the first; None when one of them does."""
+    notices = [batcher.notices.get(model) for batcher in outlook.batchers]
+    return notices[0] if notices and None not in notices else None
 
 
 def _under_way(request: Request, outlook: Outlook, now: datetime) -> Wait:
@@ -75,7 +85,10 @@ def _under_way(request: Request, outlook: Outlook, now: datetime) -> Wait:
 def _until_due(request: Request, outlook: Outlook, ahead: int, now: datetime) -> tuple[float, str]:
     """Tell in how many seconds a batcher will take the request at the latest, and why not at once."""
     if request.reason is not None or request.attempts:
-        last = f"The last attempt failed ({(request.reason or 'no reason given').rstrip('.')})."
+        reason = (request.reason or "no reason given").rstrip(".")
+        # Neither its own fault nor its chunk's: nothing was attempted, so nothing failed.
+        is_nobodys_fault = not request.attempts and not request.isolation
+        last = f"{reason}." if is_nobodys_fault else f"The last attempt failed ({reason})."
         due_in = _seconds(request.due_at - now)
         if due_in > 0:
             return due_in, f"{last} It is tried again in {duration(due_in)}."

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from provider_image.errors import ConfigError, MlgError
-from server.options import environment, home_option, json_option
-from server.settings import ServerSettings
-from server.tables import make_table, print_table
+from provider_image.errors import MlgError
+from server.opening import open_store
+from server.options import home_option, json_option
+from server.tables import local, make_table, print_table
 
 if TYPE_CHECKING:
     from server.store.records import Request
-    from server.store.sqlite import SqliteStore
 
 
 @click.group()
@@ -57,7 +56,7 @@ def list_requests(
     from provider_image.models.shelf import find_row
     from server.store.records import State
 
-    opened = _open_store(home)
+    opened = open_store(home)
     with opened as store:
         found = store.list(
             state=State(status) if status else None,
@@ -76,7 +75,7 @@ def list_requests(
             request.id,
             str(request.state),
             request.model,
-            _local(request.created_at),
+            local(request.created_at),
             request.name or "",
             _gist(request),
         )
@@ -96,7 +95,7 @@ def show_one(home: Path | None, id: str, as_json: bool) -> None:
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with _open_store(home) as store:
+    with open_store(home) as store:
         request = store.get(id)
     shown = _request_json(request)
     if as_json:
@@ -120,7 +119,7 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests retry 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
-    with _open_store(home) as store:
+    with open_store(home) as store:
         _each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
 
 
@@ -134,30 +133,8 @@ def cancel(home: Path | None, ids: Sequence[str]) -> None:
     Example:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with _open_store(home) as store:
+    with open_store(home) as store:
         _each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
-
-
-class _open_store:
-    """Open the store of a home that exists already; a context manager."""
-
-    def __init__(self, home: Path | None) -> None:
-        self.settings = ServerSettings.from_env(environment(home=home))
-
-    def __enter__(self) -> SqliteStore:
-        from server.store.sqlite import SqliteStore
-
-        if not self.settings.database.exists():
-            raise ConfigError(
-                f"There is no database in {self.settings.home}. Name the home of a server (--home, MLG_HOME), "
-                "or make one: mlg migrate"
-            )
-        self._store = SqliteStore(self.settings)
-        self._store.migrate()
-        return self._store
-
-    def __exit__(self, *_: object) -> None:
-        self._store.close()
 
 
 def _each(ids: Sequence[str], change: Callable[[str], Request]) -> None:
@@ -184,7 +161,3 @@ def _gist(request: Request) -> str:
     if request.output:
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
     return request.reason or ""
-
-
-def _local(moment: datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def make_table(*columns: str) -> Table:
-    """Make an empty table; without any headings if all are empty."""
+def make_table(*columns: str, right: Collection[str] = ()) -> Table:
+    """Make an empty table; without any headings if all are empty.
+
+    :param right: the columns of figures, which stand at their right edge.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=any(columns))
     for column in columns:
-        table.add_column(column, no_wrap=column in ("id", "number"), overflow="fold")
+        table.add_column(
+            column,
+            no_wrap=column in ("id", "number"),
+            overflow="fold",
+            justify="right" if column in right else "left",
+        )
     return table
 
 
@@ -30,3 +40,13 @@ def print_table(table: Table) -> None:
     from rich.console import Console
 
     Console(width=width(), markup=False, highlight=False).print(table)
+
+
+def local(moment: datetime) -> str:
+    """Write a time for people: that of this machine's clock."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def plain(text: str) -> str:
+    """Return a text of others so that it cannot steer the terminal, on one line and not too long."""
+    return "".join(character if character.isprintable() else " " for character in text)[:200]

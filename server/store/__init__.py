@@ -11,7 +11,7 @@
 
 `retry` puts a failed or cancelled request back to queued. The server adds and reads; the batcher claims, renews,
 finishes, fails and releases. Neither knows which database is behind the protocol: `sqlite.py` is the one there is, and
-`tests/contracts/test_store.py` is what another must pass.
+`tests/contracts/test_store.py` is what another must pass. The money is in `ledger.py`.
 
 Promises that every implementation keeps:
 
@@ -157,8 +157,11 @@ class Journal(Protocol):
         code: str | None,
         reason: str | None,
         now: datetime,
+        agreement_id: str | None = None,
+        activity_id: str | None = None,
+        provider_id: str | None = None,
     ) -> None:
-        """Note how it ended."""
+        """Note how it ended. The cost is an estimate until the agreement's invoice is accepted; see `ledger.py`."""
 
     def list_chunks(self, *, limit: int = 50) -> list[ChunkRecord]:
         """List dispatches, newest first."""

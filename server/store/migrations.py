@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import sqlite_utils
 
 from provider_image.errors import ConfigError
+from server.store.money import BillState
 from server.store.records import State, to_text
 
 Step = Callable[[sqlite_utils.Database], None]
@@ -120,7 +121,124 @@ def m002_journal(db: sqlite_utils.Database) -> None:
     )
 
 
-STEPS: tuple[Step, ...] = (m001_requests, m002_journal)
+def m003_money(db: sqlite_utils.Database) -> None:
+    """What the work costs, and what is known about those who do it. Amounts are decimal text: a REAL would round."""
+
+    def amount(column: str) -> str:
+        return f"{column} TEXT NOT NULL CHECK ({column} GLOB '[0-9]*' AND {column} NOT GLOB '*[^0-9.]*')"
+
+    states = ", ".join(f"'{state}'" for state in BillState)
+    # No foreign keys between these: an invoice may come before the agreement is noted, and it is money all the same.
+    for statement in (
+        f"""
+        CREATE TABLE allocations (
+            id TEXT PRIMARY KEY,
+            batcher_id TEXT NOT NULL,
+            platform TEXT NOT NULL,
+            address TEXT NOT NULL,
+            {amount("amount")},
+            created_at TEXT NOT NULL,
+            released_at TEXT
+        )
+        """,
+        f"""
+        CREATE TABLE agreements (
+            id TEXT PRIMARY KEY,
+            allocation_id TEXT NOT NULL,
+            provider_id TEXT NOT NULL,
+            provider_name TEXT NOT NULL,
+            model TEXT NOT NULL,
+            {amount("start_price")},
+            {amount("price_per_cpu_second")},
+            {amount("price_per_second")},
+            created_at TEXT NOT NULL,
+            ended_at TEXT,
+            reason TEXT,
+            CHECK (reason IS NULL OR ended_at IS NOT NULL)
+        )
+        """,
+        """
+        CREATE TABLE activities (
+            id TEXT PRIMARY KEY,
+            agreement_id TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            ended_at TEXT,
+            cpu_seconds REAL,
+            seconds REAL
+        )
+        """,
+        f"""
+        CREATE TABLE debit_notes (
+            id TEXT PRIMARY KEY,
+            activity_id TEXT NOT NULL,
+            agreement_id TEXT NOT NULL,
+            {amount("amount")},
+            state TEXT NOT NULL CHECK (state IN ({states})),
+            received_at TEXT NOT NULL
+        )
+        """,
+        f"""
+        CREATE TABLE invoices (
+            id TEXT PRIMARY KEY,
+            agreement_id TEXT NOT NULL,
+            {amount("amount")},
+            state TEXT NOT NULL CHECK (state IN ({states})),
+            received_at TEXT NOT NULL,
+            settled_at TEXT,
+            reason TEXT,
+            CHECK ((state = '{BillState.RECEIVED}') = (settled_at IS NULL))
+        )
+        """,
+        f"""
+        CREATE TABLE providers (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            first_seen_at TEXT NOT NULL,
+            seen_at TEXT NOT NULL,
+            {amount("start_price")},
+            {amount("price_per_cpu_second")},
+            {amount("price_per_second")},
+            done INTEGER NOT NULL DEFAULT 0,
+            failed INTEGER NOT NULL DEFAULT 0,
+            images INTEGER NOT NULL DEFAULT 0,
+            score REAL NOT NULL CHECK (score BETWEEN 0 AND 1),
+            banned_until TEXT,
+            ban_reason TEXT,
+            is_banned_by_operator INTEGER NOT NULL DEFAULT 0 CHECK (is_banned_by_operator IN (0, 1)),
+            CHECK (ban_reason IS NOT NULL OR (banned_until IS NULL AND NOT is_banned_by_operator))
+        )
+        """,
+        """
+        CREATE TABLE provider_speeds (
+            provider_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            images REAL NOT NULL CHECK (images > 0),
+            seconds REAL NOT NULL CHECK (seconds > 0),
+            measured_at TEXT NOT NULL,
+            PRIMARY KEY (provider_id, model)
+        )
+        """,
+        "CREATE INDEX allocations_open ON allocations (created_at) WHERE released_at IS NULL",
+        "CREATE INDEX agreements_open ON agreements (created_at) WHERE ended_at IS NULL",
+        "CREATE INDEX activities_agreement ON activities (agreement_id)",
+        "CREATE INDEX debit_notes_agreement ON debit_notes (agreement_id)",
+        "CREATE INDEX invoices_agreement ON invoices (agreement_id)",
+        "CREATE INDEX invoices_paid ON invoices (settled_at) WHERE state = 'accepted'",
+        "ALTER TABLE chunks ADD COLUMN agreement_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN activity_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN provider_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN answers INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN is_cost_final INTEGER NOT NULL DEFAULT 0 CHECK (is_cost_final IN (0, 1))",
+        "CREATE INDEX chunks_agreement ON chunks (agreement_id) WHERE agreement_id IS NOT NULL",
+        # What has no bill yet: few, however long the history.
+        "CREATE INDEX chunks_open ON chunks (agreement_id) WHERE agreement_id IS NOT NULL AND is_cost_final = 0",
+        "ALTER TABLE requests ADD COLUMN share INTEGER",
+        "ALTER TABLE batchers ADD COLUMN notices TEXT NOT NULL DEFAULT '{}'",
+    ):
+        db.execute(statement)
+
+
+STEPS: tuple[Step, ...] = (m001_requests, m002_journal, m003_money)
 
 
 def migrate(db: sqlite_utils.Database) -> list[str]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 
@@ -133,10 +134,14 @@ class Request:
     reason: str | None
     #: When retention removed the picture; None while it is kept.
     image_deleted_at: datetime | None
+    #: Its share of what its chunk cost, in GLM; None where nothing is paid, and for an answer that was there already.
+    cost: Decimal | None = None
+    #: False while the cost is an estimate.
+    is_cost_final: bool = False
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Request:
-        """Build the record from a row of the table `requests`."""
+    def from_row(cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False) -> Request:
+        """Build the record from a row of the table `requests`, and from what its chunk's row says of the cost."""
         return cls(
             number=row["number"],
             id=row["id"],
@@ -163,6 +168,8 @@ class Request:
             code=row["code"],
             reason=row["reason"],
             image_deleted_at=_moment(row["image_deleted_at"]),
+            cost=cost,
+            is_cost_final=is_cost_final,
         )
 
 
@@ -278,11 +285,20 @@ class ChunkRecord:
     #: Items answered, items failed.
     done: int | None
     failed: int | None
-    #: What it cost, a decimal number as text; None where nothing is paid.
+    #: What it cost in GLM, a decimal number as text; None where nothing is paid.
     cost: str | None
     #: Why the whole chunk failed.
     code: str | None
     reason: str | None
+    #: Under which contract and on which machine it was worked on; None where nothing is paid.
+    agreement_id: str | None = None
+    activity_id: str | None = None
+    #: The address of whoever worked on it.
+    provider_id: str | None = None
+    #: Requests that it answered; they share its cost equally.
+    answers: int = 0
+    #: False while the cost is an estimate.
+    is_cost_final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +320,8 @@ class BatcherRecord:
     capacity: int
     started_at: datetime
     seen_at: datetime
+    #: Model -> a sentence that says why it takes none of it now.
+    notices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

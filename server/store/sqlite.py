@@ -1,7 +1,8 @@
 """The store on SQLite (WAL, synchronous=FULL) with pictures in files: the implementation there is.
 
 Made by `commands.py`, used by the server and the batcher. Every statement that depends on a request's state is named
-SQL text in this file; the journal's tables are in `sqlite_journal.py`, deleting what is old in `sqlite_retention.py`.
+SQL text in this file; the journal's tables are in `sqlite_journal.py`, the money's in `sqlite_ledger.py` and
+`sqlite_providers.py`, deleting what is old in `sqlite_retention.py`.
 Long because each statement and the method that runs it stand in one place.
 
 Weaknesses: one machine only, and one writer at a time for all processes. Good for thousands of requests a second on
@@ -15,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import sqlite_utils
@@ -26,7 +28,10 @@ from server.store.connections import Readers, Transaction, Writer, connect
 from server.store.connections import as_store_error as database_error
 from server.store.migrations import migrate
 from server.store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Request, State, to_text
+from server.store.shares import share_of
 from server.store.sqlite_journal import SqliteJournal
+from server.store.sqlite_ledger import SqliteLedger
+from server.store.sqlite_providers import SqliteProviders
 from server.store.sqlite_retention import IS_REFERRED_TO, SqliteRetention
 
 #: A request fails after this many failures of its own.
@@ -90,9 +95,15 @@ _RENEW = """
 _FINISH = """
     UPDATE requests
     SET state = 'done', lease_ends_at = NULL, finished_at = :now, chunk_id = :chunk_id, provider = :provider,
-        digest = :digest, seconds = :seconds, output = :output, code = NULL, reason = NULL
+        digest = :digest, seconds = :seconds, output = :output, share = :share, code = NULL, reason = NULL
     WHERE number = :number AND token = :token AND state = 'claimed'
 """
+
+_ANSWERS_OF_CHUNK = "SELECT answers FROM chunks WHERE id = ?"
+
+_SET_ANSWERS_OF_CHUNK = "UPDATE chunks SET answers = ? WHERE id = ?"
+
+_COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
 _FAIL = """
     UPDATE requests
@@ -130,8 +141,11 @@ def _params_text(params: Any) -> str:
     return json.dumps(params, sort_keys=True, separators=(",", ":"))
 
 
-class SqliteStore(SqliteJournal, SqliteRetention):
-    """Store and Journal in one SQLite file; may be used from any thread, and by several processes at once."""
+class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention):
+    """Store, Journal, Ledger and Providers in one SQLite file.
+
+    May be used from any thread, and by several processes at once.
+    """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._home = settings.home
@@ -256,9 +270,9 @@ class SqliteStore(SqliteJournal, SqliteRetention):
         """See Store.get."""
         with self._readers.lend() as connection:
             row = connection.execute(_GET, (id,)).fetchone()
-        if row is None:
-            raise UnknownRequest()
-        return Request.from_row(row)
+            if row is None:
+                raise UnknownRequest()
+            return _priced(row, connection, {})
 
     def claim(
         self,
@@ -332,7 +346,7 @@ class SqliteStore(SqliteJournal, SqliteRetention):
 
     def finish(self, answers: Sequence[Answer], *, now: datetime) -> int:
         """See Store.finish."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "number": answer.claim.number,
                 "token": answer.claim.token,
@@ -345,7 +359,27 @@ class SqliteStore(SqliteJournal, SqliteRetention):
             }
             for answer in answers
         ]
-        return self._write_each(_FINISH, rows)
+
+        def write(transaction: Transaction) -> int:
+            #: chunk -> how many requests it has answered; those whose start could not be noted have no row and no cost.
+            counts: dict[str, int] = {}
+            for chunk_id in {answer.chunk_id for answer in answers}:
+                known = transaction.execute(_ANSWERS_OF_CHUNK, (chunk_id,)).fetchone()
+                if known is not None:
+                    counts[chunk_id] = known[0]
+            recorded = 0
+            for row in rows:
+                share = counts.get(row["chunk_id"])
+                if transaction.execute(_FINISH, {**row, "share": share}).rowcount:
+                    recorded += 1
+                    if share is not None:
+                        counts[row["chunk_id"]] = share + 1
+            for chunk_id, count in counts.items():
+                transaction.execute(_SET_ANSWERS_OF_CHUNK, (count, chunk_id))
+            return recorded
+
+        result: int = self._writer.run(write) if rows else 0
+        return result
 
     def fail(self, claims: Iterable[Claim], *, code: str, reason: str, now: datetime) -> int:
         """See Store.fail."""
@@ -469,4 +503,21 @@ class SqliteStore(SqliteJournal, SqliteRetention):
                 f"SELECT * FROM requests WHERE {where} ORDER BY number DESC LIMIT :limit",
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
-        return [Request.from_row(row) for row in rows]
+            costs: dict[str, Any] = {}
+            return [_priced(row, connection, costs) for row in rows]
+
+
+def _priced(row: Any, connection: sqlite3.Connection, costs: dict[str, Any]) -> Request:
+    """Build a request with its share of its chunk's cost.
+
+    :param costs: the chunks read so far, shared by the requests of a list.
+    """
+    share, chunk_id = row["share"], row["chunk_id"]
+    if share is None:
+        return Request.from_row(row)
+    if chunk_id not in costs:
+        costs[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
+    cost, answers, is_final = costs[chunk_id] or (None, 0, 0)
+    if cost is None:
+        return Request.from_row(row)
+    return Request.from_row(row, cost=share_of(Decimal(cost), answers, share), is_cost_final=bool(is_final))

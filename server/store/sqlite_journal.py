@@ -5,16 +5,20 @@ A base of `SqliteStore`, which gives it the writer and the readers.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import sqlite_utils
 
 from server.store.connections import Readers, Transaction, Writer
 from server.store.records import Backlog, BatcherRecord, ChunkRecord, Pace, from_text, to_text
+from server.store.shares import to_amount
+from server.store.sqlite_ledger import settle
 
 #: The pace is taken from this many latest chunks of a model.
 PACE_CHUNKS = 20
@@ -22,7 +26,8 @@ PACE_CHUNKS = 20
 _FINISH_CHUNK = """
     UPDATE chunks
     SET provider = :provider, bytes_received = :bytes_received, seconds = :seconds, done = :done, failed = :failed,
-        cost = :cost, code = :code, reason = :reason, finished_at = :finished_at
+        cost = :cost, is_cost_final = 0, code = :code, reason = :reason, finished_at = :finished_at,
+        agreement_id = :agreement_id, activity_id = :activity_id, provider_id = :provider_id
     WHERE id = :id
 """
 
@@ -42,13 +47,20 @@ _PACE = """
 
 
 def _to_row(record: ChunkRecord | BatcherRecord) -> dict[str, Any]:
-    return {name: to_text(value) if isinstance(value, datetime) else value for name, value in asdict(record).items()}
+    return {name: _to_cell(value) for name, value in asdict(record).items()}
+
+
+def _to_cell(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False)
+    return to_text(value) if isinstance(value, datetime) else value
 
 
 def _chunk_from_row(row: Mapping[str, Any]) -> ChunkRecord:
     values = dict(row)
     values["dispatched_at"] = from_text(values["dispatched_at"])
     values["finished_at"] = None if values["finished_at"] is None else from_text(values["finished_at"])
+    values["is_cost_final"] = bool(values["is_cost_final"])
     return ChunkRecord(**values)
 
 
@@ -75,6 +87,9 @@ class SqliteJournal:
         code: str | None,
         reason: str | None,
         now: datetime,
+        agreement_id: str | None = None,
+        activity_id: str | None = None,
+        provider_id: str | None = None,
     ) -> None:
         """See Journal.finish_chunk."""
         values = {
@@ -84,12 +99,23 @@ class SqliteJournal:
             "seconds": seconds,
             "done": done,
             "failed": failed,
-            "cost": cost,
+            "cost": None if cost is None else to_amount(Decimal(cost)),
             "code": code,
             "reason": reason,
             "finished_at": to_text(now),
+            "agreement_id": agreement_id,
+            "activity_id": activity_id,
+            "provider_id": provider_id,
         }
-        self._writer.run(lambda transaction: transaction.execute(_FINISH_CHUNK, values).rowcount)
+
+        def write(transaction: Transaction) -> None:
+            earlier = transaction.execute("SELECT agreement_id FROM chunks WHERE id = ?", (id,)).fetchone()
+            transaction.execute(_FINISH_CHUNK, values)
+            # The bill may have come first; then its chunks share it anew.
+            for billed in {agreement_id, earlier and earlier[0]} - {None}:
+                settle(transaction, billed)
+
+        self._writer.run(write)
 
     def list_chunks(self, *, limit: int = 50) -> list[ChunkRecord]:
         """See Journal.list_chunks."""
@@ -117,6 +143,7 @@ class SqliteJournal:
                     **dict(row),
                     "started_at": from_text(row["started_at"]),
                     "seen_at": from_text(row["seen_at"]),
+                    "notices": json.loads(row["notices"]),
                 }
             )
             for row in rows

@@ -62,7 +62,14 @@ def request(number: int = 1, **changes: object) -> Request:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def batcher(*, every: float = 600, max_wait: float = 600, capacity: int = 2, age: float = 0) -> BatcherRecord:
+def batcher(
+    *,
+    every: float = 600,
+    max_wait: float = 600,
+    capacity: int = 2,
+    age: float = 0,
+    notices: dict[str, str] | None = None,
+) -> BatcherRecord:
     return BatcherRecord(
         id="b",
         host="h",
@@ -73,6 +80,7 @@ def batcher(*, every: float = 600, max_wait: float = 600, capacity: int = 2, age
         capacity=capacity,
         started_at=NOW - seconds(age),
         seen_at=NOW,
+        notices=notices or {},
     )
 
 
@@ -187,6 +195,39 @@ def test_a_failed_attempt_says_why_and_when_it_is_tried_again() -> None:
     assert waits[0].waiting_for == "The last attempt failed (The worker died). It is tried again in 30 s."
     assert waits[0].eta_seconds == pytest.approx(32)
     assert "with the next batch" in waits[1].waiting_for
+
+
+def test_what_was_nobodys_fault_did_not_fail() -> None:
+    later = request(reason="No provider offers it for that price", code="x", due_at=NOW + seconds(20))
+    in_a_bad_chunk = replace(later, isolation=1)
+
+    waits = [estimate(each, outlook(backlog(1)), NOW) for each in (later, in_a_bad_chunk)]
+
+    assert waits[0] is not None
+    assert waits[1] is not None
+    assert waits[0].waiting_for == "No provider offers it for that price. It is tried again in 20 s."
+    assert "The last attempt failed" in waits[1].waiting_for
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.CLAIMED])
+def test_a_notice_counts_when_every_batcher_has_one(state: State) -> None:
+    waiting = request(state=state, claimed_at=NOW)
+    refusing = batcher(notices={"m": "The budget is used up."})
+    also = batcher(notices={"m": "No provider is there.", "other": "x"})
+    working = batcher(notices={"other": "The budget is used up."})
+
+    alone, both, one_works = (
+        estimate(waiting, outlook(backlog(1), batchers=batchers), NOW)
+        for batchers in ([refusing], [refusing, also], [refusing, working])
+    )
+
+    assert alone is not None
+    assert both is not None
+    assert one_works is not None
+    assert (alone.waiting_for, alone.eta_seconds) == ("The budget is used up.", None)
+    assert alone.ahead == (0 if state is State.QUEUED else None)
+    assert both.waiting_for == "The budget is used up."
+    assert one_works.eta_seconds is not None
 
 
 def test_without_experience_an_estimate_is_still_given() -> None:

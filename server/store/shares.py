@@ -1,0 +1,84 @@
+"""Splits amounts of money so that not the smallest unit is lost: pure arithmetic on decimals.
+
+Used by the ledger, which splits an invoice over chunks, and by the store, which shows a request's share of its chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow
+from fractions import Fraction
+
+#: GLM has this many decimal places.
+PLACES = 18
+#: Never rounds: what would not fit is an error.
+EXACT = Context(prec=200, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
+ZERO = Decimal(0)
+
+
+def total(amounts: Iterable[Decimal]) -> Decimal:
+    """Add amounts up, exactly. The context of the thread, which would round, plays no part."""
+    result = ZERO
+    for amount in amounts:
+        result = EXACT.add(result, amount)
+    return result
+
+
+def to_amount(amount: Decimal) -> str:
+    """Write an amount plainly: no exponent, no idle zeros.
+
+    :raises ValueError: it is negative or not a number.
+    """
+    if not amount.is_finite() or amount < 0:
+        raise ValueError(f"{amount} is not an amount of money")
+    text = format(amount, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text if amount else "0"
+
+
+def split(amount: Decimal, weights: Sequence[float]) -> list[Decimal]:
+    """Split an amount in proportion to weights, exactly: the shares add up to it.
+
+    Each share is rounded down to GLM's last place, or to the amount's if that is finer; what is left goes, one unit
+    each, to those who lost most by that. Weights that are not positive numbers count as 0; when all are, all are equal.
+    """
+    if not weights:
+        return []
+    units, places = _to_units(amount)
+    parts = [Fraction(weight) if math.isfinite(weight) and weight > 0 else Fraction(0) for weight in weights]
+    whole = sum(parts)
+    if not whole:
+        parts, whole = [Fraction(1)] * len(parts), Fraction(len(parts))
+    shares, lost = [], []
+    for part in parts:
+        ideal = units * part / whole
+        share = math.floor(ideal)
+        shares.append(share)
+        lost.append(ideal - share)
+    left = units - sum(shares)
+    # Sorting is stable: among equals the first gets the unit.
+    for position in sorted(range(len(parts)), key=lambda position: -lost[position])[:left]:
+        shares[position] += 1
+    return [_from_units(share, places) for share in shares]
+
+
+def share_of(amount: Decimal, count: int, position: int) -> Decimal:
+    """Return one share of an amount that is split equally, exactly as `split` with equal weights does.
+
+    :param position: 0 to count - 1.
+    """
+    units, places = _to_units(amount)
+    share, left = divmod(units, count)
+    return _from_units(share + (position < left), places)
+
+
+def _to_units(amount: Decimal) -> tuple[int, int]:
+    exponent = amount.as_tuple().exponent
+    assert isinstance(exponent, int), f"{amount} is not a number"
+    places = max(PLACES, -exponent)
+    return int(EXACT.scaleb(amount, places)), places
+
+
+def _from_units(units: int, places: int) -> Decimal:
+    return EXACT.scaleb(Decimal(units), -places)

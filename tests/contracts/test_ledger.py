@@ -1,0 +1,716 @@
+"""What every Ledger and Providers must do. A new implementation adds a parameter to `store`, not tests."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.ledger import COSTS_BY, UnknownProvider
+from server.store.money import (
+    ActivityRecord,
+    AgreementRecord,
+    AllocationRecord,
+    BillState,
+    CostRow,
+    DebitNoteRecord,
+    InvoiceRecord,
+)
+from server.store.records import Answer, ChunkRecord, NewRequest, Request
+from server.store.shares import total
+from server.store.sqlite import SqliteStore
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+PRICES = {
+    "start_price": Decimal("0.01"),
+    "price_per_cpu_second": Decimal("0.0001"),
+    "price_per_second": Decimal("0.00005"),
+}
+ALPHA, BETA = "0xa1fa000000000000000000000000000000000001", "0xbe7a000000000000000000000000000000000002"
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+@pytest.fixture(params=["sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def allocation(id: str = "al1", **changes: object) -> AllocationRecord:
+    made = AllocationRecord(
+        id=id, batcher_id="b1", platform="erc20-test", address="0xpayer", amount=Decimal("1.5"), created_at=NOW
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def agreement(id: str = "ag1", **changes: object) -> AgreementRecord:
+    made = AgreementRecord(
+        id=id,
+        allocation_id="al1",
+        provider_id=ALPHA,
+        provider_name="alpha",
+        model="resnet50",
+        created_at=NOW,
+        **PRICES,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def invoice(
+    amount: str | Decimal, state: BillState = BillState.ACCEPTED, *, id: str = "i1", **changes: object
+) -> InvoiceRecord:
+    made = InvoiceRecord(
+        id=id,
+        agreement_id="ag1",
+        amount=Decimal(amount),
+        state=state,
+        received_at=NOW,
+        settled_at=None if state == BillState.RECEIVED else after(1),
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def debit(amount: str, state: BillState = BillState.ACCEPTED, *, id: str = "d1", **changes: object) -> DebitNoteRecord:
+    made = DebitNoteRecord(
+        id=id, activity_id="ac1", agreement_id="ag1", amount=Decimal(amount), state=state, received_at=NOW
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def start_chunk(store: SqliteStore, id: str, *, model: str = "resnet50") -> None:
+    store.start_chunk(
+        ChunkRecord(
+            id=id, batcher_id="b1", executor="golem", provider=None, service="classification", model=model,
+            items=16, bytes_sent=1000, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
+            done=None, failed=None, cost=None, code=None, reason=None,
+        )
+    )  # fmt: skip
+
+
+def end_chunk(
+    store: SqliteStore, id: str, *, agreement_id: str | None = "ag1", seconds: float = 2.0, cost: str | None = "0.1"
+) -> None:
+    store.finish_chunk(
+        id, provider="alpha", bytes_received=10, seconds=seconds, done=16, failed=0, cost=cost, code=None,
+        reason=None, now=after(2), agreement_id=agreement_id, activity_id="ac1", provider_id=ALPHA,
+    )  # fmt: skip
+
+
+def work(store: SqliteStore, id: str, **how: object) -> None:
+    start_chunk(store, id)
+    end_chunk(store, id, **how)  # type: ignore[arg-type]
+
+
+def answer_requests(store: SqliteStore, chunk_id: str, count: int) -> list[str]:
+    """Add requests and answer all that wait with this chunk."""
+    for _ in range(count):
+        new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
+        store.add(new, store.blobs.stage(b"picture"))
+    claims = store.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
+    answers = [
+        Answer(
+            claim=claim, output=[["n1", "cat", 0.5]], digest="d" * 64, chunk_id=chunk_id, provider="alpha", seconds=1
+        )
+        for claim in claims
+    ]
+    assert store.finish(answers, now=after(1)) == count
+    assert store.finish(answers, now=after(1)) == 0  # said twice
+    return [claim.id for claim in claims]
+
+
+def chunk_costs(store: SqliteStore) -> dict[str, tuple[str | None, bool]]:
+    return {chunk.id: (chunk.cost, chunk.is_cost_final) for chunk in store.list_chunks(limit=1000)}
+
+
+def total_row(store: SqliteStore) -> CostRow:
+    (row,) = store.costs("total")
+    return row
+
+
+# Records
+
+
+def test_an_allocation_is_open_until_it_is_released(store: SqliteStore) -> None:
+    store.note_allocation(allocation())
+    store.note_allocation(allocation(amount=Decimal("2.5")))
+
+    before = store.allocations(is_open=True)
+    store.release_allocation("al1", now=after(5))
+    store.release_allocation("al1", now=after(6))
+    store.note_allocation(allocation())
+
+    assert before == [allocation(amount=Decimal("2.5"))]
+    assert store.allocations(is_open=True) == []
+    assert store.allocations() == store.allocations(is_open=False) == [allocation(released_at=after(5))]
+
+
+def test_the_first_end_of_an_agreement_counts(store: SqliteStore) -> None:
+    store.note_agreement(agreement())
+    store.note_agreement(agreement(model="another"))
+    assert store.agreements() == store.agreements(is_open=True) == [agreement()]
+
+    store.end_agreement("ag1", reason="no more work", now=after(5))
+    store.end_agreement("ag1", reason="later", now=after(6))
+    store.note_agreement(agreement())
+
+    assert store.agreements(is_open=True) == []
+    assert store.agreements(is_open=False) == [agreement(ended_at=after(5), reason="no more work")]
+
+
+def test_an_agreement_is_settled_when_it_ended_and_its_bill_was_decided(store: SqliteStore) -> None:
+    for id in ("ended", "billed", "settled", "refused"):
+        store.note_agreement(agreement(id))
+    for id in ("ended", "settled", "refused"):
+        store.end_agreement(id, reason="done", now=after(5))
+    store.note_invoice(invoice("1", BillState.RECEIVED, id="i1", agreement_id="ended"))
+    store.note_invoice(invoice("1", id="i2", agreement_id="billed"))
+    store.note_invoice(invoice("1", id="i3", agreement_id="settled"))
+    store.note_invoice(invoice("1", BillState.REFUSED, id="i4", agreement_id="refused", reason="too much"))
+
+    assert [each.id for each in store.agreements(is_settled=True)] == ["refused", "settled"]
+    assert [each.id for each in store.agreements(is_settled=False)] == ["billed", "ended"]
+    assert [each.id for each in store.agreements(is_open=False, is_settled=False)] == ["ended"]
+
+
+def test_prices_keep_their_last_digit(store: SqliteStore) -> None:
+    exact = agreement(price_per_second=Decimal("0.000000000000000001"), start_price=Decimal("1E-7"))
+
+    store.note_agreement(exact)
+
+    assert store.agreements() == [exact]
+
+
+def test_an_activity_may_be_noted_again_with_its_end(store: SqliteStore) -> None:
+    begun = ActivityRecord(id="ac1", agreement_id="ag1", created_at=NOW)
+
+    for activity in (begun, replace(begun, ended_at=after(9), cpu_seconds=3.5, seconds=9.0), begun):
+        store.note_activity(activity)
+
+
+# Money
+
+
+def test_an_estimate_counts_until_the_invoice_is_accepted(store: SqliteStore) -> None:
+    store.note_agreement(agreement())
+    work(store, "c1", cost="0.1")
+    work(store, "c2", cost="0.25")
+    assert store.spent() == Decimal("0.35")
+
+    store.note_invoice(invoice("0.3", BillState.RECEIVED))
+    assert store.spent() == Decimal("0.35")
+
+    store.note_invoice(invoice("0.3"))
+    assert store.spent() == Decimal("0.3")
+    assert (total_row(store).paid, total_row(store).open) == (Decimal("0.3"), 0)
+
+
+def test_debit_notes_count_when_they_say_more_than_the_estimate(store: SqliteStore) -> None:
+    work(store, "c1", cost="0.1")
+    store.note_debit(debit("0.05"))
+    assert store.spent() == Decimal("0.1")
+
+    # The notes of one activity include each other; those of two add up.
+    store.note_debit(debit("0.2", id="d2"))
+    store.note_debit(debit("0.04", id="d3", activity_id="ac2"))
+    assert store.spent() == Decimal("0.24")
+
+    store.note_debit(debit("9", BillState.RECEIVED, id="d4"))
+    store.note_debit(debit("9", BillState.REFUSED, id="d5"))
+    assert store.spent() == Decimal("0.24")
+
+
+def test_a_refused_invoice_costs_nothing(store: SqliteStore) -> None:
+    work(store, "c1", cost="0.1")
+    store.note_debit(debit("0.5"))
+    store.note_invoice(invoice("7", BillState.REFUSED, reason="more than was agreed"))
+
+    assert store.spent() == 0
+    assert chunk_costs(store) == {"c1": ("0", True)}
+    assert (total_row(store).refused, total_row(store).open, total_row(store).paid) == (7, 0, 0)
+
+
+def test_what_was_accepted_stays_and_what_was_refused_may_still_be_accepted(store: SqliteStore) -> None:
+    work(store, "c1")
+    store.note_invoice(invoice("7", BillState.REFUSED))
+    store.note_invoice(invoice("0.7"))
+    for late in (invoice("7", BillState.RECEIVED), invoice("7", BillState.REFUSED), invoice("0.9")):
+        store.note_invoice(late)
+
+    assert store.spent() == Decimal("0.7")
+    assert total_row(store).refused == 0
+    assert chunk_costs(store) == {"c1": ("0.7", True)}
+
+
+def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) -> None:
+    for id, seconds in (("c1", 1.0), ("c2", 2.0), ("c3", 4.0)):
+        work(store, id, seconds=seconds)
+    start_chunk(store, "under way")
+
+    store.note_invoice(invoice("0.1"))
+
+    costs = chunk_costs(store)
+    assert costs["under way"] == (None, False)
+    # 0.1 by 1 : 2 : 4 in units of 1e-18: the sevenths leave .29, .57 and .14, so the second gets the one that is left.
+    assert [costs[id] for id in ("c1", "c2", "c3")] == [
+        ("0.014285714285714286", True),
+        ("0.028571428571428571", True),
+        ("0.057142857142857143", True),
+    ]
+
+
+def test_a_chunk_that_ends_after_the_invoice_causes_a_new_split(store: SqliteStore) -> None:
+    work(store, "c1", seconds=3.0)
+    store.note_invoice(invoice("1"))
+    assert chunk_costs(store) == {"c1": ("1", True)}
+
+    work(store, "c2", seconds=1.0)
+
+    assert chunk_costs(store) == {"c1": ("0.75", True), "c2": ("0.25", True)}
+    assert store.spent() == 1
+
+
+def test_an_invoice_without_chunks_stays_with_its_agreement(store: SqliteStore) -> None:
+    store.note_agreement(agreement())
+    store.note_invoice(invoice("0.2"))
+
+    assert store.spent() == Decimal("0.2")
+    (row,) = store.costs("model")
+    assert (row.key, row.paid, row.chunks) == ("resnet50", Decimal("0.2"), 0)
+
+
+def test_the_money_of_an_agreement_that_nobody_noted_is_not_lost(store: SqliteStore) -> None:
+    store.note_invoice(invoice("0.2", agreement_id="never seen"))
+
+    assert store.spent() == Decimal("0.2")
+    assert [row.key for row in store.costs("provider")] == ["unknown"]
+
+
+def test_money_counts_on_the_day_of_its_settlement_and_open_money_always(store: SqliteStore) -> None:
+    tomorrow = NOW.replace(hour=0) + timedelta(days=1)
+    store.note_invoice(invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1)))
+    store.note_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
+    work(store, "c1", agreement_id="c", cost="4")
+
+    assert [store.spent(), store.spent(since=tomorrow), store.spent(since=tomorrow + timedelta(days=1))] == [7, 6, 4]
+    assert [(row.key, row.paid, row.open) for row in store.costs("day")] == [
+        ("2026-11-20", 1, 0),
+        ("2026-11-21", 2, 0),
+        ("open", 0, 4),
+    ]
+
+
+def test_what_one_batcher_spent_is_told_by_its_allocations(store: SqliteStore) -> None:
+    store.note_allocation(allocation("al1", batcher_id="b1"))
+    store.note_allocation(allocation("al2", batcher_id="b2"))
+    for id, allocation_id in (("a", "al1"), ("b", "al1"), ("c", "al2")):
+        store.note_agreement(agreement(id, allocation_id=allocation_id))
+    store.note_invoice(invoice("1", id="i1", agreement_id="a"))
+    store.note_debit(debit("2", agreement_id="b"))
+    work(store, "c1", agreement_id="c", cost="4")
+
+    assert [store.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
+
+
+def test_costs_tell_images_chunks_and_names(store: SqliteStore) -> None:
+    store.note_agreement(agreement())
+    store.note_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
+    start_chunk(store, "c1")
+    answer_requests(store, "c1", 3)
+    end_chunk(store, "c1")
+    work(store, "c2", agreement_id="ag2", cost="0.5")
+    work(store, "at home", agreement_id=None, cost=None)
+    store.note_invoice(invoice("1"))
+
+    alpha, beta = store.costs("provider")
+
+    assert (alpha.key, alpha.name, alpha.images, alpha.chunks, alpha.paid) == (ALPHA, "alpha", 3, 1, 1)
+    assert (beta.key, beta.name, beta.images, beta.chunks, beta.open) == (BETA, "beta", 0, 1, Decimal("0.5"))
+    assert (total_row(store).images, total_row(store).chunks) == (3, 2)
+
+
+def test_the_total_of_nothing_is_zero(store: SqliteStore) -> None:
+    assert store.spent() == 0
+    assert total_row(store).paid == total_row(store).open == total_row(store).refused == 0
+    assert store.costs("day") == []
+    with pytest.raises(ValueError, match="added up by"):
+        store.costs("colour")
+
+
+# Requests
+
+
+def test_requests_share_the_cost_of_their_chunk_to_the_last_digit(store: SqliteStore) -> None:
+    start_chunk(store, "c1")
+    ids = answer_requests(store, "c1", 3)
+    assert {store.get(id).cost for id in ids} == {None}
+
+    end_chunk(store, "c1", cost="0.1")
+    assert {store.get(id).is_cost_final for id in ids} == {False}
+    assert total(store.get(id).cost or Decimal(0) for id in ids) == Decimal("0.1")
+
+    store.note_invoice(invoice("0.2"))
+    found = [store.get(id) for id in ids]
+    assert [request.cost for request in found] == [
+        Decimal("0.066666666666666667"),
+        Decimal("0.066666666666666667"),
+        Decimal("0.066666666666666666"),
+    ]
+    assert all(request.is_cost_final for request in found)
+    assert {request.id: request.cost for request in store.list()} == {request.id: request.cost for request in found}
+
+
+def test_late_answers_of_a_chunk_get_the_next_shares(store: SqliteStore) -> None:
+    start_chunk(store, "c1")
+    first = answer_requests(store, "c1", 2)
+    end_chunk(store, "c1", cost="1")
+    assert [store.get(id).cost for id in first] == [Decimal("0.5")] * 2
+
+    later = answer_requests(store, "c1", 2)
+
+    assert [store.get(id).cost for id in (*first, *later)] == [Decimal("0.25")] * 4
+    (chunk,) = store.list_chunks()
+    assert chunk.answers == 4
+
+
+def test_an_answer_that_was_there_already_costs_nothing(store: SqliteStore) -> None:
+    start_chunk(store, "c1")
+    answer_requests(store, "c1", 1)
+    end_chunk(store, "c1", cost="1")
+    new = NewRequest(id=new_id(), service="classification", model="resnet50", digest="d" * 64, created_at=NOW)
+
+    cached = store.add(new, store.blobs.stage(b"picture"))
+
+    assert cached.is_cached
+    assert store.get(cached.id).cost is None
+
+
+def test_the_answers_of_a_chunk_that_could_not_be_noted_have_no_cost(store: SqliteStore) -> None:
+    (id,) = answer_requests(store, "never noted", 1)
+    end_chunk(store, "never noted")
+
+    assert store.get(id).cost is None
+
+
+# Providers
+
+
+def note(store: SqliteStore, id: str = ALPHA, name: str = "alpha", *, at: datetime = NOW) -> None:
+    store.note_provider(id, name=name, now=at, **PRICES)
+
+
+def did(store: SqliteStore, images: int, seconds: float, *, is_failure: bool = False, model: str = "resnet50") -> None:
+    store.note_work(ALPHA, model=model, images=images, seconds=seconds, is_failure=is_failure, now=NOW)
+
+
+def test_a_provider_is_listed_with_its_latest_offer(store: SqliteStore) -> None:
+    note(store, at=NOW)
+    note(store, BETA, "beta", at=after(1))
+    store.note_provider(ALPHA, name="alpha", now=after(2), **{**PRICES, "start_price": Decimal("0.5")})
+
+    alpha, beta = store.list_providers()
+
+    assert (alpha.id, alpha.first_seen_at, alpha.seen_at, alpha.start_price) == (ALPHA, NOW, after(2), Decimal("0.5"))
+    assert (beta.name, beta.score, beta.done, beta.price_per_second) == ("beta", 0.5, 0, PRICES["price_per_second"])
+
+
+def test_the_score_follows_the_latest_work(store: SqliteStore) -> None:
+    note(store)
+    scores = []
+    for is_failure in [False] * 5 + [True] * 5:
+        did(store, 16, 2.0, is_failure=is_failure)
+        scores.append(store.list_providers()[0].score)
+
+    assert scores[:5] == sorted(scores[:5])
+    assert scores[4:] == sorted(scores[4:], reverse=True)
+    assert 0 < scores[-1] < 0.5 < scores[4] < 1
+    (provider,) = store.list_providers()
+    assert (provider.done, provider.failed, provider.images) == (5, 5, 80)
+
+
+def test_the_speed_is_that_of_the_latest_work_by_model(store: SqliteStore) -> None:
+    note(store)
+    did(store, 16, 1.0)
+    assert store.speed("resnet50") == {ALPHA: 16.0}
+
+    for _ in range(30):
+        did(store, 16, 4.0)
+    did(store, 16, 0.0)
+    did(store, 0, 1.0)
+    did(store, 16, 900.0, is_failure=True)
+
+    assert store.speed("resnet50")[ALPHA] == pytest.approx(4.0, rel=0.01)
+    assert store.speed("vgg16") == {}
+    assert [(speed.provider_id, speed.model) for speed in store.speeds()] == [(ALPHA, "resnet50")]
+
+
+def test_work_of_a_provider_that_nobody_noted_is_passed_over(store: SqliteStore) -> None:
+    did(store, 16, 1.0)
+
+    assert store.list_providers() == []
+    assert store.speeds() == []
+
+
+def test_a_ban_ends_by_itself_or_never(store: SqliteStore) -> None:
+    note(store)
+    note(store, BETA, "beta")
+
+    store.ban_provider(ALPHA, until=after(60), reason="it failed", by_operator=False)
+    banned = store.ban_provider("beta", until=None, reason="it lies", by_operator=True)
+
+    assert (banned.ban_reason, banned.banned_until, banned.is_banned_by_operator) == ("it lies", None, True)
+    assert store.banned(after(59)) == {ALPHA: "it failed", BETA: "it lies"}
+    assert store.banned(after(60)) == {BETA: "it lies"}
+    assert not store.unban_provider(BETA[:12]).is_banned(NOW)
+    assert store.banned(after(60)) == {}
+
+
+def test_a_new_offer_does_not_lift_a_ban(store: SqliteStore) -> None:
+    note(store)
+    store.ban_provider("alpha", until=None, reason="x", by_operator=True)
+
+    note(store, at=after(1))
+
+    assert store.banned(after(2)) == {ALPHA: "x"}
+
+
+@pytest.mark.parametrize(
+    ("operators", "batchers", "kept"),
+    [(None, 60, "operator"), (60, 30, "operator"), (60, 90, "batcher"), (60, None, "batcher")],
+)
+def test_a_batcher_never_makes_the_ban_of_an_operator_shorter(
+    store: SqliteStore, operators: float | None, batchers: float | None, kept: str
+) -> None:
+    note(store)
+
+    for seconds, reason in ((operators, "operator"), (batchers, "batcher")):
+        until = None if seconds is None else after(seconds)
+        banned = store.ban_provider(ALPHA, until=until, reason=reason, by_operator=reason == "operator")
+
+    assert banned.ban_reason == kept
+    assert banned.is_banned_by_operator == (kept == "operator")
+
+
+def test_a_name_must_mean_one_provider(store: SqliteStore) -> None:
+    note(store, ALPHA, "same")
+    note(store, BETA, "same")
+    note(store, "0xcccc01", BETA)  # whoever calls itself like another's address is not taken for it
+
+    for unclear in ("nobody", "0x", "same", ""):
+        with pytest.raises(UnknownProvider):
+            store.ban_provider(unclear, until=None, reason="x", by_operator=True)
+    with pytest.raises(UnknownProvider, match=f"{ALPHA}, {BETA}"):
+        store.unban_provider("same")
+    assert store.ban_provider(BETA, until=None, reason="x", by_operator=True).id == BETA
+
+
+def test_everything_may_be_noted_from_many_threads_at_once(store: SqliteStore) -> None:
+    note(store)
+
+    def one(number: int) -> None:
+        id = f"ag{number}"
+        store.note_agreement(agreement(id))
+        work(store, f"c{number}", agreement_id=id)
+        store.note_invoice(invoice("0.125", id=f"i{number}", agreement_id=id))
+        did(store, 16, 1.0)
+        store.spent()
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert store.spent() == 2
+    assert store.list_providers()[0].done == 16
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Any mix of events, repeated and out of order: not a digit is lost, and every way of adding up agrees.
+
+    The machine keeps its own books in the simplest way, as a daemon that pays would.
+    """
+
+    agreement_ids = st.sampled_from(["ag0", "ag1", "ag2"])
+    states = st.sampled_from(BillState)
+    amounts = st.builds(lambda units: Decimal(units).scaleb(-18), st.integers(0, 10**21))
+    RANK = (BillState.RECEIVED, BillState.REFUSED, BillState.ACCEPTED)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = SqliteStore(ServerSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store.migrate()
+        self.store.note_allocation(allocation())
+        self.clock = 0.0
+        #: id -> the bill as it stands.
+        self.invoices: dict[str, InvoiceRecord] = {}
+        self.debits: dict[str, DebitNoteRecord] = {}
+        #: chunk -> (agreement, estimate) of those that ended.
+        self.ended: dict[str, tuple[str, Decimal]] = {}
+        self.begun: list[str] = []
+        self.answered = 0
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.folder.cleanup()
+
+    @rule(days=st.floats(0, 2))
+    def time_passes(self, days: float) -> None:
+        self.clock += days * 86400
+
+    @rule(id=agreement_ids)
+    def note_agreement(self, id: str) -> None:
+        provider = {"ag0": (ALPHA, "alpha"), "ag1": (BETA, "beta"), "ag2": (BETA, "beta")}[id]
+        model = "vgg16" if id == "ag2" else "resnet50"
+        self.store.note_agreement(agreement(id, provider_id=provider[0], provider_name=provider[1], model=model))
+
+    @rule(id=agreement_ids)
+    def end_agreement(self, id: str) -> None:
+        self.store.end_agreement(id, reason="done", now=after(self.clock))
+
+    @rule(
+        id=agreement_ids,
+        number=st.sampled_from(["", "", "b"]),
+        state=states,
+        amount=amounts,
+        times=st.integers(1, 2),
+    )
+    def bill(self, id: str, number: str, state: BillState, amount: Decimal, times: int) -> None:
+        made = invoice(
+            amount,
+            state,
+            id=f"invoice of {id}{number}",
+            agreement_id=id,
+            settled_at=None if state == BillState.RECEIVED else after(self.clock),
+        )
+        for _ in range(times):
+            self.store.note_invoice(made)
+        known = self.invoices.get(made.id)
+        if known is None or self.RANK.index(state) > self.RANK.index(known.state):
+            self.invoices[made.id] = made
+
+    @precondition(lambda self: self.invoices)
+    @rule(pick=st.integers(0, 10))
+    def say_a_bill_again(self, pick: int) -> None:
+        known = sorted(self.invoices)[pick % len(self.invoices)]
+        self.store.note_invoice(self.invoices[known])
+        self.store.note_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
+
+    @rule(id=agreement_ids, number=st.integers(0, 3), state=states, amount=amounts)
+    def debit(self, id: str, number: int, state: BillState, amount: Decimal) -> None:
+        made = debit("0", state, id=f"note {number} of {id}", activity_id=f"{id}-{number % 2}", agreement_id=id)
+        made = replace(made, amount=amount)
+        self.store.note_debit(made)
+        self.store.note_debit(made)
+        known = self.debits.get(made.id)
+        if known is None or self.RANK.index(state) > self.RANK.index(known.state):
+            self.debits[made.id] = made
+
+    @rule()
+    def begin_a_chunk(self) -> None:
+        self.begun.append(f"c{len(self.begun)}")
+        start_chunk(self.store, self.begun[-1])
+
+    @precondition(lambda self: self.begun)
+    @rule(pick=st.integers(0, 20), count=st.integers(1, 3))
+    def answer(self, pick: int, count: int) -> None:
+        answer_requests(self.store, self.begun[pick % len(self.begun)], count)
+        self.answered += count
+
+    @precondition(lambda self: self.begun)
+    @rule(
+        pick=st.integers(0, 20),
+        id=agreement_ids,
+        seconds=st.one_of(st.just(0.0), st.floats(0.001, 1000)),
+        estimate=st.one_of(st.none(), amounts),
+    )
+    def end_a_chunk(self, pick: int, id: str, seconds: float, estimate: Decimal | None) -> None:
+        chunk_id = self.begun[pick % len(self.begun)]
+        cost = None if estimate is None else str(estimate)
+        end_chunk(self.store, chunk_id, agreement_id=id, seconds=seconds, cost=cost)
+        self.ended[chunk_id] = (id, estimate or Decimal(0))
+
+    def decided(self, id: str) -> list[InvoiceRecord]:
+        return [bill for bill in self.invoices.values() if bill.agreement_id == id and bill.state != BillState.RECEIVED]
+
+    def expected(self, *, since: datetime | None = None) -> Decimal:
+        """Add up what the machine's own books say."""
+        parts = [
+            bill.amount
+            for bill in self.invoices.values()
+            if bill.state == BillState.ACCEPTED
+            and (since is None or (bill.settled_at is not None and bill.settled_at >= since))
+        ]
+        for id in ("ag0", "ag1", "ag2"):
+            if self.decided(id):
+                continue
+            latest: dict[str, Decimal] = defaultdict(Decimal)
+            for bill in self.debits.values():
+                if bill.agreement_id == id and bill.state == BillState.ACCEPTED:
+                    latest[bill.activity_id] = max(latest[bill.activity_id], bill.amount)
+            estimates = [estimate for agreement_id, estimate in self.ended.values() if agreement_id == id]
+            parts.append(max(total(latest.values()), total(estimates)))
+        return total(parts)
+
+    @invariant()
+    def every_way_of_adding_up_agrees_with_the_books(self) -> None:
+        expected = self.expected()
+        refused = total(bill.amount for bill in self.invoices.values() if bill.state == BillState.REFUSED)
+        assert self.store.spent() == expected
+        for by in COSTS_BY:
+            rows = self.store.costs(by)
+            assert total(amount for row in rows for amount in (row.paid, row.open)) == expected
+            assert total(row.refused for row in rows) == refused
+            assert sum(row.chunks for row in rows) == len(self.ended)
+
+    @invariant()
+    def a_period_has_its_days_and_what_is_open(self) -> None:
+        midnight = NOW.replace(hour=0) + timedelta(days=1)
+        rows = [row for row in self.store.costs("day") if row.key == "open" or row.key >= "2026-11-21"]
+        in_period = total(amount for row in rows for amount in (row.paid, row.open))
+        assert self.store.spent(since=midnight) == in_period == self.expected(since=midnight)
+
+    @invariant()
+    def chunks_share_their_bill_and_requests_their_chunk(self) -> None:
+        requests: dict[str | None, list[Request]] = defaultdict(list)
+        for request in self.store.list(limit=1000):
+            requests[request.chunk_id].append(request)
+        shares: dict[str, list[Decimal]] = defaultdict(list)
+        for chunk in self.store.list_chunks(limit=1000):
+            mine = requests[chunk.id]
+            assert chunk.answers == len(mine)
+            assert chunk.is_cost_final == (chunk.id in self.ended and bool(self.decided(self.ended[chunk.id][0])))
+            if chunk.cost is None:
+                assert all(request.cost is None for request in mine)
+                continue
+            if mine:
+                assert total(request.cost or Decimal(0) for request in mine) == Decimal(chunk.cost)
+                assert {request.is_cost_final for request in mine} == {chunk.is_cost_final}
+            if chunk.is_cost_final:
+                assert chunk.agreement_id is not None
+                shares[chunk.agreement_id].append(Decimal(chunk.cost))
+        for id, each in shares.items():
+            assert total(each) == total(bill.amount for bill in self.decided(id) if bill.state == BillState.ACCEPTED)
+
+
+AnyHistory.TestCase.settings = settings(
+    max_examples=75, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestAnyHistory = AnyHistory.TestCase
