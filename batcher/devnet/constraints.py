@@ -1,0 +1,193 @@
+"""The language in which demands and offers say what they want of each other: LDAP's filters, as Golem uses them.
+
+    (&(golem.runtime.name=mlg)(|(golem.inf.cpu.cores>=2)(golem.inf.mem.gib>4))(!(golem.node.id.name=b*)))
+
+A constraint is parsed once and then asked about many properties. Two numbers are compared as numbers, all else as
+text; a list has a value if one of its items has it. A property that is not there fulfils no comparison, so that its
+negation is true: the real market calls that undefined.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Protocol
+
+from provider_image.errors import MlgError
+
+#: Deeper nesting is a mistake or an attack.
+MAX_DEPTH = 60
+
+_ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_COMPARISON = re.compile(r"([^()=<>!&|\s][^()=<>]*?)\s*(>=|<=|=|>|<)([^()]*)")
+_ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
+
+
+class BadConstraint(MlgError):
+    """The constraint is not written as in (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
+
+    code = "bad_constraint"
+    permanent = True
+
+
+class Constraint(Protocol):
+    """What a node asks of another's properties."""
+
+    def matches(self, properties: Mapping[str, Any]) -> bool:
+        """Tell whether the properties fulfil it."""
+
+
+@dataclass(frozen=True)
+class _All:
+    parts: tuple[Constraint, ...]
+
+    def matches(self, properties: Mapping[str, Any]) -> bool:
+        return all(part.matches(properties) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class _Any:
+    parts: tuple[Constraint, ...]
+
+    def matches(self, properties: Mapping[str, Any]) -> bool:
+        return any(part.matches(properties) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class _Not:
+    part: Constraint
+
+    def matches(self, properties: Mapping[str, Any]) -> bool:
+        return not self.part.matches(properties)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    key: str
+    sign: str
+    value: str
+
+    def matches(self, properties: Mapping[str, Any]) -> bool:
+        if self.key not in properties:
+            return False
+        actual = properties[self.key]
+        items = actual if isinstance(actual, list | tuple) else [actual]
+        if self.sign == "=" and self.value == "*":
+            return True
+        return any(self._holds(item) for item in items)
+
+    def _holds(self, item: object) -> bool:
+        text = _text(item)
+        if self.sign == "=" and "*" in self.value:
+            pieces = (re.escape(_unescaped(piece)) for piece in self.value.split("*"))
+            return re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
+        value = _unescaped(self.value)
+        wanted, given = _number(value), None if isinstance(item, bool) else _number(text)
+        if self.sign == "=":
+            return text == value or (wanted is not None and wanted == given)
+        if wanted is not None and given is not None:
+            return _ORDERINGS[self.sign](given, wanted)
+        return _ORDERINGS[self.sign](text, value)
+
+
+@functools.lru_cache(maxsize=512)
+def parse(text: str) -> Constraint:
+    """Read a constraint. An empty one is always fulfilled.
+
+    :raises BadConstraint: says where it stopped making sense.
+    """
+    reader = _Reader(text)
+    if reader.is_at_end():
+        return _All(())
+    constraint = reader.group(0)
+    if not reader.is_at_end():
+        raise reader.error("there is more after the last bracket")
+    return constraint
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+
+    def is_at_end(self) -> bool:
+        self._skip_space()
+        return self._at >= len(self._text)
+
+    def error(self, what: str) -> BadConstraint:
+        near = self._text[self._at : self._at + 20]
+        place = f"at character {self._at + 1}, before {near!r}" if near else "at its end"
+        return BadConstraint(f"The constraint is wrong {place}: {what}.")
+
+    def group(self, depth: int) -> Constraint:
+        if depth > MAX_DEPTH:
+            raise self.error(f"it is nested deeper than {MAX_DEPTH} brackets")
+        self._expect("(")
+        sign = self._peek()
+        constraint: Constraint
+        if sign == ")":
+            constraint = _All(())
+        elif sign in ("&", "|"):
+            self._at += 1
+            parts = []
+            while self._peek() == "(":
+                parts.append(self.group(depth + 1))
+            constraint = _All(tuple(parts)) if sign == "&" else _Any(tuple(parts))
+        elif sign == "!":
+            self._at += 1
+            constraint = _Not(self.group(depth + 1))
+        else:
+            constraint = self._comparison()
+        self._expect(")")
+        return constraint
+
+    def _comparison(self) -> Constraint:
+        found = _COMPARISON.match(self._text, self._at)
+        if found is None:
+            raise self.error("a comparison such as golem.inf.mem.gib>=1 was expected")
+        key, sign, value = found[1], found[2], found[3].strip()
+        if not value:
+            self._at = found.end()
+            raise self.error(f"there is nothing to compare {key} with")
+        self._at = found.end()
+        return _Comparison(key, sign, value)
+
+    def _expect(self, sign: str) -> None:
+        if self._peek() != sign:
+            raise self.error(f"{sign!r} was expected")
+        self._at += 1
+
+    def _peek(self) -> str:
+        self._skip_space()
+        return self._text[self._at : self._at + 1]
+
+    def _skip_space(self) -> None:
+        while self._at < len(self._text) and self._text[self._at].isspace():
+            self._at += 1
+
+
+def _text(item: object) -> str:
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    return str(item)
+
+
+def _unescaped(value: str) -> str:
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), value)
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
