@@ -21,6 +21,9 @@ COMMANDS = {
     "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
     "models": ("server.model_commands:models", "List models, install one, or check it."),
     "image": ("batcher.image_commands:image", "Build the provider's image and publish it."),
+    "costs": ("server.cost_commands:costs", "Show what rented computers have cost."),
+    "providers": ("server.provider_commands:providers", "List, ban or unban providers."),
+    "devnet": ("batcher.devnet.commands:devnet", "Run a small Golem network on this machine."),
     "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
 }
 

@@ -20,6 +20,9 @@ from server.settings import ServerSettings
 max_wait_option = click.option(
     "--max-wait", type=float, metavar="SECONDS", help="Longest wait for a full chunk. [MLG_MAX_WAIT_SECONDS; 600]"
 )
+executor_option = click.option(
+    "--executor", metavar="NAMES", help="Where chunks run: local, golem, or golem,local. [MLG_EXECUTOR; local]"
+)
 workers_option = click.option(
     "--workers", type=int, metavar="N", help="Local worker processes. [MLG_WORKERS; one per core]"
 )
@@ -39,7 +42,7 @@ precision_option = click.option(
 @click.option("--once", is_flag=True, help="Take all that waits, then end; exit status 1 if anything failed.")
 @click.option("--every", type=float, metavar="SECONDS", help="Take all that waits this often. [MLG_EVERY_SECONDS; 600]")
 @max_wait_option
-@click.option("--executor", metavar="NAME", help="Where chunks run. [MLG_EXECUTOR; local]")
+@executor_option
 @workers_option
 @shrink_option
 @precision_option
@@ -92,7 +95,7 @@ def batch(
     from server.store.sqlite import SqliteStore
 
     def make_executor(own: BatcherSettings) -> Executor:
-        return load_executor(own.executor, own)
+        return load_executor(own.executor, own, store)
 
     store = SqliteStore(server_settings)
     try:
@@ -131,6 +134,7 @@ def batch(
 @home_option
 @host_option
 @port_option
+@executor_option
 @workers_option
 @max_wait_option
 @shrink_option
@@ -139,6 +143,7 @@ def up(
     home: Path | None,
     host: str | None,
     port: int | None,
+    executor: str | None,
     workers: int | None,
     max_wait: float | None,
     shrink: str | None,
@@ -157,6 +162,7 @@ def up(
         home=home,
         host=host,
         port=port,
+        executor=executor,
         workers=workers,
         max_wait_seconds=max_wait,
         shrink=shrink,

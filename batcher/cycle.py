@@ -27,7 +27,14 @@ from batcher.executors import Executor, Job, Outcome
 from batcher.packing import Packed, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
 from batcher.recording import Recording, Tally
-from batcher.results import OBSTACLE_SECONDS, Settlement, settle, settle_failure, settle_left_out
+from batcher.results import (
+    OBSTACLE_SECONDS,
+    Settlement,
+    check_results,
+    settle,
+    settle_failure,
+    settle_left_out,
+)
 from batcher.settings import BatcherSettings
 from batcher.shrinking import Shrinker
 from provider_image.errors import ChunkError, MlgError, ShrinkingUnavailable, StoreError, StoreUnavailable
@@ -141,11 +148,10 @@ class Cycle:
         """Wait until somebody asks for a look."""
         await self._wake.wait()
 
-    @property
-    def obstacles(self) -> dict[str, str]:
-        """The models that cannot be worked on just now, and why."""
-        now = asyncio.get_running_loop().time()
-        return {model: reason for model, (until, reason) in self._obstacles.items() if until > now}
+    def obstacle(self, model: str) -> str | None:
+        """Say why a model cannot be worked on just now; None if it can."""
+        until, reason = self._obstacles.get(model, (0.0, ""))
+        return reason if until > asyncio.get_running_loop().time() else self._executor.obstacle(model)
 
     async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> CycleReport:
         """Work until nothing is due and nothing is under way, or until told to stop.
@@ -201,10 +207,11 @@ class Cycle:
             return 0
         limit = room * ISOLATION_STEPS[0]
         is_looking_for_ended = loop.time() - self._expiry_looked_at >= EXPIRY_SECONDS
-        obstacles = frozenset(self.obstacles)
         takes_all = self._takes_all
         try:
-            claims = await asyncio.to_thread(self._claim_now, choose, obstacles, limit, takes_all, is_looking_for_ended)
+            chosen = await asyncio.to_thread(choose)
+            possible = frozenset(model for model in chosen if self.obstacle(model) is None)
+            claims = await asyncio.to_thread(self._claim_now, possible, limit, takes_all, is_looking_for_ended)
         except StoreError as error:
             log.warning("cannot claim, trying again in %.1f s: %s", self._claim_pause, error)
             self._no_claim_before = loop.time() + self._claim_pause
@@ -222,8 +229,7 @@ class Cycle:
 
     def _claim_now(
         self,
-        choose: Callable[[], Collection[str]],
-        obstacles: frozenset[str],
+        models: Collection[str],
         limit: int,
         takes_all: bool,
         is_looking_for_ended: bool,
@@ -234,7 +240,7 @@ class Cycle:
             if released:
                 log.warning("%d requests of batchers that are gone are queued again", released)
         return self._store.claim(
-            models=frozenset(choose()) - obstacles,
+            models=models,
             limit=limit,
             now=now,
             lease_ends_at=now + timedelta(seconds=self._settings.lease_seconds),
@@ -330,6 +336,7 @@ class Cycle:
             chunk=packed.chunk,
             results=packed.results,
             timeout_seconds=self._settings.chunk_timeout_seconds,
+            check=lambda path: check_results(packed, self._settings.models, path),
         )
         self._tally.chunks += 1
         run = asyncio.create_task(self._executor.run(job))

@@ -72,6 +72,9 @@ class DispatchNotes:
                 cost=outcome.cost,
                 code=error.code if error else None,
                 reason=error.reason if error else None,
+                provider_id=outcome.provider_id,
+                agreement_id=outcome.agreement_id,
+                activity_id=outcome.activity_id,
                 now=self._clock(),
             )
         except StoreError as refusal:

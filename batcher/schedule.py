@@ -150,8 +150,8 @@ class Batcher:
                 report = await self._cycle.run(stop, models=lambda: old.models() & servable(self._settings.models))
                 total.add(Tally(done=report.done, failed=report.failed, released=report.released, chunks=report.chunks))
                 waiting = await asyncio.to_thread(old.count)
-                reachable = waiting.keys() & servable(self._settings.models) - self._cycle.obstacles.keys()
-                if stop.is_set() or not reachable:
+                models = waiting.keys() & servable(self._settings.models)
+                if stop.is_set() or all(self._cycle.obstacle(model) is not None for model in models):
                     break
                 await _first_of(asyncio.sleep(ONCE_POLL_SECONDS), stop.wait())
             left = {model: (count, self._why_left(model)) for model, count in waiting.items()}
@@ -185,6 +185,7 @@ class Batcher:
             self._cycle.look()
 
     async def _beat(self) -> None:
+        models = await asyncio.to_thread(servable, self._settings.models)
         record = BatcherRecord(
             id=self._id,
             host=socket.gethostname(),
@@ -193,6 +194,7 @@ class Batcher:
             every_seconds=self._settings.every_seconds,
             max_wait_seconds=self._settings.max_wait_seconds,
             capacity=self._executor.workers(),
+            notices={model: reason for model in models if (reason := self._cycle.obstacle(model)) is not None},
             started_at=self._started_at,
             seen_at=self._clock(),
         )
@@ -231,8 +233,9 @@ class Batcher:
             log.warning("cannot say that this batcher has ended: %s", error)
 
     def _why_left(self, model: str) -> str:
-        if model in self._cycle.obstacles:
-            return self._cycle.obstacles[model]
+        obstacle = self._cycle.obstacle(model)
+        if obstacle is not None:
+            return obstacle
         if model in servable(self._settings.models):
             return "The batcher was stopped before they were done."
         try:

@@ -6,9 +6,10 @@ Read once by `from_env` in `commands.py` and passed on. Every field is a row of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from batcher.executors.golem.settings import GolemSettings
 from provider_image.cores import available_cores
 from provider_image.environment import Environment
 from provider_image.precision import PRECISIONS
@@ -25,8 +26,11 @@ class BatcherSettings:
     work: Path
     #: Folder of model artefacts; in the home.
     models: Path
-    #: Where chunks run. MLG_EXECUTOR. Defaults to local.
+    #: Where chunks run: local, golem, or golem,local. MLG_EXECUTOR. Defaults to local.
     executor: str = "local"
+    #: With several executors: a chunk waits so long for one before the next may have it.
+    #: MLG_FALLBACK_SECONDS. Defaults to 60 seconds.
+    fallback_seconds: float = 60.0
     #: Seconds between two rounds that take everything that waits. MLG_EVERY_SECONDS. Defaults to 600 seconds.
     every_seconds: float = 600.0
     #: A request waits at most this long for its chunk to fill. MLG_MAX_WAIT_SECONDS. Defaults to 600 seconds.
@@ -51,6 +55,8 @@ class BatcherSettings:
     #: Precision that local workers compute in: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
     precision: str = "f32"
+    #: What the golem executor needs.
+    golem: GolemSettings = field(default_factory=GolemSettings)
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> BatcherSettings:
@@ -61,6 +67,7 @@ class BatcherSettings:
             work=home / "work",
             models=home / "models",
             executor=env.text("MLG_EXECUTOR", cls.executor),
+            fallback_seconds=env.number("MLG_FALLBACK_SECONDS", cls.fallback_seconds, minimum=0, maximum=86400),
             every_seconds=env.number("MLG_EVERY_SECONDS", cls.every_seconds, minimum=0.05, maximum=86400),
             max_wait_seconds=env.number("MLG_MAX_WAIT_SECONDS", cls.max_wait_seconds, minimum=0, maximum=86400),
             poll_seconds=env.number("MLG_POLL_SECONDS", cls.poll_seconds, minimum=0.01, maximum=3600),
@@ -74,4 +81,5 @@ class BatcherSettings:
             workers=env.whole("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
             shrink=env.choice("MLG_SHRINK", cls.shrink, SHRINK_CHOICES),
             precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
+            golem=GolemSettings.from_environment(env),
         )

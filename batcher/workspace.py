@@ -73,6 +73,14 @@ class Workspace:
         return [folder for folder in sorted(self._work.iterdir()) if folder.is_dir() and not _is_locked(folder)]
 
 
+def is_alive(work: Path, batcher_id: str) -> bool:
+    """Tell whether a batcher works in this folder of folders.
+
+    :param batcher_id: or its beginning, as the folder is called.
+    """
+    return _is_locked(work / batcher_id[:_NAME_LENGTH])
+
+
 def _is_locked(folder: Path) -> bool:
     try:
         handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import click
@@ -62,11 +63,12 @@ def test_every_setting_in_the_code_is_in_the_readme_and_the_other_way_round() ->
 def test_the_defaults_in_the_readme_are_the_defaults_of_the_code() -> None:
     server, batcher = ServerSettings.from_env({}), BatcherSettings.from_env({})
     special = {"MLG_HOME", "MLG_WORKERS"}
-    for settings in (server, batcher):
+    for settings in (server, batcher, batcher.golem):
         source = Path(__import__(type(settings).__module__, fromlist=["x"]).__file__ or "").read_text()
-        for field, name in re.findall(r'(\w+)=env\.\w+\(\s*"(MLG_[A-Z_]+)"', source):
+        for field, name in re.findall(r'(\w+)=(?:env\.\w+\(|_amount\(env,)\s*"(MLG_[A-Z_]+)"', source):
             if name not in special:
                 value = getattr(settings, field)
+                value = "none" if value is None else str(value) if isinstance(value, Decimal) else value
                 said = TABLE[name]
                 assert said == (value if isinstance(value, str) else f"{value:g}" if value < 1e6 else f"{value:.0f}"), (
                     name
@@ -74,7 +76,7 @@ def test_the_defaults_in_the_readme_are_the_defaults_of_the_code() -> None:
 
 
 def test_every_setting_field_says_its_variable_and_its_default() -> None:
-    for path in (ROOT / "server/settings.py", ROOT / "batcher/settings.py"):
+    for path in (ROOT / "server/settings.py", ROOT / "batcher/settings.py", ROOT / "batcher/executors/golem/settings.py"):
         text = path.read_text()
         for name in set(re.findall(r'"(MLG_[A-Z_]+)"', text)) - {"MLG_HOME"}:
             assert re.search(rf"#: .*{name}\. Defaults to .*\.$", text, re.MULTILINE), name
@@ -87,7 +89,7 @@ def test_links_between_the_papers_lead_somewhere() -> None:
 
 
 def test_files_named_in_the_papers_exist() -> None:
-    for paper in [ROOT / "README.md", ROOT / "docs/architecture.md"]:
+    for paper in [ROOT / "README.md", ROOT / "docs/architecture.md", ROOT / "docs/golem.md"]:
         for name in re.findall(r"`((?:server|batcher|provider_image|scripts|tests)/[\w/.]+)`", paper.read_text()):
             assert (ROOT / name).exists(), f"{paper}: {name}"
 

@@ -7,6 +7,7 @@ moves files and starts work; it must not open the store, nor trust what is in a 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
+    from batcher.executors.golem.books import Books
     from batcher.settings import BatcherSettings
 
 
@@ -33,6 +35,11 @@ class Job:
     results: Path
     #: The executor gives up after this long.
     timeout_seconds: float
+    #: Raises MlgError unless the file at a path is a true answer to this chunk. Called, in a thread, by executors whose
+    #: workers are strangers: they try the chunk elsewhere then. None where nobody needs to ask.
+    check: Callable[[Path], None] | None = None
+    #: Called, more than once if it is tried again, when a worker begins with it.
+    on_start: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,10 @@ class Outcome:
     error: MlgError | None = None
     #: True when the failure says nothing about the items, for example because the executor is stopping.
     is_blameless: bool = False
+    #: Under which address, agreement and activity it was paid for; None where nothing is paid.
+    provider_id: str | None = None
+    agreement_id: str | None = None
+    activity_id: str | None = None
 
 
 class Executor(Protocol):
@@ -69,6 +80,9 @@ class Executor(Protocol):
     def workers(self) -> int:
         """Tell how many jobs are worked on at the same time; the others under way wait for their turn."""
 
+    def obstacle(self, model: str) -> str | None:
+        """Say in a sentence why no more work for a model is wanted now; None when it is. Waiting requests show it."""
+
     async def run(self, job: Job) -> Outcome:
         """Run one job. Failures are returned, not raised; cancelling the call stops the work."""
 
@@ -76,17 +90,34 @@ class Executor(Protocol):
         """Stop every process and remove every temporary file. May be called twice."""
 
 
-#: name -> "module:Class"; the class takes the settings.
+#: name -> "module:Class"; the class takes the settings, and the store's ledger.
 REGISTRY = {
     "local": "batcher.executors.local:LocalExecutor",
+    "golem": "batcher.executors.golem.executor:GolemExecutor",
 }
 
 
-def load_executor(name: str, settings: BatcherSettings) -> Executor:
-    """Make the executor of this name. :raises ConfigError: there is none."""
+def load_executor(names: str, settings: BatcherSettings, books: Books) -> Executor:
+    """Make an executor.
+
+    :param names: one of the registry, or several with commas between: what waited too long for one goes to the next.
+    :param books: where executors that pay keep their accounts.
+    :raises ConfigError: there is none of that name.
+    """
+    members = [_load_one(name.strip(), settings, books) for name in names.split(",")]
+    if len(members) == 1:
+        return members[0]
+    from batcher.executors.several import SeveralExecutor
+
+    return SeveralExecutor(members, fallback_seconds=settings.fallback_seconds)
+
+
+def _load_one(name: str, settings: BatcherSettings, books: Books) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
-        raise ConfigError(f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}.")
+        raise ConfigError(
+            f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}; or several, as in golem,local."
+        )
     module, _, attribute = REGISTRY[name].partition(":")
-    executor: Executor = getattr(importlib.import_module(module), attribute)(settings)
+    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, books)
     return executor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("uploads", "drain", "chunk", "backlog", "start", "door", "scale", "shrink", "models", "overlap")
+NAMES = ("uploads", "drain", "chunk", "backlog", "start", "door", "scale", "shrink", "models", "overlap", "golem")
 
 
 def main() -> int:

@@ -74,6 +74,8 @@ class TableExecutor:
         self.spoil_file: Callable[[Path], object] = lambda path: None
         #: Ends every job instead.
         self.refusal: Outcome | None = None
+        #: Model -> why no more of it is wanted.
+        self.obstacles: dict[str, str] = {}
 
     async def start(self) -> None:
         """Nothing to start."""
@@ -83,6 +85,9 @@ class TableExecutor:
 
     def workers(self) -> int:
         return self.places
+
+    def obstacle(self, model: str) -> str | None:
+        return self.obstacles.get(model)
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -18,6 +18,7 @@ from batcher.executors import Outcome
 from provider_image.errors import NotInstalled, WorkerDied
 from server.store.records import Answer, State
 from server.store.sqlite import MAX_ATTEMPTS
+from tests.batcher.conftest import MODEL
 
 
 def states(requests: list[Any]) -> Counter[State]:
@@ -167,20 +168,32 @@ def test_a_model_that_cannot_be_used_is_left_alone_for_a_while_and_its_requests_
     first = bench.add(b"one")
     bench.executor.refusal = Outcome(provider="table/1", seconds=0, error=NotInstalled("It is not installed there."))
 
-    async def main() -> tuple[Any, Any, dict[str, str]]:
+    async def main() -> tuple[Any, Any, str | None]:
         cycle = bench.cycle()
         cycle.take_all()
         failing = await cycle.run(asyncio.Event())
         bench.add(b"two")
         cycle.take_all()
-        return failing, await cycle.run(asyncio.Event()), cycle.obstacles
+        return failing, await cycle.run(asyncio.Event()), cycle.obstacle(MODEL)
 
-    failing, after, obstacles = asyncio.run(main())
+    failing, after, obstacle = asyncio.run(main())
 
     assert (failing.claimed, failing.released, after.claimed) == (1, 1, 0)
-    assert obstacles == {"efficientnet_lite0": "It is not installed there."}
+    assert obstacle == "It is not installed there."
     (found,) = bench.again(first)
     assert (found.state, found.attempts, found.code) == (State.QUEUED, 0, "not_installed")
+
+
+def test_nothing_is_claimed_that_the_executor_wants_no_more_of(bench: Any) -> None:
+    request = bench.add(b"one")
+    bench.executor.obstacles = {MODEL: "The budget of the day is used up."}
+
+    refused = bench.run()
+    bench.executor.obstacles = {}
+    taken = bench.run()
+
+    assert (refused.claimed, taken.done) == (0, 1)
+    assert bench.again(request)[0].state is State.DONE
 
 
 WRONG = {

@@ -1,0 +1,226 @@
+"""One session with the daemon: a connection, an allocation, a file server, and a settler.
+
+Opened and closed by `executor.py`, again and again if need be: what cannot be mended within a session (the daemon was
+away, the file server is out of step, the day's money is another) is mended by a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from batcher.executors.golem.books import Bookkeeper
+from batcher.executors.golem.market import Market
+from batcher.executors.golem.recovery import Recovery, tagged
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.settling import Settler
+from batcher.executors.golem.yapapi_edge import (
+    explain,
+    load_quietly,
+    make_strategy,
+    shield_file_server,
+    temporary_files_in,
+    within,
+)
+from provider_image.errors import GolemUnavailable
+from server.store.money import AllocationRecord
+
+log = logging.getLogger(__name__)
+
+#: The daemon must answer within this time when a session is opened.
+_OPEN_SECONDS = 30.0
+#: The daemon counts as away when it has answered nothing but failures for so long.
+_AWAY_SECONDS = 8.0
+#: yapapi gets this long to close.
+_CLOSE_SECONDS = 20.0
+
+
+class Session:
+    """A session, not yet open.
+
+    :param number: counts the sessions of this batcher.
+    :param amount: GLM to set aside.
+    :param on_paid: see Settler.
+    :param on_overbilled: see Settler.
+    :param is_gone: tells of the batcher part of an owner whether nobody works under it any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        batcher_id: str,
+        number: int,
+        tag: str,
+        amount: Decimal,
+        folder: Path,
+        settings: GolemSettings,
+        market: Market,
+        keeper: Bookkeeper,
+        on_paid: Callable[[str, Decimal], None],
+        on_overbilled: Callable[[str, str], None],
+        is_gone: Callable[[str], bool],
+    ) -> None:
+        self.owner = f"{tag}.{batcher_id}-{number}"
+        self.day = datetime.now(UTC).date()
+        #: Why the session is of no more use; None while it is.
+        self.broken: str | None = None
+        #: True when it should be replaced as soon as nothing runs in it.
+        self.is_stale = False
+        #: Subscription -> model: the strategy is asked about offers without being told what they are for.
+        self.models_of: dict[str, str] = {}
+        self._batcher_id = batcher_id
+        self._tag = tag
+        self._amount = tagged(amount, tag)
+        self._folder = folder
+        self._settings = settings
+        self._market = market
+        self._keeper = keeper
+        self._on_paid = on_paid
+        self._on_overbilled = on_overbilled
+        self._is_gone = is_gone
+        self._golem: Any = None
+        self._failing_since: float | None = None
+        self._allocation_id = ""
+        self.settler: Settler | None = None
+
+    @property
+    def engine(self) -> Any:
+        """yapapi's engine, once open."""
+        return self._golem._engine
+
+    async def open(self) -> None:
+        """Open. :raises GolemUnavailable: the daemon does not want or cannot; says why."""
+        load_quietly()
+        from yapapi import Golem
+        from yapapi.config import ApiConfig
+
+        settings = self._settings
+        api_config = ApiConfig(app_key=settings.app_key)
+        if settings.api_url:
+            api_config.api_url = settings.api_url
+        self._golem = Golem(
+            budget=self._amount,
+            strategy=make_strategy(self._judge),
+            subnet_tag=settings.subnet,
+            payment_driver=settings.payment_driver,
+            payment_network=settings.payment_network,
+            event_consumer=_ignore,
+            api_config=api_config,
+        )
+        try:
+            with temporary_files_in(self._folder):
+                async with asyncio.timeout(_OPEN_SECONDS):
+                    await self._golem.start()
+        except asyncio.CancelledError:
+            await self._stop()
+            raise
+        except Exception as error:
+            url = api_config.api_url
+            await self._stop()
+            raise GolemUnavailable(f"The Golem daemon at {url} cannot be used: {explain(error)}.") from error
+        engine = self.engine
+        shield_file_server(engine)
+        for task in engine._services:
+            task.cancel()  # see settling.py
+        allocation = engine._budget_allocations[0]
+        self._allocation_id = allocation.id
+        record = AllocationRecord(
+            id=allocation.id,
+            batcher_id=self._batcher_id,
+            platform=str(allocation.payment_platform),
+            address=str(allocation.payment_address),
+            amount=self._amount,
+            created_at=datetime.now(UTC),
+        )
+        self._keeper.note(lambda: self._keeper.books.note_allocation(record))
+        self.settler = Settler(
+            engine,
+            self._keeper,
+            tag=self._tag,
+            allocation_id=allocation.id,
+            on_paid=self._on_paid,
+            on_overbilled=self._on_overbilled,
+            on_trouble=self._on_trouble,
+            on_short=self._on_short,
+        )
+        self.settler.start()
+        await self.clean_up()
+        log.info("a session with the Golem daemon is open", extra={"allocation": allocation.id})
+
+    @property
+    def allocation_id(self) -> str:
+        """The allocation that is paid from."""
+        return self._allocation_id
+
+    async def clean_up(self) -> None:
+        """Close what batchers that are gone have left; a failure is told, and tried again with the next."""
+        recovery = Recovery(self.engine, self._keeper.books, tag=self._tag, is_gone=self._is_left_over)
+        try:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                await recovery.run(keep_allocations=[self._allocation_id])
+        except Exception as error:
+            log.warning("what earlier batchers left open could not be closed yet: %s", explain(error))
+
+    def _is_left_over(self, owner: str) -> bool:
+        # Of our own, only earlier sessions are over.
+        batcher_id, _, _ = owner.partition("-")
+        if batcher_id == self._batcher_id:
+            return owner not in (self._batcher_id, self.owner.partition(".")[2])
+        return self._is_gone(batcher_id)
+
+    async def close(self, settle_seconds: float) -> None:
+        """Wait for bills that are due, release the allocation, close. Never raises."""
+        if self._golem is None:
+            return
+        if self.settler is not None:
+            missing = await self.settler.wait_until_settled(0.0 if self.broken else settle_seconds)
+            if missing:
+                log.warning("%d bills have not come yet; the next batcher settles them", missing)
+            await self.settler.close()
+        await self._stop()
+
+    async def _stop(self) -> None:
+        if self._golem is None:
+            return
+        stopped = await within(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
+        if stopped and self._allocation_id:
+            id = self._allocation_id
+            self._keeper.note(lambda: self._keeper.books.release_allocation(id, now=datetime.now(UTC)))
+
+    async def _stop_golem(self) -> None:
+        if self._golem.operative:
+            await self._golem.stop(wait_for_payments=False)
+        else:  # half started: what is open must be closed all the same
+            with contextlib.suppress(Exception):
+                await self.engine._stack.aclose()
+
+    # What comes from outside
+
+    def _judge(self, provider_id: str, properties: Any, subscription_id: str) -> Any:
+        return self._market.judge(self.models_of.get(subscription_id, ""), provider_id, properties)
+
+    def _on_short(self) -> None:
+        self.is_stale = True
+
+    def _on_trouble(self, error: BaseException | None) -> None:
+        now = time.monotonic()
+        if error is None:
+            self._failing_since = None
+            return
+        if self._failing_since is None:
+            self._failing_since = now
+            log.warning("the Golem daemon fails, trying again: %s", explain(error))
+        elif now - self._failing_since > _AWAY_SECONDS and self.broken is None:
+            self.broken = f"The Golem daemon is away: {explain(error)}."
+            log.error("%s", self.broken)
+
+
+def _ignore(event: object) -> None:
+    """Take yapapi's events, which it would log otherwise."""

@@ -1,0 +1,101 @@
+"""The settings of the golem executor: budgets, prices, how many computers, how long.
+
+Part of `BatcherSettings`. Where the daemon is, in which subnet and on which payment network to look, stands in yagna's
+own variables. They are read here and handed on, because yapapi reads some of them when it is imported, others later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from provider_image.environment import Environment
+from provider_image.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GolemSettings:
+    """What the golem executor needs to know. Amounts are in GLM."""
+
+    #: The daemon's app key, YAGNA_APPKEY; nothing can be rented without.
+    app_key: str = ""
+    #: The daemon's address, YAGNA_API_URL; yapapi knows the usual one.
+    api_url: str = ""
+    #: YAGNA_SUBNET: offers come from this part of the network.
+    subnet: str = "public"
+    #: YAGNA_PAYMENT_DRIVER and YAGNA_PAYMENT_NETWORK: how providers are paid.
+    payment_driver: str = "erc20"
+    payment_network: str = "holesky"
+    #: Most that one run of the batcher may spend. MLG_BUDGET_RUN. Defaults to none.
+    budget_run: Decimal | None = None
+    #: Most that all batchers of this home may spend on one day (UTC). MLG_BUDGET_DAY. Defaults to 1.
+    budget_day: Decimal | None = Decimal(1)
+    #: Most that all batchers of this home may ever spend. MLG_BUDGET_TOTAL. Defaults to none.
+    budget_total: Decimal | None = None
+    #: Offers that cost more an hour with all threads busy are refused. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
+    max_price_hour: Decimal | None = Decimal("0.5")
+    #: Offers that cost more for a start are refused. MLG_MAX_PRICE_START. Defaults to 0.01.
+    max_price_start: Decimal | None = Decimal("0.01")
+    #: Computers kept for a model as long as it has had work within the last hour. MLG_GOLEM_MIN_WORKERS. Defaults to 0.
+    min_workers: int = 0
+    #: Computers rented at the same time, all models together. MLG_GOLEM_MAX_WORKERS. Defaults to 8.
+    max_workers: int = 8
+    #: Seconds that a provider may take to get ready, a download of the image included.
+    #: MLG_GOLEM_START_SECONDS. Defaults to 300.
+    start_seconds: float = 300.0
+    #: Seconds after which a demand is renewed; its agreements end with it. MLG_GOLEM_RENTAL_SECONDS. Defaults to 10800.
+    rental_seconds: float = 10800.0
+    #: Seconds that a computer with nothing to do is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
+    idle_seconds: float = 60.0
+    #: Seconds that a chunk waits for a provider before it is given back. MLG_GOLEM_OFFER_SECONDS. Defaults to 120.
+    offer_seconds: float = 120.0
+    #: Seconds that a provider is left alone after its first failure; doubles with each.
+    #: MLG_GOLEM_BAN_SECONDS. Defaults to 900.
+    ban_seconds: float = 900.0
+    #: Different providers that a chunk is tried on before it counts as failed. MLG_GOLEM_ATTEMPTS. Defaults to 3.
+    attempts: int = 3
+    #: Seconds that the end of a batcher waits for the last bills. MLG_GOLEM_SETTLE_SECONDS. Defaults to 8.
+    settle_seconds: float = 8.0
+    #: Runtime of providers that have the models built in; used for models without a published image.
+    #: MLG_GOLEM_RUNTIME. Defaults to mlg.
+    runtime: str = "mlg"
+
+    @classmethod
+    def from_environment(cls, env: Environment) -> GolemSettings:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        return cls(
+            app_key=env.text("YAGNA_APPKEY", cls.app_key),
+            api_url=env.text("YAGNA_API_URL", cls.api_url).rstrip("/"),
+            subnet=env.text("YAGNA_SUBNET", cls.subnet),
+            payment_driver=env.text("YAGNA_PAYMENT_DRIVER", cls.payment_driver),
+            payment_network=env.text("YAGNA_PAYMENT_NETWORK", cls.payment_network),
+            budget_run=_amount(env, "MLG_BUDGET_RUN", cls.budget_run),
+            budget_day=_amount(env, "MLG_BUDGET_DAY", cls.budget_day),
+            budget_total=_amount(env, "MLG_BUDGET_TOTAL", cls.budget_total),
+            max_price_hour=_amount(env, "MLG_MAX_PRICE_HOUR", cls.max_price_hour),
+            max_price_start=_amount(env, "MLG_MAX_PRICE_START", cls.max_price_start),
+            min_workers=env.whole("MLG_GOLEM_MIN_WORKERS", cls.min_workers, minimum=0, maximum=1000),
+            max_workers=env.whole("MLG_GOLEM_MAX_WORKERS", cls.max_workers, minimum=1, maximum=1000),
+            start_seconds=env.number("MLG_GOLEM_START_SECONDS", cls.start_seconds, minimum=1, maximum=3600),
+            # From five hours on providers want to be paid in between, which yapapi does not do well.
+            rental_seconds=env.number("MLG_GOLEM_RENTAL_SECONDS", cls.rental_seconds, minimum=60, maximum=17000),
+            idle_seconds=env.number("MLG_GOLEM_IDLE_SECONDS", cls.idle_seconds, minimum=0, maximum=3600),
+            offer_seconds=env.number("MLG_GOLEM_OFFER_SECONDS", cls.offer_seconds, minimum=1, maximum=86400),
+            ban_seconds=env.number("MLG_GOLEM_BAN_SECONDS", cls.ban_seconds, minimum=1, maximum=604800),
+            attempts=env.whole("MLG_GOLEM_ATTEMPTS", cls.attempts, minimum=1, maximum=10),
+            settle_seconds=env.number("MLG_GOLEM_SETTLE_SECONDS", cls.settle_seconds, minimum=0, maximum=600),
+            runtime=env.text("MLG_GOLEM_RUNTIME", cls.runtime),
+        )
+
+
+def _amount(env: Environment, name: str, default: Decimal | None) -> Decimal | None:
+    text = env.text(name, "none" if default is None else str(default))
+    if text == "none":
+        return None
+    try:
+        amount = Decimal(text)
+    except InvalidOperation as error:
+        raise ConfigError(f"{name} is {text!r}, which is not an amount. Say for example 0.5, or none.") from error
+    if not amount.is_finite() or amount < 0:
+        raise ConfigError(f"{name} is {text}, which is not an amount. Say for example 0.5, or none.")
+    return amount

@@ -1,0 +1,269 @@
+"""The golem executor on a devnet of this machine: its rate beside the local one's, its first answer, its end, and what
+misbehaving providers and kills do to it.
+
+Everything runs as a user would run it: `mlg devnet` in one process, `mlg batch` in another, a home between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from provider_image.models.compilers import ensure_installed
+from scripts.benchmarks import pictures, processes
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.records import NewRequest
+from server.store.sqlite import SqliteStore
+
+MODEL = "efficientnet_lite0"
+#: Three of eight misbehave, each in its own way.
+MISDEEDS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one `mlg batch --once` did."""
+
+    #: Pictures.
+    count: int
+    #: From the start of the process to the first and the last recorded answer, and to its end.
+    first_seconds: float
+    last_seconds: float
+    end_seconds: float
+    #: GLM that was paid.
+    cost: Decimal
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second from the start of the process to the last answer."""
+        return self.count / self.last_seconds
+
+    @property
+    def steady_rate(self) -> float:
+        """The same from the first answer on."""
+        return self.count / max(1e-9, self.last_seconds - self.first_seconds)
+
+
+def fill(home: Path, jpegs: list[bytes]) -> None:
+    """Put requests into a home's store."""
+    store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
+    store.migrate()
+    for jpeg in jpegs:
+        new = NewRequest(
+            id=new_id(), service="classification", model=MODEL, is_fresh=True, created_at=datetime.now(UTC)
+        )
+        store.add(new, store.blobs.stage(jpeg))
+    store.close()
+
+
+def scenario(folder: Path, providers: int, misdeeds: dict[str, str]) -> Path:
+    """Write a scenario file: equal prices, one core each; some misbehave now and then."""
+    from batcher.devnet.scenario import NAMES
+
+    lines = []
+    for name in NAMES[:providers]:
+        lines += [
+            "[[providers]]",
+            f'name = "{name}"',
+            "start_price = 0.001",
+            "price_per_second = 0.00002",
+            "price_per_cpu_second = 0.00008",
+        ]
+        if name in misdeeds:
+            lines += ["[[providers.faults]]", f'kind = "{misdeeds[name]}"', "after = 2"]
+    path = folder / "scenario.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@contextlib.contextmanager
+def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
+    """Run a devnet. :return: the variables that it prints."""
+    variables = folder / f"devnet-{time.monotonic_ns()}.env"
+    command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
+    with (folder / "devnet.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        while not variables.exists():
+            if process.poll() is not None:
+                raise RuntimeError((folder / "devnet.log").read_text()[-2000:])
+            time.sleep(0.05)
+        shell = f". {variables}; env -0"
+        printed = subprocess.run(["sh", "-c", shell], capture_output=True, check=True).stdout
+        found = dict(line.split("=", 1) for line in os.fsdecode(printed).split("\0") if "=" in line)
+        yield {name: found[name] for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "PATH")}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def batch(home: Path, executor: str, log: Path, **variables: str) -> Run:
+    """Run `mlg batch --once` on a filled home, and read from its store what happened."""
+    command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
+    started = time.time()
+    with log.open("ab") as output:
+        status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ, **variables}).returncode
+    ended = time.time()
+    database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
+    try:
+        times = [
+            datetime.fromisoformat(text).timestamp()
+            for (text,) in database.execute("SELECT finished_at FROM requests WHERE state = 'done'")
+        ]
+        (total,) = database.execute("SELECT count(*) FROM requests").fetchone()
+        if status or len(times) < total:
+            raise RuntimeError(f"{len(times)} of {total} answered:\n{log.read_text()[-3000:]}")
+    finally:
+        database.close()
+    costs = subprocess.run(
+        processes.mlg("costs", "--json", "--home", str(home)), capture_output=True, text=True, check=True
+    )
+    rows = [json.loads(line) for line in costs.stdout.splitlines()]
+    paid = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
+    return Run(
+        count=total,
+        first_seconds=min(times) - started,
+        last_seconds=max(times) - started,
+        end_seconds=ended - started,
+        cost=paid,
+    )
+
+
+def ask(variables: dict[str, str], path: str) -> Any:
+    """Ask the daemon."""
+    request = urllib.request.Request(
+        variables["YAGNA_API_URL"] + path, headers={"Authorization": f"Bearer {variables['YAGNA_APPKEY']}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
+    """Kill a batcher at random moments, then let one finish, and count what went wrong."""
+    chance = random.Random(seed)
+    base = pictures.photo_jpegs()
+    command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
+    for turn in range(kills):
+        fill(home, [pictures.marked(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
+        with (folder / "killed.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, **variables, "MLG_LEASE_SECONDS": "2"}
+            )
+        time.sleep(chance.uniform(0.2, 6.0))
+        process.kill()
+        process.wait()
+    time.sleep(2.5)  # the last lease ends
+    batch(home, "golem", folder / "batch.log", **variables, MLG_LEASE_SECONDS="2")
+    database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
+    try:
+        (lost,) = database.execute("SELECT count(*) FROM requests WHERE state != 'done'").fetchone()
+        (done,) = database.execute("SELECT count(*) FROM requests WHERE state = 'done'").fetchone()
+        (answers,) = database.execute("SELECT coalesce(sum(answers), 0) FROM chunks").fetchone()
+    finally:
+        database.close()
+    return {
+        "kills": kills,
+        "requests": done + lost,
+        "lost": lost,
+        "answered twice": answers - done,
+        "agreements left open": len(ask(variables, "/market-api/v1/agreements?state=Approved")),
+        "demands left open": len(ask(variables, "/market-api/v1/demands")),
+        "allocations left open": len(ask(variables, "/payment-api/v1/allocations")),
+    }
+
+
+@click.command()
+@click.option("--pictures", "count", default=2000, show_default=True, help="How many pictures.")
+@click.option("--providers", default=8, show_default=True, help="How many providers, of one core each.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
+@click.option("--kills", default=50, show_default=True, help="How often a batcher is killed with -9.")
+@click.option("--seed", default=1, show_default=True, help="Of the moments of the kills.")
+def main(count: int, providers: int, rounds: int, kills: int, seed: int) -> None:
+    """Measure the golem executor on a devnet. Example: scripts/bench golem --pictures 500 --kills 5"""
+    console = Console()
+    base = pictures.photo_jpegs()
+    runs: dict[str, list[Run]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
+        folder = Path(name)
+        models = folder / "models-home"
+        ensure_installed(models / "models", MODEL)
+        more = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers)}
+        kinds = {
+            "local": ("local", {}),
+            "golem, all honest": ("golem", {}),
+            "golem, 3 of 8 misbehave": ("golem", MISDEEDS),
+        }
+        for turn in range(rounds if count else 0):
+            jpegs = [pictures.marked(base[n % len(base)], turn * count + n) for n in range(count)]
+            for kind, (executor, misdeeds) in kinds.items():
+                home = folder / f"home-{turn}-{executor}-{len(misdeeds)}"
+                home.mkdir()
+                (home / "models").symlink_to(models / "models")
+                fill(home, jpegs)
+                if executor == "local":
+                    run = batch(home, executor, folder / "batch.log")
+                else:
+                    with devnet(folder, models, scenario(folder, providers, misdeeds)) as variables:
+                        limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "20"} if misdeeds else {}
+                        run = batch(home, executor, folder / "batch.log", **variables, **more, **limits)
+                runs.setdefault(kind, []).append(run)
+                console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
+        if runs:
+            _print_runs(console, runs, count)
+        if kills:
+            home = folder / "home-kills"
+            home.mkdir()
+            (home / "models").symlink_to(models / "models")
+            with devnet(folder, models, scenario(folder, providers, {})) as variables:
+                found = kill(folder, home, {**variables, **more}, kills, seed)
+            console.print(", ".join(f"{name} {value}" for name, value in found.items()))
+
+
+def _print_runs(console: Console, runs: dict[str, list[Run]], count: int) -> None:
+    table = Table(
+        "what",
+        "pictures/s",
+        "from the first answer on",
+        "first answer s",
+        "last answer to end s",
+        "GLM",
+        title=f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}; medians of {len(next(iter(runs.values())))}",
+    )
+    median = statistics.median
+    for kind, each in runs.items():
+        table.add_row(
+            kind,
+            f"{median(run.rate for run in each):.1f}",
+            f"{median(run.steady_rate for run in each):.1f}",
+            f"{median(run.first_seconds for run in each):.1f}",
+            f"{median(run.end_seconds - run.last_seconds for run in each):.1f}",
+            f"{median(run.cost for run in each):.6f}",
+        )
+    console.print(table)
+    local, honest, misbehaving = runs.values()
+    rate = median(a.rate / b.rate for a, b in zip(honest, local, strict=True))
+    steady = median(a.steady_rate / b.steady_rate for a, b in zip(honest, local, strict=True))
+    seconds = median(a.last_seconds / b.last_seconds for a, b in zip(misbehaving, honest, strict=True))
+    cost = median(a.cost / b.cost for a, b in zip(misbehaving, honest, strict=True))
+    console.print(f"golem has {rate:.0%} of the local rate, {steady:.0%} from the first answer on")
+    console.print(f"with misbehaving providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

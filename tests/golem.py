@@ -1,0 +1,148 @@
+"""The golem executor on a devnet, both in the event loop of a test, with a real store between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from batcher.devnet.running import Devnet, running
+from batcher.devnet.scenario import Fault, ProviderPlan, Scenario
+from batcher.executors import Job, Outcome
+from batcher.executors.golem.executor import GolemExecutor
+from batcher.settings import BatcherSettings
+from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.models.artefact import find_artefact
+from server.settings import ServerSettings
+from server.store.sqlite import SqliteStore
+
+MODEL = "efficientnet_lite0"
+
+
+def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **facts: Any) -> ProviderPlan:
+    """Make a provider of one core."""
+    return ProviderPlan(
+        name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **facts
+    )
+
+
+def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **facts: Any) -> Scenario:
+    """Make a devnet's plan."""
+    return Scenario(providers=providers, faults=faults, **facts)
+
+
+def picture(color: int = 40) -> bytes:
+    """Make a small picture."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), (200, 120, color % 256)).save(file, "PNG")
+    return file.getvalue()
+
+
+async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.02)
+
+
+class GolemBench:
+    """A devnet, a store and an executor that has been started."""
+
+    def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
+        self.devnet = devnet
+        self.executor = executor
+        self.store = store
+        self.folder = folder
+        self.models = models
+        #: The executor's own folder.
+        self.work = folder.parent / "work" / executor._id
+        folder.mkdir(exist_ok=True)
+
+    def job(self, name: str, *, pictures: int = 1, timeout_seconds: float = 60, data: bytes | None = None) -> Job:
+        """Make a job whose results are checked as the batcher checks them."""
+        chunk = self.folder / f"{name}.chunk.zip"
+        digest = find_artefact(self.models, MODEL).digest
+        items = [ChunkItem(number=number, inputs={"image": data or picture(number)}) for number in range(pictures)]
+        write_chunk(chunk, name, "classification", MODEL, digest, items)
+
+        def check(path: Path) -> None:
+            read_results(path, name, MODEL, range(pictures), digest)
+
+        return Job(
+            chunk_id=name,
+            model=MODEL,
+            items=pictures,
+            chunk=chunk,
+            results=self.folder / f"{name}.results.zip",
+            timeout_seconds=timeout_seconds,
+            check=check,
+        )
+
+    async def run(self, *names: str, **options: Any) -> list[Outcome]:
+        """Run jobs side by side."""
+        return await asyncio.gather(*(self.executor.run(self.job(name, **options)) for name in names))
+
+    def paid(self) -> Decimal:
+        """Return what the daemon says was paid."""
+        return sum(self.devnet.payment.paid.values(), Decimal(0))
+
+
+@contextlib.asynccontextmanager
+async def golem(
+    plan: Scenario,
+    folder: Path,
+    models: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    name: str = "aaaa1111",
+    **settings: Any,
+) -> AsyncIterator[GolemBench]:
+    """Run a devnet and an executor until the block ends.
+
+    :param models: the folder of artefacts, which the providers have too.
+    :param settings: of `GolemSettings`.
+    """
+    providers_home = folder / "providers"
+    providers_home.mkdir()
+    (providers_home / "models").symlink_to(models)
+    async with running(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
+        with on_path(devnet):
+            store = SqliteStore(ServerSettings(home=folder / "home", busy_seconds=5))
+            store.migrate()
+            executor = make_executor(devnet, store, folder, models, name=name, **settings)
+            try:
+                await executor.start()
+                yield GolemBench(devnet, executor, store, folder / "jobs", models)
+            finally:
+                await executor.close()
+                store.close()
+
+
+@contextlib.contextmanager
+def on_path(devnet: Devnet) -> Any:
+    """Have the devnet's gftp on the PATH, where yapapi looks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", devnet.variables["PATH"])
+        yield
+
+
+def make_executor(
+    devnet: Devnet, store: SqliteStore, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
+) -> GolemExecutor:
+    """Make an executor for a devnet, with waits that are short enough for a test."""
+    variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
+    base = BatcherSettings.from_env(variables)
+    short: dict[str, Any] = {"idle_seconds": 5.0, "start_seconds": 20.0, "offer_seconds": 20.0, **settings}
+    own = replace(base, work=folder / "work" / name, models=models, golem=replace(base.golem, **short))
+    return GolemExecutor(own, store)
