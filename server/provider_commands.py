@@ -54,7 +54,8 @@ def providers() -> None:
 def list_providers(home: Path | None, as_json: bool) -> None:
     """List the providers: prices in GLM, how their chunks ended, how fast they were lately, what they cost.
 
-    The hour is one of work with one core busy all the time. The score says how much of the latest work was good: from 0
+    The hour is one of work with one core busy all the time; what 1000 pictures should cost follows from it and from the
+    speed, the start not counted. The score says how much of the latest work was good: from 0
     to 1, and 0.5 when nothing is known. Those seen last come first.
 
     \b
@@ -74,7 +75,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
             click.echo(json.dumps(_to_json(provider, speeds[provider.id], costs.get(provider.id), now)))
         return
     figures = ("per hour", "start", "done", "failed", "score", "spent")
-    table = make_table("name", "id", *figures, "images/s", "banned", right=figures)
+    table = make_table("name", "id", *figures, "images/s (GLM per 1000)", "banned", right=figures)
     for provider in found:
         table.add_row(
             plain(provider.name),
@@ -85,7 +86,10 @@ def list_providers(home: Path | None, as_json: bool) -> None:
             str(provider.failed),
             f"{provider.score:.2f}",
             rounded(_spent(costs.get(provider.id))),
-            ", ".join(f"{model} {speed:.1f}" for model, speed in speeds[provider.id].items()),
+            ", ".join(
+                f"{model} {speed:.1f} ({rounded(per_1000_images(provider, speed))})"
+                for model, speed in speeds[provider.id].items()
+            ),
             _ban(provider, now),
         )
     print_table(table)
@@ -135,6 +139,11 @@ def per_hour(provider: ProviderRecord) -> Decimal:
     return 3600 * (provider.price_per_second + provider.price_per_cpu_second)
 
 
+def per_1000_images(provider: ProviderRecord, images_per_second: float) -> Decimal:
+    """Estimate what a thousand pictures cost at a measured speed with one busy core, the start not counted."""
+    return per_hour(provider) / 3600 * 1000 / Decimal(repr(max(1e-6, images_per_second)))
+
+
 def _as_listed(name_or_id: str) -> str:
     """Take an address as the list shortens it, too."""
     return name_or_id.removesuffix("…")
@@ -172,6 +181,10 @@ def _to_json(
         "images": provider.images,
         "score": round(provider.score, 4),
         "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
+        "per_1000_images": {
+            model: to_amount(per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            for model, speed in speeds.items()
+        },
         "spent": to_amount(_spent(costs)),
         "is_banned": provider.is_banned(now),
         "banned_until": None if provider.banned_until is None else to_text(provider.banned_until),

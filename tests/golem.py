@@ -31,9 +31,7 @@ MODEL = "efficientnet_lite0"
 
 def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **facts: Any) -> ProviderPlan:
     """Make a provider of one core."""
-    return ProviderPlan(
-        name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **facts
-    )
+    return ProviderPlan(name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **facts)
 
 
 def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **facts: Any) -> Scenario:
@@ -69,19 +67,27 @@ class GolemBench:
         self.work = folder.parent / "work" / executor._id
         folder.mkdir(exist_ok=True)
 
-    def job(self, name: str, *, pictures: int = 1, timeout_seconds: float = 60, data: bytes | None = None) -> Job:
+    def job(
+        self,
+        name: str,
+        *,
+        pictures: int = 1,
+        timeout_seconds: float = 60,
+        data: bytes | None = None,
+        model: str = MODEL,
+    ) -> Job:
         """Make a job whose results are checked as the batcher checks them."""
         chunk = self.folder / f"{name}.chunk.zip"
-        digest = find_artefact(self.models, MODEL).digest
+        digest = find_artefact(self.models, model).digest
         items = [ChunkItem(number=number, inputs={"image": data or picture(number)}) for number in range(pictures)]
-        write_chunk(chunk, name, "classification", MODEL, digest, items)
+        write_chunk(chunk, name, "classification", model, digest, items)
 
         def check(path: Path) -> None:
-            read_results(path, name, MODEL, range(pictures), digest)
+            read_results(path, name, model, range(pictures), digest)
 
         return Job(
             chunk_id=name,
-            model=MODEL,
+            model=model,
             items=pictures,
             chunk=chunk,
             results=self.folder / f"{name}.results.zip",
@@ -93,9 +99,34 @@ class GolemBench:
         """Run jobs side by side."""
         return await asyncio.gather(*(self.executor.run(self.job(name, **options)) for name in names))
 
+    def successor(self, **settings: Any) -> GolemExecutor:
+        """Make the executor of another batcher of the same home."""
+        return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
+
     def paid(self) -> Decimal:
         """Return what the daemon says was paid."""
         return sum(self.devnet.payment.paid.values(), Decimal(0))
+
+
+@contextlib.asynccontextmanager
+async def world(
+    plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
+    """Run a devnet beside a store until the block ends.
+
+    :param models: the folder of artefacts, which the providers have.
+    """
+    providers_home = folder / "providers"
+    providers_home.mkdir()
+    (providers_home / "models").symlink_to(models)
+    async with running(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
+        with on_path(devnet):
+            store = SqliteStore(ServerSettings(home=folder / "home", busy_seconds=5))
+            store.migrate()
+            try:
+                yield devnet, store
+            finally:
+                store.close()
 
 
 @contextlib.asynccontextmanager
@@ -113,20 +144,13 @@ async def golem(
     :param models: the folder of artefacts, which the providers have too.
     :param settings: of `GolemSettings`.
     """
-    providers_home = folder / "providers"
-    providers_home.mkdir()
-    (providers_home / "models").symlink_to(models)
-    async with running(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
-        with on_path(devnet):
-            store = SqliteStore(ServerSettings(home=folder / "home", busy_seconds=5))
-            store.migrate()
-            executor = make_executor(devnet, store, folder, models, name=name, **settings)
-            try:
-                await executor.start()
-                yield GolemBench(devnet, executor, store, folder / "jobs", models)
-            finally:
-                await executor.close()
-                store.close()
+    async with world(plan, folder, models, environment=environment) as (devnet, store):
+        executor = make_executor(devnet, store, folder, models, name=name, **settings)
+        try:
+            await executor.start()
+            yield GolemBench(devnet, executor, store, folder / "jobs", models)
+        finally:
+            await executor.close()
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ def test_the_defaults_in_the_readme_are_the_defaults_of_the_code() -> None:
 
 
 def test_every_setting_field_says_its_variable_and_its_default() -> None:
-    for path in (ROOT / "server/settings.py", ROOT / "batcher/settings.py", ROOT / "batcher/executors/golem/settings.py"):
-        text = path.read_text()
+    for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py"):
+        text = (ROOT / place).read_text()
         for name in set(re.findall(r'"(MLG_[A-Z_]+)"', text)) - {"MLG_HOME"}:
             assert re.search(rf"#: .*{name}\. Defaults to .*\.$", text, re.MULTILINE), name
 

@@ -71,6 +71,28 @@ def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(bench: Any, batcher:
     assert alive(bench) == []
 
 
+def test_a_batcher_says_why_it_takes_none_of_a_model_and_once_leaves_it_with_that_reason(
+    bench: Any, batcher: Any
+) -> None:
+    bench.add(b"picture")
+    bench.executor.obstacles = {"efficientnet_lite0": "The budget of the day is used up."}
+
+    async def main() -> Any:
+        stop = asyncio.Event()
+        run = asyncio.create_task(batcher().run(stop))
+        await bench.until(lambda: alive(bench) != [])
+        (found,) = alive(bench)
+        stop.set()
+        await run
+        return found
+
+    record = asyncio.run(main())
+    report = run_once(batcher)
+
+    assert record.notices == {"efficientnet_lite0": "The budget of the day is used up."}
+    assert report.left == {"efficientnet_lite0": (1, "The budget of the day is used up.")}
+
+
 def test_requests_are_taken_when_they_have_waited_long_enough(bench: Any, batcher: Any) -> None:
     async def main() -> None:
         stop = asyncio.Event()

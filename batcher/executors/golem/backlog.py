@@ -165,4 +165,3 @@ class Backlog:
 
     def _live(self, model: str) -> Iterator[Errand]:
         return (errand for errand in self._waiting.get(model, ()) if not errand.outcome.done())
-

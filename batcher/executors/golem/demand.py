@@ -6,6 +6,7 @@ Called by `executor.py` when a model's rental begins.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.yapapi_edge import Needs, builtin_payload, explain, image_payload
 from batcher.image_lock import read_lock
 from provider_image.errors import GolemUnavailable, ModelError, NotInstalled
-from provider_image.models.artefact import find_artefact
+from provider_image.models.artefact import Artefact, find_artefact
 
 _GIB = 1024**3
 #: What the system and the libraries of the image take, in GiB of memory and of disk.
@@ -35,18 +36,22 @@ def needs_of(size_bytes: int) -> Needs:
 async def make_payload(model: str, owner: str, models: Path, settings: GolemSettings) -> Any:
     """Make a model's demand: its published image if there is one, else a runtime that has it built in.
 
-    :raises GolemUnavailable: the registry of images does not answer.
+    :raises GolemUnavailable: the registry of images does not answer, or has another build than is installed here.
     :raises ImageError: the lock file cannot be read.
     """
-    try:
-        size_bytes = find_artefact(models, model).size_bytes
-    except (NotInstalled, ModelError):
-        size_bytes = _UNKNOWN_BYTES
-    needs = needs_of(size_bytes)
+    artefact: Artefact | None = None
+    with contextlib.suppress(NotInstalled, ModelError):
+        artefact = find_artefact(models, model)
+    needs = needs_of(_UNKNOWN_BYTES if artefact is None else artefact.size_bytes)
     published = (await asyncio.to_thread(read_lock)).get(model)
     if published is None:
         return builtin_payload(settings.runtime, needs, owner, model)
+    if artefact is not None and artefact.digest != published.digest:
+        raise GolemUnavailable(
+            f"The published image of {model} holds another build of it (digest {published.digest[:12]}) than the one "
+            f"installed here ({artefact.digest[:12]}): its answers would not count. Run: mlg image push {model}"
+        )
     try:
-        return await image_payload(published.hash, needs, owner, model)
+        return await image_payload(published.hash, settings.registry, needs, owner, model)
     except Exception as error:
         raise GolemUnavailable(f"Golem's registry does not tell where the image is: {explain(error)}.") from error

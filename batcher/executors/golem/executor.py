@@ -16,6 +16,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -63,6 +64,8 @@ _FORGET_SECONDS = 60.0
 _KEEP_SECONDS = 3600.0
 #: Attempts of any kind; those that fail through our own or the daemon's fault do not count as failures.
 _MOST_ATTEMPTS = 10
+#: An offer that is repeated with the same price is noted this often.
+_OFFER_SECONDS = 3600.0
 #: An allocation without any cap on spending.
 _DEFAULT_ALLOCATION = Decimal(10)
 #: Whoever bills too much gets nothing for this long.
@@ -103,6 +106,8 @@ class GolemExecutor:
         #: What the last step that the budget forbade would have cost at most.
         self._unaffordable: Decimal | None = None
         self._failures_of: dict[str, int] = {}
+        #: Address -> when its offer was noted, and the price.
+        self._offers: dict[str, tuple[float, Price]] = {}
         self._learned_at = float("-inf")
         self._first_try = asyncio.Event()
         self._tag = ""
@@ -220,6 +225,7 @@ class GolemExecutor:
             keeper=self._keeper,
             on_paid=self._purse.pay,
             on_overbilled=self._overbilled,
+            on_offer=self._offered,
             is_gone=lambda batcher_id: not is_alive(self._batcher.work.parent, batcher_id),
         )
         await session.open()
@@ -361,10 +367,14 @@ class GolemExecutor:
         if now - self._learned_at < _LEARN_SECONDS:
             return
         self._learned_at = now
+        banned = self._market.banned()
         try:
             await asyncio.to_thread(self._learn_now)
         except MlgError as error:
             log.warning("the ledger cannot be read: %s", error)
+        if banned - self._market.banned():
+            for rental in self._rentals.values():
+                rental.ask_again()
 
     def _learn_now(self) -> None:
         now = datetime.now(UTC)
@@ -424,9 +434,21 @@ class GolemExecutor:
             created_at=now,
         )
         self._keeper.note(lambda: self._books.note_agreement(record))
+
+    def _offered(self, provider_id: str, properties: Mapping[str, Any]) -> None:
+        """Note a provider's prices, but not each time that it repeats its offer."""
+        try:
+            name, price = describe(properties, provider_id)
+        except BadOffer:
+            return
+        known = self._offers.get(provider_id)
+        if known is not None and known[1] == price and time.monotonic() - known[0] < _OFFER_SECONDS:
+            return
+        self._offers[provider_id] = (time.monotonic(), price)
+        now = datetime.now(UTC)
         self._keeper.note(
             lambda: self._books.note_provider(
-                offer.provider_id,
+                provider_id,
                 name=name,
                 start_price=price.start,
                 price_per_cpu_second=price.cpu_second,

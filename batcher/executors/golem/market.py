@@ -96,6 +96,10 @@ class Market:
         """Tell whether a provider gets nothing now."""
         return provider_id in self._banned
 
+    def banned(self) -> set[str]:
+        """List the addresses of those who get nothing now."""
+        return set(self._banned)
+
     def did_not_sign(self, provider_id: str) -> None:
         """Note that an agreement was proposed to a provider and not approved."""
         times = self._unsigned.get(provider_id, (0.0, 0))[1] + 1

@@ -1,8 +1,8 @@
-"""Closes what a batcher of this home that is no more has left open at the daemon: demands, agreements, allocations.
+"""Closes what is left open at the daemon: demands, agreements and allocations of batchers of this home that are gone.
 
-Run by `session.py` at its start. Ours are recognized by the owner that every demand carries, so that even what was
-agreed in the moment of a kill, before it could be noted, is found; an allocation, which carries nothing, by its id in
-the ledger or by its odd last digits.
+Run by `session.py` at its start, and for its own at its end. Ours are recognized by the owner that every demand
+carries, so that even what was agreed in the moment of a kill, before it could be noted, is found; an allocation, which
+carries nothing, by its id in the ledger or by its odd last digits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import fcntl
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 #: Digits below this are worth nothing, and tell whose allocation it is.
 _TAG_UNIT = Decimal("1e-18")
 _TAGS = 1_000_000
+#: An allocation that is not in the ledger may be one that a living batcher is about to note.
+_UNNOTED_SECONDS = 120.0
+#: States of an agreement that costs something, or may still come to.
+_LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 def home_tag(file: Path) -> str:
@@ -54,6 +58,23 @@ def is_tagged(amount: Decimal, tag: str) -> bool:
     return amount % Decimal("1e-12") == (int(tag, 16) % (_TAGS - 1) + 1) * _TAG_UNIT
 
 
+async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) -> None:
+    """End an agreement, also one that is not approved yet. Nothing happens if it is over.
+
+    :param engine: yapapi's, started.
+    :raises Exception: the daemon fails, or the provider approved it at this very moment.
+    """
+    market = engine._market_api._api
+    state = str((await market.get_agreement(agreement_id)).state)
+    if state == "Approved":
+        await market.terminate_agreement(agreement_id, request_body=reason)
+    elif state in _LIVE_STATES:
+        # yapapi's client does not know this call.
+        url = f"{engine._api_config.market_url}/agreements/{agreement_id}/cancel"
+        async with engine._root_api_session.post(url, json=reason) as response:
+            response.raise_for_status()
+
+
 class Recovery:
     """One clean-up.
 
@@ -62,6 +83,9 @@ class Recovery:
     """
 
     def __init__(self, engine: Any, books: Books, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+        #: True as long as nothing failed.
+        self.is_complete = True
+        self._engine = engine
         self._market = engine._market_api._api
         # yapapi's client knows no list of agreements, so that one call is made without it.
         self._http = engine._root_api_session
@@ -93,23 +117,26 @@ class Recovery:
 
     async def _end_agreements(self) -> int:
         ended = 0
-        async with self._http.get(self._agreements_url, params={"state": "Approved"}) as response:
-            response.raise_for_status()
-            listed = await response.json()
+        listed: list[dict[str, Any]] = []
+        for state in _LIVE_STATES:
+            async with self._http.get(self._agreements_url, params={"state": state}) as response:
+                response.raise_for_status()
+                listed += await response.json()
         for entry in listed:
             agreement = await self._market.get_agreement(entry["id"])
             if self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
-                await asyncio.to_thread(self._note, agreement)
+                if agreement.state == "Approved":
+                    await asyncio.to_thread(self._note, agreement)
                 reason = {"message": "The requestor went away", "golem.requestor.code": "Cancelled"}
-                ended += await self._try(
-                    self._market.terminate_agreement(agreement.agreement_id, request_body=reason), "an agreement"
-                )
-                await asyncio.to_thread(
-                    self._books.end_agreement,
-                    agreement.agreement_id,
-                    reason="The batcher that made it went away.",
-                    now=datetime.now(UTC),
-                )
+                is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
+                if is_ended:
+                    await asyncio.to_thread(
+                        self._books.end_agreement,
+                        agreement.agreement_id,
+                        reason="The batcher that made it went away.",
+                        now=datetime.now(UTC),
+                    )
+                ended += is_ended
         return ended
 
     async def _release_allocations(self, keep: set[str]) -> int:
@@ -117,10 +144,15 @@ class Recovery:
         noted = {each.id: each for each in await asyncio.to_thread(self._books.allocations)}
         for allocation in await self._payment.get_allocations():
             id, record = allocation.allocation_id, noted.get(allocation.allocation_id)
-            is_ours = record is not None or is_tagged(Decimal(str(allocation.total_amount)), self._tag)
-            is_left_over = id not in keep and is_ours
-            if is_left_over and (record is None or self._is_gone(record.batcher_id)):
-                released += await self._try(self._payment.release_allocation(id), "an allocation")
+            if record is None:
+                age = (datetime.now(UTC) - allocation.timestamp).total_seconds()
+                is_left_over = is_tagged(Decimal(str(allocation.total_amount)), self._tag) and age > _UNNOTED_SECONDS
+            else:
+                is_left_over = self._is_gone(record.batcher_id)
+            if not is_left_over or id in keep:
+                continue
+            if await self._try(self._payment.release_allocation(id), "an allocation"):
+                released += 1
                 await asyncio.to_thread(self._books.release_allocation, id, now=datetime.now(UTC))
         return released
 
@@ -151,13 +183,13 @@ class Recovery:
             )
         )
 
-    @staticmethod
-    async def _try(call: Any, what: str) -> int:
+    async def _try(self, call: Awaitable[Any], what: str) -> bool:
         try:
             await call
         except Exception as error:
             if getattr(error, "status", None) in (404, 410):
-                return 1  # somebody was first
-            log.warning("%s of a batcher that is gone could not be closed: %s", what, explain(error))
-            return 0
-        return 1
+                return True  # somebody was first
+            log.warning("%s that was left over could not be closed: %s", what, explain(error))
+            self.is_complete = False
+            return False
+        return True

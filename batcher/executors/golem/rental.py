@@ -19,6 +19,7 @@ from typing import Any
 from batcher.executors.golem.hire import Hire, Orders, work
 from batcher.executors.golem.market import Market, describe
 from batcher.executors.golem.prices import Price
+from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.yapapi_edge import explain, make_job
@@ -38,6 +39,8 @@ _LAST_PAUSE_SECONDS = 15.0
 _RENEWAL_SECONDS = 120.0
 #: yapapi's calls at a hire's end get this long before nobody waits for them any more.
 _FAREWELL_SECONDS = 5.0
+#: Pauses between the tries to end an agreement that yapapi did not; whatever is left is ended with the session.
+_PARTING_PAUSES_SECONDS = (0.5, 2.0, 8.0)
 
 #: yapapi wants names of jobs that it has never seen in this process.
 _numbers = itertools.count(1)
@@ -119,10 +122,15 @@ class Rental:
             return
         self._wanted_since = self._wanted_since or now
         if now - self._wanted_since > _STALE_DEMAND_SECONDS:
-            self._wanted_since = now
-            self._finding.cancel()
+            self.ask_again()
         if not self._is_starting() and self._has_offers(now):
             self._starting = asyncio.create_task(self._hire())
+
+    def ask_again(self) -> None:
+        """Make the demand anew if more computers are wanted: whoever was refused before is heard of again."""
+        if self._wanted_since is not None and self._finding is not None:
+            self._wanted_since = time.monotonic()
+            self._finding.cancel()
 
     def hurry(self) -> None:
         """End at once whatever is at work."""
@@ -185,6 +193,10 @@ class Rental:
             try:
                 await self._job.find_offers()
             except Exception as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # The demand could not be closed in passing, which hides the cancellation; `session.py` closes it.
+                    return
                 if time.monotonic() - began > _LAST_PAUSE_SECONDS:
                     pause = _FIRST_PAUSE_SECONDS
                 log.warning("the demand for %s was lost, made anew in %.1f s: %s", self.model, pause, explain(error))
@@ -218,12 +230,16 @@ class Rental:
             self._told.agreement(self.model, facts["agreement"])
         elif name == "AgreementTerminated":
             self._told.agreement_ended(facts["agreement"].id, str(facts["reason"].get("message")))
+            if not facts["agreement"].terminated:
+                self._see_off(facts["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = facts["agreement"]._details
             if details is not None:
                 self._told.unsigned(details.raw_details.offer.provider_id)
             if name == "ActivityCreateFailed":
                 self._part_soon(facts["agreement"].id)
+            else:
+                self._see_off(facts["agreement"].id)
 
     async def _end_job(self, job: Any = None) -> None:
         job = job or self._job
@@ -309,6 +325,22 @@ class Rental:
                 await pool._terminate_agreement(agreement_id, reason)
 
         parting = asyncio.create_task(part(self._job.agreements_pool))
+        self._farewells.add(parting)
+        parting.add_done_callback(self._said_farewell)
+
+    def _see_off(self, agreement_id: str) -> None:
+        """End an agreement that yapapi only takes for ended: it asks once, and knows nothing of a late approval."""
+
+        async def end() -> None:
+            reason = {"message": "All work is done", "golem.requestor.code": "Success"}
+            for pause in _PARTING_PAUSES_SECONDS:
+                try:
+                    return await end_agreement(self._session.engine, agreement_id, reason)
+                except Exception as error:
+                    log.info("an agreement for %s is not ended yet: %s", self.model, explain(error))
+                await asyncio.sleep(pause)
+
+        parting = asyncio.create_task(end())
         self._farewells.add(parting)
         parting.add_done_callback(self._said_farewell)
 

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from batcher.executors.golem.books import Bookkeeper
-from batcher.executors.golem.market import Market
+from batcher.executors.golem.market import Market, Verdict
 from batcher.executors.golem.recovery import Recovery, tagged
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.settling import Settler
@@ -40,6 +40,8 @@ _OPEN_SECONDS = 30.0
 _AWAY_SECONDS = 8.0
 #: yapapi gets this long to close.
 _CLOSE_SECONDS = 20.0
+#: So often, after such pauses, is tried to close what is still open at the end.
+_SWEEPS, _SWEEP_PAUSE_SECONDS = 3, 0.5
 
 
 class Session:
@@ -49,6 +51,7 @@ class Session:
     :param amount: GLM to set aside.
     :param on_paid: see Settler.
     :param on_overbilled: see Settler.
+    :param on_offer: called with the provider's address and the properties of each offer.
     :param is_gone: tells of the batcher part of an owner whether nobody works under it any more.
     """
 
@@ -65,6 +68,7 @@ class Session:
         keeper: Bookkeeper,
         on_paid: Callable[[str, Decimal], None],
         on_overbilled: Callable[[str, str], None],
+        on_offer: Callable[[str, Mapping[str, Any]], None],
         is_gone: Callable[[str], bool],
     ) -> None:
         self.owner = f"{tag}.{batcher_id}-{number}"
@@ -84,6 +88,7 @@ class Session:
         self._keeper = keeper
         self._on_paid = on_paid
         self._on_overbilled = on_overbilled
+        self._on_offer = on_offer
         self._is_gone = is_gone
         self._golem: Any = None
         self._failing_since: float | None = None
@@ -143,7 +148,8 @@ class Session:
         self.settler = Settler(
             engine,
             self._keeper,
-            tag=self._tag,
+            owner=self.owner,
+            is_left_over=self._is_left_over,
             allocation_id=allocation.id,
             on_paid=self._on_paid,
             on_overbilled=self._on_overbilled,
@@ -160,13 +166,25 @@ class Session:
         return self._allocation_id
 
     async def clean_up(self) -> None:
-        """Close what batchers that are gone have left; a failure is told, and tried again with the next."""
-        recovery = Recovery(self.engine, self._keeper.books, tag=self._tag, is_gone=self._is_left_over)
+        """Close what batchers that are gone have left; a failure is told, and tried again with the next session."""
+        await self._recover(self._is_left_over)
+
+    async def _recover(self, is_gone: Callable[[str], bool]) -> bool:
+        recovery = Recovery(self.engine, self._keeper.books, tag=self._tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 await recovery.run(keep_allocations=[self._allocation_id])
         except Exception as error:
-            log.warning("what earlier batchers left open could not be closed yet: %s", explain(error))
+            log.warning("what was left open could not be closed yet: %s", explain(error))
+            return False
+        return recovery.is_complete
+
+    async def _sweep(self) -> None:
+        """Close what should be closed by now, and is not because a call failed: yapapi tries everything only once."""
+        for _ in range(_SWEEPS):
+            if await self._recover(lambda owner: owner.partition("-")[0] == self._batcher_id):
+                return
+            await asyncio.sleep(_SWEEP_PAUSE_SECONDS)
 
     def _is_left_over(self, owner: str) -> bool:
         # Of our own, only earlier sessions are over.
@@ -180,6 +198,8 @@ class Session:
         if self._golem is None:
             return
         if self.settler is not None:
+            if not self.broken:
+                await self._sweep()
             missing = await self.settler.wait_until_settled(0.0 if self.broken else settle_seconds)
             if missing:
                 log.warning("%d bills have not come yet; the next batcher settles them", missing)
@@ -190,6 +210,8 @@ class Session:
         if self._golem is None:
             return
         stopped = await within(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
+        if not stopped and self._allocation_id:
+            stopped = await within(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
         if stopped and self._allocation_id:
             id = self._allocation_id
             self._keeper.note(lambda: self._keeper.books.release_allocation(id, now=datetime.now(UTC)))
@@ -201,9 +223,21 @@ class Session:
             with contextlib.suppress(Exception):
                 await self.engine._stack.aclose()
 
+    async def _release(self) -> None:
+        """Release the allocation with a connection of its own: yapapi's are closed when its own try has failed."""
+        from ya_payment import RequestorApi
+
+        async with self.engine._api_config.payment() as client:
+            try:
+                await RequestorApi(client).release_allocation(self._allocation_id)
+            except Exception as error:
+                if getattr(error, "status", None) not in (404, 410):
+                    raise
+
     # What comes from outside
 
-    def _judge(self, provider_id: str, properties: Any, subscription_id: str) -> Any:
+    def _judge(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> Verdict:
+        self._on_offer(provider_id, properties)
         return self._market.judge(self.models_of.get(subscription_id, ""), provider_id, properties)
 
     def _on_short(self) -> None:

@@ -59,6 +59,8 @@ class GolemSettings:
     #: Runtime of providers that have the models built in; used for models without a published image.
     #: MLG_GOLEM_RUNTIME. Defaults to mlg.
     runtime: str = "mlg"
+    #: Where published images are looked up. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
+    registry: str = "https://registry.golem.network"
 
     @classmethod
     def from_environment(cls, env: Environment) -> GolemSettings:
@@ -85,6 +87,7 @@ class GolemSettings:
             attempts=env.whole("MLG_GOLEM_ATTEMPTS", cls.attempts, minimum=1, maximum=10),
             settle_seconds=env.number("MLG_GOLEM_SETTLE_SECONDS", cls.settle_seconds, minimum=0, maximum=600),
             runtime=env.text("MLG_GOLEM_RUNTIME", cls.runtime),
+            registry=env.text("MLG_GOLEM_REGISTRY", cls.registry),
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from batcher.executors.golem.books import Bookkeeper
 from batcher.executors.golem.market import describe
 from batcher.executors.golem.prices import Price
+from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_edge import OWNER, explain
 from server.store.money import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
 
@@ -30,6 +31,8 @@ _REVIEW_SECONDS = 30.0
 #: Pause after the daemon failed; doubles to the last.
 _FIRST_PAUSE_SECONDS = 0.5
 _LAST_PAUSE_SECONDS = 10.0
+#: Allocations are set to whole steps of this, so that one for a bill must be a step larger.
+_ALLOCATION_STEP = Decimal("1e-12")
 #: Client's limit for a poll which the daemon holds for 5 s.
 _POLL_LIMIT_SECONDS = 20.0
 
@@ -38,6 +41,8 @@ class Settler:
     """The payments of one session.
 
     :param engine: yapapi's, started.
+    :param owner: the session's, as its demands say it.
+    :param is_left_over: tells of the batcher part of an owner whether its bills are left to us: it is gone.
     :param on_paid: called with an agreement's id and what it has cost in the end, 0 if its bill was refused.
     :param on_overbilled: called with the provider's address and the reason.
     :param on_short: called when the allocation does not suffice.
@@ -49,17 +54,20 @@ class Settler:
         engine: Any,
         keeper: Bookkeeper,
         *,
-        tag: str,
+        owner: str,
+        is_left_over: Callable[[str], bool],
         allocation_id: str,
         on_paid: Callable[[str, Decimal], None],
         on_overbilled: Callable[[str, str], None],
         on_trouble: Callable[[BaseException | None], None],
         on_short: Callable[[], None],
     ) -> None:
+        self._engine = engine
         self._payment = engine._payment_api._api
         self._market = engine._market_api._api
         self._keeper = keeper
-        self._tag = tag
+        self._owner = owner
+        self._is_left_over = is_left_over
         self._allocation_id = allocation_id
         self._on_paid = on_paid
         self._on_overbilled = on_overbilled
@@ -167,15 +175,18 @@ class Settler:
                 return
             judged = await self._most(invoice.agreement_id)
             if judged is None:
-                return  # somebody else's
-            agreement, most = judged
+                return
+            agreement, most, is_old = judged
             amount = Decimal(str(invoice.amount))
+            self._keeper.note(lambda: self._keeper.books.note_agreement(agreement))
+            # Nobody bills before the end, whether that was seen from here or not.
+            now = datetime.now(UTC)
+            self._keeper.note(lambda: self._keeper.books.end_agreement(agreement.id, reason="It was billed.", now=now))
             if str(invoice.status) != "RECEIVED":
                 # Accepted before, but a kill kept that from being noted.
                 self._note_invoice(invoice, amount, BillState.ACCEPTED, None)
                 self._finish(invoice.agreement_id, amount)
                 return
-            self._keeper.note(lambda: self._keeper.books.note_agreement(agreement))
             if amount > most:
                 reason = f"It asks for {amount:f} GLM where at most {most:f} can be owed."
                 log.warning("the bill of %s is refused: %s", agreement.provider_name, reason)
@@ -184,19 +195,44 @@ class Settler:
                 self._finish(invoice.agreement_id, Decimal(0))
                 return
             self._note_invoice(invoice, amount, BillState.RECEIVED, None)
-            from ya_payment.models import Acceptance
-
-            acceptance = Acceptance(total_amount_accepted=str(invoice.amount), allocation_id=self._allocation_id)
             try:
-                await self._payment.accept_invoice(invoice.invoice_id, acceptance, _request_timeout=60)
+                await self._accept(invoice, amount, is_old=is_old)
             except Exception as error:
                 log.warning("the bill of %s could not be paid yet: %s", agreement.provider_name, explain(error))
                 if getattr(error, "status", None) != 400:
                     raise
-                self._on_short()
+                if not is_old:
+                    self._on_short()
                 return
             self._note_invoice(invoice, amount, BillState.ACCEPTED, None)
             self._finish(invoice.agreement_id, amount)
+
+    async def _accept(self, invoice: Any, amount: Decimal, *, is_old: bool) -> None:
+        """Have an invoice paid, one of an earlier session from money of its own if need be.
+
+        What this session has set aside is what it may spend itself. A debt from before is owed all the same.
+        """
+        try:
+            await self._accept_from(self._allocation_id, invoice)
+            return
+        except Exception as error:
+            if not is_old or getattr(error, "status", None) != 400:
+                raise
+        tag = self._owner.partition(".")[0]
+        extra = self._engine._payment_api.new_allocation(
+            tagged(amount + _ALLOCATION_STEP, tag),
+            payment_platform=invoice.payment_platform,
+            payment_address=invoice.payer_addr,
+            expires=datetime.now(UTC) + timedelta(hours=1),
+        )
+        async with extra as allocation:
+            await self._accept_from(allocation.id, invoice)
+
+    async def _accept_from(self, allocation_id: str, invoice: Any) -> None:
+        from ya_payment.models import Acceptance
+
+        acceptance = Acceptance(total_amount_accepted=str(invoice.amount), allocation_id=allocation_id)
+        await self._payment.accept_invoice(invoice.invoice_id, acceptance, _request_timeout=60)
 
     def _note_invoice(self, invoice: Any, amount: Decimal, state: BillState, reason: str | None) -> None:
         now = datetime.now(UTC)
@@ -226,7 +262,7 @@ class Settler:
             judged = await self._most(note.agreement_id)
             if judged is None:
                 return
-            agreement, most = judged
+            agreement, most, _ = judged
             amount = Decimal(str(note.total_amount_due))
             state = BillState.REFUSED
             if amount > most:
@@ -257,11 +293,15 @@ class Settler:
             )
             self._keeper.note(lambda: self._keeper.books.note_debit(record))
 
-    async def _most(self, agreement_id: str) -> tuple[AgreementRecord, Decimal] | None:
-        """Tell what an agreement can have cost at most; None if it is not ours."""
+    async def _most(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
+        """Tell what an agreement can have cost at most, and whether an earlier session made it; None if others pay."""
         agreement = await self._market.get_agreement(agreement_id)
         owner = (agreement.demand.properties or {}).get(OWNER)
-        if not isinstance(owner, str) or owner.partition(".")[0] != self._tag:
+        if not isinstance(owner, str):
+            return None
+        tag, _, batcher = owner.partition(".")
+        is_ours = tag == self._owner.partition(".")[0] and (owner == self._owner or self._is_left_over(batcher))
+        if not is_ours:
             return None
         name, price = describe(agreement.offer.properties, agreement.offer.provider_id)
         record = AgreementRecord(
@@ -275,7 +315,7 @@ class Settler:
             price_per_second=price.second,
             created_at=agreement.timestamp,
         )
-        return record, self._bound(record, price)
+        return record, self._bound(record, price), owner != self._owner
 
     def _bound(self, agreement: AgreementRecord, price: Price) -> Decimal:
         # One that is still running, or of an earlier run that may have been killed, is known by its beginning only.

@@ -61,12 +61,14 @@ def builtin_payload(runtime: str, needs: Needs, owner: str, model: str) -> Any:
     return BuiltIn()
 
 
-async def image_payload(image_hash: str, needs: Needs, owner: str, model: str) -> Any:
+async def image_payload(image_hash: str, registry: str, needs: Needs, owner: str, model: str) -> Any:
     """Make the demand for a provider that runs a published image; asks the registry where the image is."""
     from yapapi.payload import Payload, vm
 
     package = await vm.repo(
         image_hash=image_hash,
+        image_use_https=True,
+        repository_url=registry.rstrip("/"),
         min_mem_gib=needs.memory_gib,
         min_storage_gib=needs.storage_gib,
         min_cpu_threads=needs.threads,
