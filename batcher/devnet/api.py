@@ -15,8 +15,9 @@ from typing import Any
 
 from aiohttp import web
 
+from batcher.devnet.event_stream import EventStream
 from batcher.devnet.faults import DAEMON, Faults
-from batcher.devnet.journal import MAX_TEXT, Call, Journal
+from batcher.devnet.journal import Call, Journal
 from batcher.devnet.refusals import Refusal
 from batcher.devnet.waiting import utc_now
 
@@ -49,7 +50,7 @@ def application(
 async def _version(request: web.Request) -> web.Response:
     dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
     current = {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}
-    return web.json_response({"current": current, "pending": None})
+    return web.json_response({"current": current})
 
 
 def _journal(journal: Journal) -> Any:
@@ -68,6 +69,7 @@ def _journal(journal: Journal) -> Any:
             return response
         finally:
             answer = response.body if isinstance(response, web.Response) else None
+            answer = bytes(response.sent) if isinstance(response, EventStream) else answer
             answer = answer if isinstance(answer, bytes) else b""
             journal.add(
                 Call(
@@ -79,8 +81,8 @@ def _journal(journal: Journal) -> Any:
                     seconds=time.monotonic() - started_at,
                     request_bytes=len(body),
                     answer_bytes=len(answer),
-                    request=body[:MAX_TEXT].decode("utf-8", "replace"),
-                    answer=answer[:MAX_TEXT].decode("utf-8", "replace"),
+                    request=body[: journal.most_text].decode("utf-8", "replace"),
+                    answer=answer[: journal.most_text].decode("utf-8", "replace"),
                 )
             )
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from batcher.devnet import asked
 from batcher.devnet.activities import Activities, Activity
+from batcher.devnet.event_stream import EventStream
 from batcher.devnet.market import Market
 from batcher.devnet.providers import Provider
 from batcher.devnet.refusals import NotKnown, Refusal
@@ -113,14 +114,13 @@ class ActivityRoutes:
 
 async def _stream(request: web.Request, activity: Activity, batch_id: str) -> web.StreamResponse:
     events = activity.unit.stream(batch_id)
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    response = EventStream()
     await response.prepare(request)
-    number = 0
     async for event in events:
-        await response.write(f"event: runtime\ndata: {json.dumps(event)}\nid: {number}\n\n".encode())
-        number += 1
+        await response.send("runtime", event)
     return response
 
 
 def _shown_state(state: tuple[str, str | None], reason: str | None) -> dict[str, Any]:
-    return {"state": list(state), "reason": reason, "errorMessage": None}
+    shown: dict[str, Any] = {"state": list(state)}
+    return shown if reason is None else {**shown, "reason": reason}

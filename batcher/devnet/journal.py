@@ -12,8 +12,6 @@ from pathlib import Path
 
 from batcher.devnet.waiting import written
 
-#: Longer bodies are cut in the journal.
-MAX_TEXT = 4000
 #: So many calls are kept in memory.
 MAX_CALLS = 20_000
 
@@ -41,6 +39,9 @@ class Journal:
 
     :param path: the file that gets a line for each; none if None.
     """
+
+    #: Longer bodies are cut.
+    most_text = 4000
 
     def __init__(self, path: Path | None = None) -> None:
         self.calls: deque[Call] = deque(maxlen=MAX_CALLS)

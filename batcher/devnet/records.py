@@ -119,15 +119,15 @@ class Agreement:
         """Show it as in the list of agreements."""
         created = written(self.created_at)
         approved = None if self.approved_at is None else written(self.approved_at)
-        # The published description names these dates in two ways.
-        return {
+        # The published description names these dates in two ways, and wants those of the one to be there.
+        shown = {
             "id": self.agreement_id,
             "timestamp": created,
-            "approvedDate": approved,
             "creationTs": created,
             "approveTs": approved,
             "role": "Requestor",
         }
+        return shown if approved is None else {**shown, "approvedDate": approved}
 
 
 @dataclass(kw_only=True)

@@ -135,7 +135,8 @@ class Devnet:
         ]
         app = application(routes, identity=IDENTITY, app_key=self.app_key, journal=self.journal, faults=self.faults)
         # A caller that goes away ends what it waited for. At the end nobody is waited for: a daemon that dies is rude.
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
+        # aiohttp takes 0 for no limit at all.
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
         await runner.setup()
         try:
             site = web.TCPSite(runner, HOST, self.port, reuse_address=True)

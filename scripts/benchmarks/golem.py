@@ -28,14 +28,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.compilers import ensure_installed
 from scripts.benchmarks import pictures, processes
+from scripts.benchmarks.keras_models import compiled
 from server.settings import ServerSettings
 from server.store import new_id
 from server.store.records import NewRequest
 from server.store.sqlite import SqliteStore
 
-MODEL = "efficientnet_lite0"
 #: Three of eight misbehave, each in its own way.
 MISDEEDS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
 
@@ -64,13 +65,13 @@ class Run:
         return self.count / max(1e-9, self.last_seconds - self.first_seconds)
 
 
-def fill(home: Path, jpegs: list[bytes]) -> None:
+def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
     """Put requests into a home's store."""
     store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
     store.migrate()
     for jpeg in jpegs:
         new = NewRequest(
-            id=new_id(), service="classification", model=MODEL, is_fresh=True, created_at=datetime.now(UTC)
+            id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
         )
         store.add(new, store.blobs.stage(jpeg))
     store.close()
@@ -195,10 +196,12 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 @click.command()
 @click.option("--pictures", "count", default=2000, show_default=True, help="How many pictures.")
 @click.option("--providers", default=8, show_default=True, help="How many providers, of one core each.")
+@click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
+@click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
 @click.option("--kills", default=50, show_default=True, help="How often a batcher is killed with -9.")
 @click.option("--seed", default=1, show_default=True, help="Of the moments of the kills.")
-def main(count: int, providers: int, rounds: int, kills: int, seed: int) -> None:
+def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
     """Measure the golem executor on a devnet. Example: scripts/bench golem --pictures 500 --kills 5"""
     console = Console()
     base = pictures.photo_jpegs()
@@ -206,8 +209,12 @@ def main(count: int, providers: int, rounds: int, kills: int, seed: int) -> None
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
         models = folder / "models-home"
-        ensure_installed(models / "models", MODEL)
-        more = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers)}
+        if CATALOGUE[model].source == "keras":
+            models.mkdir()
+            (models / "models").symlink_to(compiled(model).artefact.folder.parent)
+        else:
+            ensure_installed(models / "models", model)
+        more = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
         kinds = {
             "local": ("local", {}),
             "golem, all honest": ("golem", {}),
@@ -219,17 +226,17 @@ def main(count: int, providers: int, rounds: int, kills: int, seed: int) -> None
                 home = folder / f"home-{turn}-{executor}-{len(misdeeds)}"
                 home.mkdir()
                 (home / "models").symlink_to(models / "models")
-                fill(home, jpegs)
+                fill(home, jpegs, model)
                 if executor == "local":
                     run = batch(home, executor, folder / "batch.log")
                 else:
                     with devnet(folder, models, scenario(folder, providers, misdeeds)) as variables:
-                        limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "20"} if misdeeds else {}
+                        limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "60"}
                         run = batch(home, executor, folder / "batch.log", **variables, **more, **limits)
                 runs.setdefault(kind, []).append(run)
                 console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
         if runs:
-            _print_runs(console, runs, count)
+            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, shrinking {shrink}")
         if kills:
             home = folder / "home-kills"
             home.mkdir()
@@ -239,7 +246,7 @@ def main(count: int, providers: int, rounds: int, kills: int, seed: int) -> None
             console.print(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
-def _print_runs(console: Console, runs: dict[str, list[Run]], count: int) -> None:
+def _print_runs(console: Console, runs: dict[str, list[Run]], what: str) -> None:
     table = Table(
         "what",
         "pictures/s",
@@ -247,7 +254,7 @@ def _print_runs(console: Console, runs: dict[str, list[Run]], count: int) -> Non
         "first answer s",
         "last answer to end s",
         "GLM",
-        title=f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}; medians of {len(next(iter(runs.values())))}",
+        title=f"{what}; medians of {len(next(iter(runs.values())))}",
     )
     median = statistics.median
     for kind, each in runs.items():

@@ -130,6 +130,13 @@ class Requestor:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
         return list(await self.must("GET", path, timeout=5))
 
+    async def stream(self, activity_id: str, batch_id: str) -> str:
+        """Return the runtime events of a batch, as they are sent."""
+        headers = {"Authorization": f"Bearer {self.devnet.app_key}", "Accept": "text/event-stream"}
+        url = f"{self.devnet.url}{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
+        async with self._session.get(url, headers=headers) as answer:
+            return await answer.text()
+
     async def destroy(self, activity_id: str) -> None:
         await self.must("DELETE", f"{ACTIVITY}/activity/{activity_id}")
 
