@@ -1,6 +1,6 @@
 """How a request looks to a client: the JSON of one request, and of the catalogue.
 
-Called by `api.py` and, for `--json`, by `commands.py`. Pictures, tokens and leases are nobody's business and stay out.
+Called by the views and, for `--json`, by `commands.py`. Pictures, tokens and leases are nobody's business and stay out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What waits and who works, as the store told it a moment ago.
 
 Counting a long queue takes milliseconds, so a server process counts at most once a second, in a thread of its own while
-the readers use the figures there are. Used by `api.py` for estimates and for the limit on the backlog.
+the readers use the figures there are. Used by the views for estimates and for the limit on the backlog.
 """
 
 from __future__ import annotations

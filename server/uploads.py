@@ -1,6 +1,6 @@
 """An upload: the picture and the fields beside it, read from a request with every length bounded.
 
-Called by `api.py`. Whoever sends too much is told so as soon as can be: a declared length is checked before the first
+Called by the views. Whoever sends too much is told so as soon as can be: a declared length is checked before the first
 byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: a picture is at most a
 few megabytes, and temporary files would cost more than they save. Bytes are not looked at; `imaging.py` does that.
 """

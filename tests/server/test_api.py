@@ -19,7 +19,8 @@ from provider_image import errors
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.speeds import Speed, write_speed
-from server.api import HTTP_STATUS, create_app
+from server.api import create_app
+from server.responses import HTTP_STATUS
 from server.settings import ServerSettings
 from server.store.records import State
 from server.store.sqlite import SqliteStore

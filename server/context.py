@@ -1,0 +1,131 @@
+"""What the views of one server process share: settings, store, figures, and the work that is limited.
+
+Made by `api.py`. It must not keep anything between two requests that another server process would have to know.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+import flask
+
+from provider_image import errors
+from provider_image.models.artefact import find_artefact, installed_digest
+from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
+from provider_image.models.compilers import can_build_now
+from provider_image.services import load_service
+from server.answers import show_request
+from server.estimates import Outlook, Wait, estimate
+from server.notifier import Notifier
+from server.responses import answer
+from server.settings import ServerSettings
+from server.store import Journal, Store
+from server.store.blobs import Blobs
+from server.store.records import Request
+from server.traffic import Traffic
+from server.uploads import Readings
+
+
+class Backend(Store, Journal, Protocol):
+    """What the application needs: store and journal, the pictures, and a way to ask whether all is well."""
+
+    @property
+    def blobs(self) -> Blobs:
+        """Where pictures are staged."""
+
+    def check(self) -> None:
+        """Prove that the store can be written. :raises StoreError:"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """See the module."""
+
+    settings: ServerSettings
+    store: Backend
+    #: Holds reads.
+    notifier: Notifier
+    #: Where reads of slow bodies are noted.
+    readings: Readings
+    #: Gives the time.
+    clock: Callable[[], datetime]
+    #: Figures that many requests share.
+    traffic: Traffic
+    #: Bodies are read by more threads than work at once, so that slow clients do not keep the quick ones out.
+    work: threading.BoundedSemaphore
+
+    def show(self, request: Request, params: Mapping[str, Any] | None = None) -> flask.Response:
+        """Answer with a request's JSON. :param params: the service's read-time parameters, checked."""
+        return answer({"success": True, **self.describe(request, params)})
+
+    def describe(self, request: Request, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Build a request's JSON, with why it waits."""
+        if params is None:
+            params = read_time_params(request.service, {})
+        return show_request(request, params, self.wait_of(request))
+
+    def wait_of(self, request: Request) -> Wait | None:
+        """Say why a request waits and how long; None if it waits no more."""
+        if request.state.is_final:
+            return None
+        outlook = Outlook(
+            batchers=self.traffic.batchers(),
+            backlog=self.traffic.backlog(),
+            pace=self.traffic.pace(request.model),
+            obstacle=self._obstacle(request.model),
+        )
+        return estimate(request, outlook, self.clock())
+
+    def digest_to_answer_with(self, row: ModelRow) -> str | None:
+        """Return the artefact's digest, None if it will be built on first use.
+
+        :raises NotInstalled: :raises ModelError:
+        """
+        try:
+            return find_artefact(self.settings.models, row.name).digest
+        except (errors.NotInstalled, errors.BrokenArtefact):
+            if not _can_build(row.name):
+                raise
+            return None
+
+    def check_backlog(self, more: int = 1) -> None:
+        """Refuse when too much waits already. :param more: requests that are to be added. :raises BacklogFull:"""
+        if self.traffic.waiting() + more > self.settings.max_backlog:
+            raise errors.BacklogFull()
+
+    def _obstacle(self, model: str) -> str | None:
+        """Say why nobody can work on a model that requests wait for."""
+        if installed_digest(self.settings.models, model) is not None or _can_build(model):
+            return None
+        row = CATALOGUE.get(model)
+        if row is None:
+            return (
+                f"The model {model} is not installed any more and is not in the catalogue. If it is one of your own, "
+                f"install it again: {own_install_command(model)}; else cancel the request."
+            )
+        return f"The model {model} is not installed any more. Install it: {install_command(row)}"
+
+
+@functools.cache
+def _can_build(model: str) -> bool:
+    # Looking for a package costs more than all else at the door, and packages do not come and go under a server.
+    row = CATALOGUE.get(model)
+    return row is not None and can_build_now(row)
+
+
+def read_time_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Check the fields of a read. :raises InvalidParams:"""
+    service = load_service(service_name)
+    read_time = {param.name for param in service.params if param.is_read_time}
+    for name in fields:
+        if name not in read_time:
+            raise errors.InvalidParams(
+                f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
+            )
+    checked = service.check_params(dict(fields))
+    return {name: value for name, value in checked.items() if name in read_time}
