@@ -39,6 +39,9 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
         "created_at": to_text(request.created_at),
         "attempts": request.attempts,
     }
+    for name, value in (("batch_id", request.batch_id), ("client_id", request.client_id), ("labels", request.labels)):
+        if value:
+            shown[name] = dict(value) if isinstance(value, Mapping) else value
     if request.state is State.DONE:
         shown["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
         shown["cached"] = request.is_cached

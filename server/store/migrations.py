@@ -238,7 +238,26 @@ def m003_money(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
-STEPS: tuple[Step, ...] = (m001_requests, m002_journal, m003_money)
+def m004_belonging(db: sqlite_utils.Database) -> None:
+    """What a request belongs to: a batch, a key, the client's own id and labels, and how long its owner wants it."""
+    for column in (
+        "batch_id TEXT",
+        "client_id TEXT",
+        "labels TEXT NOT NULL DEFAULT '{}'",
+        "key_id TEXT",
+        "keep_seconds REAL CHECK (keep_seconds IS NULL OR keep_seconds >= 0)",
+        "deadline_at TEXT",
+    ):
+        db.execute(f"ALTER TABLE requests ADD COLUMN {column}")
+    db.execute("CREATE INDEX requests_batch ON requests (batch_id, number) WHERE batch_id IS NOT NULL")
+    db.execute("CREATE INDEX requests_key ON requests (key_id, number) WHERE key_id IS NOT NULL")
+    db.execute(
+        "CREATE INDEX requests_deadline ON requests (deadline_at) WHERE deadline_at IS NOT NULL AND state = 'queued'"
+    )
+    db.execute("CREATE INDEX requests_keep ON requests (finished_at) WHERE keep_seconds IS NOT NULL")
+
+
+STEPS: tuple[Step, ...] = (m001_requests, m002_journal, m003_money, m004_belonging)
 
 
 def migrate(db: sqlite_utils.Database) -> list[str]:

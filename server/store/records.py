@@ -76,6 +76,18 @@ class NewRequest:
     digest: str | None = None
     #: True when the client wants a new answer even if there is an earlier one.
     is_fresh: bool = False
+    #: The batch it came in with.
+    batch_id: str | None = None
+    #: The client's own id, unique in its batch.
+    client_id: str | None = None
+    #: The client's own words about it.
+    labels: Mapping[str, str] = field(default_factory=dict)
+    #: The API key it came in with; None where none is asked for.
+    key_id: str | None = None
+    #: Seconds after its end that its owner wants it kept; None leaves that to the operator.
+    keep_seconds: float | None = None
+    #: If it is still queued then, it expires.
+    deadline_at: datetime | None = None
     #: When the request came in.
     created_at: datetime
 
@@ -134,6 +146,18 @@ class Request:
     reason: str | None
     #: When retention removed the picture; None while it is kept.
     image_deleted_at: datetime | None
+    #: The batch it came in with.
+    batch_id: str | None = None
+    #: The client's own id, unique in its batch.
+    client_id: str | None = None
+    #: The client's own words about it.
+    labels: Mapping[str, str] = field(default_factory=dict)
+    #: The API key it came in with; None where none is asked for.
+    key_id: str | None = None
+    #: Seconds after its end that its owner wants it kept; None leaves that to the operator.
+    keep_seconds: float | None = None
+    #: If it is still queued then, it expires.
+    deadline_at: datetime | None = None
     #: Its share of what its chunk cost, in GLM; None where nothing is paid, and for an answer that was there already.
     cost: Decimal | None = None
     #: False while the cost is an estimate.
@@ -168,6 +192,12 @@ class Request:
             code=row["code"],
             reason=row["reason"],
             image_deleted_at=_moment(row["image_deleted_at"]),
+            batch_id=row["batch_id"],
+            client_id=row["client_id"],
+            labels=json.loads(row["labels"]),
+            key_id=row["key_id"],
+            keep_seconds=row["keep_seconds"],
+            deadline_at=_moment(row["deadline_at"]),
             cost=cost,
             is_cost_final=is_cost_final,
         )

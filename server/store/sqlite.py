@@ -46,9 +46,11 @@ _FIND_ANSWER = """
 
 _ADD = """
     INSERT INTO requests (id, service, model, params, name, image_sha256, image_bytes, state, is_fresh, is_cached,
-                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output)
+                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output,
+                          batch_id, client_id, labels, key_id, keep_seconds, deadline_at)
     VALUES (:id, :service, :model, :params, :name, :image_sha256, :image_bytes, :state, :is_fresh, :is_cached,
-            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output)
+            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output,
+            :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at)
     RETURNING *
 """
 
@@ -235,6 +237,12 @@ class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention)
             "digest": None,
             "seconds": None,
             "output": None,
+            "batch_id": new.batch_id,
+            "client_id": new.client_id,
+            "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
+            "key_id": new.key_id,
+            "keep_seconds": new.keep_seconds,
+            "deadline_at": None if new.deadline_at is None else to_text(new.deadline_at),
         }
 
         def write(transaction: Transaction) -> Request:
