@@ -15,7 +15,7 @@ from batcher.packing import Packed
 from batcher.results import Settlement
 from provider_image.errors import StoreError
 from server.store import Journal
-from server.store.records import ChunkRecord
+from server.store.journal_records import ChunkRecord
 
 log = logging.getLogger(__name__)
 

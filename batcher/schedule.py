@@ -27,7 +27,7 @@ from batcher.workspace import Workspace
 from provider_image.errors import MlgError, StoreError
 from provider_image.models.artefact import find_artefact
 from server.settings import ServerSettings
-from server.store.records import BatcherRecord
+from server.store.journal_records import BatcherRecord
 
 log = logging.getLogger(__name__)
 

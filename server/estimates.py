@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from server.store.records import ISOLATION_STEPS, Backlog, BatcherRecord, Pace, Request, State
+from server.store.journal_records import Backlog, BatcherRecord, Pace
+from server.store.records import ISOLATION_STEPS, Request, State
 
 #: A batcher that has said nothing for this long counts as gone.
 ALIVE_SECONDS = 20.0

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from provider_image.errors import StoreError
 from server.estimates import ALIVE_SECONDS
 from server.store import Journal
-from server.store.records import Backlog, BatcherRecord, Pace
+from server.store.journal_records import Backlog, BatcherRecord, Pace
 
 log = logging.getLogger(__name__)
 

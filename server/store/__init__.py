@@ -32,19 +32,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from server.store.blobs import Staged
-    from server.store.records import (
-        Answer,
-        Backlog,
-        BatcherRecord,
-        Blame,
-        ChunkRecord,
-        Claim,
-        NewRequest,
-        Pace,
-        Purged,
-        Request,
-        State,
-    )
+    from server.store.journal_records import Backlog, BatcherRecord, ChunkRecord, Pace
+    from server.store.records import Answer, Blame, Claim, NewRequest, Purged, Request, State
 
 
 def new_id() -> str:

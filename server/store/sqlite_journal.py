@@ -16,7 +16,8 @@ from typing import Any
 import sqlite_utils
 
 from server.store.connections import Readers, Transaction, Writer
-from server.store.records import Backlog, BatcherRecord, ChunkRecord, Pace, from_text, to_text
+from server.store.journal_records import Backlog, BatcherRecord, ChunkRecord, Pace
+from server.store.records import from_text, to_text
 from server.store.shares import to_amount
 from server.store.sqlite_ledger import settle
 

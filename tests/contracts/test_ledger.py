@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.settings import ServerSettings
 from server.store import new_id
+from server.store.journal_records import ChunkRecord
 from server.store.ledger import COSTS_BY, UnknownProvider
 from server.store.money import (
     ActivityRecord,
@@ -28,7 +29,7 @@ from server.store.money import (
     DebitNoteRecord,
     InvoiceRecord,
 )
-from server.store.records import Answer, ChunkRecord, NewRequest, Request
+from server.store.records import Answer, NewRequest, Request
 from server.store.shares import total
 from server.store.sqlite import SqliteStore
 

@@ -18,7 +18,8 @@ from server.api import create_app
 from server.estimates import Outlook, duration, estimate
 from server.notifier import Notifier
 from server.settings import ServerSettings
-from server.store.records import Backlog, BatcherRecord, Pace, Request, State
+from server.store.journal_records import Backlog, BatcherRecord, Pace
+from server.store.records import Request, State
 from server.store.sqlite import SqliteStore
 from server.traffic import FRESH_SECONDS, Traffic
 

@@ -13,8 +13,9 @@ import pytest
 
 from server.settings import ServerSettings
 from server.store import migrations, new_id
+from server.store.journal_records import BatcherRecord, ChunkRecord
 from server.store.money import BillState, InvoiceRecord
-from server.store.records import Answer, BatcherRecord, ChunkRecord, NewRequest
+from server.store.records import Answer, NewRequest
 from server.store.sqlite import SqliteStore
 from tests.server.conftest import MODEL, OUTPUT
 
@@ -134,8 +135,9 @@ def test_a_database_that_is_older_than_money_goes_on(tmp_path: Path, monkeypatch
     # As the version before wrote them.
     with sqlite3.connect(settings.database) as connection:
         connection.execute(
-            "INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, created_at, due_at, finished_at,"
-            " chunk_id, digest, output) VALUES ('r0', 'classification', 'm', ?, 1, 'done', ?, ?, ?, 'c0', 'd', '[]')",
+            "INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, created_at, due_at,"
+            " finished_at, chunk_id, digest, output)"
+            " VALUES ('r0', 'classification', 'm', ?, 1, 'done', ?, ?, ?, 'c0', 'd', '[]')",
             ("0" * 64, *["2026-11-20T12:00:00.000Z"] * 3),
         )
         connection.execute(

@@ -19,9 +19,10 @@ from server.provider_commands import providers
 from server.request_commands import requests
 from server.settings import ServerSettings
 from server.store import new_id
+from server.store.journal_records import ChunkRecord
 from server.store.ledger import UnknownProvider
 from server.store.money import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
-from server.store.records import Answer, ChunkRecord, NewRequest
+from server.store.records import Answer, NewRequest
 from server.store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)

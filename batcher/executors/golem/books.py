@@ -13,8 +13,8 @@ from datetime import datetime
 from typing import Protocol
 
 from provider_image.errors import MlgError, StoreError
+from server.store.journal_records import BatcherRecord
 from server.store.ledger import Ledger, Providers
-from server.store.records import BatcherRecord
 
 log = logging.getLogger(__name__)
 

@@ -210,6 +210,9 @@ class Session:
         if self._golem is None:
             return
         stopped = await within(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
+        # What was to come back and did not, as the file server, which ends with yapapi, may have made it at the last.
+        for file in self._folder.glob("*.part"):
+            file.unlink(missing_ok=True)
         if not stopped and self._allocation_id:
             stopped = await within(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
         if stopped and self._allocation_id:
