@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from batcher.executors import Executor, Job, Outcome
 from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
-from provider_image.errors import ChunkTimeout, MalformedChunk, WorkerDied
+from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, WorkerDied
+from tests.golem import golem, provider, scenario
 from tests.holding import HOLDING
 from tests.process_tree import is_alive
 
@@ -27,12 +29,33 @@ MODEL = "efficientnet_lite0"
 WORKERS = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the outcomes of one executor look like, where that is its own affair."""
+
+    #: How the names of those who work begin.
+    providers: tuple[str, ...]
+    #: What becomes of a chunk file that cannot be read: known only where the reader is near.
+    malformed: type[MlgError]
+    #: A word of the reason when a worker was killed.
+    killed: str
+
+
+EXPECTED = {
+    "local": Expected(providers=("local",), malformed=MalformedChunk, killed="SIGKILL"),
+    "golem": Expected(providers=("alpha", "beta"), malformed=WorkerDied, killed="provider"),
+}
+
+
 class Bench:
     """An executor, and a folder to make jobs in."""
 
-    def __init__(self, executor: Executor, folder: Path) -> None:
+    def __init__(self, executor: Executor, folder: Path, work: Path) -> None:
         self.executor = executor
         self.folder = folder
+        #: The executor's own folder.
+        self.work = work
+        self.expected = EXPECTED[executor.name]
 
     def job(self, name: str, *, pictures: int = 1, timeout_seconds: float = 120, is_held: bool = False) -> Job:
         data = picture() + (b"HOLD:" + os.fsencode(self.gate(name)) if is_held else b"")
@@ -80,7 +103,7 @@ async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
         await asyncio.sleep(0.01)
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", "golem"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -93,22 +116,39 @@ def bench(
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "sitecustomize.py").write_text(HOLDING)
-    folder = tmp_path / "jobs"
-    folder.mkdir()
-    settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=WORKERS)
+    environment = {"PYTHONPATH": str(plugin)}
 
     @contextlib.asynccontextmanager
-    async def started() -> AsyncIterator[Bench]:
-        executor = {"local": LocalExecutor}[kind](settings, environment={"PYTHONPATH": str(plugin)})
+    async def local() -> AsyncIterator[Bench]:
+        folder, work = tmp_path / "jobs", tmp_path / "work"
+        folder.mkdir()
+        settings = BatcherSettings(work=work, models=models_folder, workers=WORKERS)
+        executor = LocalExecutor(settings, environment=environment)
         await executor.start()
         try:
-            yield Bench(executor, folder)
+            yield Bench(executor, folder, work)
         finally:
             await executor.close()
 
+    @contextlib.asynccontextmanager
+    async def rented() -> AsyncIterator[Bench]:
+        plan = scenario(*(provider(name) for name in EXPECTED["golem"].providers[:WORKERS]))
+        # One attempt, so that what goes wrong is seen; whoever failed may work again soon.
+        made = golem(
+            plan,
+            tmp_path,
+            models_folder,
+            environment=environment,
+            max_workers=WORKERS,
+            attempts=1,
+            ban_seconds=1.0,
+        )
+        async with made as bench:
+            yield Bench(bench.executor, bench.folder, bench.work)
+
     def run(body: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            async with started() as made:
+            async with {"local": local, "golem": rented}[kind]() as made:
                 await asyncio.wait_for(body(made), 150)
 
         asyncio.run(main())
@@ -123,7 +163,7 @@ def test_a_chunk_is_answered(bench: Any) -> None:
         outcome = await bench.executor.run(job)
 
         assert (outcome.error, outcome.is_blameless) == (None, False)
-        assert outcome.provider is not None and outcome.provider.startswith(bench.executor.name)
+        assert outcome.provider is not None and outcome.provider.startswith(bench.expected.providers)
         assert outcome.seconds > 0
         results = read_results(job.results, "chunk", MODEL, range(3))
         assert [len(item.output) for item in results.items] == [20, 20, 20]
@@ -154,7 +194,7 @@ def test_a_malformed_chunk_file_is_an_error_and_the_next_job_works(bench: Any) -
 
         outcome = await bench.executor.run(job)
 
-        assert isinstance(outcome.error, MalformedChunk)
+        assert isinstance(outcome.error, bench.expected.malformed)
         assert not outcome.is_blameless
         await bench.assert_works()
 
@@ -168,7 +208,7 @@ def test_a_worker_killed_in_mid_job_fails_that_job_only(bench: Any) -> None:
         outcome = await run
 
         assert isinstance(outcome.error, WorkerDied)
-        assert "SIGKILL" in outcome.error.reason
+        assert bench.expected.killed in outcome.error.reason
         assert not outcome.is_blameless
         for number in range(2 * WORKERS):
             await bench.assert_works(f"next{number}")
@@ -206,7 +246,7 @@ def test_cancelling_a_run_stops_the_work_and_the_next_job_works(bench: Any) -> N
     bench(body)
 
 
-def test_closing_leaves_no_process_and_no_file_and_blames_nobody(bench: Any, tmp_path: Path) -> None:
+def test_closing_leaves_no_process_and_no_file_and_blames_nobody(bench: Any) -> None:
     async def body(bench: Bench) -> None:
         jobs = [bench.job(f"job{number}", is_held=True) for number in range(bench.executor.capacity())]
         runs = [asyncio.create_task(bench.executor.run(job)) for job in jobs]
@@ -219,6 +259,6 @@ def test_closing_leaves_no_process_and_no_file_and_blames_nobody(bench: Any, tmp
 
         assert all(outcome.is_blameless and outcome.error is not None for outcome in [*outcomes, late])
         assert not any(is_alive(pid) for pid in pids)
-        assert list((tmp_path / "work").iterdir()) == []
+        assert list(bench.work.iterdir()) == []
 
     bench(body)

@@ -32,6 +32,7 @@ from batcher.executors.golem.purse import Caps, Purse
 from batcher.executors.golem.recovery import home_tag
 from batcher.executors.golem.rental import Rental, Told
 from batcher.executors.golem.session import Session
+from batcher.executors.golem.yapapi_edge import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import (
@@ -203,10 +204,25 @@ class GolemExecutor:
                 await self._wait_without_session(pause)
                 pause = min(2 * pause, _LAST_PAUSE_SECONDS)
                 continue
+            except ConfigError:
+                raise
+            except Exception as error:
+                # A bug here must not leave everybody waiting for ever.
+                log.exception("the session with the Golem daemon failed")
+                self._trouble = f"The session with the Golem daemon failed: {explain(error)}."
+                self._first_try.set()
+                await self._wait_without_session(pause)
+                pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+                continue
             self._trouble = None
             self._first_try.set()
             pause = _FIRST_PAUSE_SECONDS
-            await self._step_session()
+            try:
+                await self._step_session()
+            except Exception as error:
+                log.exception("the session with the Golem daemon failed, another is opened")
+                self._trouble = f"The session with the Golem daemon failed: {explain(error)}."
+                await self._wait_without_session(pause)
             await self._end_session(0.0)
 
     async def _open(self) -> None:

@@ -193,9 +193,10 @@ async def _scripts(context: Any, hire: Hire, orders: Orders) -> AsyncGenerator[A
             await asyncio.to_thread(_take_over, received, errand)
         except Exception as error:
             _put_down(hire, errand, orders)
-            await asyncio.to_thread(received.unlink, missing_ok=True)
             orders.on_failed(hire, errand, _judge(error, "answer"), time.monotonic() - began)
             return
+        finally:
+            received.unlink(missing_ok=True)  # also when the hire is called off
         _put_down(hire, errand, orders)
         hire.chunks += 1
         orders.on_done(hire, errand, _outcome(hire, time.monotonic() - began))
@@ -214,7 +215,8 @@ async def _next(hire: Hire, orders: Orders) -> Errand | None:
             speed = orders.speed(hire)
             seconds = chunk_seconds(
                 items=errand.job.items,
-                size_bytes=await asyncio.to_thread(_size, errand.job.chunk),
+                # Not in a thread: whoever is called off between taking an errand and having it would lose it.
+                size_bytes=errand.job.chunk.stat().st_size,
                 images_per_second=speed,
                 most=errand.job.timeout_seconds,
             )
@@ -261,14 +263,8 @@ def _take_over(received: Path, errand: Errand) -> None:
         raise MalformedResults(f"The results file has {size} bytes, more than any honest one.")
     if errand.job.check is not None:
         errand.job.check(received)
-    if not errand.outcome.done():
+    if not errand.outcome.done():  # else another was quicker
         received.replace(errand.job.results)
-    else:
-        received.unlink()  # another was quicker
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def _outcome(hire: Hire, seconds: float) -> Outcome:

@@ -101,6 +101,8 @@ class Rental:
         self._starting: asyncio.Task[Any] | None = None
         self._expires: float = 0.0
         self._first_offer: float | None = None
+        #: Offers of yapapi's pool that are kept out of it for now: address -> what it had there.
+        self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
         self.last_wanted = time.monotonic()
         self._is_closing = False
@@ -177,6 +179,7 @@ class Rental:
         seconds = self._settings.rental_seconds
         self._expires = time.monotonic() + max(seconds / 2, seconds - _RENEWAL_SECONDS)
         self._first_offer = None
+        self._unsuited = {}
         self._job = make_job(
             self._session.engine,
             expires_at=datetime.now(UTC) + timedelta(seconds=seconds),
@@ -205,6 +208,8 @@ class Rental:
 
     def _has_offers(self, now: float) -> bool:
         pool = self._job.agreements_pool
+        pool._offer_buffer.update({**self._unsuited, **pool._offer_buffer})
+        self._unsuited = {}
         if not pool._offer_buffer:
             return False
         # What was put there before a ban, or when there was more money, is still there.
@@ -216,12 +221,19 @@ class Rental:
                 too_dear.append(price)
             if self._market.is_banned(provider_id) or not is_affordable:
                 del pool._offer_buffer[provider_id]
+            elif not self._is_of_use(provider_id):
+                self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
         if not pool._offer_buffer:
             if too_dear and not self.hires:
                 self._told.too_dear(min(too_dear, key=lambda price: price.most(60.0)))
             return False
         self._first_offer = self._first_offer or now
         return now - self._first_offer >= _OFFERS_SECONDS
+
+    def _is_of_use(self, provider_id: str) -> bool:
+        """Tell whether a provider could do something: of what waits it may not have what it has failed on."""
+        backlog = self._orders.backlog
+        return not backlog.count(self.model) or backlog.could_take(self.model, provider_id)
 
     def _on_event(self, name: str, facts: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
