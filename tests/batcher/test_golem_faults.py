@@ -20,7 +20,7 @@ import pytest
 from batcher.devnet.faults import DAEMON
 from batcher.devnet.scenario import Fault, ProviderPlan
 from batcher.executors.golem import executor as executor_module
-from batcher.executors.golem import hire, rental, session, settling
+from batcher.executors.golem import farewells, hire, rental, session, settling
 from batcher.workspace import Workspace
 from provider_image.errors import BudgetReached, ChunkTimeout, GolemUnavailable, NoProvider, WorkerDied
 from tests.golem import MODEL, GolemBench, golem, make_executor, provider, scenario, until, world
@@ -37,7 +37,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_module, "_LEARN_SECONDS", 0.2)
     monkeypatch.setattr(executor_module, "_TELL_SECONDS", 0.2)
     monkeypatch.setattr(hire, "_OVERTIME_SECONDS", 1.0)
-    monkeypatch.setattr(rental, "_FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(farewells, "FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(rental, "FAREWELL_SECONDS", 1.0)
     monkeypatch.setattr(rental, "_FIRST_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(rental, "_OFFERS_SECONDS", 0.1)
     monkeypatch.setattr(rental, "_STALE_DEMAND_SECONDS", 1.0)

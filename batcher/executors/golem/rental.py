@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from batcher.executors.golem.farewells import FAREWELL_SECONDS, Farewells
 from batcher.executors.golem.hire import Hire, Orders, work
 from batcher.executors.golem.market import Market, describe
 from batcher.executors.golem.prices import Price
-from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.yapapi_edge import explain, make_job
@@ -37,10 +37,6 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LAST_PAUSE_SECONDS = 15.0
 #: The demand ends this long before its agreements must.
 _RENEWAL_SECONDS = 120.0
-#: yapapi's calls at a hire's end get this long before nobody waits for them any more.
-_FAREWELL_SECONDS = 5.0
-#: Pauses between the tries to end an agreement that yapapi did not; whatever is left is ended with the session.
-_PARTING_PAUSES_SECONDS = (0.5, 2.0, 8.0)
 
 #: yapapi wants names of jobs that it has never seen in this process.
 _numbers = itertools.count(1)
@@ -95,7 +91,7 @@ class Rental:
         self._is_affordable = is_affordable
         #: Those at work.
         self.hires: set[Hire] = set()
-        self._farewells: set[asyncio.Task[Any]] = set()
+        self._farewells = Farewells(session.engine, model)
         self._job: Any = None
         self._finding: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[Any] | None = None
@@ -155,11 +151,8 @@ class Rental:
         for task in (self._starting, self._finding):
             if task is not None:
                 task.cancel()
-                await asyncio.wait({task}, timeout=_FAREWELL_SECONDS)
-        if self._farewells:
-            _, hanging = await asyncio.wait(self._farewells, timeout=_FAREWELL_SECONDS)
-            for task in hanging:
-                task.cancel()
+                await asyncio.wait({task}, timeout=FAREWELL_SECONDS)
+        await self._farewells.close()
         await self._end_job()
 
     # The demand
@@ -170,9 +163,7 @@ class Rental:
             old = self._job
             for hire in self.hires:
                 hire.leaving = True
-            ending = asyncio.create_task(self._end_job(old))
-            self._farewells.add(ending)
-            ending.add_done_callback(self._farewells.discard)
+            self._farewells.add(asyncio.create_task(self._end_job(old)))
             if self._finding is not None:
                 self._finding.cancel()
                 self._finding = None
@@ -243,15 +234,15 @@ class Rental:
         elif name == "AgreementTerminated":
             self._told.agreement_ended(facts["agreement"].id, str(facts["reason"].get("message")))
             if not facts["agreement"].terminated:
-                self._see_off(facts["agreement"].id)
+                self._farewells.see_off(facts["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = facts["agreement"]._details
             if details is not None:
                 self._told.unsigned(details.raw_details.offer.provider_id)
             if name == "ActivityCreateFailed":
-                self._part_soon(facts["agreement"].id)
+                self._farewells.part_soon(facts["agreement"].id, self._job.agreements_pool)
             else:
-                self._see_off(facts["agreement"].id)
+                self._farewells.see_off(facts["agreement"].id)
 
     async def _end_job(self, job: Any = None) -> None:
         job = job or self._job
@@ -261,7 +252,7 @@ class Rental:
             self._job = None
         reason = {"message": "All work is done", "golem.requestor.code": "Success"}
         try:
-            async with asyncio.timeout(_FAREWELL_SECONDS):
+            async with asyncio.timeout(FAREWELL_SECONDS):
                 await job.agreements_pool.terminate_all(reason=reason)
         except Exception as error:
             log.warning("agreements for %s could not be ended: %s", self.model, explain(error))
@@ -285,20 +276,15 @@ class Rental:
         if task is None:
             return
         self._farewells.add(task)
-        task.add_done_callback(self._said_farewell)
         # The activity is created within the task; a second start before that would hire one too many.
         while not task.done() and len(self.hires) == before:
             await asyncio.sleep(0.02)
-
-    def _said_farewell(self, task: asyncio.Task[Any]) -> None:
-        self._farewells.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.info("a hire for %s came to nothing: %s", self.model, explain(task.exception() or Exception()))
 
     async def _run_worker(self, context: Any) -> bool:
         """Be called by yapapi when an activity is there; it destroys the activity when this ends."""
         details = context._agreement_details
         provider_id = context.provider_id
+        pool = self._job.agreements_pool  # a renewed demand has another
         try:
             name, price = describe(details.provider_view.properties, provider_id)
         except MlgError as error:
@@ -321,40 +307,8 @@ class Rental:
         finally:
             self.hires.discard(hire)
             self._told.hire_ended(hire)
-            self._part_soon(hire.agreement_id)
+            self._farewells.part_soon(hire.agreement_id, pool)
         raise _HireIsOver
-
-    def _part_soon(self, agreement_id: str) -> None:
-        """See to it that an agreement ends even if yapapi, which should end it now, is kept from it."""
-
-        async def part(pool: Any) -> None:
-            deadline = time.monotonic() + _FAREWELL_SECONDS
-            while agreement_id in pool._agreements and time.monotonic() < deadline:
-                await asyncio.sleep(0.2)
-                await pool.cycle()
-            if agreement_id in pool._agreements:
-                reason = {"message": "All work is done", "golem.requestor.code": "Success"}
-                await pool._terminate_agreement(agreement_id, reason)
-
-        parting = asyncio.create_task(part(self._job.agreements_pool))
-        self._farewells.add(parting)
-        parting.add_done_callback(self._said_farewell)
-
-    def _see_off(self, agreement_id: str) -> None:
-        """End an agreement that yapapi only takes for ended: it asks once, and knows nothing of a late approval."""
-
-        async def end() -> None:
-            reason = {"message": "All work is done", "golem.requestor.code": "Success"}
-            for pause in _PARTING_PAUSES_SECONDS:
-                try:
-                    return await end_agreement(self._session.engine, agreement_id, reason)
-                except Exception as error:
-                    log.info("an agreement for %s is not ended yet: %s", self.model, explain(error))
-                await asyncio.sleep(pause)
-
-        parting = asyncio.create_task(end())
-        self._farewells.add(parting)
-        parting.add_done_callback(self._said_farewell)
 
     def _job_of(self, context: Any) -> str:
         """Return the id of the job that an activity belongs to; a renewed demand has another."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from batcher.executors.golem.books import Bookkeeper
 from batcher.executors.golem.market import describe
-from batcher.executors.golem.prices import Price
+from batcher.executors.golem.prices import BadOffer, Price
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_edge import OWNER, explain
 from server.store.money import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
@@ -295,7 +295,12 @@ class Settler:
 
     async def _most(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
         """Tell what an agreement can have cost at most, and whether an earlier session made it; None if others pay."""
-        agreement = await self._market.get_agreement(agreement_id)
+        try:
+            agreement = await self._market.get_agreement(agreement_id)
+        except Exception as error:
+            if getattr(error, "status", None) == 404:
+                return None  # another requestor's of the same daemon, or long forgotten
+            raise
         owner = (agreement.demand.properties or {}).get(OWNER)
         if not isinstance(owner, str):
             return None
@@ -303,7 +308,11 @@ class Settler:
         is_ours = tag == self._owner.partition(".")[0] and (owner == self._owner or self._is_left_over(batcher))
         if not is_ours:
             return None
-        name, price = describe(agreement.offer.properties, agreement.offer.provider_id)
+        try:
+            name, price = describe(agreement.offer.properties, agreement.offer.provider_id)
+        except BadOffer as error:
+            log.warning("a bill cannot be judged and is left alone: %s", error)
+            return None
         record = AgreementRecord(
             id=agreement.agreement_id,
             allocation_id=self._allocation_id,
