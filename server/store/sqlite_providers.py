@@ -132,11 +132,11 @@ class SqliteProviders:
             "reason": reason,
             "by_operator": by_operator,
         }
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
+        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
 
     def unban_provider(self, id_or_name: str) -> ProviderRecord:
         """See Providers.unban_provider."""
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
+        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
 
     def list_providers(self) -> list[ProviderRecord]:
         """See Providers.list_providers."""
@@ -161,7 +161,7 @@ class SqliteProviders:
             ).fetchall()
         return [SpeedRecord(**dict(row)) for row in rows]
 
-    def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
+    def _change_provider(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:
             id = _find(transaction, id_or_name)
             change(transaction, id)

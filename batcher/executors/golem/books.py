@@ -86,5 +86,9 @@ class Bookkeeper:
             except MlgError as error:
                 log.warning("an entry of the ledger was refused: %s", error)
                 return
+            except Exception:
+                # A bug in one entry must not keep all others from being written.
+                log.exception("an entry of the ledger could not be written")
+                return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_SECONDS)

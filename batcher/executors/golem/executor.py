@@ -16,18 +16,19 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.backlog import Backlog, Errand
+from batcher.executors.golem.blame import Blame
 from batcher.executors.golem.books import Bookkeeper, Books
 from batcher.executors.golem.demand import make_payload
+from batcher.executors.golem.diary import Diary
 from batcher.executors.golem.hire import Failure, Hire, Orders
-from batcher.executors.golem.market import Market, describe
-from batcher.executors.golem.prices import BadOffer, Price
+from batcher.executors.golem.market import Market
+from batcher.executors.golem.prices import Price
 from batcher.executors.golem.purse import Caps, Purse
 from batcher.executors.golem.recovery import home_tag
 from batcher.executors.golem.rental import Rental, Told
@@ -44,7 +45,6 @@ from provider_image.errors import (
     NoProvider,
     WorkerDied,
 )
-from server.store.money import ActivityRecord, AgreementRecord
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,8 @@ _FORGET_SECONDS = 60.0
 _KEEP_SECONDS = 3600.0
 #: Attempts of any kind; those that fail through our own or the daemon's fault do not count as failures.
 _MOST_ATTEMPTS = 10
-#: An offer that is repeated with the same price is noted this often.
-_OFFER_SECONDS = 3600.0
 #: An allocation without any cap on spending.
 _DEFAULT_ALLOCATION = Decimal(10)
-#: Whoever bills too much gets nothing for this long.
-_OVERBILLED = timedelta(days=30)
 #: When the executor closes, hires get this long to end by themselves, their chunks having been given back.
 _CLOSE_SECONDS = 1.0
 
@@ -95,6 +91,8 @@ class GolemExecutor:
             Caps(run=self._settings.budget_run, day=self._settings.budget_day, total=self._settings.budget_total),
             clock=lambda: datetime.now(UTC),
         )
+        self._diary = Diary(self._keeper)
+        self._blame = Blame(self._settings, self._market, self._diary)
         self._backlog: Backlog | None = None
         self._session: Session | None = None
         self._sessions = 0
@@ -106,9 +104,6 @@ class GolemExecutor:
         self._trouble: str | None = "The connection to the Golem daemon is being opened."
         #: What the last step that the budget forbade would have cost at most.
         self._unaffordable: Decimal | None = None
-        self._failures_of: dict[str, int] = {}
-        #: Address -> when its offer was noted, and the price.
-        self._offers: dict[str, tuple[float, Price]] = {}
         self._learned_at = float("-inf")
         self._first_try = asyncio.Event()
         self._tag = ""
@@ -240,8 +235,8 @@ class GolemExecutor:
             market=self._market,
             keeper=self._keeper,
             on_paid=self._purse.pay,
-            on_overbilled=self._overbilled,
-            on_offer=self._offered,
+            on_overbilled=self._blame.overbilled,
+            on_offer=self._diary.offered,
             is_gone=lambda batcher_id: not is_alive(self._batcher.work.parent, batcher_id),
         )
         await session.open()
@@ -346,7 +341,7 @@ class GolemExecutor:
         )
         told = Told(
             agreement=self._agreed,
-            agreement_ended=self._agreement_ended,
+            agreement_ended=self._diary.agreement_ended,
             unsigned=self._unsigned,
             hired=self._hired,
             hire_ended=self._hire_ended,
@@ -427,55 +422,9 @@ class GolemExecutor:
         # A start that hangs is paid until it is given up, but no cap should be so tight that nothing could start.
         return price.most(min(60.0, self._settings.start_seconds))
 
-    def _overbilled(self, provider_id: str, reason: str) -> None:
-        self._ban(provider_id, reason, _OVERBILLED)
-
     def _agreed(self, model: str, agreement: Any) -> None:
-        offer = agreement.details.raw_details.offer
-        try:
-            name, price = describe(offer.properties, offer.provider_id)
-        except BadOffer:
-            return
         assert self._session is not None
-        now = datetime.now(UTC)
-        record = AgreementRecord(
-            id=agreement.id,
-            allocation_id=self._session.allocation_id,
-            provider_id=offer.provider_id,
-            provider_name=name,
-            model=model,
-            start_price=price.start,
-            price_per_cpu_second=price.cpu_second,
-            price_per_second=price.second,
-            created_at=now,
-        )
-        self._keeper.note(lambda: self._books.note_agreement(record))
-
-    def _offered(self, provider_id: str, properties: Mapping[str, Any]) -> None:
-        """Note a provider's prices, but not each time that it repeats its offer."""
-        try:
-            name, price = describe(properties, provider_id)
-        except BadOffer:
-            return
-        known = self._offers.get(provider_id)
-        if known is not None and known[1] == price and time.monotonic() - known[0] < _OFFER_SECONDS:
-            return
-        self._offers[provider_id] = (time.monotonic(), price)
-        now = datetime.now(UTC)
-        self._keeper.note(
-            lambda: self._books.note_provider(
-                provider_id,
-                name=name,
-                start_price=price.start,
-                price_per_cpu_second=price.cpu_second,
-                price_per_second=price.second,
-                now=now,
-            )
-        )
-
-    def _agreement_ended(self, id: str, reason: str) -> None:
-        now = datetime.now(UTC)
-        self._keeper.note(lambda: self._books.end_agreement(id, reason=reason, now=now))
+        self._diary.agreed(model, agreement, self._session.allocation_id)
 
     # Hires
 
@@ -483,19 +432,11 @@ class GolemExecutor:
         log.info("%s is hired for %s", hire.provider_name, hire.model, extra={"agreement_id": hire.agreement_id})
         self._unaffordable = None
         self._purse.open(hire.agreement_id, hire.most)
-        record = ActivityRecord(id=hire.activity_id, agreement_id=hire.agreement_id, created_at=hire.created_at)
-        self._keeper.note(lambda: self._books.note_activity(record))
+        self._diary.hired(hire)
 
     def _hire_ended(self, hire: Hire) -> None:
         log.info("%s is let go after %d chunks", hire.provider_name, hire.chunks)
-        record = ActivityRecord(
-            id=hire.activity_id,
-            agreement_id=hire.agreement_id,
-            created_at=hire.created_at,
-            ended_at=datetime.now(UTC),
-            seconds=hire.seconds(),
-        )
-        self._keeper.note(lambda: self._books.note_activity(record))
+        self._diary.hire_ended(hire)
         if self._session is not None and self._session.settler is not None:
             self._session.settler.expect(hire.agreement_id, hire.seconds())
 
@@ -510,14 +451,7 @@ class GolemExecutor:
         self._market.did_not_sign(provider_id)
 
     def _done(self, hire: Hire, errand: Errand, outcome: Outcome) -> None:
-        self._failures_of.pop(hire.provider_id, None)
-        items, seconds, now = errand.job.items, outcome.seconds, datetime.now(UTC)
-        self._keeper.note(
-            lambda: self._books.note_work(
-                hire.provider_id, model=hire.model, images=items, seconds=seconds, is_failure=False, now=now
-            )
-        )
-        self._market.learn_speed(hire.model, {hire.provider_id: items / max(1e-3, seconds)})
+        self._blame.succeeded(hire, images=errand.job.items, seconds=outcome.seconds)
         errand.end(outcome)
 
     def _failed(self, hire: Hire, errand: Errand | None, failure: Failure, seconds: float) -> None:
@@ -528,7 +462,7 @@ class GolemExecutor:
         if failure.is_file_servers and self._session is not None and self._session.broken is None:
             self._session.broken = failure.error.reason
         if failure.is_providers:
-            self._note_failure(hire, errand, failure, seconds)
+            self._blame.failed(hire, errand, failure, seconds)
         if errand is None or self._backlog is None or is_over:
             return
         errand.last = Outcome(
@@ -550,42 +484,11 @@ class GolemExecutor:
         else:
             self._backlog.put(errand, is_again=True)
 
-    def _note_failure(self, hire: Hire, errand: Errand | None, failure: Failure, seconds: float) -> None:
-        now = datetime.now(UTC)
-        self._keeper.note(
-            lambda: self._books.note_work(
-                hire.provider_id, model=hire.model, images=0, seconds=seconds, is_failure=True, now=now
-            )
-        )
-        times = self._failures_of[hire.provider_id] = self._failures_of.get(hire.provider_id, 0) + 1
-        ban = timedelta(seconds=min(7 * 86400.0, self._settings.ban_seconds * 2 ** (times - 1)))
-        self._ban(hire.provider_id, failure.error.reason, ban)
-        if errand is not None:
-            errand.failures += 1
-            errand.failed_on.add(hire.provider_id)
-            errand.banned_for_it.add(hire.provider_id)
-
     def _give_up(self, errand: Errand) -> None:
-        """End an errand that failed too often, and clear the names of those who were banned for it."""
-        if len(errand.failed_on) > 1:
-            for provider_id in errand.banned_for_it:
-                self._failures_of.pop(provider_id, None)
-                self._market.unban(provider_id)
-                self._keeper.note(lambda provider_id=provider_id: self._unban(provider_id))  # type: ignore[misc]
+        """End an errand that failed too often."""
+        self._blame.clear(errand)
         assert errand.last is not None
         errand.end(errand.last)
-
-    def _ban(self, provider_id: str, reason: str, length: timedelta) -> None:
-        self._market.ban(provider_id, reason)
-        until = datetime.now(UTC) + length
-        self._keeper.note(
-            lambda: self._books.ban_provider(provider_id, until=until, reason=reason[:500], by_operator=False)
-        )
-
-    def _unban(self, provider_id: str) -> None:
-        known = {each.id: each for each in self._books.list_providers()}
-        if provider_id in known and not known[provider_id].is_banned_by_operator:
-            self._books.unban_provider(provider_id)
 
     def _refuse_the_impatient(self) -> None:
         """Give back what has waited too long for a provider."""
