@@ -12,7 +12,7 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS builder
-COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py /src/
+COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py mlg_client.py /src/
 COPY provider_image /src/provider_image
 COPY server /src/server
 COPY batcher /src/batcher

@@ -23,6 +23,12 @@ COMMANDS = {
     "image": ("batcher.image_commands:image", "Build the provider's image and publish it."),
     "costs": ("server.cost_commands:costs", "Show what rented computers have cost."),
     "providers": ("server.provider_commands:providers", "List, ban or unban providers."),
+    "keys": ("server.key_commands:keys", "Make, list or revoke API keys."),
+    "webhooks": ("server.webhook_commands:webhooks", "Tell other programs when a request or a batch is done."),
+    "operate": (
+        "server.operate_commands:operate",
+        "Pause, resume or drain the batchers, run a batch now, see how things stand.",
+    ),
     "devnet": ("batcher.devnet.commands:devnet", "Run a small Golem network on this machine."),
     "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
 }

@@ -14,7 +14,7 @@ import click
 
 from batcher.settings import SHRINK_CHOICES
 from provider_image.precision import PRECISIONS
-from server.options import environment, home_option, host_option, json_option, port_option
+from server.options import environment, home_option, host_option, json_option, open_option, port_option
 from server.settings import ServerSettings
 
 max_wait_option = click.option(
@@ -134,6 +134,7 @@ def batch(
 @home_option
 @host_option
 @port_option
+@open_option
 @executor_option
 @workers_option
 @max_wait_option
@@ -143,6 +144,7 @@ def up(
     home: Path | None,
     host: str | None,
     port: int | None,
+    is_open: bool,
     executor: str | None,
     workers: int | None,
     max_wait: float | None,
@@ -162,6 +164,7 @@ def up(
         home=home,
         host=host,
         port=port,
+        open="1" if is_open else None,
         executor=executor,
         workers=workers,
         max_wait_seconds=max_wait,

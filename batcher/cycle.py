@@ -42,7 +42,9 @@ from provider_image.models.artefact import installed_digest
 from provider_image.models.compilers import can_build_now
 from provider_image.models.shelf import rows
 from server.store import Journal, Store
+from server.store.batches import Batches
 from server.store.blobs import Blobs
+from server.store.controls import Controls
 from server.store.records import ISOLATION_STEPS, Claim
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ LAST_RECORD_SECONDS = 5.0
 SHRINKING_CHUNKS = 4
 
 
-class Home(Store, Journal, Protocol):
+class Home(Store, Journal, Controls, Batches, Protocol):
     """What the cycle needs of a store."""
 
     blobs: Blobs
@@ -131,6 +133,8 @@ class Cycle:
         self._held: dict[tuple[int, int], Claim] = {}
         #: Model -> until when (loop time) it is left alone, and why.
         self._obstacles: dict[str, tuple[float, str]] = {}
+        #: Why nothing new is claimed at all; None when it is.
+        self._hold: str | None = None
         self._no_claim_before = 0.0
         self._claim_pause = FIRST_PAUSE_SECONDS
         self._expiry_looked_at = float("-inf")
@@ -144,12 +148,19 @@ class Cycle:
         self._takes_all = True
         self._wake.set()
 
+    def hold(self, reason: str | None) -> None:
+        """Claim nothing new from now on, for that reason; go on with None. What is under way is finished."""
+        self._hold = reason
+        self._wake.set()
+
     async def asked(self) -> None:
         """Wait until somebody asks for a look."""
         await self._wake.wait()
 
     def obstacle(self, model: str) -> str | None:
         """Say why a model cannot be worked on just now; None if it can."""
+        if self._hold is not None:
+            return self._hold
         until, reason = self._obstacles.get(model, (0.0, ""))
         return reason if until > asyncio.get_running_loop().time() else self._executor.obstacle(model)
 
@@ -239,6 +250,11 @@ class Cycle:
             released = self._store.release_expired(now)
             if released:
                 log.warning("%d requests of batchers that are gone are queued again", released)
+            expired = self._store.expire(now)
+            if expired:
+                log.info("%d requests have expired: nobody could work on them before their deadline", expired)
+        if not models:
+            return []
         return self._store.claim(
             models=models,
             limit=limit,

@@ -21,6 +21,7 @@ SOURCES = (
     "README.md",
     "LICENSE",
     "mlg.py",
+    "mlg_client.py",
     "scripts/prune_runtime",
     "provider_image",
     "server",

@@ -2,6 +2,9 @@
 
 Called by `commands.py`. Timed jobs never work themselves: they only ask the one loop here for a look, or for taking
 everything, so that cycles cannot overlap however long one takes.
+
+Longer than other modules, because the timer, the signs of life, the operator's orders and the single round share the
+start and the end of one batcher.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ from batcher.workspace import Workspace
 from provider_image.errors import MlgError, StoreError
 from provider_image.models.artefact import find_artefact
 from server.settings import ServerSettings
+from server.steering import Orders, read_orders
 from server.store.journal_records import BatcherRecord
 
 log = logging.getLogger(__name__)
 
 #: A batcher says this often that it is alive.
 BEAT_SECONDS = 2.0
+#: What the operator says is looked up this often.
+ORDERS_SECONDS = 0.5
 #: Retention is swept this often.
 PURGE_SECONDS = 3600.0
 #: `--once` looks this often whether a back-off is over.
@@ -85,6 +91,8 @@ class Batcher:
         self._id = batcher_id
         self._clock = clock
         self._started_at = clock()
+        #: What the operator said at the latest look; None before the first.
+        self._orders: Orders | None = None
         self._shrinker = make_shrinker(settings, executor)
         self._cycle = Cycle(
             store=store,
@@ -100,8 +108,10 @@ class Batcher:
         """Run rounds on the timer until told to stop. :raises MlgError: the executor cannot start."""
         scheduler = self._scheduler()
         looking: asyncio.Task[None] | None = None
+        following: asyncio.Task[None] | None = None
         try:
             await self._executor.start()
+            await self._obey()
             await self._beat()
             now = datetime.now(UTC)
             scheduler.add_job(self._take_all, "interval", seconds=self._settings.every_seconds, next_run_time=now)
@@ -109,6 +119,7 @@ class Batcher:
             scheduler.add_job(self._purge, "interval", seconds=PURGE_SECONDS, next_run_time=now)
             scheduler.start()
             looking = asyncio.create_task(self._look_out())
+            following = asyncio.create_task(self._follow_orders())
             while not stop.is_set():
                 await _first_of(self._cycle.asked(), stop.wait())
                 report = await self._cycle.run(stop)
@@ -125,8 +136,9 @@ class Batcher:
                         },
                     )
         finally:
-            if looking is not None:
-                looking.cancel()
+            for task in (looking, following):
+                if task is not None:
+                    task.cancel()
             await self._end(scheduler)
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
@@ -139,11 +151,14 @@ class Batcher:
         started_at = time.monotonic()
         total = Tally()
         scheduler = self._scheduler()
+        following: asyncio.Task[None] | None = None
         try:
             await self._executor.start()
+            await self._obey()
             await self._beat()
             scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
             scheduler.start()
+            following = asyncio.create_task(self._follow_orders())
             old = _OldBacklog(self._store)
             while True:
                 self._cycle.take_all()
@@ -157,6 +172,8 @@ class Batcher:
             left = {model: (count, self._why_left(model)) for model, count in waiting.items()}
             await self._purge()
         finally:
+            if following is not None:
+                following.cancel()
             await self._end(scheduler)
         return OnceReport(
             done=total.done,
@@ -184,6 +201,33 @@ class Batcher:
             await asyncio.sleep(self._settings.poll_seconds)
             self._cycle.look()
 
+    async def _follow_orders(self) -> None:
+        while True:
+            await asyncio.sleep(ORDERS_SECONDS)
+            if await self._obey():
+                await self._beat()
+
+    async def _obey(self) -> bool:
+        """Look up what the operator says and do it. :return: whether that has changed."""
+        try:
+            orders = await asyncio.to_thread(read_orders, self._store)
+        except StoreError as error:
+            log.debug("cannot look up what the operator says: %s", error)
+            if self._orders is None:
+                self._cycle.hold("It is not known yet whether the operator holds work: the store cannot be read.")
+            return False
+        before, self._orders = self._orders, orders
+        if orders == before:
+            return False
+        if before is None or orders.hold != before.hold:
+            if before is not None or orders.hold is not None:
+                log.info("work goes on" if orders.hold is None else orders.hold.notice)
+            self._cycle.hold(None if orders.hold is None else orders.hold.notice)
+        # What was said before this batcher began is not for it: its first round takes everything anyway.
+        if before is not None and orders.run_token != before.run_token:
+            self._cycle.take_all()
+        return True
+
     async def _beat(self) -> None:
         models = await asyncio.to_thread(servable, self._settings.models)
         record = BatcherRecord(
@@ -194,6 +238,7 @@ class Batcher:
             every_seconds=self._settings.every_seconds,
             max_wait_seconds=self._settings.max_wait_seconds,
             capacity=self._executor.workers(),
+            budget=_budget(self._settings),
             notices={model: reason for model in models if (reason := self._cycle.obstacle(model)) is not None},
             started_at=self._started_at,
             seen_at=self._clock(),
@@ -243,6 +288,15 @@ class Batcher:
         except MlgError as error:
             return error.reason
         return "The model was just installed."
+
+
+def _budget(settings: BatcherSettings) -> dict[str, str]:
+    """Write what may be spent, for those who look after it; empty where nothing is paid."""
+    if "golem" not in {name.strip() for name in settings.executor.split(",")}:
+        return {}
+    golem = settings.golem
+    amounts = {"run": golem.budget_run, "day": golem.budget_day, "total": golem.budget_total}
+    return {name: format(amount, "f") for name, amount in amounts.items() if amount is not None}
 
 
 class _OldBacklog:

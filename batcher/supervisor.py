@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from batcher.child import child_environment, module_command
 from batcher.settings import BatcherSettings
 from provider_image.errors import MlgError
+from server.access import check_exposure
 from server.address import base_url
 from server.settings import ServerSettings
 from server.store.sqlite import SqliteStore
@@ -90,6 +91,7 @@ class Supervisor:
             # Once here, so that a home that cannot be used is one clear line and not two children that fall.
             store.migrate()
             store.check()
+            check_exposure(self._settings, store)
             with self._listening_to_signals():
                 status = self._bring_up(store)
                 if status == 0:

@@ -39,6 +39,8 @@
     │   ├── NoProvider
     │   ├── BudgetReached
     │   └── GolemUnavailable
+    ├── AccessRefused, LimitReached, FetchFailed, and a BadInput more: in server/refusals.py
+    ├── UnknownKey, KeyNameTaken in server/store/keys.py
     ├── StoreError
     │   ├── StoreBusy
     │   ├── StoreUnavailable

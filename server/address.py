@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 #: An address that means "all of them" -> one of them on this machine.
 _ALL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -15,3 +17,11 @@ def base_url(host: str, port: int) -> str:
     """Return the URL of a server that listens there."""
     host = reached_at(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches a server that listens there; a name other than localhost might be any."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

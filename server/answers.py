@@ -31,7 +31,7 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
     """
     shown: dict[str, Any] = {
         "req_id": request.id,
-        "status": str(request.state),
+        "status": request.status,
         "preds": None,
         "model": request.model,
         "service": request.service,

@@ -13,7 +13,10 @@ from datetime import UTC, datetime
 
 import flask
 
+from server.access import guard_views
 from server.context import Backend, Context
+from server.events import Events
+from server.idempotency import keep_first_answers
 from server.notifier import Notifier
 from server.responses import handle_errors
 from server.settings import ServerSettings
@@ -27,12 +30,14 @@ def create_app(
     store: Backend,
     *,
     notifier: Notifier | None = None,
+    events: Events | None = None,
     readings: Readings | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> flask.Flask:
     """Make the application.
 
     :param notifier: holds reads; one for half of the server's threads is made when there is none.
+    :param events: tells listeners what changes.
     :param readings: where reads of slow bodies are noted.
     """
     app = flask.Flask("mlg", static_folder=None)
@@ -42,11 +47,14 @@ def create_app(
         settings=settings,
         store=store,
         notifier=notifier or Notifier(store, most=settings.server_threads // 2),
+        events=events or Events(store, most=settings.max_streams),
         readings=readings or Readings(),
         clock=clock,
         traffic=Traffic(store),
         work=threading.BoundedSemaphore(settings.server_threads),
     )
+    guard_views(app, context)
+    keep_first_answers(app, context)
     for name in REGISTRY:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(app, context)

@@ -17,7 +17,7 @@ import click
 
 from provider_image.errors import MlgError
 from server.address import base_url
-from server.options import environment, home_option, host_option, port_option
+from server.options import environment, home_option, host_option, open_option, port_option
 from server.request_commands import requests
 from server.settings import ServerSettings
 
@@ -34,17 +34,22 @@ __all__ = ["migrate", "requests", "serve", "submit"]
 @home_option
 @host_option
 @port_option
+@open_option
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
-def serve(home: Path | None, host: str | None, port: int | None, ready_fd: int | None, parent_fd: int | None) -> None:
+def serve(
+    home: Path | None, host: str | None, port: int | None, is_open: bool, ready_fd: int | None, parent_fd: int | None
+) -> None:
     """Run the HTTP server until Ctrl-C or SIGTERM.
+
+    For other machines (--host 0.0.0.0) it wants API keys: mlg keys create NAME.
 
     \b
     Example:
       mlg serve --port 5000
       curl -F image=@kitten.jpg http://127.0.0.1:5000/requestPrediction/efficientnet_lite0
     """
-    settings = ServerSettings.from_env(environment(home=home, host=host, port=port))
+    settings = ServerSettings.from_env(environment(home=home, host=host, port=port, open="1" if is_open else None))
     from server import wsgi
     from server.logs import configure
 

@@ -21,17 +21,41 @@ from provider_image.models.compilers import can_build_now
 from provider_image.services import load_service
 from server.answers import show_request
 from server.estimates import Outlook, Wait, estimate
+from server.events import Events
 from server.notifier import Notifier
 from server.responses import answer
 from server.settings import ServerSettings
 from server.store import Journal, Store
+from server.store.batches import Batches
 from server.store.blobs import Blobs
+from server.store.controls import Controls
+from server.store.feed import Feed
+from server.store.figures import Figures
+from server.store.idempotency import Idempotency
+from server.store.keys import Keys
+from server.store.ledger import Ledger, Providers
+from server.store.listing import Listing
 from server.store.records import Request
+from server.store.webhooks import Webhooks
 from server.traffic import Traffic
 from server.uploads import Readings
 
 
-class Backend(Store, Journal, Protocol):
+class Backend(
+    Store,
+    Journal,
+    Keys,
+    Controls,
+    Figures,
+    Ledger,
+    Providers,
+    Feed,
+    Webhooks,
+    Batches,
+    Listing,
+    Idempotency,
+    Protocol,
+):
     """What the application needs: store and journal, the pictures, and a way to ask whether all is well."""
 
     @property
@@ -50,6 +74,8 @@ class Context:
     store: Backend
     #: Holds reads.
     notifier: Notifier
+    #: Tells listeners what changes.
+    events: Events
     #: Where reads of slow bodies are noted.
     readings: Readings
     #: Gives the time.

@@ -15,6 +15,12 @@ host_option = click.option("--host", metavar="ADDRESS", help="Address to listen 
 port_option = click.option(
     "--port", type=int, metavar="N", help="Port to listen on; 0 takes a free one. [MLG_PORT; 5000]"
 )
+open_option = click.option(
+    "--open",
+    "is_open",
+    is_flag=True,
+    help="Serve other machines although there are no API keys, so that anybody may use it. [MLG_OPEN]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object a line.")
 
 

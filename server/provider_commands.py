@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _length(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
+def read_length(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
     """Read a length of time: a number and its unit."""
     if value is None:
         return None
@@ -99,7 +99,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
 @click.option(
-    "--for", "length", callback=_length, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
+    "--for", "length", callback=read_length, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
 )
 @click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
 def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: str) -> None:

@@ -15,6 +15,13 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from provider_image import errors
+from server import refusals
+from server.events import StreamsFull
+from server.store.batches import BatchUnderWay, DuplicateClientId
+from server.store.idempotency import KeyReused
+from server.store.ledger import UnknownProvider
+from server.store.listing import NotRemovable, PictureGone
+from server.store.webhooks import UnknownWebhook
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +35,27 @@ HTTP_STATUS: dict[type[errors.MlgError], int] = {
     errors.TooManyBytes: 413,
     errors.UnknownModel: 404,
     errors.UnknownRequest: 404,
+    UnknownProvider: 404,
     errors.NotInstalled: 503,
     errors.ModelError: 503,
     errors.BacklogFull: 503,
+    StreamsFull: 503,
+    UnknownWebhook: 404,
     errors.NotCancellable: 409,
+    BatchUnderWay: 409,
+    DuplicateClientId: 409,
+    NotRemovable: 409,
+    KeyReused: 422,
+    PictureGone: 410,
     errors.NotRetryable: 409,
     errors.StoreError: 503,
     errors.DiskFull: 507,
+    refusals.AccessRefused: 403,
+    refusals.KeyMissing: 401,
+    refusals.KeyRefused: 401,
+    refusals.WrongHost: 421,
+    refusals.LimitReached: 429,
+    refusals.FetchFailed: 502,
 }
 #: Seconds after which a client may try again, for errors that pass; likewise the nearest class counts.
 RETRY_AFTER_SECONDS: dict[type[errors.MlgError], int] = {
@@ -42,6 +63,7 @@ RETRY_AFTER_SECONDS: dict[type[errors.MlgError], int] = {
     errors.StoreError: 5,
     errors.DiskFull: 60,
     errors.BacklogFull: 30,
+    StreamsFull: 5,
     errors.NotInstalled: 60,
     errors.ModelError: 60,
 }

@@ -1,13 +1,15 @@
 """The production server: granian in front of the Flask application, in one or more processes on one socket.
 
 Called by `mlg serve`. The main process listens and looks after the workers; each worker makes its own store and
-application. Three things that granian leaves open are settled here:
+application. Four things that granian leaves open are settled here:
 
 - The socket is ours. Granian's own is opened with SO_REUSEPORT, so that a second server on a taken port starts without
   a word, and a worker's death resets the connections that waited for it. Ours is exclusive and shared by the workers.
 - A pipe tells the workers that the main process stops, or was killed: then they end too instead of keeping the port.
 - Granian waits without limit for a request's body. More threads read than work, connections are probed by the kernel,
   and a worker whose reading threads are all held up by slow clients is replaced.
+- Granian asks a streamed answer for its next piece in one of the threads that read, and lets go of it when a piece
+  cannot be sent any more. So there is a thread more for every stream, and each writes something now and then.
 
 Weakness: a client that stalls on purpose holds a thread for up to a minute. Facing the open internet, put a proxy that
 buffers requests in front.
@@ -35,12 +37,16 @@ from granian.log import LogLevels
 from granian.server.mp import MPServer
 
 from provider_image.errors import ConfigError, MlgError
+from server.access import check_exposure
 from server.address import reached_at
 from server.api import create_app
+from server.events import Events
 from server.notifier import Notifier
 from server.settings import ServerSettings
 from server.store.sqlite import SqliteStore
+from server.streams import STREAMED
 from server.uploads import Readings
+from server.webhooks import Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +80,8 @@ def serve(
     :param on_ready: called once with host and port when requests are answered.
     :param parent_fd: when this file descriptor reports its end, the server stops as on SIGTERM.
     :param private_fds: closed in the workers.
-    :raises ConfigError: the address cannot be listened on. :raises StoreError: the home cannot be used.
+    :raises ConfigError: the address cannot be listened on, or others reach it and there are no keys.
+    :raises StoreError: the home cannot be used.
     :raises MlgError: the workers keep dying.
     """
     # Under a supervisor the workers of a killed predecessor may need a moment to let go of the port.
@@ -83,6 +90,7 @@ def serve(
     try:
         store.migrate()
         store.check()
+        check_exposure(settings, store)
     finally:
         store.close()
     # The workers inherit the socket, the pipe and the imported modules; 3.14 would choose another method.
@@ -169,9 +177,10 @@ class _Server(MPServer):
             http=HTTPModes.http1,
             websockets=False,
             workers=settings.server_processes,
-            blocking_threads=self._reading_threads,
+            # Streams keep a thread each, and must not take it from those who send pictures.
+            blocking_threads=self._reading_threads + settings.max_streams,
             backlog=CONNECTIONS,
-            backpressure=CONNECTIONS,
+            backpressure=CONNECTIONS + settings.max_streams,
             http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
             log_level=LogLevels.error,
             # Granian's own handlers write to stdout; what it has to say goes the way of all other log lines.
@@ -213,16 +222,22 @@ class _Server(MPServer):
         settings = self._settings
         store = SqliteStore(settings)
         notifier = Notifier(store, most=settings.server_threads // 2)
+        events = Events(store, most=settings.max_streams)
         readings = Readings()
         under_way = Readings()
-        watched = (notifier, readings, under_way)
+        deliverer = Deliverer(store, is_private_allowed=settings.webhooks_private)
+        deliverer.start()
+        watched = (notifier, events, deliverer, readings, under_way)
         threading.Thread(target=self._watch, args=watched, name="watch", daemon=True).start()
-        app = create_app(settings, store, notifier=notifier, readings=readings)
+        app = create_app(settings, store, notifier=notifier, events=events, readings=readings)
 
-        def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        def application(environ: dict[str, Any], start_response: Any) -> Any:
             with under_way.one():
                 # As a list the answer goes out in one piece and is done when this returns.
                 answer = app(environ, start_response)
+                if environ.get(STREAMED):
+                    # Granian takes it piece by piece, and closes it when it is over or the client has gone.
+                    return answer
                 try:
                     return [b"".join(answer)]
                 finally:
@@ -248,15 +263,19 @@ class _Server(MPServer):
                 return
             time.sleep(0.02)
 
-    def _watch(self, notifier: Notifier, readings: Readings, under_way: Readings) -> None:
+    def _watch(
+        self, notifier: Notifier, events: Events, deliverer: Deliverer, readings: Readings, under_way: Readings
+    ) -> None:
         """Look after one worker, from inside it."""
         main_pid = self.pid
         while not select.select([self._stop_reader], [], [], 5.0)[0]:
             if readings.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
                 log.error("slow clients hold every reading thread; this worker is replaced")
                 os._exit(1)
-        # Held reads are answered now, so that they do not delay the end.
+        # Held reads are answered and streams end now, so that they do not delay the end.
         notifier.stop()
+        events.stop()
+        deliverer.stop()
         os.kill(os.getpid(), signal.SIGTERM)
         give_up_at = time.monotonic() + (STOP_SECONDS + 1 if os.getppid() == main_pid else ORPHAN_SECONDS)
         while time.monotonic() < give_up_at:

@@ -85,7 +85,11 @@ def test_importing_a_room_loads_nothing_heavy(room: str) -> None:
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    loaded = loaded_by("import mlg, server.commands, server.model_commands, batcher.commands")
+    loaded = loaded_by(
+        "import mlg, server.commands, server.model_commands, server.key_commands, server.cost_commands,"
+        " server.provider_commands, server.webhook_commands, server.operate_commands, batcher.commands,"
+        " batcher.devnet.commands"
+    )
 
     assert not loaded & set(HEAVY_IN_COMMANDS)
 

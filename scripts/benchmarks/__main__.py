@@ -5,7 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("uploads", "drain", "chunk", "backlog", "start", "door", "scale", "shrink", "models", "overlap", "golem")
+NAMES = (
+    "uploads",
+    "drain",
+    "chunk",
+    "backlog",
+    "start",
+    "door",
+    "scale",
+    "shrink",
+    "models",
+    "overlap",
+    "golem",
+    "operator",
+)
 
 
 def main() -> int:

@@ -54,6 +54,7 @@ class Store(Protocol):
         once with that answer and `is_cached`.
 
         :raises StoreBusy: locked for too long. :raises StoreUnavailable: read-only or gone. :raises DiskFull:
+        :raises QuotaReached: by its key, which is counted in the same commit; see `keys.py`.
             In each case neither the row nor the picture is left behind.
         """
 

@@ -96,6 +96,8 @@ class BatcherRecord:
     seen_at: datetime
     #: Model -> a sentence that says why it takes none of it now.
     notices: Mapping[str, str] = field(default_factory=dict)
+    #: "run", "day", "total" -> the most that may be spent, in GLM as decimal text; empty where nothing is paid.
+    budget: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 A step is never edited once released: a later change is a later step. All pending steps run inside one BEGIN IMMEDIATE,
 so that any number of processes may start at once on an empty home.
+
+Long because a step, once released, stays as it is.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ import sqlite_utils
 from provider_image.errors import ConfigError
 from server.store.money import BillState
 from server.store.records import State, to_text
+from server.store.webhooks import new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
+
+#: Until when the owner of a finished request wants it kept, as `to_text` would write it; an index has this very text.
+KEPT_UNTIL = "strftime('%Y-%m-%dT%H:%M:%fZ', finished_at, keep_seconds || ' seconds')"
 
 
 def m001_requests(db: sqlite_utils.Database) -> None:
@@ -257,7 +263,336 @@ def m004_belonging(db: sqlite_utils.Database) -> None:
     db.execute("CREATE INDEX requests_keep ON requests (finished_at) WHERE keep_seconds IS NOT NULL")
 
 
-STEPS: tuple[Step, ...] = (m001_requests, m002_journal, m003_money, m004_belonging)
+def m005_batches(db: sqlite_utils.Database) -> None:
+    """Batches, what they could not take, answers to repeated requests, indexes for looking through many requests."""
+    for statement in (
+        """
+        CREATE TABLE batches (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            service TEXT NOT NULL,
+            model TEXT NOT NULL,
+            params TEXT NOT NULL,
+            name TEXT,
+            labels TEXT NOT NULL,
+            key_id TEXT,
+            created_at TEXT NOT NULL,
+            deadline_at TEXT,
+            keep_seconds REAL CHECK (keep_seconds IS NULL OR keep_seconds >= 0),
+            total INTEGER NOT NULL CHECK (total >= 0),
+            refused INTEGER NOT NULL CHECK (refused >= 0),
+            ended INTEGER NOT NULL DEFAULT 0,
+            cancelled_at TEXT
+        )
+        """,
+        "CREATE INDEX batches_key ON batches (key_id, number) WHERE key_id IS NOT NULL",
+        "CREATE INDEX batches_created ON batches (created_at)",
+        """
+        CREATE TABLE batch_refusals (
+            batch_id TEXT NOT NULL,
+            position INTEGER NOT NULL,
+            client_id TEXT NOT NULL,
+            code TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            PRIMARY KEY (batch_id, position)
+        ) WITHOUT ROWID
+        """,
+        # Where a request of a batch stands among those that ended, in the order of the commits: a reader that has seen
+        # everything up to a number misses nothing. Set by the table itself, because requests end in many statements.
+        "ALTER TABLE requests ADD COLUMN ended_number INTEGER",
+        """
+        CREATE TRIGGER requests_batch_ended AFTER UPDATE OF state ON requests
+        WHEN NEW.batch_id IS NOT NULL AND NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
+        BEGIN
+            UPDATE batches SET ended = ended + 1 WHERE id = NEW.batch_id;
+            UPDATE requests SET ended_number = (SELECT ended FROM batches WHERE id = NEW.batch_id)
+            WHERE number = NEW.number;
+        END
+        """,
+        """
+        CREATE TRIGGER requests_batch_known AFTER INSERT ON requests
+        WHEN NEW.batch_id IS NOT NULL AND NEW.finished_at IS NOT NULL
+        BEGIN
+            UPDATE batches SET ended = ended + 1 WHERE id = NEW.batch_id;
+            UPDATE requests SET ended_number = (SELECT ended FROM batches WHERE id = NEW.batch_id)
+            WHERE number = NEW.number;
+        END
+        """,
+        "CREATE INDEX requests_batch_order ON requests (batch_id, ended_number) WHERE ended_number IS NOT NULL",
+        # All that the progress of a batch is made of.
+        "CREATE INDEX requests_batch_progress ON requests (batch_id, state, code, chunk_id, share) "
+        "WHERE batch_id IS NOT NULL",
+        # The labels of requests, filled by the table itself from the column of that name.
+        """
+        CREATE TABLE request_labels (
+            name TEXT NOT NULL,
+            value TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            PRIMARY KEY (name, value, number)
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TRIGGER requests_labelled AFTER INSERT ON requests WHEN NEW.labels != '{}'
+        BEGIN
+            INSERT INTO request_labels (name, value, number) SELECT key, value, NEW.number FROM json_each(NEW.labels);
+        END
+        """,
+        """
+        CREATE TRIGGER requests_unlabelled AFTER DELETE ON requests WHEN OLD.labels != '{}'
+        BEGIN
+            DELETE FROM request_labels
+            WHERE (name, value, number) IN (SELECT key, value, OLD.number FROM json_each(OLD.labels));
+        END
+        """,
+        # Pages of a list, newest first, by what it is filtered by. The idle condition keeps them out of all statements
+        # that do not say it too: SQLite must not come to prefer them to those that the queue has.
+        "CREATE INDEX requests_waiting ON requests (number) WHERE state = 'queued' AND number > 0",
+        "CREATE INDEX requests_done ON requests (number) WHERE state = 'done' AND number > 0",
+        "CREATE INDEX requests_model ON requests (model, number) WHERE number > 0",
+        "CREATE INDEX requests_name ON requests (number, name) WHERE name IS NOT NULL",
+        "CREATE INDEX requests_created ON requests (created_at)",
+        # When the owner's own time to keep is over.
+        "DROP INDEX requests_keep",
+        f"CREATE INDEX requests_keep ON requests ({KEPT_UNTIL}) "
+        "WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL",
+        """
+        CREATE TABLE idempotency (
+            owner TEXT NOT NULL,
+            key TEXT NOT NULL,
+            operation TEXT NOT NULL,
+            token TEXT NOT NULL,
+            lease_ends_at TEXT NOT NULL,
+            expires_at TEXT NOT NULL,
+            fingerprint TEXT,
+            status INTEGER,
+            headers TEXT,
+            body BLOB,
+            PRIMARY KEY (owner, key),
+            CHECK ((status IS NULL) = (fingerprint IS NULL))
+        )
+        """,
+        "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+    ):
+        db.execute(statement)
+
+
+def m006_keys(db: sqlite_utils.Database) -> None:
+    """API keys, of which only a hash is kept, and the pictures that were sent with each by day (UTC)."""
+    for statement in (
+        """
+        CREATE TABLE api_keys (
+            id TEXT PRIMARY KEY CHECK (length(id) = 12),
+            name TEXT NOT NULL CHECK (name != ''),
+            sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+            scopes TEXT NOT NULL CHECK (scopes != ''),
+            pictures_per_day INTEGER CHECK (pictures_per_day IS NULL OR pictures_per_day > 0),
+            requests_per_minute INTEGER CHECK (requests_per_minute IS NULL OR requests_per_minute > 0),
+            created_at TEXT NOT NULL,
+            expires_at TEXT,
+            revoked_at TEXT,
+            last_used_at TEXT,
+            minute INTEGER NOT NULL DEFAULT 0,
+            minute_requests INTEGER NOT NULL DEFAULT 0
+        )
+        """,
+        "CREATE UNIQUE INDEX api_keys_name ON api_keys (name) WHERE revoked_at IS NULL",
+        """
+        CREATE TABLE key_usage (
+            key_id TEXT NOT NULL,
+            day TEXT NOT NULL CHECK (length(day) = 10),
+            pictures INTEGER NOT NULL CHECK (pictures > 0),
+            PRIMARY KEY (key_id, day)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX key_usage_day ON key_usage (day)",
+    ):
+        db.execute(statement)
+
+
+#: Upper ends, in seconds, of the classes that the time from a request's arrival to its end is counted in.
+_TOTALS_UP_TO = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
+
+
+def m008_controls(db: sqlite_utils.Database) -> None:
+    """What the operator says, and figures for the operator: totals that retention does not touch, and their indexes."""
+    for statement in (
+        """
+        CREATE TABLE controls (
+            name TEXT PRIMARY KEY,
+            value TEXT NOT NULL,
+            changed_at TEXT NOT NULL,
+            changed_by TEXT NOT NULL
+        )
+        """,
+        # How many requests ended how. Kept by triggers, because requests end in many statements, and because counting
+        # the requests themselves would be slow and would fall when old ones are deleted.
+        """
+        CREATE TABLE totals (
+            model TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            code TEXT NOT NULL,
+            up_to REAL NOT NULL,
+            count INTEGER NOT NULL,
+            seconds REAL NOT NULL,
+            PRIMARY KEY (model, outcome, code, up_to)
+        ) WITHOUT ROWID
+        """,
+        "ALTER TABLE batchers ADD COLUMN budget TEXT NOT NULL DEFAULT '{}'",
+        # The throughput of a day, without a look at the table.
+        "CREATE INDEX chunks_finished ON chunks (finished_at, model, done, failed, answers, seconds) "
+        "WHERE finished_at IS NOT NULL",
+        "CREATE INDEX chunks_under_way ON chunks (dispatched_at) WHERE finished_at IS NULL",
+        "CREATE INDEX chunks_failed ON chunks (finished_at) WHERE code IS NOT NULL",
+    ):
+        db.execute(statement)
+
+    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _TOTALS_UP_TO)
+
+    def facts(row: str, source: str = "") -> str:
+        # A subquery with a limit is worked out once and not copied into each place where its column stands.
+        return f"""
+            SELECT model, CASE WHEN state = 'done' AND is_cached THEN 'cached'
+                               WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END,
+                CASE state WHEN 'failed' THEN coalesce(code, 'unknown') ELSE '' END,
+                CASE {classes} ELSE 9e999 END, 1, seconds
+            FROM (SELECT {row}model AS model, {row}state AS state, {row}is_cached AS is_cached, {row}code AS code,
+                         max(0, round((julianday({row}finished_at) - julianday({row}created_at)) * 86400, 3)) AS seconds
+                  {source} LIMIT -1)
+            WHERE true
+        """
+
+    def count(selection: str) -> str:
+        return f"""
+            INSERT INTO totals (model, outcome, code, up_to, count, seconds) {selection}
+            ON CONFLICT (model, outcome, code, up_to)
+            DO UPDATE SET count = count + 1, seconds = seconds + excluded.seconds
+        """
+
+    db.execute(count(facts("", "FROM requests WHERE finished_at IS NOT NULL")))
+    new = count(facts("NEW."))
+    db.execute(
+        f"""
+        CREATE TRIGGER totals_of_ended AFTER UPDATE OF state ON requests
+        WHEN NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
+        BEGIN {new}; END
+        """
+    )
+    db.execute(
+        f"CREATE TRIGGER totals_of_known AFTER INSERT ON requests WHEN NEW.finished_at IS NOT NULL BEGIN {new}; END"
+    )
+
+
+def m007_webhooks(db: sqlite_utils.Database) -> None:
+    """The feed of changes, and the messages to addresses that asked for them; both are filled by the table itself."""
+    final = ", ".join(f"'{state}'" for state in State if state.is_final)
+    note_change = """
+        INSERT INTO changes (number, batch_id, state, at)
+        VALUES (new.number, new.batch_id, new.state, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'));
+    """
+    note_end = """
+        INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
+        SELECT 'msg_' || lower(hex(randomblob(16))), id, url, 'request.done', new.id, new.state, new.finished_at,
+               new.finished_at
+        FROM webhook_endpoints WHERE disabled_at IS NULL AND instr(events, 'request.done');
+        INSERT INTO webhook_deliveries (id, url, event, subject, state, created_at, next_at)
+        SELECT 'msg_' || lower(hex(randomblob(16))), new.webhook, 'request.done', new.id, new.state, new.finished_at,
+               new.finished_at
+        WHERE new.webhook IS NOT NULL;
+    """
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN webhook TEXT",
+        "ALTER TABLE batches ADD COLUMN webhook TEXT",
+        # AUTOINCREMENT: a number is never given twice, also when the last rows were deleted.
+        """
+        CREATE TABLE changes (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            number INTEGER NOT NULL,
+            batch_id TEXT,
+            state TEXT NOT NULL,
+            at TEXT NOT NULL
+        )
+        """,
+        "CREATE INDEX changes_number ON changes (number)",
+        """
+        CREATE TABLE webhook_endpoints (
+            id TEXT PRIMARY KEY,
+            url TEXT NOT NULL,
+            events TEXT NOT NULL,
+            secret TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            disabled_at TEXT,
+            disabled_reason TEXT
+        )
+        """,
+        # Signs what goes to addresses that came with requests; one row.
+        "CREATE TABLE webhook_secret (secret TEXT NOT NULL)",
+        """
+        CREATE TABLE webhook_deliveries (
+            id TEXT PRIMARY KEY,
+            endpoint_id TEXT,
+            url TEXT NOT NULL,
+            event TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            state TEXT NOT NULL,
+            payload TEXT,
+            created_at TEXT NOT NULL,
+            attempts INTEGER NOT NULL DEFAULT 0,
+            next_at TEXT,
+            delivered_at TEXT,
+            dead_at TEXT,
+            last_status INTEGER,
+            last_error TEXT,
+            CHECK ((next_at IS NULL) = (delivered_at IS NOT NULL OR dead_at IS NOT NULL))
+        )
+        """,
+        "CREATE INDEX webhook_deliveries_due ON webhook_deliveries (next_at) WHERE next_at IS NOT NULL",
+        "CREATE INDEX webhook_deliveries_dead ON webhook_deliveries (dead_at) WHERE dead_at IS NOT NULL",
+        "CREATE INDEX webhook_deliveries_delivered ON webhook_deliveries (delivered_at) WHERE delivered_at IS NOT NULL",
+        f"""
+        CREATE TRIGGER requests_changed AFTER UPDATE OF state ON requests WHEN new.state != old.state
+        BEGIN {note_change} END
+        """,
+        f"""
+        CREATE TRIGGER requests_ended AFTER UPDATE OF state ON requests
+        WHEN new.state IN ({final}) AND old.state NOT IN ({final})
+        BEGIN {note_end} END
+        """,
+        # An equal picture was answered before.
+        f"""
+        CREATE TRIGGER requests_answered_at_once AFTER INSERT ON requests WHEN new.state IN ({final})
+        BEGIN {note_change} {note_end} END
+        """,
+        # `ended` counts every end, so also the one after a retry.
+        """
+        CREATE TRIGGER batches_ended AFTER UPDATE OF ended ON batches
+        WHEN new.ended >= new.total AND NOT EXISTS (
+            SELECT 1 FROM requests WHERE batch_id = new.id AND state IN ('queued', 'claimed'))
+        BEGIN
+            INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
+            SELECT 'msg_' || lower(hex(randomblob(16))), endpoint_id, url, 'batch.done', new.id, 'done', now, now
+            FROM (
+                SELECT id AS endpoint_id, url FROM webhook_endpoints
+                WHERE disabled_at IS NULL AND instr(events, 'batch.done')
+                UNION ALL
+                SELECT NULL, new.webhook WHERE new.webhook IS NOT NULL
+            ), (SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now') AS now);
+        END
+        """,
+    ):
+        db.execute(statement)
+    db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
+
+
+STEPS: tuple[Step, ...] = (
+    m001_requests,
+    m002_journal,
+    m003_money,
+    m004_belonging,
+    m005_batches,
+    m006_keys,
+    m007_webhooks,
+    m008_controls,
+)
 
 
 def migrate(db: sqlite_utils.Database) -> list[str]:

@@ -88,6 +88,8 @@ class NewRequest:
     keep_seconds: float | None = None
     #: If it is still queued then, it expires.
     deadline_at: datetime | None = None
+    #: Address that is told when the request is done.
+    webhook: str | None = None
     #: When the request came in.
     created_at: datetime
 
@@ -162,6 +164,11 @@ class Request:
     cost: Decimal | None = None
     #: False while the cost is an estimate.
     is_cost_final: bool = False
+
+    @property
+    def status(self) -> str:
+        """Return what a client is told: the state, or "expired" where the deadline ended it."""
+        return "expired" if self.state is State.CANCELLED and self.code == "expired" else str(self.state)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False) -> Request:

@@ -16,7 +16,6 @@ import sqlite3
 import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
 import sqlite_utils
@@ -28,11 +27,19 @@ from server.store.connections import Readers, Transaction, Writer, connect
 from server.store.connections import as_store_error as database_error
 from server.store.migrations import migrate
 from server.store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Request, State, to_text
-from server.store.shares import share_of
+from server.store.sqlite_batches import SqliteBatches
+from server.store.sqlite_controls import SqliteControls
+from server.store.sqlite_costs import priced
+from server.store.sqlite_feed import SqliteFeed
+from server.store.sqlite_figures import SqliteFigures
+from server.store.sqlite_idempotency import SqliteIdempotency
 from server.store.sqlite_journal import SqliteJournal
+from server.store.sqlite_keys import SqliteKeys, count_pictures
 from server.store.sqlite_ledger import SqliteLedger
+from server.store.sqlite_listing import SqliteListing
 from server.store.sqlite_providers import SqliteProviders
 from server.store.sqlite_retention import IS_REFERRED_TO, SqliteRetention
+from server.store.sqlite_webhooks import SqliteWebhooks
 
 #: A request fails after this many failures of its own.
 MAX_ATTEMPTS = 3
@@ -47,10 +54,10 @@ _FIND_ANSWER = """
 _ADD = """
     INSERT INTO requests (id, service, model, params, name, image_sha256, image_bytes, state, is_fresh, is_cached,
                           created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output,
-                          batch_id, client_id, labels, key_id, keep_seconds, deadline_at)
+                          batch_id, client_id, labels, key_id, keep_seconds, deadline_at, webhook)
     VALUES (:id, :service, :model, :params, :name, :image_sha256, :image_bytes, :state, :is_fresh, :is_cached,
             :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output,
-            :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at)
+            :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at, :webhook)
     RETURNING *
 """
 
@@ -67,9 +74,11 @@ _QUEUED_MODELS = """
     SELECT model FROM queued WHERE model IS NOT NULL
 """
 
+# The queue's index is named: without statistics SQLite may take another one that begins with the model, and then reads
+# every answered request of the model as well.
 _OLDEST_DUE = """
-    SELECT created_at FROM requests WHERE state = 'queued' AND model = :model AND due_at <= :now
-    ORDER BY number LIMIT 1
+    SELECT created_at FROM requests INDEXED BY requests_queued
+    WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT 1
 """
 
 _IS_AGAIN = """
@@ -78,15 +87,15 @@ _IS_AGAIN = """
 """
 
 _COUNT_DUE = """
-    SELECT count(*) FROM (SELECT 1 FROM requests WHERE state = 'queued' AND model = :model AND due_at <= :now
-                          LIMIT :most)
+    SELECT count(*) FROM (SELECT 1 FROM requests INDEXED BY requests_queued
+                          WHERE state = 'queued' AND model = :model AND due_at <= :now LIMIT :most)
 """
 
 _CLAIM = """
     UPDATE requests
     SET state = 'claimed', token = token + 1, claimed_at = :now, lease_ends_at = :lease_ends_at
-    WHERE number IN (SELECT number FROM requests WHERE state = 'queued' AND model = :model AND due_at <= :now
-                     ORDER BY number LIMIT :count)
+    WHERE number IN (SELECT number FROM requests INDEXED BY requests_queued
+                     WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT :count)
     RETURNING number, id, token, service, model, params, image_sha256, image_bytes, attempts, isolation, created_at
 """
 
@@ -104,8 +113,6 @@ _FINISH = """
 _ANSWERS_OF_CHUNK = "SELECT answers FROM chunks WHERE id = ?"
 
 _SET_ANSWERS_OF_CHUNK = "UPDATE chunks SET answers = ? WHERE id = ?"
-
-_COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
 _FAIL = """
     UPDATE requests
@@ -133,7 +140,10 @@ _CANCEL = "UPDATE requests SET state = 'cancelled', finished_at = :now WHERE id 
 
 _RETRY = """
     UPDATE requests
-    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now
+    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now,
+        code = CASE WHEN code = 'expired' THEN NULL ELSE code END,
+        reason = CASE WHEN code = 'expired' THEN NULL ELSE reason END,
+        deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
     WHERE id = :id AND state IN ('failed', 'cancelled') AND image_deleted_at IS NULL
     RETURNING *
 """
@@ -143,7 +153,20 @@ def _params_text(params: Any) -> str:
     return json.dumps(params, sort_keys=True, separators=(",", ":"))
 
 
-class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention):
+class SqliteStore(
+    SqliteBatches,
+    SqliteControls,
+    SqliteFeed,
+    SqliteFigures,
+    SqliteIdempotency,
+    SqliteJournal,
+    SqliteKeys,
+    SqliteLedger,
+    SqliteListing,
+    SqliteProviders,
+    SqliteRetention,
+    SqliteWebhooks,
+):
     """Store, Journal, Ledger and Providers in one SQLite file.
 
     May be used from any thread, and by several processes at once.
@@ -219,7 +242,23 @@ class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention)
 
     def add(self, new: NewRequest, staged: Staged) -> Request:
         """See Store.add."""
-        row: dict[str, Any] = {
+        row = self._row_of(new, staged)
+
+        def write(transaction: Transaction) -> Request:
+            if new.key_id is not None:
+                count_pictures(transaction, new.key_id, 1, now=row["created_at"])
+            return self._insert(transaction, new, staged, row)
+
+        try:
+            request: Request = self._writer.run(write, has_savepoint=new.key_id is not None)
+        except BaseException:
+            self.blobs.discard(staged)
+            raise
+        return request
+
+    @staticmethod
+    def _row_of(new: NewRequest, staged: Staged) -> dict[str, Any]:
+        return {
             "id": new.id,
             "service": new.service,
             "model": new.model,
@@ -243,36 +282,31 @@ class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention)
             "key_id": new.key_id,
             "keep_seconds": new.keep_seconds,
             "deadline_at": None if new.deadline_at is None else to_text(new.deadline_at),
+            "webhook": new.webhook,
         }
 
-        def write(transaction: Transaction) -> Request:
-            values = row
-            if new.digest is not None and not new.is_fresh:
-                earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
-                if earlier is not None:
-                    values = {
-                        **row,
-                        **dict(earlier),
-                        "state": str(State.DONE),
-                        "is_cached": True,
-                        "finished_at": row["created_at"],
-                    }
-            try:
-                self.blobs.publish(staged)
-                transaction.published.append(staged.sha256)
-                transaction.folders_to_sync.add(self.blobs.pictures)
-            except OSError as error:
-                raise as_store_error(error, self.blobs.folder) from error
-            # All rows are fetched, else the statement stays open and the savepoint cannot be released.
-            (added,) = transaction.execute(_ADD, values).fetchall()
-            return Request.from_row(added)
-
+    def _insert(self, transaction: Transaction, new: NewRequest, staged: Staged, row: dict[str, Any]) -> Request:
+        """Publish the picture and insert the row, inside a write; answered at once if an equal picture was."""
+        values = row
+        if new.digest is not None and not new.is_fresh:
+            earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
+            if earlier is not None:
+                values = {
+                    **row,
+                    **dict(earlier),
+                    "state": str(State.DONE),
+                    "is_cached": True,
+                    "finished_at": row["created_at"],
+                }
         try:
-            request: Request = self._writer.run(write, has_savepoint=False)
-        except BaseException:
-            self.blobs.discard(staged)
-            raise
-        return request
+            self.blobs.publish(staged)
+            transaction.published.append(staged.sha256)
+            transaction.folders_to_sync.add(self.blobs.pictures)
+        except OSError as error:
+            raise as_store_error(error, self.blobs.folder) from error
+        # All rows are fetched, else the statement stays open and the savepoint cannot be released.
+        (added,) = transaction.execute(_ADD, values).fetchall()
+        return Request.from_row(added)
 
     def get(self, id: str) -> Request:
         """See Store.get."""
@@ -280,7 +314,7 @@ class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention)
             row = connection.execute(_GET, (id,)).fetchone()
             if row is None:
                 raise UnknownRequest()
-            return _priced(row, connection, {})
+            return priced(row, connection, {})
 
     def claim(
         self,
@@ -512,20 +546,4 @@ class SqliteStore(SqliteJournal, SqliteLedger, SqliteProviders, SqliteRetention)
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
             costs: dict[str, Any] = {}
-            return [_priced(row, connection, costs) for row in rows]
-
-
-def _priced(row: Any, connection: sqlite3.Connection, costs: dict[str, Any]) -> Request:
-    """Build a request with its share of its chunk's cost.
-
-    :param costs: the chunks read so far, shared by the requests of a list.
-    """
-    share, chunk_id = row["share"], row["chunk_id"]
-    if share is None:
-        return Request.from_row(row)
-    if chunk_id not in costs:
-        costs[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
-    cost, answers, is_final = costs[chunk_id] or (None, 0, 0)
-    if cost is None:
-        return Request.from_row(row)
-    return Request.from_row(row, cost=share_of(Decimal(cost), answers, share), is_cost_final=bool(is_final))
+            return [priced(row, connection, costs) for row in rows]

@@ -34,9 +34,10 @@ _FINISH_CHUNK = """
 
 _BACKLOG = """
     SELECT model, min(service) AS service, count(*) AS waiting, 0 AS claimed, min(number) AS oldest_number
-    FROM requests WHERE state = 'queued' GROUP BY model
+    FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
     UNION ALL
-    SELECT model, min(service), 0, count(*), NULL FROM requests WHERE state = 'claimed' GROUP BY model
+    SELECT model, min(service), 0, count(*), NULL
+    FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
 """
 
 _PACE = """
@@ -57,7 +58,8 @@ def _to_cell(value: Any) -> Any:
     return to_text(value) if isinstance(value, datetime) else value
 
 
-def _chunk_from_row(row: Mapping[str, Any]) -> ChunkRecord:
+def chunk_from_row(row: Mapping[str, Any]) -> ChunkRecord:
+    """Build the record from a row of the table `chunks`."""
     values = dict(row)
     values["dispatched_at"] = from_text(values["dispatched_at"])
     values["finished_at"] = None if values["finished_at"] is None else from_text(values["finished_at"])
@@ -122,7 +124,7 @@ class SqliteJournal:
         """See Journal.list_chunks."""
         with self._readers.lend() as connection:
             rows = connection.execute("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,)).fetchall()
-        return [_chunk_from_row(row) for row in rows]
+        return [chunk_from_row(row) for row in rows]
 
     def beat(self, batcher: BatcherRecord) -> None:
         """See Journal.beat."""
@@ -145,6 +147,7 @@ class SqliteJournal:
                     "started_at": from_text(row["started_at"]),
                     "seen_at": from_text(row["seen_at"]),
                     "notices": json.loads(row["notices"]),
+                    "budget": json.loads(row["budget"]),
                 }
             )
             for row in rows

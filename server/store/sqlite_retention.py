@@ -6,18 +6,37 @@ uploads never wait long for the lock.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from server.store.blobs import Blobs
 from server.store.connections import Readers, Transaction, Writer
+from server.store.migrations import KEPT_UNTIL
 from server.store.records import Purged, to_text
+from server.store.sqlite_feed import delete_changes
+from server.store.sqlite_webhooks import delete_deliveries
 
+#: How long a listener may have been away and is still told only what it missed.
+KEEP_CHANGES = timedelta(days=1)
+#: How long one may look at webhook messages that are delivered or dead, and have them sent again.
+KEEP_DELIVERIES = timedelta(days=7)
 #: Rows that one commit touches.
 PURGE_STEP = 500
 
 _PICTURES_TO_PURGE = """
     SELECT number, image_sha256 FROM requests
     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :step
+"""
+
+# What its owner wanted kept for a shorter time than the operator keeps it.
+_OWNERS_TO_PURGE = f"""
+    SELECT number, image_sha256 FROM requests
+    WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEPT_UNTIL} <= :before LIMIT :step
+"""
+
+_BATCHES_TO_PURGE = f"""
+    SELECT id FROM batches
+    WHERE (created_at < :before OR {KEPT_UNTIL.replace("finished_at", "created_at")} <= :now)
+      AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id) LIMIT :step
 """
 
 _RESULTS_TO_PURGE = """
@@ -43,10 +62,19 @@ class SqliteRetention:
     def purge(self, *, pictures_before: datetime, results_before: datetime, now: datetime) -> Purged:
         """See Store.purge."""
         results = self._purge_rows(_RESULTS_TO_PURGE, "DELETE FROM requests WHERE number = ?", results_before)
+        results += self._purge_rows(_OWNERS_TO_PURGE, "DELETE FROM requests WHERE number = ?", now)
         pictures = self._purge_rows(
             _PICTURES_TO_PURGE,
             f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
             pictures_before,
+        )
+        self._purge_batches(results_before, now)
+        delete_changes(self._writer, before=now - KEEP_CHANGES)
+        delete_deliveries(self._writer, before=now - KEEP_DELIVERIES)
+        self._writer.run(
+            lambda transaction: (
+                transaction.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),)).rowcount
+            )
         )
         return Purged(pictures=pictures, results=results, leftovers=self._sweep(now))
 
@@ -70,6 +98,20 @@ class SqliteRetention:
             total += step
             if step < PURGE_STEP:
                 return total
+
+    def _purge_batches(self, before: datetime, now: datetime) -> None:
+        """Delete batches of which no request is left."""
+        values = {"before": to_text(before), "now": to_text(now), "step": PURGE_STEP}
+
+        def write(transaction: Transaction) -> int:
+            found = transaction.execute(_BATCHES_TO_PURGE, values).fetchall()
+            for (id,) in found:
+                transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
+                transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
+            return len(found)
+
+        while self._writer.run(write) == PURGE_STEP:
+            continue
 
     def _sweep(self, now: datetime) -> int:
         """Delete files that a killed process left: temporary ones, and pictures whose row was never committed."""

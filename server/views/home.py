@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flask
 
 from server.answers import show_models
 from server.context import Context
+from server.operations import operation, operation_of
+from server.pages.render import wants_page
 from server.responses import answer
+from server.views.pages import home_page
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -27,37 +31,41 @@ class _Home:
     def __init__(self, context: Context) -> None:
         self._context = context
 
+    @operation(summary="List the addresses", scope=None, tag="server", answers={200: "Index"})
     def index(self) -> flask.Response:
-        """List the routes, with an example to copy."""
+        """List the routes, with an example to copy; a browser gets the first page."""
+        if wants_page():
+            return home_page(self._context)
         base = flask.request.host_url.rstrip("/")
         return answer(
             {
                 "success": True,
                 "name": "mlg",
-                "routes": {
-                    "POST /requestPrediction/MODEL": "a picture as the form field `image` or as the raw body",
-                    "GET /readPrediction/ID": "the answer, or why it waits; ?wait=SECONDS, ?top=1..20",
-                    "DELETE /requests/ID": "cancel what has not been dispatched",
-                    "POST /requests/ID/retry": "queue a failed or cancelled request again",
-                    "GET /models": "what can be asked for",
-                    "GET /healthz": "the process is alive",
-                    "GET /readyz": "the store is usable",
-                },
+                "routes": _routes(flask.current_app),
                 "try": [
                     f"curl -F image=@kitten.jpg {base}/requestPrediction/efficientnet_lite0",
                     f"curl '{base}/readPrediction/ID?wait=30'",
                 ],
-            }
+            },
+            headers={"Vary": "Accept"},
         )
 
+    @operation(
+        summary="List the models: what is installed, and how to install the others",
+        scope=None,
+        tag="models",
+        answers={200: "Models"},
+    )
     def models(self) -> flask.Response:
         """List the catalogue and the models of users' own."""
         return answer({"success": True, "models": show_models(self._context.settings.models)})
 
+    @operation(summary="Tell that the process is alive", scope=None, tag="server", answers={200: "Health"})
     def healthz(self) -> flask.Response:
         """Say that the process answers; does not touch the store."""
         return answer({"success": True, "status": "alive"})
 
+    @operation(summary="Tell whether the store can be written", scope=None, tag="server", answers={200: "Readiness"})
     def readyz(self) -> flask.Response:
         """Say whether the store can be written, and whether a batcher is alive."""
         self._context.store.check()
@@ -68,3 +76,15 @@ class _Home:
                 "No batcher is running: requests are kept but not answered. Start one: mlg batch (or mlg up)."
             )
         return answer(payload)
+
+
+def _routes(app: flask.Flask) -> dict[str, str]:
+    """Say what each address is for, as the views say it themselves."""
+    found = {}
+    for rule in app.url_map.iter_rules():
+        said = operation_of(app.view_functions[rule.endpoint])
+        address = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+            if rule.rule != "/":
+                found[f"{method} {address}"] = "" if said is None else said.summary
+    return found

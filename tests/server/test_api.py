@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -258,8 +259,10 @@ def test_health_and_readiness_are_told_apart(
 def test_the_index_lists_every_route_and_an_example(client: flask.testing.FlaskClient) -> None:
     index = client.get("/").json
 
-    listed = {line.split(" ")[1].replace("MODEL", "<model>").replace("ID", "<id>") for line in index["routes"]}
-    assert listed == {rule.rule for rule in client.application.url_map.iter_rules()} - {"/"}
+    rules = {rule.rule for rule in client.application.url_map.iter_rules()} - {"/"}
+    named = {re.sub(r"<(?:\w+:)?(\w+)>", lambda match: match[1].upper(), rule) for rule in rules}
+    assert {line.split(" ")[1] for line in index["routes"]} == named
+    assert all(index["routes"].values()), index["routes"]
     assert index["try"][0].startswith("curl -F image=@kitten.jpg http://localhost/requestPrediction/")
 
 

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "2 MB",
     ),
     "over 2 MB raw": ({"data": JPEG + bytes(2 * 1024 * 1024), "content_type": "image/jpeg"}, 413, "too_large", "2 MB"),
-    "JSON": ({"json": {"image": "abc"}}, 415, "unsupported_media_type", "curl -F"),
+    "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the picture itself"),
     "text": ({"data": b"hello", "content_type": "text/plain"}, 415, "unsupported_media_type", "curl -F"),
     "curl -d": ({"data": {"image": "x"}}, 415, "unsupported_media_type", "curl -F"),
     "a compressed body": (
@@ -335,7 +335,7 @@ def test_a_bad_parameter_of_a_read_is_refused(client: flask.testing.FlaskClient,
         ("GET", URL, "POST"),
         ("PUT", URL, "POST"),
         ("DELETE", "/readPrediction/x", "GET"),
-        ("GET", "/requests/x", "DELETE"),
+        ("PUT", "/requests/x", "DELETE"),
         ("POST", "/models", "GET"),
     ],
 )
@@ -349,7 +349,7 @@ def test_a_wrong_method_is_answered_with_the_right_ones(
     assert allowed in response.json["reason"]
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/requestPrediction", "/readPrediction/a/b", "/requests"])
+@pytest.mark.parametrize("path", ["/nothing", "/requestPrediction", "/readPrediction/a/b", "/requests/a/b"])
 def test_an_unknown_route_is_a_json_404(client: flask.testing.FlaskClient, path: str) -> None:
     response = client.get(path)
 

@@ -1,0 +1,1 @@
+"""The pages for people with a browser: templates, their style and their little JavaScript; see `render.py`."""

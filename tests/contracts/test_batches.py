@@ -1,0 +1,442 @@
+"""What every Batches, Listing and Idempotency must do. A new implementation adds a parameter to `store`, not tests."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from provider_image.errors import StoreUnavailable, UnknownRequest
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.batches import BatchRecord, BatchUnderWay, Refusal, UnknownBatch
+from server.store.blobs import Staged
+from server.store.idempotency import KeptAnswer
+from server.store.journal_records import ChunkRecord
+from server.store.listing import NotRemovable, Wanted
+from server.store.records import Answer, Claim, NewRequest, Request, State
+from server.store.sqlite import SqliteStore
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+MODEL = "resnet50"
+OUTPUT = [["n02123159", "tiger_cat", 0.408]]
+DIGEST = "d" * 64
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+@pytest.fixture(params=["sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def new_request(**changes: object) -> NewRequest:
+    facts = {"id": new_id(), "service": "classification", "model": MODEL, "created_at": NOW, **changes}
+    return NewRequest(**facts)  # type: ignore[arg-type]
+
+
+def add(store: SqliteStore, data: bytes = b"picture", **changes: object) -> Request:
+    return store.add(new_request(**changes), store.blobs.stage(data))
+
+
+def batch_of(store: SqliteStore, count: int, **changes: object) -> tuple[BatchRecord, list[Request]]:
+    batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
+    items: list[tuple[NewRequest, Staged]] = [
+        (new_request(batch_id=batch.id, client_id=f"item {n}", **changes), store.blobs.stage(b"%d" % n))
+        for n in range(count)
+    ]
+    return batch, store.add_batch(batch, items, [Refusal(position=count, client_id="bad", code="c", reason="r")])
+
+
+def claim(store: SqliteStore, limit: int = 1000, at: datetime = NOW) -> list[Claim]:
+    return store.claim(
+        models={MODEL}, limit=limit, now=at, lease_ends_at=at + timedelta(seconds=30), oldest_before=None
+    )
+
+
+def answer(one: Claim, chunk_id: str = "c1") -> Answer:
+    return Answer(claim=one, output=OUTPUT, digest=DIGEST, chunk_id=chunk_id, provider="local", seconds=0.01)
+
+
+# Batches
+
+
+def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refusals(store: SqliteStore) -> None:
+    batch, added = batch_of(store, 3)
+
+    found = store.get_batch(batch.id)
+
+    assert (found.total, found.refused, found.number) == (3, 1, 1)
+    assert [request.client_id for request in store.batch_items(batch.id)] == ["item 0", "item 1", "item 2"]
+    assert [request.id for request in added] == [request.id for request in store.batch_items(batch.id)]
+    assert store.refusals(batch.id) == [Refusal(position=3, client_id="bad", code="c", reason="r")]
+    assert store.list_batches() == [found]
+
+
+def test_an_unknown_batch_is_an_error(store: SqliteStore) -> None:
+    for call in (store.get_batch, store.remove_batch):
+        with pytest.raises(UnknownBatch):
+            call("nope")
+    with pytest.raises(UnknownBatch):
+        store.cancel_batch("nope", now=NOW)
+
+
+def test_a_batch_that_cannot_be_added_leaves_nothing(store: SqliteStore) -> None:
+    batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
+    good, bad = store.blobs.stage(b"good"), store.blobs.stage(b"bad")
+    bad.path.unlink()
+
+    with pytest.raises(StoreUnavailable):
+        store.add_batch(batch, [(new_request(batch_id=batch.id), good), (new_request(batch_id=batch.id), bad)], [])
+
+    assert (store.list(), store.list_batches()) == ([], [])
+    assert [path for path in store.blobs.folder.rglob("*") if path.is_file()] == []
+
+
+def test_progress_counts_where_the_requests_stand(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 8)
+    claims = claim(store, 4)
+    store.finish([answer(claims[0])], now=after(1))
+    store.fail([claims[1]], code="broken_image", reason="It is broken.", now=after(1))
+
+    progress = store.batch_progress(batch.id)
+
+    counts = (progress.queued, progress.claimed, progress.done, progress.failed, progress.cancelled, progress.expired)
+    assert counts == (4, 2, 1, 1, 0, 0)
+    assert (progress.waiting, progress.ended, progress.failures) == (6, 2, {"broken_image": 1})
+    assert progress.last_number == 8
+    assert progress.cost is None
+
+
+def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 7)
+    store.start_chunk(
+        ChunkRecord(
+            id="c1",
+            batcher_id="b",
+            executor="golem",
+            provider=None,
+            service="classification",
+            model=MODEL,
+            items=7,
+            bytes_sent=1,
+            bytes_received=None,
+            dispatched_at=NOW,
+            finished_at=None,
+            seconds=None,
+            done=0,
+            failed=0,
+            cost=None,
+            code=None,
+            reason=None,
+        )
+    )
+    store.finish([answer(one) for one in claim(store)], now=after(1))
+    store.finish_chunk(
+        "c1",
+        provider="p",
+        bytes_received=1,
+        seconds=1.0,
+        done=7,
+        failed=0,
+        cost="0.1",
+        code=None,
+        reason=None,
+        now=after(1),
+    )
+
+    progress = store.batch_progress(batch.id)
+
+    assert progress.cost == Decimal("0.1")
+    assert progress.cost == sum(request.cost or 0 for request in store.batch_items(batch.id))
+    assert not progress.is_cost_final
+
+
+def test_results_come_in_the_order_in_which_they_ended_and_none_is_missed(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 6)
+    claims = claim(store)
+    seen: list[str | None] = []
+    mark = 0
+
+    for one in reversed(claims):
+        # The times tell nothing about the order of the commits.
+        store.finish([answer(one)], now=after(100 - one.number))
+        for number, request in store.batch_results(batch.id, after=mark):
+            mark = number
+            seen.append(request.client_id)
+
+    assert seen == [f"item {n}" for n in reversed(range(6))]
+
+
+def test_what_was_answered_before_is_a_result_at_once(store: SqliteStore) -> None:
+    add(store, b"0")
+    store.finish([answer(one) for one in claim(store)], now=after(1))
+
+    batch, added = batch_of(store, 2, digest=DIGEST)
+
+    assert [request.state for request in added] == [State.DONE, State.QUEUED]
+    assert [request.client_id for _, request in store.batch_results(batch.id)] == ["item 0"]
+
+
+def test_cancelling_a_batch_cancels_what_is_queued_only(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 20)
+    claimed = claim(store, 16)
+
+    assert store.cancel_batch(batch.id, now=after(1)) == 4
+
+    assert store.finish([answer(one) for one in claimed], now=after(2)) == 16
+    progress = store.batch_progress(batch.id)
+    assert (progress.done, progress.cancelled, progress.waiting) == (16, 4, 0)
+    assert store.get_batch(batch.id).cancelled_at == after(1)
+
+
+def test_retrying_a_batch_queues_the_failed_only_and_they_end_anew(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 3)
+    claims = claim(store)
+    store.fail(claims[:2], code="c", reason="r", now=after(1))
+    store.finish([answer(claims[2])], now=after(1))
+    mark = store.batch_results(batch.id)[-1][0]
+
+    assert store.retry_batch(batch.id, now=after(2)) == 2
+
+    assert len(store.batch_results(batch.id)) == 1
+    store.finish([answer(one) for one in claim(store, at=after(2))], now=after(3))
+    assert [request.client_id for _, request in store.batch_results(batch.id, after=mark)] == ["item 0", "item 1"]
+
+
+def test_a_batch_under_way_is_not_removed(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 2)
+
+    with pytest.raises(BatchUnderWay):
+        store.remove_batch(batch.id)
+
+    store.cancel_batch(batch.id, now=after(1))
+    assert store.remove_batch(batch.id) == 2
+    assert (store.list(), store.list_batches(), store.refusals(batch.id)) == ([], [], [])
+    assert list(store.blobs.names()) == []
+
+
+# Deadlines and keeping
+
+
+def test_what_is_queued_at_its_deadline_expires_and_what_is_claimed_is_finished(store: SqliteStore) -> None:
+    late = add(store, b"1", deadline_at=after(10))
+    held = claim(store)
+    early, never = add(store, b"2", deadline_at=after(10)), add(store, b"3")
+
+    assert store.expire(after(9.9)) == 0
+    assert store.expire(after(10)) == 1
+
+    expired = store.get(early.id)
+    assert (expired.state, expired.status, expired.code) == (State.CANCELLED, "expired", "expired")
+    assert store.get(never.id).state is State.QUEUED
+    assert store.finish([answer(one) for one in held], now=after(11)) == 1
+    assert store.get(late.id).state is State.DONE
+
+
+def test_an_expired_request_that_is_tried_again_has_no_deadline_any_more(store: SqliteStore) -> None:
+    request = add(store, deadline_at=after(10))
+    store.expire(after(10))
+
+    again = store.retry(request.id, now=after(20))
+
+    assert (again.status, again.code, again.reason, again.deadline_at) == ("queued", None, None, None)
+    assert store.expire(after(30)) == 0
+
+
+def test_the_owners_own_time_to_keep_counts_when_it_is_shorter(store: SqliteStore) -> None:
+    short, usual = add(store, b"1", keep_seconds=60), add(store, b"2")
+    store.finish([answer(one) for one in claim(store)], now=NOW)
+    long_ago = NOW - timedelta(days=30)
+
+    for seconds, left in ((59.9, 2), (60.1, 1)):
+        store.purge(pictures_before=long_ago, results_before=long_ago, now=after(seconds))
+        assert len(store.list()) == left
+
+    assert store.get(usual.id).state is State.DONE
+    assert not store.blobs.path(short.image_sha256).exists()
+
+
+def test_a_batch_is_forgotten_when_its_last_request_is(store: SqliteStore) -> None:
+    batch, _ = batch_of(store, 2)
+    store.finish([answer(one) for one in claim(store)], now=NOW)
+
+    store.purge(pictures_before=after(1), results_before=after(1), now=after(1))
+
+    assert store.list_batches() == []
+    assert store.refusals(batch.id) == []
+
+
+# The list
+
+
+def test_the_list_is_narrowed_by_each_filter(store: SqliteStore) -> None:
+    batch, items = batch_of(store, 2)
+    named = add(store, b"a", name="Summer_100%.JPG", model="vgg16", created_at=after(10))
+    labelled = add(store, b"b", labels={"place": "attic", "year": "1999"}, key_id="k", created_at=after(20))
+    gone = add(store, b"c", deadline_at=after(25), created_at=after(20))
+    store.expire(after(25))
+    stopped = add(store, b"d", created_at=after(30))
+    store.cancel(stopped.id, now=after(30))
+
+    def found(**wanted: object) -> list[str]:
+        return [request.id for request in store.find(Wanted(**wanted)).requests]  # type: ignore[arg-type]
+
+    assert found() == [stopped.id, gone.id, labelled.id, named.id, items[1].id, items[0].id]
+    assert found(batch_id=batch.id) == [items[1].id, items[0].id]
+    assert found(model="vgg16", status="queued") == [named.id]
+    assert found(labels=(("place", "attic"),)) == [labelled.id]
+    assert found(labels=(("place", "attic"), ("year", "1999"))) == [labelled.id]
+    assert found(labels=(("place", "attic"), ("year", "2000"))) == []
+    assert found(key_id="k", status="queued") == [labelled.id]
+    assert found(text="summer_100%") == [named.id]
+    assert found(text="summerX100%") == []
+    assert found(status="expired") == [gone.id]
+    assert found(status="cancelled") == [stopped.id]
+    assert found(since=after(10), until=after(20)) == [named.id]
+    assert found(since=after(31)) == []
+    assert found(status="claimed") == []
+
+
+def test_labels_are_forgotten_with_their_request(store: SqliteStore) -> None:
+    request = add(store, labels={"a": "b"})
+    store.cancel(request.id, now=NOW)
+
+    store.remove(request.id)
+
+    assert store.find(Wanted(labels=(("a", "b"),))).requests == []
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    before=st.integers(0, 12),
+    steps=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=12),
+    most=st.sampled_from((2, 5000)),
+    wanted=st.sampled_from((Wanted(), Wanted(model=MODEL), Wanted(text="b"), Wanted(labels=(("n", "0"),)))),
+)
+def test_pages_visit_each_row_once_while_rows_are_added(
+    before: int, steps: list[tuple[int, int]], most: int, wanted: Wanted
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.store.sqlite_listing.MOST_LOOKED_AT", most)
+        patch.setattr("server.store.sqlite_listing.MOST_NAMES_LOOKED_AT", most)
+        store = SqliteStore(ServerSettings(home=Path(folder) / "home"))
+        store.migrate()
+
+        def put(count: int) -> list[Request]:
+            return [
+                add(store, name="abc"[n % 3] + ".jpg", labels={"n": str(n % 2)}, model=(MODEL, "vgg16")[n % 2])
+                for n in range(count)
+            ]
+
+        there = put(before)
+        fitting = {
+            request.id
+            for request in there
+            if wanted.model in (None, request.model)
+            and (wanted.text or "") in (request.name or "")
+            and all(request.labels[name] == value for name, value in wanted.labels)
+        }
+        seen: list[str] = []
+        mark: int | None = None
+        for limit, more in [*steps, *[(3, 0)] * 30]:
+            page = store.find(wanted, before=mark, limit=limit)
+            seen += [request.id for request in page.requests]
+            mark = page.next_before
+            put(more)
+            if mark is None:
+                break
+        store.close()
+
+    assert mark is None
+    assert len(seen) == len(set(seen))
+    assert set(seen) == fitting
+
+
+def test_only_what_has_ended_is_removed_and_its_picture_stays_while_another_needs_it(store: SqliteStore) -> None:
+    first, second = add(store, b"same"), add(store, b"same")
+    with pytest.raises(NotRemovable):
+        store.remove(first.id)
+    with pytest.raises(UnknownRequest):
+        store.remove("nope")
+    store.cancel(first.id, now=NOW)
+
+    store.remove(first.id)
+
+    assert store.blobs.read(second.image_sha256) == b"same"
+    store.cancel(second.id, now=NOW)
+    store.remove(second.id)
+    assert list(store.blobs.names()) == []
+
+
+# Repeated requests
+
+
+def begin(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW) -> object:
+    return store.begin_once(
+        owner,
+        "key",
+        operation="POST /x",
+        token=token,
+        now=at,
+        lease_ends_at=at + timedelta(seconds=60),
+        expires_at=at + timedelta(days=1),
+    )
+
+
+def test_of_many_at_once_under_one_key_one_begins(store: SqliteStore) -> None:
+    begun: list[object] = []
+    threads = [threading.Thread(target=lambda n=n: begun.append(begin(store, f"t{n}"))) for n in range(8)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert sum(found is None for found in begun) == 1
+    assert len(begun) == 8
+
+
+def test_an_answer_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -> None:
+    kept = KeptAnswer(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
+    begin(store, "t1")
+
+    assert store.keep_answer("", "key", "t1", kept)
+
+    found = begin(store, "t2", at=after(3600))
+    assert found is not None and found.answer == kept  # type: ignore[attr-defined]
+    assert begin(store, "t3", owner="another") is None
+    assert begin(store, "t4", at=after(86_401)) is None
+
+
+def test_what_a_killed_server_left_ends_with_its_lease_and_its_token_is_worth_nothing_then(store: SqliteStore) -> None:
+    begin(store, "t1")
+
+    assert begin(store, "t2", at=after(59)) is not None
+    assert begin(store, "t2", at=after(61)) is None
+
+    assert not store.keep_answer("", "key", "t1", KeptAnswer(fingerprint="f", status=200))
+    assert not store.forget_once("", "key", "t1")
+    assert store.renew_once("", "key", "t2", lease_ends_at=after(500))
+    assert begin(store, "t3", at=after(400)) is not None
+
+
+def test_keys_that_are_over_are_purged(store: SqliteStore) -> None:
+    begin(store, "t1")
+    long_ago = NOW - timedelta(days=30)
+
+    store.purge(pictures_before=long_ago, results_before=long_ago, now=after(90_000))
+
+    assert not store.forget_once("", "key", "t1")

@@ -1,0 +1,90 @@
+"""What every Controls must do, and what steering makes of it. A new implementation adds a parameter to `store`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from server.settings import ServerSettings
+from server.steering import HOLD, Mode, Orders, hold, read_orders, resume, run_now
+from server.store.sqlite import SqliteStore
+
+NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture(params=["sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def test_nothing_was_said_at_first(store: SqliteStore) -> None:
+    assert store.controls() == {}
+    assert read_orders(store) == Orders(hold=None, run_token=None)
+
+
+def test_a_control_says_its_latest_value_and_who_gave_it(store: SqliteStore) -> None:
+    store.set_control("light", {"colour": "red"}, by="ann", now=NOW)
+    later = NOW + timedelta(seconds=1)
+    changed = store.set_control("light", {"colour": "grün"}, by="bob", now=later)
+
+    assert store.controls() == {"light": changed}
+    assert (changed.value, changed.changed_by, changed.changed_at) == ({"colour": "grün"}, "bob", later)
+
+
+def test_controls_are_seen_by_other_processes(store: SqliteStore, tmp_path: Path) -> None:
+    other = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    store.set_control("light", {"colour": "red"}, by="ann", now=NOW)
+
+    assert other.controls()["light"].value == {"colour": "red"}
+    other.close()
+
+
+def test_many_may_change_a_control_at_once(store: SqliteStore) -> None:
+    threads = [
+        threading.Thread(target=store.set_control, args=("n", {"n": n}), kwargs={"by": str(n), "now": NOW})
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    control = store.controls()["n"]
+
+    assert control.value == {"n": int(control.changed_by)}
+
+
+def test_a_hold_says_who_when_and_why_until_work_goes_on(store: SqliteStore) -> None:
+    given = hold(store, Mode.PAUSED, by="ann", now=NOW, reason="new\nkernel")
+
+    assert read_orders(store).hold == given
+    assert (given.mode, given.by, given.since, given.reason) == (Mode.PAUSED, "ann", NOW, "new kernel")
+    for words in ("paused", "ann", "2026-11-21 12:00:00 UTC", "new kernel"):
+        assert words in given.notice
+
+    hold(store, Mode.DRAINING, by="bob", now=NOW)
+    draining = read_orders(store).hold
+    assert draining is not None and draining.mode is Mode.DRAINING and draining.reason is None
+
+    resume(store, by="bob", now=NOW)
+    assert read_orders(store).hold is None
+    assert store.controls()[HOLD].changed_by == "bob"
+
+
+def test_each_run_now_is_a_new_one(store: SqliteStore) -> None:
+    tokens = {run_now(store, by="ann", now=NOW) for _ in range(3)}
+
+    assert len(tokens) == 3
+    assert read_orders(store).run_token in tokens
+
+
+def test_a_value_that_makes_no_sense_holds_nobody(store: SqliteStore) -> None:
+    store.set_control(HOLD, {"mode": "sideways"}, by="ann", now=NOW)
+
+    assert read_orders(store).hold is None

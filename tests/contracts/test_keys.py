@@ -1,0 +1,253 @@
+"""What every Keys must do. A new implementation adds a parameter to `store`, not tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from server.operations import Scope
+from server.refusals import QuotaReached
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.keys import KeyNameTaken, KeyRecord, UnknownKey, hash_of, id_of, is_key, make_key
+from server.store.records import NewRequest, Request
+from server.store.sqlite import SqliteStore
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+MINUTE = int(NOW.timestamp()) // 60
+
+
+@pytest.fixture(params=["sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def record(name: str = "alice", id: str = "alice0000000", **changes: object) -> KeyRecord:
+    made = KeyRecord(id=id, name=name, sha256="0" * 64, scopes=frozenset({Scope.SUBMIT, Scope.READ}), created_at=NOW)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def send(store: SqliteStore, key_id: str | None, *, now: datetime = NOW) -> Request:
+    new = NewRequest(id=new_id(), service="classification", model="resnet50", key_id=key_id, created_at=now)
+    return store.add(new, store.blobs.stage(new.id.encode()))
+
+
+# What a key is
+
+
+def test_a_made_key_is_recognised_by_its_hash_only() -> None:
+    id, key = make_key()
+    kept = record(id=id, sha256=hash_of(key))
+
+    assert id_of(key) == id
+    assert is_key(key, kept)
+    assert not is_key(key[:-1] + ("a" if key[-1] != "a" else "b"), kept)
+    assert not is_key(key, None)
+    assert key[len("mlg_") + 13 :] not in repr(kept) + kept.sha256
+
+
+def test_two_keys_share_nothing() -> None:
+    made = [make_key() for _ in range(50)]
+
+    assert len({id for id, _ in made}) == 50
+    assert len({key[-43:] for _, key in made}) == 50
+
+
+@pytest.mark.parametrize(
+    "text", ["", "mlg_", "mlg_short_x", "MLG_abcdefghijkl_" + "x" * 43, "mlg_abcdefghijkl_" + "x" * 31, "é" * 60]
+)
+def test_what_does_not_look_like_a_key_has_no_id(text: str) -> None:
+    assert id_of(text) is None
+    assert not is_key(text, record())
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_usable"),
+    [
+        ({}, True),
+        ({"expires_at": NOW + timedelta(seconds=1)}, True),
+        ({"expires_at": NOW}, False),
+        ({"revoked_at": NOW}, False),
+    ],
+)
+def test_a_key_is_usable_until_it_expires_or_is_revoked(changes: dict[str, object], is_usable: bool) -> None:
+    assert record(**changes).is_usable(NOW) is is_usable
+
+
+def test_to_operate_includes_every_scope_and_nothing_else_does() -> None:
+    operator, reader = record(scopes=frozenset({Scope.OPERATE})), record(scopes=frozenset({Scope.READ}))
+
+    assert all(operator.is_good_for(scope) for scope in Scope)
+    assert [scope for scope in Scope if reader.is_good_for(scope)] == [Scope.READ]
+
+
+# Keeping keys
+
+
+def test_a_key_is_found_as_it_was_added(store: SqliteStore) -> None:
+    key = record(pictures_per_day=10, requests_per_minute=5, expires_at=NOW + timedelta(days=90))
+
+    store.add_key(key)
+
+    assert store.find_key(key.id) == key
+    assert store.find_key("nobody000000") is None
+    assert store.list_keys() == [key]
+
+
+def test_keys_are_listed_oldest_first_the_ended_ones_too(store: SqliteStore) -> None:
+    store.add_key(record("late", "late00000000", created_at=NOW + timedelta(days=1)))
+    store.add_key(record("early", "early0000000"))
+    store.revoke_key("early", now=NOW)
+
+    assert [key.name for key in store.list_keys()] == ["early", "late"]
+
+
+def test_a_name_is_free_again_once_its_key_is_revoked(store: SqliteStore) -> None:
+    store.add_key(record())
+    with pytest.raises(KeyNameTaken):
+        store.add_key(record(id="alice0000001"))
+
+    store.revoke_key("alice", now=NOW)
+    store.add_key(record(id="alice0000001"))
+
+    assert [key.revoked_at for key in store.list_keys()] == [NOW, None]
+
+
+@pytest.mark.parametrize("named", ["alice", "alice0000000"])
+def test_a_key_is_revoked_once_by_name_or_id(store: SqliteStore, named: str) -> None:
+    store.add_key(record())
+    store.add_key(record("bob", "bob000000000"))
+
+    revoked = store.revoke_key(named, now=NOW)
+
+    assert (revoked.id, revoked.revoked_at) == ("alice0000000", NOW)
+    assert store.find_key("bob000000000") == record("bob", "bob000000000")
+    with pytest.raises(UnknownKey):
+        store.revoke_key(named, now=NOW)
+
+
+def test_who_calls_a_key_by_the_id_of_another_does_not_get_that_one_revoked_in_its_place(store: SqliteStore) -> None:
+    store.add_key(record("alice", "alice0000000"))
+    store.add_key(record("alice0000000", "mallory00000"))
+
+    assert store.revoke_key("alice0000000", now=NOW).id == "alice0000000"
+
+
+def test_there_were_keys_even_after_the_last_one_is_revoked(store: SqliteStore) -> None:
+    before = store.has_keys()
+    store.add_key(record())
+    store.revoke_key("alice", now=NOW)
+
+    assert (before, store.has_keys()) == (False, True)
+
+
+def test_the_last_use_is_noted_once_a_minute(store: SqliteStore) -> None:
+    store.add_key(record())
+    seen = []
+
+    for seconds in (0, 30, 59, 61):
+        store.touch_key("alice0000000", now=NOW + timedelta(seconds=seconds))
+        found = store.find_key("alice0000000")
+        assert found is not None and found.last_used_at is not None
+        seen.append((found.last_used_at - NOW).total_seconds())
+
+    assert seen == [0, 0, 0, 61]
+
+
+# Pictures a day
+
+
+def test_a_quota_is_exact_and_begins_anew_each_day(store: SqliteStore) -> None:
+    store.add_key(record(pictures_per_day=2))
+    send(store, "alice0000000")
+    send(store, "alice0000000")
+
+    with pytest.raises(QuotaReached):
+        send(store, "alice0000000")
+    send(store, "alice0000000", now=NOW + timedelta(days=1))
+
+    assert store.pictures_used("alice0000000", now=NOW) == 2
+    assert store.pictures_used_by_key(now=NOW + timedelta(days=1)) == {"alice0000000": 1}
+
+
+def test_what_the_quota_refuses_leaves_neither_row_nor_picture(store: SqliteStore) -> None:
+    store.add_key(record(pictures_per_day=1))
+    send(store, "alice0000000")
+
+    with pytest.raises(QuotaReached):
+        send(store, "alice0000000")
+
+    assert len(store.list()) == 1
+    assert len([path for path in store.blobs.folder.rglob("*") if path.is_file()]) == 1
+
+
+def test_many_threads_together_send_no_more_than_the_quota(store: SqliteStore) -> None:
+    store.add_key(record(pictures_per_day=10))
+    refused = []
+
+    def work() -> None:
+        for _ in range(5):
+            try:
+                send(store, "alice0000000")
+            except QuotaReached:
+                refused.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert (len(store.list()), len(refused)) == (10, 20)
+    assert store.pictures_used("alice0000000", now=NOW) == 10
+
+
+def test_a_key_without_a_quota_is_counted_all_the_same_and_nobody_is_not(store: SqliteStore) -> None:
+    store.add_key(record())
+    for _ in range(3):
+        send(store, "alice0000000")
+    send(store, None)
+
+    assert store.pictures_used_by_key(now=NOW) == {"alice0000000": 3}
+
+
+# Requests a minute
+
+
+def test_slices_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
+    store.add_key(record(requests_per_minute=10))
+
+    def take(minute: int = MINUTE) -> tuple[int, int]:
+        taken = store.take_requests("alice0000000", minute=minute, most=4, per_minute=10)
+        return taken.granted, taken.left
+
+    assert [take(), take(), take(), take()] == [(4, 6), (4, 2), (2, 0), (0, 0)]
+    assert take(MINUTE + 1) == (4, 6)
+
+
+def test_a_process_that_is_late_takes_from_the_present_minute(store: SqliteStore) -> None:
+    store.add_key(record(requests_per_minute=10))
+    store.take_requests("alice0000000", minute=MINUTE + 1, most=9, per_minute=10)
+
+    late = store.take_requests("alice0000000", minute=MINUTE, most=4, per_minute=10)
+
+    assert (late.granted, late.left) == (1, 0)
+
+
+def test_a_clock_that_was_set_back_begins_anew(store: SqliteStore) -> None:
+    store.add_key(record(requests_per_minute=10))
+    store.take_requests("alice0000000", minute=MINUTE + 500, most=10, per_minute=10)
+
+    assert store.take_requests("alice0000000", minute=MINUTE, most=4, per_minute=10).granted == 4
+
+
+def test_a_key_that_is_not_there_gets_nothing(store: SqliteStore) -> None:
+    assert store.take_requests("nobody000000", minute=MINUTE, most=4, per_minute=10).granted == 0

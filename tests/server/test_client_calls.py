@@ -1,0 +1,403 @@
+"""The Python client's calls: against the application, against a real server, and against scripted answers."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import io
+import json
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import flask.testing
+import httpx
+import pytest
+from PIL import Image
+
+import mlg_client
+from mlg_client import AsyncClient, Client, Refused, Request, StillWaiting, Unavailable, Unreachable
+from server.settings import ServerSettings
+from server.store.records import Answer
+from server.store.sqlite import SqliteStore
+from tests.server.conftest import MODEL, OUTPUT, ROOT, Running
+
+URL = "http://127.0.0.1:5000"
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), (number % 256, number // 256, 9)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def calls(client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client of the application, without a network."""
+    monkeypatch.setattr(mlg_client, "HOLD_SECONDS", 0.2)
+    with Client(URL, transport=httpx.WSGITransport(app=client.application), patience_seconds=1) as calls:
+        yield calls
+
+
+def scripted(*answers: httpx.Response | Exception) -> tuple[httpx.MockTransport, list[httpx.Request]]:
+    """A transport that gives these answers, one after the other, and the requests that it got."""
+    left, asked = list(answers), []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return httpx.MockTransport(handle), asked
+
+
+def taken(**more: Any) -> httpx.Response:
+    return httpx.Response(202, json={"success": True, "req_id": "r1", "status": "queued", "model": "m", **more})
+
+
+def refused(status: int, code: str, **headers: str) -> httpx.Response:
+    answer = {"success": False, "reason": "No.", "code": code}
+    return httpx.Response(status, json=answer, headers=headers)
+
+
+# Against the application
+
+
+def test_a_picture_goes_out_and_its_answer_comes_back(
+    calls: Client, photos: dict[str, bytes], answer: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "coffee.jpg").write_bytes(photos["coffee"])
+
+    sent = calls.submit(tmp_path / "coffee.jpg", MODEL)
+    answer()
+    done = calls.wait(sent)
+
+    assert (sent.status, sent.name, sent.is_final) == ("queued", "coffee.jpg", False)
+    assert (done.status, done.name, done.is_read) == ("done", "coffee.jpg", True)
+    assert done.best == ("label_0", pytest.approx(0.095238))
+    assert len(calls.read(sent.id, top=3).preds or []) == 3
+
+
+@pytest.mark.parametrize("kind", ["bytes", "text", "path", "file"])
+def test_a_picture_may_be_bytes_a_path_or_a_file(calls: Client, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "dot.png"
+    path.write_bytes(picture(1))
+
+    with path.open("rb") as file:
+        given: Any = {"bytes": picture(1), "text": str(path), "path": path, "file": file}[kind]
+        sent = calls.submit(given, MODEL)
+
+    assert sent.name == ("image" if kind == "bytes" else "dot.png")
+
+
+def test_cancelled_requests_can_be_queued_again(calls: Client) -> None:
+    sent = calls.submit(picture(1), MODEL)
+
+    assert calls.cancel(sent).status == "cancelled"
+    assert calls.retry(sent.id).status == "queued"
+
+
+def test_models_say_whether_they_answer(calls: Client) -> None:
+    models = {model.name: model for model in calls.models()}
+
+    assert models[MODEL].is_installed
+    assert not models["vgg16"].is_installed
+
+
+def test_refusals_have_code_reason_and_status(calls: Client) -> None:
+    with pytest.raises(Refused) as not_an_image:
+        calls.submit(b"Dear kitten", MODEL)
+    with pytest.raises(Refused) as unknown:
+        calls.read("nothing")
+
+    assert (not_an_image.value.code, not_an_image.value.status) == ("not_an_image", 400)
+    assert "JPEG" in not_an_image.value.reason
+    assert (unknown.value.code, unknown.value.status) == ("unknown_request", 404)
+
+
+def test_a_model_that_is_not_installed_is_not_waited_for(calls: Client) -> None:
+    with pytest.raises(Unavailable, match="mlg models compile vgg16") as error:
+        calls.submit(picture(1), "vgg16")
+
+    assert (error.value.code, error.value.status) == ("not_installed", 503)
+
+
+def test_waiting_ends_with_its_time(calls: Client) -> None:
+    sent = calls.submit(picture(1), MODEL)
+
+    with pytest.raises(StillWaiting) as error:
+        calls.wait(sent, timeout=0.3)
+
+    assert error.value.code == "still_waiting"
+
+
+def test_a_folder_goes_out_in_order_and_what_is_no_picture_is_listed(
+    calls: Client, tmp_path: Path, answer: Callable[..., list[str]]
+) -> None:
+    (tmp_path / "more").mkdir()
+    for number, name in enumerate(["b.png", "a.png", "more/c.PNG"]):
+        (tmp_path / name).write_bytes(picture(number))
+    (tmp_path / "letter.jpg").write_text("Dear kitten")
+    (tmp_path / "notes.txt").write_text("no picture")
+
+    batch = calls.submit_dir(tmp_path, MODEL)
+    answer()
+    results = list(calls.results(batch))
+
+    assert [request.name for request in batch.requests] == ["a.png", "b.png", "c.PNG"]
+    assert [name for name, _ in batch.refused] == ["letter.jpg"]
+    assert [one["client_id"] for one in batch.raw[0]["items"]] == ["a.png", "b.png", "letter.jpg", "more/c.PNG"]
+    assert calls.batch(batch.ids[0])["counts"]["refused"] == 1
+    assert [(one.id, one.status) for one in results] == [(one.id, "done") for one in batch.requests]
+    with pytest.raises(FileNotFoundError, match="No image files"):
+        calls.submit_dir(tmp_path / "nowhere", MODEL)
+
+
+# Against a real server
+
+
+@pytest.fixture
+def batcher(serve: Callable[..., Running]) -> Iterator[tuple[Running, Callable[[], None]]]:
+    """A real server, and a thread that answers one request after the other once it is started."""
+    server = serve()
+    store = SqliteStore(ServerSettings(home=server.home))
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(0.05):
+            now = datetime.now(UTC)
+            lease = now + timedelta(seconds=30)
+            claims = store.claim(models=[MODEL], limit=1, now=now, lease_ends_at=lease, oldest_before=None)
+            store.finish(
+                [
+                    Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="p", seconds=0.01)
+                    for claim in claims
+                ],
+                now=now,
+            )
+
+    thread = threading.Thread(target=loop)
+    yield server, thread.start
+    stop.set()
+    if thread.is_alive():
+        thread.join()
+    store.close()
+
+
+def test_requests_come_as_they_end(batcher: tuple[Running, Callable[[], None]]) -> None:
+    server, start = batcher
+    with Client(server.base) as calls:
+        batch = calls.submit_many([picture(number) for number in range(6)], MODEL)
+        start()
+
+        ended = list(calls.as_completed(batch.requests, timeout=30))
+
+    assert {request.id for request in ended} == {request.id for request in batch.requests}
+    assert len(ended) == 6
+    assert all(request.is_read and request.best for request in ended)
+
+
+def test_async_code_makes_the_same_calls(batcher: tuple[Running, Callable[[], None]]) -> None:
+    server, start = batcher
+
+    async def road() -> tuple[int, list[Request], list[Request], Request]:
+        async with AsyncClient(server.base) as calls:
+            batch = await calls.submit_many([picture(number) for number in range(4)], MODEL)
+            start()
+            ended = [request async for request in calls.as_completed(batch.requests, timeout=30)]
+            results = [request async for request in calls.results(batch)]
+            one = await calls.wait(await calls.submit(picture(99), MODEL), timeout=30)
+            with pytest.raises(Refused, match="no request"):
+                await calls.read("nothing")
+            return len(await calls.models()), ended, results, one
+
+    models, ended, results, one = asyncio.run(road())
+
+    assert models > 10
+    assert {request.id for request in ended} == {request.id for request in results}
+    assert [request.status for request in results] == ["done"] * 4
+    assert one.status == "done"
+
+
+# Against a script
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 507])
+def test_a_busy_server_is_asked_again_under_the_same_key_with_the_same_bytes(status: int) -> None:
+    paused: list[float] = []
+    transport, asked = scripted(
+        refused(status, "store_busy", **{"Retry-After": "3"}), httpx.ConnectError("no"), taken()
+    )
+
+    with Client(URL, transport=transport, pause=paused.append) as calls:
+        sent = calls.submit(picture(1), "m", labels={"shelf": "7"}, params={"top": 3, "fresh": True})
+
+    assert sent.id == "r1"
+    assert len({request.headers["Idempotency-Key"] for request in asked}) == 1
+    assert len({request.content for request in asked}) == 1
+    assert picture(1) in asked[0].content
+    assert asked[0].url.params.multi_items() == [("top", "3"), ("fresh", "1"), ("label", "shelf:7")]
+    assert paused[0] >= 3.0
+    assert 0 < paused[1] < 1.0
+
+
+def test_pauses_grow_until_patience_ends() -> None:
+    paused: list[float] = []
+    transport, asked = scripted(*[httpx.ConnectError("no")] * 50)
+
+    calls = Client(URL, transport=transport, patience_seconds=8, pause=paused.append)
+    with calls, pytest.raises(Unreachable, match="does not answer") as error:
+        calls.models()
+
+    assert error.value.status is None
+    assert paused[3] > paused[0]
+    assert max(paused) <= 8
+    assert len(asked) == len(paused) + 1
+
+
+def test_each_post_has_a_key_of_its_own_unless_it_is_given() -> None:
+    transport, asked = scripted(taken(), taken(), taken())
+
+    with Client(URL, transport=transport) as calls:
+        for key in (None, None, "mine"):
+            calls.submit(b"x", "m", idempotency_key=key)
+
+    keys = [request.headers["Idempotency-Key"] for request in asked]
+    assert len(set(keys)) == 3
+    assert keys[2] == "mine"
+
+
+def test_the_key_and_the_address_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLG_API_KEY", "from-there")
+    monkeypatch.setenv("MLG_URL", "http://there.example/")
+    transport, asked = scripted(*[httpx.Response(200, json={"success": True, "models": []})] * 2)
+
+    with Client(transport=transport) as calls, Client("http://here.example", "given", transport=transport) as others:
+        calls.models()
+        others.models()
+
+    assert [str(request.url) for request in asked] == ["http://there.example/models", "http://here.example/models"]
+    assert [request.headers["Authorization"] for request in asked] == ["Bearer from-there", "Bearer given"]
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", '{"success": 1}'])
+def test_an_answer_that_is_not_mlgs_is_no_answer(body: str) -> None:
+    transport, _ = scripted(httpx.Response(200, text=body))
+
+    with Client(URL, transport=transport) as calls, pytest.raises(Refused) as error:
+        calls.models()
+
+    assert error.value.code == "http_200"
+
+
+@pytest.mark.parametrize("url", ["ftp://example.com", "http://host:port", "no address"])
+def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
+    with pytest.raises(Unreachable, match="not a server's address"), Client(url) as calls:
+        calls.models()
+
+
+def test_a_broken_stream_of_events_goes_on_where_it_was() -> None:
+    def event(id: str, number: int) -> str:
+        said = {"req_id": f"r{number}", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
+        return f"id: {id}\nevent: request\ndata: {json.dumps(said)}\n\n"
+
+    def stream(*events: str) -> httpx.Response:
+        text = "retry: 2000\n\n: alive\n\n" + "".join(events)
+        return httpx.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
+
+    transport, asked = scripted(
+        stream(event("5", 2)), httpx.ReadError("gone"), refused(503, "streams_full"), stream(event("7", 1))
+    )
+    waiting = [Request(id=f"r{number}", status="queued", model="m") for number in (1, 2)]
+
+    with Client(URL, transport=transport, pause=lambda _: None) as calls:
+        ended = [request.id for request in calls.as_completed(waiting)]
+
+    assert ended == ["r2", "r1"]
+    assert [request.headers.get("Last-Event-ID") for request in asked] == [None, "5", "5", "5"]
+    assert [request.url.params["ids"] for request in asked] == ["r1,r2", "r1", "r1", "r1"]
+
+
+def test_without_events_reads_are_held() -> None:
+    done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
+    transport, asked = scripted(
+        refused(404, "not_found"),
+        httpx.Response(200, json={**done, "status": "claimed"}),
+        httpx.Response(200, json=done),
+    )
+
+    with Client(URL, transport=transport, pause=lambda _: None) as calls:
+        (ended,) = calls.as_completed([Request(id="r1", status="queued", model="m")])
+
+    assert ended.best == ("cat", 0.5)
+    assert [request.url.path for request in asked] == ["/events", "/readPrediction/r1", "/readPrediction/r1"]
+    assert float(asked[1].url.params["wait"]) > 1
+
+
+def test_an_answer_that_is_there_already_is_not_asked_for() -> None:
+    transport, asked = scripted()
+    done = Request(id="r1", status="done", model="m", preds=[["n1", "cat", 0.5]])
+
+    with Client(URL, transport=transport) as calls:
+        assert list(calls.as_completed([done])) == [done]
+
+    assert asked == []
+
+
+def test_proxies_are_not_asked_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    transports = {}
+    for url in (URL, "http://localhost:1", "http://example.com"):
+        with Client(url) as calls:
+            transports[url] = calls._http._mounts
+
+    assert [bool(mounts) for mounts in transports.values()] == [False, False, True]
+
+
+# Tables
+
+
+def test_a_table_has_a_row_for_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    results = [
+        Request(id="r1", status="done", model="m", name="a.jpg", preds=[["n1", "cat", 0.5], ["n2", "dog", 0.2]]),
+        Request(id="r2", status="failed", model="m", name="b.jpg", reason="It is damaged."),
+    ]
+
+    best, both = mlg_client.to_dataframe(results), mlg_client.to_dataframe(results, top=2)
+
+    assert [(row["name"], row["label"], row["probability"]) for row in best] == [
+        ("a.jpg", "cat", 0.5),
+        ("b.jpg", None, None),
+    ]
+    assert [row["rank"] for row in both] == [1, 2, None]
+    assert best[1]["reason"] == "It is damaged."
+
+
+def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+
+    with pytest.raises(ImportError, match="pip install pandas"):
+        mlg_client.to_dataframe([])
+
+
+# The module itself
+
+
+def test_the_client_stands_alone_and_says_what_it_does() -> None:
+    tree = ast.parse((ROOT / "mlg_client.py").read_text())
+    command = [sys.executable, "-c", "import mlg_client, sys; print(*{name.split('.')[0] for name in sys.modules})"]
+    loaded = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+    assert not loaded & {"server", "provider_image", "batcher", "flask", "numpy", "pandas"}
+    for name in ("submit", "submit_many", "submit_dir", "read", "wait", "cancel", "retry", "batch", "models"):
+        assert getattr(Client, name).__doc__ == getattr(AsyncClient, name).__doc__ != None  # noqa: E711
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert all(ast.get_docstring(node) for node in public)

@@ -1,0 +1,548 @@
+"""Webhooks: signatures, a receiver that fails and works again, several senders, and the commands."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.server
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+import flask.testing
+import httpx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from provider_image.errors import ConfigError, InvalidParams
+from server.api import create_app
+from server.settings import ServerSettings
+from server.store.records import Answer
+from server.store.sqlite import SqliteStore
+from server.store.webhooks import EndpointRecord, UnknownWebhook, new_secret
+from server.webhook_commands import webhooks
+from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, DeliveryFailed, check_webhook, send, sign
+from tests.server.conftest import MODEL, OUTPUT, Running
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+@dataclass
+class Receiver:
+    """A small HTTP server that keeps what it gets."""
+
+    url: str
+    #: Statuses to answer with, the last one from then on.
+    statuses: list[int] = field(default_factory=lambda: [200])
+    headers: dict[str, str] = field(default_factory=dict)
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    may_answer: threading.Event = field(default_factory=threading.Event)
+
+    def messages(self) -> list[dict[str, Any]]:
+        return [json.loads(body) for _, body in self.got]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            made.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            made.may_answer.wait(30)
+            status = made.statuses.pop(0) if len(made.statuses) > 1 else made.statuses[0]
+            with contextlib.suppress(OSError):
+                self.send_response(status)
+                for name, value in made.headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made = Receiver(url=f"http://127.0.0.1:{server.server_address[1]}/hook?x=1")
+    made.may_answer.set()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield made
+    made.may_answer.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def private(settings: ServerSettings) -> ServerSettings:
+    return replace(settings, webhooks_private=True)
+
+
+@pytest.fixture
+def client(private: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+    return create_app(private, store).test_client()
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "olive").save(file, "PNG")
+    return file.getvalue()
+
+
+def post(client: flask.testing.FlaskClient, webhook: str | None = None) -> str:
+    fields = {"image": (io.BytesIO(picture()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
+    response = client.post(f"/requestPrediction/{MODEL}", data=fields)
+    assert response.status_code == 202, response.text
+    id: str = response.json["req_id"]
+    return id
+
+
+class Clock:
+    """The real time, and what is added to it."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def deliverer(store: SqliteStore, clock: Clock) -> Deliverer:
+    return Deliverer(store, is_private_allowed=True, clock=clock)
+
+
+def send_due(deliverer: Deliverer) -> None:
+    for thread in deliverer.send_due():
+        thread.join()
+
+
+# The signature
+
+
+def test_a_signature_is_the_hmac_of_id_time_and_body() -> None:
+    body = b'{"type":"request.done"}'
+    # From: printf 'msg_1.1674087231.{"type":"request.done"}' |
+    #   openssl dgst -sha256 -mac HMAC -macopt hexkey:000102...1f -binary | base64
+    expected = "HCLUl/klrE5w+Oyl2LQFA49KgED/S0fIOnWcFjLUV/4="
+
+    assert sign(SECRET, "msg_1", 1674087231, body) == f"v1,{expected}"
+    assert sign(SECRET, "msg_2", 1674087231, body) != f"v1,{expected}"
+
+
+def test_what_is_no_secret_signs_nothing() -> None:
+    with pytest.raises(ValueError, match="base64"):
+        sign("whsec_???", "msg_1", 1, b"")
+
+
+def test_a_new_secret_has_256_bits() -> None:
+    assert len(base64.b64decode(new_secret().removeprefix("whsec_"))) == 32
+    assert new_secret() != new_secret()
+
+
+def test_a_message_carries_what_a_receiver_checks(receiver: Receiver) -> None:
+    status, _ = send(receiver.url, id="msg_1", body=b"{}", secret=SECRET, is_private_allowed=True, now=NOW)
+
+    ((headers, body),) = receiver.got
+    assert (status, body) == (200, b"{}")
+    assert headers["webhook-id"] == "msg_1"
+    assert headers["webhook-timestamp"] == str(int(NOW.timestamp()))
+    assert headers["webhook-signature"] == sign(SECRET, "msg_1", int(NOW.timestamp()), b"{}")
+    assert headers["content-type"] == "application/json"
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/hook",
+        "https://127.0.0.1/hook",
+        "https://localhost/hook",
+        "https://user:secret@example.org/",
+        "https://example.org:8443/",
+        "https://exämple.org/",
+        "ftp://example.org/",
+        "hook",
+        "",
+    ],
+)
+def test_only_public_https_addresses_are_taken(url: str) -> None:
+    with pytest.raises(InvalidParams, match="webhook"):
+        check_webhook(url, is_private_allowed=False)
+
+
+@pytest.mark.parametrize("url", ["http://", "https://a:b@c/", "ftp://x/", "http://x:0/", "http://a b/", "http://[::1/"])
+def test_what_is_no_address_is_refused_even_where_private_ones_are_taken(url: str) -> None:
+    with pytest.raises(InvalidParams, match="webhook"):
+        check_webhook(url, is_private_allowed=True)
+
+
+def test_addresses_that_are_taken() -> None:
+    assert check_webhook(None, is_private_allowed=False) is None
+    assert check_webhook("https://example.org/x?y", is_private_allowed=False) == "https://example.org/x?y"
+    assert check_webhook("http://10.0.0.5:8080/x", is_private_allowed=True) == "http://10.0.0.5:8080/x"
+
+
+def test_a_private_address_is_not_asked(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.webhooks.resolve_host", lambda host, seconds: ["127.0.0.1"])
+
+    with pytest.raises(DeliveryFailed, match="not public"):
+        send("https://example.org/", id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+    with pytest.raises(DeliveryFailed):
+        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+
+    assert receiver.got == []
+
+
+def test_a_receiver_that_does_not_answer_is_given_up(receiver: Receiver) -> None:
+    receiver.may_answer.clear()
+
+    with pytest.raises(DeliveryFailed, match=r"did not answer within 0.3 s"):
+        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=True, now=NOW, seconds=0.3)
+
+
+def test_a_bad_address_is_refused_at_the_door(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=picture(), content_type="image/png")
+
+    assert (response.status_code, response.json["code"]) == (400, "invalid_params")
+    assert store.list() == []
+
+
+# Delivering
+
+
+def test_a_request_tells_its_own_address(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    id = post(client, receiver.url)
+    post(client)
+    answer()
+
+    send_due(deliverer)
+    send_due(deliverer)
+
+    ((headers, body),) = receiver.got
+    (message,) = receiver.messages()
+    assert message["type"] == "request.done"
+    assert message["data"]["req_id"] == id
+    assert message["data"]["status"] == "done"
+    assert message["data"]["preds"][0][1] == "label_0"
+    secret, timestamp = store.webhook_secret(None), int(headers["webhook-timestamp"])
+    assert headers["webhook-signature"] == sign(secret, headers["webhook-id"], timestamp, body)
+    (delivery,) = store.list_deliveries()
+    assert (delivery.status, delivery.last_status, delivery.attempts) == ("delivered", 200, 1)
+
+
+def test_a_receiver_that_fails_is_tried_again_with_the_same_message(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    clock: Clock,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.statuses = [500, 302, 204]
+    post(client, receiver.url)
+    answer()
+
+    send_due(deliverer)
+    send_due(deliverer)  # not due yet
+    assert len(receiver.got) == 1
+    for wait in RETRY_SECONDS[:2]:
+        clock.ahead += timedelta(seconds=wait * (1 + JITTER) + 1)
+        send_due(deliverer)
+
+    assert len(receiver.got) == 3
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+    assert len({body for _, body in receiver.got}) == 1
+    assert len({headers["webhook-timestamp"] for headers, _ in receiver.got}) == 3
+    assert store.list_deliveries()[0].status == "delivered"
+
+
+def test_a_message_is_dead_after_the_last_try_and_can_be_sent_again(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    clock: Clock,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.statuses = [500]
+    post(client, receiver.url)
+    answer()
+    for _ in range(len(RETRY_SECONDS) + 3):
+        send_due(deliverer)
+        clock.ahead += timedelta(days=2)
+
+    dead = client.get("/webhooks/deliveries?state=dead").json["deliveries"]
+    receiver.statuses = [200]
+    again = client.post(f"/webhooks/deliveries/{dead[0]['id']}/redeliver").json
+    send_due(deliverer)
+
+    assert len(receiver.got) == 1 + len(RETRY_SECONDS) + 1
+    assert len(RETRY_SECONDS) >= 8
+    assert (dead[0]["state"], dead[0]["last_status"], dead[0]["attempts"]) == ("dead", 500, 9)
+    assert again["delivery"]["state"] == "pending"
+    assert client.get("/webhooks/deliveries?state=dead").json["deliveries"] == []
+    assert client.get("/webhooks/deliveries").json["deliveries"][0]["state"] == "delivered"
+
+
+def test_a_receiver_may_ask_for_a_longer_wait(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    clock: Clock,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.statuses, receiver.headers = [429], {"Retry-After": "1000"}
+    post(client, receiver.url)
+    answer()
+
+    send_due(deliverer)
+
+    next_at = store.list_deliveries()[0].next_at
+    assert next_at is not None
+    assert timedelta(seconds=900) < next_at - clock() <= timedelta(seconds=1000)
+
+
+def test_gone_turns_an_endpoint_off(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    store.add_endpoint(
+        EndpointRecord(id="we_1", url=receiver.url, events=("request.done",), secret=SECRET, created_at=NOW)
+    )
+    receiver.statuses = [410]
+    post(client)
+    answer()
+
+    send_due(deliverer)
+    post(client)
+    answer()
+    send_due(deliverer)
+
+    assert len(receiver.got) == 1
+    assert store.list_endpoints()[0].disabled_reason == "It answered with status 410."
+    assert [one.status for one in store.list_deliveries()] == ["dead"]
+
+
+def test_an_end_that_was_taken_back_is_not_told(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    id = post(client, receiver.url)
+    answer(fail_with="It is torn.")
+    store.retry(id, now=datetime.now(UTC))
+
+    send_due(deliverer)
+    answer()
+    send_due(deliverer)
+
+    assert [message["data"]["status"] for message in receiver.messages()] == ["done"]
+
+
+def test_a_request_that_is_deleted_is_still_told(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    id = post(client, receiver.url)
+    answer()
+    later = datetime.now(UTC) + timedelta(days=1)
+    store.purge(pictures_before=later, results_before=later, now=datetime.now(UTC))
+
+    send_due(deliverer)
+
+    assert [message["data"] for message in receiver.messages()] == [{"req_id": id, "status": "done"}]
+
+
+def test_a_slow_receiver_holds_up_only_itself(
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.may_answer.clear()
+    for number in range(6):
+        post(client, f"{receiver.url}&slow")
+        post(client, receiver.url.replace("127.0.0.1", "127.0.0.2") + f"&{number}")  # nobody listens there
+    answer()
+
+    threads = deliverer.send_due()
+    deadline = time.monotonic() + 20
+    while sum(one.last_error is not None for one in store.list_deliveries()) < 4 and time.monotonic() < deadline:
+        threads += deliverer.send_due()
+        time.sleep(0.01)
+    slow = len(receiver.got)
+    receiver.may_answer.set()
+    for thread in threads:
+        thread.join()
+
+    assert slow == 4
+    assert sum(one.last_error is not None for one in store.list_deliveries()) >= 4
+
+
+def test_several_servers_deliver_once_and_a_batch_tells_its_end(
+    serve: Callable[..., Running], receiver: Receiver
+) -> None:
+    running = [serve(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
+    store = SqliteStore(ServerSettings(home=running[0].home))
+    ids = []
+    with httpx.Client(timeout=20) as http_client:
+        for number in range(12):
+            made = http_client.post(
+                f"{running[number % 2].base}/requestPrediction/{MODEL}",
+                params={"webhook": receiver.url, "fresh": "1"},
+                content=picture(),
+                headers={"Content-Type": "image/png"},
+            )
+            ids.append(made.json()["req_id"])
+        files = [("image", (f"{number}.png", picture())) for number in range(3)]
+        batch = http_client.post(
+            f"{running[0].base}/requestPredictions/{MODEL}?webhook={receiver.url}&fresh=1", files=files
+        ).json()
+    now = datetime.now(UTC)
+    claims = store.claim(
+        models=[MODEL], limit=99, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
+    )
+    store.finish(
+        [
+            Answer(claim=one, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="local", seconds=0.1)
+            for one in claims
+        ],
+        now=now,
+    )
+
+    deadline = time.monotonic() + 20
+    while store.list_deliveries(status="pending") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    store.close()
+
+    messages = receiver.messages()
+    assert sorted(one["data"]["req_id"] for one in messages if one["type"] == "request.done") == sorted(ids)
+    (end,) = [one["data"] for one in messages if one["type"] == "batch.done"]
+    assert (end["batch_id"], end["total"], end["done"]) == (batch["batch_id"], 3, 3)
+
+
+# Views and commands
+
+
+@pytest.mark.parametrize("query", ["?state=lost", "?limit=0", "?limit=x", "?x=1"])
+def test_a_list_of_messages_names_what_it_does_not_take(client: flask.testing.FlaskClient, query: str) -> None:
+    assert client.get(f"/webhooks/deliveries{query}").status_code == 400
+
+
+def test_an_unknown_message_cannot_be_sent_again(client: flask.testing.FlaskClient) -> None:
+    response = client.post("/webhooks/deliveries/msg_9/redeliver")
+
+    assert (response.status_code, response.json["code"]) == (404, "unknown_webhook")
+
+
+@pytest.fixture
+def run(settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command on the home. Errors of mlg come through; `mlg.py` turns them into one line."""
+    monkeypatch.setenv("MLG_HOME", str(settings.home))
+    monkeypatch.setenv("MLG_WEBHOOKS_PRIVATE", "1")
+
+    def type_in(*arguments: str) -> str:
+        command: click.Command = webhooks
+        result = CliRunner().invoke(command, list(arguments))
+        if result.exception is not None:
+            raise result.exception
+        return result.output
+
+    return type_in
+
+
+def test_an_endpoint_is_added_listed_tested_and_removed(
+    run: Callable[..., str], receiver: Receiver, store: SqliteStore
+) -> None:
+    id, secret = run("add", receiver.url, "--events", "request.done").split()
+
+    listed = run("list", "--json")
+    tested = run("test", id)
+    removed = run("remove", id)
+
+    assert json.loads(listed)["events"] == ["request.done"]
+    assert secret not in listed + run("list")
+    assert "200" in tested
+    (headers, body) = receiver.got[0]
+    assert json.loads(body)["type"] == "webhook.test"
+    assert headers["webhook-signature"] == sign(secret, headers["webhook-id"], int(headers["webhook-timestamp"]), body)
+    assert removed == ""
+    assert store.list_endpoints() == []
+
+
+def test_secrets_are_shown_when_they_are_asked_for(run: Callable[..., str], store: SqliteStore) -> None:
+    added = json.loads(run("add", "http://10.0.0.5/x", "--json"))
+
+    shown = [json.loads(line) for line in run("list", "--show-secret", "--json").splitlines()]
+
+    assert [one["secret"] for one in shown] == [added["secret"], store.webhook_secret(None)]
+    assert added["secret"] in run("list", "--show-secret")
+
+
+def test_the_commands_name_what_is_wrong(run: Callable[..., str], receiver: Receiver) -> None:
+    with pytest.raises(ConfigError, match=r"request\.done and batch.done"):
+        run("add", receiver.url, "--events", "all")
+    with pytest.raises(InvalidParams):
+        run("add", "ftp://x/")
+    with pytest.raises(UnknownWebhook):
+        run("test", "we_9")
+    receiver.statuses = [500]
+    id = run("add", receiver.url).split()[0]
+    with pytest.raises(DeliveryFailed, match="500"):
+        run("test", id)
+
+
+def test_dead_messages_are_listed_and_sent_again_by_hand(
+    run: Callable[..., str],
+    client: flask.testing.FlaskClient,
+    store: SqliteStore,
+    receiver: Receiver,
+    answer: Callable[..., list[str]],
+) -> None:
+    receiver.statuses = [500]
+    post(client, receiver.url)
+    answer()
+    send_due(Deliverer(store, is_private_allowed=True, waits=()))
+
+    (dead,) = [json.loads(line) for line in run("dead", "--json").splitlines()]
+    table = run("dead")
+    again = run("redeliver", dead["id"])
+    receiver.statuses = [200]
+    send_due(Deliverer(store, is_private_allowed=True))
+
+    assert (dead["state"], dead["last_status"]) == ("dead", 500)
+    assert dead["id"] in table
+    assert again.startswith(dead["id"])
+    assert dead["id"] in run("deliveries", "--state", "delivered")
+    assert run("dead", "--json") == ""

@@ -1,0 +1,413 @@
+"""The files in deploy/ fit this program: commands and options exist, metrics are exposed, settings are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from batcher.settings import BatcherSettings
+from mlg import COMMANDS, cli
+from server.api import create_app
+from server.settings import ServerSettings
+from server.store import new_id
+from server.store.journal_records import BatcherRecord
+from server.store.records import Answer, NewRequest
+from server.store.sqlite import SqliteStore
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("mlg*.service"))
+#: What PromQL itself knows, of which the rules and the dashboard make use.
+WORDS = {
+    *("sum", "max", "min", "avg", "count", "by", "without", "on", "ignoring", "group_left", "and", "or", "unless"),
+    *("rate", "increase", "histogram_quantile", "clamp_min"),
+}
+#: Labels that Prometheus puts on every series.
+OWN_LABELS = {"job", "instance"}
+
+
+def read_yaml(path: str) -> Any:
+    return yaml.safe_load((DEPLOY / path).read_text())
+
+
+COMPOSE = read_yaml("docker-compose.yml")
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def check_command(words: list[str]) -> None:
+    """Find each word of an mlg command line in the command line's own tables."""
+    assert words[0].rsplit("/", 1)[-1] == "mlg"
+    command: click.Command = cli
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        context = click.Context(command)
+        found = command.get_command(context, rest[0])
+        assert found is not None, words
+        command, rest = found, rest[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
+    for word in rest:
+        if word.startswith("-"):
+            assert word.split("=")[0] in known, words
+
+
+# docker compose
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.y*ml")), ids=lambda path: path.name)
+def test_every_yaml_file_is_one_document(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_the_containers_of_mlg_run_commands_that_exist() -> None:
+    for name in ("server", "batcher"):
+        check_command(SERVICES[name]["command"])
+    check = SERVICES["batcher"]["healthcheck"]["test"]
+    assert check[0] == "CMD-SHELL"
+    if "operate" in COMMANDS:
+        check_command(check[1].split("|")[0].split())
+    assert (ROOT / "deploy" / SERVICES["server"]["build"]["context"] / "Dockerfile").exists()
+    assert SERVICES["server"]["image"] == SERVICES["batcher"]["image"]
+
+
+def test_the_batchers_health_check_finds_its_own_host_in_the_status() -> None:
+    line = SERVICES["batcher"]["healthcheck"]["test"][1].replace("$$", "$").split("|")[1]
+    for host, status in (("abc123", 0), ("other", 1)):
+        text = json.dumps({"batchers": [{"id": "x", "host": host, "pid": 1}]})
+        run = subprocess.run(["sh", "-c", line], input=text, text=True, env={**os.environ, "HOSTNAME": "abc123"})
+
+        assert run.returncode == status
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_every_container_is_shut_in(name: str) -> None:
+    service = SERVICES[name]
+
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["user"].split(":")[0] not in ("0", "root")
+    assert {"cpus", "memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
+    assert "healthcheck" in service or "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:"), "what others may reach is for the operator to say"
+    if "build" not in service and name != "batcher":
+        assert re.fullmatch(r"[\w./-]+:v?\d[\w.-]+", service["image"]), "a version, not whatever is newest"
+
+
+def test_everything_that_a_container_refers_to_is_there() -> None:
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], volume
+        for secret in service.get("secrets", []):
+            assert secret in COMPOSE["secrets"]
+        for other in service.get("depends_on", {}):
+            assert other in SERVICES
+    for secret in COMPOSE["secrets"].values():
+        ignored = (DEPLOY / ".gitignore").read_text().split()
+        assert secret["file"].startswith("./secrets/") and "secrets/" in ignored
+
+
+def test_the_user_of_the_containers_is_that_of_the_image() -> None:
+    assert f"USER {SERVICES['server']['user']}" in (ROOT / "Dockerfile").read_text()
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    known = set()
+    for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py", "server/logs.py"):
+        known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', (ROOT / place).read_text()))
+    for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
+        for name in re.findall(r"\b(?:MLG|YAGNA)_[A-Z]+(?:_[A-Z]+)*", path.read_text()):
+            assert name in known, f"{path}: {name}"
+
+
+def test_containers_and_units_get_long_enough_to_stop() -> None:
+    settings = BatcherSettings.from_env({})
+    needed = settings.drain_seconds + 5 + settings.golem.settle_seconds
+
+    assert float(SERVICES["batcher"]["stop_grace_period"].rstrip("s")) > needed
+    for name in ("mlg-batcher", "mlg-batch"):
+        assert float(unit(DEPLOY / "systemd" / f"{name}.service")["Service"]["TimeoutStopSec"][0]) > needed
+
+
+# systemd
+
+
+def unit(path: Path) -> dict[str, dict[str, list[str]]]:
+    """Read a unit file: section -> name -> values."""
+    sections: dict[str, dict[str, list[str]]] = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("["):
+            section = sections.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            section.setdefault(name, []).append(value)
+    return sections
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_runs_a_command_that_exists_and_is_shut_in(path: Path) -> None:
+    service = unit(path)["Service"]
+
+    check_command(service["ExecStart"][0].split())
+    for name, value in (
+        ("ProtectSystem", "strict"),
+        ("NoNewPrivileges", "yes"),
+        ("CapabilityBoundingSet", ""),
+        ("ProtectHome", "yes"),
+        ("PrivateTmp", "yes"),
+        ("StateDirectory", "mlg"),
+        ("KillMode", "mixed"),
+    ):
+        assert service[name] == [value]
+    assert service["Environment"] == [f"MLG_HOME=/var/lib/{service['StateDirectory'][0]}"]
+    assert service["User"] not in ([], ["root"])
+
+
+def test_the_timer_starts_the_round() -> None:
+    assert (DEPLOY / "systemd" / "mlg-batch.service").exists()
+    assert unit(DEPLOY / "systemd" / "mlg-batch.service")["Service"]["Type"] == ["oneshot"]
+    assert "Install" not in unit(DEPLOY / "systemd" / "mlg-batch.service"), "only its timer starts it"
+
+
+def test_systemd_itself_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    for path in (DEPLOY / "systemd").glob("mlg*.*"):
+        # The command has to exist on this machine.
+        text = path.read_text().replace("/opt/mlg/bin/mlg", sys.executable)
+        (tmp_path / path.name).write_text(text)
+    paths = [str(path) for path in sorted(tmp_path.glob("mlg*.service")) + sorted(tmp_path.glob("mlg*.timer"))]
+
+    run = subprocess.run([program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=60)
+
+    ours = [line for line in run.stderr.splitlines() if str(tmp_path) in line or "mlg" in line]
+    assert not ours, ours
+
+
+# nginx
+
+
+def braces(text: str) -> int:
+    """Count the depth at the end, which must never be below zero."""
+    depth = 0
+    for sign in re.sub(r"#.*", "", text):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        assert depth >= 0
+    return depth
+
+
+def test_the_proxy_takes_what_the_server_takes_and_lets_events_pass() -> None:
+    text = (DEPLOY / "nginx" / "mlg.conf").read_text()
+    sizes = [int(size) * 1024**2 for size in re.findall(r"client_max_body_size (\d+)m;", text)]
+    settings = ServerSettings.from_env({})
+
+    assert braces(text) == 0
+    lines = [re.sub(r"\s*#.*", "", line).strip() for line in text.splitlines()]
+    assert all(line == "" or line[-1] in ";{}" for line in lines)
+    assert sizes[0] > settings.max_image_bytes + 65536 and sizes[1] > settings.max_batch_bytes
+    held = re.search(r"proxy_read_timeout (\d+)s;", text)
+    assert held is not None and float(held[1]) > settings.max_hold_seconds
+    assert "proxy_request_buffering on;" in text
+    events = re.search(r"location ~ (\S+) \{[^}]*proxy_buffering off;", text)
+    assert events is not None
+    app = create_app_rules()
+    for rule in app:
+        is_stream = rule.endswith("/events")
+        assert bool(re.search(events[1], re.sub(r"<[^>]+>", "x", rule))) is is_stream, rule
+
+
+def create_app_rules() -> list[str]:
+    """List the addresses of the application, read from the views' own text."""
+    found: list[str] = []
+    for path in (ROOT / "server" / "views").glob("*.py"):
+        found += re.findall(r'^\s+(?:app\.add_url_rule\()?\(?"(/[^"]*)"', path.read_text(), re.M)
+    assert "/events" in found and "/metrics" in found
+    return found
+
+
+def test_nginx_itself_finds_nothing_wrong(tmp_path: Path) -> None:
+    program = shutil.which("nginx")
+    if program is None:
+        pytest.skip("nginx is not installed")
+    site = (DEPLOY / "nginx" / "mlg.conf").read_text().replace("server server:5000", "server 127.0.0.1:5000")
+    (tmp_path / "mlg.conf").write_text(site)
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/pid; error_log stderr; events {{}} http {{ access_log off; include {tmp_path}/mlg.conf; }}"
+    )
+
+    run = subprocess.run(
+        [program, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert run.returncode == 0, run.stderr
+
+
+# Prometheus and Grafana
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Every series that /metrics can have: name -> its labels."""
+    settings = ServerSettings(home=tmp_path_factory.mktemp("home"))
+    store = SqliteStore(settings)
+    store.migrate()
+    now = datetime.now(UTC)
+    for picture in (b"one", b"two", b"three"):
+        store.add(
+            NewRequest(id=new_id(), service="classification", model="resnet50", created_at=now),
+            store.blobs.stage(picture),
+        )
+    claims = store.claim(models=["resnet50"], limit=2, now=now, lease_ends_at=now, oldest_before=None)
+    answer = Answer(claim=claims[0], output=[], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
+    store.finish([answer], now=now)
+    store.fail(claims[1:], code="broken_image", reason="It broke.", now=now)
+    store.beat(
+        BatcherRecord(
+            id="b",
+            host="h",
+            pid=1,
+            executor="golem",
+            every_seconds=1,
+            max_wait_seconds=1,
+            capacity=1,
+            started_at=now,
+            seen_at=now,
+            budget={"day": "1", "total": "1"},
+        )
+    )
+    text = create_app(settings, store).test_client().get("/metrics").text
+    store.close()
+    found: dict[str, set[str]] = {"up": set()}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """List every expression of the rules and the dashboard, with where it stands."""
+    for group in read_yaml("prometheus/alerts.yml")["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
+    for panel in json.loads((DEPLOY / "grafana" / "dashboards" / "mlg.json").read_text())["panels"]:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+
+
+def check_expression(text: str, series: dict[str, set[str]]) -> set[str]:
+    """Read an expression word by word. :return: the series that it names."""
+    token = re.compile(
+        r'\s+|"(?:[^"\\]|\\.)*"|\d+(?:\.\d+)?[smhd]?|[a-zA-Z_:][\w:]*|=~|!~|!=|==|>=|<=|[-+*/%^<>={}()\[\],]'
+    )
+    named, stack, place, depth_of_labels = set(), [], 0, 0
+    opened = {")": "(", "]": "[", "}": "{"}
+    labels: set[str] = set()
+    last = ""
+    grouping: int | None = None
+    while place < len(text):
+        match = token.match(text, place)
+        assert match is not None, f"{text[place : place + 20]!r} in {text}"
+        word, place = match[0], match.end()
+        if not word.strip():
+            continue
+        if word in "([{":
+            if word == "(" and last in ("by", "on", "without", "ignoring"):
+                grouping = len(stack)
+            stack.append(word)
+            depth_of_labels += word == "{"
+        elif word in opened:
+            assert stack and stack.pop() == opened[word], f"brackets of {text}"
+            depth_of_labels -= word == "}"
+            if grouping == len(stack):
+                grouping = None
+        elif re.match(r"[a-zA-Z_]", word):
+            if depth_of_labels or grouping is not None:
+                labels.add(word)
+            elif word not in WORDS:
+                assert word in series, f"{word} is not exposed: {text}"
+                named.add(word)
+        last = word
+    assert not stack, f"brackets of {text}"
+    assert named, text
+    known = set().union(*(series[name] for name in named)) | OWN_LABELS
+    assert labels <= known, f"{labels - known} in {text}"
+    return named
+
+
+@pytest.mark.parametrize(("place", "text"), list(expressions()), ids=lambda value: value if len(value) < 40 else "")
+def test_an_expression_names_only_what_is_exposed(place: str, text: str, series: dict[str, set[str]]) -> None:
+    check_expression(text, series)
+
+
+@pytest.mark.parametrize("wrong", ["sum(mlg_batchers", "mlg_nothing", 'mlg_queue_waiting{colour="red"}', "mlg_hold]["])
+def test_a_wrong_expression_is_found(wrong: str, series: dict[str, set[str]]) -> None:
+    with pytest.raises(AssertionError):
+        check_expression(wrong, series)
+
+
+def test_promtool_itself_finds_nothing_wrong() -> None:
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("promtool is not installed")
+    run = subprocess.run(
+        [program, "check", "rules", str(DEPLOY / "prometheus" / "alerts.yml")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_metric_is_looked_at_somewhere(series: dict[str, set[str]]) -> None:
+    looked_at = set().union(*(check_expression(text, series) for _, text in expressions()))
+
+    assert {name for name in series if not name.endswith(("_sum", "_count", "_bucket"))} - looked_at == {
+        "mlg_images_last_hour"
+    }
+
+
+def test_alerts_say_what_is_wrong_and_what_to_do() -> None:
+    rules = [rule for group in read_yaml("prometheus/alerts.yml")["groups"] for rule in group["rules"]]
+
+    assert len({rule["alert"] for rule in rules}) == len(rules) >= 5
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+def test_prometheus_asks_the_server_and_has_its_rules_and_its_key() -> None:
+    settings = read_yaml("prometheus/prometheus.yml")
+    (job,) = settings["scrape_configs"]
+
+    assert job["static_configs"][0]["targets"] == ["server:5000"]
+    assert all((DEPLOY / "prometheus" / name).exists() for name in settings["rule_files"])
+    assert job["authorization"]["credentials_file"] == "/run/secrets/prometheus_key"
+    assert "prometheus_key" in SERVICES["prometheus"]["secrets"]
+
+
+def test_grafana_finds_its_source_and_its_dashboard() -> None:
+    (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    (provider,) = read_yaml("grafana/provisioning/dashboards/mlg.yml")["providers"]
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "mlg.json").read_text())
+
+    assert source["url"] == "http://prometheus:9090"
+    assert any(volume.split(":")[1] == provider["options"]["path"] for volume in SERVICES["grafana"]["volumes"])
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for panel in dashboard["panels"]:
+        assert panel["datasource"]["uid"] == source["uid"]
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
