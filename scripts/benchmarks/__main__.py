@@ -18,6 +18,7 @@ NAMES = (
     "overlap",
     "golem",
     "operator",
+    "streams",
 )
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from scripts.benchmarks import pictures, processes
 
-_LUA = """
+#: What wrk sends: pictures that all differ.
+LUA = """
 local file = io.open("{jpeg}", "rb"); local jpeg = file:read("*a"); file:close()
 local head, tail = jpeg:sub(1, 6), jpeg:sub(7 + {mark})
 local n, boundary = 0, "----mlg-measures-uploads"
@@ -83,7 +84,7 @@ def main(rounds: int, seconds: int, server_processes: str | None) -> None:
         work = Path(folder)
         (work / "picture.jpg").write_bytes(pictures.photo_jpegs()[2])
         lua = work / "uploads.lua"
-        lua.write_text(_LUA.format(jpeg=work / "picture.jpg", mark=pictures.MARK_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.MARK_BYTES))
         env = {"MLG_SERVER_PROCESSES": server_processes} if server_processes else {}
         for turn in range(rounds):
             for kind in ("form", "raw"):
