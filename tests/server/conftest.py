@@ -141,3 +141,5 @@ def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running
     for server in running:
         if server.process.poll() is None:
             server.stop()
+    if running:
+        print((tmp_path / "serve.log").read_text()[-4000:])  # shown when a test has failed
