@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -142,4 +143,5 @@ def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running
         if server.process.poll() is None:
             server.stop()
     if running:
-        print((tmp_path / "serve.log").read_text()[-4000:])  # shown when a test has failed
+        # Shown when a test has failed.
+        logging.getLogger("tests").info("the server said:\n%s", (tmp_path / "serve.log").read_text()[-4000:])
