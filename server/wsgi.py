@@ -151,6 +151,15 @@ def _stop_at_end_of(descriptor: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Tell what is open under a number; None if nothing is."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class _Server(MPServer):
     """Granian's main process on our socket."""
 
@@ -165,10 +174,10 @@ class _Server(MPServer):
         self._settings = settings
         self._listener = listener
         self._on_ready = on_ready
-        self._private_fds = private_fds
         self._reading_threads = READING_THREADS_FACTOR * settings.server_threads
         # Its reading end becomes readable in the workers when nobody holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
+        self._private_fds = {each: _identity(each) for each in (self._stop_writer, *private_fds)}
         super().__init__(
             "mlg",
             address=host,
@@ -217,8 +226,11 @@ class _Server(MPServer):
 
     def _load(self) -> Callable[..., Any]:
         """Make the application; runs in the worker."""
-        for descriptor in (self._stop_writer, *self._private_fds):
-            os.close(descriptor)
+        for descriptor, identity in self._private_fds.items():
+            # A worker that replaces a dead one is forked later, when the main process may have closed it long ago, and
+            # opened something else under the same number.
+            if _identity(descriptor) == identity:
+                os.close(descriptor)
         settings = self._settings
         store = SqliteStore(settings)
         notifier = Notifier(store, most=settings.server_threads // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -108,15 +109,20 @@ class Running:
 
 @pytest.fixture
 def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running]]:
-    """Start `mlg serve` on a free port; several may run on one home."""
+    """Start `mlg serve` on a free port; several may run on one home.
+
+    `ready_fd` is the least number of the descriptor that it says on that it is ready.
+    """
     running: list[Running] = []
 
-    def start(*arguments: str, **variables: str) -> Running:
+    def start(*arguments: str, ready_fd: int = 0, **variables: str) -> Running:
         home = tmp_path / "served"
         home.mkdir(exist_ok=True)
         if not (home / "models").exists():
             (home / "models").symlink_to(models_folder)
-        reader, writer = os.pipe()
+        reader, low = os.pipe()
+        writer = fcntl.fcntl(low, fcntl.F_DUPFD, ready_fd)  # the first that is free from there on
+        os.close(low)
         with (tmp_path / "serve.log").open("ab") as log:
             process = subprocess.Popen(
                 [

@@ -137,10 +137,12 @@ def test_a_request_on_a_server_is_seen_by_the_commands_on_its_home(
     assert (unknown.returncode, unknown.stderr.startswith("mlg: There is no request")) == (1, True)
 
 
+@pytest.mark.parametrize("ready_fd", [0, 200])
 def test_two_processes_serve_one_port_and_a_killed_one_is_replaced(
-    serve: Callable[..., Running], picture: Path
+    ready_fd: int, serve: Callable[..., Running], picture: Path
 ) -> None:
-    server = serve(MLG_SERVER_PROCESSES="2")
+    # Whoever is told that the server is ready may have used any descriptor for it, which is closed by now.
+    server = serve(MLG_SERVER_PROCESSES="2", ready_fd=ready_fd)
     workers = children(server.process.pid)
 
     os.kill(workers[0], signal.SIGKILL)
