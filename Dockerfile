@@ -14,8 +14,10 @@ ARG BASE=python:3.11-slim
 FROM ${BASE} AS builder
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py mlg_client.py /src/
 COPY provider_image /src/provider_image
+COPY store /src/store
 COPY server /src/server
 COPY batcher /src/batcher
+COPY cli /src/cli
 COPY scripts/prune_runtime /src/
 # pip is not needed in the image, and what openvino has for other devices and formats is not either.
 RUN python3 -m venv /opt/mlg \

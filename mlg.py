@@ -14,23 +14,23 @@ from provider_image.errors import ConfigError, MlgError
 
 #: name -> ("module:attribute", help for the list of commands).
 COMMANDS = {
-    "up": ("batcher.commands:up", "Run everything here: server, batcher and workers."),
-    "serve": ("server.commands:serve", "Run the HTTP server."),
-    "batch": ("batcher.commands:batch", "Run the batcher, on a timer or once."),
-    "submit": ("server.commands:submit", "Send pictures to a server and collect the answers."),
-    "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
-    "models": ("server.model_commands:models", "List models, install one, or check it."),
-    "image": ("batcher.image_commands:image", "Build the provider's image and publish it."),
-    "costs": ("server.cost_commands:costs", "Show what rented computers have cost."),
-    "providers": ("server.provider_commands:providers", "List, ban or unban providers."),
-    "keys": ("server.key_commands:keys", "Make, list or revoke API keys."),
-    "webhooks": ("server.webhook_commands:webhooks", "Tell other programs when a request or a batch is done."),
+    "up": ("cli.batch:up", "Run everything here: server, batcher and workers."),
+    "serve": ("cli.serve:serve", "Run the HTTP server."),
+    "batch": ("cli.batch:batch", "Run the batcher, on a timer or once."),
+    "submit": ("cli.serve:submit", "Send pictures to a server and collect the answers."),
+    "requests": ("cli.serve:requests", "List, show, retry or cancel requests."),
+    "models": ("cli.models:models", "List models, install one, or check it."),
+    "image": ("cli.image:image", "Build the provider's image and publish it."),
+    "costs": ("cli.costs:costs", "Show what rented computers have cost."),
+    "providers": ("cli.providers:providers", "List, ban or unban providers."),
+    "keys": ("cli.keys:keys", "Make, list or revoke API keys."),
+    "webhooks": ("cli.webhooks:webhooks", "Tell other programs when a request or a batch is done."),
     "operate": (
-        "server.operate_commands:operate",
+        "cli.operate:operate",
         "Pause, resume or drain the batchers, run a batch now, see how things stand.",
     ),
-    "devnet": ("batcher.devnet.commands:devnet", "Run a small Golem network on this machine."),
-    "migrate": ("server.commands:migrate", "Bring the database to this version's schema."),
+    "devnet": ("cli.devnet:devnet", "Run a small Golem network on this machine."),
+    "migrate": ("cli.serve:migrate", "Bring the database to this version's schema."),
 }
 
 

@@ -1,6 +1,6 @@
 """The cycle: claims what is due, has it worked on, records what comes back.
 
-Run by `batcher.schedule`, one cycle at a time. Requests are claimed window by window: only as many as the executor can
+Run by `batcher.scheduler`, one cycle at a time. Requests are claimed window by window: only as many as the executor can
 soon work on, so that memory stays bounded however many wait, and several batchers share. Each chunk has a task of its
 own from packing to recording; while some run, others are claimed and packed, so that workers do not wait. Leases are
 renewed all along; what a batcher that was killed had claimed goes back to the queue when its leases end.
@@ -22,11 +22,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from batcher.dispatch_notes import DispatchNotes
+from batcher.chunk_log import DispatchNotes
 from batcher.executors import Executor, Job, Outcome
 from batcher.packing import Packed, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
-from batcher.recording import Recording, Tally
+from batcher.resizing import Shrinker
+from batcher.result_writer import Recording, Tally
 from batcher.results import (
     OBSTACLE_SECONDS,
     Settlement,
@@ -36,16 +37,15 @@ from batcher.results import (
     settle_left_out,
 )
 from batcher.settings import BatcherSettings
-from batcher.shrinking import Shrinker
+from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError, ShrinkingUnavailable, StoreError, StoreUnavailable
 from provider_image.models.artefact import installed_digest
-from provider_image.models.compilers import can_build_now
-from provider_image.models.shelf import rows
-from server.store import Journal, Store
-from server.store.batches import Batches
-from server.store.blobs import Blobs
-from server.store.controls import Controls
-from server.store.records import ISOLATION_STEPS, Claim
+from provider_image.models.registry import rows
+from store import Journal, Store
+from store.batches import Batches
+from store.controls import Controls
+from store.images import Blobs
+from store.records import ISOLATION_STEPS, Claim
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.planner import PlannedChunk, PlannedItem
-from batcher.shrinking import Shrinker
+from batcher.resizing import Shrinker
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import Artefact, find_artefact

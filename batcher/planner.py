@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.store.records import ISOLATION_STEPS, Claim
+from store.records import ISOLATION_STEPS, Claim
 
 #: Items in a chunk at most.
 MAX_ITEMS = 16

@@ -65,7 +65,7 @@ def _run_cold(options: argparse.Namespace) -> None:
 
 
 def _knock(options: argparse.Namespace, environment: Environment) -> None:
-    from provider_image.door import run
+    from provider_image.warm_client import run
 
     keep_warm_seconds = environment.number(
         "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
@@ -83,7 +83,7 @@ def _knock(options: argparse.Namespace, environment: Environment) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from provider_image.runtime import NetCache
-    from provider_image.warm import serve
+    from provider_image.warm_server import serve
 
     serve(
         options.place,

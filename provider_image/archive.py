@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from provider_image.documents import MAX_BYTES, MAX_FILES, MAX_ITEMS
 from provider_image.errors import ChunkError
+from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS
 
 #: Bytes of chunk.json or results.json at most.
 MAX_JSON_BYTES = 1024 * 1024

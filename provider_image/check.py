@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.check_report import CheckReport, PictureCheck
+from provider_image.compiler.verification import TOLERANCE
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, digest_of, is_model_name, read_artefact
+from provider_image.models.benchmarks import Speed, write_speed
 from provider_image.models.catalogue import CATALOGUE, install_command, look_up, own_install_command
-from provider_image.models.finishing import TOLERANCE
-from provider_image.models.shelf import find_own_name, find_row
-from provider_image.models.speeds import Speed, write_speed
+from provider_image.models.registry import find_own_name, find_row
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Service
 from provider_image.services import load_service

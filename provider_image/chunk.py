@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from provider_image.archive import Archive, add, add_json, written
-from provider_image.documents import (
+from provider_image.errors import InferenceFailed, MalformedChunk, MalformedResults, MlgError
+from provider_image.schemas import (
     FILE_NAME,
     MAX_BYTES,
     MAX_FILES,
@@ -27,7 +28,6 @@ from provider_image.documents import (
     check_chunk,
     check_results,
 )
-from provider_image.errors import InferenceFailed, MalformedChunk, MalformedResults, MlgError
 
 
 @dataclass(frozen=True, kw_only=True)

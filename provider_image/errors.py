@@ -13,7 +13,7 @@
     │   └── UnsupportedMediaType
     ├── UnknownModel
     ├── UnknownRequest
-    ├── UnknownProvider          in server/store/ledger.py, beside the only ones who raise it
+    ├── UnknownProvider          in store/ledger.py, beside the only ones who raise it
     ├── NotInstalled
     ├── NotCancellable
     ├── NotRetryable
@@ -39,8 +39,8 @@
     │   ├── NoProvider
     │   ├── BudgetReached
     │   └── GolemUnavailable
-    ├── AccessRefused, LimitReached, FetchFailed, and a BadInput more: in server/refusals.py
-    ├── UnknownKey, KeyNameTaken in server/store/keys.py
+    ├── AccessRefused, LimitReached, FetchFailed, and a BadInput more: in server/errors.py
+    ├── UnknownKey, KeyNameTaken in store/keys.py
     ├── StoreError
     │   ├── StoreBusy
     │   ├── StoreUnavailable

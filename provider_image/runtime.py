@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
+from provider_image.compiler import build, can_build_now, ensure_installed
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.models.compilers import build, can_build_now, ensure_installed
 from provider_image.service import Service
 from provider_image.services import load_service
 

@@ -15,30 +15,30 @@ from typing import Any, Protocol
 import flask
 
 from provider_image import errors
+from provider_image.compiler import can_build_now
 from provider_image.models.artefact import find_artefact, installed_digest
 from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
-from provider_image.models.compilers import can_build_now
 from provider_image.services import load_service
-from server.answers import show_request
-from server.estimates import Outlook, Wait, estimate
-from server.events import Events
-from server.notifier import Notifier
-from server.responses import answer
+from server.api.responses import answer
+from server.api.serializers import show_request
+from server.intake.uploads import Readings
+from server.live.changes import Events
+from server.live.long_poll import Notifier
 from server.settings import ServerSettings
-from server.store import Journal, Store
-from server.store.batches import Batches
-from server.store.blobs import Blobs
-from server.store.controls import Controls
-from server.store.feed import Feed
-from server.store.figures import Figures
-from server.store.idempotency import Idempotency
-from server.store.keys import Keys
-from server.store.ledger import Ledger, Providers
-from server.store.listing import Listing
-from server.store.records import Request
-from server.store.webhooks import Webhooks
-from server.traffic import Traffic
-from server.uploads import Readings
+from server.status.eta import Outlook, Wait, estimate
+from server.status.queue_stats import Traffic
+from store import Journal, Store
+from store.batches import Batches
+from store.changes import Feed
+from store.controls import Controls
+from store.idempotency import Idempotency
+from store.images import Blobs
+from store.keys import Keys
+from store.ledger import Ledger, Providers
+from store.records import Request
+from store.search import Listing
+from store.stats import Figures
+from store.webhooks import Webhooks
 
 
 class Backend(

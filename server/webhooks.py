@@ -31,15 +31,15 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from provider_image.errors import InvalidParams, MlgError, UnknownRequest
-from server.answers import show_request
+from server.api.endpoint import Field
+from server.api.serializers import show_request
 from server.context import read_time_params
-from server.fetching import LONGEST_URL, check_url, is_public, resolve_host
-from server.operations import Field
-from server.refusals import UrlRefused
-from server.store import Store
-from server.store.batches import Batches
-from server.store.records import to_text
-from server.store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook, Webhooks
+from server.errors import UrlRefused
+from server.intake.url_fetcher import LONGEST_URL, check_url, is_public, resolve_host
+from store import Store
+from store.batches import Batches
+from store.records import to_text
+from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook, Webhooks
 
 log = logging.getLogger(__name__)
 

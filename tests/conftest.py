@@ -1,11 +1,32 @@
-"""Fixtures for every room's tests. Lazy and of session scope: what a test does not ask for costs nothing."""
+"""Fixtures for the tests of every package. Those of session scope cost nothing to a test that does not ask for them."""
 
 from __future__ import annotations
 
+import fcntl
 import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import flask.testing
 import pytest
+
+from server.app import create_app
+from server.settings import ServerSettings
+from store.records import Answer, Request, State
+from store.sqlite import SqliteStore
+
+ROOT = Path(__file__).parents[1]
+MODEL = "efficientnet_lite0"
+#: A stored output: twenty rows.
+OUTPUT = [[f"n{20 - i:08d}", f"label_{i}", round((20 - i) / 210, 6)] for i in range(20)]
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +46,7 @@ def photos() -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder in which efficientnet_lite0 is installed. Shared, so a test must not change it."""
-    from provider_image.models.compilers import ensure_installed
+    from provider_image.compiler import ensure_installed
 
     folder = tmp_path_factory.mktemp("models")
     ensure_installed(folder, "efficientnet_lite0")
@@ -35,8 +56,8 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def own_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""
-    from provider_image.models.own import OwnModel, build
-    from tests.own_models import classifier, labels_file, save
+    from provider_image.compiler.custom import OwnModel, build
+    from tests.custom_models import classifier, labels_file, save
 
     folder = tmp_path_factory.mktemp("own-models")
     (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
@@ -46,3 +67,128 @@ def own_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFact
         folder, OwnModel(name="my_pets", file=save(classifier(), place / "pets.keras"), labels=labels, title="My pets")
     )
     return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models_folder: Path) -> ServerSettings:
+    """A home in which the starter model is installed."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "models").symlink_to(models_folder)
+    return ServerSettings(home=home, busy_seconds=0.3, server_threads=4)
+
+
+@pytest.fixture
+def store(settings: ServerSettings) -> Iterator[SqliteStore]:
+    """A migrated store."""
+    store = SqliteStore(settings)
+    store.migrate()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def client(settings: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+    """The application, called without a network."""
+    return create_app(settings, store).test_client()
+
+
+@pytest.fixture
+def answer(store: SqliteStore) -> Callable[..., list[str]]:
+    """Answer, or fail, everything that is queued, as a batcher would; returns the ids."""
+
+    def answer_all(*, fail_with: str | None = None, output: Any = OUTPUT) -> list[str]:
+        now = datetime.now(UTC)
+        claims = store.claim(
+            models=[MODEL], limit=100, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
+        )
+        if fail_with is not None:
+            store.fail(claims, code="broken_image", reason=fail_with, now=now)
+        else:
+            answers = [
+                Answer(claim=claim, output=output, digest="d" * 64, chunk_id="c1", provider="local", seconds=0.01)
+                for claim in claims
+            ]
+            store.finish(answers, now=now)
+        return [claim.id for claim in claims]
+
+    return answer_all
+
+
+@pytest.fixture
+def traces(settings: ServerSettings, store: SqliteStore) -> Callable[[], tuple[list[str], int]]:
+    """Everything that an upload leaves: the files under blobs, and how many rows."""
+
+    def look() -> tuple[list[str], int]:
+        files = sorted(str(path) for path in settings.blobs.rglob("*") if path.is_file())
+        return files, len(store.list(limit=10_000))
+
+    return look
+
+
+def only(requests: list[Request], state: State) -> Request:
+    """The one request, which must be in this state."""
+    (request,) = requests
+    assert request.state is state
+    return request
+
+
+@dataclass
+class Running:
+    """A real server."""
+
+    process: subprocess.Popen[bytes]
+    base: str
+    home: Path
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running]]:
+    """Start `mlg serve` on a free port; several may run on one home.
+
+    `ready_fd` is the least number of the descriptor that it says on that it is ready.
+    """
+    running: list[Running] = []
+
+    def start(*arguments: str, ready_fd: int = 0, **variables: str) -> Running:
+        home = tmp_path / "served"
+        home.mkdir(exist_ok=True)
+        if not (home / "models").exists():
+            (home / "models").symlink_to(models_folder)
+        reader, low = os.pipe()
+        writer = fcntl.fcntl(low, fcntl.F_DUPFD, ready_fd)  # the first that is free from there on
+        os.close(low)
+        with (tmp_path / "serve.log").open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0"),
+                    *("--ready-fd", str(writer), *arguments),
+                ],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                pass_fds=[writer, *(int(value) for value in arguments if value.isdigit())],
+                env={**os.environ, "MLG_SERVER_THREADS": "8", **variables},
+                start_new_session=True,
+            )
+        os.close(writer)
+        with os.fdopen(reader) as ready:
+            line = ready.readline()
+        assert line, (tmp_path / "serve.log").read_text()
+        host, port = line.split()
+        running.append(Running(process, f"http://{host}:{port}", home))
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.process.poll() is None:
+            server.stop()
+    if running:
+        # Shown when a test has failed.
+        logging.getLogger("tests").info("the server said:\n%s", (tmp_path / "serve.log").read_text()[-4000:])

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from batcher.devnet.running import Devnet, running
-from batcher.devnet.scenario import Fault, ProviderPlan, Scenario
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
+from devnet.devnet import Devnet, running
+from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
 from server.settings import ServerSettings
-from server.store.sqlite import SqliteStore
+from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 

@@ -20,12 +20,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from batcher.settings import BatcherSettings
 from mlg import COMMANDS, cli
-from server.api import create_app
+from server.app import create_app
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.journal_records import BatcherRecord
-from server.store.records import Answer, NewRequest
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.chunks import BatcherRecord
+from store.records import Answer, NewRequest
+from store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -127,7 +127,7 @@ def test_the_user_of_the_containers_is_that_of_the_image() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = set()
-    for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py", "server/logs.py"):
+    for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py", "cli/logs.py"):
         known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', (ROOT / place).read_text()))
     for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
         for name in re.findall(r"\b(?:MLG|YAGNA)_[A-Z]+(?:_[A-Z]+)*", path.read_text()):

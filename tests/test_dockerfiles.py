@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batcher.image_context import SOURCES
+from batcher.image_build.context import SOURCES
 
 ROOT = Path(__file__).parents[1]
 PROVIDER, REQUESTOR = ROOT / "provider_image/Dockerfile", ROOT / "Dockerfile"

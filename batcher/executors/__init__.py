@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
-    from batcher.executors.golem.books import Books
+    from batcher.executors.golem.ledger_writer import Books
     from batcher.settings import BatcherSettings
 
 
@@ -107,7 +107,7 @@ def load_executor(names: str, settings: BatcherSettings, books: Books) -> Execut
     members = [_load_one(name.strip(), settings, books) for name in names.split(",")]
     if len(members) == 1:
         return members[0]
-    from batcher.executors.several import SeveralExecutor
+    from batcher.executors.fallback import SeveralExecutor
 
     return SeveralExecutor(members, fallback_seconds=settings.fallback_seconds)
 

@@ -24,12 +24,12 @@ from batcher.executors import Job, Outcome
 from batcher.executors.worker import Worker
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelRow
-from provider_image.models.compilers import can_build_now
-from provider_image.models.shelf import rows
+from provider_image.models.registry import rows
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batcher.child import child_environment, module_command
+from batcher.subprocesses import child_environment, module_command
 from provider_image.errors import WorkerDied
-from provider_image.places import socket_path
+from provider_image.runtime_paths import socket_path
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from provider_image.service import Difference, ModelInput, Param, check_params
 if TYPE_CHECKING:
     import numpy as np
 
-    from provider_image.engine import Net
+    from provider_image.backends.openvino import Net
     from provider_image.models.artefact import Artefact
 
 #: How many labels an output has, or as many as the model knows if that is fewer.
@@ -67,20 +67,20 @@ class Classification:
 
     def load(self, artefact: Artefact, threads: int, precision: str) -> Net:
         """Compile the artefact's graph. :raises BrokenArtefact: it cannot be loaded."""
-        from provider_image.engine import load_net
+        from provider_image.backends.openvino import load_net
 
         return load_net(artefact, threads, precision)
 
     def shrink(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
         """Decode the picture to the model's input size and pack the pixels. :raises BadInput: it cannot be used."""
-        from provider_image.imaging import decode, encode_lossless
+        from provider_image.images.decoding import decode, encode_lossless
 
         pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
         return {"image": encode_lossless(pixels)}
 
     def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_shrunk: bool = False) -> Any:
         """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.imaging import decode, decode_shrunk
+        from provider_image.images.decoding import decode, decode_shrunk
 
         if is_shrunk:
             return decode_shrunk(inputs["image"], artefact.height, artefact.width)

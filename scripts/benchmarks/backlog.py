@@ -18,9 +18,9 @@ from rich.console import Console
 from batcher.planner import plan
 from scripts.benchmarks import processes
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.records import to_text
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.records import to_text
+from store.sqlite import SqliteStore
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile")
 

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from provider_image.chunk import ChunkItem, write_chunk
-from provider_image.models.compilers import ensure_installed
+from provider_image.compiler import ensure_installed
 from scripts.benchmarks import pictures
 
 MODEL = "efficientnet_lite0"

@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 from werkzeug.formparser import parse_form_data
 
-from provider_image.imaging import MAX_PIXELS, check_upload
+from provider_image.images.decoding import MAX_PIXELS, check_upload
 from scripts.benchmarks import pictures
-from server import multipart
+from server.intake import multipart
 
 BOUNDARY = "----mlg-measures-the-door"
 

@@ -23,8 +23,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from provider_image import imaging
-from provider_image.models.compilers import ensure_installed
+from provider_image.compiler import ensure_installed
+from provider_image.images import decoding
 from scripts.benchmarks import pictures, processes
 
 MODEL = "efficientnet_lite0"
@@ -60,7 +60,7 @@ def plain_limit(models: Path, jpegs: list[bytes], *, is_reduced: bool) -> float:
     def work(part: list[bytes]) -> None:
         request = net.create_infer_request()
         for jpeg in part:
-            pixels = imaging.decode(jpeg, 224, 224, 0.875) if is_reduced else whole(jpeg)
+            pixels = decoding.decode(jpeg, 224, 224, 0.875) if is_reduced else whole(jpeg)
             request.infer({0: pixels[None]})
 
     work(jpegs[:8])

@@ -28,14 +28,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from provider_image.compiler import ensure_installed
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.models.compilers import ensure_installed
 from scripts.benchmarks import pictures, processes
 from scripts.benchmarks.keras_models import compiled
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.records import NewRequest
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.records import NewRequest
+from store.sqlite import SqliteStore
 
 #: Three of eight misbehave, each in its own way.
 MISDEEDS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
@@ -79,7 +79,7 @@ def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> N
 
 def scenario(folder: Path, providers: int, misdeeds: dict[str, str]) -> Path:
     """Write a scenario file: equal prices, one core each; some misbehave now and then."""
-    from batcher.devnet.scenario import NAMES
+    from devnet.scenario import NAMES
 
     lines = []
     for name in NAMES[:providers]:

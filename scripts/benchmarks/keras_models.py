@@ -13,10 +13,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from provider_image.compiler.keras_weights import Places, find_weights
 from provider_image.errors import BrokenArtefact, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
-from provider_image.models.keras_weights import Places, find_weights
 
 #: Those that the original service had.
 SIXTEEN = (
@@ -67,8 +67,8 @@ def _is_installed(models: Path, name: str) -> bool:
 
 
 def _compile(folder: Path, name: str) -> None:
-    from provider_image.models.keras_applications import build
-    from tests.seeded import seeded_network, write_weights
+    from provider_image.compiler.keras_applications import build
+    from tests.seeded_weights import seeded_network, write_weights
 
     weights = _weights(folder, name)
     weights.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from provider_image.backends.openvino import import_openvino
 from provider_image.cores import available_cores
-from provider_image.engine import import_openvino
 
 #: Sides of the square matrices that are multiplied.
 _SIDES = (512, 1024, 2048)

@@ -17,10 +17,10 @@ import httpx
 from rich.console import Console
 
 from scripts.benchmarks import processes
+from server.api.views.requests import to_cursor
 from server.settings import ServerSettings
-from server.store.records import to_text
-from server.store.sqlite import SqliteStore
-from server.views.listing import to_cursor
+from store.records import to_text
+from store.sqlite import SqliteStore
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
 OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))

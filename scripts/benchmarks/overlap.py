@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from provider_image.models.compilers import ensure_installed
+from provider_image.compiler import ensure_installed
 from scripts.benchmarks import pictures
 from scripts.benchmarks.keras_models import cache_folder, compiled
 from scripts.benchmarks.models import make_chunk

@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from provider_image.backends.openvino import compile_graph, import_openvino
 from provider_image.chunk import open_chunk
-from provider_image.engine import compile_graph, import_openvino
-from provider_image.imaging import decode
+from provider_image.images.decoding import decode
 from provider_image.runtime import NetCache, run_chunk
 from scripts.benchmarks.limits import decoding_rate
 

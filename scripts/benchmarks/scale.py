@@ -18,10 +18,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from provider_image import imaging
+from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
+from provider_image.images import decoding
 from provider_image.models.artefact import Artefact
-from provider_image.models.compilers import ensure_installed
 from provider_image.services.classification import Classification
 from scripts.benchmarks import pictures
 from scripts.benchmarks.keras_models import SIXTEEN, cache_folder, compiled
@@ -101,13 +101,13 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> Seen:
             return known[pixels]
 
         arrays = {
-            margin: imaging.decode(jpeg, side, side, crop, margin=margin)
-            for margin in (math.inf, imaging.DRAFT_MARGIN, *MARGINS)
+            margin: decoding.decode(jpeg, side, side, crop, margin=margin)
+            for margin in (math.inf, decoding.DRAFT_MARGIN, *MARGINS)
         }
         whole = arrays[math.inf]
         answers = {f"{margin:g}": classify(arrays[margin]) for margin in MARGINS}
         answers["noise"] = classify(np.clip(whole + noise, 0, 255).astype(np.uint8))
-        return classify(whole), answers, bool((arrays[imaging.DRAFT_MARGIN] != whole).any())
+        return classify(whole), answers, bool((arrays[decoding.DRAFT_MARGIN] != whole).any())
 
     seen = Seen()
     with ThreadPoolExecutor(available_cores()) as pool:
@@ -139,7 +139,7 @@ def _print(artefact: Artefact, side: int, crop: float | None, seen: Seen) -> Non
     part = f"centre, {crop:g}" if crop else "whole"
     Console().print(
         f"\n{artefact.name} at {side} ({part}): {seen.pictures} pictures, of which a margin of "
-        f"{imaging.DRAFT_MARGIN:g} reduces {seen.reduced}"
+        f"{decoding.DRAFT_MARGIN:g} reduces {seen.reduced}"
     )
     table = Table("margin", "first label changed", "top five changed", f"by more than {NEAR:.1%}")
     for what, counts in seen.changed.items():

@@ -22,16 +22,16 @@ from PIL import Image
 
 from batcher.cycle import Cycle
 from batcher.executors.local import LocalExecutor
+from batcher.resizing import make_shrinker
 from batcher.settings import BatcherSettings
-from batcher.shrinking import make_shrinker
+from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
-from provider_image.imaging import decode, decode_shrunk, encode_lossless
-from provider_image.models.compilers import ensure_installed
+from provider_image.images.decoding import decode, decode_shrunk, encode_lossless
 from scripts.benchmarks import pictures
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.records import NewRequest
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.records import NewRequest
+from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 SIZES = ((500, 375), (800, 600), (4000, 3000))

@@ -20,7 +20,7 @@ from rich.console import Console
 from scripts.benchmarks import golem, pictures, processes
 from scripts.benchmarks.uploads import LUA, measure
 from server.settings import ServerSettings
-from server.store.sqlite import SqliteStore
+from store.sqlite import SqliteStore
 
 
 @contextlib.contextmanager

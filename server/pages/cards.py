@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from provider_image.services import load_service
-from server.estimates import duration
-from server.store.records import Request, State
+from server.status.eta import duration
+from store.records import Request, State
 
 #: Bars of an answer on a page.
 BARS = 5

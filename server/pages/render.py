@@ -20,8 +20,8 @@ import flask
 import jinja2
 
 from provider_image.errors import StoreError
-from server.access import guard_of
-from server.estimates import duration
+from server.auth.guard import guard_of
+from server.status.eta import duration
 
 HERE = Path(__file__).parent
 #: No inline script, no inline style, nobody else's host, nobody's frame.

@@ -20,9 +20,9 @@ from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, wri
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.records import NewRequest, Request
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.records import NewRequest, Request
+from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 

@@ -16,8 +16,8 @@ import pytest
 
 from batcher.executors import Outcome
 from provider_image.errors import NotInstalled, WorkerDied
-from server.store.records import Answer, State
-from server.store.sqlite import MAX_ATTEMPTS
+from store.records import Answer, State
+from store.sqlite import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL
 
 

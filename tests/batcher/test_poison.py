@@ -9,13 +9,13 @@ from typing import Any
 from PIL import Image
 
 from batcher.executors.local import LocalExecutor
-from server.store.records import State
-from server.store.sqlite import MAX_ATTEMPTS
+from store.records import State
+from store.sqlite import MAX_ATTEMPTS
 
 #: Bytes after the end of a picture do not bother a decoder; here they end its process, as a bug in one may.
 PLUGIN = """
 import os
-import provider_image.imaging as imaging
+import provider_image.images.decoding as imaging
 
 def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"POISON"):

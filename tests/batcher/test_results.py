@@ -10,7 +10,7 @@ from batcher.executors import Outcome
 from batcher.planner import PlannedItem
 from batcher.results import BACKOFF_SECONDS, OBSTACLE_SECONDS, settle_failure
 from provider_image.errors import BrokenArtefact, ChunkTimeout, NotInstalled, WorkerDied
-from server.store.records import Blame, Claim
+from store.records import Blame, Claim
 
 
 def item(*claims: Claim) -> PlannedItem:

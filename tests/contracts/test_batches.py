@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from provider_image.errors import StoreUnavailable, UnknownRequest
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.batches import BatchRecord, BatchUnderWay, Refusal, UnknownBatch
-from server.store.blobs import Staged
-from server.store.idempotency import KeptAnswer
-from server.store.journal_records import ChunkRecord
-from server.store.listing import NotRemovable, Wanted
-from server.store.records import Answer, Claim, NewRequest, Request, State
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.batches import BatchRecord, BatchUnderWay, Refusal, UnknownBatch
+from store.chunks import ChunkRecord
+from store.idempotency import KeptAnswer
+from store.images import Staged
+from store.records import Answer, Claim, NewRequest, Request, State
+from store.search import NotRemovable, Wanted
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -330,8 +330,8 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     before: int, steps: list[tuple[int, int]], most: int, wanted: Wanted
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.store.sqlite_listing.MOST_LOOKED_AT", most)
-        patch.setattr("server.store.sqlite_listing.MOST_NAMES_LOOKED_AT", most)
+        patch.setattr("store.sqlite_search.MOST_LOOKED_AT", most)
+        patch.setattr("store.sqlite_search.MOST_NAMES_LOOKED_AT", most)
         store = SqliteStore(ServerSettings(home=Path(folder) / "home"))
         store.migrate()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.settings import ServerSettings
-from server.steering import HOLD, Mode, Orders, hold, read_orders, resume, run_now
-from server.store.sqlite import SqliteStore
+from store.batcher_controls import HOLD, Mode, Orders, hold, read_orders, resume, run_now
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 

@@ -21,8 +21,8 @@ from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, WorkerDied
+from tests.decode_gate import HOLDING
 from tests.golem import golem, provider, scenario
-from tests.holding import HOLDING
 from tests.process_tree import is_alive
 
 MODEL = "efficientnet_lite0"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from server.operations import Scope
-from server.refusals import QuotaReached
+from server.api.endpoint import Scope
+from server.errors import QuotaReached
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.keys import KeyNameTaken, KeyRecord, UnknownKey, hash_of, id_of, is_key, make_key
-from server.store.records import NewRequest, Request
-from server.store.sqlite import SqliteStore
+from store import new_id
+from store.keys import KeyNameTaken, KeyRecord, UnknownKey, hash_of, id_of, is_key, make_key
+from store.records import NewRequest, Request
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MINUTE = int(NOW.timestamp()) // 60

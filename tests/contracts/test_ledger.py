@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.journal_records import ChunkRecord
-from server.store.ledger import COSTS_BY, UnknownProvider
-from server.store.money import (
+from store import new_id
+from store.chunks import ChunkRecord
+from store.cost_split import total
+from store.ledger import COSTS_BY, UnknownProvider
+from store.ledger_records import (
     ActivityRecord,
     AgreementRecord,
     AllocationRecord,
@@ -29,9 +30,8 @@ from server.store.money import (
     DebitNoteRecord,
     InvoiceRecord,
 )
-from server.store.records import Answer, NewRequest, Request
-from server.store.shares import total
-from server.store.sqlite import SqliteStore
+from store.records import Answer, NewRequest, Request
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 PRICES = {

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from provider_image.compiler import can_build_now, ensure_installed
 from provider_image.errors import BadInput, InvalidParams, MalformedChunk, MalformedResults
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.models.compilers import can_build_now, ensure_installed
 from provider_image.service import ModelInput, check_params
 from provider_image.services import REGISTRY, load_service
 

@@ -14,10 +14,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from provider_image.errors import NotCancellable, NotRetryable, UnknownRequest
 from server.settings import ServerSettings
-from server.store import new_id
-from server.store.journal_records import BatcherRecord, ChunkRecord
-from server.store.records import Answer, Blame, Claim, NewRequest, Request, State
-from server.store.sqlite import MAX_ATTEMPTS, SqliteStore
+from store import new_id
+from store.chunks import BatcherRecord, ChunkRecord
+from store.records import Answer, Blame, Claim, NewRequest, Request, State
+from store.sqlite import MAX_ATTEMPTS, SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 OUTPUT = [["n02123159", "tiger_cat", 0.408]]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from provider_image.chunk import ChunkItem, write_chunk
-from provider_image.places import socket_path
+from provider_image.runtime_paths import socket_path
 
 ROOT = Path(__file__).parents[2]
 

@@ -63,8 +63,9 @@ def test_without_the_wheel_a_missing_model_is_not_installed(tmp_path, photos):
 
 def test_nothing_heavy_is_imported_before_a_model_is_loaded():
     code = (
-        "import sys, provider_image.__main__, provider_image.runtime, provider_image.warm, provider_image.door, "
-        "provider_image.imaging, provider_image.models.lite0, provider_image.services.classification\n"
+        "import sys, provider_image.__main__, provider_image.runtime, provider_image.warm_server, "
+        "provider_image.warm_client, provider_image.images.decoding, provider_image.compiler.lite0, "
+        "provider_image.services.classification\n"
         "print([name for name in ('numpy', 'PIL', 'openvino', 'asyncio', 'urllib.request') if name in sys.modules])"
     )
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
 from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
-from provider_image.imaging import decode, encode_lossless
+from provider_image.images.decoding import decode, encode_lossless
 from provider_image.models.artefact import installed_digest
 from provider_image.runtime import KEPT_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
 from provider_image.services import load_service

@@ -23,9 +23,9 @@ from PIL import Image
 import mlg_client
 from mlg_client import AsyncClient, Client, Refused, Request, StillWaiting, Unavailable, Unreachable
 from server.settings import ServerSettings
-from server.store.records import Answer
-from server.store.sqlite import SqliteStore
-from tests.server.conftest import MODEL, OUTPUT, ROOT, Running
+from store.records import Answer
+from store.sqlite import SqliteStore
+from tests.conftest import MODEL, OUTPUT, ROOT, Running
 
 URL = "http://127.0.0.1:5000"
 

@@ -23,11 +23,11 @@ from PIL import Image
 
 from provider_image.errors import ConfigError
 from server.settings import ServerSettings
-from server.store.records import Answer, Request
-from server.store.sqlite import SqliteStore
 from server.submissions import Submissions
 from server.submit import find_files
-from tests.server.conftest import MODEL, OUTPUT, ROOT, Running
+from store.records import Answer, Request
+from store.sqlite import SqliteStore
+from tests.conftest import MODEL, OUTPUT, ROOT, Running
 
 
 def picture(number: int) -> bytes:

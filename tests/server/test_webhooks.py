@@ -21,15 +21,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from cli.webhooks import webhooks
 from provider_image.errors import ConfigError, InvalidParams
-from server.api import create_app
+from server.app import create_app
 from server.settings import ServerSettings
-from server.store.records import Answer
-from server.store.sqlite import SqliteStore
-from server.store.webhooks import EndpointRecord, UnknownWebhook, new_secret
-from server.webhook_commands import webhooks
 from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, DeliveryFailed, check_webhook, send, sign
-from tests.server.conftest import MODEL, OUTPUT, Running
+from store.records import Answer
+from store.sqlite import SqliteStore
+from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
+from tests.conftest import MODEL, OUTPUT, Running
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()

@@ -21,19 +21,19 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.executors import Job, Outcome
-from batcher.executors.golem.backlog import Backlog, Errand
-from batcher.executors.golem.blame import Blame
-from batcher.executors.golem.books import Bookkeeper, Books
-from batcher.executors.golem.demand import make_payload
-from batcher.executors.golem.diary import Diary
-from batcher.executors.golem.hire import Failure, Hire, Orders
-from batcher.executors.golem.market import Market
+from batcher.executors.golem.budget import Caps, Purse
+from batcher.executors.golem.ledger_entries import Diary
+from batcher.executors.golem.ledger_writer import Bookkeeper, Books
+from batcher.executors.golem.offers import Market
+from batcher.executors.golem.payload import make_payload
 from batcher.executors.golem.prices import Price
-from batcher.executors.golem.purse import Caps, Purse
+from batcher.executors.golem.provider_bans import Blame
+from batcher.executors.golem.queue import Backlog, Errand
 from batcher.executors.golem.recovery import home_tag
-from batcher.executors.golem.rental import Rental, Told
 from batcher.executors.golem.session import Session
-from batcher.executors.golem.yapapi_edge import explain
+from batcher.executors.golem.worker import Failure, Hire, Orders
+from batcher.executors.golem.worker_pool import Rental, Told
+from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import (

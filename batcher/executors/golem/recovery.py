@@ -17,11 +17,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.books import Books
-from batcher.executors.golem.market import describe
+from batcher.executors.golem.ledger_writer import Books
+from batcher.executors.golem.offers import describe
 from batcher.executors.golem.prices import BadOffer
-from batcher.executors.golem.yapapi_edge import OWNER, explain
-from server.store.money import AgreementRecord
+from batcher.executors.golem.yapapi_adapter import OWNER, explain
+from store.ledger_records import AgreementRecord
 
 log = logging.getLogger(__name__)
 

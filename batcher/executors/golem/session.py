@@ -16,12 +16,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.books import Bookkeeper
-from batcher.executors.golem.market import Market, Verdict
+from batcher.executors.golem.ledger_writer import Bookkeeper
+from batcher.executors.golem.offers import Market, Verdict
+from batcher.executors.golem.payments import Settler
 from batcher.executors.golem.recovery import Recovery, tagged
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.settling import Settler
-from batcher.executors.golem.yapapi_edge import (
+from batcher.executors.golem.yapapi_adapter import (
     explain,
     load_quietly,
     make_strategy,
@@ -30,7 +30,7 @@ from batcher.executors.golem.yapapi_edge import (
     within,
 )
 from provider_image.errors import GolemUnavailable
-from server.store.money import AllocationRecord
+from store.ledger_records import AllocationRecord
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,81 @@
+"""Notes dispatches in the journal.
+
+Called by `batcher.cycle` in threads. The journal is for people and estimates: when the store does not take an entry,
+work goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+
+from batcher.executors import Outcome
+from batcher.packing import Packed
+from batcher.results import Settlement
+from provider_image.errors import StoreError
+from store import Journal
+from store.chunks import ChunkRecord
+
+log = logging.getLogger(__name__)
+
+
+class DispatchNotes:
+    """The entries of one batcher.
+
+    :param executor: the executor's name.
+    """
+
+    def __init__(self, journal: Journal, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
+        self._journal = journal
+        self._batcher_id = batcher_id
+        self._executor = executor
+        self._clock = clock
+
+    def note_start(self, packed: Packed) -> None:
+        """Note that a chunk goes out."""
+        record = ChunkRecord(
+            id=packed.chunk_id,
+            batcher_id=self._batcher_id,
+            executor=self._executor,
+            provider=None,
+            service=packed.planned.service,
+            model=packed.planned.model,
+            items=len(packed.items),
+            bytes_sent=packed.size_bytes,
+            bytes_received=None,
+            dispatched_at=self._clock(),
+            finished_at=None,
+            seconds=None,
+            done=None,
+            failed=None,
+            cost=None,
+            code=None,
+            reason=None,
+        )
+        try:
+            self._journal.start_chunk(record)
+        except StoreError as error:
+            log.warning("cannot note a dispatch: %s", error, extra={"chunk_id": packed.chunk_id})
+
+    def note_end(self, packed: Packed, outcome: Outcome, settlement: Settlement) -> None:
+        """Note how it ended."""
+        error = settlement.error
+        try:
+            self._journal.finish_chunk(
+                packed.chunk_id,
+                provider=outcome.provider,
+                bytes_received=packed.results.stat().st_size if packed.results.exists() else None,
+                seconds=outcome.seconds,
+                done=settlement.items_done,
+                failed=len(packed.items) - settlement.items_done,
+                cost=outcome.cost,
+                code=error.code if error else None,
+                reason=error.reason if error else None,
+                provider_id=outcome.provider_id,
+                agreement_id=outcome.agreement_id,
+                activity_id=outcome.activity_id,
+                now=self._clock(),
+            )
+        except StoreError as refusal:
+            log.warning("cannot note the end of a dispatch: %s", refusal, extra={"chunk_id": packed.chunk_id})

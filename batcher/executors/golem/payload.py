@@ -1,0 +1,57 @@
+"""What is asked of a provider for a model: an image or a runtime, and how much of a computer.
+
+Called by `executor.py` when a model's rental begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.yapapi_adapter import Needs, builtin_payload, explain, image_payload
+from batcher.image_build.lock import read_lock
+from provider_image.errors import GolemUnavailable, ModelError, NotInstalled
+from provider_image.models.artefact import Artefact, find_artefact
+
+_GIB = 1024**3
+#: What the system and the libraries of the image take, in GiB of memory and of disk.
+_BASE_MEMORY, _BASE_STORAGE = 0.5, 2.0
+#: A loaded model takes so many times its file: the weights, what the compiler makes of them, and what flows between.
+_MEMORY_FACTOR = 3.0
+#: Size of a model that is not installed here.
+_UNKNOWN_BYTES = 64 * 1024 * 1024
+
+
+def needs_of(size_bytes: int) -> Needs:
+    """Say what a model with artefacts of this size needs."""
+    size = size_bytes / _GIB
+    return Needs(
+        memory_gib=round(_BASE_MEMORY + _MEMORY_FACTOR * size, 2), storage_gib=round(_BASE_STORAGE + 2 * size, 2)
+    )
+
+
+async def make_payload(model: str, owner: str, models: Path, settings: GolemSettings) -> Any:
+    """Make a model's demand: its published image if there is one, else a runtime that has it built in.
+
+    :raises GolemUnavailable: the registry of images does not answer, or has another build than is installed here.
+    :raises ImageError: the lock file cannot be read.
+    """
+    artefact: Artefact | None = None
+    with contextlib.suppress(NotInstalled, ModelError):
+        artefact = find_artefact(models, model)
+    needs = needs_of(_UNKNOWN_BYTES if artefact is None else artefact.size_bytes)
+    published = (await asyncio.to_thread(read_lock)).get(model)
+    if published is None:
+        return builtin_payload(settings.runtime, needs, owner, model)
+    if artefact is not None and artefact.digest != published.digest:
+        raise GolemUnavailable(
+            f"The published image of {model} holds another build of it (digest {published.digest[:12]}) than the one "
+            f"installed here ({artefact.digest[:12]}): its answers would not count. Run: mlg image push {model}"
+        )
+    try:
+        return await image_payload(published.hash, settings.registry, needs, owner, model)
+    except Exception as error:
+        raise GolemUnavailable(f"Golem's registry does not tell where the image is: {explain(error)}.") from error

@@ -1,0 +1,236 @@
+"""Builds the provider's image with a container engine, and publishes it for Golem.
+
+Called by `mlg image`. Building needs a source checkout: the Dockerfile installs mlg from its source, at the versions in
+constraints.txt, and an installed wheel carries neither. Publishing is the work of Golem's own program `gvmkit-build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from batcher.image_build.context import check_checkout, find_sound_artefact, make_context
+from batcher.image_build.engine import find_engine
+from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
+from provider_image.environment import Environment
+from provider_image.errors import ConfigError, ImageError, MlgError
+from provider_image.models.artefact import check_files, read_artefact
+from provider_image.models.catalogue import CATALOGUE, look_up
+from provider_image.models.registry import find_own_name, find_row
+
+_TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+#: What gvmkit-build says when it is not let in, or has no place to keep a token.
+_NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|\b401\b", re.IGNORECASE)
+_NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """What `mlg image` needs."""
+
+    #: Folder of the artefacts that are installed here; in the home.
+    models: Path
+    #: The container engine, a name or a path; empty takes the first that works. MLG_IMAGE_ENGINE. Defaults to empty.
+    engine: str = ""
+    #: user/repository on Golem's registry to publish to. MLG_IMAGE_REGISTRY. Defaults to empty.
+    registry: str = ""
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str]) -> ImageSettings:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
+        registry = env.text("MLG_IMAGE_REGISTRY", cls.registry)
+        if registry and not REPOSITORY.fullmatch(registry):
+            raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} is not like user/repository, in lower case.")
+        return cls(
+            models=env.path("MLG_HOME", "~/.mlg") / "models",
+            engine=env.text("MLG_IMAGE_ENGINE", cls.engine),
+            registry=registry,
+        )
+
+
+def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
+    """Return the canonical names of models of the catalogue and users' own, each once, in order.
+
+    :param models: where users' own are installed. Whether they are sound is not looked at.
+    :raises UnknownModel: there is no such model; names the nearest.
+    """
+    names = []
+    for spelling in spellings:
+        row = look_up(spelling)
+        name = find_own_name(models, spelling) if row is None else row.name
+        names.append(name or find_row(models, spelling).name)
+    return list(dict.fromkeys(names))
+
+
+def image_tag(models: Sequence[str], tag: str | None = None) -> str:
+    """Return the name of the image that holds these models.
+
+    :param tag: what was asked for; without a `:` it gets `:latest`.
+    :raises ConfigError: no engine would take it.
+    """
+    chosen = tag or f"mlg-provider:{'-'.join(models)}"
+    if ":" not in chosen.rpartition("/")[2]:
+        chosen += ":latest"
+    if not _TAG.fullmatch(chosen):
+        wrong = "The names of these models make too long a tag" if tag is None else f"{tag!r} is not an image's name"
+        raise ConfigError(f"{wrong}. Give one in lower case: --tag NAME:TAG")
+    return chosen
+
+
+def build_image(
+    models: Sequence[str],
+    settings: ImageSettings,
+    *,
+    weights: Path | None = None,
+    installed: bool = False,
+    base: str | None = None,
+    tag: str | None = None,
+) -> tuple[str, dict[str, str]]:
+    """Build the image that holds these models.
+
+    Models of the catalogue are compiled in the build; users' own, which nothing there could compile, are copied from
+    the models folder.
+
+    It takes two runs of the engine: the first exports the compiled artefacts, whose digests the second, which finds
+    everything else cached, puts into the labels. The digests are thus those of the files in the image.
+
+    :param weights: folder of weights files; None leaves it to Keras' published address.
+    :param installed: copy the models of the catalogue as well, instead of compiling them.
+    :param base: image to build on; None takes the Dockerfile's.
+    :return: the image's name, and each model's digest.
+    :raises MlgError: it cannot be built; says what to do.
+    """
+    names = canonical_names(settings.models, models)
+    name = image_tag(names, tag)
+    if installed and weights is not None:
+        raise ConfigError("--installed compiles nothing, so there is no use for --weights. Leave one of them out.")
+    if weights is not None and not weights.is_dir():
+        raise ImageError(f"There is no folder of weights {weights}. Make it and put the weights files there.")
+    check_checkout()
+    taken = [find_sound_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE]
+    engine = find_engine(settings.engine)
+    with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
+        context, artefacts = Path(folder, "context"), Path(folder, "artefacts")
+        make_context(context, weights=weights, artefacts=taken)
+        arguments = {"MODEL": ",".join(names), "VERSION": _version()}
+        if base is not None:
+            arguments["BASE"] = base
+        engine.build(context, arguments, "--target", "artefacts", "--output", f"type=local,dest={artefacts}")
+        digests = {model: _digest(artefacts / model) for model in names}
+        arguments["DIGEST"] = ",".join(digests.values())
+        engine.build(context, arguments, "--tag", name)
+    return name, digests
+
+
+def push_image(
+    models: Sequence[str],
+    settings: ImageSettings,
+    *,
+    tag: str | None = None,
+    lock: Path = LOCK_FILE,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> dict[str, PublishedImage]:
+    """Publish the image that holds these models on Golem's registry, and record it in the lock file.
+
+    :return: what was published, by model.
+    :raises MlgError: it was not published, and the lock file is as it was; says what to do.
+    """
+    names = canonical_names(settings.models, models)
+    name = image_tag(names, tag)
+    if not settings.registry:
+        raise ConfigError("Say where to publish: MLG_IMAGE_REGISTRY=user/repository, as on Golem's registry.")
+    read_lock(lock)  # a damaged one is found before anything is uploaded
+    program = shutil.which("gvmkit-build")
+    if program is None:
+        raise ImageError("gvmkit-build, which publishes images for Golem, is missing. pip install gvmkit-build")
+    engine = find_engine(settings.engine)
+    if engine.name == "buildah":
+        raise ImageError(
+            f"gvmkit-build takes images from docker only. Hand it over: buildah push {name} docker-daemon:{name}, "
+            "then push with MLG_IMAGE_ENGINE=docker"
+        )
+    digests = _labelled_digests(engine.labels(name), name, names)
+    target = f"{settings.registry}:{name.rpartition(':')[2]}"
+    with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
+        file = Path(folder, "image.gvmi")
+        said = _run_and_listen([program, name, "--push-to", target, "--output", str(file), "--hide-progress"], target)
+        try:
+            size = file.stat().st_size
+            with file.open("rb") as handle:
+                found = hashlib.file_digest(handle, "sha3_224").hexdigest()
+        except OSError as error:
+            raise ImageError(f"gvmkit-build ended well but left no image file: {error}") from error
+    if found not in HASH.findall(said):
+        raise ImageError(
+            f"gvmkit-build did not say that it has published {found}, the hash of the image it has made. "
+            "Nothing was recorded. Update it (pip install --upgrade gvmkit-build) and push again."
+        )
+    now = clock().replace(microsecond=0)
+    published = {
+        model: PublishedImage(image=target, hash=found, digest=digest, size_bytes=size, pushed_at=now)
+        for model, digest in digests.items()
+    }
+    add_to_lock(published, lock)
+    return published
+
+
+def _version() -> str:
+    try:
+        return version("mlg")
+    except PackageNotFoundError:
+        return ""
+
+
+def _digest(folder: Path) -> str:
+    try:
+        artefact = read_artefact(folder)
+        check_files(artefact)
+    except MlgError as error:
+        raise ImageError(f"The build ended well but gave no sound artefact of {folder.name}: {error}") from error
+    return artefact.digest
+
+
+def _labelled_digests(labels: Mapping[str, str], name: str, models: Sequence[str]) -> dict[str, str]:
+    """Read which models an image holds, under which digests, from its labels; keep those that are asked for."""
+    digests = dict(zip(labels.get("mlg.model", "").split(","), labels.get("mlg.digest", "").split(","), strict=False))
+    absent = [model for model in models if not re.fullmatch(r"[0-9a-f]{64}", digests.get(model, ""))]
+    if absent:
+        raise ImageError(
+            f"The image {name} is not labelled as holding {absent[0]}. "
+            f"Build it again: mlg image build {' '.join(models)} --tag {name}"
+        )
+    return {model: digests[model] for model in models}
+
+
+def _run_and_listen(command: list[str], target: str) -> str:
+    """Run gvmkit-build, pass on what it says as it comes, questions without an end of line included, and return it."""
+    said = bytearray()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while data := os.read(process.stdout.fileno(), 65536):
+            said += data
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+    text = said.decode("utf-8", "replace")
+    if process.returncode:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if line.startswith("Error:")), lines[-1] if lines else "")
+        if _NO_ENGINE.search(reason):
+            cure = "It needs docker's service: start docker, or podman's (podman system service) with DOCKER_HOST set."
+        elif _NOT_LOGGED_IN.search(reason):
+            cure = "Log in: gvmkit-build --login, or set REGISTRY_USER and REGISTRY_TOKEN."
+        else:
+            cure = "Nothing was recorded; push again."
+        raise ImageError(f"gvmkit-build did not publish {target}. {cure} It said: {reason}")
+    return text

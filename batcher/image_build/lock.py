@@ -1,0 +1,114 @@
+"""The lock file of published images: which image on Golem's registry holds which model.
+
+`provider_image/images.lock` is JSON, sorted, and meant to be committed: model -> what was published. Written by
+`mlg image push`; read by whoever rents computers, so that all of them run the very image that was published here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from provider_image.errors import ImageError
+from provider_image.models.artefact import is_model_name
+
+#: Where it lies in a source checkout.
+LOCK_FILE = Path(__file__).resolve().parents[2] / "provider_image" / "images.lock"
+#: user/repository on Golem's registry.
+REPOSITORY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
+#: SHA3-224 of the published file: the name by which Golem finds it.
+HASH = re.compile(r"[0-9a-f]{56}")
+
+_IMAGE = re.compile(rf"{REPOSITORY.pattern}:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedImage:
+    """An image on Golem's registry, as one model sees it."""
+
+    #: user/repository:tag. A tag may be moved to another image later; the hash cannot.
+    image: str
+    #: SHA3-224 of the published file, 56 hexadecimal digits.
+    hash: str
+    #: Digest of the model's artefact in the image; answers come under it.
+    digest: str
+    #: What a provider downloads, once.
+    size_bytes: int
+    #: When it was published.
+    pushed_at: datetime
+
+    @classmethod
+    def from_row(cls, row: Any) -> PublishedImage:
+        """Read an entry of the file. :raises ValueError: names the field that cannot be used."""
+        if not isinstance(row, dict) or row.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError(f"an entry must have just the fields {', '.join(cls.__dataclass_fields__)}")
+        for name, pattern in (("image", _IMAGE), ("hash", HASH), ("digest", _DIGEST)):
+            if not isinstance(row[name], str) or not pattern.fullmatch(row[name]):
+                raise ValueError(f"{name} is {row[name]!r}")
+        size = row["size_bytes"]
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ValueError(f"size_bytes is {size!r}")
+        if not isinstance(row["pushed_at"], str):
+            raise ValueError(f"pushed_at is {row['pushed_at']!r}")
+        pushed_at = datetime.fromisoformat(row["pushed_at"])
+        if pushed_at.tzinfo is None:
+            raise ValueError("pushed_at has no time zone")
+        return cls(**{**row, "pushed_at": pushed_at})
+
+
+def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
+    """Read the lock file: model -> what was published; empty if there is no file yet.
+
+    :raises ImageError: it cannot be read, or an entry cannot be used.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be read: {error}") from error
+    model = ""
+    try:
+        found = {}
+        for model, row in json.loads(text).items():
+            if not is_model_name(model):  # users' own may be installed elsewhere only
+                raise ValueError("that is not a model's name")
+            found[model] = PublishedImage.from_row(row)
+    except (ValueError, AttributeError, RecursionError) as error:
+        where = f" at {model}" if model else ""
+        raise ImageError(
+            f"{path} is damaged{where}: {error}. Mend it, or delete it and push the images again."
+        ) from error
+    return found
+
+
+def add_to_lock(new: Mapping[str, PublishedImage], path: Path = LOCK_FILE) -> None:
+    """Add or replace entries and keep the others; a reader sees the old file or the new one, never half of one.
+
+    :raises ImageError: the file that is there cannot be read, or the new one cannot be written.
+    """
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two pushes at once must not forget each other's entries
+            entries = {**read_lock(path), **new}
+            rows = {model: {**asdict(each), "pushed_at": each.pushed_at.isoformat()} for model, each in entries.items()}
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with temporary.open("w") as file:
+                file.write(json.dumps(rows, indent=2, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from error

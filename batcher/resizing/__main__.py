@@ -1,0 +1,77 @@
+"""What a process that shrinks items does: `python -m batcher.resizing`.
+
+Started by `process.py`, which says how the two talk. It must not open the store nor know of requests: a picture may
+take it over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from batcher.resizing.process import LAST_RESORT_SECONDS, LONGEST_LINE, READY
+from provider_image.chunk import ItemError
+from provider_image.errors import MlgError
+from provider_image.schemas import MAX_REASON
+from provider_image.service import ModelInput
+from provider_image.services import load_service
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Shrink items until the batcher's end of the socket closes."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # Pillow warns of odd metadata in pictures, which nobody here can mend.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    threading.Thread(target=_exit_with_batcher, daemon=True).start()
+    with socket.socket(fileno=sys.stdin.fileno()) as batcher, batcher.makefile("rwb") as stream:
+        stream.write(READY)
+        stream.flush()
+        while line := stream.readline(LONGEST_LINE):
+            job = json.loads(line)
+            signal.setitimer(signal.ITIMER_REAL, job["limit_seconds"] + LAST_RESORT_SECONDS)
+            reply, data = _answer(job)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            stream.write(json.dumps(reply).encode() + b"\n")
+            for each in data.values():
+                stream.write(each)
+            stream.flush()
+            del data
+    return 0
+
+
+def _exit_with_batcher() -> None:
+    hang_up = select.poll()
+    hang_up.register(0, 0)  # no event is asked for: a hang-up is told anyway
+    hang_up.poll()
+    os._exit(0)  # from a thread, in the middle of a picture: nobody waits for it
+
+
+def _answer(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    try:
+        inputs = {name: Path(path).read_bytes() for name, path in job["inputs"].items()}
+    except OSError as error:
+        return {"errno": error.errno, "text": error.strerror}, {}
+    try:
+        data = load_service(job["service"]).shrink(ModelInput(**job["model_input"]), inputs)
+    except Exception as error:
+        if not isinstance(error, MlgError):
+            log.exception("item failed")
+        failure = ItemError.of(error)
+        # Cut like a reason in a results file, so that a client reads the same.
+        return {"code": failure.code, "reason": failure.reason[:MAX_REASON]}, {}
+    return {"sizes": {name: len(each) for name, each in data.items()}}, data
+
+
+if __name__ == "__main__":
+    sys.exit(main())

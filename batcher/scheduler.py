@@ -1,0 +1,396 @@
+"""The timer of `mlg batch`, and its single round with `--once`.
+
+Called by `commands.py`. Timed jobs never work themselves: they only ask the one loop here for a look, or for taking
+everything, so that cycles cannot overlap however long one takes.
+
+Longer than other modules, because the timer, the signs of life, the operator's orders and the single round share the
+start and the end of one batcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from batcher.cycle import Cycle, Home, now_utc, servable
+from batcher.executors import Executor
+from batcher.resizing import make_shrinker
+from batcher.result_writer import Tally
+from batcher.settings import BatcherSettings
+from batcher.workspace import Workspace
+from provider_image.errors import MlgError, StoreError
+from provider_image.models.artefact import find_artefact
+from server.settings import ServerSettings
+from store.batcher_controls import Orders, read_orders
+from store.chunks import BatcherRecord
+
+log = logging.getLogger(__name__)
+
+#: A batcher says this often that it is alive.
+BEAT_SECONDS = 2.0
+#: What the operator says is looked up this often.
+ORDERS_SECONDS = 0.5
+#: Retention is swept this often.
+PURGE_SECONDS = 3600.0
+#: `--once` looks this often whether a back-off is over.
+ONCE_POLL_SECONDS = 0.25
+#: `--once` asks this often which models still have requests from before its start.
+ONCE_BACKLOG_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnceReport:
+    """What a single round did, in requests."""
+
+    done: int
+    failed: int
+    #: Given back to be tried again; most of them were, and are counted in the other figures too.
+    released: int
+    #: Dispatches.
+    chunks: int
+    seconds: float
+    #: Model -> (how many still wait, why).
+    left: dict[str, tuple[int, str]]
+
+    @property
+    def is_clean(self) -> bool:
+        """True when nothing failed and nothing was left waiting."""
+        return not self.failed and not self.left
+
+
+class Batcher:
+    """One batcher, from its first sign of life to its last.
+
+    :param clock: gives the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Home,
+        executor: Executor,
+        settings: BatcherSettings,
+        server_settings: ServerSettings,
+        workspace: Workspace,
+        batcher_id: str,
+        clock: Callable[[], datetime] = now_utc,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._settings = settings
+        self._server_settings = server_settings
+        self._id = batcher_id
+        self._clock = clock
+        self._started_at = clock()
+        #: What the operator said at the latest look; None before the first.
+        self._orders: Orders | None = None
+        self._shrinker = make_shrinker(settings, executor)
+        self._cycle = Cycle(
+            store=store,
+            executor=executor,
+            settings=settings,
+            folder=workspace.folder,
+            batcher_id=batcher_id,
+            shrinker=self._shrinker,
+            clock=clock,
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run rounds on the timer until told to stop. :raises MlgError: the executor cannot start."""
+        scheduler = self._scheduler()
+        looking: asyncio.Task[None] | None = None
+        following: asyncio.Task[None] | None = None
+        try:
+            await self._executor.start()
+            await self._obey()
+            await self._beat()
+            now = datetime.now(UTC)
+            scheduler.add_job(self._take_all, "interval", seconds=self._settings.every_seconds, next_run_time=now)
+            scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
+            scheduler.add_job(self._purge, "interval", seconds=PURGE_SECONDS, next_run_time=now)
+            scheduler.start()
+            looking = asyncio.create_task(self._look_out())
+            following = asyncio.create_task(self._follow_orders())
+            while not stop.is_set():
+                await _first_of(self._cycle.asked(), stop.wait())
+                report = await self._cycle.run(stop)
+                if report.claimed:
+                    log.info(
+                        "cycle ended",
+                        extra={
+                            "claimed": report.claimed,
+                            "done": report.done,
+                            "failed": report.failed,
+                            "released": report.released,
+                            "chunks": report.chunks,
+                            "seconds": round(report.seconds, 3),
+                        },
+                    )
+        finally:
+            for task in (looking, following):
+                if task is not None:
+                    task.cancel()
+            await self._end(scheduler)
+
+    async def run_once(self, stop: asyncio.Event) -> OnceReport:
+        """Take everything that waits now, wait for back-offs, and end.
+
+        What comes in meanwhile may be taken along, but is not waited for.
+
+        :raises MlgError: the executor cannot start, or the store cannot be read.
+        """
+        started_at = time.monotonic()
+        total = Tally()
+        scheduler = self._scheduler()
+        following: asyncio.Task[None] | None = None
+        try:
+            await self._executor.start()
+            await self._obey()
+            await self._beat()
+            scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
+            scheduler.start()
+            following = asyncio.create_task(self._follow_orders())
+            old = _OldBacklog(self._store)
+            while True:
+                self._cycle.take_all()
+                report = await self._cycle.run(stop, models=lambda: old.models() & servable(self._settings.models))
+                total.add(Tally(done=report.done, failed=report.failed, released=report.released, chunks=report.chunks))
+                waiting = await asyncio.to_thread(old.count)
+                models = waiting.keys() & servable(self._settings.models)
+                if stop.is_set() or all(self._cycle.obstacle(model) is not None for model in models):
+                    break
+                await _first_of(asyncio.sleep(ONCE_POLL_SECONDS), stop.wait())
+            left = {model: (count, self._why_left(model)) for model, count in waiting.items()}
+            await self._purge()
+        finally:
+            if following is not None:
+                following.cancel()
+            await self._end(scheduler)
+        return OnceReport(
+            done=total.done,
+            failed=total.failed,
+            released=total.released,
+            chunks=total.chunks,
+            seconds=time.monotonic() - started_at,
+            left=left,
+        )
+
+    # Jobs
+
+    @staticmethod
+    def _scheduler() -> AsyncIOScheduler:
+        # A late job runs late and once. The time zone is given because looking up the local one can fail.
+        defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+        return AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
+
+    async def _take_all(self) -> None:
+        self._cycle.take_all()
+
+    async def _look_out(self) -> None:
+        # Not a job: at twenty looks a second the scheduler's own work would cost more than the looks.
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            self._cycle.look()
+
+    async def _follow_orders(self) -> None:
+        while True:
+            await asyncio.sleep(ORDERS_SECONDS)
+            if await self._obey():
+                await self._beat()
+
+    async def _obey(self) -> bool:
+        """Look up what the operator says and do it. :return: whether that has changed."""
+        try:
+            orders = await asyncio.to_thread(read_orders, self._store)
+        except StoreError as error:
+            log.debug("cannot look up what the operator says: %s", error)
+            if self._orders is None:
+                self._cycle.hold("It is not known yet whether the operator holds work: the store cannot be read.")
+            return False
+        before, self._orders = self._orders, orders
+        if orders == before:
+            return False
+        if before is None or orders.hold != before.hold:
+            if before is not None or orders.hold is not None:
+                log.info("work goes on" if orders.hold is None else orders.hold.notice)
+            self._cycle.hold(None if orders.hold is None else orders.hold.notice)
+        # What was said before this batcher began is not for it: its first round takes everything anyway.
+        if before is not None and orders.run_token != before.run_token:
+            self._cycle.take_all()
+        return True
+
+    async def _beat(self) -> None:
+        models = await asyncio.to_thread(servable, self._settings.models)
+        record = BatcherRecord(
+            id=self._id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            executor=self._executor.name,
+            every_seconds=self._settings.every_seconds,
+            max_wait_seconds=self._settings.max_wait_seconds,
+            capacity=self._executor.workers(),
+            budget=_budget(self._settings),
+            notices={model: reason for model in models if (reason := self._cycle.obstacle(model)) is not None},
+            started_at=self._started_at,
+            seen_at=self._clock(),
+        )
+        try:
+            await asyncio.to_thread(self._store.beat, record)
+        except StoreError as error:
+            log.warning("cannot say that this batcher is alive: %s", error)
+
+    async def _purge(self) -> None:
+        now = self._clock()
+        try:
+            purged = await asyncio.to_thread(
+                self._store.purge,
+                pictures_before=now - timedelta(seconds=self._server_settings.keep_pictures_seconds),
+                results_before=now - timedelta(seconds=self._server_settings.keep_results_seconds),
+                now=now,
+            )
+        except (StoreError, OSError) as error:
+            log.warning("retention could not be swept, next time in an hour: %s", error)
+            return
+        if purged.pictures or purged.results or purged.leftovers:
+            log.info(
+                "retention swept",
+                extra={"pictures": purged.pictures, "results": purged.results, "leftovers": purged.leftovers},
+            )
+
+    async def _end(self, scheduler: AsyncIOScheduler) -> None:
+        if scheduler.running:
+            scheduler.shutdown(wait=False)
+        if self._shrinker is not None:
+            await asyncio.to_thread(self._shrinker.close)
+        await self._executor.close()
+        try:
+            await asyncio.to_thread(self._store.leave, self._id)
+        except StoreError as error:
+            log.warning("cannot say that this batcher has ended: %s", error)
+
+    def _why_left(self, model: str) -> str:
+        obstacle = self._cycle.obstacle(model)
+        if obstacle is not None:
+            return obstacle
+        if model in servable(self._settings.models):
+            return "The batcher was stopped before they were done."
+        try:
+            find_artefact(self._settings.models, model)
+        except MlgError as error:
+            return error.reason
+        return "The model was just installed."
+
+
+def _budget(settings: BatcherSettings) -> dict[str, str]:
+    """Write what may be spent, for those who look after it; empty where nothing is paid."""
+    if "golem" not in {name.strip() for name in settings.executor.split(",")}:
+        return {}
+    golem = settings.golem
+    amounts = {"run": golem.budget_run, "day": golem.budget_day, "total": golem.budget_total}
+    return {name: format(amount, "f") for name, amount in amounts.items() if amount is not None}
+
+
+class _OldBacklog:
+    """What waits of the requests that were there when this was made."""
+
+    def __init__(self, store: Home) -> None:
+        self._store = store
+        newest = store.list(limit=1)
+        self._newest_number = newest[0].number if newest else 0
+        self._models: frozenset[str] = frozenset()
+        self._asked_at = float("-inf")
+
+    def count(self) -> dict[str, int]:
+        """Count what waits, by model; models with nothing old left out."""
+        return {
+            each.model: each.waiting
+            for each in self._store.backlog()
+            if each.oldest_number is not None and each.oldest_number <= self._newest_number
+        }
+
+    def models(self) -> frozenset[str]:
+        """List the models with something old waiting; asks the store not more than once in a while."""
+        if time.monotonic() - self._asked_at > ONCE_BACKLOG_SECONDS:
+            self._models = frozenset(self.count())
+            self._asked_at = time.monotonic()
+        return self._models
+
+
+async def _first_of(*awaitables: object) -> None:
+    """Wait until the first of these is over, and cancel the others."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]  # type: ignore[call-overload]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run_batcher(
+    settings: BatcherSettings,
+    server_settings: ServerSettings,
+    store: Home,
+    make_executor: Callable[[BatcherSettings], Executor],
+    *,
+    batcher_id: str,
+    is_once: bool,
+    parent_fd: int | None = None,
+) -> OnceReport | None:
+    """Run a batcher until SIGTERM, Ctrl-C, or the end of its parent.
+
+    :param make_executor: called with settings whose work folder is this batcher's own.
+    :param parent_fd: when this file descriptor reports its end, the batcher stops as on SIGTERM.
+    :return: what a single round did; None on the timer.
+    """
+    workspace = Workspace(settings.work, batcher_id)
+    workspace.create()
+    try:
+        stop = asyncio.Event()
+        _listen_for_stop(stop, parent_fd)
+        own = replace(settings, work=workspace.folder)
+        batcher = Batcher(
+            store=store,
+            executor=make_executor(own),
+            settings=own,
+            server_settings=server_settings,
+            workspace=workspace,
+            batcher_id=batcher_id,
+        )
+        if is_once:
+            return await batcher.run_once(stop)
+        await batcher.run(stop)
+        return None
+    finally:
+        workspace.remove()
+
+
+def _listen_for_stop(stop: asyncio.Event, parent_fd: int | None) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            # Asked twice: at once then. The workers end with their standard input, leases end by themselves.
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    if parent_fd is not None:
+        descriptor = parent_fd
+
+        def on_parent() -> None:
+            if not os.read(descriptor, 4096):
+                loop.remove_reader(descriptor)
+                stop.set()
+
+        loop.add_reader(descriptor, on_parent)

@@ -1,0 +1,1 @@
+"""The command line: every command of `mlg`, one file a group, and what commands share."""

@@ -1,0 +1,143 @@
+"""The command `mlg costs`: what the work of others cost, as the ledger of a home tells it.
+
+Works on the store itself, so that it is of use while no server runs. Found through the table in `mlg.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.open_store import open_store
+from cli.options import home_option, json_option
+from cli.tables import local, make_table, plain, print_table
+
+if TYPE_CHECKING:
+    from store.ledger_records import AllocationRecord, CostRow
+
+#: Decimals that a table shows of an amount; `--json` gives all.
+SHOWN = Decimal("0.000001")
+#: Rounds what people see. Wide enough for any amount; what is kept in the ledger is never rounded.
+_FOR_PEOPLE = Context(prec=200, rounding=ROUND_HALF_EVEN)
+
+_FIGURES = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
+
+
+@click.command()
+@home_option
+@click.option(
+    "--by",
+    type=click.Choice(["day", "model", "provider"]),
+    default="day",
+    show_default=True,
+    help="What to add up by; days are UTC, and what has no settled invoice yet stands under open.",
+)
+@json_option
+def costs(home: Path | None, by: str, as_json: bool) -> None:
+    """Show what was paid, in GLM: invoices accepted, an estimate of what is open, and what was refused.
+
+    Images are answered requests. Below the total stand the allocations whose money is still kept ready. The table
+    rounds to six decimals, --json does not; its last line but for the allocations is the total.
+
+    \b
+    Example:
+      mlg costs
+      mlg costs --by provider
+      mlg costs --by model --json | jq 'select(.by == "total").paid'
+    """
+    with open_store(home) as store:
+        rows = store.costs(by)
+        (total,) = store.costs("total")
+        allocations = store.allocations(is_open=True)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(_to_json(row, by)))
+        click.echo(json.dumps(_to_json(total, "total")))
+        for allocation in allocations:
+            click.echo(json.dumps(_allocation_json(allocation)))
+        return
+    table = make_table(by, *_FIGURES, right=_FIGURES)
+    for row in [*rows, total]:
+        name = row.name if row.name == row.key else f"{plain(row.name)} {short(row.key)}"
+        table.add_row(name, *_figures(row))
+    print_table(table)
+    if allocations:
+        click.echo()
+        open_table = make_table("open allocation", "GLM", "platform", "batcher", "since", right=("GLM",))
+        for allocation in allocations:
+            open_table.add_row(
+                allocation.id,
+                rounded(allocation.amount),
+                allocation.platform,
+                allocation.batcher_id,
+                local(allocation.created_at),
+            )
+        print_table(open_table)
+
+
+def rounded(amount: Decimal) -> str:
+    """Write an amount for people. What is smaller than the last decimal shown does not look like nothing."""
+    if 0 < amount < SHOWN:
+        return f"<{SHOWN}"
+    return format(amount.quantize(SHOWN, context=_FOR_PEOPLE), "f")
+
+
+def short(address: str) -> str:
+    """Shorten a provider's address so that it can still be recognised, and named to other commands."""
+    return address if len(address) <= 12 else address[:10] + "…"
+
+
+def _per_1000_images(row: CostRow) -> Decimal | None:
+    """What was paid and is open for a thousand images; None without images."""
+    if not row.images:
+        return None
+    return _FOR_PEOPLE.divide(_FOR_PEOPLE.multiply(_FOR_PEOPLE.add(row.paid, row.open), Decimal(1000)), row.images)
+
+
+def _figures(row: CostRow) -> tuple[str, ...]:
+    price = _per_1000_images(row)
+    return (
+        str(row.images),
+        str(row.chunks),
+        rounded(row.paid),
+        rounded(row.open),
+        rounded(row.refused),
+        "" if price is None else rounded(price),
+    )
+
+
+def _to_json(row: CostRow, by: str) -> dict[str, Any]:
+    from store.cost_split import to_amount
+
+    price = _per_1000_images(row)
+    return {
+        "by": by,
+        "key": row.key,
+        "name": row.name,
+        "images": row.images,
+        "chunks": row.chunks,
+        "paid": to_amount(row.paid),
+        "open": to_amount(row.open),
+        "refused": to_amount(row.refused),
+        # Not an amount that anybody pays, so it may be rounded.
+        "per_1000_images": None if price is None else float(price),
+    }
+
+
+def _allocation_json(allocation: AllocationRecord) -> dict[str, Any]:
+    from store.cost_split import to_amount
+    from store.records import to_text
+
+    return {
+        "by": "allocation",
+        "key": allocation.id,
+        "amount": to_amount(allocation.amount),
+        "platform": allocation.platform,
+        "address": allocation.address,
+        "batcher_id": allocation.batcher_id,
+        "created_at": to_text(allocation.created_at),
+    }

@@ -1,0 +1,35 @@
+"""Opens the store of a home for the commands that work on the store itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.options import environment
+from provider_image.errors import ConfigError
+from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from store.sqlite import SqliteStore
+
+
+class open_store:
+    """Open the store of a home that exists already; a context manager."""
+
+    def __init__(self, home: Path | None) -> None:
+        self.settings = ServerSettings.from_env(environment(home=home))
+
+    def __enter__(self) -> SqliteStore:
+        from store.sqlite import SqliteStore
+
+        if not self.settings.database.exists():
+            raise ConfigError(
+                f"There is no database in {self.settings.home}. Name the home of a server (--home, MLG_HOME), "
+                "or make one: mlg migrate"
+            )
+        self._store = SqliteStore(self.settings)
+        self._store.migrate()
+        return self._store
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()

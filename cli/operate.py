@@ -1,0 +1,182 @@
+"""The group `mlg operate`: hold work, let it go on, have everything taken now, and see how things stand.
+
+Works on the store itself, so that it is of use while no server runs; batchers look there twice a second. Found through
+the table in `mlg.py`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.open_store import open_store
+from cli.options import home_option, json_option
+from cli.tables import make_table, plain, print_table
+from provider_image.errors import MlgError
+
+if TYPE_CHECKING:
+    from store.batcher_controls import Hold
+    from store.sqlite import SqliteStore
+
+#: `drain --wait` looks this often.
+POLL_SECONDS = 0.25
+
+reason_option = click.option("--reason", metavar="TEXT", help="Why; clients whose requests wait read it.")
+
+
+@click.group()
+def operate() -> None:
+    """Hold all batchers of a home, let them go on, have them take everything now, or see how things stand.
+
+    \b
+    Example:
+      mlg operate pause --reason "new kernel"
+      mlg operate resume
+    """
+
+
+@operate.command()
+@home_option
+@reason_option
+def pause(home: Path | None, reason: str | None) -> None:
+    """Have nothing new claimed. What is under way is finished; all else waits and says why.
+
+    \b
+    Example:
+      mlg operate pause --reason "the line is down"
+    """
+    from store.batcher_controls import Mode, hold
+
+    with open_store(home) as store:
+        _tell(hold(store, Mode.PAUSED, by=_who(), now=datetime.now(UTC), reason=reason))
+
+
+@operate.command()
+@home_option
+@reason_option
+@click.option("--wait", is_flag=True, help="Wait until nothing is under way.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(0, 86400),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait; exit status 1 if something is under way then.",
+)
+def drain(home: Path | None, reason: str | None, wait: bool, patience: float) -> None:
+    """Have nothing new claimed because the batchers are to be stopped. They stay and do nothing; stop them afterwards.
+
+    \b
+    Example:
+      mlg operate drain --wait && systemctl stop mlg-batcher
+    """
+    from store.batcher_controls import Mode, hold
+
+    give_up_at = time.monotonic() + patience
+    with open_store(home) as store:
+        _tell(hold(store, Mode.DRAINING, by=_who(), now=datetime.now(UTC), reason=reason))
+        while (claimed := sum(each.claimed for each in store.backlog())) and wait:
+            if time.monotonic() > give_up_at:
+                raise MlgError(f"{claimed} requests are still under way. Wait longer: mlg operate drain --wait")
+            time.sleep(POLL_SECONDS)
+    click.echo(f"{claimed} requests are under way" if claimed else "nothing is under way")
+
+
+@operate.command()
+@home_option
+def resume(home: Path | None) -> None:
+    """Let work go on after a pause or a drain.
+
+    \b
+    Example:
+      mlg operate resume
+    """
+    from store import batcher_controls
+
+    with open_store(home) as store:
+        batcher_controls.resume(store, by=_who(), now=datetime.now(UTC))
+    click.echo("work goes on")
+
+
+@operate.command()
+@home_option
+def run(home: Path | None) -> None:
+    """Have every running batcher take all that waits now, due or not. A pause stays a pause.
+
+    \b
+    Example:
+      mlg operate run
+    """
+    from store import batcher_controls
+
+    now = datetime.now(UTC)
+    with open_store(home) as store:
+        batcher_controls.run_now(store, by=_who(), now=now)
+        orders, batchers = batcher_controls.read_orders(store), _alive(store, now)
+    click.echo(f"{batchers} {'batcher takes' if batchers == 1 else 'batchers take'} everything that waits")
+    if not batchers:
+        raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
+    if orders.hold is not None:
+        raise MlgError(f"{orders.hold.notice} Let it go on: mlg operate resume")
+
+
+@operate.command()
+@home_option
+@json_option
+def status(home: Path | None, as_json: bool) -> None:
+    """Show what waits and is under way, who works, how quickly, what failed, and what it costs.
+
+    \b
+    Example:
+      mlg operate status
+      mlg operate status --json | jq .queue
+    """
+    from server.status.dashboard import OperatorFigures
+    from server.status.queue_stats import Traffic
+
+    with open_store(home) as store:
+        found = OperatorFigures(store, Traffic(store), lambda: datetime.now(UTC)).status()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if found["hold"]:
+        click.echo(plain(found["hold"]["notice"]) + "\n")
+    queue = make_table("model", "waiting", "oldest", "under way", right=("waiting", "oldest", "under way"))
+    for row in found["queue"]:
+        oldest = "" if row["oldest_seconds"] is None else f"{row['oldest_seconds']:.0f} s"
+        queue.add_row(row["model"], str(row["waiting"]), oldest, str(row["claimed"]))
+    print_table(queue)
+    hour, latency = found["throughput"]["hour"], found["latency"]["answer"]
+    facts = make_table("", "")
+    facts.add_row("batchers", f"{len(found['batchers'])}, {found['capacity']} chunks at once")
+    facts.add_row("last hour", f"{hour['answered']} answered, {hour['arrived']} came in, {hour['failed']} items failed")
+    if latency:
+        facts.add_row("answers", f"half within {latency['p50']:g} s, 95 % within {latency['p95']:g} s")
+    facts.add_row("GLM", f"{found['money']['today_shown']} today, {found['money']['total_shown']} in all")
+    for row in found["failures"]["requests"][:5]:
+        facts.add_row("failed", f"{row['count']} {plain(row['code'])}: {plain(row['reason'])}")
+    click.echo()
+    print_table(facts)
+
+
+def _alive(store: SqliteStore, now: datetime) -> int:
+    from server.status.eta import ALIVE_SECONDS
+
+    return len(store.list_batchers(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
+
+
+def _tell(hold: Hold) -> None:
+    click.echo(plain(hold.notice))
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return "the operator"

@@ -1,0 +1,193 @@
+"""The group `mlg providers`: who offers to work, for how much, how well it went, and who gets nothing more.
+
+Works on the store itself; batchers read a ban there before they choose. Found through the table in `mlg.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.costs import rounded, short
+from cli.open_store import open_store
+from cli.options import home_option, json_option
+from cli.tables import local, make_table, plain, print_table
+
+if TYPE_CHECKING:
+    from store.ledger_records import CostRow, ProviderRecord
+
+#: Seconds of each unit of a length of time.
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def read_length(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
+    """Read a length of time: a number and its unit."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])", value.strip().lower(), re.ASCII)
+    if found is None or not float(found[1]):
+        raise click.BadParameter(f"{value!r} is not a length of time. Write a number and s, m, h or d, for example 2h.")
+    return timedelta(seconds=float(found[1]) * _UNITS[found[2]])
+
+
+@click.group()
+def providers() -> None:
+    """List the providers that made offers; ban one, or lift a ban.
+
+    \b
+    Example:
+      mlg providers list
+      mlg providers ban slowpoke --for 2h
+    """
+
+
+@providers.command("list")
+@home_option
+@json_option
+def list_providers(home: Path | None, as_json: bool) -> None:
+    """List the providers: prices in GLM, how their chunks ended, how fast they were lately, what they cost.
+
+    The hour is one of work with one core busy all the time; what 1000 pictures should cost follows from it and from the
+    speed, the start not counted. The score says how much of the latest work was good: from 0
+    to 1, and 0.5 when nothing is known. Those seen last come first.
+
+    \b
+    Example:
+      mlg providers list
+      mlg providers list --json | jq 'select(.ban_reason != null).id'
+    """
+    with open_store(home) as store:
+        found = store.list_providers()
+        costs = {row.key: row for row in store.costs("provider")}
+        speeds: dict[str, dict[str, float]] = defaultdict(dict)
+        for speed in store.speeds():
+            speeds[speed.provider_id][speed.model] = speed.images_per_second
+    now = datetime.now(UTC)
+    if as_json:
+        for provider in found:
+            click.echo(json.dumps(_to_json(provider, speeds[provider.id], costs.get(provider.id), now)))
+        return
+    figures = ("per hour", "start", "done", "failed", "score", "spent")
+    table = make_table("name", "id", *figures, "images/s (GLM per 1000)", "banned", right=figures)
+    for provider in found:
+        table.add_row(
+            plain(provider.name),
+            short(provider.id),
+            rounded(per_hour(provider)),
+            rounded(provider.start_price),
+            str(provider.done),
+            str(provider.failed),
+            f"{provider.score:.2f}",
+            rounded(_spent(costs.get(provider.id))),
+            ", ".join(
+                f"{model} {speed:.1f} ({rounded(per_1000_images(provider, speed))})"
+                for model, speed in speeds[provider.id].items()
+            ),
+            _ban(provider, now),
+        )
+    print_table(table)
+
+
+@providers.command()
+@home_option
+@click.argument("name_or_id", metavar="NAME_OR_ID")
+@click.option(
+    "--for", "length", callback=read_length, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
+)
+@click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
+def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: str) -> None:
+    """Give a provider no more chunks, for a while or for good. What it has already, it may finish.
+
+    It is named by its address, the beginning of it, or its name if no other has the same.
+
+    \b
+    Example:
+      mlg providers ban slowpoke --for 2h --reason "too slow at night"
+      mlg providers ban 0x21fe3a80
+    """
+    now = datetime.now(UTC)
+    until = None if length is None else now + length
+    with open_store(home) as store:
+        provider = store.ban_provider(_as_listed(name_or_id), until=until, reason=reason, by_operator=True)
+    click.echo(f"{plain(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
+
+
+@providers.command()
+@home_option
+@click.argument("name_or_id", metavar="NAME_OR_ID")
+def unban(home: Path | None, name_or_id: str) -> None:
+    """Lift the ban of a provider, whoever banned it.
+
+    \b
+    Example:
+      mlg providers unban slowpoke
+    """
+    with open_store(home) as store:
+        provider = store.unban_provider(_as_listed(name_or_id))
+    click.echo(f"{plain(provider.name)}\t{provider.id}\tnot banned")
+
+
+def per_hour(provider: ProviderRecord) -> Decimal:
+    """Return what an hour with one busy core costs, the start not counted."""
+    return 3600 * (provider.price_per_second + provider.price_per_cpu_second)
+
+
+def per_1000_images(provider: ProviderRecord, images_per_second: float) -> Decimal:
+    """Estimate what a thousand pictures cost at a measured speed with one busy core, the start not counted."""
+    return per_hour(provider) / 3600 * 1000 / Decimal(repr(max(1e-6, images_per_second)))
+
+
+def _as_listed(name_or_id: str) -> str:
+    """Take an address as the list shortens it, too."""
+    return name_or_id.removesuffix("…")
+
+
+def _spent(costs: CostRow | None) -> Decimal:
+    return Decimal(0) if costs is None else costs.paid + costs.open
+
+
+def _until(provider: ProviderRecord) -> str:
+    return "for good" if provider.banned_until is None else f"until {local(provider.banned_until)}"
+
+
+def _ban(provider: ProviderRecord, now: datetime) -> str:
+    return f"{_until(provider)}: {plain(provider.ban_reason or '')}" if provider.is_banned(now) else ""
+
+
+def _to_json(
+    provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
+) -> dict[str, Any]:
+    from store.cost_split import to_amount
+    from store.records import to_text
+
+    return {
+        "id": provider.id,
+        "name": provider.name,
+        "first_seen_at": to_text(provider.first_seen_at),
+        "seen_at": to_text(provider.seen_at),
+        "start_price": to_amount(provider.start_price),
+        "price_per_cpu_second": to_amount(provider.price_per_cpu_second),
+        "price_per_second": to_amount(provider.price_per_second),
+        "per_hour": to_amount(per_hour(provider)),
+        "done": provider.done,
+        "failed": provider.failed,
+        "images": provider.images,
+        "score": round(provider.score, 4),
+        "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
+        "per_1000_images": {
+            model: to_amount(per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            for model, speed in speeds.items()
+        },
+        "spent": to_amount(_spent(costs)),
+        "is_banned": provider.is_banned(now),
+        "banned_until": None if provider.banned_until is None else to_text(provider.banned_until),
+        "ban_reason": provider.ban_reason,
+        "is_banned_by_operator": provider.is_banned_by_operator,
+    }

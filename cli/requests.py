@@ -1,0 +1,163 @@
+"""The group `mlg requests`: an operator's look into a home, and a hand in it.
+
+Works on the store itself, so that it is of use while no server runs. Reached through `commands.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.open_store import open_store
+from cli.options import home_option, json_option
+from cli.tables import local, make_table, print_table
+from provider_image.errors import MlgError
+
+if TYPE_CHECKING:
+    from store.records import Request
+
+
+@click.group()
+def requests() -> None:
+    """List, show, retry or cancel the requests of a home.
+
+    \b
+    Example:
+      mlg requests list --status failed
+    """
+
+
+@requests.command("list")
+@home_option
+@click.option(
+    "--status",
+    type=click.Choice(["queued", "claimed", "done", "failed", "cancelled"]),
+    help="Only those that stand there.",
+)
+@click.option("--model", metavar="MODEL", help="Only those for this model.")
+@click.option("--before", type=int, metavar="NUMBER", help="Only those that came before this number: the next page.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many.")
+@json_option
+def list_requests(
+    home: Path | None, status: str | None, model: str | None, before: int | None, limit: int, as_json: bool
+) -> None:
+    """List requests, newest first.
+
+    \b
+    Example:
+      mlg requests list --status failed --limit 20
+      mlg requests list --json | jq .req_id
+    """
+    from provider_image.models.registry import find_row
+    from store.records import State
+
+    opened = open_store(home)
+    with opened as store:
+        found = store.list(
+            state=State(status) if status else None,
+            model=find_row(opened.settings.models, model).name if model else None,
+            before=before,
+            limit=limit,
+        )
+    if as_json:
+        for request in found:
+            click.echo(json.dumps(_request_json(request)))
+        return
+    table = make_table("number", "id", "status", "model", "created", "name", "answer or reason")
+    for request in found:
+        table.add_row(
+            str(request.number),
+            request.id,
+            str(request.state),
+            request.model,
+            local(request.created_at),
+            request.name or "",
+            _gist(request),
+        )
+    print_table(table)
+    if len(found) == limit:
+        click.echo(f"More: mlg requests list --before {found[-1].number}", err=True)
+
+
+@requests.command("show")
+@home_option
+@click.argument("id")
+@json_option
+def show_one(home: Path | None, id: str, as_json: bool) -> None:
+    """Show everything about one request.
+
+    \b
+    Example:
+      mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+    """
+    with open_store(home) as store:
+        request = store.get(id)
+    shown = _request_json(request)
+    if as_json:
+        click.echo(json.dumps(shown))
+        return
+    table = make_table("", "")
+    for name, value in shown.items():
+        if value is not None:
+            table.add_row(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    print_table(table)
+
+
+@requests.command()
+@home_option
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+def retry(home: Path | None, ids: Sequence[str]) -> None:
+    """Queue failed or cancelled requests again, their attempts forgotten.
+
+    \b
+    Example:
+      mlg requests retry 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+      mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
+    """
+    with open_store(home) as store:
+        _each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
+
+
+@requests.command()
+@home_option
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+def cancel(home: Path | None, ids: Sequence[str]) -> None:
+    """Cancel requests that have not been dispatched yet.
+
+    \b
+    Example:
+      mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+    """
+    with open_store(home) as store:
+        _each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
+
+
+def _each(ids: Sequence[str], change: Callable[[str], Request]) -> None:
+    failed = False
+    for id in ids:
+        try:
+            request = change(id)
+        except MlgError as error:
+            failed = True
+            click.echo(f"mlg: {id}: {error.reason}", err=True)
+        else:
+            click.echo(f"{request.id}\t{request.state}")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _request_json(request: Request) -> dict[str, Any]:
+    from server.api.serializers import show_request
+
+    return {"number": request.number, **show_request(request, {"top": 5}, None)}
+
+
+def _gist(request: Request) -> str:
+    if request.output:
+        return f"{request.output[0][1]} {request.output[0][2]:.3f}"
+    return request.reason or ""

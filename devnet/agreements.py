@@ -1,0 +1,226 @@
+"""The agreements: signed by the requestor, approved or refused by the provider, ended by either.
+
+    Proposal -- confirm --> Pending -- approve --> Approved -- terminate --> Terminated
+        `-- cancel, too late --'`-- refuse, cancel, too late --> Rejected, Cancelled, Expired
+
+Made by `market.Market` of what was negotiated there. Called by the API for the requestor and by `providers.Provider`
+for the providers. It knows nothing of money and of activities.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, Protocol
+
+from devnet.api_errors import Conflict, Gone, NotKnown, NotYet
+from devnet.records import Agreement, Demand, Proposal, from_row, to_row
+from devnet.waiting import Bell, Clock, Dates, read, written
+
+STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
+#: States of an agreement that may still become, or is, work.
+LIVE = ("Proposal", "Pending", "Approved")
+
+
+class AgreementSide(Protocol):
+    """What a provider is told. It must not wait: the requestor's call does."""
+
+    def confirmed(self, agreement: Agreement) -> None:
+        """The requestor signed an agreement and waits for approval."""
+
+    def ended(self, agreement: Agreement) -> None:
+        """An agreement of its is over, whoever ended it."""
+
+
+class Agreements(Mapping[str, Agreement]):
+    """All agreements of a devnet: id -> agreement, oldest first.
+
+    :param providers: node id -> provider.
+    :param on_change: called after every change that a restarted daemon should know.
+    """
+
+    def __init__(self, *, providers: Mapping[str, AgreementSide], clock: Clock, on_change: Callable[[], None]) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._agreements: dict[str, Agreement] = {}
+        self._providers = providers
+        self._clock = clock
+        self._dates = Dates(clock)
+        self._on_change = on_change
+        self._bell = Bell()
+
+    def __getitem__(self, agreement_id: str) -> Agreement:
+        """Return an agreement."""
+        return self._agreements[agreement_id]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the ids."""
+        return iter(self._agreements)
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._agreements)
+
+    # The requestor's side
+
+    def create(self, demand: Demand, counter: Proposal, draft: Proposal, valid_to: datetime) -> Agreement:
+        """Make an agreement of a provider's draft, which answered the requestor's counter-proposal."""
+        self._expire()
+        if any(each.proposal_id == draft.proposal_id and each.state in LIVE for each in self.values()):
+            raise Conflict(f"There is an agreement on the proposal {draft.proposal_id} already.")
+        agreement = Agreement(
+            agreement_id=secrets.token_hex(32),
+            proposal_id=draft.proposal_id,
+            provider_id=draft.issuer_id,
+            # What the requestor said last, with the properties that were agreed on, is its side.
+            demand={**demand.published(), "properties": counter.properties, "constraints": counter.constraints},
+            offer={
+                "offerId": draft.offer_id,
+                "providerId": draft.issuer_id,
+                "timestamp": written(draft.created_at),
+                "properties": draft.properties,
+                "constraints": draft.constraints,
+            },
+            valid_to=valid_to,
+            state="Proposal",
+            created_at=self._clock(),
+        )
+        self._agreements[agreement.agreement_id] = agreement
+        self._changed()
+        return agreement
+
+    def find(self, agreement_id: str) -> Agreement:
+        """Find an agreement."""
+        self._expire()
+        agreement = self._agreements.get(agreement_id)
+        if agreement is None:
+            raise NotKnown(f"There is no agreement {agreement_id}.")
+        return agreement
+
+    def like(
+        self, *, state: str | None, after: datetime | None, before: datetime | None, session_id: str | None
+    ) -> list[Agreement]:
+        """List agreements, oldest first."""
+        self._expire()
+        return [
+            each
+            for each in self.values()
+            if (state is None or each.state == state)
+            and (after is None or each.created_at > after)
+            and (before is None or each.created_at < before)
+            and (session_id is None or each.session_id == session_id)
+        ]
+
+    def confirm(self, agreement_id: str, session_id: str | None) -> None:
+        """Sign an agreement for the requestor and send it to the provider."""
+        agreement = self.find(agreement_id)
+        if agreement.state != "Proposal":
+            raise Gone(agreement.state)
+        agreement.state, agreement.session_id = "Pending", session_id
+        self._changed()
+        provider = self._providers.get(agreement.provider_id)
+        if provider is not None:
+            provider.confirmed(agreement)
+
+    async def wait_for_approval(self, agreement_id: str, seconds: float | None) -> None:
+        """Return when the provider has approved; without a limit if `seconds` is None."""
+        agreement = self.find(agreement_id)
+        if agreement.state == "Proposal":
+            raise Conflict("The agreement was not confirmed yet.")
+        left = max(0.0, (agreement.valid_to - self._clock()).total_seconds())
+        await self._bell.until(lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left))
+        self._expire()
+        if agreement.state == "Pending":
+            raise NotYet("The provider has not approved the agreement yet.")
+        if agreement.state != "Approved":
+            raise Gone(agreement.state)
+
+    def cancel(self, agreement_id: str, reason: dict[str, Any] | None) -> None:
+        """Take an agreement back for the requestor, before it is approved."""
+        agreement = self.find(agreement_id)
+        if agreement.state not in ("Proposal", "Pending"):
+            raise Gone(agreement.state)
+        self._end(agreement, "Cancelled", "Requestor", reason)
+
+    # The provider's side
+
+    def approve(self, agreement: Agreement) -> bool:
+        """Approve an agreement for the provider. :return: False if it is too late for that."""
+        self._expire()
+        if agreement.state != "Pending":
+            return False
+        agreement.state, agreement.approved_at = "Approved", self._clock()
+        self._tell("AgreementApprovedEvent", agreement)
+        self._changed()
+        return True
+
+    def refuse(self, agreement: Agreement, message: str) -> None:
+        """Refuse an agreement for the provider."""
+        if agreement.state == "Pending":
+            self._end(agreement, "Rejected", "Provider", {"message": message})
+
+    # Both sides
+
+    def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
+        """End an approved agreement for either side: "Requestor" or "Provider"."""
+        agreement = self.find(agreement_id)
+        if agreement.state in ("Proposal", "Pending"):
+            raise Conflict(f"The agreement is not approved yet: {agreement.state}.")
+        if agreement.state != "Approved":
+            raise Gone(agreement.state)
+        self._end(agreement, "Terminated", terminator, reason)
+
+    async def collect(
+        self, after: datetime | None, seconds: float, most: int, session_id: str | None
+    ) -> list[dict[str, Any]]:
+        """List what happened to agreements after a date, waiting for the first."""
+        since = "" if after is None else written(after)
+
+        def look() -> list[dict[str, Any]]:
+            return [
+                event
+                for event in self.events
+                if event["eventDate"] > since
+                and (session_id is None or self._agreements[event["agreementId"]].session_id == session_id)
+            ]
+
+        return (await self._bell.until(look, seconds))[:most]
+
+    # Across restarts
+
+    def dump(self) -> dict[str, Any]:
+        """Return all of it as JSON's values."""
+        return {"agreements": [to_row(each) for each in self.values()], "events": self.events}
+
+    def load(self, dumped: Mapping[str, Any]) -> None:
+        """Take in what `dump` returned."""
+        self._agreements = {each["agreement_id"]: from_row(Agreement, each) for each in dumped["agreements"]}
+        self.events = list(dumped["events"])
+        for event in self.events:
+            self._dates.seen(read(event["eventDate"]))
+
+    # Changes
+
+    def _changed(self) -> None:
+        self._bell.ring()
+        self._on_change()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for agreement in list(self.values()):
+            if agreement.state in ("Proposal", "Pending") and agreement.valid_to <= now:
+                self._end(agreement, "Expired", None, None)
+
+    def _end(self, agreement: Agreement, state: str, who: str | None, reason: dict[str, Any] | None) -> None:
+        agreement.state, agreement.terminator, agreement.reason = state, who, reason
+        if state != "Expired":
+            extra = {"terminator": who, "signature": "devnet"} if state == "Terminated" else {}
+            self._tell(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
+        self._changed()
+        provider = self._providers.get(agreement.provider_id)
+        if provider is not None:
+            provider.ended(agreement)
+
+    def _tell(self, kind: str, agreement: Agreement, **more: Any) -> None:
+        event = {"eventType": kind, "eventDate": written(self._dates.next()), "agreementId": agreement.agreement_id}
+        self.events.append({**event, **more})

@@ -1,0 +1,163 @@
+"""/market-api/v1 for a requestor."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from devnet.agreements import STATES
+from devnet.api import request_parsing
+from devnet.api_errors import NotKnown, Refusal
+from devnet.market import Market
+from devnet.provider.agent import Provider
+from devnet.waiting import read
+
+_ROOT = "/market-api/v1"
+
+
+class MarketRoutes:
+    """The handlers.
+
+    :param providers: node id -> provider.
+    """
+
+    def __init__(self, market: Market, providers: dict[str, Provider]) -> None:
+        self._market = market
+        self._providers = providers
+
+    def routes(self) -> list[web.RouteDef]:
+        """List the routes."""
+        demand = f"{_ROOT}/demands/{{demand_id}}"
+        proposal = f"{demand}/proposals/{{proposal_id}}"
+        agreement = f"{_ROOT}/agreements/{{agreement_id}}"
+        return [
+            web.get(f"{_ROOT}/demands", self._list_demands),
+            web.post(f"{_ROOT}/demands", self._subscribe),
+            web.delete(demand, self._unsubscribe),
+            web.get(f"{demand}/events", self._demand_events),
+            web.get(proposal, self._proposal),
+            web.post(proposal, self._counter),
+            web.post(f"{proposal}/reject", self._reject),
+            web.get(f"{_ROOT}/agreements", self._list_agreements),
+            web.post(f"{_ROOT}/agreements", self._create_agreement),
+            web.get(agreement, self._agreement),
+            web.post(f"{agreement}/confirm", self._confirm),
+            web.post(f"{agreement}/wait", self._wait),
+            web.post(f"{agreement}/cancel", self._cancel),
+            web.post(f"{agreement}/terminate", self._terminate),
+            web.post(f"{agreement}/terminate/reason", self._termination),
+            web.get(f"{_ROOT}/agreementEvents", self._agreement_events),
+        ]
+
+    # Demands and proposals
+
+    async def _list_demands(self, request: web.Request) -> web.Response:
+        return web.json_response([demand.published() for demand in self._market.open_demands()])
+
+    async def _subscribe(self, request: web.Request) -> web.Response:
+        properties, constraints = await _said(request)
+        return web.json_response(self._market.subscribe(properties, constraints).demand_id, status=201)
+
+    async def _unsubscribe(self, request: web.Request) -> web.Response:
+        self._market.unsubscribe(request.match_info["demand_id"])
+        return web.Response(status=204)
+
+    async def _demand_events(self, request: web.Request) -> web.Response:
+        most = request_parsing.most(request, "maxEvents")
+        events = await self._market.collect(request.match_info["demand_id"], request_parsing.seconds(request), most)
+        return web.json_response(events)
+
+    async def _proposal(self, request: web.Request) -> web.Response:
+        return web.json_response(self._market.proposal(*_proposal_ids(request)).published())
+
+    async def _counter(self, request: web.Request) -> web.Response:
+        properties, constraints = await _said(request)
+        proposal = self._market.counter(*_proposal_ids(request), properties, constraints)
+        return web.json_response(proposal.proposal_id, status=201)
+
+    async def _reject(self, request: web.Request) -> web.Response:
+        await request_parsing.reason(request)
+        self._market.reject(*_proposal_ids(request))
+        return web.Response(status=204)
+
+    # Agreements
+
+    async def _list_agreements(self, request: web.Request) -> web.Response:
+        state = request.query.get("state")
+        if state is not None and state not in STATES:
+            raise Refusal(f"state is one of {', '.join(STATES)}, not {state!r}.")
+        agreements = self._market.agreements.like(
+            state=state,
+            after=request_parsing.moment(request, "afterDate"),
+            before=request_parsing.moment(request, "beforeDate"),
+            session_id=request.query.get("appSessionId"),
+        )
+        return web.json_response([agreement.listed() for agreement in agreements])
+
+    async def _create_agreement(self, request: web.Request) -> web.Response:
+        body = await request_parsing.json_object(request, "proposalId", "validTo")
+        try:
+            valid_to = read(str(body["validTo"]))
+        except ValueError as error:
+            raise Refusal(f"validTo is no date in ISO 8601: {body['validTo']!r}.") from error
+        agreement = self._market.create_agreement(str(body["proposalId"]), valid_to)
+        return web.json_response(agreement.agreement_id, status=201)
+
+    async def _agreement(self, request: web.Request) -> web.Response:
+        return web.json_response(self._market.agreements.find(self._agreement_id(request)).published())
+
+    async def _confirm(self, request: web.Request) -> web.Response:
+        self._market.agreements.confirm(self._agreement_id(request), request.query.get("appSessionId"))
+        return web.Response(status=204)
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        seconds = request_parsing.seconds(request)
+        # As published: 0 waits as long as it takes.
+        await self._market.agreements.wait_for_approval(self._agreement_id(request), seconds or None)
+        return web.Response(status=204)
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        self._market.agreements.cancel(self._agreement_id(request), await request_parsing.reason(request))
+        return web.Response(status=204)
+
+    async def _terminate(self, request: web.Request) -> web.Response:
+        self._market.agreements.terminate(
+            self._agreement_id(request), "Requestor", await request_parsing.reason(request)
+        )
+        return web.Response(status=204)
+
+    async def _termination(self, request: web.Request) -> web.Response:
+        agreement_id = self._agreement_id(request)
+        self._market.agreements.find(agreement_id)
+        for event in self._market.agreements.events:
+            if event["agreementId"] == agreement_id and event["eventType"] == "AgreementTerminatedEvent":
+                return web.json_response(event)
+        raise NotKnown("The agreement was not terminated.")
+
+    async def _agreement_events(self, request: web.Request) -> web.Response:
+        events = await self._market.agreements.collect(
+            request_parsing.moment(request, "afterTimestamp"),
+            request_parsing.seconds(request),
+            request_parsing.most(request, "maxEvents"),
+            request.query.get("appSessionId"),
+        )
+        return web.json_response(events)
+
+    def _agreement_id(self, request: web.Request) -> str:
+        """Return the agreement's id, having its provider know that the requestor is alive."""
+        agreement_id = request.match_info["agreement_id"]
+        agreement = self._market.agreements.get(agreement_id)
+        provider = self._providers.get(agreement.provider_id) if agreement is not None else None
+        if provider is not None and provider.agreement is agreement:
+            provider.heard()
+        return agreement_id
+
+
+def _proposal_ids(request: web.Request) -> tuple[str, str]:
+    return request.match_info["demand_id"], request.match_info["proposal_id"]
+
+
+async def _said(request: web.Request) -> tuple[dict[str, object], str]:
+    body = await request_parsing.json_object(request, "properties", "constraints")
+    if not isinstance(body["properties"], dict) or not isinstance(body["constraints"], str):
+        raise Refusal("properties is an object and constraints a text.")
+    return body["properties"], body["constraints"]

@@ -1,0 +1,185 @@
+"""/payment-api/v1 for a requestor."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from aiohttp import web
+
+from devnet.api import request_parsing
+from devnet.api_errors import NotKnown, Refusal
+from devnet.market import Market
+from devnet.payment import Payment
+from devnet.provider.agent import Provider
+from devnet.records import Bill, money
+
+_ROOT = "/payment-api/v1"
+_Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+class PaymentRoutes:
+    """The handlers.
+
+    :param providers: node id -> provider.
+    :param tell: gets a line for people about what is important.
+    """
+
+    def __init__(
+        self, payment: Payment, market: Market, providers: dict[str, Provider], tell: Callable[[str], None]
+    ) -> None:
+        self._payment = payment
+        self._market = market
+        self._providers = providers
+        self._tell = tell
+
+    def routes(self) -> list[web.RouteDef]:
+        """List the routes."""
+        allocation = f"{_ROOT}/allocations/{{allocation_id}}"
+        invoice = f"{_ROOT}/invoices/{{bill_id}}"
+        note = f"{_ROOT}/debitNotes/{{bill_id}}"
+        return [
+            web.post(f"{_ROOT}/allocations", self._allocate),
+            web.get(f"{_ROOT}/allocations", self._allocations),
+            web.get(allocation, self._allocation),
+            web.put(allocation, self._amend),
+            web.delete(allocation, self._release),
+            web.get(f"{_ROOT}/demandDecorations", self._decorations),
+            web.get(f"{_ROOT}/requestorAccounts", self._accounts),
+            web.get(f"{_ROOT}/invoiceEvents", self._feed("invoice")),
+            web.get(f"{_ROOT}/debitNoteEvents", self._feed("debit note")),
+            web.get(f"{_ROOT}/payments", self._feed("payment")),
+            web.get(f"{_ROOT}/payments/status", self._status),
+            web.get(f"{_ROOT}/payments/{{payment_id}}", self._one_payment),
+            web.get(f"{_ROOT}/invoices", self._invoices),
+            web.get(invoice, self._invoice),
+            web.post(f"{invoice}/accept", self._accept_invoice),
+            web.post(f"{invoice}/reject", self._reject_invoice),
+            web.get(f"{_ROOT}/debitNotes", self._debit_notes),
+            web.get(note, self._debit_note),
+            web.post(f"{note}/accept", self._accept_debit_note),
+            web.post(f"{note}/reject", self._reject_debit_note),
+        ]
+
+    # Allocations
+
+    async def _allocate(self, request: web.Request) -> web.Response:
+        allocation = self._payment.wallet.allocate(await request_parsing.json_object(request, "totalAmount"))
+        self._tell(f"the requestor sets {money(allocation.total)} GLM aside")
+        return web.json_response(allocation.published(), status=201)
+
+    async def _allocations(self, request: web.Request) -> web.Response:
+        return web.json_response([allocation.published() for allocation in self._payment.wallet.live()])
+
+    async def _allocation(self, request: web.Request) -> web.Response:
+        return web.json_response(self._payment.wallet.find(request.match_info["allocation_id"]).published())
+
+    async def _amend(self, request: web.Request) -> web.Response:
+        wanted = await request_parsing.json_object(request)
+        return web.json_response(self._payment.wallet.amend(request.match_info["allocation_id"], wanted).published())
+
+    async def _release(self, request: web.Request) -> web.Response:
+        allocation = self._payment.wallet.allocations.get(request.match_info["allocation_id"])
+        self._payment.wallet.release(request.match_info["allocation_id"])
+        if allocation is not None:
+            self._tell(f"the requestor takes {money(allocation.remaining)} GLM back, {money(allocation.spent)} spent")
+        return web.json_response(None)
+
+    async def _decorations(self, request: web.Request) -> web.Response:
+        ids = [each for each in request.query.get("allocationIds", "").split(",") if each]
+        if not ids:
+            raise Refusal("allocationIds names no allocation.")
+        return web.json_response(self._payment.wallet.decorations(ids))
+
+    async def _accounts(self, request: web.Request) -> web.Response:
+        return web.json_response(self._payment.wallet.accounts())
+
+    # Bills
+
+    async def _invoices(self, request: web.Request) -> web.Response:
+        return _listed(request, self._payment.invoices.values())
+
+    async def _invoice(self, request: web.Request) -> web.Response:
+        return web.json_response(self._payment.invoice(request.match_info["bill_id"]).published())
+
+    async def _accept_invoice(self, request: web.Request) -> web.Response:
+        acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
+        invoice = self._payment.invoice(request.match_info["bill_id"])
+        is_new = invoice.status != "ACCEPTED"
+        self._payment.accept_invoice(invoice.bill_id, acceptance)
+        if is_new:
+            provider = self._providers.get(invoice.issuer_id)
+            name = provider.plan.name if provider is not None else invoice.issuer_id
+            self._tell(f"the requestor pays {name} {money(invoice.amount)} GLM")
+        return web.json_response(None)
+
+    async def _reject_invoice(self, request: web.Request) -> web.Response:
+        self._payment.reject_invoice(request.match_info["bill_id"], await _rejection(request))
+        return web.json_response(None)
+
+    async def _debit_notes(self, request: web.Request) -> web.Response:
+        return _listed(request, self._payment.debit_notes.values())
+
+    async def _debit_note(self, request: web.Request) -> web.Response:
+        return web.json_response(self._payment.debit_note(request.match_info["bill_id"]).published())
+
+    async def _accept_debit_note(self, request: web.Request) -> web.Response:
+        acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
+        note = self._payment.debit_note(request.match_info["bill_id"])
+        self._payment.accept_debit_note(note.bill_id, acceptance)
+        provider = self._providers.get(note.issuer_id)
+        if provider is not None and provider.agreement is self._market.agreements.get(note.agreement_id):
+            provider.heard()
+        return web.json_response(None)
+
+    async def _reject_debit_note(self, request: web.Request) -> web.Response:
+        self._payment.reject_debit_note(request.match_info["bill_id"], await _rejection(request))
+        return web.json_response(None)
+
+    # Feeds
+
+    def _feed(self, kind: str) -> _Handler:
+        async def handle(request: web.Request) -> web.Response:
+            session_id = request.query.get("appSessionId")
+            platform = "-".join(filter(None, (request.query.get("driver"), request.query.get("network"))))
+
+            def is_wanted(item: dict[str, Any]) -> bool:
+                return self._is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
+
+            items = await self._payment.collect(
+                kind,
+                request_parsing.moment(request, "afterTimestamp"),
+                request_parsing.seconds(request),
+                request_parsing.most(request, "maxEvents"),
+                is_wanted,
+            )
+            return web.json_response(items)
+
+        return handle
+
+    def _is_of_session(self, item: dict[str, Any], session_id: str | None) -> bool:
+        if session_id is None:
+            return True
+        bills = {**self._payment.invoices, **self._payment.debit_notes}
+        bill = bills.get(item.get("invoiceId") or item.get("debitNoteId") or "")
+        agreement = self._market.agreements.get(bill.agreement_id) if bill is not None else None
+        return agreement is not None and agreement.session_id == session_id
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response([])
+
+    async def _one_payment(self, request: web.Request) -> web.Response:
+        for payment in self._payment.payments:
+            if payment["paymentId"] == request.match_info["payment_id"]:
+                return web.json_response(payment)
+        raise NotKnown("There is no such payment.")
+
+
+async def _rejection(request: web.Request) -> dict[str, Any]:
+    return await request_parsing.json_object(request, "rejectionReason", "totalAmountAccepted")
+
+
+def _listed(request: web.Request, bills: Iterable[Bill]) -> web.Response:
+    after, most = request_parsing.moment(request, "afterTimestamp"), request_parsing.most(request, "maxItems")
+    chosen = [bill.published() for bill in bills if after is None or bill.created_at > after]
+    return web.json_response(chosen[:most])

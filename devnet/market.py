@@ -1,0 +1,249 @@
+"""The market: demands and the negotiation over them. What comes of it is in `agreements.py`.
+
+Called by the API for the requestor and by `providers.Provider` for the providers. It knows nothing of money and of
+activities. Whatever cannot be done is a `Refusal`, whose status is the published description's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from devnet.agreements import Agreements, AgreementSide
+from devnet.api_errors import Conflict, Gone, NotKnown, Refusal
+from devnet.constraints import BadConstraint, parse
+from devnet.records import Agreement, Demand, Proposal, from_row, to_row
+from devnet.waiting import Bell, Clock, Dates, utc_now, written
+
+#: Finished demands of which the ids are remembered, to answer 410 and not 404.
+REMEMBERED_DEMANDS = 200
+
+
+class ProviderSide(AgreementSide, Protocol):
+    """What a provider is told. It must not wait: the requestor's call does."""
+
+    node_id: str
+
+    def demand_opened(self, demand: Demand) -> None:
+        """There is a new demand."""
+
+    def countered(self, proposal: Proposal) -> None:
+        """The requestor answered one of its proposals."""
+
+
+class Market:
+    """All demands, proposals and agreements of a devnet.
+
+    :param on_change: called after every change that a restarted daemon should know.
+    """
+
+    def __init__(self, *, requestor_id: str, clock: Clock = utc_now, on_change: Callable[[], None]) -> None:
+        self.demands: dict[str, Demand] = {}
+        self.proposals: dict[str, Proposal] = {}
+        self.providers: dict[str, ProviderSide] = {}
+        self.agreements = Agreements(providers=self.providers, clock=clock, on_change=on_change)
+        self._requestor_id = requestor_id
+        self._clock = clock
+        self._dates = Dates(clock)
+        self._on_change = on_change
+        self._bell = Bell()
+
+    # Demands
+
+    def subscribe(self, properties: Mapping[str, Any], constraints: str) -> Demand:
+        """Open a demand."""
+        try:
+            parse(constraints)
+        except BadConstraint as error:
+            raise Refusal(error.reason) from error
+        demand = Demand(
+            demand_id=secrets.token_hex(16),
+            requestor_id=self._requestor_id,
+            properties=dict(properties),
+            constraints=constraints,
+            created_at=self._clock(),
+            expires_at=expiration(properties),
+        )
+        self.demands[demand.demand_id] = demand
+        self._changed()
+        for provider in list(self.providers.values()):
+            provider.demand_opened(demand)
+        return demand
+
+    def unsubscribe(self, demand_id: str) -> None:
+        """Close a demand; what waits for its events is refused."""
+        demand = self.demands.get(demand_id)
+        if demand is None:
+            raise NotKnown(f"There is no demand {demand_id}.")
+        if not demand.is_open:
+            raise Gone(f"The demand {demand_id} is closed already.")
+        self._close(demand)
+        self._changed()
+
+    def open_demands(self) -> list[Demand]:
+        """List the demands that are neither closed nor expired."""
+        self._expire()
+        return [demand for demand in self.demands.values() if demand.is_open]
+
+    def open_demand(self, demand_id: str) -> Demand:
+        """Find a demand that is open."""
+        self._expire()
+        demand = self.demands.get(demand_id)
+        if demand is None or not demand.is_open:
+            raise NotKnown(f"There is no demand {demand_id}, or it is over.")
+        return demand
+
+    async def collect(self, demand_id: str, seconds: float, most: int) -> list[dict[str, Any]]:
+        """Take the events of a demand, waiting for the first."""
+        demand = self.open_demand(demand_id)
+        if demand.expires_at is not None:
+            seconds = min(seconds, max(0.0, (demand.expires_at - self._clock()).total_seconds()))
+        await self._bell.until(lambda: bool(demand.events) or not demand.is_open, seconds)
+        self.open_demand(demand_id)
+        taken = demand.events[:most]
+        del demand.events[: len(taken)]
+        if taken:
+            self._on_change()
+        return taken
+
+    # Negotiation
+
+    def propose(
+        self,
+        demand: Demand,
+        *,
+        issuer_id: str,
+        offer_id: str,
+        properties: Mapping[str, Any],
+        constraints: str,
+        previous_id: str | None = None,
+    ) -> Proposal:
+        """Send a provider's proposal to the requestor: Initial, or Draft if it answers one of the requestor's."""
+        proposal = Proposal(
+            proposal_id=f"R-{secrets.token_hex(16)}",
+            issuer_id=issuer_id,
+            demand_id=demand.demand_id,
+            offer_id=offer_id,
+            state="Initial" if previous_id is None else "Draft",
+            properties=dict(properties),
+            constraints=constraints,
+            created_at=self._clock(),
+            previous_id=previous_id,
+        )
+        self.proposals[proposal.proposal_id] = proposal
+        event = {"eventType": "ProposalEvent", "eventDate": written(self._dates.next())}
+        demand.events.append({**event, "proposal": proposal.published()})
+        self._changed()
+        return proposal
+
+    def counter(self, demand_id: str, proposal_id: str, properties: Mapping[str, Any], constraints: str) -> Proposal:
+        """Answer a provider's proposal for the requestor."""
+        received = self.proposal(demand_id, proposal_id)
+        if received.state == "Rejected":
+            raise Gone(f"The proposal {proposal_id} was rejected.")
+        try:
+            parse(constraints)
+        except BadConstraint as error:
+            raise Refusal(error.reason) from error
+        expiration(properties)
+        proposal = Proposal(
+            proposal_id=f"R-{secrets.token_hex(16)}",
+            issuer_id=self._requestor_id,
+            demand_id=demand_id,
+            offer_id=received.offer_id,
+            state="Draft",
+            properties=dict(properties),
+            constraints=constraints,
+            created_at=self._clock(),
+            previous_id=proposal_id,
+        )
+        self.proposals[proposal.proposal_id] = proposal
+        self._changed()
+        provider = self.providers.get(received.issuer_id)
+        if provider is not None:
+            provider.countered(proposal)
+        return proposal
+
+    def reject(self, demand_id: str, proposal_id: str) -> None:
+        """Refuse a provider's proposal for the requestor."""
+        proposal = self.proposal(demand_id, proposal_id)
+        if proposal.state == "Rejected":
+            raise Gone(f"The proposal {proposal_id} was rejected already.")
+        proposal.state = "Rejected"
+        self._changed()
+
+    def proposal(self, demand_id: str, proposal_id: str) -> Proposal:
+        """Find a provider's proposal for a demand that is open."""
+        self.open_demand(demand_id)
+        proposal = self.proposals.get(proposal_id)
+        if proposal is None or proposal.demand_id != demand_id or proposal.issuer_id == self._requestor_id:
+            raise NotKnown(f"There is no proposal {proposal_id} for this demand.")
+        return proposal
+
+    def create_agreement(self, proposal_id: str, valid_to: datetime) -> Agreement:
+        """Make an agreement of a provider's draft."""
+        self._expire()
+        draft = self.proposals.get(proposal_id)
+        if draft is None or draft.issuer_id == self._requestor_id:
+            raise NotKnown(f"There is no proposal {proposal_id}, or its demand is over.")
+        if draft.state == "Rejected":
+            raise Gone(f"The proposal {proposal_id} was rejected.")
+        if draft.state == "Initial":
+            raise Conflict(f"The proposal {proposal_id} was not negotiated yet.")
+        counter = self.proposals[draft.previous_id or ""]
+        agreement = self.agreements.create(self.demands[draft.demand_id], counter, draft, valid_to)
+        draft.state = "Accepted"
+        self._changed()
+        return agreement
+
+    # Across restarts
+
+    def dump(self) -> dict[str, Any]:
+        """Return all of it as JSON's values."""
+        return {
+            "demands": [to_row(each) for each in self.demands.values()],
+            "proposals": [to_row(each) for each in self.proposals.values()],
+            **self.agreements.dump(),
+        }
+
+    def load(self, dumped: Mapping[str, Any]) -> None:
+        """Take in what `dump` returned."""
+        self.demands = {each["demand_id"]: from_row(Demand, each) for each in dumped["demands"]}
+        self.proposals = {each["proposal_id"]: from_row(Proposal, each) for each in dumped["proposals"]}
+        self.agreements.load(dumped)
+
+    # Changes
+
+    def _changed(self) -> None:
+        self._bell.ring()
+        self._on_change()
+
+    def _close(self, demand: Demand) -> None:
+        demand.is_open = False
+        demand.events.clear()
+        # Agreements have copies of what was negotiated; nobody can ask about the rest any more.
+        self.proposals = {key: each for key, each in self.proposals.items() if each.demand_id != demand.demand_id}
+        closed = [each.demand_id for each in self.demands.values() if not each.is_open]
+        for demand_id in closed[:-REMEMBERED_DEMANDS]:
+            del self.demands[demand_id]
+
+    def _expire(self) -> None:
+        now = self._clock()
+        late = [each for each in self.demands.values() if each.is_open and each.expires_at and each.expires_at <= now]
+        for demand in late:
+            self._close(demand)
+        if late:
+            self._changed()
+
+
+def expiration(properties: Mapping[str, Any]) -> datetime | None:
+    """Read golem.srv.comp.expiration, milliseconds since 1970."""
+    value = properties.get("golem.srv.comp.expiration")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return datetime.fromtimestamp(value / 1000, UTC)
+    except (OverflowError, OSError, ValueError) as error:
+        raise Refusal(f"golem.srv.comp.expiration is no time in milliseconds: {value!r}.") from error

@@ -1,0 +1,73 @@
+"""What a provider publishes of itself, in Golem's property names."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from devnet.constraints import Constraint, parse
+from devnet.scenario import ProviderPlan
+from devnet.wallet import PLATFORMS
+
+#: The order in which an exe-unit counts.
+USAGE_VECTOR = ["golem.usage.cpu_sec", "golem.usage.duration_sec"]
+_CAPABILITIES = {"vm": ["inet", "manifest-support", "start-entrypoint"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """One runtime of one provider."""
+
+    offer_id: str
+    properties: dict[str, Any]
+    constraints: str
+    #: The constraints, read.
+    wants: Constraint
+
+
+def offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
+    """Make a provider's offers, one a runtime."""
+    constraints = f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
+    wants = parse(constraints)
+    return [
+        Offer(
+            offer_id=f"{plan.name}-{runtime}",
+            properties=_properties(plan, runtime, subnet),
+            constraints=constraints,
+            wants=wants,
+        )
+        for runtime in plan.runtimes
+    ]
+
+
+def _properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str, Any]:
+    machine = platform.machine()
+    return {
+        "golem.node.id.name": plan.name,
+        "golem.node.debug.subnet": subnet,
+        "golem.srv.caps.multi-activity": True,
+        "golem.runtime.name": runtime,
+        "golem.runtime.version": "0.4.0",
+        "golem.runtime.capabilities": _CAPABILITIES.get(runtime, []),
+        "golem.inf.cpu.architecture": "aarch64" if machine == "arm64" else machine,
+        "golem.inf.cpu.cores": plan.cores,
+        "golem.inf.cpu.threads": plan.threads,
+        "golem.inf.mem.gib": plan.memory_gib,
+        "golem.inf.storage.gib": plan.storage_gib,
+        "golem.activity.caps.transfer.protocol": ["gftp", "http", "https"],
+        "golem.com.scheme": "payu",
+        "golem.com.scheme.payu.debit-note.interval-sec?": 120,
+        "golem.com.scheme.payu.payment-timeout-sec?": 18000,
+        "golem.com.payment.debit-notes.accept-timeout?": 240,
+        "golem.com.pricing.model": "linear",
+        # yapapi wants floats: a whole number is a mistake to it.
+        "golem.com.pricing.model.linear.coeffs": [
+            float(plan.price_per_cpu_second),
+            float(plan.price_per_second),
+            float(plan.start_price),
+        ],
+        "golem.com.usage.vector": USAGE_VECTOR,
+        "golem.com.payment.protocol.version": 3,
+        **{f"golem.com.payment.platform.{name}.address": plan.node_id for name in PLATFORMS},
+    }

@@ -1,0 +1,249 @@
+"""What the market and the payments keep: plain records, which can be written as JSON and read again.
+
+Changed only by `market.Market` and `payment.Payment`. `published()` is the record as the API shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from devnet.waiting import read, written
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(kw_only=True)
+class Demand:
+    """What a requestor looks for."""
+
+    demand_id: str
+    requestor_id: str
+    properties: dict[str, Any]
+    constraints: str
+    created_at: datetime
+    #: From golem.srv.comp.expiration; None if it does not say.
+    expires_at: datetime | None
+    is_open: bool = True
+    #: Events that were not fetched yet.
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def published(self) -> dict[str, Any]:
+        """See the module."""
+        return {
+            "demandId": self.demand_id,
+            "requestorId": self.requestor_id,
+            "timestamp": written(self.created_at),
+            "properties": self.properties,
+            "constraints": self.constraints,
+        }
+
+
+@dataclass(kw_only=True)
+class Proposal:
+    """One move in a negotiation, of either side."""
+
+    proposal_id: str
+    issuer_id: str
+    demand_id: str
+    offer_id: str
+    #: Initial, Draft, Rejected, Accepted or Expired.
+    state: str
+    properties: dict[str, Any]
+    constraints: str
+    created_at: datetime
+    previous_id: str | None = None
+
+    def published(self) -> dict[str, Any]:
+        """See the module."""
+        shown = {
+            "proposalId": self.proposal_id,
+            "issuerId": self.issuer_id,
+            "state": self.state,
+            "timestamp": written(self.created_at),
+            "properties": self.properties,
+            "constraints": self.constraints,
+        }
+        return shown if self.previous_id is None else {**shown, "prevProposalId": self.previous_id}
+
+
+@dataclass(kw_only=True)
+class Agreement:
+    """What two nodes agreed on."""
+
+    agreement_id: str
+    proposal_id: str
+    provider_id: str
+    #: As published.
+    demand: dict[str, Any]
+    offer: dict[str, Any]
+    valid_to: datetime
+    #: Proposal, Pending, Cancelled, Rejected, Approved, Expired or Terminated.
+    state: str
+    created_at: datetime
+    approved_at: datetime | None = None
+    session_id: str | None = None
+    #: Who ended it, and why.
+    terminator: str | None = None
+    reason: dict[str, Any] | None = None
+    #: Activity id -> usage counters as last seen.
+    usage: dict[str, list[float]] = field(default_factory=dict)
+    #: Whether the provider has sent its invoice, or never will.
+    is_billed: bool = False
+
+    @property
+    def short_name(self) -> str:
+        """Return a name for people."""
+        return f"agreement {self.agreement_id[:8]}"
+
+    def published(self) -> dict[str, Any]:
+        """See the module."""
+        shown = {
+            "agreementId": self.agreement_id,
+            "demand": self.demand,
+            "offer": self.offer,
+            "validTo": written(self.valid_to),
+            "state": self.state,
+            "timestamp": written(self.created_at),
+        }
+        if self.approved_at is not None:
+            shown["approvedDate"] = written(self.approved_at)
+        if self.session_id is not None:
+            shown["appSessionId"] = self.session_id
+        return shown
+
+    def listed(self) -> dict[str, Any]:
+        """Show it as in the list of agreements."""
+        created = written(self.created_at)
+        approved = None if self.approved_at is None else written(self.approved_at)
+        # The published description names these dates in two ways, and wants those of the one to be there.
+        shown = {
+            "id": self.agreement_id,
+            "timestamp": created,
+            "creationTs": created,
+            "approveTs": approved,
+            "role": "Requestor",
+        }
+        return shown if approved is None else {**shown, "approvedDate": approved}
+
+
+@dataclass(kw_only=True)
+class Allocation:
+    """Money set aside for some work."""
+
+    allocation_id: str
+    address: str
+    platform: str
+    total: Decimal
+    created_at: datetime
+    #: What else the requestor said of it, given back as it was.
+    extra: dict[str, Any] = field(default_factory=dict)
+    spent: Decimal = Decimal(0)
+    is_released: bool = False
+
+    @property
+    def remaining(self) -> Decimal:
+        """Return what can still be spent."""
+        return self.total - self.spent
+
+    def published(self) -> dict[str, Any]:
+        """See the module."""
+        return {
+            **self.extra,
+            "allocationId": self.allocation_id,
+            "address": self.address,
+            "paymentPlatform": self.platform,
+            "totalAmount": money(self.total),
+            "spentAmount": money(self.spent),
+            "remainingAmount": money(self.remaining),
+            "timestamp": written(self.created_at),
+            "makeDeposit": False,
+        }
+
+
+@dataclass(kw_only=True)
+class Bill:
+    """An invoice, or a debit note if it has an activity."""
+
+    bill_id: str
+    issuer_id: str
+    recipient_id: str
+    payer_address: str
+    platform: str
+    agreement_id: str
+    #: Of an invoice: all of the agreement's. Of a debit note: the one it is for.
+    activity_ids: list[str]
+    amount: Decimal
+    created_at: datetime
+    due_at: datetime | None
+    status: str = "RECEIVED"
+    #: Debit notes only.
+    usage: list[float] | None = None
+    previous_id: str | None = None
+
+    def published(self) -> dict[str, Any]:
+        """See the module."""
+        shown: dict[str, Any] = {
+            "issuerId": self.issuer_id,
+            "recipientId": self.recipient_id,
+            "payeeAddr": self.issuer_id,
+            "payerAddr": self.payer_address,
+            "paymentPlatform": self.platform,
+            "timestamp": written(self.created_at),
+            "agreementId": self.agreement_id,
+            "status": self.status,
+        }
+        if self.due_at is not None:
+            shown["paymentDueDate"] = written(self.due_at)
+        if self.usage is None:
+            return {
+                **shown,
+                "invoiceId": self.bill_id,
+                "activityIds": self.activity_ids,
+                "amount": money(self.amount),
+            }
+        if self.previous_id is not None:
+            shown["previousDebitNoteId"] = self.previous_id
+        return {
+            **shown,
+            "debitNoteId": self.bill_id,
+            "activityId": self.activity_ids[0],
+            "totalAmountDue": money(self.amount),
+            "usageCounterVector": self.usage,
+        }
+
+
+def money(amount: Decimal) -> str:
+    """Write an amount exactly and without an exponent."""
+    text = format(amount, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+# As JSON
+
+
+def to_row(record: Any) -> dict[str, Any]:
+    """Turn a record into JSON's values."""
+    row = {each.name: getattr(record, each.name) for each in fields(record)}
+    return {name: _plain(value) for name, value in row.items()}
+
+
+def from_row(kind: type[_Record], row: Mapping[str, Any]) -> _Record:
+    """Make a record of what `to_row` returned."""
+    values = dict(row)
+    for each in fields(kind):  # type: ignore[arg-type]
+        value = values.get(each.name)
+        if isinstance(value, str) and str(each.type).startswith("datetime"):
+            values[each.name] = read(value)
+        elif isinstance(value, str) and each.type == "Decimal":
+            values[each.name] = Decimal(value)
+    return kind(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return written(value)
+    return str(value) if isinstance(value, Decimal) else value

@@ -1,0 +1,1 @@
+"""Backends: each loads an artefact and runs it."""

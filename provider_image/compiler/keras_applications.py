@@ -1,0 +1,105 @@
+"""Builds artefacts of the classes in `keras.applications` from their weights.
+
+Called by `mlg models compile`. A catalogue row names the class; nothing here knows any model by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provider_image.compiler.installing import Origin, building
+from provider_image.compiler.keras_graph import import_keras, to_graph
+from provider_image.compiler.keras_weights import WeightsFile
+from provider_image.compiler.verification import TOLERANCE, f16_recipe, finish
+from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
+from provider_image.models.artefact import Artefact, digest_of, find_artefact
+from provider_image.models.catalogue import ModelRow
+from provider_image.models.labels import imagenet_labels
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = Sequence[np.ndarray[Any, Any]]
+
+#: Part of the digest. Change it whenever the graphs' answers change.
+RECIPE = "keras-applications-1"
+
+
+def build(
+    models: Path,
+    row: ModelRow,
+    weights: WeightsFile,
+    *,
+    again: bool = False,
+    f16_within: float = TOLERANCE,
+    tell: Callable[[str], None] = lambda step: None,
+) -> Artefact:
+    """Build a model's artefact in the models folder, unless the same one is there already.
+
+    :param again: build even then, or if it was built with another f16_within.
+    :param f16_within: see `finishing.finish`.
+    :param tell: called with what is being done.
+    :raises CompilerMissing: tensorflow is not installed.
+    :raises WeightsMismatch: the file does not hold the weights of this model.
+    :raises CompilationFailed: the graph does not answer as Keras does.
+    :raises NotInstalled: the models folder cannot be written.
+    """
+    labels = imagenet_labels()
+    try:
+        with building(models, row.name) as folder:
+            if not again:
+                wanted = {digest_of(row, labels, weights.sha256, each) for each in (RECIPE, f16_recipe(RECIPE))}
+                with contextlib.suppress(NotInstalled, BrokenArtefact):
+                    there = find_artefact(models, row.name)
+                    if there.digest in wanted:
+                        return there
+            tell("starting Keras")
+            keras = import_keras()
+            origin = Origin(
+                labels=labels,
+                weights_sha256=weights.sha256,
+                recipe=RECIPE,
+                source=row.source if weights.is_published else "own",
+                reference=f"keras {keras.__version__}",
+            )
+            try:
+                tell("reading weights")
+                network = _network(keras, row, weights)
+                tell("converting")
+                graph = to_graph(network, row)
+
+                def reference(pictures: Arrays) -> Arrays:
+                    return keras_answers(keras, row, network, pictures)
+
+                return finish(graph, folder, models, row, origin, reference=reference, f16_within=f16_within, tell=tell)
+            finally:
+                keras.backend.clear_session()
+    except OSError as error:
+        raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
+
+
+def keras_answers(keras: Any, row: ModelRow, network: Any, pictures: Arrays) -> Arrays:
+    """Answer pictures with Keras itself and the class's own `preprocess_input`.
+
+    :param pictures: uint8 RGB, shape (height, width, 3).
+    :return: probabilities for each, shape (1000,).
+    """
+    import numpy as np
+
+    module = importlib.import_module(getattr(keras.applications, str(row.keras_class)).__module__)
+    batch = module.preprocess_input(np.stack(pictures).astype(np.float32))
+    return list(np.asarray(network(batch, training=False)))
+
+
+def _network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
+    network = getattr(keras.applications, str(row.keras_class))(weights=None)
+    try:
+        network.load_weights(str(weights.path))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsMismatch(f"{weights.path} does not hold the weights of {row.title}: {first_line[:300]}") from error
+    return network

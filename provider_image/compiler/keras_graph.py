@@ -1,0 +1,135 @@
+"""Keras: the one place that imports it, and the way from a Keras network to an OpenVINO graph.
+
+Used by the builders only; needs the extra `[compile]`. The preprocessing that a model's row names and the head become
+part of the graph, so that every model takes uint8 RGB and gives probabilities.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provider_image.backends.openvino import import_openvino
+from provider_image.errors import CompilationFailed, CompilerMissing
+
+if TYPE_CHECKING:
+    from provider_image.models.catalogue import ModelRow
+
+#: What comes after the network: nothing, a softmax over its logits, or the complement of a single probability, so that
+#: there are two that sum to one.
+HEADS = ("none", "softmax", "complement")
+#: Means of the blue, green and red values in ImageNet as Caffe's models subtract them.
+_CAFFE_MEANS = (103.939, 116.779, 123.68)
+#: Means and deviations of the red, green and blue values, scaled to 0-1, as PyTorch's models take them.
+_TORCH_MEANS = (0.485, 0.456, 0.406)
+_TORCH_DEVIATIONS = (0.229, 0.224, 0.225)
+
+
+def import_keras() -> Any:
+    """Import keras on tensorflow, whatever this machine's own Keras settings are.
+
+    :raises CompilerMissing: keras or tensorflow is not installed; says how to install them.
+    """
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Looks for graphics cards otherwise, and takes all of their memory for a job that never uses them.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    try:
+        with _quiet_natives():
+            importlib.import_module("tensorflow")
+            keras = importlib.import_module("keras")
+    except ImportError as error:
+        raise CompilerMissing(
+            f'Compiling Keras models needs tensorflow ({error}). Install it: pip install "mlg[compile]", '
+            "in a source checkout: scripts/setup compile"
+        ) from error
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    return keras
+
+
+@contextlib.contextmanager
+def _quiet_natives() -> Iterator[None]:
+    """Drop what native libraries write to standard error: tensorflow greets there before its log level counts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
+    """Turn a Keras network into an OpenVINO graph: uint8 RGB (1, height, width, 3) in, probabilities (1, n) out.
+
+    :param network: a keras.Model that takes float32 (n, height, width, 3) and gives (n, classes).
+    :param row: its size and preprocessing.
+    :param head: one of HEADS.
+    :raises CompilationFailed: OpenVINO has no operation for something in it.
+    """
+    tensorflow = importlib.import_module("tensorflow")
+
+    def answer(picture: Any) -> Any:
+        output = network(prepare(tensorflow.cast(picture, tensorflow.float32), row.preprocessing), training=False)
+        return finish_head(output, head)
+
+    picture = tensorflow.TensorSpec((1, row.height, row.width, 3), tensorflow.uint8, name="picture")
+    try:
+        function = tensorflow.function(answer, input_signature=[picture], autograph=False).get_concrete_function()
+        graph = _import_converter()(function)
+    except Exception as error:  # whatever an unknown layer makes tensorflow or OpenVINO raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CompilationFailed(f"{row.title} cannot be turned into an OpenVINO graph: {first_line}") from error
+    return graph
+
+
+def prepare(pixels: Any, preprocessing: str) -> Any:
+    """Turn float32 RGB values 0-255 into a network's input, by the name of a way in `ModelRow.preprocessing`."""
+    match preprocessing:
+        case "caffe":
+            return pixels[..., ::-1] - _CAFFE_MEANS
+        case "tf":
+            return pixels / 127.5 - 1.0
+        case "torch":
+            return (pixels / 255.0 - _TORCH_MEANS) / _TORCH_DEVIATIONS
+        case "lite":
+            return (pixels - 127.0) / 128.0
+        case "unit":
+            return pixels / 255.0
+        case "none":
+            return pixels
+    raise ValueError(f"There is no preprocessing {preprocessing!r}.")
+
+
+def finish_head(output: Any, head: str) -> Any:
+    """Put a head of HEADS on a network's output, a tensor of shape (n, classes)."""
+    tensorflow = importlib.import_module("tensorflow")
+    if head == "softmax":
+        return tensorflow.nn.softmax(output)
+    if head == "complement":
+        return tensorflow.concat([1.0 - output, output], axis=-1)
+    return output
+
+
+def _import_converter() -> Any:
+    """Import OpenVINO's converter without its telemetry, which would send usage data home."""
+    import_openvino()
+    name = "openvino_telemetry"
+    hidden = {module: sys.modules.pop(module) for module in list(sys.modules) if module.partition(".")[0] == name}
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino.tools.ovc").convert_model
+    finally:
+        del sys.modules[name]
+        sys.modules.update(hidden)

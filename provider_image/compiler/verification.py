@@ -1,0 +1,133 @@
+"""Finishes a graph that a builder has made: proves it, chooses how its weights are stored, records a self-test.
+
+Called by every builder, inside `installing.building`. Nothing is installed that does not answer as its reference does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from provider_image.backends.openvino import import_openvino, run_graph
+from provider_image.compiler.installing import Origin, install
+from provider_image.compiler.self_test import pictures
+from provider_image.errors import CompilationFailed
+from provider_image.images.decoding import decode
+from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
+from provider_image.models.catalogue import ModelRow
+from provider_image.service import Difference
+from provider_image.services.classification import Classification, likeliest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = Sequence[np.ndarray[Any, Any]]
+
+#: A probability may differ by this much from the reference's. Two honest machines differ by some 1e-6. Also the most
+#: that f16 weights may cost unless whoever compiles allows more; those of EfficientNet-Lite0 cost 0.004.
+TOLERANCE = 1e-4
+#: Weights are stored as f16 only if that makes the artefact smaller by at least this share.
+_WORTHWHILE = 0.1
+
+
+def finish(
+    graph: Any,
+    folder: Path,
+    models: Path,
+    row: ModelRow,
+    origin: Origin,
+    *,
+    reference: Callable[[Arrays], Arrays] | None = None,
+    f16_within: float = TOLERANCE,
+    tell: Callable[[str], None] = lambda step: None,
+) -> Artefact:
+    """Prove, store and install a graph.
+
+    :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
+    :param folder: as `installing.building` gave it.
+    :param reference: gives the right probabilities for decoded pictures, uint8 (height, width, 3); None takes the
+        graph's own in f32, where there is nothing else to compare with.
+    :param f16_within: weights are stored as f16 if no probability differs by more than this from the reference's.
+    :param tell: called with what is being done.
+    :raises CompilationFailed: the graph differs from the reference.
+    """
+    tell("comparing")
+    openvino = import_openvino()
+    openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
+    files = pictures()
+    arrays = [decode(data, row.height, row.width, row.crop) for data in files.values()]
+    found = run_graph(folder / "model.xml", arrays)
+    right = found if reference is None else reference(arrays)
+    outputs = [likeliest(origin.labels, each) for each in right]
+    difference = _compare(outputs, right, found, origin)
+    if not difference.largest <= TOLERANCE or not difference.is_same_order:
+        raise CompilationFailed(
+            f"The compiled graph of {row.name} answers otherwise than {origin.reference}: probabilities differ by up "
+            f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
+        )
+    tell("storing")
+    storage = _choose_storage(openvino, graph, folder, arrays, outputs, right, origin, f16_within)
+    samples = []
+    for (file, data), output in zip(files.items(), outputs, strict=True):
+        (folder / file).write_bytes(data)
+        samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
+    if storage.kept == "f16":
+        origin = replace(origin, recipe=f16_recipe(origin.recipe))
+    return install(folder, models, row, origin=origin, storage=storage, samples=samples)
+
+
+def f16_recipe(recipe: str) -> str:
+    """Return the recipe of the same graph with f16 weights: its answers differ a little, so its digest must."""
+    return f"{recipe}-f16"
+
+
+def _choose_storage(
+    openvino: Any,
+    graph: Any,
+    folder: Path,
+    arrays: Arrays,
+    outputs: list[Any],
+    right: Arrays,
+    origin: Origin,
+    f16_within: float,
+) -> Storage:
+    """Store f16 weights beside the f32 ones, compare their answers, and keep those that deserve it."""
+    half = folder / "f16"
+    half.mkdir()
+    openvino.save_model(graph, str(half / "model.xml"), compress_to_fp16=True)
+    found = run_graph(half / "model.xml", arrays)
+    difference = _compare(outputs, right, found, origin)
+    allowed = _compare(outputs, right, found, origin, f16_within)
+    f32_bytes, f16_bytes = (sum((place / file).stat().st_size for file in GRAPH_FILES) for place in (folder, half))
+    is_good = allowed.largest <= f16_within and allowed.is_same_order
+    is_kept = is_good and f16_bytes <= (1 - _WORTHWHILE) * f32_bytes
+    if is_kept:
+        for file in GRAPH_FILES:
+            (half / file).replace(folder / file)
+    shutil.rmtree(half)
+    return Storage(
+        kept="f16" if is_kept else "f32",
+        f32_bytes=f32_bytes,
+        f16_bytes=f16_bytes,
+        largest_difference=float(f"{difference.largest:.3g}"),
+        is_same_top_five=difference.is_same_order,
+    )
+
+
+def _compare(
+    outputs: list[Any], right: Arrays, found: Arrays, origin: Origin, tolerance: float = TOLERANCE
+) -> Difference:
+    """Compare all probabilities and the order of the likeliest; numbers that are none differ by as much as can be."""
+    import numpy as np
+
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(right, found, strict=True))
+    if not math.isfinite(largest):
+        return Difference(largest=1.0, is_same_order=False)
+    pairs = zip(outputs, found, strict=True)
+    same = [Classification().compare(output, likeliest(origin.labels, each), tolerance) for output, each in pairs]
+    return Difference(largest=largest, is_same_order=all(each.is_same_order for each in same))

@@ -1,0 +1,1 @@
+"""Images: the check of a header, decoding, resizing."""

@@ -1,0 +1,258 @@
+"""The warm process: keeps models loaded and takes chunks over a Unix socket, one after another.
+
+Started by `mlg-provider serve` (the local executor does so, one per worker) and by `door.py`. It talks JSON lines: one
+in, `{"chunk": PATH, "results": PATH}`, one out, `{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD,
+"reason": TEXT, "permanent": BOOL}`. A file lock in its place makes sure that only one serves there; the system drops
+the lock when the process dies, however it dies, so a socket that is found while holding the lock is stale. It must not
+answer anybody but its own user: its place is a folder that nobody else can enter.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
+from provider_image.runtime import NetCache, run_chunk
+from provider_image.runtime_paths import private_folder, socket_path
+
+logger = logging.getLogger(__name__)
+
+#: Longest line that is taken.
+_LONGEST_LINE = 64 * 1024
+#: Connections that came in just before an idle process stopped listening get this long to send their line.
+_LAST_CALL_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def _only_one(place: Path) -> Iterator[None]:
+    with (private_folder(place) / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"Another process serves in {place} already.") from error
+        yield
+
+
+def serve(
+    place: Path, nets: NetCache, *, idle_seconds: float, exit_with_stdin: bool, announce: Callable[[], None]
+) -> None:
+    """Serve in a place until idle for long, or told to stop by SIGTERM or SIGINT; the chunk under way is finished.
+
+    Call it in the main thread.
+
+    :param idle_seconds: 0 never ends by itself.
+    :param exit_with_stdin: end at once, even in mid-chunk, when the standard input ends. A parent that holds the other
+        end of that pipe takes this process along, whatever kills the parent.
+    :param announce: called when the socket listens.
+    :raises ConfigError: another process serves there, or the place cannot be used.
+    """
+    with _only_one(place):
+        path = socket_path(place)
+        private_folder(path.parent)
+        path.unlink(missing_ok=True)  # stale: whoever made it held the lock that is held here now
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen(64)
+        try:
+            server = _Server(listener, path, nets, idle_seconds)
+            if exit_with_stdin:
+                threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
+            server.heed_signals()  # first: whoever reads the announcement may tell it to stop at once
+            announce()
+            server.run()
+        finally:
+            path.unlink(missing_ok=True)
+            listener.close()
+
+
+def _exit_with_stdin(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a closed standard input has ended as well
+        while os.read(0, 65536):
+            continue
+    path.unlink(missing_ok=True)
+    os._exit(0)  # from a thread, and without waiting for the items under way: their parent is gone
+
+
+@dataclass(eq=False, kw_only=True)
+class _Client:
+    """A connection."""
+
+    connection: socket.socket
+    #: What came in of a line that is not complete yet.
+    received: bytearray = field(default_factory=bytearray)
+    #: Jobs of its that wait or are under way.
+    jobs: int = 0
+    #: True when it will send nothing more; it may still be waiting for a reply.
+    has_ended: bool = False
+
+
+class _Server:
+    """One loop that listens and one thread that works, so that signals and new clients are seen in mid-chunk."""
+
+    def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
+        self._listener, self._path, self._nets = listener, path, nets
+        self._idle_seconds = idle_seconds
+        self._active_at = time.monotonic()
+        self._is_listening, self._is_told_to_stop = True, False
+        self._waiting: collections.deque[tuple[_Client, bytes]] = collections.deque()
+        self._current: _Client | None = None
+        self._jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        for each in (self._wake_reader, self._wake_writer, listener):
+            each.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._clients: dict[socket.socket, _Client] = {}
+
+    def heed_signals(self) -> None:
+        """Take SIGTERM and SIGINT as a wish to stop, from now on."""
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def run(self) -> None:
+        """Listen until it is time to stop."""
+        threading.Thread(target=self._work, daemon=True).start()
+        while not self._is_over():
+            for key, _ in self._selector.select(self._patience()):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._wake_reader:
+                    with contextlib.suppress(BlockingIOError):
+                        self._wake_reader.recv(4096)
+                else:
+                    self._receive(self._clients[key.fileobj])  # type: ignore[index]
+            self._step()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._is_told_to_stop = True
+
+    def _patience(self) -> float | None:
+        if self._current is not None or (self._is_listening and not self._idle_seconds):
+            return None
+        limit = self._idle_seconds if self._is_listening else _LAST_CALL_SECONDS
+        return max(0.0, self._active_at + limit - time.monotonic())
+
+    def _is_over(self) -> bool:
+        if self._current is not None or self._waiting:
+            return False
+        if self._is_told_to_stop:
+            return True
+        return not self._is_listening and (not self._clients or self._patience() == 0)
+
+    def _step(self) -> None:
+        while not self._replies.empty():
+            assert self._current is not None
+            self._send(self._current, self._replies.get())
+            self._current, self._active_at = None, time.monotonic()
+        if self._is_told_to_stop:
+            self._stop_listening()
+            while self._waiting:
+                client, _ = self._waiting.popleft()
+                self._send(client, _failure(WorkerDied("The warm process was told to stop before it began.")))
+        elif self._is_listening and self._idle_seconds and not self._waiting and self._patience() == 0:
+            # Nobody new comes from here on; whoever came in just now is still served.
+            self._accept()
+            self._stop_listening()
+            self._active_at = time.monotonic()
+        if self._current is None and self._waiting:
+            self._current, line = self._waiting.popleft()
+            self._jobs.put(line)
+
+    def _stop_listening(self) -> None:
+        if self._is_listening:
+            self._path.unlink(missing_ok=True)
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._is_listening = False
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._clients[connection] = _Client(connection=connection)
+                self._selector.register(connection, selectors.EVENT_READ)
+
+    def _receive(self, client: _Client) -> None:
+        try:
+            data = client.connection.recv(_LONGEST_LINE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        client.received += data
+        *lines, rest = bytes(client.received).split(b"\n")
+        client.received = bytearray(rest)
+        for line in lines:
+            client.jobs += 1
+            self._active_at = time.monotonic()
+            self._waiting.append((client, line))
+        if not data or len(rest) > _LONGEST_LINE:
+            client.has_ended = True
+            self._selector.unregister(client.connection)
+            self._forget_if_done(client)
+
+    def _send(self, client: _Client, reply: dict[str, Any]) -> None:
+        client.jobs -= 1
+        try:
+            client.connection.sendall(json.dumps(reply).encode() + b"\n")
+        except OSError as error:
+            logger.info("nobody waits for a reply any more: %s", error)
+        self._forget_if_done(client)
+
+    def _forget_if_done(self, client: _Client) -> None:
+        if client.has_ended and not client.jobs:
+            self._clients.pop(client.connection, None)
+            client.connection.close()
+
+    def _work(self) -> None:
+        while True:
+            reply = self._answer(self._jobs.get())
+            self._replies.put(reply)
+            with contextlib.suppress(BlockingIOError):  # a full pipe wakes the loop as well
+                self._wake_writer.send(b"\0")
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            chunk, results = _paths(line)
+            run_chunk(chunk, results, self._nets)
+        except MlgError as error:
+            return _failure(error)
+        except Exception as error:
+            logger.exception("chunk failed")
+            return _failure(ChunkError(f"{type(error).__name__}: {error}"))
+        return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
+
+
+def _paths(line: bytes) -> tuple[Path, Path]:
+    try:
+        job = json.loads(line)
+        chunk, results = Path(job["chunk"]), Path(job["results"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise MalformedRequest('Send one line: {"chunk": "/a/chunk.zip", "results": "/a/results.zip"}') from error
+    if not (chunk.is_absolute() and results.is_absolute()):
+        raise MalformedRequest("Both paths must be absolute: the warm process has a working folder of its own.")
+    return chunk, results
+
+
+def _failure(error: MlgError) -> dict[str, Any]:
+    return {"ok": False, "code": error.code, "reason": error.reason, "permanent": error.permanent}

@@ -1,0 +1,120 @@
+"""Live events over HTTP: streams of what becomes of requests, of a batch, and of everything for whoever operates.
+
+Registered by `api.py`. It checks who asks for what; the telling is done by `server/live/sse.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import flask
+
+from provider_image.errors import InvalidParams, UnknownRequest
+from server.api.endpoint import Field, Scope, operation
+from server.auth.guard import check_owner
+from server.context import Context
+from server.errors import ScopeMissing
+from server.intake.uploads import query_fields
+from server.live.changes import Listener
+from server.live.sse import STREAMED, Stream, says_end, tell_counts, tell_requests
+
+#: Requests that one stream listens to at most.
+MOST_IDS = 1000
+_IDS = Field(name="ids", help=f"Request ids with commas between, at most {MOST_IDS}.")
+_ALL = Field(
+    name="all",
+    help="1: how many requests come to which state, of everybody; needs the scope operate.",
+    schema={"type": "string", "enum": ["1"]},
+)
+
+
+def register(app: flask.Flask, context: Context) -> None:
+    """Add the views to an application."""
+    views = _Events(context)
+    app.add_url_rule("/events", "events", views.events, methods=["GET"])
+    app.add_url_rule("/batches/<id>/events", "batch_events", views.batch_events, methods=["GET"])
+
+
+class _Events:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @operation(
+        summary="Listen to requests: an event whenever one changes, until all are final",
+        scope=Scope.READ,
+        tag="events",
+        query=(_IDS, _ALL),
+        answers={200: {"type": "string"}, 204: {}},
+        content_type="text/event-stream",
+    )
+    def events(self) -> flask.Response:
+        """Stream what becomes of the requests that are named."""
+        fields = query_fields(flask.request)
+        is_all, ids = fields.pop("all", None), fields.pop("ids", None)
+        if fields or (is_all is None) == (ids is None) or is_all not in (None, "1"):
+            raise InvalidParams("Name the requests: /events?ids=ID,ID (or, for whoever operates, /events?all=1).")
+        if ids is None:
+            return self._stream_all()
+        wanted = list(dict.fromkeys(id for id in ids.split(",") if id))
+        if not 1 <= len(wanted) <= MOST_IDS:
+            raise InvalidParams(f"ids takes 1 to {MOST_IDS} request ids with commas between.")
+        store = self._context.store
+        numbers = [position[1] for position, _ in store.standing(ids=wanted).requests]
+        requests = [request for _, request in store.read_changed(numbers)]
+        unknown = set(wanted) - {request.id for request in requests}
+        if unknown:
+            raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
+        for request in requests:
+            check_owner(request)
+        return self._stream(Listener(numbers=numbers), ids=wanted)
+
+    @operation(
+        summary="Listen to a batch: its progress, and an event for each request that changes",
+        scope=Scope.READ,
+        tag="events",
+        answers={200: {"type": "string"}, 204: {}},
+        content_type="text/event-stream",
+    )
+    def batch_events(self, id: str) -> flask.Response:
+        """Stream what becomes of a batch."""
+        check_owner(self._context.store.get_batch(id))
+        return self._stream(Listener(batch_id=id), ids=[])
+
+    def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
+        context, last_id = self._context, flask.request.headers.get("Last-Event-ID")
+        if says_end(last_id) and self._is_final(listener, ids):
+            # The one answer that tells a browser's EventSource not to come back.
+            return flask.Response(status=204)
+        pieces = tell_requests(
+            context.events,
+            context.store,
+            listener,
+            ids=ids,
+            last_id=last_id,
+            describe=context.describe,
+        )
+        return self._answer(pieces)
+
+    def _stream_all(self) -> flask.Response:
+        key = flask.g.get("key")
+        if key is not None and not key.is_operator:
+            raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
+        last_id = flask.request.headers.get("Last-Event-ID")
+        return self._answer(
+            tell_counts(self._context.events, self._context.store, Listener(is_all=True), last_id=last_id)
+        )
+
+    def _is_final(self, listener: Listener, ids: list[str]) -> bool:
+        standing = self._context.store.standing(ids=ids, batch_id=listener.batch_id)
+        return all(state.is_final for _, state in standing.requests)
+
+    def _answer(self, pieces: Generator[bytes, None, None]) -> flask.Response:
+        events = self._context.events
+        events.take_place()
+        flask.request.environ[STREAMED] = True
+        response = flask.Response(Stream(pieces, events.free_place), mimetype="text/event-stream")
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        # A proxy must not gather events.
+        response.headers["X-Accel-Buffering"] = "no"
+        return response

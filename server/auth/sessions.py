@@ -1,0 +1,90 @@
+"""Sessions of people in a browser: a signed cookie that says with which key somebody logged in.
+
+Used by `access.py` and the view that logs in. The cookie holds the key's id, not the key, and every request looks the
+key up again: when the key ends, so does the session. The signing secret lies in the home, readable by its owner only,
+and is made by the first login; delete the file and start the server again to end all sessions.
+
+Weakness: a session cannot be ended alone. Logging out deletes the cookie in that browser; a copy of it would be good
+until SESSION_SECONDS have passed or its key is revoked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+import flask
+from itsdangerous import BadData, URLSafeTimedSerializer
+from werkzeug.wrappers import Response
+
+from store.images import as_store_error
+
+#: Name of the cookie.
+COOKIE = "mlg_session"
+#: A session ends after this time.
+SESSION_SECONDS = 12 * 3600
+_SECRET_FILE = "session.secret"
+
+
+class Sessions:
+    """Makes and reads the cookies of one home."""
+
+    def __init__(self, home: Path) -> None:
+        self._file = home / _SECRET_FILE
+        self._signer: URLSafeTimedSerializer | None = None
+
+    def key_id(self, cookie: str) -> str | None:
+        """Return the key id that a cookie was signed with; None if it was not signed here, or too long ago.
+
+        :raises StoreError: the secret cannot be read.
+        """
+        if self._signer is None and not self._file.exists():
+            return None
+        try:
+            id = self._ready().loads(cookie, max_age=SESSION_SECONDS)
+        except BadData:
+            return None
+        return id if isinstance(id, str) else None
+
+    def start(self, response: Response, key_id: str) -> None:
+        """Give a browser the cookie of a key. :raises StoreError: the secret cannot be made."""
+        response.set_cookie(
+            COOKIE,
+            str(self._ready().dumps(key_id)),
+            max_age=SESSION_SECONDS,
+            httponly=True,
+            samesite="Strict",
+            # A proxy that ends TLS says so in this header; who lies in it makes only their own cookie stricter.
+            secure=flask.request.is_secure or flask.request.headers.get("X-Forwarded-Proto", "").lower() == "https",
+        )
+
+    @staticmethod
+    def end(response: Response) -> None:
+        """Have a browser forget its cookie."""
+        response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
+
+    def _ready(self) -> URLSafeTimedSerializer:
+        if self._signer is None:
+            try:
+                self._signer = URLSafeTimedSerializer(self._secret(), salt="mlg session v1")
+            except OSError as error:
+                raise as_store_error(error, self._file) from error
+        return self._signer
+
+    def _secret(self) -> bytes:
+        """Read the secret; make it if there is none. Of several processes that do, the first one's stays."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._file.read_bytes()
+        draft = self._file.with_name(f"{_SECRET_FILE}.{secrets.token_hex(8)}")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, self._file)
+        finally:
+            draft.unlink()
+        return self._file.read_bytes()

@@ -1,0 +1,1 @@
+"""Answers as they come: long polling, the change feed of a process, server-sent events."""

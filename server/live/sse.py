@@ -1,0 +1,210 @@
+"""Streams of server-sent events: what listeners hear, as text that goes out piece by piece.
+
+Used by `views/events.py`. Every stream has a thread of its own, which waits for what `events.py` tells it, and writes.
+
+The id of an event is the position in the feed at which its request stands (see `store/feed.py`). Events come in the
+order of the positions, so a client that comes back with the last id it has seen (`Last-Event-ID`) gets what it missed,
+and nothing twice.
+
+Weakness: a client that keeps its connection open and reads nothing holds its thread and its place until its connection
+ends. The places are counted (MLG_MAX_STREAMS) and have threads of their own, so uploads do not feel it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from typing import Any
+
+from provider_image.errors import MlgError
+from server.live.changes import Events, Listener, Told
+from store.changes import Feed
+from store.records import Request, State
+
+log = logging.getLogger(__name__)
+
+#: Marks an answer that goes out piece by piece; see `wsgi.py`.
+STREAMED = "mlg.streamed"
+#: Seconds after which a silent stream says that it is alive; so a client that has gone is noticed.
+HEARTBEAT_SECONDS = 15.0
+#: What a browser waits before it comes back, in milliseconds.
+RETRY_MILLISECONDS = 2000
+#: Seconds between two messages to a listener that gets counts only.
+COUNT_SECONDS = 0.5
+#: Requests that are read at once when a listener comes.
+PAGE = 200
+#: In place of a request's number: the change itself tells all.
+_WHOLE = math.inf
+_START: tuple[float, float] = (-1.0, -1.0)
+_END = "end"
+
+
+class Stream:
+    """The body of an answer, piece by piece; gives its place back however it ends."""
+
+    def __init__(self, pieces: Generator[bytes, None, None], on_close: Callable[[], None]) -> None:
+        self._pieces = pieces
+        self._on_close: Callable[[], None] | None = on_close
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End it. May be called again."""
+        on_close, self._on_close = self._on_close, None
+        self._pieces.close()
+        if on_close is not None:
+            on_close()
+
+
+def tell_requests(
+    events: Events,
+    feed: Feed,
+    listener: Listener,
+    *,
+    ids: Collection[str],
+    last_id: str | None,
+    describe: Callable[[Request], Mapping[str, Any]],
+) -> Generator[bytes, None, None]:
+    """Write the events of some requests, or of the listener's batch, until all of them are final.
+
+    :param last_id: the last id that the client has seen.
+    :param describe: builds the JSON of a request.
+    """
+    yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
+    events.add(listener)
+    try:
+        cursor = parse_id(last_id)
+        while not events.is_stopped:
+            standing = feed.standing(ids=ids, batch_id=listener.batch_id)
+            if not standing.floor <= cursor[0] <= standing.latest:
+                cursor = _START  # too long ago, or of another database
+            states = {position[1]: state for position, state in standing.requests}
+            missed = [
+                (position, state)
+                for position, state in standing.requests
+                # Those of a batch that only wait yet are in its counts.
+                if position > cursor
+                and (listener.batch_id is None or position[0] > standing.floor or state is not State.QUEUED)
+            ]
+            for start in range(0, len(missed), PAGE):
+                page = {position[1]: position for position, _ in missed[start : start + PAGE]}
+                read = {now: request for now, request in feed.read_changed(page) if now[0] <= standing.latest}
+                # What has changed meanwhile is told by the thread that looks, in its new place.
+                requests = {request.number: request for request in read.values()}
+                for number, position in page.items():
+                    if number in requests:
+                        yield _event(Told(position, requests[number]), describe, standing.floor)
+            yield from _progress(listener, states)
+            last = yield from _follow(events, listener, states, standing.latest, describe)
+            if last is None:
+                return
+            cursor = (float(last), _WHOLE)
+    except MlgError as error:
+        log.warning("a stream of events ends: %s", error)
+    except Exception:
+        # The answer has begun, so nobody can be told any more but the log; the client comes back.
+        log.exception("a stream of events ends")
+    finally:
+        events.remove(listener)
+
+
+def tell_counts(events: Events, feed: Feed, listener: Listener, *, last_id: str | None) -> Generator[bytes, None, None]:
+    """Write how many requests came to which state since the last message, until the client goes."""
+    yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
+    events.add(listener)
+    try:
+        last = parse_id(last_id)[0]
+        cursor = int(last) if last >= 0 else feed.latest_change()
+        while not events.is_stopped:
+            latest, counts = feed.count_changes(cursor)
+            if latest > cursor:
+                cursor = latest
+                data = {"changes": {str(state): count for state, count in counts.items()}}
+                yield f"id: {cursor}\nevent: changes\ndata: {json.dumps(data)}\n\n".encode()
+                time.sleep(COUNT_SECONDS)
+            began = time.monotonic()
+            listener.wait(HEARTBEAT_SECONDS)
+            if time.monotonic() - began >= HEARTBEAT_SECONDS:
+                yield b": alive\n\n"
+    except MlgError as error:
+        log.warning("a stream of counts ends: %s", error)
+    finally:
+        events.remove(listener)
+
+
+def parse_id(text: str | None) -> tuple[float, float]:
+    """Read where a client stands; anything that is no id of ours is the start."""
+    seq, has_number, number = (text or "").removesuffix(f"-{_END}").partition("-")
+    if not (seq.isascii() and seq.isdigit()) or len(seq) > 15:
+        return _START
+    if not has_number:
+        return float(seq), _WHOLE
+    return (float(seq), float(number)) if number.isascii() and number.isdigit() and len(number) <= 15 else _START
+
+
+def says_end(text: str | None) -> bool:
+    """Tell whether a client has seen the end of its stream already."""
+    return text is not None and text.endswith(f"-{_END}")
+
+
+def _follow(
+    events: Events,
+    listener: Listener,
+    states: dict[int, State],
+    covered: int,
+    describe: Callable[[Request], Mapping[str, Any]],
+) -> Generator[bytes, None, int | None]:
+    """Write events as they come, until all is final, the server stops or the listener fell behind.
+
+    :param states: state of each request by number; kept up to date.
+    :param covered: changes up to this one were told.
+    :return: when the listener fell behind the last change that it was told, else None.
+    """
+    last = covered
+    while not events.is_stopped:
+        if all(state.is_final for state in states.values()):
+            yield f"id: {last}-{_END}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
+            return None
+        began = time.monotonic()
+        found = listener.wait(HEARTBEAT_SECONDS)
+        if found is None:
+            return last
+        has_news = False
+        for told in found:
+            if told.position[0] > covered:
+                states[told.request.number] = told.request.state
+                last, has_news = told.position[0], True
+                yield _event(told, describe)
+        if has_news:
+            yield from _progress(listener, states)
+        elif time.monotonic() - began >= HEARTBEAT_SECONDS:
+            yield b": alive\n\n"
+    return None
+
+
+def _progress(listener: Listener, states: Mapping[int, State]) -> Iterator[bytes]:
+    """Write how far a batch is; it has no id, as a client that comes back gets a new one anyway."""
+    if listener.batch_id is not None:
+        data = {"batch_id": listener.batch_id, **_counts(states)}
+        yield f"event: batch\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _counts(states: Mapping[int, State]) -> dict[str, Any]:
+    counted = collections.Counter(states.values())
+    return {"items": len(states), **{str(state): counted[state] for state in State}}
+
+
+def _event(told: Told, describe: Callable[[Request], Mapping[str, Any]], floor: int = -1) -> bytes:
+    if told.text is None:
+        told.text = json.dumps(describe(told.request), separators=(",", ":"), ensure_ascii=False)
+    seq, number = told.position
+    id = f"{seq}" if seq > floor else f"{seq}-{number}"
+    return f"id: {id}\nevent: request\ndata: {told.text}\n\n".encode()

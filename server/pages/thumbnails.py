@@ -1,0 +1,118 @@
+"""Small pictures for people: a thumbnail of one picture, and a sheet of many with what was found on each.
+
+Called by the views. What is kept was only looked at by its header, so anything may go wrong while it is decoded here:
+then there is a grey square instead. Weakness: strangers' pictures are decoded inside the server, one at a time for
+each thread that works, by Pillow's own decoders for the formats that are taken and no others.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from provider_image.errors import BadInput, BrokenImage
+from provider_image.images.decoding import FORMATS
+from provider_image.images.headers import read_facts
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+log = logging.getLogger(__name__)
+
+#: Sides that a thumbnail may have, in pixels.
+SMALLEST, LARGEST = 16, 1024
+#: Pictures on one sheet, how many stand in a row, and their size.
+SHEET_ITEMS, SHEET_COLUMNS, SHEET_PIXELS = 100, 10, 128
+_LINE_PIXELS = 14
+_LINES = 2
+_GREY = (221, 221, 221)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SheetItem:
+    """One picture of a sheet."""
+
+    #: Gives the bytes; None when they are gone.
+    read: Callable[[], bytes | None]
+    #: What stands below it.
+    lines: Sequence[str]
+
+
+def media_type(data: bytes, max_pixels: int) -> str:
+    """Return the media type of a picture that was taken. :raises BadInput:"""
+    return {"BMP": "image/bmp"}.get(name := read_facts(data, max_pixels).format, f"image/{name.lower()}")
+
+
+def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
+    """Make a JPEG that fits into a square of so many pixels, upright, its proportions kept.
+
+    :raises BrokenImage: it cannot be decoded.
+    """
+    buffer = io.BytesIO()
+    _small(data, size, max_pixels).save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
+    """Make a PNG of up to SHEET_ITEMS pictures with what stands below them."""
+    import PIL.Image
+    import PIL.ImageDraw
+
+    shown = items[:SHEET_ITEMS]
+    columns = min(SHEET_COLUMNS, max(1, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    width, height = SHEET_PIXELS + 8, SHEET_PIXELS + 8 + _LINES * _LINE_PIXELS
+    sheet = PIL.Image.new("RGB", (columns * width, rows * height), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for position, item in enumerate(shown):
+        left, top = position % columns * width + 4, position // columns * height + 4
+        small: PIL.Image.Image | None = None
+        try:
+            data = item.read()
+            small = None if data is None else _small(data, SHEET_PIXELS, max_pixels)
+        except BadInput:
+            log.info("a picture on a sheet cannot be decoded")
+        if small is None:
+            draw.rectangle((left, top, left + SHEET_PIXELS, top + SHEET_PIXELS), fill=_GREY)
+        else:
+            sheet.paste(small, (left + (SHEET_PIXELS - small.width) // 2, top + (SHEET_PIXELS - small.height) // 2))
+        for line, text in enumerate(item.lines[:_LINES]):
+            draw.text((left, top + SHEET_PIXELS + line * _LINE_PIXELS), _fit(text), fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _fit(text: str) -> str:
+    """Cut a line to the width of a picture; the drawing font knows Latin letters only."""
+    plain = text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
+    return plain if len(plain) <= 21 else plain[:20] + "~"
+
+
+def _small(data: bytes, size: int, max_pixels: int) -> PIL.Image.Image:
+    read_facts(data, max_pixels)
+    import PIL.Image
+    import PIL.ImageOps
+
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise BrokenImage("The image is larger than its header says.")
+            image.draft("RGB", (2 * size, 2 * size))
+            plain: PIL.Image.Image = image
+            if image.mode.startswith("I"):  # 16 bits
+                plain = image.convert("I").point(lambda value: value / 256).convert("L")
+            plain.thumbnail((size, size), PIL.Image.Resampling.BILINEAR)
+            upright = PIL.ImageOps.exif_transpose(plain)
+            if upright.mode in ("LA", "PA", "RGBA", "P"):
+                upright = upright.convert("RGBA")
+                white = PIL.Image.new("RGBA", upright.size, "white")
+                upright = PIL.Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except BadInput:
+        raise
+    except Exception as error:  # decoders raise anything for damaged files
+        raise BrokenImage(f"The image cannot be decoded ({type(error).__name__}).") from error

@@ -1,0 +1,299 @@
+"""The production server: granian in front of the Flask application, in one or more processes on one socket.
+
+Called by `mlg serve`. The main process listens and looks after the workers; each worker makes its own store and
+application. Four things that granian leaves open are settled here:
+
+- The socket is ours. Granian's own is opened with SO_REUSEPORT, so that a second server on a taken port starts without
+  a word, and a worker's death resets the connections that waited for it. Ours is exclusive and shared by the workers.
+- A pipe tells the workers that the main process stops, or was killed: then they end too instead of keeping the port.
+- Granian waits without limit for a request's body. More threads read than work, connections are probed by the kernel,
+  and a worker whose reading threads are all held up by slow clients is replaced.
+- Granian asks a streamed answer for its next piece in one of the threads that read, and lets go of it when a piece
+  cannot be sent any more. So there is a thread more for every stream, and each writes something now and then.
+
+Weakness: a client that stalls on purpose holds a thread for up to a minute. Facing the open internet, put a proxy that
+buffers requests in front.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from granian._granian import SocketHolder
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.mp import MPServer
+
+from provider_image.errors import ConfigError, MlgError
+from server.address import reached_at
+from server.app import create_app
+from server.auth.guard import check_exposure
+from server.intake.uploads import Readings
+from server.live.changes import Events
+from server.live.long_poll import Notifier
+from server.live.sse import STREAMED
+from server.settings import ServerSettings
+from server.webhooks import Deliverer
+from store.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
+
+#: Connections that wait to be accepted, and those that one process keeps open.
+CONNECTIONS = 1024
+#: Seconds for a request's headers; a connection without a request is closed after the same time.
+HEADER_SECONDS = 20.0
+#: Seconds after which the reading of a body counts as held up.
+SLOW_BODY_SECONDS = 60.0
+#: Seconds that requests under way get when the server stops.
+STOP_SECONDS = 10
+#: Seconds that requests under way get when the main process was killed: its successor waits for the port.
+ORPHAN_SECONDS = 2.0
+#: Seconds that a successor waits for the port.
+TAKEOVER_SECONDS = 5.0
+#: A stopping worker ends when no request has been under way for this long.
+QUIET_SECONDS = 0.25
+#: How many threads read bodies for one that works.
+READING_THREADS_FACTOR = 4
+
+
+def serve(
+    settings: ServerSettings,
+    *,
+    on_ready: Callable[[str, int], None],
+    parent_fd: int | None = None,
+    private_fds: tuple[int, ...] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    :param on_ready: called once with host and port when requests are answered.
+    :param parent_fd: when this file descriptor reports its end, the server stops as on SIGTERM.
+    :param private_fds: closed in the workers.
+    :raises ConfigError: the address cannot be listened on, or others reach it and there are no keys.
+    :raises StoreError: the home cannot be used.
+    :raises MlgError: the workers keep dying.
+    """
+    # Under a supervisor the workers of a killed predecessor may need a moment to let go of the port.
+    listener = listen(settings.host, settings.port, patience_seconds=0.0 if parent_fd is None else TAKEOVER_SECONDS)
+    store = SqliteStore(settings)
+    try:
+        store.migrate()
+        store.check()
+        check_exposure(settings, store)
+    finally:
+        store.close()
+    # The workers inherit the socket, the pipe and the imported modules; 3.14 would choose another method.
+    multiprocessing.set_start_method("fork", force=True)
+    server = _Server(settings, listener, on_ready, private_fds + (() if parent_fd is None else (parent_fd,)))
+    if parent_fd is not None:
+        threading.Thread(target=_stop_at_end_of, args=(parent_fd,), name="parent", daemon=True).start()
+    server.run()
+
+
+def listen(host: str, port: int, *, patience_seconds: float = 0.0) -> socket.socket:
+    """Open the listening socket.
+
+    :param patience_seconds: how long to wait for a port that is taken.
+    :raises ConfigError: says which setting to change.
+    """
+    give_up_at = time.monotonic() + patience_seconds
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"MLG_HOST={host}: this address is not known ({error.strerror}).") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these: a client that vanished in mid-upload is noticed after a minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        while True:
+            try:
+                listener.bind(address)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(0.05)
+        listener.listen(CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} on {host} is taken by another program. Choose another (--port, MLG_PORT), "
+                "or 0 for any free one."
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(f"MLG_PORT={port}: this user may not listen on it. Choose one above 1023.") from error
+        raise ConfigError(f"MLG_HOST={host}, MLG_PORT={port}: cannot listen there ({error.strerror}).") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _stop_at_end_of(descriptor: int) -> None:
+    while os.read(descriptor, 4096):
+        continue
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Tell what is open under a number; None if nothing is."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _Server(MPServer):
+    """Granian's main process on our socket."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        listener: socket.socket,
+        on_ready: Callable[[str, int], None],
+        private_fds: tuple[int, ...],
+    ) -> None:
+        host, port = listener.getsockname()[:2]
+        self._settings = settings
+        self._listener = listener
+        self._on_ready = on_ready
+        self._reading_threads = READING_THREADS_FACTOR * settings.server_threads
+        # Its reading end becomes readable in the workers when nobody holds the writing end any more.
+        self._stop_reader, self._stop_writer = os.pipe()
+        self._private_fds = {each: _identity(each) for each in (self._stop_writer, *private_fds)}
+        super().__init__(
+            "mlg",
+            address=host,
+            port=port,
+            interface=Interfaces.WSGI,
+            http=HTTPModes.http1,
+            websockets=False,
+            workers=settings.server_processes,
+            # Streams keep a thread each, and must not take it from those who send pictures.
+            blocking_threads=self._reading_threads + settings.max_streams,
+            backlog=CONNECTIONS,
+            backpressure=CONNECTIONS + settings.max_streams,
+            http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
+            log_level=LogLevels.error,
+            # Granian's own handlers write to stdout; what it has to say goes the way of all other log lines.
+            log_dictconfig={"loggers": {"_granian": {"handlers": [], "propagate": True}}},
+            respawn_failed_workers=True,
+            workers_kill_timeout=STOP_SECONDS,
+        )
+
+    def run(self) -> None:
+        """Serve until told to stop. :raises MlgError: the workers keep dying."""
+        try:
+            self.serve(target_loader=self._load, wrap_loader=False)
+        except SystemExit as end:
+            # Ctrl-C reaches the workers too, and those that end before the main process has told them to count as
+            # failed with granian.
+            if end.code and not self.interrupt_signal:
+                raise MlgError("The server's worker processes end as soon as they start; the log says why.") from end
+
+    # What granian calls
+
+    def _init_shared_socket(self) -> None:
+        self._sso = self._listener
+        # Granian's annotations lag behind: its own code sets both, and the holder takes the backlog too.
+        self._sfd = self._listener.fileno()  # type: ignore[assignment]
+        self._shd = SocketHolder(self._sfd, False, CONNECTIONS)  # type: ignore[assignment,call-arg]
+
+    def _drop_shared_socket(self) -> None:
+        os.close(self._stop_writer)
+        self._listener.close()
+
+    def _spawn_workers(self, spawn_target: Any, target_loader: Any) -> None:
+        super()._spawn_workers(spawn_target, target_loader)  # type: ignore[no-untyped-call]
+        threading.Thread(target=self._tell_when_ready, name="ready", daemon=True).start()
+
+    def _load(self) -> Callable[..., Any]:
+        """Make the application; runs in the worker."""
+        for descriptor, identity in self._private_fds.items():
+            # A worker that replaces a dead one is forked later, when the main process may have closed it long ago, and
+            # opened something else under the same number.
+            if _identity(descriptor) == identity:
+                os.close(descriptor)
+        settings = self._settings
+        store = SqliteStore(settings)
+        notifier = Notifier(store, most=settings.server_threads // 2)
+        events = Events(store, most=settings.max_streams)
+        readings = Readings()
+        under_way = Readings()
+        deliverer = Deliverer(store, is_private_allowed=settings.webhooks_private)
+        deliverer.start()
+        watched = (notifier, events, deliverer, readings, under_way)
+        threading.Thread(target=self._watch, args=watched, name="watch", daemon=True).start()
+        app = create_app(settings, store, notifier=notifier, events=events, readings=readings)
+
+        def application(environ: dict[str, Any], start_response: Any) -> Any:
+            with under_way.one():
+                # As a list the answer goes out in one piece and is done when this returns.
+                answer = app(environ, start_response)
+                if environ.get(STREAMED):
+                    # Granian takes it piece by piece, and closes it when it is over or the client has gone.
+                    return answer
+                try:
+                    return [b"".join(answer)]
+                finally:
+                    answer.close()  # type: ignore[attr-defined]
+
+        return application
+
+    # Threads
+
+    def _tell_when_ready(self) -> None:
+        host, port = self._listener.getsockname()[:2]
+        while not self.interrupt_signal:
+            connection = http.client.HTTPConnection(reached_at(host), port, timeout=5)
+            try:
+                connection.request("GET", "/healthz")
+                is_ready = connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                is_ready = False
+            finally:
+                connection.close()
+            if is_ready:
+                self._on_ready(host, port)
+                return
+            time.sleep(0.02)
+
+    def _watch(
+        self, notifier: Notifier, events: Events, deliverer: Deliverer, readings: Readings, under_way: Readings
+    ) -> None:
+        """Look after one worker, from inside it."""
+        main_pid = self.pid
+        while not select.select([self._stop_reader], [], [], 5.0)[0]:
+            if readings.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
+                log.error("slow clients hold every reading thread; this worker is replaced")
+                os._exit(1)
+        # Held reads are answered and streams end now, so that they do not delay the end.
+        notifier.stop()
+        events.stop()
+        deliverer.stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        give_up_at = time.monotonic() + (STOP_SECONDS + 1 if os.getppid() == main_pid else ORPHAN_SECONDS)
+        while time.monotonic() < give_up_at:
+            time.sleep(QUIET_SECONDS)
+            # Granian waits for clients that have begun a request and say no more, and now and then for a thread of its
+            # own that is idle already (seen with 2.8.7 when the signal comes right after the first request).
+            if not under_way.count_older_than(0):
+                os._exit(0)
+        os._exit(1)

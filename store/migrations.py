@@ -1,0 +1,617 @@
+"""Brings a database to the present schema, one numbered step after the other.
+
+A step is never edited once released: a later change is a later step. All pending steps run inside one BEGIN IMMEDIATE,
+so that any number of processes may start at once on an empty home.
+
+Long because a step, once released, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import sqlite_utils
+
+from provider_image.errors import ConfigError
+from store.ledger_records import BillState
+from store.records import State, to_text
+from store.webhooks import new_secret
+
+Step = Callable[[sqlite_utils.Database], None]
+
+#: Until when the owner of a finished request wants it kept, as `to_text` would write it; an index has this very text.
+KEPT_UNTIL = "strftime('%Y-%m-%dT%H:%M:%fZ', finished_at, keep_seconds || ' seconds')"
+
+
+def m001_requests(db: sqlite_utils.Database) -> None:
+    """The requests and their queue. States and the times that go with them are checked by the table itself."""
+    states = ", ".join(f"'{state}'" for state in State)
+    final = ", ".join(f"'{state}'" for state in State if state.is_final)
+    db.execute(
+        f"""
+        CREATE TABLE requests (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            service TEXT NOT NULL,
+            model TEXT NOT NULL,
+            params TEXT NOT NULL DEFAULT '{{}}',
+            name TEXT,
+            image_sha256 TEXT NOT NULL CHECK (length(image_sha256) = 64),
+            image_bytes INTEGER NOT NULL CHECK (image_bytes > 0),
+            state TEXT NOT NULL CHECK (state IN ({states})),
+            token INTEGER NOT NULL DEFAULT 0,
+            attempts INTEGER NOT NULL DEFAULT 0,
+            isolation INTEGER NOT NULL DEFAULT 0,
+            is_fresh INTEGER NOT NULL DEFAULT 0,
+            is_cached INTEGER NOT NULL DEFAULT 0,
+            created_at TEXT NOT NULL,
+            due_at TEXT NOT NULL,
+            claimed_at TEXT,
+            lease_ends_at TEXT,
+            finished_at TEXT,
+            image_deleted_at TEXT,
+            chunk_id TEXT,
+            provider TEXT,
+            digest TEXT,
+            seconds REAL,
+            output TEXT,
+            code TEXT,
+            reason TEXT,
+            CHECK ((state = 'claimed') = (lease_ends_at IS NOT NULL)),
+            CHECK ((state IN ({final})) = (finished_at IS NOT NULL)),
+            CHECK ((state = 'done') = (output IS NOT NULL)),
+            CHECK (state != 'done' OR digest IS NOT NULL),
+            CHECK (state != 'failed' OR reason IS NOT NULL)
+        )
+        """
+    )
+    # The queue: partial, so that it stays small however many answers are kept.
+    db.execute("CREATE INDEX requests_queued ON requests (model, number, service) WHERE state = 'queued'")
+    # What was claimed before does not wait for a full chunk again.
+    db.execute(
+        "CREATE INDEX requests_again ON requests (model, due_at) WHERE state = 'queued' AND claimed_at IS NOT NULL"
+    )
+    db.execute("CREATE INDEX requests_claimed ON requests (lease_ends_at, model) WHERE state = 'claimed'")
+    db.execute("CREATE INDEX requests_failed ON requests (number) WHERE state = 'failed'")
+    db.execute("CREATE INDEX requests_cancelled ON requests (number) WHERE state = 'cancelled'")
+    db.execute("CREATE INDEX requests_finished ON requests (finished_at) WHERE finished_at IS NOT NULL")
+    # Equal pictures: for earlier answers, and for whether a file is still referred to.
+    db.execute("CREATE INDEX requests_image ON requests (image_sha256, model)")
+
+
+def m002_journal(db: sqlite_utils.Database) -> None:
+    """One row per dispatch, and who is alive."""
+    chunks = db["chunks"]
+    assert isinstance(chunks, sqlite_utils.db.Table)
+    chunks.create(
+        {
+            "id": str,
+            "batcher_id": str,
+            "executor": str,
+            "provider": str,
+            "service": str,
+            "model": str,
+            "items": int,
+            "bytes_sent": int,
+            "bytes_received": int,
+            "dispatched_at": str,
+            "finished_at": str,
+            "seconds": float,
+            "done": int,
+            "failed": int,
+            "cost": str,
+            "code": str,
+            "reason": str,
+        },
+        pk="id",
+        not_null={"batcher_id", "executor", "service", "model", "items", "bytes_sent", "dispatched_at"},
+    )
+    chunks.create_index(["dispatched_at"])
+    chunks.create_index(["model", "finished_at"])
+    batchers = db["batchers"]
+    assert isinstance(batchers, sqlite_utils.db.Table)
+    batchers.create(
+        {
+            "id": str,
+            "host": str,
+            "pid": int,
+            "executor": str,
+            "every_seconds": float,
+            "max_wait_seconds": float,
+            "capacity": int,
+            "started_at": str,
+            "seen_at": str,
+        },
+        pk="id",
+    )
+
+
+def m003_money(db: sqlite_utils.Database) -> None:
+    """What the work costs, and what is known about those who do it. Amounts are decimal text: a REAL would round."""
+
+    def amount(column: str) -> str:
+        return f"{column} TEXT NOT NULL CHECK ({column} GLOB '[0-9]*' AND {column} NOT GLOB '*[^0-9.]*')"
+
+    states = ", ".join(f"'{state}'" for state in BillState)
+    # No foreign keys between these: an invoice may come before the agreement is noted, and it is money all the same.
+    for statement in (
+        f"""
+        CREATE TABLE allocations (
+            id TEXT PRIMARY KEY,
+            batcher_id TEXT NOT NULL,
+            platform TEXT NOT NULL,
+            address TEXT NOT NULL,
+            {amount("amount")},
+            created_at TEXT NOT NULL,
+            released_at TEXT
+        )
+        """,
+        f"""
+        CREATE TABLE agreements (
+            id TEXT PRIMARY KEY,
+            allocation_id TEXT NOT NULL,
+            provider_id TEXT NOT NULL,
+            provider_name TEXT NOT NULL,
+            model TEXT NOT NULL,
+            {amount("start_price")},
+            {amount("price_per_cpu_second")},
+            {amount("price_per_second")},
+            created_at TEXT NOT NULL,
+            ended_at TEXT,
+            reason TEXT,
+            CHECK (reason IS NULL OR ended_at IS NOT NULL)
+        )
+        """,
+        """
+        CREATE TABLE activities (
+            id TEXT PRIMARY KEY,
+            agreement_id TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            ended_at TEXT,
+            cpu_seconds REAL,
+            seconds REAL
+        )
+        """,
+        f"""
+        CREATE TABLE debit_notes (
+            id TEXT PRIMARY KEY,
+            activity_id TEXT NOT NULL,
+            agreement_id TEXT NOT NULL,
+            {amount("amount")},
+            state TEXT NOT NULL CHECK (state IN ({states})),
+            received_at TEXT NOT NULL
+        )
+        """,
+        f"""
+        CREATE TABLE invoices (
+            id TEXT PRIMARY KEY,
+            agreement_id TEXT NOT NULL,
+            {amount("amount")},
+            state TEXT NOT NULL CHECK (state IN ({states})),
+            received_at TEXT NOT NULL,
+            settled_at TEXT,
+            reason TEXT,
+            CHECK ((state = '{BillState.RECEIVED}') = (settled_at IS NULL))
+        )
+        """,
+        f"""
+        CREATE TABLE providers (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            first_seen_at TEXT NOT NULL,
+            seen_at TEXT NOT NULL,
+            {amount("start_price")},
+            {amount("price_per_cpu_second")},
+            {amount("price_per_second")},
+            done INTEGER NOT NULL DEFAULT 0,
+            failed INTEGER NOT NULL DEFAULT 0,
+            images INTEGER NOT NULL DEFAULT 0,
+            score REAL NOT NULL CHECK (score BETWEEN 0 AND 1),
+            banned_until TEXT,
+            ban_reason TEXT,
+            is_banned_by_operator INTEGER NOT NULL DEFAULT 0 CHECK (is_banned_by_operator IN (0, 1)),
+            CHECK (ban_reason IS NOT NULL OR (banned_until IS NULL AND NOT is_banned_by_operator))
+        )
+        """,
+        """
+        CREATE TABLE provider_speeds (
+            provider_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            images REAL NOT NULL CHECK (images > 0),
+            seconds REAL NOT NULL CHECK (seconds > 0),
+            measured_at TEXT NOT NULL,
+            PRIMARY KEY (provider_id, model)
+        )
+        """,
+        "CREATE INDEX allocations_open ON allocations (created_at) WHERE released_at IS NULL",
+        "CREATE INDEX agreements_open ON agreements (created_at) WHERE ended_at IS NULL",
+        "CREATE INDEX activities_agreement ON activities (agreement_id)",
+        "CREATE INDEX debit_notes_agreement ON debit_notes (agreement_id)",
+        "CREATE INDEX invoices_agreement ON invoices (agreement_id)",
+        "CREATE INDEX invoices_paid ON invoices (settled_at) WHERE state = 'accepted'",
+        "ALTER TABLE chunks ADD COLUMN agreement_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN activity_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN provider_id TEXT",
+        "ALTER TABLE chunks ADD COLUMN answers INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE chunks ADD COLUMN is_cost_final INTEGER NOT NULL DEFAULT 0 CHECK (is_cost_final IN (0, 1))",
+        "CREATE INDEX chunks_agreement ON chunks (agreement_id) WHERE agreement_id IS NOT NULL",
+        # What has no bill yet: few, however long the history.
+        "CREATE INDEX chunks_open ON chunks (agreement_id) WHERE agreement_id IS NOT NULL AND is_cost_final = 0",
+        "ALTER TABLE requests ADD COLUMN share INTEGER",
+        "ALTER TABLE batchers ADD COLUMN notices TEXT NOT NULL DEFAULT '{}'",
+    ):
+        db.execute(statement)
+
+
+def m004_belonging(db: sqlite_utils.Database) -> None:
+    """What a request belongs to: a batch, a key, the client's own id and labels, and how long its owner wants it."""
+    for column in (
+        "batch_id TEXT",
+        "client_id TEXT",
+        "labels TEXT NOT NULL DEFAULT '{}'",
+        "key_id TEXT",
+        "keep_seconds REAL CHECK (keep_seconds IS NULL OR keep_seconds >= 0)",
+        "deadline_at TEXT",
+    ):
+        db.execute(f"ALTER TABLE requests ADD COLUMN {column}")
+    db.execute("CREATE INDEX requests_batch ON requests (batch_id, number) WHERE batch_id IS NOT NULL")
+    db.execute("CREATE INDEX requests_key ON requests (key_id, number) WHERE key_id IS NOT NULL")
+    db.execute(
+        "CREATE INDEX requests_deadline ON requests (deadline_at) WHERE deadline_at IS NOT NULL AND state = 'queued'"
+    )
+    db.execute("CREATE INDEX requests_keep ON requests (finished_at) WHERE keep_seconds IS NOT NULL")
+
+
+def m005_batches(db: sqlite_utils.Database) -> None:
+    """Batches, what they could not take, answers to repeated requests, indexes for looking through many requests."""
+    for statement in (
+        """
+        CREATE TABLE batches (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            service TEXT NOT NULL,
+            model TEXT NOT NULL,
+            params TEXT NOT NULL,
+            name TEXT,
+            labels TEXT NOT NULL,
+            key_id TEXT,
+            created_at TEXT NOT NULL,
+            deadline_at TEXT,
+            keep_seconds REAL CHECK (keep_seconds IS NULL OR keep_seconds >= 0),
+            total INTEGER NOT NULL CHECK (total >= 0),
+            refused INTEGER NOT NULL CHECK (refused >= 0),
+            ended INTEGER NOT NULL DEFAULT 0,
+            cancelled_at TEXT
+        )
+        """,
+        "CREATE INDEX batches_key ON batches (key_id, number) WHERE key_id IS NOT NULL",
+        "CREATE INDEX batches_created ON batches (created_at)",
+        """
+        CREATE TABLE batch_refusals (
+            batch_id TEXT NOT NULL,
+            position INTEGER NOT NULL,
+            client_id TEXT NOT NULL,
+            code TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            PRIMARY KEY (batch_id, position)
+        ) WITHOUT ROWID
+        """,
+        # Where a request of a batch stands among those that ended, in the order of the commits: a reader that has seen
+        # everything up to a number misses nothing. Set by the table itself, because requests end in many statements.
+        "ALTER TABLE requests ADD COLUMN ended_number INTEGER",
+        """
+        CREATE TRIGGER requests_batch_ended AFTER UPDATE OF state ON requests
+        WHEN NEW.batch_id IS NOT NULL AND NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
+        BEGIN
+            UPDATE batches SET ended = ended + 1 WHERE id = NEW.batch_id;
+            UPDATE requests SET ended_number = (SELECT ended FROM batches WHERE id = NEW.batch_id)
+            WHERE number = NEW.number;
+        END
+        """,
+        """
+        CREATE TRIGGER requests_batch_known AFTER INSERT ON requests
+        WHEN NEW.batch_id IS NOT NULL AND NEW.finished_at IS NOT NULL
+        BEGIN
+            UPDATE batches SET ended = ended + 1 WHERE id = NEW.batch_id;
+            UPDATE requests SET ended_number = (SELECT ended FROM batches WHERE id = NEW.batch_id)
+            WHERE number = NEW.number;
+        END
+        """,
+        "CREATE INDEX requests_batch_order ON requests (batch_id, ended_number) WHERE ended_number IS NOT NULL",
+        # All that the progress of a batch is made of.
+        "CREATE INDEX requests_batch_progress ON requests (batch_id, state, code, chunk_id, share) "
+        "WHERE batch_id IS NOT NULL",
+        # The labels of requests, filled by the table itself from the column of that name.
+        """
+        CREATE TABLE request_labels (
+            name TEXT NOT NULL,
+            value TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            PRIMARY KEY (name, value, number)
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TRIGGER requests_labelled AFTER INSERT ON requests WHEN NEW.labels != '{}'
+        BEGIN
+            INSERT INTO request_labels (name, value, number) SELECT key, value, NEW.number FROM json_each(NEW.labels);
+        END
+        """,
+        """
+        CREATE TRIGGER requests_unlabelled AFTER DELETE ON requests WHEN OLD.labels != '{}'
+        BEGIN
+            DELETE FROM request_labels
+            WHERE (name, value, number) IN (SELECT key, value, OLD.number FROM json_each(OLD.labels));
+        END
+        """,
+        # Pages of a list, newest first, by what it is filtered by. The idle condition keeps them out of all statements
+        # that do not say it too: SQLite must not come to prefer them to those that the queue has.
+        "CREATE INDEX requests_waiting ON requests (number) WHERE state = 'queued' AND number > 0",
+        "CREATE INDEX requests_done ON requests (number) WHERE state = 'done' AND number > 0",
+        "CREATE INDEX requests_model ON requests (model, number) WHERE number > 0",
+        "CREATE INDEX requests_name ON requests (number, name) WHERE name IS NOT NULL",
+        "CREATE INDEX requests_created ON requests (created_at)",
+        # When the owner's own time to keep is over.
+        "DROP INDEX requests_keep",
+        f"CREATE INDEX requests_keep ON requests ({KEPT_UNTIL}) "
+        "WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL",
+        """
+        CREATE TABLE idempotency (
+            owner TEXT NOT NULL,
+            key TEXT NOT NULL,
+            operation TEXT NOT NULL,
+            token TEXT NOT NULL,
+            lease_ends_at TEXT NOT NULL,
+            expires_at TEXT NOT NULL,
+            fingerprint TEXT,
+            status INTEGER,
+            headers TEXT,
+            body BLOB,
+            PRIMARY KEY (owner, key),
+            CHECK ((status IS NULL) = (fingerprint IS NULL))
+        )
+        """,
+        "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+    ):
+        db.execute(statement)
+
+
+def m006_keys(db: sqlite_utils.Database) -> None:
+    """API keys, of which only a hash is kept, and the pictures that were sent with each by day (UTC)."""
+    for statement in (
+        """
+        CREATE TABLE api_keys (
+            id TEXT PRIMARY KEY CHECK (length(id) = 12),
+            name TEXT NOT NULL CHECK (name != ''),
+            sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+            scopes TEXT NOT NULL CHECK (scopes != ''),
+            pictures_per_day INTEGER CHECK (pictures_per_day IS NULL OR pictures_per_day > 0),
+            requests_per_minute INTEGER CHECK (requests_per_minute IS NULL OR requests_per_minute > 0),
+            created_at TEXT NOT NULL,
+            expires_at TEXT,
+            revoked_at TEXT,
+            last_used_at TEXT,
+            minute INTEGER NOT NULL DEFAULT 0,
+            minute_requests INTEGER NOT NULL DEFAULT 0
+        )
+        """,
+        "CREATE UNIQUE INDEX api_keys_name ON api_keys (name) WHERE revoked_at IS NULL",
+        """
+        CREATE TABLE key_usage (
+            key_id TEXT NOT NULL,
+            day TEXT NOT NULL CHECK (length(day) = 10),
+            pictures INTEGER NOT NULL CHECK (pictures > 0),
+            PRIMARY KEY (key_id, day)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX key_usage_day ON key_usage (day)",
+    ):
+        db.execute(statement)
+
+
+#: Upper ends, in seconds, of the classes that the time from a request's arrival to its end is counted in.
+_TOTALS_UP_TO = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
+
+
+def m008_controls(db: sqlite_utils.Database) -> None:
+    """What the operator says, and figures for the operator: totals that retention does not touch, and their indexes."""
+    for statement in (
+        """
+        CREATE TABLE controls (
+            name TEXT PRIMARY KEY,
+            value TEXT NOT NULL,
+            changed_at TEXT NOT NULL,
+            changed_by TEXT NOT NULL
+        )
+        """,
+        # How many requests ended how. Kept by triggers, because requests end in many statements, and because counting
+        # the requests themselves would be slow and would fall when old ones are deleted.
+        """
+        CREATE TABLE totals (
+            model TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            code TEXT NOT NULL,
+            up_to REAL NOT NULL,
+            count INTEGER NOT NULL,
+            seconds REAL NOT NULL,
+            PRIMARY KEY (model, outcome, code, up_to)
+        ) WITHOUT ROWID
+        """,
+        "ALTER TABLE batchers ADD COLUMN budget TEXT NOT NULL DEFAULT '{}'",
+        # The throughput of a day, without a look at the table.
+        "CREATE INDEX chunks_finished ON chunks (finished_at, model, done, failed, answers, seconds) "
+        "WHERE finished_at IS NOT NULL",
+        "CREATE INDEX chunks_under_way ON chunks (dispatched_at) WHERE finished_at IS NULL",
+        "CREATE INDEX chunks_failed ON chunks (finished_at) WHERE code IS NOT NULL",
+    ):
+        db.execute(statement)
+
+    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _TOTALS_UP_TO)
+
+    def facts(row: str, source: str = "") -> str:
+        # A subquery with a limit is worked out once and not copied into each place where its column stands.
+        return f"""
+            SELECT model, CASE WHEN state = 'done' AND is_cached THEN 'cached'
+                               WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END,
+                CASE state WHEN 'failed' THEN coalesce(code, 'unknown') ELSE '' END,
+                CASE {classes} ELSE 9e999 END, 1, seconds
+            FROM (SELECT {row}model AS model, {row}state AS state, {row}is_cached AS is_cached, {row}code AS code,
+                         max(0, round((julianday({row}finished_at) - julianday({row}created_at)) * 86400, 3)) AS seconds
+                  {source} LIMIT -1)
+            WHERE true
+        """
+
+    def count(selection: str) -> str:
+        return f"""
+            INSERT INTO totals (model, outcome, code, up_to, count, seconds) {selection}
+            ON CONFLICT (model, outcome, code, up_to)
+            DO UPDATE SET count = count + 1, seconds = seconds + excluded.seconds
+        """
+
+    db.execute(count(facts("", "FROM requests WHERE finished_at IS NOT NULL")))
+    new = count(facts("NEW."))
+    db.execute(
+        f"""
+        CREATE TRIGGER totals_of_ended AFTER UPDATE OF state ON requests
+        WHEN NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
+        BEGIN {new}; END
+        """
+    )
+    db.execute(
+        f"CREATE TRIGGER totals_of_known AFTER INSERT ON requests WHEN NEW.finished_at IS NOT NULL BEGIN {new}; END"
+    )
+
+
+def m007_webhooks(db: sqlite_utils.Database) -> None:
+    """The feed of changes, and the messages to addresses that asked for them; both are filled by the table itself."""
+    final = ", ".join(f"'{state}'" for state in State if state.is_final)
+    note_change = """
+        INSERT INTO changes (number, batch_id, state, at)
+        VALUES (new.number, new.batch_id, new.state, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'));
+    """
+    note_end = """
+        INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
+        SELECT 'msg_' || lower(hex(randomblob(16))), id, url, 'request.done', new.id, new.state, new.finished_at,
+               new.finished_at
+        FROM webhook_endpoints WHERE disabled_at IS NULL AND instr(events, 'request.done');
+        INSERT INTO webhook_deliveries (id, url, event, subject, state, created_at, next_at)
+        SELECT 'msg_' || lower(hex(randomblob(16))), new.webhook, 'request.done', new.id, new.state, new.finished_at,
+               new.finished_at
+        WHERE new.webhook IS NOT NULL;
+    """
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN webhook TEXT",
+        "ALTER TABLE batches ADD COLUMN webhook TEXT",
+        # AUTOINCREMENT: a number is never given twice, also when the last rows were deleted.
+        """
+        CREATE TABLE changes (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            number INTEGER NOT NULL,
+            batch_id TEXT,
+            state TEXT NOT NULL,
+            at TEXT NOT NULL
+        )
+        """,
+        "CREATE INDEX changes_number ON changes (number)",
+        """
+        CREATE TABLE webhook_endpoints (
+            id TEXT PRIMARY KEY,
+            url TEXT NOT NULL,
+            events TEXT NOT NULL,
+            secret TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            disabled_at TEXT,
+            disabled_reason TEXT
+        )
+        """,
+        # Signs what goes to addresses that came with requests; one row.
+        "CREATE TABLE webhook_secret (secret TEXT NOT NULL)",
+        """
+        CREATE TABLE webhook_deliveries (
+            id TEXT PRIMARY KEY,
+            endpoint_id TEXT,
+            url TEXT NOT NULL,
+            event TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            state TEXT NOT NULL,
+            payload TEXT,
+            created_at TEXT NOT NULL,
+            attempts INTEGER NOT NULL DEFAULT 0,
+            next_at TEXT,
+            delivered_at TEXT,
+            dead_at TEXT,
+            last_status INTEGER,
+            last_error TEXT,
+            CHECK ((next_at IS NULL) = (delivered_at IS NOT NULL OR dead_at IS NOT NULL))
+        )
+        """,
+        "CREATE INDEX webhook_deliveries_due ON webhook_deliveries (next_at) WHERE next_at IS NOT NULL",
+        "CREATE INDEX webhook_deliveries_dead ON webhook_deliveries (dead_at) WHERE dead_at IS NOT NULL",
+        "CREATE INDEX webhook_deliveries_delivered ON webhook_deliveries (delivered_at) WHERE delivered_at IS NOT NULL",
+        f"""
+        CREATE TRIGGER requests_changed AFTER UPDATE OF state ON requests WHEN new.state != old.state
+        BEGIN {note_change} END
+        """,
+        f"""
+        CREATE TRIGGER requests_ended AFTER UPDATE OF state ON requests
+        WHEN new.state IN ({final}) AND old.state NOT IN ({final})
+        BEGIN {note_end} END
+        """,
+        # An equal picture was answered before.
+        f"""
+        CREATE TRIGGER requests_answered_at_once AFTER INSERT ON requests WHEN new.state IN ({final})
+        BEGIN {note_change} {note_end} END
+        """,
+        # `ended` counts every end, so also the one after a retry.
+        """
+        CREATE TRIGGER batches_ended AFTER UPDATE OF ended ON batches
+        WHEN new.ended >= new.total AND NOT EXISTS (
+            SELECT 1 FROM requests WHERE batch_id = new.id AND state IN ('queued', 'claimed'))
+        BEGIN
+            INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
+            SELECT 'msg_' || lower(hex(randomblob(16))), endpoint_id, url, 'batch.done', new.id, 'done', now, now
+            FROM (
+                SELECT id AS endpoint_id, url FROM webhook_endpoints
+                WHERE disabled_at IS NULL AND instr(events, 'batch.done')
+                UNION ALL
+                SELECT NULL, new.webhook WHERE new.webhook IS NOT NULL
+            ), (SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now') AS now);
+        END
+        """,
+    ):
+        db.execute(statement)
+    db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
+
+
+STEPS: tuple[Step, ...] = (
+    m001_requests,
+    m002_journal,
+    m003_money,
+    m004_belonging,
+    m005_batches,
+    m006_keys,
+    m007_webhooks,
+    m008_controls,
+)
+
+
+def migrate(db: sqlite_utils.Database) -> list[str]:
+    """Apply the pending steps. The caller has begun, and commits, the transaction.
+
+    :return: the names of the steps applied now.
+    :raises ConfigError: the database was made by a newer mlg.
+    """
+    db.execute("CREATE TABLE IF NOT EXISTS migrations (name TEXT PRIMARY KEY, applied_at TEXT NOT NULL)")
+    applied = {name for (name,) in db.execute("SELECT name FROM migrations")}
+    unknown = applied - {step.__name__ for step in STEPS}
+    if unknown:
+        raise ConfigError(
+            f"This database was made by a newer mlg (it has {', '.join(sorted(unknown))}). Update mlg on this machine."
+        )
+    pending = [step for step in STEPS if step.__name__ not in applied]
+    for step in pending:
+        step(db)
+        db.execute(
+            "INSERT INTO migrations (name, applied_at) VALUES (?, ?)", [step.__name__, to_text(datetime.now(UTC))]
+        )
+    return [step.__name__ for step in pending]

@@ -1,0 +1,223 @@
+"""The golem executor on a devnet: what it promises when everybody behaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batcher.executors.fallback import SeveralExecutor
+from batcher.executors.golem import payload
+from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
+from batcher.image_build.lock import PublishedImage
+from provider_image.errors import ConfigError, GolemUnavailable
+from provider_image.models.artefact import find_artefact
+from tests.batcher.executors.test_fallback import Member
+from tests.golem import MODEL, golem, make_executor, provider, scenario, until
+
+HASH = "ab" * 28
+
+
+def test_chunks_are_answered_and_every_coin_is_accounted_for(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with golem(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as bench:
+            outcomes = await bench.run("one", "two", "three", pictures=2)
+            await bench.executor.close()
+
+            assert [outcome.error for outcome in outcomes] == [None] * 3
+            assert {outcome.provider for outcome in outcomes} <= {"alpha", "beta"}
+            assert all(outcome.agreement_id and outcome.activity_id and outcome.cost for outcome in outcomes)
+            assert bench.store.spent() == bench.paid() > 0
+            assert bench.store.agreements(is_settled=False) == []
+            assert [each.id for each in bench.store.allocations(is_open=True)] == []
+            assert not [each for each in bench.devnet.market.agreements.values() if each.state == "Approved"]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_go(
+    tmp_path: Path, models_folder: Path
+) -> None:
+    async def main() -> None:
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder, idle_seconds=0.5) as bench:
+            outcomes = [(await bench.run(f"job{number}"))[0] for number in range(3)]
+            agreements = bench.devnet.market.agreements.values
+            await until(lambda: all(each.state == "Terminated" for each in agreements()))
+            (again,) = await bench.run("after")
+
+            assert len({outcome.activity_id for outcome in outcomes}) == 1
+            assert again.activity_id != outcomes[0].activity_id
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        plan = scenario(provider("cheap", second="0.00001"), provider("quick", second="0.00002"))
+        async with golem(plan, tmp_path, models_folder, max_workers=1) as bench:
+            now = datetime.now(UTC)
+            for each, seconds in zip(plan.providers, (10.0, 1.0), strict=True):
+                bench.store.note_provider(
+                    each.node_id,
+                    name=each.name,
+                    start_price=each.start_price,
+                    price_per_cpu_second=each.price_per_cpu_second,
+                    price_per_second=each.price_per_second,
+                    now=now,
+                )
+                bench.store.note_work(each.node_id, model=MODEL, images=20, seconds=seconds, is_failure=False, now=now)
+
+            (outcome,) = await bench.run("job")
+
+            assert outcome.provider == "quick"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder) as bench:
+            await bench.run("first")
+            bench.store.ban_provider("alpha", until=None, reason="Too slow.", by_operator=True)
+            bench.executor._learned_at = float("-inf")  # what is read every few seconds is read now
+            await until(lambda: bench.executor._market.is_banned(provider("alpha").node_id))
+            for rental in bench.executor._rentals.values():
+                rental.hurry()
+            await until(lambda: not any(rental.hires for rental in bench.executor._rentals.values()))
+            waiting = asyncio.create_task(bench.executor.run(bench.job("second")))
+            await until(lambda: "1 banned" in str(bench.executor.obstacle(MODEL)), 30)
+            bench.store.unban_provider("alpha")
+            outcome = await waiting
+
+            assert outcome.error is None
+
+    asyncio.run(asyncio.wait_for(main(), 90))
+
+
+@contextlib.asynccontextmanager
+async def registry(status: int = 200) -> AsyncIterator[str]:
+    """Run something that knows where images are, as Golem's registry does."""
+    from aiohttp import web
+
+    async def info(request: web.Request) -> web.Response:
+        url = f"http://{request.host}/image.gvmi"
+        return web.json_response(
+            {"http": url, "https": url, "sha3": request.query["hash"], "size": 4096}, status=status
+        )
+
+    app = web.Application()
+    app.router.add_get("/v1/image/info", info)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def published(models: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    image = PublishedImage(
+        image="me/mlg:lite0",
+        hash=HASH,
+        digest=find_artefact(models, MODEL).digest,
+        size_bytes=4096,
+        pushed_at=datetime(2026, 11, 20, tzinfo=UTC),
+    )
+    monkeypatch.setattr(payload, "read_lock", lambda: {MODEL: replace(image, **changes)})
+
+
+def test_a_published_image_is_asked_for_by_its_hash_and_address(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(models_folder, monkeypatch)
+
+    async def main() -> None:
+        async with (
+            registry() as url,
+            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as bench,
+        ):
+            (outcome,) = await bench.run("job")
+            (asked,) = bench.devnet.market.demands.values()
+
+            assert outcome.error is None
+            assert asked.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
+            assert "(golem.runtime.name=vm)" in asked.constraints
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "words"),
+    [(500, {}, "registry does not tell"), (200, {"digest": "0" * 64}, "mlg image push efficientnet_lite0")],
+)
+def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
+    status: int, changes: dict[str, Any], words: str, tmp_path: Path, models_folder: Path, monkeypatch: Any
+) -> None:
+    published(models_folder, monkeypatch, **changes)
+
+    async def main() -> None:
+        async with (
+            registry(status) as url,
+            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as bench,
+        ):
+            (outcome,) = await bench.run("job")
+
+            assert outcome.is_blameless and isinstance(outcome.error, GolemUnavailable)
+            assert words in outcome.error.reason
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with golem(scenario(), tmp_path, models_folder) as bench:
+            local = Member("local")
+            several = SeveralExecutor([bench.executor, local], fallback_seconds=0.5)
+
+            outcome = await several.run(bench.job("job"))
+
+            assert outcome.provider == "local"
+            assert list(bench.executor._backlog.errands()) == []  # type: ignore[union-attr]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("app_key", "YAGNA_APPKEY"), ("gftp", "gftp is not on the PATH")], ids=lambda each: str(each)
+)
+def test_without_a_key_or_gftp_it_does_not_start_and_says_what_to_do(
+    missing: str, words: str, tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with golem(scenario(), tmp_path, models_folder) as bench:
+            if missing == "gftp":
+                monkeypatch.setenv("PATH", str(tmp_path))
+            changes = {"app_key": ""} if missing == "app_key" else {}
+            other = make_executor(bench.devnet, bench.store, tmp_path, models_folder, name="bbbb2222", **changes)
+
+            with pytest.raises(ConfigError, match=words):
+                await other.start()
+            await other.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_home_keeps_its_tag_and_its_allocations_are_known_by_their_last_digits(tmp_path: Path) -> None:
+    tag = home_tag(tmp_path / "work" / "golem-home")
+
+    amount = tagged(Decimal("1.5"), tag)
+
+    assert home_tag(tmp_path / "work" / "golem-home") == tag
+    assert 0 < amount - Decimal("1.5") < Decimal("1e-11")
+    assert is_tagged(amount, tag)
+    assert not is_tagged(Decimal("1.5"), tag)
+    assert not is_tagged(tagged(Decimal("1.5"), f"{int(tag, 16) + 1:x}"), tag)

@@ -1,0 +1,732 @@
+"""The golem executor on a devnet on which something goes wrong: what it promises all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batcher.executors.golem import agreement_cleanup, payments, session, worker, worker_pool
+from batcher.executors.golem import executor as executor_module
+from batcher.workspace import Workspace
+from devnet.faults import DAEMON
+from devnet.scenario import Fault, ProviderPlan
+from provider_image.errors import BudgetReached, ChunkTimeout, GolemUnavailable, NoProvider, WorkerDied
+from tests.golem import MODEL, GolemBench, golem, make_executor, provider, scenario, until, world
+from tests.process_tree import command_line, descendants
+
+Body = Callable[[GolemBench], Coroutine[Any, Any, None]]
+Play = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten waits that are right for a network of strangers and not for a test."""
+    monkeypatch.setattr(executor_module, "_FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_LEARN_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_TELL_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "_OVERTIME_SECONDS", 1.0)
+    monkeypatch.setattr(agreement_cleanup, "FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(worker_pool, "FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(worker_pool, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(worker_pool, "_OFFERS_SECONDS", 0.1)
+    monkeypatch.setattr(worker_pool, "_STALE_DEMAND_SECONDS", 1.0)
+    monkeypatch.setattr(session, "_AWAY_SECONDS", 1.0)
+    monkeypatch.setattr(payments, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(payments, "_REVIEW_SECONDS", 0.5)
+
+
+@pytest.fixture
+def play(tmp_path: Path, models_folder: Path) -> Play:
+    """Run a test's body against a devnet of these providers."""
+
+    def play(body: Body, *providers: ProviderPlan, faults: tuple[Fault, ...] = (), **settings: Any) -> None:
+        facts = {key: settings.pop(key) for key in ("funds",) if key in settings}
+        models = settings.pop("models", models_folder)
+
+        async def main() -> None:
+            plan = scenario(*providers, faults=faults, **facts)
+            async with golem(plan, tmp_path, models, **settings) as bench:
+                await body(bench)
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+
+    return play
+
+
+def fault(kind: str, **facts: Any) -> Fault:
+    """Make a fault."""
+    return Fault(kind=kind, **facts)
+
+
+def dearer(*plans: tuple[str, tuple[Fault, ...]]) -> list[ProviderPlan]:
+    """Make providers of which each is much dearer than the one before, so that they are asked in this order."""
+    return [provider(name, *faults, start=f"0.00{number + 1}") for number, (name, faults) in enumerate(plans)]
+
+
+def who(bench: GolemBench) -> list[str]:
+    """List the providers of all agreements that were approved, in the order of their making."""
+    names = {each.node_id: each.name for each in bench.devnet.scenario.providers}
+    return [names[each.provider_id] for each in bench.devnet.market.agreements.values() if each.approved_at is not None]
+
+
+def banned(bench: GolemBench) -> dict[str, str]:
+    """Return who is banned in the ledger: name -> reason."""
+    return {each.name: each.ban_reason for each in bench.store.list_providers() if each.ban_reason is not None}
+
+
+def has_struck(bench: GolemBench, name: str) -> bool:
+    """Tell whether a provider was asked for what it does wrongly."""
+    return any(each == name for each, _, _ in bench.devnet.faults._occasions)
+
+
+def nothing_is_open(bench: GolemBench) -> None:
+    """Check that nothing at the daemon costs anything any more, and that no file is left."""
+    devnet = bench.devnet
+    assert [each for each in devnet.market.agreements.values() if each.state == "Approved"] == []
+    assert devnet.market.open_demands() == []
+    assert devnet.payment.wallet.live() == []
+    assert bench.store.agreements(is_open=True) == []
+    assert bench.store.allocations(is_open=True) == []
+    assert list(bench.work.iterdir()) == []
+
+
+async def close(bench: GolemBench, *, unbilled: Iterable[str] = ()) -> None:
+    """Close the executor, and check that everything is paid but what was never billed, and booked as paid."""
+    await bench.executor.close()
+    nothing_is_open(bench)
+    assert [each.provider_name for each in bench.store.agreements(is_settled=False)] == list(unbilled)
+    if not unbilled:
+        assert bench.store.spent() == bench.paid()
+
+
+# Providers that fail
+
+
+def test_the_cheapest_that_always_fails_is_paid_once_banned_and_replaced(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        first = await bench.run("one", "two", "three")
+        second = await bench.run("four")
+        await close(bench)
+
+        outcomes = [*first, *second]
+        assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 4
+        assert who(bench) == ["alpha", "beta"]
+        failed = next(each for each in bench.devnet.market.agreements.values())
+        assert bench.devnet.payment.paid[failed.agreement_id] > 0
+        assert list(banned(bench)) == ["alpha"]
+        assert {row.name: row.paid > 0 for row in bench.store.costs("provider")} == {"alpha": True, "beta": True}
+
+    play(body, *dearer(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
+
+
+def test_a_chunk_never_goes_back_to_a_provider_that_failed_on_it(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        hired = who(bench)
+        (other,) = await bench.run("two")
+        await close(bench)
+
+        assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
+        assert outcome.provider == "alpha"
+        assert hired == ["alpha"], "not once more for what it may not have"
+        assert (other.error, other.provider) == (None, "alpha")
+
+    faults = (fault("exit-nonzero", times=1),)
+    play(body, provider("alpha", *faults), ban_seconds=0.3, offer_seconds=2.0)
+
+
+def test_a_chunk_that_fails_everywhere_is_given_up_and_nobody_stays_banned_for_it(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("poison")
+        (next_one,) = await bench.run("next")
+        await close(bench)
+
+        assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
+        assert next_one.error is None
+        assert sorted(who(bench)[:3]) == ["alpha", "beta", "gamma"]
+        assert banned(bench) == {}
+
+    once = (fault("exit-nonzero", times=1),)
+    play(body, *dearer(("alpha", once), ("beta", once), ("gamma", once)), attempts=3)
+
+
+def test_a_provider_that_hangs_is_given_up_at_the_time_limit_and_its_slot_is_used_again(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        began = time.monotonic()
+        (outcome,) = await bench.run("one", timeout_seconds=2)
+        seconds = time.monotonic() - began
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "beta")
+        assert seconds < 8
+        assert "in time" in banned(bench)["alpha"]
+
+    play(body, *dearer(("alpha", (fault("hang"),)), ("beta", ())), max_workers=1)
+
+
+def test_a_chunk_that_hangs_everywhere_is_a_timeout(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one", timeout_seconds=1)
+        await close(bench)
+
+        assert isinstance(outcome.error, ChunkTimeout)
+        assert not outcome.is_blameless
+
+    play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), attempts=2)
+
+
+def test_calls_that_hang_with_their_provider_keep_neither_the_slot_nor_the_end_waiting(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one", timeout_seconds=2)
+        began = time.monotonic()
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "beta")
+        assert time.monotonic() - began < 5
+        assert list(banned(bench)) == ["alpha"]
+
+    play(body, *dearer(("alpha", (fault("vanish-http"),)), ("beta", ())), max_workers=1)
+
+
+def test_whatever_breaks_on_the_way_is_answered_elsewhere(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "zeta")
+        assert who(bench) == ["alpha", "beta", "gamma", "delta", "zeta"]
+        # Who cannot start an activity did not fail on anything: it is left alone as if it had not signed.
+        assert set(banned(bench)) == {"beta", "gamma", "delta"}
+        assert outcome.agreement_id == list(bench.devnet.market.agreements)[-1]
+
+    plans = dearer(
+        ("alpha", (fault("no-activity"),)),
+        ("beta", (fault("fail-deploy"),)),
+        ("gamma", (fault("die"),)),
+        ("delta", (fault("drop-agreement"),)),
+        ("zeta", ()),
+    )
+    play(body, *plans, attempts=5, max_workers=1)
+
+
+LIES = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
+
+
+def test_every_lie_is_noticed_and_answered_elsewhere(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        # An honest answer, which the liar that exchanges answers then has at hand.
+        (outcome,) = await bench.run("one")
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "honest")
+        assert who(bench) == [*LIES, "honest"]
+        assert set(banned(bench)) == set(LIES)
+
+    plans = dearer(*((kind, (fault(kind),)) for kind in LIES), ("honest", ()))
+    play(body, *plans, attempts=6, max_workers=1)
+
+
+def test_who_does_not_sign_is_passed_over(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ya_market import RequestorApi
+
+    plain = RequestorApi.wait_for_approval
+
+    def wait(self: Any, agreement_id: str, **options: Any) -> Any:
+        return plain(self, agreement_id, **{**options, "timeout": 0.7})  # yapapi's own is 15 s
+
+    monkeypatch.setattr(RequestorApi, "wait_for_approval", wait)
+
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "gamma")
+        assert banned(bench) == {}
+
+    plans = dearer(
+        ("alpha", (fault("reject"),)),
+        ("beta", (fault("never-approve"),)),
+        ("gamma", (fault("slow-approval", seconds=0.2),)),
+    )
+    play(body, *plans, max_workers=1)
+
+
+def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ya_market import RequestorApi
+
+    plain = RequestorApi.wait_for_approval
+
+    def wait(self: Any, agreement_id: str, **options: Any) -> Any:
+        return plain(self, agreement_id, **{**options, "timeout": 0.5})
+
+    monkeypatch.setattr(RequestorApi, "wait_for_approval", wait)
+
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        alpha = next(iter(bench.devnet.market.agreements.values()))
+        await until(lambda: bench.devnet.providers[alpha.provider_id].agreement is None, 10)
+        await close(bench)
+
+        assert (outcome.error, outcome.provider) == (None, "beta")
+        assert alpha.state == "Cancelled"
+
+    play(body, *dearer(("alpha", (fault("slow-approval", seconds=1.2),)), ("beta", ())), max_workers=1)
+
+
+# Bills
+
+
+def test_debit_notes_of_any_kind_do_not_disturb_the_work(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        outcomes = []
+        for number in range(4):
+            outcomes += await bench.run(f"chunk{number}")
+        await until(lambda: len(bench.devnet.payment.debit_notes) >= 5)
+        await close(bench)
+
+        assert [each.error for each in outcomes] == [None] * 4
+        assert who(bench) == ["alpha"]
+
+    notes = (fault("payable-debit-note", every=2), fault("frequent-debit-notes", seconds=0.1))
+    play(body, provider("alpha", *notes), max_workers=1)
+
+
+def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        began = time.monotonic()
+        await close(bench, unbilled=["alpha"])
+
+        assert outcome.error is None
+        assert 0.4 < time.monotonic() - began < 4
+
+    play(body, provider("alpha", fault("never-bill")), settle_seconds=0.5)
+
+
+def test_a_bill_that_is_too_high_is_refused_and_its_provider_banned(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (first,) = await bench.run("one")
+        await until(lambda: "alpha" in banned(bench), 10)
+        (second,) = await bench.run("two")
+        await close(bench)
+
+        assert (first.error, first.provider) == (None, "alpha")
+        assert (second.error, second.provider) == (None, "beta")
+        (total,) = bench.store.costs("total")
+        assert total.refused > total.paid == bench.paid() > 0
+        assert "too high" in banned(bench)["alpha"]
+
+    greedy = (fault("overbill", factor=20.0),)
+    play(body, *dearer(("alpha", greedy), ("beta", ())), idle_seconds=0.2)
+
+
+def test_a_bill_that_comes_after_the_end_is_settled_by_the_next_batcher(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        await close(bench, unbilled=["alpha"])
+        await until(lambda: bench.devnet.payment.invoices != {}, 10)
+        successor = bench.successor()
+        try:
+            await successor.start()
+            await until(lambda: bench.store.agreements(is_settled=False) == [], 10)
+        finally:
+            await successor.close()
+
+        assert outcome.error is None
+        assert bench.store.spent() == bench.paid() > 0
+        assert bench.devnet.payment.wallet.live() == []
+
+    play(body, provider("alpha", fault("late-bill", seconds=0.5)), settle_seconds=0.0)
+
+
+def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        await bench.run("one")
+        await close(bench, unbilled=["alpha"])
+        await until(lambda: bench.devnet.payment.invoices != {}, 10)
+        successor = bench.successor(budget_run=Decimal("0.0001"))
+        try:
+            await successor.start()
+            await until(lambda: bench.store.agreements(is_settled=False) == [], 10)
+        finally:
+            await successor.close()
+
+        assert bench.store.spent() == bench.paid() > 0
+        assert len(bench.devnet.payment.wallet.allocations) == 3, "one for that bill alone"
+        assert bench.devnet.payment.wallet.live() == []
+
+    # Without the interim bill, the acceptance of which has the money set aside already.
+    unread = (fault("http-500", path="GET /payment-api/v1/debitNoteEvents"),)
+    play(body, provider("alpha", fault("late-bill", seconds=0.3)), faults=unread, settle_seconds=0.0)
+
+
+def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with world(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as (devnet, store):
+            names = ("aaaa1111", "bbbb2222")
+            workspaces = [Workspace(tmp_path / "work", name) for name in names]
+            executors = []
+            try:
+                for workspace, name in zip(workspaces, names, strict=True):
+                    workspace.create()
+                    executors.append(make_executor(devnet, store, tmp_path, models_folder, name=name, max_workers=1))
+                    await executors[-1].start()
+                benches = [GolemBench(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
+                runs = (bench.run(*(f"{bench.work.name}-{each}" for each in range(3))) for bench in benches)
+                outcomes = await asyncio.gather(*runs)
+                await asyncio.gather(*(each.close() for each in executors))
+            finally:
+                for executor in executors:
+                    await executor.close()
+                for workspace in workspaces:
+                    workspace.remove()
+
+            assert [each.error for some in outcomes for each in some] == [None] * 6
+            allocation_of = {each.id: each.allocation_id for each in store.agreements(is_settled=True)}
+            bills = {**devnet.payment.invoices, **devnet.payment.debit_notes}
+            accepted = [
+                (bills[call.path.split("/")[-2]].agreement_id, json.loads(call.request)["allocationId"])
+                for call in devnet.journal.matching("POST /payment-api/v1/*/accept")
+            ]
+            assert set(accepted) == set(allocation_of.items())
+            assert len(set(allocation_of.values())) == 2
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+# Budgets
+
+
+def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
+    budget = Decimal("0.25")
+
+    async def body(bench: GolemBench) -> None:
+        outcomes = await bench.run(*(f"chunk{number}" for number in range(40)), timeout_seconds=1)
+        obstacle = bench.executor.obstacle(MODEL)
+        await close(bench)
+
+        done = [each for each in outcomes if each.error is None]
+        refused = [each for each in outcomes if each.error is not None]
+        assert done and refused
+        assert all(isinstance(each.error, BudgetReached) and each.is_blameless for each in refused)
+        assert obstacle is not None and "The budget of this run is used up" in obstacle
+        assert 0 < bench.paid() <= budget
+
+    dear = provider("alpha", second="0.1")
+    play(body, dear, budget_run=budget, max_price_hour=None, start_seconds=2.0)
+
+
+def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (outcome,) = await bench.run("one")
+        obstacle = bench.executor.obstacle(MODEL)
+
+        assert isinstance(outcome.error, GolemUnavailable) and outcome.is_blameless
+        assert obstacle is not None and "Not enough funds" in obstacle
+        assert bench.devnet.market.agreements == {}
+
+    play(body, provider("alpha"), funds=Decimal("0.5"), offer_seconds=0.5)
+
+
+# Nobody there
+
+
+def test_a_market_without_offers_is_told_of_and_blames_nobody(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        run = asyncio.create_task(bench.executor.run(bench.job("one")))
+        await until(lambda: bench.executor.obstacle(MODEL) is not None, 10)
+        obstacle = bench.executor.obstacle(MODEL)
+        outcome = await run
+
+        assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
+        assert obstacle == outcome.error.reason == "No provider on the market offers what the model needs."
+
+    play(body, provider("alpha", runtimes=("vm",)), offer_seconds=1.0)
+
+
+def test_offers_that_are_all_refused_are_told_of_and_blame_nobody(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        for plan in bench.devnet.scenario.providers[2:]:
+            prices = {"start_price": plan.start_price, "price_per_cpu_second": Decimal(0)}
+            now = datetime.now(UTC)
+            bench.store.note_provider(plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices)
+            bench.store.ban_provider(plan.node_id, until=None, reason="It is a friend's.", by_operator=True)
+        (outcome,) = await bench.run("one")
+        obstacle = bench.executor.obstacle(MODEL)
+
+        assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
+        for reason in ("3 offered to", "1 banned", "1 dearer than 0.5 GLM an hour", "1 dearer than 0.01 GLM a start"):
+            assert reason in outcome.error.reason
+        assert obstacle is None, "nothing waits any more"
+        assert bench.devnet.market.agreements == {}
+
+    plans = (provider("alpha", start="0.02"), provider("beta", second="0.001"), provider("gamma"))
+    play(body, *plans, offer_seconds=1.5)
+
+
+# The daemon
+
+
+START = ("GET /me", "POST /payment-api/v1/allocations", "GET /payment-api/v1/demandDecorations")
+MARKET = (
+    "POST /market-api/v1/demands",
+    "GET /market-api/v1/demands/*/events",
+    "POST /market-api/v1/demands/*/proposals/*",
+    "POST /market-api/v1/agreements",
+    "GET /market-api/v1/agreements/*",
+    "POST /market-api/v1/agreements/*/confirm",
+    "POST /market-api/v1/agreements/*/wait",
+)
+ACTIVITY = (
+    "POST /activity-api/v1/activity",
+    "POST /activity-api/v1/activity/*/exec",
+    "GET /activity-api/v1/activity/*/exec/*",
+    "DELETE /activity-api/v1/activity/*",
+    "POST /market-api/v1/agreements/*/terminate",
+)
+PAYMENT = (
+    "GET /payment-api/v1/invoiceEvents",
+    "GET /payment-api/v1/debitNoteEvents",
+    "GET /payment-api/v1/invoices*",
+    "GET /payment-api/v1/debitNotes/*",
+    "POST /payment-api/v1/invoices/*/accept",
+    "POST /payment-api/v1/debitNotes/*/accept",
+    "DELETE /payment-api/v1/allocations/*",
+    "GET /payment-api/v1/allocations",
+    "GET /market-api/v1/demands",
+    "DELETE /market-api/v1/demands/*",
+)
+
+
+#: Of these the daemon does what it is asked for, but nobody hears of it.
+UNANSWERED = (
+    "POST /market-api/v1/demands",
+    "POST /market-api/v1/agreements",
+    "POST /market-api/v1/agreements/*/confirm",
+    "POST /activity-api/v1/activity",
+    "POST /activity-api/v1/activity/*/exec",
+    "DELETE /activity-api/v1/activity/*",
+    "POST /market-api/v1/agreements/*/terminate",
+    "POST /payment-api/v1/invoices/*/accept",
+    "DELETE /payment-api/v1/allocations/*",
+)
+TROUBLES = {
+    "start": ("http-500", START),
+    "market": ("http-500", MARKET),
+    "activity": ("http-500", ACTIVITY),
+    "payment": ("http-500", PAYMENT),
+    "unanswered": ("gone", UNANSWERED),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_daemon_that_fails_once_on_each_path_loses_neither_work_nor_money(play: Play, trouble: str) -> None:
+    kind, paths = TROUBLES[trouble]
+
+    async def body(bench: GolemBench) -> None:
+        first = await bench.run("one", "two")
+        second = await bench.run("three", "four")
+        await close(bench)
+
+        assert [each.error for each in (*first, *second)] == [None] * 4
+        struck = {number for name, _, number in bench.devnet.faults._occasions if name == DAEMON}
+        assert [path for number, path in enumerate(paths) if number not in struck] == []
+        assert banned(bench) == {}
+
+    faults = tuple(fault(kind, path=path, times=1) for path in paths)
+    play(body, provider("alpha"), provider("beta"), provider("gamma"), faults=faults, max_workers=2)
+
+
+@pytest.mark.parametrize("is_missed", [False, True], ids=["at once", "later"])
+def test_a_daemon_that_dies_in_mid_work_and_comes_back_costs_no_restart(
+    play: Play, monkeypatch: pytest.MonkeyPatch, is_missed: bool
+) -> None:
+    monkeypatch.setattr(session, "_AWAY_SECONDS", 0.5 if is_missed else 30.0)
+
+    async def body(bench: GolemBench) -> None:
+        runs = asyncio.create_task(bench.run("one", "two", "three"))
+        await until(lambda: has_struck(bench, "alpha"))
+        await bench.devnet.stop()
+        if is_missed:
+            await until(lambda: "daemon" in (bench.executor.obstacle(MODEL) or ""), 10)
+        await bench.devnet.start()
+        outcomes = await runs
+        await close(bench)
+
+        assert [each.error for each in outcomes] == [None] * 3
+        assert (len(bench.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if it has to be"
+
+    play(body, provider("alpha", fault("hang", times=1)), provider("beta"), max_workers=2)
+
+
+def test_a_daemon_that_is_away_at_the_start_is_waited_for(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        async with world(scenario(provider("alpha")), tmp_path, models_folder) as (devnet, store):
+            await devnet.stop()
+            executor = make_executor(devnet, store, tmp_path, models_folder)
+            bench = GolemBench(devnet, executor, store, tmp_path / "jobs", models_folder)
+            try:
+                await executor.start()
+                obstacle = executor.obstacle(MODEL)
+                runs = asyncio.create_task(bench.run("one"))
+                await asyncio.sleep(0)
+                await devnet.start()
+                (outcome,) = await runs
+                await close(bench)
+            finally:
+                await executor.close()
+
+            assert obstacle is not None and devnet.url in obstacle
+            assert outcome.error is None
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+# This side
+
+
+def file_servers() -> list[int]:
+    """List the gftp processes of this test."""
+    return [pid for pid in descendants(os.getpid()) if any(word.endswith("gftp") for word in command_line(pid))]
+
+
+def test_a_file_server_that_is_killed_is_replaced(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        (first,) = await bench.run("one")
+        for pid in file_servers():
+            os.kill(pid, signal.SIGKILL)
+        others = await bench.run("two", "three", "four")
+        await close(bench)
+
+        assert [each.error for each in (first, *others)] == [None] * 4
+        assert banned(bench) == {}
+
+    play(body, provider("alpha"), provider("beta"), max_workers=2)
+
+
+def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_others(play: Play) -> None:
+    chance = random.Random(7)
+
+    async def cancelled(bench: GolemBench, name: str) -> None:
+        run = asyncio.create_task(bench.executor.run(bench.job(name)))
+        deadline = time.monotonic() + chance.uniform(0.0, 0.25)
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0)
+            session = bench.executor._session
+            if (
+                chance.random() < 0.5
+                and session is not None
+                and session.engine._storage_manager._process._lock.locked()
+            ):
+                break  # the worst moment: the file server was asked and has not answered
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+
+    async def body(bench: GolemBench) -> None:
+        await bench.run("first", "second")
+        for number in range(8):
+            await asyncio.gather(*(cancelled(bench, f"unwanted{number}-{each}") for each in range(3)))
+        outcomes = await bench.run(*(f"wanted{number}" for number in range(6)))
+        await close(bench)
+
+        # Each of the answers was checked to be that of its own chunk.
+        assert [each.error for each in outcomes] == [None] * 6
+        assert len(bench.devnet.payment.wallet.allocations) == 1, "no new session was needed"
+
+    play(body, *(provider(name) for name in ("alpha", "beta", "gamma")), max_workers=2)
+
+
+#: A batcher's executor in a process of its own, to be killed: rents, and says so.
+BATCHER = """
+import asyncio, os, sys
+from dataclasses import replace
+from pathlib import Path
+from batcher.executors.golem.executor import GolemExecutor
+from batcher.settings import BatcherSettings
+from batcher.workspace import Workspace
+from server.settings import ServerSettings
+from store.sqlite import SqliteStore
+from tests.golem import GolemBench
+
+async def main(home, models):
+    settings = BatcherSettings.from_env(dict(os.environ))
+    workspace = Workspace(home / "work", "cccc3333")
+    workspace.create()
+    settings = replace(settings, work=workspace.folder, models=models)
+    store = SqliteStore(ServerSettings(home=home / "home", busy_seconds=5))
+    executor = GolemExecutor(settings, store)
+    await executor.start()
+    await GolemBench(None, executor, store, home / "jobs", models).run("one", "two")
+
+asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path: Path, models_folder: Path) -> None:
+    async def main() -> None:
+        plan = scenario(provider("alpha", fault("hang")), provider("beta", fault("hang")))
+        async with world(plan, tmp_path, models_folder) as (devnet, store):
+            environment = {**os.environ, **devnet.variables, "MLG_HOME": str(tmp_path / "home")}
+            words = (sys.executable, "-c", BATCHER, str(tmp_path), str(models_folder))
+            batcher = await asyncio.create_subprocess_exec(*words, env=environment)
+            try:
+                await until(lambda: len(devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+                open_before = len(devnet.market.open_demands()), len(devnet.payment.wallet.live())
+            finally:
+                batcher.kill()
+                await batcher.wait()
+            executor = make_executor(devnet, store, tmp_path, models_folder)
+            bench = GolemBench(devnet, executor, store, tmp_path / "jobs", models_folder)
+            await executor.start()
+            await until(lambda: len(devnet.payment.paid) == 2, 10)
+            open_after = len(devnet.market.open_demands()), len(devnet.payment.wallet.live())
+            await close(bench)
+
+            assert open_before == (1, 1)
+            assert open_after == (0, 1), "its own allocation"
+            assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) -> None:
+    async def body(bench: GolemBench) -> None:
+        runs = asyncio.create_task(bench.run("one", "two", "three", "four"))
+        await until(lambda: len(bench.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+        began = time.monotonic()
+        await close(bench)
+        seconds = time.monotonic() - began
+        outcomes = await runs
+
+        assert seconds < 10
+        assert all(each.is_blameless and each.error is not None for each in outcomes)
+        assert len(bench.devnet.payment.paid) == 2
+        assert file_servers() == []
+        assert banned(bench) == {}
+
+    play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), max_workers=2)
+
+
+def test_two_models_are_rented_for_side_by_side(play: Play, own_models_folder: Path) -> None:
+    async def body(bench: GolemBench) -> None:
+        jobs = [bench.job(f"{model}{number}", model=model) for model in (MODEL, "my_pets") for number in range(2)]
+        outcomes = await asyncio.gather(*(bench.executor.run(job) for job in jobs))
+        await close(bench)
+
+        assert [each.error for each in outcomes] == [None] * 4
+        assert {each.model for each in bench.store.agreements()} == {MODEL, "my_pets"}
+        assert len(bench.devnet.payment.wallet.allocations) == 1
+
+    play(body, provider("alpha"), provider("beta"), max_workers=2, models=own_models_folder)

@@ -1,0 +1,160 @@
+"""Several executors as one: who gets a job, and when the next may have it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batcher.executors import Job, Outcome, load_executor
+from batcher.executors.fallback import SeveralExecutor
+from batcher.settings import BatcherSettings
+from provider_image.errors import ConfigError, NoProvider, WorkerDied
+
+
+class Member:
+    """An executor that does as it is told."""
+
+    def __init__(self, name: str, *, sends_away: bool = False) -> None:
+        self.name = name
+        self.sends_away = sends_away
+        self.reason: str | None = None
+        self.outcome = Outcome(provider=name, seconds=0.1)
+        #: Awaited before it begins.
+        self.hold: Callable[[], Any] | None = None
+        #: Awaited after it has begun.
+        self.work: Callable[[], Any] | None = None
+        self.got: list[str] = []
+        self.cancelled: list[str] = []
+        self.is_started = False
+
+    async def start(self) -> None:
+        self.is_started = True
+
+    def capacity(self) -> int:
+        return 4
+
+    def workers(self) -> int:
+        return 2
+
+    def obstacle(self, model: str) -> str | None:
+        return self.reason
+
+    async def run(self, job: Job) -> Outcome:
+        self.got.append(job.chunk_id)
+        try:
+            if self.hold is not None:
+                await self.hold()
+            if job.on_start is not None:
+                job.on_start()
+            if self.work is not None:
+                await self.work()
+        except asyncio.CancelledError:
+            self.cancelled.append(job.chunk_id)
+            raise
+        return self.outcome
+
+    async def close(self) -> None:
+        self.is_started = False
+
+
+@pytest.fixture
+def golem() -> Member:
+    return Member("golem", sends_away=True)
+
+
+@pytest.fixture
+def local() -> Member:
+    return Member("local")
+
+
+def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60) -> Outcome:
+    several = SeveralExecutor([golem, local], fallback_seconds=fallback_seconds)
+    job = Job(
+        chunk_id="job",
+        model="vgg16",
+        items=1,
+        chunk=tmp_path / "chunk.zip",
+        results=tmp_path / "results.zip",
+        timeout_seconds=9,
+    )
+    return asyncio.run(asyncio.wait_for(several.run(job), 20))
+
+
+def test_the_first_gets_it_while_it_can(golem: Member, local: Member, tmp_path: Path) -> None:
+    outcome = run(golem, local, tmp_path)
+
+    assert (outcome.provider, local.got) == ("golem", [])
+
+
+def test_the_next_gets_at_once_what_the_first_has_an_obstacle_for(golem: Member, local: Member, tmp_path: Path) -> None:
+    golem.reason = "The budget of the day is used up."
+
+    outcome = run(golem, local, tmp_path)
+
+    assert (outcome.provider, golem.got) == ("local", [])
+
+
+def test_the_next_gets_what_nobody_has_begun_in_time(golem: Member, local: Member, tmp_path: Path) -> None:
+    golem.hold = asyncio.Event().wait
+
+    outcome = run(golem, local, tmp_path, fallback_seconds=0.05)
+
+    assert (outcome.provider, golem.cancelled) == ("local", ["job"])
+
+
+def test_what_was_begun_is_not_taken_away_however_long_it_takes(golem: Member, local: Member, tmp_path: Path) -> None:
+    golem.work = lambda: asyncio.sleep(0.3)
+
+    outcome = run(golem, local, tmp_path, fallback_seconds=0.01)
+
+    assert (outcome.provider, local.got) == ("golem", [])
+
+
+def test_the_next_gets_what_the_first_gives_back_for_want_of_providers(
+    golem: Member, local: Member, tmp_path: Path
+) -> None:
+    golem.outcome = Outcome(provider=None, seconds=0, error=NoProvider(), is_blameless=True)
+
+    assert run(golem, local, tmp_path).provider == "local"
+
+
+def test_a_job_that_failed_is_not_tried_by_the_next(golem: Member, local: Member, tmp_path: Path) -> None:
+    golem.outcome = Outcome(provider="golem", seconds=0, error=WorkerDied())
+
+    outcome = run(golem, local, tmp_path)
+
+    assert isinstance(outcome.error, WorkerDied)
+    assert local.got == []
+
+
+def test_only_what_stands_in_the_way_of_all_is_an_obstacle(golem: Member, local: Member) -> None:
+    several = SeveralExecutor([golem, local], fallback_seconds=1)
+    golem.reason = "No money."
+    one = several.obstacle("vgg16")
+    local.reason = "No room."
+
+    assert (one, several.obstacle("vgg16")) == (None, "No money. No room.")
+    assert (several.name, several.sends_away, several.workers()) == ("golem,local", True, 4)
+
+
+def test_if_one_never_starts_the_others_are_closed(golem: Member, local: Member) -> None:
+    async def never() -> None:
+        raise ConfigError("No key.")
+
+    local.start = never  # type: ignore[method-assign]
+
+    with pytest.raises(ConfigError, match="No key"):
+        asyncio.run(SeveralExecutor([golem, local], fallback_seconds=1).start())
+    assert not golem.is_started
+
+
+def test_executors_are_named_with_commas_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    settings = BatcherSettings(work=tmp_path / "work", models=tmp_path / "models")
+
+    assert load_executor("golem, local", settings, None).name == "golem,local"  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no executor 'ray'"):
+        load_executor("golem,ray", settings, None)  # type: ignore[arg-type]

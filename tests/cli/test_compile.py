@@ -1,0 +1,98 @@
+"""`mlg models compile`, as it is typed: weights from everywhere, progress, one clear line for what cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from provider_image.models.artefact import read_artefact
+from provider_image.models.catalogue import CATALOGUE
+from tests.cli.test_commands import mlg
+from tests.seeded_weights import seeded_network, write_weights
+
+ROW = CATALOGUE["mobilenet_v2"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with seeded weights of a small model under Keras' own file name."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_weights(seeded_network(ROW), folder / ROW.weights.file)
+    return folder
+
+
+def test_the_starter_needs_nothing(tmp_path: Path) -> None:
+    done = mlg("models", "compile", "EfficientNet-Lite0", home=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    artefact = read_artefact(tmp_path / "models" / "efficientnet_lite0")
+    assert f"digest {artefact.digest[:12]}, 18.7 MB as f32; 9.4 MB as f16" in done.stdout
+
+
+def test_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, weights: Path) -> None:
+    by_option = mlg("models", "compile", "MobileNetV2", "--weights", str(weights), home=tmp_path / "one")
+    by_variable = mlg(
+        "models", "compile", "MobileNetV2", "--out", str(tmp_path / "out"), home=tmp_path, MLG_WEIGHTS_DIR=str(weights)
+    )
+
+    assert (by_option.returncode, by_variable.returncode) == (0, 0), by_option.stderr + by_variable.stderr
+    one = read_artefact(tmp_path / "one" / "models" / "mobilenet_v2")
+    other = read_artefact(tmp_path / "out" / "mobilenet_v2")
+    assert one.digest == other.digest
+    assert one.weights_sha256 == hashlib.sha256((weights / ROW.weights.file).read_bytes()).hexdigest()
+    steps = ("looking for weights", "reading weights", "converting", "comparing", "storing")
+    assert [step for line in by_option.stderr.splitlines() for step in steps if step in line] == list(steps)
+    assert "not the file that Keras publishes" in by_option.stderr
+    assert re.search(r"mobilenet_v2 .* f32, own", mlg("models", home=tmp_path / "one").stdout)
+    assert not (tmp_path / "models").exists()
+
+
+def test_several_models_go_on_after_one_that_cannot_be_had(tmp_path: Path, weights: Path) -> None:
+    done = mlg("models", "compile", "vgg16", "lite0", "--weights", str(weights), home=tmp_path)
+
+    assert done.returncode == 1
+    assert "mlg: vgg16: " in done.stderr and "Put vgg16_weights_tf_dim_ordering_tf_kernels.h5" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("mlg: 1 of 2 models were not installed")
+    assert "efficientnet_lite0 is installed" in done.stdout
+
+
+def test_missing_tensorflow_is_one_line(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('No module named tensorflow')")
+
+    done = mlg("models", "compile", "all", "--weights", str(weights), home=tmp_path, PYTHONPATH=str(tmp_path))
+
+    assert done.returncode == 1
+    assert 'pip install "mlg[compile]"' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["densenet12"], 1, "densenet121"),
+        (["vgg16", "vgg19", "--weights", "{weights}"], 2, "for several give a folder"),
+        (["vgg16", "--weights", "/nowhere"], 1, "There is no weights file /nowhere"),
+        (["vgg16", "--weights", "{weights}"], 1, "does not hold the weights of VGG16"),
+        (["vgg16", "--f16-within", "2"], 2, "--f16-within"),
+        ([], 2, "MODEL|all"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    tmp_path: Path, weights: Path, arguments: list[str], status: int, words: str
+) -> None:
+    file = str(weights / ROW.weights.file)
+
+    done = mlg("models", "compile", *(each.replace("{weights}", file) for each in arguments), home=tmp_path)
+
+    assert (done.returncode, words in done.stderr.splitlines()[-1]) == (status, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_f16_is_a_choice(tmp_path: Path, weights: Path) -> None:
+    done = mlg("models", "compile", ROW.name, "--weights", str(weights), "--f16-within", "1", home=tmp_path)
+
+    facts = json.loads((tmp_path / "models" / ROW.name / "model.json").read_text())
+    assert facts["storage"]["kept"] == "f16" and " as f16; " in done.stdout

@@ -1,0 +1,221 @@
+"""The commands costs and providers, as they are typed, and what `mlg requests show` says of the cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli.costs import costs, rounded
+from cli.providers import providers
+from cli.requests import requests
+from provider_image.errors import ConfigError
+from server.settings import ServerSettings
+from store import new_id
+from store.chunks import ChunkRecord
+from store.ledger import UnknownProvider
+from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.records import Answer, NewRequest
+from store.sqlite import SqliteStore
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+ALPHA, BETA = "0xa1fa000000000000000000000000000000000001", "0xbe7a000000000000000000000000000000000002"
+PRICES = {
+    "start_price": Decimal("0.01"),
+    "price_per_cpu_second": Decimal("0.0001"),
+    "price_per_second": Decimal("0.00005"),
+}
+OUTPUT = [["n02123159", "tiger_cat", 0.408]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=home))
+    made.migrate()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command on the home. Errors of mlg come through; `mlg.py` turns them into one line."""
+    monkeypatch.setenv("MLG_HOME", str(home))
+
+    def type_in(command: click.Command, *arguments: str, status: int = 0) -> str:
+        result = CliRunner().invoke(command, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == status, result.output
+        return result.output
+
+    return type_in
+
+
+def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: int, *, cost: str) -> list[str]:
+    store.start_chunk(
+        ChunkRecord(
+            id=chunk_id, batcher_id="b1", executor="golem", provider=None, service="classification", model="resnet50",
+            items=count, bytes_sent=1, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
+            done=None, failed=None, cost=None, code=None, reason=None,
+        )
+    )  # fmt: skip
+    for _ in range(count):
+        new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
+        store.add(new, store.blobs.stage(b"picture"))
+    claims = store.claim(
+        models=["resnet50"], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
+    )
+    store.finish(
+        [
+            Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id=chunk_id, provider="alpha", seconds=0.1)
+            for claim in claims
+        ],
+        now=NOW,
+    )
+    store.finish_chunk(
+        chunk_id, provider="alpha", bytes_received=1, seconds=2.0, done=count, failed=0, cost=cost, code=None,
+        reason=None, now=NOW, agreement_id=agreement_id, activity_id="ac", provider_id=ALPHA,
+    )  # fmt: skip
+    return [claim.id for claim in claims]
+
+
+@pytest.fixture
+def history(store: SqliteStore) -> list[str]:
+    """Two providers, an invoice that was paid, an open one and a refused one; the ids of the requests."""
+    store.note_provider(ALPHA, name="alpha", now=NOW, **PRICES)
+    store.note_provider(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
+    store.note_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
+    store.note_allocation(
+        AllocationRecord(
+            id="al1", batcher_id="b1", platform="erc20-test", address="0xme", amount=Decimal(5), created_at=NOW
+        )
+    )
+    for id, provider_id, name in (("paid", ALPHA, "alpha"), ("open", ALPHA, "alpha"), ("refused", BETA, "beta")):
+        store.note_agreement(
+            AgreementRecord(
+                id=id,
+                allocation_id="al1",
+                provider_id=provider_id,
+                provider_name=name,
+                model="resnet50",
+                created_at=NOW,
+                **PRICES,
+            )
+        )
+    ids = answer_chunk(store, "c1", "paid", 3, cost="0.2")
+    ids += answer_chunk(store, "c2", "open", 1, cost="0.05")
+    for id, amount, state in (("paid", "0.1", BillState.ACCEPTED), ("refused", "9", BillState.REFUSED)):
+        store.note_invoice(
+            InvoiceRecord(
+                id=f"i-{id}", agreement_id=id, amount=Decimal(amount), state=state, received_at=NOW, settled_at=NOW
+            )
+        )
+    return ids
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_costs_by_day_have_a_total_and_the_open_allocations(run: Callable[..., str], history: list[str]) -> None:
+    shown = run(costs)
+
+    rows = [line.split() for line in shown.splitlines()]
+    assert rows[1] == ["2026-11-20", "3", "1", "0.100000", "0.000000", "9.000000", "33.333333"]
+    assert rows[2] == ["open", "1", "1", "0.000000", "0.050000", "0.000000", "50.000000"]
+    assert rows[3] == ["total", "4", "2", "0.100000", "0.050000", "9.000000", "37.500000"]
+    assert "al1" in rows[-1]
+    assert "5.000000" in rows[-1]
+
+
+def test_costs_in_json_are_exact(run: Callable[..., str], history: list[str]) -> None:
+    alpha, beta, total, allocation = lines(run(costs, "--by", "provider", "--json"))
+
+    assert (alpha["key"], alpha["name"], alpha["paid"], alpha["open"]) == (ALPHA, "alpha", "0.1", "0.05")
+    assert (beta["paid"], beta["refused"], beta["per_1000_images"]) == ("0", "9", None)
+    assert (total["by"], total["images"], total["chunks"], total["paid"]) == ("total", 4, 2, "0.1")
+    assert (allocation["by"], allocation["key"], allocation["amount"]) == ("allocation", "al1", "5")
+
+
+def test_costs_of_a_home_without_any_are_zero(run: Callable[..., str], store: SqliteStore) -> None:
+    (total,) = lines(run(costs, "--by", "model", "--json"))
+
+    assert (total["by"], total["paid"], total["per_1000_images"]) == ("total", "0", None)
+    assert "total" in run(costs)
+
+
+def test_costs_of_a_home_that_is_not_there_make_none(run: Callable[..., str], home: Path) -> None:
+    with pytest.raises(ConfigError, match="mlg migrate"):
+        run(costs)
+
+    assert not home.exists()
+
+
+def test_a_small_amount_does_not_look_like_nothing() -> None:
+    assert rounded(Decimal("1e-18")) == "<0.000001"
+    assert rounded(Decimal(0)) == "0.000000"
+    assert rounded(Decimal(10) ** 40) == "1" + "0" * 40 + ".000000"
+
+
+def test_providers_are_listed_with_prices_work_and_spend(run: Callable[..., str], history: list[str]) -> None:
+    shown = run(providers, "list")
+    beta, alpha = lines(run(providers, "list", "--json"))
+
+    assert alpha["per_hour"] == "0.54"  # 3600 * (0.0001 + 0.00005)
+    assert (alpha["done"], alpha["images_per_second"], alpha["spent"]) == (1, {"resnet50": 8.0}, "0.15")
+    assert (beta["id"], beta["spent"], beta["is_banned"]) == (BETA, "0", False)
+    row = next(line.split() for line in shown.splitlines() if line.startswith("alpha"))
+    assert row[:8] == ["alpha", "0xa1fa0000…", "0.540000", "0.010000", "1", "0", "0.60", "0.150000"]
+    assert "resnet50 8.0" in shown
+    assert "\x1b" not in shown
+
+
+def test_a_provider_is_banned_for_a_while_or_for_good_and_unbanned(
+    run: Callable[..., str], store: SqliteStore, history: list[str]
+) -> None:
+    before = datetime.now(UTC)
+
+    said = run(providers, "ban", "alpha", "--for", "2h", "--reason", "too slow")
+    run(providers, "ban", BETA[:10] + "…")  # copied from the list
+
+    alpha, beta = sorted(store.list_providers(), key=lambda provider: provider.id)
+    assert ALPHA in said
+    assert alpha.banned_until is not None
+    # A clock of the store's milliseconds may be a little behind.
+    assert timedelta(hours=2, seconds=-1) < alpha.banned_until - before < timedelta(hours=2, seconds=60)
+    assert alpha.is_banned_by_operator
+    assert beta.banned_until is None
+    assert "too slow" in run(providers, "list")
+    assert "for good" in run(providers, "list")
+    assert "not banned" in run(providers, "unban", "alpha")
+    assert store.banned(before) == {BETA: "An operator banned it."}
+
+
+def test_an_unknown_provider_and_a_strange_length_are_refused(run: Callable[..., str], store: SqliteStore) -> None:
+    with pytest.raises(UnknownProvider, match="mlg providers list"):
+        run(providers, "ban", "nobody")
+    for length in ("2", "h", "-2h", "0h", "2 weeks", "1e9h"):
+        assert "not a length of time" in run(providers, "ban", "nobody", "--for", length, status=2)
+
+
+def test_the_cost_stands_in_requests_show(run: Callable[..., str], history: list[str]) -> None:
+    table = run(requests, "show", history[0])
+    (paid,) = lines(run(requests, "show", history[0], "--json"))
+    listed = {line["req_id"]: line["cost"] for line in lines(run(requests, "list", "--json"))}
+
+    assert (paid["cost"], paid["cost_is_final"]) == ("0.033333333333333334", True)
+    assert "0.033333333333333334" in table
+    assert sum(Decimal(listed[id]) for id in history[:3]) == Decimal("0.1")
+    assert listed[history[3]] == "0.05"

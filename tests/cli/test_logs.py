@@ -1,0 +1,50 @@
+"""One event is one line, with the ids at its end."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.logs import OneLine, configure
+from provider_image.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_record_is_one_line_with_its_extras_even_with_a_traceback() -> None:
+    record = logging.makeLogRecord(
+        {"name": "batcher.cycle", "levelname": "ERROR", "msg": "chunk %s\nfailed", "args": ("7",), "chunk_id": "1a2b"}
+    )
+    try:
+        raise ValueError("odd")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+
+    line = OneLine().format(record)
+
+    assert "\n" not in line
+    assert "ERROR batcher.cycle chunk 7\\nfailed chunk_id=1a2b" in line
+    assert "ValueError: odd" in line
+
+
+def test_events_go_to_stderr_from_the_level_that_is_set() -> None:
+    code = (
+        "import logging; from cli.logs import configure; configure()\n"
+        "logging.getLogger('a').info('quiet'); logging.getLogger('a').warning('loud')"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"MLG_LOG_LEVEL": "warning"}, capture_output=True, text=True
+    )
+
+    assert result.stdout == ""
+    assert [line.partition(" ")[2] for line in result.stderr.splitlines()] == ["WARNING a loud"]
+
+
+def test_a_level_that_does_not_exist_names_its_variable() -> None:
+    with pytest.raises(ConfigError, match="MLG_LOG_LEVEL"):
+        configure("chatty")

@@ -1,0 +1,228 @@
+"""What every feed promises: each change is told exactly once, in order, to whoever comes back at any time."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.live.changes import Events, Listener
+from server.live.sse import parse_id, tell_requests
+from server.settings import ServerSettings
+from store import new_id
+from store.records import Answer, Blame, Claim, NewRequest, State
+from store.sqlite import SqliteStore
+
+MODEL = "m"
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def make_store(home: Path) -> SqliteStore:
+    store = SqliteStore(ServerSettings(home=home))
+    store.migrate()
+    return store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    made = make_store(tmp_path)
+    yield made
+    made.close()
+
+
+def add(store: SqliteStore, **changes: object) -> str:
+    new = NewRequest(id=new_id(), service="s", model=MODEL, created_at=NOW, **changes)  # type: ignore[arg-type]
+    return store.add(new, store.blobs.stage(new.id.encode())).id
+
+
+def claim(store: SqliteStore, limit: int = 100) -> list[Claim]:
+    return store.claim(
+        models=[MODEL], limit=limit, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
+    )
+
+
+def answer_of(claimed: Claim) -> Answer:
+    return Answer(claim=claimed, output=[1], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
+
+
+def test_coming_in_is_no_change_and_every_other_one_is_told(store: SqliteStore) -> None:
+    id = add(store)
+    number = store.get(id).number
+    before = store.latest_change()
+
+    (claimed,) = claim(store)
+    store.release([claimed], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+    store.cancel(id, now=NOW)
+    store.retry(id, now=NOW)
+    store.finish([answer_of(one) for one in claim(store)], now=NOW)
+
+    changes = store.changes(0)
+    assert before == 0
+    assert [change.state for change in changes] == [
+        State.CLAIMED,
+        State.QUEUED,
+        State.CANCELLED,
+        State.QUEUED,
+        State.CLAIMED,
+        State.DONE,
+    ]
+    assert {change.number for change in changes} == {number}
+    assert store.latest_change() == changes[-1].seq
+    assert store.count_changes(changes[2].seq) == (
+        changes[-1].seq,
+        {State.QUEUED: 1, State.CLAIMED: 1, State.DONE: 1},
+    )
+
+
+def test_an_answer_that_was_there_already_is_a_change(store: SqliteStore) -> None:
+    new = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
+    store.add(new, store.blobs.stage(b"x"))
+    store.finish([answer_of(one) for one in claim(store)], now=NOW)
+    last = store.latest_change()
+
+    again = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
+    added = store.add(again, store.blobs.stage(b"x"))
+
+    assert [(change.number, change.state) for change in store.changes(last)] == [(added.number, State.DONE)]
+
+
+def test_a_write_that_is_taken_back_is_no_change(store: SqliteStore) -> None:
+    add(store)
+
+    def fail(transaction: object) -> None:
+        transaction.execute("UPDATE requests SET state = 'cancelled', finished_at = '2026-01-01T00:00:00.000Z'")  # type: ignore[attr-defined]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store._writer.run(fail)
+
+    assert store.changes(0) == []
+
+
+def test_requests_stand_where_their_last_change_is(store: SqliteStore) -> None:
+    ids = [add(store) for _ in range(3)]
+    store.cancel(ids[1], now=NOW)
+    store.cancel(ids[0], now=NOW)
+
+    standing = store.standing(ids=[*ids, "nobody"])
+    read = store.read_changed([number for (_, number), _ in standing.requests] + [99])
+
+    assert (standing.latest, standing.floor) == (2, 0)
+    assert standing.requests == (
+        ((0, 3), State.QUEUED),
+        ((1, 2), State.CANCELLED),
+        ((2, 1), State.CANCELLED),
+    )
+    found = [(position, request.id) for position, request in read]
+    assert found == [((0, 3), ids[2]), ((1, 2), ids[1]), ((2, 1), ids[0])]
+
+
+def test_old_changes_are_deleted_but_the_last(store: SqliteStore) -> None:
+    ids = [add(store) for _ in range(3)]
+    for id in ids:
+        store.cancel(id, now=NOW)
+
+    assert store.purge_changes(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
+    assert store.purge_changes(before=datetime.now(UTC) + timedelta(days=1)) == 2
+    standing = store.standing(ids=ids)
+    assert (standing.floor, standing.latest) == (2, 3)
+    assert [position for position, _ in standing.requests] == [(2, 1), (2, 2), (3, 3)]
+
+
+@settings(max_examples=10, deadline=None)
+@given(writes=st.lists(st.sampled_from("carf"), max_size=25), seed=st.integers(0, 2**32))
+def test_who_comes_back_at_any_time_misses_nothing_and_gets_nothing_twice(writes: list[str], seed: int) -> None:
+    """Several processes write while a reader reads in pages of any size and starts anew from where it was."""
+    with tempfile.TemporaryDirectory() as folder:
+        stores = [make_store(Path(folder)) for _ in range(2)]
+        ids = [add(stores[0]) for _ in range(12)]
+        choose = random.Random(seed)
+
+        def write(place: int) -> None:
+            store, held = stores[place], []
+            for kind in writes:
+                if kind == "c":
+                    held += claim(store, limit=3)
+                elif kind == "a":
+                    store.finish([answer_of(one) for one in held[:2]], now=NOW)
+                    held = held[2:]
+                elif kind == "r":
+                    store.release(held, blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+                    held = []
+                else:
+                    store.fail(held[:1], code="x", reason="y", now=NOW)
+                    held = held[1:]
+
+        threads = [threading.Thread(target=write, args=(place,)) for place in range(2)]
+        for thread in threads:
+            thread.start()
+        cursor, seen = 0, []
+        is_last_round = False
+        while not is_last_round:
+            is_last_round = not any(thread.is_alive() for thread in threads)
+            reader = stores[choose.randint(0, 1)]
+            while page := reader.changes(cursor, limit=choose.randint(1, 7)):
+                seen += page
+                cursor = page[-1].seq
+
+        assert [change.seq for change in seen] == sorted({change.seq for change in seen})
+        assert seen == stores[0].changes(0, limit=10_000)
+        last = {change.number: change.state for change in seen}
+        for id in ids:
+            request = stores[0].get(id)
+            assert request.state is last.get(request.number, State.QUEUED)
+        for store in stores:
+            store.close()
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) -> None:
+    choose = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder))
+        ids = [add(store) for _ in range(10)]
+        numbers = [store.get(id).number for id in ids]
+        events = Events(store, most=1)
+
+        def work() -> None:
+            for size in (3, 2, 4, 10):
+                store.finish([answer_of(one) for one in claim(store, limit=size)], now=NOW)
+
+        worker = threading.Thread(target=work)
+        told: list[tuple[str, str]] = []
+        last_id: str | None = None
+        is_over = False
+        worker.start()
+        while not is_over:
+            listener = Listener(numbers=numbers)
+            pieces = tell_requests(
+                events,
+                store,
+                listener,
+                ids=ids,
+                last_id=last_id,
+                describe=lambda request: {"id": request.id, "state": request.state},
+            )
+            for _ in range(choose.randint(1, 8)):
+                text = next(pieces, b"event: end").decode()
+                if "event: request" in text:
+                    last_id = text.split("id: ", 1)[1].split("\n", 1)[0]
+                    told.append((text.split('"id":"', 1)[1][:32], text.split('"state":"', 1)[1].split('"', 1)[0]))
+                is_over = is_over or "event: end" in text
+            pieces.close()
+        worker.join()
+
+        done = Counter(id for id, state in told if state == "done")
+        assert done == Counter(ids)
+        assert max(Counter(told).values()) == 1
+        assert parse_id(last_id)[0] == store.latest_change()
+        store.close()

@@ -1,0 +1,220 @@
+"""What every store promises of webhooks: one message for each end and each address, claimed by one sender at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from server.settings import ServerSettings
+from store import new_id
+from store.batches import BatchRecord
+from store.records import Answer, Blame, NewRequest
+from store.sqlite import SqliteStore
+from store.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
+
+MODEL = "m"
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+URL = "https://example.org/hook"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def endpoint(url: str = URL, *events: str, id: str = "we_1") -> EndpointRecord:
+    return EndpointRecord(
+        id=id, url=url, events=events or ("request.done",), secret=new_secret(), created_at=NOW, disabled_at=None
+    )
+
+
+def new(**changes: object) -> NewRequest:
+    return NewRequest(id=new_id(), service="s", model=MODEL, created_at=NOW, **changes)  # type: ignore[arg-type]
+
+
+def add(store: SqliteStore, **changes: object) -> str:
+    request = new(**changes)
+    return store.add(request, store.blobs.stage(request.id.encode())).id
+
+
+def answer_all(store: SqliteStore) -> None:
+    claims = store.claim(
+        models=[MODEL], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
+    )
+    store.finish(
+        [Answer(claim=one, output=[1], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1) for one in claims],
+        now=NOW,
+    )
+
+
+def claim(store: SqliteStore, *, now: datetime = NOW, busy: tuple[str, ...] = ()) -> list[DeliveryRecord]:
+    return store.claim_deliveries(now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=busy)
+
+
+def test_every_end_is_a_message_to_those_who_asked(store: SqliteStore) -> None:
+    store.add_endpoint(endpoint())
+    store.add_endpoint(endpoint("https://example.org/batches", "batch.done", id="we_2"))
+    plain, own = add(store), add(store, webhook="https://example.net/own")
+    assert claim(store) == []
+
+    answer_all(store)
+
+    told = {(one.subject, one.url, one.endpoint_id, one.event, one.state) for one in claim(store)}
+    assert told == {
+        (plain, URL, "we_1", "request.done", "done"),
+        (own, URL, "we_1", "request.done", "done"),
+        (own, "https://example.net/own", None, "request.done", "done"),
+    }
+
+
+def test_failing_and_cancelling_are_ends_and_waiting_again_is_not(store: SqliteStore) -> None:
+    store.add_endpoint(endpoint())
+    first, second = add(store), add(store)
+    store.cancel(first, now=NOW)
+    (held,) = store.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
+    store.release([held], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+    (held,) = store.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
+
+    store.fail([held], code="x", reason="y", now=NOW)
+
+    assert {(one.subject, one.state) for one in claim(store)} == {(first, "cancelled"), (second, "failed")}
+
+
+def test_an_answer_that_was_there_already_is_an_end(store: SqliteStore) -> None:
+    first = new(digest="d" * 64)
+    store.add(first, store.blobs.stage(b"x"))
+    answer_all(store)
+
+    again = new(digest="d" * 64, webhook=URL)
+    store.add(again, store.blobs.stage(b"x"))
+
+    assert [(one.subject, one.url) for one in claim(store)] == [(again.id, URL)]
+
+
+@pytest.mark.parametrize("are_known", [False, True])
+def test_a_batch_is_told_once_when_all_of_it_has_ended(store: SqliteStore, are_known: bool) -> None:
+    if are_known:
+        for name in (b"0", b"1"):
+            store.add(new(digest="d" * 64), store.blobs.stage(name))
+        answer_all(store)
+    store.add_endpoint(endpoint(URL, "batch.done"))
+    batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook="https://example.net/own")
+    digest = "d" * 64 if are_known else None
+
+    store.add_batch(
+        batch, [(new(batch_id=batch.id, digest=digest), store.blobs.stage(name)) for name in (b"0", b"1", b"2")], []
+    )
+    before = claim(store, now=datetime.now(UTC))
+    answer_all(store)
+    after = claim(store, now=datetime.now(UTC))
+
+    assert before == []
+    assert {(one.subject, one.event, one.url, one.endpoint_id) for one in after} == {
+        (batch.id, "batch.done", URL, "we_1"),
+        (batch.id, "batch.done", "https://example.net/own", None),
+    }
+    assert len(after) == 2
+
+
+def test_a_batch_that_was_answered_before_is_told_at_once(store: SqliteStore) -> None:
+    store.add(new(digest="d" * 64), store.blobs.stage(b"0"))
+    answer_all(store)
+    batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook=URL)
+
+    store.add_batch(batch, [(new(batch_id=batch.id, digest="d" * 64), store.blobs.stage(b"0")) for _ in range(3)], [])
+
+    assert [one.event for one in claim(store, now=datetime.now(UTC))] == ["batch.done"]
+
+
+def test_a_message_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteStore) -> None:
+    add(store, webhook=URL)
+    answer_all(store)
+    claimed: list[DeliveryRecord] = []
+    threads = [threading.Thread(target=lambda: claimed.extend(claim(store))) for _ in range(8)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    later = claim(store, now=NOW + timedelta(seconds=61))
+
+    assert [one.attempts for one in claimed] == [1]
+    assert [(one.id, one.attempts) for one in later] == [(claimed[0].id, 2)]
+    # The first sender was too slow; what it says does not count any more.
+    assert not store.settle_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
+    assert store.settle_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
+    assert store.list_deliveries()[0].status == "delivered"
+
+
+def test_an_address_gets_a_few_at_once_and_none_while_it_is_busy(store: SqliteStore) -> None:
+    for _ in range(9):
+        add(store, webhook=URL)
+    add(store, webhook="https://example.net/other")
+    answer_all(store)
+
+    assert [one.url for one in claim(store, busy=(URL,))] == ["https://example.net/other"]
+    assert len(claim(store)) == 4
+
+
+def test_a_dead_message_can_be_sent_again_under_its_id(store: SqliteStore) -> None:
+    add(store, webhook=URL)
+    answer_all(store)
+    (claimed,) = claim(store)
+    store.note_payload(claimed.id, "first")
+    store.note_payload(claimed.id, "second")
+    store.settle_delivery(claimed, now=NOW, retry_at=None, status=500, error="It said 500.")
+    (dead,) = store.list_deliveries(status="dead")
+
+    redelivered = store.redeliver(dead.id, now=NOW)
+
+    assert (dead.status, dead.last_error, dead.last_status) == ("dead", "It said 500.", 500)
+    assert (redelivered.id, redelivered.status, redelivered.attempts) == (dead.id, "pending", 0)
+    assert [(one.id, one.payload) for one in claim(store)] == [(dead.id, "first")]
+    assert store.list_deliveries(status="dead") == []
+
+
+def test_an_endpoint_that_is_off_or_gone_gets_nothing(store: SqliteStore) -> None:
+    store.add_endpoint(endpoint())
+    store.add_endpoint(endpoint("https://example.org/two", id="we_2"))
+    add(store)
+    answer_all(store)
+
+    store.disable_endpoint("we_1", reason="It said 410.", now=NOW)
+    store.remove_endpoint("we_2")
+    add(store)
+    answer_all(store)
+
+    assert claim(store) == []
+    assert [one.status for one in store.list_deliveries()] == ["dead"]
+    (left,) = store.list_endpoints()
+    assert (left.id, left.disabled_reason) == ("we_1", "It said 410.")
+
+
+def test_what_is_not_there_is_named(store: SqliteStore) -> None:
+    with pytest.raises(UnknownWebhook):
+        store.remove_endpoint("we_9")
+    with pytest.raises(UnknownWebhook):
+        store.redeliver("msg_9", now=NOW)
+    with pytest.raises(UnknownWebhook):
+        store.webhook_secret("we_9")
+    assert store.webhook_secret(None).startswith("whsec_")
+
+
+def test_old_messages_are_deleted_and_waiting_ones_never(store: SqliteStore) -> None:
+    for _ in range(3):
+        add(store, webhook=URL)
+    answer_all(store)
+    delivered, dead, _ = claim(store)
+    store.settle_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
+    store.settle_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
+
+    assert store.purge_deliveries(before=NOW) == 0
+    assert store.purge_deliveries(before=NOW + timedelta(days=30)) == 2
+    assert [one.status for one in store.list_deliveries()] == ["pending"]

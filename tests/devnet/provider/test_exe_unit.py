@@ -1,0 +1,458 @@
+"""An activity: its states, batches in order, results as they are polled, events as they are streamed, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devnet.provider import exe_unit as module
+from devnet.provider.exe_unit import ActivityEnded, UnknownBatch
+from devnet.provider.script import BadScript
+from tests.devnet.activities import BOOT, FOREVER, Gftp, done, exe_unit, run, sh, transfer
+from tests.process_tree import is_alive, wait_until
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def until(is_true: Any, seconds: float = 20) -> None:
+    await asyncio.to_thread(wait_until, is_true, seconds)
+
+
+def begun(folder: Path) -> Any:
+    """Give the question whether FOREVER has begun."""
+    return (folder / "activity/golem/work/begun").exists
+
+
+def test_an_activity_goes_through_its_states(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path, booted=False) as unit:
+            states = [unit.state]
+            for command in (*BOOT, {"terminate": {}}):
+                await done(unit, command)
+                states.append(unit.state)
+
+            assert [state for state, following in states if following is None] == [
+                "Initialized",
+                "Deployed",
+                "Ready",
+                "Terminated",
+            ]
+            assert unit.reason == "The script terminated the activity."
+
+    asyncio.run(main())
+
+
+def test_results_are_as_yapapi_reads_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            results = await done(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
+
+        assert [result.pop("eventDate")[-1] for result in results] == ["Z", "Z"]
+        assert results == [
+            {
+                "index": 0,
+                "result": "Ok",
+                "stdout": "out\n",
+                "stderr": "err\n",
+                "message": None,
+                "isBatchFinished": False,
+            },
+            {"index": 1, "result": "Ok", "stdout": None, "stderr": None, "message": None, "isBatchFinished": True},
+        ]
+
+    asyncio.run(main())
+
+
+def test_yapapis_own_classes_take_the_results(tmp_path: Path) -> None:
+    models = pytest.importorskip("ya_activity.models")
+
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            [result] = await done(unit, sh("exit 7"))
+
+        taken = models.ExeScriptCommandResult(
+            index=result["index"],
+            event_date=result["eventDate"],
+            result=result["result"],
+            message=result["message"],
+            is_batch_finished=result["isBatchFinished"],
+        )
+        assert (taken.result, taken.message) == ("Error", "ExeScript command exited with code 7")
+
+    asyncio.run(main())
+
+
+def test_a_batch_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            results = await done(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
+
+            assert [result["result"] for result in results] == ["Ok", "Error"]
+            assert results[1]["message"] == "ExeScript command exited with code 7"
+            assert (results[1]["stderr"], results[1]["isBatchFinished"]) == ("why\n", True)
+            assert not (tmp_path / "activity/golem/work/not").exists()
+            assert (await done(unit, sh("true")))[0]["result"] == "Ok"
+
+    asyncio.run(main())
+
+
+def test_commands_out_of_order_fail(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path, booted=False) as unit:
+            for command in (sh("true"), {"start": {}}, {"transfer": {"from": "a", "to": "b"}}):
+                [result] = await done(unit, command)
+                assert (result["result"], "Initialized" in result["message"]) == ("Error", True)
+            await done(unit, *BOOT)
+            for command in ({"deploy": {}}, {"sign": {}}):
+                assert (await done(unit, command))[0]["result"] == "Error"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [],
+        {},
+        ["run"],
+        [{}],
+        [{"fly": {}}],
+        [{"deploy": {}, "start": {}}],
+        [{"deploy": []}],
+        [{"run": {}}],
+        [{"run": {"entry_point": 1}}],
+        [{"run": {"entry_point": "/bin/sh", "args": "-c"}}],
+        [{"run": {"entry_point": "/bin/sh", "args": [1]}}],
+        [{"run": {"entry_point": "/bin/sh", "capture": {"stdin": {"stream": {}}}}}],
+        [{"run": {"entry_point": "/bin/sh", "capture": {"stdout": {"sometimes": {}}}}}],
+        [{"run": {"entry_point": "/bin/sh", "capture": {"stdout": "stream"}}}],
+        [{"transfer": {"from": "container:/golem/input/a"}}],
+    ],
+)
+def test_what_is_no_script_is_refused_as_a_whole(tmp_path: Path, script: Any) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            with pytest.raises(BadScript):
+                await unit.execute([*BOOT, *script] if isinstance(script, list) and script else script)
+
+    asyncio.run(main())
+
+
+def test_commands_may_have_what_a_network_or_a_progress_bar_adds(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path, booted=False) as unit:
+            deploy = {"net": [], "hosts": {}, "nodes": {}, "progress": {"updateInterval": "1s", "updateStep": None}}
+
+            assert len(await done(unit, {"deploy": deploy}, {"start": {"args": []}})) == 2
+
+    asyncio.run(main())
+
+
+# Polling
+
+
+def test_results_grow_and_come_at_the_end_of_the_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh("true"), sh(FOREVER)])
+            await until(begun(tmp_path))
+            started_at = time.monotonic()
+
+            results = await unit.results(batch, 0.1)
+
+            assert 0.1 <= time.monotonic() - started_at < 5
+            assert [(result["index"], result["isBatchFinished"]) for result in results] == [(0, False)]
+
+    asyncio.run(main())
+
+
+def test_batches_run_in_order_and_may_be_sent_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            first = await unit.execute([sh("while ! [ -e go ]; do sleep .02; done; echo first >> order")])
+            second = await unit.execute([sh("echo second >> order; cat order")])
+            assert await unit.results(second, 0) == []
+
+            (tmp_path / "activity/golem/work/go").touch()
+
+            [result] = await unit.results(second, 30)
+            assert result["stdout"] == "first\nsecond\n"
+            assert (await unit.results(first, 0))[0]["isBatchFinished"]
+
+    asyncio.run(main())
+
+
+def test_unknown_batches_and_those_of_long_ago_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BATCHES", 2)
+
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batches = []
+            for _ in range(4):
+                batches.append(await unit.execute([sh("true")]))
+                await unit.results(batches[-1], 30)
+
+            for batch in ("none", batches[0]):
+                with pytest.raises(UnknownBatch):
+                    await unit.results(batch, 0)
+            assert await unit.results(batches[-2], 0)
+
+    asyncio.run(main())
+
+
+# Streaming
+
+
+async def kinds(events: AsyncIterator[dict[str, Any]]) -> list[tuple[int, str, Any]]:
+    found = []
+    async for event in events:
+        [(kind, value)] = event["kind"].items()
+        found.append((event["index"], kind, value))
+    return found
+
+
+def test_events_are_streamed_until_the_batch_is_over(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            commands = [sh("echo out"), sh("echo err >&2; exit 3"), sh("true")]
+            batch = await unit.execute(commands)
+
+            found = await kinds(unit.stream(batch))
+
+            assert found == [
+                (0, "started", {"command": commands[0]}),
+                (0, "stdout", "out\n"),
+                (0, "finished", {"return_code": 0, "message": None}),
+                (1, "started", {"command": commands[1]}),
+                (1, "stderr", "err\n"),
+                (1, "finished", {"return_code": 3, "message": "ExeScript command exited with code 3"}),
+            ]
+
+    asyncio.run(main())
+
+
+def test_yapapi_understands_every_event(tmp_path: Path) -> None:
+    activity = pytest.importorskip("yapapi.rest.activity")
+    import json
+    from types import SimpleNamespace
+
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh("echo out; echo err >&2")])
+            async for event in unit.stream(batch):
+                assert event["batch_id"] == batch
+                message = SimpleNamespace(type="runtime", data=json.dumps(event))
+                assert activity._message_event_to_event_data(message)[1]["cmd_idx"] == 0
+
+    asyncio.run(main())
+
+
+def test_events_come_while_the_command_runs(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh(f"echo here; {FOREVER}")])
+            async for event in unit.stream(batch):
+                if event["kind"] == {"stdout": "here\n"}:
+                    break
+
+            assert unit.state == ("Ready", None)
+
+    asyncio.run(main())
+
+
+def test_events_are_streamed_once_only(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh("true")])
+            await kinds(unit.stream(batch))
+
+            with pytest.raises(UnknownBatch):
+                unit.stream(batch)
+
+    asyncio.run(main())
+
+
+# Transfers
+
+
+def test_files_cross_both_ways(tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"there and back")
+    gftp = Gftp(tmp_path)
+    source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
+
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            upload = transfer(source, "container:/golem/input/new/sent")
+            upload["transfer"]["progress"] = {"updateInterval": None, "updateStep": None}
+            batch = await unit.execute(
+                [
+                    upload,
+                    sh("cp /golem/input/new/sent /golem/output/copy"),
+                    transfer("container:/golem/output/copy", target),
+                ]
+            )
+            found = await kinds(unit.stream(batch))
+
+            assert [value["return_code"] for _, kind, value in found if kind == "finished"] == [0, 0, 0]
+            assert [value["progress"] for _, kind, value in found if kind == "progress"] == [[14, 14]]
+
+    asyncio.run(main())
+    gftp.end()
+
+    assert (tmp_path / "got").read_bytes() == b"there and back"
+
+
+def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"bytes")
+    gftp = Gftp(tmp_path)
+    source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
+    unknown = source[:-4] + "0000"
+
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            (tmp_path / "activity/golem/work/link").symlink_to("/etc/passwd")
+            (tmp_path / "activity/golem/work/file").touch()
+            for one, other, words in (
+                (unknown, "container:/golem/input/a", "Nothing is published"),
+                (source, "container:/golem/input/../../../a", "in none of the volumes"),
+                (source, "container:/golem/work/file/a", "exists"),
+                ("container:/golem/work/link", target, "leads out"),
+                ("container:/golem/output/none", target, "No such file"),
+                ("container:/golem/output/none", unknown, "Nothing is published"),
+                (source, target, "one side in the container"),
+            ):
+                [result] = await done(unit, transfer(one, other))
+
+                assert result["result"] == "Error" and words in result["message"], result
+
+            [result] = await done(unit, sh("cat /golem/../../secret"))
+            assert "leads out" in result["message"]
+
+    asyncio.run(main())
+    gftp.end()
+
+    assert (tmp_path / "got").read_bytes() == b""
+
+
+# Use
+
+
+def test_usage_counts_processor_time_and_life(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            await done(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
+            processor, life = unit.usage()
+            await unit.destroy()
+            last = unit.usage()
+
+            assert 0.02 < processor < life < 30
+            assert last == unit.usage() and last[0] >= processor and last[1] >= life
+
+    asyncio.run(main())
+
+
+def test_a_slow_provider_takes_longer_and_asks_for_more(tmp_path: Path) -> None:
+    work = run("/bin/sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done")
+
+    async def main() -> None:
+        async with exe_unit(tmp_path, speed=0.25) as unit:
+            started_at = time.monotonic()
+            await done(unit, work)
+            seconds = time.monotonic() - started_at
+            burnt = unit._sandbox.processes.cpu_seconds()
+
+            assert seconds >= 3.9 * burnt > 0
+            assert unit.usage()[0] == pytest.approx(4 * burnt)
+
+    asyncio.run(main())
+
+
+# The end
+
+
+def test_destroying_kills_everything_and_wakes_who_waits(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
+            waiting = asyncio.create_task(unit.results(batch, 60))
+            streaming = asyncio.create_task(kinds(unit.stream(batch)))
+            await until(begun(tmp_path))
+            pids = unit._sandbox.processes.pids()
+            assert len(pids) >= 2
+
+            async with asyncio.timeout(10):
+                await asyncio.gather(unit.destroy(), unit.destroy())
+                with pytest.raises(ActivityEnded):
+                    await waiting
+                await streaming
+            await unit.destroy()
+
+            assert not any(is_alive(pid) for pid in pids)
+            assert not (tmp_path / "activity").exists()
+            assert (unit.state, unit.reason) == (("Terminated", None), "The activity was destroyed.")
+            with pytest.raises(ActivityEnded):
+                await unit.execute([sh("true")])
+
+    asyncio.run(main())
+
+
+def test_a_finished_batch_can_still_be_asked_about_after_the_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            batch = await unit.execute([sh("true"), {"terminate": {}}, sh("true")])
+            results = await unit.results(batch, 30)
+            await unit.destroy()
+
+            assert [result["isBatchFinished"] for result in results] == [False, True]
+            assert await unit.results(batch, 0) == results
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_waits_in_vain_ends_with_the_activity(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            await unit.execute([sh(FOREVER)])
+            second = await unit.execute([sh("true")])
+            await until(begun(tmp_path))
+            await unit.destroy()
+
+            with pytest.raises(ActivityEnded):
+                await unit.results(second, 60)
+
+    asyncio.run(main())
+
+
+def test_activities_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path, activity_id="one") as one, exe_unit(tmp_path, activity_id="two") as two:
+            await two.execute([sh(FOREVER)])
+            await until((tmp_path / "two/golem/work/begun").exists)
+
+            assert (await done(one, sh("ls /golem/work")))[0]["stdout"] == ""
+            await one.destroy()
+
+            assert two.state == ("Ready", None) and two._sandbox.processes.pids()
+
+    asyncio.run(main())
+
+
+def test_no_descriptors_are_left_open(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with exe_unit(tmp_path) as unit:
+            await done(unit, sh("true"))
+            before = open_descriptors()
+            for _ in range(5):
+                await done(unit, sh("true"), sh("exit 1"))
+                await done(unit, run("/none/such"))
+
+            assert open_descriptors() == before
+
+    asyncio.run(main())

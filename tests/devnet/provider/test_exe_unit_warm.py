@@ -1,0 +1,84 @@
+"""The real provider in the sandbox: chunks cross, its warm process stays, is paid for, and goes with the activity."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from batcher.subprocesses import child_environment
+from devnet.scenario import Fault
+from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.errors import MalformedResults
+from tests.devnet.activities import Gftp, done, exe_unit, run, transfer
+from tests.process_tree import command_line, is_alive
+
+MODEL = "efficientnet_lite0"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment in which `mlg-provider` is this checkout's."""
+    program = tmp_path / "bin/mlg-provider"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m provider_image "$@"\n')
+    program.chmod(0o755)
+    return child_environment(os.environ, {"PATH": f"{program.parent}:{os.environ['PATH']}"})
+
+
+@pytest.fixture
+def photo_chunk(tmp_path: Path, photos: dict[str, bytes]) -> Path:
+    items = [ChunkItem(number=number, inputs={"image": photo}) for number, photo in enumerate(photos.values())]
+    write_chunk(tmp_path / "chunk.zip", "chunk-1", "classification", MODEL, None, items)
+    return tmp_path / "chunk.zip"
+
+
+def test_the_warm_process_stays_is_counted_and_ends_with_the_activity(
+    tmp_path: Path, environment: dict[str, str], photo_chunk: Path, models_folder: Path
+) -> None:
+    gftp = Gftp(tmp_path)
+    source = gftp.publish(photo_chunk)
+    targets = [gftp.receive(tmp_path / f"results-{number}.zip") for number in range(2)]
+    # As the image has it; the sandbox finds it on the PATH.
+    work = run(
+        "/usr/local/bin/mlg-provider",
+        *("run", "/golem/input/chunk.zip", "/golem/output/results.zip"),
+        *("--models", str(models_folder), "--place", "/golem/work/warm"),
+    )
+    up = transfer(source, "container:/golem/input/chunk.zip")
+    down = "container:/golem/output/results.zip"
+    core = frozenset([max(os.sched_getaffinity(0))])
+
+    async def main() -> None:
+        faults = (Fault(kind="wrong-digest", after=1),)
+        async with exe_unit(tmp_path, *faults, environment=environment, cpus=core) as unit:
+            first = await done(unit, up, work, transfer(down, targets[0]))
+            assert [result["result"] for result in first] == ["Ok"] * 3, first
+            [warm] = unit._sandbox.processes.pids()
+            before = unit.usage()[0]
+
+            second = await done(unit, up, work, transfer(down, targets[1]))
+            assert [result["result"] for result in second] == ["Ok"] * 3, second
+
+            assert unit._sandbox.processes.pids() == [warm] and "serve" in command_line(warm)
+            assert os.sched_getaffinity(warm) == core
+            # The command itself only passes paths on; loading a model and answering is the warm process's work.
+            assert unit.usage()[0] > before > 0.2
+
+            await unit.destroy()
+
+            assert not is_alive(warm)
+
+    asyncio.run(main())
+    gftp.end()
+
+    results = read_results(tmp_path / "results-0.zip", "chunk-1", MODEL, range(3))
+    assert [item.output[0][1] for item in results.items] == ["tiger_cat", "espresso", "missile"]
+    with pytest.raises(MalformedResults, match="digest"):
+        read_results(tmp_path / "results-1.zip", "chunk-1", MODEL, range(3), results.digest)
+    second = read_results(tmp_path / "results-1.zip", "chunk-1", MODEL, range(3))
+    assert [item.output for item in second.items] == [item.output for item in results.items]
+    assert second.load_seconds == 0

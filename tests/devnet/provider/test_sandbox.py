@@ -1,0 +1,356 @@
+"""The sandbox: paths that stay inside, programs with their streams and cores, and processes that are left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from devnet.provider.output_capture import Capture
+from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathRefused, Sandbox
+from tests.process_tree import is_alive, wait_until
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox("activity", tmp_path / "vm", environment={"PATH": os.defpath}, cpus=None)
+
+
+class Said:
+    """What a program wrote."""
+
+    def __init__(self) -> None:
+        self.out, self.err = b"", b""
+
+    def on_stdout(self, data: bytes) -> None:
+        self.out += data
+
+    def on_stderr(self, data: bytes) -> None:
+        self.err += data
+
+
+async def run(sandbox: Sandbox, *words: str) -> tuple[int, Said]:
+    said = Said()
+    async with asyncio.timeout(30):
+        status = await sandbox.run(words[0], words[1:], on_stdout=said.on_stdout, on_stderr=said.on_stderr)
+    return status, said
+
+
+def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Said]:
+    """Run a program, then end the sandbox."""
+
+    async def main() -> tuple[int, Said]:
+        try:
+            return await run(sandbox, *words)
+        finally:
+            await sandbox.remove()
+
+    return asyncio.run(main())
+
+
+# Paths
+
+
+@pytest.mark.parametrize("text", ["/golem/input/a", "/golem/output/a/b", "/golem//work/./a", "/golem/input/../work/a"])
+def test_paths_in_the_volumes_are_inside(sandbox: Sandbox, text: str) -> None:
+    assert sandbox.inside(text) == sandbox.golem / os.path.normpath(text).removeprefix("/golem/")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/golem/input/../../../../etc/passwd",
+        "/golem/input/..",
+        "/golem/input",
+        "/golem/other/a",
+        "/golem/inputs/a",
+        "/etc/passwd",
+        "golem/input/a",
+        "",
+        "/golem/input/a\0b",
+        "/golem/input/link/passwd",
+        "/golem/input/circle/x",
+    ],
+)
+def test_paths_that_leave_are_refused(sandbox: Sandbox, text: str) -> None:
+    (sandbox.golem / "input/link").symlink_to("/etc")
+    (sandbox.golem / "input/circle").symlink_to("circle")
+
+    with pytest.raises(PathRefused):
+        sandbox.inside(text)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("/golem", "{}"),
+        ("/golem/input/a", "{}/input/a"),
+        ("--out=/golem/output", "--out={}/output"),
+        ("cat /golem/input/a >'/golem/output/b';ls /golem", "cat {}/input/a >'{}/output/b';ls {}"),
+        ("/golemine", "/golemine"),
+        ("/my/golem/input", "/my/golem/input"),
+        ("x/golem", "x/golem"),
+        ("/golem-1 /golem.txt", "/golem-1 /golem.txt"),
+    ],
+)
+def test_golem_in_a_word_becomes_the_folder(sandbox: Sandbox, word: str, expected: str) -> None:
+    assert sandbox.rewritten(word) == expected.replace("{}", str(sandbox.golem))
+
+
+@pytest.mark.parametrize("word", ["/golem/../etc/passwd", "cat /golem/work/../../etc/passwd", "--x=/golem/.."])
+def test_a_word_that_climbs_out_is_refused(sandbox: Sandbox, word: str) -> None:
+    with pytest.raises(PathRefused):
+        sandbox.rewritten(word)
+
+
+# Programs
+
+
+def test_a_program_gets_no_input_its_folder_and_only_its_own_environment(sandbox: Sandbox) -> None:
+    status, said = run_once(
+        sandbox, "/bin/sh", "-c", "pwd; cat; echo $GOLEM_DEVNET_ROOT; echo ${HOME-none} >&2; exit 3"
+    )
+
+    assert status == 3
+    assert said.out.decode().split() == [str(sandbox.golem / "work"), str(sandbox.golem)]
+    assert said.err == b"none\n"
+
+
+def test_a_program_of_the_image_is_found_by_its_name(tmp_path: Path) -> None:
+    program = tmp_path / "bin/mlg-something"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho found $1")
+    program.chmod(0o755)
+    environment = {"PATH": f"{program.parent}:{os.defpath}"}
+
+    for entry_point in ("/usr/local/bin/mlg-something", "mlg-something"):
+        status, said = run_once(
+            Sandbox("activity", tmp_path / "vm", environment=environment, cpus=None), entry_point, "it"
+        )
+
+        assert (status, said.out) == (0, b"found it\n")
+
+
+def test_a_program_that_was_sent_is_run_and_never_looked_up(sandbox: Sandbox) -> None:
+    async def main() -> None:
+        assert (await run(sandbox, "/golem/work/true"))[0] == NOT_FOUND
+        (sandbox.golem / "work/true").write_text("#!/bin/sh\necho mine")
+        assert (await run(sandbox, "/golem/work/true"))[0] == CANNOT_RUN
+        (sandbox.golem / "work/true").chmod(0o755)
+        status, said = await run(sandbox, "/golem/work/true")
+        assert (status, said.out) == (0, b"mine\n")
+        await sandbox.remove()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_started_says_so(sandbox: Sandbox) -> None:
+    assert run_once(sandbox, "/usr/bin/none-such")[0] == NOT_FOUND
+    status, said = run_once(sandbox, "/bin/echo", "a\0b")
+
+    assert status == CANNOT_RUN and said.err
+
+
+def test_a_program_ended_by_a_signal_has_a_status_as_in_shells(sandbox: Sandbox) -> None:
+    assert run_once(sandbox, "/bin/sh", "-c", "kill -9 $$")[0] == 137
+
+
+def test_all_that_a_program_writes_arrives(sandbox: Sandbox) -> None:
+    status, said = run_once(sandbox, "/bin/sh", "-c", "head -c 3000000 /dev/zero; head -c 200000 /dev/zero >&2")
+
+    assert (status, len(said.out), len(said.err)) == (0, 3_000_000, 200_000)
+
+
+def test_a_run_ends_with_its_program_and_not_with_what_holds_its_streams(sandbox: Sandbox) -> None:
+    status, said = run_once(sandbox, "/bin/sh", "-c", "sleep 60 & echo $!")
+
+    assert status == 0
+    assert not is_alive(int(said.out))
+
+
+def test_programs_have_the_cores_of_their_provider(tmp_path: Path) -> None:
+    mine = os.sched_getaffinity(0)
+    sandbox = Sandbox("activity", tmp_path / "vm", environment={}, cpus={min(mine), 4711})
+
+    _, said = run_once(sandbox, sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
+
+    assert said.out.decode().strip() == str({min(mine)})
+    assert os.sched_getaffinity(0) == mine
+
+
+# What is left behind
+
+#: Burns 0.3 s of processor time, which the system counts in hundredths, then says so and waits.
+_BURN = "import os,sys,time\nwhile time.process_time()<.3: pass\nopen(sys.argv[1],'w').close()\ntime.sleep(60)"
+
+
+def in_loop(sandbox: Sandbox, steps: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        try:
+            await steps()
+        finally:
+            await sandbox.remove()
+
+    asyncio.run(main())
+
+
+def test_processor_time_of_programs_is_counted(sandbox: Sandbox) -> None:
+    async def steps() -> None:
+        code = "import time\nwhile time.process_time()<.2: pass"
+        before = sandbox.processes.cpu_seconds()
+        await run(sandbox, sys.executable, "-c", code)
+        await run(sandbox, "/bin/sh", "-c", f"'{sys.executable}' -c '{code}'; true")
+
+        assert before == 0
+        assert 0.4 <= sandbox.processes.cpu_seconds() < 2
+
+    in_loop(sandbox, steps)
+
+
+def test_a_process_left_behind_in_its_own_session_is_counted_and_killed(sandbox: Sandbox) -> None:
+    async def steps() -> None:
+        await run(sandbox, "/bin/sh", "-c", f'setsid {sys.executable} -c "$1" $2 &', "sh", _BURN, "/golem/work/burnt")
+        await asyncio.to_thread(wait_until, (sandbox.golem / "work/burnt").exists, 20)
+
+        assert sandbox.processes.cpu_seconds() >= 0.25
+        left = sandbox.processes.pids()
+        assert len(left) == 1
+
+        await sandbox.processes.kill_all()
+
+        assert not is_alive(left[0])
+        assert sandbox.processes.cpu_seconds() >= 0.25
+
+    in_loop(sandbox, steps)
+
+
+def test_time_is_not_counted_twice_when_a_parent_waits_for_its_child(sandbox: Sandbox) -> None:
+    async def steps() -> None:
+        work = sandbox.golem / "work"
+        text = f'{sys.executable} -c "$1" /golem/work/burnt & while ! [ -e go ]; do sleep .02; done; kill $!; wait'
+        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
+        await asyncio.to_thread(wait_until, (work / "burnt").exists, 20)
+        seen_alive = sandbox.processes.cpu_seconds()
+        (work / "go").touch()
+        await running
+
+        assert 0.25 <= seen_alive <= sandbox.processes.cpu_seconds() < seen_alive + 0.2
+
+    in_loop(sandbox, steps)
+
+
+def test_the_processes_of_another_activity_live_on(sandbox: Sandbox, tmp_path: Path) -> None:
+    other = Sandbox("activity", tmp_path / "other", environment={"PATH": os.defpath}, cpus=None)
+
+    async def steps() -> None:
+        await run(sandbox, "/bin/sh", "-c", "setsid sleep 60 &")
+        await run(other, "/bin/sh", "-c", "setsid sleep 60 &")
+        [theirs] = other.processes.pids()
+
+        await sandbox.remove()
+
+        assert sandbox.processes.pids() == [] and other.processes.pids() == [theirs]
+        await other.remove()
+        assert not is_alive(theirs)
+
+    in_loop(sandbox, steps)
+
+
+def test_a_process_that_flees_from_child_to_child_is_caught(sandbox: Sandbox) -> None:
+    text = "import os,time\nfor _ in range(500):\n  if os.fork(): os._exit(0)\n  os.setsid()\n  time.sleep(.005)"
+
+    async def steps() -> None:
+        await run(sandbox, sys.executable, "-c", text)
+        await sandbox.remove()
+
+        assert sandbox.processes.pids() == []
+
+    in_loop(sandbox, steps)
+
+
+def test_cancelling_a_run_kills_even_what_has_no_mark(sandbox: Sandbox) -> None:
+    async def steps() -> None:
+        mark = sandbox.golem / "work/pid"
+        text = f"env -i /bin/sh -c 'echo $$ >{mark}.new; mv {mark}.new {mark}; while :; do sleep 60; done'; true"
+        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text))
+        await asyncio.to_thread(wait_until, mark.exists, 20)
+        pid = int(mark.read_text())
+
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+        await asyncio.to_thread(wait_until, lambda: not is_alive(pid), 20)
+
+    in_loop(sandbox, steps)
+
+
+def test_the_time_of_what_was_cancelled_is_counted(sandbox: Sandbox) -> None:
+    async def steps() -> None:
+        text = f'{sys.executable} -c "$1" /golem/work/burnt; true'
+        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
+        await asyncio.to_thread(wait_until, (sandbox.golem / "work/burnt").exists, 20)
+
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+        assert sandbox.processes.cpu_seconds() >= 0.25
+
+    in_loop(sandbox, steps)
+
+
+def test_removing_takes_the_folder_along_and_twice_is_fine(sandbox: Sandbox, tmp_path: Path) -> None:
+    async def steps() -> None:
+        (sandbox.golem / "work/file").touch()
+        await sandbox.remove()
+        await sandbox.remove()
+
+    in_loop(sandbox, steps)
+
+    assert not (tmp_path / "vm").exists()
+
+
+# Streams
+
+
+def captured(wish: dict[str, object] | None, *pieces: bytes) -> tuple[str | None, list[str]]:
+    told: list[str] = []
+    capture = Capture(wish, told.append)
+    for piece in pieces:
+        capture.take(piece)
+    capture.close()
+    return capture.text, told
+
+
+def test_a_stream_is_told_as_it_comes_in_whole_characters() -> None:
+    text, told = captured({"stream": {}}, b"gr\xc3", b"\xbc\xc3\x9fe\xff", b"\xc3")
+
+    assert text == "".join(told) == "grüße\ufffd\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        (None, None),
+        ({"atEnd": {}}, "0123456789"),
+        ({"atEnd": {"head": 4}}, "0123"),
+        ({"atEnd": {"tail": 4}}, "6789"),
+        ({"atEnd": {"headTail": 4}}, "01\n[...]\n89"),
+        ({"atEnd": {"part": {"head": 3}}}, "012"),
+        ({"stream": {"limit": 4}}, "01\n[...]\n89"),
+        ({"stream": None}, "0123456789"),
+    ],
+)
+def test_only_what_was_asked_for_is_kept(wish: dict[str, object] | None, expected: str | None) -> None:
+    assert captured(wish, b"01234", b"56789")[0] == expected
+
+
+def test_of_a_long_stream_the_start_and_the_end_are_kept() -> None:
+    text, told = captured({"stream": {}}, b"start", *[b"x" * 100_000] * 30, b"end")
+
+    assert text is not None and len(text) < 66_000
+    assert text.startswith("start") and text.endswith("end") and "[...]" in text
+    assert sum(map(len, told)) < 1_200_000

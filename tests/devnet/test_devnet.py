@@ -1,0 +1,243 @@
+"""The devnet as a whole: yapapi on it, its death and return, its faults, its journal, and the command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from devnet.devnet import running
+from devnet.scenario import Fault, default_scenario
+from provider_image.errors import ConfigError
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, alone, requestor, run_command, until
+
+MLG = Path(sys.executable).with_name("mlg")
+
+
+def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(default_scenario(3), folder=tmp_path / "net") as devnet:
+            program = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-W",
+                "ignore",
+                str(Path(__file__).with_name("yapapi_tasks.py")),
+                str(tmp_path),
+                env={**os.environ, **devnet.variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            out, errors = await program.communicate()
+
+            assert program.returncode == 0, errors.decode()
+            said = json.loads(out)
+            assert said["answers"] == {str(number): f"TASK {number}" for number in range(6)}
+            assert len(said["providers"]) >= 2
+            assert devnet.journal.failed() == []
+            bills = list(devnet.payment.invoices.values())
+            assert {bill.status for bill in bills} == {"ACCEPTED"}
+            assert len(bills) == len(devnet.market.agreements) == len(said["providers"])
+            assert devnet.payment.wallet.free_funds == 1000 - sum((bill.amount for bill in bills), Decimal(0))
+            assert devnet.market.open_demands() == devnet.payment.wallet.live() == []
+            assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
+
+    asyncio.run(main())
+
+
+# Death and return
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -> None:
+    async def main() -> None:
+        state = tmp_path / "state.json" if has_file else None
+        async with requestor(alone(), tmp_path, state=state) as asker:
+            devnet = asker.devnet
+            demand_id = await asker.subscribe()
+            await asker.work(demand_id)
+            first = await asker.invoice()
+            assert first is not None
+            agreement_id = await asker.agree(demand_id)
+            activity_id = await asker.activity(agreement_id)
+            await asker.results(activity_id, await asker.execute(activity_id))
+            marked = tmp_path / "pid"
+            batch_id = await asker.execute(activity_id, run_command("sh", "-c", f"echo $$ > {marked}; sleep 60"))
+            await until(lambda: marked.exists() and marked.read_text().strip())
+            url = devnet.url
+
+            await devnet.stop()
+            with pytest.raises(aiohttp.ClientConnectionError):
+                await asker.ask("GET", "/me")
+            assert not Path("/proc", marked.read_text().strip()).exists()
+            await devnet.start()
+
+            assert devnet.url == url
+            path = f"{ACTIVITY}/activity/{activity_id}"
+            assert (await asker.must("GET", f"{path}/state"))["state"] == ["Terminated", None]
+            assert (await asker.ask("GET", f"{path}/exec/{batch_id}"))[0] == 404
+            assert (await asker.must("GET", f"{path}/usage"))["currentUsage"][1] > 0
+            await asker.destroy(activity_id)
+            assert [each["demandId"] for each in await asker.must("GET", f"{MARKET}/demands")] == [demand_id]
+            assert (await asker.must("GET", f"{MARKET}/agreements/{agreement_id}"))["state"] == "Approved"
+            assert await asker.accept("invoices", first["invoiceId"], first["amount"]) == (200, None)
+            await asker.activity(agreement_id)
+            await asker.terminate(agreement_id)
+            second = await asker.invoice(devnet.payment.invoice_events[0]["eventDate"])
+            assert second is not None and activity_id in second["activityIds"]
+            assert await asker.remaining() == 1 - Decimal(first["amount"])
+
+    asyncio.run(main())
+
+
+def test_another_daemon_takes_a_state_file_over(tmp_path: Path) -> None:
+    async def main() -> None:
+        state = tmp_path / "state.json"
+        async with requestor(alone(Fault(kind="late-bill", seconds=0.3)), tmp_path, state=state) as asker:
+            await asker.work(await asker.subscribe())
+            allocation_id, key, url = asker.allocation_id, asker.devnet.app_key, asker.devnet.url
+        async with requestor(alone(), tmp_path, state=state) as asker:
+            assert (asker.devnet.app_key, asker.devnet.url) == (key, url)
+            assert (await asker.must("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
+            assert await asker.invoice() is not None  # owed by the first
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}'])
+def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
+    async def main() -> None:
+        (tmp_path / "state.json").write_text(text)
+        async with running(alone(), folder=tmp_path, state=tmp_path / "state.json"):
+            pass
+
+    with pytest.raises(ConfigError, match="state"):
+        asyncio.run(main())
+
+
+# The daemon's faults
+
+
+def test_calls_fail_hang_and_are_cut_off_as_the_scenario_says(tmp_path: Path) -> None:
+    faults = (
+        Fault(kind="http-500", path="GET */invoiceEvents", after=1, times=1),
+        Fault(kind="http-hang", path="GET /me", times=1),
+        Fault(kind="http-hang", path="GET /version/get", seconds=0.1),
+        Fault(kind="gone", path="GET */demands", times=2),  # aiohttp's client tries once more
+    )
+
+    async def main() -> None:
+        async with requestor(alone(daemon=faults), tmp_path) as asker:
+            statuses = [(await asker.ask("GET", f"{PAYMENT}/invoiceEvents", timeout=0))[0] for _ in range(3)]
+            assert statuses == [200, 500, 200]
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await asker.ask("GET", "/me")
+            assert (await asker.ask("GET", "/me"))[0] == 200
+            await asker.must("GET", "/version/get")
+            with pytest.raises(aiohttp.ClientConnectionError):
+                await asker.ask("GET", f"{MARKET}/demands")
+            assert (await asker.ask("GET", f"{MARKET}/demands"))[0] == 200
+            (slow,) = asker.devnet.journal.matching("GET /version/*")
+            assert slow.seconds >= 0.1
+
+    asyncio.run(main())
+
+
+def test_a_vanished_activity_holds_the_daemon_up_neither_in_calls_nor_at_its_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with requestor(alone(Fault(kind="vanish-http")), tmp_path) as asker:
+            agreement_id = await asker.agree(await asker.subscribe())
+            activity_id = await asker.activity(agreement_id)
+            await asker.execute(activity_id)
+            await asker.execute(activity_id, run_command("true"))
+            unit = asker.devnet.activities.find(activity_id).unit
+            await until(lambda: unit.is_vanished)
+            path = f"{ACTIVITY}/activity/{activity_id}"
+            for method, end in (("GET", "/state"), ("GET", "/usage"), ("DELETE", "")):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await asker.ask(method, path + end)
+            await asker.must("GET", "/me")
+            await asker.terminate(agreement_id)
+            assert await asker.invoice() is not None
+
+    asyncio.run(main())
+
+
+# The journal
+
+
+def test_every_call_stands_in_the_journal(tmp_path: Path) -> None:
+    async def main() -> None:
+        file = tmp_path / "logs" / "journal.jsonl"
+        async with requestor(alone(), tmp_path, journal=file) as asker:
+            await asker.allocate("0.25")
+            await asker.ask("GET", f"{PAYMENT}/allocations/none")
+            (failed,) = asker.devnet.journal.failed()
+            assert (failed.status, failed.path) == (404, f"{PAYMENT}/allocations/none")
+        first, second = (json.loads(line) for line in file.read_text().splitlines())
+        assert (first["method"], first["status"]) == ("POST", 201)
+        assert json.loads(first["request"])["totalAmount"] == "0.25"
+        assert first["answer_bytes"] == len(first["answer"]) > 0
+        assert second["status"] == 404
+
+    asyncio.run(main())
+
+
+# The command
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_is_ready_when_its_file_is_there_and_ends_cleanly(tmp_path: Path, number: int) -> None:
+    file, temporary = tmp_path / "env.sh", tmp_path / "tmp"
+    temporary.mkdir()
+    file.write_text("old")
+    arguments = ["devnet", "--providers", "2", "--home", str(tmp_path / "home"), "--subnet", "mine"]
+    program = subprocess.Popen(
+        [str(MLG), *arguments, "--env-file", str(file), "--state", str(tmp_path / "state.json")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    try:
+        assert program.stderr is not None
+        ready = program.stderr.readline()
+        shown = file.read_text()
+        look = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
+        found = subprocess.run(["sh", "-c", look, "sh", str(file)], capture_output=True, text=True, check=True)
+        program.send_signal(number)
+        out, errors = program.communicate(timeout=20)
+    finally:
+        program.kill()
+
+    assert "alpha, beta" in ready
+    assert program.returncode == 0, errors
+    assert out == shown and out.count("export ") == 4
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert found.stdout.split() == [str(tmp_path / "state.json.d" / "bin" / "gftp"), "mine"]
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--scenario", "absent.toml"], "absent.toml"),
+        (["--providers", "0"], "0 is not in the range"),
+        (["--providers", "1", "--scenario", "absent.toml"], "beside"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(tmp_path: Path, arguments: list[str], reason: str) -> None:
+    done = subprocess.run([str(MLG), "devnet", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert done.returncode == 2
+    assert reason in done.stderr

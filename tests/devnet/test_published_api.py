@@ -1,0 +1,209 @@
+"""The devnet against the daemon's published API: what yapapi and our executor ask, and what they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from devnet.journal import Call
+from tests.devnet.api_recordings import Record, bare, executor, walk, yapapi
+from tests.devnet.published_api import FACTS, RESULTS, Misfit, misfits, named
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT
+
+_NULL = "The daemon writes null for what a result or an event does not have."
+_SNAKE = "The daemon's events are in snake_case; yapapi reads them so."
+_VECTOR = "The daemon passes on what the provider sends: a list, in the order of the offer's usage vector."
+_TEXT = "The daemon sends the output as it is; yapapi reads it so."
+#: Where the daemon itself does not keep to its description, and the devnet does as the daemon does:
+#: call, place and rule -> why.
+KNOWN = {
+    (RESULTS, "answer[].stdout", "type"): _NULL,
+    (RESULTS, "answer[].stderr", "type"): _NULL,
+    (RESULTS, "answer[].message", "type"): _NULL,
+    (RESULTS, "event.kind.finished.message", "type"): _NULL,
+    (RESULTS, "event.batchId", "required"): _SNAKE,
+    (RESULTS, "event.batch_id", "unknown"): _SNAKE,
+    (RESULTS, "event.kind.finished.returnCode", "required"): _SNAKE,
+    (RESULTS, "event.kind.finished.return_code", "unknown"): _SNAKE,
+    (RESULTS, "event.kind.started.command", "unknown"): "The command stands in a field of its own; yapapi reads it so.",
+    (RESULTS, "event.kind.stdout", "oneOf"): _TEXT,
+    (RESULTS, "event.kind.stderr", "oneOf"): _TEXT,
+    (f"GET {PAYMENT}/debitNotes", "answer[].usageCounterVector", "type"): _VECTOR,
+    (f"GET {PAYMENT}/debitNotes/{{debitNoteId}}", "answer.usageCounterVector", "type"): _VECTOR,
+}
+_SCAN = "For tools that look at the market; neither yapapi nor the executor is one."
+_NOT_THERE = "The description says itself that the daemon does not have it."
+#: Calls that are published for a requestor and that the devnet has not -> why.
+LEFT_OUT = {
+    f"POST {MARKET}/scan": _SCAN,
+    f"GET {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
+    f"DELETE {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
+    f"POST {MARKET}/demands/{{subscriptionId}}/propertyQuery/{{queryId}}": "Nobody asks for properties later.",
+    f"GET {PAYMENT}/debitNotes/{{debitNoteId}}/payments": _NOT_THERE,
+    f"GET {PAYMENT}/invoices/{{invoiceId}}/payments": _NOT_THERE,
+    f"POST {PAYMENT}/invoices": "Providers write invoices; the devnet's do it without HTTP.",
+    f"POST {ACTIVITY}/activity/{{activityId}}/encrypted": "The providers have no enclaves.",
+    f"GET {ACTIVITY}/activity/{{activityId}}/command": "Neither yapapi nor the executor asks what is running.",
+}
+#: Answers as published that yapapi's client cannot read -> why that is no matter.
+UNREADABLE = {
+    f"GET {MARKET}/agreementEvents": "The client expects another event of a similar name. yapapi does not call it.",
+}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Record:
+    """Let all three live at the same time, each on a devnet of its own."""
+    made, folder = Record(), tmp_path_factory.mktemp("published")
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(executor(made, folder / "executor", models_folder))
+            group.create_task(yapapi(made, folder / "yapapi"))
+            group.create_task(walk(made, folder / "walk"))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    return made
+
+
+def _told(found: list[Misfit]) -> str:
+    return "\n".join(sorted({f"{each.key}: {each.message}" for each in found}))
+
+
+# The published descriptions
+
+
+def test_every_request_and_every_answer_is_as_published(record: Record) -> None:
+    found = [misfit for call in record.calls for misfit in misfits(call)]
+
+    unknown = [misfit for misfit in found if misfit.key not in KNOWN]
+
+    assert not unknown, "\n" + _told(unknown)
+
+
+def test_every_known_deviation_still_is_one(record: Record) -> None:
+    found = {misfit.key for call in record.calls for misfit in misfits(call)}
+
+    assert set(KNOWN) - found == set()
+
+
+def test_the_devnet_has_the_published_calls_and_no_others(record: Record) -> None:
+    published = {bare(name) for name in FACTS["calls"] if name not in LEFT_OUT}
+
+    assert set(LEFT_OUT) <= set(FACTS["calls"])
+    assert record.routes == published
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status"),
+    [
+        (f"POST {MARKET}/demands/*/proposals/*/reject", 204),
+        (f"POST {MARKET}/agreements/*/wait", 410),
+        (f"POST {PAYMENT}/debitNotes/*/accept", 200),
+        (f"POST {PAYMENT}/invoices/*/accept", 200),
+        (f"GET {MARKET}/agreements", 200),
+        (f"DELETE {PAYMENT}/allocations/*", 200),
+    ],
+)
+def test_the_executor_met_what_it_should(record: Record, pattern: str, status: int) -> None:
+    calls = [call for call in record.executor if fnmatchcase(f"{call.method} {call.path}", pattern)]
+
+    assert status in {call.status for call in calls}
+
+
+def test_every_call_of_the_devnet_was_made_with_success(record: Record) -> None:
+    made = {bare(named(call.method, call.path) or "") for call in record.calls if (call.status or 500) < 300}
+
+    assert record.routes - made == set()
+    assert any(call.answer.startswith("event: ") for call in record.yapapi)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "field", "value", "keys"),
+    [
+        ("GET", "/me", "answer", '{"identity": "0x1", "name": "devnet"}', {("answer.role", "required")}),
+        ("GET", "/me", "status", 204, {("status 204", "unknown")}),
+        ("GET", "/me", "query", "since=now", {("query.since", "unknown")}),
+        ("GET", "/mine", "status", 404, {("path", "unknown")}),
+        ("GET", f"{PAYMENT}/invoices", "query", "maxItems=101", {("query.maxItems", "maximum")}),
+        ("GET", f"{PAYMENT}/invoices", "query", "maxItems=all", {("query.maxItems", "type")}),
+        ("GET", f"{PAYMENT}/invoices", "query", "afterTimestamp=2026-11-20", {("query.afterTimestamp", "format")}),
+        ("GET", f"{PAYMENT}/demandDecorations", "query", "", {("query.allocationIds", "required")}),
+        ("GET", f"{PAYMENT}/allocations/1", "answer", '{"totalAmount": "much"}', {("answer.totalAmount", "format")}),
+        ("GET", f"{MARKET}/demands/1/events", "answer", '[{"eventType": "NoEvent"}]', {("answer[]", "oneOf")}),
+        (
+            "POST",
+            f"{ACTIVITY}/activity/1/exec",
+            "request",
+            json.dumps({"text": json.dumps([{"run": {"args": "ls"}}, {"dance": {}}])}),
+            {
+                ("request.text[].run.entry_point", "required"),
+                ("request.text[].run.args", "type"),
+                ("request.text[].dance", "unknown"),
+            },
+        ),
+    ],
+)
+def test_what_is_not_as_published_is_told(
+    method: str, path: str, field: str, value: Any, keys: set[tuple[str, str]]
+) -> None:
+    facts: dict[str, Any] = {"query": "", "request": "", "answer": "{}", "status": 200, field: value}
+    call = Call(at=datetime.now(UTC), method=method, path=path, seconds=0.1, request_bytes=0, answer_bytes=0, **facts)
+
+    found = {(misfit.place, misfit.rule) for misfit in misfits(call)}
+
+    assert keys <= found
+
+
+# yapapi's own models
+
+
+def _response_types() -> dict[str, tuple[Any, str]]:
+    """Read from the source of yapapi's clients what they make of each answer: client and name of a type."""
+    import ya_activity
+    import ya_market
+    import ya_payment
+
+    found = {}
+    for root, package, kinds in (
+        (MARKET, ya_market, (ya_market.RequestorApi,)),
+        (PAYMENT, ya_payment, (ya_payment.RequestorApi,)),
+        (ACTIVITY, ya_activity, (ya_activity.RequestorControlApi, ya_activity.RequestorStateApi)),
+    ):
+        client = package.ApiClient.__new__(package.ApiClient)
+        client.configuration = package.Configuration()
+        for kind in kinds:
+            calls = re.findall(
+                r"""call_api\(\s*["'](\S+)["'],\s*["'](\w+)["'].*?response_type=(?:None|["']([^"']*)["'])""",
+                inspect.getsource(kind),
+                re.DOTALL,
+            )
+            found.update({f"{method} {root}{bare(path)}": (client, type_) for path, method, type_ in calls})
+    return found
+
+
+def test_yapapis_models_take_every_answer(record: Record) -> None:
+    types = _response_types()
+    read = set()
+
+    for call in record.calls:
+        name = bare(named(call.method, call.path) or "")
+        client, type_ = types.get(name, (None, ""))
+        is_read = type_ and name not in UNREADABLE and not call.answer.startswith("event: ")
+        if not is_read or call.status is None or call.status >= 300:
+            continue
+        value = client.deserialize(SimpleNamespace(data=call.answer), type_)
+        expected = json.loads(call.answer)
+        assert value is not None and (not isinstance(expected, list) or len(value) == len(expected)), call
+        read.add(name)
+
+    assert {name for name in record.routes - set(UNREADABLE) if types.get(name, (None, ""))[1]} == read

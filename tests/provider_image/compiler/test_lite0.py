@@ -1,0 +1,143 @@
+"""The starter model: right answers on real photos, the same digest on every build, a safe weights reader."""
+
+import collections
+import hashlib
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from provider_image.backends.openvino import import_openvino, load_net
+from provider_image.compiler import build, ensure_installed, lite0
+from provider_image.compiler.torch_file import read_tensors
+from provider_image.errors import ConfigError, WeightsMismatch
+from provider_image.models.catalogue import CATALOGUE
+from provider_image.services import load_service
+from tests.provider_image.conftest import saved
+
+
+@pytest.mark.parametrize(
+    ("photo", "expected"),
+    [  # percentages of the reference implementation in torch
+        ("chelsea", {"tiger_cat": 40.8, "Egyptian_cat": 34.0, "tabby": 16.7, "lynx": 1.5, "window_screen": 0.1}),
+        ("coffee", {"espresso": 95.1, "cup": 1.5, "consomme": 0.8, "chocolate_sauce": 0.4, "coffee_mug": 0.3}),
+        (
+            "rocket",
+            {"missile": 24.0, "projectile": 16.2, "drilling_platform": 11.7, "space_shuttle": 5.7, "mosque": 2.1},
+        ),
+    ],
+)
+def test_answers_agree_with_the_reference_to_a_tenth_of_a_percent(models_folder, photo, expected):
+    import skimage.data
+    from PIL import Image
+
+    service = load_service("classification")
+    artefact = ensure_installed(models_folder, "efficientnet_lite0")
+    net = service.load(artefact, 1, "f32")
+    picture = saved(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
+
+    output = service.run(net, service.prepare(artefact, {"image": picture}))
+
+    shown = {name: round(100 * probability, 1) for _, name, probability in output[:5]}
+    assert shown == expected
+    assert list(shown) == list(expected)
+
+
+def test_two_builds_have_the_same_digest(tmp_path, models_folder):
+    started = time.perf_counter()
+
+    again = build(tmp_path, CATALOGUE["efficientnet_lite0"], again=True)
+
+    assert time.perf_counter() - started < 10  # about 0.4 on a machine that does nothing else
+    assert again.digest == ensure_installed(models_folder, "efficientnet_lite0").digest
+
+
+def test_building_again_replaces_a_sound_artefact(tmp_path):
+    row = CATALOGUE["efficientnet_lite0"]
+    first = build(tmp_path, row).folder.stat().st_ino
+
+    kept = build(tmp_path, row).folder.stat().st_ino
+    replaced = build(tmp_path, row, again=True).folder.stat().st_ino
+
+    assert first == kept != replaced
+
+
+def test_graph_is_not_computed_in_bf16_unless_asked(models_folder):
+    net = load_net(ensure_installed(models_folder, "efficientnet_lite0"), 1, "f32")
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+
+    first, second = net.infer(noise), net.infer(noise)
+
+    assert first.dtype == np.float32
+    assert np.array_equal(first, second)
+    assert abs(first.sum() - 1) < 1e-5
+
+
+def test_precision_that_does_not_exist_is_refused(models_folder):
+    with pytest.raises(ConfigError, match="f64"):
+        load_net(ensure_installed(models_folder, "efficientnet_lite0"), 1, "f64")
+
+
+def test_openvino_is_imported_without_telemetry():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from provider_image.backends.openvino import import_openvino; import_openvino(); "
+        "print([name for name in sys.modules if 'telemetry' in name or name.startswith('openvino.tools')])"
+    )
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert found == "[]"
+    assert import_openvino() is import_openvino()
+
+
+def test_wrong_weights_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(lite0, "WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
+
+    with pytest.raises(WeightsMismatch, match="sha256"):
+        lite0.build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".efficientnet_lite0.lock"]
+
+
+def test_tensors_are_read_through_their_strides():
+    tensors = read_tensors(lite0._weights())
+
+    assert len(tensors) == 296
+    assert tensors["_conv_stem.weight"].shape == (32, 3, 3, 3)
+    assert tensors["_fc.weight"].flags.c_contiguous
+    assert tensors["_bn0.num_batches_tracked"].shape == ()
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("pwned",))
+
+
+def _legacy(state: object) -> bytes:
+    parts = (0x1950A86A20F9469CFC6C, 1001, {}, state, [])
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts)
+
+
+def test_weights_file_that_names_a_function_is_refused(capsys):
+    with pytest.raises(WeightsMismatch, match="print"):
+        read_tensors(_legacy({"weight": _Evil()}))
+
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04 a zip",
+        pickle.dumps("something else", protocol=2),
+        _legacy(collections.OrderedDict())[:-10],
+        _legacy(collections.OrderedDict()) + b"more",
+    ],
+)
+def test_file_that_is_no_weights_file_is_refused(data):
+    with pytest.raises(WeightsMismatch):
+        read_tensors(data)

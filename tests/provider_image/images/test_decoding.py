@@ -1,0 +1,349 @@
+"""Decoding: every format and mode becomes RGB, upright; what cannot be decoded is a BrokenImage."""
+
+import io
+import math
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from provider_image.errors import BadInput, BrokenImage, ImageTooLarge, NotAnImage
+from provider_image.images.decoding import MAX_PIXELS, check_upload, decode, decode_shrunk, encode_lossless
+from tests.provider_image.conftest import saved
+from tests.provider_image.images.test_headers import PICTURE, bombs, pictures
+
+#: Left half red, right half blue, 64 x 32.
+HALVES = Image.new("RGB", (64, 32), "red")
+HALVES.paste("blue", (32, 0, 64, 32))
+
+
+def whole(data: bytes) -> np.ndarray:
+    """Decode to 32 x 32 without a crop."""
+    return decode(data, 32, 32, None)
+
+
+def level(data: bytes) -> float:
+    """The mean of all pixels."""
+    return float(whole(data).mean())
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_every_format_decodes_to_rgb(name):
+    pixels = decode(pictures()[name], 20, 24, 0.875)
+
+    assert (pixels.shape, pixels.dtype) == ((20, 24, 3), np.uint8)
+    assert pixels.std() > 10
+
+
+@pytest.mark.parametrize("options", [{"format": "GIF"}, {"format": "WEBP", "lossless": True}, {"format": "TIFF"}])
+def test_first_frame_is_used(options):
+    data = saved(
+        Image.new("RGB", (32, 32), "white"), save_all=True, append_images=[PICTURE.resize((32, 32))], **options
+    )
+
+    assert level(data) == 255
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (HALVES.convert("P"), {"format": "PNG"}),
+        (HALVES.convert("P"), {"format": "GIF"}),
+        (HALVES.convert("CMYK"), {"format": "JPEG", "quality": 95}),
+        (HALVES.convert("CMYK"), {"format": "TIFF"}),
+        (HALVES.convert("YCbCr"), {"format": "JPEG", "quality": 95}),
+        (HALVES, {"format": "BMP"}),
+        (HALVES.convert("RGBA"), {"format": "PNG"}),
+        (HALVES.convert("RGBA"), {"format": "WEBP", "lossless": True}),
+    ],
+)
+def test_colours_stay_colours(image, options):
+    pixels = whole(saved(image, **options)).astype(int)
+
+    red, blue = pixels[16, 4], pixels[16, 28]
+    assert red[0] > 200 > 60 > red[2]
+    assert blue[2] > 200 > 60 > blue[0]
+
+
+def test_adobes_inverted_cmyk_is_not_a_negative():
+    # Pillow writes CMYK the way Adobe does, inverted and with an APP14 marker that says so.
+    data = saved(Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG", quality=95)
+    assert b"Adobe" in data
+
+    assert level(data) > 250
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGBA", (32, 32), (0, 0, 0, 0)),
+        Image.new("LA", (32, 32), (0, 0)),
+    ],
+)
+def test_transparent_pixels_are_laid_on_white(image):
+    assert level(saved(image, "PNG")) == 255
+
+
+def test_half_transparent_pixels_are_half_white():
+    assert level(saved(Image.new("RGBA", (32, 32), (0, 0, 0, 128)), "PNG")) == pytest.approx(127, abs=1)
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_transparent_colour_of_a_palette_is_white(format):
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+
+    assert level(saved(image, format, transparency=1)) == 255
+
+
+def test_transparent_colour_of_rgb_is_white():
+    assert level(saved(Image.new("RGB", (32, 32), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255
+
+
+def test_black_and_white_keeps_both():
+    assert level(saved(Image.new("1", (32, 32), 1), "PNG")) == 255
+    assert level(saved(Image.new("1", (32, 32), 0), "TIFF")) == 0
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(format):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+
+    pixels = whole(saved(Image.fromarray(ramp), format))
+
+    assert np.abs(pixels[..., 0].astype(float) - ramp / 257).max() <= 1
+
+
+def test_sixteen_bit_colour_is_scaled():
+    # Pillow cannot write one, so here is the PNG by hand: 1 x 1, RGB, 16 bits.
+    import zlib
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"\x00" + struct.pack(">HHH", 65535, 32768, 0))
+    data = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", rows) + part(b"IEND", b"")
+
+    assert decode(data, 1, 1, None)[0, 0].tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.full((32, 32), 40_000, np.int32), 40_000 / 257),
+        (np.full((32, 32), 200, np.int32), 200),
+        (np.full((32, 32), 0.5, np.float32), 127.5),
+        (np.full((32, 32), 200, np.float32), 200),
+        (np.linspace(-3e6, 3e6, 1024, dtype=np.float32).reshape(32, 32), 127.5),
+    ],
+)
+def test_thirty_two_bit_tiff_becomes_something_sensible(values, expected):
+    assert level(saved(Image.fromarray(values), "TIFF")) == pytest.approx(expected, abs=1)
+
+
+def test_tiff_that_is_not_finite_is_broken():
+    values = np.full((32, 32), np.nan, np.float32)
+
+    with pytest.raises(BrokenImage):
+        whole(saved(Image.fromarray(values), "TIFF"))
+
+
+def turned(format: str, orientation: int, **options) -> bytes:
+    """HALVES as a camera stores it that needs this orientation to be shown upright."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose: its inverses
+    stored = HALVES if orientation == 1 else HALVES.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(stored, format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "options", [{"format": "JPEG", "quality": 95}, {"format": "PNG"}, {"format": "WEBP"}, {"format": "TIFF"}]
+)
+def test_pictures_are_turned_upright(orientation, options):
+    pixels = decode(turned(orientation=orientation, **options), 32, 64, None).astype(int)
+
+    assert pixels[16, 8, 0] > 200 > 80 > pixels[16, 8, 2]
+    assert pixels[16, 56, 2] > 200 > 80 > pixels[16, 56, 0]
+
+
+def test_orientation_that_makes_no_sense_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 99
+
+    assert whole(saved(HALVES, "JPEG", exif=exif))[16, 4, 0] > 200
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_does_not_harm_the_picture():
+    assert whole(saved(HALVES, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f rubbish"))[16, 4, 0] > 200
+
+
+def test_crop_takes_the_middle():
+    image = Image.new("RGB", (100, 50), "red")
+    image.paste("blue", (32, 7, 68, 43))
+
+    pixels = decode(saved(image, "PNG"), 36, 36, 0.72)
+
+    assert (pixels == [0, 0, 255]).all()
+
+
+def test_crop_of_one_pixel_is_possible():
+    assert decode(saved(Image.new("RGB", (1, 1), "white"), "PNG"), 8, 8, 0.875).mean() == 255
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bomb_is_not_decoded(name):
+    with pytest.raises(ImageTooLarge):
+        whole(bombs()[name])
+
+
+def test_text_is_not_decoded():
+    with pytest.raises(NotAnImage):
+        whole(b"this is text")
+
+
+@pytest.mark.parametrize("name", ["JPEG", "JPEG progressive", "PNG", "WEBP", "GIF", "BMP", "TIFF", "TIFF deflate"])
+@pytest.mark.filterwarnings("ignore")
+def test_cut_or_damaged_pictures_are_bad_input_and_nothing_else(name):
+    data = pictures()[name]
+    random = np.random.default_rng(0)
+    damaged = [data[: len(data) * part // 20] for part in range(20)]
+    for _ in range(300):
+        changed = bytearray(data)
+        for position in random.integers(0, len(data), 3):
+            changed[position] = random.integers(0, 256)
+        damaged.append(bytes(changed))
+
+    refused = 0
+    for each in damaged:
+        try:
+            assert decode(each, 16, 16, None).shape == (16, 16, 3)
+        except BadInput as error:
+            refused += 1
+            assert error.permanent
+
+    assert refused >= 10
+
+
+def test_broken_pixels_behind_a_sound_structure_are_broken(photos):
+    data = photos["chelsea"]
+    cut = data[: len(data) // 2] + b"\xff\xd9"
+    png = bytearray(saved(PICTURE, "PNG"))
+    png[60] ^= 0xFF
+    check_upload(bytes(png), MAX_PIXELS)
+
+    with pytest.raises(BrokenImage) as caught:
+        whole(bytes(png))
+
+    assert caught.value.__cause__ is not None
+    assert decode(cut, 32, 32, None).shape == (32, 32, 3)  # libjpeg greys what is missing, as viewers do
+
+
+def test_reduced_scale_is_for_large_jpegs_only():
+    image = Image.effect_noise((2060, 2060), 60).convert("RGB")
+    jpeg, png = saved(image, "JPEG", quality=95), saved(image, "PNG")
+
+    reduced = decode(jpeg, 224, 224, 0.875)
+
+    assert not np.array_equal(reduced, decode(jpeg, 224, 224, 0.875, margin=math.inf))
+    assert np.array_equal(decode(png, 224, 224, 0.875), decode(png, 224, 224, 0.875, margin=math.inf))
+    small = saved(image.resize((2040, 2040)), "JPEG", quality=95)
+    assert np.array_equal(decode(small, 224, 224, 0.875), decode(small, 224, 224, 0.875, margin=math.inf))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_scale_uses_the_same_part_of_a_turned_picture(photos, orientation):
+    with Image.open(io.BytesIO(photos["rocket"])) as image:
+        large = image.resize((2001, 1503))
+    if orientation == 6:
+        large = large.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(large, "JPEG", quality=92, exif=exif)
+
+    reduced = decode(data, 120, 224, None, margin=1).astype(float)
+    full = decode(data, 120, 224, None, margin=math.inf).astype(float)
+
+    assert np.sqrt(((reduced - full) ** 2).mean()) < 8  # the wrong part would differ by more than 30
+    assert reduced.std() > 20
+
+
+@pytest.fixture(scope="module")
+def answers(models_folder):
+    """Answer a photo of scikit-image's, saved as a JPEG, at the scale that is chosen and at full scale."""
+    import skimage.data
+
+    from provider_image.models.artefact import find_artefact
+    from provider_image.services import load_service
+
+    service = load_service("classification")
+    net = service.load(find_artefact(models_folder, "efficientnet_lite0"), 2, "f32")
+
+    def answer(name, size, quality):
+        picture = Image.fromarray(getattr(skimage.data, name)()).resize(size, Image.Resampling.BICUBIC)
+        data = saved(picture, "JPEG", quality=quality)
+        chosen = service.run(net, decode(data, 224, 224, 0.875))
+        return chosen, service.run(net, decode(data, 224, 224, 0.875, margin=math.inf))
+
+    return answer
+
+
+PHOTOS = ["chelsea", "coffee", "rocket", "astronaut"]
+
+
+@pytest.mark.parametrize("size", [(800, 600), (1707, 1280), (2048, 1536), (3000, 2000), (3000, 2250), (4000, 3000)])
+@pytest.mark.parametrize("name", PHOTOS)
+@pytest.mark.parametrize("quality", [75, 85, 92])
+def test_top_five_stay_at_reduced_scale(answers, name, size, quality):
+    reduced, full = answers(name, size, quality)
+
+    assert reduced[0][1] == full[0][1]
+    assert {row[1] for row in reduced[:5]} == {row[1] for row in full[:5]}
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+@pytest.mark.parametrize("quality", [75, 85, 92])
+def test_at_the_least_scale_only_labels_that_are_as_likely_change_places(answers, name, quality):
+    reduced, full = answers(name, (2731, 2048), quality)
+
+    before = {label: probability for _, label, probability in full}
+    after = {label: probability for _, label, probability in reduced}
+    assert reduced[0][1] == full[0][1]
+    assert all(abs(after[label] - before[label]) < 0.02 for label in list(before)[:5])
+    for label in set(list(before)[:5]) - set(list(after)[:5]):
+        assert before[label] - full[5][2] < 0.005
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (224, 224, 3), (299, 331, 3)])
+def test_packed_pixels_are_unpacked_exactly(shape):
+    pixels = np.random.default_rng(7).integers(0, 256, shape, np.uint8)
+
+    assert np.array_equal(decode_shrunk(encode_lossless(pixels), *shape[:2]), pixels)
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "nothing": b"",
+        "text": b"text",
+        "half of it": encode_lossless(np.zeros((30, 40, 3), np.uint8))[:-9],
+        "wider": encode_lossless(np.zeros((30, 41, 3), np.uint8)),
+        "smaller": encode_lossless(np.zeros((20, 20, 3), np.uint8)),
+        "turned": encode_lossless(np.zeros((40, 30, 3), np.uint8)),
+        "another format": saved(Image.new("RGB", (40, 30)), "PNG"),
+        "transparent": saved(Image.new("RGBA", (40, 30), (1, 2, 3, 4)), "WEBP", lossless=True),
+        "several frames": saved(
+            Image.new("RGB", (40, 30)), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
+        ),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_what_is_no_shrunk_picture_of_the_right_size_is_bad_input(data):
+    with pytest.raises(BadInput, match="must be a WebP file of 40 x 30 RGB pixels") as caught:
+        decode_shrunk(data[1], 30, 40)
+
+    assert caught.value.permanent

@@ -1,0 +1,151 @@
+"""Artefacts on disk: read, told apart, built once, never half."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from provider_image.backends.openvino import load_net
+from provider_image.compiler import can_build_now, ensure_installed, lite0
+from provider_image.compiler.installing import building
+from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
+from provider_image.models.artefact import find_artefact, installed_digest, read_artefact
+from provider_image.models.catalogue import CATALOGUE
+from tests.provider_image.conftest import ROOT
+
+
+@pytest.fixture
+def models(tmp_path, models_folder):
+    """A copy of the models folder that a test may damage."""
+    return shutil.copytree(models_folder, tmp_path / "models")
+
+
+def test_artefact_says_what_the_model_is(models_folder):
+    artefact = read_artefact(models_folder / "efficientnet_lite0")
+
+    assert (artefact.height, artefact.width, artefact.crop, len(artefact.labels)) == (224, 224, 0.875, 1000)
+    assert artefact.labels[282] == ("n02123159", "tiger_cat")
+    assert artefact.weights_sha256 == lite0.WEIGHTS_SHA256
+
+
+def test_missing_model_names_the_command_that_installs_it(tmp_path):
+    with pytest.raises(NotInstalled, match="mlg models compile vgg16"):
+        find_artefact(tmp_path, "vgg16")
+
+    assert installed_digest(tmp_path, "vgg16") is None
+
+
+@pytest.mark.parametrize("name", ["../efficientnet_lite0", "/etc", "", "A" * 65, "a\n"])
+def test_name_that_is_no_name_never_becomes_a_path(tmp_path, name):
+    with pytest.raises(UnknownModel):
+        find_artefact(tmp_path, name)
+
+
+def test_unchanged_artefact_is_read_once(models_folder):
+    assert find_artefact(models_folder, "efficientnet_lite0") is find_artefact(models_folder, "efficientnet_lite0")
+
+
+def test_asking_for_the_digest_costs_microseconds(models_folder):
+    installed_digest(models_folder, "efficientnet_lite0")
+
+    started = time.perf_counter()
+    for _ in range(1000):
+        installed_digest(models_folder, "efficientnet_lite0")
+
+    assert (time.perf_counter() - started) / 1000 < 200e-6
+
+
+def test_changed_artefact_is_read_again(models):
+    before = installed_digest(models, "efficientnet_lite0")
+    path = models / "efficientnet_lite0" / "model.json"
+
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "0" * 64}))
+
+    assert before != installed_digest(models, "efficientnet_lite0") == "0" * 64
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.json").write_text("{"),
+        lambda folder: (folder / "model.json").write_text('{"format": 99}'),
+        lambda folder: (folder / "model.json").write_text("[]"),
+        lambda folder: (folder / "model.json").write_text("[" * 100_000),
+        lambda folder: (folder / "model.bin").unlink(),
+        lambda folder: os.truncate(folder / "model.bin", 1000),
+    ],
+)
+def test_damaged_artefact_is_broken(models, damage):
+    damage(models / "efficientnet_lite0")
+
+    with pytest.raises(BrokenArtefact):
+        find_artefact(models, "efficientnet_lite0")
+    assert installed_digest(models, "efficientnet_lite0") is None
+
+
+def test_flipped_bit_in_the_weights_is_found_when_loading(models):
+    path = models / "efficientnet_lite0" / "model.bin"
+    data = bytearray(path.read_bytes())
+    data[5_000_000] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(BrokenArtefact, match="has changed"):
+        load_net(find_artefact(models, "efficientnet_lite0"), 1, "f32")
+
+
+def test_damaged_artefact_is_built_again(models, models_folder):
+    before = installed_digest(models_folder, "efficientnet_lite0")
+    os.truncate(models / "efficientnet_lite0" / "model.bin", 1000)
+
+    artefact = ensure_installed(models, "efficientnet_lite0")
+
+    assert artefact.digest == before
+    load_net(artefact, 1, "f32")
+
+
+def test_only_what_needs_no_download_can_be_built_now():
+    assert can_build_now(CATALOGUE["efficientnet_lite0"])
+    assert not can_build_now(CATALOGUE["vgg16"])
+
+
+def test_model_that_needs_a_download_is_not_installed_by_itself(tmp_path):
+    with pytest.raises(NotInstalled, match="mlg models compile densenet121"):
+        ensure_installed(tmp_path, "densenet121")
+
+
+def test_models_folder_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(NotInstalled, match="could not be written"):
+        ensure_installed(tmp_path / "file" / "models", "efficientnet_lite0")
+
+
+def test_several_processes_building_at_once_all_succeed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from provider_image.compiler import ensure_installed; "
+        "print(ensure_installed(Path(sys.argv[1]), 'efficientnet_lite0').digest)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+
+    digests = {process.communicate(timeout=60)[0].strip() for process in started}
+
+    assert digests == {installed_digest(tmp_path, "efficientnet_lite0")}
+    assert {path.name for path in tmp_path.iterdir()} == {"efficientnet_lite0", ".efficientnet_lite0.lock"}
+
+
+def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
+    leftover = tmp_path / ".vgg16.abc.tmp"
+    leftover.mkdir()
+
+    with building(tmp_path, "vgg16") as folder:
+        assert folder.is_dir()
+        assert not leftover.exists()
+
+    assert not folder.exists()

@@ -1,0 +1,206 @@
+"""The provider's door: finds the warm process of its place, starts one if there is none, says when it died."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from provider_image.chunk import read_results
+from provider_image.warm_client import warm_place
+from tests.process_tree import wait_until
+from tests.provider_image.conftest import ROOT, environment, make_chunk
+from tests.provider_image.test_warm_server import is_alive
+
+
+def command(*arguments, **changes) -> subprocess.CompletedProcess:
+    """Run `python -m provider_image`."""
+    return subprocess.run(
+        [sys.executable, "-m", "provider_image", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def chunk(tmp_path, photos):
+    return make_chunk(tmp_path / "chunk.zip", [photos["chelsea"], photos["coffee"]])
+
+
+@pytest.fixture
+def place(tmp_path, models_folder):
+    """A place; the warm processes in it are killed afterwards."""
+    yield tmp_path / "place"
+    for pid in warm_pids(tmp_path / "place"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def warm_pids(place) -> list[int]:
+    """Processes that serve somewhere under a place."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"\0serve\0" in line and os.fsencode(place) in line and is_alive(int(entry.name)):
+            found.append(int(entry.name))
+    return found
+
+
+def labels(path) -> list[str]:
+    items = read_results(path, "chunk-1", "efficientnet_lite0", [0, 1]).items
+    return [item.output[0][1] for item in items]
+
+
+def test_run_answers_and_a_second_run_finds_the_warm_process(tmp_path, chunk, place, models_folder):
+    options = ("--models", models_folder, "--place", place)
+
+    first = command("run", chunk, tmp_path / "1.zip", *options)
+    pids = warm_pids(place)
+    second = command("run", chunk, tmp_path / "2.zip", *options)
+
+    assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
+    assert labels(tmp_path / "1.zip") == labels(tmp_path / "2.zip") == ["tiger_cat", "espresso"]
+    assert len(pids) == 1
+    assert warm_pids(place) == pids
+    second_load = read_results(tmp_path / "2.zip", "chunk-1", "efficientnet_lite0", [0, 1]).load_seconds
+    assert second_load == 0
+
+
+def test_runs_at_once_share_one_warm_process(tmp_path, chunk, place, models_folder):
+    options = ("--models", models_folder, "--place", place)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "provider_image", "run", chunk, tmp_path / f"{n}.zip", *options],
+            cwd=ROOT,
+        )
+        for n in range(3)
+    ]
+
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert len(warm_pids(place)) == 1
+    for n in range(3):
+        assert labels(tmp_path / f"{n}.zip") == ["tiger_cat", "espresso"]
+
+
+def test_other_settings_get_another_warm_process(tmp_path, models_folder):
+    places = {
+        warm_place(tmp_path, models_folder, 1, "f32"),
+        warm_place(tmp_path, models_folder, 2, "f32"),
+        warm_place(tmp_path, models_folder, 1, "bf16"),
+        warm_place(tmp_path, tmp_path, 1, "f32"),
+        warm_place(None, models_folder, 1, "f32"),
+    }
+
+    assert len(places) == 5
+    assert warm_place(tmp_path, models_folder, 1, "f32") in places
+
+
+def test_warm_process_ends_after_the_time_it_is_kept(tmp_path, chunk, place, models_folder):
+    done = command(
+        *("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place), MLG_KEEP_WARM_SECONDS="0.3"
+    )
+
+    assert done.returncode == 0
+    wait_until(lambda: not warm_pids(place))
+    again = command("run", chunk, tmp_path / "again.zip", "--models", models_folder, "--place", place)
+    assert again.returncode == 0
+
+
+def test_run_cold_starts_no_process(tmp_path, chunk, place, models_folder):
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place, "--cold")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert labels(tmp_path / "r.zip") == ["tiger_cat", "espresso"]
+    assert warm_pids(place) == []
+
+
+def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chunk, place, models_folder):
+    options = ("--models", models_folder, "--place", place)
+    command("run", chunk, tmp_path / "r.zip", *options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "provider_image", "run", slow_chunk, tmp_path / "slow.zip", *options],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.7)
+
+    (pid,) = warm_pids(place)
+    os.kill(pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert errors.startswith("Error: The warm process ended before it had written the results")
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "slow.zip").exists()
+    assert command("run", chunk, tmp_path / "after.zip", *options).returncode == 0
+
+
+@pytest.mark.parametrize("how", [(), ("--cold",)])
+def test_error_is_one_line(tmp_path, photos, place, models_folder, how):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]], model="vgg16")
+
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place, *how)
+
+    expected = "Error: The model vgg16 is not installed here. Install it: mlg models compile vgg16\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+def test_debugging_shows_the_traceback(tmp_path):
+    done = command("run", tmp_path / "none.zip", tmp_path / "r.zip", "--cold", MLG_DEBUG="1")
+
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("Error: none.zip cannot be opened: No such file or directory\n")
+
+
+def test_bad_setting_names_its_variable(tmp_path):
+    done = command("run", tmp_path / "c.zip", tmp_path / "r.zip", MLG_KEEP_WARM_SECONDS="soon")
+
+    assert (done.returncode, done.stderr) == (1, "Error: MLG_KEEP_WARM_SECONDS='soon' is not a number.\n")
+
+
+@pytest.mark.parametrize("option", [("--threads", "0"), ("--threads", "two"), ("--idle-seconds", "nan")])
+def test_bad_option_says_what_is_wrong(tmp_path, option):
+    done = command("serve", "--place", tmp_path / "place", *option)
+
+    assert done.returncode == 2
+    assert f"argument {option[0]}: {option[1]!r} is not a" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("serve",)])
+def test_help_has_an_example(arguments):
+    done = command(*arguments, "--help")
+
+    assert done.returncode == 0
+    assert "example:" in done.stdout
+    assert "mlg-provider " in done.stdout
+
+
+def test_warm_process_that_cannot_start_says_why(tmp_path, chunk, models_folder):
+    (tmp_path / "file").write_text("")
+
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", tmp_path / "file" / "place")
+
+    assert done.returncode == 1
+    assert "cannot be used as a place" in done.stderr
+
+
+def test_cold_chunk_of_sixteen_is_quick_and_small(tmp_path, photos, models_folder):
+    chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]] * 16)
+
+    started = time.perf_counter()
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--cold", "--threads", "2")
+
+    assert done.returncode == 0
+    assert time.perf_counter() - started < 10  # half a second on two cores that do nothing else
+    results = read_results(tmp_path / "r.zip", "chunk-1", "efficientnet_lite0", range(16))
+    assert results.peak_memory_bytes < 220e6

@@ -1,0 +1,66 @@
+"""Weights for tests: seeded, scaled so that answers are neither flat nor certain, in the files that Keras publishes.
+
+No user ever sees an answer from them: they are written into a test's own folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from provider_image.compiler.keras_graph import import_keras
+from provider_image.compiler.self_test import pictures
+from provider_image.images.decoding import decode
+from provider_image.models.catalogue import ModelRow
+from tests import needs_keras  # noqa: F401 - importing it is its use
+
+#: Deviation of the logits over the classes for the photo that stands out most. Random networks are worse conditioned
+#: than trained ones: at 2.5 a ResNet152 turns f32's rounding into differences of 0.0001.
+_DEVIATION = 2.0
+
+
+def seeded_network(row: ModelRow, seed: int = 7) -> Any:
+    """Make a model of the row's class with seeded weights that tell photos apart.
+
+    Batch normalisations get the statistics of photos, as if trained; then the last layer is centred and scaled.
+    """
+    import numpy as np
+
+    keras = import_keras()
+    keras.utils.set_random_seed(seed)
+    network = getattr(keras.applications, row.keras_class)(weights=None)
+    module = importlib.import_module(getattr(keras.applications, row.keras_class).__module__)
+    arrays = [decode(data, row.height, row.width, row.crop) for data in pictures().values()]
+    batch = module.preprocess_input(np.stack(arrays).astype(np.float32))
+    random = np.random.default_rng(seed)
+    for layer in network.layers:
+        if type(layer).__name__ == "BatchNormalization":
+            layer.momentum = 0.0
+            if layer.gamma is not None:
+                # A residual branch that ends in a normalisation adds a little only, as in trained networks: fifty that
+                # add much make of f32's rounding, which differs from processor to processor, 0.0002 in the end.
+                least, most = (0.1, 0.2) if layer.name.endswith("_3_bn") else (0.3, 0.6)
+                layer.gamma.assign(random.uniform(least, most, layer.gamma.shape))
+            layer.beta.assign(random.normal(0, 0.2, layer.beta.shape))
+        elif type(layer).__name__ == "LayerScale":
+            layer.gamma.assign(random.uniform(0.1, 0.5, layer.gamma.shape))
+    network(batch, training=True)
+    last = network.layers[-1]
+    features = keras.Model(network.input, last.input)
+    seen = np.asarray(features(batch, training=False), np.float64)
+    kernel = random.normal(size=last.kernel.shape)
+    logits = (seen - seen.mean(axis=0)) @ kernel
+    kernel *= _DEVIATION / logits.std(axis=1).max()
+    last.kernel.assign(kernel)
+    last.bias.assign(-(seen.mean(axis=0) @ kernel) + random.normal(0, 0.5, kernel.shape[1]))
+    return network
+
+
+def write_weights(network: Any, path: Path) -> None:
+    """Write a network's weights as Keras publishes its own: the legacy HDF5 layout."""
+    import h5py
+
+    legacy = importlib.import_module("keras.src.legacy.saving.legacy_h5_format")
+    with h5py.File(path, "w") as file:
+        legacy.save_weights_to_hdf5_group(file, network)

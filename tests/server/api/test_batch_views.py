@@ -1,0 +1,354 @@
+"""Many pictures at once through the API: forms, zips, lines; partial failure, progress, results, the end of a batch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import flask.testing
+import pytest
+
+from server.app import create_app
+from server.settings import ServerSettings
+from store.sqlite import SqliteStore
+
+URL = "/requestPredictions/efficientnet_lite0"
+Post = Callable[..., Any]
+
+
+def zipped(*entries: tuple[str, bytes], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", **options) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def form(*images: tuple[str, bytes], **fields: Any) -> dict[str, Any]:
+    return {"image": [(io.BytesIO(data), name) for name, data in images], **fields}
+
+
+def picture(shade: int) -> bytes:
+    """A PNG of one pixel."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), (shade % 256, shade // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def send(client: flask.testing.FlaskClient, body: bytes, kind: str = "application/zip", query: str = "") -> Any:
+    return client.post(URL + query, data=body, content_type=kind)
+
+
+def test_a_form_of_pictures_is_one_batch_with_an_id_for_each(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes]
+) -> None:
+    reply = client.post(URL, data=form(("a.jpg", photos["chelsea"]), ("b.jpg", photos["coffee"])))
+
+    body = reply.get_json()
+    assert (reply.status_code, body["accepted"], body["refused"]) == (202, 2, 0)
+    assert [item["client_id"] for item in body["items"]] == ["a.jpg", "b.jpg"]
+    assert reply.headers["Location"] == body["status_url"] == f"/batches/{body['batch_id']}"
+    shown = client.get(f"/readPrediction/{body['items'][1]['req_id']}").get_json()
+    assert (shown["batch_id"], shown["client_id"], shown["name"]) == (body["batch_id"], "b.jpg", "b.jpg")
+
+
+def test_a_client_id_in_a_form_names_the_picture_after_it(client: flask.testing.FlaskClient) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="client_id"\r\n\r\nfirst\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + picture(1) + b"\r\n"
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="b.png"\r\n\r\n' + picture(2) + b"\r\n--x--\r\n"
+    )
+
+    reply = send(client, body, "multipart/form-data; boundary=x")
+
+    assert [item["client_id"] for item in reply.get_json()["items"]] == ["first", "b.png"]
+
+
+def test_bad_items_are_refused_one_by_one_and_the_others_taken(
+    client: flask.testing.FlaskClient, settings: ServerSettings
+) -> None:
+    body = zipped(
+        ("good.png", picture(1)),
+        ("note.txt", b"not a picture"),
+        ("large.png", b"\0" * (settings.max_image_bytes + 1)),
+        ("cut.png", picture(2)[:-8]),
+        ("more/good.png", picture(3)),
+        ("__MACOSX/._good.png", b"x"),
+    )
+
+    reply = send(client, body).get_json()
+
+    found = [(item["client_id"], item["req_id"] is not None, item["code"]) for item in reply["items"]]
+    assert found == [
+        ("good.png", True, None),
+        ("note.txt", False, "not_an_image"),
+        ("large.png", False, "too_large"),
+        ("cut.png", False, "broken_image"),
+        ("more/good.png", True, None),
+    ]
+    shown = client.get(reply["status_url"]).get_json()
+    assert [one["client_id"] for one in shown["refused"]] == ["note.txt", "large.png", "cut.png"]
+    assert (shown["total"], shown["counts"]["refused"], shown["counts"]["queued"]) == (2, 3, 2)
+
+
+def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> None:
+    archive = (io.BytesIO(zipped(("a.png", picture(1)))), "all.zip")
+
+    reply = client.post(URL, data={"archive": archive})
+
+    assert reply.get_json()["items"][0]["client_id"] == "a.png"
+
+
+@pytest.mark.parametrize("position", [1, 25])
+def test_twins_are_refused_by_name_and_nothing_is_kept(
+    client: flask.testing.FlaskClient, traces: Callable[[], tuple[list[str], int]], position: int
+) -> None:
+    images = [(f"{n}.png", picture(n)) for n in range(position)]
+
+    reply = client.post(URL, data=form(*images, ("0.png", picture(99))))
+
+    assert (reply.status_code, reply.get_json()["code"]) == (409, "duplicate_client_id")
+    assert "'0.png'" in reply.get_json()["reason"]
+    assert traces() == ([], 0)
+
+
+def _bomb(size: int) -> bytes:
+    return zipped(*((f"{n}", b"\0" * 1_000_000) for n in range(size)), compression=zipfile.ZIP_DEFLATED)
+
+
+def _huge_directory() -> bytes:
+    return b"PK\x05\x06" + struct.pack("<HHHHLLH", 0, 0, 1, 1, 2**31, 0, 0)
+
+
+def _zip64_locator() -> bytes:
+    return b"PK\x06\x07" + b"\0" * 16 + b"PK\x05\x06" + b"\0" * 18
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "code"),
+    [
+        (b"", "application/zip", 400, "malformed_request"),
+        (b"no zip at all", "application/zip", 400, "malformed_request"),
+        (zipped(), "application/zip", 400, "malformed_request"),
+        (zipped(("a", b"1"))[:-30], "application/zip", 400, "malformed_request"),
+        (_bomb(12), "application/zip", 413, "too_large"),
+        (_huge_directory(), "application/zip", 413, "too_many_items"),
+        (_zip64_locator(), "application/zip", 400, "malformed_request"),
+        (b"x" * 10_000_001, "application/zip", 413, "too_large"),
+        (b"--x\r\n" + b"h: " + b"y" * 200_000, "multipart/form-data; boundary=x", 400, "malformed_request"),
+        (b"--x\r\n\r\n\r\n--x--\r\n", "multipart/form-data; boundary=x", 400, "malformed_request"),
+        (b"nothing", "multipart/form-data; boundary=x", 400, "malformed_request"),
+        (b"nothing", "multipart/form-data", 400, "malformed_request"),
+        (b"x", "image/png", 415, "unsupported_media_type"),
+        (b'{"url": "https://example.org/a.jpg"}', "application/jsonl", 403, "fetching_is_off"),
+    ],
+    ids=[
+        "empty-zip", "not-a-zip", "zip-without-members", "cut-zip", "zip-bomb", "huge-zip-directory", "zip64-locator",
+        "too-large", "endless-headers", "form-without-images", "form-without-parts", "form-without-boundary",
+        "one-image", "urls-while-off",
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
+    settings: ServerSettings,
+    store: SqliteStore,
+    traces: Callable[[], tuple[list[str], int]],
+    body: bytes,
+    kind: str,
+    status: int,
+    code: str,
+) -> None:
+    from dataclasses import replace
+
+    client = create_app(replace(settings, max_batch_bytes=10_000_000), store).test_client()
+
+    reply = send(client, body, kind)
+
+    assert (reply.status_code, reply.get_json()["code"]) == (status, code)
+    assert traces() == ([], 0)
+
+
+def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.FlaskClient) -> None:
+    good = zipped(("a.png", picture(1)), ("b.png", picture(2)))
+    lying = bytearray(good)
+    place = lying.index(b"PK\x01\x02")
+    lying[place + 16 : place + 20] = b"\1\2\3\4"  # the checksum in the directory
+
+    reply = send(client, bytes(lying)).get_json()
+
+    assert [item["code"] for item in reply["items"]] == ["broken_image", None]
+
+
+def test_lines_of_addresses_are_fetched_and_each_fails_alone(
+    settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from server.errors import FetchFailed
+
+    def fetch(url: str, *, max_image_bytes: int, seconds: float) -> bytes:
+        if url.endswith("gone"):
+            raise FetchFailed("404")
+        return picture(len(url))
+
+    monkeypatch.setattr("server.intake.batch_intake.fetch", fetch)
+    client = create_app(replace(settings, fetches_urls=True), store).test_client()
+    lines = (
+        b'{"client_id": "a", "url": "https://h/a"}\n\n{"url": "https://h/gone"}\n{"client_id": 7, "url": "https://h/c"}'
+    )
+
+    reply = send(client, lines, "application/x-ndjson").get_json()
+
+    assert [(item["client_id"], item["code"]) for item in reply["items"]] == [
+        ("a", None),
+        ("1", "fetch_failed"),
+        ("7", None),
+    ]
+    for bad in (b"[]", b"{", b'{"url": 1}', b'{"url": "u", "more": 1}', b'{"url": "' + b"x" * 20_000):
+        assert send(client, bad, "application/jsonl").status_code == 400
+
+
+def test_a_batch_shows_its_progress_and_then_its_end(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    reply = send(client, zipped(*((f"{n}.png", picture(n)) for n in range(3))), query="?name=holiday&label=year:1999")
+    url = reply.get_json()["status_url"]
+    before = client.get(url).get_json()
+
+    answer()
+    ended = client.get(url + "?wait=5").get_json()
+
+    assert (before["status"], before["progress"], before["counts"]["queued"]) == ("queued", 0.0, 3)
+    assert "no batcher is running" in before["waiting_for"]
+    assert (ended["status"], ended["progress"], ended["counts"]["done"], ended["eta_seconds"]) == ("ended", 1.0, 3, 0.0)
+    assert (ended["name"], ended["labels"], ended["cost"]) == ("holiday", {"year": "1999"}, None)
+    assert [row["batch_id"] for row in client.get("/batches").get_json()["batches"]] == [ended["batch_id"]]
+
+
+def test_results_are_lines_and_rows_that_can_be_read_on_from_a_mark(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    reply = send(client, zipped(*((f"{n}.png", picture(n)) for n in range(3)))).get_json()
+    url = f"/batches/{reply['batch_id']}"
+    assert client.get(f"{url}/results.jsonl").get_data() == b""
+
+    answer()
+    lines = [json.loads(line) for line in client.get(f"{url}/results.jsonl?top=2").get_data(as_text=True).splitlines()]
+    rest = client.get(f"{url}/results.jsonl?after={lines[0]['cursor']}").get_data(as_text=True).splitlines()
+    rows = list(csv.DictReader(io.StringIO(client.get(f"{url}/results.csv").get_data(as_text=True))))
+
+    assert [line["client_id"] for line in lines] == ["0.png", "1.png", "2.png"]
+    assert [len(line["preds"]) for line in lines] == [2, 2, 2]
+    assert [json.loads(line)["client_id"] for line in rest] == ["1.png", "2.png"]
+    assert [(row["client_id"], row["status"], row["label"]) for row in rows] == [
+        (f"{n}.png", "done", "label_0") for n in range(3)
+    ]
+    assert client.get(f"{url}/results.jsonl?after=x").status_code == 400
+
+
+def test_a_batch_is_cancelled_tried_again_and_deleted(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
+) -> None:
+    first = send(client, zipped(("a.png", picture(1)))).get_json()["status_url"]
+    assert client.delete(first).get_json()["code"] == "batch_under_way"
+    answer(fail_with="It is broken.")
+
+    again = client.post(f"{first}/retry").get_json()
+    cancelled = client.post(f"{first}/cancel").get_json()
+
+    assert (again["changed"], again["counts"]["queued"]) == (1, 1)
+    assert (cancelled["changed"], cancelled["counts"]["cancelled"], cancelled["status"]) == (1, 1, "ended")
+    assert client.delete(first).get_json() == {"success": True, "deleted": 1}
+    assert client.get(first).get_json()["code"] == "unknown_batch"
+
+
+def test_a_sheet_shows_the_pictures_with_their_labels(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
+) -> None:
+    from PIL import Image
+
+    url = send(client, zipped(("a.jpg", photos["chelsea"]), ("b.png", picture(1)))).get_json()["status_url"]
+    answer()
+
+    reply = client.get(f"{url}/contact-sheet.png")
+
+    sheet = Image.open(io.BytesIO(reply.get_data()))
+    assert (reply.content_type, sheet.format, sheet.size) == ("image/png", "PNG", (272, 164))
+    assert len(sheet.getcolors(100_000) or ()) > 500
+
+
+def test_a_deadline_and_a_time_to_keep_are_taken_and_bad_ones_refused(
+    client: flask.testing.FlaskClient, store: SqliteStore
+) -> None:
+    reply = send(client, zipped(("a.png", picture(1))), query="?deadline=30&keep_seconds=60").get_json()
+
+    (item,) = store.batch_items(reply["batch_id"])
+    assert item.deadline_at is not None and item.keep_seconds == 60
+    assert timedelta(seconds=25) < item.deadline_at - datetime.now(UTC) <= timedelta(seconds=30)
+    store.expire(datetime.now(UTC) + timedelta(seconds=31))
+    shown = client.get(f"/readPrediction/{item.id}").get_json()
+    assert (shown["status"], shown["code"]) == ("expired", "expired")
+    assert client.get(reply["status_url"]).get_json()["counts"]["expired"] == 1
+    for query in (
+        "deadline=soon",
+        "deadline=2001-01-01",
+        "deadline=-1",
+        "keep_seconds=nan",
+        "label=x",
+        "label=a:b&label=a:c",
+    ):
+        assert send(client, zipped(("a.png", picture(1))), query=f"?{query}").status_code == 400, query
+
+
+def test_a_batch_leaves_no_file_beside_its_pictures(
+    client: flask.testing.FlaskClient, settings: ServerSettings
+) -> None:
+    send(client, zipped(("a.png", picture(1)), ("b.txt", b"no")))
+
+    files = [path for path in settings.home.rglob("*") if path.is_file() and Path("models") not in path.parents]
+    assert len([path for path in files if "blobs" in path.parts]) == 1
+    assert {path.name.partition(".db")[0] for path in files if "blobs" not in path.parts} <= {"mlg"} | {
+        path.name.partition(".db")[0] for path in settings.models.rglob("*")
+    }
+
+
+def test_what_belongs_to_another_key_is_not_there(settings: ServerSettings, store: SqliteStore) -> None:
+    from server.api.endpoint import Scope
+    from store.keys import KeyRecord, hash_of, make_key
+
+    client = create_app(settings, store).test_client()
+    keys = {}
+    for name in ("alice", "bob"):
+        id, key = make_key()
+        scopes = frozenset({Scope.SUBMIT, Scope.READ})
+        record = KeyRecord(id=id, name=name, sha256=hash_of(key), scopes=scopes, created_at=datetime.now(UTC))
+        store.add_key(record)
+        keys[name] = {"Authorization": f"Bearer {key}", "Idempotency-Key": "the-same"}
+    body = zipped(("a.png", picture(1)))
+
+    made = {
+        name: client.post(URL, data=body, content_type="application/zip", headers=headers).get_json()
+        for name, headers in keys.items()
+    }
+
+    assert made["alice"]["batch_id"] != made["bob"]["batch_id"]
+    (item,) = made["alice"]["items"]
+    for path in ("", "/results.jsonl", "/results.csv", "/contact-sheet.png"):
+        assert client.get(made["alice"]["status_url"] + path, headers=keys["bob"]).status_code == 404
+    for path in ("", "/picture"):
+        assert client.get(f"/requests/{item['req_id']}{path}", headers=keys["bob"]).status_code == 404
+        assert client.get(f"/requests/{item['req_id']}{path}", headers=keys["alice"]).status_code == 200
+    assert client.delete(made["alice"]["status_url"], headers=keys["bob"]).status_code == 404
+    for name, headers in keys.items():
+        batches = client.get("/batches", headers=headers).get_json()["batches"]
+        requests = client.get("/requests", headers=headers).get_json()["requests"]
+        assert [batch["batch_id"] for batch in batches] == [made[name]["batch_id"]]
+        assert [request["batch_id"] for request in requests] == [made[name]["batch_id"]]

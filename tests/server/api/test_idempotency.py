@@ -1,0 +1,207 @@
+"""`Idempotency-Key`: what is sent again under the same key is answered as the first time, and done once."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import flask.testing
+import pytest
+
+from provider_image.errors import StoreUnavailable
+from server.app import create_app
+from server.settings import ServerSettings
+from store.sqlite import SqliteStore
+
+URL = "/requestPrediction/efficientnet_lite0"
+KEY = {"Idempotency-Key": "k-1"}
+
+
+def post(
+    client: flask.testing.FlaskClient, data: bytes, *, query: str = "", key: str = "k-1", boundary: str = "x"
+) -> Any:
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'.encode()
+        + data
+        + f"\r\n--{boundary}--\r\n".encode()
+    )
+    kind = f"multipart/form-data; boundary={boundary}"
+    return client.post(URL + query, data=body, content_type=kind, headers={"Idempotency-Key": key})
+
+
+def test_a_repetition_gets_the_first_answer_and_makes_nothing(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], traces: Callable[[], tuple[list[str], int]]
+) -> None:
+    first = post(client, photos["rocket"], boundary="first")
+
+    again = post(client, photos["rocket"], boundary="another-one")
+
+    assert (again.status_code, again.get_json()) == (202, first.get_json())
+    assert again.headers["Location"] == first.headers["Location"]
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in first.headers
+    assert traces()[1] == 1
+
+
+def test_without_a_key_or_under_another_it_is_done_again(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], traces: Callable[[], tuple[list[str], int]]
+) -> None:
+    post(client, photos["rocket"])
+    post(client, photos["rocket"], key="k-2")
+    client.post(URL, data={"image": (io.BytesIO(photos["rocket"]), "a.jpg")})
+
+    assert traces()[1] == 3
+
+
+@pytest.mark.parametrize("query", ["", "?fresh=1"])
+def test_the_same_key_with_another_request_is_refused(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], query: str
+) -> None:
+    post(client, photos["rocket"])
+
+    reply = post(client, photos["coffee" if not query else "rocket"], query=query)
+
+    assert (reply.status_code, reply.get_json()["code"]) == (422, "key_reused")
+
+
+def test_what_is_still_under_way_is_a_conflict_that_says_when_to_ask_again(
+    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, entered, leave = create_app(settings, store).test_client(), threading.Event(), threading.Event()
+    real = store.add
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        assert leave.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "add", slow)
+    replies: list[Any] = []
+    first = threading.Thread(target=lambda: replies.append(post(client, photos["rocket"])))
+    first.start()
+    assert entered.wait(30)
+
+    meanwhile = post(create_app(settings, store).test_client(), photos["rocket"])
+    leave.set()
+    first.join(30)
+
+    assert (meanwhile.status_code, meanwhile.get_json()["code"]) == (409, "key_under_way")
+    assert int(meanwhile.headers["Retry-After"]) >= 1
+    assert replies[0].status_code == 202
+    assert post(client, photos["rocket"]).headers["Idempotent-Replayed"] == "true"
+
+
+def test_an_error_of_the_server_is_not_kept_and_one_of_the_client_is(
+    client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise StoreUnavailable()
+
+    monkeypatch.setattr(store, "add", broken)
+    assert post(client, photos["rocket"]).status_code == 503
+    monkeypatch.undo()
+
+    assert post(client, photos["rocket"]).status_code == 202
+    assert post(client, b"no picture", key="bad").status_code == 400
+    again = post(client, b"no picture", key="bad")
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (400, "true")
+
+
+def test_what_a_killed_server_left_under_way_ends_and_answers_end_after_a_day(
+    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
+) -> None:
+    now = datetime.now(UTC)
+    store.begin_once(
+        "",
+        "k-1",
+        operation=f"POST {URL}?",
+        token="of a killed server",
+        now=now,
+        lease_ends_at=now + timedelta(seconds=600),
+        expires_at=now + timedelta(days=1),
+    )
+
+    def client_at(seconds: float) -> flask.testing.FlaskClient:
+        return create_app(settings, store, clock=lambda: now + timedelta(seconds=seconds)).test_client()
+
+    assert post(client_at(599), photos["rocket"]).status_code == 409
+    first = post(client_at(601), photos["rocket"])
+    assert first.status_code == 202
+    assert post(client_at(80_000), photos["rocket"]).get_json() == first.get_json()
+    assert "Idempotent-Replayed" not in post(client_at(90_000), photos["rocket"]).headers
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_body_is_read(photos: dict[str, bytes]) -> None:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from server.api.idempotency import _Body
+
+    app = flask.Flask("test")
+
+    def fingerprint(body: bytes, sizes: list[int]) -> str:
+        with app.test_request_context("/", method="POST", data=body, content_type="multipart/form-data; boundary=abab"):
+            made = _Body(flask.request._get_current_object())  # type: ignore[attr-defined]
+            for size in sizes:
+                made.read(size)
+            assert made.finish(10_000)
+            return made.fingerprint()
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        st.lists(st.sampled_from([b"ab", b"a", b"b", b"abab", b"x"]), max_size=12).map(b"".join),
+        st.lists(st.integers(1, 5), max_size=12),
+    )
+    def check(body: bytes, sizes: list[int]) -> None:
+        assert fingerprint(body, sizes) == fingerprint(body, [])
+
+    check()
+
+
+@pytest.mark.parametrize("what", ["cancel", "batch"])
+def test_every_post_that_changes_something_may_be_repeated(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], what: str
+) -> None:
+    made = client.post(
+        "/requestPredictions/efficientnet_lite0", data={"image": (io.BytesIO(photos["rocket"]), "a.jpg")}, headers=KEY
+    )
+    if what == "batch":
+        again = client.post(
+            "/requestPredictions/efficientnet_lite0",
+            data={"image": (io.BytesIO(photos["rocket"]), "a.jpg")},
+            headers=KEY,
+        )
+    else:
+        url = f"{made.get_json()['status_url']}/cancel"
+        made = client.post(url, headers={"Idempotency-Key": "k-2"})
+        again = client.post(url, headers={"Idempotency-Key": "k-2"})
+
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert again.get_json() == made.get_json()
+
+
+def test_a_read_is_never_kept(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
+) -> None:
+    id = post(client, photos["rocket"]).get_json()["req_id"]
+    client.post(f"/readPrediction/{id}", headers=KEY)
+    answer()
+
+    assert client.post(f"/readPrediction/{id}", headers=KEY).get_json()["status"] == "done"
+
+
+def test_a_key_that_is_too_long_is_refused(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
+    assert post(client, photos["rocket"], key="k" * 256).status_code == 400
+
+
+def test_a_repetition_that_is_larger_than_a_batch_may_be_is_not_read(
+    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
+) -> None:
+    client = create_app(replace(settings, max_batch_bytes=300_000), store).test_client()
+    post(client, photos["rocket"])
+
+    assert post(client, b"x" * 2_000_000).status_code == 422

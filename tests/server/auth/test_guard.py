@@ -1,0 +1,532 @@
+"""Who may do what on the HTTP API: keys, scopes, owners, limits, and the guards of an open server."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import flask.testing
+import pytest
+from PIL import Image
+
+from provider_image.errors import ConfigError, StoreBusy
+from server.api.endpoint import Scope, operation_of
+from server.app import create_app
+from server.auth.guard import check_exposure
+from server.auth.key_cache import FRESH_SECONDS, KeyRing
+from server.auth.limits import Limits
+from server.errors import RateLimited
+from server.settings import ServerSettings
+from store.keys import KeyRecord, hash_of, make_key
+from store.sqlite import SqliteStore
+
+MODEL = "efficientnet_lite0"
+URL = f"/requestPrediction/{MODEL}"
+NOW = datetime(2026, 11, 20, 12, 0, 15, tzinfo=UTC)
+Make = Callable[..., str]
+
+
+class Clock:
+    """A time that tests move."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(store: SqliteStore) -> Make:
+    """Make a key and return it."""
+
+    def make_one(name: str = "alice", *scopes: Scope, **facts: Any) -> str:
+        id, key = make_key()
+        store.add_key(
+            KeyRecord(
+                id=id,
+                name=name,
+                sha256=hash_of(key),
+                scopes=frozenset(scopes or (Scope.SUBMIT, Scope.READ)),
+                created_at=NOW - timedelta(days=1),
+                **facts,
+            )
+        )
+        return key
+
+    return make_one
+
+
+@pytest.fixture
+def client(settings: ServerSettings, store: SqliteStore, clock: Clock) -> flask.testing.FlaskClient:
+    return create_app(settings, store, clock=clock).test_client()
+
+
+@pytest.fixture
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), "navy").save(file, "PNG")
+    return file.getvalue()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def send(client: flask.testing.FlaskClient, picture: bytes, key: str | None = None, **headers: str) -> Any:
+    known = {} if key is None else bearer(key)
+    return client.post(URL, data=picture, content_type="image/png", headers={**known, **headers})
+
+
+# Keys
+
+
+def test_without_any_key_in_the_store_everybody_may(client: flask.testing.FlaskClient, picture: bytes) -> None:
+    sent = send(client, picture)
+
+    assert sent.status_code == 202
+    assert client.get(sent.json["status_url"]).status_code == 200
+
+
+def test_from_the_first_key_on_nobody_may_without(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes
+) -> None:
+    key = make()
+
+    refused, taken = send(client, picture), send(client, picture, key)
+
+    assert (refused.status_code, refused.json["code"]) == (401, "key_missing")
+    assert refused.headers["WWW-Authenticate"] == 'Bearer realm="mlg"'
+    assert "mlg keys create" in refused.json["reason"]
+    assert taken.status_code == 202
+
+
+def test_revoking_the_last_key_does_not_open_the_door(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+) -> None:
+    make("alice")
+    store.revoke_key("alice", now=NOW)
+
+    assert send(client, picture).status_code == 401
+
+
+def test_a_key_may_stand_in_either_header(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
+    key = make()
+
+    answers = [
+        client.post(URL, data=picture, content_type="image/png", headers=headers)
+        for headers in (
+            {"Authorization": f"bearer {key}"},
+            {"X-API-Key": key},
+            # A proxy's own scheme is no business of ours.
+            {"X-API-Key": key, "Authorization": "Basic YTpi"},
+        )
+    ]
+
+    assert [answer.status_code for answer in answers] == [202, 202, 202]
+
+
+def test_a_key_that_is_not_right_is_refused_and_appears_nowhere(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    key = make()
+    wrong = [key[:-1] + ("x" if key[-1] != "x" else "y"), make_key()[1], "nonsense", "", key + "é"]
+
+    for given in wrong:
+        answer = client.get("/readPrediction/x", headers={"X-API-Key": given.encode().decode("latin-1")})
+
+        assert (answer.status_code, answer.json["code"]) == (401, "key_refused")
+        assert not given or given not in answer.text
+    assert key[17:40] not in caplog.text
+
+
+def test_an_expired_key_is_refused(client: flask.testing.FlaskClient, make: Make, clock: Clock) -> None:
+    key = make(expires_at=NOW + timedelta(minutes=1))
+
+    before = client.get("/readPrediction/x", headers=bearer(key)).status_code
+    clock.now += timedelta(minutes=1)
+
+    assert (before, client.get("/readPrediction/x", headers=bearer(key)).status_code) == (404, 401)
+
+
+def test_a_revoked_key_stops_working_within_seconds(store: SqliteStore, make: Make) -> None:
+    ticks = [0.0]
+    ring = KeyRing(store, ticks=lambda: ticks[0])
+    key = make("alice")
+    assert ring.find(key, NOW) is not None
+    store.revoke_key("alice", now=NOW)
+
+    ticks[0] = FRESH_SECONDS + 0.1
+
+    assert FRESH_SECONDS < 5
+    assert ring.find(key, NOW) is None
+
+
+def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStore, make: Make) -> None:
+    ticks = [0.0]
+    ring = KeyRing(store, ticks=lambda: ticks[0])
+    assert not ring.has_keys()
+    make()
+
+    ticks[0] = FRESH_SECONDS + 0.1
+
+    assert ring.has_keys()
+
+
+def test_the_use_of_a_key_is_noted_in_the_store(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make
+) -> None:
+    client.get("/readPrediction/x", headers=bearer(make()))
+
+    assert [key.last_used_at for key in store.list_keys()] == [NOW]
+
+
+def test_a_store_that_cannot_note_the_use_of_a_key_refuses_nobody(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StoreBusy()
+
+    monkeypatch.setattr(store, "touch_key", fail)
+
+    assert client.get("/readPrediction/x", headers=bearer(make())).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/"])
+def test_health_and_the_first_page_are_open_to_everybody(
+    client: flask.testing.FlaskClient, make: Make, path: str
+) -> None:
+    make()
+
+    assert client.get(path).status_code == 200
+    assert client.get(path, headers=bearer("nonsense")).status_code == 200
+
+
+# Scopes
+
+
+@pytest.mark.parametrize(
+    ("scope", "sends", "reads", "cancels"),
+    [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
+)
+def test_a_key_is_good_for_its_scopes_only(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes, scope: Scope, sends: int, reads: int, cancels: int
+) -> None:
+    key = make("one", scope)
+    sent = send(client, picture, key)
+    id = sent.json.get("req_id", "x")
+
+    read = client.get(f"/readPrediction/{id}", headers=bearer(key))
+    cancelled = client.delete(f"/requests/{id}", headers=bearer(key))
+
+    assert (sent.status_code, read.status_code, cancelled.status_code) == (sends, reads, cancels)
+    for answer in (sent, read, cancelled):
+        assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
+
+
+def test_a_view_that_says_nothing_of_itself_is_for_operators(
+    settings: ServerSettings, store: SqliteStore, make: Make
+) -> None:
+    app = create_app(settings, store)
+    app.add_url_rule("/quiet", "quiet", lambda: "something")
+    alice, operator = make("alice"), make("operator", Scope.OPERATE)
+
+    statuses = [app.test_client().get("/quiet", headers=bearer(key)).status_code for key in (alice, operator)]
+
+    assert statuses == [403, 200]
+
+
+# Owners
+
+
+def test_a_request_is_seen_with_its_own_key_or_an_operators_only(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+) -> None:
+    alice, bob, operator = make("alice"), make("bob"), make("operator", Scope.OPERATE)
+    id = send(client, picture, alice).json["req_id"]
+
+    def ask(key: str) -> list[int]:
+        return [
+            client.get(f"/readPrediction/{id}", headers=bearer(key)).status_code,
+            client.post(f"/requests/{id}/retry", headers=bearer(key)).status_code,
+            client.delete(f"/requests/{id}", headers=bearer(key)).status_code,
+        ]
+
+    bobs = ask(bob)
+    stayed = store.get(id).state
+    alices = ask(alice)
+
+    assert bobs == [404, 404, 404]
+    assert str(stayed) == "queued"
+    assert alices == [200, 409, 200]
+    assert ask(operator)[0] == 200
+    assert store.get(id).key_id == next(key.id for key in store.list_keys() if key.name == "alice")
+
+
+def test_what_was_sent_before_there_were_keys_is_for_operators(
+    settings: ServerSettings, store: SqliteStore, make: Make, picture: bytes
+) -> None:
+    id = send(create_app(settings, store).test_client(), picture).json["req_id"]
+    client = create_app(settings, store).test_client()
+    alice, operator = make("alice"), make("operator", Scope.OPERATE)
+
+    statuses = [client.get(f"/readPrediction/{id}", headers=bearer(key)).status_code for key in (alice, operator)]
+
+    assert statuses == [404, 200]
+
+
+def test_a_foreign_request_looks_like_one_that_was_never_there(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes
+) -> None:
+    alice, bob = make("alice"), make("bob")
+    id = send(client, picture, alice).json["req_id"]
+
+    foreign = client.get(f"/readPrediction/{id}", headers=bearer(bob))
+    absent = client.get(f"/readPrediction/{'0' * 32}", headers=bearer(bob))
+
+    assert (foreign.status_code, foreign.json) == (absent.status_code, absent.json)
+
+
+# Limits
+
+
+def test_a_quota_is_told_with_every_answer_and_ends_with_429(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes, clock: Clock
+) -> None:
+    key = make(pictures_per_day=2)
+
+    answers = [send(client, picture, key) for _ in range(3)]
+    read = client.get("/readPrediction/x", headers=bearer(key))
+    clock.now += timedelta(hours=12)
+    tomorrow = send(client, picture, key)
+
+    assert [answer.status_code for answer in answers] == [202, 202, 429]
+    assert answers[2].json["code"] == "quota_reached"
+    # Noon and 15 seconds: midnight is 43185 seconds away.
+    assert answers[2].headers["Retry-After"] == "43185"
+    assert answers[0].headers["RateLimit-Policy"] == '"pictures-per-day";q=2;w=86400'
+    assert [answer.headers["RateLimit"] for answer in (*answers, read)] == [
+        '"pictures-per-day";r=1;t=43185',
+        '"pictures-per-day";r=0;t=43185',
+        '"pictures-per-day";r=0;t=43185',
+        '"pictures-per-day";r=0;t=43185',
+    ]
+    assert tomorrow.status_code == 202
+
+
+def test_a_quota_refuses_before_the_picture_is_read(
+    client: flask.testing.FlaskClient, make: Make, picture: bytes
+) -> None:
+    key = make(pictures_per_day=1)
+    send(client, picture, key)
+
+    answer = client.post(URL, data=b"x" * 100_000_000, content_type="image/png", headers=bearer(key))
+
+    assert answer.status_code == 429
+
+
+def test_a_rate_is_told_with_every_answer_and_ends_with_429(
+    client: flask.testing.FlaskClient, make: Make, clock: Clock
+) -> None:
+    key = make(requests_per_minute=3)
+
+    answers = [client.get("/readPrediction/x", headers=bearer(key)) for _ in range(4)]
+    clock.now += timedelta(seconds=45)
+    next_minute = client.get("/readPrediction/x", headers=bearer(key))
+
+    assert [answer.status_code for answer in answers] == [404, 404, 404, 429]
+    assert answers[3].json["code"] == "rate_limited"
+    assert answers[3].headers["Retry-After"] == "45"
+    assert answers[3].headers["RateLimit-Policy"] == '"requests-per-minute";q=3;w=60'
+    assert [answer.headers["RateLimit"] for answer in answers] == [
+        f'"requests-per-minute";r={left};t=45' for left in (2, 1, 0, 0)
+    ]
+    assert next_minute.status_code == 404
+
+
+def test_both_limits_stand_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
+    answer = client.get("/readPrediction/x", headers=bearer(make(requests_per_minute=10, pictures_per_day=5)))
+
+    assert answer.headers["RateLimit-Policy"] == '"requests-per-minute";q=10;w=60, "pictures-per-day";q=5;w=86400'
+    assert answer.headers["RateLimit"] == '"requests-per-minute";r=9;t=45, "pictures-per-day";r=5;t=43185'
+
+
+def test_a_key_without_limits_is_told_of_none(client: flask.testing.FlaskClient, make: Make) -> None:
+    answer = client.get("/readPrediction/x", headers=bearer(make()))
+
+    assert not [name for name, _ in answer.headers if name.startswith("RateLimit")]
+
+
+@pytest.mark.parametrize("per_minute", [1, 7, 100])
+def test_several_processes_together_keep_to_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
+    make(requests_per_minute=per_minute)
+    (key,) = store.list_keys()
+    processes = [Limits(store) for _ in range(3)]
+    answered = 0
+
+    for turn in range(6 * per_minute):
+        try:
+            processes[turn % 3].take(key, NOW)
+            answered += 1
+        except RateLimited:
+            continue
+
+    assert answered == per_minute
+
+
+def test_a_process_asks_the_store_ten_times_a_minute_at_most(
+    store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(requests_per_minute=200)
+    (key,) = store.list_keys()
+    asked = []
+    real = store.take_requests
+    monkeypatch.setattr(store, "take_requests", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
+    limits = Limits(store)
+
+    for _ in range(200):
+        limits.take(key, NOW)
+
+    assert len(asked) == 10
+
+
+# An open server and browsers
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:5000", "127.0.0.1:5000", "127.0.0.2", "[::1]:5000", "LOCALHOST", "photos.lan:80"]
+)
+def test_an_open_server_answers_to_the_names_of_this_machine(
+    settings: ServerSettings, store: SqliteStore, host: str
+) -> None:
+    app = create_app(replace(settings, allowed_hosts=frozenset({"photos.lan"})), store)
+
+    assert app.test_client().get("/readPrediction/x", headers={"Host": host}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:5000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]"],
+)
+def test_a_name_that_leads_here_by_a_trick_is_refused(client: flask.testing.FlaskClient, host: str) -> None:
+    answer = client.get("/readPrediction/x", headers={"Host": host})
+
+    assert (answer.status_code, answer.json["code"]) == (421, "wrong_host")
+
+
+def test_with_keys_any_name_will_do(client: flask.testing.FlaskClient, make: Make) -> None:
+    assert client.get("/readPrediction/x", headers={**bearer(make()), "Host": "mlg.example"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:9999"},
+    ],
+)
+def test_a_page_of_another_site_changes_nothing_on_an_open_server(
+    client: flask.testing.FlaskClient, store: SqliteStore, picture: bytes, headers: dict[str, str]
+) -> None:
+    answer = send(client, picture, **headers)
+
+    assert (answer.status_code, answer.json["code"]) == (403, "cross_site")
+    assert not store.list()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": "http://localhost"}, {}]
+)
+def test_own_pages_and_programs_may_send_to_an_open_server(
+    client: flask.testing.FlaskClient, picture: bytes, headers: dict[str, str]
+) -> None:
+    assert send(client, picture, **headers).status_code == 202
+
+
+# Other machines
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "mlg.example"])
+def test_a_server_for_other_machines_wants_keys_or_a_word(
+    settings: ServerSettings, store: SqliteStore, make: Make, host: str
+) -> None:
+    exposed = replace(settings, host=host)
+    with pytest.raises(ConfigError, match="mlg keys create"):
+        check_exposure(exposed, store)
+
+    check_exposure(replace(exposed, is_open=True), store)
+    make()
+    check_exposure(exposed, store)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_a_server_for_this_machine_wants_none(settings: ServerSettings, store: SqliteStore, host: str) -> None:
+    check_exposure(replace(settings, host=host), store)
+
+
+@pytest.mark.parametrize(("is_open", "status"), [(False, 401), (True, 404)])
+def test_on_another_address_a_server_without_keys_is_open_only_if_told(
+    settings: ServerSettings, store: SqliteStore, is_open: bool, status: int
+) -> None:
+    app = create_app(replace(settings, host="0.0.0.0", is_open=is_open), store)
+
+    assert app.test_client().get("/readPrediction/x", headers={"Host": "mlg.example"}).status_code == status
+
+
+def test_keys_are_asked_for_even_if_the_server_was_told_to_be_open(
+    settings: ServerSettings, store: SqliteStore, make: Make
+) -> None:
+    make()
+
+    assert create_app(replace(settings, is_open=True), store).test_client().get("/readPrediction/x").status_code == 401
+
+
+@pytest.mark.parametrize("hosts", ["http://a.example", "a.example:80", "a b"])
+def test_a_bad_host_name_in_the_settings_names_its_variable(tmp_path: Path, hosts: str) -> None:
+    with pytest.raises(ConfigError, match="MLG_ALLOWED_HOSTS"):
+        ServerSettings.from_env({"MLG_HOME": str(tmp_path), "MLG_ALLOWED_HOSTS": hosts})
+
+
+def test_host_names_are_read_with_commas_between() -> None:
+    settings = ServerSettings.from_env({"MLG_ALLOWED_HOSTS": " Photos.LAN, [fd00::1] ,"})
+
+    assert settings.allowed_hosts == {"photos.lan", "[fd00::1]"}
+
+
+# Every view
+
+
+def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_everybody(
+    settings: ServerSettings, store: SqliteStore, make: Make
+) -> None:
+    app = create_app(settings, store)
+    make()
+    client = app.test_client()
+
+    for rule in app.url_map.iter_rules():
+        said = operation_of(app.view_functions[rule.endpoint])
+        assert said is not None, rule
+        path = re.sub("<.*?>", "x", rule.rule)
+        for method in sorted((rule.methods or set()) - {"OPTIONS"}):
+            status = client.open(path, method=method).status_code
+
+            assert (status == 401) is (said.scope is not None or path == "/login"), f"{method} {path}: {status}"
+
+
+def test_a_program_that_names_no_host_is_let_in(client: flask.testing.FlaskClient) -> None:
+    assert client.get("/readPrediction/x", environ_overrides={"HTTP_HOST": ""}).status_code == 404

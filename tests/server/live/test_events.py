@@ -1,0 +1,504 @@
+"""Live events: what a listener is told, what it is told again, and streams through a real server."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import flask.testing
+import httpx
+import pytest
+from PIL import Image
+
+from server.api.endpoint import Scope
+from server.app import create_app
+from server.live.changes import Events, Listener
+from server.live.sse import parse_id, says_end
+from server.settings import ServerSettings
+from store import keys
+from store.records import Answer, State
+from store.sqlite import SqliteStore
+from tests.conftest import MODEL, OUTPUT, Running
+
+URL = f"/requestPrediction/{MODEL}"
+
+
+def picture(color: str = "olive") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def post(client: flask.testing.FlaskClient, *, fresh: bool = True) -> str:
+    id: str = client.post(f"{URL}?fresh={int(fresh)}", data=picture(), content_type="image/png").json["req_id"]
+    return id
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """Split a stream into events; comments and the retry hint are left out."""
+    events = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line and not line.startswith(":"))
+        if "event" in fields:
+            events.append({**fields, "data": json.loads(fields["data"])})
+    return events
+
+
+def read(client: flask.testing.FlaskClient, path: str, last_id: str | None = None) -> list[dict[str, Any]]:
+    """Read a stream to its end."""
+    response = client.get(path, headers={} if last_id is None else {"Last-Event-ID": last_id})
+    assert response.status_code == 200, response.text
+    assert response.mimetype == "text/event-stream"
+    return parse(response.text)
+
+
+def told(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(event["data"]["req_id"], event["data"]["status"]) for event in events if event["event"] == "request"]
+
+
+def test_a_stream_tells_what_is_and_ends_when_all_is_final(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    ids = [post(client) for _ in range(3)]
+    answer()
+
+    events = read(client, f"/events?ids={','.join(ids)}")
+
+    assert told(events) == [(id, "done") for id in ids]
+    assert events[0]["data"]["preds"][0][1] == "label_0"
+    assert events[-1]["event"] == "end"
+    assert events[-1]["data"]["done"] == 3
+
+
+def test_a_stream_tells_an_answer_while_it_is_open(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    id = post(client)
+    threading.Timer(0.2, answer).start()
+
+    events = read(client, f"/events?ids={id}")
+
+    assert told(events)[0] == (id, "queued")
+    assert told(events)[-1] == (id, "done")
+    assert sum(status == "done" for _, status in told(events)) == 1
+
+
+def test_who_comes_back_is_told_what_was_missed_and_nothing_twice(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    ids = []
+    for _ in range(4):
+        ids.append(post(client))
+        answer()
+    first = read(client, f"/events?ids={','.join(ids)}")
+
+    again = read(client, f"/events?ids={','.join(ids)}", last_id=first[1]["id"])
+
+    assert told(again) == [(id, "done") for id in ids[2:]]
+
+
+def test_who_comes_back_after_the_end_is_told_to_stay_away(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    id = post(client)
+    answer()
+    end = read(client, f"/events?ids={id}")[-1]
+
+    response = client.get(f"/events?ids={id}", headers={"Last-Event-ID": end["id"]})
+
+    assert response.status_code == 204
+
+
+def test_who_comes_back_after_hours_is_told_everything_again(
+    client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
+) -> None:
+    id = post(client)
+    answer()
+    last = read(client, f"/events?ids={id}")[0]["id"]
+    post(client)
+    answer()
+    store.purge_changes(before=datetime.now(UTC) + timedelta(hours=1))
+
+    again = read(client, f"/events?ids={id}", last_id=last)
+
+    assert told(again) == [(id, "done")]
+
+
+def test_a_retried_request_keeps_its_stream_open(
+    client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
+) -> None:
+    failed = post(client)
+    answer(fail_with="It is torn.")
+    waiting = post(client)
+    stream = client.get(f"/events?ids={failed},{waiting}")
+    pieces = stream.iter_encoded()
+    text = ""
+    while '"failed"' not in text:
+        text += next(pieces).decode()
+
+    store.retry(failed, now=datetime.now(UTC))
+    answer()
+    text += "".join(piece.decode() for piece in pieces)
+    stream.close()
+
+    assert told(parse(text))[:2] == [(waiting, "queued"), (failed, "failed")]
+    assert {(failed, "done"), (waiting, "done")} <= set(told(parse(text)))
+
+
+@pytest.mark.parametrize("query", ["", "?ids=", "?ids=a&all=1", "?all=2", "?ids=a&x=1", "?ids=" + "a," * 1001 + "b"])
+def test_a_stream_of_nothing_or_of_too_much_is_refused(client: flask.testing.FlaskClient, query: str) -> None:
+    if query.count(",") > 1000:
+        query = "?ids=" + ",".join(f"{number:x}" for number in range(1001))
+
+    response = client.get(f"/events{query}")
+
+    assert response.status_code == 400
+    assert response.json["code"] == "invalid_params"
+
+
+def test_an_unknown_request_has_no_stream(client: flask.testing.FlaskClient) -> None:
+    response = client.get(f"/events?ids={post(client)},nobody")
+
+    assert response.status_code == 404
+    assert "nobody" in response.json["reason"]
+
+
+def test_a_listener_beyond_the_places_is_told_when_to_come_back(settings: ServerSettings, store: SqliteStore) -> None:
+    client = create_app(replace(settings, max_streams=1), store).test_client()
+    id = post(client)
+    first = client.get(f"/events?ids={id}")
+
+    refused = client.get(f"/events?ids={id}")
+    first.close()
+    later = client.get(f"/events?ids={id}")
+
+    assert (refused.status_code, refused.json["code"]) == (503, "streams_full")
+    assert refused.headers["Retry-After"] == "5"
+    assert later.status_code == 200
+    later.close()
+
+
+def test_whoever_operates_hears_how_many_came_to_which_state(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    stream = client.get("/events?all=1")
+    pieces = stream.iter_encoded()
+    next(pieces)
+    for _ in range(3):
+        post(client)
+    threading.Timer(0.1, answer).start()
+
+    counts: dict[str, int] = {}
+    while not counts.get("done"):
+        for event in parse(next(pieces).decode()):
+            assert event["event"] == "changes"
+            for state, count in event["data"]["changes"].items():
+                counts[state] = counts.get(state, 0) + count
+
+    assert counts == {"claimed": 3, "done": 3}
+    stream.close()
+
+
+def test_a_batch_tells_its_progress_and_each_of_its_requests(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    files = [(io.BytesIO(picture(color)), f"{color}.png") for color in ("red", "green", "blue")]
+    batch = client.post(f"/requestPredictions/{MODEL}?fresh=1", data={"image": files}).json
+    ids = {item["req_id"] for item in batch["items"]}
+    post(client)
+    stream = client.get(f"/batches/{batch['batch_id']}/events")
+    pieces = stream.iter_encoded()
+    text = next(pieces).decode() + next(pieces).decode()
+
+    answer()
+    text += "".join(piece.decode() for piece in pieces)
+    stream.close()
+
+    events = parse(text)
+    progress = [event["data"] for event in events if event["event"] == "batch"]
+    assert (progress[0]["items"], progress[0]["queued"], progress[0]["done"]) == (3, 3, 0)
+    assert (progress[-1]["queued"], progress[-1]["done"]) == (0, 3)
+    assert {id for id, status in told(events) if status == "done"} == ids
+    assert events[-1]["event"] == "end"
+    # Who comes late is told what has ended, in the same order.
+    late = read(client, f"/batches/{batch['batch_id']}/events")
+    assert told(late) == [one for one in told(events) if one[1] == "done"]
+
+
+def test_an_unknown_batch_has_no_stream(client: flask.testing.FlaskClient) -> None:
+    assert client.get("/batches/nobody/events").status_code == 404
+
+
+def make_key(store: SqliteStore, name: str, *scopes: Scope) -> dict[str, str]:
+    id, key = keys.make_key()
+    now = datetime.now(UTC)
+    store.add_key(keys.KeyRecord(id=id, name=name, sha256=keys.hash_of(key), scopes=frozenset(scopes), created_at=now))
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_nobody_listens_to_what_is_not_theirs(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    mine = make_key(store, "mine", Scope.SUBMIT, Scope.READ)
+    other = make_key(store, "other", Scope.SUBMIT, Scope.READ)
+    operator = make_key(store, "operator", Scope.OPERATE)
+    id = client.post(URL, data=picture(), content_type="image/png", headers=mine).json["req_id"]
+    batch = client.post(
+        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(picture()), "k.png")]}, headers=mine
+    ).json["batch_id"]
+
+    def status(path: str, headers: dict[str, str]) -> int:
+        with client.get(path, headers=headers) as response:
+            return response.status_code
+
+    for path in (f"/events?ids={id}", f"/batches/{batch}/events"):
+        assert [status(path, who) for who in (mine, other, operator, {})] == [200, 404, 200, 401]
+    assert [status("/events?all=1", who) for who in (mine, operator)] == [403, 200]
+
+
+def test_a_silent_stream_says_that_it_is_alive(
+    client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.live.sse.HEARTBEAT_SECONDS", 0.05)
+    for path in (f"/events?ids={post(client)}", "/events?all=1"):
+        stream = client.get(path)
+
+        assert any(piece == b": alive\n\n" for piece in itertools.islice(stream.iter_encoded(), 5))
+        stream.close()
+
+
+def test_asking_for_the_head_only_takes_no_place(settings: ServerSettings, store: SqliteStore) -> None:
+    client = create_app(replace(settings, max_streams=1), store).test_client()
+    id = post(client)
+
+    for _ in range(3):
+        with client.head(f"/events?ids={id}") as response:
+            assert response.status_code == 200
+
+
+def test_a_slow_listener_is_told_from_the_feed_again(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.live.changes.MOST_WAITING", 2)
+    ids = [post(client) for _ in range(8)]
+    stream = client.get(f"/events?ids={','.join(ids)}")
+    pieces = stream.iter_encoded()
+    text = "".join(next(pieces).decode() for _ in range(9))
+
+    answer()
+    text += "".join(piece.decode() for piece in pieces)
+    stream.close()
+
+    done = [id for id, status in told(parse(text)) if status == "done"]
+    assert sorted(done) == sorted(ids)
+
+
+def test_nobody_looks_while_nobody_listens(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
+    id = post(client)
+    answer()
+    read(client, f"/events?ids={id}")
+
+    deadline = time.monotonic() + 10
+    while any(thread.name == "events" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore) -> None:
+    events = Events(store, most=4)
+    client = create_app(settings, store, events=events).test_client()
+    id = post(client)
+    threading.Timer(0.2, events.stop).start()
+
+    stream = read(client, f"/events?ids={id}")
+
+    assert told(stream) == [(id, "queued")]
+    assert client.get(f"/events?ids={id}").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        (None, (-1, -1)),
+        ("", (-1, -1)),
+        ("x", (-1, -1)),
+        ("-3", (-1, -1)),
+        ("9" * 16, (-1, -1)),
+        ("7-x", (-1, -1)),
+        ("7", (7, float("inf"))),
+        ("7-end", (7, float("inf"))),
+        ("7-12", (7, 12)),
+    ],
+)
+def test_an_id_says_where_a_client_stands(text: str | None, position: tuple[float, float]) -> None:
+    assert parse_id(text) == position
+    assert says_end(text) == (text == "7-end")
+
+
+def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flask.testing.FlaskClient) -> None:
+    failures = iter([RuntimeError("once"), None])
+
+    class Failing:
+        def changes(self, after: int, *, limit: int) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return store.changes(after, limit=limit)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    events = Events(Failing(), most=1)
+    number = store.get(post(client)).number
+    listener = Listener(numbers=[number])
+    events.add(listener)
+
+    store.cancel(store.list()[0].id, now=datetime.now(UTC))
+    found = listener.wait(10)
+
+    assert found is not None
+    assert [one.request.state for one in found] == [State.CANCELLED]
+    events.remove(listener)
+
+
+# Through a real server
+
+
+@pytest.fixture
+def server(serve: Callable[..., Running]) -> Running:
+    return serve(MLG_MAX_STREAMS="210")
+
+
+def store_of(running: Running) -> Iterator[SqliteStore]:
+    store = SqliteStore(ServerSettings(home=running.home))
+    yield store
+    store.close()
+
+
+def finish_all(store: SqliteStore) -> float:
+    """Answer everything that is queued; returns when it was recorded."""
+    now = datetime.now(UTC)
+    claims = store.claim(
+        models=[MODEL], limit=1000, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
+    )
+    answers = [
+        Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c1", provider="local", seconds=0.01)
+        for claim in claims
+    ]
+    store.finish(answers, now=now)
+    return time.monotonic()
+
+
+def open_stream(running: Running, path: str) -> socket.socket:
+    address = urlsplit(running.base)
+    connection = socket.create_connection((address.hostname, address.port), timeout=20)
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+    return connection
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    text = b""
+    while mark not in text:
+        piece = connection.recv(65536)
+        assert piece, text
+        text += piece
+    return text
+
+
+def send(running: Running, count: int) -> list[str]:
+    with httpx.Client(base_url=running.base, timeout=20) as client:
+        return [
+            client.post(f"{URL}?fresh=1", content=picture(), headers={"Content-Type": "image/png"}).json()["req_id"]
+            for _ in range(count)
+        ]
+
+
+def test_two_hundred_streams_leave_room_for_uploads_and_for_a_quick_end(server: Running) -> None:
+    (id,) = send(server, 1)
+    streams = [open_stream(server, f"/events?ids={id}") for _ in range(200)]
+    for stream in streams:
+        assert b"event: request" in read_until(stream, b'"queued"')
+
+    began = time.monotonic()
+    send(server, 20)
+    uploads_seconds = time.monotonic() - began
+    for store in store_of(server):
+        recorded_at = finish_all(store)
+    for stream in streams:
+        read_until(stream, b"event: end")
+    told_seconds = time.monotonic() - recorded_at
+    others = [open_stream(server, f"/events?ids={send(server, 1)[0]}") for _ in range(3)]
+    for stream in others:
+        read_until(stream, b'"queued"')
+    began = time.monotonic()
+
+    status = server.stop()
+
+    assert uploads_seconds < 10
+    # One listener is told within 0.2 s (next test); two hundred on a machine that is busy with other tests take longer.
+    assert told_seconds < 5
+    assert status == 0
+    assert time.monotonic() - began < 5
+    for stream in (*streams, *others):
+        stream.close()
+
+
+def test_an_answer_reaches_a_listener_at_once(server: Running) -> None:
+    seconds = []
+    for store in store_of(server):
+        for _ in range(5):
+            (id,) = send(server, 1)
+            stream = open_stream(server, f"/events?ids={id}")
+            read_until(stream, b'"queued"')
+            recorded_at = finish_all(store)
+            read_until(stream, b'"done"')
+            seconds.append(time.monotonic() - recorded_at)
+            stream.close()
+
+    assert min(seconds) < 0.2, seconds
+
+
+def test_a_client_that_has_gone_frees_its_place(serve: Callable[..., Running]) -> None:
+    server = serve(MLG_MAX_STREAMS="1")
+    ids = send(server, 2)
+    gone = open_stream(server, f"/events?ids={ids[0]}")
+    read_until(gone, b'"queued"')
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    gone.close()
+
+    # Its thread finds out with the next thing that it writes, a heartbeat or an event.
+    deadline = time.monotonic() + 25
+    with httpx.Client(base_url=server.base, timeout=20) as client:
+        while True:
+            for store in store_of(server):
+                finish_all(store)
+                store_states = [store.get(id).state for id in ids]
+            with client.stream("GET", f"/events?ids={ids[1]}") as response:
+                if response.status_code == 200:
+                    break
+            assert time.monotonic() < deadline, store_states
+            time.sleep(0.05)
+
+
+def test_a_stream_that_was_cut_off_goes_on_at_another_server(serve: Callable[..., Running]) -> None:
+    first = serve()
+    ids = send(first, 3)
+    stream = open_stream(first, f"/events?ids={','.join(ids)}")
+    seen = parse(read_until(stream, ids[2].encode()).decode())
+    first.stop(signal.SIGKILL)
+    stream.close()
+    second = serve()
+    for store in store_of(second):
+        finish_all(store)
+
+    with httpx.Client(base_url=second.base, timeout=20) as client:
+        text = client.get(f"/events?ids={','.join(ids)}", headers={"Last-Event-ID": seen[-1]["id"]}).text
+
+    assert told(parse(text)) == [(id, "done") for id in ids]

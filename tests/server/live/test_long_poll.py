@@ -1,0 +1,439 @@
+"""Why a request waits and how long: estimates as functions, and reads that are held."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import flask.testing
+import pytest
+from PIL import Image
+
+from provider_image.errors import UnknownRequest
+from server.app import create_app
+from server.live.long_poll import Notifier
+from server.settings import ServerSettings
+from server.status.eta import Outlook, duration, estimate
+from server.status.queue_stats import FRESH_SECONDS, Traffic
+from store.chunks import Backlog, BatcherRecord, Pace
+from store.records import Request, State
+from store.sqlite import SqliteStore
+
+URL = "/requestPrediction/efficientnet_lite0"
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+PACE = Pace(items=320, chunk_seconds=2.0, items_per_second=8.0)
+
+
+def seconds(count: float) -> timedelta:
+    return timedelta(seconds=count)
+
+
+def request(number: int = 1, **changes: object) -> Request:
+    base = Request(
+        number=number,
+        id=f"r{number}",
+        service="classification",
+        model="m",
+        params={},
+        name=None,
+        image_sha256="0" * 64,
+        image_bytes=1,
+        state=State.QUEUED,
+        attempts=0,
+        isolation=0,
+        created_at=NOW,
+        due_at=NOW,
+        claimed_at=None,
+        lease_ends_at=None,
+        finished_at=None,
+        chunk_id=None,
+        output=None,
+        digest=None,
+        provider=None,
+        seconds=None,
+        is_cached=False,
+        code=None,
+        reason=None,
+        image_deleted_at=None,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def batcher(
+    *,
+    every: float = 600,
+    max_wait: float = 600,
+    capacity: int = 2,
+    age: float = 0,
+    notices: dict[str, str] | None = None,
+) -> BatcherRecord:
+    return BatcherRecord(
+        id="b",
+        host="h",
+        pid=1,
+        executor="local",
+        every_seconds=every,
+        max_wait_seconds=max_wait,
+        capacity=capacity,
+        started_at=NOW - seconds(age),
+        seen_at=NOW,
+        notices=notices or {},
+    )
+
+
+def backlog(waiting: int, *, model: str = "m", claimed: int = 0, oldest: int = 1, age: float = 0) -> Backlog:
+    return Backlog(
+        service="classification",
+        model=model,
+        waiting=waiting,
+        claimed=claimed,
+        oldest_number=oldest if waiting else None,
+        oldest_at=NOW - seconds(age) if waiting else None,
+    )
+
+
+def outlook(*counts: Backlog, batchers: list[BatcherRecord] | None = None, **rest: object) -> Outlook:
+    return Outlook(
+        batchers=[batcher()] if batchers is None else batchers,
+        backlog=counts,
+        **{"pace": PACE, **rest},  # type: ignore[arg-type]
+    )
+
+
+def test_without_a_batcher_nobody_knows_when() -> None:
+    wait = estimate(request(), outlook(backlog(1), batchers=[]), NOW)
+
+    assert wait is not None
+    assert wait.eta_seconds is None
+    assert "mlg batch" in wait.waiting_for
+    assert "mlg up" in wait.waiting_for
+
+
+def test_an_obstacle_is_told_before_anything_else() -> None:
+    wait = estimate(request(), outlook(backlog(1), obstacle="The model m is not installed any more."), NOW)
+
+    assert wait is not None
+    assert (wait.waiting_for, wait.eta_seconds) == ("The model m is not installed any more.", None)
+
+
+def test_a_lone_request_waits_for_the_timer_or_a_full_chunk() -> None:
+    # The timer began 300 s ago and goes every 600 s; the chunk itself takes 2 s.
+    wait = estimate(request(), outlook(backlog(1), batchers=[batcher(age=300)]), NOW)
+
+    assert wait is not None
+    assert "at the latest in 5 min." in wait.waiting_for
+    assert "16 pictures for m" in wait.waiting_for
+    assert wait.eta_seconds == pytest.approx(302)
+    assert wait.ahead == 0
+
+
+def test_the_longest_wait_of_the_oldest_counts_when_it_ends_before_the_timer() -> None:
+    wait = estimate(request(2), outlook(backlog(2, age=40), batchers=[batcher(max_wait=60)]), NOW)
+
+    assert wait is not None
+    assert "at the latest in 20 s. 1 request is ahead of it." in wait.waiting_for
+
+
+def test_in_a_full_chunk_only_the_work_before_counts() -> None:
+    first = estimate(request(1), outlook(backlog(16)), NOW)
+    later = estimate(request(65), outlook(backlog(80)), NOW)
+
+    assert first is not None
+    assert later is not None
+    assert first.waiting_for == "It is next: the first free worker takes it."
+    # 64 items ahead at 8 a second on each of two workers, and 2 s for its own chunk.
+    assert (later.ahead, later.eta_seconds) == (64, pytest.approx(6))
+    assert "64 requests are ahead of it" in later.waiting_for
+
+
+def test_the_rest_of_the_last_chunk_waits_for_the_timer() -> None:
+    wait = estimate(request(17), outlook(backlog(17)), NOW)
+
+    assert wait is not None
+    assert "at the latest in" in wait.waiting_for
+
+
+def test_other_models_and_what_is_under_way_come_into_it() -> None:
+    alone = estimate(request(1), outlook(backlog(16)), NOW)
+    crowded = estimate(request(1), outlook(backlog(16, claimed=32), backlog(500, model="n", oldest=3)), NOW)
+
+    assert alone is not None
+    assert crowded is not None
+    # 32 under way and one chunk of the other model, models taking turns: 48 items at 16 a second.
+    assert crowded.eta_seconds == pytest.approx((alone.eta_seconds or 0) + 3)
+
+
+def test_a_position_is_never_beyond_those_that_wait() -> None:
+    wait = estimate(request(1_000_000), outlook(backlog(3, oldest=5)), NOW)
+
+    assert wait is not None
+    assert wait.ahead == 2
+
+
+def test_a_request_in_work_says_since_when() -> None:
+    under_way = request(state=State.CLAIMED, claimed_at=NOW - seconds(1.4), lease_ends_at=NOW + seconds(30))
+
+    wait = estimate(under_way, outlook(backlog(0, claimed=1)), NOW)
+
+    assert wait is not None
+    assert "worked on since 1 s" in wait.waiting_for
+    assert wait.eta_seconds == pytest.approx(0.6)
+    assert wait.ahead is None
+
+
+def test_a_failed_attempt_says_why_and_when_it_is_tried_again() -> None:
+    later = request(attempts=1, reason="The worker died.", code="worker_died", due_at=NOW + seconds(30))
+    now = replace(later, due_at=NOW)
+
+    waits = [estimate(each, outlook(backlog(1)), NOW) for each in (later, now)]
+
+    assert waits[0] is not None
+    assert waits[1] is not None
+    assert waits[0].waiting_for == "The last attempt failed (The worker died). It is tried again in 30 s."
+    assert waits[0].eta_seconds == pytest.approx(32)
+    assert "with the next batch" in waits[1].waiting_for
+
+
+def test_what_was_nobodys_fault_did_not_fail() -> None:
+    later = request(reason="No provider offers it for that price", code="x", due_at=NOW + seconds(20))
+    in_a_bad_chunk = replace(later, isolation=1)
+
+    waits = [estimate(each, outlook(backlog(1)), NOW) for each in (later, in_a_bad_chunk)]
+
+    assert waits[0] is not None
+    assert waits[1] is not None
+    assert waits[0].waiting_for == "No provider offers it for that price. It is tried again in 20 s."
+    assert "The last attempt failed" in waits[1].waiting_for
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.CLAIMED])
+def test_a_notice_counts_when_every_batcher_has_one(state: State) -> None:
+    waiting = request(state=state, claimed_at=NOW)
+    refusing = batcher(notices={"m": "The budget is used up."})
+    also = batcher(notices={"m": "No provider is there.", "other": "x"})
+    working = batcher(notices={"other": "The budget is used up."})
+
+    alone, both, one_works = (
+        estimate(waiting, outlook(backlog(1), batchers=batchers), NOW)
+        for batchers in ([refusing], [refusing, also], [refusing, working])
+    )
+
+    assert alone is not None
+    assert both is not None
+    assert one_works is not None
+    assert (alone.waiting_for, alone.eta_seconds) == ("The budget is used up.", None)
+    assert alone.ahead == (0 if state is State.QUEUED else None)
+    assert both.waiting_for == "The budget is used up."
+    assert one_works.eta_seconds is not None
+
+
+def test_without_experience_an_estimate_is_still_given() -> None:
+    wait = estimate(request(1), outlook(backlog(16), pace=None), NOW)
+
+    assert wait is not None
+    assert wait.eta_seconds == pytest.approx(5)
+
+
+@pytest.mark.parametrize("state", [State.DONE, State.FAILED, State.CANCELLED])
+def test_a_final_request_waits_for_nothing(state: State) -> None:
+    assert estimate(request(state=state), outlook(), NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (312, "5 min 12 s"), (7200, "2 h"), (7500, "2 h 5 min")],
+)
+def test_durations_read_well(length: float, text: str) -> None:
+    assert duration(length) == text
+
+
+# Held reads
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "olive").save(file, "PNG")
+    return file.getvalue()
+
+
+def post(client: flask.testing.FlaskClient) -> str:
+    id: str = client.post(URL, data=picture(), content_type="image/png").json["req_id"]
+    return id
+
+
+def notifier_threads() -> int:
+    return sum(thread.name == "notifier" for thread in threading.enumerate())
+
+
+def test_a_held_read_ends_when_the_answer_is_there(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    id = post(client)
+    threading.Timer(0.3, answer).start()
+    began = time.monotonic()
+
+    read = client.get(f"/readPrediction/{id}?wait=30").json
+
+    assert read["status"] == "done"
+    assert 0.2 < time.monotonic() - began < 10
+
+
+def test_a_held_read_ends_with_its_time(client: flask.testing.FlaskClient) -> None:
+    id = post(client)
+    began = time.monotonic()
+
+    read = client.get(f"/readPrediction/{id}?wait=0.2").json
+
+    assert read["status"] == "queued"
+    assert 0.15 < time.monotonic() - began < 5
+
+
+def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: SqliteStore) -> None:
+    client = create_app(replace(settings, max_hold_seconds=0.1), store).test_client()
+    id = post(client)
+    began = time.monotonic()
+
+    client.get(f"/readPrediction/{id}?wait=3600")
+
+    assert time.monotonic() - began < 5
+
+
+def test_a_read_beyond_the_places_is_answered_at_once(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    queued = store.get(post(client))
+    notifier = Notifier(store, most=1)
+    holder = threading.Thread(target=notifier.hold, args=(queued, 30))
+    holder.start()
+    while notifier_threads() == 0:
+        time.sleep(0.005)
+    began = time.monotonic()
+
+    request = notifier.hold(queued, 30)
+
+    assert request.state is State.QUEUED
+    assert time.monotonic() - began < 5
+    notifier.stop()
+    holder.join()
+
+
+def wait_for_no_notifier() -> None:
+    deadline = time.monotonic() + 10
+    while notifier_threads():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_nobody_looks_while_nobody_waits(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
+    wait_for_no_notifier()
+    id = post(client)
+
+    client.get(f"/readPrediction/{id}?wait=0.1")
+    wait_for_no_notifier()
+    answer()
+    read = client.get(f"/readPrediction/{id}?wait=10").json
+
+    assert read["status"] == "done"
+    assert notifier_threads() == 0
+
+
+def test_stopping_answers_those_who_wait(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    queued = store.get(post(client))
+    notifier = Notifier(store, most=4)
+    threading.Timer(0.2, notifier.stop).start()
+    began = time.monotonic()
+
+    request = notifier.hold(queued, 30)
+
+    assert request.state is State.QUEUED
+    assert time.monotonic() - began < 10
+    assert notifier.hold(queued, 30) is queued
+
+
+def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
+    client: flask.testing.FlaskClient, store: SqliteStore
+) -> None:
+    queued = store.get(post(client))
+    gone = replace(queued, id="gone")
+
+    with pytest.raises(UnknownRequest):
+        Notifier(store, most=1).hold(gone, 30)
+
+
+# From the store to the sentence
+
+
+def test_a_live_batcher_shows_in_the_answer(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    now = datetime.now(UTC)
+    store.beat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
+    id = post(client)
+
+    read = client.get(f"/readPrediction/{id}").json
+
+    assert "at the latest in 1 min" in read["waiting_for"]
+    assert 90 < read["eta_seconds"] < 110
+    assert read["ahead"] == 0
+    assert client.get("/readyz").json["batchers"] == 1
+
+
+def test_a_batcher_that_fell_silent_does_not_count(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    long_ago = datetime.now(UTC) - timedelta(minutes=5)
+    store.beat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
+
+    read = client.get(f"/readPrediction/{post(client)}").json
+
+    assert "no batcher is running" in read["waiting_for"]
+
+
+def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> None:
+    counted = []
+
+    class Counting:
+        def backlog(self) -> list[Backlog]:
+            counted.append(threading.get_ident())
+            time.sleep(0.05)
+            return store.backlog()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    traffic = Traffic(Counting())  # type: ignore[arg-type]
+    threads = [threading.Thread(target=traffic.waiting) for _ in range(8)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(counted) == 1
+
+
+def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteStore) -> None:
+    may_count = threading.Event()
+    may_count.set()
+    counted = []
+
+    class Slow:
+        def backlog(self) -> list[Backlog]:
+            assert may_count.wait(30)
+            counted.append(threading.current_thread().name)
+            return store.backlog()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    traffic = Traffic(Slow())  # type: ignore[arg-type]
+    traffic.waiting()
+    may_count.clear()
+    time.sleep(FRESH_SECONDS)
+
+    # Would never return if it waited for the count.
+    assert traffic.waiting() == 0
+
+    may_count.set()
+    deadline = time.monotonic() + 30
+    while len(counted) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert counted == [threading.current_thread().name, "count"]

@@ -1,0 +1,69 @@
+"""A real browser for the tests of the pages: Debian's chromium, driven by playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
+#: Words of messages that the browser itself writes about answers that the tests provoke.
+EXPECTED = ("the server responded with a status of 4", "the server responded with a status of 5")
+
+
+def find_chromium() -> str:
+    """Return the browser; skip the test without one, or fail it where all tests must run."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        reason = "no chromium here: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+class Visit:
+    """One browser context that watches what the pages do: hosts asked, errors written."""
+
+    def __init__(self, browser: Any, base: str, **options: Any) -> None:
+        self.base = base
+        self.context = browser.new_context(base_url=base, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self.context.on("request", self._note_request)
+        self.context.on("console", self._note_message)
+        self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
+
+    def _note_request(self, request: Any) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("blob", "data") and not request.url.startswith(f"{self.base}/"):
+            self.foreign.append(request.url)
+
+    def _note_message(self, message: Any) -> None:
+        if message.type == "error" and not any(words in message.text for words in EXPECTED):
+            self.errors.append(message.text)
+
+    def shoot(self, name: str, *, is_whole: bool = True) -> None:
+        """Keep a picture of the page for those who want to look. :param is_whole: also what is below the screen."""
+        SCREENSHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_whole, animations="disabled")
+
+
+@contextmanager
+def visit(browser: Any, base: str, **options: Any) -> Iterator[Visit]:
+    """Open a page of its own, and check in the end that it asked no other host and wrote no error."""
+    one = Visit(browser, base, **options)
+    try:
+        yield one
+    finally:
+        one.context.close()
+    assert not one.foreign, one.foreign
+    assert not one.errors, one.errors

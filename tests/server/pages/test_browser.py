@@ -1,0 +1,371 @@
+"""The pages in a real browser: pictures go in by every way there is, answers come live, and everybody can use them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.pages.browser import find_chromium, visit
+from tests.test_end_to_end import System, variant
+
+ROOT = Path(__file__).parents[3]
+#: A dark and a narrow screen: what is ugly there is ugly.
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+DESKTOP = {"viewport": {"width": 1200, "height": 800}}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One browser for all of this file; longer and its event loop would be in the way of other files' tests."""
+    path = find_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[System]:
+    """A whole system with the starter model."""
+    find_chromium()
+    home = tmp_path_factory.mktemp("up") / "home"
+    home.mkdir()
+    (home / "models").symlink_to(models_folder)
+    system = System(home, MLG_WORKERS="1")
+    yield system
+    system.stop()
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[str]:
+    """A server without a batcher: what is sent there waits. Its address."""
+    find_chromium()
+    home = tmp_path_factory.mktemp("idle")
+    (home / "models").symlink_to(models_folder)
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [*(sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0", "--ready-fd", str(writer))],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writer],
+        env={**os.environ, "MLG_SERVER_THREADS": "8"},
+    )
+    os.close(writer)
+    with os.fdopen(reader) as ready:
+        host, port = ready.readline().split()
+    yield f"http://{host}:{port}"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def answered(up: System, photos: dict[str, bytes]) -> dict[str, str]:
+    """Photos that were answered already: name -> id."""
+    import httpx
+
+    found = {}
+    for name, data in photos.items():
+        files = {"image": (f"{name}.jpg", data, "image/jpeg")}
+        sent = httpx.post(f"{up.base}/requestPrediction/efficientnet_lite0", files=files, timeout=30).json()
+        found[name] = sent["req_id"]
+    for id in found.values():
+        assert up.read(id)["status"] == "done"
+    return found
+
+
+@pytest.fixture(scope="module")
+def batch(up: System, photos: dict[str, bytes]) -> str:
+    """The id of a batch that has ended, of eight pictures and a text."""
+    import httpx
+
+    files = [
+        ("image", (f"{name}-{number}.jpg", variant(data, 100 + number), "image/jpeg"))
+        for number, (name, data) in enumerate([*photos.items()] * 3)
+    ]
+    files[-1] = ("image", ("notes.txt", b"These are my notes.", "image/jpeg"))
+    sent = httpx.post(f"{up.base}/requestPredictions/efficientnet_lite0?name=Holidays", files=files, timeout=30).json()
+    for item in sent["items"]:
+        if item["req_id"] is not None:
+            assert up.read(item["req_id"])["status"] == "done"
+    id: str = sent["batch_id"]
+    return id
+
+
+def picture(name: str, data: bytes, kind: str = "image/jpeg") -> dict[str, Any]:
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
+def expect_count(page: Any, selector: str, count: int) -> None:
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_have_count(count, timeout=15_000)
+
+
+#: Makes a file in the page and hands it over as a drop or a paste does.
+GIVE = """([way, name, data]) => {
+    const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+    const target = document.getElementById("drop");
+    const options = { bubbles: true, cancelable: true };
+    if (way === "paste") {
+        target.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
+        return true;
+    }
+    for (const kind of ["dragenter", "dragover"]) {
+        target.dispatchEvent(new DragEvent(kind, { ...options, dataTransfer: transfer }));
+    }
+    const isMarked = target.classList.contains("over");
+    target.dispatchEvent(new DragEvent("drop", { ...options, dataTransfer: transfer }));
+    return isMarked && !target.classList.contains("over");
+}"""
+
+
+def test_pictures_that_are_chosen_dropped_and_pasted_are_answered_live(
+    browser: Any, up: System, photos: dict[str, bytes]
+) -> None:
+    with visit(browser, up.base, **DESKTOP) as one:
+        page = one.page
+        page.goto("/")
+
+        page.set_input_files(
+            "#files", [picture("chelsea.jpg", variant(photos["chelsea"], 1)), picture("coffee.jpg", photos["coffee"])]
+        )
+        page.wait_for_selector(".answer:nth-child(2) .state.done")
+        for way in ("drop", "paste"):
+            data = base64.b64encode(variant(photos["rocket"], len(way))).decode()
+            assert page.evaluate(GIVE, [way, f"{way}.jpg", data])
+        page.wait_for_selector(".answer:nth-child(4) .state.done")
+        expect_count(page, ".answer .state.done", 4)
+
+        cards = {card.locator(".name").first.inner_text(): card for card in page.locator(".answer").all()}
+        assert set(cards) == {"chelsea.jpg", "coffee.jpg", "drop.jpg", "paste.jpg"}
+        for name, best in (("chelsea.jpg", "tiger cat"), ("coffee.jpg", "espresso"), ("drop.jpg", "missile")):
+            bars = cards[name].locator(".bars li")
+            assert bars.count() == 5
+            assert best in bars.first.inner_text()
+            assert "%" in bars.first.locator(".share").inner_text()
+        assert page.evaluate("[...document.querySelectorAll('.answer img')].every((one) => one.naturalWidth > 0)")
+        assert "4 of 4" in page.locator("#count").inner_text()
+        one.shoot("home-answers")
+        cards["chelsea.jpg"].locator("a.name").click()
+        page.wait_for_url("**/ui/requests/*")
+        assert "tiger cat" in page.locator(".bars li").first.inner_text()
+
+
+def test_a_photo_that_is_too_large_is_made_smaller_in_the_browser(browser: Any, up: System) -> None:
+    import io
+    import random
+
+    from PIL import Image
+
+    noise = Image.frombytes("RGB", (1500, 1200), random.Random(5).randbytes(1500 * 1200 * 3))
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=98)
+    assert len(file.getvalue()) > 2 * 2**20
+
+    with visit(browser, up.base) as one:
+        one.page.goto("/")
+        one.page.set_input_files("#files", [picture("large.jpg", file.getvalue())])
+
+        one.page.wait_for_selector(".answer .state.done", timeout=30_000)
+
+
+def test_what_is_no_picture_is_refused_in_words_and_can_be_sent_again(browser: Any, up: System) -> None:
+    with visit(browser, up.base) as one:
+        one.page.goto("/")
+        one.page.set_input_files("#files", [picture("notes.png", b"These are my notes.", "image/png")])
+
+        one.page.wait_for_selector(".answer.failed")
+        assert "not" in one.page.locator(".answer .why").inner_text()
+        assert one.page.get_by_role("button", name="Try again: notes.png").is_visible()
+        one.shoot("home-refused")
+
+
+def test_answers_come_without_events_too(browser: Any, up: System, photos: dict[str, bytes]) -> None:
+    with visit(browser, up.base) as one:
+        one.page.add_init_script("delete window.EventSource")
+        one.page.goto("/")
+        files = [picture(f"{number}.jpg", variant(photos["coffee"], 50 + number)) for number in range(3)]
+
+        one.page.set_input_files("#files", files)
+
+        expect_count(one.page, ".answer .state.done", 3)
+
+
+def test_a_waiting_picture_says_why_and_is_cancelled(browser: Any, idle: str, photos: dict[str, bytes]) -> None:
+    with visit(browser, idle, **DESKTOP) as one:
+        page = one.page
+        page.goto("/")
+        page.set_input_files("#files", [picture("chelsea.jpg", photos["chelsea"])])
+        page.wait_for_selector(".answer .state.queued")
+        page.locator(".answer .why", has_text="no batcher").wait_for()
+        one.shoot("home-waiting")
+
+        page.get_by_role("button", name="Cancel: chelsea.jpg").click()
+
+        page.wait_for_selector(".answer .state.cancelled")
+        page.locator(".answer a.name").click()
+        page.get_by_role("button", name="Try again").click()
+        page.wait_for_selector("#request .state.queued")
+        page.get_by_role("button", name="Cancel").click()
+        page.wait_for_selector("#request .state.cancelled")
+        one.shoot("request-cancelled")
+        page.get_by_text("Delete", exact=True).click()
+        page.get_by_role("button", name="Delete for good").click()
+        page.wait_for_url("**/ui/requests")
+        assert page.get_by_text("chelsea.jpg").count() == 0
+
+
+def test_requests_are_searched_and_filtered(browser: Any, up: System, answered: dict[str, str]) -> None:
+    with visit(browser, up.base, **DESKTOP) as one:
+        page = one.page
+        page.goto("/ui/requests")
+        page.wait_for_load_state("networkidle")
+        one.shoot("requests")
+        page.get_by_label("File name").fill("coff")
+        page.get_by_label("State").select_option("done")
+        page.keyboard.press("Tab")
+        page.get_by_role("button", name="Show").click()
+
+        page.wait_for_url("**/ui/requests?q=coff&state=done*")
+        names = {name.inner_text() for name in page.locator(".gallery .name").all()}
+        assert names == {"coffee.jpg"}
+
+
+def test_a_batch_tells_its_progress_live_and_is_cancelled(browser: Any, idle: str, photos: dict[str, bytes]) -> None:
+    import httpx
+
+    files = [("image", (f"{number}.jpg", variant(photos["coffee"], 200 + number), "image/jpeg")) for number in range(3)]
+    sent = httpx.post(f"{idle}/requestPredictions/efficientnet_lite0", files=files, timeout=30).json()
+    with visit(browser, idle, **DESKTOP) as one:
+        one.page.goto(f"/ui/batches/{sent['batch_id']}")
+        assert one.page.locator("progress").get_attribute("value") == "0"
+        one.shoot("batch-waiting")
+
+        httpx.delete(f"{idle}/requests/{sent['items'][0]['req_id']}").raise_for_status()
+
+        one.page.get_by_text("1 of 3").wait_for()
+        one.page.get_by_role("button", name="Cancel what waits").click()
+        one.page.get_by_text("3 of 3").wait_for()
+        one.page.wait_for_selector("progress[value='3']")
+
+
+@pytest.mark.parametrize("is_scripted", [True, False], ids=["with scripts", "without scripts"])
+def test_a_request_is_shown_whole(browser: Any, up: System, answered: dict[str, str], is_scripted: bool) -> None:
+    with visit(browser, up.base, java_script_enabled=is_scripted, **DESKTOP) as one:
+        one.page.goto(f"/ui/requests/{answered['chelsea']}")
+
+        assert one.page.get_by_role("heading", level=1).inner_text() == "chelsea.jpg"
+        assert "tiger cat" in one.page.locator(".bars li").first.inner_text()
+        one.page.get_by_text("As JSON").click()
+        assert '"preds"' in one.page.locator(".raw pre").inner_text()
+        one.shoot("request" if is_scripted else "request-without-scripts")
+
+
+def test_without_scripts_a_picture_is_sent_searched_and_cancelled(
+    browser: Any, idle: str, photos: dict[str, bytes]
+) -> None:
+    with visit(browser, idle, java_script_enabled=False, **DESKTOP) as one:
+        page = one.page
+        page.goto("/")
+        one.shoot("home-without-scripts")
+        page.set_input_files("#files", [picture("plain.jpg", photos["rocket"])])
+        page.get_by_role("button", name="Classify").click()
+        page.wait_for_url("**/ui/requests/*")
+        assert "no batcher" in page.locator(".note").first.inner_text()
+
+        page.get_by_role("button", name="Cancel").click()
+
+        assert page.locator("#request .state").first.inner_text() == "cancelled"
+        page.goto("/ui/requests")
+        page.get_by_label("File name").fill("plain")
+        page.get_by_role("button", name="Show").click()
+        assert page.locator(".gallery li").count() == 1
+
+
+def test_home_works_with_the_keyboard_alone(browser: Any, up: System, photos: dict[str, bytes]) -> None:
+    with visit(browser, up.base, **DESKTOP) as one:
+        page = one.page
+        page.goto("/")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        page.keyboard.press("Enter")
+        for _ in range(8):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == "files":
+                break
+        one.shoot("home-focus")
+
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files([picture("keys.jpg", variant(photos["coffee"], 77))])
+
+        page.wait_for_selector(".answer .state.done")
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.matches('.answer a.name')"):
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/ui/requests/*")
+
+
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
+def test_every_page_suits_everybody(browser: Any, up: System, answered: dict[str, str], batch: str, look: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    options: dict[str, Any] = {**(PHONE if look == "phone" else DESKTOP)}
+    # Only the colours differ in the dark.
+    rules = {"runOnly": ["color-contrast"]} if look == "dark" else {}
+    # axe-core is put into the page, which the page's own policy forbids, as it should.
+    with visit(browser, up.base, color_scheme="dark" if look == "dark" else "light", bypass_csp=True, **options) as one:
+        page = one.page
+        for name, address in (
+            ("home", "/"),
+            ("requests", "/ui/requests"),
+            ("requests-none", "/ui/requests?q=nothing-like-it"),
+            ("request", f"/ui/requests/{answered['chelsea']}"),
+            ("batches", "/ui/batches"),
+            ("batch", f"/ui/batches/{batch}"),
+            ("operator", "/ui/operator"),
+            ("api", "/ui/api"),
+            ("login", "/ui/login"),
+            ("error", "/ui/nothing"),
+        ):
+            page.goto(address)
+            page.wait_for_load_state("load")
+            one.shoot(f"{name}-{look}", is_whole=name != "api")
+            if name != "api":
+                page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+
+            found = Axe().run(page, options=rules).response["violations"]
+            bad = [
+                (violation["id"], [node["html"] for node in violation["nodes"]])
+                for violation in found
+                if violation["impact"] in ("serious", "critical")
+            ]
+            assert not bad, (address, bad)
+            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide <= 0, f"{address} is {wide} px wider than the screen"
+
+
+def test_home_is_ready_quickly(browser: Any, up: System) -> None:
+    with visit(browser, up.base) as one:
+        times = []
+        for _ in range(3):
+            one.page.goto("/")
+            times.append(one.page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"))
+        moved = one.page.evaluate("performance.getEntriesByType('resource').map((one) => one.name)")
+
+        # 100 to 210 ms were seen on two cores that were busy with other tests; the limit is for busier ones.
+        assert min(times) < 1000, times
+        assert len(moved) < 8

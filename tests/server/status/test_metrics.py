@@ -1,0 +1,266 @@
+"""What Prometheus reads: every line is valid, and what is called a total never falls."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import flask.testing
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.app import create_app
+from server.settings import ServerSettings
+from server.status.metrics import MOST_CODES, Family, exposition
+from store import new_id
+from store.chunks import BatcherRecord
+from store.records import Answer, Claim, NewRequest
+from store.sqlite import SqliteStore
+
+MODEL = "efficientnet_lite0"
+START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+
+
+class Bench:
+    """A store whose requests end in every way."""
+
+    def __init__(self, settings: ServerSettings, store: SqliteStore) -> None:
+        self.store = store
+        self.now = START
+        self.client: flask.testing.FlaskClient = create_app(settings, store, clock=lambda: self.now).test_client()
+
+    def add(self, picture: bytes, **facts: Any) -> str:
+        return self.store.add(
+            NewRequest(
+                **{"id": new_id(), "service": "classification", "model": MODEL, "created_at": self.now, **facts}
+            ),
+            self.store.blobs.stage(picture),
+        ).id
+
+    def claim(self, limit: int = 100) -> list[Claim]:
+        return self.store.claim(
+            models=[MODEL], limit=limit, now=self.now, lease_ends_at=self.now + timedelta(hours=9), oldest_before=None
+        )
+
+    def answer(self, claims: list[Claim]) -> None:
+        answers = [
+            Answer(claim=claim, output=[], digest="d" * 64, chunk_id="c", provider="local", seconds=0.1)
+            for claim in claims
+        ]
+        self.store.finish(answers, now=self.now)
+
+    def fail(self, claims: list[Claim], code: str) -> None:
+        self.store.fail(claims, code=code, reason="It broke.", now=self.now)
+
+    def read(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Read every sample: its name, its labels -> its value."""
+        answer = self.client.get("/metrics")
+        assert answer.status_code == 200
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.read()[name, tuple(sorted(labels.items()))]
+
+
+@pytest.fixture
+def bench(settings: ServerSettings, store: SqliteStore) -> Bench:
+    return Bench(settings, store)
+
+
+def lives(bench: Bench) -> None:
+    """Have one request end in each way."""
+    bench.add(b"one")
+    bench.answer(bench.claim())
+    bench.add(b"one", digest="d" * 64)
+    bench.add(b"two")
+    bench.fail(bench.claim(), "broken_image")
+    bench.store.cancel(bench.add(b"three"), now=bench.now)
+
+
+def test_every_line_is_valid_and_every_metric_says_what_it_is(bench: Bench) -> None:
+    lives(bench)
+    bench.add(b"four")
+    answer = bench.client.get("/metrics")
+
+    families = list(text_string_to_metric_families(answer.text))
+
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    names = [family.name for family in families]
+    assert len(names) == len(set(names)) > 15
+    for family in families:
+        assert family.name.startswith("mlg_") and family.documentation.endswith(".")
+        assert family.type in ("counter", "gauge", "histogram")
+    lines = answer.text.splitlines()
+    for kind in ("HELP", "TYPE"):
+        said = [line.split()[2] for line in lines if line.startswith(f"# {kind} ")]
+        assert len(said) == len(names)
+        assert {name.removesuffix("_total") for name in said} == {name.removesuffix("_total") for name in names}
+    assert answer.text.endswith("\n")
+    assert len({line.rsplit(" ", 1)[0] for line in lines}) == len(lines)
+
+
+def test_requests_are_counted_by_how_they_ended(bench: Bench) -> None:
+    lives(bench)
+
+    read = bench.read()
+
+    ended = {dict(labels)["outcome"]: count for (name, labels), count in read.items() if name.endswith("_ended_total")}
+    assert ended == {"done": 1, "cached": 1, "failed": 1, "cancelled": 1}
+    assert read["mlg_requests_failed_total", (("code", "broken_image"),)] == 1
+    assert read["mlg_requests_accepted_total", ()] == 4
+
+
+def test_totals_do_not_fall_when_retention_deletes_requests_or_a_request_is_tried_again(bench: Bench) -> None:
+    lives(bench)
+    before = bench.read()
+    (failed,) = [request for request in bench.store.list() if request.state == "failed"]
+    bench.store.retry(failed.id, now=bench.now)
+    bench.answer(bench.claim())
+    bench.now += timedelta(days=60)
+
+    purged = bench.store.purge(pictures_before=bench.now, results_before=bench.now, now=bench.now)
+
+    assert purged.results == 4
+    after = bench.read()
+    for (name, labels), value in before.items():
+        if name.endswith(("_total", "_count", "_sum", "_bucket")):
+            assert after[name, labels] >= value, name
+    assert after["mlg_requests_ended_total", (("model", MODEL), ("outcome", "done"))] == 2
+
+
+def test_the_histogram_counts_each_answer_once_by_how_long_it_took(bench: Bench) -> None:
+    taken = (0.05, 0.1, 0.2, 45, 700, 10**6)
+    for place, seconds in enumerate(taken):
+        bench.add(b"%d" % place, created_at=START - timedelta(seconds=seconds))
+    bench.answer(bench.claim())
+
+    read = bench.read()
+
+    buckets = {
+        float(dict(labels)["le"]): count
+        for (name, labels), count in read.items()
+        if name == "mlg_request_seconds_bucket"
+    }
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert buckets[0.1] == 2 and buckets[0.25] == 3 and buckets[60] == 4 and buckets[1200] == 5
+    assert buckets[math.inf] == read["mlg_request_seconds_count", (("model", MODEL),)] == len(taken)
+    assert read["mlg_request_seconds_sum", (("model", MODEL),)] == pytest.approx(sum(taken), abs=0.01)
+
+
+def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(bench: Bench) -> None:
+    id = bench.add(b"one")
+    bench.store._writer.run(
+        lambda transaction: (
+            transaction.execute(
+                "UPDATE requests SET state = 'cancelled', code = 'expired', finished_at = created_at WHERE id = ?",
+                (id,),
+            ).rowcount
+        )
+    )
+
+    assert bench.value("mlg_requests_ended_total", model=MODEL, outcome="expired") == 1
+
+
+def test_the_queue_the_workers_and_the_money_are_told(bench: Bench) -> None:
+    bench.add(b"one")
+    bench.add(b"two")
+    bench.claim(1)
+    bench.now += timedelta(seconds=30)
+    live = datetime.now(UTC)
+    for id, capacity in (("b1", 4), ("b2", 2)):
+        bench.store.beat(
+            BatcherRecord(
+                id=id,
+                host="h",
+                pid=1,
+                executor="golem",
+                every_seconds=1,
+                max_wait_seconds=1,
+                capacity=capacity,
+                started_at=live,
+                seen_at=live,
+                budget={"day": "0.5"},
+            )
+        )
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        bench.store.note_provider(
+            f"0x{number:040x}",
+            name=name,
+            start_price=Decimal(0),
+            price_per_cpu_second=Decimal(0),
+            price_per_second=Decimal(0),
+            now=bench.now,
+        )
+    bench.client.post("/operator/providers/beta/ban")
+    bench.client.post("/operator/pause")
+
+    read = bench.read()
+
+    for name, labels, value in (
+        ("mlg_queue_waiting", {"model": MODEL}, 1),
+        ("mlg_queue_claimed", {"model": MODEL}, 1),
+        ("mlg_queue_oldest_seconds", {"model": MODEL}, 30),
+        ("mlg_batchers", {}, 2),
+        ("mlg_capacity", {}, 6),
+        ("mlg_providers", {"state": "good"}, 2),
+        ("mlg_providers", {"state": "banned"}, 1),
+        ("mlg_hold", {"mode": "paused"}, 1),
+        ("mlg_hold", {"mode": "draining"}, 0),
+        ("mlg_budget_glm", {"period": "day"}, 0.5),
+        ("mlg_spent_glm", {}, 0),
+    ):
+        assert read[name, tuple(sorted(labels.items()))] == value, name
+    assert ("mlg_budget_glm", (("period", "total"),)) not in read
+
+
+def test_codes_beyond_the_most_share_one_series(bench: Bench) -> None:
+    for number in range(MOST_CODES + 5):
+        bench.add(b"%d" % number)
+        bench.fail(bench.claim(), f"code{number:03d}")
+
+    codes = {dict(labels)["code"]: count for (name, labels), count in bench.read().items() if "failed_total" in name}
+
+    assert len(codes) == MOST_CODES + 1 and codes["other"] == 5
+
+
+def test_whatever_stands_in_a_label_is_written_so_that_it_is_read_again() -> None:
+    awkward = 'a "quoted" \\ back\nslash, {braces} = ünïcode'
+    family = Family(name="mlg_x", kind="gauge", help="Back\\slash\nand line.", samples=[("", {"code": awkward}, 1.5)])
+
+    (read,) = text_string_to_metric_families(exposition([family]))
+
+    assert read.samples[0].labels == {"code": awkward} and read.samples[0].value == 1.5
+    assert read.documentation == "Back\\slash\nand line."
+
+
+def test_a_database_from_before_is_counted_when_it_is_brought_up_to_date(
+    settings: ServerSettings, store: SqliteStore, bench: Bench
+) -> None:
+    lives(bench)
+
+    def undo(transaction: Any) -> None:
+        for statement in (
+            "DROP TRIGGER totals_of_ended",
+            "DROP TRIGGER totals_of_known",
+            "DROP TABLE totals",
+            "DROP TABLE controls",
+            "DROP INDEX chunks_finished",
+            "DROP INDEX chunks_under_way",
+            "DROP INDEX chunks_failed",
+            "ALTER TABLE batchers DROP COLUMN budget",
+            "DELETE FROM migrations WHERE name = 'm008_controls'",
+        ):
+            transaction.execute(statement).fetchall()
+
+    before = {(each.outcome, each.code, each.count) for each in store.list_totals()}
+    store._writer.run(undo)
+
+    assert store.migrate() == ["m008_controls"]
+    assert {(each.outcome, each.code, each.count) for each in store.list_totals()} == before
+    assert len(before) == 4

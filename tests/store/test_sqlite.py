@@ -1,0 +1,265 @@
+"""What is particular to the SQLite store: processes, locks, full disks, a schema that checks itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from provider_image.errors import ConfigError, DiskFull, StoreBusy, StoreError, StoreUnavailable
+from server.settings import ServerSettings
+from store import new_id
+from store.migrations import STEPS
+from store.records import NewRequest, Request
+from store.sqlite import SqliteStore
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=0.2))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def add(store: SqliteStore, data: bytes = b"picture") -> Request:
+    new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=datetime.now(UTC))
+    return store.add(new, store.blobs.stage(data))
+
+
+def files(store: SqliteStore) -> list[str]:
+    return sorted(str(path) for path in store.blobs.folder.rglob("*") if path.is_file())
+
+
+def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from server.settings import ServerSettings;"
+        "from store.sqlite import SqliteStore; sys.stdin.read();"
+        "print(len(SqliteStore(ServerSettings(home=Path(sys.argv[1]))).migrate()))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "home")],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    printed = [process.communicate(timeout=60)[0].strip() for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(printed) == ["0", "0", str(len(STEPS))]
+
+
+def test_a_database_of_a_newer_mlg_is_refused(store: SqliteStore, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "home" / "mlg.db") as connection:
+        connection.execute("INSERT INTO migrations VALUES ('m999_from_the_future', 'x')")
+    connection.close()
+
+    with pytest.raises(ConfigError, match="newer mlg"):
+        store.migrate()
+
+
+def test_a_locked_database_is_busy_and_leaves_nothing_behind(store: SqliteStore, tmp_path: Path) -> None:
+    holder = sqlite3.connect(tmp_path / "home" / "mlg.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(StoreBusy):
+        add(store)
+
+    assert files(store) == []
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert store.get(add(store).id).image_bytes == 7
+
+
+def test_a_full_disk_under_the_pictures_is_said_and_leaves_nothing_behind(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+
+    def half_then_full(handle: int, data: memoryview) -> int:
+        if len(data) > 100:
+            return real(handle, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half_then_full)
+
+    with pytest.raises(DiskFull):
+        store.blobs.stage(b"x" * 150)
+
+    assert files(store) == []
+
+
+def test_a_full_disk_under_the_database_is_said_and_leaves_nothing_behind(store: SqliteStore) -> None:
+    add(store)
+    before = files(store)
+
+    def fill(transaction: object) -> None:
+        pages = transaction.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[attr-defined]
+        transaction.execute(f"PRAGMA max_page_count = {pages}")  # type: ignore[attr-defined]
+
+    store._writer.run(fill)
+
+    with pytest.raises(DiskFull):
+        for n in range(2000):
+            add(store, b"%d" % n)
+            before = files(store)
+
+    assert files(store) == before
+    assert len(store.list(limit=5000)) == len(before)
+
+
+def test_a_commit_that_fails_takes_its_pictures_back(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("store.sqlite.sync_folder", broken)
+
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        add(store)
+
+    assert files(store) == []
+    assert store.list() == []
+    monkeypatch.undo()
+    assert store.get(add(store).id) is not None
+
+
+def test_a_damaged_database_is_said(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mlg.db").write_bytes(b"this is not a database at all" * 100)
+    store = SqliteStore(ServerSettings(home=home))
+
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        store.migrate()
+
+    store.close()
+
+
+def test_a_home_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    store = SqliteStore(ServerSettings(home=tmp_path / "home"))
+
+    with pytest.raises(StoreError, match="home"):
+        store.migrate()
+
+    store.close()
+
+
+def test_check_says_when_the_store_cannot_be_written(store: SqliteStore, tmp_path: Path) -> None:
+    store.check()
+    holder = sqlite3.connect(tmp_path / "home" / "mlg.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(StoreBusy):
+        store.check()
+
+    holder.execute("ROLLBACK")
+    holder.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "state = 'thinking'",
+        "state = 'claimed'",
+        "state = 'done', finished_at = 'now'",
+        "state = 'failed', finished_at = 'now'",
+        "lease_ends_at = 'now'",
+    ],
+)
+def test_the_table_itself_refuses_an_impossible_state(store: SqliteStore, tmp_path: Path, change: str) -> None:
+    add(store)
+    connection = sqlite3.connect(tmp_path / "home" / "mlg.db")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        connection.execute(f"UPDATE requests SET {change}")
+
+    connection.close()
+
+
+def test_writers_of_one_process_share_commits(store: SqliteStore, tmp_path: Path) -> None:
+    commits = 0
+    real = store._writer._before_commit
+
+    def counted(transaction: object) -> None:
+        nonlocal commits
+        commits += 1
+        real(transaction)  # type: ignore[arg-type]
+
+    store._writer._before_commit = counted  # type: ignore[assignment]
+    threads = [
+        threading.Thread(target=lambda part=part: [add(store, b"%d-%d" % (part, n)) for n in range(25)])
+        for part in range(8)
+    ]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(store.list(limit=1000)) == 200
+    assert commits < 150
+
+
+def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -> None:
+    SqliteStore(ServerSettings(home=tmp_path / "home")).migrate()
+    code = (
+        "import sys; sys.path.insert(0, 'tests/server'); from pathlib import Path;"
+        "from test_sqlite import add; from server.settings import ServerSettings;"
+        "from store.sqlite import SqliteStore;"
+        "store = SqliteStore(ServerSettings(home=Path(sys.argv[1])));"
+        "[print(add(store, f'{sys.argv[2]}-{n % 40}'.encode()).id) for n in range(80)]; store.close()"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "home"), part], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for part in "ab"
+    ]
+
+    acknowledged = [id for process in processes for id in process.communicate(timeout=60)[0].split()]
+
+    store = SqliteStore(ServerSettings(home=tmp_path / "home"))
+    assert sorted(request.id for request in store.list(limit=1000)) == sorted(acknowledged)
+    assert len(acknowledged) == 160
+    assert len(files(store)) == 80
+    store.close()
+
+
+def test_the_oldest_of_a_hundred_thousand_waiting_is_found_by_index(store: SqliteStore, tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "home" / "mlg.db")
+    plans = {
+        "SELECT created_at FROM requests WHERE state = 'queued' AND model = 'x' AND due_at <= 'y' "
+        "ORDER BY number LIMIT 1": "requests_queued",
+        "SELECT 1 FROM requests WHERE state = 'claimed' AND lease_ends_at <= 'x'": "requests_claimed",
+        "SELECT * FROM requests WHERE state = 'failed' AND number < 5 ORDER BY number DESC": "requests_failed",
+        "SELECT * FROM requests WHERE id = 'x'": "sqlite_autoindex_requests_1",
+        "SELECT 1 FROM requests WHERE image_sha256 = 'x' AND model = 'y'": "requests_image",
+    }
+
+    for sql, index in plans.items():
+        plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}"))
+
+        assert index in plan, plan
+        assert "TEMP B-TREE" not in plan
+
+    connection.close()

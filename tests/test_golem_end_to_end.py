@@ -1,0 +1,123 @@
+"""The whole road over rented computers, as users go it: mlg devnet in one process, mlg batch or mlg up in another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.request
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devnet.scenario import NAMES
+from scripts.benchmarks import golem, processes
+from server.settings import ServerSettings
+from store.records import State
+from store.sqlite import SqliteStore
+from tests.golem import MODEL, picture
+
+
+def make_home(folder: Path, models: Path) -> Path:
+    folder.mkdir()
+    (folder / "models").symlink_to(models)
+    return folder
+
+
+def paid_by_the_daemon(variables: dict[str, str]) -> Decimal:
+    invoices = golem.ask(variables, "/payment-api/v1/invoices")
+    return sum((Decimal(each["amount"]) for each in invoices if each["status"] != "RECEIVED"), Decimal(0))
+
+
+def costs(home: Path, by: str) -> list[dict[str, Any]]:
+    command = processes.mlg("costs", "--by", by, "--json", "--home", str(home))
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def assert_nothing_is_open(variables: dict[str, str]) -> None:
+    assert golem.ask(variables, "/market-api/v1/agreements?state=Approved") == []
+    assert golem.ask(variables, "/market-api/v1/demands") == []
+    assert golem.ask(variables, "/payment-api/v1/allocations") == []
+
+
+@pytest.mark.timeout(300)
+def test_two_thousand_pictures_over_eight_providers_of_which_three_misbehave(
+    tmp_path: Path, models_folder: Path
+) -> None:
+    home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
+    data = picture()
+    golem.fill(home, [data + b"%d" % number for number in range(2000)])
+    log = tmp_path / "batch.log"
+
+    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 8, golem.MISDEEDS)) as variables:
+        # A bill of no more than this: each of eight starts costs 0.001, and the work some minutes of one core.
+        run = golem.batch(home, "golem", log, **variables, MLG_BUDGET_DAY="0.1", MLG_CHUNK_TIMEOUT_SECONDS="30")
+        daemons = paid_by_the_daemon(variables)
+        assert_nothing_is_open(variables)
+
+    store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
+    requests = store.list(limit=3000)
+    chunks = store.list_chunks(limit=3000)
+    answers = sum(chunk.answers for chunk in chunks)
+    store.close()
+    assert [request.state for request in requests] == [State.DONE] * 2000
+    assert answers == 2000  # none was answered twice
+    assert run.cost == daemons <= Decimal("0.1")
+    for by in ("day", "model", "provider"):
+        total = sum((Decimal(row["paid"]) for row in costs(home, by) if row["by"] != "total"), Decimal(0))
+        assert total == daemons
+    assert 0 < sum(request.cost or Decimal(0) for request in requests) <= daemons
+    failed = {row["name"] for row in _providers(home) if row["failed"]}
+    assert failed == set(golem.MISDEEDS)
+
+
+def _providers(home: Path) -> list[dict[str, Any]]:
+    command = processes.mlg("providers", "list", "--json", "--home", str(home))
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+@pytest.mark.timeout(240)
+def test_killed_batchers_lose_nothing_and_leave_nothing_open(tmp_path: Path, models_folder: Path) -> None:
+    home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
+
+    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 3, {})) as variables:
+        found = golem.kill(tmp_path, home, variables, 4, seed=20)
+
+    assert found == {
+        "kills": 4,
+        "requests": 32,
+        "lost": 0,
+        "answered twice": 0,
+        "agreements left open": 0,
+        "demands left open": 0,
+        "allocations left open": 0,
+    }
+
+
+@pytest.mark.timeout(120)
+def test_up_rents_a_computer_and_the_answer_says_whose_and_for_how_much(tmp_path: Path, models_folder: Path) -> None:
+    home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
+    base = f"http://127.0.0.1:{processes.free_port()}"
+    up = processes.mlg("up", "--executor", "golem", "--home", str(home), "--port", base.rpartition(":")[2])
+
+    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:
+        with processes.running(up, url=f"{base}/readyz", log=tmp_path / "up.log", env={**os.environ, **variables}):
+            post = urllib.request.Request(
+                f"{base}/requestPrediction/{MODEL}", data=picture(), headers={"Content-Type": "image/png"}
+            )
+            with urllib.request.urlopen(post) as answer:
+                id = json.load(answer)["req_id"]
+            with urllib.request.urlopen(f"{base}/readPrediction/{id}?wait=30") as answer:
+                estimated = json.load(answer)
+        assert_nothing_is_open(variables)
+        daemons = paid_by_the_daemon(variables)
+    show = processes.mlg("requests", "show", id, "--json", "--home", str(home))
+    settled = json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+
+    assert (estimated["status"], len(estimated["preds"]), estimated["cost_is_final"]) == ("done", 5, False)
+    assert estimated["provider"] in NAMES[:2]
+    assert (Decimal(settled["cost"]), settled["cost_is_final"]) == (daemons, True)
