@@ -12,27 +12,27 @@ from datetime import datetime
 
 from batcher.executors import Outcome
 from batcher.packing import Packed
-from batcher.results import Settlement
-from provider_image.errors import StoreError
-from store import Journal
+from batcher.results import ChunkOutcome
+from store import Chunks
 from store.chunks import ChunkRecord
+from store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
 
-class DispatchNotes:
+class ChunkLog:
     """The entries of one batcher.
 
     :param executor: the executor's name.
     """
 
-    def __init__(self, journal: Journal, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
+    def __init__(self, journal: Chunks, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
         self._journal = journal
         self._batcher_id = batcher_id
         self._executor = executor
         self._clock = clock
 
-    def note_start(self, packed: Packed) -> None:
+    def record_start(self, packed: Packed) -> None:
         """Note that a chunk goes out."""
         record = ChunkRecord(
             id=packed.chunk_id,
@@ -58,17 +58,17 @@ class DispatchNotes:
         except StoreError as error:
             log.warning("cannot note a dispatch: %s", error, extra={"chunk_id": packed.chunk_id})
 
-    def note_end(self, packed: Packed, outcome: Outcome, settlement: Settlement) -> None:
+    def record_end(self, packed: Packed, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
         """Note how it ended."""
-        error = settlement.error
+        error = chunk_outcome.error
         try:
             self._journal.finish_chunk(
                 packed.chunk_id,
                 provider=outcome.provider,
                 bytes_received=packed.results.stat().st_size if packed.results.exists() else None,
                 seconds=outcome.seconds,
-                done=settlement.items_done,
-                failed=len(packed.items) - settlement.items_done,
+                done=chunk_outcome.items_done,
+                failed=len(packed.items) - chunk_outcome.items_done,
                 cost=outcome.cost,
                 code=error.code if error else None,
                 reason=error.reason if error else None,
@@ -77,5 +77,5 @@ class DispatchNotes:
                 activity_id=outcome.activity_id,
                 now=self._clock(),
             )
-        except StoreError as refusal:
-            log.warning("cannot note the end of a dispatch: %s", refusal, extra={"chunk_id": packed.chunk_id})
+        except StoreError as store_error:
+            log.warning("cannot note the end of a dispatch: %s", store_error, extra={"chunk_id": packed.chunk_id})

@@ -22,48 +22,50 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from batcher.chunk_log import DispatchNotes
+from batcher.chunk_log import ChunkLog
+from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
 from batcher.packing import Packed, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
-from batcher.resizing import Shrinker
-from batcher.result_writer import Recording, Tally
+from batcher.resizing import Resizer
+from batcher.result_writer import ResultWriter, Tally
 from batcher.results import (
-    OBSTACLE_SECONDS,
-    Settlement,
+    UNAVAILABLE_RETRY_SECONDS,
+    ChunkOutcome,
     check_results,
-    settle,
-    settle_failure,
-    settle_left_out,
+    resolve_chunk,
+    resolve_failed_chunk,
+    resolve_unsent_items,
 )
 from batcher.settings import BatcherSettings
 from provider_image.compiler import can_build_now
-from provider_image.errors import ChunkError, MlgError, ShrinkingUnavailable, StoreError, StoreUnavailable
+from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
-from provider_image.models.registry import rows
-from store import Journal, Store
+from provider_image.models.registry import list_rows
+from store import Chunks, Store
 from store.batches import Batches
 from store.controls import Controls
-from store.images import Blobs
+from store.errors import StoreError, StoreUnavailable
+from store.images import ImageStore
 from store.records import ISOLATION_STEPS, Claim
 
 log = logging.getLogger(__name__)
 
 #: Pause after the store has refused something; doubles from the first to the last.
-FIRST_PAUSE_SECONDS = 0.2
-LAST_PAUSE_SECONDS = 5.0
+INITIAL_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 5.0
 #: Ended leases are looked for this often.
-EXPIRY_SECONDS = 1.0
+LEASE_CHECK_SECONDS = 1.0
 #: When stopping, the store gets this long to take what is left to record.
-LAST_RECORD_SECONDS = 5.0
+FINAL_WRITE_SECONDS = 5.0
 #: Chunks that are shrunk and packed at the same time.
-SHRINKING_CHUNKS = 4
+MAX_PACKING_THREADS = 4
 
 
-class Home(Store, Journal, Controls, Batches, Protocol):
+class CycleStore(Store, Chunks, Controls, Batches, Protocol):
     """What the cycle needs of a store."""
 
-    blobs: Blobs
+    images: ImageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,10 @@ def now_utc() -> datetime:
     return datetime.now(UTC)
 
 
-def servable(models: Path) -> frozenset[str]:
+def available_models(models: Path) -> frozenset[str]:
     """List the models that are installed or would be built on first use."""
     return frozenset(
-        row.name for row in rows(models) if installed_digest(models, row.name) is not None or can_build_now(row)
+        row.name for row in list_rows(models) if installed_digest(models, row.name) is not None or can_build_now(row)
     )
 
 
@@ -95,19 +97,19 @@ class Cycle:
     """One batcher's cycles, one after another; not to be run twice at once.
 
     :param folder: the batcher's own folder for files under way.
-    :param shrinker: shrinks pictures before they are packed; closed when a stop has to hurry. None sends originals.
+    :param resizer: shrinks pictures before they are packed; closed when a stop has to hurry. None sends originals.
     :param clock: gives the time.
     """
 
     def __init__(
         self,
         *,
-        store: Home,
+        store: CycleStore,
         executor: Executor,
         settings: BatcherSettings,
         folder: Path,
         batcher_id: str,
-        shrinker: Shrinker | None = None,
+        resizer: Resizer | None = None,
         clock: Callable[[], datetime] = now_utc,
     ) -> None:
         self._store = store
@@ -115,12 +117,12 @@ class Cycle:
         self._settings = settings
         self._folder = folder
         self._clock = clock
-        self._shrinker = shrinker
+        self._resizer = resizer
         # Threads of its own: packing that waits for decoders must not keep the renewing of leases from its thread.
-        self._packers = None if shrinker is None else ThreadPoolExecutor(SHRINKING_CHUNKS, thread_name_prefix="pack")
-        self._journal = DispatchNotes(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
+        self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
+        self._chunk_log = ChunkLog(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
         self._wake = asyncio.Event()
-        self._takes_all = False
+        self._is_flushing = False
         self._is_stopping = False
         self._tally = Tally()
         #: Planned but not yet begun.
@@ -128,41 +130,41 @@ class Cycle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: set[asyncio.Task[Outcome]] = set()
         #: Chunks that take a place of the executor's capacity: being packed or with the executor.
-        self._places_taken = 0
+        self._slots_taken = 0
         #: (number, token) of every claim that is not yet recorded.
-        self._held: dict[tuple[int, int], Claim] = {}
+        self._open_claims: dict[tuple[int, int], Claim] = {}
         #: Model -> until when (loop time) it is left alone, and why.
-        self._obstacles: dict[str, tuple[float, str]] = {}
+        self._unavailable_models: dict[str, tuple[float, str]] = {}
         #: Why nothing new is claimed at all; None when it is.
-        self._hold: str | None = None
+        self._pause_reason: str | None = None
         self._no_claim_before = 0.0
-        self._claim_pause = FIRST_PAUSE_SECONDS
-        self._expiry_looked_at = float("-inf")
+        self._claim_backoff_seconds = INITIAL_BACKOFF_SECONDS
+        self._lease_checked_at = float("-inf")
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Ask for a look at what is due."""
         self._wake.set()
 
-    def take_all(self) -> None:
+    def flush(self) -> None:
         """Ask to take everything that waits, due or not, until nothing does."""
-        self._takes_all = True
+        self._is_flushing = True
         self._wake.set()
 
-    def hold(self, reason: str | None) -> None:
+    def pause(self, reason: str | None) -> None:
         """Claim nothing new from now on, for that reason; go on with None. What is under way is finished."""
-        self._hold = reason
+        self._pause_reason = reason
         self._wake.set()
 
-    async def asked(self) -> None:
+    async def wait_for_wakeup(self) -> None:
         """Wait until somebody asks for a look."""
         await self._wake.wait()
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         """Say why a model cannot be worked on just now; None if it can."""
-        if self._hold is not None:
-            return self._hold
-        until, reason = self._obstacles.get(model, (0.0, ""))
-        return reason if until > asyncio.get_running_loop().time() else self._executor.obstacle(model)
+        if self._pause_reason is not None:
+            return self._pause_reason
+        until, reason = self._unavailable_models.get(model, (0.0, ""))
+        return reason if until > asyncio.get_running_loop().time() else self._executor.unavailable_reason(model)
 
     async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> CycleReport:
         """Work until nothing is due and nothing is under way, or until told to stop.
@@ -173,7 +175,7 @@ class Cycle:
         loop = asyncio.get_running_loop()
         started_at = loop.time()
         self._tally = Tally()
-        choose = models or (lambda: servable(self._settings.models))
+        choose = models or (lambda: available_models(self._settings.models))
         renewing = asyncio.create_task(self._renew_leases())
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -185,8 +187,8 @@ class Cycle:
                 self._start_ready()
                 if not claimed and not self._tasks:
                     break
-                if not claimed or self._room() <= 0:
-                    await self._wait_for_news(stopping)
+                if not claimed or self._free_slots() <= 0:
+                    await self._wait_for_change(stopping)
             if stop.is_set():
                 await self._drain()
         finally:
@@ -206,47 +208,47 @@ class Cycle:
 
     # Claiming
 
-    def _room(self) -> int:
+    def _free_slots(self) -> int:
         """Tell for how many more chunks the executor has a place."""
-        return self._executor.capacity() - self._places_taken - len(self._ready)
+        return self._executor.capacity() - self._slots_taken - len(self._ready)
 
     async def _claim(self, choose: Callable[[], Collection[str]]) -> int:
         """Claim and plan for the places that are free. :return: how many claims were made."""
         loop = asyncio.get_running_loop()
-        room = self._room()
-        if room <= 0 or loop.time() < self._no_claim_before:
+        free_slots = self._free_slots()
+        if free_slots <= 0 or loop.time() < self._no_claim_before:
             return 0
-        limit = room * ISOLATION_STEPS[0]
-        is_looking_for_ended = loop.time() - self._expiry_looked_at >= EXPIRY_SECONDS
-        takes_all = self._takes_all
+        limit = free_slots * ISOLATION_STEPS[0]
+        is_lease_check_due = loop.time() - self._lease_checked_at >= LEASE_CHECK_SECONDS
+        is_flushing = self._is_flushing
         try:
             chosen = await asyncio.to_thread(choose)
-            possible = frozenset(model for model in chosen if self.obstacle(model) is None)
-            claims = await asyncio.to_thread(self._claim_now, possible, limit, takes_all, is_looking_for_ended)
+            possible = frozenset(model for model in chosen if self.unavailable_reason(model) is None)
+            claims = await asyncio.to_thread(self._claim_now, possible, limit, is_flushing, is_lease_check_due)
         except StoreError as error:
-            log.warning("cannot claim, trying again in %.1f s: %s", self._claim_pause, error)
-            self._no_claim_before = loop.time() + self._claim_pause
-            self._claim_pause = min(2 * self._claim_pause, LAST_PAUSE_SECONDS)
+            log.warning("cannot claim, trying again in %.1f s: %s", self._claim_backoff_seconds, error)
+            self._no_claim_before = loop.time() + self._claim_backoff_seconds
+            self._claim_backoff_seconds = min(2 * self._claim_backoff_seconds, MAX_BACKOFF_SECONDS)
             return 0
-        self._claim_pause = FIRST_PAUSE_SECONDS
-        if is_looking_for_ended:
-            self._expiry_looked_at = loop.time()
-        self._held.update(((claim.number, claim.token), claim) for claim in claims)
+        self._claim_backoff_seconds = INITIAL_BACKOFF_SECONDS
+        if is_lease_check_due:
+            self._lease_checked_at = loop.time()
+        self._open_claims.update(((claim.number, claim.token), claim) for claim in claims)
         self._ready.extend(plan(claims, max_items=self._settings.chunk_items, max_bytes=self._settings.chunk_bytes))
         self._tally.claimed += len(claims)
-        if len(claims) < limit and takes_all:
-            self._takes_all = False
+        if len(claims) < limit and is_flushing:
+            self._is_flushing = False
         return len(claims)
 
     def _claim_now(
         self,
         models: Collection[str],
         limit: int,
-        takes_all: bool,
-        is_looking_for_ended: bool,
+        is_flushing: bool,
+        is_lease_check_due: bool,
     ) -> list[Claim]:
         now = self._clock()
-        if is_looking_for_ended:
+        if is_lease_check_due:
             released = self._store.release_expired(now)
             if released:
                 log.warning("%d requests of batchers that are gone are queued again", released)
@@ -260,46 +262,46 @@ class Cycle:
             limit=limit,
             now=now,
             lease_ends_at=now + timedelta(seconds=self._settings.lease_seconds),
-            oldest_before=None if takes_all else now - timedelta(seconds=self._settings.max_wait_seconds),
+            oldest_before=None if is_flushing else now - timedelta(seconds=self._settings.max_wait_seconds),
         )
 
     def _start_ready(self) -> None:
-        while self._ready and self._places_taken < self._executor.capacity():
-            self._places_taken += 1
-            task = asyncio.create_task(self._handle(self._ready.popleft()))
+        while self._ready and self._slots_taken < self._executor.capacity():
+            self._slots_taken += 1
+            task = asyncio.create_task(self._process_chunk(self._ready.popleft()))
             self._tasks.add(task)
-            task.add_done_callback(self._forget)
+            task.add_done_callback(self._discard_task)
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _discard_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._wake.set()
 
-    async def _wait_for_news(self, stopping: asyncio.Task[bool]) -> None:
+    async def _wait_for_change(self, stopping: asyncio.Task[bool]) -> None:
         # Besides the events there is a longest pause: leases end and back-offs pass without any event.
         waking = asyncio.create_task(self._wake.wait())
         try:
-            await asyncio.wait({waking, stopping}, timeout=EXPIRY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({waking, stopping}, timeout=LEASE_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waking.cancel()
 
     # One chunk
 
-    async def _handle(self, planned: PlannedChunk) -> None:
+    async def _process_chunk(self, planned: PlannedChunk) -> None:
         """Take one chunk from packing to recording; never raises."""
         packed: Packed | None = None
         outcome = Outcome(provider=None, seconds=0.0)
         try:
             try:
                 packed = await asyncio.get_running_loop().run_in_executor(self._packers, self._pack, planned)
-                if packed.missing or packed.refused:
-                    await self._write(settle_left_out(packed))
+                if packed.missing or packed.rejected:
+                    await self._write(resolve_unsent_items(packed))
                 if packed.items:
                     outcome = await self._dispatch(packed)
             finally:
-                self._places_taken -= 1
+                self._slots_taken -= 1
                 self._wake.set()
-            settlement = await asyncio.to_thread(
-                settle, packed, outcome, self._settings.models, is_stopping=self._is_stopping
+            chunk_outcome = await asyncio.to_thread(
+                resolve_chunk, packed, outcome, self._settings.models, is_stopping=self._is_stopping
             )
         except OSError as error:
             failure = StoreUnavailable(f"A chunk could not be written: {error}")
@@ -307,44 +309,46 @@ class Cycle:
             # bad sector must not hold up its neighbours for ever.
             is_blameless = error.errno != errno.EIO
             if is_blameless:
-                self._no_claim_before = asyncio.get_running_loop().time() + LAST_PAUSE_SECONDS
-            failed = _failed(failure, is_blameless=is_blameless)
-            settlement = settle_failure(planned.items if packed is None else packed.items, failed)
-        except ShrinkingUnavailable as error:
-            self._no_claim_before = asyncio.get_running_loop().time() + LAST_PAUSE_SECONDS
-            failed = _failed(error, is_blameless=True)
-            settlement = settle_failure(planned.items, failed, is_stopping=self._is_stopping)
+                self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
+            failed = _failed_outcome(failure, is_blameless=is_blameless)
+            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
+        except ResizingUnavailable as error:
+            self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
+            failed = _failed_outcome(error, is_blameless=True)
+            chunk_outcome = resolve_failed_chunk(planned.items, failed, is_stopping=self._is_stopping)
         except MlgError as error:
-            settlement = settle_failure(planned.items if packed is None else packed.items, _failed(error))
+            chunk_outcome = resolve_failed_chunk(
+                planned.items if packed is None else packed.items, _failed_outcome(error)
+            )
         except Exception as error:
             # A bug here or in an executor must not stop the batcher, nor may its chunk be tried for ever.
             log.exception("a chunk failed", extra={"model": planned.model})
-            failed = _failed(ChunkError(f"{type(error).__name__}: {error}"))
-            settlement = settle_failure(planned.items if packed is None else packed.items, failed)
+            failed = _failed_outcome(ChunkError(f"{type(error).__name__}: {error}"))
+            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
         try:
-            await self._record(planned, packed, outcome, settlement)
+            await self._record(planned, packed, outcome, chunk_outcome)
         finally:
             for claim in planned.claims:
-                self._held.pop((claim.number, claim.token), None)
+                self._open_claims.pop((claim.number, claim.token), None)
             if packed is not None:
                 await asyncio.to_thread(packed.remove_files)
 
     def _pack(self, planned: PlannedChunk) -> Packed:
-        still_held = _without_lost(planned, self._held)
+        still_claimed = _without_lost_claims(planned, self._open_claims)
         packed = pack(
-            still_held,
+            still_claimed,
             folder=self._folder,
-            picture=self._store.blobs.path,
+            image_path=self._store.images.path,
             models=self._settings.models,
-            shrinker=self._shrinker,
+            resizer=self._resizer,
         )
         if packed.items:
-            self._journal.note_start(packed)
+            self._chunk_log.record_start(packed)
         return packed
 
     async def _dispatch(self, packed: Packed) -> Outcome:
         if self._is_stopping:
-            return _stopped()
+            return _stopped_outcome()
         job = Job(
             chunk_id=packed.chunk_id,
             model=packed.planned.model,
@@ -363,40 +367,40 @@ class Cycle:
         finally:
             run.cancel()
             self._runs.discard(run)
-        return _stopped() if run.cancelled() else run.result()
+        return _stopped_outcome() if run.cancelled() else run.result()
 
     async def _record(
-        self, planned: PlannedChunk, packed: Packed | None, outcome: Outcome, settlement: Settlement
+        self, planned: PlannedChunk, packed: Packed | None, outcome: Outcome, chunk_outcome: ChunkOutcome
     ) -> None:
-        if settlement.error is not None and not self._is_stopping:
-            facts = {"model": planned.model, "code": settlement.error.code, "items": len(planned.items)}
-            log.warning("a chunk failed: %s", settlement.error, extra=facts)
-        if settlement.is_model_unusable and settlement.error is not None:
-            until = asyncio.get_running_loop().time() + OBSTACLE_SECONDS
-            self._obstacles[planned.model] = (until, settlement.error.reason)
-        await self._write(settlement)
+        if chunk_outcome.error is not None and not self._is_stopping:
+            log_fields = {"model": planned.model, "code": chunk_outcome.error.code, "items": len(planned.items)}
+            log.warning("a chunk failed: %s", chunk_outcome.error, extra=log_fields)
+        if chunk_outcome.is_model_unusable and chunk_outcome.error is not None:
+            until = asyncio.get_running_loop().time() + UNAVAILABLE_RETRY_SECONDS
+            self._unavailable_models[planned.model] = (until, chunk_outcome.error.reason)
+        await self._write(chunk_outcome)
         if packed is not None and packed.items:
-            await asyncio.to_thread(self._journal.note_end, packed, outcome, settlement)
+            await asyncio.to_thread(self._chunk_log.record_end, packed, outcome, chunk_outcome)
 
-    async def _write(self, settlement: Settlement) -> None:
+    async def _write(self, chunk_outcome: ChunkOutcome) -> None:
         """Write a settlement into the store, until it takes it or the claims are lost."""
-        claims = settlement.claims
-        recording = Recording(self._store, settlement)
-        pause = FIRST_PAUSE_SECONDS
+        claims = chunk_outcome.claims
+        result_writer = ResultWriter(self._store, chunk_outcome)
+        pause = INITIAL_BACKOFF_SECONDS
         while True:
             try:
-                await asyncio.to_thread(recording.advance, self._clock())
+                await asyncio.to_thread(result_writer.write_pending, self._clock())
                 break
             except StoreError as error:
-                if not any((claim.number, claim.token) in self._held for claim in claims):
+                if not any((claim.number, claim.token) in self._open_claims for claim in claims):
                     log.error("results are dropped, their leases ended before the store took them: %s", error)
                     break
                 log.warning("cannot record results, trying again in %.1f s: %s", pause, error)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_SECONDS)
+            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
         for claim in claims:
-            self._held.pop((claim.number, claim.token), None)
-        self._tally.add(recording.tally)
+            self._open_claims.pop((claim.number, claim.token), None)
+        self._tally.add(result_writer.tally)
 
     # Leases and the end
 
@@ -405,18 +409,18 @@ class Cycle:
         pause = period
         while True:
             await asyncio.sleep(pause)
-            held = list(self._held.values())
+            open_claims = list(self._open_claims.values())
             lease_ends_at = self._clock() + timedelta(seconds=self._settings.lease_seconds)
             try:
-                kept = await asyncio.to_thread(self._store.renew, held, lease_ends_at=lease_ends_at)
+                renewed = await asyncio.to_thread(self._store.renew, open_claims, lease_ends_at=lease_ends_at)
             except StoreError as error:
                 log.warning("cannot renew leases: %s", error)
                 pause = min(period, 1.0)
                 continue
             pause = period
-            lost = [claim for claim in held if claim.number not in kept]
+            lost = [claim for claim in open_claims if claim.number not in renewed]
             # What was recorded meanwhile is not lost.
-            gone = [claim for claim in lost if self._held.pop((claim.number, claim.token), None) is not None]
+            gone = [claim for claim in lost if self._open_claims.pop((claim.number, claim.token), None) is not None]
             if gone:
                 log.warning("%d claims were lost, their results will be dropped", len(gone))
 
@@ -426,36 +430,38 @@ class Cycle:
         unstarted = [item for planned in self._ready for item in planned.items]
         self._ready.clear()
         if unstarted:
-            await self._give_back(unstarted)
+            await self._release(unstarted)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._settings.drain_seconds)
         for run in self._runs:
             run.cancel()
-        if self._tasks and self._shrinker is not None:
-            await asyncio.to_thread(self._shrinker.close)
+        if self._tasks and self._resizer is not None:
+            await asyncio.to_thread(self._resizer.close)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=LAST_RECORD_SECONDS)
+            await asyncio.wait(self._tasks, timeout=FINAL_WRITE_SECONDS)
 
-    async def _give_back(self, items: Iterable[PlannedItem]) -> None:
-        recording = Recording(self._store, settle_failure(items, _stopped(), is_stopping=True))
+    async def _release(self, items: Iterable[PlannedItem]) -> None:
+        result_writer = ResultWriter(self._store, resolve_failed_chunk(items, _stopped_outcome(), is_stopping=True))
         try:
-            await asyncio.to_thread(recording.advance, self._clock())
+            await asyncio.to_thread(result_writer.write_pending, self._clock())
         except StoreError as error:
             log.warning("cannot give claims back, they will be when their leases end: %s", error)
-        self._tally.add(recording.tally)
+        self._tally.add(result_writer.tally)
 
 
-def _failed(error: MlgError, *, is_blameless: bool = False) -> Outcome:
+def _failed_outcome(error: MlgError, *, is_blameless: bool = False) -> Outcome:
     return Outcome(provider=None, seconds=0.0, error=error, is_blameless=is_blameless)
 
 
-def _stopped() -> Outcome:
-    return _failed(ChunkError("The batcher was stopped before the chunk was done."), is_blameless=True)
+def _stopped_outcome() -> Outcome:
+    return _failed_outcome(ChunkError("The batcher was stopped before the chunk was done."), is_blameless=True)
 
 
-def _without_lost(planned: PlannedChunk, held: Collection[tuple[int, int]]) -> PlannedChunk:
+def _without_lost_claims(planned: PlannedChunk, open_claims: Collection[tuple[int, int]]) -> PlannedChunk:
     """Leave out the items that nobody waits for any more, unless that is all of them."""
-    items = tuple(item for item in planned.items if any((claim.number, claim.token) in held for claim in item.claims))
+    items = tuple(
+        item for item in planned.items if any((claim.number, claim.token) in open_claims for claim in item.claims)
+    )
     if not items or len(items) == len(planned.items):
         return planned
     return PlannedChunk(service=planned.service, model=planned.model, isolation=planned.isolation, items=items)

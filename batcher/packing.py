@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.planner import PlannedChunk, PlannedItem
-from batcher.resizing import Shrinker
+from batcher.resizing import Resizer
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import Artefact, find_artefact
@@ -22,7 +22,7 @@ from provider_image.services import load_service
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class RejectedItem:
     """An item that is not sent, and why."""
 
     item: PlannedItem
@@ -42,7 +42,7 @@ class Packed:
     #: Those left out because their pictures are gone.
     missing: tuple[PlannedItem, ...]
     #: Those left out because they could not be shrunk.
-    refused: tuple[Refused, ...]
+    rejected: tuple[RejectedItem, ...]
     #: The chunk file; not written when there are no items.
     chunk: Path
     #: Where the results file will be.
@@ -57,24 +57,24 @@ class Packed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ready:
+class _PackableItem:
     """An item that can be written."""
 
     item: PlannedItem
     inputs: Mapping[str, Path | bytes]
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         return all(isinstance(source, bytes) or source.exists() for source in self.inputs.values())
 
 
 def pack(
-    planned: PlannedChunk, *, folder: Path, picture: Callable[[str], Path], models: Path, shrinker: Shrinker | None
+    planned: PlannedChunk, *, folder: Path, image_path: Callable[[str], Path], models: Path, resizer: Resizer | None
 ) -> Packed:
     """Write a chunk file into a folder.
 
-    :param picture: where the picture with a digest is.
+    :param image_path: where the picture with a digest is.
     :param models: the folder of artefacts; the one that is installed there must answer, any if there is none.
-    :param shrinker: None sends pictures as they came.
+    :param resizer: None sends pictures as they came.
     :raises OSError: a picture that is there cannot be read, or the file cannot be written.
     :raises MalformedChunk: no reader would take such a chunk.
     :raises NotInstalled: nothing is known of the model, so that nothing can be shrunk for it.
@@ -83,13 +83,15 @@ def pack(
     chunk_id = secrets.token_hex(16)
     chunk, results = folder / f"{chunk_id}.chunk.zip", folder / f"{chunk_id}.results.zip"
     (input_name,) = load_service(planned.service).inputs
-    ready = [_Ready(item=item, inputs={input_name: picture(item.first.image_sha256)}) for item in planned.items]
-    ready = [each for each in ready if each.is_there()]
-    refused: tuple[Refused, ...] = ()
+    ready = [
+        _PackableItem(item=item, inputs={input_name: image_path(item.first.image_sha256)}) for item in planned.items
+    ]
+    ready = [each for each in ready if each.exists()]
+    rejected: tuple[RejectedItem, ...] = ()
     # Asked once, so that digest and size are the same artefact's.
     model = _model(models, planned.model)
-    if shrinker is not None and ready:
-        ready, refused = _shrunk(shrinker, planned.service, model, ready)
+    if resizer is not None and ready:
+        ready, rejected = _resize_items(resizer, planned.service, model, ready)
     digest = model.digest if isinstance(model, Artefact) else None
     size_bytes = 0
     while ready:
@@ -97,24 +99,24 @@ def pack(
             ChunkItem(number=number, inputs=each.inputs, params=each.item.first.params)
             for number, each in enumerate(ready)
         ]
-        facts = (chunk_id, planned.service, planned.model, digest)
+        header = (chunk_id, planned.service, planned.model, digest)
         try:
-            size_bytes = write_chunk(chunk, *facts, numbered, is_shrunk=shrinker is not None)
+            size_bytes = write_chunk(chunk, *header, numbered, is_resized=resizer is not None)
         except FileNotFoundError:
-            left = [each for each in ready if each.is_there()]
+            left = [each for each in ready if each.exists()]
             if len(left) == len(ready):
                 raise  # it is the folder that is gone, not a picture
             ready = left  # a picture went after it was looked for
             continue
         break
     items = tuple(each.item for each in ready)
-    not_missing = [*items, *(each.item for each in refused)]
+    not_missing = [*items, *(each.item for each in rejected)]
     return Packed(
         chunk_id=chunk_id,
         planned=planned,
         items=items,
         missing=tuple(item for item in planned.items if item not in not_missing),
-        refused=refused,
+        rejected=rejected,
         chunk=chunk,
         results=results,
         size_bytes=size_bytes,
@@ -129,17 +131,17 @@ def _model(models: Path, name: str) -> Artefact | ModelRow | None:
         return CATALOGUE.get(name)
 
 
-def _shrunk(
-    shrinker: Shrinker, service: str, model: Artefact | ModelRow | None, originals: list[_Ready]
-) -> tuple[list[_Ready], tuple[Refused, ...]]:
+def _resize_items(
+    resizer: Resizer, service: str, model: Artefact | ModelRow | None, originals: list[_PackableItem]
+) -> tuple[list[_PackableItem], tuple[RejectedItem, ...]]:
     if model is None:
         raise NotInstalled()
     model_input = ModelInput(height=model.height, width=model.width, crop=model.crop)
     paths = [{name: path for name, path in each.inputs.items() if isinstance(path, Path)} for each in originals]
-    ready, refused = [], []
-    for each, shrunk in zip(originals, shrinker.shrink(service, model_input, paths), strict=True):
-        if isinstance(shrunk, MlgError):
-            refused.append(Refused(item=each.item, error=shrunk))
-        elif not isinstance(shrunk, FileNotFoundError):
-            ready.append(_Ready(item=each.item, inputs=shrunk))
-    return ready, tuple(refused)
+    ready, rejected = [], []
+    for each, resized in zip(originals, resizer.resize(service, model_input, paths), strict=True):
+        if isinstance(resized, MlgError):
+            rejected.append(RejectedItem(item=each.item, error=resized))
+        elif not isinstance(resized, FileNotFoundError):
+            ready.append(_PackableItem(item=each.item, inputs=resized))
+    return ready, tuple(rejected)

@@ -1,7 +1,7 @@
 """Writes a settlement into the store, one commit after another; what is written is not written again.
 
-Used by `batcher.cycle`, which calls `advance` in a thread until the store takes everything. Writing twice would be
-harmless (fencing tokens), but the counts would be wrong.
+Used by `batcher.cycle`, which calls `write_pending` in a thread until the store takes everything. Writing twice would
+be harmless (fencing tokens), but the counts would be wrong.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from batcher.results import Setback, Settlement
-from provider_image.errors import UnknownRequest
+from batcher.results import ChunkOutcome, ClaimFailure
 from store import Store
-from store.records import Blame, Claim, State
+from store.errors import UnknownRequest
+from store.records import Blame, Claim, RequestState
 
 
 @dataclass
@@ -37,42 +37,42 @@ class Tally:
         self.chunks += other.chunks
 
 
-class Recording:
+class ResultWriter:
     """A settlement on its way into the store."""
 
-    def __init__(self, store: Store, settlement: Settlement) -> None:
+    def __init__(self, store: Store, chunk_outcome: ChunkOutcome) -> None:
         self._store = store
         self.tally = Tally()
         self._steps: deque[Callable[[datetime], None]] = deque()
-        if settlement.answers:
-            self._steps.append(lambda now: self._finish(settlement, now))
-        for setback in settlement.setbacks:
-            self._steps.append(lambda now, setback=setback: self._set_back(setback, now))  # type: ignore[misc]
+        if chunk_outcome.answers:
+            self._steps.append(lambda now: self._finish(chunk_outcome, now))
+        for failure in chunk_outcome.failures:
+            self._steps.append(lambda now, failure=failure: self._fail_or_release(failure, now))  # type: ignore[misc]
 
-    def advance(self, now: datetime) -> None:
+    def write_pending(self, now: datetime) -> None:
         """Write what is not yet written. :raises StoreError: the store does not take it now; call again later."""
         while self._steps:
             self._steps[0](now)
             self._steps.popleft()
 
-    def _finish(self, settlement: Settlement, now: datetime) -> None:
-        self.tally.done += self._store.finish(settlement.answers, now=now)
+    def _finish(self, chunk_outcome: ChunkOutcome, now: datetime) -> None:
+        self.tally.done += self._store.finish(chunk_outcome.answers, now=now)
 
-    def _set_back(self, setback: Setback, now: datetime) -> None:
-        code, reason = setback.code, setback.reason
-        if setback.blame is None:
-            self.tally.failed += self._store.fail(setback.claims, code=code, reason=reason, now=now)
+    def _fail_or_release(self, failure: ClaimFailure, now: datetime) -> None:
+        code, reason = failure.code, failure.reason
+        if failure.blame is None:
+            self.tally.failed += self._store.fail(failure.claims, code=code, reason=reason, now=now)
             return
-        due_at = now + timedelta(seconds=setback.delay_seconds)
-        held = self._store.release(
-            setback.claims, blame=setback.blame, code=code, reason=reason, now=now, due_at=due_at
+        due_at = now + timedelta(seconds=failure.delay_seconds)
+        released = self._store.release(
+            failure.claims, blame=failure.blame, code=code, reason=reason, now=now, due_at=due_at
         )
         # Only the store knows how many attempts there are.
-        failed = sum(map(self._has_failed, setback.claims)) if held and setback.blame is Blame.ITEM else 0
+        failed = sum(map(self._has_failed, failure.claims)) if released and failure.blame is Blame.ITEM else 0
         self.tally.failed += failed
-        self.tally.released += max(0, held - failed)
+        self.tally.released += max(0, released - failed)
 
     def _has_failed(self, claim: Claim) -> bool:
         with contextlib.suppress(UnknownRequest):
-            return self._store.get(claim.id).state is State.FAILED
+            return self._store.get(claim.id).state is RequestState.FAILED
         return False

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
 from batcher.packing import Packed
 from batcher.planner import PlannedItem
@@ -17,13 +18,12 @@ from provider_image.chunk import ItemResult, read_results
 from provider_image.errors import (
     BadInput,
     ChunkError,
-    ExecutorUnavailable,
     MalformedResults,
     MlgError,
     ModelError,
     NotInstalled,
     UnknownModel,
-    error_from,
+    error_from_reply,
 )
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.services import load_service
@@ -32,13 +32,13 @@ from store.records import Answer, Blame, Claim
 #: Seconds before an item that failed by itself is tried again, by its failures so far.
 BACKOFF_SECONDS = (1.0, 4.0, 16.0)
 #: Seconds before work is tried again that failed through no fault of its own: a model that cannot be used, a full disk.
-OBSTACLE_SECONDS = 30.0
+UNAVAILABLE_RETRY_SECONDS = 30.0
 #: What concerns the model and not the items: other chunks of it would end alike.
 MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setback:
+class ClaimFailure:
     """Claims that got no answer, and why."""
 
     claims: tuple[Claim, ...]
@@ -52,11 +52,11 @@ class Setback:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settlement:
+class ChunkOutcome:
     """What becomes of the claims of one chunk: each stands in exactly one place here."""
 
     answers: tuple[Answer, ...] = ()
-    setbacks: tuple[Setback, ...] = ()
+    failures: tuple[ClaimFailure, ...] = ()
     #: Items that have an answer.
     items_done: int = 0
     #: Why the chunk failed as a whole; None if it did not.
@@ -68,13 +68,13 @@ class Settlement:
     def claims(self) -> list[Claim]:
         """Every claim that is settled here."""
         answered = [answer.claim for answer in self.answers]
-        return answered + [claim for setback in self.setbacks for claim in setback.claims]
+        return answered + [claim for failure in self.failures for claim in failure.claims]
 
 
-def settle_left_out(packed: Packed) -> Settlement:
+def resolve_unsent_items(packed: Packed) -> ChunkOutcome:
     """Settle what is not sent at all: nothing that happens to the chunk can change it."""
     missing = [
-        Setback(
+        ClaimFailure(
             claims=item.claims,
             code="picture_missing",
             reason="The picture's file is gone from the store. Send the picture again.",
@@ -82,20 +82,20 @@ def settle_left_out(packed: Packed) -> Settlement:
         )
         for item in packed.missing
     ]
-    refused = [_refused(each.item, each.error) for each in packed.refused]
-    return Settlement(setbacks=(*missing, *refused))
+    rejected = [_item_failure(each.item, each.error) for each in packed.rejected]
+    return ChunkOutcome(failures=(*missing, *rejected))
 
 
-def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> Settlement:
-    """Settle a chunk that was dispatched; what was left out of it is for `settle_left_out`.
+def resolve_chunk(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
+    """Settle a chunk that was dispatched; what was left out of it is for `resolve_unsent_items`.
 
     :param models: the folder of artefacts.
     :param is_stopping: what failed through nobody's fault is due again at once, for others to take.
     """
     if not packed.items:
-        return Settlement()
+        return ChunkOutcome()
     if outcome.error is not None:
-        return settle_failure(packed.items, outcome, is_stopping=is_stopping)
+        return resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
     try:
         artefact = find_artefact(models, packed.planned.model)
         results = read_results(
@@ -103,18 +103,18 @@ def settle(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool 
         )
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
-        return settle_failure(packed.items, failed, is_stopping=is_stopping)
+        return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
-    setbacks: list[Setback] = []
+    failures: list[ClaimFailure] = []
     items_done = 0
     for item, result in zip(packed.items, results.items, strict=True):
-        refusal = _refusal(packed.planned.service, artefact, result)
-        if refusal is None:
+        item_error = _item_error(packed.planned.service, artefact, result)
+        if item_error is None:
             items_done += 1
             answers += _answers(packed, item, result, artefact, outcome.provider)
         else:
-            setbacks.append(_refused(item, refusal))
-    return Settlement(answers=tuple(answers), setbacks=tuple(setbacks), items_done=items_done)
+            failures.append(_item_failure(item, item_error))
+    return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
 
 def check_results(packed: Packed, models: Path, results: Path) -> None:
@@ -131,7 +131,7 @@ def check_results(packed: Packed, models: Path, results: Path) -> None:
             load_service(packed.planned.service).check_output(artefact, result.output)
 
 
-def settle_failure(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> Settlement:
+def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
     """Settle a chunk that failed as a whole.
 
     :param outcome: its error says why.
@@ -140,19 +140,19 @@ def settle_failure(items: Iterable[PlannedItem], outcome: Outcome, *, is_stoppin
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
     if outcome.is_blameless or is_model_unusable:
-        blame, delay = Blame.NOBODY, 0.0 if is_stopping else OBSTACLE_SECONDS
-        setbacks: tuple[Setback, ...] = tuple(_setback(item, error, blame, delay) for item in failed)
+        blame, delay = Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+        failures: tuple[ClaimFailure, ...] = tuple(_make_failure(item, error, blame, delay) for item in failed)
     elif len(failed) == 1:
-        setbacks = (_on_its_own(failed[0], error),)
+        failures = (_blame_item(failed[0], error),)
     else:
         # Due at once: they go out in smaller chunks, so that the guilty one is found and the others are answered.
-        setbacks = tuple(_setback(item, error, Blame.CHUNK, 0.0) for item in failed)
-    return Settlement(setbacks=_merge(setbacks), error=error, is_model_unusable=is_model_unusable)
+        failures = tuple(_make_failure(item, error, Blame.CHUNK, 0.0) for item in failed)
+    return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
 
 
-def _refusal(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
+def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
     if result.error is not None:
-        return error_from({"code": result.error.code, "reason": result.error.reason})
+        return error_from_reply({"code": result.error.code, "reason": result.error.reason})
     try:
         load_service(service).check_output(artefact, result.output)
     except MalformedResults as error:
@@ -176,30 +176,32 @@ def _answers(
     ]
 
 
-def _refused(item: PlannedItem, error: MlgError) -> Setback:
+def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
     if isinstance(error, BadInput):
         # Decided by our own table of errors, not by what the provider says of it.
-        return Setback(claims=item.claims, code=error.code, reason=_plain(error), blame=None)
-    return _on_its_own(item, error)
+        return ClaimFailure(claims=item.claims, code=error.code, reason=_printable(error), blame=None)
+    return _blame_item(item, error)
 
 
-def _on_its_own(item: PlannedItem, error: MlgError) -> Setback:
+def _blame_item(item: PlannedItem, error: MlgError) -> ClaimFailure:
     attempts = max(claim.attempts for claim in item.claims)
-    return _setback(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
+    return _make_failure(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
 
 
-def _setback(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> Setback:
-    return Setback(claims=item.claims, code=error.code, reason=_plain(error), blame=blame, delay_seconds=delay_seconds)
+def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> ClaimFailure:
+    return ClaimFailure(
+        claims=item.claims, code=error.code, reason=_printable(error), blame=blame, delay_seconds=delay_seconds
+    )
 
 
-def _merge(setbacks: tuple[Setback, ...]) -> tuple[Setback, ...]:
+def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
     """Make one setback of several that differ only in their claims: the store then needs one commit for all."""
-    if not setbacks:
+    if not failures:
         return ()
-    first = setbacks[0]
+    first = failures[0]
     return (
-        Setback(
-            claims=tuple(claim for setback in setbacks for claim in setback.claims),
+        ClaimFailure(
+            claims=tuple(claim for failure in failures for claim in failure.claims),
             code=first.code,
             reason=first.reason,
             blame=first.blame,
@@ -208,6 +210,6 @@ def _merge(setbacks: tuple[Setback, ...]) -> tuple[Setback, ...]:
     )
 
 
-def _plain(error: MlgError) -> str:
+def _printable(error: MlgError) -> str:
     """Return the reason without control characters: it may come from a provider, and ends up in logs and terminals."""
     return "".join(character if character.isprintable() else " " for character in error.reason)[:1000]

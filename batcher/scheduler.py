@@ -21,24 +21,25 @@ from datetime import UTC, datetime, timedelta
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from batcher.cycle import Cycle, Home, now_utc, servable
+from batcher.cycle import Cycle, CycleStore, available_models, now_utc
 from batcher.executors import Executor
-from batcher.resizing import make_shrinker
+from batcher.resizing import make_resizer
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
-from provider_image.errors import MlgError, StoreError
+from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
-from server.settings import ServerSettings
-from store.batcher_controls import Orders, read_orders
+from store.batcher_controls import ControlState, read_control_state
 from store.chunks import BatcherRecord
+from store.errors import StoreError
+from store.settings import HomeSettings
 
 log = logging.getLogger(__name__)
 
 #: A batcher says this often that it is alive.
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 #: What the operator says is looked up this often.
-ORDERS_SECONDS = 0.5
+CONTROLS_POLL_SECONDS = 0.5
 #: Retention is swept this often.
 PURGE_SECONDS = 3600.0
 #: `--once` looks this often whether a back-off is over.
@@ -76,10 +77,10 @@ class Batcher:
     def __init__(
         self,
         *,
-        store: Home,
+        store: CycleStore,
         executor: Executor,
         settings: BatcherSettings,
-        server_settings: ServerSettings,
+        home_settings: HomeSettings,
         workspace: Workspace,
         batcher_id: str,
         clock: Callable[[], datetime] = now_utc,
@@ -87,41 +88,41 @@ class Batcher:
         self._store = store
         self._executor = executor
         self._settings = settings
-        self._server_settings = server_settings
+        self._home_settings = home_settings
         self._id = batcher_id
         self._clock = clock
         self._started_at = clock()
         #: What the operator said at the latest look; None before the first.
-        self._orders: Orders | None = None
-        self._shrinker = make_shrinker(settings, executor)
+        self._control_state: ControlState | None = None
+        self._resizer = make_resizer(settings, executor)
         self._cycle = Cycle(
             store=store,
             executor=executor,
             settings=settings,
             folder=workspace.folder,
             batcher_id=batcher_id,
-            shrinker=self._shrinker,
+            resizer=self._resizer,
             clock=clock,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run rounds on the timer until told to stop. :raises MlgError: the executor cannot start."""
         scheduler = self._scheduler()
-        looking: asyncio.Task[None] | None = None
-        following: asyncio.Task[None] | None = None
+        polling: asyncio.Task[None] | None = None
+        watching_controls: asyncio.Task[None] | None = None
         try:
             await self._executor.start()
-            await self._obey()
-            await self._beat()
+            await self._apply_controls()
+            await self._send_heartbeat()
             now = datetime.now(UTC)
-            scheduler.add_job(self._take_all, "interval", seconds=self._settings.every_seconds, next_run_time=now)
-            scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
+            scheduler.add_job(self._flush, "interval", seconds=self._settings.every_seconds, next_run_time=now)
+            scheduler.add_job(self._send_heartbeat, "interval", seconds=HEARTBEAT_SECONDS)
             scheduler.add_job(self._purge, "interval", seconds=PURGE_SECONDS, next_run_time=now)
             scheduler.start()
-            looking = asyncio.create_task(self._look_out())
-            following = asyncio.create_task(self._follow_orders())
+            polling = asyncio.create_task(self._poll_loop())
+            watching_controls = asyncio.create_task(self._watch_controls())
             while not stop.is_set():
-                await _first_of(self._cycle.asked(), stop.wait())
+                await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
                 report = await self._cycle.run(stop)
                 if report.claimed:
                     log.info(
@@ -136,10 +137,10 @@ class Batcher:
                         },
                     )
         finally:
-            for task in (looking, following):
+            for task in (polling, watching_controls):
                 if task is not None:
                     task.cancel()
-            await self._end(scheduler)
+            await self._shut_down(scheduler)
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
         """Take everything that waits now, wait for back-offs, and end.
@@ -151,30 +152,32 @@ class Batcher:
         started_at = time.monotonic()
         total = Tally()
         scheduler = self._scheduler()
-        following: asyncio.Task[None] | None = None
+        watching_controls: asyncio.Task[None] | None = None
         try:
             await self._executor.start()
-            await self._obey()
-            await self._beat()
-            scheduler.add_job(self._beat, "interval", seconds=BEAT_SECONDS)
+            await self._apply_controls()
+            await self._send_heartbeat()
+            scheduler.add_job(self._send_heartbeat, "interval", seconds=HEARTBEAT_SECONDS)
             scheduler.start()
-            following = asyncio.create_task(self._follow_orders())
-            old = _OldBacklog(self._store)
+            watching_controls = asyncio.create_task(self._watch_controls())
+            initial_backlog = _InitialBacklog(self._store)
             while True:
-                self._cycle.take_all()
-                report = await self._cycle.run(stop, models=lambda: old.models() & servable(self._settings.models))
+                self._cycle.flush()
+                report = await self._cycle.run(
+                    stop, models=lambda: initial_backlog.models() & available_models(self._settings.models)
+                )
                 total.add(Tally(done=report.done, failed=report.failed, released=report.released, chunks=report.chunks))
-                waiting = await asyncio.to_thread(old.count)
-                models = waiting.keys() & servable(self._settings.models)
-                if stop.is_set() or all(self._cycle.obstacle(model) is not None for model in models):
+                waiting = await asyncio.to_thread(initial_backlog.count)
+                models = waiting.keys() & available_models(self._settings.models)
+                if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
                     break
-                await _first_of(asyncio.sleep(ONCE_POLL_SECONDS), stop.wait())
-            left = {model: (count, self._why_left(model)) for model, count in waiting.items()}
+                await _wait_for_first(asyncio.sleep(ONCE_POLL_SECONDS), stop.wait())
+            left = {model: (count, self._waiting_reason(model)) for model, count in waiting.items()}
             await self._purge()
         finally:
-            if following is not None:
-                following.cancel()
-            await self._end(scheduler)
+            if watching_controls is not None:
+                watching_controls.cancel()
+            await self._shut_down(scheduler)
         return OnceReport(
             done=total.done,
             failed=total.failed,
@@ -192,44 +195,44 @@ class Batcher:
         defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         return AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
 
-    async def _take_all(self) -> None:
-        self._cycle.take_all()
+    async def _flush(self) -> None:
+        self._cycle.flush()
 
-    async def _look_out(self) -> None:
+    async def _poll_loop(self) -> None:
         # Not a job: at twenty looks a second the scheduler's own work would cost more than the looks.
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            self._cycle.look()
+            self._cycle.poll()
 
-    async def _follow_orders(self) -> None:
+    async def _watch_controls(self) -> None:
         while True:
-            await asyncio.sleep(ORDERS_SECONDS)
-            if await self._obey():
-                await self._beat()
+            await asyncio.sleep(CONTROLS_POLL_SECONDS)
+            if await self._apply_controls():
+                await self._send_heartbeat()
 
-    async def _obey(self) -> bool:
+    async def _apply_controls(self) -> bool:
         """Look up what the operator says and do it. :return: whether that has changed."""
         try:
-            orders = await asyncio.to_thread(read_orders, self._store)
+            control_state = await asyncio.to_thread(read_control_state, self._store)
         except StoreError as error:
             log.debug("cannot look up what the operator says: %s", error)
-            if self._orders is None:
-                self._cycle.hold("It is not known yet whether the operator holds work: the store cannot be read.")
+            if self._control_state is None:
+                self._cycle.pause("It is not known yet whether the operator holds work: the store cannot be read.")
             return False
-        before, self._orders = self._orders, orders
-        if orders == before:
+        before, self._control_state = self._control_state, control_state
+        if control_state == before:
             return False
-        if before is None or orders.hold != before.hold:
-            if before is not None or orders.hold is not None:
-                log.info("work goes on" if orders.hold is None else orders.hold.notice)
-            self._cycle.hold(None if orders.hold is None else orders.hold.notice)
+        if before is None or control_state.pause != before.pause:
+            if before is not None or control_state.pause is not None:
+                log.info("work goes on" if control_state.pause is None else control_state.pause.notice)
+            self._cycle.pause(None if control_state.pause is None else control_state.pause.notice)
         # What was said before this batcher began is not for it: its first round takes everything anyway.
-        if before is not None and orders.run_token != before.run_token:
-            self._cycle.take_all()
+        if before is not None and control_state.run_token != before.run_token:
+            self._cycle.flush()
         return True
 
-    async def _beat(self) -> None:
-        models = await asyncio.to_thread(servable, self._settings.models)
+    async def _send_heartbeat(self) -> None:
+        models = await asyncio.to_thread(available_models, self._settings.models)
         record = BatcherRecord(
             id=self._id,
             host=socket.gethostname(),
@@ -239,12 +242,14 @@ class Batcher:
             max_wait_seconds=self._settings.max_wait_seconds,
             capacity=self._executor.workers(),
             budget=_budget(self._settings),
-            notices={model: reason for model in models if (reason := self._cycle.obstacle(model)) is not None},
+            notices={
+                model: reason for model in models if (reason := self._cycle.unavailable_reason(model)) is not None
+            },
             started_at=self._started_at,
             seen_at=self._clock(),
         )
         try:
-            await asyncio.to_thread(self._store.beat, record)
+            await asyncio.to_thread(self._store.heartbeat, record)
         except StoreError as error:
             log.warning("cannot say that this batcher is alive: %s", error)
 
@@ -253,35 +258,35 @@ class Batcher:
         try:
             purged = await asyncio.to_thread(
                 self._store.purge,
-                pictures_before=now - timedelta(seconds=self._server_settings.keep_pictures_seconds),
-                results_before=now - timedelta(seconds=self._server_settings.keep_results_seconds),
+                images_before=now - timedelta(seconds=self._home_settings.keep_images_seconds),
+                results_before=now - timedelta(seconds=self._home_settings.keep_results_seconds),
                 now=now,
             )
         except (StoreError, OSError) as error:
             log.warning("retention could not be swept, next time in an hour: %s", error)
             return
-        if purged.pictures or purged.results or purged.leftovers:
+        if purged.images or purged.results or purged.leftovers:
             log.info(
                 "retention swept",
-                extra={"pictures": purged.pictures, "results": purged.results, "leftovers": purged.leftovers},
+                extra={"pictures": purged.images, "results": purged.results, "leftovers": purged.leftovers},
             )
 
-    async def _end(self, scheduler: AsyncIOScheduler) -> None:
+    async def _shut_down(self, scheduler: AsyncIOScheduler) -> None:
         if scheduler.running:
             scheduler.shutdown(wait=False)
-        if self._shrinker is not None:
-            await asyncio.to_thread(self._shrinker.close)
+        if self._resizer is not None:
+            await asyncio.to_thread(self._resizer.close)
         await self._executor.close()
         try:
-            await asyncio.to_thread(self._store.leave, self._id)
+            await asyncio.to_thread(self._store.deregister, self._id)
         except StoreError as error:
             log.warning("cannot say that this batcher has ended: %s", error)
 
-    def _why_left(self, model: str) -> str:
-        obstacle = self._cycle.obstacle(model)
-        if obstacle is not None:
-            return obstacle
-        if model in servable(self._settings.models):
+    def _waiting_reason(self, model: str) -> str:
+        unavailable_reason = self._cycle.unavailable_reason(model)
+        if unavailable_reason is not None:
+            return unavailable_reason
+        if model in available_models(self._settings.models):
             return "The batcher was stopped before they were done."
         try:
             find_artefact(self._settings.models, model)
@@ -299,15 +304,15 @@ def _budget(settings: BatcherSettings) -> dict[str, str]:
     return {name: format(amount, "f") for name, amount in amounts.items() if amount is not None}
 
 
-class _OldBacklog:
+class _InitialBacklog:
     """What waits of the requests that were there when this was made."""
 
-    def __init__(self, store: Home) -> None:
+    def __init__(self, store: CycleStore) -> None:
         self._store = store
         newest = store.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
         self._models: frozenset[str] = frozenset()
-        self._asked_at = float("-inf")
+        self._counted_at = float("-inf")
 
     def count(self) -> dict[str, int]:
         """Count what waits, by model; models with nothing old left out."""
@@ -319,13 +324,13 @@ class _OldBacklog:
 
     def models(self) -> frozenset[str]:
         """List the models with something old waiting; asks the store not more than once in a while."""
-        if time.monotonic() - self._asked_at > ONCE_BACKLOG_SECONDS:
+        if time.monotonic() - self._counted_at > ONCE_BACKLOG_SECONDS:
             self._models = frozenset(self.count())
-            self._asked_at = time.monotonic()
+            self._counted_at = time.monotonic()
         return self._models
 
 
-async def _first_of(*awaitables: object) -> None:
+async def _wait_for_first(*awaitables: object) -> None:
     """Wait until the first of these is over, and cancel the others."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]  # type: ignore[call-overload]
     try:
@@ -338,8 +343,8 @@ async def _first_of(*awaitables: object) -> None:
 
 async def run_batcher(
     settings: BatcherSettings,
-    server_settings: ServerSettings,
-    store: Home,
+    home_settings: HomeSettings,
+    store: CycleStore,
     make_executor: Callable[[BatcherSettings], Executor],
     *,
     batcher_id: str,
@@ -357,12 +362,12 @@ async def run_batcher(
     try:
         stop = asyncio.Event()
         _listen_for_stop(stop, parent_fd)
-        own = replace(settings, work=workspace.folder)
+        own_settings = replace(settings, work=workspace.folder)
         batcher = Batcher(
             store=store,
-            executor=make_executor(own),
-            settings=own,
-            server_settings=server_settings,
+            executor=make_executor(own_settings),
+            settings=own_settings,
+            home_settings=home_settings,
             workspace=workspace,
             batcher_id=batcher_id,
         )

@@ -71,14 +71,14 @@ class BatcherSettings:
             every_seconds=env.number("MLG_EVERY_SECONDS", cls.every_seconds, minimum=0.05, maximum=86400),
             max_wait_seconds=env.number("MLG_MAX_WAIT_SECONDS", cls.max_wait_seconds, minimum=0, maximum=86400),
             poll_seconds=env.number("MLG_POLL_SECONDS", cls.poll_seconds, minimum=0.01, maximum=3600),
-            chunk_items=env.whole("MLG_CHUNK_ITEMS", cls.chunk_items, minimum=1, maximum=16),
-            chunk_bytes=env.whole("MLG_CHUNK_BYTES", cls.chunk_bytes, minimum=65536, maximum=64 * 1024 * 1024),
+            chunk_items=env.integer("MLG_CHUNK_ITEMS", cls.chunk_items, minimum=1, maximum=16),
+            chunk_bytes=env.integer("MLG_CHUNK_BYTES", cls.chunk_bytes, minimum=65536, maximum=64 * 1024 * 1024),
             lease_seconds=env.number("MLG_LEASE_SECONDS", cls.lease_seconds, minimum=1, maximum=59),
             chunk_timeout_seconds=env.number(
                 "MLG_CHUNK_TIMEOUT_SECONDS", cls.chunk_timeout_seconds, minimum=0.1, maximum=18000
             ),
             drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
-            workers=env.whole("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
+            workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
             shrink=env.choice("MLG_SHRINK", cls.shrink, SHRINK_CHOICES),
             precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
             golem=GolemSettings.from_environment(env),

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from provider_image.errors import StoreUnavailable
+from store.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Workspace:
         """
         try:
             self._work.mkdir(parents=True, exist_ok=True)
-            with self._held_by_one():
-                removed = [folder.name for folder in self._dead()]
+            with self._work_folder_lock():
+                removed = [folder.name for folder in self._dead_folders()]
                 for name in removed:
                     shutil.rmtree(self._work / name, ignore_errors=True)
                 self.folder.mkdir(mode=0o700)
@@ -63,13 +63,13 @@ class Workspace:
         self._lock = None
 
     @contextlib.contextmanager
-    def _held_by_one(self) -> Iterator[None]:
+    def _work_folder_lock(self) -> Iterator[None]:
         # Without it a starter could take another's folder, made but not yet locked, for a dead one.
-        with (self._work / ".lock").open("w") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
+        with (self._work / ".lock").open("w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
             yield
 
-    def _dead(self) -> list[Path]:
+    def _dead_folders(self) -> list[Path]:
         return [folder for folder in sorted(self._work.iterdir()) if folder.is_dir() and not _is_locked(folder)]
 
 

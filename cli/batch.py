@@ -15,7 +15,7 @@ import click
 from batcher.settings import SHRINK_CHOICES
 from cli.options import environment, home_option, host_option, json_option, open_option, port_option
 from provider_image.precision import PRECISIONS
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 
 max_wait_option = click.option(
     "--max-wait", type=float, metavar="SECONDS", help="Longest wait for a full chunk. [MLG_MAX_WAIT_SECONDS; 600]"
@@ -82,11 +82,11 @@ def batch(
     )
     from batcher.settings import BatcherSettings
 
-    server_settings = ServerSettings.from_env(variables)
+    home_settings = HomeSettings.from_env(variables)
     settings = BatcherSettings.from_env(variables)
-    from cli.logs import configure
+    from cli.logs import configure_logging
 
-    configure()
+    configure_logging()
     import asyncio
     import secrets
 
@@ -94,16 +94,16 @@ def batch(
     from batcher.scheduler import run_batcher
     from store.sqlite import SqliteStore
 
-    def make_executor(own: BatcherSettings) -> Executor:
-        return load_executor(own.executor, own, store)
+    def make_executor(own_settings: BatcherSettings) -> Executor:
+        return load_executor(own_settings.executor, own_settings, store)
 
-    store = SqliteStore(server_settings)
+    store = SqliteStore(home_settings)
     try:
         store.migrate()
         report = asyncio.run(
             run_batcher(
                 settings,
-                server_settings,
+                home_settings,
                 store,
                 make_executor,
                 batcher_id=secrets.token_hex(16),
@@ -171,10 +171,10 @@ def up(
         shrink=shrink,
         precision=precision,
     )
-    from cli.logs import configure
+    from cli.logs import configure_logging
     from cli.supervisor import Supervisor, with_short_waits
 
-    configure()
-    status = Supervisor(with_short_waits(variables), tell=click.echo).run()
+    configure_logging()
+    status = Supervisor(with_short_waits(variables), write_line=click.echo).run()
     if status:
         raise click.exceptions.Exit(status)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.custom_model_options import OwnOptions, own_options
+from cli.custom_model_options import CustomModelOptions, custom_model_options
 from cli.options import environment, home_option
 from provider_image.errors import CompilerMissing, MlgError, NotInstalled
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
-    from provider_image.compiler.keras_weights import Places
+    from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.artefact import Artefact
     from provider_image.models.catalogue import ModelRow
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     help="Store weights as f16, half the size, if no probability differs by more than P. [0.0001]",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
-@own_options
+@custom_model_options
 @click.pass_obj
 def compile_models(
     group_home: Path | None,
@@ -53,7 +53,7 @@ def compile_models(
     again: bool,
     f16_within: float | None,
     names: Sequence[str],
-    own: OwnOptions,
+    custom: CustomModelOptions,
 ) -> None:
     """Install models: build their artefacts from their weights.
 
@@ -68,22 +68,22 @@ def compile_models(
       mlg models compile my_pets --keras pets.keras --labels pets.txt
     """
     variables = environment(home=home or group_home)
-    settings = ServerSettings.from_env(variables)
-    from provider_image.compiler.keras_weights import Places
+    settings = HomeSettings.from_env(variables)
+    from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.catalogue import CATALOGUE, find_model
 
-    if own.is_asked_for(names, weights):
-        _compile_own(own, names[0], (out or settings.models).absolute(), f16_within)
+    if custom.is_given(names, weights):
+        _compile_custom(custom, names[0], (out or settings.models).absolute(), f16_within)
         return
     is_all = [name.lower() for name in names] == ["all"]
     rows = list(CATALOGUE.values()) if is_all else [find_model(name) for name in names]
     if weights is not None and weights.is_file() and len(rows) > 1:
         raise click.UsageError("--weights FILE is for one model; for several give a folder.")
-    places = Places.from_env(variables, given=weights)
+    sources = WeightsSources.from_env(variables, given=weights)
     failures = 0
     for row in rows:
         try:
-            artefact = _build(row, (out or settings.models).absolute(), places, again=again, f16_within=f16_within)
+            artefact = _build(row, (out or settings.models).absolute(), sources, again=again, f16_within=f16_within)
         except CompilerMissing:
             raise  # the same for all that follow
         except MlgError as error:
@@ -92,13 +92,13 @@ def compile_models(
             click.echo(f"mlg: {row.name}: {error.reason}", err=True)
             failures += 1
         else:
-            click.echo(_told(artefact))
+            click.echo(_installed_message(artefact))
     if failures:
         raise NotInstalled(f"{failures} of {len(rows)} models were not installed; the lines above say why.")
 
 
-def _build(row: ModelRow, models: Path, places: Places, *, again: bool, f16_within: float | None) -> Artefact:
-    steps = _Steps(row.name)
+def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool, f16_within: float | None) -> Artefact:
+    steps = _StepReporter(row.name)
     try:
         if row.source == "keras":
             from provider_image.compiler import keras_applications
@@ -106,7 +106,7 @@ def _build(row: ModelRow, models: Path, places: Places, *, again: bool, f16_with
             from provider_image.compiler.verification import TOLERANCE
 
             steps.tell("looking for weights")
-            weights = find_weights(row, places, progress=steps.downloaded)
+            weights = find_weights(row, sources, progress=steps.downloaded)
             if not weights.is_published:
                 steps.note(f"{weights.path} is not the file that Keras publishes; the model is marked as `own`.")
             return keras_applications.build(
@@ -115,7 +115,7 @@ def _build(row: ModelRow, models: Path, places: Places, *, again: bool, f16_with
                 weights,
                 again=again,
                 f16_within=TOLERANCE if f16_within is None else f16_within,
-                tell=steps.tell,
+                on_step=steps.tell,
             )
         from provider_image.compiler import build
 
@@ -124,12 +124,12 @@ def _build(row: ModelRow, models: Path, places: Places, *, again: bool, f16_with
         steps.end()
 
 
-def _compile_own(options: OwnOptions, name: str, models: Path, f16_within: float | None) -> None:
-    from provider_image.compiler.custom import OwnModel, build
+def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_within: float | None) -> None:
+    from provider_image.compiler.custom import CustomModel, build
     from provider_image.compiler.verification import TOLERANCE
 
     assert options.keras is not None and options.labels is not None
-    own = OwnModel(
+    custom = CustomModel(
         name=name,
         file=options.keras,
         labels=options.labels,
@@ -137,11 +137,15 @@ def _compile_own(options: OwnOptions, name: str, models: Path, f16_within: float
         title=options.title,
         size=options.size,
     )
-    steps = _Steps(name[:64])
-    click.echo(_told(build(models, own, f16_within=TOLERANCE if f16_within is None else f16_within, tell=steps.tell)))
+    steps = _StepReporter(name[:64])
+    click.echo(
+        _installed_message(
+            build(models, custom, f16_within=TOLERANCE if f16_within is None else f16_within, on_step=steps.tell)
+        )
+    )
 
 
-def _told(artefact: Artefact) -> str:
+def _installed_message(artefact: Artefact) -> str:
     storage = artefact.storage
     other, change = ("f32", "without") if storage.kept == "f16" else ("f16", "with")
     other_bytes = storage.f32_bytes if storage.kept == "f16" else storage.f16_bytes
@@ -152,14 +156,14 @@ def _told(artefact: Artefact) -> str:
     )
 
 
-class _Steps:
+class _StepReporter:
     """Says on stderr what is being done to a model; a download's progress on one line that is written over."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._started_at = time.monotonic()
         self._is_terminal = sys.stderr.isatty()
-        self._shown = -1
+        self._last_percent = -1
         self._is_line_open = False
 
     def tell(self, step: str) -> None:
@@ -175,9 +179,9 @@ class _Steps:
     def downloaded(self, done: int, total: int) -> None:
         """Say how much of a download is there: every percent on a terminal, every tenth elsewhere."""
         percent = int(100 * done / total) if total else 0
-        if total and percent // (1 if self._is_terminal else 10) == self._shown:
+        if total and percent // (1 if self._is_terminal else 10) == self._last_percent:
             return
-        self._shown = percent // (1 if self._is_terminal else 10)
+        self._last_percent = percent // (1 if self._is_terminal else 10)
         amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB ({percent} %)" if total else f"{done / 1e6:.0f} MB"
         click.echo(f"{self._name}: downloading {amount}", err=True, nl=not self._is_terminal)
         if self._is_terminal:

@@ -6,7 +6,6 @@ Works on the store itself, so that it is of use while no server runs. Found thro
 from __future__ import annotations
 
 import json
-from decimal import ROUND_HALF_EVEN, Context, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,13 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local, make_table, plain, print_table
+from cli.tables import local_time, make_table, print_table, printable
+from store.amounts import cost_per_1000_images, format_amount
 
 if TYPE_CHECKING:
     from store.ledger_records import AllocationRecord, CostRow
 
-#: Decimals that a table shows of an amount; `--json` gives all.
-SHOWN = Decimal("0.000001")
-#: Rounds what people see. Wide enough for any amount; what is kept in the ledger is never rounded.
-_FOR_PEOPLE = Context(prec=200, rounding=ROUND_HALF_EVEN)
-
-_FIGURES = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
+_COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
 
 
 @click.command()
@@ -60,10 +55,10 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
         for allocation in allocations:
             click.echo(json.dumps(_allocation_json(allocation)))
         return
-    table = make_table(by, *_FIGURES, right=_FIGURES)
+    table = make_table(by, *_COLUMNS, right=_COLUMNS)
     for row in [*rows, total]:
-        name = row.name if row.name == row.key else f"{plain(row.name)} {short(row.key)}"
-        table.add_row(name, *_figures(row))
+        name = row.name if row.name == row.key else f"{printable(row.name)} {short_address(row.key)}"
+        table.add_row(name, *_cells(row))
     print_table(table)
     if allocations:
         click.echo()
@@ -71,49 +66,35 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
         for allocation in allocations:
             open_table.add_row(
                 allocation.id,
-                rounded(allocation.amount),
+                format_amount(allocation.amount),
                 allocation.platform,
                 allocation.batcher_id,
-                local(allocation.created_at),
+                local_time(allocation.created_at),
             )
         print_table(open_table)
 
 
-def rounded(amount: Decimal) -> str:
-    """Write an amount for people. What is smaller than the last decimal shown does not look like nothing."""
-    if 0 < amount < SHOWN:
-        return f"<{SHOWN}"
-    return format(amount.quantize(SHOWN, context=_FOR_PEOPLE), "f")
-
-
-def short(address: str) -> str:
+def short_address(address: str) -> str:
     """Shorten a provider's address so that it can still be recognised, and named to other commands."""
     return address if len(address) <= 12 else address[:10] + "…"
 
 
-def _per_1000_images(row: CostRow) -> Decimal | None:
-    """What was paid and is open for a thousand images; None without images."""
-    if not row.images:
-        return None
-    return _FOR_PEOPLE.divide(_FOR_PEOPLE.multiply(_FOR_PEOPLE.add(row.paid, row.open), Decimal(1000)), row.images)
-
-
-def _figures(row: CostRow) -> tuple[str, ...]:
-    price = _per_1000_images(row)
+def _cells(row: CostRow) -> tuple[str, ...]:
+    price = cost_per_1000_images(row)
     return (
         str(row.images),
         str(row.chunks),
-        rounded(row.paid),
-        rounded(row.open),
-        rounded(row.refused),
-        "" if price is None else rounded(price),
+        format_amount(row.paid),
+        format_amount(row.open),
+        format_amount(row.refused),
+        "" if price is None else format_amount(price),
     )
 
 
 def _to_json(row: CostRow, by: str) -> dict[str, Any]:
     from store.cost_split import to_amount
 
-    price = _per_1000_images(row)
+    price = cost_per_1000_images(row)
     return {
         "by": by,
         "key": row.key,

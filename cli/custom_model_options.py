@@ -16,7 +16,7 @@ import click
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnOptions:
+class CustomModelOptions:
     """What was said of a user's own model; None where nothing was."""
 
     #: The saved model.
@@ -30,7 +30,7 @@ class OwnOptions:
     #: Height and width in pixels.
     size: tuple[int, int] | None
 
-    def is_asked_for(self, names: Sequence[str], weights: Path | None) -> bool:
+    def is_given(self, names: Sequence[str], weights: Path | None) -> bool:
         """Tell whether an own model is to be installed. :raises click.UsageError: options do not go together."""
         if self.keras is None:
             given = [name for name in ("labels", "preprocessing", "title", "size") if getattr(self, name) is not None]
@@ -84,15 +84,15 @@ _OPTIONS = (
 )
 
 
-def own_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options to a command, which gets them together as `own`."""
+def custom_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options to a command, which gets them together as `custom`."""
 
     @functools.wraps(command)
-    def with_own(*arguments: Any, **options: Any) -> None:
-        own = OwnOptions(**{name: options.pop(name) for name in OwnOptions.__dataclass_fields__})
-        command(*arguments, own=own, **options)
+    def with_custom(*arguments: Any, **options: Any) -> None:
+        custom = CustomModelOptions(**{name: options.pop(name) for name in CustomModelOptions.__dataclass_fields__})
+        command(*arguments, custom=custom, **options)
 
-    wrapped: Callable[..., None] = with_own
+    wrapped: Callable[..., None] = with_custom
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)
     return wrapped

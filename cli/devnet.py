@@ -15,7 +15,7 @@ import click
 
 from cli.options import environment, home_option
 from provider_image.errors import ConfigError
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from devnet.devnet import Devnet
@@ -76,7 +76,7 @@ def devnet(
       . /tmp/devnet.sh
       mlg batch --once --executor golem
     """
-    settings = ServerSettings.from_env(environment(home=home))
+    settings = HomeSettings.from_env(environment(home=home))
     from devnet.scenario import default_scenario, read_scenario
 
     if providers is not None and scenario is not None:
@@ -84,9 +84,9 @@ def devnet(
     plan = default_scenario(providers or DEFAULT_PROVIDERS) if scenario is None else read_scenario(scenario)
     if subnet is not None:
         plan = replace(plan, subnet=subnet)
-    from cli.logs import configure
+    from cli.logs import configure_logging
 
-    configure()
+    configure_logging()
     import asyncio
 
     asyncio.run(_run(plan, home=settings.home, port=port or 0, env_file=env_file, state=state, journal=journal))
@@ -123,7 +123,7 @@ async def _run(
                 port=port,
                 state=state,
                 journal=journal,
-                tell=lambda line: click.echo(f"devnet: {line}", err=True),
+                report=lambda line: click.echo(f"devnet: {line}", err=True),
             )
         except OSError as error:
             raise ConfigError(f"The journal {journal} cannot be written: {error.strerror}") from error
@@ -146,9 +146,9 @@ async def _run(
 
 def _exports(net: Devnet) -> str:
     """Write the variables for a shell."""
-    own = dict(net.variables)
-    first = own.pop("PATH").split(os.pathsep)[0]
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in own.items()]
+    variables = dict(net.variables)
+    first = variables.pop("PATH").split(os.pathsep)[0]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return "\n".join([*lines, f'export PATH={shlex.quote(first)}:"$PATH"', ""])
 
 

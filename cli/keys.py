@@ -15,17 +15,17 @@ import click
 
 from cli.open_store import open_store
 from cli.options import environment, home_option, json_option
-from cli.providers import read_length
-from cli.tables import local, make_table, plain, print_table
+from cli.providers import parse_duration
+from cli.tables import local_time, make_table, print_table, printable
 from provider_image.errors import ConfigError
-from server.api.endpoint import Scope
-from server.settings import ServerSettings
+from store.keys import Scope
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from store.keys import KeyRecord
 
 #: Longest name of a key.
-LONGEST_NAME = 100
+MAX_NAME_LENGTH = 100
 
 
 @click.group()
@@ -58,7 +58,7 @@ def keys() -> None:
 @click.option("--rate", type=click.IntRange(1, 10**9), metavar="N", help="Requests a minute. [any number]")
 @click.option(
     "--expires",
-    callback=read_length,
+    callback=parse_duration,
     metavar="LENGTH",
     help="How long it is good, for example 12h or 90d. [until revoked]",
 )
@@ -78,10 +78,10 @@ def create(
       mlg keys create dashboard --scope operate | pass insert -m mlg/dashboard
     """
     name = name.strip()
-    if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        raise click.BadParameter(f"A key's name has 1 to {LONGEST_NAME} printable signs.", param_hint="NAME")
-    settings = ServerSettings.from_env(environment(home=home))
-    from store.keys import KeyRecord, hash_of, make_key
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable signs.", param_hint="NAME")
+    settings = HomeSettings.from_env(environment(home=home))
+    from store.keys import KeyRecord, hash_key, make_key
     from store.sqlite import SqliteStore
 
     now = datetime.now(UTC)
@@ -99,9 +99,9 @@ def create(
             KeyRecord(
                 id=id,
                 name=name,
-                sha256=hash_of(key),
+                sha256=hash_key(key),
                 scopes=frozenset(map(Scope, scopes)),
-                pictures_per_day=quota,
+                images_per_day=quota,
                 requests_per_minute=rate,
                 created_at=now,
                 expires_at=expires_at,
@@ -128,7 +128,7 @@ def list_keys(home: Path | None, as_json: bool) -> None:
     now = datetime.now(UTC)
     with open_store(home) as store:
         found = store.list_keys()
-        used = store.pictures_used_by_key(now=now)
+        used = store.images_used_by_key(now=now)
     if as_json:
         for key in found:
             click.echo(json.dumps(_to_json(key, used.get(key.id, 0), now)))
@@ -136,15 +136,15 @@ def list_keys(home: Path | None, as_json: bool) -> None:
     limits = ("pictures today", "a minute")
     table = make_table("name", "id", "scopes", *limits, "made", "used", "state", right=limits)
     for key in found:
-        quota = "" if key.pictures_per_day is None else f" of {key.pictures_per_day}"
+        quota = "" if key.images_per_day is None else f" of {key.images_per_day}"
         table.add_row(
-            plain(key.name),
+            printable(key.name),
             key.id,
             " ".join(sorted(key.scopes)),
             f"{used.get(key.id, 0)}{quota}",
             "" if key.requests_per_minute is None else str(key.requests_per_minute),
-            local(key.created_at),
-            "" if key.last_used_at is None else local(key.last_used_at),
+            local_time(key.created_at),
+            "" if key.last_used_at is None else local_time(key.last_used_at),
             _state(key, now),
         )
     print_table(table)
@@ -162,15 +162,15 @@ def revoke(home: Path | None, id_or_name: str) -> None:
     """
     with open_store(home) as store:
         key = store.revoke_key(id_or_name.strip(), now=datetime.now(UTC))
-    click.echo(f"{plain(key.name)}\t{key.id}\trevoked")
+    click.echo(f"{printable(key.name)}\t{key.id}\trevoked")
 
 
 def _state(key: KeyRecord, now: datetime) -> str:
     if key.revoked_at is not None:
-        return f"revoked {local(key.revoked_at)}"
+        return f"revoked {local_time(key.revoked_at)}"
     if key.expires_at is None:
         return "good"
-    return f"good until {local(key.expires_at)}" if key.is_usable(now) else f"expired {local(key.expires_at)}"
+    return f"good until {local_time(key.expires_at)}" if key.is_usable(now) else f"expired {local_time(key.expires_at)}"
 
 
 def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:
         "id": key.id,
         "name": key.name,
         "scopes": sorted(key.scopes),
-        "pictures_per_day": key.pictures_per_day,
+        "pictures_per_day": key.images_per_day,
         "pictures_today": used,
         "requests_per_minute": key.requests_per_minute,
         "created_at": to_text(key.created_at),

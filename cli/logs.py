@@ -18,7 +18,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class OneLine(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """`2026-11-20T12:00:00.123Z INFO batcher.cycle chunk answered chunk_id=1a2b items=16`"""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -31,7 +31,7 @@ class OneLine(logging.Formatter):
         return line.replace("\r", "\\r").replace("\n", "\\n")
 
 
-def configure(level: str | None = None) -> None:
+def configure_logging(level: str | None = None) -> None:
     """Send events of this level and above to stderr.
 
     :param level: MLG_LOG_LEVEL when None. Defaults to INFO.
@@ -41,9 +41,9 @@ def configure(level: str | None = None) -> None:
     if chosen not in LEVELS:
         raise ConfigError(f"MLG_LOG_LEVEL={chosen!r} is no level. It takes one of: {', '.join(LEVELS)}.")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLineFormatter())
     logging.basicConfig(level=chosen, handlers=[handler], force=True)
     # A look every few milliseconds is no event; its own errors come from the jobs themselves.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
-    for talkative in ("asyncio", "httpx", "httpcore"):
-        logging.getLogger(talkative).setLevel(max(logging.WARNING, logging.getLevelName(chosen)))
+    for noisy_logger in ("asyncio", "httpx", "httpcore"):
+        logging.getLogger(noisy_logger).setLevel(max(logging.WARNING, logging.getLevelName(chosen)))

@@ -17,7 +17,7 @@ from cli.compile import compile_models
 from cli.options import environment, home_option, json_option
 from cli.tables import make_table, print_table, width
 from provider_image.precision import PRECISIONS
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 
 #: With less room than this the titles, which hardly differ from the names, are left out of the list.
 _ALL_COLUMNS = 120
@@ -84,7 +84,7 @@ def check_models(
       mlg models check efficientnet_lite0
       mlg models check ./models/densenet121 --json
     """
-    settings = ServerSettings.from_env(environment(home=home or group_home))
+    settings = HomeSettings.from_env(environment(home=home or group_home))
     from provider_image.check import check_in_process, find_folder
     from provider_image.check_report import describe
 
@@ -102,10 +102,10 @@ def check_models(
 
 
 def _list_models(home: Path | None, as_json: bool) -> None:
-    settings = ServerSettings.from_env(environment(home=home))
-    from server.api.serializers import show_models
+    settings = HomeSettings.from_env(environment(home=home))
+    from server.api.serializers import serialize_models
 
-    rows = show_models(settings.models)
+    rows = serialize_models(settings.models)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))

@@ -17,11 +17,11 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import make_table, plain, print_table
+from cli.tables import make_table, print_table, printable
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.batcher_controls import Hold
+    from store.batcher_controls import Pause
     from store.sqlite import SqliteStore
 
 #: `drain --wait` looks this often.
@@ -51,10 +51,10 @@ def pause(home: Path | None, reason: str | None) -> None:
     Example:
       mlg operate pause --reason "the line is down"
     """
-    from store.batcher_controls import Mode, hold
+    from store.batcher_controls import Mode, pause
 
     with open_store(home) as store:
-        _tell(hold(store, Mode.PAUSED, by=_who(), now=datetime.now(UTC), reason=reason))
+        _print_pause(pause(store, Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
 
 
 @operate.command()
@@ -76,13 +76,13 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
     Example:
       mlg operate drain --wait && systemctl stop mlg-batcher
     """
-    from store.batcher_controls import Mode, hold
+    from store.batcher_controls import Mode, pause
 
-    give_up_at = time.monotonic() + patience
+    deadline = time.monotonic() + patience
     with open_store(home) as store:
-        _tell(hold(store, Mode.DRAINING, by=_who(), now=datetime.now(UTC), reason=reason))
+        _print_pause(pause(store, Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
         while (claimed := sum(each.claimed for each in store.backlog())) and wait:
-            if time.monotonic() > give_up_at:
+            if time.monotonic() > deadline:
                 raise MlgError(f"{claimed} requests are still under way. Wait longer: mlg operate drain --wait")
             time.sleep(POLL_SECONDS)
     click.echo(f"{claimed} requests are under way" if claimed else "nothing is under way")
@@ -100,7 +100,7 @@ def resume(home: Path | None) -> None:
     from store import batcher_controls
 
     with open_store(home) as store:
-        batcher_controls.resume(store, by=_who(), now=datetime.now(UTC))
+        batcher_controls.resume(store, by=_current_user(), now=datetime.now(UTC))
     click.echo("work goes on")
 
 
@@ -117,13 +117,13 @@ def run(home: Path | None) -> None:
 
     now = datetime.now(UTC)
     with open_store(home) as store:
-        batcher_controls.run_now(store, by=_who(), now=now)
-        orders, batchers = batcher_controls.read_orders(store), _alive(store, now)
+        batcher_controls.run_now(store, by=_current_user(), now=now)
+        control_state, batchers = batcher_controls.read_control_state(store), _count_live_batchers(store, now)
     click.echo(f"{batchers} {'batcher takes' if batchers == 1 else 'batchers take'} everything that waits")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
-    if orders.hold is not None:
-        raise MlgError(f"{orders.hold.notice} Let it go on: mlg operate resume")
+    if control_state.pause is not None:
+        raise MlgError(f"{control_state.pause.notice} Let it go on: mlg operate resume")
 
 
 @operate.command()
@@ -137,45 +137,47 @@ def status(home: Path | None, as_json: bool) -> None:
       mlg operate status
       mlg operate status --json | jq .queue
     """
-    from server.status.dashboard import OperatorFigures
-    from server.status.queue_stats import Traffic
+    from server.status.dashboard import Dashboard
+    from server.status.queue_stats import QueueStats
 
     with open_store(home) as store:
-        found = OperatorFigures(store, Traffic(store), lambda: datetime.now(UTC)).status()
+        found = Dashboard(store, QueueStats(store), lambda: datetime.now(UTC)).status()
     if as_json:
         click.echo(json.dumps(found))
         return
     if found["hold"]:
-        click.echo(plain(found["hold"]["notice"]) + "\n")
+        click.echo(printable(found["hold"]["notice"]) + "\n")
     queue = make_table("model", "waiting", "oldest", "under way", right=("waiting", "oldest", "under way"))
     for row in found["queue"]:
         oldest = "" if row["oldest_seconds"] is None else f"{row['oldest_seconds']:.0f} s"
         queue.add_row(row["model"], str(row["waiting"]), oldest, str(row["claimed"]))
     print_table(queue)
     hour, latency = found["throughput"]["hour"], found["latency"]["answer"]
-    facts = make_table("", "")
-    facts.add_row("batchers", f"{len(found['batchers'])}, {found['capacity']} chunks at once")
-    facts.add_row("last hour", f"{hour['answered']} answered, {hour['arrived']} came in, {hour['failed']} items failed")
+    summary = make_table("", "")
+    summary.add_row("batchers", f"{len(found['batchers'])}, {found['capacity']} chunks at once")
+    summary.add_row(
+        "last hour", f"{hour['answered']} answered, {hour['arrived']} came in, {hour['failed']} items failed"
+    )
     if latency:
-        facts.add_row("answers", f"half within {latency['p50']:g} s, 95 % within {latency['p95']:g} s")
-    facts.add_row("GLM", f"{found['money']['today_shown']} today, {found['money']['total_shown']} in all")
+        summary.add_row("answers", f"half within {latency['p50']:g} s, 95 % within {latency['p95']:g} s")
+    summary.add_row("GLM", f"{found['money']['today_shown']} today, {found['money']['total_shown']} in all")
     for row in found["failures"]["requests"][:5]:
-        facts.add_row("failed", f"{row['count']} {plain(row['code'])}: {plain(row['reason'])}")
+        summary.add_row("failed", f"{row['count']} {printable(row['code'])}: {printable(row['reason'])}")
     click.echo()
-    print_table(facts)
+    print_table(summary)
 
 
-def _alive(store: SqliteStore, now: datetime) -> int:
+def _count_live_batchers(store: SqliteStore, now: datetime) -> int:
     from server.status.eta import ALIVE_SECONDS
 
     return len(store.list_batchers(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
 
 
-def _tell(hold: Hold) -> None:
-    click.echo(plain(hold.notice))
+def _print_pause(pause: Pause) -> None:
+    click.echo(printable(pause.notice))
 
 
-def _who() -> str:
+def _current_user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user need not have a name

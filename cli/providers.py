@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.costs import rounded, short
+from cli.costs import short_address
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local, make_table, plain, print_table
+from cli.tables import local_time, make_table, print_table, printable
+from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
     from store.ledger_records import CostRow, ProviderRecord
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def read_length(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
+def parse_duration(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
     """Read a length of time: a number and its unit."""
     if value is None:
         return None
@@ -74,23 +75,23 @@ def list_providers(home: Path | None, as_json: bool) -> None:
         for provider in found:
             click.echo(json.dumps(_to_json(provider, speeds[provider.id], costs.get(provider.id), now)))
         return
-    figures = ("per hour", "start", "done", "failed", "score", "spent")
-    table = make_table("name", "id", *figures, "images/s (GLM per 1000)", "banned", right=figures)
+    columns = ("per hour", "start", "done", "failed", "score", "spent")
+    table = make_table("name", "id", *columns, "images/s (GLM per 1000)", "banned", right=columns)
     for provider in found:
         table.add_row(
-            plain(provider.name),
-            short(provider.id),
-            rounded(per_hour(provider)),
-            rounded(provider.start_price),
+            printable(provider.name),
+            short_address(provider.id),
+            format_amount(price_per_hour(provider)),
+            format_amount(provider.start_price),
             str(provider.done),
             str(provider.failed),
             f"{provider.score:.2f}",
-            rounded(_spent(costs.get(provider.id))),
+            format_amount(_spent(costs.get(provider.id))),
             ", ".join(
-                f"{model} {speed:.1f} ({rounded(per_1000_images(provider, speed))})"
+                f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
                 for model, speed in speeds[provider.id].items()
             ),
-            _ban(provider, now),
+            _ban_cell(provider, now),
         )
     print_table(table)
 
@@ -99,7 +100,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
 @click.option(
-    "--for", "length", callback=read_length, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
+    "--for", "length", callback=parse_duration, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
 )
 @click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
 def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: str) -> None:
@@ -115,8 +116,8 @@ def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: st
     now = datetime.now(UTC)
     until = None if length is None else now + length
     with open_store(home) as store:
-        provider = store.ban_provider(_as_listed(name_or_id), until=until, reason=reason, by_operator=True)
-    click.echo(f"{plain(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
+        provider = store.ban_provider(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
+    click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
 
 
 @providers.command()
@@ -130,21 +131,11 @@ def unban(home: Path | None, name_or_id: str) -> None:
       mlg providers unban slowpoke
     """
     with open_store(home) as store:
-        provider = store.unban_provider(_as_listed(name_or_id))
-    click.echo(f"{plain(provider.name)}\t{provider.id}\tnot banned")
+        provider = store.unban_provider(_strip_ellipsis(name_or_id))
+    click.echo(f"{printable(provider.name)}\t{provider.id}\tnot banned")
 
 
-def per_hour(provider: ProviderRecord) -> Decimal:
-    """Return what an hour with one busy core costs, the start not counted."""
-    return 3600 * (provider.price_per_second + provider.price_per_cpu_second)
-
-
-def per_1000_images(provider: ProviderRecord, images_per_second: float) -> Decimal:
-    """Estimate what a thousand pictures cost at a measured speed with one busy core, the start not counted."""
-    return per_hour(provider) / 3600 * 1000 / Decimal(repr(max(1e-6, images_per_second)))
-
-
-def _as_listed(name_or_id: str) -> str:
+def _strip_ellipsis(name_or_id: str) -> str:
     """Take an address as the list shortens it, too."""
     return name_or_id.removesuffix("…")
 
@@ -154,11 +145,11 @@ def _spent(costs: CostRow | None) -> Decimal:
 
 
 def _until(provider: ProviderRecord) -> str:
-    return "for good" if provider.banned_until is None else f"until {local(provider.banned_until)}"
+    return "for good" if provider.banned_until is None else f"until {local_time(provider.banned_until)}"
 
 
-def _ban(provider: ProviderRecord, now: datetime) -> str:
-    return f"{_until(provider)}: {plain(provider.ban_reason or '')}" if provider.is_banned(now) else ""
+def _ban_cell(provider: ProviderRecord, now: datetime) -> str:
+    return f"{_until(provider)}: {printable(provider.ban_reason or '')}" if provider.is_banned(now) else ""
 
 
 def _to_json(
@@ -175,14 +166,14 @@ def _to_json(
         "start_price": to_amount(provider.start_price),
         "price_per_cpu_second": to_amount(provider.price_per_cpu_second),
         "price_per_second": to_amount(provider.price_per_second),
-        "per_hour": to_amount(per_hour(provider)),
+        "per_hour": to_amount(price_per_hour(provider)),
         "done": provider.done,
         "failed": provider.failed,
         "images": provider.images,
         "score": round(provider.score, 4),
         "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
         "per_1000_images": {
-            model: to_amount(per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            model: to_amount(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
             for model, speed in speeds.items()
         },
         "spent": to_amount(_spent(costs)),

@@ -15,11 +15,11 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local, make_table, print_table
+from cli.tables import local_time, make_table, print_table
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.records import Request
+    from store.records import RequestRecord
 
 
 @click.group()
@@ -54,12 +54,12 @@ def list_requests(
       mlg requests list --json | jq .req_id
     """
     from provider_image.models.registry import find_row
-    from store.records import State
+    from store.records import RequestState
 
     opened = open_store(home)
     with opened as store:
         found = store.list(
-            state=State(status) if status else None,
+            state=RequestState(status) if status else None,
             model=find_row(opened.settings.models, model).name if model else None,
             before=before,
             limit=limit,
@@ -75,9 +75,9 @@ def list_requests(
             request.id,
             str(request.state),
             request.model,
-            local(request.created_at),
+            local_time(request.created_at),
             request.name or "",
-            _gist(request),
+            _short_answer(request),
         )
     print_table(table)
     if len(found) == limit:
@@ -120,7 +120,7 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
     with open_store(home) as store:
-        _each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
 
 
 @requests.command()
@@ -134,10 +134,10 @@ def cancel(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
     with open_store(home) as store:
-        _each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
 
 
-def _each(ids: Sequence[str], change: Callable[[str], Request]) -> None:
+def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> None:
     failed = False
     for id in ids:
         try:
@@ -151,13 +151,13 @@ def _each(ids: Sequence[str], change: Callable[[str], Request]) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _request_json(request: Request) -> dict[str, Any]:
-    from server.api.serializers import show_request
+def _request_json(request: RequestRecord) -> dict[str, Any]:
+    from server.api.serializers import serialize_request
 
-    return {"number": request.number, **show_request(request, {"top": 5}, None)}
+    return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
 
 
-def _gist(request: Request) -> str:
+def _short_answer(request: RequestRecord) -> str:
     if request.output:
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
     return request.reason or ""

@@ -20,6 +20,7 @@ from cli.requests import requests
 from provider_image.errors import MlgError
 from server.address import base_url
 from server.settings import ServerSettings
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from server.submit import Row
@@ -50,19 +51,19 @@ def serve(
       curl -F image=@kitten.jpg http://127.0.0.1:5000/requestPrediction/efficientnet_lite0
     """
     settings = ServerSettings.from_env(environment(home=home, host=host, port=port, open="1" if is_open else None))
-    from cli.logs import configure
+    from cli.logs import configure_logging
     from server import process
 
-    configure()
+    configure_logging()
 
-    def tell(host: str, port: int) -> None:
+    def announce(host: str, port: int) -> None:
         click.echo(f"mlg serves {settings.home} at {base_url(host, port)}", err=True)
         if ready_fd is not None:
             with os.fdopen(ready_fd, "w") as ready:
                 ready.write(f"{host} {port}\n")
 
     private = () if ready_fd is None else (ready_fd,)
-    process.serve(settings, on_ready=tell, parent_fd=parent_fd, private_fds=private)
+    process.serve(settings, on_ready=announce, parent_fd=parent_fd, private_fds=private)
 
 
 # migrate
@@ -79,7 +80,7 @@ def migrate(home: Path | None) -> None:
     Example:
       mlg migrate --home /srv/mlg
     """
-    settings = ServerSettings.from_env(environment(home=home))
+    settings = HomeSettings.from_env(environment(home=home))
     from store.sqlite import SqliteStore
 
     store = SqliteStore(settings)
@@ -155,7 +156,7 @@ def submit(
     try:
         with (
             Submissions(settings.home, address, model.lower()) as journal,
-            Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _tell_sent) as bars,
+            Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _print_sent) as bars,
         ):
             submission.send_all(rows, client, journal, top=top, progress=bars)
             if is_waiting:
@@ -179,20 +180,20 @@ def submit(
         submission.write_rows(rows, out)
     elif is_waiting:
         for row in rows:
-            _tell_answered(row)
+            _print_answered(row)
     failed = [row for row in rows if row.is_failed]
     for row in failed:
-        click.echo(f"mlg: {_shown(row.file)}: {row.reason or row.status}", err=True)
+        click.echo(f"mlg: {_displayable(row.file)}: {row.reason or row.status}", err=True)
     if failed:
         raise click.exceptions.Exit(1)
 
 
-def _tell_sent(row: Row) -> None:
+def _print_sent(row: Row) -> None:
     if row.req_id is not None:
         _write_line([os.fsencode(row.file), row.req_id.encode()])
 
 
-def _tell_answered(row: Row) -> None:
+def _print_answered(row: Row) -> None:
     preds = (row.answer or {}).get("preds") or [["", "", 0.0]]
     best = f"{preds[0][1]} {preds[0][2]:.3f}" if preds[0][1] else ""
     _write_line([os.fsencode(row.file), (row.req_id or "").encode(), row.status.encode(), best.encode()])
@@ -204,5 +205,5 @@ def _write_line(fields: list[bytes]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _shown(file: Path) -> str:
+def _displayable(file: Path) -> str:
     return os.fsencode(file).decode("utf-8", "replace")

@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 #: What `mlg up` waits by default, instead of ten minutes: whoever starts it wants to see answers.
 SHORT_WAITS = {"MLG_MAX_WAIT_SECONDS": "0.2", "MLG_POLL_SECONDS": "0.05"}
 #: Pause before a child that died is started again; doubles from the first to the last.
-FIRST_PAUSE_SECONDS = 0.2
-LAST_PAUSE_SECONDS = 5.0
+INITIAL_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 5.0
 #: A child that lived this long was well: its next pause is the first again.
-WELL_SECONDS = 10.0
+STABLE_SECONDS = 10.0
 #: Everything must be ready within this time.
 READY_SECONDS = 60.0
 #: What a child gets to stop beyond what it gives its own work.
@@ -57,7 +57,7 @@ class _Child:
     started_at: float = 0.0
     #: When it is to be started; None while it runs.
     start_at: float | None = 0.0
-    pause: float = FIRST_PAUSE_SECONDS
+    backoff_seconds: float = INITIAL_BACKOFF_SECONDS
     is_ready: bool = False
     #: Variables that differ from those of the other children.
     extra: dict[str, str] = field(default_factory=dict)
@@ -67,22 +67,22 @@ class Supervisor:
     """Starts, watches and stops the children.
 
     :param variables: the environment with options filled in; the children get it as it is.
-    :param tell: writes a line for the person who started it.
+    :param write_line: writes a line for the person who started it.
     :raises ConfigError: a setting cannot be used.
     """
 
-    def __init__(self, variables: Mapping[str, str], *, tell: Callable[[str], None]) -> None:
+    def __init__(self, variables: Mapping[str, str], *, write_line: Callable[[str], None]) -> None:
         self._settings = ServerSettings.from_env(variables)
         self._batcher_settings = BatcherSettings.from_env(variables)
         self._variables = dict(variables)
-        self._tell = tell
+        self._write_line = write_line
         self._server = _Child(name="server", command=("serve",))
         self._batcher = _Child(name="batcher", command=("batch",))
         self._address: tuple[str, int] | None = None
         self._ready_fd: int | None = None
         self._parent_read, self._parent_write = os.pipe()
         self._signals = 0
-        self._is_told_to_stop = threading.Event()
+        self._stop_requested = threading.Event()
 
     def run(self) -> int:
         """Run until told to stop. :return: the exit status. :raises MlgError: the home cannot be used."""
@@ -92,8 +92,8 @@ class Supervisor:
             store.migrate()
             store.check()
             check_exposure(self._settings, store)
-            with self._listening_to_signals():
-                status = self._bring_up(store)
+            with self._signal_handlers():
+                status = self._start_all(store)
                 if status == 0:
                     self._watch()
                 self._stop()
@@ -107,44 +107,49 @@ class Supervisor:
 
     # Starting and watching
 
-    def _bring_up(self, store: SqliteStore) -> int:
+    def _start_all(self, store: SqliteStore) -> int:
         deadline = time.monotonic() + READY_SECONDS
         started_at = datetime.now(UTC) - timedelta(seconds=1)
-        while not self._is_told_to_stop.is_set():
+        while not self._stop_requested.is_set():
             for child in (self._server, self._batcher):
-                status = self._look_after(child)
+                status = self._supervise(child)
                 if status is not None and status > 0:
                     # It has said why on stderr, which is ours too; starting it again would say it again.
                     return 1
             self._read_address()
             self._batcher.is_ready = self._batcher.is_ready or self._is_registered(store, started_at)
             if self._server.is_ready and self._batcher.is_ready:
-                self._tell(self._welcome())
+                self._write_line(self._startup_message())
                 return 0
             if time.monotonic() > deadline:
                 late = next(child.name for child in (self._server, self._batcher) if not child.is_ready)
                 raise MlgError(f"The {late} did not get ready within {READY_SECONDS:g} s; see the lines above.")
-            self._is_told_to_stop.wait(_POLL_SECONDS / 2)
+            self._stop_requested.wait(_POLL_SECONDS / 2)
         return 0
 
     def _watch(self) -> None:
-        while not self._is_told_to_stop.wait(_POLL_SECONDS):
+        while not self._stop_requested.wait(_POLL_SECONDS):
             for child in (self._server, self._batcher):
-                self._look_after(child)
+                self._supervise(child)
 
-    def _look_after(self, child: _Child) -> int | None:
+    def _supervise(self, child: _Child) -> int | None:
         """Start the child if it is time to. :return: the exit status of one that has just ended."""
         now = time.monotonic()
         if child.process is not None:
             status = child.process.poll()
             if status is None:
                 return None
-            if now - child.started_at > WELL_SECONDS:
-                child.pause = FIRST_PAUSE_SECONDS
-            child.process, child.start_at = None, now + child.pause
+            if now - child.started_at > STABLE_SECONDS:
+                child.backoff_seconds = INITIAL_BACKOFF_SECONDS
+            child.process, child.start_at = None, now + child.backoff_seconds
             if child.is_ready or status < 0:
-                log.warning("the %s %s; starting it again in %.1f s", child.name, _how(status), child.pause)
-            child.pause = min(2 * child.pause, LAST_PAUSE_SECONDS)
+                log.warning(
+                    "the %s %s; starting it again in %.1f s",
+                    child.name,
+                    _exit_description(status),
+                    child.backoff_seconds,
+                )
+            child.backoff_seconds = min(2 * child.backoff_seconds, MAX_BACKOFF_SECONDS)
             return status
         if child.start_at is not None and now >= child.start_at:
             self._start(child)
@@ -200,7 +205,7 @@ class Supervisor:
             batcher.pid == process.pid for batcher in store.list_batchers(seen_since=since)
         )
 
-    def _welcome(self) -> str:
+    def _startup_message(self) -> str:
         assert self._address is not None
         url = base_url(*self._address)
         workers = self._batcher_settings.workers
@@ -220,10 +225,10 @@ class Supervisor:
     # Stopping
 
     @contextlib.contextmanager
-    def _listening_to_signals(self) -> Iterator[None]:
+    def _signal_handlers(self) -> Iterator[None]:
         def on_signal(number: int, frame: object) -> None:
             self._signals += 1
-            self._is_told_to_stop.set()
+            self._stop_requested.set()
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         earlier = {number: signal.signal(number, on_signal) for number in numbers}
@@ -262,5 +267,5 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _how(status: int) -> str:
+def _exit_description(status: int) -> str:
     return f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"

@@ -42,11 +42,11 @@ def print_table(table: Table) -> None:
     Console(width=width(), markup=False, highlight=False).print(table)
 
 
-def local(moment: datetime) -> str:
+def local_time(moment: datetime) -> str:
     """Write a time for people: that of this machine's clock."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """Return a text of others so that it cannot steer the terminal, on one line and not too long."""
     return "".join(character if character.isprintable() else " " for character in text)[:200]

@@ -62,7 +62,7 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
     if unknown or not wanted:
         raise ConfigError(f"--events {events}: it takes {' and '.join(EVENTS)}, with commas between.")
     opening = open_store(home)
-    check_webhook(url, is_private_allowed=opening.settings.webhooks_private)
+    check_webhook(url, is_private_allowed=opening.settings.allows_private_webhooks)
     with opening as store:
         endpoint = EndpointRecord(
             id=f"we_{secrets.token_hex(6)}", url=url, events=wanted, secret=new_secret(), created_at=datetime.now(UTC)
@@ -95,14 +95,14 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
         if show_secret:
             click.echo(json.dumps({"id": None, "secret": own_secret}))
         return
-    from cli.tables import make_table, plain, print_table
+    from cli.tables import make_table, print_table, printable
 
     table = make_table("id", "url", "events", "state", *(["secret"] if show_secret else []))
     for endpoint in endpoints:
         state = "on" if endpoint.disabled_at is None else f"off: {endpoint.disabled_reason}"
         table.add_row(
             endpoint.id,
-            plain(endpoint.url),
+            printable(endpoint.url),
             ", ".join(endpoint.events),
             state,
             *([endpoint.secret] if show_secret else []),
@@ -152,7 +152,7 @@ def test_webhook(id: str, home: Path | None) -> None:
         id=f"msg_{secrets.token_hex(16)}",
         body=json.dumps(message).encode(),
         secret=endpoint.secret,
-        is_private_allowed=opening.settings.webhooks_private,
+        is_private_allowed=opening.settings.allows_private_webhooks,
         now=now,
     )
     if not 200 <= status < 300:
@@ -209,31 +209,31 @@ def _list(home: Path | None, state: str | None, limit: int, as_json: bool) -> No
     with open_store(home) as store:
         found = store.list_deliveries(status=state, limit=limit)
     if as_json:
-        from server.api.views.webhooks import show_delivery
+        from server.api.views.webhooks import serialize_delivery
 
         for delivery in found:
-            click.echo(json.dumps(show_delivery(delivery)))
+            click.echo(json.dumps(serialize_delivery(delivery)))
         return
-    from cli.tables import local, make_table, plain, print_table
+    from cli.tables import local_time, make_table, print_table, printable
 
     table = make_table("id", "when", "event", "url", "state", "tries", "last error", right=("tries",))
     for delivery in found:
         table.add_row(
             delivery.id,
-            local(delivery.created_at),
+            local_time(delivery.created_at),
             delivery.event,
-            plain(delivery.url),
+            printable(delivery.url),
             _state(delivery),
             str(delivery.attempts),
-            plain(delivery.last_error or ""),
+            printable(delivery.last_error or ""),
         )
     print_table(table)
 
 
 def _state(delivery: DeliveryRecord) -> str:
-    from cli.tables import local
+    from cli.tables import local_time
 
-    return delivery.status if delivery.next_at is None else f"next try {local(delivery.next_at)}"
+    return delivery.status if delivery.next_at is None else f"next try {local_time(delivery.next_at)}"
 
 
 def _endpoint_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:

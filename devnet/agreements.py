@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
-from devnet.api_errors import Conflict, Gone, NotKnown, NotYet
+from devnet.api_errors import Conflict, Gone, NotFound, TimedOut
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import Bell, Clock, Dates, read, written
+from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
 
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
 #: States of an agreement that may still become, or is, work.
-LIVE = ("Proposal", "Pending", "Approved")
+LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
-class AgreementSide(Protocol):
+class AgreementListener(Protocol):
     """What a provider is told. It must not wait: the requestor's call does."""
 
-    def confirmed(self, agreement: Agreement) -> None:
+    def agreement_confirmed(self, agreement: Agreement) -> None:
         """The requestor signed an agreement and waits for approval."""
 
-    def ended(self, agreement: Agreement) -> None:
+    def agreement_ended(self, agreement: Agreement) -> None:
         """An agreement of its is over, whoever ended it."""
 
 
@@ -40,14 +40,16 @@ class Agreements(Mapping[str, Agreement]):
     :param on_change: called after every change that a restarted daemon should know.
     """
 
-    def __init__(self, *, providers: Mapping[str, AgreementSide], clock: Clock, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, *, providers: Mapping[str, AgreementListener], clock: Clock, on_change: Callable[[], None]
+    ) -> None:
         self.events: list[dict[str, Any]] = []
         self._agreements: dict[str, Agreement] = {}
         self._providers = providers
         self._clock = clock
-        self._dates = Dates(clock)
+        self._timestamps = MonotonicTimestamps(clock)
         self._on_change = on_change
-        self._bell = Bell()
+        self._notifier = ChangeNotifier()
 
     def __getitem__(self, agreement_id: str) -> Agreement:
         """Return an agreement."""
@@ -66,18 +68,18 @@ class Agreements(Mapping[str, Agreement]):
     def create(self, demand: Demand, counter: Proposal, draft: Proposal, valid_to: datetime) -> Agreement:
         """Make an agreement of a provider's draft, which answered the requestor's counter-proposal."""
         self._expire()
-        if any(each.proposal_id == draft.proposal_id and each.state in LIVE for each in self.values()):
+        if any(each.proposal_id == draft.proposal_id and each.state in LIVE_STATES for each in self.values()):
             raise Conflict(f"There is an agreement on the proposal {draft.proposal_id} already.")
         agreement = Agreement(
             agreement_id=secrets.token_hex(32),
             proposal_id=draft.proposal_id,
             provider_id=draft.issuer_id,
             # What the requestor said last, with the properties that were agreed on, is its side.
-            demand={**demand.published(), "properties": counter.properties, "constraints": counter.constraints},
+            demand={**demand.to_api(), "properties": counter.properties, "constraints": counter.constraints},
             offer={
                 "offerId": draft.offer_id,
                 "providerId": draft.issuer_id,
-                "timestamp": written(draft.created_at),
+                "timestamp": format_time(draft.created_at),
                 "properties": draft.properties,
                 "constraints": draft.constraints,
             },
@@ -94,10 +96,10 @@ class Agreements(Mapping[str, Agreement]):
         self._expire()
         agreement = self._agreements.get(agreement_id)
         if agreement is None:
-            raise NotKnown(f"There is no agreement {agreement_id}.")
+            raise NotFound(f"There is no agreement {agreement_id}.")
         return agreement
 
-    def like(
+    def search(
         self, *, state: str | None, after: datetime | None, before: datetime | None, session_id: str | None
     ) -> list[Agreement]:
         """List agreements, oldest first."""
@@ -120,7 +122,7 @@ class Agreements(Mapping[str, Agreement]):
         self._changed()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
-            provider.confirmed(agreement)
+            provider.agreement_confirmed(agreement)
 
     async def wait_for_approval(self, agreement_id: str, seconds: float | None) -> None:
         """Return when the provider has approved; without a limit if `seconds` is None."""
@@ -128,10 +130,12 @@ class Agreements(Mapping[str, Agreement]):
         if agreement.state == "Proposal":
             raise Conflict("The agreement was not confirmed yet.")
         left = max(0.0, (agreement.valid_to - self._clock()).total_seconds())
-        await self._bell.until(lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left))
+        await self._notifier.wait_until(
+            lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left)
+        )
         self._expire()
         if agreement.state == "Pending":
-            raise NotYet("The provider has not approved the agreement yet.")
+            raise TimedOut("The provider has not approved the agreement yet.")
         if agreement.state != "Approved":
             raise Gone(agreement.state)
 
@@ -150,7 +154,7 @@ class Agreements(Mapping[str, Agreement]):
         if agreement.state != "Pending":
             return False
         agreement.state, agreement.approved_at = "Approved", self._clock()
-        self._tell("AgreementApprovedEvent", agreement)
+        self._add_event("AgreementApprovedEvent", agreement)
         self._changed()
         return True
 
@@ -170,13 +174,13 @@ class Agreements(Mapping[str, Agreement]):
             raise Gone(agreement.state)
         self._end(agreement, "Terminated", terminator, reason)
 
-    async def collect(
-        self, after: datetime | None, seconds: float, most: int, session_id: str | None
+    async def poll(
+        self, after: datetime | None, seconds: float, max_items: int, session_id: str | None
     ) -> list[dict[str, Any]]:
         """List what happened to agreements after a date, waiting for the first."""
-        since = "" if after is None else written(after)
+        since = "" if after is None else format_time(after)
 
-        def look() -> list[dict[str, Any]]:
+        def matching_events() -> list[dict[str, Any]]:
             return [
                 event
                 for event in self.events
@@ -184,7 +188,7 @@ class Agreements(Mapping[str, Agreement]):
                 and (session_id is None or self._agreements[event["agreementId"]].session_id == session_id)
             ]
 
-        return (await self._bell.until(look, seconds))[:most]
+        return (await self._notifier.wait_until(matching_events, seconds))[:max_items]
 
     # Across restarts
 
@@ -197,12 +201,12 @@ class Agreements(Mapping[str, Agreement]):
         self._agreements = {each["agreement_id"]: from_row(Agreement, each) for each in dumped["agreements"]}
         self.events = list(dumped["events"])
         for event in self.events:
-            self._dates.seen(read(event["eventDate"]))
+            self._timestamps.advance_past(parse_time(event["eventDate"]))
 
     # Changes
 
     def _changed(self) -> None:
-        self._bell.ring()
+        self._notifier.notify()
         self._on_change()
 
     def _expire(self) -> None:
@@ -211,16 +215,20 @@ class Agreements(Mapping[str, Agreement]):
             if agreement.state in ("Proposal", "Pending") and agreement.valid_to <= now:
                 self._end(agreement, "Expired", None, None)
 
-    def _end(self, agreement: Agreement, state: str, who: str | None, reason: dict[str, Any] | None) -> None:
-        agreement.state, agreement.terminator, agreement.reason = state, who, reason
+    def _end(self, agreement: Agreement, state: str, terminator: str | None, reason: dict[str, Any] | None) -> None:
+        agreement.state, agreement.terminator, agreement.reason = state, terminator, reason
         if state != "Expired":
-            extra = {"terminator": who, "signature": "devnet"} if state == "Terminated" else {}
-            self._tell(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
+            extra = {"terminator": terminator, "signature": "devnet"} if state == "Terminated" else {}
+            self._add_event(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
         self._changed()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
-            provider.ended(agreement)
+            provider.agreement_ended(agreement)
 
-    def _tell(self, kind: str, agreement: Agreement, **more: Any) -> None:
-        event = {"eventType": kind, "eventDate": written(self._dates.next()), "agreementId": agreement.agreement_id}
-        self.events.append({**event, **more})
+    def _add_event(self, kind: str, agreement: Agreement, **fields: Any) -> None:
+        event = {
+            "eventType": kind,
+            "eventDate": format_time(self._timestamps.next()),
+            "agreementId": agreement.agreement_id,
+        }
+        self.events.append({**event, **fields})

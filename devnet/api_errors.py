@@ -5,37 +5,37 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A call cannot be done; the message goes to the requestor."""
 
     status: ClassVar[int] = 400
 
 
-class NotKnown(Refusal):
+class NotFound(ApiError):
     """There is no such thing."""
 
     status = 404
 
 
-class NotYet(Refusal):
+class TimedOut(ApiError):
     """It did not happen in time; the call may be repeated."""
 
     status = 408
 
 
-class Conflict(Refusal):
+class Conflict(ApiError):
     """The thing is not in the state for it yet."""
 
     status = 409
 
 
-class Gone(Refusal):
+class Gone(ApiError):
     """The thing is over for good."""
 
     status = 410
 
 
-class Broken(Refusal):
+class InternalError(ApiError):
     """The daemon or the provider failed."""
 
     status = 500

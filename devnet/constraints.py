@@ -73,7 +73,7 @@ class _Not:
 @dataclass(frozen=True)
 class _Comparison:
     key: str
-    sign: str
+    symbol: str
     value: str
 
     def matches(self, properties: Mapping[str, Any]) -> bool:
@@ -81,22 +81,22 @@ class _Comparison:
             return False
         actual = properties[self.key]
         items = actual if isinstance(actual, list | tuple) else [actual]
-        if self.sign == "=" and self.value == "*":
+        if self.symbol == "=" and self.value == "*":
             return True
-        return any(self._holds(item) for item in items)
+        return any(self._matches_item(item) for item in items)
 
-    def _holds(self, item: object) -> bool:
+    def _matches_item(self, item: object) -> bool:
         text = _text(item)
-        if self.sign == "=" and "*" in self.value:
-            pieces = (re.escape(_unescaped(piece)) for piece in self.value.split("*"))
+        if self.symbol == "=" and "*" in self.value:
+            pieces = (re.escape(_unescape(piece)) for piece in self.value.split("*"))
             return re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
-        value = _unescaped(self.value)
+        value = _unescape(self.value)
         wanted, given = _number(value), None if isinstance(item, bool) else _number(text)
-        if self.sign == "=":
+        if self.symbol == "=":
             return text == value or (wanted is not None and wanted == given)
         if wanted is not None and given is not None:
-            return _ORDERINGS[self.sign](given, wanted)
-        return _ORDERINGS[self.sign](text, value)
+            return _ORDERINGS[self.symbol](given, wanted)
+        return _ORDERINGS[self.symbol](text, value)
 
 
 @functools.lru_cache(maxsize=512)
@@ -117,33 +117,33 @@ def parse(text: str) -> Constraint:
 class _Reader:
     def __init__(self, text: str) -> None:
         self._text = text
-        self._at = 0
+        self._position = 0
 
     def is_at_end(self) -> bool:
         self._skip_space()
-        return self._at >= len(self._text)
+        return self._position >= len(self._text)
 
     def error(self, what: str) -> BadConstraint:
-        near = self._text[self._at : self._at + 20]
-        place = f"at character {self._at + 1}, before {near!r}" if near else "at its end"
-        return BadConstraint(f"The constraint is wrong {place}: {what}.")
+        near = self._text[self._position : self._position + 20]
+        location = f"at character {self._position + 1}, before {near!r}" if near else "at its end"
+        return BadConstraint(f"The constraint is wrong {location}: {what}.")
 
     def group(self, depth: int) -> Constraint:
         if depth > MAX_DEPTH:
             raise self.error(f"it is nested deeper than {MAX_DEPTH} brackets")
         self._expect("(")
-        sign = self._peek()
+        symbol = self._peek()
         constraint: Constraint
-        if sign == ")":
+        if symbol == ")":
             constraint = _All(())
-        elif sign in ("&", "|"):
-            self._at += 1
+        elif symbol in ("&", "|"):
+            self._position += 1
             parts = []
             while self._peek() == "(":
                 parts.append(self.group(depth + 1))
-            constraint = _All(tuple(parts)) if sign == "&" else _Any(tuple(parts))
-        elif sign == "!":
-            self._at += 1
+            constraint = _All(tuple(parts)) if symbol == "&" else _Any(tuple(parts))
+        elif symbol == "!":
+            self._position += 1
             constraint = _Not(self.group(depth + 1))
         else:
             constraint = self._comparison()
@@ -151,28 +151,28 @@ class _Reader:
         return constraint
 
     def _comparison(self) -> Constraint:
-        found = _COMPARISON.match(self._text, self._at)
+        found = _COMPARISON.match(self._text, self._position)
         if found is None:
             raise self.error("a comparison such as golem.inf.mem.gib>=1 was expected")
-        key, sign, value = found[1], found[2], found[3].strip()
+        key, symbol, value = found[1], found[2], found[3].strip()
         if not value:
-            self._at = found.end()
+            self._position = found.end()
             raise self.error(f"there is nothing to compare {key} with")
-        self._at = found.end()
-        return _Comparison(key, sign, value)
+        self._position = found.end()
+        return _Comparison(key, symbol, value)
 
-    def _expect(self, sign: str) -> None:
-        if self._peek() != sign:
-            raise self.error(f"{sign!r} was expected")
-        self._at += 1
+    def _expect(self, symbol: str) -> None:
+        if self._peek() != symbol:
+            raise self.error(f"{symbol!r} was expected")
+        self._position += 1
 
     def _peek(self) -> str:
         self._skip_space()
-        return self._text[self._at : self._at + 1]
+        return self._text[self._position : self._position + 1]
 
     def _skip_space(self) -> None:
-        while self._at < len(self._text) and self._text[self._at].isspace():
-            self._at += 1
+        while self._position < len(self._text) and self._text[self._position].isspace():
+            self._position += 1
 
 
 def _text(item: object) -> str:
@@ -181,7 +181,7 @@ def _text(item: object) -> str:
     return str(item)
 
 
-def _unescaped(value: str) -> str:
+def _unescape(value: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), value)
 
 

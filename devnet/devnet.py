@@ -19,40 +19,40 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devnet.activities import Activities, share_of_cpus
+from devnet.activities import Activities, assign_cpus
 from devnet.faults import Faults
 from devnet.gftp import write_program
-from devnet.journal import Journal
-from devnet.market import Market
-from devnet.payment import Payment
+from devnet.journal import CallJournal
+from devnet.market import MarketService
+from devnet.payment import PaymentService
 from devnet.provider.agent import Provider
 from devnet.scenario import Scenario
-from devnet.state import State
+from devnet.state import StateStore
 from devnet.transfers import Transfers
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 #: The requestor's node id.
-IDENTITY = "0x" + "de" * 20
+REQUESTOR_ID = "0x" + "de" * 20
 HOST = "127.0.0.1"
 #: Longest folder under which the providers' sockets, whose paths are limited to about 100 bytes, still fit.
 _MAX_FOLDER_LENGTH = 40
 
 
-def _say_nothing(line: str) -> None:
+def _discard(line: str) -> None:
     pass
 
 
 class Devnet:
-    """A daemon and its providers. Made by `running`, or by whoever calls `start` and `close` himself.
+    """A daemon and its providers. Made by `run_devnet`, or by whoever calls `start` and `close` himself.
 
     :param folder: gets the gftp program and what it exchanges.
     :param home: whose models the providers have.
     :param port: to listen on; if 0 that of the state, else a free one; the same after every `start`.
     :param environment: variables that the providers' processes get beside their own.
     :param state: what is kept across restarts; in memory if None.
-    :param tell: gets a line for people about everything important.
+    :param report: gets a line for people about everything important.
     """
 
     def __init__(
@@ -66,23 +66,23 @@ class Devnet:
         state: Path | None = None,
         journal: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        tell: Callable[[str], None] = _say_nothing,
+        report: Callable[[str], None] = _discard,
     ) -> None:
         self.scenario = scenario
         self.app_key = app_key or secrets.token_hex(16)
         self.port = port
-        self.journal = Journal(journal)
-        self.faults = Faults.of(scenario)
-        self.market: Market
-        self.payment: Payment
+        self.journal = CallJournal(journal)
+        self.faults = Faults.from_scenario(scenario)
+        self.market: MarketService
+        self.payment: PaymentService
         self.activities: Activities
         self.providers: dict[str, Provider] = {}
         self._home = home
-        self._extra = dict(environment or {})
+        self._extra_environment = dict(environment or {})
         self._folder = folder
-        self._state = State(state)
-        self._tell = tell
-        self._places: Path | None = None
+        self._state = StateStore(state)
+        self._report = report
+        self._activities_folder: Path | None = None
         self._runner: web.AppRunner | None = None
 
     @property
@@ -112,28 +112,30 @@ class Devnet:
         """
         from aiohttp import web
 
-        from devnet.api import application
+        from devnet.api import make_application
         from devnet.api.activity import ActivityRoutes
         from devnet.api.market import MarketRoutes
         from devnet.api.payment import PaymentRoutes
 
-        known = self._state.load()
-        if known is not None:
+        saved = self._state.load()
+        if saved is not None:
             # Requestors that were told of the one before find this one.
-            self.app_key, self.port = known["app_key"], self.port or known["port"]
-        self._set_up()
-        if known is not None:
-            self.market.load(known["market"])
-            self.payment.load(known["payment"])
+            self.app_key, self.port = saved["app_key"], self.port or saved["port"]
+        self._create_services()
+        if saved is not None:
+            self.market.load(saved["market"])
+            self.payment.load(saved["payment"])
             for agreement in self.market.agreements.values():
-                self.activities.remember(agreement)
-        self._state.keep(self._collect)
+                self.activities.restore(agreement)
+        self._state.attach(self._snapshot)
         routes = [
             *MarketRoutes(self.market, self.providers).routes(),
-            *PaymentRoutes(self.payment, self.market, self.providers, self._tell).routes(),
+            *PaymentRoutes(self.payment, self.market, self.providers, self._report).routes(),
             *ActivityRoutes(self.activities, self.market, self.providers).routes(),
         ]
-        app = application(routes, identity=IDENTITY, app_key=self.app_key, journal=self.journal, faults=self.faults)
+        app = make_application(
+            routes, identity=REQUESTOR_ID, app_key=self.app_key, journal=self.journal, faults=self.faults
+        )
         # A caller that goes away ends what it waited for. At the end nobody is waited for: a daemon that dies is rude.
         # aiohttp takes 0 for no limit at all.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
@@ -153,9 +155,9 @@ class Devnet:
         """Have the daemon die: calls are cut off, activities are killed, the state stays."""
         if self._runner is None:
             return
-        self.activities.record()
+        self.activities.record_usage()
         self._state.save()
-        self._state.forget()
+        self._state.detach()
         runner, self._runner = self._runner, None
         await runner.cleanup()
         for provider in self.providers.values():
@@ -166,29 +168,29 @@ class Devnet:
         """Stop for good and remove what was temporary."""
         await self.stop()
         self.journal.close()
-        Transfers(self._exchange).forget()
-        if self._places is not None:
-            shutil.rmtree(self._places, ignore_errors=True)
-            self._places = None
+        Transfers(self._exchange).remove_dead_servers()
+        if self._activities_folder is not None:
+            shutil.rmtree(self._activities_folder, ignore_errors=True)
+            self._activities_folder = None
 
-    def _set_up(self) -> None:
+    def _create_services(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._exchange.mkdir(mode=0o700, exist_ok=True)
-        write_program(self._bin, self._exchange, node_id=IDENTITY)
-        if self._places is None:
+        write_program(self._bin, self._exchange, node_id=REQUESTOR_ID)
+        if self._activities_folder is None:
             base = tempfile.gettempdir()
-            self._places = Path(
+            self._activities_folder = Path(
                 tempfile.mkdtemp(prefix="mlg-dn-", dir=base if len(base) < _MAX_FOLDER_LENGTH else "/tmp")
             )
-        touch = self._state.touch
-        self.market = Market(requestor_id=IDENTITY, on_change=touch)
-        self.payment = Payment(requestor_id=IDENTITY, funds=self.scenario.funds, on_change=touch)
+        schedule_save = self._state.schedule_save
+        self.market = MarketService(requestor_id=REQUESTOR_ID, on_change=schedule_save)
+        self.payment = PaymentService(requestor_id=REQUESTOR_ID, funds=self.scenario.funds, on_change=schedule_save)
         self.activities = Activities(
-            folder=self._places,
+            folder=self._activities_folder,
             transfers=Transfers(self._exchange),
             faults=self.faults,
-            environment={**_environment(self._home), **self._extra},
-            on_change=touch,
+            environment={**_environment(self._home), **self._extra_environment},
+            on_change=schedule_save,
         )
         self.providers.clear()
         cores = 0
@@ -200,12 +202,12 @@ class Devnet:
                 payment=self.payment,
                 activities=self.activities,
                 faults=self.faults,
-                cpus=share_of_cpus(cores, plan.cores),
-                tell=self._tell,
+                cpus=assign_cpus(cores, plan.cores),
+                report=self._report,
             )
             cores += plan.cores
 
-    def _collect(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         return {
             "app_key": self.app_key,
             "port": self.port,
@@ -223,7 +225,7 @@ class Devnet:
 
 
 @asynccontextmanager
-async def running(
+async def run_devnet(
     scenario: Scenario,
     *,
     folder: Path,
@@ -233,7 +235,7 @@ async def running(
     state: Path | None = None,
     journal: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    tell: Callable[[str], None] = _say_nothing,
+    report: Callable[[str], None] = _discard,
 ) -> AsyncIterator[Devnet]:
     """Run a devnet in this event loop. See `Devnet` for the parameters."""
     devnet = Devnet(
@@ -245,7 +247,7 @@ async def running(
         state=state,
         journal=journal,
         environment=environment,
-        tell=tell,
+        report=report,
     )
     try:
         await devnet.start()
@@ -256,9 +258,9 @@ async def running(
 
 def _environment(home: Path | None) -> Mapping[str, str]:
     """Make what the providers' processes see: this Python's programs, the models, and nothing of the requestor's."""
-    own = {key: os.environ[key] for key in ("LANG", "LC_ALL", "TZ", "TMPDIR") if key in os.environ}
+    variables = {key: os.environ[key] for key in ("LANG", "LC_ALL", "TZ", "TMPDIR") if key in os.environ}
     scripts = str(Path(sys.executable).parent)
-    own["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
+    variables["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))
     if home is not None:
-        own["MLG_HOME"] = str(home.absolute())
-    return own
+        variables["MLG_HOME"] = str(home.absolute())
+    return variables

@@ -57,27 +57,27 @@ class Faults:
     """
 
     def __init__(self, faults: Mapping[str, Sequence[Fault]]) -> None:
-        self._faults = {who: tuple(some) for who, some in faults.items()}
+        self._faults = {owner: tuple(some) for owner, some in faults.items()}
         self._occasions: Counter[tuple[str, str, int]] = Counter()
 
     @classmethod
-    def of(cls, scenario: Scenario) -> Faults:
+    def from_scenario(cls, scenario: Scenario) -> Faults:
         """Take a scenario's faults, the daemon's and every provider's."""
         return cls({DAEMON: scenario.faults, **{plan.name: plan.faults for plan in scenario.providers}})
 
-    def strikes(self, who: str, kind: str, path: str = "") -> Fault | None:
+    def triggers(self, owner: str, kind: str, path: str = "") -> Fault | None:
         """Count one occasion for a fault and return it if it strikes this time.
 
         :param path: "METHOD /path" for the daemon's kinds; a call that a fault's glob does not match is no occasion.
         """
-        struck = None
-        for number, fault in enumerate(self._faults.get(who, ())):
+        triggered = None
+        for number, fault in enumerate(self._faults.get(owner, ())):
             if fault.kind != kind or (fault.path and not fnmatchcase(path, fault.path)):
                 continue
-            key = (who, kind, number)
+            key = (owner, kind, number)
             since = self._occasions[key] - fault.after
             self._occasions[key] += 1
             is_due = since >= 0 and since % fault.every == 0
             if is_due and (fault.times is None or since // fault.every < fault.times):
-                struck = struck or fault
-        return struck
+                triggered = triggered or fault
+        return triggered

@@ -41,7 +41,7 @@ class UnknownUrl(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedFile:
     """What a URL stands for."""
 
     #: The requestor's file.
@@ -50,13 +50,13 @@ class Published:
     is_target: bool
 
 
-def find(exchange: Path, url: str) -> Published:
+def resolve_url(exchange: Path, url: str) -> PublishedFile:
     """Look up a URL. :raises UnknownUrl: it is none of gftp's, was closed, or was never published."""
-    name = _name(url)
+    name = _entry_name(url)
     for folder in _folders(exchange) if name else []:
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((folder / name).read_text())
-            published = Published(file=Path(entry["file"]), is_target=entry["is_target"])
+            published = PublishedFile(file=Path(entry["file"]), is_target=entry["is_target"])
             # Another server may have published the same contents, and its file may still be there.
             if published.is_target or published.file.exists():
                 return published
@@ -103,10 +103,10 @@ def write_program(bin_folder: Path, exchange: Path, *, node_id: str = NODE_ID) -
     return program
 
 
-def remove_dead(exchange: Path) -> int:
+def remove_dead_servers(exchange: Path) -> int:
     """Forget what servers that were killed had published. :return: how many servers."""
     removed = 0
-    with _held(exchange):
+    with _exchange_lock(exchange):
         for folder in _folders(exchange):
             with contextlib.suppress(OSError), (folder / _LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by its server for as long as that lives
@@ -115,7 +115,7 @@ def remove_dead(exchange: Path) -> int:
     return removed
 
 
-def _name(url: str) -> str:
+def _entry_name(url: str) -> str:
     """Return what a URL is called in the exchange; empty if it is none of gftp's."""
     match = _URL.fullmatch(url)
     return match[1] if match else ""
@@ -127,7 +127,7 @@ def _folders(exchange: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _held(exchange: Path) -> Iterator[None]:
+def _exchange_lock(exchange: Path) -> Iterator[None]:
     """Let one process at a time make or remove servers' folders."""
     exchange.mkdir(parents=True, exist_ok=True)
     with (exchange / _LOCK).open("w") as lock:
@@ -141,7 +141,7 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-class _Refused(Exception):
+class _RpcError(Exception):
     """A JSON-RPC error: its code and its message."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -149,20 +149,20 @@ class _Refused(Exception):
         self.code = code
 
 
-class _Server:
+class _GftpServer:
     """One server: what it has published stands in a folder of its own, so that no other one can close it."""
 
     def __init__(self, exchange: Path, node_id: str) -> None:
         self._exchange, self._node_id = exchange, node_id
         self._folder = exchange / f"server-{os.urandom(6).hex()}"
-        self.is_over = False
+        self.is_shut_down = False
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def published_folder(self) -> Iterator[None]:
         """Have a folder, held by a lock that the kernel drops when this process ends, however it ends."""
-        remove_dead(self._exchange)
+        remove_dead_servers(self._exchange)
         with contextlib.ExitStack() as stack:
-            with _held(self._exchange):
+            with _exchange_lock(self._exchange):
                 self._folder.mkdir(mode=0o700)
                 lock = stack.enter_context((self._folder / _LOCK).open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -178,71 +178,71 @@ class _Server:
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            return _failure(None, -32700, "This is not JSON.")
+            return _error_response(None, -32700, "This is not JSON.")
         if not isinstance(message, dict) or not isinstance(message.get("method"), str):
-            return _failure(None, -32600, "This is not a JSON-RPC request.")
+            return _error_response(None, -32600, "This is not a JSON-RPC request.")
         try:
             result = self._call(message["method"], message.get("params", {}))
-        except _Refused as error:
-            answer = _failure(message.get("id"), error.code, str(error))
+        except _RpcError as error:
+            answer = _error_response(message.get("id"), error.code, str(error))
         except (UnknownUrl, OSError, ValueError) as error:  # ValueError: a NUL in a path
-            answer = _failure(message.get("id"), -32000, str(error))
+            answer = _error_response(message.get("id"), -32000, str(error))
         else:
             answer = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
         return answer if "id" in message else None
 
     def _call(self, method: str, params: Any) -> object:
         if method not in _METHODS:
-            raise _Refused(-32601, f"There is no method {method!r}. There are: {', '.join(_METHODS)}.")
+            raise _RpcError(-32601, f"There is no method {method!r}. There are: {', '.join(_METHODS)}.")
         call: Callable[..., object] = getattr(self, f"_{method}")
-        kinds = {name: kind for name, kind in call.__annotations__.items() if name != "return"}
-        if not isinstance(params, dict) or params.keys() != kinds.keys():
-            raise _Refused(-32602, f"{method} takes by name: {', '.join(kinds) or 'nothing'}.")
+        parameter_types = {name: kind for name, kind in call.__annotations__.items() if name != "return"}
+        if not isinstance(params, dict) or params.keys() != parameter_types.keys():
+            raise _RpcError(-32602, f"{method} takes by name: {', '.join(parameter_types) or 'nothing'}.")
         for name, value in params.items():
-            texts = value if kinds[name] == "list[str]" else [value]
+            texts = value if parameter_types[name] == "list[str]" else [value]
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise _Refused(-32602, f"{method}: {name} must be a {kinds[name]}.")
+                raise _RpcError(-32602, f"{method}: {name} must be a {parameter_types[name]}.")
         return call(**params)
 
     def _version(self) -> str:
         return VERSION
 
     def _publish(self, files: list[str]) -> list[dict[str, str]]:
-        return [{"file": file, "url": self._named(_digest(Path(file)), file, is_target=False)} for file in files]
+        return [{"file": file, "url": self._register_url(_digest(Path(file)), file, is_target=False)} for file in files]
 
     def _receive(self, output_file: str) -> dict[str, str]:
         Path(output_file).open("ab").close()  # as the real one does: it exists even if nothing ever comes
-        return {"file": output_file, "url": self._named(os.urandom(32).hex(), output_file, is_target=True)}
+        return {"file": output_file, "url": self._register_url(os.urandom(32).hex(), output_file, is_target=True)}
 
     def _close(self, urls: list[str]) -> list[str]:
-        return [self._closed(url) for url in urls]
+        return [self._close_url(url) for url in urls]
 
-    def _closed(self, url: str) -> str:
+    def _close_url(self, url: str) -> str:
         try:
-            (self._folder / (_name(url) or "none")).unlink()
+            (self._folder / (_entry_name(url) or "none")).unlink()
         except FileNotFoundError:
             return "error"
         return "ok"
 
     def _upload(self, file: str, url: str) -> dict[str, str]:
-        published = find(self._exchange, url)
+        published = resolve_url(self._exchange, url)
         if not published.is_target:
             raise UnknownUrl(f"Nobody waits for a file at {url}")
         copy_file(Path(file), published.file)
         return {"file": file, "url": url}
 
     def _download(self, url: str, output_file: str) -> dict[str, str]:
-        published = find(self._exchange, url)
+        published = resolve_url(self._exchange, url)
         if published.is_target:
             raise UnknownUrl(f"There is no file to read at {url}")
         copy_file(published.file, Path(output_file))
         return {"file": output_file, "url": url}
 
     def _shutdown(self) -> str:
-        self.is_over = True
+        self.is_shut_down = True
         return "ok"
 
-    def _named(self, name: str, file: str, *, is_target: bool) -> str:
+    def _register_url(self, name: str, file: str, *, is_target: bool) -> str:
         """Write down what a URL stands for. The same contents have the same URL, and then the newest file counts."""
         part = self._folder / f"{name}.part"
         part.write_text(json.dumps({"file": str(Path(file).absolute()), "is_target": is_target}))
@@ -255,7 +255,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(reader, "sha3_256").hexdigest()
 
 
-def _failure(number: object, code: int, message: str) -> dict[str, Any]:
+def _error_response(number: object, code: int, message: str) -> dict[str, Any]:
     # yapapi reads lines of up to 64 KiB, and a path in the message can be of any length.
     return {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": message[:1000]}}
 
@@ -263,19 +263,19 @@ def _failure(number: object, code: int, message: str) -> dict[str, Any]:
 def _serve(exchange: Path, node_id: str) -> None:
     # Ctrl-C reaches the whole group of the requestor, which still has files to take leave of.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
-    server = _Server(exchange, node_id)
-    with server.opened(), contextlib.suppress(BrokenPipeError):
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    server = _GftpServer(exchange, node_id)
+    with server.published_folder(), contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
             answer = server.answer(line) if line.strip() else None
             if answer is not None:
                 sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
                 sys.stdout.buffer.flush()
-            if server.is_over:
+            if server.is_shut_down:
                 break
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 

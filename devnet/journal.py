@@ -10,7 +10,7 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from devnet.waiting import written
+from devnet.waiting import format_time
 
 #: So many calls are kept in memory.
 MAX_CALLS = 20_000
@@ -34,14 +34,14 @@ class Call:
     answer: str
 
 
-class Journal:
+class CallJournal:
     """All calls.
 
     :param path: the file that gets a line for each; none if None.
     """
 
     #: Longer bodies are cut.
-    most_text = 4000
+    max_body_bytes = 4000
 
     def __init__(self, path: Path | None = None) -> None:
         self.calls: deque[Call] = deque(maxlen=MAX_CALLS)
@@ -57,7 +57,7 @@ class Journal:
         """Write a call down."""
         self.calls.append(call)
         if self._file is not None:
-            row = {**asdict(call), "at": written(call.at), "seconds": round(call.seconds, 4)}
+            row = {**asdict(call), "at": format_time(call.at), "seconds": round(call.seconds, 4)}
             self._file.write(json.dumps(row) + "\n")
 
     def matching(self, pattern: str) -> list[Call]:

@@ -1,7 +1,7 @@
 """The market: demands and the negotiation over them. What comes of it is in `agreements.py`.
 
 Called by the API for the requestor and by `providers.Provider` for the providers. It knows nothing of money and of
-activities. Whatever cannot be done is a `Refusal`, whose status is the published description's.
+activities. Whatever cannot be done is a `ApiError`, whose status is the published description's.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from devnet.agreements import Agreements, AgreementSide
-from devnet.api_errors import Conflict, Gone, NotKnown, Refusal
+from devnet.agreements import AgreementListener, Agreements
+from devnet.api_errors import ApiError, Conflict, Gone, NotFound
 from devnet.constraints import BadConstraint, parse
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import Bell, Clock, Dates, utc_now, written
+from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
 
 #: Finished demands of which the ids are remembered, to answer 410 and not 404.
-REMEMBERED_DEMANDS = 200
+MAX_CLOSED_DEMANDS = 200
 
 
-class ProviderSide(AgreementSide, Protocol):
+class ProviderListener(AgreementListener, Protocol):
     """What a provider is told. It must not wait: the requestor's call does."""
 
     node_id: str
@@ -29,11 +29,11 @@ class ProviderSide(AgreementSide, Protocol):
     def demand_opened(self, demand: Demand) -> None:
         """There is a new demand."""
 
-    def countered(self, proposal: Proposal) -> None:
+    def proposal_countered(self, proposal: Proposal) -> None:
         """The requestor answered one of its proposals."""
 
 
-class Market:
+class MarketService:
     """All demands, proposals and agreements of a devnet.
 
     :param on_change: called after every change that a restarted daemon should know.
@@ -42,13 +42,13 @@ class Market:
     def __init__(self, *, requestor_id: str, clock: Clock = utc_now, on_change: Callable[[], None]) -> None:
         self.demands: dict[str, Demand] = {}
         self.proposals: dict[str, Proposal] = {}
-        self.providers: dict[str, ProviderSide] = {}
+        self.providers: dict[str, ProviderListener] = {}
         self.agreements = Agreements(providers=self.providers, clock=clock, on_change=on_change)
         self._requestor_id = requestor_id
         self._clock = clock
-        self._dates = Dates(clock)
+        self._timestamps = MonotonicTimestamps(clock)
         self._on_change = on_change
-        self._bell = Bell()
+        self._notifier = ChangeNotifier()
 
     # Demands
 
@@ -57,7 +57,7 @@ class Market:
         try:
             parse(constraints)
         except BadConstraint as error:
-            raise Refusal(error.reason) from error
+            raise ApiError(error.reason) from error
         demand = Demand(
             demand_id=secrets.token_hex(16),
             requestor_id=self._requestor_id,
@@ -76,37 +76,37 @@ class Market:
         """Close a demand; what waits for its events is refused."""
         demand = self.demands.get(demand_id)
         if demand is None:
-            raise NotKnown(f"There is no demand {demand_id}.")
+            raise NotFound(f"There is no demand {demand_id}.")
         if not demand.is_open:
             raise Gone(f"The demand {demand_id} is closed already.")
         self._close(demand)
         self._changed()
 
-    def open_demands(self) -> list[Demand]:
+    def list_open_demands(self) -> list[Demand]:
         """List the demands that are neither closed nor expired."""
         self._expire()
         return [demand for demand in self.demands.values() if demand.is_open]
 
-    def open_demand(self, demand_id: str) -> Demand:
+    def find_open_demand(self, demand_id: str) -> Demand:
         """Find a demand that is open."""
         self._expire()
         demand = self.demands.get(demand_id)
         if demand is None or not demand.is_open:
-            raise NotKnown(f"There is no demand {demand_id}, or it is over.")
+            raise NotFound(f"There is no demand {demand_id}, or it is over.")
         return demand
 
-    async def collect(self, demand_id: str, seconds: float, most: int) -> list[dict[str, Any]]:
+    async def poll(self, demand_id: str, seconds: float, max_items: int) -> list[dict[str, Any]]:
         """Take the events of a demand, waiting for the first."""
-        demand = self.open_demand(demand_id)
+        demand = self.find_open_demand(demand_id)
         if demand.expires_at is not None:
             seconds = min(seconds, max(0.0, (demand.expires_at - self._clock()).total_seconds()))
-        await self._bell.until(lambda: bool(demand.events) or not demand.is_open, seconds)
-        self.open_demand(demand_id)
-        taken = demand.events[:most]
-        del demand.events[: len(taken)]
-        if taken:
+        await self._notifier.wait_until(lambda: bool(demand.events) or not demand.is_open, seconds)
+        self.find_open_demand(demand_id)
+        events = demand.events[:max_items]
+        del demand.events[: len(events)]
+        if events:
             self._on_change()
-        return taken
+        return events
 
     # Negotiation
 
@@ -133,8 +133,8 @@ class Market:
             previous_id=previous_id,
         )
         self.proposals[proposal.proposal_id] = proposal
-        event = {"eventType": "ProposalEvent", "eventDate": written(self._dates.next())}
-        demand.events.append({**event, "proposal": proposal.published()})
+        event = {"eventType": "ProposalEvent", "eventDate": format_time(self._timestamps.next())}
+        demand.events.append({**event, "proposal": proposal.to_api()})
         self._changed()
         return proposal
 
@@ -146,7 +146,7 @@ class Market:
         try:
             parse(constraints)
         except BadConstraint as error:
-            raise Refusal(error.reason) from error
+            raise ApiError(error.reason) from error
         expiration(properties)
         proposal = Proposal(
             proposal_id=f"R-{secrets.token_hex(16)}",
@@ -163,7 +163,7 @@ class Market:
         self._changed()
         provider = self.providers.get(received.issuer_id)
         if provider is not None:
-            provider.countered(proposal)
+            provider.proposal_countered(proposal)
         return proposal
 
     def reject(self, demand_id: str, proposal_id: str) -> None:
@@ -176,10 +176,10 @@ class Market:
 
     def proposal(self, demand_id: str, proposal_id: str) -> Proposal:
         """Find a provider's proposal for a demand that is open."""
-        self.open_demand(demand_id)
+        self.find_open_demand(demand_id)
         proposal = self.proposals.get(proposal_id)
         if proposal is None or proposal.demand_id != demand_id or proposal.issuer_id == self._requestor_id:
-            raise NotKnown(f"There is no proposal {proposal_id} for this demand.")
+            raise NotFound(f"There is no proposal {proposal_id} for this demand.")
         return proposal
 
     def create_agreement(self, proposal_id: str, valid_to: datetime) -> Agreement:
@@ -187,7 +187,7 @@ class Market:
         self._expire()
         draft = self.proposals.get(proposal_id)
         if draft is None or draft.issuer_id == self._requestor_id:
-            raise NotKnown(f"There is no proposal {proposal_id}, or its demand is over.")
+            raise NotFound(f"There is no proposal {proposal_id}, or its demand is over.")
         if draft.state == "Rejected":
             raise Gone(f"The proposal {proposal_id} was rejected.")
         if draft.state == "Initial":
@@ -217,7 +217,7 @@ class Market:
     # Changes
 
     def _changed(self) -> None:
-        self._bell.ring()
+        self._notifier.notify()
         self._on_change()
 
     def _close(self, demand: Demand) -> None:
@@ -226,15 +226,17 @@ class Market:
         # Agreements have copies of what was negotiated; nobody can ask about the rest any more.
         self.proposals = {key: each for key, each in self.proposals.items() if each.demand_id != demand.demand_id}
         closed = [each.demand_id for each in self.demands.values() if not each.is_open]
-        for demand_id in closed[:-REMEMBERED_DEMANDS]:
+        for demand_id in closed[:-MAX_CLOSED_DEMANDS]:
             del self.demands[demand_id]
 
     def _expire(self) -> None:
         now = self._clock()
-        late = [each for each in self.demands.values() if each.is_open and each.expires_at and each.expires_at <= now]
-        for demand in late:
+        expired = [
+            each for each in self.demands.values() if each.is_open and each.expires_at and each.expires_at <= now
+        ]
+        for demand in expired:
             self._close(demand)
-        if late:
+        if expired:
             self._changed()
 
 
@@ -246,4 +248,4 @@ def expiration(properties: Mapping[str, Any]) -> datetime | None:
     try:
         return datetime.fromtimestamp(value / 1000, UTC)
     except (OverflowError, OSError, ValueError) as error:
-        raise Refusal(f"golem.srv.comp.expiration is no time in milliseconds: {value!r}.") from error
+        raise ApiError(f"golem.srv.comp.expiration is no time in milliseconds: {value!r}.") from error

@@ -12,15 +12,15 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from devnet.api_errors import NotKnown, Refusal
-from devnet.records import Agreement, Allocation, Bill, from_row, money, to_row
-from devnet.waiting import Bell, Clock, Dates, read, utc_now, written
-from devnet.wallet import PLATFORMS, Wallet, amount_of
+from devnet.api_errors import ApiError, NotFound
+from devnet.records import Agreement, Allocation, Bill, format_amount, from_row, to_row
+from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time, utc_now
+from devnet.wallet import PLATFORMS, Wallet, parse_amount
 
 _REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
 
 
-class Payment:
+class PaymentService:
     """The requestor's post: what providers ask for, and what is made of it.
 
     :param funds: what its wallet holds at the beginning.
@@ -41,9 +41,9 @@ class Payment:
         self.paid: dict[str, Decimal] = {}
         self._requestor_id = requestor_id
         self._clock = clock
-        self._dates = Dates(clock)
+        self._timestamps = MonotonicTimestamps(clock)
         self._on_change = on_change
-        self._bell = Bell()
+        self._notifier = ChangeNotifier()
         self.wallet = Wallet(requestor_id=requestor_id, funds=funds, clock=clock, on_change=self._changed)
 
     # What providers send
@@ -89,13 +89,13 @@ class Payment:
     def invoice(self, invoice_id: str) -> Bill:
         """Find an invoice."""
         if invoice_id not in self.invoices:
-            raise NotKnown(f"There is no invoice {invoice_id}.")
+            raise NotFound(f"There is no invoice {invoice_id}.")
         return self.invoices[invoice_id]
 
     def debit_note(self, debit_note_id: str) -> Bill:
         """Find a debit note."""
         if debit_note_id not in self.debit_notes:
-            raise NotKnown(f"There is no debit note {debit_note_id}.")
+            raise NotFound(f"There is no debit note {debit_note_id}.")
         return self.debit_notes[debit_note_id]
 
     def accept_invoice(self, invoice_id: str, acceptance: Mapping[str, Any]) -> None:
@@ -129,18 +129,20 @@ class Payment:
         self._changed()
 
     def _accept(self, bill: Bill, acceptance: Mapping[str, Any], total: Decimal) -> None:
-        amount = amount_of(acceptance.get("totalAmountAccepted"), "totalAmountAccepted")
+        amount = parse_amount(acceptance.get("totalAmountAccepted"), "totalAmountAccepted")
         try:
             allocation = self.wallet.find(str(acceptance.get("allocationId")))
-        except NotKnown as error:
-            raise Refusal(str(error)) from error
+        except NotFound as error:
+            raise ApiError(str(error)) from error
         if amount != bill.amount:
-            raise Refusal(f"The amount is {money(bill.amount)}; {money(amount)} cannot be accepted.")
+            raise ApiError(f"The amount is {format_amount(bill.amount)}; {format_amount(amount)} cannot be accepted.")
         if (allocation.address, allocation.platform) != (bill.payer_address, bill.platform):
-            raise Refusal("The allocation is for another address or payment platform.")
+            raise ApiError("The allocation is for another address or payment platform.")
         needed = max(Decimal(0), total - self.accepted.get(bill.agreement_id, Decimal(0)))
         if needed > allocation.remaining:
-            raise Refusal(f"Not enough funds. Allocated: {money(allocation.remaining)}, needed: {money(needed)}.")
+            raise ApiError(
+                f"Not enough funds. Allocated: {format_amount(allocation.remaining)}, needed: {format_amount(needed)}."
+            )
         allocation.spent += needed
         self.accepted[bill.agreement_id] = self.accepted.get(bill.agreement_id, Decimal(0)) + needed
         bill.status = "ACCEPTED"
@@ -152,7 +154,7 @@ class Payment:
         self._changed()
 
     def _pay(self, bill: Bill, allocation: Allocation, amount: Decimal) -> None:
-        share = {"amount": money(amount), "allocationId": allocation.allocation_id}
+        share = {"amount": format_amount(amount), "allocationId": allocation.allocation_id}
         is_note = bill.usage is not None
         self.paid[bill.agreement_id] = self.paid.get(bill.agreement_id, Decimal(0)) + amount
         self.payments.append(
@@ -163,8 +165,8 @@ class Payment:
                 "payerAddr": bill.payer_address,
                 "payeeAddr": bill.issuer_id,
                 "paymentPlatform": bill.platform,
-                "amount": money(amount),
-                "timestamp": written(self._dates.next()),
+                "amount": format_amount(amount),
+                "timestamp": format_time(self._timestamps.next()),
                 "agreementPayments": [] if is_note else [{"agreementId": bill.agreement_id, **share}],
                 "activityPayments": [{"activityId": bill.activity_ids[0], **share}] if is_note else [],
                 "details": "",
@@ -173,8 +175,13 @@ class Payment:
 
     # Long polls
 
-    async def collect(
-        self, kind: str, after: datetime | None, seconds: float, most: int, keep: Callable[[dict[str, Any]], bool]
+    async def poll(
+        self,
+        kind: str,
+        after: datetime | None,
+        seconds: float,
+        max_items: int,
+        is_wanted: Callable[[dict[str, Any]], bool],
     ) -> list[dict[str, Any]]:
         """List the "invoice" events, "debit note" events or "payment"s after a date, waiting for the first."""
         feed, key = {
@@ -182,10 +189,12 @@ class Payment:
             "debit note": (self.debit_note_events, "eventDate"),
             "payment": (self.payments, "timestamp"),
         }[kind]
-        since = "" if after is None else written(after)
-        return (await self._bell.until(lambda: [each for each in feed if each[key] > since and keep(each)], seconds))[
-            :most
-        ]
+        since = "" if after is None else format_time(after)
+        return (
+            await self._notifier.wait_until(
+                lambda: [each for each in feed if each[key] > since and is_wanted(each)], seconds
+            )
+        )[:max_items]
 
     # Across restarts
 
@@ -198,8 +207,8 @@ class Payment:
             "payments": self.payments,
             "invoice_events": self.invoice_events,
             "debit_note_events": self.debit_note_events,
-            "accepted": {key: money(each) for key, each in self.accepted.items()},
-            "paid": {key: money(each) for key, each in self.paid.items()},
+            "accepted": {key: format_amount(each) for key, each in self.accepted.items()},
+            "paid": {key: format_amount(each) for key, each in self.paid.items()},
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
@@ -213,23 +222,23 @@ class Payment:
         self.accepted = {key: Decimal(each) for key, each in dumped["accepted"].items()}
         self.paid = {key: Decimal(each) for key, each in dumped["paid"].items()}
         for event in (*self.invoice_events, *self.debit_note_events):
-            self._dates.seen(read(event["eventDate"]))
+            self._timestamps.advance_past(parse_time(event["eventDate"]))
 
     # Changes
 
     def _changed(self) -> None:
-        self._bell.ring()
+        self._notifier.notify()
         self._on_change()
 
     def _event(self, feed: list[dict[str, Any]], kind: str, key: str, bill: Bill) -> None:
-        feed.append({"eventType": kind, "eventDate": written(self._dates.next()), key: bill.bill_id})
+        feed.append({"eventType": kind, "eventDate": format_time(self._timestamps.next()), key: bill.bill_id})
         self._changed()
 
 
 def _reject(bill: Bill, rejection: Mapping[str, Any]) -> None:
     if rejection.get("rejectionReason") not in _REASONS:
-        raise Refusal(f"rejectionReason is one of {', '.join(_REASONS)}.")
-    amount_of(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
+        raise ApiError(f"rejectionReason is one of {', '.join(_REASONS)}.")
+    parse_amount(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
     if bill.status == "ACCEPTED":
-        raise Refusal("It was accepted already.")
+        raise ApiError("It was accepted already.")
     bill.status = "REJECTED"

@@ -1,6 +1,6 @@
 """What the market and the payments keep: plain records, which can be written as JSON and read again.
 
-Changed only by `market.Market` and `payment.Payment`. `published()` is the record as the API shows it.
+Changed only by `market.Market` and `payment.Payment`. `to_api()` is the record as the API shows it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from devnet.waiting import read, written
+from devnet.waiting import format_time, parse_time
 
 _Record = TypeVar("_Record")
 
@@ -31,12 +31,12 @@ class Demand:
     #: Events that were not fetched yet.
     events: list[dict[str, Any]] = field(default_factory=list)
 
-    def published(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         """See the module."""
         return {
             "demandId": self.demand_id,
             "requestorId": self.requestor_id,
-            "timestamp": written(self.created_at),
+            "timestamp": format_time(self.created_at),
             "properties": self.properties,
             "constraints": self.constraints,
         }
@@ -57,17 +57,17 @@ class Proposal:
     created_at: datetime
     previous_id: str | None = None
 
-    def published(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         """See the module."""
-        shown = {
+        data = {
             "proposalId": self.proposal_id,
             "issuerId": self.issuer_id,
             "state": self.state,
-            "timestamp": written(self.created_at),
+            "timestamp": format_time(self.created_at),
             "properties": self.properties,
             "constraints": self.constraints,
         }
-        return shown if self.previous_id is None else {**shown, "prevProposalId": self.previous_id}
+        return data if self.previous_id is None else {**data, "prevProposalId": self.previous_id}
 
 
 @dataclass(kw_only=True)
@@ -99,35 +99,35 @@ class Agreement:
         """Return a name for people."""
         return f"agreement {self.agreement_id[:8]}"
 
-    def published(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         """See the module."""
-        shown = {
+        data = {
             "agreementId": self.agreement_id,
             "demand": self.demand,
             "offer": self.offer,
-            "validTo": written(self.valid_to),
+            "validTo": format_time(self.valid_to),
             "state": self.state,
-            "timestamp": written(self.created_at),
+            "timestamp": format_time(self.created_at),
         }
         if self.approved_at is not None:
-            shown["approvedDate"] = written(self.approved_at)
+            data["approvedDate"] = format_time(self.approved_at)
         if self.session_id is not None:
-            shown["appSessionId"] = self.session_id
-        return shown
+            data["appSessionId"] = self.session_id
+        return data
 
-    def listed(self) -> dict[str, Any]:
+    def to_api_summary(self) -> dict[str, Any]:
         """Show it as in the list of agreements."""
-        created = written(self.created_at)
-        approved = None if self.approved_at is None else written(self.approved_at)
+        created = format_time(self.created_at)
+        approved = None if self.approved_at is None else format_time(self.approved_at)
         # The published description names these dates in two ways, and wants those of the one to be there.
-        shown = {
+        data = {
             "id": self.agreement_id,
             "timestamp": created,
             "creationTs": created,
             "approveTs": approved,
             "role": "Requestor",
         }
-        return shown if approved is None else {**shown, "approvedDate": approved}
+        return data if approved is None else {**data, "approvedDate": approved}
 
 
 @dataclass(kw_only=True)
@@ -149,17 +149,17 @@ class Allocation:
         """Return what can still be spent."""
         return self.total - self.spent
 
-    def published(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         """See the module."""
         return {
             **self.extra,
             "allocationId": self.allocation_id,
             "address": self.address,
             "paymentPlatform": self.platform,
-            "totalAmount": money(self.total),
-            "spentAmount": money(self.spent),
-            "remainingAmount": money(self.remaining),
-            "timestamp": written(self.created_at),
+            "totalAmount": format_amount(self.total),
+            "spentAmount": format_amount(self.spent),
+            "remainingAmount": format_amount(self.remaining),
+            "timestamp": format_time(self.created_at),
             "makeDeposit": False,
         }
 
@@ -184,39 +184,39 @@ class Bill:
     usage: list[float] | None = None
     previous_id: str | None = None
 
-    def published(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         """See the module."""
-        shown: dict[str, Any] = {
+        data: dict[str, Any] = {
             "issuerId": self.issuer_id,
             "recipientId": self.recipient_id,
             "payeeAddr": self.issuer_id,
             "payerAddr": self.payer_address,
             "paymentPlatform": self.platform,
-            "timestamp": written(self.created_at),
+            "timestamp": format_time(self.created_at),
             "agreementId": self.agreement_id,
             "status": self.status,
         }
         if self.due_at is not None:
-            shown["paymentDueDate"] = written(self.due_at)
+            data["paymentDueDate"] = format_time(self.due_at)
         if self.usage is None:
             return {
-                **shown,
+                **data,
                 "invoiceId": self.bill_id,
                 "activityIds": self.activity_ids,
-                "amount": money(self.amount),
+                "amount": format_amount(self.amount),
             }
         if self.previous_id is not None:
-            shown["previousDebitNoteId"] = self.previous_id
+            data["previousDebitNoteId"] = self.previous_id
         return {
-            **shown,
+            **data,
             "debitNoteId": self.bill_id,
             "activityId": self.activity_ids[0],
-            "totalAmountDue": money(self.amount),
+            "totalAmountDue": format_amount(self.amount),
             "usageCounterVector": self.usage,
         }
 
 
-def money(amount: Decimal) -> str:
+def format_amount(amount: Decimal) -> str:
     """Write an amount exactly and without an exponent."""
     text = format(amount, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -228,7 +228,7 @@ def money(amount: Decimal) -> str:
 def to_row(record: Any) -> dict[str, Any]:
     """Turn a record into JSON's values."""
     row = {each.name: getattr(record, each.name) for each in fields(record)}
-    return {name: _plain(value) for name, value in row.items()}
+    return {name: _to_json(value) for name, value in row.items()}
 
 
 def from_row(kind: type[_Record], row: Mapping[str, Any]) -> _Record:
@@ -237,13 +237,13 @@ def from_row(kind: type[_Record], row: Mapping[str, Any]) -> _Record:
     for each in fields(kind):  # type: ignore[arg-type]
         value = values.get(each.name)
         if isinstance(value, str) and str(each.type).startswith("datetime"):
-            values[each.name] = read(value)
+            values[each.name] = parse_time(value)
         elif isinstance(value, str) and each.type == "Decimal":
             values[each.name] = Decimal(value)
     return kind(**values)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, datetime):
-        return written(value)
+        return format_time(value)
     return str(value) if isinstance(value, Decimal) else value

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from devnet.faults import DAEMON_KINDS, PROVIDER_KINDS
 from provider_image.errors import ConfigError
 
-NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
+PROVIDER_NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +133,11 @@ def default_scenario(count: int) -> Scenario:
 
 
 def _default_plan(number: int) -> ProviderPlan:
-    lap, place = divmod(number, len(NAMES))
+    round_number, index = divmod(number, len(PROVIDER_NAMES))
     # Each a tenth dearer than the one before, so that a requestor has something to choose.
     factor = Decimal(10 + number) / 10
     return ProviderPlan(
-        name=NAMES[place] + (str(lap + 1) if lap else ""),
+        name=PROVIDER_NAMES[index] + (str(round_number + 1) if round_number else ""),
         start_price=Decimal("0.001") * factor,
         price_per_cpu_second=Decimal("0.0001") * factor,
         price_per_second=Decimal("0.00002") * factor,
@@ -163,52 +163,52 @@ def read_scenario(path: Path) -> Scenario:
     try:
         _check_keys(Scenario, document, "")
         providers = tuple(
-            _made(ProviderPlan, {**table, "faults": _faults(table.get("faults", []), where)}, where)
-            for where, table in _tables(document.get("providers", []), "providers")
+            _make_record(ProviderPlan, {**table, "faults": _faults(table.get("faults", []), key_path)}, key_path)
+            for key_path, table in _tables(document.get("providers", []), "providers")
         )
         if not providers:
             raise ConfigError("it has no [[providers]].")
-        return _made(
+        return _make_record(
             Scenario, {**document, "providers": providers, "faults": _faults(document.get("faults", []), "")}, ""
         )
     except ConfigError as error:
         raise ConfigError(f"The scenario {path}: {error.reason}") from error
 
 
-def _faults(tables: object, where: str) -> tuple[Fault, ...]:
-    prefix = f"{where}.faults" if where else "faults"
-    return tuple(_made(Fault, table, place) for place, table in _tables(tables, prefix))
+def _faults(tables: object, key_path: str) -> tuple[Fault, ...]:
+    prefix = f"{key_path}.faults" if key_path else "faults"
+    return tuple(_make_record(Fault, table, full_path) for full_path, table in _tables(tables, prefix))
 
 
-def _tables(value: object, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _tables(value: object, key_path: str) -> Iterable[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ConfigError(f"{where} is a list of tables, each under a line [[...]].")
-    return [(f"{where}[{number}]", each) for number, each in enumerate(value)]
+        raise ConfigError(f"{key_path} is a list of tables, each under a line [[...]].")
+    return [(f"{key_path}[{number}]", each) for number, each in enumerate(value)]
 
 
-def _made(kind: type[_Record], table: Mapping[str, Any], where: str) -> _Record:
+def _make_record(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> _Record:
     """Make a record of a table, checking its keys and the types of its values."""
-    known = _check_keys(kind, table, where)
+    known = _check_keys(kind, table, key_path)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        values[key] = _value(value, known[key], f"{where}.{key}" if where else key)
+        values[key] = _value(value, known[key], f"{key_path}.{key}" if key_path else key)
     missing = [name for name in ("kind", "name") if name in known and name not in values]
     if missing:
-        raise ConfigError(f"{where}: {missing[0]} is missing.")
+        raise ConfigError(f"{key_path}: {missing[0]} is missing.")
     return kind(**values)
 
 
-def _check_keys(kind: type[_Record], table: Mapping[str, Any], where: str) -> dict[str, str]:
+def _check_keys(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> dict[str, str]:
     """Return the type of each key that a table may have, refusing others."""
     known = {field.name: str(field.type) for field in fields(kind)}
     for key in table:
         if key not in known:
-            place = f"{where}.{key}" if where else key
-            raise ConfigError(f"{place}: there is no such key.{_nearest(key, known)}")
+            full_path = f"{key_path}.{key}" if key_path else key
+            raise ConfigError(f"{full_path}: there is no such key.{_suggestion(key, known)}")
     return known
 
 
-def _value(value: object, kind: str, place: str) -> object:
+def _value(value: object, kind: str, full_path: str) -> object:
     """Turn what TOML gave into what the field wants."""
     is_number = isinstance(value, int | Decimal) and not isinstance(value, bool)
     if kind == "str" and isinstance(value, str):
@@ -227,15 +227,15 @@ def _value(value: object, kind: str, place: str) -> object:
     if isinstance(value, tuple):
         return value
     expected = {"str": "a text", "float": "a number", "Decimal": "a number", "tuple[str, ...]": "a list of texts"}
-    raise ConfigError(f"{place} is {expected.get(kind, 'a whole number')}, not {value!r}.")
+    raise ConfigError(f"{full_path} is {expected.get(kind, 'a whole number')}, not {value!r}.")
 
 
 def _check_kinds(faults: Iterable[Fault], known: Mapping[str, str], who: str) -> None:
     for fault in faults:
         if fault.kind not in known:
-            raise ConfigError(f"{who} has no fault of the kind {fault.kind!r}.{_nearest(fault.kind, known)}")
+            raise ConfigError(f"{who} has no fault of the kind {fault.kind!r}.{_suggestion(fault.kind, known)}")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else f" There are: {', '.join(known)}."

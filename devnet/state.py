@@ -14,17 +14,17 @@ from provider_image.errors import ConfigError
 VERSION = 1
 
 
-class State:
-    """Keeps what `collect` returns.
+class StateStore:
+    """Keeps what `snapshot` returns.
 
-    With a file it is written soon after every `touch`, once for many; without one only by `save`.
+    With a file it is written soon after every `schedule_save`, once for many; without one only by `save`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._text: str | None = None
-        self._collect: Callable[[], dict[str, Any]] | None = None
-        self._is_due = False
+        self._snapshot: Callable[[], dict[str, Any]] | None = None
+        self._is_save_scheduled = False
 
     def load(self) -> dict[str, Any] | None:
         """Return what was saved last, None if nothing was.
@@ -44,27 +44,27 @@ class State:
             raise ConfigError(f"{self._path} is not the state of a devnet of this version.")
         return document
 
-    def keep(self, collect: Callable[[], dict[str, Any]]) -> None:
+    def attach(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Say what is to be kept from now on."""
-        self._collect = collect
+        self._snapshot = snapshot
 
-    def touch(self) -> None:
+    def schedule_save(self) -> None:
         """Something changed."""
-        if self._path is not None and not self._is_due and self._collect is not None:
-            self._is_due = True
+        if self._path is not None and not self._is_save_scheduled and self._snapshot is not None:
+            self._is_save_scheduled = True
             asyncio.get_running_loop().call_soon(self.save)
 
     def save(self) -> None:
         """Keep it now."""
-        self._is_due = False
-        if self._collect is None:
+        self._is_save_scheduled = False
+        if self._snapshot is None:
             return
-        self._text = json.dumps({"version": VERSION, **self._collect()})
+        self._text = json.dumps({"version": VERSION, **self._snapshot()})
         if self._path is not None:
             partial = self._path.with_name(self._path.name + ".part")
             partial.write_text(self._text, encoding="utf-8")
             partial.replace(self._path)
 
-    def forget(self) -> None:
+    def detach(self) -> None:
         """Change no more: the daemon is down."""
-        self._collect = None
+        self._snapshot = None

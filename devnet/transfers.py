@@ -59,14 +59,14 @@ class Transfers:
         except OSError as error:
             raise TransferFailed(f"{source.name} cannot be delivered: {error.strerror or error}") from error
 
-    def _find(self, url: str) -> gftp.Published:
+    def _find(self, url: str) -> gftp.PublishedFile:
         if not url.startswith("gftp://"):
             raise TransferFailed(f"The devnet carries files of gftp only, not {url}")
         try:
-            return gftp.find(self._exchange, url)
+            return gftp.resolve_url(self._exchange, url)
         except gftp.UnknownUrl as error:
             raise TransferFailed(str(error)) from error
 
-    def forget(self) -> None:
+    def remove_dead_servers(self) -> None:
         """Remove what `gftp` programs that were killed have published; the daemon's last act."""
-        gftp.remove_dead(self._exchange)
+        gftp.remove_dead_servers(self._exchange)

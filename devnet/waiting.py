@@ -1,7 +1,7 @@
 """Times and waiting: what a long poll needs.
 
-A `Bell` is rung whenever something changed; whoever waits looks again. Dates of events only ever grow, because a
-requestor asks for what came after the last one it saw.
+A `ChangeNotifier` is rung whenever something changed; whoever waits looks again. Dates of events only ever grow,
+because a requestor asks for what came after the last one it saw.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def written(moment: datetime) -> str:
+def format_time(timestamp: datetime) -> str:
     """Write a time as the API does, with microseconds and a Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return timestamp.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def read(text: str) -> datetime:
+def parse_time(text: str) -> datetime:
     """Read a time in ISO 8601; UTC if it names no zone.
 
     :raises ValueError: it is none.
@@ -34,20 +34,20 @@ def read(text: str) -> datetime:
     if "T" in text:
         # In a query a + that was not escaped has become a space.
         text = text.replace(" ", "+")
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    timestamp = datetime.fromisoformat(text)
+    return timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
 
 
-class Dates:
+class MonotonicTimestamps:
     """Gives every event a date of its own, later than those before."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._last = datetime.min.replace(tzinfo=UTC)
 
-    def seen(self, moment: datetime) -> None:
+    def advance_past(self, timestamp: datetime) -> None:
         """Take note of a date that was given before a restart."""
-        self._last = max(self._last, moment)
+        self._last = max(self._last, timestamp)
 
     def next(self) -> datetime:
         """Give the next date: now, or a microsecond after the last."""
@@ -55,23 +55,23 @@ class Dates:
         return self._last
 
 
-class Bell:
+class ChangeNotifier:
     """Wakes those who wait for a change."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Have everyone who waits look again."""
         self._event.set()
         self._event = asyncio.Event()
 
-    async def until(self, look: Callable[[], _Value], seconds: float | None) -> _Value:
-        """Wait until what `look` returns is true, at most so many seconds, and return what it returned last."""
+    async def wait_until(self, condition: Callable[[], _Value], seconds: float | None) -> _Value:
+        """Wait until what `condition` returns is true, at most so many seconds, and return what it returned last."""
         try:
             async with asyncio.timeout(seconds):
-                while not (value := look()):
+                while not (value := condition()):
                     await self._event.wait()
                 return value
         except TimeoutError:
-            return look()
+            return condition()

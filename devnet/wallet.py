@@ -11,9 +11,9 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from devnet.api_errors import Gone, NotKnown, Refusal
-from devnet.records import Allocation, from_row, money, to_row
-from devnet.waiting import Clock, read
+from devnet.api_errors import ApiError, Gone, NotFound
+from devnet.records import Allocation, format_amount, from_row, to_row
+from devnet.waiting import Clock, parse_time
 
 #: What can be paid with here: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
@@ -38,24 +38,26 @@ class Wallet:
     def free_funds(self) -> Decimal:
         """Return what is neither spent nor set aside."""
         spent = sum((each.spent for each in self.allocations.values()), Decimal(0))
-        kept = (each.remaining for each in self.allocations.values() if not each.is_released)
-        return self._funds - spent - sum(kept, Decimal(0))
+        reserved = (each.remaining for each in self.allocations.values() if not each.is_released)
+        return self._funds - spent - sum(reserved, Decimal(0))
 
-    def allocate(self, wanted: Mapping[str, Any]) -> Allocation:
+    def allocate(self, body: Mapping[str, Any]) -> Allocation:
         """Set money aside."""
-        total = amount_of(wanted.get("totalAmount"), "totalAmount")
+        total = parse_amount(body.get("totalAmount"), "totalAmount")
         if total > self.free_funds:
-            raise Refusal(f"Not enough funds. Free: {money(self.free_funds)} GLM, asked for: {money(total)} GLM.")
-        timeout = wanted.get("timeout")
+            raise ApiError(
+                f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, asked for: {format_amount(total)} GLM."
+            )
+        timeout = body.get("timeout")
         if timeout is not None:
-            _time(timeout, "timeout")
+            _require_time(timeout, "timeout")
         allocation = Allocation(
             allocation_id=str(uuid.uuid4()),
-            address=str(wanted.get("address") or self._requestor_id),
-            platform=_platform(wanted.get("paymentPlatform")),
+            address=str(body.get("address") or self._requestor_id),
+            platform=_platform(body.get("paymentPlatform")),
             total=total,
             created_at=self._clock(),
-            extra={key: wanted[key] for key in ("timeout", "extendTimeout", "deposit") if wanted.get(key) is not None},
+            extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
         )
         self.allocations[allocation.allocation_id] = allocation
         self._changed()
@@ -65,26 +67,29 @@ class Wallet:
         """Find an allocation that was not released."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None or allocation.is_released:
-            raise NotKnown(f"There is no allocation {allocation_id}.")
+            raise NotFound(f"There is no allocation {allocation_id}.")
         return allocation
 
-    def live(self) -> list[Allocation]:
+    def list_active(self) -> list[Allocation]:
         """List the allocations that were not released."""
         return [each for each in self.allocations.values() if not each.is_released]
 
-    def amend(self, allocation_id: str, wanted: Mapping[str, Any]) -> Allocation:
+    def amend(self, allocation_id: str, body: Mapping[str, Any]) -> Allocation:
         """Change an allocation's amount or timeout."""
         allocation = self.find(allocation_id)
         total = allocation.total
-        if wanted.get("totalAmount") is not None:
-            total = amount_of(wanted["totalAmount"], "totalAmount")
+        if body.get("totalAmount") is not None:
+            total = parse_amount(body["totalAmount"], "totalAmount")
         if total < allocation.spent:
-            raise Refusal(f"{money(allocation.spent)} GLM of this allocation are spent; it cannot be {money(total)}.")
+            raise ApiError(
+                f"{format_amount(allocation.spent)} GLM of this allocation are spent; it cannot be "
+                f"{format_amount(total)}."
+            )
         if total - allocation.total > self.free_funds:
-            raise Refusal(f"Not enough funds. Free: {money(self.free_funds)} GLM.")
-        if wanted.get("timeout") is not None:
-            _time(wanted["timeout"], "timeout")
-            allocation.extra["timeout"] = wanted["timeout"]
+            raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
+        if body.get("timeout") is not None:
+            _require_time(body["timeout"], "timeout")
+            allocation.extra["timeout"] = body["timeout"]
         allocation.total = total
         self._changed()
         return allocation
@@ -93,7 +98,7 @@ class Wallet:
         """Give back what remains of an allocation."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None:
-            raise NotKnown(f"There is no allocation {allocation_id}.")
+            raise NotFound(f"There is no allocation {allocation_id}.")
         if allocation.is_released:
             raise Gone(f"The allocation {allocation_id} is released already.")
         allocation.is_released = True
@@ -105,8 +110,8 @@ class Wallet:
         for allocation_id in allocation_ids:
             try:
                 allocation = self.find(allocation_id)
-            except NotKnown as error:
-                raise Refusal(str(error)) from error
+            except NotFound as error:
+                raise ApiError(str(error)) from error
             platforms[allocation.platform] = allocation.address
         keys = {f"golem.com.payment.platform.{name}.address": address for name, address in platforms.items()}
         properties = {**keys, "golem.com.payment.protocol.version": "3"}
@@ -138,22 +143,22 @@ class Wallet:
         self.allocations = {each["allocation_id"]: from_row(Allocation, each) for each in dumped}
 
 
-def amount_of(value: object, name: str) -> Decimal:
-    """Read an amount of the API. :raises Refusal: it is none."""
+def parse_amount(value: object, name: str) -> Decimal:
+    """Read an amount of the API. :raises ApiError: it is none."""
     try:
         amount = Decimal(str(value))
     except InvalidOperation:
         amount = Decimal("NaN")
     if not amount.is_finite() or amount < 0:
-        raise Refusal(f"{name} must be a decimal number, 0 or more, not {value!r}.")
+        raise ApiError(f"{name} must be a decimal number, 0 or more, not {value!r}.")
     return amount
 
 
-def _time(value: object, name: str) -> datetime:
+def _require_time(value: object, name: str) -> datetime:
     try:
-        return read(str(value))
+        return parse_time(str(value))
     except ValueError as error:
-        raise Refusal(f"{name} is no date in ISO 8601: {value!r}.") from error
+        raise ApiError(f"{name} is no date in ISO 8601: {value!r}.") from error
 
 
 def _platform(value: object) -> str:
@@ -164,5 +169,5 @@ def _platform(value: object) -> str:
         chosen = {"driver": driver, "network": network, "token": token, **value}
         value = "{driver}-{network}-{token}".format_map(chosen)
     if value not in PLATFORMS:
-        raise Refusal(f"There is no account on {value!r}; there are {', '.join(PLATFORMS)}.")
+        raise ApiError(f"There is no account on {value!r}; there are {', '.join(PLATFORMS)}.")
     return str(value)

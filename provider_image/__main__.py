@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = Environment(os.environ)
     is_debugging = False
     try:
-        is_debugging = environment.yes_or_no("MLG_DEBUG", False)
+        is_debugging = environment.boolean("MLG_DEBUG", False)
         options = _parser(environment).parse_args(arguments)
         if options.command == "run" and not options.cold:
-            _knock(options, environment)
+            _run_warm(options, environment)
             return 0
         _prepare_for_work()
         if options.command == "check":
@@ -64,7 +64,7 @@ def _run_cold(options: argparse.Namespace) -> None:
     run_chunk(options.chunk, options.results, nets)
 
 
-def _knock(options: argparse.Namespace, environment: Environment) -> None:
+def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
     from provider_image.warm_client import run
 
     keep_warm_seconds = environment.number(
@@ -74,7 +74,7 @@ def _knock(options: argparse.Namespace, environment: Environment) -> None:
         options.chunk,
         options.results,
         models=options.models,
-        place=options.place,
+        runtime_root=options.place,
         threads=options.threads,
         precision=options.precision,
         keep_warm_seconds=keep_warm_seconds,
@@ -90,14 +90,14 @@ def _serve(options: argparse.Namespace) -> None:
         NetCache(options.models, threads=options.threads, precision=options.precision),
         idle_seconds=options.idle_seconds,
         exit_with_stdin=options.exit_with_stdin,
-        announce=lambda: print("ready", flush=True),
+        on_ready=lambda: print("ready", flush=True),
     )
 
 
 def _check(options: argparse.Namespace) -> int:
     import json
 
-    from provider_image.check import check_in_process, check_model, find_folder, installed_folders, remember
+    from provider_image.check import check_in_process, check_model, find_folder, installed_folders, record_speed
     from provider_image.check_report import describe
 
     folders = [find_folder(options.models, text) for text in options.names] or installed_folders(options.models)
@@ -106,7 +106,7 @@ def _check(options: argparse.Namespace) -> int:
         if len(folders) == 1:
             name = folder.name if folder.parent == options.models else None
             report = check_model(folder, threads=options.threads, precision=options.precision, installed_as=name)
-            remember(report, options.models)
+            record_speed(report, options.models)
         else:
             # One process a model: the memory that is told must not be that of the models before.
             report = check_in_process(folder, options.models, threads=options.threads, precision=options.precision)

@@ -26,7 +26,7 @@ from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS
 #: Bytes of chunk.json or results.json at most.
 MAX_JSON_BYTES = 1024 * 1024
 #: What a zip's own bookkeeping may add to its contents.
-_SLACK_BYTES = 256 * 1024
+_OVERHEAD_BYTES = 256 * 1024
 #: What zipfile raises for files that somebody has tampered with.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -45,8 +45,8 @@ _ZIP_ERRORS = (
 class Archive:
     """A zip from somebody else: bounded before Python's zipfile sees it, read within what was announced."""
 
-    def __init__(self, path: Path, main: str, error: type[ChunkError]) -> None:
-        self._error, self._path, self._main = error, path, main
+    def __init__(self, path: Path, document_name: str, error: type[ChunkError]) -> None:
+        self._error, self._path, self._document_name = error, path, document_name
         self._lock = threading.Lock()
         try:
             self._file: BinaryIO = path.open("rb")
@@ -57,7 +57,7 @@ class Archive:
             self._zip = zipfile.ZipFile(self._file)
             self._infos = self._zip.infolist()
             self._check_entries()
-            self.document = _parse(self._read_entry(main, MAX_JSON_BYTES), error, main)
+            self.document = _parse(self._read_entry(document_name, MAX_JSON_BYTES), error, document_name)
         except _ZIP_ERRORS as cause:
             self._file.close()
             raise error(f"{path.name} is not a sound zip: {cause}") from cause
@@ -68,14 +68,14 @@ class Archive:
     def _check_end(self) -> None:
         """Bound the list of entries before zipfile reads it whole: 64 MB of it would become a million objects."""
         size = self._file.seek(0, io.SEEK_END)
-        if size > MAX_BYTES + MAX_JSON_BYTES + _SLACK_BYTES:
+        if size > MAX_BYTES + MAX_JSON_BYTES + _OVERHEAD_BYTES:
             raise self._error(f"{self._path.name} has {size} bytes, more than a chunk may have.")
         self._file.seek(max(0, size - 42))
         tail = self._file.read(42)
         if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":
             raise self._error(f"{self._path.name} is not a zip, is cut short, or has something behind its end.")
         entries, length = struct.unpack_from("<HL", tail, len(tail) - 12)
-        if entries > MAX_ITEMS * MAX_FILES + 1 or length > _SLACK_BYTES or tail[:4] == b"PK\x06\x07":
+        if entries > MAX_ITEMS * MAX_FILES + 1 or length > _OVERHEAD_BYTES or tail[:4] == b"PK\x06\x07":
             raise self._error(f"{self._path.name} lists more files than a chunk may have.")
 
     def _check_entries(self) -> None:
@@ -90,9 +90,9 @@ class Archive:
 
     def check_files(self, expected: Mapping[str, int]) -> None:
         """Check that the zip holds exactly these files, in these sizes, beside the document."""
-        found = {info.filename: info.file_size for info in self._infos if info.filename != self._main}
+        found = {info.filename: info.file_size for info in self._infos if info.filename != self._document_name}
         if found != expected:
-            raise self._error(f"{self._path.name} has other files than its {self._main} lists.")
+            raise self._error(f"{self._path.name} has other files than its {self._document_name} lists.")
         if sum(expected.values()) > MAX_BYTES:
             raise self._error(f"{self._path.name} has more bytes than a chunk may have.")
 
@@ -106,10 +106,10 @@ class Archive:
             raise self._error(f"{self._path.name} has another length at {name} than announced.")
         return data
 
-    def _read_entry(self, name: str, most: int) -> bytes:
+    def _read_entry(self, name: str, max_bytes: int) -> bytes:
         with self._lock, self._zip.open(name) as entry:
-            data = entry.read(most + 1)
-        if len(data) > most:
+            data = entry.read(max_bytes + 1)
+        if len(data) > max_bytes:
             raise self._error(f"{self._path.name} has more bytes at {name} than announced.")
         return data
 
@@ -140,7 +140,7 @@ def _parse(raw: bytes, error: type[ChunkError], name: str) -> Any:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[zipfile.ZipFile]:
+def atomic_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """Give a zip under another name beside `path`, and move it there when it is complete."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

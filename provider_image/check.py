@@ -21,14 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from provider_image.check_report import CheckReport, PictureCheck
+from provider_image.check_report import CheckReport, ImageCheck
 from provider_image.compiler.verification import TOLERANCE
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact, check_files, digest_of, is_model_name, read_artefact
+from provider_image.models.artefact import Artefact, check_files, compute_digest, is_model_name, read_artefact
 from provider_image.models.benchmarks import Speed, write_speed
-from provider_image.models.catalogue import CATALOGUE, install_command, look_up, own_install_command
-from provider_image.models.registry import find_own_name, find_row
+from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command, look_up
+from provider_image.models.registry import find_custom_name, find_row
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Service
 from provider_image.services import load_service
@@ -44,7 +44,7 @@ TOLERANCE_BF16 = 0.2
 #: How long the speed is measured.
 SECONDS = 2.0
 #: A check in a process of its own is given up after this long. Slow models need some seconds to load.
-_LONGEST_SECONDS = 600.0
+_TIMEOUT_SECONDS = 600.0
 _PACKAGE = Path(__file__).parent
 
 
@@ -57,7 +57,7 @@ def find_folder(models: Path, text: str) -> Path:
     if os.sep in text or text in (".", ".."):
         return Path(text).expanduser().absolute()
     row = look_up(text)
-    name = find_own_name(models, text) if row is None else row.name
+    name = find_custom_name(models, text) if row is None else row.name
     if name is None and Path(text).is_dir():
         return Path(text).absolute()
     return models / (name or find_row(models, text).name)
@@ -110,23 +110,23 @@ def check_model(
             raise BrokenArtefact(f"The folder {folder} holds the model {artefact.name}. Rename it to that.")
         _check_facts(artefact)
         check_files(artefact)
-        inputs, pictures = _read_pictures(artefact)
+        inputs, pictures = _read_images(artefact)
         report = replace(report, pictures=pictures)
         _raise_if_wrong(artefact, pictures)
         service = load_service(artefact.service)
         started = time.perf_counter()
         net = service.load(artefact, threads, precision)
         report = replace(report, load_seconds=time.perf_counter() - started)
-        bench = _Bench(service=service, artefact=artefact, net=net, inputs=inputs)
+        benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs)
         pictures = tuple(
-            bench.compare(number, _tolerance(artefact, precision), precision) for number in range(len(inputs))
+            benchmark.compare(number, _tolerance(artefact, precision), precision) for number in range(len(inputs))
         )
         report = replace(report, pictures=pictures, versions=versions())
         _raise_if_wrong(artefact, pictures)
         report = replace(
             report,
-            images_per_second=bench.rate(bench.work, threads, seconds),
-            net_images_per_second=bench.rate(bench.net_alone(), threads, seconds / 2),
+            images_per_second=benchmark.rate(benchmark.run_item, threads, seconds),
+            net_images_per_second=benchmark.rate(benchmark.net_only(), threads, seconds / 2),
         )
     except ConfigError:
         raise
@@ -160,22 +160,22 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
             cwd=_PACKAGE.parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_LONGEST_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             env={**os.environ, "PYTHONSAFEPATH": ""},  # the package is found by the working folder
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return replace(report, problem=f"The check did not end within {_LONGEST_SECONDS:.0f} seconds.")
+        return replace(report, problem=f"The check did not end within {_TIMEOUT_SECONDS:.0f} seconds.")
     try:
         return CheckReport.from_json(json.loads(done.stdout))
     except (ValueError, TypeError, KeyError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
+        stderr_lines = done.stderr.decode(errors="replace").strip().splitlines()
+        ending = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         cure = "Look whether there is enough memory." if done.returncode == -9 else ""
-        return replace(report, problem=" ".join([f"The process that checked it {how}.", cure, *said[-1:]]))
+        return replace(report, problem=" ".join([f"The process that checked it {ending}.", cure, *stderr_lines[-1:]]))
 
 
-def remember(report: CheckReport, models: Path) -> bool:
+def record_speed(report: CheckReport, models: Path) -> bool:
     """Remember the speed of a sound model that is installed in a models folder.
 
     Only what was measured as chunks are run by default, with f32 on every core: others do not compare from row to row.
@@ -212,13 +212,17 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
 
 def _check_facts(artefact: Artefact) -> None:
     """Check that the digest is that of what model.json says, and that there is a self-test."""
-    if digest_of(artefact.row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
-        raise BrokenArtefact(f"Its digest is not that of what its model.json says: that was altered. {_cure(artefact)}")
+    if compute_digest(artefact.row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
+        raise BrokenArtefact(
+            f"Its digest is not that of what its model.json says: that was altered. {_repair_hint(artefact)}"
+        )
     if not artefact.samples:
-        raise BrokenArtefact(f"It has no self-test pictures, so nothing tells whether it is sound. {_cure(artefact)}")
+        raise BrokenArtefact(
+            f"It has no self-test pictures, so nothing tells whether it is sound. {_repair_hint(artefact)}"
+        )
 
 
-def _read_pictures(artefact: Artefact) -> tuple[list[bytes], tuple[PictureCheck, ...]]:
+def _read_images(artefact: Artefact) -> tuple[list[bytes], tuple[ImageCheck, ...]]:
     inputs, pictures = [], []
     for sample in artefact.samples:
         problem = None
@@ -229,34 +233,34 @@ def _read_pictures(artefact: Artefact) -> tuple[list[bytes], tuple[PictureCheck,
         if problem is None and hashlib.sha256(data).hexdigest() != sample.sha256:
             problem = "the file has changed since the artefact was made"
         inputs.append(data)
-        pictures.append(PictureCheck(file=sample.file, problem=problem))
+        pictures.append(ImageCheck(file=sample.file, problem=problem))
     return inputs, tuple(pictures)
 
 
-def _raise_if_wrong(artefact: Artefact, pictures: Sequence[PictureCheck]) -> None:
+def _raise_if_wrong(artefact: Artefact, pictures: Sequence[ImageCheck]) -> None:
     wrong = [picture for picture in pictures if picture.problem is not None]
     if not wrong:
         return
     which = f"{len(wrong)} of {len(pictures)} self-test pictures"
     if all(picture.difference is None for picture in wrong):
-        raise BrokenArtefact(f"{which} cannot be used. {_cure(artefact)}")
+        raise BrokenArtefact(f"{which} cannot be used. {_repair_hint(artefact)}")
     raise BrokenArtefact(
-        f"{which} are answered otherwise than recorded. {_cure(artefact)} "
+        f"{which} are answered otherwise than recorded. {_repair_hint(artefact)} "
         "If it still fails then, do not offer the model on this machine."
     )
 
 
-def _cure(artefact: Artefact) -> str:
+def _repair_hint(artefact: Artefact) -> str:
     row = CATALOGUE.get(artefact.name)
     if row is None:
-        command = own_install_command(artefact.name)
+        command = custom_install_command(artefact.name)
     else:
         command = install_command(row) + (" --weights FILE" if artefact.source == "own" else "")
     return f"Delete {artefact.folder}, then: {command}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bench:
+class _Benchmark:
     """A loaded model and its self-test pictures."""
 
     service: Service
@@ -264,49 +268,49 @@ class _Bench:
     net: Any
     inputs: Sequence[bytes]
 
-    def prepared(self, number: int) -> Any:
+    def prepare_item(self, number: int) -> Any:
         """Decode one picture."""
         return self.service.prepare(self.artefact, dict.fromkeys(self.service.inputs, self.inputs[number]))
 
-    def work(self, number: int) -> None:
+    def run_item(self, number: int) -> None:
         """Decode and run one picture, as a chunk's item."""
-        self.service.run(self.net, self.prepared(number))
+        self.service.run(self.net, self.prepare_item(number))
 
-    def net_alone(self) -> Callable[[int], None]:
+    def net_only(self) -> Callable[[int], None]:
         """Decode the pictures once, and return what runs one of them."""
-        items = [self.prepared(number) for number in range(len(self.inputs))]
+        items = [self.prepare_item(number) for number in range(len(self.inputs))]
 
         def run(number: int) -> None:
             self.service.run(self.net, items[number])
 
         return run
 
-    def compare(self, number: int, tolerance: float, precision: str) -> PictureCheck:
+    def compare(self, number: int, tolerance: float, precision: str) -> ImageCheck:
         """Run one picture and compare the answer with the recorded one."""
         sample = self.artefact.samples[number]
         try:
             self.service.check_output(self.artefact, sample.output)
         except MlgError as error:
-            return PictureCheck(file=sample.file, problem=f"the recorded answer is none: {error.reason}")
+            return ImageCheck(file=sample.file, problem=f"the recorded answer is none: {error.reason}")
         try:
-            output = self.service.run(self.net, self.prepared(number))
+            output = self.service.run(self.net, self.prepare_item(number))
         except MlgError as error:
-            return PictureCheck(file=sample.file, problem=error.reason)
+            return ImageCheck(file=sample.file, problem=error.reason)
         found = self.service.compare(sample.output, output, tolerance)
         problem = None
         if not found.largest <= tolerance:  # refuses nan as well
             problem = f"a probability differs by {found.largest:.2g}, allowed are {tolerance:.2g}"
         elif precision == "f32" and not found.is_same_order:
             problem = "the five likeliest labels come in another order"
-        return PictureCheck(file=sample.file, difference=found.largest, problem=problem)
+        return ImageCheck(file=sample.file, difference=found.largest, problem=problem)
 
-    def rate(self, work: Callable[[int], None], threads: int, seconds: float) -> float:
+    def rate(self, run_item: Callable[[int], None], threads: int, seconds: float) -> float:
         """Measure how many pictures a second that many threads do; each finishes the one it is at when time is up."""
 
         def loop(first: int, limit: float) -> float:
             started = time.perf_counter()
             for done in itertools.count(1):
-                work((first + done) % len(self.inputs))
+                run_item((first + done) % len(self.inputs))
                 elapsed = time.perf_counter() - started
                 if elapsed >= limit:
                     # Threads end at different times; with each one's own rate a slow model needs no common end.

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureCheck:
+class ImageCheck:
     """What became of one self-test picture."""
 
     #: File name in the artefact's folder.
@@ -50,7 +50,7 @@ class CheckReport:
     #: A probability may differ by this much; for f32 the five likeliest labels must keep their order as well.
     tolerance: float | None = None
     #: In the artefact's order.
-    pictures: tuple[PictureCheck, ...] = ()
+    pictures: tuple[ImageCheck, ...] = ()
     #: Pictures a second as in a chunk, decoding included, and the rate of the net alone.
     images_per_second: float | None = None
     net_images_per_second: float | None = None
@@ -72,35 +72,35 @@ class CheckReport:
     def from_json(cls, document: Mapping[str, Any]) -> CheckReport:
         """Read what `to_json` gave. :raises TypeError, KeyError: it is something else."""
         facts = {key: value for key, value in document.items() if key != "ok"}
-        return cls(**{**facts, "pictures": tuple(PictureCheck(**picture) for picture in facts["pictures"])})
+        return cls(**{**facts, "pictures": tuple(ImageCheck(**picture) for picture in facts["pictures"])})
 
 
 def describe(report: CheckReport) -> list[str]:
     """Return the report as lines for people, the verdict last; a picture has a line only if something is wrong."""
     lines = [f"{report.name} ({report.title})" if report.title else report.name]
 
-    def say(what: str, text: str) -> None:
+    def add_line(what: str, text: str) -> None:
         lines.append(f"  {what:<10} {text}")
 
-    say("folder", report.folder)
+    add_line("folder", report.folder)
     if report.digest:
         size = f"{report.size_bytes / 1e6:.1f} MB"
-        say("artefact", f"digest {report.digest[:12]}, {size}, weights stored as {report.storage}")
+        add_line("artefact", f"digest {report.digest[:12]}, {size}, weights stored as {report.storage}")
     if report.load_seconds is not None:
         threads = f"{report.threads} thread{'' if report.threads == 1 else 's'}"
-        say("machine", f"{report.cpu}, {threads}, computing in {report.precision}")
+        add_line("machine", f"{report.cpu}, {threads}, computing in {report.precision}")
         # OpenVINO's goes on with its build and branch.
-        say("versions", ", ".join(f"{name} {text.partition('-')[0]}" for name, text in report.versions.items()))
-        say("loading", f"{report.load_seconds:.2f} s")
+        add_line("versions", ", ".join(f"{name} {text.partition('-')[0]}" for name, text in report.versions.items()))
+        add_line("loading", f"{report.load_seconds:.2f} s")
     if report.pictures:
-        say("self-test", _self_test(report))
+        add_line("self-test", _self_test(report))
         lines += [f"  {'':<10} {picture.file}: {picture.problem}" for picture in report.pictures if picture.problem]
     if report.images_per_second is not None and report.net_images_per_second is not None:
         rates = f"{report.images_per_second:.1f} images/s decoding included, {report.net_images_per_second:.1f} without"
-        say("speed", rates)
+        add_line("speed", rates)
     if report.peak_memory_bytes:
-        say("memory", f"{report.peak_memory_bytes / 1e6:.0f} MB at most")
-    say("verdict", "ok" if report.problem is None else f"FAILED: {report.problem}")
+        add_line("memory", f"{report.peak_memory_bytes / 1e6:.0f} MB at most")
+    add_line("verdict", "ok" if report.problem is None else f"FAILED: {report.problem}")
     return lines
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from provider_image.archive import Archive, add, add_json, written
+from provider_image.archive import Archive, add, add_json, atomic_zip
 from provider_image.errors import InferenceFailed, MalformedChunk, MalformedResults, MlgError
 from provider_image.schemas import (
     FILE_NAME,
@@ -54,7 +54,7 @@ class ItemError:
     permanent: bool
 
     @classmethod
-    def of(cls, error: Exception) -> ItemError:
+    def from_exception(cls, error: Exception) -> ItemError:
         """Say why an item failed; what is no MlgError is a bug in a service or a library."""
         if isinstance(error, MlgError):
             return cls(code=error.code, reason=error.reason, permanent=error.permanent)
@@ -109,18 +109,18 @@ def write_chunk(
     digest: str | None,
     items: Iterable[ChunkItem],
     *,
-    is_shrunk: bool = False,
+    is_resized: bool = False,
 ) -> int:
     """Write a chunk file; a reader never sees half of it.
 
     :param digest: of the artefact that must answer; None takes any.
-    :param is_shrunk: the inputs are what the service's `shrink` gave, not what the client sent.
+    :param is_resized: the inputs are what the service's `shrink` gave, not what the client sent.
     :return: the file's size in bytes.
     :raises MalformedChunk: too many items or bytes, or a name that no reader would take.
     :raises OSError: an input cannot be read or the file cannot be written.
     """
-    listed, total = [], 0
-    with written(path) as archive:
+    entries, total = [], 0
+    with atomic_zip(path) as archive:
         for number, item in enumerate(items):
             if item.number != number or number >= MAX_ITEMS:
                 raise MalformedChunk(f"Items must be numbered from 0 to at most {MAX_ITEMS - 1} without gaps.")
@@ -132,8 +132,8 @@ def write_chunk(
                 total += sizes[name]
                 if total > MAX_BYTES:
                     raise MalformedChunk(f"The inputs have more than {MAX_BYTES} bytes. Put fewer into a chunk.")
-            listed.append({"number": number, "inputs": sizes, "params": dict(item.params)})
-        if not listed:
+            entries.append({"number": number, "inputs": sizes, "params": dict(item.params)})
+        if not entries:
             raise MalformedChunk("A chunk must have at least one item.")
         document = {
             "version": VERSION,
@@ -141,8 +141,8 @@ def write_chunk(
             "service": service,
             "model": model,
             "digest": digest,
-            "is_shrunk": is_shrunk,
-            "items": listed,
+            "is_shrunk": is_resized,
+            "items": entries,
         }
         check_chunk(document)
         add_json(archive, "chunk.json", document, MalformedChunk)
@@ -175,7 +175,7 @@ class ChunkReader:
         #: The artefact that must answer; None takes any.
         self.digest: str | None = document["digest"]
         #: The inputs are what the service's `shrink` gave.
-        self.is_shrunk: bool = document["is_shrunk"]
+        self.is_resized: bool = document["is_shrunk"]
         #: In the order of their numbers.
         self.items = tuple(
             ItemEntry(number=item["number"], sizes=item["inputs"], params=item["params"]) for item in document["items"]
@@ -218,8 +218,8 @@ def open_chunk(path: Path) -> ChunkReader:
 
 def write_results(path: Path, results: Results) -> None:
     """Write a results file; a reader never sees half of it."""
-    listed: list[dict[str, Any]] = []
-    with written(path) as archive:
+    entries: list[dict[str, Any]] = []
+    with atomic_zip(path) as archive:
         for item in results.items:
             entry: dict[str, Any] = {"number": item.number, "seconds": round(item.seconds, 6)}
             if item.error is None:
@@ -232,7 +232,7 @@ def write_results(path: Path, results: Results) -> None:
                     "permanent": item.error.permanent,
                 }
                 entry |= {"ok": False, "error": error}
-            listed.append(entry)
+            entries.append(entry)
         document = {
             "version": VERSION,
             "chunk_id": results.chunk_id,
@@ -243,7 +243,7 @@ def write_results(path: Path, results: Results) -> None:
             "cpu": results.cpu[:200],
             "load_seconds": round(results.load_seconds, 6),
             "peak_memory_bytes": results.peak_memory_bytes,
-            "items": listed,
+            "items": entries,
         }
         add_json(archive, "results.json", document, MalformedResults)
 

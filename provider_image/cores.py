@@ -28,18 +28,18 @@ def _quotas(root: Path) -> list[float]:
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
             for base in ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
-                for folder in _upwards(root / base, group):
+                for folder in _ancestors(root / base, group):
                     quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
                     found += _cores(quota, period)
         elif "cpu" in controllers.split(","):
             for base in ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"):
-                for folder in _upwards(root / base, group):
+                for folder in _ancestors(root / base, group):
                     quota = _read(folder / "cpu.cfs_quota_us").strip()
                     found += _cores(quota, _read(folder / "cpu.cfs_period_us").strip())
     return found
 
 
-def _upwards(base: Path, group: str) -> list[Path]:
+def _ancestors(base: Path, group: str) -> list[Path]:
     folder = base / group.strip("/")
     # Inside a container the path is often the host's and does not exist here; the base then is the container's own.
     return [base, *(parent for parent in (folder, *folder.parents) if base in parent.parents)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from provider_image.errors import ConfigError
 
-_YES = frozenset({"1", "true", "yes", "on"})
-_NO = frozenset({"0", "false", "no", "off", ""})
+_TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
+_FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
 
 
 class Environment:
@@ -35,18 +35,18 @@ class Environment:
             raise ConfigError(f"{name}={value!r} is not known. It takes one of: {', '.join(choices)}.")
         return value
 
-    def yes_or_no(self, name: str, default: bool) -> bool:
+    def boolean(self, name: str, default: bool) -> bool:
         """Read a switch. :raises ConfigError: neither yes nor no."""
         value = self._variables.get(name)
         if value is None:
             return default
-        if value.strip().lower() in _YES:
+        if value.strip().lower() in _TRUE_WORDS:
             return True
-        if value.strip().lower() in _NO:
+        if value.strip().lower() in _FALSE_WORDS:
             return False
         raise ConfigError(f"{name}={value!r} is neither yes nor no. Use 1 or 0.")
 
-    def whole(self, name: str, default: int, *, minimum: int, maximum: int) -> int:
+    def integer(self, name: str, default: int, *, minimum: int, maximum: int) -> int:
         """Read a whole number in a range, both ends included. :raises ConfigError:"""
         text = self.text(name, str(default))
         try:

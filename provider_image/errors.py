@@ -130,12 +130,6 @@ class MalformedRequest(BadInput):
     code = "malformed_request"
 
 
-class UnsupportedMediaType(BadInput):
-    """This content type is not taken. Send multipart/form-data with the field `image`, or the raw bytes as image/*."""
-
-    code = "unsupported_media_type"
-
-
 class UnknownModel(MlgError):
     """There is no such model. `mlg models` and GET /models list those there are."""
 
@@ -143,37 +137,10 @@ class UnknownModel(MlgError):
     permanent = True
 
 
-class UnknownRequest(MlgError):
-    """There is no request with this id. It was never accepted here, or its retention time is over."""
-
-    code = "unknown_request"
-    permanent = True
-
-
 class NotInstalled(MlgError):
     """The model is not installed here."""
 
     code = "not_installed"
-
-
-class NotCancellable(MlgError):
-    """The request has been dispatched or answered already, so it cannot be cancelled."""
-
-    code = "not_cancellable"
-    permanent = True
-
-
-class NotRetryable(MlgError):
-    """Only a failed or cancelled request whose picture is still kept can be tried again."""
-
-    code = "not_retryable"
-    permanent = True
-
-
-class BacklogFull(MlgError):
-    """Too many requests wait already. Send the picture again later."""
-
-    code = "backlog_full"
 
 
 class ServerUnreachable(MlgError):
@@ -268,70 +235,10 @@ class ChunkTimeout(ChunkError):
     code = "chunk_timeout"
 
 
-class ShrinkingUnavailable(ChunkError):
-    """No process that shrinks pictures can be started, so nothing is sent. See the batcher's log."""
-
-    code = "shrinking_unavailable"
-
-
 class InferenceFailed(MlgError):
     """The model failed on this item."""
 
     code = "inference_failed"
-
-
-class ImageError(MlgError):
-    """The image could not be built or published."""
-
-    code = "image_error"
-
-
-class ExecutorUnavailable(MlgError):
-    """Nobody can work on this now. It is tried again by itself."""
-
-    code = "executor_unavailable"
-
-
-class NoProvider(ExecutorUnavailable):
-    """No provider takes the work. See: mlg providers list"""
-
-    code = "no_provider"
-
-
-class BudgetReached(ExecutorUnavailable):
-    """The budget is used up. Raise MLG_BUDGET_DAY, or wait for tomorrow."""
-
-    code = "budget_reached"
-
-
-class GolemUnavailable(ExecutorUnavailable):
-    """The Golem daemon cannot be used. Is it running, and is YAGNA_APPKEY set?"""
-
-    code = "golem_unavailable"
-
-
-class StoreError(MlgError):
-    """The store cannot do this now."""
-
-    code = "store_error"
-
-
-class StoreBusy(StoreError):
-    """The database is locked by another process. Send the request again in a moment."""
-
-    code = "store_busy"
-
-
-class StoreUnavailable(StoreError):
-    """The store cannot be written. Check that its folder exists, belongs to this user and is not read-only."""
-
-    code = "store_unavailable"
-
-
-class DiskFull(StoreError):
-    """The disk is full. Nothing was kept of this request; free some space and send it again."""
-
-    code = "disk_full"
 
 
 class ConfigError(MlgError):
@@ -341,7 +248,7 @@ class ConfigError(MlgError):
     permanent = True
 
 
-def error_from(reply: Mapping[str, Any]) -> MlgError:
+def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
     """Turn a reply that is not ok back into the error it was made of."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:

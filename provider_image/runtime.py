@@ -29,11 +29,11 @@ from provider_image.services import load_service
 logger = logging.getLogger(__name__)
 
 #: Loaded nets that are kept; the one that was not used for longest goes first.
-KEPT_NETS = 4
+MAX_LOADED_NETS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedModel:
     """A model that is ready to run."""
 
     service: Service
@@ -63,7 +63,7 @@ class NetCache:
         self._find_service = find_service
         self._nets: collections.OrderedDict[tuple[Path, str], tuple[Service, Artefact, Any]] = collections.OrderedDict()
 
-    def get(self, service: str, model: str, digest: str | None) -> Loaded:
+    def get(self, service: str, model: str, digest: str | None) -> LoadedModel:
         """Return a model ready to run, building and loading it first if need be.
 
         :param digest: of the artefact that must answer; None takes any.
@@ -72,7 +72,7 @@ class NetCache:
         :raises MalformedChunk: there is no such service, or the model is another service's.
         """
         started = time.perf_counter()
-        worker = self._find_service(service)
+        implementation = self._find_service(service)
         artefact = ensure_installed(self._models, model)
         if artefact.service != service:
             raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
@@ -84,11 +84,11 @@ class NetCache:
         key = (artefact.folder, artefact.digest)
         if key in self._nets:
             self._nets.move_to_end(key)
-            return Loaded(service=worker, artefact=artefact, net=self._nets[key][2], seconds=0.0)
-        while len(self._nets) >= KEPT_NETS:
+            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key][2], seconds=0.0)
+        while len(self._nets) >= MAX_LOADED_NETS:
             self._nets.popitem(last=False)
         try:
-            net = worker.load(artefact, self.threads, self.precision)
+            net = implementation.load(artefact, self.threads, self.precision)
         except BrokenArtefact as error:
             # Its model.json is sound, so the damage only shows now.
             row = CATALOGUE.get(model)
@@ -96,9 +96,9 @@ class NetCache:
                 raise
             logger.warning("building the model again: %s", error, extra={"model": model})
             artefact = build(self._models, row, again=True)
-            net = worker.load(artefact, self.threads, self.precision)
-        self._nets[key] = (worker, artefact, net)
-        return Loaded(service=worker, artefact=artefact, net=net, seconds=time.perf_counter() - started)
+            net = implementation.load(artefact, self.threads, self.precision)
+        self._nets[key] = (implementation, artefact, net)
+        return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
 
 
 def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
@@ -129,19 +129,21 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
     return answer
 
 
-def _run_item(reader: ChunkReader, loaded: Loaded, item: ItemEntry) -> ItemResult:
+def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> ItemResult:
     started = time.perf_counter()
     try:
         loaded.service.check_params(item.params)
         inputs = reader.read_inputs(item)
-        prepared = loaded.service.prepare(loaded.artefact, inputs, is_shrunk=reader.is_shrunk)
+        prepared = loaded.service.prepare(loaded.artefact, inputs, is_resized=reader.is_resized)
         del inputs
         output = loaded.service.run(loaded.net, prepared)
     except Exception as error:
         if not isinstance(error, MlgError):
             # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
             logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
-        return ItemResult(number=item.number, error=ItemError.of(error), seconds=time.perf_counter() - started)
+        return ItemResult(
+            number=item.number, error=ItemError.from_exception(error), seconds=time.perf_counter() - started
+        )
     return ItemResult(number=item.number, output=output, seconds=time.perf_counter() - started)
 
 
@@ -157,7 +159,7 @@ def versions() -> dict[str, str]:
 
 def cpu_name() -> str:
     """Return the processor's name, "unknown" where the system does not tell."""
-    return _field(Path("/proc/cpuinfo"), "model name") or "unknown"
+    return _proc_field(Path("/proc/cpuinfo"), "model name") or "unknown"
 
 
 def peak_memory_bytes() -> int:
@@ -165,10 +167,10 @@ def peak_memory_bytes() -> int:
 
     Not from getrusage: Linux carries that figure over from the parent across exec.
     """
-    return int((_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
+    return int((_proc_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
 
 
-def _field(path: Path, name: str) -> str | None:
+def _proc_field(path: Path, name: str) -> str | None:
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -14,23 +14,23 @@ from pathlib import Path
 from provider_image.errors import ConfigError
 
 #: Longest path of a Unix socket on Linux is 107 bytes; some room is left for the temporary names of others.
-_LONGEST_SOCKET_PATH = 100
+_MAX_SOCKET_PATH_BYTES = 100
 
 
-def shared_folder() -> Path:
+def user_runtime_folder() -> Path:
     """Return this user's folder for sockets, whatever the length of other paths; may not exist yet."""
     return Path(f"/tmp/mlg-{os.getuid()}")
 
 
-def socket_path(place: Path) -> Path:
+def socket_path(runtime_folder: Path) -> Path:
     """Return the path of the socket of a process that serves in this place."""
-    path = place.absolute() / "socket"
-    if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
+    path = runtime_folder.absolute() / "socket"
+    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
         return path
-    return shared_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.socket"
+    return user_runtime_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.socket"
 
 
-def private_folder(path: Path) -> Path:
+def make_private_folder(path: Path) -> Path:
     """Make a folder that only this user can enter.
 
     :raises ConfigError: somebody else's folder or a link is in its place, or it cannot be made.

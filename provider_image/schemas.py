@@ -47,61 +47,61 @@ _RESULTS_FIELDS = {
 def check_chunk(document: Any) -> None:
     """Check a chunk.json. :raises MalformedChunk: names the rule that it breaks."""
 
-    def rule(holds: bool, what: str) -> None:
-        if not holds:
+    def require(is_met: bool, what: str) -> None:
+        if not is_met:
             raise MalformedChunk(f"The chunk file is malformed: {what}.")
 
-    rule(isinstance(document, dict), "chunk.json is not an object")
-    rule(document.get("version") == VERSION, f"its version is not {VERSION}")
-    rule(document.keys() == _CHUNK_FIELDS, "chunk.json has missing or unknown fields")
-    rule(_is_text(document["chunk_id"], _ID), "its id is not plain")
-    rule(_is_text(document["service"], _WORD), "its service is not a plain name")
-    rule(_is_text(document["model"], _WORD), "its model is not a plain name")
-    rule(document["digest"] is None or _is_text(document["digest"], _DIGEST), "its digest is none")
-    rule(isinstance(document["is_shrunk"], bool), "it does not say whether its inputs are shrunk")
+    require(isinstance(document, dict), "chunk.json is not an object")
+    require(document.get("version") == VERSION, f"its version is not {VERSION}")
+    require(document.keys() == _CHUNK_FIELDS, "chunk.json has missing or unknown fields")
+    require(_is_text(document["chunk_id"], _ID), "its id is not plain")
+    require(_is_text(document["service"], _WORD), "its service is not a plain name")
+    require(_is_text(document["model"], _WORD), "its model is not a plain name")
+    require(document["digest"] is None or _is_text(document["digest"], _DIGEST), "its digest is none")
+    require(isinstance(document["is_shrunk"], bool), "it does not say whether its inputs are shrunk")
     items = document["items"]
-    rule(isinstance(items, list) and 0 < len(items) <= MAX_ITEMS, f"it does not have 1 to {MAX_ITEMS} items")
+    require(isinstance(items, list) and 0 < len(items) <= MAX_ITEMS, f"it does not have 1 to {MAX_ITEMS} items")
     for number, item in enumerate(items):
-        rule(isinstance(item, dict) and item.keys() == {"number", "inputs", "params"}, "an item has other fields")
-        rule(_is_count(item["number"]) and item["number"] == number, "its items are not numbered from 0 on")
-        rule(_are_files(item["inputs"]) and len(item["inputs"]) > 0, "an item's inputs are not plain")
-        rule(isinstance(item["params"], dict) and _is_shallow(item["params"]), "an item's params are no object")
+        require(isinstance(item, dict) and item.keys() == {"number", "inputs", "params"}, "an item has other fields")
+        require(_is_count(item["number"]) and item["number"] == number, "its items are not numbered from 0 on")
+        require(_are_files(item["inputs"]) and len(item["inputs"]) > 0, "an item's inputs are not plain")
+        require(isinstance(item["params"], dict) and _is_shallow(item["params"]), "an item's params are no object")
 
 
 def check_results(document: Any) -> None:
     """Check a results.json. :raises MalformedResults: names the rule that it breaks."""
 
-    def rule(holds: bool, what: str) -> None:
-        if not holds:
+    def require(is_met: bool, what: str) -> None:
+        if not is_met:
             raise MalformedResults(f"The results file is malformed: {what}.")
 
-    rule(isinstance(document, dict), "results.json is not an object")
-    rule(document.get("version") == VERSION, f"its version is not {VERSION}")
-    rule(document.keys() == _RESULTS_FIELDS, "results.json has missing or unknown fields")
-    rule(_is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD), "its id or model is not plain")
-    rule(_is_text(document["digest"], _DIGEST), "its digest is none")
+    require(isinstance(document, dict), "results.json is not an object")
+    require(document.get("version") == VERSION, f"its version is not {VERSION}")
+    require(document.keys() == _RESULTS_FIELDS, "results.json has missing or unknown fields")
+    require(_is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD), "its id or model is not plain")
+    require(_is_text(document["digest"], _DIGEST), "its digest is none")
     versions = document["versions"]
-    rule(isinstance(versions, dict) and len(versions) <= 20, "its versions are no object")
-    rule(all(isinstance(v, str) and len(k) <= 40 and len(v) <= 100 for k, v in versions.items()), "a version is odd")
-    rule(_is_text(document["precision"], _WORD), "its precision is not plain")
-    rule(isinstance(document["cpu"], str) and len(document["cpu"]) <= 200, "its cpu is not a short text")
-    rule(_is_seconds(document["load_seconds"]), "its load_seconds are none")
-    rule(_is_count(document["peak_memory_bytes"]), "its peak_memory_bytes are none")
-    rule(isinstance(document["items"], list) and len(document["items"]) <= MAX_ITEMS, "it has too many items")
+    require(isinstance(versions, dict) and len(versions) <= 20, "its versions are no object")
+    require(all(isinstance(v, str) and len(k) <= 40 and len(v) <= 100 for k, v in versions.items()), "a version is odd")
+    require(_is_text(document["precision"], _WORD), "its precision is not plain")
+    require(isinstance(document["cpu"], str) and len(document["cpu"]) <= 200, "its cpu is not a short text")
+    require(_is_seconds(document["load_seconds"]), "its load_seconds are none")
+    require(_is_count(document["peak_memory_bytes"]), "its peak_memory_bytes are none")
+    require(isinstance(document["items"], list) and len(document["items"]) <= MAX_ITEMS, "it has too many items")
     for item in document["items"]:
-        rule(isinstance(item, dict) and isinstance(item.get("ok"), bool), "an item does not say ok or not")
-        rule(item.keys() - {"output", "files", "error"} == {"number", "ok", "seconds"}, "an item has other fields")
-        rule(_is_count(item["number"]) and _is_seconds(item["seconds"]), "an item's number or seconds are odd")
+        require(isinstance(item, dict) and isinstance(item.get("ok"), bool), "an item does not say ok or not")
+        require(item.keys() - {"output", "files", "error"} == {"number", "ok", "seconds"}, "an item has other fields")
+        require(_is_count(item["number"]) and _is_seconds(item["seconds"]), "an item's number or seconds are odd")
         if item["ok"]:
-            rule("error" not in item and {"output", "files"} <= item.keys(), "an answered item has other fields")
-            rule(_are_files(item["files"]), "an item's files are not plain")
-            rule(_is_shallow(item["output"]), "an output is nested too deep")
+            require("error" not in item and {"output", "files"} <= item.keys(), "an answered item has other fields")
+            require(_are_files(item["files"]), "an item's files are not plain")
+            require(_is_shallow(item["output"]), "an output is nested too deep")
         else:
             error = item.get("error")
-            rule(item.keys().isdisjoint({"output", "files"}), "a failed item has an output")
-            rule(isinstance(error, dict) and error.keys() == {"code", "reason", "permanent"}, "an error is odd")
-            rule(_is_text(error["code"], _WORD) and isinstance(error["permanent"], bool), "an error's code is odd")
-            rule(isinstance(error["reason"], str) and len(error["reason"]) <= MAX_REASON, "a reason is too long")
+            require(item.keys().isdisjoint({"output", "files"}), "a failed item has an output")
+            require(isinstance(error, dict) and error.keys() == {"code", "reason", "permanent"}, "an error is odd")
+            require(_is_text(error["code"], _WORD) and isinstance(error["permanent"], bool), "an error's code is odd")
+            require(isinstance(error["reason"], str) and len(error["reason"]) <= MAX_REASON, "a reason is too long")
 
 
 def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:

@@ -120,7 +120,7 @@ class Service(Protocol):
         :raises BrokenArtefact: the artefact cannot be loaded.
         """
 
-    def shrink(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+    def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
         """Reduce what a client sent to what the model sees of it, as small as can be and without any loss.
 
         Called before an item leaves the batcher's machine. `prepare` must make exactly the same of it as of the
@@ -130,11 +130,11 @@ class Service(Protocol):
         :raises BadInput: as `prepare` with the originals, in the same words.
         """
 
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_shrunk: bool = False) -> Any:
+    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
         """Decode an item's inputs; needs no net, so that it runs beside another item's inference.
 
-        :param is_shrunk: the inputs are what `shrink` gave, or claim to be.
-        :raises BadInput: the inputs cannot be used, or are not what `shrink` would give.
+        :param is_resized: the inputs are what `resize` gave, or claim to be.
+        :raises BadInput: the inputs cannot be used, or are not what `resize` would give.
         """
 
     def run(self, net: Any, item: Any) -> Any:

@@ -28,28 +28,28 @@ from typing import Any
 
 from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
 from provider_image.runtime import NetCache, run_chunk
-from provider_image.runtime_paths import private_folder, socket_path
+from provider_image.runtime_paths import make_private_folder, socket_path
 
 logger = logging.getLogger(__name__)
 
 #: Longest line that is taken.
-_LONGEST_LINE = 64 * 1024
+_MAX_LINE_BYTES = 64 * 1024
 #: Connections that came in just before an idle process stopped listening get this long to send their line.
-_LAST_CALL_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def _only_one(place: Path) -> Iterator[None]:
-    with (private_folder(place) / "lock").open("w") as lock:
+def _exclusive_lock(runtime_folder: Path) -> Iterator[None]:
+    with (make_private_folder(runtime_folder) / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"Another process serves in {place} already.") from error
+            raise ConfigError(f"Another process serves in {runtime_folder} already.") from error
         yield
 
 
 def serve(
-    place: Path, nets: NetCache, *, idle_seconds: float, exit_with_stdin: bool, announce: Callable[[], None]
+    runtime_folder: Path, nets: NetCache, *, idle_seconds: float, exit_with_stdin: bool, on_ready: Callable[[], None]
 ) -> None:
     """Serve in a place until idle for long, or told to stop by SIGTERM or SIGINT; the chunk under way is finished.
 
@@ -58,22 +58,22 @@ def serve(
     :param idle_seconds: 0 never ends by itself.
     :param exit_with_stdin: end at once, even in mid-chunk, when the standard input ends. A parent that holds the other
         end of that pipe takes this process along, whatever kills the parent.
-    :param announce: called when the socket listens.
+    :param on_ready: called when the socket listens.
     :raises ConfigError: another process serves there, or the place cannot be used.
     """
-    with _only_one(place):
-        path = socket_path(place)
-        private_folder(path.parent)
+    with _exclusive_lock(runtime_folder):
+        path = socket_path(runtime_folder)
+        make_private_folder(path.parent)
         path.unlink(missing_ok=True)  # stale: whoever made it held the lock that is held here now
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         listener.listen(64)
         try:
-            server = _Server(listener, path, nets, idle_seconds)
+            server = _WarmServer(listener, path, nets, idle_seconds)
             if exit_with_stdin:
                 threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-            server.heed_signals()  # first: whoever reads the announcement may tell it to stop at once
-            announce()
+            server.install_signal_handlers()  # first: whoever reads the announcement may tell it to stop at once
+            on_ready()
             server.run()
         finally:
             path.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def _exit_with_stdin(path: Path) -> None:
 
 
 @dataclass(eq=False, kw_only=True)
-class _Client:
+class _Connection:
     """A connection."""
 
     connection: socket.socket
@@ -101,16 +101,16 @@ class _Client:
     has_ended: bool = False
 
 
-class _Server:
+class _WarmServer:
     """One loop that listens and one thread that works, so that signals and new clients are seen in mid-chunk."""
 
     def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
         self._listener, self._path, self._nets = listener, path, nets
         self._idle_seconds = idle_seconds
         self._active_at = time.monotonic()
-        self._is_listening, self._is_told_to_stop = True, False
-        self._waiting: collections.deque[tuple[_Client, bytes]] = collections.deque()
-        self._current: _Client | None = None
+        self._is_listening, self._is_stopping = True, False
+        self._waiting: collections.deque[tuple[_Connection, bytes]] = collections.deque()
+        self._current: _Connection | None = None
         self._jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -119,9 +119,9 @@ class _Server:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._clients: dict[socket.socket, _Client] = {}
+        self._clients: dict[socket.socket, _Connection] = {}
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         """Take SIGTERM and SIGINT as a wish to stop, from now on."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,9 +129,9 @@ class _Server:
 
     def run(self) -> None:
         """Listen until it is time to stop."""
-        threading.Thread(target=self._work, daemon=True).start()
-        while not self._is_over():
-            for key, _ in self._selector.select(self._patience()):
+        threading.Thread(target=self._run_jobs, daemon=True).start()
+        while not self._is_finished():
+            for key, _ in self._selector.select(self._select_timeout()):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._wake_reader:
@@ -139,35 +139,35 @@ class _Server:
                         self._wake_reader.recv(4096)
                 else:
                     self._receive(self._clients[key.fileobj])  # type: ignore[index]
-            self._step()
+            self._process_events()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._is_told_to_stop = True
+        self._is_stopping = True
 
-    def _patience(self) -> float | None:
+    def _select_timeout(self) -> float | None:
         if self._current is not None or (self._is_listening and not self._idle_seconds):
             return None
-        limit = self._idle_seconds if self._is_listening else _LAST_CALL_SECONDS
+        limit = self._idle_seconds if self._is_listening else _GRACE_SECONDS
         return max(0.0, self._active_at + limit - time.monotonic())
 
-    def _is_over(self) -> bool:
+    def _is_finished(self) -> bool:
         if self._current is not None or self._waiting:
             return False
-        if self._is_told_to_stop:
+        if self._is_stopping:
             return True
-        return not self._is_listening and (not self._clients or self._patience() == 0)
+        return not self._is_listening and (not self._clients or self._select_timeout() == 0)
 
-    def _step(self) -> None:
+    def _process_events(self) -> None:
         while not self._replies.empty():
             assert self._current is not None
             self._send(self._current, self._replies.get())
             self._current, self._active_at = None, time.monotonic()
-        if self._is_told_to_stop:
+        if self._is_stopping:
             self._stop_listening()
             while self._waiting:
                 client, _ = self._waiting.popleft()
-                self._send(client, _failure(WorkerDied("The warm process was told to stop before it began.")))
-        elif self._is_listening and self._idle_seconds and not self._waiting and self._patience() == 0:
+                self._send(client, _error_reply(WorkerDied("The warm process was told to stop before it began.")))
+        elif self._is_listening and self._idle_seconds and not self._waiting and self._select_timeout() == 0:
             # Nobody new comes from here on; whoever came in just now is still served.
             self._accept()
             self._stop_listening()
@@ -188,12 +188,12 @@ class _Server:
             while True:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
-                self._clients[connection] = _Client(connection=connection)
+                self._clients[connection] = _Connection(connection=connection)
                 self._selector.register(connection, selectors.EVENT_READ)
 
-    def _receive(self, client: _Client) -> None:
+    def _receive(self, client: _Connection) -> None:
         try:
-            data = client.connection.recv(_LONGEST_LINE)
+            data = client.connection.recv(_MAX_LINE_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -205,45 +205,45 @@ class _Server:
             client.jobs += 1
             self._active_at = time.monotonic()
             self._waiting.append((client, line))
-        if not data or len(rest) > _LONGEST_LINE:
+        if not data or len(rest) > _MAX_LINE_BYTES:
             client.has_ended = True
             self._selector.unregister(client.connection)
-            self._forget_if_done(client)
+            self._close_if_done(client)
 
-    def _send(self, client: _Client, reply: dict[str, Any]) -> None:
+    def _send(self, client: _Connection, reply: dict[str, Any]) -> None:
         client.jobs -= 1
         try:
             client.connection.sendall(json.dumps(reply).encode() + b"\n")
         except OSError as error:
             logger.info("nobody waits for a reply any more: %s", error)
-        self._forget_if_done(client)
+        self._close_if_done(client)
 
-    def _forget_if_done(self, client: _Client) -> None:
+    def _close_if_done(self, client: _Connection) -> None:
         if client.has_ended and not client.jobs:
             self._clients.pop(client.connection, None)
             client.connection.close()
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
-            reply = self._answer(self._jobs.get())
+            reply = self._run_job(self._jobs.get())
             self._replies.put(reply)
             with contextlib.suppress(BlockingIOError):  # a full pipe wakes the loop as well
                 self._wake_writer.send(b"\0")
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _run_job(self, line: bytes) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            chunk, results = _paths(line)
+            chunk, results = _parse_job(line)
             run_chunk(chunk, results, self._nets)
         except MlgError as error:
-            return _failure(error)
+            return _error_reply(error)
         except Exception as error:
             logger.exception("chunk failed")
-            return _failure(ChunkError(f"{type(error).__name__}: {error}"))
+            return _error_reply(ChunkError(f"{type(error).__name__}: {error}"))
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 
-def _paths(line: bytes) -> tuple[Path, Path]:
+def _parse_job(line: bytes) -> tuple[Path, Path]:
     try:
         job = json.loads(line)
         chunk, results = Path(job["chunk"]), Path(job["results"])
@@ -254,5 +254,5 @@ def _paths(line: bytes) -> tuple[Path, Path]:
     return chunk, results
 
 
-def _failure(error: MlgError) -> dict[str, Any]:
+def _error_reply(error: MlgError) -> dict[str, Any]:
     return {"ok": False, "code": error.code, "reason": error.reason, "permanent": error.permanent}

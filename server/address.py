@@ -5,17 +5,17 @@ from __future__ import annotations
 import ipaddress
 
 #: An address that means "all of them" -> one of them on this machine.
-_ALL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def reached_at(host: str) -> str:
+def reachable_host(host: str) -> str:
     """Return the host under which a server that listens on this one is reached from this machine."""
-    return _ALL.get(host, host)
+    return _WILDCARD_HOSTS.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
     """Return the URL of a server that listens there."""
-    host = reached_at(host)
+    host = reachable_host(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -13,32 +13,32 @@ from datetime import UTC, datetime
 
 import flask
 
-from server.api.idempotency import keep_first_answers
-from server.api.responses import handle_errors
+from server.api.idempotency import install_idempotency
+from server.api.responses import install_error_handlers
 from server.api.views import REGISTRY
-from server.auth.guard import guard_views
-from server.context import Backend, Context
-from server.intake.uploads import Readings
-from server.live.changes import Events
-from server.live.long_poll import Notifier
+from server.auth.guard import install_guard
+from server.context import Context, ServerStore
+from server.intake.uploads import ActiveReads
+from server.live.changes import ChangeDispatcher
+from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
-from server.status.queue_stats import Traffic
+from server.status.queue_stats import QueueStats
 
 
 def create_app(
     settings: ServerSettings,
-    store: Backend,
+    store: ServerStore,
     *,
-    notifier: Notifier | None = None,
-    events: Events | None = None,
-    readings: Readings | None = None,
+    long_poller: LongPoller | None = None,
+    change_dispatcher: ChangeDispatcher | None = None,
+    active_reads: ActiveReads | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> flask.Flask:
     """Make the application.
 
-    :param notifier: holds reads; one for half of the server's threads is made when there is none.
-    :param events: tells listeners what changes.
-    :param readings: where reads of slow bodies are noted.
+    :param long_poller: holds reads; one for half of the server's threads is made when there is none.
+    :param change_dispatcher: tells listeners what changes.
+    :param active_reads: where reads of slow bodies are noted.
     """
     app = flask.Flask("mlg", static_folder=None)
     app.url_map.strict_slashes = False
@@ -46,17 +46,17 @@ def create_app(
     context = Context(
         settings=settings,
         store=store,
-        notifier=notifier or Notifier(store, most=settings.server_threads // 2),
-        events=events or Events(store, most=settings.max_streams),
-        readings=readings or Readings(),
+        long_poller=long_poller or LongPoller(store, capacity=settings.server_threads // 2),
+        change_dispatcher=change_dispatcher or ChangeDispatcher(store, capacity=settings.max_streams),
+        active_reads=active_reads or ActiveReads(),
         clock=clock,
-        traffic=Traffic(store),
-        work=threading.BoundedSemaphore(settings.server_threads),
+        queue_stats=QueueStats(store),
+        work_slots=threading.BoundedSemaphore(settings.server_threads),
     )
-    guard_views(app, context)
-    keep_first_answers(app, context)
+    install_guard(app, context)
+    install_idempotency(app, context)
     for name in REGISTRY:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(app, context)
-    handle_errors(app)
+    install_error_handlers(app)
     return app

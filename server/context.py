@@ -17,49 +17,50 @@ import flask
 from provider_image import errors
 from provider_image.compiler import can_build_now
 from provider_image.models.artefact import find_artefact, installed_digest
-from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
+from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
 from provider_image.services import load_service
-from server.api.responses import answer
-from server.api.serializers import show_request
-from server.intake.uploads import Readings
-from server.live.changes import Events
-from server.live.long_poll import Notifier
+from server.api.responses import json_response
+from server.api.serializers import serialize_request
+from server.errors import BacklogFull
+from server.intake.uploads import ActiveReads
+from server.live.changes import ChangeDispatcher
+from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
-from server.status.eta import Outlook, Wait, estimate
-from server.status.queue_stats import Traffic
-from store import Journal, Store
+from server.status.eta import EtaInputs, WaitEstimate, estimate
+from server.status.queue_stats import QueueStats
+from store import Chunks, Store
 from store.batches import Batches
-from store.changes import Feed
+from store.changes import ChangeFeed
 from store.controls import Controls
 from store.idempotency import Idempotency
-from store.images import Blobs
+from store.images import ImageStore
 from store.keys import Keys
 from store.ledger import Ledger, Providers
-from store.records import Request
-from store.search import Listing
-from store.stats import Figures
+from store.records import RequestRecord
+from store.search import Search
+from store.stats import Stats
 from store.webhooks import Webhooks
 
 
-class Backend(
+class ServerStore(
     Store,
-    Journal,
+    Chunks,
     Keys,
     Controls,
-    Figures,
+    Stats,
     Ledger,
     Providers,
-    Feed,
+    ChangeFeed,
     Webhooks,
     Batches,
-    Listing,
+    Search,
     Idempotency,
     Protocol,
 ):
     """What the application needs: store and journal, the pictures, and a way to ask whether all is well."""
 
     @property
-    def blobs(self) -> Blobs:
+    def images(self) -> ImageStore:
         """Where pictures are staged."""
 
     def check(self) -> None:
@@ -71,43 +72,43 @@ class Context:
     """See the module."""
 
     settings: ServerSettings
-    store: Backend
+    store: ServerStore
     #: Holds reads.
-    notifier: Notifier
+    long_poller: LongPoller
     #: Tells listeners what changes.
-    events: Events
+    change_dispatcher: ChangeDispatcher
     #: Where reads of slow bodies are noted.
-    readings: Readings
+    active_reads: ActiveReads
     #: Gives the time.
     clock: Callable[[], datetime]
     #: Figures that many requests share.
-    traffic: Traffic
+    queue_stats: QueueStats
     #: Bodies are read by more threads than work at once, so that slow clients do not keep the quick ones out.
-    work: threading.BoundedSemaphore
+    work_slots: threading.BoundedSemaphore
 
-    def show(self, request: Request, params: Mapping[str, Any] | None = None) -> flask.Response:
+    def request_response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:
         """Answer with a request's JSON. :param params: the service's read-time parameters, checked."""
-        return answer({"success": True, **self.describe(request, params)})
+        return json_response({"success": True, **self.serialize(request, params)})
 
-    def describe(self, request: Request, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Build a request's JSON, with why it waits."""
         if params is None:
-            params = read_time_params(request.service, {})
-        return show_request(request, params, self.wait_of(request))
+            params = parse_read_params(request.service, {})
+        return serialize_request(request, params, self.estimate_wait(request))
 
-    def wait_of(self, request: Request) -> Wait | None:
+    def estimate_wait(self, request: RequestRecord) -> WaitEstimate | None:
         """Say why a request waits and how long; None if it waits no more."""
         if request.state.is_final:
             return None
-        outlook = Outlook(
-            batchers=self.traffic.batchers(),
-            backlog=self.traffic.backlog(),
-            pace=self.traffic.pace(request.model),
-            obstacle=self._obstacle(request.model),
+        inputs = EtaInputs(
+            batchers=self.queue_stats.batchers(),
+            backlog=self.queue_stats.backlog(),
+            throughput=self.queue_stats.throughput(request.model),
+            unavailable_reason=self._unavailable_reason(request.model),
         )
-        return estimate(request, outlook, self.clock())
+        return estimate(request, inputs, self.clock())
 
-    def digest_to_answer_with(self, row: ModelRow) -> str | None:
+    def get_artefact_digest(self, row: ModelRow) -> str | None:
         """Return the artefact's digest, None if it will be built on first use.
 
         :raises NotInstalled: :raises ModelError:
@@ -119,12 +120,16 @@ class Context:
                 raise
             return None
 
-    def check_backlog(self, more: int = 1) -> None:
-        """Refuse when too much waits already. :param more: requests that are to be added. :raises BacklogFull:"""
-        if self.traffic.waiting() + more > self.settings.max_backlog:
-            raise errors.BacklogFull()
+    def check_backlog(self, new_requests: int = 1) -> None:
+        """Refuse when too much waits already.
 
-    def _obstacle(self, model: str) -> str | None:
+        :param new_requests: requests that are to be added.
+        :raises BacklogFull:
+        """
+        if self.queue_stats.waiting() + new_requests > self.settings.max_backlog:
+            raise BacklogFull()
+
+    def _unavailable_reason(self, model: str) -> str | None:
         """Say why nobody can work on a model that requests wait for."""
         if installed_digest(self.settings.models, model) is not None or _can_build(model):
             return None
@@ -132,7 +137,7 @@ class Context:
         if row is None:
             return (
                 f"The model {model} is not installed any more and is not in the catalogue. If it is one of your own, "
-                f"install it again: {own_install_command(model)}; else cancel the request."
+                f"install it again: {custom_install_command(model)}; else cancel the request."
             )
         return f"The model {model} is not installed any more. Install it: {install_command(row)}"
 
@@ -144,7 +149,7 @@ def _can_build(model: str) -> bool:
     return row is not None and can_build_now(row)
 
 
-def read_time_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
     """Check the fields of a read. :raises InvalidParams:"""
     service = load_service(service_name)
     read_time = {param.name for param in service.params if param.is_read_time}

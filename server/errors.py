@@ -7,6 +7,7 @@ No sentence here may repeat a key or a part of one.
 from __future__ import annotations
 
 from provider_image.errors import BadInput, MlgError
+from store.errors import LimitReached
 
 
 class AccessRefused(MlgError):
@@ -46,25 +47,13 @@ class WrongHost(AccessRefused):
     code = "wrong_host"
 
 
-class LimitReached(MlgError):
-    """The API key has used up what it may."""
-
-    code = "limit_reached"
-
-
 class RateLimited(LimitReached):
     """The API key sends too many requests. Send the next one when this minute is over."""
 
     code = "rate_limited"
 
 
-class QuotaReached(LimitReached):
-    """The API key has used up its pictures of this day. The next day begins at midnight UTC."""
-
-    code = "quota_reached"
-
-
-class FetchingIsOff(AccessRefused):
+class FetchingDisabled(AccessRefused):
     """This server fetches no pictures. Send the picture itself; an operator may allow URLs with MLG_FETCH_URLS=1."""
 
     code = "fetching_is_off"
@@ -80,3 +69,15 @@ class FetchFailed(MlgError):
     """The picture could not be fetched. Check its URL, or send the picture itself."""
 
     code = "fetch_failed"
+
+
+class UnsupportedMediaType(BadInput):
+    """This content type is not taken. Send multipart/form-data with the field `image`, or the raw bytes as image/*."""
+
+    code = "unsupported_media_type"
+
+
+class BacklogFull(MlgError):
+    """Too many requests wait already. Send the picture again later."""
+
+    code = "backlog_full"

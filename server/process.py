@@ -37,12 +37,12 @@ from granian.log import LogLevels
 from granian.server.mp import MPServer
 
 from provider_image.errors import ConfigError, MlgError
-from server.address import reached_at
+from server.address import reachable_host
 from server.app import create_app
 from server.auth.guard import check_exposure
-from server.intake.uploads import Readings
-from server.live.changes import Events
-from server.live.long_poll import Notifier
+from server.intake.uploads import ActiveReads
+from server.live.changes import ChangeDispatcher
+from server.live.long_poll import LongPoller
 from server.live.sse import STREAMED
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
@@ -85,7 +85,7 @@ def serve(
     :raises MlgError: the workers keep dying.
     """
     # Under a supervisor the workers of a killed predecessor may need a moment to let go of the port.
-    listener = listen(settings.host, settings.port, patience_seconds=0.0 if parent_fd is None else TAKEOVER_SECONDS)
+    listener = listen(settings.host, settings.port, retry_seconds=0.0 if parent_fd is None else TAKEOVER_SECONDS)
     store = SqliteStore(settings)
     try:
         store.migrate()
@@ -95,19 +95,19 @@ def serve(
         store.close()
     # The workers inherit the socket, the pipe and the imported modules; 3.14 would choose another method.
     multiprocessing.set_start_method("fork", force=True)
-    server = _Server(settings, listener, on_ready, private_fds + (() if parent_fd is None else (parent_fd,)))
+    server = _GranianServer(settings, listener, on_ready, private_fds + (() if parent_fd is None else (parent_fd,)))
     if parent_fd is not None:
-        threading.Thread(target=_stop_at_end_of, args=(parent_fd,), name="parent", daemon=True).start()
+        threading.Thread(target=_stop_when_closed, args=(parent_fd,), name="parent", daemon=True).start()
     server.run()
 
 
-def listen(host: str, port: int, *, patience_seconds: float = 0.0) -> socket.socket:
+def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket:
     """Open the listening socket.
 
-    :param patience_seconds: how long to wait for a port that is taken.
+    :param retry_seconds: how long to wait for a port that is taken.
     :raises ConfigError: says which setting to change.
     """
-    give_up_at = time.monotonic() + patience_seconds
+    give_up_at = time.monotonic() + retry_seconds
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -145,13 +145,13 @@ def listen(host: str, port: int, *, patience_seconds: float = 0.0) -> socket.soc
     return listener
 
 
-def _stop_at_end_of(descriptor: int) -> None:
+def _stop_when_closed(descriptor: int) -> None:
     while os.read(descriptor, 4096):
         continue
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _identity(descriptor: int) -> tuple[int, int] | None:
+def _file_identity(descriptor: int) -> tuple[int, int] | None:
     """Tell what is open under a number; None if nothing is."""
     try:
         status = os.fstat(descriptor)
@@ -160,7 +160,7 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-class _Server(MPServer):
+class _GranianServer(MPServer):
     """Granian's main process on our socket."""
 
     def __init__(
@@ -177,7 +177,7 @@ class _Server(MPServer):
         self._reading_threads = READING_THREADS_FACTOR * settings.server_threads
         # Its reading end becomes readable in the workers when nobody holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
-        self._private_fds = {each: _identity(each) for each in (self._stop_writer, *private_fds)}
+        self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
         super().__init__(
             "mlg",
             address=host,
@@ -222,29 +222,31 @@ class _Server(MPServer):
 
     def _spawn_workers(self, spawn_target: Any, target_loader: Any) -> None:
         super()._spawn_workers(spawn_target, target_loader)  # type: ignore[no-untyped-call]
-        threading.Thread(target=self._tell_when_ready, name="ready", daemon=True).start()
+        threading.Thread(target=self._wait_until_ready, name="ready", daemon=True).start()
 
     def _load(self) -> Callable[..., Any]:
         """Make the application; runs in the worker."""
         for descriptor, identity in self._private_fds.items():
             # A worker that replaces a dead one is forked later, when the main process may have closed it long ago, and
             # opened something else under the same number.
-            if _identity(descriptor) == identity:
+            if _file_identity(descriptor) == identity:
                 os.close(descriptor)
         settings = self._settings
         store = SqliteStore(settings)
-        notifier = Notifier(store, most=settings.server_threads // 2)
-        events = Events(store, most=settings.max_streams)
-        readings = Readings()
-        under_way = Readings()
-        deliverer = Deliverer(store, is_private_allowed=settings.webhooks_private)
+        long_poller = LongPoller(store, capacity=settings.server_threads // 2)
+        change_dispatcher = ChangeDispatcher(store, capacity=settings.max_streams)
+        active_reads = ActiveReads()
+        active_requests = ActiveReads()
+        deliverer = Deliverer(store, is_private_allowed=settings.allows_private_webhooks)
         deliverer.start()
-        watched = (notifier, events, deliverer, readings, under_way)
-        threading.Thread(target=self._watch, args=watched, name="watch", daemon=True).start()
-        app = create_app(settings, store, notifier=notifier, events=events, readings=readings)
+        watched = (long_poller, change_dispatcher, deliverer, active_reads, active_requests)
+        threading.Thread(target=self._supervise_worker, args=watched, name="watch", daemon=True).start()
+        app = create_app(
+            settings, store, long_poller=long_poller, change_dispatcher=change_dispatcher, active_reads=active_reads
+        )
 
         def application(environ: dict[str, Any], start_response: Any) -> Any:
-            with under_way.one():
+            with active_requests.track():
                 # As a list the answer goes out in one piece and is done when this returns.
                 answer = app(environ, start_response)
                 if environ.get(STREAMED):
@@ -259,10 +261,10 @@ class _Server(MPServer):
 
     # Threads
 
-    def _tell_when_ready(self) -> None:
+    def _wait_until_ready(self) -> None:
         host, port = self._listener.getsockname()[:2]
         while not self.interrupt_signal:
-            connection = http.client.HTTPConnection(reached_at(host), port, timeout=5)
+            connection = http.client.HTTPConnection(reachable_host(host), port, timeout=5)
             try:
                 connection.request("GET", "/healthz")
                 is_ready = connection.getresponse().status == 200
@@ -275,18 +277,23 @@ class _Server(MPServer):
                 return
             time.sleep(0.02)
 
-    def _watch(
-        self, notifier: Notifier, events: Events, deliverer: Deliverer, readings: Readings, under_way: Readings
+    def _supervise_worker(
+        self,
+        long_poller: LongPoller,
+        change_dispatcher: ChangeDispatcher,
+        deliverer: Deliverer,
+        active_reads: ActiveReads,
+        active_requests: ActiveReads,
     ) -> None:
         """Look after one worker, from inside it."""
         main_pid = self.pid
         while not select.select([self._stop_reader], [], [], 5.0)[0]:
-            if readings.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
+            if active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
                 log.error("slow clients hold every reading thread; this worker is replaced")
                 os._exit(1)
         # Held reads are answered and streams end now, so that they do not delay the end.
-        notifier.stop()
-        events.stop()
+        long_poller.stop()
+        change_dispatcher.stop()
         deliverer.stop()
         os.kill(os.getpid(), signal.SIGTERM)
         give_up_at = time.monotonic() + (STOP_SECONDS + 1 if os.getppid() == main_pid else ORPHAN_SECONDS)
@@ -294,6 +301,6 @@ class _Server(MPServer):
             time.sleep(QUIET_SECONDS)
             # Granian waits for clients that have begun a request and say no more, and now and then for a thread of its
             # own that is idle already (seen with 2.8.7 when the signal comes right after the first request).
-            if not under_way.count_older_than(0):
+            if not active_requests.count_older_than(0):
                 os._exit(0)
         os._exit(1)

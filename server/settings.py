@@ -1,4 +1,4 @@
-"""The settings of the server room: where the home is, what the server takes, how long things are kept.
+"""The settings of the server: where it listens, what it accepts, what it offers.
 
 Read once by `from_env` in `commands.py` and passed on. Every field is a row of the README's settings table.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError
+from store.settings import HomeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What `mlg serve` and every command on a home needs."""
+class ServerSettings(HomeSettings):
+    """What `mlg serve` needs."""
 
-    #: Folder that holds the database, the pictures and the models. MLG_HOME. Defaults to ~/.mlg.
-    home: Path
     #: Address to listen on. MLG_HOST. Defaults to 127.0.0.1.
     host: str = "127.0.0.1"
     #: Port to listen on; 0 takes a free one. MLG_PORT. Defaults to 5000.
@@ -51,64 +49,31 @@ class ServerSettings:
     #: Streams of events that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.
     max_streams: int = 256
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
-    webhooks_private: bool = False
-    #: Seconds to wait for a locked database. MLG_BUSY_SECONDS. Defaults to 5 seconds.
-    busy_seconds: float = 5.0
-    #: Seconds that pictures of finished requests are kept. MLG_KEEP_PICTURES_SECONDS. Defaults to 604800 (7 days).
-    keep_pictures_seconds: float = 7 * 86400.0
-    #: Seconds that finished requests are kept. MLG_KEEP_RESULTS_SECONDS. Defaults to 2592000 (30 days).
-    keep_results_seconds: float = 30 * 86400.0
-
-    @property
-    def database(self) -> Path:
-        """The SQLite file."""
-        return self.home / "mlg.db"
-
-    @property
-    def blobs(self) -> Path:
-        """The folder of pictures."""
-        return self.home / "blobs"
-
-    @property
-    def models(self) -> Path:
-        """The folder of model artefacts."""
-        return self.home / "models"
-
-    @property
-    def work(self) -> Path:
-        """The folder of chunk files under way."""
-        return self.home / "work"
+    allows_private_webhooks: bool = False
 
     @classmethod
-    def from_env(cls, variables: Mapping[str, str]) -> ServerSettings:
+    def from_env(cls, environ: Mapping[str, str]) -> ServerSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
-        env = Environment(variables)
+        env = Environment(environ)
         return cls(
-            home=env.path("MLG_HOME", "~/.mlg"),
+            **vars(HomeSettings.from_env(environ)),
             host=env.text("MLG_HOST", cls.host),
-            port=env.whole("MLG_PORT", cls.port, minimum=0, maximum=65535),
-            server_processes=env.whole("MLG_SERVER_PROCESSES", cls.server_processes, minimum=1, maximum=64),
-            server_threads=env.whole("MLG_SERVER_THREADS", cls.server_threads, minimum=2, maximum=1024),
-            max_image_bytes=env.whole(
+            port=env.integer("MLG_PORT", cls.port, minimum=0, maximum=65535),
+            server_processes=env.integer("MLG_SERVER_PROCESSES", cls.server_processes, minimum=1, maximum=64),
+            server_threads=env.integer("MLG_SERVER_THREADS", cls.server_threads, minimum=2, maximum=1024),
+            max_image_bytes=env.integer(
                 "MLG_MAX_IMAGE_BYTES", cls.max_image_bytes, minimum=1024, maximum=64 * 1024 * 1024
             ),
-            max_batch_bytes=env.whole("MLG_MAX_BATCH_BYTES", cls.max_batch_bytes, minimum=1024, maximum=1024**4),
-            max_pixels=env.whole("MLG_MAX_PIXELS", cls.max_pixels, minimum=1, maximum=170_000_000),
-            max_backlog=env.whole("MLG_MAX_BACKLOG", cls.max_backlog, minimum=1, maximum=1_000_000_000),
+            max_batch_bytes=env.integer("MLG_MAX_BATCH_BYTES", cls.max_batch_bytes, minimum=1024, maximum=1024**4),
+            max_pixels=env.integer("MLG_MAX_PIXELS", cls.max_pixels, minimum=1, maximum=170_000_000),
+            max_backlog=env.integer("MLG_MAX_BACKLOG", cls.max_backlog, minimum=1, maximum=1_000_000_000),
             max_hold_seconds=env.number("MLG_MAX_HOLD_SECONDS", cls.max_hold_seconds, minimum=0, maximum=3600),
-            is_open=env.yes_or_no("MLG_OPEN", cls.is_open),
+            is_open=env.boolean("MLG_OPEN", cls.is_open),
             allowed_hosts=_hosts(env.text("MLG_ALLOWED_HOSTS", "none")),
-            fetches_urls=env.yes_or_no("MLG_FETCH_URLS", cls.fetches_urls),
+            fetches_urls=env.boolean("MLG_FETCH_URLS", cls.fetches_urls),
             fetch_seconds=env.number("MLG_FETCH_SECONDS", cls.fetch_seconds, minimum=0.1, maximum=60),
-            max_streams=env.whole("MLG_MAX_STREAMS", cls.max_streams, minimum=1, maximum=10_000),
-            webhooks_private=env.yes_or_no("MLG_WEBHOOKS_PRIVATE", cls.webhooks_private),
-            busy_seconds=env.number("MLG_BUSY_SECONDS", cls.busy_seconds, minimum=0.01, maximum=300),
-            keep_pictures_seconds=env.number(
-                "MLG_KEEP_PICTURES_SECONDS", cls.keep_pictures_seconds, minimum=0, maximum=3.2e9
-            ),
-            keep_results_seconds=env.number(
-                "MLG_KEEP_RESULTS_SECONDS", cls.keep_results_seconds, minimum=0, maximum=3.2e9
-            ),
+            max_streams=env.integer("MLG_MAX_STREAMS", cls.max_streams, minimum=1, maximum=10_000),
+            allows_private_webhooks=env.boolean("MLG_WEBHOOKS_PRIVATE", cls.allows_private_webhooks),
         )
 
 

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from provider_image.errors import StoreUnavailable
+from store.errors import StoreUnavailable
 
 
 class Submissions:

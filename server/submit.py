@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from provider_image.errors import ConfigError, StoreUnavailable
+from provider_image.errors import ConfigError
 from server.client import Client, Refused
 from server.submissions import Submissions
+from store.errors import StoreUnavailable
 
 #: Files with these endings are taken from a folder; a file that is named is always taken.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})

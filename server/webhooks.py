@@ -30,14 +30,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from provider_image.errors import InvalidParams, MlgError, UnknownRequest
+from provider_image.errors import InvalidParams, MlgError
 from server.api.endpoint import Field
-from server.api.serializers import show_request
-from server.context import read_time_params
+from server.api.serializers import serialize_request
+from server.context import parse_read_params
 from server.errors import UrlRefused
-from server.intake.url_fetcher import LONGEST_URL, check_url, is_public, resolve_host
+from server.intake.url_fetcher import MAX_URL_LENGTH, check_url, is_public, resolve_host
 from store import Store
 from store.batches import Batches
+from store.errors import UnknownRequest
 from store.records import to_text
 from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook, Webhooks
 
@@ -52,16 +53,16 @@ SEND_SECONDS = 15.0
 #: Seconds after which another process may try what one has claimed.
 LEASE_SECONDS = 60.0
 #: Seconds between two looks for messages that are due.
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 #: Messages that one process sends at once.
-SENDERS = 8
+MAX_CONCURRENT_SENDS = 8
 #: The longest wait that a receiver may ask for with Retry-After.
-_LONGEST_RETRY_AFTER = 86_400
+_MAX_RETRY_AFTER_SECONDS = 86_400
 
 WEBHOOK = Field(
     name="webhook",
     help="An https address that gets a signed message when the request is done.",
-    schema={"type": "string", "format": "uri", "maxLength": LONGEST_URL},
+    schema={"type": "string", "format": "uri", "maxLength": MAX_URL_LENGTH},
 )
 
 
@@ -84,7 +85,7 @@ def check_webhook(url: str | None, *, is_private_allowed: bool) -> str | None:
             check_url(url)
             return url
         parts = urlsplit(url)
-        is_good = (
+        is_valid = (
             parts.scheme in ("http", "https")
             and bool(parts.hostname)
             and "@" not in parts.netloc
@@ -92,11 +93,11 @@ def check_webhook(url: str | None, *, is_private_allowed: bool) -> str | None:
             and url.isascii()
             and url.isprintable()
             and " " not in url
-            and len(url) <= LONGEST_URL
+            and len(url) <= MAX_URL_LENGTH
         )
     except (UrlRefused, ValueError) as error:
         raise InvalidParams(f"webhook: messages are sent to https addresses of public hosts only. {error}") from error
-    if not is_good:
+    if not is_valid:
         raise InvalidParams("webhook takes an http or https address, for example https://example.org/hooks/mlg")
     return url
 
@@ -164,19 +165,19 @@ def _post(
         if not is_private_allowed and channel.getsockname()[0] == addresses[0]:
             raise DeliveryFailed("The receiver's host is not public.")
         if is_secure:
-            trust = ssl.create_default_context()
-            secure = trust.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
+            tls_context = ssl.create_default_context()
+            secure = tls_context.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
             channel = stack.enter_context(contextlib.closing(secure))
 
-        def cut() -> None:
+        def abort() -> None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(channel, socket.SHUT_RDWR)
 
         # A limit for each read alone would let a receiver drip for ever.
-        watch = threading.Timer(max(0.0, give_up_at - time.monotonic()), cut)
-        watch.daemon = True
-        watch.start()
-        stack.callback(watch.cancel)
+        timer = threading.Timer(max(0.0, give_up_at - time.monotonic()), abort)
+        timer.daemon = True
+        timer.start()
+        stack.callback(timer.cancel)
         if isinstance(channel, ssl.SSLSocket):
             channel.do_handshake()
         connection = http.client.HTTPConnection(host, port)
@@ -190,7 +191,7 @@ def _post(
 class Deliverer:
     """Sends what is due, in threads of its own.
 
-    :param waits: seconds between the tries.
+    :param retry_seconds: seconds between the tries.
     """
 
     def __init__(
@@ -199,15 +200,15 @@ class Deliverer:
         *,
         is_private_allowed: bool,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        waits: Sequence[float] = RETRY_SECONDS,
+        retry_seconds: Sequence[float] = RETRY_SECONDS,
     ) -> None:
         self._outbox = outbox
         self._is_private_allowed = is_private_allowed
         self._clock = clock
-        self._waits = waits
+        self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
         #: Addresses that are being sent to, and how many messages to each.
-        self._busy: collections.Counter[str] = collections.Counter()
+        self._sending: collections.Counter[str] = collections.Counter()
         self._stopping = threading.Event()
         self._wake = threading.Event()
 
@@ -223,17 +224,17 @@ class Deliverer:
     def send_due(self) -> list[threading.Thread]:
         """Begin to send what is due, as much as there are senders for. :return: the threads that send."""
         with self._lock:
-            busy, free = set(self._busy), SENDERS - self._busy.total()
+            busy_urls, free = set(self._sending), MAX_CONCURRENT_SENDS - self._sending.total()
         if free <= 0:
             return []
         now = self._clock()
         claimed = self._outbox.claim_deliveries(
-            now=now, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS), limit=free, except_urls=busy
+            now=now, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS), limit=free, except_urls=busy_urls
         )
         threads = []
         for delivery in claimed:
             with self._lock:
-                self._busy[delivery.url] += 1
+                self._sending[delivery.url] += 1
             thread = threading.Thread(target=self._send, args=(delivery,), name="webhook", daemon=True)
             thread.start()
             threads.append(thread)
@@ -249,28 +250,28 @@ class Deliverer:
             except Exception:
                 # The thread must outlive any failure.
                 log.exception("cannot look for webhooks that are due")
-            self._wake.wait(LOOK_SECONDS)
+            self._wake.wait(POLL_SECONDS)
 
     def _send(self, delivery: DeliveryRecord) -> None:
         try:
-            self._try(delivery)
+            self._attempt(delivery)
         except Exception:
             # It is tried again when the lease ends.
             log.exception("cannot send a webhook", extra={"delivery": delivery.id})
         finally:
             with self._lock:
-                self._busy[delivery.url] -= 1
-                self._busy += collections.Counter()  # those at zero go
+                self._sending[delivery.url] -= 1
+                self._sending += collections.Counter()  # those at zero go
             self._wake.set()
 
-    def _try(self, delivery: DeliveryRecord) -> None:
+    def _attempt(self, delivery: DeliveryRecord) -> None:
         payload = delivery.payload
         if payload is None:
             payload = self._payload(delivery)
             if payload is None:
-                self._outbox.drop_delivery(delivery.id)
+                self._outbox.delete_delivery(delivery.id)
                 return
-            self._outbox.note_payload(delivery.id, payload)
+            self._outbox.save_payload(delivery.id, payload)
         status: int | None = None
         retry_after: str | None = None
         error: str | None = None
@@ -286,24 +287,24 @@ class Deliverer:
             if not 200 <= status < 300:
                 error = f"The receiver answered with status {status}."
         except UnknownWebhook:
-            self._outbox.drop_delivery(delivery.id)
+            self._outbox.delete_delivery(delivery.id)
             return
         except DeliveryFailed as failure:
             error = failure.reason
         now = self._clock()
         retry_at = None
-        if error is not None and status != 410 and delivery.attempts <= len(self._waits):
-            retry_at = now + timedelta(seconds=self._wait(delivery.attempts, retry_after))
-        self._outbox.settle_delivery(delivery, now=now, retry_at=retry_at, status=status, error=error)
+        if error is not None and status != 410 and delivery.attempts <= len(self._retry_seconds):
+            retry_at = now + timedelta(seconds=self._retry_delay(delivery.attempts, retry_after))
+        self._outbox.finish_delivery(delivery, now=now, retry_at=retry_at, status=status, error=error)
         if error is not None:
             log.warning("webhook %s: %s", delivery.id, error, extra={"delivery": delivery.id})
         if status == 410 and delivery.endpoint_id is not None:
             self._outbox.disable_endpoint(delivery.endpoint_id, reason="It answered with status 410.", now=now)
 
-    def _wait(self, attempts: int, retry_after: str | None) -> float:
-        wait = self._waits[attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)
+    def _retry_delay(self, attempts: int, retry_after: str | None) -> float:
+        wait = self._retry_seconds[attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)
         if retry_after is not None and retry_after.isascii() and retry_after.isdigit():
-            wait = max(wait, min(float(retry_after[:9]), _LONGEST_RETRY_AFTER))
+            wait = max(wait, min(float(retry_after[:9]), _MAX_RETRY_AFTER_SECONDS))
         return wait
 
     def _payload(self, delivery: DeliveryRecord) -> str | None:
@@ -328,7 +329,7 @@ class Deliverer:
                 request = self._outbox.get(delivery.subject)
                 if not request.state.is_final:
                     return None
-                data = show_request(request, read_time_params(request.service, {}), None)
+                data = serialize_request(request, parse_read_params(request.service, {}), None)
         except UnknownRequest:
             # Deleted already; who listens learns at least that it ended.
             name = "batch_id" if delivery.event == "batch.done" else "req_id"

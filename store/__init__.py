@@ -31,9 +31,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from store.chunks import Backlog, BatcherRecord, ChunkRecord, Pace
-    from store.images import Staged
-    from store.records import Answer, Blame, Claim, NewRequest, Purged, Request, State
+    from store.chunks import BatcherRecord, ChunkRecord, ModelBacklog, Throughput
+    from store.images import StagedImage
+    from store.records import Answer, Blame, Claim, NewRequest, PurgeReport, RequestRecord, RequestState
 
 
 def new_id() -> str:
@@ -47,7 +47,7 @@ def new_id() -> str:
 class Store(Protocol):
     """Requests and their pictures."""
 
-    def add(self, new: NewRequest, staged: Staged) -> Request:
+    def add(self, new: NewRequest, staged: StagedImage) -> RequestRecord:
         """Add a request and publish its picture; returns when both are durable.
 
         When an equal picture was answered by the same artefact before, and the request is not fresh, it is done at
@@ -58,7 +58,7 @@ class Store(Protocol):
             In each case neither the row nor the picture is left behind.
         """
 
-    def get(self, id: str) -> Request:
+    def get(self, id: str) -> RequestRecord:
         """Read one request. :raises UnknownRequest:"""
 
     def claim(
@@ -104,31 +104,31 @@ class Store(Protocol):
     def release_expired(self, now: datetime) -> int:
         """Release, blaming the chunk, every claim whose lease has ended. :return: how many."""
 
-    def cancel(self, id: str, *, now: datetime) -> Request:
+    def cancel(self, id: str, *, now: datetime) -> RequestRecord:
         """Cancel a queued request. :raises UnknownRequest: :raises NotCancellable:"""
 
-    def retry(self, id: str, *, now: datetime) -> Request:
+    def retry(self, id: str, *, now: datetime) -> RequestRecord:
         """Queue a failed or cancelled request again, its attempts forgotten.
 
         :raises UnknownRequest: :raises NotRetryable:
         """
 
-    def purge(self, *, pictures_before: datetime, results_before: datetime, now: datetime) -> Purged:
+    def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete pictures of requests finished before the one time, whole requests finished before the other, and
         files left over by killed processes. Waiting requests are never touched."""
 
     def list(
         self,
         *,
-        state: State | None = None,
+        state: RequestState | None = None,
         model: str | None = None,
         before: int | None = None,
         limit: int = 50,
-    ) -> list[Request]:
+    ) -> list[RequestRecord]:
         """List requests, newest first, those with a number under `before`."""
 
 
-class Journal(Protocol):
+class Chunks(Protocol):
     """What the batchers did: for operators, for estimates, for the bill."""
 
     def start_chunk(self, chunk: ChunkRecord) -> None:
@@ -156,17 +156,17 @@ class Journal(Protocol):
     def list_chunks(self, *, limit: int = 50) -> list[ChunkRecord]:
         """List dispatches, newest first."""
 
-    def beat(self, batcher: BatcherRecord) -> None:
+    def heartbeat(self, batcher: BatcherRecord) -> None:
         """Say that a batcher is alive; the first beat registers it."""
 
-    def leave(self, batcher_id: str) -> None:
+    def deregister(self, batcher_id: str) -> None:
         """Say that a batcher has ended."""
 
     def list_batchers(self, *, seen_since: datetime) -> list[BatcherRecord]:
         """List the batchers that said something since."""
 
-    def backlog(self) -> list[Backlog]:
+    def backlog(self) -> list[ModelBacklog]:
         """Count what waits and what is claimed, by model."""
 
-    def pace(self, model: str) -> Pace | None:
+    def throughput(self, model: str) -> Throughput | None:
         """Tell how fast the model was answered in its latest chunks; None when there were none."""

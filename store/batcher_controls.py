@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from store.controls import Control, Controls
 
 #: Names of the controls.
-HOLD = "hold"
+PAUSE = "hold"
 RUN_NOW = "run_now"
 #: Characters of a reason or of a name that are kept.
-LONGEST = 200
+MAX_TEXT_CHARACTERS = 200
 
 
 class Mode(enum.StrEnum):
@@ -30,7 +30,7 @@ class Mode(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hold:
+class Pause:
     """That work is held, and by whom."""
 
     mode: Mode
@@ -53,47 +53,47 @@ class Hold:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class ControlState:
     """All that batchers are told."""
 
     #: None when they may work.
-    hold: Hold | None = None
+    pause: Pause | None = None
     #: Changes each time when everything is to be taken now; None if that was never said.
     run_token: str | None = None
 
 
-def read_orders(controls: Controls) -> Orders:
+def read_control_state(controls: Controls) -> ControlState:
     """Read what batchers are told. :raises StoreError:"""
     found = controls.controls()
     run = found.get(RUN_NOW)
     token = None if run is None else run.value.get("token")
-    return Orders(hold=_hold_of(found.get(HOLD)), run_token=token if isinstance(token, str) else None)
+    return ControlState(pause=_to_pause(found.get(PAUSE)), run_token=token if isinstance(token, str) else None)
 
 
-def hold(controls: Controls, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Hold:
+def pause(controls: Controls, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Pause:
     """Have nothing new claimed from now on."""
-    said = _cleaned(reason or "") or None
-    control = controls.set_control(HOLD, {"mode": str(mode), "reason": said}, by=_cleaned(by) or "somebody", now=now)
-    return Hold(mode=mode, by=control.changed_by, since=control.changed_at, reason=said)
+    said = _clean(reason or "") or None
+    control = controls.set_control(PAUSE, {"mode": str(mode), "reason": said}, by=_clean(by) or "somebody", now=now)
+    return Pause(mode=mode, by=control.changed_by, since=control.changed_at, reason=said)
 
 
 def resume(controls: Controls, *, by: str, now: datetime) -> None:
     """Let work go on."""
-    controls.set_control(HOLD, {"mode": None, "reason": None}, by=_cleaned(by) or "somebody", now=now)
+    controls.set_control(PAUSE, {"mode": None, "reason": None}, by=_clean(by) or "somebody", now=now)
 
 
 def run_now(controls: Controls, *, by: str, now: datetime) -> str:
     """Have every batcher take everything that waits, due or not. :return: the token that says so."""
     token = secrets.token_hex(8)
-    controls.set_control(RUN_NOW, {"token": token}, by=_cleaned(by) or "somebody", now=now)
+    controls.set_control(RUN_NOW, {"token": token}, by=_clean(by) or "somebody", now=now)
     return token
 
 
-def _hold_of(control: Control | None) -> Hold | None:
+def _to_pause(control: Control | None) -> Pause | None:
     if control is None or control.value.get("mode") not in set(Mode):
         return None
     reason = control.value.get("reason")
-    return Hold(
+    return Pause(
         mode=Mode(control.value["mode"]),
         by=control.changed_by,
         since=control.changed_at,
@@ -101,5 +101,5 @@ def _hold_of(control: Control | None) -> Hold | None:
     )
 
 
-def _cleaned(text: str) -> str:
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:LONGEST]
+def _clean(text: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:MAX_TEXT_CHARACTERS]

@@ -16,11 +16,12 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
 
-from provider_image.errors import MlgError, UnknownRequest
+from provider_image.errors import MlgError
+from store.errors import UnknownRequest
 
 if TYPE_CHECKING:
-    from store.images import Staged
-    from store.records import NewRequest, Request
+    from store.images import StagedImage
+    from store.records import NewRequest, RequestRecord
 
 #: `code` of requests whose deadline passed; they are cancelled, and shown as expired.
 EXPIRED = "expired"
@@ -32,7 +33,7 @@ class UnknownBatch(UnknownRequest):
     code = "unknown_batch"
 
 
-class BatchUnderWay(MlgError):
+class BatchInProgress(MlgError):
     """Requests of the batch still wait or are being worked on. Cancel it, or wait until it has ended."""
 
     code = "batch_under_way"
@@ -47,7 +48,7 @@ class DuplicateClientId(MlgError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
+class RefusedItem:
     """One item that a batch did not take."""
 
     #: Its place in what was sent, from 0.
@@ -131,8 +132,8 @@ class Batches(Protocol):
     """Batches, their items, and deadlines."""
 
     def add_batch(
-        self, batch: BatchRecord, items: Sequence[tuple[NewRequest, Staged]], refusals: Sequence[Refusal]
-    ) -> list[Request]:
+        self, batch: BatchRecord, items: Sequence[tuple[NewRequest, StagedImage]], refused_items: Sequence[RefusedItem]
+    ) -> list[RequestRecord]:
         """Add a batch, its requests in this order, and its refusals; returns when all are durable.
 
         :raises StoreError: :raises QuotaReached: nothing is left behind, the staged pictures included.
@@ -141,7 +142,7 @@ class Batches(Protocol):
     def get_batch(self, id: str) -> BatchRecord:
         """Read one batch. :raises UnknownBatch:"""
 
-    def refusals(self, batch_id: str) -> list[Refusal]:
+    def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch did not take, in order; nothing for an unknown one."""
 
     def list_batches(
@@ -152,10 +153,10 @@ class Batches(Protocol):
     def batch_progress(self, id: str) -> BatchProgress:
         """Count where the requests of a batch stand; all zero for an unknown one."""
 
-    def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, Request]]:
+    def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, RequestRecord]]:
         """List what has ended, in the order in which it ended. :return: (the number of the end, the request)."""
 
-    def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[Request]:
+    def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
         """List the requests of a batch in the order in which they were sent. :param after: only higher numbers."""
 
     def cancel_batch(self, id: str, *, now: datetime) -> int:
@@ -167,7 +168,7 @@ class Batches(Protocol):
     def remove_batch(self, id: str) -> int:
         """Delete a batch with its requests and pictures. :return: how many requests.
 
-        :raises UnknownBatch: :raises BatchUnderWay: nothing was deleted.
+        :raises UnknownBatch: :raises BatchInProgress: nothing was deleted.
         """
 
     def expire(self, now: datetime) -> int:

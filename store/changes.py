@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from store.records import Request, State
+from store.records import RequestRecord, RequestState
 
 #: Where a listener stands: (number of a change, number of a request).
 Position = tuple[int, int]
@@ -34,11 +34,11 @@ class ChangeRecord:
     #: The batch it came in with.
     batch_id: str | None
     #: The state it got.
-    state: State
+    state: RequestState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Snapshot:
     """Where the requests that somebody listens to stand at one moment."""
 
     #: The last change that was made by then.
@@ -46,10 +46,10 @@ class Standing:
     #: The last change that is not kept any more.
     floor: int
     #: Position and state of each request, in the order of the positions.
-    requests: tuple[tuple[Position, State], ...]
+    requests: tuple[tuple[Position, RequestState], ...]
 
 
-class Feed(Protocol):
+class ChangeFeed(Protocol):
     """What has changed."""
 
     def latest_change(self) -> int:
@@ -58,13 +58,13 @@ class Feed(Protocol):
     def changes(self, after: int, *, limit: int = 1000) -> list[ChangeRecord]:
         """List the changes after that number, in order."""
 
-    def count_changes(self, after: int) -> tuple[int, Mapping[State, int]]:
+    def count_changes(self, after: int) -> tuple[int, Mapping[RequestState, int]]:
         """Count the changes after that number by the state they led to. :return: the last change's number, and them."""
 
-    def standing(self, *, ids: Collection[str] = (), batch_id: str | None = None) -> Standing:
+    def snapshot(self, *, ids: Collection[str] = (), batch_id: str | None = None) -> Snapshot:
         """Tell where the requests with these ids, or those of a batch, stand. Unknown ones are left out."""
 
-    def read_changed(self, numbers: Collection[int]) -> list[tuple[Position, Request]]:
+    def read_changed(self, numbers: Collection[int]) -> list[tuple[Position, RequestRecord]]:
         """Read requests with their positions, in the order of these. Unknown ones are left out."""
 
     def purge_changes(self, *, before: datetime) -> int:

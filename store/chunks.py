@@ -11,7 +11,7 @@ from datetime import datetime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backlog:
+class ModelBacklog:
     """How much of one model waits."""
 
     #: The kind of service.
@@ -101,7 +101,7 @@ class BatcherRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Throughput:
     """How fast a model was answered lately."""
 
     #: Answered items that the figure rests on.

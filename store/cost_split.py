@@ -11,7 +11,7 @@ from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation,
 from fractions import Fraction
 
 #: GLM has this many decimal places.
-PLACES = 18
+GLM_DECIMAL_PLACES = 18
 #: Never rounds: what would not fit is an error.
 EXACT = Context(prec=200, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
 ZERO = Decimal(0)
@@ -56,27 +56,27 @@ def split(amount: Decimal, weights: Sequence[float]) -> list[Decimal]:
         share = math.floor(ideal)
         shares.append(share)
         lost.append(ideal - share)
-    left = units - sum(shares)
+    remainder = units - sum(shares)
     # Sorting is stable: among equals the first gets the unit.
-    for position in sorted(range(len(parts)), key=lambda position: -lost[position])[:left]:
+    for position in sorted(range(len(parts)), key=lambda position: -lost[position])[:remainder]:
         shares[position] += 1
     return [_from_units(share, places) for share in shares]
 
 
-def share_of(amount: Decimal, count: int, position: int) -> Decimal:
+def equal_share(amount: Decimal, count: int, position: int) -> Decimal:
     """Return one share of an amount that is split equally, exactly as `split` with equal weights does.
 
     :param position: 0 to count - 1.
     """
     units, places = _to_units(amount)
-    share, left = divmod(units, count)
-    return _from_units(share + (position < left), places)
+    share, remainder = divmod(units, count)
+    return _from_units(share + (position < remainder), places)
 
 
 def _to_units(amount: Decimal) -> tuple[int, int]:
     exponent = amount.as_tuple().exponent
     assert isinstance(exponent, int), f"{amount} is not a number"
-    places = max(PLACES, -exponent)
+    places = max(GLM_DECIMAL_PLACES, -exponent)
     return int(EXACT.scaleb(amount, places)), places
 
 

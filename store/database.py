@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from provider_image.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
+from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 #: Writes that share a commit at most; bounds how long the lock is held.
-MOST_IN_A_COMMIT = 128
+MAX_WRITES_PER_COMMIT = 128
 #: Pause between two tries for the write lock.
 LOCK_POLL_SECONDS = 0.0005
 
@@ -75,23 +75,23 @@ class Transaction:
         return self.connection.execute(sql, parameters)
 
 
-Write = Callable[[Transaction], Any]
+WriteFunction = Callable[[Transaction], Any]
 
 
-class _Entry:
+class _PendingWrite:
     """A write that waits, and what became of it."""
 
-    __slots__ = ("failure", "has_savepoint", "is_done", "result", "turn", "write")
+    __slots__ = ("failure", "has_savepoint", "is_done", "result", "wakeup", "write")
 
-    def __init__(self, write: Write, has_savepoint: bool) -> None:
+    def __init__(self, write: WriteFunction, has_savepoint: bool) -> None:
         self.write = write
         self.has_savepoint = has_savepoint
         self.result: Any = None
         self.failure: Exception | None = None
         self.is_done = False
         #: Held until the entry is done, or its thread is to lead. A bare lock: an Event costs three times as much.
-        self.turn = threading.Lock()
-        self.turn.acquire()
+        self.wakeup = threading.Lock()
+        self.wakeup.acquire()
 
 
 class Writer:
@@ -118,27 +118,27 @@ class Writer:
         self._before_commit = before_commit
         self._undo = undo
         self._lock = threading.Lock()
-        self._waiting: collections.deque[_Entry] = collections.deque()
+        self._waiting: collections.deque[_PendingWrite] = collections.deque()
         self._has_leader = False
         self._is_closed = False
         self._connection: sqlite3.Connection | None = None
 
-    def run(self, write: Write, *, has_savepoint: bool = True) -> Any:
+    def run(self, write: WriteFunction, *, has_savepoint: bool = True) -> Any:
         """Run a write and return its result when it is durable.
 
         :param has_savepoint: False saves two statements; right for a function that ends with its only changing one.
         :raises StoreError: and what the function raises.
         """
-        entry = _Entry(write, has_savepoint)
+        entry = _PendingWrite(write, has_savepoint)
         with self._lock:
             if self._is_closed:
                 raise StoreUnavailable("The store is closed.")
             self._waiting.append(entry)
             is_leader, self._has_leader = not self._has_leader, True
         if not is_leader:
-            entry.turn.acquire()
+            entry.wakeup.acquire()
         if not entry.is_done:
-            self._lead()
+            self._run_group_commit()
         if entry.failure is not None:
             raise entry.failure
         return entry.result
@@ -156,10 +156,10 @@ class Writer:
             self._connection.close()
             self._connection = None
 
-    def _lead(self) -> None:
+    def _run_group_commit(self) -> None:
         """Commit what waits, the caller's own write among it, and pass the lead on."""
         with self._lock:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_IN_A_COMMIT))]
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_WRITES_PER_COMMIT))]
         try:
             if self._connection is None:
                 self._connection = connect(self._database, busy_seconds=0)  # see _begin
@@ -180,14 +180,14 @@ class Writer:
         finally:
             for entry in batch:
                 entry.is_done = True
-                entry.turn.release()
+                entry.wakeup.release()
             with self._lock:
                 if self._waiting:
-                    self._waiting[0].turn.release()
+                    self._waiting[0].wakeup.release()
                 else:
                     self._has_leader = False
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[_Entry]) -> None:
+    def _commit(self, connection: sqlite3.Connection, batch: list[_PendingWrite]) -> None:
         self._begin(connection)
         transaction = Transaction(connection)
         try:
@@ -202,7 +202,7 @@ class Writer:
                         raise
                     if entry.has_savepoint:
                         connection.execute("ROLLBACK TO one_write")
-                    self._take_back(transaction, published_before)
+                    self._undo_publishing(transaction, published_before)
                     if isinstance(error, sqlite3.Error):
                         known = as_store_error(error, self._database)
                         known.__cause__ = error
@@ -216,7 +216,7 @@ class Writer:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             if transaction.published:
-                self._take_back_alone(connection, transaction)
+                self._undo_publishing_after_rollback(connection, transaction)
             raise
 
     def _begin(self, connection: sqlite3.Connection) -> None:
@@ -235,7 +235,7 @@ class Writer:
                     raise
                 time.sleep(LOCK_POLL_SECONDS)
 
-    def _take_back(self, transaction: Transaction, keep: int) -> None:
+    def _undo_publishing(self, transaction: Transaction, keep: int) -> None:
         kept, transaction.published = transaction.published[:keep], transaction.published[keep:]
         try:
             self._undo(transaction)
@@ -243,17 +243,17 @@ class Writer:
             log.exception("could not remove pictures of a write that failed; the next sweep will")
         transaction.published = kept
 
-    def _take_back_alone(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
+    def _undo_publishing_after_rollback(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
         """Take back pictures after the rollback, under a lock of its own: somebody may refer to them by now."""
         try:
             self._begin(connection)
-            self._take_back(transaction, 0)
+            self._undo_publishing(transaction, 0)
             connection.execute("ROLLBACK")
         except sqlite3.Error:
             log.exception("could not remove pictures of a write that failed; the next sweep will")
 
 
-class Readers:
+class ReaderPool:
     """Connections for reading, lent to one thread at a time."""
 
     def __init__(self, database: Path, *, busy_seconds: float) -> None:
@@ -263,7 +263,7 @@ class Readers:
         self._is_closed = False
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[sqlite3.Connection]:
+    def connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection. :raises StoreError: it cannot be opened or read."""
         if self._is_closed:
             raise StoreUnavailable("The store is closed.")
@@ -278,11 +278,11 @@ class Readers:
             connection.close()
             raise as_store_error(error, self._database) from error
         except BaseException:
-            self._give_back(connection)
+            self._return(connection)
             raise
-        self._give_back(connection)
+        self._return(connection)
 
-    def _give_back(self, connection: sqlite3.Connection) -> None:
+    def _return(self, connection: sqlite3.Connection) -> None:
         if self._is_closed:
             connection.close()
         else:

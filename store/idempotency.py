@@ -18,7 +18,7 @@ from typing import Protocol
 from provider_image.errors import MlgError
 
 
-class KeyReused(MlgError):
+class IdempotencyKeyReused(MlgError):
     """This key was used for another request. Make a new one for each request."""
 
     code = "key_reused"
@@ -26,7 +26,7 @@ class KeyReused(MlgError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptAnswer:
+class SavedResponse:
     """The first answer to a request."""
 
     #: Says which body it was the answer to.
@@ -40,13 +40,13 @@ class KeptAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repetition:
+class EarlierRequest:
     """What is known of an earlier request under the same key."""
 
     #: Method and address of the earlier one.
     operation: str
     #: Its answer; None while it is under way.
-    answer: KeptAnswer | None
+    answer: SavedResponse | None
     #: When its lease ends, if it is under way.
     lease_ends_at: datetime
 
@@ -54,7 +54,7 @@ class Repetition:
 class Idempotency(Protocol):
     """The keys of repeated requests."""
 
-    def begin_once(
+    def reserve_idempotency_key(
         self,
         owner: str,
         key: str,
@@ -64,18 +64,18 @@ class Idempotency(Protocol):
         now: datetime,
         lease_ends_at: datetime,
         expires_at: datetime,
-    ) -> Repetition | None:
+    ) -> EarlierRequest | None:
         """Begin a request under a key, in one statement: of two at once one begins.
 
         :param token: proves the hold to the methods below.
         :return: None when it may begin, else what is known of the earlier one.
         """
 
-    def renew_once(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
+    def renew_idempotency_key(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
         """Extend the lease of what is under way. :return: whether it is still held."""
 
-    def keep_answer(self, owner: str, key: str, token: str, answer: KeptAnswer) -> bool:
+    def save_response(self, owner: str, key: str, token: str, answer: SavedResponse) -> bool:
         """Keep the answer for those that come again. :return: whether it was still held."""
 
-    def forget_once(self, owner: str, key: str, token: str) -> bool:
+    def release_idempotency_key(self, owner: str, key: str, token: str) -> bool:
         """Forget the key: there is no answer that is worth keeping. :return: whether it was still held."""

@@ -22,14 +22,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_image.errors import DiskFull, StoreError, StoreUnavailable
+from store.errors import DiskFull, StoreError, StoreUnavailable
 
 #: Leftovers of killed processes are swept when they are older than this.
 LEFTOVER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged:
+class StagedImage:
     """Bytes that are durable under a temporary name."""
 
     #: The temporary file.
@@ -59,34 +59,34 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class Blobs:
+class ImageStore:
     """A folder of pictures."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         #: Where the published pictures are.
-        self.pictures = folder / "pictures"
-        self._published = str(self.pictures)
+        self.published_folder = folder / "pictures"
+        self._published_path = str(self.published_folder)
         self._staging = folder / "tmp"
 
     def create(self) -> None:
         """Make the folders. :raises StoreUnavailable: they cannot be made."""
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
-            self.pictures.mkdir(exist_ok=True)
+            self.published_folder.mkdir(exist_ok=True)
             sync_folder(self.folder)
         except OSError as error:
             raise as_store_error(error, self.folder) from error
 
     def path(self, sha256: str) -> Path:
         """Return where the picture is, whether or not it is there."""
-        return self.pictures / sha256
+        return self.published_folder / sha256
 
     def read(self, sha256: str) -> bytes:
         """Read a picture. :raises FileNotFoundError: retention has removed it."""
         return self.path(sha256).read_bytes()
 
-    def stage(self, data: bytes) -> Staged:
+    def stage(self, data: bytes) -> StagedImage:
         """Write bytes durably under a temporary name.
 
         :raises DiskFull: :raises StoreUnavailable: nothing is left behind.
@@ -104,18 +104,18 @@ class Blobs:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise as_store_error(error, self.folder) from error
-        return Staged(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+        return StagedImage(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
-    def discard(self, staged: Staged) -> None:
+    def discard(self, staged: StagedImage) -> None:
         """Remove staged bytes that were not published; harmless when they were."""
         staged.path.unlink(missing_ok=True)
 
-    def publish(self, staged: Staged) -> None:
+    def publish(self, staged: StagedImage) -> None:
         """Give staged bytes their final name. Only under the store's write lock; the caller syncs the folder.
 
         When equal bytes are there already they are replaced by their like, which costs less than looking first.
         """
-        os.rename(staged.path, f"{self._published}/{staged.sha256}")  # noqa: PTH104 - half the cost of Path.rename
+        os.rename(staged.path, f"{self._published_path}/{staged.sha256}")  # noqa: PTH104 - half the cost of Path.rename
 
     def delete(self, sha256: str) -> bool:
         """Remove a picture. Only under the store's write lock. :return: whether it was there."""
@@ -124,9 +124,9 @@ class Blobs:
             return True
         return False
 
-    def names(self) -> Iterator[str]:
+    def list_digests(self) -> Iterator[str]:
         """Iterate over the published pictures."""
-        with os.scandir(self.pictures) as entries:
+        with os.scandir(self.published_folder) as entries:
             yield from (entry.name for entry in entries)
 
     def sweep_staging(self, *, now: float) -> int:

@@ -9,6 +9,7 @@ A quota counts pictures by day (UTC) and is exact: it is counted in the same com
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import hmac
 import re
@@ -20,15 +21,25 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from provider_image.errors import MlgError
-from server.api.endpoint import Scope
 from store.records import from_text
 
 #: Keeps the hash of a key apart from any other sha256 of the same text.
 _DOMAIN = b"mlg api key v1\0"
-_ID_SIGNS = string.ascii_lowercase + string.digits
+_ID_ALPHABET = string.ascii_lowercase + string.digits
 _KEY = re.compile(r"mlg_([a-z0-9]{12})_[A-Za-z0-9_-]{32,64}")
 #: What an unknown id is compared with, so that it takes as long as a known one.
-_NOBODY = "0" * 64
+_DUMMY_HASH = "0" * 64
+
+
+class Scope(enum.StrEnum):
+    """What an API key may be good for."""
+
+    #: Send pictures, cancel and retry one's own.
+    SUBMIT = "submit"
+    #: Read what is one's own.
+    READ = "read"
+    #: See and change everything.
+    OPERATE = "operate"
 
 
 class UnknownKey(MlgError):
@@ -58,7 +69,7 @@ class KeyRecord:
     #: What it is good for.
     scopes: frozenset[Scope]
     #: Pictures a day (UTC); None is as many as one likes.
-    pictures_per_day: int | None = None
+    images_per_day: int | None = None
     #: Requests a minute; None is as many as one likes.
     requests_per_minute: int | None = None
     #: When it was made.
@@ -75,7 +86,7 @@ class KeyRecord:
         """Tell whether it may see and change everything."""
         return Scope.OPERATE in self.scopes
 
-    def is_good_for(self, scope: Scope) -> bool:
+    def has_scope(self, scope: Scope) -> bool:
         """Tell whether it has a scope; to operate includes everything."""
         return self.is_operator or scope in self.scopes
 
@@ -95,7 +106,7 @@ class KeyRecord:
             name=row["name"],
             sha256=row["sha256"],
             scopes=frozenset(Scope(word) for word in row["scopes"].split()),
-            pictures_per_day=row["pictures_per_day"],
+            images_per_day=row["pictures_per_day"],
             requests_per_minute=row["requests_per_minute"],
             created_at=from_text(row["created_at"]),
             expires_at=moment("expires_at"),
@@ -106,28 +117,28 @@ class KeyRecord:
 
 def make_key() -> tuple[str, str]:
     """Make a key. :return: its id, and the whole of it."""
-    id = "".join(secrets.choice(_ID_SIGNS) for _ in range(12))
+    id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(12))
     return id, f"mlg_{id}_{secrets.token_urlsafe(32)}"
 
 
-def id_of(key: str) -> str | None:
+def key_id_of(key: str) -> str | None:
     """Return the id that stands in a key; None if the text is none."""
     found = _KEY.fullmatch(key)
     return None if found is None else found[1]
 
 
-def hash_of(key: str) -> str:
+def hash_key(key: str) -> str:
     """Return what is kept of a key, as hex digits."""
     return hashlib.sha256(_DOMAIN + key.encode()).hexdigest()
 
 
-def is_key(key: str, record: KeyRecord | None) -> bool:
+def verify_key(key: str, record: KeyRecord | None) -> bool:
     """Tell whether a text is the key of a record, in a time that does not depend on how nearly it is."""
-    return hmac.compare_digest(hash_of(key), _NOBODY if record is None else record.sha256) and record is not None
+    return hmac.compare_digest(hash_key(key), _DUMMY_HASH if record is None else record.sha256) and record is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
+class Grant:
     """A part of a minute's requests that was given to one server process."""
 
     #: Requests that the process may answer.
@@ -157,14 +168,14 @@ class Keys(Protocol):
     def touch_key(self, id: str, *, now: datetime) -> None:
         """Note that a key was used, unless that was noted less than a minute ago."""
 
-    def take_requests(self, id: str, *, minute: int, most: int, per_minute: int) -> Slice:
-        """Take up to `most` of the requests that a key may send in a minute, for one process.
+    def grant_requests(self, id: str, *, minute: int, limit: int, per_minute: int) -> Grant:
+        """Take up to `limit` of the requests that a key may send in a minute, for one process.
 
         :param minute: minutes since 1970.
         """
 
-    def pictures_used(self, id: str, *, now: datetime) -> int:
+    def images_used(self, id: str, *, now: datetime) -> int:
         """Count the pictures that a key sent on this day."""
 
-    def pictures_used_by_key(self, *, now: datetime) -> dict[str, int]:
+    def images_used_by_key(self, *, now: datetime) -> dict[str, int]:
         """Count the pictures of this day: key id -> pictures."""

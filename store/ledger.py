@@ -52,25 +52,25 @@ class UnknownProvider(MlgError):
 class Ledger(Protocol):
     """The money."""
 
-    def note_allocation(self, allocation: AllocationRecord) -> None:
+    def record_allocation(self, allocation: AllocationRecord) -> None:
         """Note money that is kept ready, or that its amount has changed. A release stays."""
 
     def release_allocation(self, id: str, *, now: datetime) -> None:
         """Note that the money is not kept ready any more. The first release counts."""
 
-    def note_agreement(self, agreement: AgreementRecord) -> None:
+    def record_agreement(self, agreement: AgreementRecord) -> None:
         """Note an agreement; nothing happens when it is known."""
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """Note why an agreement ended. The first end counts."""
 
-    def note_activity(self, activity: ActivityRecord) -> None:
+    def record_activity(self, activity: ActivityRecord) -> None:
         """Note an activity, its end, or what it used. What is None changes nothing."""
 
-    def note_debit(self, note: DebitNoteRecord) -> None:
+    def record_debit_note(self, note: DebitNoteRecord) -> None:
         """Note a debit note, or what became of it."""
 
-    def note_invoice(self, invoice: InvoiceRecord) -> None:
+    def record_invoice(self, invoice: InvoiceRecord) -> None:
         """Note an invoice, or what became of it; split it over the agreement's chunks once it is accepted."""
 
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
@@ -96,7 +96,7 @@ class Ledger(Protocol):
 class Providers(Protocol):
     """What is known about those who do the work."""
 
-    def note_provider(
+    def record_offer(
         self,
         id: str,
         *,
@@ -108,7 +108,7 @@ class Providers(Protocol):
     ) -> None:
         """Note that a provider offers itself for these prices."""
 
-    def note_work(
+    def record_work(
         self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
     ) -> None:
         """Note how a chunk ended there: changes its score, and unless it failed its speed.

@@ -15,19 +15,19 @@ import sqlite_utils
 
 from provider_image.errors import ConfigError
 from store.ledger_records import BillState
-from store.records import State, to_text
+from store.records import RequestState, to_text
 from store.webhooks import new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
 
 #: Until when the owner of a finished request wants it kept, as `to_text` would write it; an index has this very text.
-KEPT_UNTIL = "strftime('%Y-%m-%dT%H:%M:%fZ', finished_at, keep_seconds || ' seconds')"
+KEEP_UNTIL_SQL = "strftime('%Y-%m-%dT%H:%M:%fZ', finished_at, keep_seconds || ' seconds')"
 
 
 def m001_requests(db: sqlite_utils.Database) -> None:
     """The requests and their queue. States and the times that go with them are checked by the table itself."""
-    states = ", ".join(f"'{state}'" for state in State)
-    final = ", ".join(f"'{state}'" for state in State if state.is_final)
+    states = ", ".join(f"'{state}'" for state in RequestState)
+    final = ", ".join(f"'{state}'" for state in RequestState if state.is_final)
     db.execute(
         f"""
         CREATE TABLE requests (
@@ -353,7 +353,7 @@ def m005_batches(db: sqlite_utils.Database) -> None:
         "CREATE INDEX requests_created ON requests (created_at)",
         # When the owner's own time to keep is over.
         "DROP INDEX requests_keep",
-        f"CREATE INDEX requests_keep ON requests ({KEPT_UNTIL}) "
+        f"CREATE INDEX requests_keep ON requests ({KEEP_UNTIL_SQL}) "
         "WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL",
         """
         CREATE TABLE idempotency (
@@ -410,7 +410,7 @@ def m006_keys(db: sqlite_utils.Database) -> None:
 
 
 #: Upper ends, in seconds, of the classes that the time from a request's arrival to its end is counted in.
-_TOTALS_UP_TO = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
+_DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
 
 
 def m008_controls(db: sqlite_utils.Database) -> None:
@@ -446,7 +446,7 @@ def m008_controls(db: sqlite_utils.Database) -> None:
     ):
         db.execute(statement)
 
-    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _TOTALS_UP_TO)
+    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _DURATION_BUCKETS)
 
     def facts(row: str, source: str = "") -> str:
         # A subquery with a limit is worked out once and not copied into each place where its column stands.
@@ -484,7 +484,7 @@ def m008_controls(db: sqlite_utils.Database) -> None:
 
 def m007_webhooks(db: sqlite_utils.Database) -> None:
     """The feed of changes, and the messages to addresses that asked for them; both are filled by the table itself."""
-    final = ", ".join(f"'{state}'" for state in State if state.is_final)
+    final = ", ".join(f"'{state}'" for state in RequestState if state.is_final)
     note_change = """
         INSERT INTO changes (number, batch_id, state, at)
         VALUES (new.number, new.batch_id, new.state, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'));

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 
-class State(enum.StrEnum):
+class RequestState(enum.StrEnum):
     """Where a request stands: `queued -> claimed -> done | failed | cancelled`, and back to `queued`."""
 
     QUEUED = "queued"
@@ -26,7 +26,7 @@ class State(enum.StrEnum):
     @property
     def is_final(self) -> bool:
         """Tell whether nothing more will happen by itself."""
-        return self in (State.DONE, State.FAILED, State.CANCELLED)
+        return self in (RequestState.DONE, RequestState.FAILED, RequestState.CANCELLED)
 
 
 class Blame(enum.Enum):
@@ -54,7 +54,7 @@ def from_text(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def _moment(text: str | None) -> datetime | None:
+def _parse_optional_time(text: str | None) -> datetime | None:
     return None if text is None else from_text(text)
 
 
@@ -95,7 +95,7 @@ class NewRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RequestRecord:
     """A request as the store knows it."""
 
     #: Counts up in the order of arrival; the queue's order.
@@ -115,7 +115,7 @@ class Request:
     #: The picture's size.
     image_bytes: int
     #: Where it stands.
-    state: State
+    state: RequestState
     #: Failures of its own so far.
     attempts: int
     #: Index into ISOLATION_STEPS.
@@ -168,10 +168,12 @@ class Request:
     @property
     def status(self) -> str:
         """Return what a client is told: the state, or "expired" where the deadline ended it."""
-        return "expired" if self.state is State.CANCELLED and self.code == "expired" else str(self.state)
+        return "expired" if self.state is RequestState.CANCELLED and self.code == "expired" else str(self.state)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False) -> Request:
+    def from_row(
+        cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False
+    ) -> RequestRecord:
         """Build the record from a row of the table `requests`, and from what its chunk's row says of the cost."""
         return cls(
             number=row["number"],
@@ -182,14 +184,14 @@ class Request:
             name=row["name"],
             image_sha256=row["image_sha256"],
             image_bytes=row["image_bytes"],
-            state=State(row["state"]),
+            state=RequestState(row["state"]),
             attempts=row["attempts"],
             isolation=row["isolation"],
             created_at=from_text(row["created_at"]),
             due_at=from_text(row["due_at"]),
-            claimed_at=_moment(row["claimed_at"]),
-            lease_ends_at=_moment(row["lease_ends_at"]),
-            finished_at=_moment(row["finished_at"]),
+            claimed_at=_parse_optional_time(row["claimed_at"]),
+            lease_ends_at=_parse_optional_time(row["lease_ends_at"]),
+            finished_at=_parse_optional_time(row["finished_at"]),
             chunk_id=row["chunk_id"],
             output=None if row["output"] is None else json.loads(row["output"]),
             digest=row["digest"],
@@ -198,13 +200,13 @@ class Request:
             is_cached=bool(row["is_cached"]),
             code=row["code"],
             reason=row["reason"],
-            image_deleted_at=_moment(row["image_deleted_at"]),
+            image_deleted_at=_parse_optional_time(row["image_deleted_at"]),
             batch_id=row["batch_id"],
             client_id=row["client_id"],
             labels=json.loads(row["labels"]),
             key_id=row["key_id"],
             keep_seconds=row["keep_seconds"],
-            deadline_at=_moment(row["deadline_at"]),
+            deadline_at=_parse_optional_time(row["deadline_at"]),
             cost=cost,
             is_cost_final=is_cost_final,
         )
@@ -274,9 +276,9 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Purged:
+class PurgeReport:
     """What a retention sweep removed."""
 
-    pictures: int = 0
+    images: int = 0
     results: int = 0
     leftovers: int = 0

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from store.database import Readers, Transaction, Writer
-from store.images import Blobs
-from store.migrations import KEPT_UNTIL
-from store.records import Purged, to_text
+from store.database import ReaderPool, Transaction, Writer
+from store.images import ImageStore
+from store.migrations import KEEP_UNTIL_SQL
+from store.records import PurgeReport, to_text
 from store.sqlite_changes import delete_changes
 from store.sqlite_webhooks import delete_deliveries
 
@@ -20,22 +20,22 @@ KEEP_CHANGES = timedelta(days=1)
 #: How long one may look at webhook messages that are delivered or dead, and have them sent again.
 KEEP_DELIVERIES = timedelta(days=7)
 #: Rows that one commit touches.
-PURGE_STEP = 500
+ROWS_PER_COMMIT = 500
 
-_PICTURES_TO_PURGE = """
+_IMAGES_TO_PURGE = """
     SELECT number, image_sha256 FROM requests
     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :step
 """
 
 # What its owner wanted kept for a shorter time than the operator keeps it.
-_OWNERS_TO_PURGE = f"""
+_EXPIRED_FOR_OWNER = f"""
     SELECT number, image_sha256 FROM requests
-    WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEPT_UNTIL} <= :before LIMIT :step
+    WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before LIMIT :step
 """
 
 _BATCHES_TO_PURGE = f"""
     SELECT id FROM batches
-    WHERE (created_at < :before OR {KEPT_UNTIL.replace("finished_at", "created_at")} <= :now)
+    WHERE (created_at < :before OR {KEEP_UNTIL_SQL.replace("finished_at", "created_at")} <= :now)
       AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id) LIMIT :step
 """
 
@@ -44,7 +44,7 @@ _RESULTS_TO_PURGE = """
 """
 
 #: A file whose row is not there was never acknowledged.
-IS_REFERRED_TO = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
+IS_REFERENCED = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
 
 # A picture goes only when no row that still needs it is left.
 _IS_NEEDED = """
@@ -55,18 +55,18 @@ _IS_NEEDED = """
 class SqliteRetention:
     """What `purge` does."""
 
-    blobs: Blobs
+    images: ImageStore
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
-    def purge(self, *, pictures_before: datetime, results_before: datetime, now: datetime) -> Purged:
+    def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """See Store.purge."""
         results = self._purge_rows(_RESULTS_TO_PURGE, "DELETE FROM requests WHERE number = ?", results_before)
-        results += self._purge_rows(_OWNERS_TO_PURGE, "DELETE FROM requests WHERE number = ?", now)
-        pictures = self._purge_rows(
-            _PICTURES_TO_PURGE,
+        results += self._purge_rows(_EXPIRED_FOR_OWNER, "DELETE FROM requests WHERE number = ?", now)
+        images = self._purge_rows(
+            _IMAGES_TO_PURGE,
             f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
-            pictures_before,
+            images_before,
         )
         self._purge_batches(results_before, now)
         delete_changes(self._writer, before=now - KEEP_CHANGES)
@@ -76,32 +76,32 @@ class SqliteRetention:
                 transaction.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),)).rowcount
             )
         )
-        return Purged(pictures=pictures, results=results, leftovers=self._sweep(now))
+        return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_rows(self, find: str, change: str, before: datetime) -> int:
         """Change the rows that are found, step by step, and delete pictures that nobody needs any more."""
 
         def write(transaction: Transaction) -> int:
-            found = transaction.execute(find, {"before": to_text(before), "step": PURGE_STEP}).fetchall()
+            found = transaction.execute(find, {"before": to_text(before), "step": ROWS_PER_COMMIT}).fetchall()
             for number, _ in found:
                 transaction.execute(change, (number,))
             for sha256 in {row["image_sha256"] for row in found}:
                 # The file goes before the commit: a crash in between leaves a finished request without its
                 # picture, which retention wanted anyway, never a waiting one.
                 if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
-                    self.blobs.delete(sha256)
+                    self.images.delete(sha256)
             return len(found)
 
         total = 0
         while True:
             step: int = self._writer.run(write)
             total += step
-            if step < PURGE_STEP:
+            if step < ROWS_PER_COMMIT:
                 return total
 
     def _purge_batches(self, before: datetime, now: datetime) -> None:
         """Delete batches of which no request is left."""
-        values = {"before": to_text(before), "now": to_text(now), "step": PURGE_STEP}
+        values = {"before": to_text(before), "now": to_text(now), "step": ROWS_PER_COMMIT}
 
         def write(transaction: Transaction) -> int:
             found = transaction.execute(_BATCHES_TO_PURGE, values).fetchall()
@@ -110,25 +110,25 @@ class SqliteRetention:
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
             return len(found)
 
-        while self._writer.run(write) == PURGE_STEP:
+        while self._writer.run(write) == ROWS_PER_COMMIT:
             continue
 
     def _sweep(self, now: datetime) -> int:
         """Delete files that a killed process left: temporary ones, and pictures whose row was never committed."""
-        swept = self.blobs.sweep_staging(now=now.timestamp())
-        with self._readers.lend() as connection:
-            suspects = [
+        swept = self.images.sweep_staging(now=now.timestamp())
+        with self._readers.connection() as connection:
+            candidates = [
                 sha256
-                for sha256 in self.blobs.names()
-                if not connection.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]
+                for sha256 in self.images.list_digests()
+                if not connection.execute(IS_REFERENCED, (sha256,)).fetchone()[0]
             ]
 
         def write(transaction: Transaction) -> int:
             # Asked again under the lock: a row may have come since.
             return sum(
-                self.blobs.delete(sha256)
-                for sha256 in suspects
-                if not transaction.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]
+                self.images.delete(sha256)
+                for sha256 in candidates
+                if not transaction.execute(IS_REFERENCED, (sha256,)).fetchone()[0]
             )
 
-        return swept + int(self._writer.run(write)) if suspects else swept
+        return swept + int(self._writer.run(write)) if candidates else swept

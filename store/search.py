@@ -18,7 +18,7 @@ from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
     from store.chunks import ChunkRecord
-    from store.records import Request
+    from store.records import RequestRecord
 
 
 class NotRemovable(MlgError):
@@ -28,7 +28,7 @@ class NotRemovable(MlgError):
     permanent = True
 
 
-class PictureGone(MlgError):
+class ImageGone(MlgError):
     """The picture is not kept any more: its retention time is over."""
 
     code = "picture_gone"
@@ -36,7 +36,7 @@ class PictureGone(MlgError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Query:
     """What is looked for; what is None does not narrow."""
 
     #: A state of the store, or "expired"; "cancelled" leaves the expired ones out.
@@ -62,15 +62,15 @@ class Page:
     """Some of what was looked for, newest first."""
 
     #: The requests.
-    requests: Sequence[Request]
+    requests: Sequence[RequestRecord]
     #: The page after this one has numbers below this; None at the end.
     next_before: int | None
 
 
-class Listing(Protocol):
+class Search(Protocol):
     """Looking through many requests, and the end of one."""
 
-    def find(self, wanted: Wanted, *, before: int | None = None, limit: int = 50) -> Page:
+    def find(self, query: Query, *, before: int | None = None, limit: int = 50) -> Page:
         """List requests, newest first. :param before: only numbers below this, as the page before said."""
 
     def get_chunk(self, id: str) -> ChunkRecord | None:

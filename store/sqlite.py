@@ -20,25 +20,25 @@ from typing import Any
 
 import sqlite_utils
 
-from provider_image.errors import NotCancellable, NotRetryable, StoreUnavailable, UnknownRequest
-from server.settings import ServerSettings
-from store.database import Readers, Transaction, Writer, connect
+from store.database import ReaderPool, Transaction, Writer, connect
 from store.database import as_store_error as database_error
-from store.images import Blobs, Staged, as_store_error, sync_folder
+from store.errors import NotCancellable, NotRetryable, StoreUnavailable, UnknownRequest
+from store.images import ImageStore, StagedImage, as_store_error, sync_folder
 from store.migrations import migrate
-from store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, Request, State, to_text
-from store.retention import IS_REFERRED_TO, SqliteRetention
+from store.records import ISOLATION_STEPS, Answer, Blame, Claim, NewRequest, RequestRecord, RequestState, to_text
+from store.retention import IS_REFERENCED, SqliteRetention
+from store.settings import HomeSettings
 from store.sqlite_batches import SqliteBatches
-from store.sqlite_changes import SqliteFeed
-from store.sqlite_chunks import SqliteJournal
+from store.sqlite_changes import SqliteChangeFeed
+from store.sqlite_chunks import SqliteChunks
 from store.sqlite_controls import SqliteControls
-from store.sqlite_costs import priced
+from store.sqlite_costs import request_with_cost
 from store.sqlite_idempotency import SqliteIdempotency
-from store.sqlite_keys import SqliteKeys, count_pictures
+from store.sqlite_keys import SqliteKeys, count_images
 from store.sqlite_ledger import SqliteLedger
 from store.sqlite_providers import SqliteProviders
-from store.sqlite_search import SqliteListing
-from store.sqlite_stats import SqliteFigures
+from store.sqlite_search import SqliteSearch
+from store.sqlite_stats import SqliteStats
 from store.sqlite_webhooks import SqliteWebhooks
 
 #: A request fails after this many failures of its own.
@@ -81,7 +81,7 @@ _OLDEST_DUE = """
     WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT 1
 """
 
-_IS_AGAIN = """
+_HAS_REQUEUED = """
     SELECT EXISTS (SELECT 1 FROM requests
                    WHERE state = 'queued' AND claimed_at IS NOT NULL AND model = :model AND due_at <= :now)
 """
@@ -156,13 +156,13 @@ def _params_text(params: Any) -> str:
 class SqliteStore(
     SqliteBatches,
     SqliteControls,
-    SqliteFeed,
-    SqliteFigures,
+    SqliteChangeFeed,
+    SqliteStats,
     SqliteIdempotency,
-    SqliteJournal,
+    SqliteChunks,
     SqliteKeys,
     SqliteLedger,
-    SqliteListing,
+    SqliteSearch,
     SqliteProviders,
     SqliteRetention,
     SqliteWebhooks,
@@ -172,12 +172,12 @@ class SqliteStore(
     May be used from any thread, and by several processes at once.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: HomeSettings) -> None:
         self._home = settings.home
         self._database = settings.database
         self._busy_seconds = settings.busy_seconds
-        self.blobs = Blobs(settings.blobs)
-        self._readers = Readers(self._database, busy_seconds=settings.busy_seconds)
+        self.images = ImageStore(settings.images)
+        self._readers = ReaderPool(self._database, busy_seconds=settings.busy_seconds)
         self._writer = Writer(
             self._database,
             busy_seconds=settings.busy_seconds,
@@ -197,7 +197,7 @@ class SqliteStore(
             self._home.mkdir(parents=True, exist_ok=True, mode=0o750)
         except OSError as error:
             raise as_store_error(error, self._home) from error
-        self.blobs.create()
+        self.images.create()
         connection = connect(self._database, busy_seconds=max(self._busy_seconds, 30.0))
         try:
             self._switch_to_wal(connection)
@@ -230,8 +230,8 @@ class SqliteStore(
     def check(self) -> None:
         """Prove that the store can be written. :raises StoreError:"""
         self._writer.run(lambda transaction: transaction.execute("UPDATE batchers SET seen_at = seen_at WHERE 0"))
-        if not self.blobs.folder.is_dir():
-            raise StoreUnavailable(f"The folder {self.blobs.folder} is gone.")
+        if not self.images.folder.is_dir():
+            raise StoreUnavailable(f"The folder {self.images.folder} is gone.")
 
     def close(self) -> None:
         """Commit what waits and close every connection."""
@@ -240,24 +240,24 @@ class SqliteStore(
 
     # Requests
 
-    def add(self, new: NewRequest, staged: Staged) -> Request:
+    def add(self, new: NewRequest, staged: StagedImage) -> RequestRecord:
         """See Store.add."""
         row = self._row_of(new, staged)
 
-        def write(transaction: Transaction) -> Request:
+        def write(transaction: Transaction) -> RequestRecord:
             if new.key_id is not None:
-                count_pictures(transaction, new.key_id, 1, now=row["created_at"])
+                count_images(transaction, new.key_id, 1, now=row["created_at"])
             return self._insert(transaction, new, staged, row)
 
         try:
-            request: Request = self._writer.run(write, has_savepoint=new.key_id is not None)
+            request: RequestRecord = self._writer.run(write, has_savepoint=new.key_id is not None)
         except BaseException:
-            self.blobs.discard(staged)
+            self.images.discard(staged)
             raise
         return request
 
     @staticmethod
-    def _row_of(new: NewRequest, staged: Staged) -> dict[str, Any]:
+    def _row_of(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         return {
             "id": new.id,
             "service": new.service,
@@ -266,7 +266,7 @@ class SqliteStore(
             "name": new.name,
             "image_sha256": staged.sha256,
             "image_bytes": staged.size,
-            "state": str(State.QUEUED),
+            "state": str(RequestState.QUEUED),
             "is_fresh": new.is_fresh,
             "is_cached": False,
             "created_at": to_text(new.created_at),
@@ -285,7 +285,9 @@ class SqliteStore(
             "webhook": new.webhook,
         }
 
-    def _insert(self, transaction: Transaction, new: NewRequest, staged: Staged, row: dict[str, Any]) -> Request:
+    def _insert(
+        self, transaction: Transaction, new: NewRequest, staged: StagedImage, row: dict[str, Any]
+    ) -> RequestRecord:
         """Publish the picture and insert the row, inside a write; answered at once if an equal picture was."""
         values = row
         if new.digest is not None and not new.is_fresh:
@@ -294,27 +296,27 @@ class SqliteStore(
                 values = {
                     **row,
                     **dict(earlier),
-                    "state": str(State.DONE),
+                    "state": str(RequestState.DONE),
                     "is_cached": True,
                     "finished_at": row["created_at"],
                 }
         try:
-            self.blobs.publish(staged)
+            self.images.publish(staged)
             transaction.published.append(staged.sha256)
-            transaction.folders_to_sync.add(self.blobs.pictures)
+            transaction.folders_to_sync.add(self.images.published_folder)
         except OSError as error:
-            raise as_store_error(error, self.blobs.folder) from error
+            raise as_store_error(error, self.images.folder) from error
         # All rows are fetched, else the statement stays open and the savepoint cannot be released.
         (added,) = transaction.execute(_ADD, values).fetchall()
-        return Request.from_row(added)
+        return RequestRecord.from_row(added)
 
-    def get(self, id: str) -> Request:
+    def get(self, id: str) -> RequestRecord:
         """See Store.get."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             row = connection.execute(_GET, (id,)).fetchone()
             if row is None:
                 raise UnknownRequest()
-            return priced(row, connection, {})
+            return request_with_cost(row, connection, {})
 
     def claim(
         self,
@@ -328,42 +330,42 @@ class SqliteStore(
         """See Store.claim."""
         full = ISOLATION_STEPS[0]
         times = {"now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
-        wanted = frozenset(models)
+        requested_models = frozenset(models)
 
         def write(transaction: Transaction) -> list[Claim]:
             #: model -> how many of it may be taken: everything when it is due by age, else full chunks only.
-            takable: dict[str, int] = {}
-            waits_since: dict[str, str] = {}
+            claimable: dict[str, int] = {}
+            oldest_created_at: dict[str, str] = {}
             for (model,) in transaction.execute(_QUEUED_MODELS).fetchall():
-                if model not in wanted:
+                if model not in requested_models:
                     continue
                 which = {"model": model, "now": times["now"], "most": limit}
                 oldest = transaction.execute(_OLDEST_DUE, which).fetchone()
                 if oldest is None:
                     continue
-                waits_since[model] = oldest[0]
+                oldest_created_at[model] = oldest[0]
                 due = transaction.execute(_COUNT_DUE, which).fetchone()[0]
                 is_due_by_age = (
                     oldest_before is None
                     or oldest[0] <= to_text(oldest_before)
-                    or transaction.execute(_IS_AGAIN, which).fetchone()[0]
+                    or transaction.execute(_HAS_REQUEUED, which).fetchone()[0]
                 )
-                takable[model] = due if is_due_by_age else due - due % full
+                claimable[model] = due if is_due_by_age else due - due % full
             claims: list[Claim] = []
-            turns = sorted((model for model in takable if takable[model]), key=waits_since.__getitem__)
+            turns = sorted((model for model in claimable if claimable[model]), key=oldest_created_at.__getitem__)
             while turns and len(claims) < limit:
                 for model in list(turns):
-                    count = min(full, takable[model], limit - len(claims))
+                    count = min(full, claimable[model], limit - len(claims))
                     if count == 0:
                         turns.remove(model)
                         continue
                     rows = transaction.execute(_CLAIM, {**times, "model": model, "count": count}).fetchall()
                     claims += sorted(map(Claim.from_row, rows), key=lambda claim: claim.number)
-                    takable[model] -= count
+                    claimable[model] -= count
             return claims
 
         # Looking costs no write lock; most looks find nothing.
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             if connection.execute(_QUEUED_MODELS).fetchone() is None:
                 return []
         result: list[Claim] = self._writer.run(write)
@@ -371,19 +373,19 @@ class SqliteStore(
 
     def renew(self, claims: Iterable[Claim], *, lease_ends_at: datetime) -> set[int]:
         """See Store.renew."""
-        held = list(claims)
+        claim_list = list(claims)
 
         def write(transaction: Transaction) -> set[int]:
             return {
                 claim.number
-                for claim in held
+                for claim in claim_list
                 if transaction.execute(
                     _RENEW,
                     {"lease_ends_at": to_text(lease_ends_at), "number": claim.number, "token": claim.token},
                 ).rowcount
             }
 
-        result: set[int] = self._writer.run(write) if held else set()
+        result: set[int] = self._writer.run(write) if claim_list else set()
         return result
 
     def finish(self, answers: Sequence[Answer], *, now: datetime) -> int:
@@ -449,7 +451,7 @@ class SqliteStore(
 
     def release_expired(self, now: datetime) -> int:
         """See Store.release_expired."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             ended = connection.execute(
                 "SELECT 1 FROM requests WHERE state = 'claimed' AND lease_ends_at <= ? LIMIT 1", (to_text(now),)
             ).fetchone()
@@ -480,11 +482,11 @@ class SqliteStore(
             "most": MAX_ATTEMPTS,
         }
 
-    def cancel(self, id: str, *, now: datetime) -> Request:
+    def cancel(self, id: str, *, now: datetime) -> RequestRecord:
         """See Store.cancel."""
         return self._change_one(_CANCEL, id, now, NotCancellable)
 
-    def retry(self, id: str, *, now: datetime) -> Request:
+    def retry(self, id: str, *, now: datetime) -> RequestRecord:
         """See Store.retry."""
         return self._change_one(_RETRY, id, now, NotRetryable)
 
@@ -495,12 +497,12 @@ class SqliteStore(
             for folder in transaction.folders_to_sync:
                 sync_folder(folder)
         except OSError as error:
-            raise as_store_error(error, self.blobs.folder) from error
+            raise as_store_error(error, self.images.folder) from error
 
     def _unpublish(self, transaction: Transaction) -> None:
         for sha256 in transaction.published:
-            if not transaction.execute(IS_REFERRED_TO, (sha256,)).fetchone()[0]:
-                self.blobs.delete(sha256)
+            if not transaction.execute(IS_REFERENCED, (sha256,)).fetchone()[0]:
+                self.images.delete(sha256)
 
     def _write_each(self, sql: str, rows: Sequence[dict[str, Any]]) -> int:
         """Run one statement for each row in one commit. :return: how many rows of the table it changed."""
@@ -510,17 +512,17 @@ class SqliteStore(
         return changed
 
     def _change_one(
-        self, sql: str, id: str, now: datetime, refusal: type[NotCancellable] | type[NotRetryable]
-    ) -> Request:
-        def write(transaction: Transaction) -> Request:
+        self, sql: str, id: str, now: datetime, error_type: type[NotCancellable] | type[NotRetryable]
+    ) -> RequestRecord:
+        def write(transaction: Transaction) -> RequestRecord:
             changed = transaction.execute(sql, {"id": id, "now": to_text(now)}).fetchall()
             if changed:
-                return Request.from_row(changed[0])
+                return RequestRecord.from_row(changed[0])
             if transaction.execute("SELECT 1 FROM requests WHERE id = ?", (id,)).fetchone() is None:
                 raise UnknownRequest()
-            raise refusal()
+            raise error_type()
 
-        result: Request = self._writer.run(write)
+        result: RequestRecord = self._writer.run(write)
         return result
 
     def __repr__(self) -> str:
@@ -529,21 +531,21 @@ class SqliteStore(
     def list(
         self,
         *,
-        state: State | None = None,
+        state: RequestState | None = None,
         model: str | None = None,
         before: int | None = None,
         limit: int = 50,
-    ) -> list[Request]:
+    ) -> list[RequestRecord]:
         """See Store.list."""
         # The state stands in the text, not in a parameter: only then can SQLite use the partial indexes.
-        conditions = [f"state = '{State(state)}'"] if state is not None else []
+        conditions = [f"state = '{RequestState(state)}'"] if state is not None else []
         conditions += ["model = :model"] if model is not None else []
         conditions += ["number < :before"] if before is not None else []
         where = " AND ".join(conditions) or "1"
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 f"SELECT * FROM requests WHERE {where} ORDER BY number DESC LIMIT :limit",
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
             costs: dict[str, Any] = {}
-            return [priced(row, connection, costs) for row in rows]
+            return [request_with_cost(row, connection, costs) for row in rows]

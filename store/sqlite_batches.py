@@ -14,16 +14,16 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from store.batches import EXPIRED, BatchProgress, BatchRecord, BatchUnderWay, Refusal, UnknownBatch
-from store.cost_split import share_of, total
-from store.database import Readers, Transaction, Writer
-from store.images import Blobs, Staged
-from store.records import NewRequest, Request, State, from_text, to_text
-from store.sqlite_costs import priced
-from store.sqlite_keys import count_pictures
+from store.batches import EXPIRED, BatchInProgress, BatchProgress, BatchRecord, RefusedItem, UnknownBatch
+from store.cost_split import equal_share, total
+from store.database import ReaderPool, Transaction, Writer
+from store.images import ImageStore, StagedImage
+from store.records import NewRequest, RequestRecord, RequestState, from_text, to_text
+from store.sqlite_costs import request_with_cost
+from store.sqlite_keys import count_images
 
 #: Requests that one commit deletes or lets expire.
-STEP = 500
+ROWS_PER_COMMIT = 500
 
 _ADD_BATCH = """
     INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
@@ -70,7 +70,7 @@ _RETRY_ITEMS = """
     WHERE batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL
 """
 
-_IS_UNDER_WAY = """
+_IS_IN_PROGRESS = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
 """
 
@@ -93,7 +93,7 @@ _EXPIRE = f"""
 """
 
 
-def _moment(text: str | None) -> datetime | None:
+def _parse_optional_time(text: str | None) -> datetime | None:
     return None if text is None else from_text(text)
 
 
@@ -108,11 +108,11 @@ def _from_row(row: Mapping[str, Any]) -> BatchRecord:
         labels=json.loads(row["labels"]),
         key_id=row["key_id"],
         created_at=from_text(row["created_at"]),
-        deadline_at=_moment(row["deadline_at"]),
+        deadline_at=_parse_optional_time(row["deadline_at"]),
         keep_seconds=row["keep_seconds"],
         total=row["total"],
         refused=row["refused"],
-        cancelled_at=_moment(row["cancelled_at"]),
+        cancelled_at=_parse_optional_time(row["cancelled_at"]),
         webhook=row["webhook"],
     )
 
@@ -120,20 +120,22 @@ def _from_row(row: Mapping[str, Any]) -> BatchRecord:
 class SqliteBatches:
     """What `Batches` promises."""
 
-    blobs: Blobs
+    images: ImageStore
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
     @staticmethod
-    def _row_of(new: NewRequest, staged: Staged) -> dict[str, Any]:
+    def _row_of(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _insert(self, transaction: Transaction, new: NewRequest, staged: Staged, row: dict[str, Any]) -> Request:
+    def _insert(
+        self, transaction: Transaction, new: NewRequest, staged: StagedImage, row: dict[str, Any]
+    ) -> RequestRecord:
         raise NotImplementedError
 
     def add_batch(
-        self, batch: BatchRecord, items: Sequence[tuple[NewRequest, Staged]], refusals: Sequence[Refusal]
-    ) -> list[Request]:
+        self, batch: BatchRecord, items: Sequence[tuple[NewRequest, StagedImage]], refused_items: Sequence[RefusedItem]
+    ) -> list[RequestRecord]:
         """See Batches.add_batch."""
         values = {
             "id": batch.id,
@@ -147,43 +149,43 @@ class SqliteBatches:
             "deadline_at": None if batch.deadline_at is None else to_text(batch.deadline_at),
             "keep_seconds": batch.keep_seconds,
             "total": len(items),
-            "refused": len(refusals),
+            "refused": len(refused_items),
             "webhook": batch.webhook,
         }
         rows = [self._row_of(new, staged) for new, staged in items]
 
-        def write(transaction: Transaction) -> list[Request]:
+        def write(transaction: Transaction) -> list[RequestRecord]:
             if batch.key_id is not None:
-                count_pictures(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
+                count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
             transaction.execute(_ADD_BATCH, values)
-            for one in refusals:
+            for one in refused_items:
                 transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
             return [self._insert(transaction, new, staged, row) for (new, staged), row in zip(items, rows, strict=True)]
 
         try:
-            added: list[Request] = self._writer.run(write)
+            added: list[RequestRecord] = self._writer.run(write)
         except BaseException:
             for _, staged in items:
-                self.blobs.discard(staged)
+                self.images.discard(staged)
             raise
         return added
 
     def get_batch(self, id: str) -> BatchRecord:
         """See Batches.get_batch."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             row = connection.execute("SELECT * FROM batches WHERE id = ?", (id,)).fetchone()
         if row is None:
             raise UnknownBatch()
         return _from_row(row)
 
-    def refusals(self, batch_id: str) -> list[Refusal]:
+    def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """See Batches.refusals."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
                 (batch_id,),
             ).fetchall()
-        return [Refusal(**dict(row)) for row in rows]
+        return [RefusedItem(**dict(row)) for row in rows]
 
     def list_batches(
         self, *, key_id: str | None = None, before: int | None = None, limit: int = 50
@@ -191,7 +193,7 @@ class SqliteBatches:
         """See Batches.list_batches."""
         conditions = ["key_id = :key_id"] if key_id is not None else []
         conditions += ["number < :before"] if before is not None else []
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
                 {"key_id": key_id, "before": before, "limit": limit},
@@ -200,7 +202,7 @@ class SqliteBatches:
 
     def batch_progress(self, id: str) -> BatchProgress:
         """See Batches.batch_progress."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_PROGRESS, (id,)).fetchall()
         counts: Counter[str] = Counter()
         failures: Counter[str] = Counter()
@@ -209,36 +211,36 @@ class SqliteBatches:
         is_final = True
         for row in rows:
             state = str(row["state"])
-            status = EXPIRED if state == State.CANCELLED and row["code"] == EXPIRED else state
+            status = EXPIRED if state == RequestState.CANCELLED and row["code"] == EXPIRED else state
             counts[status] += row["count"]
             last[state] = max(last.get(state, 0), row["last_number"])
-            if state == State.FAILED:
+            if state == RequestState.FAILED:
                 failures[row["code"] or "unknown"] += row["count"]
             if row["shares"] is not None and row["cost"] is not None:
                 amount = Decimal(row["cost"])
-                costs += [share_of(amount, row["answers"], int(share)) for share in row["shares"].split(",")]
+                costs += [equal_share(amount, row["answers"], int(share)) for share in row["shares"].split(",")]
                 is_final = is_final and bool(row["is_cost_final"])
         return BatchProgress(
-            **{name: counts[name] for name in (*State, EXPIRED)},
+            **{name: counts[name] for name in (*RequestState, EXPIRED)},
             cost=total(costs) if costs else None,
             is_cost_final=bool(costs) and is_final,
             failures=dict(failures),
-            last_number=last.get(State.QUEUED) or last.get(State.CLAIMED),
+            last_number=last.get(RequestState.QUEUED) or last.get(RequestState.CLAIMED),
         )
 
-    def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, Request]]:
+    def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, RequestRecord]]:
         """See Batches.batch_results."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_RESULTS, {"id": id, "after": after, "limit": limit}).fetchall()
             costs: dict[str, Any] = {}
-            return [(row["ended_number"], priced(row, connection, costs)) for row in rows]
+            return [(row["ended_number"], request_with_cost(row, connection, costs)) for row in rows]
 
-    def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[Request]:
+    def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
         """See Batches.batch_items."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_ITEMS, {"id": id, "after": after, "limit": limit}).fetchall()
             costs: dict[str, Any] = {}
-            return [priced(row, connection, costs) for row in rows]
+            return [request_with_cost(row, connection, costs) for row in rows]
 
     def cancel_batch(self, id: str, *, now: datetime) -> int:
         """See Batches.cancel_batch."""
@@ -265,13 +267,13 @@ class SqliteBatches:
         def write(transaction: Transaction) -> tuple[int, bool]:
             if transaction.execute("SELECT 1 FROM batches WHERE id = ?", (id,)).fetchone() is None:
                 raise UnknownBatch()
-            if transaction.execute(_IS_UNDER_WAY, {"id": id}).fetchone()[0]:
-                raise BatchUnderWay()
-            removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "step": STEP}).fetchall()
+            if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
+                raise BatchInProgress()
+            removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "step": ROWS_PER_COMMIT}).fetchall()
             for sha256 in {row[0] for row in removed}:
                 if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
-                    self.blobs.delete(sha256)
-            is_last = len(removed) < STEP
+                    self.images.delete(sha256)
+            is_last = len(removed) < ROWS_PER_COMMIT
             if is_last:
                 transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
@@ -287,13 +289,13 @@ class SqliteBatches:
         """See Batches.expire."""
         moment = to_text(now)
         # Looking costs no write lock; most looks find nothing.
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             if connection.execute(_IS_OVERDUE, (moment,)).fetchone() is None:
                 return 0
-        expired, step = 0, STEP
-        while step == STEP:
+        expired, step = 0, ROWS_PER_COMMIT
+        while step == ROWS_PER_COMMIT:
             step = self._writer.run(
-                lambda transaction: transaction.execute(_EXPIRE, {"now": moment, "step": STEP}).rowcount
+                lambda transaction: transaction.execute(_EXPIRE, {"now": moment, "step": ROWS_PER_COMMIT}).rowcount
             )
             expired += step
         return expired

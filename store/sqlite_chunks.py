@@ -15,14 +15,14 @@ from typing import Any
 
 import sqlite_utils
 
-from store.chunks import Backlog, BatcherRecord, ChunkRecord, Pace
+from store.chunks import BatcherRecord, ChunkRecord, ModelBacklog, Throughput
 from store.cost_split import to_amount
-from store.database import Readers, Transaction, Writer
+from store.database import ReaderPool, Transaction, Writer
 from store.records import from_text, to_text
-from store.sqlite_ledger import settle
+from store.sqlite_ledger import split_invoices
 
 #: The pace is taken from this many latest chunks of a model.
-PACE_CHUNKS = 20
+THROUGHPUT_CHUNKS = 20
 
 _FINISH_CHUNK = """
     UPDATE chunks
@@ -40,7 +40,7 @@ _BACKLOG = """
     FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
 """
 
-_PACE = """
+_THROUGHPUT = """
     SELECT sum(done), avg(seconds), sum(seconds) FROM (
         SELECT done, seconds FROM chunks
         WHERE model = ? AND finished_at IS NOT NULL AND done > 0 ORDER BY finished_at DESC LIMIT ?
@@ -67,11 +67,11 @@ def chunk_from_row(row: Mapping[str, Any]) -> ChunkRecord:
     return ChunkRecord(**values)
 
 
-class SqliteJournal:
+class SqliteChunks:
     """What the batchers did, in the tables `chunks` and `batchers`."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
     def start_chunk(self, chunk: ChunkRecord) -> None:
         """See Journal.start_chunk."""
@@ -116,27 +116,27 @@ class SqliteJournal:
             transaction.execute(_FINISH_CHUNK, values)
             # The bill may have come first; then its chunks share it anew.
             for billed in {agreement_id, earlier and earlier[0]} - {None}:
-                settle(transaction, billed)
+                split_invoices(transaction, billed)
 
         self._writer.run(write)
 
     def list_chunks(self, *, limit: int = 50) -> list[ChunkRecord]:
         """See Journal.list_chunks."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,)).fetchall()
         return [chunk_from_row(row) for row in rows]
 
-    def beat(self, batcher: BatcherRecord) -> None:
+    def heartbeat(self, batcher: BatcherRecord) -> None:
         """See Journal.beat."""
         self._writer.run(lambda transaction: _table(transaction, "batchers").upsert(_to_row(batcher), pk="id"))
 
-    def leave(self, batcher_id: str) -> None:
+    def deregister(self, batcher_id: str) -> None:
         """See Journal.leave."""
         self._writer.run(lambda transaction: transaction.execute("DELETE FROM batchers WHERE id = ?", (batcher_id,)))
 
     def list_batchers(self, *, seen_since: datetime) -> list[BatcherRecord]:
         """See Journal.list_batchers."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 "SELECT * FROM batchers WHERE seen_at >= ? ORDER BY started_at", (to_text(seen_since),)
             ).fetchall()
@@ -153,15 +153,15 @@ class SqliteJournal:
             for row in rows
         ]
 
-    def backlog(self) -> list[Backlog]:
+    def backlog(self) -> list[ModelBacklog]:
         """See Journal.backlog."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_BACKLOG).fetchall()
-            by_model: dict[str, Backlog] = {}
+            by_model: dict[str, ModelBacklog] = {}
             for row in rows:
                 earlier = by_model.get(row["model"])
                 number = row["oldest_number"] or (earlier.oldest_number if earlier else None)
-                by_model[row["model"]] = Backlog(
+                by_model[row["model"]] = ModelBacklog(
                     service=row["service"],
                     model=row["model"],
                     waiting=row["waiting"] + (earlier.waiting if earlier else 0),
@@ -171,13 +171,13 @@ class SqliteJournal:
                 )
         return sorted(by_model.values(), key=lambda backlog: backlog.model)
 
-    def pace(self, model: str) -> Pace | None:
+    def throughput(self, model: str) -> Throughput | None:
         """See Journal.pace."""
-        with self._readers.lend() as connection:
-            items, mean, total = connection.execute(_PACE, (model, PACE_CHUNKS)).fetchone()
+        with self._readers.connection() as connection:
+            items, mean, total = connection.execute(_THROUGHPUT, (model, THROUGHPUT_CHUNKS)).fetchone()
         if not items or not total:
             return None
-        return Pace(items=items, chunk_seconds=mean, items_per_second=items / total)
+        return Throughput(items=items, chunk_seconds=mean, items_per_second=items / total)
 
 
 def _created_at(connection: sqlite3.Connection, number: int | None) -> datetime | None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from store.controls import Control
-from store.database import Readers, Transaction, Writer
+from store.database import ReaderPool, Transaction, Writer
 from store.records import from_text, to_text
 
 _SET = """
@@ -28,7 +28,7 @@ class SqliteControls:
     """What the operator says, in the table `controls`."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
     def set_control(self, name: str, value: Mapping[str, Any], *, by: str, now: datetime) -> Control:
         """See Controls.set_control."""
@@ -43,7 +43,7 @@ class SqliteControls:
 
     def controls(self) -> dict[str, Control]:
         """See Controls.controls."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_ALL).fetchall()
         return {row["name"]: _control(row) for row in rows}
 

@@ -6,23 +6,23 @@ import sqlite3
 from decimal import Decimal
 from typing import Any
 
-from store.cost_split import share_of
-from store.records import Request
+from store.cost_split import equal_share
+from store.records import RequestRecord
 
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
 
 
-def priced(row: Any, connection: sqlite3.Connection, costs: dict[str, Any]) -> Request:
+def request_with_cost(row: Any, connection: sqlite3.Connection, costs: dict[str, Any]) -> RequestRecord:
     """Build a request with its share of its chunk's cost.
 
     :param costs: the chunks read so far, shared by the requests of a list.
     """
     share, chunk_id = row["share"], row["chunk_id"]
     if share is None:
-        return Request.from_row(row)
+        return RequestRecord.from_row(row)
     if chunk_id not in costs:
         costs[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
     cost, answers, is_final = costs[chunk_id] or (None, 0, 0)
     if cost is None:
-        return Request.from_row(row)
-    return Request.from_row(row, cost=share_of(Decimal(cost), answers, share), is_cost_final=bool(is_final))
+        return RequestRecord.from_row(row)
+    return RequestRecord.from_row(row, cost=equal_share(Decimal(cost), answers, share), is_cost_final=bool(is_final))

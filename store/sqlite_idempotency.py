@@ -9,12 +9,12 @@ import json
 import zlib
 from datetime import datetime
 
-from store.database import Readers, Transaction, Writer
-from store.idempotency import KeptAnswer, Repetition
+from store.database import ReaderPool, Transaction, Writer
+from store.idempotency import EarlierRequest, SavedResponse
 from store.records import from_text, to_text
 
 # Over is what has expired, and what was under way when its server was killed.
-_BEGIN = """
+_RESERVE = """
     INSERT INTO idempotency (owner, key, operation, token, lease_ends_at, expires_at)
     VALUES (:owner, :key, :operation, :token, :lease_ends_at, :expires_at)
     ON CONFLICT (owner, key) DO UPDATE
@@ -25,24 +25,25 @@ _BEGIN = """
 
 _READ = "SELECT * FROM idempotency WHERE owner = :owner AND key = :key"
 
-_HELD = "owner = :owner AND key = :key AND token = :token AND status IS NULL"
+_IS_RESERVED = "owner = :owner AND key = :key AND token = :token AND status IS NULL"
 
-_RENEW = f"UPDATE idempotency SET lease_ends_at = :lease_ends_at WHERE {_HELD}"
+_RENEW = f"UPDATE idempotency SET lease_ends_at = :lease_ends_at WHERE {_IS_RESERVED}"
 
-_KEEP = f"""
-    UPDATE idempotency SET fingerprint = :fingerprint, status = :status, headers = :headers, body = :body WHERE {_HELD}
+_SAVE_RESPONSE = f"""
+    UPDATE idempotency SET fingerprint = :fingerprint, status = :status, headers = :headers, body = :body
+    WHERE {_IS_RESERVED}
 """
 
-_FORGET = f"DELETE FROM idempotency WHERE {_HELD}"
+_RELEASE = f"DELETE FROM idempotency WHERE {_IS_RESERVED}"
 
 
 class SqliteIdempotency:
     """What `Idempotency` promises."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
-    def begin_once(
+    def reserve_idempotency_key(
         self,
         owner: str,
         key: str,
@@ -52,7 +53,7 @@ class SqliteIdempotency:
         now: datetime,
         lease_ends_at: datetime,
         expires_at: datetime,
-    ) -> Repetition | None:
+    ) -> EarlierRequest | None:
         """See Idempotency.begin_once."""
         values = {
             "owner": owner,
@@ -64,31 +65,33 @@ class SqliteIdempotency:
             "expires_at": to_text(expires_at),
         }
 
-        def write(transaction: Transaction) -> Repetition | None:
-            if transaction.execute(_BEGIN, values).rowcount:
+        def write(transaction: Transaction) -> EarlierRequest | None:
+            if transaction.execute(_RESERVE, values).rowcount:
                 return None
             row = transaction.execute(_READ, values).fetchone()
             answer = None
             if row["status"] is not None:
-                answer = KeptAnswer(
+                answer = SavedResponse(
                     fingerprint=row["fingerprint"],
                     status=row["status"],
                     headers=json.loads(row["headers"]),
                     body=zlib.decompress(row["body"]),
                 )
-            return Repetition(operation=row["operation"], answer=answer, lease_ends_at=from_text(row["lease_ends_at"]))
+            return EarlierRequest(
+                operation=row["operation"], answer=answer, lease_ends_at=from_text(row["lease_ends_at"])
+            )
 
-        earlier: Repetition | None = self._writer.run(write)
+        earlier: EarlierRequest | None = self._writer.run(write)
         return earlier
 
-    def renew_once(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
+    def renew_idempotency_key(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
         """See Idempotency.renew_once."""
         return self._change(_RENEW, owner, key, token, lease_ends_at=to_text(lease_ends_at))
 
-    def keep_answer(self, owner: str, key: str, token: str, answer: KeptAnswer) -> bool:
+    def save_response(self, owner: str, key: str, token: str, answer: SavedResponse) -> bool:
         """See Idempotency.keep_answer."""
         return self._change(
-            _KEEP,
+            _SAVE_RESPONSE,
             owner,
             key,
             token,
@@ -98,9 +101,9 @@ class SqliteIdempotency:
             body=zlib.compress(answer.body, 1),
         )
 
-    def forget_once(self, owner: str, key: str, token: str) -> bool:
+    def release_idempotency_key(self, owner: str, key: str, token: str) -> bool:
         """See Idempotency.forget_once."""
-        return self._change(_FORGET, owner, key, token)
+        return self._change(_RELEASE, owner, key, token)
 
     def _change(self, sql: str, owner: str, key: str, token: str, **values: str | int | bytes) -> bool:
         row = {"owner": owner, "key": key, "token": token, **values}

@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any
 
 from store.cost_split import ZERO, split, to_amount, total
-from store.database import Readers, Transaction, Writer
+from store.database import ReaderPool, Transaction, Writer
 from store.ledger import COSTS_BY
 from store.ledger_records import (
     ActivityRecord,
@@ -35,7 +35,7 @@ OPEN = "open"
 #: What is shown for an agreement that nobody has noted, so that its money is not lost.
 UNKNOWN = "unknown"
 
-_NOTE_ALLOCATION = """
+_RECORD_ALLOCATION = """
     INSERT INTO allocations (id, batcher_id, platform, address, amount, created_at, released_at)
     VALUES (:id, :batcher_id, :platform, :address, :amount, :created_at, :released_at)
     ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, released_at = coalesce(released_at, excluded.released_at)
@@ -43,7 +43,7 @@ _NOTE_ALLOCATION = """
 
 _RELEASE_ALLOCATION = "UPDATE allocations SET released_at = :now WHERE id = :id AND released_at IS NULL"
 
-_NOTE_AGREEMENT = """
+_RECORD_AGREEMENT = """
     INSERT INTO agreements (id, allocation_id, provider_id, provider_name, model, start_price, price_per_cpu_second,
                             price_per_second, created_at, ended_at, reason)
     VALUES (:id, :allocation_id, :provider_id, :provider_name, :model, :start_price, :price_per_cpu_second,
@@ -53,7 +53,7 @@ _NOTE_AGREEMENT = """
 
 _END_AGREEMENT = "UPDATE agreements SET ended_at = :now, reason = :reason WHERE id = :id AND ended_at IS NULL"
 
-_NOTE_ACTIVITY = """
+_RECORD_ACTIVITY = """
     INSERT INTO activities (id, agreement_id, created_at, ended_at, cpu_seconds, seconds)
     VALUES (:id, :agreement_id, :created_at, :ended_at, :cpu_seconds, :seconds)
     ON CONFLICT (id) DO UPDATE
@@ -62,24 +62,24 @@ _NOTE_ACTIVITY = """
 """
 
 # A bill's state only moves on, and once it is decided its amount is fixed: a repeated or late event changes nothing.
-_MOVES_ON = """
+_IS_LATER_STATE = """
     CASE excluded.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
     > CASE {table}.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
 """
 
-_NOTE_DEBIT = f"""
+_RECORD_DEBIT_NOTE = f"""
     INSERT INTO debit_notes (id, activity_id, agreement_id, amount, state, received_at)
     VALUES (:id, :activity_id, :agreement_id, :amount, :state, :received_at)
     ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, state = excluded.state
-    WHERE {_MOVES_ON.format(table="debit_notes")}
+    WHERE {_IS_LATER_STATE.format(table="debit_notes")}
 """
 
-_NOTE_INVOICE = f"""
+_RECORD_INVOICE = f"""
     INSERT INTO invoices (id, agreement_id, amount, state, received_at, settled_at, reason)
     VALUES (:id, :agreement_id, :amount, :state, :received_at, :settled_at, :reason)
     ON CONFLICT (id) DO UPDATE
     SET amount = excluded.amount, state = excluded.state, settled_at = excluded.settled_at, reason = excluded.reason
-    WHERE {_MOVES_ON.format(table="invoices")}
+    WHERE {_IS_LATER_STATE.format(table="invoices")}
 """
 
 _DECIDED = "SELECT state, amount FROM invoices WHERE agreement_id = ? AND state IN ('accepted', 'refused')"
@@ -157,7 +157,7 @@ def from_row(row: Mapping[str, Any], *, amounts: tuple[str, ...]) -> dict[str, A
     }
 
 
-def settle(transaction: Transaction, agreement_id: str) -> None:
+def split_invoices(transaction: Transaction, agreement_id: str) -> None:
     """Split what was accepted for an agreement over its finished chunks; nothing when no bill of it was decided."""
     decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
     if not decided:
@@ -169,7 +169,7 @@ def settle(transaction: Transaction, agreement_id: str) -> None:
 
 
 @dataclass
-class _Sum:
+class _CostSum:
     """A CostRow that is being added up."""
 
     name: str
@@ -184,33 +184,33 @@ class SqliteLedger:
     """The money, in the tables from `allocations` to `invoices` and in the costs of `chunks`."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
-    def note_allocation(self, allocation: AllocationRecord) -> None:
+    def record_allocation(self, allocation: AllocationRecord) -> None:
         """See Ledger.note_allocation."""
-        self._write(_NOTE_ALLOCATION, to_row(allocation))
+        self._write(_RECORD_ALLOCATION, to_row(allocation))
 
     def release_allocation(self, id: str, *, now: datetime) -> None:
         """See Ledger.release_allocation."""
         self._write(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
-    def note_agreement(self, agreement: AgreementRecord) -> None:
+    def record_agreement(self, agreement: AgreementRecord) -> None:
         """See Ledger.note_agreement."""
-        self._write(_NOTE_AGREEMENT, to_row(agreement))
+        self._write(_RECORD_AGREEMENT, to_row(agreement))
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """See Ledger.end_agreement."""
         self._write(_END_AGREEMENT, {"id": id, "reason": reason, "now": to_text(now)})
 
-    def note_activity(self, activity: ActivityRecord) -> None:
+    def record_activity(self, activity: ActivityRecord) -> None:
         """See Ledger.note_activity."""
-        self._write(_NOTE_ACTIVITY, to_row(activity))
+        self._write(_RECORD_ACTIVITY, to_row(activity))
 
-    def note_debit(self, note: DebitNoteRecord) -> None:
+    def record_debit_note(self, note: DebitNoteRecord) -> None:
         """See Ledger.note_debit."""
-        self._write(_NOTE_DEBIT, to_row(note))
+        self._write(_RECORD_DEBIT_NOTE, to_row(note))
 
-    def note_invoice(self, invoice: InvoiceRecord) -> None:
+    def record_invoice(self, invoice: InvoiceRecord) -> None:
         """See Ledger.note_invoice."""
         row = to_row(invoice)
         if invoice.state == BillState.RECEIVED:
@@ -219,15 +219,15 @@ class SqliteLedger:
             row["settled_at"] = row["received_at"]
 
         def write(transaction: Transaction) -> None:
-            if transaction.execute(_NOTE_INVOICE, row).rowcount:
-                settle(transaction, invoice.agreement_id)
+            if transaction.execute(_RECORD_INVOICE, row).rowcount:
+                split_invoices(transaction, invoice.agreement_id)
 
         self._writer.run(write)
 
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """See Ledger.allocations."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id").fetchall()
         return [AllocationRecord(**from_row(row, amounts=("amount",))) for row in rows]
 
@@ -235,7 +235,7 @@ class SqliteLedger:
         """See Ledger.agreements."""
         which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
         which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
             ).fetchall()
@@ -245,9 +245,9 @@ class SqliteLedger:
     def spent(self, *, since: datetime | None = None, batcher_id: str | None = None) -> Decimal:
         """See Ledger.spent."""
         which = {"since": None if since is None else to_text(since), "batcher_id": batcher_id}
-        with self._snapshot() as connection:
+        with self._read_transaction() as connection:
             paid = total(Decimal(row["amount"]) for row in connection.execute(_PAID, which))
-            unsettled = self._open(connection, batcher_id)
+            unsettled = self._unsettled_costs(connection, batcher_id)
         return total([paid, *unsettled.values()])
 
     def costs(self, by: str) -> list[CostRow]:
@@ -255,20 +255,20 @@ class SqliteLedger:
         if by not in COSTS_BY:
             raise ValueError(f"costs can be added up by {', '.join(COSTS_BY)}, not by {by!r}")
         everything = {"since": None, "batcher_id": None}
-        with self._snapshot() as connection:
+        with self._read_transaction() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
             paid = connection.execute(_PAID, everything).fetchall()
             refused = connection.execute(_REFUSED).fetchall()
-            unsettled = self._open(connection, None)
+            unsettled = self._unsettled_costs(connection, None)
         #: agreement -> the first day on which a bill of it was decided.
         days: dict[str, str] = {}
         for row in (*paid, *refused):
             day, agreement_id = row["settled_at"][:10], row["agreement_id"]
             days[agreement_id] = min(day, days.get(agreement_id, day))
-        sums: dict[str, _Sum] = {"total": _Sum("total")} if by == "total" else {}
+        sums: dict[str, _CostSum] = {"total": _CostSum("total")} if by == "total" else {}
 
-        def sum_of(agreement_id: str, day: str) -> _Sum:
+        def sum_of(agreement_id: str, day: str) -> _CostSum:
             # An agreement that nobody noted is known by its chunks at least, if there are any.
             known: Mapping[str, Any] = dict(agreements.get(agreement_id) or work.get(agreement_id) or {})
             key, name = {
@@ -277,7 +277,7 @@ class SqliteLedger:
                 "provider": (known.get("provider_id") or UNKNOWN, known.get("provider_name") or UNKNOWN),
                 "total": ("total", "total"),
             }[by]
-            return sums.setdefault(key, _Sum(name))
+            return sums.setdefault(key, _CostSum(name))
 
         for row in paid:
             sum_of(row["agreement_id"], row["settled_at"][:10]).paid.append(Decimal(row["amount"]))
@@ -309,9 +309,9 @@ class SqliteLedger:
         self._writer.run(lambda transaction: transaction.execute(sql, row).rowcount)
 
     @contextlib.contextmanager
-    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+    def _read_transaction(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection whose reads all see the same state, so that no bill is counted twice or not at all."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             connection.execute("BEGIN")
             try:
                 yield connection
@@ -319,7 +319,7 @@ class SqliteLedger:
                 connection.execute("ROLLBACK")
 
     @staticmethod
-    def _open(connection: sqlite3.Connection, batcher_id: str | None) -> dict[str, Decimal]:
+    def _unsettled_costs(connection: sqlite3.Connection, batcher_id: str | None) -> dict[str, Decimal]:
         """Estimate what every agreement costs of which no bill was decided."""
         which = {"batcher_id": batcher_id}
         estimates: dict[str, list[Decimal]] = defaultdict(list)

@@ -12,24 +12,24 @@ from decimal import Decimal
 from typing import Any
 
 from store.cost_split import to_amount
-from store.database import Readers, Transaction, Writer
+from store.database import ReaderPool, Transaction, Writer
 from store.ledger import UnknownProvider
 from store.ledger_records import ProviderRecord, SpeedRecord
 from store.records import to_text
 from store.sqlite_ledger import from_row
 
 #: The score of a provider of which nothing is known.
-FIRST_SCORE = 0.5
+INITIAL_SCORE = 0.5
 #: How much the latest chunk counts in the score; the older ones share the rest.
 SCORE_WEIGHT = 0.2
 #: How much of the earlier images and seconds is kept when new ones are added to a speed.
-SPEED_KEPT = 0.8
+SPEED_DECAY = 0.8
 #: An address is recognised by its beginning from this length on: "0x" and six digits.
-SHORTEST_ADDRESS = 8
+MIN_ADDRESS_PREFIX_LENGTH = 8
 #: Work quicker than this was not measured well enough for a speed.
-SHORTEST_SECONDS = 1e-6
+MIN_MEASURED_SECONDS = 1e-6
 
-_NOTE = """
+_RECORD_OFFER = """
     INSERT INTO providers (id, name, first_seen_at, seen_at, start_price, price_per_cpu_second, price_per_second, score)
     VALUES (:id, :name, :now, :now, :start_price, :price_per_cpu_second, :price_per_second, :score)
     ON CONFLICT (id) DO UPDATE
@@ -37,14 +37,14 @@ _NOTE = """
         price_per_cpu_second = excluded.price_per_cpu_second, price_per_second = excluded.price_per_second
 """
 
-_NOTE_WORK = """
+_RECORD_WORK = """
     UPDATE providers
     SET score = min(1.0, max(0.0, score + :weight * (:is_good - score))), done = done + :is_good,
         failed = failed + 1 - :is_good, images = images + :images
     WHERE id = :provider_id
 """
 
-_NOTE_SPEED = """
+_RECORD_SPEED = """
     INSERT INTO provider_speeds (provider_id, model, images, seconds, measured_at)
     VALUES (:provider_id, :model, :images, :seconds, :now)
     ON CONFLICT (provider_id, model) DO UPDATE
@@ -68,7 +68,7 @@ _BANNED = """
 _FIND = (
     "SELECT id FROM providers WHERE id = :wanted",
     "SELECT id FROM providers WHERE name = :wanted ORDER BY id LIMIT 3",
-    f"SELECT id FROM providers WHERE length(:wanted) >= {SHORTEST_ADDRESS} "
+    f"SELECT id FROM providers WHERE length(:wanted) >= {MIN_ADDRESS_PREFIX_LENGTH} "
     "AND substr(id, 1, length(:wanted)) = :wanted ORDER BY id LIMIT 3",
 )
 
@@ -77,9 +77,9 @@ class SqliteProviders:
     """What is known about providers, in the tables `providers` and `provider_speeds`."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
-    def note_provider(
+    def record_offer(
         self,
         id: str,
         *,
@@ -96,12 +96,12 @@ class SqliteProviders:
             "start_price": to_amount(start_price),
             "price_per_cpu_second": to_amount(price_per_cpu_second),
             "price_per_second": to_amount(price_per_second),
-            "score": FIRST_SCORE,
+            "score": INITIAL_SCORE,
             "now": to_text(now),
         }
-        self._writer.run(lambda transaction: transaction.execute(_NOTE, row).rowcount)
+        self._writer.run(lambda transaction: transaction.execute(_RECORD_OFFER, row).rowcount)
 
-    def note_work(
+    def record_work(
         self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
     ) -> None:
         """See Providers.note_work."""
@@ -112,14 +112,14 @@ class SqliteProviders:
             "seconds": seconds,
             "is_good": not is_failure,
             "weight": SCORE_WEIGHT,
-            "kept": SPEED_KEPT,
+            "kept": SPEED_DECAY,
             "now": to_text(now),
         }
-        is_measured = not is_failure and images > 0 and math.isfinite(seconds) and seconds > SHORTEST_SECONDS
+        is_measured = not is_failure and images > 0 and math.isfinite(seconds) and seconds > MIN_MEASURED_SECONDS
 
         def write(transaction: Transaction) -> None:
-            if transaction.execute(_NOTE_WORK, row).rowcount and is_measured:
-                transaction.execute(_NOTE_SPEED, row)
+            if transaction.execute(_RECORD_WORK, row).rowcount and is_measured:
+                transaction.execute(_RECORD_SPEED, row)
 
         self._writer.run(write)
 
@@ -140,13 +140,13 @@ class SqliteProviders:
 
     def list_providers(self) -> list[ProviderRecord]:
         """See Providers.list_providers."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute("SELECT * FROM providers ORDER BY seen_at DESC, id").fetchall()
         return [_provider(row) for row in rows]
 
     def banned(self, now: datetime) -> dict[str, str]:
         """See Providers.banned."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             return dict(connection.execute(_BANNED, (to_text(now),)).fetchall())
 
     def speed(self, model: str) -> dict[str, float]:
@@ -155,7 +155,7 @@ class SqliteProviders:
 
     def speeds(self) -> list[SpeedRecord]:
         """See Providers.speeds."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
             ).fetchall()
@@ -172,16 +172,18 @@ class SqliteProviders:
         return changed
 
 
-def _find(transaction: Transaction, wanted: str) -> str:
+def _find(transaction: Transaction, id_or_name: str) -> str:
     """Find the one that is meant. :raises UnknownProvider:"""
     for statement in _FIND:
-        found: list[str] = [id for (id,) in transaction.execute(statement, {"wanted": wanted}).fetchall()]
+        found: list[str] = [id for (id,) in transaction.execute(statement, {"wanted": id_or_name}).fetchall()]
         if len(found) == 1:
             return found[0]
         if found:
-            raise UnknownProvider(f"Several providers are called {wanted}. Name one by its address: {', '.join(found)}")
+            raise UnknownProvider(
+                f"Several providers are called {id_or_name}. Name one by its address: {', '.join(found)}"
+            )
     raise UnknownProvider(
-        f"There is no provider {wanted}. Those that made offers, with addresses: mlg providers list --json"
+        f"There is no provider {id_or_name}. Those that made offers, with addresses: mlg providers list --json"
     )
 
 

@@ -12,10 +12,10 @@ from datetime import datetime
 from typing import Any
 
 from store.chunks import ChunkRecord
-from store.database import Readers
+from store.database import ReaderPool
 from store.records import from_text, to_text
 from store.sqlite_chunks import chunk_from_row
-from store.stats import Answered, Failure, Minute, Total
+from store.stats import AnsweredRequest, FailureRecord, MinuteStats, OutcomeTotal
 
 # SQLite's own memory of AUTOINCREMENT: numbers are given without gaps, and never again.
 _ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
@@ -47,46 +47,46 @@ _FAILED_CHUNKS = """
     WHERE code IS NOT NULL AND finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT ?
 """
 
-_UNDER_WAY = "SELECT * FROM chunks WHERE finished_at IS NULL ORDER BY dispatched_at DESC LIMIT ?"
+_UNFINISHED_CHUNKS = "SELECT * FROM chunks WHERE finished_at IS NULL ORDER BY dispatched_at DESC LIMIT ?"
 
 
-class SqliteFigures:
+class SqliteStats:
     """What operators see."""
 
-    _readers: Readers
+    _readers: ReaderPool
 
     def count_accepted(self) -> int:
         """See Figures.count_accepted."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             row = connection.execute(_ACCEPTED).fetchone()
         return 0 if row is None else int(row[0])
 
-    def list_totals(self) -> list[Total]:
+    def list_totals(self) -> list[OutcomeTotal]:
         """See Figures.list_totals."""
-        return [Total(**dict(row)) for row in self._rows(_TOTALS)]
+        return [OutcomeTotal(**dict(row)) for row in self._rows(_TOTALS)]
 
-    def list_minutes(self, since: datetime) -> list[Minute]:
+    def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """See Figures.list_minutes."""
-        return [Minute(**dict(row)) for row in self._rows(_MINUTES, to_text(since))]
+        return [MinuteStats(**dict(row)) for row in self._rows(_MINUTES, to_text(since))]
 
-    def arrivals_before(self, marks: Sequence[datetime]) -> list[int]:
+    def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """See Figures.arrivals_before."""
         found = []
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             row = connection.execute(_ACCEPTED).fetchone()
             last = 0 if row is None else int(row[0])
             low = 1
-            for mark in marks:
+            for mark in times:
                 low = _first_since(connection, to_text(mark), low, last + 1)
                 found.append(low - 1)
         return found
 
-    def list_answered(self, *, limit: int) -> list[Answered]:
+    def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """See Figures.list_answered."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(_ANSWERED, {"limit": limit}).fetchall()
         return [
-            Answered(
+            AnsweredRequest(
                 model=row["model"],
                 image_bytes=row["image_bytes"],
                 created_at=from_text(row["created_at"]),
@@ -97,20 +97,20 @@ class SqliteFigures:
             for row in rows
         ]
 
-    def list_failures(self, *, limit: int) -> list[Failure]:
+    def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """See Figures.list_failures."""
         return [_failure(row) for row in self._rows(_FAILURES, limit)]
 
-    def list_failed_chunks(self, *, limit: int) -> list[Failure]:
+    def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """See Figures.list_failed_chunks."""
         return [_failure(row) for row in self._rows(_FAILED_CHUNKS, limit)]
 
-    def list_under_way(self, *, limit: int) -> list[ChunkRecord]:
+    def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """See Figures.list_under_way."""
-        return [chunk_from_row(row) for row in self._rows(_UNDER_WAY, limit)]
+        return [chunk_from_row(row) for row in self._rows(_UNFINISHED_CHUNKS, limit)]
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             return connection.execute(sql, values).fetchall()
 
 
@@ -129,5 +129,5 @@ def _first_since(connection: sqlite3.Connection, mark: str, low: int, high: int)
     return low
 
 
-def _failure(row: Any) -> Failure:
-    return Failure(**{**dict(row), "finished_at": from_text(row["finished_at"])})
+def _failure(row: Any) -> FailureRecord:
+    return FailureRecord(**{**dict(row), "finished_at": from_text(row["finished_at"])})

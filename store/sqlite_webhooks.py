@@ -11,12 +11,12 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from store.database import Readers, Transaction, Writer
+from store.database import ReaderPool, Transaction, Writer
 from store.records import from_text, to_text
-from store.webhooks import MOST_AN_ADDRESS, DeliveryRecord, EndpointRecord, UnknownWebhook
+from store.webhooks import MAX_DELIVERIES_PER_URL, DeliveryRecord, EndpointRecord, UnknownWebhook
 
 #: Messages that one commit deletes.
-PURGE_STEP = 500
+ROWS_PER_COMMIT = 500
 
 _ADD_ENDPOINT = """
     INSERT INTO webhook_endpoints (id, url, events, secret, created_at, disabled_at, disabled_reason)
@@ -40,7 +40,7 @@ _CLAIM = """
 """
 
 # The count of tries is the fencing token.
-_SETTLE = """
+_FINISH_DELIVERY = """
     UPDATE webhook_deliveries
     SET next_at = :next_at, delivered_at = :delivered_at, dead_at = :dead_at, last_status = :status, last_error = :error
     WHERE id = :id AND attempts = :attempts AND next_at IS NOT NULL
@@ -74,12 +74,12 @@ _WHICH = {
 
 def delete_deliveries(writer: Writer, *, before: datetime) -> int:
     """Delete messages that were delivered, or given up, before that time, in small commits. :return: how many."""
-    values = {"before": to_text(before), "step": PURGE_STEP}
+    values = {"before": to_text(before), "step": ROWS_PER_COMMIT}
     total = 0
     while True:
         deleted: int = writer.run(lambda transaction: transaction.execute(_PURGE, values).rowcount)
         total += deleted
-        if deleted < PURGE_STEP:
+        if deleted < ROWS_PER_COMMIT:
             return total
 
 
@@ -87,7 +87,7 @@ class SqliteWebhooks:
     """Who wants messages, and the messages."""
 
     _writer: Writer
-    _readers: Readers
+    _readers: ReaderPool
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """See Webhooks.add_endpoint."""
@@ -109,13 +109,13 @@ class SqliteWebhooks:
 
     def list_endpoints(self) -> list[EndpointRecord]:
         """See Webhooks.list_endpoints."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute("SELECT * FROM webhook_endpoints ORDER BY created_at, id").fetchall()
         return [EndpointRecord(**{**_values(row), "events": tuple(row["events"].split(","))}) for row in rows]
 
     def webhook_secret(self, endpoint_id: str | None) -> str:
         """See Webhooks.webhook_secret."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             if endpoint_id is None:
                 row = connection.execute("SELECT secret FROM webhook_secret").fetchone()
             else:
@@ -129,28 +129,28 @@ class SqliteWebhooks:
     ) -> list[DeliveryRecord]:
         """See Webhooks.claim_deliveries."""
         # Looking costs no write lock; most looks find nothing.
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             if connection.execute(_IS_DUE, (to_text(now),)).fetchone() is None:
                 return []
         values = {
             "now": to_text(now),
             "lease_ends_at": to_text(lease_ends_at),
             "limit": limit,
-            "most": MOST_AN_ADDRESS,
+            "most": MAX_DELIVERIES_PER_URL,
             "except_urls": json.dumps(sorted(except_urls)),
         }
         rows = self._writer.run(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
         return [_delivery(row) for row in rows]
 
-    def note_payload(self, id: str, payload: str) -> None:
+    def save_payload(self, id: str, payload: str) -> None:
         """See Webhooks.note_payload."""
         self._write_rows("UPDATE webhook_deliveries SET payload = coalesce(payload, ?) WHERE id = ?", (payload, id))
 
-    def drop_delivery(self, id: str) -> None:
+    def delete_delivery(self, id: str) -> None:
         """See Webhooks.drop_delivery."""
         self._write_rows("DELETE FROM webhook_deliveries WHERE id = ?", (id,))
 
-    def settle_delivery(
+    def finish_delivery(
         self,
         delivery: DeliveryRecord,
         *,
@@ -169,7 +169,7 @@ class SqliteWebhooks:
             "status": status,
             "error": error,
         }
-        return bool(self._write_rows(_SETTLE, row))
+        return bool(self._write_rows(_FINISH_DELIVERY, row))
 
     def disable_endpoint(self, id: str, *, reason: str, now: datetime) -> None:
         """See Webhooks.disable_endpoint."""
@@ -185,7 +185,7 @@ class SqliteWebhooks:
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
         """See Webhooks.list_deliveries."""
-        with self._readers.lend() as connection:
+        with self._readers.connection() as connection:
             rows = connection.execute(
                 f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
                 (limit,),

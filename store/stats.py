@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Total:
+class OutcomeTotal:
     """How many requests ended in one way after about one length of time, ever."""
 
     model: str
@@ -33,7 +33,7 @@ class Total:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Minute:
+class MinuteStats:
     """What chunks that ended in one minute brought."""
 
     #: Its beginning, as text to the minute: 2026-11-21T10:12.
@@ -52,7 +52,7 @@ class Minute:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class AnsweredRequest:
     """When one request came, was taken and was answered."""
 
     model: str
@@ -65,7 +65,7 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class FailureRecord:
     """Something that failed: a request, or a whole chunk."""
 
     id: str
@@ -77,29 +77,29 @@ class Failure:
     finished_at: datetime
 
 
-class Figures(Protocol):
+class Stats(Protocol):
     """What operators see. Each method may be called often."""
 
     def count_accepted(self) -> int:
         """Count the requests that were ever taken in."""
 
-    def list_totals(self) -> list[Total]:
+    def list_totals(self) -> list[OutcomeTotal]:
         """List what became of all requests that ever ended."""
 
-    def list_minutes(self, since: datetime) -> list[Minute]:
+    def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """List what chunks brought, minute by minute and model by model."""
 
-    def arrivals_before(self, marks: Sequence[datetime]) -> list[int]:
-        """Count, for each mark, the requests that came in before it. :param marks: ascending."""
+    def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
+        """Count, for each mark, the requests that came in before it. :param times: ascending."""
 
-    def list_answered(self, *, limit: int) -> list[Answered]:
+    def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, without those that were answered from an earlier one."""
 
-    def list_failures(self, *, limit: int) -> list[Failure]:
+    def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that came last, the latest first."""
 
-    def list_failed_chunks(self, *, limit: int) -> list[Failure]:
+    def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
 
-    def list_under_way(self, *, limit: int) -> list[ChunkRecord]:
+    def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""

@@ -22,7 +22,7 @@ EVENTS = ("request.done", "batch.done")
 SECRET_PREFIX = "whsec_"
 _SECRET_BYTES = 32
 #: Messages that one claim takes for one address.
-MOST_AN_ADDRESS = 4
+MAX_DELIVERIES_PER_URL = 4
 
 
 def new_secret() -> str:
@@ -123,13 +123,13 @@ class Webhooks(Protocol):
     ) -> list[DeliveryRecord]:
         """Claim messages that are due, the longest due first, at most MOST_AN_ADDRESS each."""
 
-    def note_payload(self, id: str, payload: str) -> None:
+    def save_payload(self, id: str, payload: str) -> None:
         """Keep a message's body, so that every try sends the same. The first one counts."""
 
-    def drop_delivery(self, id: str) -> None:
+    def delete_delivery(self, id: str) -> None:
         """Forget a message whose event was taken back."""
 
-    def settle_delivery(
+    def finish_delivery(
         self,
         delivery: DeliveryRecord,
         *,

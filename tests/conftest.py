@@ -20,7 +20,7 @@ import pytest
 
 from server.app import create_app
 from server.settings import ServerSettings
-from store.records import Answer, Request, State
+from store.records import Answer, RequestRecord, RequestState
 from store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[1]
@@ -54,17 +54,20 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def own_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def custom_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""
-    from provider_image.compiler.custom import OwnModel, build
+    from provider_image.compiler.custom import CustomModel, build
     from tests.custom_models import classifier, labels_file, save
 
     folder = tmp_path_factory.mktemp("own-models")
     (folder / "efficientnet_lite0").symlink_to(models_folder / "efficientnet_lite0")
-    place = tmp_path_factory.mktemp("own-file")
-    labels = labels_file(place, "cat", "dog", "parrot")
+    file_folder = tmp_path_factory.mktemp("own-file")
+    labels = labels_file(file_folder, "cat", "dog", "parrot")
     build(
-        folder, OwnModel(name="my_pets", file=save(classifier(), place / "pets.keras"), labels=labels, title="My pets")
+        folder,
+        CustomModel(
+            name="my_pets", file=save(classifier(), file_folder / "pets.keras"), labels=labels, title="My pets"
+        ),
     )
     return folder
 
@@ -116,17 +119,17 @@ def answer(store: SqliteStore) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def traces(settings: ServerSettings, store: SqliteStore) -> Callable[[], tuple[list[str], int]]:
+def stored_state(settings: ServerSettings, store: SqliteStore) -> Callable[[], tuple[list[str], int]]:
     """Everything that an upload leaves: the files under blobs, and how many rows."""
 
-    def look() -> tuple[list[str], int]:
-        files = sorted(str(path) for path in settings.blobs.rglob("*") if path.is_file())
+    def inspect() -> tuple[list[str], int]:
+        files = sorted(str(path) for path in settings.images.rglob("*") if path.is_file())
         return files, len(store.list(limit=10_000))
 
-    return look
+    return inspect
 
 
-def only(requests: list[Request], state: State) -> Request:
+def single_request(requests: list[RequestRecord], state: RequestState) -> RequestRecord:
     """The one request, which must be in this state."""
     (request,) = requests
     assert request.state is state
@@ -134,29 +137,29 @@ def only(requests: list[Request], state: State) -> Request:
 
 
 @dataclass
-class Running:
+class RunningServer:
     """A real server."""
 
     process: subprocess.Popen[bytes]
     base: str
     home: Path
 
-    def stop(self, how: int = signal.SIGTERM) -> int:
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end."""
         if self.process.poll() is None:
-            self.process.send_signal(how)
+            self.process.send_signal(signal_number)
         return self.process.wait(30)
 
 
 @pytest.fixture
-def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running]]:
+def start_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., RunningServer]]:
     """Start `mlg serve` on a free port; several may run on one home.
 
     `ready_fd` is the least number of the descriptor that it says on that it is ready.
     """
-    running: list[Running] = []
+    running: list[RunningServer] = []
 
-    def start(*arguments: str, ready_fd: int = 0, **variables: str) -> Running:
+    def start(*arguments: str, ready_fd: int = 0, **variables: str) -> RunningServer:
         home = tmp_path / "served"
         home.mkdir(exist_ok=True)
         if not (home / "models").exists():
@@ -182,7 +185,7 @@ def serve(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Running
             line = ready.readline()
         assert line, (tmp_path / "serve.log").read_text()
         host, port = line.split()
-        running.append(Running(process, f"http://{host}:{port}", home))
+        running.append(RunningServer(process, f"http://{host}:{port}", home))
         return running[-1]
 
     yield start

@@ -33,7 +33,7 @@ def save(network: Any, path: Path) -> Path:
 
 
 def classifier(
-    ending: str | None = "softmax", classes: int = 3, *, side: int | None = SIDE, dtype: str = "float32"
+    activation: str | None = "softmax", classes: int = 3, *, side: int | None = SIDE, dtype: str = "float32"
 ) -> Any:
     """Make a small seeded Sequential: augmentation, scaling, convolution, pooling, and a layer with this ending."""
     keras = import_keras()
@@ -48,12 +48,14 @@ def classifier(
             layers.BatchNormalization(dtype=dtype),
             layers.GlobalAveragePooling2D(dtype=dtype),
             layers.Dropout(0.3),
-            layers.Dense(classes, activation=ending, kernel_initializer=keras.initializers.RandomNormal(stddev=3.0)),
+            layers.Dense(
+                classes, activation=activation, kernel_initializer=keras.initializers.RandomNormal(stddev=3.0)
+            ),
         ]
     )
 
 
-def change(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any], **members: bytes) -> Path:
+def edit_keras_file(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any], **members: bytes) -> Path:
     """Copy a .keras file with an edited config.
 
     :param edit: changes the config in place, or returns another.
@@ -70,7 +72,7 @@ def change(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any], **
     return target
 
 
-def change_weights(source: Path, target: Path, edit: Callable[[Any], Any]) -> Path:
+def edit_weights(source: Path, target: Path, edit: Callable[[Any], Any]) -> Path:
     """Copy a .keras file with edited weights. :param edit: gets the open HDF5 file."""
     import h5py
 
@@ -78,4 +80,4 @@ def change_weights(source: Path, target: Path, edit: Callable[[Any], Any]) -> Pa
         file = io.BytesIO(archive.read("model.weights.h5"))
     with h5py.File(file, "r+") as weights:
         edit(weights)
-    return change(source, target, lambda config: None, model__weights__h5=file.getvalue())
+    return edit_keras_file(source, target, lambda config: None, model__weights__h5=file.getvalue())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 #: For a `sitecustomize.py`, which every process loads at its start. A picture that ends in HOLD:PATH says that it was
 #: begun, by making PATH.begun with the process's id in it, and is held until PATH is there.
-HOLDING = """
+DECODE_GATE = """
 import os, pathlib, time
 import provider_image.images.decoding as imaging
 

@@ -19,27 +19,29 @@ from PIL import Image
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
-from devnet.devnet import Devnet, running
+from devnet.devnet import Devnet, run_devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 
 
-def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **facts: Any) -> ProviderPlan:
+def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **fields: Any) -> ProviderPlan:
     """Make a provider of one core."""
-    return ProviderPlan(name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **facts)
+    return ProviderPlan(
+        name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **fields
+    )
 
 
-def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **facts: Any) -> Scenario:
+def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
     """Make a devnet's plan."""
-    return Scenario(providers=providers, faults=faults, **facts)
+    return Scenario(providers=providers, faults=faults, **fields)
 
 
-def picture(color: int = 40) -> bytes:
+def make_image(color: int = 40) -> bytes:
     """Make a small picture."""
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, color % 256)).save(file, "PNG")
@@ -54,7 +56,7 @@ async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
         await asyncio.sleep(0.02)
 
 
-class GolemBench:
+class GolemHarness:
     """A devnet, a store and an executor that has been started."""
 
     def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
@@ -71,7 +73,7 @@ class GolemBench:
         self,
         name: str,
         *,
-        pictures: int = 1,
+        images: int = 1,
         timeout_seconds: float = 60,
         data: bytes | None = None,
         model: str = MODEL,
@@ -79,16 +81,16 @@ class GolemBench:
         """Make a job whose results are checked as the batcher checks them."""
         chunk = self.folder / f"{name}.chunk.zip"
         digest = find_artefact(self.models, model).digest
-        items = [ChunkItem(number=number, inputs={"image": data or picture(number)}) for number in range(pictures)]
+        items = [ChunkItem(number=number, inputs={"image": data or make_image(number)}) for number in range(images)]
         write_chunk(chunk, name, "classification", model, digest, items)
 
         def check(path: Path) -> None:
-            read_results(path, name, model, range(pictures), digest)
+            read_results(path, name, model, range(images), digest)
 
         return Job(
             chunk_id=name,
             model=model,
-            items=pictures,
+            items=images,
             chunk=chunk,
             results=self.folder / f"{name}.results.zip",
             timeout_seconds=timeout_seconds,
@@ -99,7 +101,7 @@ class GolemBench:
         """Run jobs side by side."""
         return await asyncio.gather(*(self.executor.run(self.job(name, **options)) for name in names))
 
-    def successor(self, **settings: Any) -> GolemExecutor:
+    def next_executor(self, **settings: Any) -> GolemExecutor:
         """Make the executor of another batcher of the same home."""
         return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
 
@@ -109,7 +111,7 @@ class GolemBench:
 
 
 @contextlib.asynccontextmanager
-async def world(
+async def devnet_and_store(
     plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
     """Run a devnet beside a store until the block ends.
@@ -119,9 +121,9 @@ async def world(
     providers_home = folder / "providers"
     providers_home.mkdir()
     (providers_home / "models").symlink_to(models)
-    async with running(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
-        with on_path(devnet):
-            store = SqliteStore(ServerSettings(home=folder / "home", busy_seconds=5))
+    async with run_devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
+        with gftp_on_path(devnet):
+            store = SqliteStore(HomeSettings(home=folder / "home", busy_seconds=5))
             store.migrate()
             try:
                 yield devnet, store
@@ -138,23 +140,23 @@ async def golem(
     environment: Mapping[str, str] | None = None,
     name: str = "aaaa1111",
     **settings: Any,
-) -> AsyncIterator[GolemBench]:
+) -> AsyncIterator[GolemHarness]:
     """Run a devnet and an executor until the block ends.
 
     :param models: the folder of artefacts, which the providers have too.
     :param settings: of `GolemSettings`.
     """
-    async with world(plan, folder, models, environment=environment) as (devnet, store):
+    async with devnet_and_store(plan, folder, models, environment=environment) as (devnet, store):
         executor = make_executor(devnet, store, folder, models, name=name, **settings)
         try:
             await executor.start()
-            yield GolemBench(devnet, executor, store, folder / "jobs", models)
+            yield GolemHarness(devnet, executor, store, folder / "jobs", models)
         finally:
             await executor.close()
 
 
 @contextlib.contextmanager
-def on_path(devnet: Devnet) -> Any:
+def gftp_on_path(devnet: Devnet) -> Any:
     """Have the devnet's gftp on the PATH, where yapapi looks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", devnet.variables["PATH"])
@@ -167,6 +169,8 @@ def make_executor(
     """Make an executor for a devnet, with waits that are short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
     base = BatcherSettings.from_env(variables)
-    short: dict[str, Any] = {"idle_seconds": 5.0, "start_seconds": 20.0, "offer_seconds": 20.0, **settings}
-    own = replace(base, work=folder / "work" / name, models=models, golem=replace(base.golem, **short))
-    return GolemExecutor(own, store)
+    short_waits: dict[str, Any] = {"idle_seconds": 5.0, "start_seconds": 20.0, "offer_seconds": 20.0, **settings}
+    executor_settings = replace(
+        base, work=folder / "work" / name, models=models, golem=replace(base.golem, **short_waits)
+    )
+    return GolemExecutor(executor_settings, store)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def wait_until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until a call gives something true, and return that."""
     deadline = time.monotonic() + seconds
-    while not (found := what()):
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.02)
     return found
@@ -57,10 +57,10 @@ def children(pid: int) -> list[int]:
 
 def descendants(pid: int) -> list[int]:
     """List the living processes below this one, parents before their children."""
-    below = _children()
+    children_of = _children()
     found, todo = [], [pid]
     while todo:
-        pids = below.get(todo.pop(0), [])
+        pids = children_of.get(todo.pop(0), [])
         found += pids
         todo += pids
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.compiler.keras_graph import import_keras
-from provider_image.compiler.self_test import pictures
+from provider_image.compiler.self_test import self_test_images
 from provider_image.images.decoding import decode
 from provider_image.models.catalogue import ModelRow
 from tests import needs_keras  # noqa: F401 - importing it is its use
@@ -31,7 +31,7 @@ def seeded_network(row: ModelRow, seed: int = 7) -> Any:
     keras.utils.set_random_seed(seed)
     network = getattr(keras.applications, row.keras_class)(weights=None)
     module = importlib.import_module(getattr(keras.applications, row.keras_class).__module__)
-    arrays = [decode(data, row.height, row.width, row.crop) for data in pictures().values()]
+    arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     batch = module.preprocess_input(np.stack(arrays).astype(np.float32))
     random = np.random.default_rng(seed)
     for layer in network.layers:
@@ -40,8 +40,8 @@ def seeded_network(row: ModelRow, seed: int = 7) -> Any:
             if layer.gamma is not None:
                 # A residual branch that ends in a normalisation adds a little only, as in trained networks: fifty that
                 # add much make of f32's rounding, which differs from processor to processor, 0.0002 in the end.
-                least, most = (0.1, 0.2) if layer.name.endswith("_3_bn") else (0.3, 0.6)
-                layer.gamma.assign(random.uniform(least, most, layer.gamma.shape))
+                low, high = (0.1, 0.2) if layer.name.endswith("_3_bn") else (0.3, 0.6)
+                layer.gamma.assign(random.uniform(low, high, layer.gamma.shape))
             layer.beta.assign(random.normal(0, 0.2, layer.beta.shape))
         elif type(layer).__name__ == "LayerScale":
             layer.gamma.assign(random.uniform(0.1, 0.5, layer.gamma.shape))

@@ -234,7 +234,7 @@ def test_the_proxy_takes_what_the_server_takes_and_lets_events_pass() -> None:
 def create_app_rules() -> list[str]:
     """List the addresses of the application, read from the views' own text."""
     found: list[str] = []
-    for path in (ROOT / "server" / "views").glob("*.py"):
+    for path in (ROOT / "server" / "api" / "views").glob("*.py"):
         found += re.findall(r'^\s+(?:app\.add_url_rule\()?\(?"(/[^"]*)"', path.read_text(), re.M)
     assert "/events" in found and "/metrics" in found
     return found
@@ -273,13 +273,13 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     for picture in (b"one", b"two", b"three"):
         store.add(
             NewRequest(id=new_id(), service="classification", model="resnet50", created_at=now),
-            store.blobs.stage(picture),
+            store.images.stage(picture),
         )
     claims = store.claim(models=["resnet50"], limit=2, now=now, lease_ends_at=now, oldest_before=None)
     answer = Answer(claim=claims[0], output=[], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
     store.finish([answer], now=now)
     store.fail(claims[1:], code="broken_image", reason="It broke.", now=now)
-    store.beat(
+    store.heartbeat(
         BatcherRecord(
             id="b",
             host="h",

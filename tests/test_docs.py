@@ -18,7 +18,7 @@ from server.settings import ServerSettings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SOURCES = [
-    *(path for room in ("provider_image", "server", "batcher") for path in sorted((ROOT / room).rglob("*.py"))),
+    *(path for room in ("provider_image", "store", "server", "batcher", "cli", "devnet") for path in sorted((ROOT / room).rglob("*.py"))),
     ROOT / "mlg.py",
     ROOT / "mlg_client.py",
 ]

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from devnet.scenario import NAMES
+from devnet.scenario import PROVIDER_NAMES
 from scripts.benchmarks import golem, processes
 from server.settings import ServerSettings
-from store.records import State
+from store.records import RequestState
 from store.sqlite import SqliteStore
-from tests.golem import MODEL, picture
+from tests.golem import MODEL, make_image
 
 
 def make_home(folder: Path, models: Path) -> Path:
@@ -27,7 +27,7 @@ def make_home(folder: Path, models: Path) -> Path:
 
 
 def paid_by_the_daemon(variables: dict[str, str]) -> Decimal:
-    invoices = golem.ask(variables, "/payment-api/v1/invoices")
+    invoices = golem.query_daemon(variables, "/payment-api/v1/invoices")
     return sum((Decimal(each["amount"]) for each in invoices if each["status"] != "RECEIVED"), Decimal(0))
 
 
@@ -38,9 +38,9 @@ def costs(home: Path, by: str) -> list[dict[str, Any]]:
 
 
 def assert_nothing_is_open(variables: dict[str, str]) -> None:
-    assert golem.ask(variables, "/market-api/v1/agreements?state=Approved") == []
-    assert golem.ask(variables, "/market-api/v1/demands") == []
-    assert golem.ask(variables, "/payment-api/v1/allocations") == []
+    assert golem.query_daemon(variables, "/market-api/v1/agreements?state=Approved") == []
+    assert golem.query_daemon(variables, "/market-api/v1/demands") == []
+    assert golem.query_daemon(variables, "/payment-api/v1/allocations") == []
 
 
 @pytest.mark.timeout(300)
@@ -48,11 +48,11 @@ def test_two_thousand_pictures_over_eight_providers_of_which_three_misbehave(
     tmp_path: Path, models_folder: Path
 ) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
-    data = picture()
+    data = make_image()
     golem.fill(home, [data + b"%d" % number for number in range(2000)])
     log = tmp_path / "batch.log"
 
-    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 8, golem.MISDEEDS)) as variables:
+    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 8, golem.FAULTS)) as variables:
         # A bill of no more than this: each of eight starts costs 0.001, and the work some minutes of one core.
         run = golem.batch(home, "golem", log, **variables, MLG_BUDGET_DAY="0.1", MLG_CHUNK_TIMEOUT_SECONDS="30")
         daemons = paid_by_the_daemon(variables)
@@ -63,7 +63,7 @@ def test_two_thousand_pictures_over_eight_providers_of_which_three_misbehave(
     chunks = store.list_chunks(limit=3000)
     answers = sum(chunk.answers for chunk in chunks)
     store.close()
-    assert [request.state for request in requests] == [State.DONE] * 2000
+    assert [request.state for request in requests] == [RequestState.DONE] * 2000
     assert answers == 2000  # none was answered twice
     assert run.cost == daemons <= Decimal("0.1")
     for by in ("day", "model", "provider"):
@@ -71,7 +71,7 @@ def test_two_thousand_pictures_over_eight_providers_of_which_three_misbehave(
         assert total == daemons
     assert 0 < sum(request.cost or Decimal(0) for request in requests) <= daemons
     failed = {row["name"] for row in _providers(home) if row["failed"]}
-    assert failed == set(golem.MISDEEDS)
+    assert failed == set(golem.FAULTS)
 
 
 def _providers(home: Path) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def test_up_rents_a_computer_and_the_answer_says_whose_and_for_how_much(tmp_path
     with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:
         with processes.running(up, url=f"{base}/readyz", log=tmp_path / "up.log", env={**os.environ, **variables}):
             post = urllib.request.Request(
-                f"{base}/requestPrediction/{MODEL}", data=picture(), headers={"Content-Type": "image/png"}
+                f"{base}/requestPrediction/{MODEL}", data=make_image(), headers={"Content-Type": "image/png"}
             )
             with urllib.request.urlopen(post) as answer:
                 id = json.load(answer)["req_id"]
@@ -119,5 +119,5 @@ def test_up_rents_a_computer_and_the_answer_says_whose_and_for_how_much(tmp_path
     settled = json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
 
     assert (estimated["status"], len(estimated["preds"]), estimated["cost_is_final"]) == ("done", 5, False)
-    assert estimated["provider"] in NAMES[:2]
+    assert estimated["provider"] in PROVIDER_NAMES[:2]
     assert (Decimal(settled["cost"]), settled["cost_is_final"]) == (daemons, True)

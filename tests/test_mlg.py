@@ -12,7 +12,8 @@ import click
 import pytest
 
 import mlg
-from provider_image.errors import ConfigError, DiskFull
+from provider_image.errors import ConfigError
+from store.errors import DiskFull
 
 ROOT = Path(__file__).parents[1]
 

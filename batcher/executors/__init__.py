@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
-    from batcher.executors.golem.ledger_writer import Books
+    from batcher.executors.golem.ledger_writer import LedgerStore
     from batcher.settings import BatcherSettings
 
 
@@ -69,7 +69,7 @@ class Executor(Protocol):
     name: str
     #: True when chunks leave this machine. Unless MLG_SHRINK says otherwise, the batcher then reduces pictures to what
     #: the model sees of them before it packs them: less to send, and no stranger gets the original.
-    sends_away: bool
+    is_remote: bool
 
     async def start(self) -> None:
         """Get ready. :raises MlgError: it never will be; says what to do."""
@@ -80,7 +80,7 @@ class Executor(Protocol):
     def workers(self) -> int:
         """Tell how many jobs are worked on at the same time; the others under way wait for their turn."""
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         """Say in a sentence why no more work for a model is wanted now; None when it is. Waiting requests show it."""
 
     async def run(self, job: Job) -> Outcome:
@@ -97,27 +97,27 @@ REGISTRY = {
 }
 
 
-def load_executor(names: str, settings: BatcherSettings, books: Books) -> Executor:
+def load_executor(names: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
     """Make an executor.
 
     :param names: one of the registry, or several with commas between: what waited too long for one goes to the next.
-    :param books: where executors that pay keep their accounts.
+    :param ledger: where executors that pay keep their accounts.
     :raises ConfigError: there is none of that name.
     """
-    members = [_load_one(name.strip(), settings, books) for name in names.split(",")]
+    members = [_load_one(name.strip(), settings, ledger) for name in names.split(",")]
     if len(members) == 1:
         return members[0]
-    from batcher.executors.fallback import SeveralExecutor
+    from batcher.executors.fallback import FallbackExecutor
 
-    return SeveralExecutor(members, fallback_seconds=settings.fallback_seconds)
+    return FallbackExecutor(members, fallback_seconds=settings.fallback_seconds)
 
 
-def _load_one(name: str, settings: BatcherSettings, books: Books) -> Executor:
+def _load_one(name: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise ConfigError(
             f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}; or several, as in golem,local."
         )
     module, _, attribute = REGISTRY[name].partition(":")
-    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, books)
+    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, ledger)
     return executor

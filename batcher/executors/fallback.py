@@ -11,13 +11,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batcher.errors import ExecutorUnavailable
 from batcher.executors import Executor, Job, Outcome
-from provider_image.errors import ExecutorUnavailable
 
 log = logging.getLogger(__name__)
 
 
-class SeveralExecutor:
+class FallbackExecutor:
     """See `batcher.executors.Executor`.
 
     :param members: in the order in which they are asked.
@@ -29,7 +29,7 @@ class SeveralExecutor:
         self._fallback_seconds = fallback_seconds
         self.name = ",".join(member.name for member in members)
         # Which of them will get a chunk is not known when it is packed.
-        self.sends_away = any(member.sends_away for member in members)
+        self.is_remote = any(member.is_remote for member in members)
 
     async def start(self) -> None:
         """Start all. :raises MlgError: one of them never will; the others are closed."""
@@ -48,24 +48,24 @@ class SeveralExecutor:
         """See Executor.workers."""
         return sum(member.workers() for member in self._members)
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         """See Executor.obstacle: only what stands in the way of all."""
-        reasons = [member.obstacle(model) for member in self._members]
+        reasons = [member.unavailable_reason(model) for member in self._members]
         return None if None in reasons else " ".join(reason for reason in reasons if reason)
 
     async def run(self, job: Job) -> Outcome:
         """See Executor.run."""
         *first, last = self._members
         for member in first:
-            if member.obstacle(job.model) is None:
-                outcome = await self._try(member, job)
+            if member.unavailable_reason(job.model) is None:
+                outcome = await self._run_or_pass_on(member, job)
                 if outcome is not None:
                     return outcome
                 job.results.unlink(missing_ok=True)
             log.info("a chunk goes from %s to the next", member.name, extra={"chunk_id": job.chunk_id})
         return await last.run(job)
 
-    async def _try(self, member: Executor, job: Job) -> Outcome | None:
+    async def _run_or_pass_on(self, member: Executor, job: Job) -> Outcome | None:
         """Run a job; None if it has to go to the next."""
         begun = asyncio.Event()
 

@@ -21,27 +21,27 @@ from pathlib import Path
 from typing import Any
 
 from batcher.executors import Job, Outcome
-from batcher.executors.worker import Worker
+from batcher.executors.worker import WorkerProcess
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
-from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelRow
-from provider_image.models.registry import rows
+from provider_image.models.registry import list_rows
 
 log = logging.getLogger(__name__)
 
 #: Jobs under way for each worker: one that it works on and one that is packed and waits, so that it never waits itself.
 JOBS_PER_WORKER = 2
 #: Pause before a process that died at its start, without having done anything, is started again; doubles to the last.
-FIRST_PAUSE_SECONDS = 0.2
-LAST_PAUSE_SECONDS = 5.0
+INITIAL_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 5.0
 #: After so many starts in a row that failed, and with no other worker alive, the jobs that wait are refused.
-HOPELESS_STARTS = 3
+MAX_FAILED_STARTS = 3
 #: A worker that lived this long was well, even if it had nothing to do.
-WELL_SECONDS = 5.0
+STABLE_SECONDS = 5.0
 #: One grey pixel, to load everything with before the first request comes.
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
@@ -49,7 +49,7 @@ _PIXEL = base64.b64decode(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Errand:
+class _LocalQueuedJob:
     """A job on its way to a worker."""
 
     job: Job
@@ -60,30 +60,32 @@ class _Errand:
 class LocalExecutor:
     """See `batcher.executors.Executor`.
 
-    :param books: not used: nothing is paid here.
+    :param ledger: not used: nothing is paid here.
     :param environment: variables that the workers get beside those of this process.
     """
 
     name = "local"
-    sends_away = False
+    is_remote = False
 
     def __init__(
-        self, settings: BatcherSettings, books: object = None, *, environment: Mapping[str, str] | None = None
+        self, settings: BatcherSettings, ledger: object = None, *, environment: Mapping[str, str] | None = None
     ) -> None:
         self._settings = settings
         self._extra = dict(environment or {})
         self._provider = f"local/{socket.gethostname()}"
         # A name of its own: several executors may work in one folder.
         self._folder = settings.work / f"local-{secrets.token_hex(3)}"
-        self._errands: asyncio.Queue[_Errand] = asyncio.Queue()
-        self._keepers: list[asyncio.Task[None]] = []
-        self._workers: dict[int, Worker] = {}
+        self._queued_jobs: asyncio.Queue[_LocalQueuedJob] = asyncio.Queue()
+        self._worker_loops: list[asyncio.Task[None]] = []
+        self._workers: dict[int, WorkerProcess] = {}
         self._is_closed = False
 
     async def start(self) -> None:
         """Start the workers, without waiting for them: the first jobs do."""
         self._folder.mkdir(parents=True, mode=0o700)
-        self._keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
+        self._worker_loops = [
+            asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.workers)
+        ]
 
     def capacity(self) -> int:
         """See Executor.capacity."""
@@ -93,7 +95,7 @@ class LocalExecutor:
         """See Executor.workers."""
         return self._settings.workers
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         """See Executor.obstacle: there never is one."""
         return None
 
@@ -104,27 +106,27 @@ class LocalExecutor:
     async def run(self, job: Job) -> Outcome:
         """See Executor.run."""
         if self._is_closed:
-            return self._nobodys_fault("The executor is closed.")
-        errand = _Errand(job=job, outcome=asyncio.get_running_loop().create_future())
-        self._errands.put_nowait(errand)
-        return await errand.outcome
+            return self._blameless_outcome("The executor is closed.")
+        queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
+        self._queued_jobs.put_nowait(queued_job)
+        return await queued_job.outcome
 
     async def close(self) -> None:
         """See Executor.close."""
         self._is_closed = True
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        self._keepers = []
-        self._refuse_waiting("The executor is closed.")
+        for worker_loop in self._worker_loops:
+            worker_loop.cancel()
+        await asyncio.gather(*self._worker_loops, return_exceptions=True)
+        self._worker_loops = []
+        self._fail_waiting("The executor is closed.")
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # One keeper per worker
 
-    async def _keep(self, number: int) -> None:
+    async def _worker_loop(self, number: int) -> None:
         """Keep one worker alive and busy until cancelled."""
         loop = asyncio.get_running_loop()
-        pause, failed_starts = FIRST_PAUSE_SECONDS, 0
+        pause, failed_starts = INITIAL_BACKOFF_SECONDS, 0
         while not self._is_closed:
             worker = self._new_worker(number)
             started_at, was_useful = loop.time(), False
@@ -139,19 +141,19 @@ class LocalExecutor:
             except WorkerDied as error:
                 log.warning("worker %d: %s", number, error)
                 failed_starts += number not in self._workers
-                if failed_starts >= HOPELESS_STARTS and not self._workers:
-                    self._refuse_waiting(f"No worker process can be started. {error}")
+                if failed_starts >= MAX_FAILED_STARTS and not self._workers:
+                    self._fail_waiting(f"No worker process can be started. {error}")
             finally:
                 self._workers.pop(number, None)
-                await worker.end(is_kill=not self._is_closed)
-            if was_useful or loop.time() - started_at > WELL_SECONDS:
-                pause = FIRST_PAUSE_SECONDS
+                await worker.stop(is_forced=not self._is_closed)
+            if was_useful or loop.time() - started_at > STABLE_SECONDS:
+                pause = INITIAL_BACKOFF_SECONDS
             else:
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE_SECONDS)
+                pause = min(2 * pause, MAX_BACKOFF_SECONDS)
 
-    def _new_worker(self, number: int) -> Worker:
-        return Worker(
+    def _new_worker(self, number: int) -> WorkerProcess:
+        return WorkerProcess(
             number,
             self._folder / str(number),
             models=self._settings.models,
@@ -160,83 +162,83 @@ class LocalExecutor:
             extra=self._extra,
         )
 
-    async def _work_once(self, worker: Worker) -> bool:
+    async def _work_once(self, worker: WorkerProcess) -> bool:
         """Wait for an errand and do it.
 
         :return: whether the worker can go on.
         :raises WorkerDied: it ended while it had nothing to do.
         """
-        taking = asyncio.create_task(self._errands.get())
-        ending = asyncio.create_task(worker.wait())
+        get_job = asyncio.create_task(self._queued_jobs.get())
+        worker_exit = asyncio.create_task(worker.wait())
         is_over = False
         try:
-            await asyncio.wait({taking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({get_job, worker_exit}, return_when=asyncio.FIRST_COMPLETED)
             is_over = worker.has_ended
         except asyncio.CancelledError:
             is_over = True
             raise
         finally:
-            for task in (taking, ending):
+            for task in (get_job, worker_exit):
                 task.cancel()  # nothing happens to one that is done
-            await asyncio.gather(taking, ending, return_exceptions=True)
-            if is_over and not taking.cancelled():
-                self._errands.put_nowait(taking.result())
+            await asyncio.gather(get_job, worker_exit, return_exceptions=True)
+            if is_over and not get_job.cancelled():
+                self._queued_jobs.put_nowait(get_job.result())
         if is_over:
             raise WorkerDied("It ended while it had nothing to do.")
-        errand = taking.result()
-        if errand.outcome.done():
+        queued_job = get_job.result()
+        if queued_job.outcome.done():
             return True
         try:
-            return await self._do(worker, errand)
+            return await self._run_job(worker, queued_job)
         finally:
-            if not errand.outcome.done():
-                errand.outcome.set_result(self._nobodys_fault("The executor was closed."))
+            if not queued_job.outcome.done():
+                queued_job.outcome.set_result(self._blameless_outcome("The executor was closed."))
 
-    async def _do(self, worker: Worker, errand: _Errand) -> bool:
+    async def _run_job(self, worker: WorkerProcess, queued_job: _LocalQueuedJob) -> bool:
         """Do one errand. :return: whether the worker can go on."""
-        job, loop = errand.job, asyncio.get_running_loop()
+        job, loop = queued_job.job, asyncio.get_running_loop()
         if job.on_start is not None:
             job.on_start()
         started_at = loop.time()
-        asking = asyncio.create_task(worker.ask(job.chunk, job.results))
-        waits: set[asyncio.Future[Any]] = {asking, errand.outcome}
+        run_chunk_task = asyncio.create_task(worker.run_chunk(job.chunk, job.results))
+        waits: set[asyncio.Future[Any]] = {run_chunk_task, queued_job.outcome}
         try:
             await asyncio.wait(waits, timeout=job.timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            is_answered = asking.done()
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            is_answered = run_chunk_task.done()
+            run_chunk_task.cancel()
+            await asyncio.gather(run_chunk_task, return_exceptions=True)
         seconds = loop.time() - started_at
         error: MlgError | None
         can_go_on = False
         if is_answered:
             try:
-                reply = asking.result()
+                reply = run_chunk_task.result()
             except WorkerDied as died:
                 error = died
             else:
-                error = None if reply.get("ok") is True else error_from(reply)
+                error = None if reply.get("ok") is True else error_from_reply(reply)
                 can_go_on = True
         else:
             error = ChunkTimeout(f"The chunk took longer than {job.timeout_seconds:g} s, so its worker was stopped.")
-        if errand.outcome.done():
+        if queued_job.outcome.done():
             log.info("worker %d: its chunk was called back", worker.number, extra={"chunk_id": job.chunk_id})
             return can_go_on
         # A worker that was told to stop says so itself; only one that died in mid-chunk makes its items suspicious.
         is_blameless = can_go_on and isinstance(error, WorkerDied)
         if not can_go_on:
             log.warning("worker %d: %s", worker.number, error, extra={"chunk_id": job.chunk_id})
-        errand.outcome.set_result(
+        queued_job.outcome.set_result(
             Outcome(provider=self._provider, seconds=seconds, error=error, is_blameless=is_blameless)
         )
         return can_go_on
 
     # Odds and ends
 
-    async def _warm_up(self, worker: Worker) -> None:
+    async def _warm_up(self, worker: WorkerProcess) -> None:
         """Have one pixel classified, so that libraries and a model are loaded when the first request comes."""
-        row = _likeliest_model(self._settings.models)
-        if row is None or not self._errands.empty():
+        row = _guess_first_model(self._settings.models)
+        if row is None or not self._queued_jobs.empty():
             return
         chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
         item = ChunkItem(number=0, inputs={"image": _PIXEL})
@@ -244,7 +246,7 @@ class LocalExecutor:
             await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
             # Not wait_for: before Python 3.12 it can swallow a cancellation that comes at the wrong moment.
             async with asyncio.timeout(self._settings.chunk_timeout_seconds):
-                reply = await worker.ask(chunk, results)
+                reply = await worker.run_chunk(chunk, results)
         except TimeoutError as error:
             raise WorkerDied("It did not warm up in time.") from error
         except OSError as error:
@@ -256,19 +258,19 @@ class LocalExecutor:
             for path in (chunk, results):
                 path.unlink(missing_ok=True)
 
-    def _refuse_waiting(self, reason: str) -> None:
+    def _fail_waiting(self, reason: str) -> None:
         with contextlib.suppress(asyncio.QueueEmpty):
             while True:
-                errand = self._errands.get_nowait()
-                if not errand.outcome.done():
-                    errand.outcome.set_result(self._nobodys_fault(reason))
+                queued_job = self._queued_jobs.get_nowait()
+                if not queued_job.outcome.done():
+                    queued_job.outcome.set_result(self._blameless_outcome(reason))
 
-    def _nobodys_fault(self, reason: str) -> Outcome:
+    def _blameless_outcome(self, reason: str) -> Outcome:
         return Outcome(provider=None, seconds=0.0, error=WorkerDied(reason), is_blameless=True)
 
 
-def _likeliest_model(models: Path) -> ModelRow | None:
+def _guess_first_model(models: Path) -> ModelRow | None:
     """Guess which model is asked for first: one that is installed, else one that can be built."""
-    known = rows(models)
+    known = list_rows(models)
     installed = (row for row in known if installed_digest(models, row.name) is not None)
     return next(installed, next((row for row in known if can_build_now(row)), None))

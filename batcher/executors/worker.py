@@ -26,27 +26,27 @@ log = logging.getLogger(__name__)
 #: A process must listen within this time after it was started; importing takes a tenth of a second.
 START_SECONDS = 60.0
 #: A process that was told to end is killed after this time.
-END_SECONDS = 2.0
-_LONGEST_LINE = 1024 * 1024
+STOP_SECONDS = 2.0
+_MAX_LINE_BYTES = 1024 * 1024
 
 
-class Worker:
+class WorkerProcess:
     """A warm process, from its start to its end; a new one is made for each process."""
 
     def __init__(
-        self, number: int, place: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
+        self, number: int, folder: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
     ) -> None:
         self.number = number
-        self._place = place
-        options = ["--place", str(place), "--models", str(models), "--threads", str(threads)]
+        self._folder = folder
+        options = ["--place", str(folder), "--models", str(models), "--threads", str(threads)]
         options += ["--precision", precision]
         self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
         # Not settings: what the child gets is our own environment with one folder added.
         self._environment = child_environment(os.environ, extra)
         self._process: asyncio.subprocess.Process | None = None
-        self._pumps: list[asyncio.Task[None]] = []
+        self._output_readers: list[asyncio.Task[None]] = []
         self._is_ready = asyncio.Event()
-        self._last_words = ""
+        self._last_stderr_line = ""
 
     async def start(self) -> None:
         """Start the process and wait until it listens. :raises WorkerDied: it does not; says its last words."""
@@ -63,9 +63,9 @@ class Worker:
         except OSError as error:
             raise WorkerDied(f"A worker process cannot be started: {error}") from error
         assert self._process.stdout is not None and self._process.stderr is not None
-        self._pumps = [
-            asyncio.create_task(self._listen(self._process.stdout)),
-            asyncio.create_task(self._log(self._process.stderr)),
+        self._output_readers = [
+            asyncio.create_task(self._read_stdout(self._process.stdout)),
+            asyncio.create_task(self._log_stderr(self._process.stderr)),
         ]
         waits = {asyncio.create_task(self._is_ready.wait()), asyncio.create_task(self._process.wait())}
         try:
@@ -74,8 +74,8 @@ class Worker:
             for wait in waits:
                 wait.cancel()
         if not self._is_ready.is_set():
-            how = await self._how_it_ended() if self._process.returncode is not None else "did not get ready"
-            raise WorkerDied(f"A worker process {how} at its start. {self._last_words}".strip())
+            how = await self._exit_description() if self._process.returncode is not None else "did not get ready"
+            raise WorkerDied(f"A worker process {how} at its start. {self._last_stderr_line}".strip())
 
     @property
     def pid(self) -> int | None:
@@ -92,11 +92,11 @@ class Worker:
         if self._process is not None:
             await self._process.wait()
 
-    async def ask(self, chunk: Path, results: Path) -> dict[str, Any]:
+    async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
         """Have one chunk worked on and return the reply. :raises WorkerDied: the process ended before it replied."""
         received = b""
         try:
-            reader, writer = await asyncio.open_unix_connection(str(socket_path(self._place)), limit=_LONGEST_LINE)
+            reader, writer = await asyncio.open_unix_connection(str(socket_path(self._folder)), limit=_MAX_LINE_BYTES)
             try:
                 writer.write(json.dumps({"chunk": str(chunk), "results": str(results)}).encode() + b"\n")
                 await writer.drain()
@@ -112,35 +112,35 @@ class Worker:
                 reply = json.loads(received)
                 if isinstance(reply, dict):
                     return reply
-        raise WorkerDied(f"The worker process {await self._how_it_ended()} in the middle of the chunk.")
+        raise WorkerDied(f"The worker process {await self._exit_description()} in the middle of the chunk.")
 
-    async def end(self, *, is_kill: bool = False) -> None:
+    async def stop(self, *, is_forced: bool = False) -> None:
         """End the process, wait for it, and remove what it has left."""
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            if is_kill:
+            if is_forced:
                 self._kill()
             try:
-                async with asyncio.timeout(END_SECONDS):
+                async with asyncio.timeout(STOP_SECONDS):
                     await self._process.wait()
             except TimeoutError:
                 self._kill()
                 await self._process.wait()
-            await asyncio.gather(*self._pumps)
-        socket_path(self._place).unlink(missing_ok=True)
-        shutil.rmtree(self._place, ignore_errors=True)
+            await asyncio.gather(*self._output_readers)
+        socket_path(self._folder).unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    async def _how_it_ended(self) -> str:
+    async def _exit_description(self) -> str:
         assert self._process is not None
         try:
             # The connection breaks a moment before the system has the exit status.
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout(STOP_SECONDS):
                 status = await self._process.wait()
         except TimeoutError:
             return "stopped answering"
@@ -149,28 +149,28 @@ class Worker:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         return f"was killed by {name}"
 
-    async def _listen(self, stream: asyncio.StreamReader) -> None:
+    async def _read_stdout(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
             if line == "ready":
                 self._is_ready.set()
             else:
                 log.info("worker %d says: %s", self.number, line)
 
-    async def _log(self, stream: asyncio.StreamReader) -> None:
+    async def _log_stderr(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
-            self._last_words = line
+            self._last_stderr_line = line
             log.warning("worker %d: %s", self.number, line)
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
     """Iterate over lines of any length; StreamReader.readline gives up on long ones, and then the pipe would fill."""
-    rest = b""
+    buffer = b""
     while data := await stream.read(65536):
-        *lines, rest = (rest + data).split(b"\n")
+        *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             if line.strip():
                 yield line.decode(errors="replace").rstrip()
-        if len(rest) > _LONGEST_LINE:
-            rest = rest[-1024:]
-    if rest.strip():
-        yield rest.decode(errors="replace").rstrip()
+        if len(buffer) > _MAX_LINE_BYTES:
+            buffer = buffer[-1024:]
+    if buffer.strip():
+        yield buffer.decode(errors="replace").rstrip()

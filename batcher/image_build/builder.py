@@ -19,14 +19,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from batcher.image_build.context import check_checkout, find_sound_artefact, make_context
+from batcher.errors import ContainerImageError
+from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
 from batcher.image_build.engine import find_engine
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
 from provider_image.environment import Environment
-from provider_image.errors import ConfigError, ImageError, MlgError
+from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, look_up
-from provider_image.models.registry import find_own_name, find_row
+from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 #: What gvmkit-build says when it is not let in, or has no place to keep a token.
@@ -68,7 +69,7 @@ def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
     names = []
     for spelling in spellings:
         row = look_up(spelling)
-        name = find_own_name(models, spelling) if row is None else row.name
+        name = find_custom_name(models, spelling) if row is None else row.name
         names.append(name or find_row(models, spelling).name)
     return list(dict.fromkeys(names))
 
@@ -116,13 +117,15 @@ def build_image(
     if installed and weights is not None:
         raise ConfigError("--installed compiles nothing, so there is no use for --weights. Leave one of them out.")
     if weights is not None and not weights.is_dir():
-        raise ImageError(f"There is no folder of weights {weights}. Make it and put the weights files there.")
+        raise ContainerImageError(f"There is no folder of weights {weights}. Make it and put the weights files there.")
     check_checkout()
-    taken = [find_sound_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE]
+    copied_artefacts = [
+        find_intact_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE
+    ]
     engine = find_engine(settings.engine)
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
         context, artefacts = Path(folder, "context"), Path(folder, "artefacts")
-        make_context(context, weights=weights, artefacts=taken)
+        make_context(context, weights=weights, artefacts=copied_artefacts)
         arguments = {"MODEL": ",".join(names), "VERSION": _version()}
         if base is not None:
             arguments["BASE"] = base
@@ -153,10 +156,12 @@ def push_image(
     read_lock(lock)  # a damaged one is found before anything is uploaded
     program = shutil.which("gvmkit-build")
     if program is None:
-        raise ImageError("gvmkit-build, which publishes images for Golem, is missing. pip install gvmkit-build")
+        raise ContainerImageError(
+            "gvmkit-build, which publishes images for Golem, is missing. pip install gvmkit-build"
+        )
     engine = find_engine(settings.engine)
     if engine.name == "buildah":
-        raise ImageError(
+        raise ContainerImageError(
             f"gvmkit-build takes images from docker only. Hand it over: buildah push {name} docker-daemon:{name}, "
             "then push with MLG_IMAGE_ENGINE=docker"
         )
@@ -164,15 +169,15 @@ def push_image(
     target = f"{settings.registry}:{name.rpartition(':')[2]}"
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
         file = Path(folder, "image.gvmi")
-        said = _run_and_listen([program, name, "--push-to", target, "--output", str(file), "--hide-progress"], target)
+        output = _run_and_tee([program, name, "--push-to", target, "--output", str(file), "--hide-progress"], target)
         try:
             size = file.stat().st_size
             with file.open("rb") as handle:
                 found = hashlib.file_digest(handle, "sha3_224").hexdigest()
         except OSError as error:
-            raise ImageError(f"gvmkit-build ended well but left no image file: {error}") from error
-    if found not in HASH.findall(said):
-        raise ImageError(
+            raise ContainerImageError(f"gvmkit-build ended well but left no image file: {error}") from error
+    if found not in HASH.findall(output):
+        raise ContainerImageError(
             f"gvmkit-build did not say that it has published {found}, the hash of the image it has made. "
             "Nothing was recorded. Update it (pip install --upgrade gvmkit-build) and push again."
         )
@@ -197,7 +202,9 @@ def _digest(folder: Path) -> str:
         artefact = read_artefact(folder)
         check_files(artefact)
     except MlgError as error:
-        raise ImageError(f"The build ended well but gave no sound artefact of {folder.name}: {error}") from error
+        raise ContainerImageError(
+            f"The build ended well but gave no sound artefact of {folder.name}: {error}"
+        ) from error
     return artefact.digest
 
 
@@ -206,23 +213,23 @@ def _labelled_digests(labels: Mapping[str, str], name: str, models: Sequence[str
     digests = dict(zip(labels.get("mlg.model", "").split(","), labels.get("mlg.digest", "").split(","), strict=False))
     absent = [model for model in models if not re.fullmatch(r"[0-9a-f]{64}", digests.get(model, ""))]
     if absent:
-        raise ImageError(
+        raise ContainerImageError(
             f"The image {name} is not labelled as holding {absent[0]}. "
             f"Build it again: mlg image build {' '.join(models)} --tag {name}"
         )
     return {model: digests[model] for model in models}
 
 
-def _run_and_listen(command: list[str], target: str) -> str:
+def _run_and_tee(command: list[str], target: str) -> str:
     """Run gvmkit-build, pass on what it says as it comes, questions without an end of line included, and return it."""
-    said = bytearray()
+    output = bytearray()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         while data := os.read(process.stdout.fileno(), 65536):
-            said += data
+            output += data
             sys.stderr.buffer.write(data)
             sys.stderr.buffer.flush()
-    text = said.decode("utf-8", "replace")
+    text = output.decode("utf-8", "replace")
     if process.returncode:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if line.startswith("Error:")), lines[-1] if lines else "")
@@ -232,5 +239,5 @@ def _run_and_listen(command: list[str], target: str) -> str:
             cure = "Log in: gvmkit-build --login, or set REGISTRY_USER and REGISTRY_TOKEN."
         else:
             cure = "Nothing was recorded; push again."
-        raise ImageError(f"gvmkit-build did not publish {target}. {cure} It said: {reason}")
+        raise ContainerImageError(f"gvmkit-build did not publish {target}. {cure} It said: {reason}")
     return text

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from provider_image.errors import BrokenArtefact, ImageError
+from batcher.errors import ContainerImageError
+from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import GRAPH_FILES, Artefact, check_files, read_artefact
 
 #: What the Dockerfile copies from a source checkout. `weights` and `models` come from elsewhere and may be missing.
@@ -33,16 +34,16 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def check_checkout() -> None:
-    """See that mlg runs from a source checkout. :raises ImageError: it does not; says what to do."""
+    """See that mlg runs from a source checkout. :raises ContainerImageError: it does not; says what to do."""
     missing = [source for source in (*SOURCES, "provider_image/Dockerfile") if not (_CHECKOUT / source).exists()]
     if missing:
-        raise ImageError(
+        raise ContainerImageError(
             f"Images are built from a source checkout of mlg, and {_CHECKOUT} is none ({missing[0]} is missing). "
             "Clone the repository, then scripts/setup and .venv/bin/mlg image build there."
         )
 
 
-def find_sound_artefact(models: Path, name: str) -> Artefact:
+def find_intact_artefact(models: Path, name: str) -> Artefact:
     """Read an installed artefact whose files are as they were made.
 
     :param name: canonical.
@@ -65,7 +66,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
     :param context: does not exist yet.
     :param weights: folder of weights files, all of which are taken.
     :param artefacts: what is not to be compiled in the build.
-    :raises ImageError: something cannot be copied.
+    :raises ContainerImageError: something cannot be copied.
     """
     try:
         for source in SOURCES:
@@ -85,7 +86,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
             for name in ("model.json", *GRAPH_FILES, *(sample.file for sample in artefact.samples)):
                 _link_or_copy(artefact.folder / name, target / name)
     except OSError as error:
-        raise ImageError(f"The build context cannot be made: {error}") from error
+        raise ContainerImageError(f"The build context cannot be made: {error}") from error
 
 
 def _link_or_copy(file: Path, target: Path) -> None:

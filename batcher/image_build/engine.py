@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_image.errors import ConfigError, ImageError
+from batcher.errors import ContainerImageError
+from provider_image.errors import ConfigError
 
 #: Engine -> arguments that succeed only when it works, in the order of preference.
 _PROBES: Mapping[str, Sequence[str]] = {
@@ -40,7 +41,7 @@ class ImageEngine:
 
         :param arguments: the Dockerfile's.
         :param options: further options, equal for all engines.
-        :raises ImageError: the engine failed; it has said why on standard error.
+        :raises ContainerImageError: the engine failed; it has said why on standard error.
         """
         # Without --layers buildah would compile the models anew in every build.
         start = ["bud", "--layers"] if self.name == "buildah" else ["build"]
@@ -55,52 +56,58 @@ class ImageEngine:
             check=False,
         )
         if result.returncode:
-            raise ImageError(
+            raise ContainerImageError(
                 f"{self.name} could not build the image (exit status {result.returncode}). Its output above says why."
             )
 
     def labels(self, image: str) -> dict[str, str]:
-        """Read an image's labels. :raises ImageError: there is no such image."""
-        about = ["inspect", "--type", "image"] if self.name == "buildah" else ["image", "inspect"]
+        """Read an image's labels. :raises ContainerImageError: there is no such image."""
+        inspect_command = ["inspect", "--type", "image"] if self.name == "buildah" else ["image", "inspect"]
         result = subprocess.run(
-            [self.program, *about, image], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [self.program, *inspect_command, image],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if result.returncode:
-            raise ImageError(f"{self.name} has no image {image}. Build it first: mlg image build MODEL")
+            raise ContainerImageError(f"{self.name} has no image {image}. Build it first: mlg image build MODEL")
         try:
             document = json.loads(result.stdout)
             config = document["OCIv1"]["config"] if self.name == "buildah" else document[0]["Config"]
             return {str(name): str(value) for name, value in (config.get("Labels") or {}).items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ImageError(f"{self.name} describes the image {image} in a way that mlg cannot read.") from error
+            raise ContainerImageError(
+                f"{self.name} describes the image {image} in a way that mlg cannot read."
+            ) from error
 
 
 def find_engine(wanted: str = "") -> ImageEngine:
     """Find an engine that works.
 
     :param wanted: its name or path; empty takes the first of docker, podman and buildah that works.
-    :raises ImageError: there is none, or it does not run.
+    :raises ContainerImageError: there is none, or it does not run.
     :raises ConfigError: mlg does not know the engine that is wanted.
     """
     if wanted and Path(wanted).name not in _PROBES:
         raise ConfigError(f"MLG_IMAGE_ENGINE={wanted!r} is none of {', '.join(_PROBES)}.")
-    silent = []
+    failures = []
     for candidate in [wanted] if wanted else _PROBES:
         program, name = shutil.which(candidate), Path(candidate).name
         if program is None:
             continue
-        reason = _why_silent(program, _PROBES[name])
+        reason = _probe_failure(program, _PROBES[name])
         if reason is None:
             return ImageEngine(name=name, program=program)
-        silent.append(f"{name} is installed but does not work ({reason}).")
-    if silent:
-        raise ImageError(f"{' '.join(silent)} Start it, or see that you may use it.")
+        failures.append(f"{name} is installed but does not work ({reason}).")
+    if failures:
+        raise ContainerImageError(f"{' '.join(failures)} Start it, or see that you may use it.")
     if wanted:
-        raise ImageError(f"There is no program {wanted}, which MLG_IMAGE_ENGINE names. Install it.")
-    raise ImageError("There is no container engine here. Install docker, podman or buildah.")
+        raise ContainerImageError(f"There is no program {wanted}, which MLG_IMAGE_ENGINE names. Install it.")
+    raise ContainerImageError("There is no container engine here. Install docker, podman or buildah.")
 
 
-def _why_silent(program: str, probe: Sequence[str]) -> str | None:
+def _probe_failure(program: str, probe: Sequence[str]) -> str | None:
     try:
         result = subprocess.run(
             [program, *probe],

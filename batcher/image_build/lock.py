@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from provider_image.errors import ImageError
+from batcher.errors import ContainerImageError
 from provider_image.models.artefact import is_model_name
 
 #: Where it lies in a source checkout.
@@ -67,14 +67,14 @@ class PublishedImage:
 def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
     """Read the lock file: model -> what was published; empty if there is no file yet.
 
-    :raises ImageError: it cannot be read, or an entry cannot be used.
+    :raises ContainerImageError: it cannot be read, or an entry cannot be used.
     """
     try:
         text = path.read_text()
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read: {error}") from error
+        raise ContainerImageError(f"{path} cannot be read: {error}") from error
     model = ""
     try:
         found = {}
@@ -84,7 +84,7 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
             found[model] = PublishedImage.from_row(row)
     except (ValueError, AttributeError, RecursionError) as error:
         where = f" at {model}" if model else ""
-        raise ImageError(
+        raise ContainerImageError(
             f"{path} is damaged{where}: {error}. Mend it, or delete it and push the images again."
         ) from error
     return found
@@ -93,7 +93,7 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
 def add_to_lock(new: Mapping[str, PublishedImage], path: Path = LOCK_FILE) -> None:
     """Add or replace entries and keep the others; a reader sees the old file or the new one, never half of one.
 
-    :raises ImageError: the file that is there cannot be read, or the new one cannot be written.
+    :raises ContainerImageError: the file that is there cannot be read, or the new one cannot be written.
     """
     try:
         folder = os.open(path.parent, os.O_RDONLY)
@@ -111,4 +111,4 @@ def add_to_lock(new: Mapping[str, PublishedImage], path: Path = LOCK_FILE) -> No
         finally:
             os.close(folder)
     except OSError as error:
-        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise ContainerImageError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batcher.resizing.process import Decoder, DecoderGone, ShrinkJob
+from batcher.errors import ResizingUnavailable
+from batcher.resizing.process import Decoder, DecoderExited, ResizeJob
 from batcher.subprocesses import child_environment
-from provider_image.errors import ChunkTimeout, MlgError, ShrinkingUnavailable, WorkerDied
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied
 
 if TYPE_CHECKING:
     from batcher.executors import Executor
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from provider_image.service import ModelInput
 
 #: An item may take this long; the largest picture that is taken needs two seconds on a quiet machine.
-LIMIT_SECONDS = 30.0
+ITEM_TIMEOUT_SECONDS = 30.0
 #: Starts in a row that may end before the item was begun; somebody may kill idle processes, but not for ever.
-_MOST_STARTS = 3
+_MAX_STARTS = 3
 
 #: What became of an item: its inputs shrunk; or why there are none; or that one of its files is gone.
-Shrunk = dict[str, bytes] | MlgError | FileNotFoundError
+ResizeResult = dict[str, bytes] | MlgError | FileNotFoundError
 
 
-class Shrinker:
+class Resizer:
     """A few warm processes that shrink items. Threads may share it.
 
     :param workers: processes at most.
@@ -43,7 +44,7 @@ class Shrinker:
     """
 
     def __init__(
-        self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = LIMIT_SECONDS
+        self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = ITEM_TIMEOUT_SECONDS
     ) -> None:
         self._limit_seconds = limit_seconds
         self._is_closed = False
@@ -55,26 +56,28 @@ class Shrinker:
             self._free.put(decoder)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shrink")
 
-    def shrink(self, service: str, model_input: ModelInput, items: Iterable[Mapping[str, Path]]) -> list[Shrunk]:
+    def resize(self, service: str, model_input: ModelInput, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
         """Shrink items side by side; waits for all of them.
 
         :param items: input name -> file, for each.
         :return: what became of each, in their order. A BadInput is in the words that a provider would have used;
             WorkerDied and ChunkTimeout mean that this very item killed its process or hung.
-        :raises ShrinkingUnavailable: no process can be started, or this is closed; says nothing about the items.
+        :raises ResizingUnavailable: no process can be started, or this is closed; says nothing about the items.
         :raises OSError: a file that is there cannot be read.
         """
-        facts = asdict(model_input)
+        model_input_fields = asdict(model_input)
         jobs = [
-            ShrinkJob(service=service, model_input=facts, inputs={name: str(path) for name, path in item.items()})
+            ResizeJob(
+                service=service, model_input=model_input_fields, inputs={name: str(path) for name, path in item.items()}
+            )
             for item in items
         ]
         try:
-            return list(self._threads.map(self._shrink_one, jobs))
+            return list(self._threads.map(self._resize_one, jobs))
         except RuntimeError as error:
             if not self._is_closed:
                 raise
-            raise _closed() from error
+            raise _closed_error() from error
 
     def pids(self) -> list[int]:
         """List the processes that run."""
@@ -87,32 +90,32 @@ class Shrinker:
             decoder.retire()
         self._threads.shutdown()
         for decoder in self._decoders:
-            decoder.end()
+            decoder.stop()
 
-    def _shrink_one(self, job: ShrinkJob) -> Shrunk:
+    def _resize_one(self, job: ResizeJob) -> ResizeResult:
         decoder = self._free.get()
         try:
-            for _ in range(_MOST_STARTS):
+            for _ in range(_MAX_STARTS):
                 try:
-                    reply = decoder.ask(job, self._limit_seconds)
-                except DecoderGone:
+                    reply = decoder.run(job, self._limit_seconds)
+                except DecoderExited:
                     continue
                 return reply
         except (WorkerDied, ChunkTimeout) as error:
             if self._is_closed:
-                raise _closed() from error
+                raise _closed_error() from error
             return error
         finally:
             self._free.put(decoder)
-        raise _closed() if self._is_closed else ShrinkingUnavailable()
+        raise _closed_error() if self._is_closed else ResizingUnavailable()
 
 
-def make_shrinker(settings: BatcherSettings, executor: Executor) -> Shrinker | None:
+def make_resizer(settings: BatcherSettings, executor: Executor) -> Resizer | None:
     """Return what shrinks pictures for this executor; None if it is to get the originals."""
-    if settings.shrink == "off" or (settings.shrink == "auto" and not executor.sends_away):
+    if settings.shrink == "off" or (settings.shrink == "auto" and not executor.is_remote):
         return None
-    return Shrinker(settings.workers)
+    return Resizer(settings.workers)
 
 
-def _closed() -> ShrinkingUnavailable:
-    return ShrinkingUnavailable("The batcher was stopped before the pictures were shrunk.")
+def _closed_error() -> ResizingUnavailable:
+    return ResizingUnavailable("The batcher was stopped before the pictures were shrunk.")

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from batcher.resizing.process import LAST_RESORT_SECONDS, LONGEST_LINE, READY
+from batcher.resizing.process import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
 from provider_image.chunk import ItemError
 from provider_image.errors import MlgError
 from provider_image.schemas import MAX_REASON
@@ -37,10 +37,10 @@ def main() -> int:
     with socket.socket(fileno=sys.stdin.fileno()) as batcher, batcher.makefile("rwb") as stream:
         stream.write(READY)
         stream.flush()
-        while line := stream.readline(LONGEST_LINE):
+        while line := stream.readline(MAX_LINE_BYTES):
             job = json.loads(line)
-            signal.setitimer(signal.ITIMER_REAL, job["limit_seconds"] + LAST_RESORT_SECONDS)
-            reply, data = _answer(job)
+            signal.setitimer(signal.ITIMER_REAL, job["limit_seconds"] + KILL_MARGIN_SECONDS)
+            reply, data = _run_job(job)
             signal.setitimer(signal.ITIMER_REAL, 0)
             stream.write(json.dumps(reply).encode() + b"\n")
             for each in data.values():
@@ -57,17 +57,17 @@ def _exit_with_batcher() -> None:
     os._exit(0)  # from a thread, in the middle of a picture: nobody waits for it
 
 
-def _answer(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
         inputs = {name: Path(path).read_bytes() for name, path in job["inputs"].items()}
     except OSError as error:
         return {"errno": error.errno, "text": error.strerror}, {}
     try:
-        data = load_service(job["service"]).shrink(ModelInput(**job["model_input"]), inputs)
+        data = load_service(job["service"]).resize(ModelInput(**job["model_input"]), inputs)
     except Exception as error:
         if not isinstance(error, MlgError):
             log.exception("item failed")
-        failure = ItemError.of(error)
+        failure = ItemError.from_exception(error)
         # Cut like a reason in a results file, so that a client reads the same.
         return {"code": failure.code, "reason": failure.reason[:MAX_REASON]}, {}
     return {"sizes": {name: len(each) for name, each in data.items()}}, data

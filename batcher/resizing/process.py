@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from batcher.errors import ResizingUnavailable
 from batcher.subprocesses import module_command
-from provider_image.errors import ChunkTimeout, MlgError, ShrinkingUnavailable, WorkerDied, error_from
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.schemas import MAX_BYTES
 
 #: A process must be ready within this time after it was started; importing takes a tenth of a second.
@@ -28,20 +29,20 @@ START_SECONDS = 60.0
 #: What a process says when it is ready.
 READY = b"ready\n"
 #: Longest line of either side: names, sizes, a reason.
-LONGEST_LINE = 64 * 1024
+MAX_LINE_BYTES = 64 * 1024
 #: The kernel ends a process that is still at an item this long after its time limit: one that hangs while it holds
 #: Python's lock could not see that its batcher is gone.
-LAST_RESORT_SECONDS = 5.0
+KILL_MARGIN_SECONDS = 5.0
 #: A process that has closed its socket is killed if it has not ended after this time.
-DYING_SECONDS = 2.0
+EXIT_GRACE_SECONDS = 2.0
 
 
-class DecoderGone(Exception):
+class DecoderExited(Exception):
     """The process ended before it had begun the item, so the item has nothing to do with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkJob:
+class ResizeJob:
     """One item to shrink."""
 
     #: The kind of service.
@@ -73,18 +74,18 @@ class Decoder:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
-    def ask(self, job: ShrinkJob, limit_seconds: float) -> dict[str, bytes] | MlgError | FileNotFoundError:
+    def run(self, job: ResizeJob, limit_seconds: float) -> dict[str, bytes] | MlgError | FileNotFoundError:
         """Have one item shrunk, in a fresh process if need be.
 
         :return: its inputs; or why there are none, as a provider would say it; or that one of its files is gone.
-        :raises DecoderGone: the process had ended before; ask again.
+        :raises DecoderExited: the process had ended before; ask again.
         :raises WorkerDied: the process ended in the middle of this item.
         :raises ChunkTimeout: it took too long.
-        :raises ShrinkingUnavailable: no process can be started.
+        :raises ResizingUnavailable: no process can be started.
         :raises OSError: a file cannot be read.
         """
         if self.pid is None:
-            self.end()
+            self.stop()
             self._start()
         assert self._socket is not None and self._stream is not None
         try:
@@ -93,18 +94,18 @@ class Decoder:
             self._stream.flush()
             reply, data = self._read_reply()
         except TimeoutError as error:
-            self.end()
-            raise _too_long(limit_seconds) from error
+            self.stop()
+            raise _timeout_error(limit_seconds) from error
         except (BrokenPipeError, ConnectionResetError) as error:
             # The kernel says so when the job was never read: whatever ended the process, it was not this item.
-            self.end()
-            raise DecoderGone() from error
+            self.stop()
+            raise DecoderExited() from error
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            status = self._status()
+            status = self._exit_status()
             if status == -signal.SIGALRM:
-                raise _too_long(limit_seconds) from error
+                raise _timeout_error(limit_seconds) from error
             raise WorkerDied(
-                f"The process that decodes pictures {_how(status)} at this one. "
+                f"The process that decodes pictures {_exit_description(status)} at this one. "
                 "Save it again in an image program and send that file."
             ) from error
         if "errno" in reply:
@@ -112,7 +113,7 @@ class Decoder:
             if isinstance(missing_or_unreadable, FileNotFoundError):
                 return missing_or_unreadable
             raise missing_or_unreadable
-        return error_from(reply) if "code" in reply else data
+        return error_from_reply(reply) if "code" in reply else data
 
     def retire(self) -> None:
         """Kill the process for good, from whichever thread; who waits for its reply sees that it died."""
@@ -121,7 +122,7 @@ class Decoder:
             if self._process is not None:
                 self._process.kill()
 
-    def end(self) -> int | None:
+    def stop(self) -> int | None:
         """Kill the process, wait for it, and let go of its socket. :return: its exit status, None without one."""
         with self._lock:
             process, self._process = self._process, None
@@ -136,19 +137,19 @@ class Decoder:
         process.kill()
         return process.wait()
 
-    def _status(self) -> int | None:
+    def _exit_status(self) -> int | None:
         """Return the exit status of a process that has closed its socket, and end it if it goes on without."""
         process = self._process
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 # The socket closes a moment before the system has the status.
-                process.wait(DYING_SECONDS)
-        return self.end()
+                process.wait(EXIT_GRACE_SECONDS)
+        return self.stop()
 
     def _read_reply(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Read a reply and the inputs behind it. :raises EOFError: it is cut short."""
         assert self._stream is not None
-        line = self._stream.readline(LONGEST_LINE)
+        line = self._stream.readline(MAX_LINE_BYTES)
         if not line.endswith(b"\n"):
             raise EOFError
         reply: dict[str, Any] = json.loads(line)
@@ -166,7 +167,7 @@ class Decoder:
         try:
             with self._lock:
                 if self._is_retired:
-                    raise ShrinkingUnavailable("The batcher was stopped before the pictures were shrunk.")
+                    raise ResizingUnavailable("The batcher was stopped before the pictures were shrunk.")
                 self._process = subprocess.Popen(
                     module_command("batcher.resizing"),
                     stdin=theirs.fileno(),
@@ -178,29 +179,29 @@ class Decoder:
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError):
-                raise ShrinkingUnavailable(f"A process that shrinks pictures cannot be started: {error}") from error
+                raise ResizingUnavailable(f"A process that shrinks pictures cannot be started: {error}") from error
             raise
         finally:
             theirs.close()
         self._socket, self._stream = ours, (stream := ours.makefile("rwb"))
         ours.settimeout(START_SECONDS)
         try:
-            is_ready = stream.readline(LONGEST_LINE) == READY
+            is_ready = stream.readline(MAX_LINE_BYTES) == READY
         except OSError:
             is_ready = False
         if not is_ready:
-            how = _how(self._status())
-            raise ShrinkingUnavailable(f"A process that shrinks pictures {how} at its start. See the batcher's log.")
+            how = _exit_description(self._exit_status())
+            raise ResizingUnavailable(f"A process that shrinks pictures {how} at its start. See the batcher's log.")
 
 
-def _too_long(limit_seconds: float) -> ChunkTimeout:
+def _timeout_error(limit_seconds: float) -> ChunkTimeout:
     return ChunkTimeout(
         f"The picture could not be decoded within {limit_seconds:g} s. "
         "Save it again in an image program and send that file."
     )
 
 
-def _how(status: int | None) -> str:
+def _exit_description(status: int | None) -> str:
     if status is None or status >= 0:
         return f"ended with status {status or 0}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"

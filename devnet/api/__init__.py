@@ -16,9 +16,9 @@ from typing import Any
 from aiohttp import web
 
 from devnet.api.event_stream import EventStream
-from devnet.api_errors import Refusal
+from devnet.api_errors import ApiError
 from devnet.faults import DAEMON, Faults
-from devnet.journal import Call, Journal
+from devnet.journal import Call, CallJournal
 from devnet.waiting import utc_now
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ VERSION = "0.17.3"
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(
-    routes: list[web.RouteDef], *, identity: str, app_key: str, journal: Journal, faults: Faults
+def make_application(
+    routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: Faults
 ) -> web.Application:
     """Make the application.
 
@@ -41,7 +41,7 @@ def application(
     async def me(request: web.Request) -> web.Response:
         return web.json_response({"identity": identity, "name": "devnet", "role": "manager"})
 
-    middlewares = [_journal(journal), _errors, _authorised(app_key), _misbehaving(faults)]
+    middlewares = [_record_calls(journal), _handle_errors, _require_app_key(app_key), _inject_faults(faults)]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes([web.get("/me", me), web.get("/version/get", _version), *routes])
     return app
@@ -53,7 +53,7 @@ async def _version(request: web.Request) -> web.Response:
     return web.json_response({"current": current})
 
 
-def _journal(journal: Journal) -> Any:
+def _record_calls(journal: CallJournal) -> Any:
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         at, started_at = utc_now(), time.monotonic()
@@ -63,7 +63,7 @@ def _journal(journal: Journal) -> Any:
             try:
                 body = await request.read()
             except web.HTTPRequestEntityTooLarge:
-                response = _refused(413, f"The body is longer than {MAX_BODY_BYTES} bytes.")
+                response = _error_response(413, f"The body is longer than {MAX_BODY_BYTES} bytes.")
             else:
                 response = await handler(request)
             return response
@@ -81,8 +81,8 @@ def _journal(journal: Journal) -> Any:
                     seconds=time.monotonic() - started_at,
                     request_bytes=len(body),
                     answer_bytes=len(answer),
-                    request=body[: journal.most_text].decode("utf-8", "replace"),
-                    answer=answer[: journal.most_text].decode("utf-8", "replace"),
+                    request=body[: journal.max_body_bytes].decode("utf-8", "replace"),
+                    answer=answer[: journal.max_body_bytes].decode("utf-8", "replace"),
                 )
             )
 
@@ -90,48 +90,48 @@ def _journal(journal: Journal) -> Any:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _handle_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Refusal as error:
-        return _refused(error.status, str(error))
+    except ApiError as error:
+        return _error_response(error.status, str(error))
     except web.HTTPException as error:
-        return _refused(error.status, f"{request.method} {request.path}: {error.reason}")
+        return _error_response(error.status, f"{request.method} {request.path}: {error.reason}")
     except ConnectionResetError:
         raise
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
-        return _refused(500, "The devnet has a bug; see its log.")
+        return _error_response(500, "The devnet has a bug; see its log.")
 
 
-def _authorised(app_key: str) -> Any:
+def _require_app_key(app_key: str) -> Any:
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         given = (key.strip() if scheme.lower() == "bearer" else "") or request.query.get("authToken", "")
         if not secrets.compare_digest(given.encode(), app_key.encode()):
-            return _refused(401, "The app key is missing or wrong. Set YAGNA_APPKEY as mlg devnet says.")
+            return _error_response(401, "The app key is missing or wrong. Set YAGNA_APPKEY as mlg devnet says.")
         return await handler(request)
 
     return middleware
 
 
-def _misbehaving(faults: Faults) -> Any:
+def _inject_faults(faults: Faults) -> Any:
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         call = f"{request.method} {request.path}"
-        if faults.strikes(DAEMON, "http-500", call):
-            return _refused(500, "A fault of the scenario: http-500.")
-        hang = faults.strikes(DAEMON, "http-hang", call)
-        if hang is not None:
+        if faults.triggers(DAEMON, "http-500", call):
+            return _error_response(500, "A fault of the scenario: http-500.")
+        hang_fault = faults.triggers(DAEMON, "http-hang", call)
+        if hang_fault is not None:
             # Without an end: until the caller gives up, or the daemon.
-            await asyncio.sleep(hang.seconds) if hang.seconds else await asyncio.Event().wait()
-        if faults.strikes(DAEMON, "gone", call) and request.transport is not None:
+            await asyncio.sleep(hang_fault.seconds) if hang_fault.seconds else await asyncio.Event().wait()
+        if faults.triggers(DAEMON, "gone", call) and request.transport is not None:
             request.transport.abort()
         return await handler(request)
 
     return middleware
 
 
-def _refused(status: int, message: str) -> web.Response:
+def _error_response(status: int, message: str) -> web.Response:
     return web.json_response({"message": message}, status=status)

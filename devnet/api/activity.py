@@ -12,8 +12,8 @@ from aiohttp import web
 from devnet.activities import Activities, Activity
 from devnet.api import request_parsing
 from devnet.api.event_stream import EventStream
-from devnet.api_errors import NotKnown, Refusal
-from devnet.market import Market
+from devnet.api_errors import ApiError, NotFound
+from devnet.market import MarketService
 from devnet.provider.agent import Provider
 
 _ROOT = "/activity-api/v1"
@@ -25,7 +25,7 @@ class ActivityRoutes:
     :param providers: node id -> provider.
     """
 
-    def __init__(self, activities: Activities, market: Market, providers: dict[str, Provider]) -> None:
+    def __init__(self, activities: Activities, market: MarketService, providers: dict[str, Provider]) -> None:
         self._activities = activities
         self._market = market
         self._providers = providers
@@ -48,11 +48,11 @@ class ActivityRoutes:
         is_object = isinstance(body, dict)
         agreement_id = body.get("agreementId") if isinstance(body, dict) else body
         if not isinstance(agreement_id, str):
-            raise Refusal("The body must name an agreement.")
+            raise ApiError("The body must name an agreement.")
         agreement = self._market.agreements.find(agreement_id)
         provider = self._providers.get(agreement.provider_id)
         if provider is None:
-            raise NotKnown("The provider of this agreement is gone.")
+            raise NotFound("The provider of this agreement is gone.")
         activity_id = provider.create_activity(agreement)
         return web.json_response({"activityId": activity_id} if is_object else activity_id, status=201)
 
@@ -62,7 +62,7 @@ class ActivityRoutes:
             unit = self._find(request).unit
             # A requestor that goes away in the meantime does not keep it alive.
             await asyncio.shield(self._activities.destroy(activity_id, "The requestor destroyed it."))
-            await unit.hold_if_vanished()
+            await unit.block_if_vanished()
         return web.json_response(None)
 
     async def _execute(self, request: web.Request) -> web.Response:
@@ -71,34 +71,34 @@ class ActivityRoutes:
         try:
             commands = json.loads(str(body["text"]))
         except ValueError as error:
-            raise Refusal(f"The script is not JSON: {error}") from error
+            raise ApiError(f"The script is not JSON: {error}") from error
         if not isinstance(commands, list) or not all(isinstance(each, dict) for each in commands):
-            raise Refusal("A script is a list of commands, each an object.")
+            raise ApiError("A script is a list of commands, each an object.")
         batch_id = await activity.unit.execute(commands)
         provider = self._providers[activity.agreement.provider_id]
-        provider.batch_began(activity.agreement, commands)
+        provider.batch_started(activity.agreement, commands)
         return web.json_response(batch_id)
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         activity = self._find(request)
         batch_id = request.match_info["batch_id"]
         if "text/event-stream" in request.headers.get("Accept", ""):
-            await activity.unit.hold_if_vanished()
+            await activity.unit.block_if_vanished()
             return await _stream(request, activity, batch_id)
-        return web.json_response(await activity.unit.results(batch_id, request_parsing.seconds(request)))
+        return web.json_response(await activity.unit.results(batch_id, request_parsing.timeout_seconds(request)))
 
     async def _state(self, request: web.Request) -> web.Response:
         reason = self._activities.reason(request.match_info["activity_id"])
         if reason is not None:
-            return web.json_response(_shown_state(("Terminated", None), reason))
+            return web.json_response(_state_body(("Terminated", None), reason))
         unit = self._find(request).unit
-        await unit.hold_if_vanished()
-        return web.json_response(_shown_state(unit.state, unit.reason))
+        await unit.block_if_vanished()
+        return web.json_response(_state_body(unit.state, unit.reason))
 
     async def _usage(self, request: web.Request) -> web.Response:
         activity_id = request.match_info["activity_id"]
         if self._activities.reason(activity_id) is None:
-            await self._find(request).unit.hold_if_vanished()
+            await self._find(request).unit.block_if_vanished()
         usage = self._activities.usage(activity_id)
         return web.json_response({"currentUsage": usage, "timestamp": int(time.time())})
 
@@ -108,7 +108,7 @@ class ActivityRoutes:
 
     def _find(self, request: web.Request) -> Activity:
         activity = self._activities.find(request.match_info["activity_id"])
-        activity.owner.heard()
+        activity.owner.record_contact()
         return activity
 
 
@@ -121,6 +121,6 @@ async def _stream(request: web.Request, activity: Activity, batch_id: str) -> we
     return response
 
 
-def _shown_state(state: tuple[str, str | None], reason: str | None) -> dict[str, Any]:
-    shown: dict[str, Any] = {"state": list(state)}
-    return shown if reason is None else {**shown, "reason": reason}
+def _state_body(state: tuple[str, str | None], reason: str | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"state": list(state)}
+    return body if reason is None else {**body, "reason": reason}

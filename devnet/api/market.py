@@ -6,10 +6,10 @@ from aiohttp import web
 
 from devnet.agreements import STATES
 from devnet.api import request_parsing
-from devnet.api_errors import NotKnown, Refusal
-from devnet.market import Market
+from devnet.api_errors import ApiError, NotFound
+from devnet.market import MarketService
 from devnet.provider.agent import Provider
-from devnet.waiting import read
+from devnet.waiting import parse_time
 
 _ROOT = "/market-api/v1"
 
@@ -20,7 +20,7 @@ class MarketRoutes:
     :param providers: node id -> provider.
     """
 
-    def __init__(self, market: Market, providers: dict[str, Provider]) -> None:
+    def __init__(self, market: MarketService, providers: dict[str, Provider]) -> None:
         self._market = market
         self._providers = providers
 
@@ -51,10 +51,10 @@ class MarketRoutes:
     # Demands and proposals
 
     async def _list_demands(self, request: web.Request) -> web.Response:
-        return web.json_response([demand.published() for demand in self._market.open_demands()])
+        return web.json_response([demand.to_api() for demand in self._market.list_open_demands()])
 
     async def _subscribe(self, request: web.Request) -> web.Response:
-        properties, constraints = await _said(request)
+        properties, constraints = await _properties_and_constraints(request)
         return web.json_response(self._market.subscribe(properties, constraints).demand_id, status=201)
 
     async def _unsubscribe(self, request: web.Request) -> web.Response:
@@ -62,15 +62,17 @@ class MarketRoutes:
         return web.Response(status=204)
 
     async def _demand_events(self, request: web.Request) -> web.Response:
-        most = request_parsing.most(request, "maxEvents")
-        events = await self._market.collect(request.match_info["demand_id"], request_parsing.seconds(request), most)
+        max_items = request_parsing.max_items(request, "maxEvents")
+        events = await self._market.poll(
+            request.match_info["demand_id"], request_parsing.timeout_seconds(request), max_items
+        )
         return web.json_response(events)
 
     async def _proposal(self, request: web.Request) -> web.Response:
-        return web.json_response(self._market.proposal(*_proposal_ids(request)).published())
+        return web.json_response(self._market.proposal(*_proposal_ids(request)).to_api())
 
     async def _counter(self, request: web.Request) -> web.Response:
-        properties, constraints = await _said(request)
+        properties, constraints = await _properties_and_constraints(request)
         proposal = self._market.counter(*_proposal_ids(request), properties, constraints)
         return web.json_response(proposal.proposal_id, status=201)
 
@@ -84,35 +86,35 @@ class MarketRoutes:
     async def _list_agreements(self, request: web.Request) -> web.Response:
         state = request.query.get("state")
         if state is not None and state not in STATES:
-            raise Refusal(f"state is one of {', '.join(STATES)}, not {state!r}.")
-        agreements = self._market.agreements.like(
+            raise ApiError(f"state is one of {', '.join(STATES)}, not {state!r}.")
+        agreements = self._market.agreements.search(
             state=state,
-            after=request_parsing.moment(request, "afterDate"),
-            before=request_parsing.moment(request, "beforeDate"),
+            after=request_parsing.timestamp(request, "afterDate"),
+            before=request_parsing.timestamp(request, "beforeDate"),
             session_id=request.query.get("appSessionId"),
         )
-        return web.json_response([agreement.listed() for agreement in agreements])
+        return web.json_response([agreement.to_api_summary() for agreement in agreements])
 
     async def _create_agreement(self, request: web.Request) -> web.Response:
         body = await request_parsing.json_object(request, "proposalId", "validTo")
         try:
-            valid_to = read(str(body["validTo"]))
+            valid_to = parse_time(str(body["validTo"]))
         except ValueError as error:
-            raise Refusal(f"validTo is no date in ISO 8601: {body['validTo']!r}.") from error
+            raise ApiError(f"validTo is no date in ISO 8601: {body['validTo']!r}.") from error
         agreement = self._market.create_agreement(str(body["proposalId"]), valid_to)
         return web.json_response(agreement.agreement_id, status=201)
 
     async def _agreement(self, request: web.Request) -> web.Response:
-        return web.json_response(self._market.agreements.find(self._agreement_id(request)).published())
+        return web.json_response(self._market.agreements.find(self._agreement_id(request)).to_api())
 
     async def _confirm(self, request: web.Request) -> web.Response:
         self._market.agreements.confirm(self._agreement_id(request), request.query.get("appSessionId"))
         return web.Response(status=204)
 
     async def _wait(self, request: web.Request) -> web.Response:
-        seconds = request_parsing.seconds(request)
+        timeout_seconds = request_parsing.timeout_seconds(request)
         # As published: 0 waits as long as it takes.
-        await self._market.agreements.wait_for_approval(self._agreement_id(request), seconds or None)
+        await self._market.agreements.wait_for_approval(self._agreement_id(request), timeout_seconds or None)
         return web.Response(status=204)
 
     async def _cancel(self, request: web.Request) -> web.Response:
@@ -131,13 +133,13 @@ class MarketRoutes:
         for event in self._market.agreements.events:
             if event["agreementId"] == agreement_id and event["eventType"] == "AgreementTerminatedEvent":
                 return web.json_response(event)
-        raise NotKnown("The agreement was not terminated.")
+        raise NotFound("The agreement was not terminated.")
 
     async def _agreement_events(self, request: web.Request) -> web.Response:
-        events = await self._market.agreements.collect(
-            request_parsing.moment(request, "afterTimestamp"),
-            request_parsing.seconds(request),
-            request_parsing.most(request, "maxEvents"),
+        events = await self._market.agreements.poll(
+            request_parsing.timestamp(request, "afterTimestamp"),
+            request_parsing.timeout_seconds(request),
+            request_parsing.max_items(request, "maxEvents"),
             request.query.get("appSessionId"),
         )
         return web.json_response(events)
@@ -148,7 +150,7 @@ class MarketRoutes:
         agreement = self._market.agreements.get(agreement_id)
         provider = self._providers.get(agreement.provider_id) if agreement is not None else None
         if provider is not None and provider.agreement is agreement:
-            provider.heard()
+            provider.record_contact()
         return agreement_id
 
 
@@ -156,8 +158,8 @@ def _proposal_ids(request: web.Request) -> tuple[str, str]:
     return request.match_info["demand_id"], request.match_info["proposal_id"]
 
 
-async def _said(request: web.Request) -> tuple[dict[str, object], str]:
+async def _properties_and_constraints(request: web.Request) -> tuple[dict[str, object], str]:
     body = await request_parsing.json_object(request, "properties", "constraints")
     if not isinstance(body["properties"], dict) or not isinstance(body["constraints"], str):
-        raise Refusal("properties is an object and constraints a text.")
+        raise ApiError("properties is an object and constraints a text.")
     return body["properties"], body["constraints"]

@@ -8,11 +8,11 @@ from typing import Any
 from aiohttp import web
 
 from devnet.api import request_parsing
-from devnet.api_errors import NotKnown, Refusal
-from devnet.market import Market
-from devnet.payment import Payment
+from devnet.api_errors import ApiError, NotFound
+from devnet.market import MarketService
+from devnet.payment import PaymentService
 from devnet.provider.agent import Provider
-from devnet.records import Bill, money
+from devnet.records import Bill, format_amount
 
 _ROOT = "/payment-api/v1"
 _Handler = Callable[[web.Request], Awaitable[web.Response]]
@@ -22,16 +22,20 @@ class PaymentRoutes:
     """The handlers.
 
     :param providers: node id -> provider.
-    :param tell: gets a line for people about what is important.
+    :param report: gets a line for people about what is important.
     """
 
     def __init__(
-        self, payment: Payment, market: Market, providers: dict[str, Provider], tell: Callable[[str], None]
+        self,
+        payment: PaymentService,
+        market: MarketService,
+        providers: dict[str, Provider],
+        report: Callable[[str], None],
     ) -> None:
         self._payment = payment
         self._market = market
         self._providers = providers
-        self._tell = tell
+        self._report = report
 
     def routes(self) -> list[web.RouteDef]:
         """List the routes."""
@@ -50,7 +54,7 @@ class PaymentRoutes:
             web.get(f"{_ROOT}/debitNoteEvents", self._feed("debit note")),
             web.get(f"{_ROOT}/payments", self._feed("payment")),
             web.get(f"{_ROOT}/payments/status", self._status),
-            web.get(f"{_ROOT}/payments/{{payment_id}}", self._one_payment),
+            web.get(f"{_ROOT}/payments/{{payment_id}}", self._payment_by_id),
             web.get(f"{_ROOT}/invoices", self._invoices),
             web.get(invoice, self._invoice),
             web.post(f"{invoice}/accept", self._accept_invoice),
@@ -65,30 +69,33 @@ class PaymentRoutes:
 
     async def _allocate(self, request: web.Request) -> web.Response:
         allocation = self._payment.wallet.allocate(await request_parsing.json_object(request, "totalAmount"))
-        self._tell(f"the requestor sets {money(allocation.total)} GLM aside")
-        return web.json_response(allocation.published(), status=201)
+        self._report(f"the requestor sets {format_amount(allocation.total)} GLM aside")
+        return web.json_response(allocation.to_api(), status=201)
 
     async def _allocations(self, request: web.Request) -> web.Response:
-        return web.json_response([allocation.published() for allocation in self._payment.wallet.live()])
+        return web.json_response([allocation.to_api() for allocation in self._payment.wallet.list_active()])
 
     async def _allocation(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.wallet.find(request.match_info["allocation_id"]).published())
+        return web.json_response(self._payment.wallet.find(request.match_info["allocation_id"]).to_api())
 
     async def _amend(self, request: web.Request) -> web.Response:
-        wanted = await request_parsing.json_object(request)
-        return web.json_response(self._payment.wallet.amend(request.match_info["allocation_id"], wanted).published())
+        body = await request_parsing.json_object(request)
+        return web.json_response(self._payment.wallet.amend(request.match_info["allocation_id"], body).to_api())
 
     async def _release(self, request: web.Request) -> web.Response:
         allocation = self._payment.wallet.allocations.get(request.match_info["allocation_id"])
         self._payment.wallet.release(request.match_info["allocation_id"])
         if allocation is not None:
-            self._tell(f"the requestor takes {money(allocation.remaining)} GLM back, {money(allocation.spent)} spent")
+            self._report(
+                f"the requestor takes {format_amount(allocation.remaining)} GLM back, "
+                f"{format_amount(allocation.spent)} spent"
+            )
         return web.json_response(None)
 
     async def _decorations(self, request: web.Request) -> web.Response:
         ids = [each for each in request.query.get("allocationIds", "").split(",") if each]
         if not ids:
-            raise Refusal("allocationIds names no allocation.")
+            raise ApiError("allocationIds names no allocation.")
         return web.json_response(self._payment.wallet.decorations(ids))
 
     async def _accounts(self, request: web.Request) -> web.Response:
@@ -97,10 +104,10 @@ class PaymentRoutes:
     # Bills
 
     async def _invoices(self, request: web.Request) -> web.Response:
-        return _listed(request, self._payment.invoices.values())
+        return _list_response(request, self._payment.invoices.values())
 
     async def _invoice(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.invoice(request.match_info["bill_id"]).published())
+        return web.json_response(self._payment.invoice(request.match_info["bill_id"]).to_api())
 
     async def _accept_invoice(self, request: web.Request) -> web.Response:
         acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
@@ -110,7 +117,7 @@ class PaymentRoutes:
         if is_new:
             provider = self._providers.get(invoice.issuer_id)
             name = provider.plan.name if provider is not None else invoice.issuer_id
-            self._tell(f"the requestor pays {name} {money(invoice.amount)} GLM")
+            self._report(f"the requestor pays {name} {format_amount(invoice.amount)} GLM")
         return web.json_response(None)
 
     async def _reject_invoice(self, request: web.Request) -> web.Response:
@@ -118,10 +125,10 @@ class PaymentRoutes:
         return web.json_response(None)
 
     async def _debit_notes(self, request: web.Request) -> web.Response:
-        return _listed(request, self._payment.debit_notes.values())
+        return _list_response(request, self._payment.debit_notes.values())
 
     async def _debit_note(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.debit_note(request.match_info["bill_id"]).published())
+        return web.json_response(self._payment.debit_note(request.match_info["bill_id"]).to_api())
 
     async def _accept_debit_note(self, request: web.Request) -> web.Response:
         acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
@@ -129,7 +136,7 @@ class PaymentRoutes:
         self._payment.accept_debit_note(note.bill_id, acceptance)
         provider = self._providers.get(note.issuer_id)
         if provider is not None and provider.agreement is self._market.agreements.get(note.agreement_id):
-            provider.heard()
+            provider.record_contact()
         return web.json_response(None)
 
     async def _reject_debit_note(self, request: web.Request) -> web.Response:
@@ -146,11 +153,11 @@ class PaymentRoutes:
             def is_wanted(item: dict[str, Any]) -> bool:
                 return self._is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
 
-            items = await self._payment.collect(
+            items = await self._payment.poll(
                 kind,
-                request_parsing.moment(request, "afterTimestamp"),
-                request_parsing.seconds(request),
-                request_parsing.most(request, "maxEvents"),
+                request_parsing.timestamp(request, "afterTimestamp"),
+                request_parsing.timeout_seconds(request),
+                request_parsing.max_items(request, "maxEvents"),
                 is_wanted,
             )
             return web.json_response(items)
@@ -168,18 +175,21 @@ class PaymentRoutes:
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response([])
 
-    async def _one_payment(self, request: web.Request) -> web.Response:
+    async def _payment_by_id(self, request: web.Request) -> web.Response:
         for payment in self._payment.payments:
             if payment["paymentId"] == request.match_info["payment_id"]:
                 return web.json_response(payment)
-        raise NotKnown("There is no such payment.")
+        raise NotFound("There is no such payment.")
 
 
 async def _rejection(request: web.Request) -> dict[str, Any]:
     return await request_parsing.json_object(request, "rejectionReason", "totalAmountAccepted")
 
 
-def _listed(request: web.Request, bills: Iterable[Bill]) -> web.Response:
-    after, most = request_parsing.moment(request, "afterTimestamp"), request_parsing.most(request, "maxItems")
-    chosen = [bill.published() for bill in bills if after is None or bill.created_at > after]
-    return web.json_response(chosen[:most])
+def _list_response(request: web.Request, bills: Iterable[Bill]) -> web.Response:
+    after, max_items = (
+        request_parsing.timestamp(request, "afterTimestamp"),
+        request_parsing.max_items(request, "maxItems"),
+    )
+    chosen = [bill.to_api() for bill in bills if after is None or bill.created_at > after]
+    return web.json_response(chosen[:max_items])

@@ -9,11 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
-from devnet.api_errors import Refusal
-from devnet.waiting import read
+from devnet.api_errors import ApiError
+from devnet.waiting import parse_time
 
 #: The published default of long polls and of waiting for the other side.
-POLL_SECONDS = 5.0
+DEFAULT_POLL_SECONDS = 5.0
 
 
 async def json_body(request: web.Request) -> Any:
@@ -24,17 +24,17 @@ async def json_body(request: web.Request) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Refusal(f"The body is not JSON: {error}") from error
+        raise ApiError(f"The body is not JSON: {error}") from error
 
 
 async def json_object(request: web.Request, *required: str) -> dict[str, Any]:
     """Return the body, a JSON object that has these keys."""
     body = await json_body(request)
     if not isinstance(body, dict):
-        raise Refusal("The body must be a JSON object.")
+        raise ApiError("The body must be a JSON object.")
     missing = [key for key in required if body.get(key) is None]
     if missing:
-        raise Refusal(f"The body lacks {', '.join(missing)}.")
+        raise ApiError(f"The body lacks {', '.join(missing)}.")
     return body
 
 
@@ -44,11 +44,11 @@ async def reason(request: web.Request) -> dict[str, Any] | None:
     if body is None:
         return None
     if not isinstance(body, dict) or not isinstance(body.get("message"), str):
-        raise Refusal('A reason is a JSON object with a "message".')
+        raise ApiError('A reason is a JSON object with a "message".')
     return body
 
 
-def seconds(request: web.Request, default: float = POLL_SECONDS) -> float:
+def timeout_seconds(request: web.Request, default: float = DEFAULT_POLL_SECONDS) -> float:
     """Return how long the caller wants to wait."""
     text = request.query.get("timeout")
     if text is None:
@@ -56,26 +56,26 @@ def seconds(request: web.Request, default: float = POLL_SECONDS) -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise Refusal(f"timeout is no number of seconds: {text!r}.") from error
+        raise ApiError(f"timeout is no number of seconds: {text!r}.") from error
     if not math.isfinite(value) or value < 0:
-        raise Refusal(f"timeout must be 0 or more, not {text}.")
+        raise ApiError(f"timeout must be 0 or more, not {text}.")
     return value
 
 
-def most(request: web.Request, name: str) -> int:
+def max_items(request: web.Request, name: str) -> int:
     """Return how many items the caller takes: maxEvents or maxItems."""
     text = request.query.get(name, "10")
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 100:
-        raise Refusal(f"{name} must be a whole number from 1 to 100, not {text!r}.")
+        raise ApiError(f"{name} must be a whole number from 1 to 100, not {text!r}.")
     return int(text)
 
 
-def moment(request: web.Request, name: str) -> datetime | None:
+def timestamp(request: web.Request, name: str) -> datetime | None:
     """Return a date of the query."""
     text = request.query.get(name)
     if text is None:
         return None
     try:
-        return read(text)
+        return parse_time(text)
     except ValueError as error:
-        raise Refusal(f"{name} is no date in ISO 8601: {text!r}.") from error
+        raise ApiError(f"{name} is no date in ISO 8601: {text!r}.") from error

@@ -13,29 +13,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from devnet.activities import Activities
-from devnet.api_errors import Broken, Refusal
+from devnet.api_errors import ApiError, InternalError
 from devnet.constraints import parse
 from devnet.faults import Faults
-from devnet.market import Market, expiration
-from devnet.payment import Payment
-from devnet.provider.invoicing import Biller
-from devnet.provider.offers import offers
+from devnet.market import MarketService, expiration
+from devnet.payment import PaymentService
+from devnet.provider.invoicing import Invoicer
+from devnet.provider.offers import make_offers
 from devnet.records import Agreement, Demand, Proposal
 from devnet.scenario import ProviderPlan, Scenario
-from devnet.waiting import Bell
+from devnet.waiting import ChangeNotifier
 
 log = logging.getLogger(__name__)
 
 _MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Provider:
     """See the module.
 
     :param cpus: where its processes run.
-    :param tell: gets a line for people about what is important.
+    :param report: gets a line for people about what is important.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Provider:
         plan: ProviderPlan,
         *,
         scenario: Scenario,
-        market: Market,
-        payment: Payment,
+        market: MarketService,
+        payment: PaymentService,
         activities: Activities,
         faults: Faults,
         cpus: frozenset[int] | None,
-        tell: Tell,
+        report: Report,
     ) -> None:
         self.plan = plan
         self.node_id = plan.node_id
@@ -59,12 +59,12 @@ class Provider:
         self._market = market
         self._activities = activities
         self._faults = faults
-        self._tell = tell
-        self._offers = {offer.offer_id: offer for offer in offers(plan, scenario.subnet)}
-        self._bell = Bell()
-        self._heard_at = 0.0
+        self._report = report
+        self._offers = {offer.offer_id: offer for offer in make_offers(plan, scenario.subnet)}
+        self._notifier = ChangeNotifier()
+        self._last_contact_at = 0.0
         self._idle_since = 0.0
-        self._biller = Biller(plan, payment=payment, activities=activities, faults=faults, tell=tell)
+        self._invoicer = Invoicer(plan, payment=payment, activities=activities, faults=faults, report=report)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -74,13 +74,13 @@ class Provider:
             if agreement.provider_id != self.node_id:
                 continue
             if agreement.state == "Approved" and self.agreement is None:
-                self._begin(agreement)
+                self._start_agreement(agreement)
             elif agreement.state == "Pending":
-                self.confirmed(agreement)
+                self.agreement_confirmed(agreement)
             elif agreement.approved_at is not None and not agreement.is_billed:
-                self._spawn(self._biller.send_invoice(agreement))
+                self._spawn(self._invoicer.send_invoice(agreement))
         if self.agreement is None:
-            self._publish_everywhere()
+            self._propose_to_all()
 
     async def close(self) -> None:
         """Stop at once, in the middle of whatever it does."""
@@ -93,17 +93,20 @@ class Provider:
     def demand_opened(self, demand: Demand) -> None:
         """See ProviderSide."""
         if self.agreement is None:
-            self._publish(demand)
+            self._propose_to(demand)
 
-    def countered(self, proposal: Proposal) -> None:
+    def proposal_countered(self, proposal: Proposal) -> None:
         """See ProviderSide. Whoever is busy does not answer; the requestor hears of it again later."""
-        if self.agreement is not None or self._faults.strikes(self.plan.name, "no-answer"):
+        if self.agreement is not None or self._faults.triggers(self.plan.name, "no-answer"):
             return
         offer = self._offers.get(proposal.offer_id)
         demand = self._market.demands.get(proposal.demand_id)
         if offer is None or demand is None:
             return
-        if not (offer.wants.matches(proposal.properties) and parse(proposal.constraints).matches(offer.properties)):
+        if not (
+            offer.parsed_constraints.matches(proposal.properties)
+            and parse(proposal.constraints).matches(offer.properties)
+        ):
             return
         self._market.propose(
             demand,
@@ -114,83 +117,83 @@ class Provider:
             previous_id=proposal.proposal_id,
         )
 
-    def confirmed(self, agreement: Agreement) -> None:
+    def agreement_confirmed(self, agreement: Agreement) -> None:
         """See ProviderSide."""
         if self.agreement is not None:
             self._market.agreements.refuse(agreement, f"{self.plan.name} is busy with another agreement.")
-        elif self._faults.strikes(self.plan.name, "reject"):
-            self._tell(f"{self.plan.name} refuses an agreement")
+        elif self._faults.triggers(self.plan.name, "reject"):
+            self._report(f"{self.plan.name} refuses an agreement")
             self._market.agreements.refuse(agreement, f"{self.plan.name} does not want to.")
-        elif not self._faults.strikes(self.plan.name, "never-approve"):
-            self._begin(agreement)
+        elif not self._faults.triggers(self.plan.name, "never-approve"):
+            self._start_agreement(agreement)
 
-    def ended(self, agreement: Agreement) -> None:
+    def agreement_ended(self, agreement: Agreement) -> None:
         """See ProviderSide."""
         if agreement is self.agreement:
-            self._bell.ring()
+            self._notifier.notify()
 
     # The activities' side
 
-    def heard(self) -> None:
+    def record_contact(self) -> None:
         """See ActivityOwner."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._last_contact_at = asyncio.get_running_loop().time()
 
     def create_activity(self, agreement: Agreement) -> str:
         """Start an activity for an agreement.
 
-        :raises Refusal: the agreement does not allow it.
+        :raises ApiError: the agreement does not allow it.
         """
-        self.heard()
+        self.record_contact()
         if agreement.state != "Approved" or agreement is not self.agreement:
-            raise Refusal(f"The agreement is {agreement.state}; it allows no activity.")
+            raise ApiError(f"The agreement is {agreement.state}; it allows no activity.")
         if agreement.usage and not is_multi_activity(agreement):
-            raise Refusal("The agreement is for one activity, and had it.")
-        if self._faults.strikes(self.plan.name, "no-activity"):
-            raise Broken(f"{self.plan.name} cannot start an exe-unit.")
+            raise ApiError("The agreement is for one activity, and had it.")
+        if self._faults.triggers(self.plan.name, "no-activity"):
+            raise InternalError(f"{self.plan.name} cannot start an exe-unit.")
         activity_id = self._activities.create(agreement, self)
-        seconds = self._biller.note_seconds()
+        seconds = self._invoicer.debit_note_interval_seconds()
         if seconds:
-            self._spawn(self._biller.send_notes(agreement, activity_id, seconds))
+            self._spawn(self._invoicer.send_debit_notes(agreement, activity_id, seconds))
         return activity_id
 
-    def batch_began(self, agreement: Agreement, commands: list[dict[str, Any]]) -> None:
+    def batch_started(self, agreement: Agreement, commands: list[dict[str, Any]]) -> None:
         """Take note that a batch runs: the moment for dropping the agreement."""
         if not any("run" in command for command in commands):
             return
-        fault = self._faults.strikes(self.plan.name, "drop-agreement")
+        fault = self._faults.triggers(self.plan.name, "drop-agreement")
         if fault is not None:
             self._spawn(self._drop(agreement, fault.seconds))
 
     def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
         """See ActivityOwner."""
         self._idle_since = asyncio.get_running_loop().time()
-        self._biller.send_note(agreement, activity_id)
+        self._invoicer.send_debit_note(agreement, activity_id)
         if agreement.state == "Approved" and not is_multi_activity(agreement):
             self._terminate(agreement, "The only activity is over.")
-        self._bell.ring()
+        self._notifier.notify()
 
     # An agreement's life
 
-    def _begin(self, agreement: Agreement) -> None:
+    def _start_agreement(self, agreement: Agreement) -> None:
         self.agreement = agreement
         self._spawn(self._serve(agreement))
 
     async def _serve(self, agreement: Agreement) -> None:
         if agreement.state == "Pending":
-            slow = self._faults.strikes(self.plan.name, "slow-approval")
+            slow = self._faults.triggers(self.plan.name, "slow-approval")
             if slow is not None:
                 await asyncio.sleep(slow.seconds)
             if not self._market.agreements.approve(agreement):
                 self._release()
                 return
-            self._tell(f"{self.plan.name} agreed to work: {agreement.short_name}")
-        self._biller.begin(agreement)
-        self.heard()
-        self._idle_since = self._heard_at
+            self._report(f"{self.plan.name} agreed to work: {agreement.short_name}")
+        self._invoicer.decide_overbilling(agreement)
+        self.record_contact()
+        self._idle_since = self._last_contact_at
         await self._watch(agreement)
-        for activity_id in self._activities.of(agreement):
+        for activity_id in self._activities.live_ids(agreement):
             await self._activities.destroy(activity_id, f"The agreement is {agreement.state}.")
-        self._spawn(self._biller.send_invoice(agreement))
+        self._spawn(self._invoicer.send_invoice(agreement))
         self._release()
 
     async def _watch(self, agreement: Agreement) -> None:
@@ -198,8 +201,8 @@ class Provider:
         loop = asyncio.get_running_loop()
         expires_at = expiration(agreement.demand["properties"])
         while agreement.state == "Approved":
-            ends = [(self._heard_at + self._scenario.silent_seconds, "The requestor is silent.")]
-            if not self._activities.of(agreement):
+            ends = [(self._last_contact_at + self._scenario.silent_seconds, "The requestor is silent.")]
+            if not self._activities.live_ids(agreement):
                 ends.append((self._idle_since + self._scenario.idle_seconds, "There is no activity."))
             if expires_at is not None:
                 left = (expires_at - datetime.now(UTC)).total_seconds()
@@ -208,7 +211,7 @@ class Provider:
             if end <= loop.time():
                 self._terminate(agreement, reason)
                 return
-            await self._bell.until(lambda: agreement.state != "Approved", end - loop.time())
+            await self._notifier.wait_until(lambda: agreement.state != "Approved", end - loop.time())
 
     async def _drop(self, agreement: Agreement, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -216,23 +219,23 @@ class Provider:
             self._terminate(agreement, "The provider needs its computer for something else.")
 
     def _terminate(self, agreement: Agreement, reason: str) -> None:
-        self._tell(f"{self.plan.name} ends its agreement: {reason}")
+        self._report(f"{self.plan.name} ends its agreement: {reason}")
         self._market.agreements.terminate(agreement.agreement_id, "Provider", {"message": reason})
 
     def _release(self) -> None:
         self.agreement = None
-        self._publish_everywhere()
+        self._propose_to_all()
 
     # Offers
 
-    def _publish_everywhere(self) -> None:
-        for demand in self._market.open_demands():
-            self._publish(demand)
+    def _propose_to_all(self) -> None:
+        for demand in self._market.list_open_demands():
+            self._propose_to(demand)
 
-    def _publish(self, demand: Demand) -> None:
-        wants = parse(demand.constraints)
+    def _propose_to(self, demand: Demand) -> None:
+        parsed_constraints = parse(demand.constraints)
         for offer in self._offers.values():
-            if wants.matches(offer.properties) and offer.wants.matches(demand.properties):
+            if parsed_constraints.matches(offer.properties) and offer.parsed_constraints.matches(demand.properties):
                 self._market.propose(
                     demand,
                     issuer_id=self.node_id,
@@ -243,12 +246,12 @@ class Provider:
 
     # Tasks
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._task_done)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("%s: a task of its failed", self.plan.name, exc_info=task.exception())

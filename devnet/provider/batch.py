@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from devnet.provider.script import Command, CommandFailed
-from devnet.waiting import Bell, utc_now, written
+from devnet.waiting import ChangeNotifier, format_time, utc_now
 
 
 @dataclass(eq=False, kw_only=True)
-class Batch:
+class ScriptBatch:
     """One batch."""
 
     #: Random.
@@ -28,22 +28,22 @@ class Batch:
     #: Somebody fetches the events.
     is_streamed: bool = False
     #: Rung whenever anything here has changed.
-    bell: Bell = field(default_factory=Bell)
+    notifier: ChangeNotifier = field(default_factory=ChangeNotifier)
 
-    def tell(self, index: int, kind: dict[str, Any]) -> None:
+    def add_event(self, index: int, kind: dict[str, Any]) -> None:
         """Add a runtime event."""
-        moment = utc_now().replace(tzinfo=None).isoformat(timespec="microseconds")
-        self.events.append({"batch_id": self.id, "index": index, "timestamp": moment, "kind": kind})
-        self.bell.ring()
+        timestamp = utc_now().replace(tzinfo=None).isoformat(timespec="microseconds")
+        self.events.append({"batch_id": self.id, "index": index, "timestamp": timestamp, "kind": kind})
+        self.notifier.notify()
 
-    def add(self, index: int, error: CommandFailed | None, stdout: str | None, stderr: str | None) -> None:
+    def add_result(self, index: int, error: CommandFailed | None, stdout: str | None, stderr: str | None) -> None:
         """Add a command's result; the batch is finished by its last command or one that failed."""
         message = str(error) if error else None
-        self.is_finished = error is not None or index == len(self.commands) - 1 or self.commands[index].ends_all
+        self.is_finished = error is not None or index == len(self.commands) - 1 or self.commands[index].ends_activity
         self.results.append(
             {
                 "index": index,
-                "eventDate": written(utc_now()),
+                "eventDate": format_time(utc_now()),
                 "result": "Error" if error else "Ok",
                 "stdout": stdout,
                 "stderr": stderr,
@@ -51,4 +51,4 @@ class Batch:
                 "isBatchFinished": self.is_finished,
             }
         )
-        self.tell(index, {"finished": {"return_code": error.status if error else 0, "message": message}})
+        self.add_event(index, {"finished": {"return_code": error.status if error else 0, "message": message}})

@@ -23,19 +23,19 @@ class Offer:
     properties: dict[str, Any]
     constraints: str
     #: The constraints, read.
-    wants: Constraint
+    parsed_constraints: Constraint
 
 
-def offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
+def make_offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
     """Make a provider's offers, one a runtime."""
     constraints = f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
-    wants = parse(constraints)
+    parsed_constraints = parse(constraints)
     return [
         Offer(
             offer_id=f"{plan.name}-{runtime}",
             properties=_properties(plan, runtime, subnet),
             constraints=constraints,
-            wants=wants,
+            parsed_constraints=parsed_constraints,
         )
         for runtime in plan.runtimes
     ]

@@ -21,15 +21,15 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 #: The variable that marks an activity's processes.
-MARK = "GOLEM_DEVNET_ACTIVITY"
+ACTIVITY_VARIABLE = "GOLEM_DEVNET_ACTIVITY"
 #: A process that is still there so long after SIGKILL hangs in the kernel; nothing can be done about it.
 _KILL_SECONDS = 10.0
-_LOOK_SECONDS = 0.01
-_TICKS = os.sysconf("SC_CLK_TCK")
+_SCAN_SECONDS = 0.01
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _ProcessInfo:
     """A living process as it was at the last look."""
 
     pid: int
@@ -46,71 +46,71 @@ class Processes:
     def __init__(self, activity_id: str) -> None:
         # Ids need not be unique among all devnets of a machine, and one must not kill for the other.
         self.mark = f"{activity_id}-{secrets.token_hex(6)}"
-        self._needle = f"\0{MARK}={self.mark}\0".encode()
+        self._environment_entry = f"\0{ACTIVITY_VARIABLE}={self.mark}\0".encode()
         self._children: set[int] = set()
         #: Children that were waited for since the last look.
         self._reaped: set[int] = set()
-        self._seen: dict[tuple[int, int], _Seen] = {}
-        self._settled_seconds = 0.0
-        self._most_seconds = 0.0
+        self._processes: dict[tuple[int, int], _ProcessInfo] = {}
+        self._reaped_seconds = 0.0
+        self._max_seconds = 0.0
 
     def add_child(self, pid: int) -> None:
         """Note a process that this one started as the leader of a new session."""
         self._children.add(pid)
 
-    def settle_child(self, pid: int, seconds: float) -> None:
+    def child_reaped(self, pid: int, seconds: float) -> None:
         """Note that a child was waited for. :param seconds: its processor time, with all that it waited for."""
         self._children.discard(pid)
         self._reaped.add(pid)
-        self._settled_seconds += seconds
-        self._seen = {key: seen for key, seen in self._seen.items() if seen.pid != pid}
+        self._reaped_seconds += seconds
+        self._processes = {key: process for key, process in self._processes.items() if process.pid != pid}
 
     def pids(self) -> list[int]:
         """List the living processes of the activity."""
-        return sorted(seen.pid for seen in self._look().values())
+        return sorted(process.pid for process in self._scan().values())
 
     def cpu_seconds(self) -> float:
         """Return the processor time that all processes have used so far; never less than at the call before."""
-        found = self._look()
-        families = {seen.pid for seen in self._seen.values()} | self._reaped
-        for key in self._seen.keys() - found.keys():
-            gone = self._seen[key]
+        found = self._scan()
+        known_parents = {process.pid for process in self._processes.values()} | self._reaped
+        for key in self._processes.keys() - found.keys():
+            ended_process = self._processes[key]
             # Whoever had a parent among us was waited for by it and is in its time; children are settled when reaped.
-            if gone.parent not in families and gone.pid not in self._children:
-                self._settled_seconds += gone.seconds
-        self._seen, self._reaped = found, set()
-        now = self._settled_seconds + sum(seen.seconds for seen in found.values())
-        self._most_seconds = max(self._most_seconds, now)
-        return self._most_seconds
+            if ended_process.parent not in known_parents and ended_process.pid not in self._children:
+                self._reaped_seconds += ended_process.seconds
+        self._processes, self._reaped = found, set()
+        now = self._reaped_seconds + sum(process.seconds for process in found.values())
+        self._max_seconds = max(self._max_seconds, now)
+        return self._max_seconds
 
     async def kill_all(self) -> None:
         """Kill every process of the activity, again and again until none is left."""
-        deadline, looks_in_vain = time.monotonic() + _KILL_SECONDS, 0
+        deadline, empty_scans = time.monotonic() + _KILL_SECONDS, 0
         # In the middle of an exec a process has no environment for a moment, hence the second look.
-        while looks_in_vain < 2:
+        while empty_scans < 2:
             for pid in self._children:
                 _kill(-pid)  # not waited for, so the number is still its own
             pids = self.pids()
             for pid in pids:
                 _kill(pid)
-            looks_in_vain = 0 if pids else looks_in_vain + 1
+            empty_scans = 0 if pids else empty_scans + 1
             if time.monotonic() > deadline:
                 log.warning("processes outlive their activity: %s", pids, extra={"activity": self.mark})
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_SCAN_SECONDS)
 
-    def _look(self) -> dict[tuple[int, int], _Seen]:
+    def _scan(self) -> dict[tuple[int, int], _ProcessInfo]:
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
-                seen = self._looked_at(entry)
-                if seen is not None:
-                    found[seen.pid, seen.started] = seen
+                process = self._read_process(entry)
+                if process is not None:
+                    found[process.pid, process.started] = process
         return found
 
-    def _looked_at(self, entry: Path) -> _Seen | None:
+    def _read_process(self, entry: Path) -> _ProcessInfo | None:
         try:
-            if self._needle not in b"\0" + (entry / "environ").read_bytes():
+            if self._environment_entry not in b"\0" + (entry / "environ").read_bytes():
                 return None
             # The name in brackets may hold anything; from the state on, see proc(5).
             fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -119,7 +119,9 @@ class Processes:
         if fields[0] in "ZX":
             return None
         ticks = sum(int(field) for field in fields[11:15])
-        return _Seen(pid=int(entry.name), parent=int(fields[1]), started=int(fields[19]), seconds=ticks / _TICKS)
+        return _ProcessInfo(
+            pid=int(entry.name), parent=int(fields[1]), started=int(fields[19]), seconds=ticks / _TICKS_PER_SECOND
+        )
 
 
 def _kill(pid: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from devnet.api_errors import Refusal
+from devnet.api_errors import ApiError
 
 #: Command -> the states of an activity in which it may be run.
 _STATES = {
@@ -21,10 +21,10 @@ _STATES = {
     "terminate": {"Initialized", "Deployed", "Ready"},
 }
 #: Command -> the texts that it must have.
-_TEXTS = {"transfer": ("from", "to"), "run": ("entry_point",)}
+_REQUIRED_STRINGS = {"transfer": ("from", "to"), "run": ("entry_point",)}
 
 
-class BadScript(Refusal):
+class BadScript(ApiError):
     """The script is not one."""
 
 
@@ -39,7 +39,7 @@ class CommandFailed(Exception):
         self.status = status
 
     @classmethod
-    def of_status(cls, status: int) -> CommandFailed:
+    def from_exit_status(cls, status: int) -> CommandFailed:
         """Say that a program ended so, in the words of Golem's exe-unit."""
         return cls(f"ExeScript command exited with code {status}", status)
 
@@ -51,10 +51,10 @@ class Command:
     name: str
     body: Mapping[str, Any]
     #: Word for word, for the event that it has started.
-    as_sent: Mapping[str, Any]
+    raw: Mapping[str, Any]
 
     @property
-    def allowed_in(self) -> set[str]:
+    def allowed_states(self) -> set[str]:
         """In which states of the activity it may be run."""
         return _STATES[self.name]
 
@@ -64,12 +64,12 @@ class Command:
         return self.body.get("capture") or {}
 
     @property
-    def ends_all(self) -> bool:
+    def ends_activity(self) -> bool:
         """Whether the activity is over after it."""
         return self.name == "terminate"
 
 
-def parsed(script: Any) -> list[Command]:
+def parse_script(script: Any) -> list[Command]:
     """Check a script.
 
     :raises BadScript: it has no commands, unknown ones, or ones with missing or odd fields.
@@ -80,30 +80,32 @@ def parsed(script: Any) -> list[Command]:
 
 
 def _command(number: int, entry: Any) -> Command:
-    def rule(holds: bool, what: str) -> None:
+    def require(holds: bool, what: str) -> None:
         if not holds:
             raise BadScript(f"Command {number} of the script {what}.")
 
-    rule(isinstance(entry, dict) and len(entry) == 1, "is not an object with one key")
+    require(isinstance(entry, dict) and len(entry) == 1, "is not an object with one key")
     name, body = next(iter(entry.items()))
-    rule(name in _STATES, f"is unknown: {name!r}. There are: {', '.join(_STATES)}")
+    require(name in _STATES, f"is unknown: {name!r}. There are: {', '.join(_STATES)}")
     body = {} if body is None else body
-    rule(isinstance(body, dict), "has a body that is not an object")
-    for key in _TEXTS.get(name, ()):
-        rule(isinstance(body.get(key), str), f"has no text {key!r}")
+    require(isinstance(body, dict), "has a body that is not an object")
+    for key in _REQUIRED_STRINGS.get(name, ()):
+        require(isinstance(body.get(key), str), f"has no text {key!r}")
     words = body.get("args") or []
-    rule(isinstance(words, list) and all(isinstance(word, str) for word in words), "has args that are no texts")
+    require(isinstance(words, list) and all(isinstance(word, str) for word in words), "has args that are no texts")
     capture = body.get("capture") or {}
-    rule(isinstance(capture, dict) and capture.keys() <= {"stdout", "stderr"}, "captures other streams than there are")
-    for wish in capture.values():
-        rule(wish is None or _is_wish(wish), "captures in a way that is neither stream nor atEnd")
-    return Command(name=name, body=body, as_sent=entry)
+    require(
+        isinstance(capture, dict) and capture.keys() <= {"stdout", "stderr"}, "captures other streams than there are"
+    )
+    for options in capture.values():
+        require(options is None or _is_capture_option(options), "captures in a way that is neither stream nor atEnd")
+    return Command(name=name, body=body, raw=entry)
 
 
-def _is_wish(wish: Any) -> bool:
+def _is_capture_option(options: Any) -> bool:
     return (
-        isinstance(wish, dict)
-        and len(wish) == 1
-        and wish.keys() <= {"stream", "atEnd"}
-        and all(how is None or isinstance(how, dict) for how in wish.values())
+        isinstance(options, dict)
+        and len(options) == 1
+        and options.keys() <= {"stream", "atEnd"}
+        and all(limits is None or isinstance(limits, dict) for limits in options.values())
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from provider_image.models.artefact import Artefact
 
 #: While a graph is compiled, this often the part of its weights that has been read is given back.
-_GIVE_BACK_SECONDS = 0.01
+_RELEASE_INTERVAL_SECONDS = 0.01
 
 _prepared_lock = threading.Lock()
 _is_prepared = False
@@ -51,23 +51,23 @@ def import_openvino() -> Any:
 class Net:
     """A compiled graph that several threads may run at once."""
 
-    def __init__(self, artefact: Artefact, compiled: Compiled, threads: int) -> None:
+    def __init__(self, artefact: Artefact, compiled: CompiledGraph, threads: int) -> None:
         self.artefact = artefact
         self._compiled = compiled
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(threads):
             self._requests.put(compiled.graph.create_infer_request())
 
-    def infer(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def infer(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Run the graph on one picture, waiting while as many threads run as it was loaded for.
 
-        :param picture: uint8, shape (height, width, 3).
+        :param image: uint8, shape (height, width, 3).
         :return: the graph's first output without its batch axis; a copy.
         :raises InferenceFailed: the graph does not take this picture, or OpenVINO fails.
         """
         request = self._requests.get()
         try:
-            outputs = request.infer({0: picture[None]}, share_inputs=True, share_outputs=True)
+            outputs = request.infer({0: image[None]}, share_inputs=True, share_outputs=True)
             result: np.ndarray[Any, Any] = outputs[0][0].copy()
         except RuntimeError as error:
             raise InferenceFailed(f"The model {self.artefact.name} failed on this item: {error}") from error
@@ -76,16 +76,16 @@ class Net:
         return result
 
 
-class Compiled:
+class CompiledGraph:
     """A graph that OpenVINO has compiled, and its weights, which may be looked at again as long as it is used."""
 
-    def __init__(self, graph: Any, weights: Weights) -> None:
+    def __init__(self, graph: Any, weights: MappedWeights) -> None:
         #: OpenVINO's CompiledModel.
         self.graph = graph
         self._weights = weights
 
 
-class Weights:
+class MappedWeights:
     """A file of weights that is mapped, so that only those parts take memory that are being read."""
 
     def __init__(self, path: Path) -> None:
@@ -100,16 +100,16 @@ class Weights:
         return import_openvino().Tensor(np.frombuffer(self._map, np.uint8), shared_memory=True)
 
     @contextlib.contextmanager
-    def giving_back(self) -> Iterator[None]:
+    def releasing(self) -> Iterator[None]:
         """Give back the memory of what has been read, again and again while the block runs.
 
         OpenVINO reads the weights once and stores them anew as the processor likes them. Left alone, a process has both
         in memory at that moment: VGG16 took 1,270 MB instead of 720. What is read once more comes from the file again.
         """
-        is_over = threading.Event()
+        is_finished = threading.Event()
 
         def work() -> None:
-            while not is_over.wait(_GIVE_BACK_SECONDS):
+            while not is_finished.wait(_RELEASE_INTERVAL_SECONDS):
                 self._map.madvise(mmap.MADV_DONTNEED)
 
         thread = threading.Thread(target=work, name="weights", daemon=True)
@@ -117,7 +117,7 @@ class Weights:
         try:
             yield
         finally:
-            is_over.set()
+            is_finished.set()
             thread.join()
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -133,7 +133,7 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
         # Beside the compiling, which mostly keeps one core busy: a third of the time that VGG16 takes to load.
         checked = pool.submit(check_files, artefact)
         try:
-            prepare_binding()
+            initialise_binding()
             compiled = compile_graph(artefact.folder / "model.xml", threads, precision)
         except (RuntimeError, ValueError, OSError) as error:
             checked.result()  # files that have changed are the better explanation
@@ -148,7 +148,7 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
     return Net(artefact, compiled, threads)
 
 
-def prepare_binding() -> None:
+def initialise_binding() -> None:
     """Run one inference while there is only this thread, of a graph of one number; once in a process.
 
     OpenVINO's binding sets up its numpy side on first use, in a way that deadlocks for ever when two threads come first
@@ -168,7 +168,7 @@ def prepare_binding() -> None:
         _is_prepared = True
 
 
-def compile_graph(graph: Path, threads: int, precision: str) -> Compiled:
+def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
     """Compile a graph file for the processor, with one stream for each thread.
 
     :raises RuntimeError: OpenVINO cannot read or compile it.
@@ -176,22 +176,22 @@ def compile_graph(graph: Path, threads: int, precision: str) -> Compiled:
     :raises ValueError: there are no weights.
     """
     core = import_openvino().Core()
-    weights = Weights(graph.with_suffix(".bin"))
+    weights = MappedWeights(graph.with_suffix(".bin"))
     model = core.read_model(graph.read_bytes(), weights.tensor())
-    with weights.giving_back():
-        return Compiled(core.compile_model(model, "CPU", _options(threads, precision)), weights)
+    with weights.releasing():
+        return CompiledGraph(core.compile_model(model, "CPU", _options(threads, precision)), weights)
 
 
-def run_graph(graph: Path, pictures: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+def run_graph(graph: Path, images: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """Run pictures through a graph file in f32, one after another; for builders, which have no artefact yet.
 
-    :param pictures: uint8, shape (height, width, 3) as the graph takes them.
+    :param images: uint8, shape (height, width, 3) as the graph takes them.
     :return: the first output for each, without its batch axis.
     :raises RuntimeError: OpenVINO cannot read, compile or run it.
     """
     compiled = compile_graph(graph, 1, "f32")
     request = compiled.graph.create_infer_request()
-    return [request.infer({0: picture[None]})[0][0].copy() for picture in pictures]
+    return [request.infer({0: image[None]})[0][0].copy() for image in images]
 
 
 def _options(threads: int, precision: str) -> dict[str, str]:
@@ -201,13 +201,13 @@ def _options(threads: int, precision: str) -> dict[str, str]:
         "INFERENCE_NUM_THREADS": str(threads),
         # Pinned, the single threads of several processes would all sit on the first core and leave the others idle.
         "ENABLE_CPU_PINNING": "NO",
-        **hints(precision),
+        **precision_options(precision),
     }
 
 
-def hints(precision: str) -> dict[str, str]:
+def precision_options(precision: str) -> dict[str, str]:
     """Return OpenVINO's setting for a precision. :raises ConfigError: there is no such precision."""
     if precision not in PRECISIONS:
         raise ConfigError(f"There is no precision {precision!r}. There are: {', '.join(PRECISIONS)}.")
-    wanted = PRECISIONS[precision]
-    return {} if wanted is None else {"INFERENCE_PRECISION_HINT": wanted}
+    hint = PRECISIONS[precision]
+    return {} if hint is None else {"INFERENCE_PRECISION_HINT": hint}

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.installing import Origin, building
+from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_file import check_keras_file, load_checked
-from provider_image.compiler.keras_graph import finish_head, import_keras, prepare, to_graph
-from provider_image.compiler.self_test import pictures
-from provider_image.compiler.verification import TOLERANCE, finish
+from provider_image.compiler.keras_graph import apply_head, import_keras, preprocess, to_graph
+from provider_image.compiler.self_test import self_test_images
+from provider_image.compiler.verification import TOLERANCE, verify_and_install
 from provider_image.errors import ConfigError, NotInstalled, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, is_model_name
 from provider_image.models.catalogue import ModelRow, look_up
 from provider_image.models.labels import read_labels
-from provider_image.models.registry import find_own_name
+from provider_image.models.registry import find_custom_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,13 +34,13 @@ RECIPE = "keras-file-1"
 #: The ways of preprocessing that a user may name.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
 #: Pixels of a side at most.
-LARGEST_SIDE = 2048
+MAX_SIDE = 2048
 
-_LONGEST_TITLE = 64
+_MAX_TITLE_LENGTH = 64
 #: Probabilities that should sum to one may miss it by this much.
 _SUM_TOLERANCE = 1e-3
 #: Layers and operations that hand on what they get, when nothing is trained.
-_PASSING = frozenset(
+_PASS_THROUGH = frozenset(
     (
         "Activation",
         "ActivityRegularization",
@@ -76,7 +76,7 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnModel:
+class CustomModel:
     """What a user says of a model."""
 
     #: The name it is to have.
@@ -95,15 +95,15 @@ class OwnModel:
 
 def build(
     models: Path,
-    own: OwnModel,
+    custom: CustomModel,
     *,
     f16_within: float = TOLERANCE,
-    tell: Callable[[str], None] = lambda step: None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
     """Build a user's model in the models folder; one of the same name is replaced.
 
-    :param f16_within: see `finishing.finish`.
-    :param tell: called with what is being done.
+    :param f16_within: see `finishing.verify_and_install`.
+    :param on_step: called with what is being done.
     :raises ConfigError: it cannot have this name, title or size.
     :raises CompilerMissing: tensorflow is not installed.
     :raises WeightsMissing: there is no such file.
@@ -112,30 +112,30 @@ def build(
     :raises CompilationFailed: the graph does not answer as Keras does.
     :raises NotInstalled: the models folder cannot be written.
     """
-    _check_name(models, own)
-    labels = read_labels(own.labels)
+    _check_name(models, custom)
+    labels = read_labels(custom.labels)
     try:
-        with building(models, own.name) as folder:
-            tell("checking the file")
+        with build_folder(models, custom.name) as folder:
+            on_step("checking the file")
             with tempfile.TemporaryDirectory(dir=folder) as private:
-                checked = check_keras_file(own.file, Path(private))
-                tell("starting Keras")
+                checked = check_keras_file(custom.file, Path(private))
+                on_step("starting Keras")
                 keras = import_keras()
-                tell("reading weights")
+                on_step("reading weights")
                 network = load_checked(keras, checked)
             try:
-                height, width = _find_size(network, own)
+                height, width = _find_size(network, custom)
                 _check_classes(network, labels)
                 row = ModelRow(
-                    name=own.name,
-                    title=own.title or own.name,
+                    name=custom.name,
+                    title=custom.title or custom.name,
                     height=height,
                     width=width,
-                    preprocessing=own.preprocessing,
+                    preprocessing=custom.preprocessing,
                     source="own",
                 )
                 head = _find_head(keras, network, row)
-                origin = Origin(
+                provenance = Provenance(
                     labels=labels,
                     weights_sha256=checked.sha256,
                     recipe=RECIPE,
@@ -144,18 +144,20 @@ def build(
                 )
 
                 def reference(arrays: Arrays) -> Arrays:
-                    return _answers(keras, network, row, arrays, head)
+                    return _predictions(keras, network, row, arrays, head)
 
-                tell("converting")
-                graph = to_graph(_Single(keras, network), row, head)
-                return finish(graph, folder, models, row, origin, reference=reference, f16_within=f16_within, tell=tell)
+                on_step("converting")
+                graph = to_graph(_SingleOutput(keras, network), row, head)
+                return verify_and_install(
+                    graph, folder, models, row, provenance, reference=reference, f16_within=f16_within, on_step=on_step
+                )
             finally:
                 keras.backend.clear_session()
     except OSError as error:
-        raise NotInstalled(f"The model {own.name} could not be written to {models}: {error}") from error
+        raise NotInstalled(f"The model {custom.name} could not be written to {models}: {error}") from error
 
 
-class _Single:
+class _SingleOutput:
     """A network that gives its one output bare, in whatever structure the user's has it."""
 
     def __init__(self, keras: Any, network: Any) -> None:
@@ -166,27 +168,30 @@ class _Single:
         return self._flatten(self._network(pixels, training=training))[0]
 
 
-def _check_name(models: Path, own: OwnModel) -> None:
-    if not is_model_name(own.name):
+def _check_name(models: Path, custom: CustomModel) -> None:
+    if not is_model_name(custom.name):
         raise ConfigError(
-            f"A model cannot be called {own.name[:80]!r}. Take small letters, digits and `_`, at most 64, beginning "
+            f"A model cannot be called {custom.name[:80]!r}. Take small letters, digits and `_`, at most 64, beginning "
             "with a letter or digit."
         )
-    known = look_up(own.name)
-    there = known.name if known else find_own_name(models, own.name)
-    if known is not None or there not in (None, own.name):
+    known = look_up(custom.name)
+    existing = known.name if known else find_custom_name(models, custom.name)
+    if known is not None or existing not in (None, custom.name):
         raise ConfigError(
-            f"{own.name} is taken: the model {there} is found under it as well, because case and separators do not "
+            f"{custom.name} is taken: the model {existing} is found under it as well, because case "
+            "and separators do not "
             "matter. Choose another name."
         )
-    title = own.title
-    if title is not None and not (0 < len(title) <= _LONGEST_TITLE and title.isprintable() and title == title.strip()):
-        raise ConfigError(f"A title has 1 to {_LONGEST_TITLE} characters and no control characters.")
-    if own.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(f"There is no preprocessing {own.preprocessing[:40]!r}: {', '.join(PREPROCESSINGS)}.")
+    title = custom.title
+    if title is not None and not (
+        0 < len(title) <= _MAX_TITLE_LENGTH and title.isprintable() and title == title.strip()
+    ):
+        raise ConfigError(f"A title has 1 to {_MAX_TITLE_LENGTH} characters and no control characters.")
+    if custom.preprocessing not in PREPROCESSINGS:
+        raise ConfigError(f"There is no preprocessing {custom.preprocessing[:40]!r}: {', '.join(PREPROCESSINGS)}.")
 
 
-def _find_size(network: Any, own: OwnModel) -> tuple[int, int]:
+def _find_size(network: Any, custom: CustomModel) -> tuple[int, int]:
     """Return height and width of the network's one input. :raises UnsuitableModel: :raises ConfigError:"""
     inputs = getattr(network, "inputs", None)
     if not inputs:
@@ -198,17 +203,17 @@ def _find_size(network: Any, own: OwnModel) -> tuple[int, int]:
     shape = tuple(inputs[0].shape)
     if len(shape) != 4 or shape[3] != 3 or shape[0] not in (None, 1):
         raise UnsuitableModel(f"The model takes {shape}. It must take (None, height, width, 3): RGB, channels last.")
-    if own.size is None and None in shape[1:3]:
+    if custom.size is None and None in shape[1:3]:
         raise UnsuitableModel("The model leaves its input's size open. Say which it was trained with: --size HxW")
     found = (
         shape[1:3]
-        if own.size is None
-        else tuple(asked if side is None else side for side, asked in zip(shape[1:3], own.size, strict=True))
+        if custom.size is None
+        else tuple(requested if side is None else side for side, requested in zip(shape[1:3], custom.size, strict=True))
     )
-    if own.size is not None and found != own.size:
+    if custom.size is not None and found != custom.size:
         raise ConfigError(f"The model takes {shape[1]} x {shape[2]} pixels and nothing else. Leave --size away.")
-    if not all(1 <= side <= LARGEST_SIDE for side in found):
-        raise UnsuitableModel(f"A picture of {found[0]} x {found[1]} is more than {LARGEST_SIDE} pixels a side.")
+    if not all(1 <= side <= MAX_SIDE for side in found):
+        raise UnsuitableModel(f"A picture of {found[0]} x {found[1]} is more than {MAX_SIDE} pixels a side.")
     return int(found[0]), int(found[1])
 
 
@@ -238,10 +243,10 @@ def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
     """
     import numpy as np
 
-    ending = _ending(network)
-    arrays = [decode(data, row.height, row.width, row.crop) for data in pictures().values()]
+    last_activation = _last_activation(network)
+    arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     try:
-        outputs = np.stack(_answers(keras, network, row, arrays, "none"))
+        outputs = np.stack(_predictions(keras, network, row, arrays, "none"))
     except Exception as error:  # whatever a network of a user's own makes tensorflow raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsuitableModel(
@@ -249,32 +254,33 @@ def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
         ) from error
     if not bool(np.isfinite(outputs).all()):
         raise UnsuitableModel("The model gives numbers that are not finite. Look at its weights and --preprocessing.")
-    are_shares = bool((outputs >= 0).all() and (outputs <= 1 + _SUM_TOLERANCE).all())
-    sum_to_one = are_shares and bool((np.abs(outputs.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
+    are_probabilities = bool((outputs >= 0).all() and (outputs <= 1 + _SUM_TOLERANCE).all())
+    sum_to_one = are_probabilities and bool((np.abs(outputs.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
     if outputs.shape[1] == 1:
-        if ending == "sigmoid" and are_shares:
+        if last_activation == "sigmoid" and are_probabilities:
             return "complement"
         raise UnsuitableModel(
-            f"The model gives a single number and ends in {ending or 'no activation'}. Only a sigmoid makes it the "
-            "probability of one of two classes: add activation='sigmoid' to the last layer and save it again."
+            f"The model gives a single number and ends in {last_activation or 'no activation'}. Only a sigmoid makes "
+            "it the probability of one of two classes: add activation='sigmoid' to the last layer and save it again."
         )
-    if ending in ("softmax", None) and sum_to_one:
+    if last_activation in ("softmax", None) and sum_to_one:
         return "none"
-    if ending in ("linear", "log_softmax") or (ending is None and not are_shares):
+    if last_activation in ("linear", "log_softmax") or (last_activation is None and not are_probabilities):
         return "softmax"
-    if ending == "softmax":
+    if last_activation == "softmax":
         raise UnsuitableModel("The model ends in a softmax, but not over the classes: its answers do not sum to 1.")
-    if ending in ("sigmoid", None):
+    if last_activation in ("sigmoid", None):
         raise UnsuitableModel(
             "The model gives each class a probability of its own (sigmoid), so several may be right at once. Here a "
             "picture has one class: end the model in a softmax and train it so."
         )
     raise UnsuitableModel(
-        f"The model ends in {ending}, which gives no probabilities. End it in a softmax, or in nothing for logits."
+        f"The model ends in {last_activation}, which gives no probabilities. End it in a "
+        "softmax, or in nothing for logits."
     )
 
 
-def _ending(network: Any) -> str | None:
+def _last_activation(network: Any) -> str | None:
     """Name the activation that a network ends in, linear for none; None if the last layer is of another kind."""
     tensor = network.outputs[0]
     while True:
@@ -286,19 +292,19 @@ def _ending(network: Any) -> str | None:
             tensor = layer.outputs[history.tensor_index]
         elif kind in _ACTIVATIONS:
             return _ACTIVATIONS[kind]
-        elif kind in _PASSING and activation in (None, "linear"):
+        elif kind in _PASS_THROUGH and activation in (None, "linear"):
             tensor = layer._inbound_nodes[history.node_index].input_tensors[0]
         else:
             return activation
 
 
-def _answers(keras: Any, network: Any, row: ModelRow, arrays: Arrays, head: str) -> Arrays:
+def _predictions(keras: Any, network: Any, row: ModelRow, arrays: Arrays, head: str) -> Arrays:
     """Answer pictures with Keras itself, each alone as it will be asked.
 
     :param arrays: uint8 RGB, shape (height, width, 3).
     """
     import numpy as np
 
-    single = _Single(keras, network)
-    inputs = [np.asarray(prepare(array.astype(np.float32), row.preprocessing), np.float32)[None] for array in arrays]
-    return [np.asarray(finish_head(single(each, training=False), head))[0] for each in inputs]
+    single_output = _SingleOutput(keras, network)
+    inputs = [np.asarray(preprocess(array.astype(np.float32), row.preprocessing), np.float32)[None] for array in arrays]
+    return [np.asarray(apply_head(single_output(each, training=False), head))[0] for each in inputs]

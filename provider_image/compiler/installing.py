@@ -17,19 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from provider_image.models.artefact import (
-    FORMAT,
+    FORMAT_VERSION,
     GRAPH_FILES,
     Artefact,
     Sample,
     Storage,
-    digest_of,
+    compute_digest,
     read_artefact,
 )
 from provider_image.models.catalogue import ModelRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Provenance:
     """What an artefact is made from."""
 
     #: (wnid, name) of each output, in the graph's order.
@@ -45,7 +45,7 @@ class Origin:
 
 
 @contextlib.contextmanager
-def building(models: Path, name: str) -> Iterator[Path]:
+def build_folder(models: Path, name: str) -> Iterator[Path]:
     """Hold the lock for building one model, and give a temporary folder in `models` for it, removed afterwards.
 
     Several processes may start on the same empty home at once: one builds, the others wait and find it built. Folders
@@ -68,18 +68,18 @@ def install(
     models: Path,
     row: ModelRow,
     *,
-    origin: Origin,
+    provenance: Provenance,
     storage: Storage,
     samples: Sequence[Sample],
 ) -> Artefact:
     """Complete a freshly built folder with its model.json, make it durable and move it to its place.
 
-    Call it inside `building`. An artefact of the same name that is there already is replaced.
+    Call it inside `build_folder`. An artefact of the same name that is there already is replaced.
 
     :param folder: holds model.xml, model.bin and the samples' files; gone afterwards.
     """
     document = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "name": row.name,
         "title": row.title,
         "service": row.service,
@@ -87,26 +87,26 @@ def install(
         "width": row.width,
         "crop": row.crop,
         "preprocessing": row.preprocessing,
-        "source": origin.source,
-        "recipe": origin.recipe,
-        "weights_sha256": origin.weights_sha256,
-        "digest": digest_of(row, origin.labels, origin.weights_sha256, origin.recipe),
+        "source": provenance.source,
+        "recipe": provenance.recipe,
+        "weights_sha256": provenance.weights_sha256,
+        "digest": compute_digest(row, provenance.labels, provenance.weights_sha256, provenance.recipe),
         "files": {file: _size_and_sha256(folder / file) for file in GRAPH_FILES},
         "storage": asdict(storage),
-        "self_test": {"reference": origin.reference, "samples": [asdict(sample) for sample in samples]},
-        "labels": origin.labels,
+        "self_test": {"reference": provenance.reference, "samples": [asdict(sample) for sample in samples]},
+        "labels": provenance.labels,
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     folder.chmod(0o755)  # mkdtemp made it private
-    written = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
-    for path in (*(folder / file for file in written), folder):
-        _sync(path)
+    file_names = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
+    for path in (*(folder / file for file in file_names), folder):
+        _fsync(path)
     target = models / row.name
     if target.exists():
         target.rename(folder.with_name(f".{row.name}.old.tmp"))  # the next builder removes it if we are killed here
     folder.rename(target)
     shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
-    _sync(models)
+    _fsync(models)
     return read_artefact(target)
 
 
@@ -115,7 +115,7 @@ def _size_and_sha256(path: Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.installing import Origin, building
+from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_graph import import_keras, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
-from provider_image.compiler.verification import TOLERANCE, f16_recipe, finish
+from provider_image.compiler.verification import TOLERANCE, f16_recipe, verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
-from provider_image.models.artefact import Artefact, digest_of, find_artefact
+from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
 from provider_image.models.labels import imagenet_labels
 
@@ -36,13 +36,13 @@ def build(
     *,
     again: bool = False,
     f16_within: float = TOLERANCE,
-    tell: Callable[[str], None] = lambda step: None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
     """Build a model's artefact in the models folder, unless the same one is there already.
 
     :param again: build even then, or if it was built with another f16_within.
-    :param f16_within: see `finishing.finish`.
-    :param tell: called with what is being done.
+    :param f16_within: see `finishing.verify_and_install`.
+    :param on_step: called with what is being done.
     :raises CompilerMissing: tensorflow is not installed.
     :raises WeightsMismatch: the file does not hold the weights of this model.
     :raises CompilationFailed: the graph does not answer as Keras does.
@@ -50,16 +50,16 @@ def build(
     """
     labels = imagenet_labels()
     try:
-        with building(models, row.name) as folder:
+        with build_folder(models, row.name) as folder:
             if not again:
-                wanted = {digest_of(row, labels, weights.sha256, each) for each in (RECIPE, f16_recipe(RECIPE))}
+                digests = {compute_digest(row, labels, weights.sha256, each) for each in (RECIPE, f16_recipe(RECIPE))}
                 with contextlib.suppress(NotInstalled, BrokenArtefact):
-                    there = find_artefact(models, row.name)
-                    if there.digest in wanted:
-                        return there
-            tell("starting Keras")
+                    installed = find_artefact(models, row.name)
+                    if installed.digest in digests:
+                        return installed
+            on_step("starting Keras")
             keras = import_keras()
-            origin = Origin(
+            provenance = Provenance(
                 labels=labels,
                 weights_sha256=weights.sha256,
                 recipe=RECIPE,
@@ -67,35 +67,37 @@ def build(
                 reference=f"keras {keras.__version__}",
             )
             try:
-                tell("reading weights")
-                network = _network(keras, row, weights)
-                tell("converting")
+                on_step("reading weights")
+                network = _load_network(keras, row, weights)
+                on_step("converting")
                 graph = to_graph(network, row)
 
-                def reference(pictures: Arrays) -> Arrays:
-                    return keras_answers(keras, row, network, pictures)
+                def reference(images: Arrays) -> Arrays:
+                    return keras_predictions(keras, row, network, images)
 
-                return finish(graph, folder, models, row, origin, reference=reference, f16_within=f16_within, tell=tell)
+                return verify_and_install(
+                    graph, folder, models, row, provenance, reference=reference, f16_within=f16_within, on_step=on_step
+                )
             finally:
                 keras.backend.clear_session()
     except OSError as error:
         raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
 
 
-def keras_answers(keras: Any, row: ModelRow, network: Any, pictures: Arrays) -> Arrays:
+def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -> Arrays:
     """Answer pictures with Keras itself and the class's own `preprocess_input`.
 
-    :param pictures: uint8 RGB, shape (height, width, 3).
+    :param images: uint8 RGB, shape (height, width, 3).
     :return: probabilities for each, shape (1000,).
     """
     import numpy as np
 
     module = importlib.import_module(getattr(keras.applications, str(row.keras_class)).__module__)
-    batch = module.preprocess_input(np.stack(pictures).astype(np.float32))
+    batch = module.preprocess_input(np.stack(images).astype(np.float32))
     return list(np.asarray(network(batch, training=False)))
 
 
-def _network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
+def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
     network = getattr(keras.applications, str(row.keras_class))(weights=None)
     try:
         network.load_weights(str(weights.path))

@@ -28,10 +28,10 @@ def _words(text: str) -> frozenset[str]:
 _KEYS = _words(
     "module class_name config registered_name build_config compile_config name inbound_nodes shared_object_id"
 )
-_NUMBERS = _words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64")
+_DTYPES = _words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64")
 #: Computed in f32 instead, as everything is: graph and reference then agree.
-_HALVES = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
-_POLICIES = frozenset({"float32", "float64", *_HALVES})
+_HALF_DTYPES = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
+_POLICIES = frozenset({"float32", "float64", *_HALF_DTYPES})
 
 _LAYERS = _words(
     """
@@ -98,10 +98,10 @@ _ACTIVATIONS = _words(
     """
 )
 #: Serialized values that are only data.
-_DATA = frozenset({"__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__"})
+_DATA_CLASSES = frozenset({"__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__"})
 
 
-def checked_config(raw: bytes) -> dict[str, Any]:
+def check_config(raw: bytes) -> dict[str, Any]:
     """Check a config.json and return what of it Keras is to see.
 
     :raises UnsafeModelFile: it asks for something that is not on the list; names it and where it stands.
@@ -109,94 +109,94 @@ def checked_config(raw: bytes) -> dict[str, Any]:
     try:
         config = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UnsafeModelFile(f"Its config.json cannot be read ({type(error).__name__}). {_SAVE_AGAIN}") from error
+        raise UnsafeModelFile(f"Its config.json cannot be read ({type(error).__name__}). {_RESAVE_HINT}") from error
     if not isinstance(config, dict) or config.get("class_name") not in _MODELS:
-        raise UnsafeModelFile(f"Its config.json does not describe a Sequential or Functional model. {_BUILD_AGAIN}")
-    checked: dict[str, Any] = _Walk().serialized(config, "the model", 0)
+        raise UnsafeModelFile(f"Its config.json does not describe a Sequential or Functional model. {_REBUILD_HINT}")
+    checked: dict[str, Any] = _ConfigChecker().check_object(config, "the model", 0)
     return checked
 
 
-_SAVE_AGAIN = 'Save the model again with Keras 3: model.save("model.keras")'
-_BUILD_AGAIN = (
+_RESAVE_HINT = 'Save the model again with Keras 3: model.save("model.keras")'
+_REBUILD_HINT = (
     "Build it from Keras' own layers with keras.Sequential or keras.Model(inputs, outputs) and save it again."
 )
 
 
-class _Walk:
+class _ConfigChecker:
     """One walk over a config."""
 
     def __init__(self) -> None:
-        self._left = MAX_VALUES
+        self._remaining = MAX_VALUES
 
-    def value(self, value: Any, place: str, depth: int) -> Any:
+    def value(self, value: Any, location: str, depth: int) -> Any:
         """Check any value and return it as Keras is to see it."""
-        self._left -= 1
-        if depth > MAX_DEPTH or self._left < 0:
-            raise UnsafeModelFile(f"Its config.json is nested too deep or too large at {place}. {_BUILD_AGAIN}")
+        self._remaining -= 1
+        if depth > MAX_DEPTH or self._remaining < 0:
+            raise UnsafeModelFile(f"Its config.json is nested too deep or too large at {location}. {_REBUILD_HINT}")
         if isinstance(value, list):
-            return [self.value(each, place, depth + 1) for each in value]
+            return [self.value(each, location, depth + 1) for each in value]
         if not isinstance(value, dict):
             return value
         if "class_name" in value:
-            return self.serialized(value, place, depth)
-        return self._plain(value, place, depth)
+            return self.check_object(value, location, depth)
+        return self._check_plain(value, location, depth)
 
-    def serialized(self, value: dict[str, Any], place: str, depth: int) -> dict[str, Any]:
+    def check_object(self, value: dict[str, Any], location: str, depth: int) -> dict[str, Any]:
         """Check a serialized object."""
         name, module, config = value["class_name"], value.get("module"), value.get("config")
         if not isinstance(name, str):
-            raise UnsafeModelFile(f"Its config.json has a class without a name at {place}. {_SAVE_AGAIN}")
-        if name in _DATA:
-            return self._data(value, name, place, depth)
+            raise UnsafeModelFile(f"Its config.json has a class without a name at {location}. {_RESAVE_HINT}")
+        if name in _DATA_CLASSES:
+            return self._check_data(value, name, location, depth)
         if name == "function":
-            return self._function(value, place)
+            return self._check_function(value, location)
         if not isinstance(module, str) or name not in _ALLOWED.get(module, ()):
-            raise UnsafeModelFile(_refusal(module, name, place))
+            raise UnsafeModelFile(_refusal_message(module, name, location))
         if value.get("registered_name") not in (None, name):
             raise UnsafeModelFile(
-                f"{place} names {str(value['registered_name'])[:80]!r}, a class of the user's own. {_BUILD_AGAIN}"
+                f"{location} names {str(value['registered_name'])[:80]!r}, a class of the user's own. {_REBUILD_HINT}"
             )
         if not isinstance(config, dict) or not value.keys() <= _KEYS:
-            raise UnsafeModelFile(f"Its config.json has something unknown at {place} ({name}). {_SAVE_AGAIN}")
+            raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
         if isinstance(config.get("name"), str):
-            place = f"{name} {config['name'][:80]!r}"
+            location = f"{name} {config['name'][:80]!r}"
         if name in _MODELS:
-            _check_layers(config, name, place)
+            _check_layers(config, name, location)
         if name == "DTypePolicy":
             if config.get("name") not in _POLICIES:
-                raise UnsafeModelFile(f"{place} has the odd dtype {str(config.get('name'))[:40]!r}. {_SAVE_AGAIN}")
-            config = {"name": _widened(config["name"])}
+                raise UnsafeModelFile(f"{location} has the odd dtype {str(config.get('name'))[:40]!r}. {_RESAVE_HINT}")
+            config = {"name": _as_f32(config["name"])}
         nodes = value.get("inbound_nodes", [])
         if not isinstance(nodes, list) or not all(
             isinstance(node, dict) and node.keys() == {"args", "kwargs"} for node in nodes
         ):
-            raise UnsafeModelFile(f"{place} is wired in the way of Keras 2. {_SAVE_AGAIN}")
+            raise UnsafeModelFile(f"{location} is wired in the way of Keras 2. {_RESAVE_HINT}")
         rest = {key: each for key, each in value.items() if key not in ("config", "compile_config")}
         return {
-            **{key: self.value(each, place, depth + 1) for key, each in rest.items()},
-            "config": self._plain(config, place, depth + 1),
+            **{key: self.value(each, location, depth + 1) for key, each in rest.items()},
+            "config": self._check_plain(config, location, depth + 1),
         }
 
-    def _plain(self, value: dict[str, Any], place: str, depth: int) -> dict[str, Any]:
+    def _check_plain(self, value: dict[str, Any], location: str, depth: int) -> dict[str, Any]:
         if value.keys() & {"class_name", "module", "registered_name"}:
-            raise UnsafeModelFile(f"Its config.json has half of a serialized object at {place}. {_SAVE_AGAIN}")
-        checked = {key: self.value(each, place, depth + 1) for key, each in value.items()}
+            raise UnsafeModelFile(f"Its config.json has half of a serialized object at {location}. {_RESAVE_HINT}")
+        checked = {key: self.value(each, location, depth + 1) for key, each in value.items()}
         dtype = checked.get("dtype")
         if not isinstance(dtype, str):
             return checked
-        if dtype not in _NUMBERS | _POLICIES:
-            raise UnsafeModelFile(f"{place} has the odd dtype {dtype[:40]!r}. {_SAVE_AGAIN}")
-        return {**checked, "dtype": _widened(dtype)}
+        if dtype not in _DTYPES | _POLICIES:
+            raise UnsafeModelFile(f"{location} has the odd dtype {dtype[:40]!r}. {_RESAVE_HINT}")
+        return {**checked, "dtype": _as_f32(dtype)}
 
-    def _data(self, value: dict[str, Any], name: str, place: str, depth: int) -> dict[str, Any]:
+    def _check_data(self, value: dict[str, Any], name: str, location: str, depth: int) -> dict[str, Any]:
         config = value.get("config")
         if value.keys() != {"class_name", "config"} or not isinstance(config, dict):
-            raise UnsafeModelFile(f"Its config.json has something unknown at {place} ({name}). {_SAVE_AGAIN}")
-        if name in ("__tensor__", "__numpy__", "__keras_tensor__") and config.get("dtype") not in _NUMBERS:
-            raise UnsafeModelFile(f"{place} holds values that are no numbers. {_SAVE_AGAIN}")
-        return {"class_name": name, "config": self._plain(config, place, depth + 1)}
+            raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
+        if name in ("__tensor__", "__numpy__", "__keras_tensor__") and config.get("dtype") not in _DTYPES:
+            raise UnsafeModelFile(f"{location} holds values that are no numbers. {_RESAVE_HINT}")
+        return {"class_name": name, "config": self._check_plain(config, location, depth + 1)}
 
-    def _function(self, value: dict[str, Any], place: str) -> dict[str, Any]:
+    def _check_function(self, value: dict[str, Any], location: str) -> dict[str, Any]:
         """Check a function by name: an activation of Keras, nothing else."""
         module, name = value.get("module"), value.get("config")
         if (
@@ -205,30 +205,33 @@ class _Walk:
             or name not in _ACTIVATIONS
             or value.get("registered_name") not in (None, name)
         ):
-            raise UnsafeModelFile(f"{place} calls the function {str(module)[:80]}.{str(name)[:80]}. {_BUILD_AGAIN}")
+            raise UnsafeModelFile(f"{location} calls the function {str(module)[:80]}.{str(name)[:80]}. {_REBUILD_HINT}")
         return {"module": module, "class_name": "function", "config": name, "registered_name": name}
 
 
-def _check_layers(config: dict[str, Any], name: str, place: str) -> None:
+def _check_layers(config: dict[str, Any], name: str, location: str) -> None:
     """Check that a model lists its layers as Keras 3 does; it reads any other form by an older, laxer way."""
     layers = config.get("layers")
     if not isinstance(layers, list) or not all(isinstance(each, dict) and "class_name" in each for each in layers):
-        raise UnsafeModelFile(f"{place} does not list its layers. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"{location} does not list its layers. {_RESAVE_HINT}")
     if name != "Sequential" and not {"name", "input_layers", "output_layers"} <= config.keys():
-        raise UnsafeModelFile(f"{place} is a model class of the user's own. {_BUILD_AGAIN}")
+        raise UnsafeModelFile(f"{location} is a model class of the user's own. {_REBUILD_HINT}")
 
 
-def _refusal(module: Any, name: str, place: str) -> str:
+def _refusal_message(module: Any, name: str, location: str) -> str:
     shown = f"{str(module)[:80]}.{name[:80]}" if module is not None else name[:80]
     if name in ("Lambda", "__lambda__"):
         return (
-            f"{place} holds a Lambda, which is code from the file. Use Rescaling or keras.ops instead (x / 255.0 "
+            f"{location} holds a Lambda, which is code from the file. Use Rescaling or keras.ops instead (x / 255.0 "
             "between two layers works as well) and save it again."
         )
     if isinstance(module, str) and (module == "keras" or module.startswith("keras.")):
-        return f"{place} holds {shown}, which is not among what a classifier of pictures may consist of. {_BUILD_AGAIN}"
-    return f"{place} holds {shown}, which is not Keras' own. {_BUILD_AGAIN}"
+        return (
+            f"{location} holds {shown}, which is not among what a classifier of pictures may "
+            f"consist of. {_REBUILD_HINT}"
+        )
+    return f"{location} holds {shown}, which is not Keras' own. {_REBUILD_HINT}"
 
 
-def _widened(dtype: str) -> str:
-    return "float32" if dtype in _HALVES else dtype
+def _as_f32(dtype: str) -> str:
+    return "float32" if dtype in _HALF_DTYPES else dtype

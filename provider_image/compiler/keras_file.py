@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from provider_image.compiler.keras_config import checked_config
+from provider_image.compiler.keras_config import check_config
 from provider_image.errors import CompilerMissing, UnsafeModelFile, UnsuitableModel, WeightsMissing
 
-_WEIGHTS = "model.weights.h5"
+_WEIGHTS_FILE = "model.weights.h5"
 #: Each member of the archive and its largest size in bytes.
-_MEMBERS = {"metadata.json": 65_536, "config.json": 16 * 1024 * 1024, _WEIGHTS: 4 * 1024**3}
+_MEMBERS = {"metadata.json": 65_536, "config.json": 16 * 1024 * 1024, _WEIGHTS_FILE: 4 * 1024**3}
 #: A part may be at most this many times larger than it is stored, beyond the first megabyte.
-_MOST_EXPANSION = 100
-_SLACK_BYTES = 1024 * 1024
+_MAX_EXPANSION = 100
+_BOMB_ALLOWANCE_BYTES = 1024 * 1024
 #: Groups and arrays in the weights at most.
-_MOST_OBJECTS = 200_000
+_MAX_OBJECTS = 200_000
 #: gzip, shuffle, fletcher32: built into HDF5. Any other filter would be a library that it looks for on this machine.
 _FILTERS = frozenset({1, 2, 3})
-_LEGACY = b"\x89HDF\r\n\x1a\n"
-_SAVE_AGAIN = 'Load it where it was made and save it with Keras 3: model.save("model.keras")'
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_RESAVE_HINT = 'Load it where it was made and save it with Keras 3: model.save("model.keras")'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class CheckedFile:
     #: Digest of the file as the user gave it.
     sha256: str
     #: Its name, for messages.
-    shown: str
+    display_name: str
 
 
 def check_keras_file(path: Path, folder: Path) -> CheckedFile:
@@ -55,14 +55,14 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
     :raises OSError: the folder cannot be written.
     """
     if path.is_dir():
-        raise UnsafeModelFile(f"{path} is a folder; a SavedModel holds code. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"{path} is a folder; a SavedModel holds code. {_RESAVE_HINT}")
     try:
         source = path.open("rb")
     except OSError as error:
         raise WeightsMissing(f"The model file {path} cannot be read: {error.strerror or error}") from error
     with source:
-        if source.read(len(_LEGACY)) == _LEGACY:
-            raise UnsafeModelFile(f"{path.name} is a legacy HDF5 file, in which code can hide. {_SAVE_AGAIN}")
+        if source.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC:
+            raise UnsafeModelFile(f"{path.name} is a legacy HDF5 file, in which code can hide. {_RESAVE_HINT}")
         source.seek(0)
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
         try:
@@ -70,8 +70,8 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
         except UnsafeModelFile as error:
             raise UnsafeModelFile(f"{path.name} is refused. {error.reason}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UnsafeModelFile(f"{path.name} is not a sound .keras file ({error}). {_SAVE_AGAIN}") from error
-    weights, copy = folder / _WEIGHTS, folder / "checked.keras"
+            raise UnsafeModelFile(f"{path.name} is not a sound .keras file ({error}). {_RESAVE_HINT}") from error
+    weights, copy = folder / _WEIGHTS_FILE, folder / "checked.keras"
     try:
         _check_weights(weights)
     except UnsafeModelFile as error:
@@ -79,9 +79,9 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
     with zipfile.ZipFile(copy, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"keras_version": "3", "date_saved": ""}))
         archive.writestr("config.json", json.dumps(config))
-        archive.write(weights, _WEIGHTS)
+        archive.write(weights, _WEIGHTS_FILE)
     weights.unlink()
-    return CheckedFile(copy=copy, sha256=sha256, shown=path.name)
+    return CheckedFile(copy=copy, sha256=sha256, display_name=path.name)
 
 
 def load_checked(keras: Any, checked: CheckedFile) -> Any:
@@ -91,7 +91,7 @@ def load_checked(keras: Any, checked: CheckedFile) -> Any:
     except Exception as error:  # whatever values that do not fit together make Keras raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsuitableModel(
-            f"Keras {keras.__version__} cannot load {checked.shown}: {first_line[:300]} {_SAVE_AGAIN}"
+            f"Keras {keras.__version__} cannot load {checked.display_name}: {first_line[:300]} {_RESAVE_HINT}"
         ) from error
 
 
@@ -99,24 +99,25 @@ def _unpack(source: IO[bytes], path: Path, folder: Path) -> dict[str, Any]:
     """Check the archive, unpack the weights into the folder, and return the checked config."""
     with zipfile.ZipFile(source) as archive:
         members = archive.infolist()
-        odd = sorted({info.filename for info in members} - _MEMBERS.keys())
-        if odd:
+        unexpected = sorted({info.filename for info in members} - _MEMBERS.keys())
+        if unexpected:
             raise UnsafeModelFile(
-                f"It holds {odd[0][:80]!r}. A classifier's file holds only {', '.join(sorted(_MEMBERS))}; layers that "
+                f"It holds {unexpected[0][:80]!r}. A classifier's file holds only "
+                f"{', '.join(sorted(_MEMBERS))}; layers that "
                 "keep files of their own (vocabularies, lookup tables) are not taken."
             )
         if sorted(info.filename for info in members) != sorted(_MEMBERS):
-            raise UnsafeModelFile(f"It must hold {', '.join(sorted(_MEMBERS))}, each once. {_SAVE_AGAIN}")
+            raise UnsafeModelFile(f"It must hold {', '.join(sorted(_MEMBERS))}, each once. {_RESAVE_HINT}")
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise UnsafeModelFile(f"Its {info.filename} is encrypted or packed in an odd way. {_SAVE_AGAIN}")
+                raise UnsafeModelFile(f"Its {info.filename} is encrypted or packed in an odd way. {_RESAVE_HINT}")
             if info.file_size > _MEMBERS[info.filename] or _is_bomb(info.file_size, info.compress_size):
                 raise UnsafeModelFile(
                     f"Its {info.filename} would unpack to {info.file_size} bytes, which is more than is taken. "
-                    f"{_SAVE_AGAIN}"
+                    f"{_RESAVE_HINT}"
                 )
-        config = checked_config(archive.read("config.json"))
-        with archive.open(_WEIGHTS) as packed, (folder / _WEIGHTS).open("wb") as unpacked:
+        config = check_config(archive.read("config.json"))
+        with archive.open(_WEIGHTS_FILE) as packed, (folder / _WEIGHTS_FILE).open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked, 1024 * 1024)
     return config
 
@@ -138,42 +139,44 @@ def _check_weights(path: Path) -> None:
             while groups:
                 group = groups.pop()
                 for name in group:
-                    place = f"{group.name.rstrip('/')}/{name}"[:200]
+                    location = f"{group.name.rstrip('/')}/{name}"[:200]
                     # Asked of the link itself: to look at what it leads to would open the other file.
                     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                        raise UnsafeModelFile(f"Its weights refer to another file or place at {place}. {_SAVE_AGAIN}")
+                        raise UnsafeModelFile(
+                            f"Its weights refer to another file or place at {location}. {_RESAVE_HINT}"
+                        )
                     entry = group[name]
                     address = h5py.h5o.get_info(entry.id).addr
-                    if address in seen or len(seen) > _MOST_OBJECTS:
-                        raise UnsafeModelFile(f"Its weights hold {place} twice, or too many entries. {_SAVE_AGAIN}")
+                    if address in seen or len(seen) > _MAX_OBJECTS:
+                        raise UnsafeModelFile(f"Its weights hold {location} twice, or too many entries. {_RESAVE_HINT}")
                     seen.add(address)
                     if isinstance(entry, h5py.Group):
                         groups.append(entry)
                     else:
-                        total_bytes += _check_array(h5py, entry, place)
-                    if total_bytes > _MEMBERS[_WEIGHTS]:
-                        raise UnsafeModelFile(f"Its weights unpack to more than {_MEMBERS[_WEIGHTS]} bytes.")
+                        total_bytes += _check_array(h5py, entry, location)
+                    if total_bytes > _MEMBERS[_WEIGHTS_FILE]:
+                        raise UnsafeModelFile(f"Its weights unpack to more than {_MEMBERS[_WEIGHTS_FILE]} bytes.")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UnsafeModelFile(f"Its {_WEIGHTS} is damaged ({error}). {_SAVE_AGAIN}") from error
+        raise UnsafeModelFile(f"Its {_WEIGHTS_FILE} is damaged ({error}). {_RESAVE_HINT}") from error
 
 
-def _check_array(h5py: Any, entry: Any, place: str) -> int:
+def _check_array(h5py: Any, entry: Any, location: str) -> int:
     """Check one array of the weights and return its size in bytes. :raises UnsafeModelFile:"""
     if not isinstance(entry, h5py.Dataset):
-        raise UnsafeModelFile(f"Its weights hold something else than numbers at {place}. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"Its weights hold something else than numbers at {location}. {_RESAVE_HINT}")
     if entry.is_virtual or entry.external:
-        raise UnsafeModelFile(f"Its weights take {place} from another file. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"Its weights take {location} from another file. {_RESAVE_HINT}")
     creation = entry.id.get_create_plist()
     if any(creation.get_filter(number)[0] not in _FILTERS for number in range(creation.get_nfilters())):
-        raise UnsafeModelFile(f"Its weights need a plug-in to unpack {place}. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"Its weights need a plug-in to unpack {location}. {_RESAVE_HINT}")
     # bfloat16 is stored as two opaque bytes.
     if entry.dtype.kind not in "fiub" and entry.dtype.str != "|V2":
-        raise UnsafeModelFile(f"Its weights hold something else than numbers at {place}. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"Its weights hold something else than numbers at {location}. {_RESAVE_HINT}")
     size_bytes = int(entry.dtype.itemsize) * int(entry.size or 0)
     if _is_bomb(size_bytes, entry.id.get_storage_size()):
-        raise UnsafeModelFile(f"Its weights would unpack {place} to {size_bytes} bytes. {_SAVE_AGAIN}")
+        raise UnsafeModelFile(f"Its weights would unpack {location} to {size_bytes} bytes. {_RESAVE_HINT}")
     return size_bytes
 
 
 def _is_bomb(size_bytes: int, stored_bytes: int) -> bool:
-    return size_bytes > _SLACK_BYTES + _MOST_EXPANSION * stored_bytes
+    return size_bytes > _BOMB_ALLOWANCE_BYTES + _MAX_EXPANSION * stored_bytes

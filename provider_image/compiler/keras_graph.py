@@ -41,7 +41,7 @@ def import_keras() -> Any:
     # Looks for graphics cards otherwise, and takes all of their memory for a job that never uses them.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     try:
-        with _quiet_natives():
+        with _silenced_stderr():
             importlib.import_module("tensorflow")
             keras = importlib.import_module("keras")
     except ImportError as error:
@@ -57,17 +57,17 @@ def import_keras() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_natives() -> Iterator[None]:
+def _silenced_stderr() -> Iterator[None]:
     """Drop what native libraries write to standard error: tensorflow greets there before its log level counts."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    saved_stderr = os.dup(2)
     try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with Path(os.devnull).open("wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
 
 
 def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
@@ -80,13 +80,13 @@ def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
     """
     tensorflow = importlib.import_module("tensorflow")
 
-    def answer(picture: Any) -> Any:
-        output = network(prepare(tensorflow.cast(picture, tensorflow.float32), row.preprocessing), training=False)
-        return finish_head(output, head)
+    def predict(image: Any) -> Any:
+        output = network(preprocess(tensorflow.cast(image, tensorflow.float32), row.preprocessing), training=False)
+        return apply_head(output, head)
 
-    picture = tensorflow.TensorSpec((1, row.height, row.width, 3), tensorflow.uint8, name="picture")
+    image = tensorflow.TensorSpec((1, row.height, row.width, 3), tensorflow.uint8, name="picture")
     try:
-        function = tensorflow.function(answer, input_signature=[picture], autograph=False).get_concrete_function()
+        function = tensorflow.function(predict, input_signature=[image], autograph=False).get_concrete_function()
         graph = _import_converter()(function)
     except Exception as error:  # whatever an unknown layer makes tensorflow or OpenVINO raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -94,7 +94,7 @@ def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
     return graph
 
 
-def prepare(pixels: Any, preprocessing: str) -> Any:
+def preprocess(pixels: Any, preprocessing: str) -> Any:
     """Turn float32 RGB values 0-255 into a network's input, by the name of a way in `ModelRow.preprocessing`."""
     match preprocessing:
         case "caffe":
@@ -112,7 +112,7 @@ def prepare(pixels: Any, preprocessing: str) -> Any:
     raise ValueError(f"There is no preprocessing {preprocessing!r}.")
 
 
-def finish_head(output: Any, head: str) -> Any:
+def apply_head(output: Any, head: str) -> Any:
     """Put a head of HEADS on a network's output, a tensor of shape (n, classes)."""
     tensorflow = importlib.import_module("tensorflow")
     if head == "softmax":

@@ -22,12 +22,12 @@ from provider_image.errors import WeightsMismatch, WeightsMissing
 from provider_image.models.catalogue import ModelRow, PublishedWeights
 
 #: Where Keras publishes weights; ModelRow.weights.address follows.
-PUBLISHED_AT = "https://storage.googleapis.com/tensorflow/keras-applications/"
+KERAS_WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
 #: Seconds without a byte after which a download is given up.
-_SILENCE_SECONDS = 30.0
-_BLOCK = 1024 * 1024
+_READ_TIMEOUT_SECONDS = 30.0
+_BLOCK_BYTES = 1024 * 1024
 #: The largest published file, VGG19's, has 575 MB.
-_LARGEST_BYTES = 2_000_000_000
+_MAX_BYTES = 2_000_000_000
 
 #: Called with the bytes that came in and those there will be, 0 if the server does not say.
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ class WeightsFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class WeightsSources:
     """Where weights are looked for, in this order."""
 
     #: A file, or a folder that must have it; None looks in the places below.
@@ -55,50 +55,54 @@ class Places:
     #: Where Keras keeps what it has downloaded, and where a download goes.
     cache: Path
     #: Where to download from. MLG_WEIGHTS_URL. Defaults to where Keras publishes them.
-    address: str = PUBLISHED_AT
+    address: str = KERAS_WEIGHTS_URL
 
     @classmethod
-    def from_env(cls, variables: Mapping[str, str], *, given: Path | None = None) -> Places:
+    def from_env(cls, variables: Mapping[str, str], *, given: Path | None = None) -> WeightsSources:
         """Read the settings. KERAS_HOME is Keras' own."""
         env = Environment(variables)
         return cls(
             given=given,
             folder=env.path("MLG_WEIGHTS_DIR", "") if env.text("MLG_WEIGHTS_DIR", "") else None,
             cache=env.path("KERAS_HOME", "~/.keras") / "models",
-            address=env.text("MLG_WEIGHTS_URL", PUBLISHED_AT),
+            address=env.text("MLG_WEIGHTS_URL", KERAS_WEIGHTS_URL),
         )
 
 
-def find_weights(row: ModelRow, places: Places, *, progress: Progress = lambda done, total: None) -> WeightsFile:
+def find_weights(
+    row: ModelRow, sources: WeightsSources, *, progress: Progress = lambda done, total: None
+) -> WeightsFile:
     """Find or download the weights of a model.
 
     :raises WeightsMissing: they are nowhere; says which file to get, from where, and where to put it.
     :raises WeightsMismatch: what was downloaded is not what Keras publishes.
     """
     assert row.weights is not None
-    if places.given is not None and not places.given.is_dir():
-        if not places.given.is_file():
-            raise WeightsMissing(f"There is no weights file {places.given}.")
-        return _found(places.given, row.weights)
-    for folder in (places.given, places.folder):
+    if sources.given is not None and not sources.given.is_dir():
+        if not sources.given.is_file():
+            raise WeightsMissing(f"There is no weights file {sources.given}.")
+        return _weights_file(sources.given, row.weights)
+    for folder in (sources.given, sources.folder):
         if folder is not None:
-            for path in (folder / name for name in _names(row)):
+            for path in (folder / name for name in _candidate_names(row)):
                 if path.is_file():
-                    return _found(path, row.weights)
-        if folder is not None and folder == places.given:
-            raise WeightsMissing(f"{folder} has no weights of {row.title}. Put {' or '.join(_names(row))} there.")
-    cached = places.cache / row.weights.file
+                    return _weights_file(path, row.weights)
+        if folder is not None and folder == sources.given:
+            raise WeightsMissing(
+                f"{folder} has no weights of {row.title}. Put {' or '.join(_candidate_names(row))} there."
+            )
+    cached = sources.cache / row.weights.file
     if cached.is_file():
-        found = _found(cached, row.weights)
+        found = _weights_file(cached, row.weights)
         if found.is_published or row.weights.hash is None:
             return found
     if row.weights.hash is None:
         raise WeightsMissing(
             f"Keras publishes no hash for the weights of {row.title}, so they are not downloaded unseen. Get "
-            f"{places.address}{row.weights.address} and say: mlg models compile {row.name} --weights FILE"
+            f"{sources.address}{row.weights.address} and say: mlg models compile {row.name} --weights FILE"
         )
-    _download(row, places, cached, progress)
-    return _found(cached, row.weights)
+    _download(row, sources, cached, progress)
+    return _weights_file(cached, row.weights)
 
 
 def hash_file(path: Path, hash: str) -> str:
@@ -111,14 +115,14 @@ def _algorithm(hash: str) -> str:
     return "sha256" if len(hash) == 64 else "md5"
 
 
-def _names(row: ModelRow) -> list[str]:
+def _candidate_names(row: ModelRow) -> list[str]:
     """List the names under which a folder may have the file: Keras', the published one, and the plain one."""
     assert row.weights is not None
     published = row.weights.address.rpartition("/")[2]
     return list(dict.fromkeys([row.weights.file, published, f"{row.name}.weights.h5"]))
 
 
-def _found(path: Path, published: PublishedWeights) -> WeightsFile:
+def _weights_file(path: Path, published: PublishedWeights) -> WeightsFile:
     try:
         with path.open("rb") as handle:
             sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -128,11 +132,11 @@ def _found(path: Path, published: PublishedWeights) -> WeightsFile:
     return WeightsFile(path=path, sha256=sha256, is_published=is_published)
 
 
-def _download(row: ModelRow, places: Places, target: Path, progress: Progress) -> None:
+def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Progress) -> None:
     """Download to a temporary file beside the target, compare the hash, and only then give it its name."""
     assert row.weights is not None and row.weights.hash is not None
-    url = f"{places.address.rstrip('/')}/{row.weights.address}"
-    cure = (
+    url = f"{sources.address.rstrip('/')}/{row.weights.address}"
+    hint = (
         f"Get {url} on a machine that can reach it, put it into a folder as {row.weights.file}, and say: "
         f"mlg models compile {row.name} --weights FOLDER (or set MLG_WEIGHTS_DIR)."
     )
@@ -145,29 +149,29 @@ def _download(row: ModelRow, places: Places, target: Path, progress: Progress) -
         context = ssl.create_default_context()
         with (
             os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(url, timeout=_SILENCE_SECONDS, context=context) as answer,
+            urllib.request.urlopen(url, timeout=_READ_TIMEOUT_SECONDS, context=context) as response,
         ):
-            total, done = int(answer.headers.get("Content-Length") or 0), 0
-            while block := answer.read(_BLOCK):
+            total, done = int(response.headers.get("Content-Length") or 0), 0
+            while block := response.read(_BLOCK_BYTES):
                 digest.update(block)
                 file.write(block)
                 done += len(block)
                 progress(done, total)
-                if done > _LARGEST_BYTES:
-                    raise WeightsMismatch(f"{url} gives more than {_LARGEST_BYTES} bytes. {cure}")
+                if done > _MAX_BYTES:
+                    raise WeightsMismatch(f"{url} gives more than {_MAX_BYTES} bytes. {hint}")
             if total and done < total:
-                raise WeightsMissing(f"{url} ended after {done} of {total} bytes. Try again. {cure}")
+                raise WeightsMissing(f"{url} ended after {done} of {total} bytes. Try again. {hint}")
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != row.weights.hash:
-            raise WeightsMismatch(f"What {url} gives does not have the hash that Keras publishes. {cure}")
+            raise WeightsMismatch(f"What {url} gives does not have the hash that Keras publishes. {hint}")
         partial.chmod(0o644)  # mkstemp made it private
         partial.replace(target)
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an address that is none
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise WeightsMissing(f"The weights of {row.title} cannot be downloaded ({reason}). {cure}") from error
+        raise WeightsMissing(f"The weights of {row.title} cannot be downloaded ({reason}). {hint}") from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

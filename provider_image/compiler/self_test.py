@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 #: Public-domain photos in scikit-image's wheel: a cat, a cup, a rocket, a person, a garage, and one in grey.
 _PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png", "camera.png")
 #: Longest side in pixels; larger ones are scaled down so that an artefact does not grow by them.
-_LONGEST_SIDE = 400
+_MAX_SIDE = 400
 #: Width and height of the drawn pictures.
-_DRAWN = ((320, 240), (240, 320), (400, 225), (224, 224))
+_DRAWN_SIZES = ((320, 240), (240, 320), (400, 225), (224, 224))
 
 
-def pictures() -> dict[str, bytes]:
+def self_test_images() -> dict[str, bytes]:
     """Return the self-test's pictures, JPEG, by file name."""
-    found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN)]
+    found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN_SIZES)]
     return {f"selftest-{number}.jpg": _jpeg(image) for number, image in enumerate(found)}
 
 
@@ -59,7 +59,7 @@ def _draw(number: int, width: int, height: int) -> PIL.Image.Image:
 
 
 def _jpeg(image: PIL.Image.Image) -> bytes:
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()

@@ -46,7 +46,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _State(collections.OrderedDict[str, Any]):
+class _StateDict(collections.OrderedDict[str, Any]):
     """The state dict; torch sets `_metadata` on it, which is ignored."""
 
     def __setstate__(self, state: object) -> None:
@@ -59,7 +59,7 @@ def _rebuild_tensor(storage: tuple[Any, ...], offset: int, shape: Any, strides: 
 
 class _Unpickler(pickle.Unpickler):
     _allowed = {  # noqa: RUF012 - a constant
-        ("collections", "OrderedDict"): _State,
+        ("collections", "OrderedDict"): _StateDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         **{("torch", name): name for name in _STORAGES},
     }

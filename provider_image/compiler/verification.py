@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino, run_graph
-from provider_image.compiler.installing import Origin, install
-from provider_image.compiler.self_test import pictures
+from provider_image.compiler.installing import Provenance, install
+from provider_image.compiler.self_test import self_test_images
 from provider_image.errors import CompilationFailed
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
 from provider_image.models.catalogue import ModelRow
 from provider_image.service import Difference
-from provider_image.services.classification import Classification, likeliest
+from provider_image.services.classification import Classification, top_labels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 #: that f16 weights may cost unless whoever compiles allows more; those of EfficientNet-Lite0 cost 0.004.
 TOLERANCE = 1e-4
 #: Weights are stored as f16 only if that makes the artefact smaller by at least this share.
-_WORTHWHILE = 0.1
+_MIN_SAVING = 0.1
 
 
-def finish(
+def verify_and_install(
     graph: Any,
     folder: Path,
     models: Path,
     row: ModelRow,
-    origin: Origin,
+    provenance: Provenance,
     *,
     reference: Callable[[Arrays], Arrays] | None = None,
     f16_within: float = TOLERANCE,
-    tell: Callable[[str], None] = lambda step: None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
     """Prove, store and install a graph.
 
@@ -53,32 +53,33 @@ def finish(
     :param reference: gives the right probabilities for decoded pictures, uint8 (height, width, 3); None takes the
         graph's own in f32, where there is nothing else to compare with.
     :param f16_within: weights are stored as f16 if no probability differs by more than this from the reference's.
-    :param tell: called with what is being done.
+    :param on_step: called with what is being done.
     :raises CompilationFailed: the graph differs from the reference.
     """
-    tell("comparing")
+    on_step("comparing")
     openvino = import_openvino()
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
-    files = pictures()
+    files = self_test_images()
     arrays = [decode(data, row.height, row.width, row.crop) for data in files.values()]
-    found = run_graph(folder / "model.xml", arrays)
-    right = found if reference is None else reference(arrays)
-    outputs = [likeliest(origin.labels, each) for each in right]
-    difference = _compare(outputs, right, found, origin)
+    actual = run_graph(folder / "model.xml", arrays)
+    expected = actual if reference is None else reference(arrays)
+    outputs = [top_labels(provenance.labels, each) for each in expected]
+    difference = _compare(outputs, expected, actual, provenance)
     if not difference.largest <= TOLERANCE or not difference.is_same_order:
         raise CompilationFailed(
-            f"The compiled graph of {row.name} answers otherwise than {origin.reference}: probabilities differ by up "
+            f"The compiled graph of {row.name} answers otherwise than {provenance.reference}: "
+            "probabilities differ by up "
             f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
         )
-    tell("storing")
-    storage = _choose_storage(openvino, graph, folder, arrays, outputs, right, origin, f16_within)
+    on_step("storing")
+    storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, provenance, f16_within)
     samples = []
     for (file, data), output in zip(files.items(), outputs, strict=True):
         (folder / file).write_bytes(data)
         samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
     if storage.kept == "f16":
-        origin = replace(origin, recipe=f16_recipe(origin.recipe))
-    return install(folder, models, row, origin=origin, storage=storage, samples=samples)
+        provenance = replace(provenance, recipe=f16_recipe(provenance.recipe))
+    return install(folder, models, row, provenance=provenance, storage=storage, samples=samples)
 
 
 def f16_recipe(recipe: str) -> str:
@@ -92,26 +93,28 @@ def _choose_storage(
     folder: Path,
     arrays: Arrays,
     outputs: list[Any],
-    right: Arrays,
-    origin: Origin,
+    expected: Arrays,
+    provenance: Provenance,
     f16_within: float,
 ) -> Storage:
     """Store f16 weights beside the f32 ones, compare their answers, and keep those that deserve it."""
-    half = folder / "f16"
-    half.mkdir()
-    openvino.save_model(graph, str(half / "model.xml"), compress_to_fp16=True)
-    found = run_graph(half / "model.xml", arrays)
-    difference = _compare(outputs, right, found, origin)
-    allowed = _compare(outputs, right, found, origin, f16_within)
-    f32_bytes, f16_bytes = (sum((place / file).stat().st_size for file in GRAPH_FILES) for place in (folder, half))
-    is_good = allowed.largest <= f16_within and allowed.is_same_order
-    is_kept = is_good and f16_bytes <= (1 - _WORTHWHILE) * f32_bytes
-    if is_kept:
+    f16_folder = folder / "f16"
+    f16_folder.mkdir()
+    openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
+    actual = run_graph(f16_folder / "model.xml", arrays)
+    difference = _compare(outputs, expected, actual, provenance)
+    allowed = _compare(outputs, expected, actual, provenance, f16_within)
+    f32_bytes, f16_bytes = (
+        sum((parent / file).stat().st_size for file in GRAPH_FILES) for parent in (folder, f16_folder)
+    )
+    is_close = allowed.largest <= f16_within and allowed.is_same_order
+    is_f16 = is_close and f16_bytes <= (1 - _MIN_SAVING) * f32_bytes
+    if is_f16:
         for file in GRAPH_FILES:
-            (half / file).replace(folder / file)
-    shutil.rmtree(half)
+            (f16_folder / file).replace(folder / file)
+    shutil.rmtree(f16_folder)
     return Storage(
-        kept="f16" if is_kept else "f32",
+        kept="f16" if is_f16 else "f32",
         f32_bytes=f32_bytes,
         f16_bytes=f16_bytes,
         largest_difference=float(f"{difference.largest:.3g}"),
@@ -120,14 +123,14 @@ def _choose_storage(
 
 
 def _compare(
-    outputs: list[Any], right: Arrays, found: Arrays, origin: Origin, tolerance: float = TOLERANCE
+    outputs: list[Any], expected: Arrays, actual: Arrays, provenance: Provenance, tolerance: float = TOLERANCE
 ) -> Difference:
     """Compare all probabilities and the order of the likeliest; numbers that are none differ by as much as can be."""
     import numpy as np
 
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(right, found, strict=True))
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))
     if not math.isfinite(largest):
         return Difference(largest=1.0, is_same_order=False)
-    pairs = zip(outputs, found, strict=True)
-    same = [Classification().compare(output, likeliest(origin.labels, each), tolerance) for output, each in pairs]
+    pairs = zip(outputs, actual, strict=True)
+    same = [Classification().compare(output, top_labels(provenance.labels, each), tolerance) for output, each in pairs]
     return Difference(largest=largest, is_same_order=all(each.is_same_order for each in same))

@@ -2,9 +2,9 @@
 
 `check_upload` is called by the server on every upload and needs no Pillow. `decode` is called by services, on the
 provider or in the batcher's processes that shrink pictures; those pack the pixels with `encode_lossless`, and the
-provider unpacks the very same ones with `decode_shrunk`. Formats: JPEG, PNG, WebP, BMP and the first frame of GIF, WebP
-and TIFF. Greyscale, palette, CMYK and 16-bit pictures become RGB; transparent ones are laid on white, as most viewers
-do.
+provider unpacks the very same ones with `decode_resized`. Formats: JPEG, PNG, WebP, BMP and the first frame of GIF,
+WebP and TIFF. Greyscale, palette, CMYK and 16-bit pictures become RGB; transparent ones are laid on white, as most
+viewers do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import BadInput, BrokenImage, UnsupportedFormat
-from provider_image.images.headers import ImageFacts, read_facts
+from provider_image.images.headers import ImageHeader, read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,8 +44,8 @@ _PLUGINS = {
     "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
 }
 #: The EXIF tag for the orientation, and what turns a picture upright, by its value.
-_ORIENTATION = 0x0112
-_TURNS = {
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -73,7 +73,7 @@ _DECODE_ERRORS = (
 )
 
 
-def check_upload(data: bytes, max_pixels: int) -> ImageFacts:
+def check_upload(data: bytes, max_pixels: int) -> ImageHeader:
     """Check cheaply that bytes are a whole picture of a format that is taken: header, declared size, file's end.
 
     :raises EmptyImage: no bytes.
@@ -82,7 +82,7 @@ def check_upload(data: bytes, max_pixels: int) -> ImageFacts:
     :raises ImageTooLarge: declares more than max_pixels.
     :raises BrokenImage: damaged or cut short, as far as the structure tells.
     """
-    return read_facts(data, max_pixels)
+    return read_header(data, max_pixels)
 
 
 def decode(
@@ -102,15 +102,15 @@ def decode(
     :return: uint8, shape (height, width, 3), values 0-255, not yet normalised.
     :raises BadInput: as `check_upload`; BrokenImage also when the pixels cannot be decoded.
     """
-    facts = read_facts(data, max_pixels)
+    header = read_header(data, max_pixels)
     import numpy as np
     import PIL.Image
 
     try:
-        module, attribute = _PLUGINS[facts.format]
+        module, attribute = _PLUGINS[header.format]
         with getattr(importlib.import_module(module), attribute)(io.BytesIO(data)) as image:
-            upright, scale = _upright(image, facts, height, width, crop, max_pixels, margin)
-        box = _box(upright, scale, crop)
+            upright, scale = _load_upright(image, header, height, width, crop, max_pixels, margin)
+        box = _crop_box(upright, scale, crop)
         if upright.size != (width, height) or crop is not None:
             upright = upright.resize((width, height), PIL.Image.Resampling.BICUBIC, box=box)
         return np.asarray(upright.convert("RGB"))
@@ -118,13 +118,13 @@ def decode(
         raise
     except (*_DECODE_ERRORS, PIL.Image.DecompressionBombError) as error:
         raise BrokenImage(
-            f"The {facts.format} image cannot be decoded ({type(error).__name__}: {error}). "
+            f"The {header.format} image cannot be decoded ({type(error).__name__}: {error}). "
             "Save it again in an image program and send that file."
         ) from error
 
 
 def encode_lossless(pixels: np.ndarray[Any, Any]) -> bytes:
-    """Pack decoded pixels so that `decode_shrunk` gives exactly the same, with nothing else in the file.
+    """Pack decoded pixels so that `decode_resized` gives exactly the same, with nothing else in the file.
 
     :param pixels: uint8, shape (height, width, 3), as `decode` gives them.
     """
@@ -138,7 +138,7 @@ def encode_lossless(pixels: np.ndarray[Any, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_shrunk(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]:
+def decode_resized(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]:
     """Unpack what `encode_lossless` gave; nothing is turned, cropped or resized.
 
     :return: uint8, shape (height, width, 3).
@@ -150,9 +150,9 @@ def decode_shrunk(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]:
 
     wanted = f"a WebP file of {width} x {height} RGB pixels"
     try:
-        facts = read_facts(data, height * width)
-        if (facts.format, facts.width, facts.height) != ("WEBP", width, height):
-            raise BadInput(f"It is {facts.format} of {facts.width} x {facts.height} pixels.")
+        header = read_header(data, height * width)
+        if (header.format, header.width, header.height) != ("WEBP", width, height):
+            raise BadInput(f"It is {header.format} of {header.width} x {header.height} pixels.")
         with PIL.WebPImagePlugin.WebPImageFile(io.BytesIO(data)) as image:
             # The frame is what is decoded; what was announced before it may be something else.
             if (image.mode, image.size, getattr(image, "n_frames", 1)) != ("RGB", (width, height), 1):
@@ -165,7 +165,7 @@ def decode_shrunk(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scale:
+class _LoadedScale:
     """How a picture was loaded."""
 
     #: Size of the upright picture at full scale.
@@ -175,41 +175,41 @@ class _Scale:
     divisor: int
 
 
-def _upright(
+def _load_upright(
     image: PIL.Image.Image,
-    facts: ImageFacts,
+    header: ImageHeader,
     height: int,
     width: int,
     crop: float | None,
     max_pixels: int,
     margin: float,
-) -> tuple[PIL.Image.Image, _Scale]:
+) -> tuple[PIL.Image.Image, _LoadedScale]:
     """Load an opened picture, at reduced scale if that does no harm, and return it upright in mode L or RGB."""
     if image.width * image.height > max_pixels:  # the decoder may see a larger frame than the header declares
         raise BrokenImage("The image is larger than its header says. Save it again and send that file.")
     # TIFF is turned by Pillow while loading.
-    turn = None if facts.format == "TIFF" else _TURNS.get(_orientation(image))
-    is_sideways = turn in _SIDEWAYS
+    transposition = None if header.format == "TIFF" else _TRANSPOSITIONS.get(_orientation(image))
+    is_sideways = transposition in _SIDEWAYS
     full, divisor = image.size, 1
-    if facts.format == "JPEG" and math.isfinite(margin):
+    if header.format == "JPEG" and math.isfinite(margin):
         factor = margin / (crop or 1.0)
-        least = (math.ceil(width * factor), math.ceil(height * factor))
-        image.draft(None, least[::-1] if is_sideways else least)
+        min_size = (math.ceil(width * factor), math.ceil(height * factor))
+        image.draft(None, min_size[::-1] if is_sideways else min_size)
         divisor = round(full[0] / image.width)
     image.load()
     upright = _to_rgb(image)
-    if turn is not None:
+    if transposition is not None:
         import PIL.Image
 
-        upright = upright.transpose(PIL.Image.Transpose[turn])
+        upright = upright.transpose(PIL.Image.Transpose[transposition])
     if divisor == 1:
         full = upright.size
     elif is_sideways:
         full = full[::-1]
-    return upright, _Scale(width=full[0], height=full[1], divisor=divisor)
+    return upright, _LoadedScale(width=full[0], height=full[1], divisor=divisor)
 
 
-def _box(upright: PIL.Image.Image, scale: _Scale, crop: float | None) -> tuple[float, float, float, float]:
+def _crop_box(upright: PIL.Image.Image, scale: _LoadedScale, crop: float | None) -> tuple[float, float, float, float]:
     """Return the part that is used, the same at every scale. The rounding is that of TensorFlow's EfficientNet."""
     if crop is None:
         return 0, 0, upright.width, upright.height
@@ -228,7 +228,7 @@ def _orientation(image: PIL.Image.Image) -> int:
     if "exif" not in image.info and "Raw profile type exif" not in image.info:
         return 1  # spares importing Pillow's EXIF reader
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODE_ERRORS:  # damaged metadata around sound pixels: viewers show such a picture as it is stored
         return 1
     return value if isinstance(value, int) else 1
@@ -240,17 +240,17 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
     if image.mode.startswith("I;16"):
         # Pillow's own conversion to L clips everything over 255 to white.
-        return _grey(image, 1 / 257)
+        return _to_greyscale(image, 1 / 257)
     if image.mode in ("I", "F"):
         # 32-bit TIFF does not say which number is white, so the range that is used has to tell.
         lowest, highest = _extrema(image)
         if lowest >= 0 and highest <= 1 and image.mode == "F":
-            return _grey(image, 255)
+            return _to_greyscale(image, 255)
         if lowest >= 0 and highest <= 255:
-            return _grey(image, 1)
+            return _to_greyscale(image, 1)
         if lowest >= 0 and highest <= 65535:
-            return _grey(image, 1 / 257)
-        return _grey(image, 255 / (highest - lowest), lowest)
+            return _to_greyscale(image, 1 / 257)
+        return _to_greyscale(image, 255 / (highest - lowest), lowest)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         import PIL.Image
 
@@ -272,7 +272,7 @@ def _extrema(image: PIL.Image.Image) -> tuple[float, float]:
     return lowest, highest
 
 
-def _grey(image: PIL.Image.Image, factor: float, lowest: float = 0.0) -> PIL.Image.Image:
+def _to_greyscale(image: PIL.Image.Image, factor: float, lowest: float = 0.0) -> PIL.Image.Image:
     import numpy as np
     import PIL.Image
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from provider_image.errors import BrokenImage, EmptyImage, ImageTooLarge, NotAnImage, UnsupportedFormat
 
 #: Steps through a file's segments or blocks before it counts as damaged; real files have some dozens.
-_MOST_STEPS = 20_000
+_MAX_STEPS = 20_000
 #: Called by a reader with width and height as soon as it knows them.
-_Declare = Callable[[int, int], None]
+_SizeCheck = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFacts:
+class ImageHeader:
     """What the header says."""
 
     #: One of imaging.FORMATS.
@@ -30,7 +30,7 @@ class ImageFacts:
     height: int
 
 
-def read_facts(data: bytes, max_pixels: int) -> ImageFacts:
+def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     """Read format and size, and check that the file is whole as far as its structure tells.
 
     :param max_pixels: of width x height; compared as soon as the size is known, so that a bomb is called a bomb even
@@ -44,7 +44,7 @@ def read_facts(data: bytes, max_pixels: int) -> ImageFacts:
     if not data:
         raise EmptyImage()
 
-    def declare(width: int, height: int) -> None:
+    def check_size(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise ImageTooLarge(
                 f"The image declares {width} x {height} pixels; at most {max_pixels / 1e6:g} million are taken. "
@@ -56,26 +56,26 @@ def read_facts(data: bytes, max_pixels: int) -> ImageFacts:
             if name == "TIFF" and data[8:10] == b"CR":
                 raise _unsupported("Canon raw")
             try:
-                width, height = reader(data, declare)
+                width, height = reader(data, check_size)
             except (struct.error, IndexError) as error:
                 raise BrokenImage(f"The {name} file is cut short. Save it again and send that file.") from error
             if width < 1 or height < 1:
                 raise BrokenImage(f"The {name} file declares a size of {width} x {height} pixels.")
-            return ImageFacts(format=name, width=width, height=height)
-    raise _refusal(data)
+            return ImageHeader(format=name, width=width, height=height)
+    raise _unrecognised(data)
 
 
 def _cut_short(name: str) -> BrokenImage:
     return BrokenImage(f"The {name} file is cut short: its end is missing. Save it again and send that file.")
 
 
-def _jpeg(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _jpeg(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     """Walk the segments to the frame header, then to the first scan, behind which an end marker must stand.
 
     The walk steps over the EXIF segment as a whole, so that the end marker of a thumbnail inside it does not count.
     """
     position, size = 2, None
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         if data[position] != 0xFF:
             raise BrokenImage("The JPEG file is damaged: a segment does not start where it should.")
         marker = data[position + 1]
@@ -96,7 +96,7 @@ def _jpeg(data: bytes, declare: _Declare) -> tuple[int, int]:
             if marker in (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF):
                 raise _unsupported("lossless or hierarchical JPEG")
             size = struct.unpack_from(">HH", data, position + 5)
-            declare(size[1], size[0])
+            check_size(size[1], size[0])
         if marker == 0xDA:
             if size is None:
                 raise BrokenImage("The JPEG file is damaged: it has no frame header.")
@@ -107,19 +107,19 @@ def _jpeg(data: bytes, declare: _Declare) -> tuple[int, int]:
     raise BrokenImage("The JPEG file is damaged: it has no picture data.")
 
 
-def _png(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _png(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     if data[8:16] != b"\x00\x00\x00\rIHDR":
         raise BrokenImage("The PNG file is damaged: it does not start with its header.")
     width, height = struct.unpack_from(">II", data, 16)
-    declare(width, height)
+    check_size(width, height)
     if data.rfind(b"IEND\xaeB`\x82") < 33 or data.find(b"IDAT") < 0:
         raise _cut_short("PNG")
     return width, height
 
 
-def _webp(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _webp(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     width, height = _webp_size(data)
-    declare(width, height)
+    check_size(width, height)
     if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
         raise _cut_short("WEBP")
     if data[12:16] in (b"VP8 ", b"VP8L") and 20 + struct.unpack_from("<I", data, 16)[0] > len(data):
@@ -140,37 +140,37 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise BrokenImage("The WEBP file is damaged: it does not start with a picture.")
 
 
-def _gif(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _gif(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     """Walk to the end of the first frame, the only one used. A frame may be larger than the screen: Pillow grows it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    declare(width, height)
+    check_size(width, height)
     position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
-    is_frame = False
-    for _ in range(_MOST_STEPS):
+    has_frame = False
+    for _ in range(_MAX_STEPS):
         introducer = data[position]
         if introducer == 0x2C:
             left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, position + 1)
             width, height = max(width, left + frame_width), max(height, top + frame_height)
             position += 11 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
-            declare(width, height)
-            is_frame = True
+            check_size(width, height)
+            has_frame = True
         elif introducer == 0x21:
             position += 2
         else:
             break
-        for _ in range(_MOST_STEPS):
+        for _ in range(_MAX_STEPS):
             length = data[position]
             position += 1 + length
             if not length:
                 break
         else:
             break
-        if is_frame:
+        if has_frame:
             return width, height
     raise BrokenImage("The GIF file is damaged: it has no picture.")
 
 
-def _bmp(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _bmp(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     start, header = struct.unpack_from("<II", data, 10)
     if header == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
@@ -182,7 +182,7 @@ def _bmp(data: bytes, declare: _Declare) -> tuple[int, int]:
         raise BrokenImage("The BMP file is damaged: its header has an impossible length.")
     if bits not in (1, 2, 4, 8, 16, 24, 32):
         raise BrokenImage(f"The BMP file is damaged: it declares {bits} bits a pixel.")
-    declare(width, height)
+    check_size(width, height)
     if compression in (0, 3) and width > 0:
         # The size field is wrong in many files, so the end is computed from the declared picture.
         if start + (width * bits + 31) // 32 * 4 * height > len(data):
@@ -192,7 +192,7 @@ def _bmp(data: bytes, declare: _Declare) -> tuple[int, int]:
     return width, height
 
 
-def _tiff(data: bytes, declare: _Declare) -> tuple[int, int]:
+def _tiff(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
     """Read the first directory; a file that is cut short has lost the directory or the end of its strips."""
     order = "<" if data[:2] == b"II" else ">"
     (position,) = struct.unpack_from(order + "I", data, 4)
@@ -209,14 +209,14 @@ def _tiff(data: bytes, declare: _Declare) -> tuple[int, int]:
         if not numbers:
             raise BrokenImage("The TIFF file is damaged: it does not declare its size.")
         size.append(numbers[0])
-    declare(size[0], size[1])
+    check_size(size[0], size[1])
     # A tile is decoded as a whole, however small the picture is said to be.
-    declare(*(max(_tiff_numbers(data, order, values.get(tag), 1), default=0) for tag in (322, 323)))
+    check_size(*(max(_tiff_numbers(data, order, values.get(tag), 1), default=0) for tag in (322, 323)))
     for starts, lengths in ((273, 279), (324, 325)):
         if starts in values and lengths in values:
             ends = zip(
-                _tiff_numbers(data, order, values[starts], _MOST_STEPS),
-                _tiff_numbers(data, order, values[lengths], _MOST_STEPS),
+                _tiff_numbers(data, order, values[starts], _MAX_STEPS),
+                _tiff_numbers(data, order, values[lengths], _MAX_STEPS),
                 strict=False,
             )
             if max((start + length for start, length in ends), default=0) > len(data):
@@ -224,8 +224,8 @@ def _tiff(data: bytes, declare: _Declare) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _tiff_numbers(data: bytes, order: str, entry: tuple[int, int, int] | None, most: int) -> tuple[int, ...]:
-    if entry is None or entry[0] not in (3, 4) or not 0 < entry[1] <= most:
+def _tiff_numbers(data: bytes, order: str, entry: tuple[int, int, int] | None, max_count: int) -> tuple[int, ...]:
+    if entry is None or entry[0] not in (3, 4) or not 0 < entry[1] <= max_count:
         return ()
     kind, length, offset = entry
     width = 2 if kind == 3 else 4
@@ -234,7 +234,7 @@ def _tiff_numbers(data: bytes, order: str, entry: tuple[int, int, int] | None, m
     return struct.unpack_from(f"{order}{length}{'H' if kind == 3 else 'I'}", data, offset)
 
 
-_READERS: tuple[tuple[bytes, str, Callable[[bytes, _Declare], tuple[int, int]]], ...] = (
+_READERS: tuple[tuple[bytes, str, Callable[[bytes, _SizeCheck], tuple[int, int]]], ...] = (
     (b"\xff\xd8\xff", "JPEG", _jpeg),
     (b"\x89PNG\r\n\x1a\n", "PNG", _png),
     (b"RIFF", "WEBP", _webp),
@@ -246,7 +246,7 @@ _READERS: tuple[tuple[bytes, str, Callable[[bytes, _Declare], tuple[int, int]]],
 )
 
 #: Formats that are worth naming to whoever sends them: (offset, magic, name).
-_OTHERS = (
+_UNSUPPORTED_FORMATS = (
     (0, b"%PDF-", "PDF"),
     (0, b"8BPS", "PSD"),
     (0, b"\x00\x00\x01\x00", "ICO"),
@@ -282,8 +282,8 @@ def _unsupported(name: str) -> UnsupportedFormat:
     return UnsupportedFormat(f"{name} is not supported. Send JPEG, PNG, WebP, GIF, BMP or TIFF.")
 
 
-def _refusal(data: bytes) -> UnsupportedFormat | NotAnImage:
-    for offset, magic, name in _OTHERS:
+def _unrecognised(data: bytes) -> UnsupportedFormat | NotAnImage:
+    for offset, magic, name in _UNSUPPORTED_FORMATS:
         if data.startswith(magic, offset):
             return _unsupported(name)
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()

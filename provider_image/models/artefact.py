@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled, UnknownModel
-from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command, own_install_command
+from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
 
 logger = logging.getLogger(__name__)
 
 #: Version of model.json; a reader refuses any other.
-FORMAT = 2
+FORMAT_VERSION = 2
 #: The graph and its weights.
 GRAPH_FILES = ("model.xml", "model.bin")
 #: A name that is safe as a folder's name. Names reach this module from chunk files, so they are not trusted.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
-_LARGEST_JSON = 4 * 1024 * 1024
+_MAX_JSON_BYTES = 4 * 1024 * 1024
 
 #: (path of model.json) -> (its mtime_ns, size, inode), and what reading it gave.
 _Signature = tuple[int, int, int]
-_known: dict[str, tuple[_Signature, Artefact | ModelError]] = {}
-_known_lock = threading.Lock()
+_cache: dict[str, tuple[_Signature, Artefact | ModelError]] = {}
+_cache_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +123,13 @@ class Artefact:
         return sum(size for size, _ in self.files.values())
 
 
-def digest_of(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_sha256: str, recipe: str) -> str:
+def compute_digest(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_sha256: str, recipe: str) -> str:
     """Compute an artefact's digest: from the recipe, the weights, the row's facts and the labels, nothing else.
 
     The graph's bytes are left out on purpose: OpenVINO may write them differently from version to version.
     """
     facts = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "recipe": recipe,
         "weights_sha256": weights_sha256,
         "name": row.name,
@@ -150,17 +150,17 @@ def read_artefact(folder: Path) -> Artefact:
     :raises BrokenArtefact: model.json cannot be understood, or a file is missing or cut short.
     """
     try:
-        raw = (folder / "model.json").read_bytes()[:_LARGEST_JSON]
+        raw = (folder / "model.json").read_bytes()[:_MAX_JSON_BYTES]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _not_installed(folder.name) from error
     except OSError as error:
         raise BrokenArtefact(f"The model {folder.name} cannot be read: {error}") from error
     try:
         facts = json.loads(raw)
-        if facts["format"] != FORMAT:
+        if facts["format"] != FORMAT_VERSION:
             raise BrokenArtefact(
-                f"The model {folder.name} has format {facts['format']!r}; this version reads {FORMAT}. "
-                f"Install it again: {_command(folder.name)}"
+                f"The model {folder.name} has format {facts['format']!r}; this version reads {FORMAT_VERSION}. "
+                f"Install it again: {_install_hint(folder.name)}"
             )
         artefact = Artefact(
             name=str(facts["name"]),
@@ -182,7 +182,7 @@ def read_artefact(folder: Path) -> Artefact:
                 is_same_top_five=bool(facts["storage"]["is_same_top_five"]),
             ),
             samples=tuple(
-                Sample(file=_plain(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
+                Sample(file=_plain_file_name(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
                 for sample in facts["self_test"]["samples"]
             ),
             reference=str(facts["self_test"]["reference"]),
@@ -196,7 +196,7 @@ def read_artefact(folder: Path) -> Artefact:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
             f"The model {folder.name} is damaged ({type(error).__name__}: {error}). "
-            f"Delete {folder}, then: {_command(folder.name)}"
+            f"Delete {folder}, then: {_install_hint(folder.name)}"
         ) from error
     return artefact
 
@@ -215,7 +215,7 @@ def check_files(artefact: Artefact) -> None:
         if found != artefact.files[file][1]:
             raise BrokenArtefact(
                 f"{artefact.folder / file} has changed since it was made. Delete {artefact.folder}, "
-                f"then: {_command(artefact.name)}"
+                f"then: {_install_hint(artefact.name)}"
             )
 
 
@@ -240,20 +240,20 @@ def find_artefact(models: Path, name: str) -> Artefact:
     except OSError as error:
         raise _not_installed(name) from error
     signature = (status.st_mtime_ns, status.st_size, status.st_ino)
-    known = _known.get(path)
-    if known is None or known[0] != signature:
+    cached = _cache.get(path)
+    if cached is None or cached[0] != signature:
         found: Artefact | ModelError
         try:
             found = read_artefact(folder)
         except ModelError as error:
             logger.warning("model cannot be used: %s", error, extra={"model": name})
             found = error
-        known = (signature, found)
-        with _known_lock:
-            _known[path] = known
-    if isinstance(known[1], ModelError):
-        raise type(known[1])(known[1].reason)
-    return known[1]
+        cached = (signature, found)
+        with _cache_lock:
+            _cache[path] = cached
+    if isinstance(cached[1], ModelError):
+        raise type(cached[1])(cached[1].reason)
+    return cached[1]
 
 
 def installed_digest(models: Path, name: str) -> str | None:
@@ -264,17 +264,17 @@ def installed_digest(models: Path, name: str) -> str | None:
         return None
 
 
-def _plain(file: Any) -> str:
+def _plain_file_name(file: Any) -> str:
     # Names in a model.json that came from elsewhere must not lead out of its folder.
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise ValueError(f"{file!r} is not a plain file name")
     return file
 
 
-def _command(name: str) -> str:
+def _install_hint(name: str) -> str:
     row = CATALOGUE.get(name)
-    return install_command(row) if row else own_install_command(name)
+    return install_command(row) if row else custom_install_command(name)
 
 
 def _not_installed(name: str) -> NotInstalled:
-    return NotInstalled(f"The model {name} is not installed here. Install it: {_command(name)}")
+    return NotInstalled(f"The model {name} is not installed here. Install it: {_install_hint(name)}")

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 #: The folder in a models folder; hidden, so that nobody takes it for a model.
 _FOLDER = ".speeds"
-_LARGEST_BYTES = 4096
+_MAX_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def read_speed(models: Path, name: str, digest: str) -> Speed | None:
     """Return the speed that was measured of this very artefact, None if there is none; some 20 microseconds."""
     try:
         with (models / _FOLDER / f"{name}.json").open("rb") as file:
-            facts = json.loads(file.read(_LARGEST_BYTES))
+            facts = json.loads(file.read(_MAX_BYTES))
         speed = Speed(
             digest=str(facts["digest"]),
             images_per_second=float(facts["images_per_second"]),

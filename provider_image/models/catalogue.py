@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from provider_image.errors import UnknownModel
 
 #: Longest name that is looked at; anything longer is cut before it is compared or shown.
-LONGEST_NAME = 64
+MAX_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class ModelRow:
     aliases: tuple[str, ...] = ()
 
 
-def _keras(
+def _keras_row(
     name: str,
     keras_class: str,
     preprocessing: str,
-    place: str,
+    location: str,
     hash: str | None,
     *,
     title: str | None = None,
@@ -71,10 +71,10 @@ def _keras(
 ) -> ModelRow:
     """Make the row of a class in `keras.applications`.
 
-    :param place: folder of the published weights, or folder and file name where that is not Keras' usual one.
+    :param location: folder of the published weights, or folder and file name where that is not Keras' usual one.
     """
-    usual = f"{name}_weights_tf_dim_ordering_tf_kernels.h5"
-    address = place if place.endswith(".h5") else f"{place}/{usual}"
+    default_name = f"{name}_weights_tf_dim_ordering_tf_kernels.h5"
+    address = location if location.endswith(".h5") else f"{location}/{default_name}"
     file = cached_as or address.rpartition("/")[2]
     return ModelRow(
         name=name,
@@ -97,18 +97,18 @@ _ROWS = (
         source="wheel",
         aliases=("lite0",),
     ),
-    _keras("densenet121", "DenseNet121", "torch", "densenet", "9d60b8095a5708f2dcce2bca79d332c7"),
-    _keras("densenet169", "DenseNet169", "torch", "densenet", "d699b8f76981ab1b30698df4c175e90b"),
-    _keras("densenet201", "DenseNet201", "torch", "densenet", "1ceb130c1ea1b78c3bf6114dbdfd8807"),
-    _keras("resnet50", "ResNet50", "caffe", "resnet", "2cb95161c43110f7111970584f804107"),
-    _keras("resnet101", "ResNet101", "caffe", "resnet", "f1aeb4b969a6efcfb50fad2f0c20cfc5"),
-    _keras("resnet152", "ResNet152", "caffe", "resnet", "100835be76be38e30d865e96f2aaae62"),
-    _keras("resnet50v2", "ResNet50V2", "tf", "resnet", "3ef43a0b657b3be2300d5770ece849e0"),
-    _keras("resnet101v2", "ResNet101V2", "tf", "resnet", "6343647c601c52e1368623803854d971"),
-    _keras("resnet152v2", "ResNet152V2", "tf", "resnet", "a49b44d1979771252814e80f8ec446f9"),
-    _keras("vgg16", "VGG16", "caffe", "vgg16", "64373286793e3c8b2b4e3219cbf3544b"),
-    _keras("vgg19", "VGG19", "caffe", "vgg19", "cbe5617147190e668d6c5d5026f83318"),
-    _keras(
+    _keras_row("densenet121", "DenseNet121", "torch", "densenet", "9d60b8095a5708f2dcce2bca79d332c7"),
+    _keras_row("densenet169", "DenseNet169", "torch", "densenet", "d699b8f76981ab1b30698df4c175e90b"),
+    _keras_row("densenet201", "DenseNet201", "torch", "densenet", "1ceb130c1ea1b78c3bf6114dbdfd8807"),
+    _keras_row("resnet50", "ResNet50", "caffe", "resnet", "2cb95161c43110f7111970584f804107"),
+    _keras_row("resnet101", "ResNet101", "caffe", "resnet", "f1aeb4b969a6efcfb50fad2f0c20cfc5"),
+    _keras_row("resnet152", "ResNet152", "caffe", "resnet", "100835be76be38e30d865e96f2aaae62"),
+    _keras_row("resnet50v2", "ResNet50V2", "tf", "resnet", "3ef43a0b657b3be2300d5770ece849e0"),
+    _keras_row("resnet101v2", "ResNet101V2", "tf", "resnet", "6343647c601c52e1368623803854d971"),
+    _keras_row("resnet152v2", "ResNet152V2", "tf", "resnet", "a49b44d1979771252814e80f8ec446f9"),
+    _keras_row("vgg16", "VGG16", "caffe", "vgg16", "64373286793e3c8b2b4e3219cbf3544b"),
+    _keras_row("vgg19", "VGG19", "caffe", "vgg19", "cbe5617147190e668d6c5d5026f83318"),
+    _keras_row(
         "nasnet_large",
         "NASNetLarge",
         "tf",
@@ -118,7 +118,7 @@ _ROWS = (
         side=331,
         cached_as="nasnet_large.h5",
     ),
-    _keras(
+    _keras_row(
         "nasnet_mobile",
         "NASNetMobile",
         "tf",
@@ -127,8 +127,8 @@ _ROWS = (
         title="NASNet-Mobile",
         cached_as="nasnet_mobile.h5",
     ),
-    _keras("xception", "Xception", "tf", "xception", "0a58e3b7378bc2990ea3b43d5981f1f6", side=299),
-    _keras(
+    _keras_row("xception", "Xception", "tf", "xception", "0a58e3b7378bc2990ea3b43d5981f1f6", side=299),
+    _keras_row(
         "inception_v3",
         "InceptionV3",
         "tf",
@@ -137,7 +137,7 @@ _ROWS = (
         title="Inception v3",
         side=299,
     ),
-    _keras(
+    _keras_row(
         "inception_resnet_v2",
         "InceptionResNetV2",
         "tf",
@@ -147,7 +147,7 @@ _ROWS = (
         side=299,
     ),
     # Keras publishes no hash for this file.
-    _keras(
+    _keras_row(
         "mobilenet_v2",
         "MobileNetV2",
         "tf",
@@ -155,14 +155,14 @@ _ROWS = (
         None,
     ),
     # These two have their preprocessing inside.
-    _keras(
+    _keras_row(
         "efficientnetv2_b0",
         "EfficientNetV2B0",
         "none",
         "efficientnet_v2/efficientnetv2-b0.h5",
         "21ecbf6da12460d5c40bb2f29ceb2188",
     ),
-    _keras(
+    _keras_row(
         "convnext_tiny",
         "ConvNeXtTiny",
         "none",
@@ -175,18 +175,20 @@ _ROWS = (
 CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}
 
 
-def key(name: str) -> str:
+def normalise_name(name: str) -> str:
     """Return a name without its case and separators: two models must not share one."""
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 #: Every spelling without case and separators. A test proves that no two models share one.
-_BY_KEY: dict[str, ModelRow] = {key(name): row for row in _ROWS for name in (row.name, row.title, *row.aliases)}
+_BY_KEY: dict[str, ModelRow] = {
+    normalise_name(name): row for row in _ROWS for name in (row.name, row.title, *row.aliases)
+}
 
 
 def look_up(name: str) -> ModelRow | None:
     """Return a model of the catalogue by its name in any case and spelling, None if there is none."""
-    return CATALOGUE.get(name) or _BY_KEY.get(key(name[:LONGEST_NAME]))
+    return CATALOGUE.get(name) or _BY_KEY.get(normalise_name(name[:MAX_NAME_LENGTH]))
 
 
 def find_model(name: str) -> ModelRow:
@@ -208,17 +210,17 @@ def unknown_model(name: str, others: Mapping[str, str] | None = None) -> Unknown
     import difflib  # only for the mistaken: it costs milliseconds to import
 
     names = {**{each: row.name for each, row in _BY_KEY.items()}, **(others or {})}
-    shown = name[:LONGEST_NAME] + ("..." if len(name) > LONGEST_NAME else "")
-    near = difflib.get_close_matches(key(name[:LONGEST_NAME]), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {names[near[0]]}?" if near else ""
+    shown = name[:MAX_NAME_LENGTH] + ("..." if len(name) > MAX_NAME_LENGTH else "")
+    close_names = difflib.get_close_matches(normalise_name(name[:MAX_NAME_LENGTH]), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {names[close_names[0]]}?" if close_names else ""
     return UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list those there are.")
 
 
 def install_command(row: ModelRow) -> str:
     """Say which command installs a model."""
-    return own_install_command(row.name) if row.source == "own" else f"mlg models compile {row.name}"
+    return custom_install_command(row.name) if row.source == "own" else f"mlg models compile {row.name}"
 
 
-def own_install_command(name: str) -> str:
+def custom_install_command(name: str) -> str:
     """Say which command installs a model of a user's own."""
     return f"mlg models compile {name} --keras FILE --labels FILE"

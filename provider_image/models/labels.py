@@ -7,11 +7,11 @@ from pathlib import Path
 from provider_image.errors import UnsuitableModel
 
 #: Classes that a model may have at most.
-MOST_LABELS = 20_000
+MAX_LABELS = 20_000
 #: Characters of an id or a name at most.
-LONGEST_LABEL = 100
+MAX_LABEL_LENGTH = 100
 #: They must fit into a model.json, where a letter beyond ASCII takes six characters.
-_LARGEST_BYTES = 512 * 1024
+_MAX_BYTES = 512 * 1024
 
 
 def imagenet_labels() -> tuple[tuple[str, str], ...]:
@@ -29,26 +29,26 @@ def read_labels(path: Path) -> tuple[tuple[str, str], ...]:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(_LARGEST_BYTES + 1)
+            raw = file.read(_MAX_BYTES + 1)
         lines = raw.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UnsuitableModel(f"The labels file {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UnsuitableModel(f"The labels file {path} is not UTF-8. Save it as UTF-8 text.") from error
-    if len(raw) > _LARGEST_BYTES:
-        raise UnsuitableModel(f"The labels file {path} has more than {_LARGEST_BYTES} bytes. Shorten the names.")
+    if len(raw) > _MAX_BYTES:
+        raise UnsuitableModel(f"The labels file {path} has more than {_MAX_BYTES} bytes. Shorten the names.")
     if lines[-1] == "":
         lines.pop()
-    if not 1 <= len(lines) <= MOST_LABELS:
-        raise UnsuitableModel(f"The labels file {path} has {len(lines)} lines; 1 to {MOST_LABELS} are taken.")
+    if not 1 <= len(lines) <= MAX_LABELS:
+        raise UnsuitableModel(f"The labels file {path} has {len(lines)} lines; 1 to {MAX_LABELS} are taken.")
     labels: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         id, tab, name = line.removesuffix("\r").partition("\t")
         for text in (id, name) if tab else (id,):
-            if not 0 < len(text) <= LONGEST_LABEL or text != text.strip() or not text.isprintable():
+            if not 0 < len(text) <= MAX_LABEL_LENGTH or text != text.strip() or not text.isprintable():
                 raise UnsuitableModel(
                     f"Line {number} of {path} is not a label: write a name, or an id, a tab and a name, each of 1 to "
-                    f"{LONGEST_LABEL} characters, without blanks around it or control characters."
+                    f"{MAX_LABEL_LENGTH} characters, without blanks around it or control characters."
                 )
         if id in labels:
             raise UnsuitableModel(f"Line {number} of {path} repeats the label {id!r}. Each class needs its own.")

@@ -14,25 +14,25 @@ from pathlib import Path
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact, is_model_name
-from provider_image.models.catalogue import CATALOGUE, LONGEST_NAME, ModelRow, key, look_up, unknown_model
+from provider_image.models.catalogue import CATALOGUE, MAX_NAME_LENGTH, ModelRow, look_up, normalise_name, unknown_model
 from provider_image.services import REGISTRY
 
 #: A listing is kept only if the folder had been at rest for this long: file systems stamp changes by a coarse clock.
-_AT_REST_NS = 2_000_000_000
+_SETTLE_NS = 2_000_000_000
 
 #: Models folder -> (its mtime_ns, key -> name of the folders in it that no model of the catalogue has).
-_listings: dict[str, tuple[int, Mapping[str, str]]] = {}
+_listing_cache: dict[str, tuple[int, Mapping[str, str]]] = {}
 
 
-def rows(models: Path) -> tuple[ModelRow, ...]:
+def list_rows(models: Path) -> tuple[ModelRow, ...]:
     """List the catalogue, then the installed models of users' own by name; one that is damaged is left out."""
-    own = []
-    for name in sorted(_own_names(models).values()):
+    custom = []
+    for name in sorted(_custom_names(models).values()):
         try:
-            own.append(_own_row(models, name))
+            custom.append(_custom_row(models, name))
         except (NotInstalled, ModelError):
             continue  # `find_artefact` has told the log
-    return (*CATALOGUE.values(), *own)
+    return (*CATALOGUE.values(), *custom)
 
 
 def find_row(models: Path, spelling: str) -> ModelRow:
@@ -44,22 +44,22 @@ def find_row(models: Path, spelling: str) -> ModelRow:
     row = look_up(spelling)
     if row is not None:
         return row
-    names = _own_names(models)
-    name = names.get(key(spelling[:LONGEST_NAME]))
+    names = _custom_names(models)
+    name = names.get(normalise_name(spelling[:MAX_NAME_LENGTH]))
     if name is not None:
         try:
-            return _own_row(models, name)
+            return _custom_row(models, name)
         except NotInstalled:
             pass  # a folder without a model in it
     raise unknown_model(spelling, names)
 
 
-def find_own_name(models: Path, spelling: str) -> str | None:
+def find_custom_name(models: Path, spelling: str) -> str | None:
     """Return the name of the folder of a user's own model that is spelt like this, None if there is none."""
-    return _own_names(models).get(key(spelling[:LONGEST_NAME]))
+    return _custom_names(models).get(normalise_name(spelling[:MAX_NAME_LENGTH]))
 
 
-def _own_row(models: Path, name: str) -> ModelRow:
+def _custom_row(models: Path, name: str) -> ModelRow:
     artefact = find_artefact(models, name)
     if artefact.name != name or artefact.service not in REGISTRY:
         raise BrokenArtefact(
@@ -69,20 +69,20 @@ def _own_row(models: Path, name: str) -> ModelRow:
     return dataclasses.replace(artefact.row, source="own")
 
 
-def _own_names(models: Path) -> Mapping[str, str]:
+def _custom_names(models: Path) -> Mapping[str, str]:
     """List the folders that may be users' own models, by key. One stat while the models folder is unchanged."""
     path = str(models)
     try:
         changed_at = os.stat(path).st_mtime_ns  # noqa: PTH116 - as in artefact.py
-        known = _listings.get(path)
-        if known is not None and known[0] == changed_at:
-            return known[1]
+        cached = _listing_cache.get(path)
+        if cached is not None and cached[0] == changed_at:
+            return cached[1]
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries if is_model_name(entry.name) and entry.is_dir())
     except OSError:
         return {}
     # The first of two that are spelt alike, which nobody can install, is at least always the same.
-    found = {key(name): name for name in reversed(names) if look_up(name) is None}
-    if time.time_ns() - changed_at > _AT_REST_NS:
-        _listings[path] = (changed_at, found)
+    found = {normalise_name(name): name for name in reversed(names) if look_up(name) is None}
+    if time.time_ns() - changed_at > _SETTLE_NS:
+        _listing_cache[path] = (changed_at, found)
     return found

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from provider_image.models.artefact import Artefact
 
 #: How many labels an output has, or as many as the model knows if that is fewer.
-KEPT = 20
+TOP_LABELS = 20
 #: Probabilities are rounded to this many digits after the point: two honest machines differ by about 1e-6.
-_DIGITS = 6
+_DECIMALS = 6
 
 
 class Classification:
@@ -37,7 +37,7 @@ class Classification:
             kind="whole",
             default=5,
             minimum=1,
-            maximum=KEPT,
+            maximum=TOP_LABELS,
             help="How many labels to show, likeliest first.",
             is_read_time=True,
         ),
@@ -45,7 +45,7 @@ class Classification:
     output_schema: Mapping[str, Any] = {
         "type": "array",
         "minItems": 1,
-        "maxItems": KEPT,
+        "maxItems": TOP_LABELS,
         "items": {
             "type": "array",
             "prefixItems": [
@@ -71,19 +71,19 @@ class Classification:
 
         return load_net(artefact, threads, precision)
 
-    def shrink(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
+    def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
         """Decode the picture to the model's input size and pack the pixels. :raises BadInput: it cannot be used."""
         from provider_image.images.decoding import decode, encode_lossless
 
         pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
         return {"image": encode_lossless(pixels)}
 
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_shrunk: bool = False) -> Any:
+    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
         """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode, decode_shrunk
+        from provider_image.images.decoding import decode, decode_resized
 
-        if is_shrunk:
-            return decode_shrunk(inputs["image"], artefact.height, artefact.width)
+        if is_resized:
+            return decode_resized(inputs["image"], artefact.height, artefact.width)
         return decode(inputs["image"], artefact.height, artefact.width, artefact.crop)
 
     def run(self, net: Net, item: Any) -> list[list[Any]]:
@@ -94,7 +94,7 @@ class Classification:
         labels = net.artefact.labels
         if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
             raise InferenceFailed(f"The model {net.artefact.name} did not give {len(labels)} finite numbers.")
-        return likeliest(labels, probabilities)
+        return top_labels(labels, probabilities)
 
     def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Check parameters; what is missing gets its default. :raises InvalidParams:"""
@@ -102,7 +102,7 @@ class Classification:
 
     def check_output(self, artefact: Artefact, output: Any) -> None:
         """Check that the labels are the model's, each once, and probabilities fall. :raises MalformedResults:"""
-        expected = min(KEPT, len(artefact.labels))
+        expected = min(TOP_LABELS, len(artefact.labels))
         if not isinstance(output, list) or len(output) != expected:
             raise MalformedResults(f"A classification must have {expected} rows.")
         if not all(isinstance(row, list) and len(row) == 3 for row in output):
@@ -112,15 +112,15 @@ class Classification:
         seen = {(row[0], row[1]) for row in output}
         if len(seen) != expected or not seen.issubset(_label_set(artefact)):
             raise MalformedResults("A label occurs twice or is not one of the model's.")
-        earlier, total = 1.0, 0.0
+        previous, total = 1.0, 0.0
         for row in output:
             probability = row[2]
             if isinstance(probability, bool) or not isinstance(probability, int | float):
                 raise MalformedResults("A probability must be a number.")
-            if not 0.0 <= probability <= earlier:  # refuses nan as well
+            if not 0.0 <= probability <= previous:  # refuses nan as well
                 raise MalformedResults("Probabilities must lie between 0 and 1 and must not rise.")
-            earlier = float(probability)
-            total += earlier
+            previous = float(probability)
+            total += previous
         if total > 1.001:
             raise MalformedResults("Probabilities must not sum to more than 1.")
 
@@ -136,21 +136,22 @@ class Classification:
         gaps = [abs(p - other[label]) if label in other else max(0.0, p - other_floor) for label, p in one.items()]
         gaps += [max(0.0, p - floor) for label, p in other.items() if label not in one]
         is_same_order = all(
-            (row[0], row[1]) == (there[0], there[1]) or abs(row[2] - one.get((there[0], there[1]), floor)) <= tolerance
-            for row, there in zip(expected[:5], output[:5], strict=False)
+            (row[0], row[1]) == (other_row[0], other_row[1])
+            or abs(row[2] - one.get((other_row[0], other_row[1]), floor)) <= tolerance
+            for row, other_row in zip(expected[:5], output[:5], strict=False)
         )
         return Difference(largest=max(gaps), is_same_order=is_same_order)
 
 
-def likeliest(labels: Sequence[tuple[str, str]], probabilities: np.ndarray[Any, Any]) -> list[list[Any]]:
+def top_labels(labels: Sequence[tuple[str, str]], probabilities: np.ndarray[Any, Any]) -> list[list[Any]]:
     """Return an output: [wnid, name, probability] of the KEPT likeliest labels, likeliest first.
 
     :param probabilities: shape (len(labels),), in the labels' order.
     """
     import numpy as np
 
-    best = np.argsort(-probabilities, kind="stable")[:KEPT]
-    return [[*labels[i], min(1.0, round(float(probabilities[i]), _DIGITS))] for i in best.tolist()]
+    best = np.argsort(-probabilities, kind="stable")[:TOP_LABELS]
+    return [[*labels[i], min(1.0, round(float(probabilities[i]), _DECIMALS))] for i in best.tolist()]
 
 
 #: The label sets of the few artefacts in use, by digest: made once, asked for at every output.

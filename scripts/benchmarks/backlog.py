@@ -17,9 +17,9 @@ from rich.console import Console
 
 from batcher.planner import plan
 from scripts.benchmarks import processes
-from server.settings import ServerSettings
 from store import new_id
 from store.records import to_text
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile")
@@ -32,7 +32,7 @@ _FILL = """
 
 def fill(home: Path, count: int) -> list[str]:
     """Put waiting requests into a new home, without their pictures. :return: some of the ids."""
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     ids = [new_id() for _ in range(count)]
     now = to_text(datetime.now(UTC) - timedelta(hours=1))
@@ -48,7 +48,7 @@ def fill(home: Path, count: int) -> list[str]:
 
 def claim_and_plan(home: Path, limit: int) -> None:
     """Claim and plan once in this process and print the seconds and the peak megabytes."""
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
     now = datetime.now(UTC)
     started = time.perf_counter()
     claims = store.claim(

@@ -30,7 +30,8 @@ def main(rounds: int) -> None:
         work = Path(folder)
         ensure_installed(work / "models", MODEL)
         items = [
-            ChunkItem(number=n, inputs={"image": pictures.marked(base[n % len(base)], n)}, params={}) for n in range(16)
+            ChunkItem(number=n, inputs={"image": pictures.make_unique(base[n % len(base)], n)}, params={})
+            for n in range(16)
         ]
         write_chunk(work / "chunk.zip", "measured", "classification", MODEL, None, items)
         for turn in range(rounds):

@@ -50,17 +50,17 @@ def plain_limit(models: Path, jpegs: list[bytes], *, is_reduced: bool) -> float:
         },
     )
 
-    def whole(jpeg: bytes) -> Any:
-        picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        side = int(0.875 * min(picture.size))
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    def decode_whole(jpeg: bytes) -> Any:
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        side = int(0.875 * min(image.size))
+        left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
-        return np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC, box=box))
+        return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=box))
 
     def work(part: list[bytes]) -> None:
         request = net.create_infer_request()
         for jpeg in part:
-            pixels = decoding.decode(jpeg, 224, 224, 0.875) if is_reduced else whole(jpeg)
+            pixels = decoding.decode(jpeg, 224, 224, 0.875) if is_reduced else decode_whole(jpeg)
             request.infer({0: pixels[None]})
 
     work(jpegs[:8])
@@ -125,7 +125,7 @@ def main(count: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
         for turn in range(rounds):
-            jpegs = [pictures.marked(base[n % len(base)], turn * count + n) for n in range(count + 1)]
+            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
             seen.setdefault("limit, JPEGs decoded whole", []).append(
                 plain_limit(work / "models", jpegs, is_reduced=False)
             )

@@ -31,18 +31,18 @@ from rich.table import Table
 from provider_image.compiler import ensure_installed
 from provider_image.models.catalogue import CATALOGUE
 from scripts.benchmarks import pictures, processes
-from scripts.benchmarks.keras_models import compiled
-from server.settings import ServerSettings
+from scripts.benchmarks.keras_models import compiled_model
 from store import new_id
 from store.records import NewRequest
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 #: Three of eight misbehave, each in its own way.
-MISDEEDS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
+FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class BatchRun:
     """What one `mlg batch --once` did."""
 
     #: Pictures.
@@ -67,22 +67,22 @@ class Run:
 
 def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
     """Put requests into a home's store."""
-    store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
+    store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
     store.migrate()
     for jpeg in jpegs:
         new = NewRequest(
             id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
         )
-        store.add(new, store.blobs.stage(jpeg))
+        store.add(new, store.images.stage(jpeg))
     store.close()
 
 
-def scenario(folder: Path, providers: int, misdeeds: dict[str, str]) -> Path:
+def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
     """Write a scenario file: equal prices, one core each; some misbehave now and then."""
-    from devnet.scenario import NAMES
+    from devnet.scenario import PROVIDER_NAMES
 
     lines = []
-    for name in NAMES[:providers]:
+    for name in PROVIDER_NAMES[:providers]:
         lines += [
             "[[providers]]",
             f'name = "{name}"',
@@ -90,8 +90,8 @@ def scenario(folder: Path, providers: int, misdeeds: dict[str, str]) -> Path:
             "price_per_second = 0.00002",
             "price_per_cpu_second = 0.00008",
         ]
-        if name in misdeeds:
-            lines += ["[[providers.faults]]", f'kind = "{misdeeds[name]}"', "after = 2"]
+        if name in faults:
+            lines += ["[[providers.faults]]", f'kind = "{faults[name]}"', "after = 2"]
     path = folder / "scenario.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -118,7 +118,7 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
         process.wait(30)
 
 
-def batch(home: Path, executor: str, log: Path, **variables: str) -> Run:
+def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
     """Run `mlg batch --once` on a filled home, and read from its store what happened."""
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
     started = time.time()
@@ -141,7 +141,7 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> Run:
     )
     rows = [json.loads(line) for line in costs.stdout.splitlines()]
     paid = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
-    return Run(
+    return BatchRun(
         count=total,
         first_seconds=min(times) - started,
         last_seconds=max(times) - started,
@@ -150,7 +150,7 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> Run:
     )
 
 
-def ask(variables: dict[str, str], path: str) -> Any:
+def query_daemon(variables: dict[str, str], path: str) -> Any:
     """Ask the daemon."""
     request = urllib.request.Request(
         variables["YAGNA_API_URL"] + path, headers={"Authorization": f"Bearer {variables['YAGNA_APPKEY']}"}
@@ -161,16 +161,16 @@ def ask(variables: dict[str, str], path: str) -> Any:
 
 def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
     """Kill a batcher at random moments, then let one finish, and count what went wrong."""
-    chance = random.Random(seed)
+    moments = random.Random(seed)
     base = pictures.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
     for turn in range(kills):
-        fill(home, [pictures.marked(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
+        fill(home, [pictures.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
         with (folder / "killed.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, **variables, "MLG_LEASE_SECONDS": "2"}
             )
-        time.sleep(chance.uniform(0.2, 6.0))
+        time.sleep(moments.uniform(0.2, 6.0))
         process.kill()
         process.wait()
     time.sleep(2.5)  # the last lease ends
@@ -187,9 +187,9 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
         "requests": done + lost,
         "lost": lost,
         "answered twice": answers - done,
-        "agreements left open": len(ask(variables, "/market-api/v1/agreements?state=Approved")),
-        "demands left open": len(ask(variables, "/market-api/v1/demands")),
-        "allocations left open": len(ask(variables, "/payment-api/v1/allocations")),
+        "agreements left open": len(query_daemon(variables, "/market-api/v1/agreements?state=Approved")),
+        "demands left open": len(query_daemon(variables, "/market-api/v1/demands")),
+        "allocations left open": len(query_daemon(variables, "/payment-api/v1/allocations")),
     }
 
 
@@ -205,32 +205,32 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
     """Measure the golem executor on a devnet. Example: scripts/bench golem --pictures 500 --kills 5"""
     console = Console()
     base = pictures.photo_jpegs()
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[BatchRun]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
         models = folder / "models-home"
         if CATALOGUE[model].source == "keras":
             models.mkdir()
-            (models / "models").symlink_to(compiled(model).artefact.folder.parent)
+            (models / "models").symlink_to(compiled_model(model).artefact.folder.parent)
         else:
             ensure_installed(models / "models", model)
         more = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
         kinds = {
             "local": ("local", {}),
             "golem, all honest": ("golem", {}),
-            "golem, 3 of 8 misbehave": ("golem", MISDEEDS),
+            "golem, 3 of 8 misbehave": ("golem", FAULTS),
         }
         for turn in range(rounds if count else 0):
-            jpegs = [pictures.marked(base[n % len(base)], turn * count + n) for n in range(count)]
-            for kind, (executor, misdeeds) in kinds.items():
-                home = folder / f"home-{turn}-{executor}-{len(misdeeds)}"
+            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
+            for kind, (executor, faults) in kinds.items():
+                home = folder / f"home-{turn}-{executor}-{len(faults)}"
                 home.mkdir()
                 (home / "models").symlink_to(models / "models")
                 fill(home, jpegs, model)
                 if executor == "local":
                     run = batch(home, executor, folder / "batch.log")
                 else:
-                    with devnet(folder, models, scenario(folder, providers, misdeeds)) as variables:
+                    with devnet(folder, models, scenario(folder, providers, faults)) as variables:
                         limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "60"}
                         run = batch(home, executor, folder / "batch.log", **variables, **more, **limits)
                 runs.setdefault(kind, []).append(run)
@@ -246,7 +246,7 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
             console.print(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
-def _print_runs(console: Console, runs: dict[str, list[Run]], what: str) -> None:
+def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) -> None:
     table = Table(
         "what",
         "pictures/s",

@@ -13,23 +13,23 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_image.compiler.keras_weights import Places, find_weights
+from provider_image.compiler.keras_weights import WeightsSources, find_weights
 from provider_image.errors import BrokenArtefact, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 
 #: Those that the original service had.
-SIXTEEN = (
+ORIGINAL_MODELS = (
     "densenet121", "densenet169", "densenet201", "resnet50", "resnet101", "resnet152", "resnet50v2", "resnet101v2",
     "resnet152v2", "vgg16", "vgg19", "nasnet_large", "nasnet_mobile", "xception", "inception_v3",
     "inception_resnet_v2",
 )  # fmt: skip
 #: A light, a middling and a deep one, for a first look.
-QUICK = ("nasnet_mobile", "resnet50", "densenet121")
+QUICK_MODELS = ("nasnet_mobile", "resnet50", "densenet121")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
+class CompiledModel:
     """A model as both sides take it."""
 
     #: Its row in the catalogue.
@@ -45,13 +45,13 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / "mlg-bench-keras"
 
 
-def compiled(name: str) -> Compiled:
+def compiled_model(name: str) -> CompiledModel:
     """Return a model that is ready to be measured, compiling it first if need be: some ten seconds to two minutes."""
     folder = cache_folder()
     weights = _weights(folder, name)
     if not weights.exists() or not _is_installed(folder / "models", name):
         subprocess.run([sys.executable, "-m", __name__, str(folder), name], check=True)
-    return Compiled(row=CATALOGUE[name], artefact=find_artefact(folder / "models", name), weights=weights)
+    return CompiledModel(row=CATALOGUE[name], artefact=find_artefact(folder / "models", name), weights=weights)
 
 
 def _weights(folder: Path, name: str) -> Path:
@@ -76,7 +76,9 @@ def _compile(folder: Path, name: str) -> None:
         partial = weights.with_suffix(".tmp")
         write_weights(seeded_network(CATALOGUE[name]), partial)
         partial.replace(weights)
-    build(folder / "models", CATALOGUE[name], find_weights(CATALOGUE[name], Places(given=weights, cache=folder)))
+    build(
+        folder / "models", CATALOGUE[name], find_weights(CATALOGUE[name], WeightsSources(given=weights, cache=folder))
+    )
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def batch_of(chunk: Path, side: int) -> Any:
 
     with open_chunk(chunk) as reader:
         files = [reader.read_inputs(item)["image"] for item in reader.items]
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
-    resized = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
-    return np.stack([np.asarray(picture, dtype=np.float32) for picture in resized])
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+    resized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    return np.stack([np.asarray(image, dtype=np.float32) for image in resized])
 
 
 def main() -> None:

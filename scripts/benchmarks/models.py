@@ -19,17 +19,17 @@ import click
 
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from scripts.benchmarks import pictures
-from scripts.benchmarks.keras_models import QUICK, SIXTEEN, Compiled, cache_folder, compiled
+from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, CompiledModel, cache_folder, compiled_model
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
-from scripts.benchmarks.processes import Answering
+from scripts.benchmarks.processes import JsonLineProcess
 
 ITEMS = 16
 #: What is wanted of the geometric means over the models.
-LEAST_WARM, LEAST_COLD, MOST_MEMORY = 1.9, 5.0, 0.40
+MIN_WARM_RATIO, MIN_COLD_RATIO, MAX_MEMORY_RATIO = 1.9, 5.0, 0.40
 
 
 @dataclass
-class Figures:
+class Measurements:
     """What was seen of one model, a number for each turn."""
 
     #: Seconds and megabytes of a cold chunk.
@@ -59,13 +59,14 @@ def has_bf16() -> bool:
 def make_chunk(path: Path, model: str, base: list[bytes]) -> Path:
     """Write a chunk of ITEMS pictures, made from JPEGs of `pictures`."""
     items = [
-        ChunkItem(number=n, inputs={"image": pictures.marked(base[n % len(base)], n)}, params={}) for n in range(ITEMS)
+        ChunkItem(number=n, inputs={"image": pictures.make_unique(base[n % len(base)], n)}, params={})
+        for n in range(ITEMS)
     ]
     write_chunk(path, "measured", "classification", model, None, items)
     return path
 
 
-def measure_cold(model: Compiled, chunk: Path, work: Path, rounds: int, figures: Figures) -> None:
+def measure_cold(model: CompiledModel, chunk: Path, work: Path, rounds: int, figures: Measurements) -> None:
     """Start both sides in turns, each for one chunk."""
     labels = [list(label) for label in model.artefact.labels]
     for _ in range(rounds):
@@ -77,29 +78,31 @@ def measure_cold(model: Compiled, chunk: Path, work: Path, rounds: int, figures:
         )
         results = read_results(ours, "measured", model.row.name, range(ITEMS))
         figures.memory.append(results.peak_memory_bytes / 1e6)
-        figures.keras_cold.append(_seconds(*_keras("cold", model, chunk), str(theirs)))
+        figures.keras_cold.append(_seconds(*_keras_command("cold", model, chunk), str(theirs)))
         answer = json.loads(theirs.read_text())
         figures.keras_memory.append(answer["peak_memory_bytes"] / 1e6)
         firsts = [labels.index(item.output[0][:2]) for item in results.items]
         figures.same_first = sum(a == b[0] for a, b in zip(firsts, answer["best"], strict=True))
 
 
-def measure_warm(model: Compiled, chunk: Path, rounds: int, seconds: float, figures: Figures) -> None:
+def measure_warm(model: CompiledModel, chunk: Path, rounds: int, seconds: float, figures: Measurements) -> None:
     """Keep a warm process of each side and ask them in turns; a first turn of each does not count."""
     with (
-        Answering(*_module("scripts.benchmarks.runtime_side", str(cache_folder() / "models"), model.row.name)) as ours,
-        Answering(*_module(*_keras("warm", model, chunk))) as keras,
+        JsonLineProcess(
+            *_module("scripts.benchmarks.runtime_side", str(cache_folder() / "models"), model.row.name)
+        ) as ours,
+        JsonLineProcess(*_module(*_keras_command("warm", model, chunk))) as keras,
     ):
         ways = ["chunk", "net", *(["bf16"] if has_bf16() else [])]
         for way in ways:
-            ours.ask(way=way, seconds=0, chunk=str(chunk))
+            ours.request(way=way, seconds=0, chunk=str(chunk))
         for _ in range(rounds):
             for way in ways:
-                getattr(figures, way).append(ours.ask(way=way, seconds=seconds, chunk=str(chunk)))
-            figures.keras.append(keras.ask(seconds=seconds))
+                getattr(figures, way).append(ours.request(way=way, seconds=seconds, chunk=str(chunk)))
+            figures.keras.append(keras.request(seconds=seconds))
 
 
-def _keras(way: str, model: Compiled, chunk: Path) -> list[str]:
+def _keras_command(way: str, model: CompiledModel, chunk: Path) -> list[str]:
     return ["scripts.benchmarks.keras_side", way, str(model.row.keras_class), str(model.weights), str(chunk)]
 
 
@@ -113,7 +116,7 @@ def _seconds(*words: str) -> float:
     return time.perf_counter() - started
 
 
-def _row(model: Compiled, figures: Figures, limit: float) -> str:
+def _row(model: CompiledModel, figures: Measurements, limit: float) -> str:
     seen = {
         name: statistics.median(value) for name, value in vars(figures).items() if isinstance(value, list) and value
     }
@@ -148,7 +151,7 @@ _HEAD = (
 
 @click.command()
 @click.option("--models", help="Names, with commas between; all sixteen if not given.")
-@click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK)}.")
+@click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_MODELS)}.")
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
 @click.option("--seconds", default=2.0, show_default=True, help="Least length of a warm turn.")
 def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
@@ -156,20 +159,20 @@ def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
 
     Compiling takes 10 minutes and 6 GB the first time, measuring some 60 seconds a model: 20 minutes for sixteen.
     """
-    names = models.split(",") if models else QUICK if quick else SIXTEEN
+    names = models.split(",") if models else QUICK_MODELS if quick else ORIGINAL_MODELS
     limit = f32_gigaflops()
-    every: list[Figures] = []
+    all_figures: list[Measurements] = []
     rows = []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         work, spent, base = Path(folder), 0.0, pictures.jpegs_of_quality(500, 375, 90)
         for name in names:
-            model = compiled(name)
+            model = compiled_model(name)
             started = time.perf_counter()
             chunk = make_chunk(work / "chunk.zip", name, base)
-            figures = Figures()
+            figures = Measurements()
             measure_cold(model, chunk, work, rounds, figures)
             measure_warm(model, chunk, rounds, seconds, figures)
-            every.append(figures)
+            all_figures.append(figures)
             rows.append(_row(model, figures, limit))
             spent += time.perf_counter() - started
             click.echo(f"{name}: {figures.same_first} of {ITEMS} first labels as Keras, {spent:.0f} s so far", err=True)
@@ -179,12 +182,12 @@ def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
     click.echo("\n".join([_HEAD, "|" + " --- |" * (_HEAD.count("|") - 1), *rows]))
     click.echo()
     for what, one, other, wanted, is_least in (
-        ("warm, whole chunks", "chunk", "keras", LEAST_WARM, True),
-        ("warm, bare net", "net", "keras", LEAST_WARM, True),
-        ("cold", "keras_cold", "cold", LEAST_COLD, True),
-        ("memory", "memory", "keras_memory", MOST_MEMORY, False),
+        ("warm, whole chunks", "chunk", "keras", MIN_WARM_RATIO, True),
+        ("warm, bare net", "net", "keras", MIN_WARM_RATIO, True),
+        ("cold", "keras_cold", "cold", MIN_COLD_RATIO, True),
+        ("memory", "memory", "keras_memory", MAX_MEMORY_RATIO, False),
     ):
-        mean = statistics.geometric_mean(figures.ratio(one, other) for figures in every)
+        mean = statistics.geometric_mean(figures.ratio(one, other) for figures in all_figures)
         is_met = mean >= wanted if is_least else mean <= wanted
         click.echo(
             f"{what}: geometric mean {mean:.2f}, wanted {'at least' if is_least else 'at most'} {wanted:g}: "

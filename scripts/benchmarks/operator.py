@@ -18,8 +18,8 @@ from rich.console import Console
 
 from scripts.benchmarks import processes
 from server.api.views.requests import to_cursor
-from server.settings import ServerSettings
 from store.records import to_text
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
@@ -59,7 +59,7 @@ _INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)
 def fill(home: Path, count: int) -> float:
     """Put requests of a day, their chunks and their bills into a new home. :return: seconds that it took."""
     started = time.perf_counter()
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     store.close()
     now = datetime.now(UTC)
@@ -131,7 +131,7 @@ def measure(call: Callable[[], httpx.Response], times: int) -> tuple[float, list
     return found[0], found[1:]
 
 
-def tell(console: Console, name: str, first: float, others: list[float]) -> None:
+def print_timings(console: Console, name: str, first: float, others: list[float]) -> None:
     """Print one line."""
     slow = statistics.quantiles(others, n=100)[98]
     console.print(
@@ -162,12 +162,14 @@ def main(count: int, times: int, depths: str) -> None:
             httpx.Client(base_url=base, timeout=60, headers={"Accept": "application/json"}) as client,
         ):
             for name in ("/operator/status", "/metrics"):
-                tell(console, f"GET {name}", *measure(lambda name=name: client.get(name), times))
+                print_timings(console, f"GET {name}", *measure(lambda name=name: client.get(name), times))
             html = {"Accept": "text/html"}
-            tell(console, "GET /ui/operator", *measure(lambda: client.get("/ui/operator", headers=html), times))
+            print_timings(
+                console, "GET /ui/operator", *measure(lambda: client.get("/ui/operator", headers=html), times)
+            )
             for depth in [int(word) for word in depths.split(",")]:
                 cursor = {"cursor": to_cursor(count - depth)} if depth else {}
-                tell(
+                print_timings(
                     console,
                     f"GET /requests, {depth} from the newest",
                     *measure(lambda cursor=cursor: client.get("/requests", params=cursor), times),

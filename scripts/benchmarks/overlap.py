@@ -18,12 +18,12 @@ from rich.table import Table
 
 from provider_image.compiler import ensure_installed
 from scripts.benchmarks import pictures
-from scripts.benchmarks.keras_models import cache_folder, compiled
+from scripts.benchmarks.keras_models import cache_folder, compiled_model
 from scripts.benchmarks.models import make_chunk
-from scripts.benchmarks.processes import Answering
+from scripts.benchmarks.processes import JsonLineProcess
 
 MODELS = ("densenet121", "efficientnet_lite0")
-WANTED = 0.95
+MIN_SHARE = 0.95
 
 
 @click.command()
@@ -53,9 +53,9 @@ def main(rounds: int, seconds: float) -> None:
             if model == "efficientnet_lite0":
                 ensure_installed(models, model)
             else:
-                compiled(model)
+                compiled_model(model)
             chunks = [make_chunk(work / f"{number}.zip", model, kinds[kind]) for number, kind in enumerate(kinds)]
-            with Answering(sys.executable, "-m", "scripts.benchmarks.runtime_side", str(models), model) as side:
+            with JsonLineProcess(sys.executable, "-m", "scripts.benchmarks.runtime_side", str(models), model) as side:
                 for kind, chunk in zip(kinds, chunks, strict=True):
                     seen = _measure(side, chunk, rounds, seconds)
                     both = 1 / (1 / seen["queue"] + 1 / seen["decode"])
@@ -64,19 +64,19 @@ def main(rounds: int, seconds: float) -> None:
                         model,
                         kind,
                         *(f"{seen[way]:.1f}" for way in ("chunk", "queue", "decode", "pillow")),
-                        f"{share:.0%} {'met' if share >= WANTED else 'missed'}",
+                        f"{share:.0%} {'met' if share >= MIN_SHARE else 'missed'}",
                         f"{both / seen['queue']:.0%}",
                         f"{seen['chunk'] / seen['decode']:.0%}",
                     )
     Console(width=160).print(table)
 
 
-def _measure(side: Answering, chunk: Path, rounds: int, seconds: float) -> dict[str, float]:
+def _measure(side: JsonLineProcess, chunk: Path, rounds: int, seconds: float) -> dict[str, float]:
     ways = ("chunk", "queue", "decode", "pillow")
     for way in ways[:2]:
-        side.ask(way=way, seconds=0, chunk=str(chunk))
+        side.request(way=way, seconds=0, chunk=str(chunk))
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
-            found[way].append(side.ask(way=way, seconds=seconds, chunk=str(chunk)))
+            found[way].append(side.request(way=way, seconds=seconds, chunk=str(chunk)))
     return {way: statistics.median(figures) for way, figures in found.items()}

@@ -10,10 +10,10 @@ from PIL import Image
 #: Colour photos in scikit-image's wheel.
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 #: Room in a JPEG comment for what makes each picture's bytes different.
-MARK_BYTES = 32
+UNIQUE_BYTES = 32
 
 
-def album() -> Path:
+def photo_folder() -> Path:
     """Return the folder of scikit-image's photos without importing the library."""
     from importlib.util import find_spec
 
@@ -25,36 +25,36 @@ def album() -> Path:
 def photo_jpegs(*, width: int = 800, height: int = 600, size: int = 113 * 1024) -> list[bytes]:
     """Encode each photo at the pixel size, with the quality that comes nearest to the byte size from below.
 
-    Each has a comment of MARK_BYTES bytes right after its start, for `marked`.
+    Each has a comment of MARK_BYTES bytes right after its start, for `make_unique`.
     """
-    return [_with_comment(_encode(album() / name, width, height, size)) for name in PHOTOS]
+    return [_with_comment(_encode(photo_folder() / name, width, height, size)) for name in PHOTOS]
 
 
 def jpegs_of_quality(width: int, height: int, quality: int) -> list[bytes]:
-    """Encode each photo at the pixel size and quality, with a comment for `marked`."""
+    """Encode each photo at the pixel size and quality, with a comment for `make_unique`."""
     found = []
     for name in PHOTOS:
         buffer = io.BytesIO()
-        picture = Image.open(album() / name).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(buffer, "JPEG", quality=quality)
+        image = Image.open(photo_folder() / name).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        image.save(buffer, "JPEG", quality=quality)
         found.append(_with_comment(buffer.getvalue()))
     return found
 
 
 def _encode(path: Path, width: int, height: int, size: int) -> bytes:
-    picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     for quality in range(98, 10, -1):
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=quality)
+        image.save(buffer, "JPEG", quality=quality)
         if buffer.tell() <= size:
             return buffer.getvalue()
     raise ValueError(f"{path} does not fit into {size} bytes")
 
 
 def _with_comment(jpeg: bytes) -> bytes:
-    return jpeg[:2] + b"\xff\xfe" + (MARK_BYTES + 2).to_bytes(2) + b"@" * MARK_BYTES + jpeg[2:]
+    return jpeg[:2] + b"\xff\xfe" + (UNIQUE_BYTES + 2).to_bytes(2) + b"@" * UNIQUE_BYTES + jpeg[2:]
 
 
-def marked(jpeg: bytes, number: int) -> bytes:
+def make_unique(jpeg: bytes, number: int) -> bytes:
     """Return the same picture with other bytes."""
-    return jpeg[:6] + f"{number:0{MARK_BYTES}d}".encode() + jpeg[6 + MARK_BYTES :]
+    return jpeg[:6] + f"{number:0{UNIQUE_BYTES}d}".encode() + jpeg[6 + UNIQUE_BYTES :]

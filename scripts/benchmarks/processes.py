@@ -72,14 +72,14 @@ def resident_megabytes(pid: int) -> float:
     raise ValueError(f"no memory figure for {pid}")
 
 
-class Answering:
+class JsonLineProcess:
     """A program that answers each line of JSON on its standard input with one; it ends with the block."""
 
     def __init__(self, *command: str) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._receive()  # it says when it is ready
 
-    def ask(self, **question: Any) -> Any:
+    def request(self, **question: Any) -> Any:
         """Send a question. :return: the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
@@ -93,7 +93,7 @@ class Answering:
             raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
         return json.loads(line)
 
-    def __enter__(self) -> Answering:
+    def __enter__(self) -> JsonLineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,7 +26,7 @@ from provider_image.runtime import NetCache, run_chunk
 from scripts.benchmarks.limits import decoding_rate
 
 
-class Side:
+class RuntimeBenchmark:
     """The nets of one model, loaded when a way first needs them."""
 
     def __init__(self, models: Path, model: str) -> None:
@@ -36,17 +36,17 @@ class Side:
 
     def rate(self, way: str, seconds: float, chunk: Path) -> float:
         """Work in one way for about so many seconds. :return: pictures a second."""
-        pictures = _pictures(chunk)
+        images = _images(chunk)
         if way == "pillow":
-            return decoding_rate(pictures, _whole, seconds)
+            return decoding_rate(images, _decode_whole, seconds)
         cache = self._caches["bf16" if way == "bf16" else "f32"]
         loaded = cache.get("classification", self._model, None)
         height, width, crop = loaded.artefact.height, loaded.artefact.width, loaded.artefact.crop
         if way == "decode":
-            return decoding_rate(pictures, lambda data: decode(data, height, width, crop), seconds)
+            return decoding_rate(images, lambda data: decode(data, height, width, crop), seconds)
         if way == "chunk":
             return _repeat(lambda: len(run_chunk(chunk, chunk.with_suffix(".results"), cache).items), seconds)
-        arrays = [decode(data, height, width, crop) for data in pictures]
+        arrays = [decode(data, height, width, crop) for data in images]
         if way == "queue":
             return self._queued(loaded.artefact.folder, cache.threads, arrays, seconds)
         with ThreadPoolExecutor(cache.threads) as pool:
@@ -75,12 +75,12 @@ def _repeat(turn: Callable[[], int], seconds: float) -> float:
     return done / (time.perf_counter() - started)
 
 
-def _pictures(chunk: Path) -> list[bytes]:
+def _images(chunk: Path) -> list[bytes]:
     with open_chunk(chunk) as reader:
         return [reader.read_inputs(item)["image"] for item in reader.items]
 
 
-def _whole(data: bytes) -> Any:
+def _decode_whole(data: bytes) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(data)).load()
@@ -88,7 +88,7 @@ def _whole(data: bytes) -> Any:
 
 def main() -> None:
     """Answer lines until standard input ends."""
-    side = Side(Path(sys.argv[1]), sys.argv[2])
+    side = RuntimeBenchmark(Path(sys.argv[1]), sys.argv[2])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -24,7 +24,7 @@ from provider_image.images import decoding
 from provider_image.models.artefact import Artefact
 from provider_image.services.classification import Classification
 from scripts.benchmarks import pictures
-from scripts.benchmarks.keras_models import SIXTEEN, cache_folder, compiled
+from scripts.benchmarks.keras_models import ORIGINAL_MODELS, cache_folder, compiled_model
 
 SIZES = (
     (640, 560), (800, 600), (900, 600), (1024, 768), (1100, 740),
@@ -35,7 +35,7 @@ MARGINS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 #: Whole pictures are also decoded to these sizes for a model that uses the centre.
 WHOLE_SIDES = (224, 299, 331)
 #: Labels whose probabilities are this near to each other may change places.
-NEAR = 0.005
+NEAR_TIE = 0.005
 #: With a crop at 224, then whole pictures at 224, 299 and 331.
 MODELS = "efficientnet_lite0,nasnet_mobile,inception_v3,nasnet_large"
 
@@ -48,14 +48,18 @@ def main(models: str) -> None:
     Takes two seconds (EfficientNet-Lite0) to four minutes (NASNet-Large) a model, besides compiling and encoding.
     """
     for name in models.split(","):
-        artefact = compiled(name).artefact if name in SIXTEEN else ensure_installed(cache_folder() / "models", name)
+        artefact = (
+            compiled_model(name).artefact
+            if name in ORIGINAL_MODELS
+            else ensure_installed(cache_folder() / "models", name)
+        )
         _print(artefact, artefact.height, artefact.crop, _measure(artefact, artefact.height, artefact.crop))
         # The only trained weights that are always here, so they stand for other models' geometry as well.
         for side in WHOLE_SIDES if artefact.crop else ():
             _print(artefact, side, None, _measure(artefact, side, None))
 
 
-class Seen:
+class AnswerChanges:
     """What became of the answers to all pictures."""
 
     def __init__(self) -> None:
@@ -79,10 +83,10 @@ class Seen:
             counts = self.changed.setdefault(what, [0, 0, 0])
             counts[0] += whole[0][1] != answer[0][1]
             counts[1] += before != after
-            counts[2] += before != after and max(gone) - min(new) > NEAR
+            counts[2] += before != after and max(gone) - min(new) > NEAR_TIE
 
 
-def _measure(artefact: Artefact, side: int, crop: float | None) -> Seen:
+def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges:
     """Classify every picture decoded in full, at each margin, and in full with noise.
 
     :param side: what is decoded to; the model's own input is made from that.
@@ -109,10 +113,10 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> Seen:
         answers["noise"] = classify(np.clip(whole + noise, 0, 255).astype(np.uint8))
         return classify(whole), answers, bool((arrays[decoding.DRAFT_MARGIN] != whole).any())
 
-    seen = Seen()
+    seen = AnswerChanges()
     with ThreadPoolExecutor(available_cores()) as pool:
         for name in pictures.PHOTOS:
-            photo = Image.open(pictures.album() / name).convert("RGB")
+            photo = Image.open(pictures.photo_folder() / name).convert("RGB")
             for size in SIZES:
                 resized = photo.resize(size, Image.Resampling.BICUBIC)
                 # Not in the threads: Pillow keeps the quality in the picture while it saves.
@@ -129,19 +133,19 @@ def _resized(array: Any, artefact: Artefact) -> Any:
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC))
 
 
-def _encode(picture: Image.Image, quality: int) -> bytes:
+def _encode(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def _print(artefact: Artefact, side: int, crop: float | None, seen: Seen) -> None:
+def _print(artefact: Artefact, side: int, crop: float | None, seen: AnswerChanges) -> None:
     part = f"centre, {crop:g}" if crop else "whole"
     Console().print(
         f"\n{artefact.name} at {side} ({part}): {seen.pictures} pictures, of which a margin of "
         f"{decoding.DRAFT_MARGIN:g} reduces {seen.reduced}"
     )
-    table = Table("margin", "first label changed", "top five changed", f"by more than {NEAR:.1%}")
+    table = Table("margin", "first label changed", "top five changed", f"by more than {NEAR_TIE:.1%}")
     for what, counts in seen.changed.items():
         table.add_row(what, *map(str, counts))
     Console().print(table)

@@ -22,32 +22,32 @@ from PIL import Image
 
 from batcher.cycle import Cycle
 from batcher.executors.local import LocalExecutor
-from batcher.resizing import make_shrinker
+from batcher.resizing import make_resizer
 from batcher.settings import BatcherSettings
 from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
-from provider_image.images.decoding import decode, decode_shrunk, encode_lossless
+from provider_image.images.decoding import decode, decode_resized, encode_lossless
 from scripts.benchmarks import pictures
-from server.settings import ServerSettings
 from store import new_id
 from store.records import NewRequest
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 SIZES = ((500, 375), (800, 600), (4000, 3000))
 INPUTS: tuple[tuple[int, float | None], ...] = ((224, 0.875), (299, None), (331, None))
-LARGEST_BYTES = 2 * 1024 * 1024
+MAX_BYTES = 2 * 1024 * 1024
 
 
 def photo(name: str, size: tuple[int, int]) -> bytes:
     """Save a photo at a size in pixels as a JPEG that the server would take."""
-    image = Image.open(pictures.album() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = Image.open(pictures.photo_folder() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     for quality in range(90, 20, -5):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
-        if buffer.tell() <= LARGEST_BYTES:
+        if buffer.tell() <= MAX_BYTES:
             return buffer.getvalue()
-    raise ValueError(f"{name} does not fit into {LARGEST_BYTES} bytes")
+    raise ValueError(f"{name} does not fit into {MAX_BYTES} bytes")
 
 
 def milliseconds(work: Callable[[], Any], rounds: int) -> float:
@@ -67,14 +67,14 @@ def row(size: tuple[int, int], side: int, crop: float | None, rounds: int) -> li
     for name in pictures.PHOTOS:
         jpeg = photo(name, size)
         pixels = decode(jpeg, side, side, crop)
-        shrunk = encode_lossless(pixels)
-        if (decode_shrunk(shrunk, side, side) != pixels).any():
+        resized = encode_lossless(pixels)
+        if (decode_resized(resized, side, side) != pixels).any():
             raise RuntimeError(f"{name} is not the same after shrinking")
         before.append(len(jpeg))
-        after.append(len(shrunk))
+        after.append(len(resized))
         first.append(milliseconds(lambda jpeg=jpeg: decode(jpeg, side, side, crop), rounds))  # type: ignore[misc]
         encoding.append(milliseconds(lambda pixels=pixels: encode_lossless(pixels), rounds))  # type: ignore[misc]
-        second.append(milliseconds(lambda shrunk=shrunk: decode_shrunk(shrunk, side, side), rounds))  # type: ignore[misc]
+        second.append(milliseconds(lambda resized=resized: decode_resized(resized, side, side), rounds))  # type: ignore[misc]
     sent, original = statistics.mean(after), statistics.mean(before)
     times = (f"{statistics.mean(each):.1f}" for each in (first, encoding, second))
     kilobytes = (f"{each / 1024:.0f}" for each in (original, sent))
@@ -99,28 +99,28 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
     work.mkdir(parents=True)
     workers = available_cores()
     settings = BatcherSettings(work=work, models=models, workers=workers, shrink=choice)
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     executor = LocalExecutor(settings)
-    shrinker = make_shrinker(settings, executor)
+    resizer = make_resizer(settings, executor)
     await executor.start()
     try:
         cycle = Cycle(
-            store=store, executor=executor, settings=settings, folder=work, batcher_id="bench", shrinker=shrinker
+            store=store, executor=executor, settings=settings, folder=work, batcher_id="bench", resizer=resizer
         )
 
         def pids() -> list[int]:
-            return executor.pids() + (shrinker.pids() if shrinker is not None else [])
+            return executor.pids() + (resizer.pids() if resizer is not None else [])
 
         async def answer(part: list[bytes]) -> tuple[float, float]:
             for jpeg in part:
                 request = NewRequest(
                     id=new_id(), service="classification", model=MODEL, is_fresh=True, created_at=datetime.now(UTC)
                 )
-                store.add(request, store.blobs.stage(jpeg))
+                store.add(request, store.images.stage(jpeg))
             used = processor_seconds(pids())
             started = time.perf_counter()
-            cycle.take_all()
+            cycle.flush()
             report = await cycle.run(asyncio.Event())
             if report.done != len(part):
                 raise RuntimeError(f"{report.done} of {len(part)} were answered")
@@ -132,8 +132,8 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
         return await answer(jpegs[warm:])
     finally:
         await executor.close()
-        if shrinker is not None:
-            shrinker.close()
+        if resizer is not None:
+            resizer.close()
         store.close()
 
 
@@ -155,7 +155,7 @@ def main(rounds: int, count: int, turns: int) -> None:
         ensure_installed(models, MODEL)
         for turn in range(turns):
             for choice, rates in seen.items():
-                jpegs = [pictures.marked(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
+                jpegs = [pictures.make_unique(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
                 rates.append(asyncio.run(rate(Path(folder) / f"{choice}-{turn}", models, jpegs, choice)))
     median = {
         choice: [statistics.median(each) for each in zip(*figures, strict=True)] for choice, figures in seen.items()

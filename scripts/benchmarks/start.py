@@ -19,7 +19,7 @@ from scripts.benchmarks import processes
 IDLE_SECONDS = 10.0
 
 
-def _below(pid: int) -> list[int]:
+def _descendants(pid: int) -> list[int]:
     """List the processes below one."""
     parents = {}
     for entry in Path("/proc").iterdir():
@@ -80,7 +80,7 @@ def main(rounds: int) -> None:
 
             process, _ = _start(Path(folder) / f"home-{turn}")
             time.sleep(1)
-            pids = _below(process.pid)
+            pids = _descendants(process.pid)
             if turn == 0:
                 batcher = _batcher(pids)
                 before = _processor_seconds(batcher)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from scripts.benchmarks import golem, pictures, processes
 from scripts.benchmarks.uploads import LUA, measure
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 
@@ -56,13 +56,13 @@ def main(count: int, rounds: int, seconds: int) -> None:
         jpeg = pictures.photo_jpegs()[2]
         (work / "picture.jpg").write_bytes(jpeg)
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.MARK_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
         for turn in range(rounds):
             for number in seen:
                 port = processes.free_port()
                 home = work / f"home-{turn}-{number}"
                 golem.fill(home, [jpeg])
-                store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
+                store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
                 (request,) = store.list()
                 store.close()
                 os.sync()

@@ -84,7 +84,7 @@ def main(rounds: int, seconds: int, server_processes: str | None) -> None:
         work = Path(folder)
         (work / "picture.jpg").write_bytes(pictures.photo_jpegs()[2])
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.MARK_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
         env = {"MLG_SERVER_PROCESSES": server_processes} if server_processes else {}
         for turn in range(rounds):
             for kind in ("form", "raw"):

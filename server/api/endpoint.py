@@ -6,25 +6,15 @@ Put on every view with the decorator. From it come the check of an API key's sco
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from store.keys import Scope
+
 View = TypeVar("View", bound=Callable[..., Any])
 #: The attribute under which a view carries its operation.
 _ATTRIBUTE = "operation"
-
-
-class Scope(enum.StrEnum):
-    """What an API key may be good for."""
-
-    #: Send pictures, cancel and retry one's own.
-    SUBMIT = "submit"
-    #: Read what is one's own.
-    READ = "read"
-    #: See and change everything.
-    OPERATE = "operate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +42,7 @@ class Operation:
     #: Content type -> JSON Schema of the body.
     body: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: Status -> name of a schema in `openapi.py`, or a JSON Schema; errors that every view has are left out.
-    answers: Mapping[int, str | Mapping[str, Any]] = field(default_factory=dict)
+    responses: Mapping[int, str | Mapping[str, Any]] = field(default_factory=dict)
     #: Content type of the answers.
     content_type: str = "application/json"
 
@@ -60,14 +50,14 @@ class Operation:
 def operation(**facts: Any) -> Callable[[View], View]:
     """Say what a view does; takes the fields of Operation."""
 
-    def put(view: View) -> View:
+    def decorate(view: View) -> View:
         setattr(view, _ATTRIBUTE, Operation(**facts))
         return view
 
-    return put
+    return decorate
 
 
-def operation_of(view: Callable[..., Any]) -> Operation | None:
+def get_operation(view: Callable[..., Any]) -> Operation | None:
     """Return what a view says that it does; None if it says nothing."""
     found = getattr(view, _ATTRIBUTE, None)
     return found if isinstance(found, Operation) else None

@@ -20,44 +20,46 @@ from typing import Any
 import flask
 from werkzeug.http import parse_options_header
 
-from provider_image.errors import InvalidParams, StoreError
-from server.api.endpoint import Scope, operation_of
-from server.api.responses import answer
+from provider_image.errors import InvalidParams
+from server.api.endpoint import get_operation
+from server.api.responses import json_response
 from server.auth.guard import current_key_id
 from server.context import Context
-from store.idempotency import KeptAnswer, KeyReused, Repetition
+from store.errors import StoreError
+from store.idempotency import EarlierRequest, IdempotencyKeyReused, SavedResponse
+from store.keys import Scope
 
 log = logging.getLogger(__name__)
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
 #: Longest key, in characters.
-LONGEST_KEY = 255
+MAX_KEY_LENGTH = 255
 #: Answers are kept this long.
-KEEP_SECONDS = 86400.0
+RETENTION_SECONDS = 86400.0
 #: What is under way is held this long; reading the body renews it.
 LEASE_SECONDS = 600.0
 _RENEW_AFTER_SECONDS = 60.0
 #: Body of a refused request that is read to its end for the sake of the fingerprint.
-_MOST_REST_BYTES = 64 * 1024
-_STEP_BYTES = 1024 * 1024
+_MAX_UNREAD_BYTES = 64 * 1024
+_BUFFER_BYTES = 1024 * 1024
 #: Headers that an answer is not whole without.
 _HEADERS = ("Content-Type", "Location", "Cache-Control")
 #: Refusals that pass by themselves.
-_PASSING = frozenset({401, 403, 408, 409, 425, 429})
+_RETRYABLE_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
 
 
-def keep_first_answers(app: flask.Flask, context: Context) -> None:
+def install_idempotency(app: flask.Flask, context: Context) -> None:
     """Have repeated requests answered as the first time."""
-    keeper = _Keeper(app, context)
-    app.before_request(keeper.before)
-    app.after_request(keeper.after)
+    handler = _IdempotencyHandler(app, context)
+    app.before_request(handler.before_request)
+    app.after_request(handler.after_request)
 
 
-class _Once:
+class _PendingRequest:
     """One request under a key, while it is under way."""
 
-    def __init__(self, owner: str, key: str, body: _Body, renewed_at: datetime) -> None:
+    def __init__(self, owner: str, key: str, body: _HashingBody, renewed_at: datetime) -> None:
         self.owner = owner
         self.key = key
         self.body = body
@@ -65,97 +67,99 @@ class _Once:
         self.renewed_at = renewed_at
 
 
-class _Keeper:
+class _IdempotencyHandler:
     def __init__(self, app: flask.Flask, context: Context) -> None:
         self._app = app
         self._context = context
 
-    def before(self) -> flask.Response | None:
+    def before_request(self) -> flask.Response | None:
         """Begin a request under its key, or answer it as the first time."""
         request = flask.request
         key = request.headers.get(HEADER)
         view = self._app.view_functions.get(request.endpoint or "")
         if key is None or request.method != "POST" or view is None:
             return None
-        found = operation_of(view)
+        found = get_operation(view)
         if found is not None and found.scope is Scope.READ:
             return None
-        if not 0 < len(key) <= LONGEST_KEY:
-            raise InvalidParams(f"{HEADER} takes 1 to {LONGEST_KEY} characters.")
+        if not 0 < len(key) <= MAX_KEY_LENGTH:
+            raise InvalidParams(f"{HEADER} takes 1 to {MAX_KEY_LENGTH} characters.")
         now = self._context.clock()
-        once = _Once(current_key_id() or "", key, _Body(request), now)
+        pending = _PendingRequest(current_key_id() or "", key, _HashingBody(request), now)
         operation = f"{request.method} {request.full_path}"
-        earlier = self._context.store.begin_once(
-            once.owner,
+        earlier = self._context.store.reserve_idempotency_key(
+            pending.owner,
             key,
             operation=operation,
-            token=once.token,
+            token=pending.token,
             now=now,
             lease_ends_at=now + timedelta(seconds=LEASE_SECONDS),
-            expires_at=now + timedelta(seconds=KEEP_SECONDS),
+            expires_at=now + timedelta(seconds=RETENTION_SECONDS),
         )
         if earlier is not None:
-            return self._repeat(once.body, earlier, operation, now)
-        once.body.on_read = lambda: self._renew(once)
-        request.environ["wsgi.input"] = once.body
-        flask.g.once = once
+            return self._replay(pending.body, earlier, operation, now)
+        pending.body.on_read = lambda: self._renew(pending)
+        request.environ["wsgi.input"] = pending.body
+        flask.g.pending = pending
         return None
 
-    def after(self, response: flask.Response) -> flask.Response:
+    def after_request(self, response: flask.Response) -> flask.Response:
         """Keep the answer of a request under a key, or forget that it was asked."""
-        once: _Once | None = flask.g.pop("once", None)
-        if once is None:
+        pending: _PendingRequest | None = flask.g.pop("pending", None)
+        if pending is None:
             return response
         store = self._context.store
         try:
             status = response.status_code
-            is_worth_keeping = status < 500 and status not in _PASSING and not response.is_streamed
-            most = self._context.settings.max_batch_bytes if status < 400 else _MOST_REST_BYTES
-            if is_worth_keeping and once.body.finish(most):
-                kept = KeptAnswer(
-                    fingerprint=once.body.fingerprint(),
+            is_storable = status < 500 and status not in _RETRYABLE_STATUSES and not response.is_streamed
+            max_bytes = self._context.settings.max_batch_bytes if status < 400 else _MAX_UNREAD_BYTES
+            if is_storable and pending.body.read_rest(max_bytes):
+                stored = SavedResponse(
+                    fingerprint=pending.body.fingerprint(),
                     status=status,
                     headers={name: response.headers[name] for name in _HEADERS if name in response.headers},
                     body=response.get_data(),
                 )
-                store.keep_answer(once.owner, once.key, once.token, kept)
+                store.save_response(pending.owner, pending.key, pending.token, stored)
             else:
-                store.forget_once(once.owner, once.key, once.token)
+                store.release_idempotency_key(pending.owner, pending.key, pending.token)
         except (StoreError, OSError) as error:
             # The work is done and its answer is right; only a repetition will have to wait for the lease.
             log.warning("cannot keep the answer for repetitions of a request: %s", error)
         return response
 
-    def _repeat(self, body: _Body, earlier: Repetition, operation: str, now: datetime) -> flask.Response:
+    def _replay(self, body: _HashingBody, earlier: EarlierRequest, operation: str, now: datetime) -> flask.Response:
         if earlier.operation != operation:
-            raise KeyReused(f"This {HEADER} was used for another request: {earlier.operation.rstrip('?')[:200]}")
+            raise IdempotencyKeyReused(
+                f"This {HEADER} was used for another request: {earlier.operation.rstrip('?')[:200]}"
+            )
         if earlier.answer is None:
             reason = "The first request under this key is still under way. Ask again in a moment."
             seconds = max(1, min(5, int((earlier.lease_ends_at - now).total_seconds())))
-            return answer(
+            return json_response(
                 {"success": False, "reason": reason, "code": "key_under_way"}, 409, {"Retry-After": str(seconds)}
             )
-        with self._context.readings.one():
-            is_whole = body.finish(self._context.settings.max_batch_bytes)
+        with self._context.active_reads.track():
+            is_whole = body.read_rest(self._context.settings.max_batch_bytes)
         if not is_whole or body.fingerprint() != earlier.answer.fingerprint:
-            raise KeyReused(f"This {HEADER} was used for a request with another body.")
+            raise IdempotencyKeyReused(f"This {HEADER} was used for a request with another body.")
         response = flask.Response(earlier.answer.body, earlier.answer.status)
         response.headers.update(dict(earlier.answer.headers))
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers[REPLAYED] = "true"
         return response
 
-    def _renew(self, once: _Once) -> None:
+    def _renew(self, pending: _PendingRequest) -> None:
         now = self._context.clock()
-        if (now - once.renewed_at).total_seconds() < _RENEW_AFTER_SECONDS:
+        if (now - pending.renewed_at).total_seconds() < _RENEW_AFTER_SECONDS:
             return
-        once.renewed_at = now
-        self._context.store.renew_once(
-            once.owner, once.key, once.token, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS)
+        pending.renewed_at = now
+        self._context.store.renew_idempotency_key(
+            pending.owner, pending.key, pending.token, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS)
         )
 
 
-class _Body:
+class _HashingBody:
     """A request's body that is hashed while it is read."""
 
     def __init__(self, request: flask.Request) -> None:
@@ -165,7 +169,7 @@ class _Body:
         kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
         self._boundary = options.get("boundary", "").encode("latin-1", "replace")
         self._hash = hashlib.sha256(kind.lower().encode("utf-8", "replace") + b"\0")
-        self._held = b""
+        self._carry = b""
         self._size = 0
         self._is_at_end = not self._has_end
         #: Called after each reading.
@@ -173,11 +177,11 @@ class _Body:
 
     def read(self, size: int = -1) -> bytes:
         """Read as the server's own stream does."""
-        return self._note(self._stream.read(size) if size is not None and size >= 0 else self._stream.read(), size)
+        return self._record(self._stream.read(size) if size is not None and size >= 0 else self._stream.read(), size)
 
     def readline(self, size: int = -1) -> bytes:
         """Read a line."""
-        return self._note(self._stream.readline(size), size)
+        return self._record(self._stream.readline(size), size)
 
     def readlines(self, hint: int = -1) -> list[bytes]:
         """Read all lines."""
@@ -187,13 +191,13 @@ class _Body:
         while line := self.readline():
             yield line
 
-    def finish(self, most: int) -> bool:
+    def read_rest(self, max_bytes: int) -> bool:
         """Read what is left, at most so many bytes. :return: whether that was all."""
-        while not self._is_at_end and most > 0:
-            step = min(_STEP_BYTES, most)
+        while not self._is_at_end and max_bytes > 0:
+            step = min(_BUFFER_BYTES, max_bytes)
             if self._declared is not None:
                 step = min(step, self._declared - self._size)
-            most -= len(self.read(step)) if step else 0
+            max_bytes -= len(self.read(step)) if step else 0
             if not step:
                 self._is_at_end = True
         return self._is_at_end
@@ -201,10 +205,10 @@ class _Body:
     def fingerprint(self) -> str:
         """Say which body it was; right after its end only."""
         final = self._hash.copy()
-        final.update(self._held)
+        final.update(self._carry)
         return final.hexdigest()
 
-    def _note(self, piece: bytes, size: int | None) -> bytes:
+    def _record(self, piece: bytes, size: int | None) -> bytes:
         if piece:
             self._size += len(piece)
             self._update(piece)
@@ -218,10 +222,10 @@ class _Body:
         if not self._boundary:
             self._hash.update(piece)
             return
-        rest = self._held + piece
-        while (place := rest.find(self._boundary)) >= 0:
-            self._hash.update(rest[:place])
-            rest = rest[place + len(self._boundary) :]
+        rest = self._carry + piece
+        while (index := rest.find(self._boundary)) >= 0:
+            self._hash.update(rest[:index])
+            rest = rest[index + len(self._boundary) :]
         keep = min(len(rest), len(self._boundary) - 1)
         self._hash.update(rest[: len(rest) - keep])
-        self._held = rest[len(rest) - keep :]
+        self._carry = rest[len(rest) - keep :]

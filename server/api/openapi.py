@@ -18,10 +18,11 @@ from werkzeug.routing import Rule
 
 from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
-from server.api.endpoint import Field, Operation, Scope, operation_of
-from server.api.idempotency import HEADER, LONGEST_KEY
+from server.api.endpoint import Field, Operation, get_operation
+from server.api.idempotency import HEADER, MAX_KEY_LENGTH
 from server.api.responses import HTTP_STATUS
 from server.api.schemas import ref, schemas
+from store.keys import Scope
 
 VERSION = "3.1.0"
 #: Tag of what is there for people with a browser.
@@ -29,28 +30,28 @@ PAGES = "pages"
 #: The order of the headings; others come last.
 _TAGS = ("predictions", "batches", "requests", "events", "models", "server")
 #: What stands in examples.
-STARTER = "efficientnet_lite0"
+EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"
 #: Methods whose requests carry a body.
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 #: Arguments of addresses; a view's own field of the same name says it better.
-_ARGUMENTS = {
-    "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [STARTER]}),
+_PATH_PARAMETERS = {
+    "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [EXAMPLE_MODEL]}),
     "id": Field(name="id", help="An id that the server gave."),
 }
 #: Says that a POST is the same as an earlier one.
-_KEY = Field(
+_IDEMPOTENCY_KEY = Field(
     name=HEADER,
     help="Any text of your own: sent again under it, the same gets the first answer, and nothing is done twice.",
-    schema={"type": "string", "minLength": 1, "maxLength": LONGEST_KEY},
+    schema={"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH},
 )
 #: View -> what does the same with the Python client.
 _CLIENT_CALLS = {
-    "request_prediction": f'print(client.wait(client.submit("kitten.jpg", "{STARTER}")).preds)',
+    "request_prediction": f'print(client.wait(client.submit("kitten.jpg", "{EXAMPLE_MODEL}")).preds)',
     "read_prediction": 'print(client.read("ID").preds)',
     "cancel": 'client.cancel("ID")',
     "retry": 'client.retry("ID")',
-    "request_predictions": f'print(client.submit_dir("photos", "{STARTER}").ids)',
+    "request_predictions": f'print(client.submit_dir("photos", "{EXAMPLE_MODEL}").ids)',
     "show_batch": 'print(client.batch("ID")["counts"])',
     "cancel_batch": 'client.cancel_batch("ID")',
     "retry_batch": 'client.retry_batch("ID")',
@@ -62,9 +63,9 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
     """Describe every address of an application whose view has an operation."""
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, None] = {}
-    for rule, method, said in operations(app):
-        tags.setdefault(said.tag)
-        paths.setdefault(path_of(rule), {})[method.lower()] = _describe(app, rule, method, said)
+    for rule, method, operation in operations(app):
+        tags.setdefault(operation.tag)
+        paths.setdefault(openapi_path(rule), {})[method.lower()] = _describe(app, rule, method, operation)
     return {
         "openapi": VERSION,
         "info": {
@@ -77,7 +78,7 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
             ),
         },
         "servers": [{"url": "/", "description": "The server that this document came from."}],
-        "tags": [{"name": tag} for tag in sorted(tags, key=_place_of)],
+        "tags": [{"name": tag} for tag in sorted(tags, key=_tag_order)],
         "paths": paths,
         "components": {
             "schemas": dict(schemas()),
@@ -92,120 +93,128 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
     }
 
 
-def _place_of(tag: str) -> int:
+def _tag_order(tag: str) -> int:
     return _TAGS.index(tag) if tag in _TAGS else len(_TAGS)
 
 
 def operations(app: flask.Flask) -> Iterator[tuple[Rule, str, Operation]]:
     """List what programs can ask for: address, method, operation. Pages, and views that say nothing, are left out."""
     for rule in app.url_map.iter_rules():
-        said = operation_of(app.view_functions[rule.endpoint])
-        if said is not None and said.tag != PAGES:
+        operation = get_operation(app.view_functions[rule.endpoint])
+        if operation is not None and operation.tag != PAGES:
             for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-                yield rule, method, said
+                yield rule, method, operation
 
 
-def path_of(rule: Rule) -> str:
+def openapi_path(rule: Rule) -> str:
     """Write an address as OpenAPI does: /requests/{id}."""
     return re.sub(r"<(?:[^:<>]+:)?(\w+)>", r"{\1}", rule.rule)
 
 
-def _describe(app: flask.Flask, rule: Rule, method: str, said: Operation) -> dict[str, Any]:
+def _describe(app: flask.Flask, rule: Rule, method: str, operation: Operation) -> dict[str, Any]:
     view = app.view_functions[rule.endpoint]
     methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
     described: dict[str, Any] = {
         "operationId": rule.endpoint if method == methods[0] else f"{rule.endpoint}_{method.lower()}",
-        "tags": [said.tag],
-        "summary": said.summary,
-        "description": _prose(view) or said.summary,
-        "security": [] if said.scope is None else [{"bearer": [str(said.scope)]}, {}],
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "description": _view_description(view) or operation.summary,
+        "security": [] if operation.scope is None else [{"bearer": [str(operation.scope)]}, {}],
         "parameters": [
-            *_arguments(rule, said),
-            *(_parameter(one, "query") for one in _queried(rule, said)),
-            *([_parameter(_KEY, "header")] if _may_be_repeated(method, said) else []),
+            *_path_parameters(rule, operation),
+            *(_parameter(field, "query") for field in _query_parameters(rule, operation)),
+            *([_parameter(_IDEMPOTENCY_KEY, "header")] if _takes_idempotency_key(method, operation) else []),
         ],
-        "responses": _responses(rule, method, said),
-        "x-codeSamples": _samples(rule, method, said),
+        "responses": _responses(rule, method, operation),
+        "x-codeSamples": _samples(rule, method, operation),
     }
-    if said.body and method in _WITH_BODY:
+    if operation.body and method in _WITH_BODY:
         described["requestBody"] = {
-            "required": any(schema.get("required") for schema in said.body.values()),
-            "content": {kind: {"schema": dict(schema)} for kind, schema in said.body.items()},
+            "required": any(schema.get("required") for schema in operation.body.values()),
+            "content": {kind: {"schema": dict(schema)} for kind, schema in operation.body.items()},
         }
     return described
 
 
-def _prose(view: Callable[..., Any]) -> str:
+def _view_description(view: Callable[..., Any]) -> str:
     """Return what a view's docstring says to people, without its notes on parameters and errors."""
     return re.split(r"\n?(?<!\w):(?:param|return|raises)\b", inspect.getdoc(view) or "")[0].strip()
 
 
-def _queried(rule: Rule, said: Operation) -> list[Field]:
-    return [one for one in said.query if one.name not in rule.arguments]
+def _query_parameters(rule: Rule, operation: Operation) -> list[Field]:
+    return [field for field in operation.query if field.name not in rule.arguments]
 
 
-def _arguments(rule: Rule, said: Operation) -> list[dict[str, Any]]:
-    own = {one.name: one for one in said.query}
+def _path_parameters(rule: Rule, operation: Operation) -> list[dict[str, Any]]:
+    own_fields = {field.name: field for field in operation.query}
     names = re.findall(r"<(?:[^:<>]+:)?(\w+)>", rule.rule)
-    return [_parameter(own.get(name) or _ARGUMENTS.get(name) or Field(name=name, help=name), "path") for name in names]
+    return [
+        _parameter(own_fields.get(name) or _PATH_PARAMETERS.get(name) or Field(name=name, help=name), "path")
+        for name in names
+    ]
 
 
-def _parameter(one: Field, place: str) -> dict[str, Any]:
-    schema = {"type": "string", **one.schema}
-    if one.name == "model" and place == "path":
-        schema["examples"] = [STARTER, *(name for name in CATALOGUE if name != STARTER)]
-    if place == "path":
+def _parameter(field: Field, location: str) -> dict[str, Any]:
+    schema = {"type": "string", **field.schema}
+    if field.name == "model" and location == "path":
+        schema["examples"] = [EXAMPLE_MODEL, *(name for name in CATALOGUE if name != EXAMPLE_MODEL)]
+    if location == "path":
         schema.setdefault("minLength", 1)
         schema.setdefault("pattern", "^[^/]+$")
     return {
-        "name": one.name,
-        "in": place,
-        "required": place == "path" or one.is_required,
-        "description": one.help,
+        "name": field.name,
+        "in": location,
+        "required": location == "path" or field.is_required,
+        "description": field.help,
         "schema": schema,
     }
 
 
-def _responses(rule: Rule, method: str, said: Operation) -> dict[str, Any]:
+def _responses(rule: Rule, method: str, operation: Operation) -> dict[str, Any]:
     responses = {
-        str(status): _answer(status, schema, said.content_type) for status, schema in sorted(said.answers.items())
+        str(status): _response(status, schema, operation.content_type)
+        for status, schema in sorted(operation.responses.items())
     }
-    for status in _errors_of(rule, method, said):
-        responses.setdefault(str(status), _answer(status, "Error", "application/json"))
+    for status in _errors_of(rule, method, operation):
+        responses.setdefault(str(status), _response(status, "Error", "application/json"))
     return dict(sorted(responses.items()))
 
 
-def _errors_of(rule: Rule, method: str, said: Operation) -> list[int]:
+def _errors_of(rule: Rule, method: str, operation: Operation) -> list[int]:
     """List the statuses of the errors that views of this kind have."""
     known = set(HTTP_STATUS.values())
-    has_body = bool(said.body) and method in _WITH_BODY
+    has_body = bool(operation.body) and method in _WITH_BODY
     found = [500, 503]
-    found += [400] if said.query or has_body else []
+    found += [400] if operation.query or has_body else []
     found += [404] if rule.arguments else []
     found += [413, 415, 507] if has_body else []
-    found += [409, 422] if _may_be_repeated(method, said) else []
-    found += [502] if has_body and any("url" in schema.get("properties", {}) for schema in said.body.values()) else []
-    found += [401, 403, 421, 429] if said.scope is not None else []
+    found += [409, 422] if _takes_idempotency_key(method, operation) else []
+    found += (
+        [502] if has_body and any("url" in schema.get("properties", {}) for schema in operation.body.values()) else []
+    )
+    found += [401, 403, 421, 429] if operation.scope is not None else []
     return [status for status in found if status in known]
 
 
-def _may_be_repeated(method: str, said: Operation) -> bool:
+def _takes_idempotency_key(method: str, operation: Operation) -> bool:
     """Tell whether a repetition under the same key is answered as the first time; see `idempotency.py`."""
-    return method == "POST" and said.scope not in (None, Scope.READ)
+    return method == "POST" and operation.scope not in (None, Scope.READ)
 
 
-def _answer(status: int, schema: str | Mapping[str, Any], content_type: str) -> dict[str, Any]:
+def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -> dict[str, Any]:
     is_error = status >= 400
-    described: dict[str, Any] = {"description": _error_text(status) if is_error else _GOOD.get(status, "Done.")}
+    described: dict[str, Any] = {
+        "description": _error_text(status) if is_error else _SUCCESS_TEXTS.get(status, "Done.")
+    }
     if status in (204, 304):
         return described
     kind = "application/json" if is_error else content_type
-    shown = ref(schema) if isinstance(schema, str) else dict(schema)
+    content_schema = ref(schema) if isinstance(schema, str) else dict(schema)
     if not kind.endswith("json"):
-        shown = {"type": "string"}
+        content_schema = {"type": "string"}
     if 300 <= status < 400:
         described["headers"] = {"Location": {"description": "Where to go.", "schema": {"type": "string"}}}
-    described["content"] = {kind: {"schema": shown}}
+    described["content"] = {kind: {"schema": content_schema}}
     if status == 202:
         described["headers"] = {"Location": {"description": "Where the answer is.", "schema": {"type": "string"}}}
     if status in (429, 503, 507):
@@ -215,7 +224,7 @@ def _answer(status: int, schema: str | Mapping[str, Any], content_type: str) -> 
     return described
 
 
-_GOOD = {200: "The answer.", 201: "Made.", 202: "Taken; it is safe.", 204: "Done.", 303: "See there."}
+_SUCCESS_TEXTS = {200: "The answer.", 201: "Made.", 202: "Taken; it is safe.", 204: "Done.", 303: "See there."}
 
 
 def _error_text(status: int) -> str:
@@ -236,53 +245,53 @@ def _codes() -> dict[int, list[str]]:
     return {status: sorted(codes) for status, codes in found.items()}
 
 
-def _samples(rule: Rule, method: str, said: Operation) -> list[dict[str, str]]:
+def _samples(rule: Rule, method: str, operation: Operation) -> list[dict[str, str]]:
     """Write the call as a person would type it."""
     address = re.sub(
-        r"<(?:[^:<>]+:)?(\w+)>", lambda match: STARTER if match[1] == "model" else match[1].upper(), rule.rule
+        r"<(?:[^:<>]+:)?(\w+)>", lambda match: EXAMPLE_MODEL if match[1] == "model" else match[1].upper(), rule.rule
     )
-    has_body = bool(said.body) and method in _WITH_BODY
+    has_body = bool(operation.body) and method in _WITH_BODY
     return [
-        {"lang": "Shell", "label": "curl", "source": _curl(method, address, said, has_body)},
-        {"lang": "Python", "label": "Python", "source": _python(rule, method, address, said, has_body)},
+        {"lang": "Shell", "label": "curl", "source": _curl(method, address, operation, has_body)},
+        {"lang": "Python", "label": "Python", "source": _python(rule, method, address, operation, has_body)},
     ]
 
 
-def _curl(method: str, address: str, said: Operation, has_body: bool) -> str:
-    words = ["curl"]
-    if said.scope is not None:
-        words.append('-H "Authorization: Bearer $MLG_API_KEY"')
-    if has_body and "multipart/form-data" in said.body:
-        words += [f"-F {name}=@{_file_name(name)}" for name in _required(said.body["multipart/form-data"])]
-    elif has_body and "application/json" in said.body:
-        example = json.dumps(example_of(said.body["application/json"]))
-        words += [f"-X {method}", "-H 'Content-Type: application/json'", f"-d '{example}'"]
+def _curl(method: str, address: str, operation: Operation, has_body: bool) -> str:
+    arguments = ["curl"]
+    if operation.scope is not None:
+        arguments.append('-H "Authorization: Bearer $MLG_API_KEY"')
+    if has_body and "multipart/form-data" in operation.body:
+        arguments += [f"-F {name}=@{_file_name(name)}" for name in _required(operation.body["multipart/form-data"])]
+    elif has_body and "application/json" in operation.body:
+        example = json.dumps(example_of(operation.body["application/json"]))
+        arguments += [f"-X {method}", "-H 'Content-Type: application/json'", f"-d '{example}'"]
     elif method != "GET":
-        words.append(f"-X {method}")
-    return " ".join([*words, EXAMPLE_URL + address])
+        arguments.append(f"-X {method}")
+    return " ".join([*arguments, EXAMPLE_URL + address])
 
 
-def _python(rule: Rule, method: str, address: str, said: Operation, has_body: bool) -> str:
+def _python(rule: Rule, method: str, address: str, operation: Operation, has_body: bool) -> str:
     call = _CLIENT_CALLS.get(rule.endpoint)
     if call is not None:
         return f'from mlg_client import Client\n\nwith Client("{EXAMPLE_URL}") as client:\n    {call}\n'
     more = ""
-    if has_body and "multipart/form-data" in said.body:
+    if has_body and "multipart/form-data" in operation.body:
         files = ", ".join(
-            f'"{name}": open("{_file_name(name)}", "rb")' for name in _required(said.body["multipart/form-data"])
+            f'"{name}": open("{_file_name(name)}", "rb")' for name in _required(operation.body["multipart/form-data"])
         )
         more = f", files={{{files}}}"
-    elif has_body and "application/json" in said.body:
-        more = f", json={example_of(said.body['application/json'])!r}"
-    if said.scope is not None:
+    elif has_body and "application/json" in operation.body:
+        more = f", json={example_of(operation.body['application/json'])!r}"
+    if operation.scope is not None:
         more += ', headers={"Authorization": f"Bearer {key}"}'
     key = (
         'import os\n\nimport httpx\n\nkey = os.environ["MLG_API_KEY"]\n'
-        if said.scope is not None
+        if operation.scope is not None
         else "import httpx\n\n"
     )
-    shown = "response.json()" if said.content_type == "application/json" else "response.text"
-    return f'{key}response = httpx.request("{method}", "{EXAMPLE_URL}{address}"{more})\nprint({shown})\n'
+    content_schema = "response.json()" if operation.content_type == "application/json" else "response.text"
+    return f'{key}response = httpx.request("{method}", "{EXAMPLE_URL}{address}"{more})\nprint({content_schema})\n'
 
 
 def _required(schema: Mapping[str, Any]) -> list[str]:

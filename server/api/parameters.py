@@ -57,5 +57,5 @@ def form_schema(fields: tuple[Field, ...], **files: Mapping[str, Any]) -> dict[s
     return {
         "type": "object",
         "required": list(files),
-        "properties": {**files, **{one.name: {**one.schema, "description": one.help} for one in fields}},
+        "properties": {**files, **{field.name: {**field.schema, "description": field.help} for field in fields}},
     }

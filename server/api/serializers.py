@@ -14,14 +14,14 @@ from provider_image.errors import ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
 from provider_image.models.benchmarks import read_speed
 from provider_image.models.catalogue import ModelRow, install_command
-from provider_image.models.registry import rows
+from provider_image.models.registry import list_rows
 from provider_image.services import load_service
-from server.status.eta import Wait
+from server.status.eta import WaitEstimate
 from store.cost_split import to_amount
-from store.records import Request, State, to_text
+from store.records import RequestRecord, RequestState, to_text
 
 
-def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None) -> dict[str, Any]:
+def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None) -> dict[str, Any]:
     """Build a request's JSON.
 
     `cost` is in GLM, and a string because a JSON number would lose digits; null where nothing is paid. It is an
@@ -29,7 +29,7 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
 
     :param params: the service's read-time parameters, checked.
     """
-    shown: dict[str, Any] = {
+    result: dict[str, Any] = {
         "req_id": request.id,
         "status": request.status,
         "preds": None,
@@ -41,41 +41,41 @@ def show_request(request: Request, params: Mapping[str, Any], wait: Wait | None)
     }
     for name, value in (("batch_id", request.batch_id), ("client_id", request.client_id), ("labels", request.labels)):
         if value:
-            shown[name] = dict(value) if isinstance(value, Mapping) else value
-    if request.state is State.DONE:
-        shown["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
-        shown["cached"] = request.is_cached
-        shown["provider"] = request.provider
-        shown["seconds"] = request.seconds
-        shown["digest"] = request.digest
-        shown["cost"] = None if request.cost is None else to_amount(request.cost)
+            result[name] = dict(value) if isinstance(value, Mapping) else value
+    if request.state is RequestState.DONE:
+        result["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
+        result["cached"] = request.is_cached
+        result["provider"] = request.provider
+        result["seconds"] = request.seconds
+        result["digest"] = request.digest
+        result["cost"] = None if request.cost is None else to_amount(request.cost)
         if request.cost is not None:
-            shown["cost_is_final"] = request.is_cost_final
+            result["cost_is_final"] = request.is_cost_final
     if request.finished_at is not None:
-        shown["finished_at"] = to_text(request.finished_at)
+        result["finished_at"] = to_text(request.finished_at)
     if wait is not None:
-        shown["waiting_for"] = wait.waiting_for
-        shown["eta_seconds"] = wait.eta_seconds
+        result["waiting_for"] = wait.waiting_for
+        result["eta_seconds"] = wait.eta_seconds
         if wait.ahead is not None:
-            shown["ahead"] = wait.ahead
-    if request.state is not State.DONE and request.reason is not None:
+            result["ahead"] = wait.ahead
+    if request.state is not RequestState.DONE and request.reason is not None:
         # Also while it is queued again: why the last attempt failed.
-        shown["reason"] = request.reason
-        shown["code"] = request.code
-    return shown
+        result["reason"] = request.reason
+        result["code"] = request.code
+    return result
 
 
-def show_models(models: Path) -> list[dict[str, Any]]:
+def serialize_models(models: Path) -> list[dict[str, Any]]:
     """List the catalogue with what is installed in a models folder, then the installed models of users' own.
 
     Costs some stats and small files, as it is often asked.
 
     `images_per_second` is what a check measured of this very artefact on this machine, None if none did.
     """
-    return [_show_model(models, row) for row in rows(models)]
+    return [_serialize_model(models, row) for row in list_rows(models)]
 
 
-def _show_model(models: Path, row: ModelRow) -> dict[str, Any]:
+def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
     try:
         artefact = find_artefact(models, row.name)
     except (NotInstalled, ModelError):

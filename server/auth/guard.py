@@ -23,15 +23,16 @@ from urllib.parse import urlsplit
 
 import flask
 
-from provider_image.errors import ConfigError, StoreError, UnknownRequest
+from provider_image.errors import ConfigError
 from server.address import is_loopback
-from server.api.endpoint import Scope, operation_of
-from server.auth.key_cache import KeyRing
-from server.auth.limits import PICTURES, REQUESTS, Limits, headers_of
+from server.api.endpoint import get_operation
+from server.auth.key_cache import KeyCache
+from server.auth.limits import IMAGES_PER_DAY, REQUESTS_PER_MINUTE, Limits, limit_headers
 from server.auth.sessions import COOKIE, Sessions
 from server.errors import CrossSite, KeyMissing, KeyRefused, RateLimited, ScopeMissing, WrongHost
 from server.settings import ServerSettings
-from store.keys import KeyRecord, Keys
+from store.errors import StoreError, UnknownRequest
+from store.keys import KeyRecord, Keys, Scope
 
 if TYPE_CHECKING:
     from server.context import Context
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EXTENSION = "mlg_access"
-_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Owned(Protocol):
@@ -63,7 +64,7 @@ def is_owner(owned: Owned) -> bool:
     """Tell whether the caller may see and change something. Who operates may, and where no key is asked for all may."""
     key: KeyRecord | None = flask.g.get("key")
     if key is None:
-        return guard_of(flask.current_app).is_open()
+        return get_guard(flask.current_app).is_open()
     return key.is_operator or owned.key_id == key.id
 
 
@@ -73,15 +74,15 @@ def check_owner(owned: Owned) -> None:
         raise UnknownRequest()
 
 
-def check_quota(pictures: int = 1) -> None:
+def check_quota(images: int = 1) -> None:
     """Refuse pictures that the caller's quota of the day has no room for, before they are read.
 
     The store counts them again, and for good, in the commit that adds them.
 
     :raises QuotaReached:
     """
-    guard = guard_of(flask.current_app)
-    guard.limits.check_pictures(flask.g.get("key"), pictures, guard.now())
+    guard = get_guard(flask.current_app)
+    guard.limits.check_images(flask.g.get("key"), images, guard.now())
 
 
 def check_same_origin(*, is_strict: bool) -> None:
@@ -92,28 +93,28 @@ def check_same_origin(*, is_strict: bool) -> None:
     """
     site, origin = flask.request.headers.get("Sec-Fetch-Site"), flask.request.headers.get("Origin")
     if site is not None:
-        is_own = site == "same-origin" or (site == "none" and not is_strict)
+        is_same_origin = site == "same-origin" or (site == "none" and not is_strict)
     elif origin is not None:
         # Without the scheme: a proxy that ends TLS would make every origin look foreign.
-        is_own = urlsplit(origin).netloc.lower() == flask.request.host.lower()
+        is_same_origin = urlsplit(origin).netloc.lower() == flask.request.host.lower()
     else:
-        is_own = not is_strict
-    if not is_own:
+        is_same_origin = not is_strict
+    if not is_same_origin:
         raise CrossSite()
 
 
 # The guard
 
 
-def guard_views(app: flask.Flask, context: Context) -> None:
+def install_guard(app: flask.Flask, context: Context) -> None:
     """Have every request of an application looked at."""
     guard = Guard(app, context)
     app.extensions[_EXTENSION] = guard
-    app.before_request(guard.before)
-    app.after_request(guard.after)
+    app.before_request(guard.before_request)
+    app.after_request(guard.after_request)
 
 
-def guard_of(app: flask.Flask) -> Guard:
+def get_guard(app: flask.Flask) -> Guard:
     """Return the guard of an application."""
     guard = app.extensions[_EXTENSION]
     assert isinstance(guard, Guard)
@@ -136,7 +137,7 @@ class Guard:
         self._app = app
         self._settings = context.settings
         self._clock = context.clock
-        self.ring = KeyRing(context.store)
+        self.key_cache = KeyCache(context.store)
         self.limits = Limits(context.store)
         self.sessions = Sessions(context.settings.home)
 
@@ -146,37 +147,37 @@ class Guard:
 
     def is_open(self) -> bool:
         """Tell whether everybody may do everything. :raises StoreError:"""
-        return (self._settings.is_open or is_loopback(self._settings.host)) and not self.ring.has_keys()
+        return (self._settings.is_open or is_loopback(self._settings.host)) and not self.key_cache.has_keys()
 
-    def before(self) -> None:
+    def before_request(self) -> None:
         """Look at a request before its view does. :raises AccessRefused: :raises RateLimited: :raises StoreError:"""
         flask.g.key = None
         endpoint = flask.request.endpoint
         if endpoint is None:
             return  # there is nothing at this address, and flask says so
-        said = operation_of(self._app.view_functions[endpoint])
-        if endpoint == "static" or (said is not None and said.scope is None):
-            self._greet()
+        declared = get_operation(self._app.view_functions[endpoint])
+        if endpoint == "static" or (declared is not None and declared.scope is None):
+            self._identify_optional()
             return
         if self.is_open():
             self._check_host()
-            if flask.request.method not in _HARMLESS:
+            if flask.request.method not in _SAFE_METHODS:
                 check_same_origin(is_strict=False)
             return
         now = self.now()
         key = self._identify(now)
-        scope = Scope.OPERATE if said is None or said.scope is None else said.scope
-        if not key.is_good_for(scope):
+        scope = Scope.OPERATE if declared is None or declared.scope is None else declared.scope
+        if not key.has_scope(scope):
             raise ScopeMissing(f"The API key is not good for this: it lacks the scope {scope}.")
         flask.g.key = key
-        self.ring.touch(key, now)
+        self.key_cache.touch(key, now)
         try:
-            flask.g.minute_limit = self.limits.take(key, now)
+            flask.g.minute_limit = self.limits.count_request(key, now)
         except RateLimited:
-            flask.g.minute_limit, flask.g.refused_by = self.limits.refused(key, now), REQUESTS
+            flask.g.minute_limit, flask.g.refused_by = self.limits.exhausted(key, now), REQUESTS_PER_MINUTE
             raise
 
-    def after(self, response: flask.Response) -> flask.Response:
+    def after_request(self, response: flask.Response) -> flask.Response:
         """Tell the owner of a limited key what is left, and everybody else how to ask."""
         if response.status_code == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="mlg"'
@@ -184,23 +185,23 @@ class Guard:
         if key is None or "minute_limit" not in flask.g:
             return response
         try:
-            found = (flask.g.minute_limit, self.limits.day(key, self.now()))
+            found = (flask.g.minute_limit, self.limits.daily_limit(key, self.now()))
         except StoreError as error:
             log.warning("cannot tell what is left of a quota: %s", error)
             return response
         # What the minute refused never came to a view, so every other 429 is the store's, or that of `check_quota`.
-        refused_by = flask.g.get("refused_by", PICTURES) if response.status_code == 429 else None
-        response.headers.update(headers_of([limit for limit in found if limit is not None], refused_by=refused_by))
+        refused_by = flask.g.get("refused_by", IMAGES_PER_DAY) if response.status_code == 429 else None
+        response.headers.update(limit_headers([limit for limit in found if limit is not None], refused_by=refused_by))
         return response
 
     def log_in(self, key: str) -> KeyRecord:
         """Find the key that somebody logs in with. :raises KeyRefused: :raises StoreError:"""
-        record = self.ring.find(key, self.now())
+        record = self.key_cache.find(key, self.now())
         if record is None:
             raise KeyRefused()
         return record
 
-    def _greet(self) -> None:
+    def _identify_optional(self) -> None:
         """Recognise the caller of a view that is open to everybody, if that goes without trouble."""
         if not {"Authorization", "X-API-Key", "Cookie"} & set(flask.request.headers.keys()):
             return
@@ -216,12 +217,12 @@ class Guard:
         # Another scheme is meant for a proxy in front.
         given = value.strip() if scheme.lower() == "bearer" else headers.get("X-API-Key")
         if given is not None:
-            record = self.ring.find(given, now)
+            record = self.key_cache.find(given, now)
         elif (cookie := flask.request.cookies.get(COOKIE)) is not None:
-            if not is_reading and flask.request.method not in _HARMLESS:
+            if not is_reading and flask.request.method not in _SAFE_METHODS:
                 check_same_origin(is_strict=True)
             id = self.sessions.key_id(cookie)
-            record = None if id is None else self.ring.find_id(id, now)
+            record = None if id is None else self.key_cache.find_by_id(id, now)
         else:
             raise KeyMissing()
         if record is None:
@@ -239,8 +240,8 @@ class Guard:
         if host in settings.allowed_hosts or host in ("localhost", settings.host.lower()):
             return
         try:
-            is_here = ipaddress.ip_address(host.strip("[]")).is_loopback
+            is_local = ipaddress.ip_address(host.strip("[]")).is_loopback
         except ValueError:
-            is_here = False
-        if not is_here:
+            is_local = False
+        if not is_local:
             raise WrongHost()

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from provider_image.errors import StoreError
-from store.keys import KeyRecord, Keys, id_of, is_key
+from store.errors import StoreError
+from store.keys import KeyRecord, Keys, key_id_of, verify_key
 from store.sqlite_keys import TOUCH_SECONDS
 
 log = logging.getLogger(__name__)
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 FRESH_SECONDS = 3.0
 
 
-class KeyRing:
+class KeyCache:
     """Finds keys. May be used from any thread: at worst two threads look the same thing up.
 
-    :param ticks: gives seconds that never go back.
+    :param monotonic: gives seconds that never go back.
     """
 
-    def __init__(self, keys: Keys, *, ticks: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keys: Keys, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
-        self._ticks = ticks
+        self._monotonic = monotonic
         #: id -> (when looked up, record)
-        self._known: dict[str, tuple[float, KeyRecord]] = {}
+        self._records: dict[str, tuple[float, KeyRecord]] = {}
         #: id -> when its use was noted last.
         self._touched: dict[str, float] = {}
         #: When the store was asked whether there are keys, and what it said.
@@ -40,19 +40,19 @@ class KeyRing:
 
     def has_keys(self) -> bool:
         """Tell whether there was ever a key. :raises StoreError:"""
-        known = self._has_keys
-        if known is None or (not known[1] and self._ticks() - known[0] > FRESH_SECONDS):
-            known = (self._ticks(), self._keys.has_keys())
-            self._has_keys = known
-        return known[1]
+        cached = self._has_keys
+        if cached is None or (not cached[1] and self._monotonic() - cached[0] > FRESH_SECONDS):
+            cached = (self._monotonic(), self._keys.has_keys())
+            self._has_keys = cached
+        return cached[1]
 
     def find(self, key: str, now: datetime) -> KeyRecord | None:
         """Find the record of a key that is good; None if the text is not one. :raises StoreError:"""
-        id = id_of(key)
+        id = key_id_of(key)
         record = None if id is None else self._look_up(id)
-        return record if is_key(key, record) and record is not None and record.is_usable(now) else None
+        return record if verify_key(key, record) and record is not None and record.is_usable(now) else None
 
-    def find_id(self, id: str, now: datetime) -> KeyRecord | None:
+    def find_by_id(self, id: str, now: datetime) -> KeyRecord | None:
         """Find a key that is good by its id, for a caller who has proved otherwise that it is theirs.
 
         :raises StoreError:
@@ -62,21 +62,21 @@ class KeyRing:
 
     def touch(self, record: KeyRecord, now: datetime) -> None:
         """Note in the store, once a minute at most, that a key was used. A store that is busy is let off."""
-        ticks = self._ticks()
-        if ticks - self._touched.get(record.id, -TOUCH_SECONDS) < TOUCH_SECONDS:
+        monotonic = self._monotonic()
+        if monotonic - self._touched.get(record.id, -TOUCH_SECONDS) < TOUCH_SECONDS:
             return
-        self._touched[record.id] = ticks
+        self._touched[record.id] = monotonic
         try:
             self._keys.touch_key(record.id, now=now)
         except StoreError as error:
             log.warning("cannot note the use of the key %s: %s", record.id, error)
 
     def _look_up(self, id: str) -> KeyRecord | None:
-        known = self._known.get(id)
-        if known is not None and self._ticks() - known[0] <= FRESH_SECONDS:
-            return known[1]
-        asked_at = self._ticks()
+        cached = self._records.get(id)
+        if cached is not None and self._monotonic() - cached[0] <= FRESH_SECONDS:
+            return cached[1]
+        looked_up_at = self._monotonic()
         record = self._keys.find_key(id)
         if record is not None:
-            self._known[id] = (asked_at, record)
+            self._records[id] = (looked_up_at, record)
         return record

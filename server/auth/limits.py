@@ -19,14 +19,15 @@ import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from server.errors import QuotaReached, RateLimited
+from server.errors import RateLimited
+from store.errors import QuotaReached
 from store.keys import KeyRecord, Keys
 
 #: Names of the limits in the headers.
-REQUESTS, PICTURES = "requests-per-minute", "pictures-per-day"
+REQUESTS_PER_MINUTE, IMAGES_PER_DAY = "requests-per-minute", "pictures-per-day"
 _MINUTE_SECONDS, _DAY_SECONDS = 60, 86400
 #: A slice is the limit divided by this, and at least one request.
-SLICES = 10
+GRANTS_PER_MINUTE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ class Limit:
 
 
 @dataclass(kw_only=True)
-class _Held:
+class _MinuteGrants:
     """A process' slices of the present minute for one key."""
 
     minute: int
-    own: int = 0
+    granted_left: int = 0
     left_elsewhere: int = 0
 
 
@@ -60,9 +61,9 @@ class Limits:
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._lock = threading.Lock()
-        self._held: dict[str, _Held] = {}
+        self._grants: dict[str, _MinuteGrants] = {}
 
-    def take(self, key: KeyRecord, now: datetime) -> Limit | None:
+    def count_request(self, key: KeyRecord, now: datetime) -> Limit | None:
         """Count a request; None if the key has no limit by the minute. :raises RateLimited: :raises StoreError:"""
         per_minute = key.requests_per_minute
         if per_minute is None:
@@ -70,50 +71,50 @@ class Limits:
         minute = int(now.timestamp()) // _MINUTE_SECONDS
         while True:
             with self._lock:
-                held = self._held.get(key.id)
-                if held is None or held.minute != minute:
-                    held = self._held[key.id] = _Held(minute=minute, left_elsewhere=per_minute)
-                if held.own:
-                    held.own -= 1
-                    return _minute_limit(per_minute, held.own + held.left_elsewhere, now)
-                if not held.left_elsewhere:
+                grants = self._grants.get(key.id)
+                if grants is None or grants.minute != minute:
+                    grants = self._grants[key.id] = _MinuteGrants(minute=minute, left_elsewhere=per_minute)
+                if grants.granted_left:
+                    grants.granted_left -= 1
+                    return _minute_limit(per_minute, grants.granted_left + grants.left_elsewhere, now)
+                if not grants.left_elsewhere:
                     raise RateLimited()
             # Without the lock, so that a busy store holds up nobody else; several threads may take a slice each.
-            most = max(1, per_minute // SLICES)
-            taken = self._keys.take_requests(key.id, minute=minute, most=most, per_minute=per_minute)
+            most = max(1, per_minute // GRANTS_PER_MINUTE)
+            taken = self._keys.grant_requests(key.id, minute=minute, limit=most, per_minute=per_minute)
             with self._lock:
-                held.own += taken.granted
-                held.left_elsewhere = taken.left
+                grants.granted_left += taken.granted
+                grants.left_elsewhere = taken.left
 
-    def refused(self, key: KeyRecord, now: datetime) -> Limit | None:
+    def exhausted(self, key: KeyRecord, now: datetime) -> Limit | None:
         """Describe the limit by the minute of a key that has used it up."""
         return None if key.requests_per_minute is None else _minute_limit(key.requests_per_minute, 0, now)
 
-    def day(self, key: KeyRecord, now: datetime) -> Limit | None:
+    def daily_limit(self, key: KeyRecord, now: datetime) -> Limit | None:
         """Tell how far the key's pictures of the day are used up; None if it may send any number.
 
         :raises StoreError:
         """
-        if key.pictures_per_day is None:
+        if key.images_per_day is None:
             return None
         now = now.astimezone(UTC)
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
         return Limit(
-            name=PICTURES,
-            quota=key.pictures_per_day,
+            name=IMAGES_PER_DAY,
+            quota=key.images_per_day,
             window_seconds=_DAY_SECONDS,
-            left=max(0, key.pictures_per_day - self._keys.pictures_used(key.id, now=now)),
+            left=max(0, key.images_per_day - self._keys.images_used(key.id, now=now)),
             reset_seconds=_seconds_until(midnight, now),
         )
 
-    def check_pictures(self, key: KeyRecord | None, count: int, now: datetime) -> None:
+    def check_images(self, key: KeyRecord | None, count: int, now: datetime) -> None:
         """Refuse early what the store would refuse later. :raises QuotaReached: :raises StoreError:"""
-        limit = None if key is None else self.day(key, now)
+        limit = None if key is None else self.daily_limit(key, now)
         if limit is not None and count > limit.left:
             raise QuotaReached()
 
 
-def headers_of(limits: list[Limit], *, refused_by: str | None = None) -> dict[str, str]:
+def limit_headers(limits: list[Limit], *, refused_by: str | None = None) -> dict[str, str]:
     """Write limits as headers. :param refused_by: name of the limit that refused the request; adds the time to wait."""
     if not limits:
         return {}
@@ -129,7 +130,9 @@ def headers_of(limits: list[Limit], *, refused_by: str | None = None) -> dict[st
 
 def _minute_limit(per_minute: int, left: int, now: datetime) -> Limit:
     seconds = _MINUTE_SECONDS - int(now.timestamp()) % _MINUTE_SECONDS
-    return Limit(name=REQUESTS, quota=per_minute, window_seconds=_MINUTE_SECONDS, left=left, reset_seconds=seconds)
+    return Limit(
+        name=REQUESTS_PER_MINUTE, quota=per_minute, window_seconds=_MINUTE_SECONDS, left=left, reset_seconds=seconds
+    )
 
 
 def _seconds_until(moment: datetime, now: datetime) -> int:

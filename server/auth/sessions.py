@@ -43,7 +43,7 @@ class Sessions:
         if self._signer is None and not self._file.exists():
             return None
         try:
-            id = self._ready().loads(cookie, max_age=SESSION_SECONDS)
+            id = self._get_signer().loads(cookie, max_age=SESSION_SECONDS)
         except BadData:
             return None
         return id if isinstance(id, str) else None
@@ -52,7 +52,7 @@ class Sessions:
         """Give a browser the cookie of a key. :raises StoreError: the secret cannot be made."""
         response.set_cookie(
             COOKIE,
-            str(self._ready().dumps(key_id)),
+            str(self._get_signer().dumps(key_id)),
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="Strict",
@@ -65,7 +65,7 @@ class Sessions:
         """Have a browser forget its cookie."""
         response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
 
-    def _ready(self) -> URLSafeTimedSerializer:
+    def _get_signer(self) -> URLSafeTimedSerializer:
         if self._signer is None:
             try:
                 self._signer = URLSafeTimedSerializer(self._secret(), salt="mlg session v1")

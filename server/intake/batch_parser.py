@@ -25,32 +25,26 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart as forms
 
-from provider_image.errors import (
-    BrokenImage,
-    EmptyImage,
-    MalformedRequest,
-    MlgError,
-    TooManyBytes,
-    UnsupportedMediaType,
-)
-from server.intake.uploads import Readings, clean_name, too_many_bytes
+from provider_image.errors import BrokenImage, EmptyImage, MalformedRequest, MlgError, TooManyBytes
+from server.errors import UnsupportedMediaType
+from server.intake.uploads import ActiveReads, clean_name, too_many_bytes
 from store.batches import DuplicateClientId
 from store.images import as_store_error
 
 #: Pictures of one batch at most.
-MOST_ITEMS = 10_000
+MAX_ITEMS = 10_000
 #: Longest id that a client gives an item, in characters.
-LONGEST_CLIENT_ID = 200
-_STEP_BYTES = 1024 * 1024
+MAX_CLIENT_ID_LENGTH = 200
+_BUFFER_BYTES = 1024 * 1024
 #: Headers of one part of a form, and the text before the first.
-_LONGEST_HEADERS = 64 * 1024
+_MAX_HEADER_BYTES = 64 * 1024
 #: A line of JSON.
-_LONGEST_LINE = 16 * 1024
+_MAX_LINE_BYTES = 16 * 1024
 #: A zip's directory: 800 bytes for each of ten thousand entries.
-_LONGEST_DIRECTORY = 8 * 1024 * 1024
+_MAX_DIRECTORY_BYTES = 8 * 1024 * 1024
 _END_OF_DIRECTORY = b"PK\x05\x06"
-_LARGE_LOCATOR = b"PK\x06\x07"
-_HOW = (
+_ZIP64_LOCATOR = b"PK\x06\x07"
+_USAGE = (
     "Send a form with many fields `image`, a zip (Content-Type: application/zip), or JSON lines "
     '(Content-Type: application/jsonl) of {"client_id": "...", "url": "..."}'
 )
@@ -63,7 +57,7 @@ class TooManyItems(TooManyBytes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class BatchItem:
     """One picture of a batch, not yet looked at: its bytes, or where it is, or why it cannot be had."""
 
     #: From 0.
@@ -77,7 +71,7 @@ class Item:
     error: MlgError | None = None
 
 
-def spool(request: Request, *, folder: Path, most_bytes: int, readings: Readings) -> IO[bytes]:
+def spool(request: Request, *, folder: Path, max_bytes: int, active_reads: ActiveReads) -> IO[bytes]:
     """Write a request's body to a temporary file; the caller closes it.
 
     :raises TooManyBytes: :raises MalformedRequest: it ends too early, or is empty. :raises StoreError:
@@ -85,24 +79,26 @@ def spool(request: Request, *, folder: Path, most_bytes: int, readings: Readings
     declared = request.content_length
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("A body with a Content-Encoding is not taken. Send a zip as application/zip.")
-    if declared is not None and declared > most_bytes:
-        raise _body_too_large(most_bytes)
+    if declared is not None and declared > max_bytes:
+        raise _body_too_large(max_bytes)
     stream = request.environ["wsgi.input"]
     size = 0
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller's
         try:
             if declared is not None or request.environ.get("wsgi.input_terminated"):
-                with readings.one():
-                    while piece := stream.read(_STEP_BYTES if declared is None else min(_STEP_BYTES, declared - size)):
+                with active_reads.track():
+                    while piece := stream.read(
+                        _BUFFER_BYTES if declared is None else min(_BUFFER_BYTES, declared - size)
+                    ):
                         size += len(piece)
-                        if size > most_bytes:
-                            raise _body_too_large(most_bytes)
+                        if size > max_bytes:
+                            raise _body_too_large(max_bytes)
                         file.write(piece)
             if declared is not None and size < declared:
                 raise MalformedRequest(f"The connection ended after {size} of {declared} bytes. Send it again.")
             if not size:
-                raise MalformedRequest(f"The request has no body. {_HOW}")
+                raise MalformedRequest(f"The request has no body. {_USAGE}")
             file.seek(0)
         except BaseException:
             file.close()
@@ -112,7 +108,7 @@ def spool(request: Request, *, folder: Path, most_bytes: int, readings: Readings
     return file
 
 
-def kind_of(request: Request) -> tuple[str, str]:
+def detect_format(request: Request) -> tuple[str, str]:
     """Tell what a body is: form, zip or lines. :return: that, and a form's boundary. :raises UnsupportedMediaType:"""
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     kind = kind.lower()
@@ -122,28 +118,28 @@ def kind_of(request: Request) -> tuple[str, str]:
         return "zip", ""
     if kind in ("application/jsonl", "application/x-ndjson", "application/ndjson", "application/x-jsonlines"):
         return "lines", ""
-    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_HOW}")
+    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_USAGE}")
 
 
-def items_of(
-    file: IO[bytes], kind: str, boundary: str, *, folder: Path, max_image_bytes: int, most_bytes: int
-) -> Iterator[Item]:
+def parse_items(
+    file: IO[bytes], kind: str, boundary: str, *, folder: Path, max_image_bytes: int, max_bytes: int
+) -> Iterator[BatchItem]:
     """Walk through a body's items, in order.
 
-    :param kind: as `kind_of` says.
-    :param most_bytes: what all pictures of a zip may unpack to.
+    :param kind: as `detect_format` says.
+    :param max_bytes: what all pictures of a zip may unpack to.
     :raises MalformedRequest: :raises TooManyItems: :raises TooManyBytes: :raises DuplicateClientId:
         None of the items counts then.
     """
     if kind == "form":
-        found = _form_items(file, boundary, folder, max_image_bytes, most_bytes)
+        found = _form_items(file, boundary, folder, max_image_bytes, max_bytes)
     elif kind == "zip":
-        found = _zip_items(file, max_image_bytes, most_bytes)
+        found = _zip_items(file, max_image_bytes, max_bytes)
     else:
         found = _line_items(file)
     positions: dict[str, int] = {}
     for item in found:
-        if item.position >= MOST_ITEMS:
+        if item.position >= MAX_ITEMS:
             raise TooManyItems()
         earlier = positions.setdefault(item.client_id, item.position)
         if earlier != item.position:
@@ -153,25 +149,27 @@ def items_of(
             )
         yield item
     if not positions:
-        raise MalformedRequest(f"There is no picture in it. {_HOW}")
+        raise MalformedRequest(f"There is no picture in it. {_USAGE}")
 
 
 def _client_id(given: str | None, position: int) -> str:
     """Clean an item's id; its position if there is none. :raises MalformedRequest: too long."""
-    label = "".join(sign for sign in given or "" if unicodedata.category(sign)[0] != "C").strip()
-    if len(label) > LONGEST_CLIENT_ID:
-        raise MalformedRequest(f"The client id of item {position} is longer than {LONGEST_CLIENT_ID} characters.")
+    label = "".join(character for character in given or "" if unicodedata.category(character)[0] != "C").strip()
+    if len(label) > MAX_CLIENT_ID_LENGTH:
+        raise MalformedRequest(f"The client id of item {position} is longer than {MAX_CLIENT_ID_LENGTH} characters.")
     return label or str(position)
 
 
-def _body_too_large(most_bytes: int) -> TooManyBytes:
-    return TooManyBytes(f"A batch takes at most {most_bytes} bytes (MLG_MAX_BATCH_BYTES). Send several batches.")
+def _body_too_large(max_bytes: int) -> TooManyBytes:
+    return TooManyBytes(f"A batch takes at most {max_bytes} bytes (MLG_MAX_BATCH_BYTES). Send several batches.")
 
 
 # Forms
 
 
-def _form_items(file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int, most_bytes: int) -> Iterator[Item]:
+def _form_items(
+    file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int, max_bytes: int
+) -> Iterator[BatchItem]:
     position = 0
     given: str | None = None
     for name, filename, data in _parts(file, boundary, folder, max_image_bytes):
@@ -179,17 +177,17 @@ def _form_items(file: IO[bytes], boundary: str, folder: Path, max_image_bytes: i
             with data:
                 if position or given:
                     raise MalformedRequest("A form has either one field `archive` or fields `image`.")
-                for item in _zip_items(data, max_image_bytes, most_bytes):
+                for item in _zip_items(data, max_image_bytes, max_bytes):
                     position = item.position + 1
                     yield item
         elif name == "client_id":
             if given is not None:
                 raise MalformedRequest("A field `client_id` stands before the field `image` that it names.")
-            given = data.read(_LONGEST_LINE).decode("utf-8", "replace")
+            given = data.read(_MAX_LINE_BYTES).decode("utf-8", "replace")
         elif name == "image":
             content = data.read(max_image_bytes + 1)
             is_too_large = len(content) > max_image_bytes
-            yield Item(
+            yield BatchItem(
                 position=position,
                 client_id=_client_id(given or filename, position),
                 name=clean_name(filename),
@@ -211,16 +209,19 @@ def _parts(
     """Walk through the parts of a form: name, file name, and its bytes, of pictures no more than one too many."""
     if not 0 < len(boundary) <= 200:
         raise MalformedRequest("The Content-Type of a form needs a boundary.")
-    decoder = forms.MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=2 * MOST_ITEMS + 2)
+    decoder = forms.MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=2 * MAX_ITEMS + 2)
     name, filename, size = "", None, 0
     held: IO[bytes] = io.BytesIO()
     try:
         while True:
             event = decoder.next_event()
             if isinstance(event, forms.NeedData):
-                if decoder.state in (forms.State.PREAMBLE, forms.State.PART) and len(decoder.buffer) > _LONGEST_HEADERS:
+                if (
+                    decoder.state in (forms.State.PREAMBLE, forms.State.PART)
+                    and len(decoder.buffer) > _MAX_HEADER_BYTES
+                ):
                     raise MalformedRequest("The form has a part without an end of headers.")
-                decoder.receive_data(file.read(_LONGEST_HEADERS) or None)
+                decoder.receive_data(file.read(_MAX_HEADER_BYTES) or None)
             elif isinstance(event, forms.Field | forms.File):
                 name, size = event.name or "", 0
                 filename = event.filename if isinstance(event, forms.File) else None
@@ -244,15 +245,15 @@ def _parts(
 # Zips
 
 
-def _zip_items(file: IO[bytes], max_image_bytes: int, most_bytes: int) -> Iterator[Item]:
+def _zip_items(file: IO[bytes], max_image_bytes: int, max_bytes: int) -> Iterator[BatchItem]:
     _check_directory(file)
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if _is_wanted(entry)]
-            if len(entries) > MOST_ITEMS:
+            entries = [entry for entry in archive.infolist() if _is_regular_file(entry)]
+            if len(entries) > MAX_ITEMS:
                 raise TooManyItems()
-            if sum(entry.file_size for entry in entries) > most_bytes:
-                raise TooManyBytes(f"The zip unpacks to more than {most_bytes} bytes (MLG_MAX_BATCH_BYTES).")
+            if sum(entry.file_size for entry in entries) > max_bytes:
+                raise TooManyBytes(f"The zip unpacks to more than {max_bytes} bytes (MLG_MAX_BATCH_BYTES).")
             for position, entry in enumerate(entries):
                 yield _zip_item(archive, entry, position, max_image_bytes)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, OSError, ValueError) as error:
@@ -265,26 +266,26 @@ def _check_directory(file: IO[bytes]) -> None:
     start = max(0, size - 22 - 65535 - 20)
     file.seek(start)
     tail = file.read()
-    place = len(tail) - 22
-    if tail[place : place + 4] != _END_OF_DIRECTORY or tail[-2:] != b"\0\0":
-        place = tail.rfind(_END_OF_DIRECTORY)
-    if place < 0 or len(tail) < place + 22:
+    offset = len(tail) - 22
+    if tail[offset : offset + 4] != _END_OF_DIRECTORY or tail[-2:] != b"\0\0":
+        offset = tail.rfind(_END_OF_DIRECTORY)
+    if offset < 0 or len(tail) < offset + 22:
         raise MalformedRequest("The zip has no end: it is cut short, or no zip.")
-    (directory_bytes,) = struct.unpack_from("<L", tail, place + 12)
-    if tail[max(0, place - 20) : place].startswith(_LARGE_LOCATOR):
+    (directory_bytes,) = struct.unpack_from("<L", tail, offset + 12)
+    if tail[max(0, offset - 20) : offset].startswith(_ZIP64_LOCATOR):
         raise MalformedRequest("A zip in the ZIP64 format is not taken. Send several smaller ones.")
-    if directory_bytes > _LONGEST_DIRECTORY:
+    if directory_bytes > _MAX_DIRECTORY_BYTES:
         raise TooManyItems("The zip has too many entries, or their names are too long. Send several smaller ones.")
     file.seek(0)
 
 
-def _is_wanted(entry: zipfile.ZipInfo) -> bool:
+def _is_regular_file(entry: zipfile.ZipInfo) -> bool:
     """Leave out folders, and what systems put beside the files."""
     names = entry.filename.split("/")
     return not entry.is_dir() and names[0] != "__MACOSX" and names[-1] not in (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
-def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, max_image_bytes: int) -> Item:
+def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, max_image_bytes: int) -> BatchItem:
     data: bytes | None = None
     error: MlgError | None = None
     if entry.file_size > max_image_bytes:
@@ -299,7 +300,7 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
                 data = member.read(max_image_bytes + 1)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as failure:
             error = BrokenImage(f"This file of the zip is damaged ({failure}).")
-    return Item(
+    return BatchItem(
         position=position,
         client_id=_client_id(entry.filename, position),
         name=clean_name(entry.filename),
@@ -311,28 +312,28 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
 # Lines
 
 
-def _line_items(file: IO[bytes]) -> Iterator[Item]:
+def _line_items(file: IO[bytes]) -> Iterator[BatchItem]:
     position = 0
-    while line := file.readline(_LONGEST_LINE + 1):
-        if len(line) > _LONGEST_LINE:
-            raise MalformedRequest(f"Line {position + 1} is longer than {_LONGEST_LINE} bytes.")
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        if len(line) > _MAX_LINE_BYTES:
+            raise MalformedRequest(f"Line {position + 1} is longer than {_MAX_LINE_BYTES} bytes.")
         if not line.strip():
             continue
         yield _line_item(line, position)
         position += 1
 
 
-def _line_item(line: bytes, position: int) -> Item:
+def _line_item(line: bytes, position: int) -> BatchItem:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(f"Line {position + 1} is no JSON.") from error
-    is_right = isinstance(found, dict) and found.keys() <= {"client_id", "url"} and isinstance(found.get("url"), str)
-    if not is_right or not isinstance(found.get("client_id", ""), str | int):
+    is_valid = isinstance(found, dict) and found.keys() <= {"client_id", "url"} and isinstance(found.get("url"), str)
+    if not is_valid or not isinstance(found.get("client_id", ""), str | int):
         raise MalformedRequest(f'Line {position + 1} is not like {{"client_id": "a", "url": "https://..."}}.')
     url = found["url"]
     given = found.get("client_id")
-    return Item(
+    return BatchItem(
         position=position,
         client_id=_client_id(None if given is None else str(given), position),
         name=clean_name(url.partition("?")[0]),

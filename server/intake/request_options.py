@@ -18,11 +18,11 @@ from provider_image.errors import InvalidParams, MalformedRequest
 from server.api.endpoint import Field
 
 #: Labels of one request at most, and characters of a label's name and value.
-MOST_LABELS = 16
-LONGEST_LABEL_NAME = 64
-LONGEST_LABEL_VALUE = 200
+MAX_LABELS = 16
+MAX_LABEL_NAME_LENGTH = 64
+MAX_LABEL_VALUE_LENGTH = 200
 #: Longest time in seconds, a hundred years, that anything is put off or kept.
-LONGEST_SECONDS = 3.2e9
+MAX_DURATION_SECONDS = 3.2e9
 
 LABEL = Field(
     name="label",
@@ -39,11 +39,11 @@ KEEP_SECONDS = Field(
     schema={"type": "number", "minimum": 0},
 )
 #: All of them, for the description of an operation.
-WISHES = (LABEL, DEADLINE, KEEP_SECONDS)
+REQUEST_OPTIONS = (LABEL, DEADLINE, KEEP_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class RequestOptions:
     """What a client wishes."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Wishes:
     keep_seconds: float | None = None
 
 
-def read_wishes(request: Request, now: datetime) -> tuple[dict[str, str], Wishes]:
+def read_request_options(request: Request, now: datetime) -> tuple[dict[str, str], RequestOptions]:
     """Read the query. :return: the fields that are no wishes, and the wishes.
 
     :raises InvalidParams: :raises MalformedRequest: a field other than `label` stands there twice.
@@ -65,12 +65,12 @@ def read_wishes(request: Request, now: datetime) -> tuple[dict[str, str], Wishes
             raise MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")
         else:
             fields[name] = value
-    wishes = Wishes(
+    options = RequestOptions(
         labels=read_labels(labels),
         deadline_at=_deadline(fields.pop("deadline", None), now),
         keep_seconds=_seconds("keep_seconds", fields.pop("keep_seconds", None)),
     )
-    return fields, wishes
+    return fields, options
 
 
 def read_labels(texts: Iterable[str]) -> dict[str, str]:
@@ -78,25 +78,25 @@ def read_labels(texts: Iterable[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for text in texts:
         name, colon, value = text.partition(":")
-        if not colon or not 0 < len(name) <= LONGEST_LABEL_NAME or len(value) > LONGEST_LABEL_VALUE:
+        if not colon or not 0 < len(name) <= MAX_LABEL_NAME_LENGTH or len(value) > MAX_LABEL_VALUE_LENGTH:
             raise InvalidParams(
-                f"label takes name:value, with at most {LONGEST_LABEL_NAME} and {LONGEST_LABEL_VALUE} characters."
+                f"label takes name:value, with at most {MAX_LABEL_NAME_LENGTH} and {MAX_LABEL_VALUE_LENGTH} characters."
             )
-        if any(unicodedata.category(sign)[0] == "C" for sign in text):
+        if any(unicodedata.category(character)[0] == "C" for character in text):
             raise InvalidParams("label takes no control characters.")
         if name in labels:
             raise InvalidParams(f"The label {name!r} stands there twice.")
         labels[name] = value
-    if len(labels) > MOST_LABELS:
-        raise InvalidParams(f"At most {MOST_LABELS} labels are taken.")
+    if len(labels) > MAX_LABELS:
+        raise InvalidParams(f"At most {MAX_LABELS} labels are taken.")
     return labels
 
 
-def read_moment(name: str, text: str) -> datetime:
+def parse_timestamp(name: str, text: str) -> datetime:
     """Read a time. One without a zone is UTC. :raises InvalidParams:"""
     try:
-        moment = datetime.fromisoformat(text)
-        aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        timestamp = datetime.fromisoformat(text)
+        aware = timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
         return aware.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise InvalidParams(f"{name} takes a time like 2026-12-01T08:00:00Z.") from error
@@ -108,10 +108,10 @@ def _deadline(text: str | None, now: datetime) -> datetime | None:
     try:
         float(text)
     except ValueError:
-        moment = read_moment("deadline", text)
-        if moment <= now:
+        timestamp = parse_timestamp("deadline", text)
+        if timestamp <= now:
             raise InvalidParams("The deadline is in the past.") from None
-        return moment
+        return timestamp
     seconds: Any = _seconds("deadline", text)
     return now + timedelta(seconds=seconds)
 
@@ -123,6 +123,6 @@ def _seconds(name: str, text: str | None) -> float | None:
         seconds = float(text)
     except ValueError as error:
         raise InvalidParams(f"{name} takes a number of seconds.") from error
-    if not math.isfinite(seconds) or not 0 <= seconds <= LONGEST_SECONDS:
-        raise InvalidParams(f"{name} takes a number of seconds from 0 to {LONGEST_SECONDS:g}.")
+    if not math.isfinite(seconds) or not 0 <= seconds <= MAX_DURATION_SECONDS:
+        raise InvalidParams(f"{name} takes a number of seconds from 0 to {MAX_DURATION_SECONDS:g}.")
     return round(seconds, 3)

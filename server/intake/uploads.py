@@ -19,24 +19,25 @@ from urllib.parse import parse_qsl
 from flask import Request
 from werkzeug.http import parse_options_header
 
-from provider_image.errors import EmptyImage, MalformedRequest, TooManyBytes, UnsupportedMediaType
+from provider_image.errors import EmptyImage, MalformedRequest, TooManyBytes
+from server.errors import UnsupportedMediaType
 from server.intake import multipart
 
 #: What a form may be larger than its picture: boundaries, headers, and the fields beside it.
 FORM_ALLOWANCE_BYTES = 64 * 1024
 #: Longest file name that is kept, in characters.
-LONGEST_NAME = 200
+MAX_NAME_LENGTH = 200
 #: Largest body of a request that carries only fields.
-MOST_FIELD_BYTES = 8192
-_STEP_BYTES = 64 * 1024
+MAX_FIELD_BYTES = 8192
+_BUFFER_BYTES = 64 * 1024
 #: What is read and thrown away of a body that is too large and did not say so before.
-_DISCARDED_BYTES = 32 * 1024 * 1024
+_MAX_DISCARDED_BYTES = 32 * 1024 * 1024
 
-_RAW = (
+_RAW_HINT = (
     "The raw bytes are taken with an image content type, for example: "
     "curl -H 'Content-Type: image/jpeg' --data-binary @kitten.jpg URL"
 )
-_FORM = "Send the picture as a form: curl -F image=@kitten.jpg URL"
+_FORM_HINT = "Send the picture as a form: curl -F image=@kitten.jpg URL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Upload:
     is_plain_field: bool = False
 
 
-class Readings:
+class ActiveReads:
     """Who is at it now, and since when; so that the server can tell that all threads wait for slow clients."""
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Readings:
         self._since: dict[object, float] = {}
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
+    def track(self) -> Iterator[None]:
         """Count the caller while it is inside."""
         key = object()
         with self._lock:
@@ -79,7 +80,7 @@ class Readings:
             return sum(since <= limit for since in self._since.values())
 
 
-def read_upload(request: Request, *, max_image_bytes: int, readings: Readings) -> Upload:
+def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveReads) -> Upload:
     """Read the picture from a form's field `image` or from the raw body.
 
     :raises TooManyBytes: :raises EmptyImage: :raises MalformedRequest: :raises UnsupportedMediaType:
@@ -87,23 +88,25 @@ def read_upload(request: Request, *, max_image_bytes: int, readings: Readings) -
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     kind = kind.lower()
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType(f"A body with a Content-Encoding is not taken: pictures are small already. {_FORM}")
+        raise UnsupportedMediaType(
+            f"A body with a Content-Encoding is not taken: pictures are small already. {_FORM_HINT}"
+        )
     if kind == "multipart/form-data":
-        body = _read(request, max_image_bytes + FORM_ALLOWANCE_BYTES, max_image_bytes, readings)
+        body = _read_body(request, max_image_bytes + FORM_ALLOWANCE_BYTES, max_image_bytes, active_reads)
         if not body:
-            raise EmptyImage(f"The request has no body. {_FORM}")
+            raise EmptyImage(f"The request has no body. {_FORM_HINT}")
         return _from_form(multipart.split(body, options.get("boundary", "")), max_image_bytes)
     if kind.startswith("image/") or kind in ("", "application/octet-stream"):
-        body = _read(request, max_image_bytes, max_image_bytes, readings)
+        body = _read_body(request, max_image_bytes, max_image_bytes, active_reads)
         if not body:
             raise EmptyImage()
         return Upload(data=body)
     if kind == "application/x-www-form-urlencoded":
-        raise UnsupportedMediaType(f"curl -d and --data send a form without files. {_FORM} {_RAW}")
-    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_FORM} {_RAW}")
+        raise UnsupportedMediaType(f"curl -d and --data send a form without files. {_FORM_HINT} {_RAW_HINT}")
+    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_FORM_HINT} {_RAW_HINT}")
 
 
-def read_fields(request: Request, *, readings: Readings) -> dict[str, str]:
+def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
     """Read the fields of a request that carries no picture: the query, and a urlencoded body if there is one.
 
     :raises MalformedRequest: :raises TooManyBytes:
@@ -111,21 +114,21 @@ def read_fields(request: Request, *, readings: Readings) -> dict[str, str]:
     fields = query_fields(request)
     kind, _ = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     if request.method == "POST" and kind.lower() == "application/x-www-form-urlencoded":
-        body = _read(request, MOST_FIELD_BYTES, MOST_FIELD_BYTES, readings)
+        body = _read_body(request, MAX_FIELD_BYTES, MAX_FIELD_BYTES, active_reads)
         try:
-            pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MOST_FIELD_BYTES // 16)
+            pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELD_BYTES // 16)
         except ValueError as error:
             raise MalformedRequest("The fields cannot be read. Put them into the URL, for example ?top=3") from error
-        _add(fields, pairs)
+        _add_fields(fields, pairs)
     return fields
 
 
-def read_json(request: Request, *, readings: Readings) -> dict[str, str]:
+def read_json(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
     """Read the fields of a request whose body is a JSON object of plain values; a number or a yes becomes its text.
 
     :raises MalformedRequest: :raises TooManyBytes:
     """
-    body = _read(request, MOST_FIELD_BYTES, MOST_FIELD_BYTES, readings)
+    body = _read_body(request, MAX_FIELD_BYTES, MAX_FIELD_BYTES, active_reads)
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -144,7 +147,7 @@ def query_fields(request: Request) -> dict[str, str]:
     """Read the fields of the query string. :raises MalformedRequest: one stands there twice."""
     fields: dict[str, str] = {}
     if request.query_string:
-        _add(fields, list(request.args.items(multi=True)))
+        _add_fields(fields, list(request.args.items(multi=True)))
     return fields
 
 
@@ -154,25 +157,27 @@ def clean_name(name: str | None) -> str | None:
         return None
     base = name.replace("\\", "/").rpartition("/")[2]
     # Category C: controls, but also the marks that turn the direction of writing, and lone surrogates.
-    label = "".join(sign for sign in base if unicodedata.category(sign)[0] != "C").strip()
-    return label[:LONGEST_NAME] or None
+    label = "".join(character for character in base if unicodedata.category(character)[0] != "C").strip()
+    return label[:MAX_NAME_LENGTH] or None
 
 
 def _from_form(parts: list[multipart.Part], max_image_bytes: int) -> Upload:
     images = [part for part in parts if part.name == "image"]
     others = [part for part in parts if part.name != "image"]
     if not images:
-        there = ", ".join(repr(part.name[:40]) for part in others) or "none"
-        raise MalformedRequest(f"The form has no field `image` (fields there: {there}). {_FORM}")
+        field_names = ", ".join(repr(part.name[:40]) for part in others) or "none"
+        raise MalformedRequest(f"The form has no field `image` (fields there: {field_names}). {_FORM_HINT}")
     if len(images) > 1:
         raise MalformedRequest(f"The form has {len(images)} fields `image`. Send one picture a request.")
     fields: dict[str, str] = {}
     for part in others:
         if part.filename is not None:
-            raise MalformedRequest(f"The field {part.name[:40]!r} holds a file. Only the field `image` does. {_FORM}")
-        if len(part.data) > MOST_FIELD_BYTES:
+            raise MalformedRequest(
+                f"The field {part.name[:40]!r} holds a file. Only the field `image` does. {_FORM_HINT}"
+            )
+        if len(part.data) > MAX_FIELD_BYTES:
             raise MalformedRequest(f"The field {part.name[:40]!r} is too long.")
-        _add(fields, [(part.name, part.data.decode("utf-8", "replace"))])
+        _add_fields(fields, [(part.name, part.data.decode("utf-8", "replace"))])
     image = images[0]
     if not image.data:
         raise EmptyImage()
@@ -194,7 +199,7 @@ def too_many_bytes(max_image_bytes: int) -> TooManyBytes:
     )
 
 
-def _read(request: Request, limit: int, max_image_bytes: int, readings: Readings) -> bytes:
+def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads: ActiveReads) -> bytes:
     """Read a body of at most `limit` bytes."""
     declared = request.content_length
     if declared is not None and declared > limit:
@@ -202,7 +207,7 @@ def _read(request: Request, limit: int, max_image_bytes: int, readings: Readings
     stream = request.environ["wsgi.input"]
     if declared is None and not request.environ.get("wsgi.input_terminated"):
         return b""  # neither a length nor chunks: there is no body
-    with readings.one():
+    with active_reads.track():
         if declared is not None:
             body: bytes = stream.read(declared)
             if len(body) < declared:
@@ -212,19 +217,19 @@ def _read(request: Request, limit: int, max_image_bytes: int, readings: Readings
             return body
         pieces: list[bytes] = []
         size = 0
-        while piece := stream.read(_STEP_BYTES):
+        while piece := stream.read(_BUFFER_BYTES):
             size += len(piece)
             if size > limit:
                 # A connection that is closed while its client still sends is reset, and the client sees that instead
                 # of the answer. Most are about to end; who is not is not waited for.
-                while size < limit + _DISCARDED_BYTES and (piece := stream.read(_STEP_BYTES)):
+                while size < limit + _MAX_DISCARDED_BYTES and (piece := stream.read(_BUFFER_BYTES)):
                     size += len(piece)
                 raise too_many_bytes(max_image_bytes)
             pieces.append(piece)
     return b"".join(pieces)
 
 
-def _add(fields: dict[str, str], pairs: list[tuple[str, str]]) -> None:
+def _add_fields(fields: dict[str, str], pairs: list[tuple[str, str]]) -> None:
     for name, value in pairs:
         if name in fields:
             raise MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")

@@ -32,9 +32,9 @@ from server.errors import FetchFailed, UrlRefused
 from server.intake.uploads import too_many_bytes
 
 #: Redirects that are followed.
-MOST_REDIRECTS = 3
-LONGEST_URL = 2048
-_STEP_BYTES = 64 * 1024
+MAX_REDIRECTS = 3
+MAX_URL_LENGTH = 2048
+_BUFFER_BYTES = 64 * 1024
 _PORT = 443
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: At least two labels; the last begins with a letter, which no notation of an IPv4 address does.
@@ -44,7 +44,7 @@ _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".intrane
 
 # From the IANA registries of special-purpose addresses. Written out, as `ipaddress` answers differently from one
 # version of Python to the next.
-_NOT_PUBLIC_4 = tuple(
+_NON_PUBLIC_IPV4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
         "0.0.0.0/8",  # this network
@@ -68,8 +68,8 @@ _NOT_PUBLIC_4 = tuple(
         "240.0.0.0/4",  # reserved, broadcast
     )
 )
-_PUBLIC_6 = ipaddress.IPv6Network("2000::/3")
-_NOT_PUBLIC_6 = tuple(
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+_NON_PUBLIC_IPV6 = tuple(
     ipaddress.IPv6Network(network)
     for network in (
         "2001::/23",  # protocols: Teredo, benchmarks, ORCHID
@@ -94,7 +94,7 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(parsed, ipaddress.IPv4Address):
-        return not any(parsed in network for network in _NOT_PUBLIC_4)
+        return not any(parsed in network for network in _NON_PUBLIC_IPV4)
     if parsed.scope_id is not None:
         return False
     if parsed.ipv4_mapped is not None:
@@ -104,13 +104,13 @@ def is_public(address: str) -> bool:
     # ISATAP also carries an IPv4 address, behind any prefix.
     if (int(parsed) >> 32) & 0xFDFFFFFF == 0x5EFE:
         return False
-    return parsed in _PUBLIC_6 and not any(parsed in network for network in _NOT_PUBLIC_6)
+    return parsed in _PUBLIC_IPV6 and not any(parsed in network for network in _NON_PUBLIC_IPV6)
 
 
 def check_url(url: str) -> tuple[str, str]:
     """Check a URL as it is written. :return: host, and path with query. :raises UrlRefused:"""
-    if len(url) > LONGEST_URL:
-        raise UrlRefused(f"The URL is longer than {LONGEST_URL} characters.")
+    if len(url) > MAX_URL_LENGTH:
+        raise UrlRefused(f"The URL is longer than {MAX_URL_LENGTH} characters.")
     # What browsers and resolvers read differently from each other is not read at all.
     if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
         raise UrlRefused("The URL has signs that must be written as %XX, or a host that must be written as xn--.")
@@ -141,7 +141,7 @@ def fetch(
     seconds: float,
     resolve: Resolve | None = None,
     connect: Connect | None = None,
-    trust: ssl.SSLContext | None = None,
+    tls_context: ssl.SSLContext | None = None,
 ) -> bytes:
     """Fetch what is at a URL.
 
@@ -152,7 +152,7 @@ def fetch(
     """
     give_up_at = time.monotonic() + seconds
     first_host, target = check_url(url)
-    for _ in range(MOST_REDIRECTS + 1):
+    for _ in range(MAX_REDIRECTS + 1):
         found = _fetch_one(
             first_host,
             target,
@@ -160,7 +160,7 @@ def fetch(
             give_up_at=give_up_at,
             resolve=resolve or resolve_host,
             connect=connect or connect_to,
-            trust=trust or _system_trust(),
+            tls_context=tls_context or _system_tls_context(),
         )
         if isinstance(found, bytes):
             return found
@@ -171,7 +171,7 @@ def fetch(
         host, target = check_url(url)
         if host != first_host:
             raise UrlRefused("The URL redirects to another host. Send the URL that it leads to.")
-    raise FetchFailed(f"The URL redirects more than {MOST_REDIRECTS} times.")
+    raise FetchFailed(f"The URL redirects more than {MAX_REDIRECTS} times.")
 
 
 def resolve_host(host: str, seconds: float) -> list[str]:
@@ -201,11 +201,11 @@ def connect_to(address: str, seconds: float) -> socket.socket:
 
 
 @functools.cache
-def _system_trust() -> ssl.SSLContext:
+def _system_tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _left(give_up_at: float) -> float:
+def _seconds_left(give_up_at: float) -> float:
     """Return the seconds that are left. :raises FetchFailed: none are."""
     seconds = give_up_at - time.monotonic()
     if seconds <= 0:
@@ -221,42 +221,42 @@ def _fetch_one(
     give_up_at: float,
     resolve: Resolve,
     connect: Connect,
-    trust: ssl.SSLContext,
+    tls_context: ssl.SSLContext,
 ) -> bytes | str:
     """Ask once. :return: the body, or where it redirects to."""
-    address = _address_of(host, resolve, give_up_at)
+    address = _resolve_public_address(host, resolve, give_up_at)
     try:
-        plain = connect(address, _left(give_up_at))
+        plain = connect(address, _seconds_left(give_up_at))
     except OSError as error:
         raise FetchFailed("The URL's host does not answer.") from error
     with contextlib.closing(plain):
         try:
             if plain.getsockname()[0] == address:
                 raise UrlRefused("The URL's host is not public.")  # it is this very machine
-            plain.settimeout(_left(give_up_at))
-            secure = trust.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-            with contextlib.closing(secure), _cut_at(give_up_at, secure):
+            plain.settimeout(_seconds_left(give_up_at))
+            secure = tls_context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+            with contextlib.closing(secure), _abort_at(give_up_at, secure):
                 secure.do_handshake()
-                found = _ask(secure, host, target, max_image_bytes)
+                found = _request(secure, host, target, max_image_bytes)
             # A connection that was cut looks like one that ended, and half an answer like a whole one.
-            _left(give_up_at)
+            _seconds_left(give_up_at)
             return found
         except FetchFailed:
-            _left(give_up_at)
+            _seconds_left(give_up_at)
             raise
         except ssl.SSLCertVerificationError as error:
             raise FetchFailed("The certificate of the URL's host is not good.") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            _left(give_up_at)
+            _seconds_left(give_up_at)
             raise FetchFailed("The URL's host ended the connection, or does not speak HTTP over TLS.") from error
 
 
-def _address_of(host: str, resolve: Resolve, give_up_at: float) -> str:
+def _resolve_public_address(host: str, resolve: Resolve, give_up_at: float) -> str:
     """Find the address to ask. :raises UrlRefused: one of the host's addresses is not public. :raises FetchFailed:"""
     try:
-        addresses = resolve(host, _left(give_up_at))
+        addresses = resolve(host, _seconds_left(give_up_at))
     except OSError as error:
-        _left(give_up_at)
+        _seconds_left(give_up_at)
         raise FetchFailed("The URL's host has no address.") from error
     if not addresses:
         raise FetchFailed("The URL's host has no address.")
@@ -266,7 +266,7 @@ def _address_of(host: str, resolve: Resolve, give_up_at: float) -> str:
     return addresses[0]
 
 
-def _ask(secure: ssl.SSLSocket, host: str, target: str, max_image_bytes: int) -> bytes | str:
+def _request(secure: ssl.SSLSocket, host: str, target: str, max_image_bytes: int) -> bytes | str:
     connection = http.client.HTTPConnection(host, _PORT)
     connection.sock = secure
     connection.request("GET", target, headers={"Host": host, "User-Agent": "mlg", "Connection": "close"})
@@ -282,7 +282,7 @@ def _ask(secure: ssl.SSLSocket, host: str, target: str, max_image_bytes: int) ->
             raise too_many_bytes(max_image_bytes)
         pieces: list[bytes] = []
         size = 0
-        while piece := response.read(_STEP_BYTES):
+        while piece := response.read(_BUFFER_BYTES):
             size += len(piece)
             if size > max_image_bytes:
                 raise too_many_bytes(max_image_bytes)
@@ -293,18 +293,18 @@ def _ask(secure: ssl.SSLSocket, host: str, target: str, max_image_bytes: int) ->
 
 
 @contextlib.contextmanager
-def _cut_at(give_up_at: float, connection: socket.socket) -> Iterator[None]:
+def _abort_at(give_up_at: float, connection: socket.socket) -> Iterator[None]:
     """Cut a connection at a time: a limit for each read would let a host drip for ever."""
 
-    def cut() -> None:
+    def abort() -> None:
         with contextlib.suppress(OSError):
             # The plain socket's own: the secure one's would take the reading thread's state away.
             socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
-    watch = threading.Timer(max(0.0, give_up_at - time.monotonic()), cut)
-    watch.daemon = True
-    watch.start()
+    timer = threading.Timer(max(0.0, give_up_at - time.monotonic()), abort)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        watch.cancel()
+        timer.cancel()

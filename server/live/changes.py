@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from provider_image.errors import MlgError
-from store.changes import Feed, Position
-from store.records import Request
+from store.changes import ChangeFeed, Position
+from store.records import RequestRecord
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks.
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 #: Changes that one look reads at most.
-LOOK_CHANGES = 1000
+MAX_CHANGES_PER_POLL = 1000
 #: Events that wait for a slow listener at most; then it is told from the feed again.
-MOST_WAITING = 5000
+MAX_PENDING_CHANGES = 5000
 
 
 class StreamsFull(MlgError):
@@ -36,11 +36,11 @@ class StreamsFull(MlgError):
 
 
 @dataclass(eq=False)
-class Told:
+class Change:
     """What listeners are told of one request; the text is made once for all of them."""
 
     position: Position
-    request: Request
+    request: RequestRecord
     text: str | None = None
 
 
@@ -52,50 +52,50 @@ class Listener:
         self.batch_id = batch_id
         self.is_all = is_all
         self._condition = threading.Condition()
-        self._waiting: collections.deque[Told] = collections.deque()
-        self._is_woken = False
-        self._is_behind = False
+        self._pending: collections.deque[Change] = collections.deque()
+        self._is_notified = False
+        self._has_overflowed = False
 
-    def put(self, told: Told) -> None:
+    def put(self, update: Change) -> None:
         """Hand over an event."""
         with self._condition:
-            if len(self._waiting) >= MOST_WAITING:
-                self._waiting.clear()
-                self._is_behind = True
-            if not self._is_behind:
-                self._waiting.append(told)
-            self._is_woken = True
+            if len(self._pending) >= MAX_PENDING_CHANGES:
+                self._pending.clear()
+                self._has_overflowed = True
+            if not self._has_overflowed:
+                self._pending.append(update)
+            self._is_notified = True
             self._condition.notify()
 
     def wake(self) -> None:
         """End a wait without an event."""
         with self._condition:
-            self._is_woken = True
+            self._is_notified = True
             self._condition.notify()
 
-    def wait(self, seconds: float) -> list[Told] | None:
+    def wait(self, seconds: float) -> list[Change] | None:
         """Wait for events. :return: those there are; None when too many came, and the feed must be asked."""
         with self._condition:
-            if not self._is_woken:
+            if not self._is_notified:
                 self._condition.wait(seconds)
-            self._is_woken = False
-            if self._is_behind:
-                self._is_behind = False
+            self._is_notified = False
+            if self._has_overflowed:
+                self._has_overflowed = False
                 return None
-            found = list(self._waiting)
-            self._waiting.clear()
+            found = list(self._pending)
+            self._pending.clear()
             return found
 
 
-class Events:
+class ChangeDispatcher:
     """The listeners of one server process.
 
-    :param most: how many there may be.
+    :param capacity: how many there may be.
     """
 
-    def __init__(self, feed: Feed, *, most: int) -> None:
+    def __init__(self, feed: ChangeFeed, *, capacity: int) -> None:
         self._feed = feed
-        self._places = threading.BoundedSemaphore(max(1, most))
+        self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
         self._by_number: dict[int, set[Listener]] = collections.defaultdict(set)
@@ -104,14 +104,14 @@ class Events:
         self._is_running = False
         self.is_stopped = False
 
-    def take_place(self) -> None:
+    def acquire_slot(self) -> None:
         """Take a listener's place. :raises StreamsFull:"""
-        if self.is_stopped or not self._places.acquire(blocking=False):
+        if self.is_stopped or not self._slots.acquire(blocking=False):
             raise StreamsFull()
 
-    def free_place(self) -> None:
+    def release_slot(self) -> None:
         """Give a place back."""
-        self._places.release()
+        self._slots.release()
 
     def add(self, listener: Listener) -> None:
         """Tell a listener every change that is made from now on. :raises StoreError:"""
@@ -120,7 +120,7 @@ class Events:
                 # Read here and not by the thread: what changes before it starts must be told too.
                 self._cursor = self._feed.latest_change()
                 self._is_running = True
-                threading.Thread(target=self._look, name="events", daemon=True).start()
+                threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
             self._listeners.add(listener)
             for number in listener.numbers:
                 self._by_number[number].add(listener)
@@ -132,9 +132,9 @@ class Events:
         with self._lock:
             self._listeners.discard(listener)
             for number in listener.numbers:
-                self._forget(self._by_number, number, listener)
+                self._remove_from_index(self._by_number, number, listener)
             if listener.batch_id is not None:
-                self._forget(self._by_batch, listener.batch_id, listener)
+                self._remove_from_index(self._by_batch, listener.batch_id, listener)
 
     def stop(self) -> None:
         """End every stream now, and begin none any more: the server is stopping."""
@@ -143,14 +143,14 @@ class Events:
             for listener in self._listeners:
                 listener.wake()
 
-    def _look(self) -> None:
+    def _poll_loop(self) -> None:
         while True:
             with self._lock:
                 if not self._listeners or self.is_stopped:
                     self._is_running = False
                     return
             try:
-                count = self._tell()
+                count = self._dispatch_changes()
             except MlgError as error:
                 log.warning("cannot look for changes: %s", error)
                 count = 0
@@ -158,36 +158,36 @@ class Events:
                 # The thread must outlive any failure: there are listeners.
                 log.exception("cannot look for changes")
                 count = 0
-            if count < LOOK_CHANGES:
-                time.sleep(LOOK_SECONDS)
+            if count < MAX_CHANGES_PER_POLL:
+                time.sleep(POLL_SECONDS)
 
-    def _tell(self) -> int:
+    def _dispatch_changes(self) -> int:
         """Hand the changes since the last look to those who listen to them. :return: how many there were."""
-        changes = self._feed.changes(self._cursor, limit=LOOK_CHANGES)
+        changes = self._feed.changes(self._cursor, limit=MAX_CHANGES_PER_POLL)
         if not changes:
             return 0
         #: number -> its last change, and who wants to know.
         latest = {change.number: change for change in changes}
-        wanted: dict[int, set[Listener]] = {}
+        interested: dict[int, set[Listener]] = {}
         with self._lock:
             for number, change in latest.items():
                 found = self._by_number.get(number, set()) | self._by_batch.get(change.batch_id or "", set())
                 if found:
-                    wanted[number] = found
+                    interested[number] = found
             for listener in self._listeners:
                 if listener.is_all:
                     listener.wake()
-        for position, request in self._feed.read_changed(wanted) if wanted else ():
+        for position, request in self._feed.read_changed(interested) if interested else ():
             # What changed again meanwhile comes with the next look, under its later number.
             if position[0] == latest[request.number].seq:
-                told = Told(position, request)
-                for listener in wanted[request.number]:
-                    listener.put(told)
+                update = Change(position, request)
+                for listener in interested[request.number]:
+                    listener.put(update)
         self._cursor = changes[-1].seq
         return len(changes)
 
     @staticmethod
-    def _forget(index: dict[Any, set[Listener]], key: Any, listener: Listener) -> None:
+    def _remove_from_index(index: dict[Any, set[Listener]], key: Any, listener: Listener) -> None:
         index[key].discard(listener)
         if not index[key]:
             del index[key]

@@ -11,44 +11,45 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from provider_image.errors import MlgError, StoreUnavailable
+from provider_image.errors import MlgError
 from store import Store
-from store.records import Request
+from store.errors import StoreUnavailable
+from store.records import RequestRecord
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks.
-LOOK_SECONDS = 0.025
+POLL_SECONDS = 0.025
 
 
 @dataclass(eq=False)
 class _Waiter:
     id: str
     is_over: threading.Event = field(default_factory=threading.Event)
-    latest: Request | None = None
+    latest: RequestRecord | None = None
     error: Exception | None = None
 
 
-class Notifier:
+class LongPoller:
     """The reads that are held by one server process.
 
-    :param most: how many may be held at once; others are answered at once.
+    :param capacity: how many may be held at once; others are answered at once.
     """
 
-    def __init__(self, store: Store, *, most: int) -> None:
+    def __init__(self, store: Store, *, capacity: int) -> None:
         self._store = store
-        self._places = threading.BoundedSemaphore(max(1, most))
+        self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._waiters: set[_Waiter] = set()
         self._is_running = False
         self._is_stopped = False
 
-    def hold(self, request: Request, seconds: float) -> Request:
+    def wait_until_final(self, request: RequestRecord, seconds: float) -> RequestRecord:
         """Wait until the request is final, or the time is over, or there is no place; return it as it is then.
 
         :raises UnknownRequest: it was removed meanwhile. :raises StoreError:
         """
-        if request.state.is_final or seconds <= 0 or not self._places.acquire(blocking=False):
+        if request.state.is_final or seconds <= 0 or not self._slots.acquire(blocking=False):
             return request
         try:
             waiter = _Waiter(request.id)
@@ -58,7 +59,7 @@ class Notifier:
                 self._waiters.add(waiter)
                 if not self._is_running:
                     self._is_running = True
-                    threading.Thread(target=self._look, name="notifier", daemon=True).start()
+                    threading.Thread(target=self._poll_loop, name="notifier", daemon=True).start()
             waiter.is_over.wait(seconds)
             with self._lock:
                 self._waiters.discard(waiter)
@@ -66,7 +67,7 @@ class Notifier:
                 raise waiter.error
             return waiter.latest or request
         finally:
-            self._places.release()
+            self._slots.release()
 
     def stop(self) -> None:
         """Answer everybody now, and hold nobody any more: the server is stopping."""
@@ -75,7 +76,7 @@ class Notifier:
             for waiter in self._waiters:
                 waiter.is_over.set()
 
-    def _look(self) -> None:
+    def _poll_loop(self) -> None:
         while True:
             with self._lock:
                 waiters = list(self._waiters)
@@ -83,10 +84,10 @@ class Notifier:
                     self._is_running = False
                     return
             for waiter in waiters:
-                self._look_at(waiter)
-            time.sleep(LOOK_SECONDS)
+                self._check(waiter)
+            time.sleep(POLL_SECONDS)
 
-    def _look_at(self, waiter: _Waiter) -> None:
+    def _check(self, waiter: _Waiter) -> None:
         try:
             waiter.latest = self._store.get(waiter.id)
         except MlgError as error:

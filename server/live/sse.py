@@ -1,6 +1,7 @@
 """Streams of server-sent events: what listeners hear, as text that goes out piece by piece.
 
-Used by `views/events.py`. Every stream has a thread of its own, which waits for what `events.py` tells it, and writes.
+Used by `views/events.py`. Every stream has a thread of its own, which waits for what `change_dispatcher.py` tells it,
+and writes.
 
 The id of an event is the position in the feed at which its request stands (see `store/feed.py`). Events come in the
 order of the positions, so a client that comes back with the last id it has seen (`Last-Event-ID`) gets what it missed,
@@ -21,9 +22,9 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any
 
 from provider_image.errors import MlgError
-from server.live.changes import Events, Listener, Told
-from store.changes import Feed
-from store.records import Request, State
+from server.live.changes import Change, ChangeDispatcher, Listener
+from store.changes import ChangeFeed
+from store.records import RequestRecord, RequestState
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ COUNT_SECONDS = 0.5
 #: Requests that are read at once when a listener comes.
 PAGE = 200
 #: In place of a request's number: the change itself tells all.
-_WHOLE = math.inf
+_AFTER_CHANGE = math.inf
 _START: tuple[float, float] = (-1.0, -1.0)
 _END = "end"
 
@@ -64,66 +65,68 @@ class Stream:
             on_close()
 
 
-def tell_requests(
-    events: Events,
-    feed: Feed,
+def stream_requests(
+    change_dispatcher: ChangeDispatcher,
+    feed: ChangeFeed,
     listener: Listener,
     *,
     ids: Collection[str],
     last_id: str | None,
-    describe: Callable[[Request], Mapping[str, Any]],
+    serialize: Callable[[RequestRecord], Mapping[str, Any]],
 ) -> Generator[bytes, None, None]:
     """Write the events of some requests, or of the listener's batch, until all of them are final.
 
     :param last_id: the last id that the client has seen.
-    :param describe: builds the JSON of a request.
+    :param serialize: builds the JSON of a request.
     """
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
-    events.add(listener)
+    change_dispatcher.add(listener)
     try:
         cursor = parse_id(last_id)
-        while not events.is_stopped:
-            standing = feed.standing(ids=ids, batch_id=listener.batch_id)
-            if not standing.floor <= cursor[0] <= standing.latest:
+        while not change_dispatcher.is_stopped:
+            snapshot = feed.snapshot(ids=ids, batch_id=listener.batch_id)
+            if not snapshot.floor <= cursor[0] <= snapshot.latest:
                 cursor = _START  # too long ago, or of another database
-            states = {position[1]: state for position, state in standing.requests}
+            states = {position[1]: state for position, state in snapshot.requests}
             missed = [
                 (position, state)
-                for position, state in standing.requests
+                for position, state in snapshot.requests
                 # Those of a batch that only wait yet are in its counts.
                 if position > cursor
-                and (listener.batch_id is None or position[0] > standing.floor or state is not State.QUEUED)
+                and (listener.batch_id is None or position[0] > snapshot.floor or state is not RequestState.QUEUED)
             ]
             for start in range(0, len(missed), PAGE):
                 page = {position[1]: position for position, _ in missed[start : start + PAGE]}
-                read = {now: request for now, request in feed.read_changed(page) if now[0] <= standing.latest}
+                read = {now: request for now, request in feed.read_changed(page) if now[0] <= snapshot.latest}
                 # What has changed meanwhile is told by the thread that looks, in its new place.
                 requests = {request.number: request for request in read.values()}
                 for number, position in page.items():
                     if number in requests:
-                        yield _event(Told(position, requests[number]), describe, standing.floor)
+                        yield _event(Change(position, requests[number]), serialize, snapshot.floor)
             yield from _progress(listener, states)
-            last = yield from _follow(events, listener, states, standing.latest, describe)
+            last = yield from _stream_changes(change_dispatcher, listener, states, snapshot.latest, serialize)
             if last is None:
                 return
-            cursor = (float(last), _WHOLE)
+            cursor = (float(last), _AFTER_CHANGE)
     except MlgError as error:
         log.warning("a stream of events ends: %s", error)
     except Exception:
         # The answer has begun, so nobody can be told any more but the log; the client comes back.
         log.exception("a stream of events ends")
     finally:
-        events.remove(listener)
+        change_dispatcher.remove(listener)
 
 
-def tell_counts(events: Events, feed: Feed, listener: Listener, *, last_id: str | None) -> Generator[bytes, None, None]:
+def stream_counts(
+    change_dispatcher: ChangeDispatcher, feed: ChangeFeed, listener: Listener, *, last_id: str | None
+) -> Generator[bytes, None, None]:
     """Write how many requests came to which state since the last message, until the client goes."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
-    events.add(listener)
+    change_dispatcher.add(listener)
     try:
         last = parse_id(last_id)[0]
         cursor = int(last) if last >= 0 else feed.latest_change()
-        while not events.is_stopped:
+        while not change_dispatcher.is_stopped:
             latest, counts = feed.count_changes(cursor)
             if latest > cursor:
                 cursor = latest
@@ -137,7 +140,7 @@ def tell_counts(events: Events, feed: Feed, listener: Listener, *, last_id: str 
     except MlgError as error:
         log.warning("a stream of counts ends: %s", error)
     finally:
-        events.remove(listener)
+        change_dispatcher.remove(listener)
 
 
 def parse_id(text: str | None) -> tuple[float, float]:
@@ -146,21 +149,21 @@ def parse_id(text: str | None) -> tuple[float, float]:
     if not (seq.isascii() and seq.isdigit()) or len(seq) > 15:
         return _START
     if not has_number:
-        return float(seq), _WHOLE
+        return float(seq), _AFTER_CHANGE
     return (float(seq), float(number)) if number.isascii() and number.isdigit() and len(number) <= 15 else _START
 
 
-def says_end(text: str | None) -> bool:
+def is_end_id(text: str | None) -> bool:
     """Tell whether a client has seen the end of its stream already."""
     return text is not None and text.endswith(f"-{_END}")
 
 
-def _follow(
-    events: Events,
+def _stream_changes(
+    change_dispatcher: ChangeDispatcher,
     listener: Listener,
-    states: dict[int, State],
+    states: dict[int, RequestState],
     covered: int,
-    describe: Callable[[Request], Mapping[str, Any]],
+    serialize: Callable[[RequestRecord], Mapping[str, Any]],
 ) -> Generator[bytes, None, int | None]:
     """Write events as they come, until all is final, the server stops or the listener fell behind.
 
@@ -169,7 +172,7 @@ def _follow(
     :return: when the listener fell behind the last change that it was told, else None.
     """
     last = covered
-    while not events.is_stopped:
+    while not change_dispatcher.is_stopped:
         if all(state.is_final for state in states.values()):
             yield f"id: {last}-{_END}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
             return None
@@ -177,34 +180,34 @@ def _follow(
         found = listener.wait(HEARTBEAT_SECONDS)
         if found is None:
             return last
-        has_news = False
-        for told in found:
-            if told.position[0] > covered:
-                states[told.request.number] = told.request.state
-                last, has_news = told.position[0], True
-                yield _event(told, describe)
-        if has_news:
+        has_changes = False
+        for change in found:
+            if change.position[0] > covered:
+                states[change.request.number] = change.request.state
+                last, has_changes = change.position[0], True
+                yield _event(change, serialize)
+        if has_changes:
             yield from _progress(listener, states)
         elif time.monotonic() - began >= HEARTBEAT_SECONDS:
             yield b": alive\n\n"
     return None
 
 
-def _progress(listener: Listener, states: Mapping[int, State]) -> Iterator[bytes]:
+def _progress(listener: Listener, states: Mapping[int, RequestState]) -> Iterator[bytes]:
     """Write how far a batch is; it has no id, as a client that comes back gets a new one anyway."""
     if listener.batch_id is not None:
         data = {"batch_id": listener.batch_id, **_counts(states)}
         yield f"event: batch\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def _counts(states: Mapping[int, State]) -> dict[str, Any]:
+def _counts(states: Mapping[int, RequestState]) -> dict[str, Any]:
     counted = collections.Counter(states.values())
-    return {"items": len(states), **{str(state): counted[state] for state in State}}
+    return {"items": len(states), **{str(state): counted[state] for state in RequestState}}
 
 
-def _event(told: Told, describe: Callable[[Request], Mapping[str, Any]], floor: int = -1) -> bytes:
-    if told.text is None:
-        told.text = json.dumps(describe(told.request), separators=(",", ":"), ensure_ascii=False)
-    seq, number = told.position
+def _event(change: Change, serialize: Callable[[RequestRecord], Mapping[str, Any]], floor: int = -1) -> bytes:
+    if change.text is None:
+        change.text = json.dumps(serialize(change.request), separators=(",", ":"), ensure_ascii=False)
+    seq, number = change.position
     id = f"{seq}" if seq > floor else f"{seq}-{number}"
-    return f"id: {id}\nevent: request\ndata: {told.text}\n\n".encode()
+    return f"id: {id}\nevent: request\ndata: {change.text}\n\n".encode()

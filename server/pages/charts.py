@@ -20,14 +20,21 @@ MINUTES_A_ROW = 10
 
 def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Draw what came in and what was answered, minute by minute. :param minutes: oldest first."""
-    most = max([1, *(max(each["arrived"], each["answered"]) for each in minutes)])
-    ticks = nice_ticks(most)
+    maximum = max([1, *(max(each["arrived"], each["answered"]) for each in minutes)])
+    ticks = nice_ticks(maximum)
     step = (WIDTH - LEFT - RIGHT) / max(1, len(minutes))
     bars, line = [], []
-    for place, each in enumerate(minutes):
+    for index, each in enumerate(minutes):
         y = _y(each["answered"], ticks[-1])
-        bars.append({"x": _r(LEFT + place * step + 0.1 * step), "y": y, "w": _r(0.8 * step), "h": _r(_bottom() - y)})
-        line.append(f"{_r(LEFT + (place + 0.5) * step)},{_y(each['arrived'], ticks[-1])}")
+        bars.append(
+            {
+                "x": _rounded(LEFT + index * step + 0.1 * step),
+                "y": y,
+                "w": _rounded(0.8 * step),
+                "h": _rounded(_bottom() - y),
+            }
+        )
+        line.append(f"{_rounded(LEFT + (index + 0.5) * step)},{_y(each['arrived'], ticks[-1])}")
     rows = []
     for start in range(0, len(minutes), MINUTES_A_ROW):
         part = minutes[start : start + MINUTES_A_ROW]
@@ -39,9 +46,12 @@ def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "line": " ".join(line),
         "ticks": [{"y": _y(tick, ticks[-1]), "text": short_number(tick)} for tick in ticks],
         "labels": [
-            {"x": _r(LEFT + (place + (1 if place == len(minutes) - 1 else 0.5)) * step), "text": each["minute"][11:16]}
-            for place, each in enumerate(minutes)
-            if place % 15 == 0 or place == len(minutes) - 1
+            {
+                "x": _rounded(LEFT + (index + (1 if index == len(minutes) - 1 else 0.5)) * step),
+                "text": each["minute"][11:16],
+            }
+            for index, each in enumerate(minutes)
+            if index % 15 == 0 or index == len(minutes) - 1
         ],
         "rows": rows,
     }
@@ -51,8 +61,8 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Draw size against seconds. :return: None without points."""
     if not points:
         return None
-    across = nice_ticks(max(point["bytes"] for point in points))
-    up = nice_ticks(max(point["seconds"] for point in points))
+    x_ticks = nice_ticks(max(point["bytes"] for point in points))
+    y_ticks = nice_ticks(max(point["seconds"] for point in points))
     width = WIDTH - LEFT - RIGHT
     ordered = sorted(points, key=lambda point: int(point["bytes"]))
     size = math.ceil(len(ordered) / POINT_CLASSES)
@@ -72,23 +82,24 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         **_frame(),
         "points": [
-            {"x": _r(LEFT + width * point["bytes"] / across[-1]), "y": _y(point["seconds"], up[-1])} for point in points
+            {"x": _rounded(LEFT + width * point["bytes"] / x_ticks[-1]), "y": _y(point["seconds"], y_ticks[-1])}
+            for point in points
         ],
-        "ticks": [{"y": _y(tick, up[-1]), "text": short_number(tick)} for tick in up],
-        "labels": [{"x": _r(LEFT + width * tick / across[-1]), "bytes": tick} for tick in across],
+        "ticks": [{"y": _y(tick, y_ticks[-1]), "text": short_number(tick)} for tick in y_ticks],
+        "labels": [{"x": _rounded(LEFT + width * tick / x_ticks[-1]), "bytes": tick} for tick in x_ticks],
         "rows": rows,
     }
 
 
-def nice_ticks(most: float, *, count: int = 4) -> list[float]:
-    """Choose round numbers from 0 to at least `most`: about `count` steps of 1, 2 or 5 times a power of ten."""
-    if most <= 0:
+def nice_ticks(maximum: float, *, count: int = 4) -> list[float]:
+    """Choose round numbers from 0 to at least `maximum`: about `count` steps of 1, 2 or 5 times a power of ten."""
+    if maximum <= 0:
         return [0, 1]
-    raw = most / count
+    raw = maximum / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
-    steps = math.ceil(most / step - 1e-9)
-    return [round(step * place, 12) for place in range(max(1, steps) + 1)]
+    steps = math.ceil(maximum / step - 1e-9)
+    return [round(step * index, 12) for index in range(max(1, steps) + 1)]
 
 
 def short_number(value: float) -> str:
@@ -106,9 +117,9 @@ def _bottom() -> float:
     return HEIGHT - BOTTOM
 
 
-def _y(value: float, most: float) -> float:
-    return _r(_bottom() - (_bottom() - TOP) * value / most)
+def _y(value: float, maximum: float) -> float:
+    return _rounded(_bottom() - (_bottom() - TOP) * value / maximum)
 
 
-def _r(value: float) -> float:
+def _rounded(value: float) -> float:
     return round(value, 1)

@@ -19,18 +19,18 @@ from typing import Any
 import flask
 import jinja2
 
-from provider_image.errors import StoreError
-from server.auth.guard import guard_of
-from server.status.eta import duration
+from server.auth.guard import get_guard
+from server.status.eta import format_duration
+from store.errors import StoreError
 
-HERE = Path(__file__).parent
+PACKAGE_FOLDER = Path(__file__).parent
 #: No inline script, no inline style, nobody else's host, nobody's frame.
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     # Addresses hold ids, and an id is all that it takes to read an answer.
@@ -43,16 +43,16 @@ _HEADERS = {
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
-def page(template: str, *, status: int = 200, **facts: Any) -> flask.Response:
+def page(template: str, *, status: int = 200, **variables: Any) -> flask.Response:
     """Fill in a template and answer with it.
 
     :param template: a file in `templates/`; it extends `base.html` and fills its blocks `title` and `main`.
-    :param facts: what the template names. Everything is escaped.
+    :param variables: what the template names. Everything is escaped.
     """
     html = (
         _environment()
         .get_template(template)
-        .render(here=flask.request.path, key=flask.g.get("key"), asks_for_keys=_asks_for_keys(), **facts)
+        .render(here=flask.request.path, key=flask.g.get("key"), asks_for_keys=_is_login_available(), **variables)
     )
     response = flask.Response(html, status, mimetype="text/html")
     response.headers.update(_HEADERS)
@@ -89,10 +89,10 @@ def wants_page() -> bool:
     return "text/html" in accept.values() and accept["text/html"] >= accept["application/json"]
 
 
-def _asks_for_keys() -> bool:
+def _is_login_available() -> bool:
     """Tell whether there is anything to sign in to."""
     try:
-        return not guard_of(flask.current_app).is_open()
+        return not get_guard(flask.current_app).is_open()
     except StoreError:
         return False
 
@@ -100,7 +100,7 @@ def _asks_for_keys() -> bool:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        loader=jinja2.FileSystemLoader(PACKAGE_FOLDER / "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -109,7 +109,13 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals["static"] = static_url
     environment.filters.update(
-        percent=_percent, duration=duration, bytes=_bytes, moment=_moment, iso=_iso, label=_label, short=_short
+        percent=_format_percent,
+        duration=format_duration,
+        bytes=_format_bytes,
+        moment=_format_time,
+        iso=_format_iso,
+        label=_format_label,
+        short=_short_id,
     )
     return environment
 
@@ -117,7 +123,7 @@ def _environment() -> jinja2.Environment:
 @functools.cache
 def _static_files() -> tuple[str, dict[str, bytes]]:
     """Return the hash of all, and name -> bytes. Some small files, read once."""
-    folder = HERE / "static"
+    folder = PACKAGE_FOLDER / "static"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     whole = hashlib.sha256()
     for name, data in sorted(files.items()):
@@ -125,7 +131,7 @@ def _static_files() -> tuple[str, dict[str, bytes]]:
     return whole.hexdigest()[:12], files
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     """Write a share of one: 40.8 %; never 0 for what is not nothing, never 100 for what is not all."""
     percent = share * 100
     if 0 < percent < 0.1:
@@ -135,7 +141,7 @@ def _percent(share: float) -> str:
     return f"{percent:.1f} %"
 
 
-def _bytes(count: float) -> str:
+def _format_bytes(count: float) -> str:
     """Write a size: 48 KB."""
     if count < 2**10:
         return f"{count:.0f} bytes"
@@ -146,26 +152,26 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.3g} GB"
 
 
-def _as_moment(moment: datetime | str) -> datetime:
+def _as_datetime(moment: datetime | str) -> datetime:
     aware = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
     return aware.astimezone(UTC)
 
 
-def _moment(moment: datetime | str) -> str:
+def _format_time(moment: datetime | str) -> str:
     """Write a time for people, in UTC; the script in the page turns it into the reader's own time."""
-    return _as_moment(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return _as_datetime(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _iso(moment: datetime | str) -> str:
+def _format_iso(moment: datetime | str) -> str:
     """Write a time for machines."""
-    return _as_moment(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return _as_datetime(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _label(name: str) -> str:
+def _format_label(name: str) -> str:
     """Write a class's name for people: tiger cat."""
     return str(name).replace("_", " ")
 
 
-def _short(id: str) -> str:
+def _short_id(id: str) -> str:
     """Write an id's last digits, those that differ."""
     return id[-8:]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
 from provider_image.images.decoding import FORMATS
-from provider_image.images.headers import read_facts
+from provider_image.images.headers import read_header
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Sides that a thumbnail may have, in pixels.
-SMALLEST, LARGEST = 16, 1024
+MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS = 16, 1024
 #: Pictures on one sheet, how many stand in a row, and their size.
 SHEET_ITEMS, SHEET_COLUMNS, SHEET_PIXELS = 100, 10, 128
 _LINE_PIXELS = 14
@@ -43,7 +43,7 @@ class SheetItem:
 
 def media_type(data: bytes, max_pixels: int) -> str:
     """Return the media type of a picture that was taken. :raises BadInput:"""
-    return {"BMP": "image/bmp"}.get(name := read_facts(data, max_pixels).format, f"image/{name.lower()}")
+    return {"BMP": "image/bmp"}.get(name := read_header(data, max_pixels).format, f"image/{name.lower()}")
 
 
 def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
@@ -52,7 +52,7 @@ def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
     :raises BrokenImage: it cannot be decoded.
     """
     buffer = io.BytesIO()
-    _small(data, size, max_pixels).save(buffer, "JPEG", quality=82)
+    _decode_small(data, size, max_pixels).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
 
 
@@ -72,7 +72,7 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
         small: PIL.Image.Image | None = None
         try:
             data = item.read()
-            small = None if data is None else _small(data, SHEET_PIXELS, max_pixels)
+            small = None if data is None else _decode_small(data, SHEET_PIXELS, max_pixels)
         except BadInput:
             log.info("a picture on a sheet cannot be decoded")
         if small is None:
@@ -80,20 +80,20 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
         else:
             sheet.paste(small, (left + (SHEET_PIXELS - small.width) // 2, top + (SHEET_PIXELS - small.height) // 2))
         for line, text in enumerate(item.lines[:_LINES]):
-            draw.text((left, top + SHEET_PIXELS + line * _LINE_PIXELS), _fit(text), fill="black")
+            draw.text((left, top + SHEET_PIXELS + line * _LINE_PIXELS), _truncate(text), fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _fit(text: str) -> str:
+def _truncate(text: str) -> str:
     """Cut a line to the width of a picture; the drawing font knows Latin letters only."""
     plain = text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
     return plain if len(plain) <= 21 else plain[:20] + "~"
 
 
-def _small(data: bytes, size: int, max_pixels: int) -> PIL.Image.Image:
-    read_facts(data, max_pixels)
+def _decode_small(data: bytes, size: int, max_pixels: int) -> PIL.Image.Image:
+    read_header(data, max_pixels)
     import PIL.Image
     import PIL.ImageOps
 

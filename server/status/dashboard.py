@@ -15,29 +15,29 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
 
-from cli.costs import rounded
 from server.status.dashboard_rows import (
-    MinuteSum,
+    MinuteTotals,
     batcher_row,
     chunk_row,
     failure_rows,
-    hold_row,
     latency_row,
+    pause_row,
     provider_row,
-    seconds_of,
-    sum_row,
+    throughput_row,
+    to_seconds,
 )
-from server.status.queue_stats import Traffic
-from server.status.stale_cache import Kept
-from store import Journal
-from store.batcher_controls import read_orders
+from server.status.queue_stats import QueueStats
+from server.status.stale_cache import StaleCache
+from store import Chunks
+from store.amounts import format_amount
+from store.batcher_controls import read_control_state
 from store.chunks import BatcherRecord, ChunkRecord
 from store.controls import Controls
 from store.cost_split import to_amount
 from store.ledger import Ledger, Providers
 from store.ledger_records import AllocationRecord, CostRow, ProviderRecord
 from store.records import to_text
-from store.stats import Figures, Minute
+from store.stats import MinuteStats, Stats
 
 #: Minutes that a chart shows.
 CHART_MINUTES = 60
@@ -47,20 +47,20 @@ DAY_MINUTES = 1440
 LATE_MINUTES = 5
 #: Requests answered last, of which the latencies are taken; points of the chart of size and seconds; failures.
 RECENT_ANSWERS = 1000
-POINTS = 300
+MAX_POINTS = 300
 RECENT_FAILURES = 500
 #: Chunks under way that are listed.
-CHUNKS = 200
+MAX_CHUNKS = 200
 #: Providers that are listed, those seen last.
-PROVIDERS = 100
+MAX_PROVIDERS = 100
 
 
-class FigureStore(Journal, Controls, Figures, Ledger, Providers, Protocol):
+class DashboardStore(Chunks, Controls, Stats, Ledger, Providers, Protocol):
     """What figures are found from."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Money:
+class Spending:
     """What was spent, and on whom."""
 
     total: Decimal
@@ -73,42 +73,44 @@ class Money:
 
 
 @dataclass
-class _Minutes:
+class _MinuteCache:
     """The minutes that were read."""
 
     #: minute -> model -> what it brought.
-    by_minute: dict[str, dict[str, Minute]] = field(default_factory=dict)
+    by_minute: dict[str, dict[str, MinuteStats]] = field(default_factory=dict)
     #: Beginning of a minute -> requests that came in before it.
     arrived: dict[datetime, int] = field(default_factory=dict)
     read_at: datetime | None = None
 
 
-class OperatorFigures:
+class Dashboard:
     """The figures of one server process.
 
-    :param traffic: what waits and who works; shared with the other views.
+    :param queue_stats: what waits and who works; shared with the other views.
     """
 
-    def __init__(self, store: FigureStore, traffic: Traffic, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: DashboardStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
-        self._traffic = traffic
+        self._traffic = queue_stats
         self.clock = clock
-        self._minutes = _Minutes()
-        self._throughput = Kept(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
-        self._answers = Kept(lambda: store.list_answered(limit=RECENT_ANSWERS), fresh_seconds=2, stale_seconds=10)
-        self._failures = Kept(self._read_failures, fresh_seconds=2, stale_seconds=10)
-        self._money = Kept(self._read_money, fresh_seconds=15, stale_seconds=300)
-        self._chunks = Kept(lambda: store.list_under_way(limit=CHUNKS), fresh_seconds=1, stale_seconds=5)
+        self._minutes = _MinuteCache()
+        self._throughput = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
+        self._answers = StaleCache(lambda: store.list_answered(limit=RECENT_ANSWERS), fresh_seconds=2, stale_seconds=10)
+        self._failures = StaleCache(self._read_failures, fresh_seconds=2, stale_seconds=10)
+        self._spending = StaleCache(self._read_spending, fresh_seconds=15, stale_seconds=300)
+        self._chunks = StaleCache(
+            lambda: store.list_unfinished_chunks(limit=MAX_CHUNKS), fresh_seconds=1, stale_seconds=5
+        )
 
     def status(self) -> dict[str, Any]:
         """Build the JSON of everything. :raises StoreError:"""
         now = self.clock()
-        hold = read_orders(self.store).hold
+        pause = read_control_state(self.store).pause
         batchers = self._traffic.batchers()
         queue = self.queue()
         return {
             "at": to_text(now),
-            "hold": None if hold is None else hold_row(hold),
+            "hold": None if pause is None else pause_row(pause),
             "queue": queue,
             "waiting": sum(row["waiting"] for row in queue),
             "claimed": sum(row["claimed"] for row in queue),
@@ -120,10 +122,10 @@ class OperatorFigures:
             "latency": latency_row(self._answers.get()),
             "failures": self._failures.get(),
             "providers": self._providers_json(now),
-            "money": self._money_json(batchers),
+            "money": self._spending_json(batchers),
             "points": [
                 {"model": each.model, "bytes": each.image_bytes, "seconds": round(each.seconds, 4)}
-                for each in self._answers.get()[:POINTS]
+                for each in self._answers.get()[:MAX_POINTS]
                 if each.seconds is not None
             ],
         }
@@ -138,7 +140,7 @@ class OperatorFigures:
                 "waiting": each.waiting,
                 "claimed": each.claimed,
                 "oldest_at": None if each.oldest_at is None else to_text(each.oldest_at),
-                "oldest_seconds": None if each.oldest_at is None else seconds_of(now - each.oldest_at),
+                "oldest_seconds": None if each.oldest_at is None else to_seconds(now - each.oldest_at),
             }
             for each in self._traffic.backlog()
         ]
@@ -152,47 +154,49 @@ class OperatorFigures:
         alive = {batcher.id for batcher in self._traffic.batchers()}
         return [chunk for chunk in self._chunks.get() if chunk.batcher_id in alive]
 
-    def minutes(self) -> list[MinuteSum]:
+    def minutes(self) -> list[MinuteTotals]:
         """List what each minute of the last day brought, oldest first, the present one last. :raises StoreError:"""
         return self._throughput.get()
 
-    def money(self) -> Money:
+    def spending(self) -> Spending:
         """Tell what was spent, as of some seconds ago. :raises StoreError:"""
-        return self._money.get()
+        return self._spending.get()
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Find anew what an operator has just changed."""
-        self._money.forget()
+        self._spending.invalidate()
 
     # Finding
 
-    def _read_minutes(self) -> list[MinuteSum]:
+    def _read_minutes(self) -> list[MinuteTotals]:
         """Read the latest minutes, all of a day at first, and add up the models."""
         now = self.clock().astimezone(UTC).replace(second=0, microsecond=0)
         first = now - timedelta(minutes=DAY_MINUTES - 1)
         known = self._minutes
         is_known = known.read_at is not None and first <= known.read_at <= now
         since = known.read_at - timedelta(minutes=LATE_MINUTES) if is_known and known.read_at else first
-        kept = {minute: row for minute, row in known.by_minute.items() if _text(first) <= minute < _text(since)}
-        for row in self.store.list_minutes(since):
-            kept.setdefault(row.minute, {})[row.model] = row
+        retained = {
+            minute: row for minute, row in known.by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
+        }
+        for row in self.store.list_minute_stats(since):
+            retained.setdefault(row.minute, {})[row.model] = row
         # How many came in before the beginning of each minute; that of a past minute never changes.
         marks = [now - timedelta(minutes=back) for back in range(CHART_MINUTES - 1, -1, -1)]
         day_ago = now - timedelta(days=1)
         unknown = sorted(mark for mark in {*marks, day_ago} if mark not in known.arrived)
         arrived = {mark: count for mark, count in known.arrived.items() if mark >= day_ago}
-        arrived.update(zip(unknown, self.store.arrivals_before(unknown), strict=True))
-        self._minutes = _Minutes(by_minute=kept, arrived=arrived, read_at=now)
+        arrived.update(zip(unknown, self.store.count_accepted_before(unknown), strict=True))
+        self._minutes = _MinuteCache(by_minute=retained, arrived=arrived, read_at=now)
         counts = [*(arrived[mark] for mark in marks), self.store.count_accepted()]
-        came = {_text(mark): counts[place + 1] - counts[place] for place, mark in enumerate(marks)}
+        arrivals = {_minute_key(mark): counts[index + 1] - counts[index] for index, mark in enumerate(marks)}
         sums = []
         for back in range(DAY_MINUTES - 1, -1, -1):
-            minute = _text(now - timedelta(minutes=back))
-            rows = kept.get(minute, {}).values()
+            minute = _minute_key(now - timedelta(minutes=back))
+            rows = retained.get(minute, {}).values()
             sums.append(
-                MinuteSum(
+                MinuteTotals(
                     minute=minute,
-                    arrived=came.get(minute, 0),
+                    arrived=arrivals.get(minute, 0),
                     answered=sum(row.answered for row in rows),
                     images=sum(row.images for row in rows),
                     failed=sum(row.failed for row in rows),
@@ -207,12 +211,12 @@ class OperatorFigures:
             "of_latest": RECENT_FAILURES,
         }
 
-    def _read_money(self) -> Money:
+    def _read_spending(self) -> Spending:
         midnight = self.clock().astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         speeds: dict[str, dict[str, float]] = defaultdict(dict)
         for speed in self.store.speeds():
             speeds[speed.provider_id][speed.model] = speed.images_per_second
-        return Money(
+        return Spending(
             total=self.store.spent(),
             today=self.store.spent(since=midnight),
             allocations=self.store.allocations(is_open=True),
@@ -229,8 +233,10 @@ class OperatorFigures:
         seconds_of_last = self.clock().second
         counts = self._minutes.arrived
         return {
-            "hour": sum_row(chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)),
-            "day": sum_row(
+            "hour": throughput_row(
+                chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
+            ),
+            "day": throughput_row(
                 minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.count_accepted() - counts[min(counts)]
             ),
             "minutes": [
@@ -246,27 +252,30 @@ class OperatorFigures:
         }
 
     def _providers_json(self, now: datetime) -> list[dict[str, Any]]:
-        money = self._money.get()
+        spending = self._spending.get()
         return [
-            provider_row(provider, money.speeds.get(provider.id, {}), money.by_provider.get(provider.id), now)
-            for provider in money.providers[:PROVIDERS]
+            provider_row(provider, spending.speeds.get(provider.id, {}), spending.by_provider.get(provider.id), now)
+            for provider in spending.providers[:MAX_PROVIDERS]
         ]
 
-    def _money_json(self, batchers: Sequence[BatcherRecord]) -> dict[str, Any]:
-        money = self._money.get()
+    def _spending_json(self, batchers: Sequence[BatcherRecord]) -> dict[str, Any]:
+        spending = self._spending.get()
         budget = {name: smallest_budget(batchers, name) for name in ("day", "total")}
-        left = {"day": _left(budget["day"], money.today), "total": _left(budget["total"], money.total)}
+        left = {
+            "day": _remaining_budget(budget["day"], spending.today),
+            "total": _remaining_budget(budget["total"], spending.total),
+        }
         return {
-            "today": to_amount(money.today),
-            "total": to_amount(money.total),
-            "today_shown": rounded(money.today),
-            "left_day_shown": None if left["day"] is None else rounded(left["day"]),
-            "total_shown": rounded(money.total),
+            "today": to_amount(spending.today),
+            "total": to_amount(spending.total),
+            "today_shown": format_amount(spending.today),
+            "left_day_shown": None if left["day"] is None else format_amount(left["day"]),
+            "total_shown": format_amount(spending.total),
             **{f"budget_{name}": None if amount is None else to_amount(amount) for name, amount in budget.items()},
             **{f"left_{name}": None if amount is None else to_amount(amount) for name, amount in left.items()},
             "allocations": [
                 {"id": each.id, "amount": to_amount(each.amount), "created_at": to_text(each.created_at)}
-                for each in money.allocations
+                for each in spending.allocations
             ],
         }
 
@@ -276,9 +285,9 @@ def smallest_budget(batchers: Iterable[BatcherRecord], name: str) -> Decimal | N
     return min((Decimal(batcher.budget[name]) for batcher in batchers if name in batcher.budget), default=None)
 
 
-def _left(budget: Decimal | None, spent: Decimal) -> Decimal | None:
+def _remaining_budget(budget: Decimal | None, spent: Decimal) -> Decimal | None:
     return None if budget is None else max(Decimal(0), budget - spent)
 
 
-def _text(minute: datetime) -> str:
+def _minute_key(minute: datetime) -> str:
     return minute.strftime("%Y-%m-%dT%H:%M")

@@ -13,17 +13,16 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from cli.costs import rounded
-from cli.providers import per_1000_images, per_hour
-from store.batcher_controls import Hold
+from store.amounts import format_amount, price_per_1000_images, price_per_hour
+from store.batcher_controls import Pause
 from store.chunks import BatcherRecord, ChunkRecord
 from store.ledger_records import CostRow, ProviderRecord
 from store.records import to_text
-from store.stats import Answered, Failure
+from store.stats import AnsweredRequest, FailureRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinuteSum:
+class MinuteTotals:
     """What one minute brought, all models together."""
 
     minute: str
@@ -33,7 +32,7 @@ class MinuteSum:
     failed: int
 
 
-def seconds_of(length: timedelta) -> float:
+def to_seconds(length: timedelta) -> float:
     """Write a length of time as seconds, none of them negative."""
     return round(max(0.0, length.total_seconds()), 1)
 
@@ -43,14 +42,14 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def hold_row(hold: Hold) -> dict[str, Any]:
+def pause_row(pause: Pause) -> dict[str, Any]:
     """Write that work is held."""
     return {
-        "mode": str(hold.mode),
-        "by": hold.by,
-        "since": to_text(hold.since),
-        "reason": hold.reason,
-        "notice": hold.notice,
+        "mode": str(pause.mode),
+        "by": pause.by,
+        "since": to_text(pause.since),
+        "reason": pause.reason,
+        "notice": pause.notice,
     }
 
 
@@ -61,7 +60,7 @@ def chunk_row(chunk: ChunkRecord, now: datetime) -> dict[str, Any]:
         "model": chunk.model,
         "items": chunk.items,
         "executor": chunk.executor,
-        "seconds": seconds_of(now - chunk.dispatched_at),
+        "seconds": to_seconds(now - chunk.dispatched_at),
     }
 
 
@@ -73,13 +72,13 @@ def batcher_row(batcher: BatcherRecord, now: datetime) -> dict[str, Any]:
         "pid": batcher.pid,
         "executor": batcher.executor,
         "capacity": batcher.capacity,
-        "up_seconds": seconds_of(now - batcher.started_at),
-        "seen_seconds": seconds_of(now - batcher.seen_at),
+        "up_seconds": to_seconds(now - batcher.started_at),
+        "seen_seconds": to_seconds(now - batcher.seen_at),
         "notices": sorted(set(batcher.notices.values())),
     }
 
 
-def sum_row(minutes: Sequence[MinuteSum], length: float, arrived: int) -> dict[str, Any]:
+def throughput_row(minutes: Sequence[MinuteTotals], length: float, arrived: int) -> dict[str, Any]:
     """Add minutes up. :param length: minutes that have passed, so that the present one counts for what it is."""
     answered, images = sum(each.answered for each in minutes), sum(each.images for each in minutes)
     return {
@@ -92,7 +91,7 @@ def sum_row(minutes: Sequence[MinuteSum], length: float, arrived: int) -> dict[s
     }
 
 
-def latency_row(answers: Sequence[Answered]) -> dict[str, Any]:
+def latency_row(answers: Sequence[AnsweredRequest]) -> dict[str, Any]:
     """Tell how long the latest answers took: in the queue until they were taken the last time, and in all."""
     lengths = {
         "wait": sorted(max(0.0, (each.claimed_at - each.created_at).total_seconds()) for each in answers),
@@ -110,10 +109,10 @@ def latency_row(answers: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def failure_rows(failures: Sequence[Failure]) -> list[dict[str, Any]]:
+def failure_rows(failures: Sequence[FailureRecord]) -> list[dict[str, Any]]:
     """Group failures by code, the most frequent first; each with its latest reason."""
     counts = Counter(failure.code for failure in failures)
-    latest: dict[str, Failure] = {}
+    latest: dict[str, FailureRecord] = {}
     for failure in failures:
         latest.setdefault(failure.code, failure)
     return [
@@ -136,7 +135,7 @@ def provider_row(
     """Write what is known about a provider. :param speeds: model -> images a second."""
     is_banned = provider.is_banned(now)
     spent = Decimal(0) if costs is None else costs.paid + costs.open
-    best = min((per_1000_images(provider, speed) for speed in speeds.values()), default=None)
+    best = min((price_per_1000_images(provider, speed) for speed in speeds.values()), default=None)
     return {
         "id": provider.id,
         "name": provider.name,
@@ -144,9 +143,9 @@ def provider_row(
         "done": provider.done,
         "failed": provider.failed,
         "images": provider.images,
-        "per_hour": rounded(per_hour(provider)),
-        "per_1000_images": None if best is None else rounded(best),
-        "spent": rounded(spent),
+        "per_hour": format_amount(price_per_hour(provider)),
+        "per_1000_images": None if best is None else format_amount(best),
+        "spent": format_amount(spent),
         "seen_at": to_text(provider.seen_at),
         "is_banned": is_banned,
         "banned_until": to_text(provider.banned_until) if is_banned and provider.banned_until else None,

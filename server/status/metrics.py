@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from server.status.dashboard import CHART_MINUTES, OperatorFigures, smallest_budget
-from store.batcher_controls import Mode, read_orders
-from store.stats import Total
+from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
+from store.batcher_controls import Mode, read_control_state
+from store.stats import OutcomeTotal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Codes of failures that have a series of their own, the others share one.
-MOST_CODES = 50
+MAX_CODES = 50
 #: What the series of the other codes is called.
 OTHER = "other"
 
@@ -55,36 +55,36 @@ def exposition(families: Iterable[Family]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def families(figures: OperatorFigures) -> Iterator[Family]:
+def families(dashboard: Dashboard) -> Iterator[Family]:
     """List all metrics. :raises StoreError:"""
-    yield _one(
+    yield _single_sample(
         "mlg_build_info", "gauge", "The version that answers; always 1.", 1, version=_version(), python=_python()
     )
-    yield from _ended(figures)
-    yield from _queue(figures)
-    yield from _workers(figures)
-    yield from _money(figures)
+    yield from _request_metrics(dashboard)
+    yield from _queue(dashboard)
+    yield from _workers(dashboard)
+    yield from _spending(dashboard)
 
 
-def _ended(figures: OperatorFigures) -> Iterator[Family]:
-    totals = figures.store.list_totals()
+def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
+    totals = dashboard.store.list_totals()
     ended: dict[tuple[str, str], int] = defaultdict(int)
     codes: dict[str, int] = defaultdict(int)
-    classes: dict[str, dict[float, int]] = defaultdict(lambda: defaultdict(int))
+    buckets: dict[str, dict[float, int]] = defaultdict(lambda: defaultdict(int))
     seconds: dict[str, float] = defaultdict(float)
     for total in totals:
         ended[total.model, total.outcome] += total.count
         if total.outcome == "failed":
             codes[total.code] += total.count
         if total.outcome == "done":
-            classes[total.model][total.up_to] += total.count
+            buckets[total.model][total.up_to] += total.count
             seconds[total.model] += total.seconds
-    yield _one(
+    yield _single_sample(
         "mlg_requests_accepted_total",
         "counter",
         "Requests that were ever taken in.",
         # Read after the totals, so that no more have ended than came in.
-        figures.store.count_accepted(),
+        dashboard.store.count_accepted(),
     )
     yield Family(
         name="mlg_requests_ended_total",
@@ -96,31 +96,31 @@ def _ended(figures: OperatorFigures) -> Iterator[Family]:
         name="mlg_requests_failed_total",
         kind="counter",
         help="Requests that failed, by code.",
-        samples=[("", {"code": code}, count) for code, count in _most(codes)],
+        samples=[("", {"code": code}, count) for code, count in _limit_codes(codes)],
     )
     yield Family(
         name="mlg_request_seconds",
         kind="histogram",
         help="Seconds from a request's arrival to its answer; those answered from an earlier one left out.",
-        samples=[sample for model in sorted(classes) for sample in _histogram(model, classes, seconds, totals)],
+        samples=[sample for model in sorted(buckets) for sample in _histogram(model, buckets, seconds, totals)],
     )
 
 
 def _histogram(
-    model: str, classes: Mapping[str, Mapping[float, int]], seconds: Mapping[str, float], totals: Sequence[Total]
+    model: str, buckets: Mapping[str, Mapping[float, int]], seconds: Mapping[str, float], totals: Sequence[OutcomeTotal]
 ) -> Iterator[tuple[str, Labels, float]]:
     # The classes of all models, so that those of one can be added to those of another.
-    ends = sorted({total.up_to for total in totals} | {math.inf})
+    bounds = sorted({total.up_to for total in totals} | {math.inf})
     count = 0
-    for end in ends:
-        count += classes[model].get(end, 0)
+    for end in bounds:
+        count += buckets[model].get(end, 0)
         yield "_bucket", {"model": model, "le": _number(end)}, count
     yield "_sum", {"model": model}, seconds[model]
     yield "_count", {"model": model}, count
 
 
-def _queue(figures: OperatorFigures) -> Iterator[Family]:
-    queue = figures.queue()
+def _queue(dashboard: Dashboard) -> Iterator[Family]:
+    queue = dashboard.queue()
 
     def by_model(name: str, help: str, key: str) -> Family:
         samples = [("", {"model": row["model"]}, row[key] or 0) for row in queue]
@@ -129,44 +129,50 @@ def _queue(figures: OperatorFigures) -> Iterator[Family]:
     yield by_model("mlg_queue_waiting", "Requests that wait.", "waiting")
     yield by_model("mlg_queue_oldest_seconds", "Age of the oldest request that waits.", "oldest_seconds")
     yield by_model("mlg_queue_claimed", "Requests that are being worked on.", "claimed")
-    minutes = figures.minutes()[-CHART_MINUTES:]
+    minutes = dashboard.minutes()[-CHART_MINUTES:]
     for name, help, count in (
         ("mlg_answered_last_hour", "Requests that chunks answered in the last hour.", sum(m.answered for m in minutes)),
         ("mlg_images_last_hour", "Pictures computed in the last hour.", sum(m.images for m in minutes)),
     ):
-        yield _one(name, "gauge", help, count)
-    hold = read_orders(figures.store).hold
+        yield _single_sample(name, "gauge", help, count)
+    pause = read_control_state(dashboard.store).pause
     yield Family(
         name="mlg_hold",
         kind="gauge",
         help="1 while the operator holds work in this way.",
-        samples=[("", {"mode": str(mode)}, hold is not None and hold.mode is mode) for mode in Mode],
+        samples=[("", {"mode": str(mode)}, pause is not None and pause.mode is mode) for mode in Mode],
     )
 
 
-def _workers(figures: OperatorFigures) -> Iterator[Family]:
-    batchers = figures.batchers()
-    yield _one("mlg_batchers", "gauge", "Batchers that are alive.", len(batchers))
-    yield _one("mlg_capacity", "gauge", "Chunks that they work on at once.", sum(each.capacity for each in batchers))
-    yield _one("mlg_chunks_under_way", "gauge", "Chunks that are being worked on.", len(figures.under_way()))
-    money = figures.money()
-    now = figures.clock()
-    banned = sum(provider.is_banned(now) for provider in money.providers)
+def _workers(dashboard: Dashboard) -> Iterator[Family]:
+    batchers = dashboard.batchers()
+    yield _single_sample("mlg_batchers", "gauge", "Batchers that are alive.", len(batchers))
+    yield _single_sample(
+        "mlg_capacity", "gauge", "Chunks that they work on at once.", sum(each.capacity for each in batchers)
+    )
+    yield _single_sample(
+        "mlg_chunks_under_way", "gauge", "Chunks that are being worked on.", len(dashboard.under_way())
+    )
+    spending = dashboard.spending()
+    now = dashboard.clock()
+    banned = sum(provider.is_banned(now) for provider in spending.providers)
     yield Family(
         name="mlg_providers",
         kind="gauge",
         help="Providers that ever made an offer, by whether they get work.",
         samples=[
-            ("", {"state": "good"}, len(money.providers) - banned),
+            ("", {"state": "good"}, len(spending.providers) - banned),
             ("", {"state": "banned"}, banned),
         ],
     )
 
 
-def _money(figures: OperatorFigures) -> Iterator[Family]:
-    money = figures.money()
-    yield _one("mlg_spent_glm", "gauge", "Paid, and an estimate of what is open, in GLM.", float(money.total))
-    yield _one("mlg_spent_today_glm", "gauge", "The same since midnight UTC.", float(money.today))
+def _spending(dashboard: Dashboard) -> Iterator[Family]:
+    spending = dashboard.spending()
+    yield _single_sample(
+        "mlg_spent_glm", "gauge", "Paid, and an estimate of what is open, in GLM.", float(spending.total)
+    )
+    yield _single_sample("mlg_spent_today_glm", "gauge", "The same since midnight UTC.", float(spending.today))
     yield Family(
         name="mlg_budget_glm",
         kind="gauge",
@@ -174,27 +180,29 @@ def _money(figures: OperatorFigures) -> Iterator[Family]:
         samples=[
             ("", {"period": period}, float(amount))
             for period in ("day", "total")
-            if (amount := smallest_budget(figures.batchers(), period)) is not None
+            if (amount := smallest_budget(dashboard.batchers(), period)) is not None
         ],
     )
-    yield _one("mlg_allocations_open", "gauge", "Allocations whose money is kept ready.", len(money.allocations))
-    yield _one(
+    yield _single_sample(
+        "mlg_allocations_open", "gauge", "Allocations whose money is kept ready.", len(spending.allocations)
+    )
+    yield _single_sample(
         "mlg_allocated_glm",
         "gauge",
         "The money that is kept ready.",
-        float(sum(each.amount for each in money.allocations)),
+        float(sum(each.amount for each in spending.allocations)),
     )
 
 
-def _one(name: str, kind: str, help: str, value: float, **labels: str) -> Family:
+def _single_sample(name: str, kind: str, help: str, value: float, **labels: str) -> Family:
     return Family(name=name, kind=kind, help=help, samples=[("", labels, value)])
 
 
-def _most(codes: Mapping[str, int]) -> list[tuple[str, int]]:
+def _limit_codes(codes: Mapping[str, int]) -> list[tuple[str, int]]:
     """Keep as many codes as may have a series, in the order of the alphabet."""
     ordered = sorted(codes.items())
-    rest = sum(count for _, count in ordered[MOST_CODES:])
-    return ordered[:MOST_CODES] + ([(OTHER, rest)] if rest else [])
+    rest = sum(count for _, count in ordered[MAX_CODES:])
+    return ordered[:MAX_CODES] + ([(OTHER, rest)] if rest else [])
 
 
 def _number(value: float) -> str:

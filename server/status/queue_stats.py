@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from provider_image.errors import StoreError
 from server.status.eta import ALIVE_SECONDS
-from store import Journal
-from store.chunks import Backlog, BatcherRecord, Pace
+from store import Chunks
+from store.chunks import BatcherRecord, ModelBacklog, Throughput
+from store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -27,70 +27,70 @@ STALE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Counted:
+class _Counts:
     at: float
-    backlog: Sequence[Backlog]
+    backlog: Sequence[ModelBacklog]
     batchers: Sequence[BatcherRecord]
 
 
-class Traffic:
+class QueueStats:
     """The figures of one server process."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Chunks) -> None:
         self._journal = journal
         self._lock = threading.Lock()
-        self._counted: _Counted | None = None
-        self._paces: dict[str, tuple[float, Pace | None]] = {}
+        self._counts: _Counts | None = None
+        self._throughputs: dict[str, tuple[float, Throughput | None]] = {}
 
-    def backlog(self) -> Sequence[Backlog]:
+    def backlog(self) -> Sequence[ModelBacklog]:
         """Tell what waits and is worked on, by model. :raises StoreError:"""
-        return self._figures().backlog
+        return self._current().backlog
 
     def batchers(self) -> Sequence[BatcherRecord]:
         """List the batchers that are alive. :raises StoreError:"""
-        return self._figures().batchers
+        return self._current().batchers
 
     def waiting(self) -> int:
         """Count the requests that wait. :raises StoreError:"""
         return sum(backlog.waiting for backlog in self.backlog())
 
-    def pace(self, model: str) -> Pace | None:
+    def throughput(self, model: str) -> Throughput | None:
         """Tell how fast the model was answered lately. :param model: canonical. :raises StoreError:"""
         now = time.monotonic()
-        known = self._paces.get(model)
+        known = self._throughputs.get(model)
         if known is None or now - known[0] > FRESH_SECONDS:
-            known = (now, self._journal.pace(model))
-            self._paces[model] = known
+            known = (now, self._journal.throughput(model))
+            self._throughputs[model] = known
         return known[1]
 
-    def _figures(self) -> _Counted:
-        counted = self._counted
-        age = float("inf") if counted is None else time.monotonic() - counted.at
-        if counted is not None and age < FRESH_SECONDS:
-            return counted
-        if counted is not None and age < STALE_SECONDS:
+    def _current(self) -> _Counts:
+        counts = self._counts
+        age = float("inf") if counts is None else time.monotonic() - counts.at
+        if counts is not None and age < FRESH_SECONDS:
+            return counts
+        if counts is not None and age < STALE_SECONDS:
             if self._lock.acquire(blocking=False):
-                threading.Thread(target=self._count_behind, args=(counted,), name="count", daemon=True).start()
-            return counted
+                threading.Thread(target=self._refresh_in_background, args=(counts,), name="count", daemon=True).start()
+            return counts
         with self._lock:
-            return self._count(counted)
+            return self._refresh(counts)
 
-    def _count_behind(self, counted: _Counted) -> None:
+    def _refresh_in_background(self, counts: _Counts) -> None:
         """Count while readers use the old figures; the caller has taken the lock for this."""
         try:
-            self._count(counted)
+            self._refresh(counts)
         except StoreError as error:
             log.warning("cannot count what waits: %s", error)
         finally:
             self._lock.release()
 
-    def _count(self, known: _Counted | None) -> _Counted:
-        if self._counted is not known and self._counted is not None:
-            return self._counted
+    def _refresh(self, known: _Counts | None) -> _Counts:
+        if self._counts is not known and self._counts is not None:
+            return self._counts
         alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-        self._counted = _Counted(
+        self._counts = _Counts(
             at=time.monotonic(),
             backlog=self._journal.backlog(),
             batchers=self._journal.list_batchers(seen_since=alive_since),
         )
-        return self._counted
+        return self._counts

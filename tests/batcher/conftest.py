@@ -19,9 +19,9 @@ from batcher.settings import BatcherSettings
 from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
-from server.settings import ServerSettings
 from store import new_id
-from store.records import NewRequest, Request
+from store.records import NewRequest, RequestRecord
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
@@ -36,13 +36,13 @@ class Clock:
     def __call__(self) -> datetime:
         return self.now
 
-    def turn(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
 
-def output_for(artefact: Artefact, picture: bytes) -> list[list[Any]]:
+def output_for(artefact: Artefact, image: bytes) -> list[list[Any]]:
     """Answer as a classifier that sees nothing but the picture's digest: right in form, and different for each."""
-    start = int(hashlib.sha256(picture).hexdigest(), 16) % (len(artefact.labels) - 20)
+    start = int(hashlib.sha256(image).hexdigest(), 16) % (len(artefact.labels) - 20)
     return [[*label, round(0.5 / 2**place, 6)] for place, label in enumerate(artefact.labels[start : start + 20])]
 
 
@@ -54,40 +54,40 @@ class TableExecutor:
     """
 
     name = "table"
-    sends_away = False
+    is_remote = False
 
-    def __init__(self, models: Path, *, places: int = 4) -> None:
+    def __init__(self, models: Path, *, slots: int = 4) -> None:
         self.models = models
         #: Of each chunk: whether its pictures were shrunk.
-        self.shrunk: list[bool] = []
-        self.places = places
+        self.resized_flags: list[bool] = []
+        self.slots = slots
         self.jobs: list[Job] = []
-        self.pictures: list[list[bytes]] = []
-        self.under_way = 0
-        self.most_under_way = 0
+        self.images: list[list[bytes]] = []
+        self.in_flight = 0
+        self.max_in_flight = 0
         self.was_cancelled = 0
         #: Awaited before each answer.
-        self.hold: Callable[[], Awaitable[object]] | None = None
+        self.before_answer: Callable[[], Awaitable[object]] | None = None
         #: Changes results before they are written.
-        self.spoil: Callable[[Results], Results] = lambda results: results
+        self.corrupt: Callable[[Results], Results] = lambda results: results
         #: Changes the results file after it was written.
-        self.spoil_file: Callable[[Path], object] = lambda path: None
+        self.corrupt_file: Callable[[Path], object] = lambda path: None
         #: Ends every job instead.
-        self.refusal: Outcome | None = None
+        self.forced_outcome: Outcome | None = None
         #: Model -> why no more of it is wanted.
-        self.obstacles: dict[str, str] = {}
+        self.unavailable_reasons: dict[str, str] = {}
 
     async def start(self) -> None:
         """Nothing to start."""
 
     def capacity(self) -> int:
-        return self.places
+        return self.slots
 
     def workers(self) -> int:
-        return self.places
+        return self.slots
 
-    def obstacle(self, model: str) -> str | None:
-        return self.obstacles.get(model)
+    def unavailable_reason(self, model: str) -> str | None:
+        return self.unavailable_reasons.get(model)
 
     async def close(self) -> None:
         """Nothing to close."""
@@ -95,25 +95,25 @@ class TableExecutor:
     async def run(self, job: Job) -> Outcome:
         assert job.chunk.exists() and not job.results.exists()
         self.jobs.append(job)
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
-            if self.hold is not None:
-                await self.hold()
+            if self.before_answer is not None:
+                await self.before_answer()
             await asyncio.sleep(0)
-            return self.refusal or self._answer(job)
+            return self.forced_outcome or self._answer(job)
         except asyncio.CancelledError:
             self.was_cancelled += 1
             raise
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
 
     def _answer(self, job: Job) -> Outcome:
         with open_chunk(job.chunk) as reader:
-            pictures = [reader.read_inputs(item)["image"] for item in reader.items]
-            self.shrunk.append(reader.is_shrunk)
-        self.pictures.append(pictures)
-        if any(picture.startswith(b"poison") for picture in pictures):
+            images = [reader.read_inputs(item)["image"] for item in reader.items]
+            self.resized_flags.append(reader.is_resized)
+        self.images.append(images)
+        if any(image.startswith(b"poison") for image in images):
             return Outcome(provider="table/1", seconds=0.1, error=WorkerDied("The worker process was killed."))
         artefact = find_artefact(self.models, job.model)
         results = Results(
@@ -125,52 +125,52 @@ class TableExecutor:
             cpu="table",
             load_seconds=0.0,
             peak_memory_bytes=1,
-            items=tuple(self._item(artefact, number, picture) for number, picture in enumerate(pictures)),
+            items=tuple(self._item(artefact, number, image) for number, image in enumerate(images)),
         )
-        write_results(job.results, self.spoil(results))
-        self.spoil_file(job.results)
+        write_results(job.results, self.corrupt(results))
+        self.corrupt_file(job.results)
         return Outcome(provider="table/1", seconds=0.1)
 
-    def _item(self, artefact: Artefact, number: int, picture: bytes) -> ItemResult:
+    def _item(self, artefact: Artefact, number: int, image: bytes) -> ItemResult:
         for start, kind in ((b"broken", BrokenImage), (b"flaky", InferenceFailed)):
-            if picture.startswith(start):
+            if image.startswith(start):
                 error = ItemError(code=kind.code, reason=kind().reason, permanent=kind.permanent)
                 return ItemResult(number=number, error=error)
-        return ItemResult(number=number, output=output_for(artefact, picture), seconds=0.01)
+        return ItemResult(number=number, output=output_for(artefact, image), seconds=0.01)
 
 
-class Bench:
+class Harness:
     """A store, an executor and what a cycle needs besides."""
 
     def __init__(self, folder: Path, models: Path) -> None:
         self.models = models
-        self.server_settings = ServerSettings(home=folder / "home", busy_seconds=5)
-        self.store = SqliteStore(self.server_settings)
+        self.home_settings = HomeSettings(home=folder / "home", busy_seconds=5)
+        self.store = SqliteStore(self.home_settings)
         self.store.migrate()
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
-        self.shrinker: Any = None
+        self.resizer: Any = None
         self.settings = BatcherSettings(
             work=folder / "work", models=models, workers=1, max_wait_seconds=600, poll_seconds=0.05, drain_seconds=5
         )
         self.settings.work.mkdir()
 
-    def change(self, **settings: Any) -> None:
+    def change_settings(self, **settings: Any) -> None:
         self.settings = replace(self.settings, **settings)
 
-    def add(self, picture: bytes, *, model: str = MODEL, is_fresh: bool = False) -> Request:
+    def add(self, image: bytes, *, model: str = MODEL, is_fresh: bool = False) -> RequestRecord:
         new = NewRequest(id=new_id(), service="classification", model=model, is_fresh=is_fresh, created_at=self.clock())
-        return self.store.add(new, self.store.blobs.stage(picture))
+        return self.store.add(new, self.store.images.stage(image))
 
-    def add_many(self, count: int, name: bytes = b"picture") -> list[Request]:
+    def add_many(self, count: int, name: bytes = b"picture") -> list[RequestRecord]:
         return [self.add(b"%s %d" % (name, number)) for number in range(count)]
 
-    def again(self, *requests: Request) -> list[Request]:
+    def reload(self, *requests: RequestRecord) -> list[RequestRecord]:
         """Read requests as they are now."""
         return [self.store.get(request.id) for request in requests]
 
-    def right_output(self, picture: bytes) -> list[list[Any]]:
-        return output_for(find_artefact(self.models, MODEL), picture)
+    def expected_output(self, image: bytes) -> list[list[Any]]:
+        return output_for(find_artefact(self.models, MODEL), image)
 
     def cycle(self) -> Cycle:
         return Cycle(
@@ -179,17 +179,17 @@ class Bench:
             settings=self.settings,
             folder=self.settings.work,
             batcher_id="batcher",
-            shrinker=self.shrinker,
+            resizer=self.resizer,
             clock=self.clock,
         )
 
-    def run(self, *, takes_all: bool = True) -> Any:
+    def run(self, *, is_flushing: bool = True) -> Any:
         """Run one cycle in a loop of its own and return its report."""
 
         async def main() -> Any:
             cycle = self.cycle()
-            if takes_all:
-                cycle.take_all()
+            if is_flushing:
+                cycle.flush()
             return await cycle.run(asyncio.Event())
 
         return asyncio.run(main())
@@ -203,7 +203,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, models_folder: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path, models_folder)
+def harness(tmp_path: Path, models_folder: Path) -> Iterator[Harness]:
+    made = Harness(tmp_path, models_folder)
     yield made
     made.store.close()

@@ -10,9 +10,9 @@ import pytest
 
 from batcher.scheduler import Batcher
 from batcher.workspace import Workspace
-from server.status.eta import Outlook, estimate
-from store.batcher_controls import Mode, hold, resume, run_now
-from store.records import State
+from server.status.eta import EtaInputs, estimate
+from store.batcher_controls import Mode, pause, resume, run_now
+from store.records import RequestState
 
 MODEL = "efficientnet_lite0"
 
@@ -22,19 +22,19 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def batcher(bench: Any) -> Any:
+def batcher(harness: Any) -> Any:
     """Make a batcher inside the loop that will run it."""
-    bench.clock = now
-    workspace = Workspace(bench.settings.work, "batcher-id")
+    harness.clock = now
+    workspace = Workspace(harness.settings.work, "batcher-id")
     workspace.create()
 
     def make(**settings: Any) -> Batcher:
-        bench.change(**settings)
+        harness.change_settings(**settings)
         return Batcher(
-            store=bench.store,
-            executor=bench.executor,
-            settings=bench.settings,
-            server_settings=bench.server_settings,
+            store=harness.store,
+            executor=harness.executor,
+            settings=harness.settings,
+            home_settings=harness.home_settings,
             workspace=workspace,
             batcher_id="batcher-id",
         )
@@ -43,78 +43,78 @@ def batcher(bench: Any) -> Any:
     workspace.remove()
 
 
-def notices(bench: Any) -> dict[str, str]:
-    found = bench.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+def notices(harness: Any) -> dict[str, str]:
+    found = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
     return dict(found[0].notices) if found else {}
 
 
-def state(bench: Any, request: Any) -> State:
-    return bench.again(request)[0].state  # type: ignore[no-any-return]
+def state(harness: Any, request: Any) -> RequestState:
+    return harness.reload(request)[0].state  # type: ignore[no-any-return]
 
 
-def test_a_paused_batcher_claims_nothing_and_says_why_until_work_goes_on(bench: Any, batcher: Any) -> None:
-    given = hold(bench.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
-    request = bench.add(b"picture")
+def test_a_paused_batcher_claims_nothing_and_says_why_until_work_goes_on(harness: Any, batcher: Any) -> None:
+    given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
+    request = harness.add(b"picture")
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1, max_wait_seconds=0.05, poll_seconds=0.02).run(stop))
-        await bench.until(lambda: notices(bench) == {MODEL: given.notice})
+        await harness.until(lambda: notices(harness) == {MODEL: given.notice})
         await asyncio.sleep(0.3)  # several rounds that would have taken it
-        assert state(bench, request) is State.QUEUED
-        resume(bench.store, by="ann", now=now())
-        await bench.until(lambda: state(bench, request) is State.DONE)
-        await bench.until(lambda: notices(bench) == {})
+        assert state(harness, request) is RequestState.QUEUED
+        resume(harness.store, by="ann", now=now())
+        await harness.until(lambda: state(harness, request) is RequestState.DONE)
+        await harness.until(lambda: notices(harness) == {})
         stop.set()
         await run
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_what_is_under_way_when_work_is_paused_is_finished(bench: Any, batcher: Any) -> None:
+def test_what_is_under_way_when_work_is_paused_is_finished(harness: Any, batcher: Any) -> None:
     gate = asyncio.Event()
-    bench.executor.hold = gate.wait
-    first = bench.add(b"first")
+    harness.executor.before_answer = gate.wait
+    first = harness.add(b"first")
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1, poll_seconds=0.02).run(stop))
-        await bench.until(lambda: bench.executor.under_way == 1)
-        hold(bench.store, Mode.DRAINING, by="ann", now=now())
-        await bench.until(lambda: notices(bench) != {})
-        second = bench.add(b"second")
+        await harness.until(lambda: harness.executor.in_flight == 1)
+        pause(harness.store, Mode.DRAINING, by="ann", now=now())
+        await harness.until(lambda: notices(harness) != {})
+        second = harness.add(b"second")
         gate.set()
-        await bench.until(lambda: state(bench, first) is State.DONE)
+        await harness.until(lambda: state(harness, first) is RequestState.DONE)
         await asyncio.sleep(0.3)
-        assert state(bench, second) is State.QUEUED
+        assert state(harness, second) is RequestState.QUEUED
         stop.set()
         await run
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_run_now_takes_what_is_not_due(bench: Any, batcher: Any) -> None:
-    run_now(bench.store, by="ann", now=now())  # said before this batcher began: not meant for it
+def test_run_now_takes_what_is_not_due(harness: Any, batcher: Any) -> None:
+    run_now(harness.store, by="ann", now=now())  # said before this batcher began: not meant for it
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=600, max_wait_seconds=600, poll_seconds=0.02).run(stop))
-        early = bench.add(b"early")
-        await bench.until(lambda: state(bench, early) is State.DONE)  # the first round takes everything
-        request = bench.add(b"picture")
+        early = harness.add(b"early")
+        await harness.until(lambda: state(harness, early) is RequestState.DONE)  # the first round takes everything
+        request = harness.add(b"picture")
         await asyncio.sleep(0.7)
-        assert state(bench, request) is State.QUEUED
-        run_now(bench.store, by="ann", now=now())
-        await bench.until(lambda: state(bench, request) is State.DONE)
+        assert state(harness, request) is RequestState.QUEUED
+        run_now(harness.store, by="ann", now=now())
+        await harness.until(lambda: state(harness, request) is RequestState.DONE)
         stop.set()
         await run
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_single_round_leaves_what_waits_with_the_reason_while_work_is_paused(bench: Any, batcher: Any) -> None:
-    given = hold(bench.store, Mode.PAUSED, by="ann", now=now())
-    bench.add(b"picture")
+def test_a_single_round_leaves_what_waits_with_the_reason_while_work_is_paused(harness: Any, batcher: Any) -> None:
+    given = pause(harness.store, Mode.PAUSED, by="ann", now=now())
+    harness.add(b"picture")
 
     async def main() -> Any:
         return await batcher().run_once(asyncio.Event())
@@ -124,19 +124,21 @@ def test_a_single_round_leaves_what_waits_with_the_reason_while_work_is_paused(b
     assert (report.done, report.left) == (0, {MODEL: (1, given.notice)})
 
 
-def test_a_request_that_waits_says_who_paused_the_work(bench: Any, batcher: Any) -> None:
-    given = hold(bench.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
-    request = bench.add(b"picture")
+def test_a_request_that_waits_says_who_paused_the_work(harness: Any, batcher: Any) -> None:
+    given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
+    request = harness.add(b"picture")
 
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher().run(stop))
-        await bench.until(lambda: notices(bench) != {})
-        batchers = bench.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+        await harness.until(lambda: notices(harness) != {})
+        batchers = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
         stop.set()
         await run
         return estimate(
-            request, Outlook(batchers=batchers, backlog=bench.store.backlog(), pace=None, obstacle=None), now()
+            request,
+            EtaInputs(batchers=batchers, backlog=harness.store.backlog(), throughput=None, unavailable_reason=None),
+            now(),
         )
 
     wait = asyncio.run(asyncio.wait_for(main(), 60))
@@ -145,12 +147,12 @@ def test_a_request_that_waits_says_who_paused_the_work(bench: Any, batcher: Any)
     assert "ann: new kernel" in wait.waiting_for
 
 
-def test_a_batcher_that_pays_says_what_it_may_spend(bench: Any, batcher: Any) -> None:
+def test_a_batcher_that_pays_says_what_it_may_spend(harness: Any, batcher: Any) -> None:
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(executor="golem,local").run(stop))
-        await bench.until(lambda: bench.store.list_batchers(seen_since=now() - timedelta(seconds=20)) != [])
-        (found,) = bench.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+        await harness.until(lambda: harness.store.list_batchers(seen_since=now() - timedelta(seconds=20)) != [])
+        (found,) = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
         stop.set()
         await run
         return found

@@ -8,52 +8,52 @@ from pathlib import Path
 
 import pytest
 
-from batcher.cycle import servable
-from batcher.executors.local import LocalExecutor, _likeliest_model
+from batcher.cycle import available_models
+from batcher.executors.local import LocalExecutor, _guess_first_model
 from provider_image.images.decoding import decode
-from store.records import State
-from tests.batcher.conftest import Bench
+from store.records import RequestState
+from tests.batcher.conftest import Harness
 from tests.custom_models import classifier
 
 
-def test_own_models_can_be_served_while_they_are_installed(tmp_path: Path, own_models_folder: Path) -> None:
-    shutil.copytree(own_models_folder / "my_pets", tmp_path / "my_pets")
+def test_own_models_can_be_served_while_they_are_installed(tmp_path: Path, custom_models_folder: Path) -> None:
+    shutil.copytree(custom_models_folder / "my_pets", tmp_path / "my_pets")
 
-    assert "my_pets" in servable(tmp_path)
-    row = _likeliest_model(tmp_path)
+    assert "my_pets" in available_models(tmp_path)
+    row = _guess_first_model(tmp_path)
     assert row is not None and row.name == "my_pets"
 
     (tmp_path / "my_pets" / "model.json").unlink()
 
-    assert "my_pets" not in servable(tmp_path)
+    assert "my_pets" not in available_models(tmp_path)
 
 
 def test_own_model_is_answered_by_a_real_worker_as_by_keras(
-    tmp_path: Path, own_models_folder: Path, photos: dict[str, bytes]
+    tmp_path: Path, custom_models_folder: Path, photos: dict[str, bytes]
 ) -> None:
 
     import numpy as np
 
-    bench = Bench(tmp_path, own_models_folder)
-    requests = [bench.add(photo, model="my_pets") for photo in photos.values()]
+    harness = Harness(tmp_path, custom_models_folder)
+    requests = [harness.add(photo, model="my_pets") for photo in photos.values()]
 
     async def main() -> None:
-        bench.executor = LocalExecutor(bench.settings)
-        await bench.executor.start()
+        harness.executor = LocalExecutor(harness.settings)
+        await harness.executor.start()
         try:
-            cycle = bench.cycle()
-            cycle.take_all()
+            cycle = harness.cycle()
+            cycle.flush()
             await cycle.run(asyncio.Event())
         finally:
-            await bench.executor.close()
+            await harness.executor.close()
 
     asyncio.run(main())
 
     network = classifier()
-    for request, photo in zip(bench.again(*requests), photos.values(), strict=True):
-        assert request.state is State.DONE, request.reason
+    for request, photo in zip(harness.reload(*requests), photos.values(), strict=True):
+        assert request.state is RequestState.DONE, request.reason
         right = np.asarray(network(decode(photo, 32, 32, None)[None].astype(np.float32), training=False))[0]
         found = {name: probability for _, name, probability in request.output or []}
         expected = dict(zip(("cat", "dog", "parrot"), right.tolist(), strict=True))
         assert found == pytest.approx(expected, abs=1e-4)
-    bench.store.close()
+    harness.store.close()

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from batcher.errors import ContainerImageError
 from batcher.image_build.builder import ImageSettings, image_tag, push_image
 from batcher.image_build.lock import PublishedImage, add_to_lock, read_lock
-from provider_image.errors import ConfigError, ImageError
+from provider_image.errors import ConfigError
 from provider_image.models.artefact import GRAPH_FILES, find_artefact, read_artefact
 
 ROOT = Path(__file__).parents[2]
@@ -276,10 +277,10 @@ def files_of(folder: Path) -> set[str]:
 
 
 def test_an_own_model_is_taken_from_the_home_and_the_others_are_compiled(
-    machine: Machine, own_models_folder: Path
+    machine: Machine, custom_models_folder: Path
 ) -> None:
     machine.add("docker", ENGINE)
-    folder = machine.install(own_models_folder / "my_pets")
+    folder = machine.install(custom_models_folder / "my_pets")
     (folder / "notes.txt").write_text("not part of the model")
     own, lite0 = read_artefact(folder).digest, find_artefact(machine.models, MODEL).digest
 
@@ -293,10 +294,10 @@ def test_an_own_model_is_taken_from_the_home_and_the_others_are_compiled(
 
 
 def test_installed_models_of_the_catalogue_are_taken_when_that_is_asked_for(
-    machine: Machine, own_models_folder: Path
+    machine: Machine, custom_models_folder: Path
 ) -> None:
     machine.add("docker", ENGINE)
-    folders = [machine.install(machine.models / MODEL), machine.install(own_models_folder / "my_pets")]
+    folders = [machine.install(machine.models / MODEL), machine.install(custom_models_folder / "my_pets")]
 
     result = machine.mlg("build", MODEL, "my_pets", "--installed", FAKE_MODELS="/nowhere")
 
@@ -306,9 +307,9 @@ def test_installed_models_of_the_catalogue_are_taken_when_that_is_asked_for(
     assert all((folder / "model.bin").stat().st_nlink == 1 for folder in folders)
 
 
-def test_the_home_can_be_named_and_is_left_as_it_was(machine: Machine, own_models_folder: Path) -> None:
+def test_the_home_can_be_named_and_is_left_as_it_was(machine: Machine, custom_models_folder: Path) -> None:
     machine.add("docker", ENGINE)
-    folder = machine.install(own_models_folder / "my_pets")
+    folder = machine.install(custom_models_folder / "my_pets")
     before = {path: path.read_bytes() for path in folder.iterdir()}
 
     result = machine.mlg("build", "my_pets", "--home", machine.folder / "home", MLG_HOME="/nowhere")
@@ -351,10 +352,10 @@ def become_another(folder: Path) -> None:
     ],
 )
 def test_a_damaged_own_model_is_refused_in_one_line_before_anything_is_built(
-    machine: Machine, own_models_folder: Path, damage: Callable[[Path], None], said: str
+    machine: Machine, custom_models_folder: Path, damage: Callable[[Path], None], said: str
 ) -> None:
     machine.add("docker", ENGINE)
-    damage(machine.install(own_models_folder / "my_pets"))
+    damage(machine.install(custom_models_folder / "my_pets"))
 
     result = machine.mlg("build", MODEL, "my_pets")
 
@@ -381,11 +382,11 @@ def test_what_is_not_installed_cannot_be_taken(machine: Machine, words: list[str
 
 
 def test_an_own_model_is_published_and_noted(
-    machine: Machine, own_models_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    machine: Machine, custom_models_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine.add("docker", ENGINE)
     machine.add("gvmkit-build", GVMKIT)
-    folder = machine.install(own_models_folder / "my_pets")
+    folder = machine.install(custom_models_folder / "my_pets")
     assert machine.mlg("build", "my_pets").returncode == 0
     digest = read_artefact(folder).digest
     cut_short(folder)  # what is published is the image; what became of the home since then does not matter
@@ -466,7 +467,7 @@ def test_a_push_that_fails_says_what_to_do_and_leaves_the_lock_file(
     lock = tmp_path / "images.lock"
     add_to_lock({"vgg16": published()}, lock)
 
-    with pytest.raises(ImageError, match=said):
+    with pytest.raises(ContainerImageError, match=said):
         push_image([MODEL], SETTINGS, lock=lock)
 
     assert read_lock(lock) == {"vgg16": published()}
@@ -477,9 +478,9 @@ def test_push_of_an_image_that_was_not_built_names_the_command(
 ) -> None:
     build_and_allow(machine, monkeypatch)
 
-    with pytest.raises(ImageError, match=r"no image mlg-provider:vgg16\. Build it first: mlg image build"):
+    with pytest.raises(ContainerImageError, match=r"no image mlg-provider:vgg16\. Build it first: mlg image build"):
         push_image(["vgg16"], SETTINGS, lock=tmp_path / "images.lock")
-    with pytest.raises(ImageError, match="not labelled as holding vgg16"):
+    with pytest.raises(ContainerImageError, match="not labelled as holding vgg16"):
         push_image(["vgg16"], SETTINGS, tag=f"mlg-provider:{MODEL}", lock=tmp_path / "images.lock")
 
 
@@ -533,7 +534,7 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: dict[str, ob
     add_to_lock({"vgg16": published()}, lock)
     lock.write_text(json.dumps({"vgg16": {**json.loads(lock.read_text())["vgg16"], **change}}))
 
-    with pytest.raises(ImageError, match=f"damaged at vgg16: .*{said}"):
+    with pytest.raises(ContainerImageError, match=f"damaged at vgg16: .*{said}"):
         read_lock(lock)
 
 
@@ -542,7 +543,7 @@ def test_a_damaged_lock_file_is_refused_and_never_overwritten(tmp_path: Path, te
     lock = tmp_path / "images.lock"
     lock.write_text(text)
 
-    with pytest.raises(ImageError, match="damaged"):
+    with pytest.raises(ContainerImageError, match="damaged"):
         add_to_lock({"vgg16": published()}, lock)
 
     assert lock.read_text() == text

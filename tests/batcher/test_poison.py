@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from batcher.executors.local import LocalExecutor
-from store.records import State
+from store.records import RequestState
 from store.sqlite import MAX_ATTEMPTS
 
 #: Bytes after the end of a picture do not bother a decoder; here they end its process, as a bug in one may.
@@ -32,29 +32,29 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_picture_that_kills_its_worker_every_time_fails_alone(bench: Any, tmp_path: Any) -> None:
+def test_a_picture_that_kills_its_worker_every_time_fails_alone(harness: Any, tmp_path: Any) -> None:
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "sitecustomize.py").write_text(PLUGIN)
-    bench.change(workers=2)
-    requests = [bench.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
+    harness.change_settings(workers=2)
+    requests = [harness.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
     poison = requests.pop(7)
 
     async def main() -> None:
-        bench.executor = LocalExecutor(bench.settings, environment={"PYTHONPATH": str(plugin)})
-        await bench.executor.start()
-        cycle = bench.cycle()
-        while bench.again(poison)[0].state is not State.FAILED:
-            cycle.take_all()
+        harness.executor = LocalExecutor(harness.settings, environment={"PYTHONPATH": str(plugin)})
+        await harness.executor.start()
+        cycle = harness.cycle()
+        while harness.reload(poison)[0].state is not RequestState.FAILED:
+            cycle.flush()
             await cycle.run(asyncio.Event())
-            bench.clock.turn(20)
-        await bench.executor.close()
+            harness.clock.advance(20)
+        await harness.executor.close()
 
     asyncio.run(asyncio.wait_for(main(), 120))
 
-    (failed,) = bench.again(poison)
+    (failed,) = harness.reload(poison)
     assert (failed.attempts, failed.code) == (MAX_ATTEMPTS, "worker_died")
     assert "status 139" in failed.reason
-    neighbours = bench.again(*requests)
-    assert {(request.state, request.attempts) for request in neighbours} == {(State.DONE, 0)}
+    neighbours = harness.reload(*requests)
+    assert {(request.state, request.attempts) for request in neighbours} == {(RequestState.DONE, 0)}
     assert all(len(request.output) == 20 for request in neighbours)

@@ -20,22 +20,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batcher.errors import ResizingUnavailable
 from batcher.executors.local import LocalExecutor
 from batcher.packing import pack
 from batcher.planner import plan
-from batcher.resizing import Shrinker, make_shrinker
+from batcher.resizing import Resizer, make_resizer
 from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import open_chunk
-from provider_image.errors import BadInput, ChunkTimeout, ConfigError, ShrinkingUnavailable, WorkerDied
+from provider_image.errors import BadInput, ChunkTimeout, ConfigError, WorkerDied
 from provider_image.models.artefact import find_artefact
 from provider_image.service import ModelInput
 from provider_image.services import load_service
-from store.records import State
+from store.records import RequestState
 from store.sqlite import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
-from tests.decode_gate import HOLDING
+from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ INPUT = ModelInput(height=224, width=224, crop=0.875)
 #: says that it was begun, by making PATH.begun with the process's id in it, and is held until PATH is there; one in
 #: LOCK hangs and never lets go of Python's lock.
 PLUGIN = (
-    HOLDING
+    DECODE_GATE
     + """
 import ctypes
 
@@ -61,14 +62,14 @@ imaging.decode = decode
 )
 
 
-def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+def encode_image(image: Image.Image, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
 
 
 def picture(number: int = 0) -> bytes:
-    return saved(Image.new("RGB", (40, 30), (number * 15, 255 - number * 15, 90)), "PNG")
+    return encode_image(Image.new("RGB", (40, 30), (number * 15, 255 - number * 15, 90)), "PNG")
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -80,7 +81,7 @@ def photo(width: int, height: int) -> Image.Image:
 def with_orientation(image: Image.Image, value: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value
-    return saved(image, "JPEG", quality=90, exif=exif)
+    return encode_image(image, "JPEG", quality=90, exif=exif)
 
 
 def many_pictures() -> dict[str, bytes]:
@@ -91,28 +92,32 @@ def many_pictures() -> dict[str, bytes]:
     faded.putalpha(grey)
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 200)
     found = {
-        f"{form} {width}x{height}": saved(photo(width, height), form)
+        f"{form} {width}x{height}": encode_image(photo(width, height), form)
         for form, (width, height) in itertools.product(
             ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
             ((1, 1), (17, 90), (223, 225), (224, 224), (256, 256), (500, 375)),
         )
     }
     found |= {
-        f"JPEG {width}x{height}": saved(photo(width, height), "JPEG") for width, height in ((1600, 1200), (4000, 3000))
+        f"JPEG {width}x{height}": encode_image(photo(width, height), "JPEG")
+        for width, height in ((1600, 1200), (4000, 3000))
     }
     found |= {f"orientation {value}": with_orientation(photo(2000, 1100), value) for value in range(1, 9)}
-    found |= {f"grey {form}": saved(grey, form) for form in ("JPEG", "PNG", "TIFF", "BMP")}
-    found |= {f"palette {form}": saved(plain.quantize(64), form) for form in ("PNG", "GIF", "TIFF", "BMP")}
-    found |= {f"transparent {form}": saved(faded, form) for form in ("PNG", "TIFF", "WEBP")}
-    found |= {"CMYK JPEG": saved(plain.convert("CMYK"), "JPEG"), "CMYK TIFF": saved(plain.convert("CMYK"), "TIFF")}
-    found |= {"16 bits PNG": saved(sixteen, "PNG"), "16 bits TIFF": saved(sixteen, "TIFF")}
-    found |= {"bits": saved(plain.convert("1"), "PNG"), "float": saved(grey.convert("F"), "TIFF")}
+    found |= {f"grey {form}": encode_image(grey, form) for form in ("JPEG", "PNG", "TIFF", "BMP")}
+    found |= {f"palette {form}": encode_image(plain.quantize(64), form) for form in ("PNG", "GIF", "TIFF", "BMP")}
+    found |= {f"transparent {form}": encode_image(faded, form) for form in ("PNG", "TIFF", "WEBP")}
+    found |= {
+        "CMYK JPEG": encode_image(plain.convert("CMYK"), "JPEG"),
+        "CMYK TIFF": encode_image(plain.convert("CMYK"), "TIFF"),
+    }
+    found |= {"16 bits PNG": encode_image(sixteen, "PNG"), "16 bits TIFF": encode_image(sixteen, "TIFF")}
+    found |= {"bits": encode_image(plain.convert("1"), "PNG"), "float": encode_image(grey.convert("F"), "TIFF")}
     return found
 
 
 PICTURES = many_pictures()
 GOOD = PICTURES["JPEG 500x375"]
-DEFLATED = saved(photo(200, 150), "TIFF", compression="tiff_adobe_deflate")
+DEFLATED = encode_image(photo(200, 150), "TIFF", compression="tiff_adobe_deflate")
 #: Those that cannot be decoded, each for another reason.
 BAD = {
     "text": b"no picture at all",
@@ -120,7 +125,7 @@ BAD = {
     "cut short": GOOD[:9000],
     "a damaged TIFF": DEFLATED[:200] + b"\xff" * 2000 + DEFLATED[2200:],
     "a damaged PNG": picture()[:50] + b"\0\0\0\0" + picture()[54:],
-    "too many pixels": saved(Image.new("1", (7000, 6000)), "PNG"),
+    "too many pixels": encode_image(Image.new("1", (7000, 6000)), "PNG"),
     "another format": b"\0\0\0\x18ftypheic" + bytes(100),
 }
 
@@ -134,12 +139,12 @@ def plugin(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def shrinker(plugin: dict[str, str]) -> Iterator[Callable[..., Shrinker]]:
+def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
     """Make shrinkers that are closed in the end."""
     made = []
 
-    def make(workers: int = 2, **options: Any) -> Shrinker:
-        made.append(Shrinker(workers, **{"environment": plugin, **options}))
+    def make(workers: int = 2, **options: Any) -> Resizer:
+        made.append(Resizer(workers, **{"environment": plugin, **options}))
         return made[-1]
 
     yield make
@@ -147,12 +152,12 @@ def shrinker(plugin: dict[str, str]) -> Iterator[Callable[..., Shrinker]]:
         each.close()
 
 
-def shrink(shrinker: Shrinker, folder: Path, *pictures: bytes, model_input: ModelInput = INPUT) -> list[Any]:
+def shrink(resizer: Resizer, folder: Path, *images: bytes, model_input: ModelInput = INPUT) -> list[Any]:
     paths = []
-    for number, data in enumerate(pictures):
+    for number, data in enumerate(images):
         paths.append(folder / f"picture-{number}")
         paths[-1].write_bytes(data)
-    return list(shrinker.shrink("classification", model_input, [{"image": path} for path in paths]))
+    return list(resizer.resize("classification", model_input, [{"image": path} for path in paths]))
 
 
 # Equal answers
@@ -164,58 +169,58 @@ def test_the_same_pixels_reach_the_net(tmp_path: Path, height: int, width: int, 
     service = load_service("classification")
     model: Any = SimpleNamespace(height=height, width=width, crop=crop)
     for name, data in PICTURES.items():
-        shrunk = service.shrink(ModelInput(height=height, width=width, crop=crop), {"image": data})
+        shrunk = service.resize(ModelInput(height=height, width=width, crop=crop), {"image": data})
 
-        ours = service.prepare(model, shrunk, is_shrunk=True)
+        ours = service.prepare(model, shrunk, is_resized=True)
         plain = service.prepare(model, {"image": data})
         assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype), name
         assert np.array_equal(ours, plain), name
 
 
-def answers(bench: Any, choice: str) -> dict[str, Any]:
+def answers(harness: Any, choice: str) -> dict[str, Any]:
     """Send all pictures, good and bad, through a real cycle and real workers."""
-    requests = {name: bench.add(data, is_fresh=True) for name, data in (PICTURES | BAD).items()}
+    requests = {name: harness.add(data, is_fresh=True) for name, data in (PICTURES | BAD).items()}
 
     async def main() -> None:
-        bench.change(shrink=choice, workers=2)
-        bench.executor = LocalExecutor(bench.settings)
-        bench.shrinker = make_shrinker(bench.settings, bench.executor)
-        await bench.executor.start()
-        cycle = bench.cycle()
-        cycle.take_all()
+        harness.change_settings(shrink=choice, workers=2)
+        harness.executor = LocalExecutor(harness.settings)
+        harness.resizer = make_resizer(harness.settings, harness.executor)
+        await harness.executor.start()
+        cycle = harness.cycle()
+        cycle.flush()
         await cycle.run(asyncio.Event())
-        await bench.executor.close()
-        if bench.shrinker is not None:
-            bench.shrinker.close()
+        await harness.executor.close()
+        if harness.resizer is not None:
+            harness.resizer.close()
 
     asyncio.run(asyncio.wait_for(main(), 170))
-    seen = {name: bench.again(request)[0] for name, request in requests.items()}
+    seen = {name: harness.reload(request)[0] for name, request in requests.items()}
     return {name: (it.state, it.output, it.code, it.reason, it.attempts) for name, it in seen.items()}
 
 
-def test_answers_and_refusals_are_the_same_with_and_without(bench: Any) -> None:
-    plain = answers(bench, "off")
-    shrunk = answers(bench, "on")
+def test_answers_and_refusals_are_the_same_with_and_without(harness: Any) -> None:
+    plain = answers(harness, "off")
+    shrunk = answers(harness, "on")
 
     assert shrunk == plain
-    assert {plain[name][0] for name in PICTURES} == {State.DONE}
-    assert {plain[name][0] for name in BAD} == {State.FAILED}
+    assert {plain[name][0] for name in PICTURES} == {RequestState.DONE}
+    assert {plain[name][0] for name in BAD} == {RequestState.FAILED}
     assert len({plain[name][2:4] for name in BAD}) >= 6
 
 
-def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(bench: Any, tmp_path: Path, shrinker: Any) -> None:
-    bench.add(GOOD)
-    now = bench.clock.now
-    claims = bench.store.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
-    facts = {"folder": tmp_path, "picture": bench.store.blobs.path, "shrinker": shrinker()}
+def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, tmp_path: Path, resizer: Any) -> None:
+    harness.add(GOOD)
+    now = harness.clock.now
+    claims = harness.store.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
+    facts = {"folder": tmp_path, "image_path": harness.store.images.path, "resizer": resizer()}
     found = []
-    for models in (bench.models, tmp_path / "nothing-installed"):
+    for models in (harness.models, tmp_path / "nothing-installed"):
         packed = pack(plan(claims)[0], models=models, **facts)
         with open_chunk(packed.chunk) as reader:
             found.append((reader.digest, reader.read_inputs(reader.items[0])))
 
     assert found[0][1] == found[1][1]
-    assert [found[0][0], found[1][0]] == [find_artefact(bench.models, MODEL).digest, None]
+    assert [found[0][0], found[1][0]] == [find_artefact(harness.models, MODEL).digest, None]
 
 
 # What is sent
@@ -233,70 +238,70 @@ class Keeping(TableExecutor):
         return await super().run(job)
 
 
-def test_a_chunk_is_small_and_holds_nothing_of_the_original_but_its_pixels(bench: Any, shrinker: Any) -> None:
+def test_a_chunk_is_small_and_holds_nothing_of_the_original_but_its_pixels(harness: Any, resizer: Any) -> None:
     exif = Image.Exif()
     exif[0x010F] = "SECRETCAMERA"
     exif[0x8298] = "SECRETOWNER"
-    data = saved(
+    data = encode_image(
         photo(3000, 2000), "JPEG", quality=90, exif=exif, comment=b"SECRETCOMMENT", icc_profile=b"SECRETPROFILE"
     )
     assert data.count(b"SECRET") == 4
-    bench.executor = Keeping(bench.models)
-    bench.shrinker = shrinker()
-    request = bench.add(data)
+    harness.executor = Keeping(harness.models)
+    harness.resizer = resizer()
+    request = harness.add(data)
 
-    bench.run()
+    harness.run()
 
-    (chunk,) = bench.executor.chunks
-    ((sent,),) = bench.executor.pictures
-    assert bench.again(request)[0].state is State.DONE
+    (chunk,) = harness.executor.chunks
+    ((sent,),) = harness.executor.images
+    assert harness.reload(request)[0].state is RequestState.DONE
     assert len(chunk) < 110_000 < 500_000 < len(data)
     assert b"SECRET" not in chunk
     assert not any(data[start : start + 64] in chunk for start in range(0, len(data), 1009))
     assert sent.startswith(b"RIFF") and b"EXIF" not in sent and b"ICCP" not in sent
-    assert [record.bytes_sent for record in bench.store.list_chunks()] == [len(chunk)]
+    assert [record.bytes_sent for record in harness.store.list_chunks()] == [len(chunk)]
 
 
 def test_a_picture_that_is_no_picture_is_not_sent_and_failed_before_the_others_are_answered(
-    bench: Any, shrinker: Any
+    harness: Any, resizer: Any
 ) -> None:
-    bench.shrinker = shrinker()
-    bad = bench.add(BAD["a damaged PNG"])
-    good = bench.add(picture())
-    seen: list[State] = []
+    harness.resizer = resizer()
+    bad = harness.add(BAD["a damaged PNG"])
+    good = harness.add(picture())
+    seen: list[RequestState] = []
 
-    async def hold() -> None:
-        seen.append(bench.again(bad)[0].state)
+    async def before_answer() -> None:
+        seen.append(harness.reload(bad)[0].state)
 
-    bench.executor.hold = hold
-    report = bench.run()
+    harness.executor.before_answer = before_answer
+    report = harness.run()
 
-    assert seen == [State.FAILED]
+    assert seen == [RequestState.FAILED]
     assert (report.claimed, report.done, report.failed) == (2, 1, 1)
-    assert [len(pictures) for pictures in bench.executor.pictures] == [1]
-    assert bench.again(good)[0].state is State.DONE
+    assert [len(images) for images in harness.executor.images] == [1]
+    assert harness.reload(good)[0].state is RequestState.DONE
 
 
-def test_a_chunk_of_bad_pictures_is_not_sent_at_all(bench: Any, shrinker: Any) -> None:
-    bench.shrinker = shrinker()
-    requests = [bench.add(data) for data in BAD.values()]
+def test_a_chunk_of_bad_pictures_is_not_sent_at_all(harness: Any, resizer: Any) -> None:
+    harness.resizer = resizer()
+    requests = [harness.add(data) for data in BAD.values()]
 
-    report = bench.run()
+    report = harness.run()
 
-    assert (report.failed, report.chunks, bench.executor.jobs) == (len(BAD), 0, [])
-    assert {request.state for request in bench.again(*requests)} == {State.FAILED}
+    assert (report.failed, report.chunks, harness.executor.jobs) == (len(BAD), 0, [])
+    assert {request.state for request in harness.reload(*requests)} == {RequestState.FAILED}
 
 
-def test_a_picture_whose_file_is_gone_harms_nobody_else(bench: Any, shrinker: Any, tmp_path: Path) -> None:
-    results = shrinker().shrink("classification", INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
+def test_a_picture_whose_file_is_gone_harms_nobody_else(harness: Any, resizer: Any, tmp_path: Path) -> None:
+    results = resizer().resize("classification", INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
 
     assert isinstance(results[0], FileNotFoundError)
     assert results[1].keys() == {"image"}
 
 
-def test_a_file_that_cannot_be_read_is_an_error_of_the_disk(shrinker: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_an_error_of_the_disk(resizer: Any, tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
-        shrinker().shrink("classification", INPUT, [{"image": tmp_path}])
+        resizer().resize("classification", INPUT, [{"image": tmp_path}])
 
 
 def _written(folder: Path) -> Path:
@@ -308,25 +313,25 @@ def _written(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("choice", "sends_away", "is_shrunk"),
+    ("choice", "is_remote", "is_resized"),
     [("auto", False, False), ("auto", True, True), ("on", False, True), ("on", True, True), ("off", True, False)],
 )
 def test_auto_shrinks_where_chunks_leave_this_machine(
-    bench: Any, choice: str, sends_away: bool, is_shrunk: bool
+    harness: Any, choice: str, is_remote: bool, is_resized: bool
 ) -> None:
-    bench.clock = lambda: datetime.now(UTC)
-    bench.executor.sends_away = sends_away
-    bench.change(shrink=choice)
-    workspace = Workspace(bench.settings.work, "batcher-id")
+    harness.clock = lambda: datetime.now(UTC)
+    harness.executor.is_remote = is_remote
+    harness.change_settings(shrink=choice)
+    workspace = Workspace(harness.settings.work, "batcher-id")
     workspace.create()
-    bench.add(GOOD)
+    harness.add(GOOD)
 
     async def main() -> None:
         batcher = Batcher(
-            store=bench.store,
-            executor=bench.executor,
-            settings=bench.settings,
-            server_settings=bench.server_settings,
+            store=harness.store,
+            executor=harness.executor,
+            settings=harness.settings,
+            home_settings=harness.home_settings,
             workspace=workspace,
             batcher_id="batcher-id",
         )
@@ -335,13 +340,13 @@ def test_auto_shrinks_where_chunks_leave_this_machine(
     asyncio.run(asyncio.wait_for(main(), 60))
     workspace.remove()
 
-    assert bench.executor.shrunk == [is_shrunk]
-    assert (bench.executor.pictures == [[GOOD]]) is not is_shrunk
+    assert harness.executor.resized_flags == [is_resized]
+    assert (harness.executor.images == [[GOOD]]) is not is_resized
     assert not [pid for pid in children(os.getpid()) if "batcher.resizing" in command_line(pid)]
 
 
 def test_the_local_executor_keeps_chunks_here() -> None:
-    assert LocalExecutor.sends_away is False
+    assert LocalExecutor.is_remote is False
 
 
 def test_a_word_that_shrink_does_not_know_is_refused_with_those_it_does() -> None:
@@ -353,8 +358,8 @@ def test_a_word_that_shrink_does_not_know_is_refused_with_those_it_does() -> Non
 # Processes
 
 
-def test_processes_are_started_when_the_first_picture_comes_and_kept(shrinker: Any, tmp_path: Path) -> None:
-    made = shrinker(workers=1)
+def test_processes_are_started_when_the_first_picture_comes_and_kept(resizer: Any, tmp_path: Path) -> None:
+    made = resizer(workers=1)
     assert made.pids() == []
 
     shrink(made, tmp_path, picture(1), picture(2))
@@ -364,8 +369,8 @@ def test_processes_are_started_when_the_first_picture_comes_and_kept(shrinker: A
     assert made.pids() == [first]
 
 
-def test_a_bad_picture_does_not_cost_its_process(shrinker: Any, tmp_path: Path) -> None:
-    made = shrinker(workers=1)
+def test_a_bad_picture_does_not_cost_its_process(resizer: Any, tmp_path: Path) -> None:
+    made = resizer(workers=1)
     results = shrink(made, tmp_path, picture(), *BAD.values())
     (pid,) = made.pids()
 
@@ -374,8 +379,8 @@ def test_a_bad_picture_does_not_cost_its_process(shrinker: Any, tmp_path: Path) 
     assert made.pids() == [pid]
 
 
-def test_a_process_killed_while_idle_is_nobodys_fault(shrinker: Any, tmp_path: Path) -> None:
-    made = shrinker(workers=1)
+def test_a_process_killed_while_idle_is_nobodys_fault(resizer: Any, tmp_path: Path) -> None:
+    made = resizer(workers=1)
     shrink(made, tmp_path, picture())
     (pid,) = made.pids()
     os.kill(pid, signal.SIGKILL)
@@ -386,38 +391,38 @@ def test_a_process_killed_while_idle_is_nobodys_fault(shrinker: Any, tmp_path: P
     assert made.pids() != [pid]
 
 
-def test_a_picture_that_kills_its_process_fails_alone(bench: Any, shrinker: Any) -> None:
-    bench.shrinker = shrinker()
-    requests = [bench.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
+def test_a_picture_that_kills_its_process_fails_alone(harness: Any, resizer: Any) -> None:
+    harness.resizer = resizer()
+    requests = [harness.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
     poison = requests.pop(7)
 
     for _ in range(MAX_ATTEMPTS):
-        bench.run()
-        assert {request.state for request in bench.again(*requests)} == {State.DONE}
-        bench.clock.turn(20)
+        harness.run()
+        assert {request.state for request in harness.reload(*requests)} == {RequestState.DONE}
+        harness.clock.advance(20)
 
-    (failed,) = bench.again(poison)
-    assert (failed.state, failed.attempts, failed.code) == (State.FAILED, MAX_ATTEMPTS, "worker_died")
+    (failed,) = harness.reload(poison)
+    assert (failed.state, failed.attempts, failed.code) == (RequestState.FAILED, MAX_ATTEMPTS, "worker_died")
     assert "status 139 at this one" in failed.reason
-    assert [len(pictures) for pictures in bench.executor.pictures] == [15]
+    assert [len(images) for images in harness.executor.images] == [15]
 
 
-def test_a_process_killed_in_mid_picture_loses_nothing(bench: Any, shrinker: Any, tmp_path: Path) -> None:
-    bench.shrinker = shrinker()
+def test_a_process_killed_in_mid_picture_loses_nothing(harness: Any, resizer: Any, tmp_path: Path) -> None:
+    harness.resizer = resizer()
     gate = tmp_path / "gate"
-    requests = [bench.add(picture(number)) for number in range(8)]
-    requests.append(bench.add(picture(8) + b"HOLD:" + os.fsencode(gate)))
+    requests = [harness.add(picture(number)) for number in range(8)]
+    requests.append(harness.add(picture(8) + b"HOLD:" + os.fsencode(gate)))
     killer = threading.Thread(target=lambda: os.kill(_begun(gate), signal.SIGKILL))
     killer.start()
 
-    bench.run()
+    harness.run()
     killer.join()
-    assert [request.state for request in bench.again(*requests)] == [State.DONE] * 8 + [State.QUEUED]
+    assert [request.state for request in harness.reload(*requests)] == [RequestState.DONE] * 8 + [RequestState.QUEUED]
     gate.touch()
-    bench.clock.turn(20)
-    bench.run()
+    harness.clock.advance(20)
+    harness.run()
 
-    assert {request.state for request in bench.again(*requests)} == {State.DONE}
+    assert {request.state for request in harness.reload(*requests)} == {RequestState.DONE}
 
 
 def _begun(gate: Path) -> int:
@@ -426,8 +431,8 @@ def _begun(gate: Path) -> int:
 
 
 @pytest.mark.parametrize("tail", [b"HOLD:", b"LOCK"])
-def test_a_picture_that_hangs_is_given_up_and_the_others_are_done(shrinker: Any, tmp_path: Path, tail: bytes) -> None:
-    made = shrinker(workers=1, limit_seconds=1)
+def test_a_picture_that_hangs_is_given_up_and_the_others_are_done(resizer: Any, tmp_path: Path, tail: bytes) -> None:
+    made = resizer(workers=1, limit_seconds=1)
     end = tail + (os.fsencode(tmp_path / "gate") if tail == b"HOLD:" else b"")
 
     results = shrink(made, tmp_path, picture(1), picture(2) + end, picture(3))
@@ -437,47 +442,52 @@ def test_a_picture_that_hangs_is_given_up_and_the_others_are_done(shrinker: Any,
 
 
 def test_when_no_process_can_be_started_nobody_is_blamed_and_nothing_is_sent(
-    bench: Any, shrinker: Any, tmp_path: Path
+    harness: Any, resizer: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "plugin" / "sitecustomize.py").write_text("import os; os._exit(3)")
-    bench.shrinker = shrinker()
-    request = bench.add(picture())
+    harness.resizer = resizer()
+    request = harness.add(picture())
 
-    bench.run()
+    harness.run()
 
-    (seen,) = bench.again(request)
-    assert (seen.state, seen.attempts, seen.isolation, seen.code) == (State.QUEUED, 0, 0, "shrinking_unavailable")
+    (seen,) = harness.reload(request)
+    assert (seen.state, seen.attempts, seen.isolation, seen.code) == (
+        RequestState.QUEUED,
+        0,
+        0,
+        "shrinking_unavailable",
+    )
     assert "status 3" in seen.reason
-    assert bench.executor.jobs == []
+    assert harness.executor.jobs == []
 
 
 def test_stopping_kills_a_decoder_that_hangs_and_gives_the_picture_back(
-    bench: Any, shrinker: Any, tmp_path: Path
+    harness: Any, resizer: Any, tmp_path: Path
 ) -> None:
-    bench.shrinker = shrinker()
-    bench.change(drain_seconds=0.05)
+    harness.resizer = resizer()
+    harness.change_settings(drain_seconds=0.05)
     gate = tmp_path / "gate"
-    request = bench.add(picture() + b"HOLD:" + os.fsencode(gate))
+    request = harness.add(picture() + b"HOLD:" + os.fsencode(gate))
 
     async def main() -> int:
         stop = asyncio.Event()
-        cycle = bench.cycle()
-        cycle.take_all()
+        cycle = harness.cycle()
+        cycle.flush()
         run = asyncio.create_task(cycle.run(stop))
-        await bench.until(gate.with_suffix(".begun").exists)
+        await harness.until(gate.with_suffix(".begun").exists)
         stop.set()
         await run
         return _begun(gate)
 
     pid = asyncio.run(asyncio.wait_for(main(), 60))
 
-    (seen,) = bench.again(request)
-    assert (seen.state, seen.attempts, seen.isolation) == (State.QUEUED, 0, 0)
+    (seen,) = harness.reload(request)
+    assert (seen.state, seen.attempts, seen.isolation) == (RequestState.QUEUED, 0, 0)
     assert not is_alive(pid)
 
 
-def test_a_closed_shrinker_refuses_and_has_no_processes(shrinker: Any, tmp_path: Path) -> None:
-    made = shrinker()
+def test_a_closed_shrinker_refuses_and_has_no_processes(resizer: Any, tmp_path: Path) -> None:
+    made = resizer()
     shrink(made, tmp_path, picture())
     pids = made.pids()
 
@@ -485,7 +495,7 @@ def test_a_closed_shrinker_refuses_and_has_no_processes(shrinker: Any, tmp_path:
     made.close()
 
     assert pids and not any(map(is_alive, pids)) and made.pids() == []
-    with pytest.raises(ShrinkingUnavailable):
+    with pytest.raises(ResizingUnavailable):
         shrink(made, tmp_path, picture())
 
 
@@ -496,14 +506,14 @@ def test_killing_the_batcher_leaves_no_process(tmp_path: Path, plugin: dict[str,
     (tmp_path / "sound").write_bytes(picture())
     code = f"""
 import pathlib, threading, time
-from batcher.resizing import Shrinker
+from batcher.resizing import Resizer
 from provider_image.service import ModelInput
 
-shrinker = Shrinker(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
+resizer = Resizer(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
 facts = ModelInput(height=32, width=32, crop=None)
-shrinker.shrink("classification", facts, [{{"image": pathlib.Path({str(tmp_path / "sound")!r})}}])
+resizer.resize("classification", facts, [{{"image": pathlib.Path({str(tmp_path / "sound")!r})}}])
 print("shrunk", flush=True)
-shrinker.shrink("classification", facts, [{{"image": pathlib.Path({str(path)!r})}}])
+resizer.resize("classification", facts, [{{"image": pathlib.Path({str(path)!r})}}])
 print("shrunk", flush=True)
 time.sleep(1000)
 """
@@ -529,12 +539,12 @@ time.sleep(1000)
     wait_until(lambda: not any(map(is_alive, pids)), 30)
 
 
-def test_what_a_decoder_died_of_is_told(shrinker: Any, tmp_path: Path) -> None:
+def test_what_a_decoder_died_of_is_told(resizer: Any, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     killer = threading.Thread(target=lambda: os.kill(_begun(gate), signal.SIGSEGV))
     killer.start()
 
-    (result,) = shrink(shrinker(), tmp_path, picture() + b"HOLD:" + os.fsencode(gate))
+    (result,) = shrink(resizer(), tmp_path, picture() + b"HOLD:" + os.fsencode(gate))
     killer.join()
 
     assert isinstance(result, WorkerDied)

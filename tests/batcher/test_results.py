@@ -8,7 +8,7 @@ import pytest
 
 from batcher.executors import Outcome
 from batcher.planner import PlannedItem
-from batcher.results import BACKOFF_SECONDS, OBSTACLE_SECONDS, settle_failure
+from batcher.results import BACKOFF_SECONDS, UNAVAILABLE_RETRY_SECONDS, resolve_failed_chunk
 from provider_image.errors import BrokenArtefact, ChunkTimeout, NotInstalled, WorkerDied
 from store.records import Blame, Claim
 
@@ -18,10 +18,10 @@ def item(*claims: Claim) -> PlannedItem:
 
 
 @pytest.fixture
-def claims(bench: Any) -> list[Claim]:
-    bench.add_many(4)
-    now = bench.clock.now
-    found: list[Claim] = bench.store.claim(
+def claims(harness: Any) -> list[Claim]:
+    harness.add_many(4)
+    now = harness.clock.now
+    found: list[Claim] = harness.store.claim(
         models={"efficientnet_lite0"}, limit=16, now=now, lease_ends_at=now, oldest_before=None
     )
     return found
@@ -32,35 +32,35 @@ def failed(error: Any, *, is_blameless: bool = False) -> Outcome:
 
 
 def test_several_items_share_the_blame_of_their_chunk_and_are_due_at_once(claims: list[Claim]) -> None:
-    settlement = settle_failure(map(item, claims), failed(WorkerDied()))
+    chunk_outcome = resolve_failed_chunk(map(item, claims), failed(WorkerDied()))
 
-    (setback,) = settlement.setbacks
-    assert (setback.blame, setback.delay_seconds, setback.code) == (Blame.CHUNK, 0.0, "worker_died")
-    assert list(setback.claims) == claims
+    (failure,) = chunk_outcome.failures
+    assert (failure.blame, failure.delay_seconds, failure.code) == (Blame.CHUNK, 0.0, "worker_died")
+    assert list(failure.claims) == claims
 
 
 def test_a_lone_item_has_itself_to_blame_whoever_waits_for_it(claims: list[Claim]) -> None:
-    settlement = settle_failure([item(*claims)], failed(ChunkTimeout()))
+    chunk_outcome = resolve_failed_chunk([item(*claims)], failed(ChunkTimeout()))
 
-    (setback,) = settlement.setbacks
-    assert (setback.blame, setback.delay_seconds) == (Blame.ITEM, BACKOFF_SECONDS[0])
-    assert len(setback.claims) == 4
+    (failure,) = chunk_outcome.failures
+    assert (failure.blame, failure.delay_seconds) == (Blame.ITEM, BACKOFF_SECONDS[0])
+    assert len(failure.claims) == 4
 
 
 @pytest.mark.parametrize("error", [NotInstalled(), BrokenArtefact()])
 def test_the_models_failure_is_nobodys_fault(claims: list[Claim], error: Any) -> None:
-    settlement = settle_failure(map(item, claims), failed(error))
+    chunk_outcome = resolve_failed_chunk(map(item, claims), failed(error))
 
-    assert {(setback.blame, setback.delay_seconds) for setback in settlement.setbacks} == {
-        (Blame.NOBODY, OBSTACLE_SECONDS)
+    assert {(failure.blame, failure.delay_seconds) for failure in chunk_outcome.failures} == {
+        (Blame.NOBODY, UNAVAILABLE_RETRY_SECONDS)
     }
-    assert settlement.is_model_unusable
+    assert chunk_outcome.is_model_unusable
 
 
 def test_what_is_given_back_at_a_stop_is_due_at_once(claims: list[Claim]) -> None:
     outcome = failed(WorkerDied("closed"), is_blameless=True)
 
-    settlement = settle_failure(map(item, claims), outcome, is_stopping=True)
+    chunk_outcome = resolve_failed_chunk(map(item, claims), outcome, is_stopping=True)
 
-    assert [(setback.blame, setback.delay_seconds) for setback in settlement.setbacks] == [(Blame.NOBODY, 0.0)]
-    assert not settlement.is_model_unusable
+    assert [(failure.blame, failure.delay_seconds) for failure in chunk_outcome.failures] == [(Blame.NOBODY, 0.0)]
+    assert not chunk_outcome.is_model_unusable

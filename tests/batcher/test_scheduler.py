@@ -13,7 +13,7 @@ from batcher.executors import Outcome
 from batcher.scheduler import Batcher, OnceReport
 from batcher.workspace import Workspace
 from provider_image.errors import BrokenArtefact
-from store.records import State
+from store.records import RequestState
 
 
 def now() -> datetime:
@@ -21,19 +21,19 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def batcher(bench: Any) -> Any:
+def batcher(harness: Any) -> Any:
     """Make a batcher inside the loop that will run it."""
-    bench.clock = now
-    workspace = Workspace(bench.settings.work, "batcher-id")
+    harness.clock = now
+    workspace = Workspace(harness.settings.work, "batcher-id")
     workspace.create()
 
     def make(**settings: Any) -> Batcher:
-        bench.change(**settings)
+        harness.change_settings(**settings)
         return Batcher(
-            store=bench.store,
-            executor=bench.executor,
-            settings=bench.settings,
-            server_settings=bench.server_settings,
+            store=harness.store,
+            executor=harness.executor,
+            settings=harness.settings,
+            home_settings=harness.home_settings,
             workspace=workspace,
             batcher_id="batcher-id",
         )
@@ -50,17 +50,17 @@ def run_once(make: Any) -> OnceReport:
     return asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def alive(bench: Any) -> list[Any]:
-    found: list[Any] = bench.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+def alive(harness: Any) -> list[Any]:
+    found: list[Any] = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
     return found
 
 
-def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(bench: Any, batcher: Any) -> None:
+def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(harness: Any, batcher: Any) -> None:
     async def main() -> list[Any]:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher().run(stop))
-        await bench.until(lambda: alive(bench) != [])
-        found = alive(bench)
+        await harness.until(lambda: alive(harness) != [])
+        found = alive(harness)
         stop.set()
         await run
         return found
@@ -68,20 +68,20 @@ def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(bench: Any, batcher:
     (record,) = asyncio.run(main())
 
     assert (record.id, record.pid, record.executor, record.capacity) == ("batcher-id", os.getpid(), "table", 4)
-    assert alive(bench) == []
+    assert alive(harness) == []
 
 
 def test_a_batcher_says_why_it_takes_none_of_a_model_and_once_leaves_it_with_that_reason(
-    bench: Any, batcher: Any
+    harness: Any, batcher: Any
 ) -> None:
-    bench.add(b"picture")
-    bench.executor.obstacles = {"efficientnet_lite0": "The budget of the day is used up."}
+    harness.add(b"picture")
+    harness.executor.unavailable_reasons = {"efficientnet_lite0": "The budget of the day is used up."}
 
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher().run(stop))
-        await bench.until(lambda: alive(bench) != [])
-        (found,) = alive(bench)
+        await harness.until(lambda: alive(harness) != [])
+        (found,) = alive(harness)
         stop.set()
         await run
         return found
@@ -93,16 +93,16 @@ def test_a_batcher_says_why_it_takes_none_of_a_model_and_once_leaves_it_with_tha
     assert report.left == {"efficientnet_lite0": (1, "The budget of the day is used up.")}
 
 
-def test_requests_are_taken_when_they_have_waited_long_enough(bench: Any, batcher: Any) -> None:
+def test_requests_are_taken_when_they_have_waited_long_enough(harness: Any, batcher: Any) -> None:
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(max_wait_seconds=0.3, poll_seconds=0.02).run(stop))
-        await bench.until(lambda: alive(bench) != [])
+        await harness.until(lambda: alive(harness) != [])
         await asyncio.sleep(0.2)  # after the first round, which takes everything
         for number in range(3):
-            request = bench.add(b"picture %d" % number)
-            await bench.until(lambda request=request: bench.again(request)[0].state is State.DONE)
-            waited = bench.again(request)[0].finished_at - request.created_at
+            request = harness.add(b"picture %d" % number)
+            await harness.until(lambda request=request: harness.reload(request)[0].state is RequestState.DONE)
+            waited = harness.reload(request)[0].finished_at - request.created_at
             assert waited > timedelta(seconds=0.3)
         stop.set()
         await run
@@ -110,22 +110,22 @@ def test_requests_are_taken_when_they_have_waited_long_enough(bench: Any, batche
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_every_so_often_everything_that_waits_is_taken_and_rounds_do_not_overlap(bench: Any, batcher: Any) -> None:
+def test_every_so_often_everything_that_waits_is_taken_and_rounds_do_not_overlap(harness: Any, batcher: Any) -> None:
     rounds = []
 
-    async def hold() -> None:
-        rounds.append(bench.executor.under_way)
+    async def before_answer() -> None:
+        rounds.append(harness.executor.in_flight)
         await asyncio.sleep(0.3)  # longer than the timer's interval
 
-    bench.executor.hold = hold
-    bench.executor.places = 1
+    harness.executor.before_answer = before_answer
+    harness.executor.slots = 1
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1).run(stop))
         for number in range(3):
-            request = bench.add(b"picture %d" % number)
-            await bench.until(lambda request=request: bench.again(request)[0].state is State.DONE)
+            request = harness.add(b"picture %d" % number)
+            await harness.until(lambda request=request: harness.reload(request)[0].state is RequestState.DONE)
         stop.set()
         await run
 
@@ -134,16 +134,16 @@ def test_every_so_often_everything_that_waits_is_taken_and_rounds_do_not_overlap
     assert rounds == [1, 1, 1]
 
 
-def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(bench: Any, batcher: Any) -> None:
-    log = bench.server_settings.database.with_name("mlg.db-wal")
+def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(harness: Any, batcher: Any) -> None:
+    log = harness.home_settings.database.with_name("mlg.db-wal")
 
     def look() -> tuple[Any, int]:
-        return alive(bench)[0].seen_at, log.stat().st_mtime_ns
+        return alive(harness)[0].seen_at, log.stat().st_mtime_ns
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(poll_seconds=0.01, max_wait_seconds=0.1).run(stop))
-        await bench.until(lambda: alive(bench) != [])
+        await harness.until(lambda: alive(harness) != [])
         await asyncio.sleep(0.3)
         while True:
             before = look()
@@ -158,19 +158,19 @@ def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(bench: An
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_once_takes_everything_and_ends_clean(bench: Any, batcher: Any) -> None:
-    requests = bench.add_many(40)
+def test_once_takes_everything_and_ends_clean(harness: Any, batcher: Any) -> None:
+    requests = harness.add_many(40)
 
     report = run_once(batcher)
 
     assert (report.done, report.failed, report.left, report.is_clean) == (40, 0, {}, True)
-    assert {request.state for request in bench.again(*requests)} == {State.DONE}
-    assert alive(bench) == []
+    assert {request.state for request in harness.reload(*requests)} == {RequestState.DONE}
+    assert alive(harness) == []
 
 
-def test_once_waits_for_back_offs_and_reports_what_failed(bench: Any, batcher: Any) -> None:
-    flaky = bench.add(b"flaky")
-    bench.add(b"picture")
+def test_once_waits_for_back_offs_and_reports_what_failed(harness: Any, batcher: Any) -> None:
+    flaky = harness.add(b"flaky")
+    harness.add(b"picture")
     fails = iter([True, False])
 
     def mend(results: Any) -> Any:
@@ -179,32 +179,34 @@ def test_once_waits_for_back_offs_and_reports_what_failed(bench: Any, batcher: A
         if next(fails, False):
             return results
         good = [
-            item if item.error is None else replace(item, error=None, output=bench.right_output(b"flaky"))
+            item if item.error is None else replace(item, error=None, output=harness.expected_output(b"flaky"))
             for item in results.items
         ]
         return replace(results, items=tuple(good))
 
-    bench.executor.spoil = mend
+    harness.executor.corrupt = mend
 
     report = run_once(batcher)
 
-    (found,) = bench.again(flaky)
-    assert (found.state, found.attempts) == (State.DONE, 1)
+    (found,) = harness.reload(flaky)
+    assert (found.state, found.attempts) == (RequestState.DONE, 1)
     assert (report.done, report.failed, report.released, report.is_clean) == (2, 0, 1, True)
 
 
-def test_once_is_not_clean_when_a_request_failed(bench: Any, batcher: Any) -> None:
-    bench.add(b"broken")
+def test_once_is_not_clean_when_a_request_failed(harness: Any, batcher: Any) -> None:
+    harness.add(b"broken")
 
     report = run_once(batcher)
 
     assert (report.failed, report.is_clean) == (1, False)
 
 
-def test_once_leaves_what_cannot_be_worked_on_and_says_why(bench: Any, batcher: Any) -> None:
-    bench.add(b"picture", model="vgg16")
-    bench.add(b"picture")
-    bench.executor.refusal = Outcome(provider="table/1", seconds=0, error=BrokenArtefact("The model is damaged."))
+def test_once_leaves_what_cannot_be_worked_on_and_says_why(harness: Any, batcher: Any) -> None:
+    harness.add(b"picture", model="vgg16")
+    harness.add(b"picture")
+    harness.executor.forced_outcome = Outcome(
+        provider="table/1", seconds=0, error=BrokenArtefact("The model is damaged.")
+    )
 
     report = run_once(batcher)
 
@@ -213,14 +215,14 @@ def test_once_leaves_what_cannot_be_worked_on_and_says_why(bench: Any, batcher: 
     assert report.left["efficientnet_lite0"] == (1, "The model is damaged.")
 
 
-def test_once_ends_though_new_requests_keep_coming(bench: Any, batcher: Any) -> None:
-    bench.add_many(20)
+def test_once_ends_though_new_requests_keep_coming(harness: Any, batcher: Any) -> None:
+    harness.add_many(20)
     added = []
 
     async def add_another() -> None:
-        added.append(bench.add(b"late %d" % len(added)))
+        added.append(harness.add(b"late %d" % len(added)))
 
-    bench.executor.hold = add_another
+    harness.executor.before_answer = add_another
 
     report = run_once(batcher)
 
@@ -228,17 +230,17 @@ def test_once_ends_though_new_requests_keep_coming(bench: Any, batcher: Any) -> 
     assert report.left == {}
 
 
-def test_retention_is_swept_at_the_start(bench: Any, batcher: Any) -> None:
-    bench.clock = lambda: now() - timedelta(days=8)
-    old = bench.add(b"picture")
-    bench.run()
-    assert bench.again(old)[0].state is State.DONE
+def test_retention_is_swept_at_the_start(harness: Any, batcher: Any) -> None:
+    harness.clock = lambda: now() - timedelta(days=8)
+    old = harness.add(b"picture")
+    harness.run()
+    assert harness.reload(old)[0].state is RequestState.DONE
 
     async def main() -> None:
         stop = asyncio.Event()
-        bench.clock = now
+        harness.clock = now
         run = asyncio.create_task(batcher().run(stop))
-        await bench.until(lambda: bench.again(old)[0].image_deleted_at is not None)
+        await harness.until(lambda: harness.reload(old)[0].image_deleted_at is not None)
         stop.set()
         await run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from batcher.workspace import Workspace
-from provider_image.errors import StoreUnavailable
+from store.errors import StoreUnavailable
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """

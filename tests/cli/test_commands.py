@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from provider_image.models.catalogue import CATALOGUE
-from tests.conftest import Running
+from tests.conftest import RunningServer
 from tests.process_tree import children, is_alive, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +72,10 @@ def picture(tmp_path: Path) -> Path:
 # The real server and the real curl
 
 
-def test_curl_sends_a_picture_each_way_and_reads_its_state(serve: Callable[..., Running], picture: Path) -> None:
-    base = serve().base
+def test_curl_sends_a_picture_each_way_and_reads_its_state(
+    start_server: Callable[..., RunningServer], picture: Path
+) -> None:
+    base = start_server().base
     url = f"{base}/requestPrediction/{MODEL}"
 
     as_form = curl("-F", f"image=@{picture}", url)
@@ -86,8 +88,10 @@ def test_curl_sends_a_picture_each_way_and_reads_its_state(serve: Callable[..., 
     assert (read[0], read[1]["status"], read[1]["name"]) == (200, "queued", "kitten.png")
 
 
-def test_curl_sees_the_413_of_a_large_upload_however_it_is_sent(serve: Callable[..., Running], tmp_path: Path) -> None:
-    server = serve()
+def test_curl_sees_the_413_of_a_large_upload_however_it_is_sent(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    server = start_server()
     big = tmp_path / "big.jpg"
     big.write_bytes(b"\xff\xd8" + os.urandom(10_000_000))
     url = f"{server.base}/requestPrediction/{MODEL}"
@@ -107,17 +111,17 @@ def test_curl_sees_the_413_of_a_large_upload_however_it_is_sent(serve: Callable[
     assert not [path for path in (server.home / "blobs").rglob("*") if path.is_file()]
 
 
-def test_curl_with_d_is_told_to_use_f(serve: Callable[..., Running], picture: Path) -> None:
-    status, answer = curl("-d", f"image=@{picture}", f"{serve().base}/requestPrediction/{MODEL}")
+def test_curl_with_d_is_told_to_use_f(start_server: Callable[..., RunningServer], picture: Path) -> None:
+    status, answer = curl("-d", f"image=@{picture}", f"{start_server().base}/requestPrediction/{MODEL}")
 
     assert (status, answer["code"]) == (415, "unsupported_media_type")
     assert "curl -F image=@" in answer["reason"]
 
 
 def test_a_request_on_a_server_is_seen_by_the_commands_on_its_home(
-    serve: Callable[..., Running], picture: Path
+    start_server: Callable[..., RunningServer], picture: Path
 ) -> None:
-    server = serve()
+    server = start_server()
     id = curl("-F", f"image=@{picture}", f"{server.base}/requestPrediction/{MODEL}")[1]["req_id"]
 
     listed = [json.loads(line) for line in mlg("requests", "list", "--json", home=server.home).stdout.splitlines()]
@@ -139,10 +143,10 @@ def test_a_request_on_a_server_is_seen_by_the_commands_on_its_home(
 
 @pytest.mark.parametrize("ready_fd", [0, 200])
 def test_two_processes_serve_one_port_and_a_killed_one_is_replaced(
-    ready_fd: int, serve: Callable[..., Running], picture: Path
+    ready_fd: int, start_server: Callable[..., RunningServer], picture: Path
 ) -> None:
     # Whoever is told that the server is ready may have used any descriptor for it, which is closed by now.
-    server = serve(MLG_SERVER_PROCESSES="2", ready_fd=ready_fd)
+    server = start_server(MLG_SERVER_PROCESSES="2", ready_fd=ready_fd)
     workers = children(server.process.pid)
 
     os.kill(workers[0], signal.SIGKILL)
@@ -153,8 +157,8 @@ def test_two_processes_serve_one_port_and_a_killed_one_is_replaced(
     wait_until(lambda: len(children(server.process.pid)) == 2)
 
 
-def test_nothing_keeps_the_port_when_the_main_process_is_killed(serve: Callable[..., Running]) -> None:
-    server = serve(MLG_SERVER_PROCESSES="2")
+def test_nothing_keeps_the_port_when_the_main_process_is_killed(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server(MLG_SERVER_PROCESSES="2")
     workers = children(server.process.pid)
 
     server.process.kill()
@@ -170,9 +174,9 @@ def test_nothing_keeps_the_port_when_the_main_process_is_killed(serve: Callable[
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_lets_requests_under_way_finish(
-    serve: Callable[..., Running], picture: Path, how: signal.Signals
+    start_server: Callable[..., RunningServer], picture: Path, how: signal.Signals
 ) -> None:
-    server = serve()
+    server = start_server()
     address = urlsplit(server.base)
     data = picture.read_bytes()
     id = curl("-F", f"image=@{picture}", f"{server.base}/requestPrediction/{MODEL}")[1]["req_id"]
@@ -201,9 +205,9 @@ def test_a_stop_lets_requests_under_way_finish(
     assert time.monotonic() - began < 9
 
 
-def test_the_server_stops_when_its_parent_is_gone(serve: Callable[..., Running]) -> None:
+def test_the_server_stops_when_its_parent_is_gone(start_server: Callable[..., RunningServer]) -> None:
     reader, writer = os.pipe()
-    server = serve("--parent-fd", str(reader))
+    server = start_server("--parent-fd", str(reader))
     os.close(reader)
 
     os.close(writer)
@@ -211,8 +215,8 @@ def test_the_server_stops_when_its_parent_is_gone(serve: Callable[..., Running])
     assert server.process.wait(30) == 0
 
 
-def test_a_taken_port_is_one_line_and_exit_status_2(serve: Callable[..., Running], tmp_path: Path) -> None:
-    port = str(urlsplit(serve().base).port)
+def test_a_taken_port_is_one_line_and_exit_status_2(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    port = str(urlsplit(start_server().base).port)
 
     second = mlg("serve", "--port", port, home=tmp_path / "other")
 

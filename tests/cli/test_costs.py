@@ -13,12 +13,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli.costs import costs, rounded
+from cli.costs import costs
 from cli.providers import providers
 from cli.requests import requests
 from provider_image.errors import ConfigError
 from server.settings import ServerSettings
 from store import new_id
+from store.amounts import format_amount
 from store.chunks import ChunkRecord
 from store.ledger import UnknownProvider
 from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
@@ -73,7 +74,7 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
     )  # fmt: skip
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.blobs.stage(b"picture"))
+        store.add(new, store.images.stage(b"picture"))
     claims = store.claim(
         models=["resnet50"], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
     )
@@ -94,16 +95,16 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
 @pytest.fixture
 def history(store: SqliteStore) -> list[str]:
     """Two providers, an invoice that was paid, an open one and a refused one; the ids of the requests."""
-    store.note_provider(ALPHA, name="alpha", now=NOW, **PRICES)
-    store.note_provider(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
-    store.note_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
-    store.note_allocation(
+    store.record_offer(ALPHA, name="alpha", now=NOW, **PRICES)
+    store.record_offer(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
+    store.record_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
+    store.record_allocation(
         AllocationRecord(
             id="al1", batcher_id="b1", platform="erc20-test", address="0xme", amount=Decimal(5), created_at=NOW
         )
     )
     for id, provider_id, name in (("paid", ALPHA, "alpha"), ("open", ALPHA, "alpha"), ("refused", BETA, "beta")):
-        store.note_agreement(
+        store.record_agreement(
             AgreementRecord(
                 id=id,
                 allocation_id="al1",
@@ -117,7 +118,7 @@ def history(store: SqliteStore) -> list[str]:
     ids = answer_chunk(store, "c1", "paid", 3, cost="0.2")
     ids += answer_chunk(store, "c2", "open", 1, cost="0.05")
     for id, amount, state in (("paid", "0.1", BillState.ACCEPTED), ("refused", "9", BillState.REFUSED)):
-        store.note_invoice(
+        store.record_invoice(
             InvoiceRecord(
                 id=f"i-{id}", agreement_id=id, amount=Decimal(amount), state=state, received_at=NOW, settled_at=NOW
             )
@@ -164,9 +165,9 @@ def test_costs_of_a_home_that_is_not_there_make_none(run: Callable[..., str], ho
 
 
 def test_a_small_amount_does_not_look_like_nothing() -> None:
-    assert rounded(Decimal("1e-18")) == "<0.000001"
-    assert rounded(Decimal(0)) == "0.000000"
-    assert rounded(Decimal(10) ** 40) == "1" + "0" * 40 + ".000000"
+    assert format_amount(Decimal("1e-18")) == "<0.000001"
+    assert format_amount(Decimal(0)) == "0.000000"
+    assert format_amount(Decimal(10) ** 40) == "1" + "0" * 40 + ".000000"
 
 
 def test_providers_are_listed_with_prices_work_and_spend(run: Callable[..., str], history: list[str]) -> None:

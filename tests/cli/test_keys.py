@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from cli.keys import keys
-from store.keys import hash_of, id_of
-from tests.conftest import Running
+from store.keys import hash_key, key_id_of
+from tests.conftest import RunningServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_a_key_is_written_to_stdout_alone_and_kept_as_a_hash(tmp_path: Path) -> 
     assert "first key" in made.stderr
     assert key not in made.stderr
     database = b"".join(path.read_bytes() for path in (tmp_path / "home").glob("mlg.db*"))
-    assert hash_of(key).encode() in database
+    assert hash_key(key).encode() in database
     assert key[17:].encode() not in database
 
 
@@ -55,7 +55,7 @@ def test_keys_are_listed_with_their_scopes_and_limits(tmp_path: Path) -> None:
     alice, bob = rows(tmp_path)
     table = run(tmp_path, "list").stdout
 
-    assert (alice["id"], alice["name"], alice["scopes"]) == (id_of(key), "alice", ["read", "submit"])
+    assert (alice["id"], alice["name"], alice["scopes"]) == (key_id_of(key), "alice", ["read", "submit"])
     assert (alice["pictures_per_day"], alice["requests_per_minute"], alice["expires_at"]) == (None, None, None)
     assert (bob["scopes"], bob["pictures_per_day"], bob["requests_per_minute"]) == (["operate"], 1000, 120)
     assert (bob["is_usable"], bob["pictures_today"], bob["last_used_at"]) == (True, 0, None)
@@ -108,7 +108,9 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 1
 
 
-def test_a_server_for_other_machines_starts_with_a_key_only(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_server_for_other_machines_starts_with_a_key_only(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
     home = tmp_path / "served"
     refused = subprocess.run(
         [sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0", "--host", "0.0.0.0"],
@@ -120,7 +122,7 @@ def test_a_server_for_other_machines_starts_with_a_key_only(serve: Callable[...,
     )
     key = run(home, "create", "alice").stdout.strip()
 
-    base = serve("--host", "0.0.0.0").base.replace("0.0.0.0", "127.0.0.1")
+    base = start_server("--host", "0.0.0.0").base.replace("0.0.0.0", "127.0.0.1")
     with httpx.Client(base_url=base, trust_env=False) as client:
         statuses = [
             client.get("/readPrediction/x").status_code,
@@ -147,8 +149,10 @@ def test_up_refuses_like_serve_before_it_starts_anything(tmp_path: Path) -> None
     assert "--open" in refused.stderr
 
 
-def test_told_to_be_open_a_server_for_other_machines_starts_without_keys(serve: Callable[..., Running]) -> None:
-    base = serve("--host", "0.0.0.0", "--open").base.replace("0.0.0.0", "127.0.0.1")
+def test_told_to_be_open_a_server_for_other_machines_starts_without_keys(
+    start_server: Callable[..., RunningServer],
+) -> None:
+    base = start_server("--host", "0.0.0.0", "--open").base.replace("0.0.0.0", "127.0.0.1")
 
     with httpx.Client(base_url=base, trust_env=False) as client:
         assert client.get("/readPrediction/x").status_code == 404

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.logs import OneLine, configure
+from cli.logs import OneLineFormatter, configure_logging
 from provider_image.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def test_a_record_is_one_line_with_its_extras_even_with_a_traceback() -> None:
     except ValueError:
         record.exc_info = sys.exc_info()
 
-    line = OneLine().format(record)
+    line = OneLineFormatter().format(record)
 
     assert "\n" not in line
     assert "ERROR batcher.cycle chunk 7\\nfailed chunk_id=1a2b" in line
@@ -33,7 +33,7 @@ def test_a_record_is_one_line_with_its_extras_even_with_a_traceback() -> None:
 
 def test_events_go_to_stderr_from_the_level_that_is_set() -> None:
     code = (
-        "import logging; from cli.logs import configure; configure()\n"
+        "import logging; from cli.logs import configure_logging; configure_logging()\n"
         "logging.getLogger('a').info('quiet'); logging.getLogger('a').warning('loud')"
     )
 
@@ -47,4 +47,4 @@ def test_events_go_to_stderr_from_the_level_that_is_set() -> None:
 
 def test_a_level_that_does_not_exist_names_its_variable() -> None:
     with pytest.raises(ConfigError, match="MLG_LOG_LEVEL"):
-        configure("chatty")
+        configure_logging("chatty")

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provider_image.errors import StoreUnavailable, UnknownRequest
-from server.settings import ServerSettings
 from store import new_id
-from store.batches import BatchRecord, BatchUnderWay, Refusal, UnknownBatch
+from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
-from store.idempotency import KeptAnswer
-from store.images import Staged
-from store.records import Answer, Claim, NewRequest, Request, State
-from store.search import NotRemovable, Wanted
+from store.errors import StoreUnavailable, UnknownRequest
+from store.idempotency import SavedResponse
+from store.images import StagedImage
+from store.records import Answer, Claim, NewRequest, RequestRecord, RequestState
+from store.search import NotRemovable, Query
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -36,7 +36,7 @@ def after(seconds: float) -> datetime:
 
 @pytest.fixture(params=["sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     made.migrate()
     yield made
     made.close()
@@ -47,17 +47,17 @@ def new_request(**changes: object) -> NewRequest:
     return NewRequest(**facts)  # type: ignore[arg-type]
 
 
-def add(store: SqliteStore, data: bytes = b"picture", **changes: object) -> Request:
-    return store.add(new_request(**changes), store.blobs.stage(data))
+def add(store: SqliteStore, data: bytes = b"picture", **changes: object) -> RequestRecord:
+    return store.add(new_request(**changes), store.images.stage(data))
 
 
-def batch_of(store: SqliteStore, count: int, **changes: object) -> tuple[BatchRecord, list[Request]]:
+def batch_of(store: SqliteStore, count: int, **changes: object) -> tuple[BatchRecord, list[RequestRecord]]:
     batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    items: list[tuple[NewRequest, Staged]] = [
-        (new_request(batch_id=batch.id, client_id=f"item {n}", **changes), store.blobs.stage(b"%d" % n))
+    items: list[tuple[NewRequest, StagedImage]] = [
+        (new_request(batch_id=batch.id, client_id=f"item {n}", **changes), store.images.stage(b"%d" % n))
         for n in range(count)
     ]
-    return batch, store.add_batch(batch, items, [Refusal(position=count, client_id="bad", code="c", reason="r")])
+    return batch, store.add_batch(batch, items, [RefusedItem(position=count, client_id="bad", code="c", reason="r")])
 
 
 def claim(store: SqliteStore, limit: int = 1000, at: datetime = NOW) -> list[Claim]:
@@ -81,7 +81,7 @@ def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refusals(store:
     assert (found.total, found.refused, found.number) == (3, 1, 1)
     assert [request.client_id for request in store.batch_items(batch.id)] == ["item 0", "item 1", "item 2"]
     assert [request.id for request in added] == [request.id for request in store.batch_items(batch.id)]
-    assert store.refusals(batch.id) == [Refusal(position=3, client_id="bad", code="c", reason="r")]
+    assert store.refused_items(batch.id) == [RefusedItem(position=3, client_id="bad", code="c", reason="r")]
     assert store.list_batches() == [found]
 
 
@@ -95,14 +95,14 @@ def test_an_unknown_batch_is_an_error(store: SqliteStore) -> None:
 
 def test_a_batch_that_cannot_be_added_leaves_nothing(store: SqliteStore) -> None:
     batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    good, bad = store.blobs.stage(b"good"), store.blobs.stage(b"bad")
+    good, bad = store.images.stage(b"good"), store.images.stage(b"bad")
     bad.path.unlink()
 
     with pytest.raises(StoreUnavailable):
         store.add_batch(batch, [(new_request(batch_id=batch.id), good), (new_request(batch_id=batch.id), bad)], [])
 
     assert (store.list(), store.list_batches()) == ([], [])
-    assert [path for path in store.blobs.folder.rglob("*") if path.is_file()] == []
+    assert [path for path in store.images.folder.rglob("*") if path.is_file()] == []
 
 
 def test_progress_counts_where_the_requests_stand(store: SqliteStore) -> None:
@@ -186,7 +186,7 @@ def test_what_was_answered_before_is_a_result_at_once(store: SqliteStore) -> Non
 
     batch, added = batch_of(store, 2, digest=DIGEST)
 
-    assert [request.state for request in added] == [State.DONE, State.QUEUED]
+    assert [request.state for request in added] == [RequestState.DONE, RequestState.QUEUED]
     assert [request.client_id for _, request in store.batch_results(batch.id)] == ["item 0"]
 
 
@@ -219,13 +219,13 @@ def test_retrying_a_batch_queues_the_failed_only_and_they_end_anew(store: Sqlite
 def test_a_batch_under_way_is_not_removed(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 2)
 
-    with pytest.raises(BatchUnderWay):
+    with pytest.raises(BatchInProgress):
         store.remove_batch(batch.id)
 
     store.cancel_batch(batch.id, now=after(1))
     assert store.remove_batch(batch.id) == 2
-    assert (store.list(), store.list_batches(), store.refusals(batch.id)) == ([], [], [])
-    assert list(store.blobs.names()) == []
+    assert (store.list(), store.list_batches(), store.refused_items(batch.id)) == ([], [], [])
+    assert list(store.images.list_digests()) == []
 
 
 # Deadlines and keeping
@@ -240,10 +240,10 @@ def test_what_is_queued_at_its_deadline_expires_and_what_is_claimed_is_finished(
     assert store.expire(after(10)) == 1
 
     expired = store.get(early.id)
-    assert (expired.state, expired.status, expired.code) == (State.CANCELLED, "expired", "expired")
-    assert store.get(never.id).state is State.QUEUED
+    assert (expired.state, expired.status, expired.code) == (RequestState.CANCELLED, "expired", "expired")
+    assert store.get(never.id).state is RequestState.QUEUED
     assert store.finish([answer(one) for one in held], now=after(11)) == 1
-    assert store.get(late.id).state is State.DONE
+    assert store.get(late.id).state is RequestState.DONE
 
 
 def test_an_expired_request_that_is_tried_again_has_no_deadline_any_more(store: SqliteStore) -> None:
@@ -262,21 +262,21 @@ def test_the_owners_own_time_to_keep_counts_when_it_is_shorter(store: SqliteStor
     long_ago = NOW - timedelta(days=30)
 
     for seconds, left in ((59.9, 2), (60.1, 1)):
-        store.purge(pictures_before=long_ago, results_before=long_ago, now=after(seconds))
+        store.purge(images_before=long_ago, results_before=long_ago, now=after(seconds))
         assert len(store.list()) == left
 
-    assert store.get(usual.id).state is State.DONE
-    assert not store.blobs.path(short.image_sha256).exists()
+    assert store.get(usual.id).state is RequestState.DONE
+    assert not store.images.path(short.image_sha256).exists()
 
 
 def test_a_batch_is_forgotten_when_its_last_request_is(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 2)
     store.finish([answer(one) for one in claim(store)], now=NOW)
 
-    store.purge(pictures_before=after(1), results_before=after(1), now=after(1))
+    store.purge(images_before=after(1), results_before=after(1), now=after(1))
 
     assert store.list_batches() == []
-    assert store.refusals(batch.id) == []
+    assert store.refused_items(batch.id) == []
 
 
 # The list
@@ -291,8 +291,8 @@ def test_the_list_is_narrowed_by_each_filter(store: SqliteStore) -> None:
     stopped = add(store, b"d", created_at=after(30))
     store.cancel(stopped.id, now=after(30))
 
-    def found(**wanted: object) -> list[str]:
-        return [request.id for request in store.find(Wanted(**wanted)).requests]  # type: ignore[arg-type]
+    def found(**query: object) -> list[str]:
+        return [request.id for request in store.find(Query(**query)).requests]  # type: ignore[arg-type]
 
     assert found() == [stopped.id, gone.id, labelled.id, named.id, items[1].id, items[0].id]
     assert found(batch_id=batch.id) == [items[1].id, items[0].id]
@@ -316,7 +316,7 @@ def test_labels_are_forgotten_with_their_request(store: SqliteStore) -> None:
 
     store.remove(request.id)
 
-    assert store.find(Wanted(labels=(("a", "b"),))).requests == []
+    assert store.find(Query(labels=(("a", "b"),))).requests == []
 
 
 @settings(max_examples=12, deadline=None)
@@ -324,18 +324,18 @@ def test_labels_are_forgotten_with_their_request(store: SqliteStore) -> None:
     before=st.integers(0, 12),
     steps=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=12),
     most=st.sampled_from((2, 5000)),
-    wanted=st.sampled_from((Wanted(), Wanted(model=MODEL), Wanted(text="b"), Wanted(labels=(("n", "0"),)))),
+    query=st.sampled_from((Query(), Query(model=MODEL), Query(text="b"), Query(labels=(("n", "0"),)))),
 )
 def test_pages_visit_each_row_once_while_rows_are_added(
-    before: int, steps: list[tuple[int, int]], most: int, wanted: Wanted
+    before: int, steps: list[tuple[int, int]], most: int, query: Query
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("store.sqlite_search.MOST_LOOKED_AT", most)
-        patch.setattr("store.sqlite_search.MOST_NAMES_LOOKED_AT", most)
-        store = SqliteStore(ServerSettings(home=Path(folder) / "home"))
+        patch.setattr("store.sqlite_search.MAX_ROWS_SCANNED", most)
+        patch.setattr("store.sqlite_search.MAX_NAMES_SCANNED", most)
+        store = SqliteStore(HomeSettings(home=Path(folder) / "home"))
         store.migrate()
 
-        def put(count: int) -> list[Request]:
+        def put(count: int) -> list[RequestRecord]:
             return [
                 add(store, name="abc"[n % 3] + ".jpg", labels={"n": str(n % 2)}, model=(MODEL, "vgg16")[n % 2])
                 for n in range(count)
@@ -345,14 +345,14 @@ def test_pages_visit_each_row_once_while_rows_are_added(
         fitting = {
             request.id
             for request in there
-            if wanted.model in (None, request.model)
-            and (wanted.text or "") in (request.name or "")
-            and all(request.labels[name] == value for name, value in wanted.labels)
+            if query.model in (None, request.model)
+            and (query.text or "") in (request.name or "")
+            and all(request.labels[name] == value for name, value in query.labels)
         }
         seen: list[str] = []
         mark: int | None = None
         for limit, more in [*steps, *[(3, 0)] * 30]:
-            page = store.find(wanted, before=mark, limit=limit)
+            page = store.find(query, before=mark, limit=limit)
             seen += [request.id for request in page.requests]
             mark = page.next_before
             put(more)
@@ -375,17 +375,17 @@ def test_only_what_has_ended_is_removed_and_its_picture_stays_while_another_need
 
     store.remove(first.id)
 
-    assert store.blobs.read(second.image_sha256) == b"same"
+    assert store.images.read(second.image_sha256) == b"same"
     store.cancel(second.id, now=NOW)
     store.remove(second.id)
-    assert list(store.blobs.names()) == []
+    assert list(store.images.list_digests()) == []
 
 
 # Repeated requests
 
 
 def begin(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW) -> object:
-    return store.begin_once(
+    return store.reserve_idempotency_key(
         owner,
         "key",
         operation="POST /x",
@@ -410,10 +410,10 @@ def test_of_many_at_once_under_one_key_one_begins(store: SqliteStore) -> None:
 
 
 def test_an_answer_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -> None:
-    kept = KeptAnswer(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
+    kept = SavedResponse(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
     begin(store, "t1")
 
-    assert store.keep_answer("", "key", "t1", kept)
+    assert store.save_response("", "key", "t1", kept)
 
     found = begin(store, "t2", at=after(3600))
     assert found is not None and found.answer == kept  # type: ignore[attr-defined]
@@ -427,9 +427,9 @@ def test_what_a_killed_server_left_ends_with_its_lease_and_its_token_is_worth_no
     assert begin(store, "t2", at=after(59)) is not None
     assert begin(store, "t2", at=after(61)) is None
 
-    assert not store.keep_answer("", "key", "t1", KeptAnswer(fingerprint="f", status=200))
-    assert not store.forget_once("", "key", "t1")
-    assert store.renew_once("", "key", "t2", lease_ends_at=after(500))
+    assert not store.save_response("", "key", "t1", SavedResponse(fingerprint="f", status=200))
+    assert not store.release_idempotency_key("", "key", "t1")
+    assert store.renew_idempotency_key("", "key", "t2", lease_ends_at=after(500))
     assert begin(store, "t3", at=after(400)) is not None
 
 
@@ -437,6 +437,6 @@ def test_keys_that_are_over_are_purged(store: SqliteStore) -> None:
     begin(store, "t1")
     long_ago = NOW - timedelta(days=30)
 
-    store.purge(pictures_before=long_ago, results_before=long_ago, now=after(90_000))
+    store.purge(images_before=long_ago, results_before=long_ago, now=after(90_000))
 
-    assert not store.forget_once("", "key", "t1")
+    assert not store.release_idempotency_key("", "key", "t1")

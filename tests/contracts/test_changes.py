@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.live.changes import Events, Listener
-from server.live.sse import parse_id, tell_requests
-from server.settings import ServerSettings
+from server.live.changes import ChangeDispatcher, Listener
+from server.live.sse import parse_id, stream_requests
 from store import new_id
-from store.records import Answer, Blame, Claim, NewRequest, State
+from store.records import Answer, Blame, Claim, NewRequest, RequestState
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 MODEL = "m"
@@ -26,7 +26,7 @@ NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
 def make_store(home: Path) -> SqliteStore:
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     return store
 
@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 def add(store: SqliteStore, **changes: object) -> str:
     new = NewRequest(id=new_id(), service="s", model=MODEL, created_at=NOW, **changes)  # type: ignore[arg-type]
-    return store.add(new, store.blobs.stage(new.id.encode())).id
+    return store.add(new, store.images.stage(new.id.encode())).id
 
 
 def claim(store: SqliteStore, limit: int = 100) -> list[Claim]:
@@ -67,31 +67,31 @@ def test_coming_in_is_no_change_and_every_other_one_is_told(store: SqliteStore) 
     changes = store.changes(0)
     assert before == 0
     assert [change.state for change in changes] == [
-        State.CLAIMED,
-        State.QUEUED,
-        State.CANCELLED,
-        State.QUEUED,
-        State.CLAIMED,
-        State.DONE,
+        RequestState.CLAIMED,
+        RequestState.QUEUED,
+        RequestState.CANCELLED,
+        RequestState.QUEUED,
+        RequestState.CLAIMED,
+        RequestState.DONE,
     ]
     assert {change.number for change in changes} == {number}
     assert store.latest_change() == changes[-1].seq
     assert store.count_changes(changes[2].seq) == (
         changes[-1].seq,
-        {State.QUEUED: 1, State.CLAIMED: 1, State.DONE: 1},
+        {RequestState.QUEUED: 1, RequestState.CLAIMED: 1, RequestState.DONE: 1},
     )
 
 
 def test_an_answer_that_was_there_already_is_a_change(store: SqliteStore) -> None:
     new = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
-    store.add(new, store.blobs.stage(b"x"))
+    store.add(new, store.images.stage(b"x"))
     store.finish([answer_of(one) for one in claim(store)], now=NOW)
     last = store.latest_change()
 
     again = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
-    added = store.add(again, store.blobs.stage(b"x"))
+    added = store.add(again, store.images.stage(b"x"))
 
-    assert [(change.number, change.state) for change in store.changes(last)] == [(added.number, State.DONE)]
+    assert [(change.number, change.state) for change in store.changes(last)] == [(added.number, RequestState.DONE)]
 
 
 def test_a_write_that_is_taken_back_is_no_change(store: SqliteStore) -> None:
@@ -112,14 +112,14 @@ def test_requests_stand_where_their_last_change_is(store: SqliteStore) -> None:
     store.cancel(ids[1], now=NOW)
     store.cancel(ids[0], now=NOW)
 
-    standing = store.standing(ids=[*ids, "nobody"])
-    read = store.read_changed([number for (_, number), _ in standing.requests] + [99])
+    snapshot = store.snapshot(ids=[*ids, "nobody"])
+    read = store.read_changed([number for (_, number), _ in snapshot.requests] + [99])
 
-    assert (standing.latest, standing.floor) == (2, 0)
-    assert standing.requests == (
-        ((0, 3), State.QUEUED),
-        ((1, 2), State.CANCELLED),
-        ((2, 1), State.CANCELLED),
+    assert (snapshot.latest, snapshot.floor) == (2, 0)
+    assert snapshot.requests == (
+        ((0, 3), RequestState.QUEUED),
+        ((1, 2), RequestState.CANCELLED),
+        ((2, 1), RequestState.CANCELLED),
     )
     found = [(position, request.id) for position, request in read]
     assert found == [((0, 3), ids[2]), ((1, 2), ids[1]), ((2, 1), ids[0])]
@@ -132,9 +132,9 @@ def test_old_changes_are_deleted_but_the_last(store: SqliteStore) -> None:
 
     assert store.purge_changes(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
     assert store.purge_changes(before=datetime.now(UTC) + timedelta(days=1)) == 2
-    standing = store.standing(ids=ids)
-    assert (standing.floor, standing.latest) == (2, 3)
-    assert [position for position, _ in standing.requests] == [(2, 1), (2, 2), (3, 3)]
+    snapshot = store.snapshot(ids=ids)
+    assert (snapshot.floor, snapshot.latest) == (2, 3)
+    assert [position for position, _ in snapshot.requests] == [(2, 1), (2, 2), (3, 3)]
 
 
 @settings(max_examples=10, deadline=None)
@@ -178,7 +178,7 @@ def test_who_comes_back_at_any_time_misses_nothing_and_gets_nothing_twice(writes
         last = {change.number: change.state for change in seen}
         for id in ids:
             request = stores[0].get(id)
-            assert request.state is last.get(request.number, State.QUEUED)
+            assert request.state is last.get(request.number, RequestState.QUEUED)
         for store in stores:
             store.close()
 
@@ -191,7 +191,7 @@ def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) ->
         store = make_store(Path(folder))
         ids = [add(store) for _ in range(10)]
         numbers = [store.get(id).number for id in ids]
-        events = Events(store, most=1)
+        events = ChangeDispatcher(store, capacity=1)
 
         def work() -> None:
             for size in (3, 2, 4, 10):
@@ -204,13 +204,13 @@ def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) ->
         worker.start()
         while not is_over:
             listener = Listener(numbers=numbers)
-            pieces = tell_requests(
+            pieces = stream_requests(
                 events,
                 store,
                 listener,
                 ids=ids,
                 last_id=last_id,
-                describe=lambda request: {"id": request.id, "state": request.state},
+                serialize=lambda request: {"id": request.id, "state": request.state},
             )
             for _ in range(choose.randint(1, 8)):
                 text = next(pieces, b"event: end").decode()

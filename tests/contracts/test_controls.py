@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import ServerSettings
-from store.batcher_controls import HOLD, Mode, Orders, hold, read_orders, resume, run_now
+from store.batcher_controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -18,7 +18,7 @@ NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
 @pytest.fixture(params=["sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     made.migrate()
     yield made
     made.close()
@@ -26,7 +26,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStor
 
 def test_nothing_was_said_at_first(store: SqliteStore) -> None:
     assert store.controls() == {}
-    assert read_orders(store) == Orders(hold=None, run_token=None)
+    assert read_control_state(store) == ControlState(pause=None, run_token=None)
 
 
 def test_a_control_says_its_latest_value_and_who_gave_it(store: SqliteStore) -> None:
@@ -39,7 +39,7 @@ def test_a_control_says_its_latest_value_and_who_gave_it(store: SqliteStore) -> 
 
 
 def test_controls_are_seen_by_other_processes(store: SqliteStore, tmp_path: Path) -> None:
-    other = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    other = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     store.set_control("light", {"colour": "red"}, by="ann", now=NOW)
 
     assert other.controls()["light"].value == {"colour": "red"}
@@ -61,30 +61,30 @@ def test_many_may_change_a_control_at_once(store: SqliteStore) -> None:
 
 
 def test_a_hold_says_who_when_and_why_until_work_goes_on(store: SqliteStore) -> None:
-    given = hold(store, Mode.PAUSED, by="ann", now=NOW, reason="new\nkernel")
+    given = pause(store, Mode.PAUSED, by="ann", now=NOW, reason="new\nkernel")
 
-    assert read_orders(store).hold == given
+    assert read_control_state(store).pause == given
     assert (given.mode, given.by, given.since, given.reason) == (Mode.PAUSED, "ann", NOW, "new kernel")
     for words in ("paused", "ann", "2026-11-21 12:00:00 UTC", "new kernel"):
         assert words in given.notice
 
-    hold(store, Mode.DRAINING, by="bob", now=NOW)
-    draining = read_orders(store).hold
+    pause(store, Mode.DRAINING, by="bob", now=NOW)
+    draining = read_control_state(store).pause
     assert draining is not None and draining.mode is Mode.DRAINING and draining.reason is None
 
     resume(store, by="bob", now=NOW)
-    assert read_orders(store).hold is None
-    assert store.controls()[HOLD].changed_by == "bob"
+    assert read_control_state(store).pause is None
+    assert store.controls()[PAUSE].changed_by == "bob"
 
 
 def test_each_run_now_is_a_new_one(store: SqliteStore) -> None:
     tokens = {run_now(store, by="ann", now=NOW) for _ in range(3)}
 
     assert len(tokens) == 3
-    assert read_orders(store).run_token in tokens
+    assert read_control_state(store).run_token in tokens
 
 
 def test_a_value_that_makes_no_sense_holds_nobody(store: SqliteStore) -> None:
-    store.set_control(HOLD, {"mode": "sideways"}, by="ann", now=NOW)
+    store.set_control(PAUSE, {"mode": "sideways"}, by="ann", now=NOW)
 
-    assert read_orders(store).hold is None
+    assert read_control_state(store).pause is None

@@ -21,7 +21,7 @@ from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, WorkerDied
-from tests.decode_gate import HOLDING
+from tests.decode_gate import DECODE_GATE
 from tests.golem import golem, provider, scenario
 from tests.process_tree import is_alive
 
@@ -47,7 +47,7 @@ EXPECTED = {
 }
 
 
-class Bench:
+class ExecutorHarness:
     """An executor, and a folder to make jobs in."""
 
     def __init__(self, executor: Executor, folder: Path, work: Path) -> None:
@@ -109,29 +109,29 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def bench(
+def harness(
     kind: str, tmp_path: Path, models_folder: Path
-) -> Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]:
+) -> Callable[[Callable[[ExecutorHarness], Coroutine[Any, Any, None]]], None]:
     """Run a test body with a started executor, and close it afterwards."""
     plugin = tmp_path / "plugin"
     plugin.mkdir()
-    (plugin / "sitecustomize.py").write_text(HOLDING)
+    (plugin / "sitecustomize.py").write_text(DECODE_GATE)
     environment = {"PYTHONPATH": str(plugin)}
 
     @contextlib.asynccontextmanager
-    async def local() -> AsyncIterator[Bench]:
+    async def local() -> AsyncIterator[ExecutorHarness]:
         folder, work = tmp_path / "jobs", tmp_path / "work"
         folder.mkdir()
         settings = BatcherSettings(work=work, models=models_folder, workers=WORKERS)
         executor = LocalExecutor(settings, environment=environment)
         await executor.start()
         try:
-            yield Bench(executor, folder, work)
+            yield ExecutorHarness(executor, folder, work)
         finally:
             await executor.close()
 
     @contextlib.asynccontextmanager
-    async def rented() -> AsyncIterator[Bench]:
+    async def rented() -> AsyncIterator[ExecutorHarness]:
         plan = scenario(*(provider(name) for name in EXPECTED["golem"].providers[:WORKERS]))
         # One attempt, so that what goes wrong is seen; whoever failed may work again soon.
         made = golem(
@@ -143,10 +143,10 @@ def bench(
             attempts=1,
             ban_seconds=1.0,
         )
-        async with made as bench:
-            yield Bench(bench.executor, bench.folder, bench.work)
+        async with made as harness:
+            yield ExecutorHarness(harness.executor, harness.folder, harness.work)
 
-    def run(body: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
+    def run(body: Callable[[ExecutorHarness], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
             async with {"local": local, "golem": rented}[kind]() as made:
                 await asyncio.wait_for(body(made), 150)
@@ -156,109 +156,109 @@ def bench(
     return run
 
 
-def test_a_chunk_is_answered(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        job = bench.job("chunk", pictures=3)
+def test_a_chunk_is_answered(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        job = harness.job("chunk", pictures=3)
 
-        outcome = await bench.executor.run(job)
+        outcome = await harness.executor.run(job)
 
         assert (outcome.error, outcome.is_blameless) == (None, False)
-        assert outcome.provider is not None and outcome.provider.startswith(bench.expected.providers)
+        assert outcome.provider is not None and outcome.provider.startswith(harness.expected.providers)
         assert outcome.seconds > 0
         results = read_results(job.results, "chunk", MODEL, range(3))
         assert [len(item.output) for item in results.items] == [20, 20, 20]
 
-    bench(body)
+    harness(body)
 
 
-def test_as_many_jobs_as_it_has_workers_run_side_by_side_and_the_rest_of_its_capacity_waits(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        names = [f"job{number}" for number in range(bench.executor.capacity())]
+def test_as_many_jobs_as_it_has_workers_run_side_by_side_and_the_rest_of_its_capacity_waits(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        names = [f"job{number}" for number in range(harness.executor.capacity())]
 
-        runs = [asyncio.create_task(bench.executor.run(bench.job(name, is_held=True))) for name in names]
-        pids = {await bench.begun(name) for name in names[: bench.executor.workers()]}
+        runs = [asyncio.create_task(harness.executor.run(harness.job(name, is_held=True))) for name in names]
+        pids = {await harness.begun(name) for name in names[: harness.executor.workers()]}
         for name in names:
-            bench.open(name)
+            harness.open(name)
         outcomes = await asyncio.gather(*runs)
 
-        assert len(pids) == bench.executor.workers()
+        assert len(pids) == harness.executor.workers()
         assert [outcome.error for outcome in outcomes] == [None] * len(names)
 
-    bench(body)
+    harness(body)
 
 
-def test_a_malformed_chunk_file_is_an_error_and_the_next_job_works(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        job = bench.job("broken")
+def test_a_malformed_chunk_file_is_an_error_and_the_next_job_works(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        job = harness.job("broken")
         job.chunk.write_bytes(b"PK\x03\x04 not a zip at all")
 
-        outcome = await bench.executor.run(job)
+        outcome = await harness.executor.run(job)
 
-        assert isinstance(outcome.error, bench.expected.malformed)
+        assert isinstance(outcome.error, harness.expected.malformed)
         assert not outcome.is_blameless
-        await bench.assert_works()
+        await harness.assert_works()
 
-    bench(body)
+    harness(body)
 
 
-def test_a_worker_killed_in_mid_job_fails_that_job_only(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        run = asyncio.create_task(bench.executor.run(bench.job("killed", is_held=True)))
-        os.kill(await bench.begun("killed"), signal.SIGKILL)
+def test_a_worker_killed_in_mid_job_fails_that_job_only(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        run = asyncio.create_task(harness.executor.run(harness.job("killed", is_held=True)))
+        os.kill(await harness.begun("killed"), signal.SIGKILL)
         outcome = await run
 
         assert isinstance(outcome.error, WorkerDied)
-        assert bench.expected.killed in outcome.error.reason
+        assert harness.expected.killed in outcome.error.reason
         assert not outcome.is_blameless
         for number in range(2 * WORKERS):
-            await bench.assert_works(f"next{number}")
+            await harness.assert_works(f"next{number}")
 
-    bench(body)
+    harness(body)
 
 
-def test_a_job_over_its_time_limit_is_stopped_and_the_next_job_works(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        await bench.assert_works("first")  # so that the limit is not spent on the start
+def test_a_job_over_its_time_limit_is_stopped_and_the_next_job_works(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        await harness.assert_works("first")  # so that the limit is not spent on the start
 
-        run = asyncio.create_task(bench.executor.run(bench.job("slow", is_held=True, timeout_seconds=1)))
-        pid = await bench.begun("slow")
+        run = asyncio.create_task(harness.executor.run(harness.job("slow", is_held=True, timeout_seconds=1)))
+        pid = await harness.begun("slow")
         outcome = await run
 
         assert isinstance(outcome.error, ChunkTimeout)
         await until(lambda: not is_alive(pid))
-        await bench.assert_works()
+        await harness.assert_works()
 
-    bench(body)
+    harness(body)
 
 
-def test_cancelling_a_run_stops_the_work_and_the_next_job_works(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        run = asyncio.create_task(bench.executor.run(bench.job("unwanted", is_held=True)))
-        pid = await bench.begun("unwanted")
+def test_cancelling_a_run_stops_the_work_and_the_next_job_works(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        run = asyncio.create_task(harness.executor.run(harness.job("unwanted", is_held=True)))
+        pid = await harness.begun("unwanted")
 
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
             await run
 
         await until(lambda: not is_alive(pid))
-        await bench.assert_works()
+        await harness.assert_works()
 
-    bench(body)
+    harness(body)
 
 
-def test_closing_leaves_no_process_and_no_file_and_blames_nobody(bench: Any) -> None:
-    async def body(bench: Bench) -> None:
-        jobs = [bench.job(f"job{number}", is_held=True) for number in range(bench.executor.capacity())]
-        runs = [asyncio.create_task(bench.executor.run(job)) for job in jobs]
-        pids = [await bench.begun(f"job{number}") for number in range(bench.executor.workers())]
+def test_closing_leaves_no_process_and_no_file_and_blames_nobody(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        jobs = [harness.job(f"job{number}", is_held=True) for number in range(harness.executor.capacity())]
+        runs = [asyncio.create_task(harness.executor.run(job)) for job in jobs]
+        pids = [await harness.begun(f"job{number}") for number in range(harness.executor.workers())]
 
-        await bench.executor.close()
-        await bench.executor.close()
+        await harness.executor.close()
+        await harness.executor.close()
         outcomes: list[Outcome] = await asyncio.gather(*runs)
-        late = await bench.executor.run(bench.job("late"))
+        late = await harness.executor.run(harness.job("late"))
 
         assert all(outcome.is_blameless and outcome.error is not None for outcome in [*outcomes, late])
         assert not any(is_alive(pid) for pid in pids)
-        assert list(bench.work.iterdir()) == []
+        assert list(harness.work.iterdir()) == []
 
-    bench(body)
+    harness(body)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from server.api.endpoint import Scope
-from server.errors import QuotaReached
-from server.settings import ServerSettings
 from store import new_id
-from store.keys import KeyNameTaken, KeyRecord, UnknownKey, hash_of, id_of, is_key, make_key
-from store.records import NewRequest, Request
+from store.errors import QuotaReached
+from store.keys import KeyNameTaken, KeyRecord, Scope, UnknownKey, hash_key, key_id_of, make_key, verify_key
+from store.records import NewRequest, RequestRecord
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -24,7 +23,7 @@ MINUTE = int(NOW.timestamp()) // 60
 
 @pytest.fixture(params=["sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     made.migrate()
     yield made
     made.close()
@@ -35,9 +34,9 @@ def record(name: str = "alice", id: str = "alice0000000", **changes: object) -> 
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def send(store: SqliteStore, key_id: str | None, *, now: datetime = NOW) -> Request:
+def send(store: SqliteStore, key_id: str | None, *, now: datetime = NOW) -> RequestRecord:
     new = NewRequest(id=new_id(), service="classification", model="resnet50", key_id=key_id, created_at=now)
-    return store.add(new, store.blobs.stage(new.id.encode()))
+    return store.add(new, store.images.stage(new.id.encode()))
 
 
 # What a key is
@@ -45,12 +44,12 @@ def send(store: SqliteStore, key_id: str | None, *, now: datetime = NOW) -> Requ
 
 def test_a_made_key_is_recognised_by_its_hash_only() -> None:
     id, key = make_key()
-    kept = record(id=id, sha256=hash_of(key))
+    kept = record(id=id, sha256=hash_key(key))
 
-    assert id_of(key) == id
-    assert is_key(key, kept)
-    assert not is_key(key[:-1] + ("a" if key[-1] != "a" else "b"), kept)
-    assert not is_key(key, None)
+    assert key_id_of(key) == id
+    assert verify_key(key, kept)
+    assert not verify_key(key[:-1] + ("a" if key[-1] != "a" else "b"), kept)
+    assert not verify_key(key, None)
     assert key[len("mlg_") + 13 :] not in repr(kept) + kept.sha256
 
 
@@ -65,8 +64,8 @@ def test_two_keys_share_nothing() -> None:
     "text", ["", "mlg_", "mlg_short_x", "MLG_abcdefghijkl_" + "x" * 43, "mlg_abcdefghijkl_" + "x" * 31, "é" * 60]
 )
 def test_what_does_not_look_like_a_key_has_no_id(text: str) -> None:
-    assert id_of(text) is None
-    assert not is_key(text, record())
+    assert key_id_of(text) is None
+    assert not verify_key(text, record())
 
 
 @pytest.mark.parametrize(
@@ -85,15 +84,15 @@ def test_a_key_is_usable_until_it_expires_or_is_revoked(changes: dict[str, objec
 def test_to_operate_includes_every_scope_and_nothing_else_does() -> None:
     operator, reader = record(scopes=frozenset({Scope.OPERATE})), record(scopes=frozenset({Scope.READ}))
 
-    assert all(operator.is_good_for(scope) for scope in Scope)
-    assert [scope for scope in Scope if reader.is_good_for(scope)] == [Scope.READ]
+    assert all(operator.has_scope(scope) for scope in Scope)
+    assert [scope for scope in Scope if reader.has_scope(scope)] == [Scope.READ]
 
 
 # Keeping keys
 
 
 def test_a_key_is_found_as_it_was_added(store: SqliteStore) -> None:
-    key = record(pictures_per_day=10, requests_per_minute=5, expires_at=NOW + timedelta(days=90))
+    key = record(images_per_day=10, requests_per_minute=5, expires_at=NOW + timedelta(days=90))
 
     store.add_key(key)
 
@@ -166,7 +165,7 @@ def test_the_last_use_is_noted_once_a_minute(store: SqliteStore) -> None:
 
 
 def test_a_quota_is_exact_and_begins_anew_each_day(store: SqliteStore) -> None:
-    store.add_key(record(pictures_per_day=2))
+    store.add_key(record(images_per_day=2))
     send(store, "alice0000000")
     send(store, "alice0000000")
 
@@ -174,23 +173,23 @@ def test_a_quota_is_exact_and_begins_anew_each_day(store: SqliteStore) -> None:
         send(store, "alice0000000")
     send(store, "alice0000000", now=NOW + timedelta(days=1))
 
-    assert store.pictures_used("alice0000000", now=NOW) == 2
-    assert store.pictures_used_by_key(now=NOW + timedelta(days=1)) == {"alice0000000": 1}
+    assert store.images_used("alice0000000", now=NOW) == 2
+    assert store.images_used_by_key(now=NOW + timedelta(days=1)) == {"alice0000000": 1}
 
 
 def test_what_the_quota_refuses_leaves_neither_row_nor_picture(store: SqliteStore) -> None:
-    store.add_key(record(pictures_per_day=1))
+    store.add_key(record(images_per_day=1))
     send(store, "alice0000000")
 
     with pytest.raises(QuotaReached):
         send(store, "alice0000000")
 
     assert len(store.list()) == 1
-    assert len([path for path in store.blobs.folder.rglob("*") if path.is_file()]) == 1
+    assert len([path for path in store.images.folder.rglob("*") if path.is_file()]) == 1
 
 
 def test_many_threads_together_send_no_more_than_the_quota(store: SqliteStore) -> None:
-    store.add_key(record(pictures_per_day=10))
+    store.add_key(record(images_per_day=10))
     refused = []
 
     def work() -> None:
@@ -207,7 +206,7 @@ def test_many_threads_together_send_no_more_than_the_quota(store: SqliteStore) -
         thread.join()
 
     assert (len(store.list()), len(refused)) == (10, 20)
-    assert store.pictures_used("alice0000000", now=NOW) == 10
+    assert store.images_used("alice0000000", now=NOW) == 10
 
 
 def test_a_key_without_a_quota_is_counted_all_the_same_and_nobody_is_not(store: SqliteStore) -> None:
@@ -216,7 +215,7 @@ def test_a_key_without_a_quota_is_counted_all_the_same_and_nobody_is_not(store: 
         send(store, "alice0000000")
     send(store, None)
 
-    assert store.pictures_used_by_key(now=NOW) == {"alice0000000": 3}
+    assert store.images_used_by_key(now=NOW) == {"alice0000000": 3}
 
 
 # Requests a minute
@@ -226,7 +225,7 @@ def test_slices_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
 
     def take(minute: int = MINUTE) -> tuple[int, int]:
-        taken = store.take_requests("alice0000000", minute=minute, most=4, per_minute=10)
+        taken = store.grant_requests("alice0000000", minute=minute, limit=4, per_minute=10)
         return taken.granted, taken.left
 
     assert [take(), take(), take(), take()] == [(4, 6), (4, 2), (2, 0), (0, 0)]
@@ -235,19 +234,19 @@ def test_slices_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
 
 def test_a_process_that_is_late_takes_from_the_present_minute(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
-    store.take_requests("alice0000000", minute=MINUTE + 1, most=9, per_minute=10)
+    store.grant_requests("alice0000000", minute=MINUTE + 1, limit=9, per_minute=10)
 
-    late = store.take_requests("alice0000000", minute=MINUTE, most=4, per_minute=10)
+    late = store.grant_requests("alice0000000", minute=MINUTE, limit=4, per_minute=10)
 
     assert (late.granted, late.left) == (1, 0)
 
 
 def test_a_clock_that_was_set_back_begins_anew(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
-    store.take_requests("alice0000000", minute=MINUTE + 500, most=10, per_minute=10)
+    store.grant_requests("alice0000000", minute=MINUTE + 500, limit=10, per_minute=10)
 
-    assert store.take_requests("alice0000000", minute=MINUTE, most=4, per_minute=10).granted == 4
+    assert store.grant_requests("alice0000000", minute=MINUTE, limit=4, per_minute=10).granted == 4
 
 
 def test_a_key_that_is_not_there_gets_nothing(store: SqliteStore) -> None:
-    assert store.take_requests("nobody000000", minute=MINUTE, most=4, per_minute=10).granted == 0
+    assert store.grant_requests("nobody000000", minute=MINUTE, limit=4, per_minute=10).granted == 0

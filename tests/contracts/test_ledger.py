@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.settings import ServerSettings
 from store import new_id
 from store.chunks import ChunkRecord
 from store.cost_split import total
@@ -30,7 +29,8 @@ from store.ledger_records import (
     DebitNoteRecord,
     InvoiceRecord,
 )
-from store.records import Answer, NewRequest, Request
+from store.records import Answer, NewRequest, RequestRecord
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -48,7 +48,7 @@ def after(seconds: float) -> datetime:
 
 @pytest.fixture(params=["sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     made.migrate()
     yield made
     made.close()
@@ -123,7 +123,7 @@ def answer_requests(store: SqliteStore, chunk_id: str, count: int) -> list[str]:
     """Add requests and answer all that wait with this chunk."""
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.blobs.stage(b"picture"))
+        store.add(new, store.images.stage(b"picture"))
     claims = store.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
     answers = [
         Answer(
@@ -149,13 +149,13 @@ def total_row(store: SqliteStore) -> CostRow:
 
 
 def test_an_allocation_is_open_until_it_is_released(store: SqliteStore) -> None:
-    store.note_allocation(allocation())
-    store.note_allocation(allocation(amount=Decimal("2.5")))
+    store.record_allocation(allocation())
+    store.record_allocation(allocation(amount=Decimal("2.5")))
 
     before = store.allocations(is_open=True)
     store.release_allocation("al1", now=after(5))
     store.release_allocation("al1", now=after(6))
-    store.note_allocation(allocation())
+    store.record_allocation(allocation())
 
     assert before == [allocation(amount=Decimal("2.5"))]
     assert store.allocations(is_open=True) == []
@@ -163,13 +163,13 @@ def test_an_allocation_is_open_until_it_is_released(store: SqliteStore) -> None:
 
 
 def test_the_first_end_of_an_agreement_counts(store: SqliteStore) -> None:
-    store.note_agreement(agreement())
-    store.note_agreement(agreement(model="another"))
+    store.record_agreement(agreement())
+    store.record_agreement(agreement(model="another"))
     assert store.agreements() == store.agreements(is_open=True) == [agreement()]
 
     store.end_agreement("ag1", reason="no more work", now=after(5))
     store.end_agreement("ag1", reason="later", now=after(6))
-    store.note_agreement(agreement())
+    store.record_agreement(agreement())
 
     assert store.agreements(is_open=True) == []
     assert store.agreements(is_open=False) == [agreement(ended_at=after(5), reason="no more work")]
@@ -177,13 +177,13 @@ def test_the_first_end_of_an_agreement_counts(store: SqliteStore) -> None:
 
 def test_an_agreement_is_settled_when_it_ended_and_its_bill_was_decided(store: SqliteStore) -> None:
     for id in ("ended", "billed", "settled", "refused"):
-        store.note_agreement(agreement(id))
+        store.record_agreement(agreement(id))
     for id in ("ended", "settled", "refused"):
         store.end_agreement(id, reason="done", now=after(5))
-    store.note_invoice(invoice("1", BillState.RECEIVED, id="i1", agreement_id="ended"))
-    store.note_invoice(invoice("1", id="i2", agreement_id="billed"))
-    store.note_invoice(invoice("1", id="i3", agreement_id="settled"))
-    store.note_invoice(invoice("1", BillState.REFUSED, id="i4", agreement_id="refused", reason="too much"))
+    store.record_invoice(invoice("1", BillState.RECEIVED, id="i1", agreement_id="ended"))
+    store.record_invoice(invoice("1", id="i2", agreement_id="billed"))
+    store.record_invoice(invoice("1", id="i3", agreement_id="settled"))
+    store.record_invoice(invoice("1", BillState.REFUSED, id="i4", agreement_id="refused", reason="too much"))
 
     assert [each.id for each in store.agreements(is_settled=True)] == ["refused", "settled"]
     assert [each.id for each in store.agreements(is_settled=False)] == ["billed", "ended"]
@@ -193,7 +193,7 @@ def test_an_agreement_is_settled_when_it_ended_and_its_bill_was_decided(store: S
 def test_prices_keep_their_last_digit(store: SqliteStore) -> None:
     exact = agreement(price_per_second=Decimal("0.000000000000000001"), start_price=Decimal("1E-7"))
 
-    store.note_agreement(exact)
+    store.record_agreement(exact)
 
     assert store.agreements() == [exact]
 
@@ -202,45 +202,45 @@ def test_an_activity_may_be_noted_again_with_its_end(store: SqliteStore) -> None
     begun = ActivityRecord(id="ac1", agreement_id="ag1", created_at=NOW)
 
     for activity in (begun, replace(begun, ended_at=after(9), cpu_seconds=3.5, seconds=9.0), begun):
-        store.note_activity(activity)
+        store.record_activity(activity)
 
 
 # Money
 
 
 def test_an_estimate_counts_until_the_invoice_is_accepted(store: SqliteStore) -> None:
-    store.note_agreement(agreement())
+    store.record_agreement(agreement())
     work(store, "c1", cost="0.1")
     work(store, "c2", cost="0.25")
     assert store.spent() == Decimal("0.35")
 
-    store.note_invoice(invoice("0.3", BillState.RECEIVED))
+    store.record_invoice(invoice("0.3", BillState.RECEIVED))
     assert store.spent() == Decimal("0.35")
 
-    store.note_invoice(invoice("0.3"))
+    store.record_invoice(invoice("0.3"))
     assert store.spent() == Decimal("0.3")
     assert (total_row(store).paid, total_row(store).open) == (Decimal("0.3"), 0)
 
 
 def test_debit_notes_count_when_they_say_more_than_the_estimate(store: SqliteStore) -> None:
     work(store, "c1", cost="0.1")
-    store.note_debit(debit("0.05"))
+    store.record_debit_note(debit("0.05"))
     assert store.spent() == Decimal("0.1")
 
     # The notes of one activity include each other; those of two add up.
-    store.note_debit(debit("0.2", id="d2"))
-    store.note_debit(debit("0.04", id="d3", activity_id="ac2"))
+    store.record_debit_note(debit("0.2", id="d2"))
+    store.record_debit_note(debit("0.04", id="d3", activity_id="ac2"))
     assert store.spent() == Decimal("0.24")
 
-    store.note_debit(debit("9", BillState.RECEIVED, id="d4"))
-    store.note_debit(debit("9", BillState.REFUSED, id="d5"))
+    store.record_debit_note(debit("9", BillState.RECEIVED, id="d4"))
+    store.record_debit_note(debit("9", BillState.REFUSED, id="d5"))
     assert store.spent() == Decimal("0.24")
 
 
 def test_a_refused_invoice_costs_nothing(store: SqliteStore) -> None:
     work(store, "c1", cost="0.1")
-    store.note_debit(debit("0.5"))
-    store.note_invoice(invoice("7", BillState.REFUSED, reason="more than was agreed"))
+    store.record_debit_note(debit("0.5"))
+    store.record_invoice(invoice("7", BillState.REFUSED, reason="more than was agreed"))
 
     assert store.spent() == 0
     assert chunk_costs(store) == {"c1": ("0", True)}
@@ -249,10 +249,10 @@ def test_a_refused_invoice_costs_nothing(store: SqliteStore) -> None:
 
 def test_what_was_accepted_stays_and_what_was_refused_may_still_be_accepted(store: SqliteStore) -> None:
     work(store, "c1")
-    store.note_invoice(invoice("7", BillState.REFUSED))
-    store.note_invoice(invoice("0.7"))
+    store.record_invoice(invoice("7", BillState.REFUSED))
+    store.record_invoice(invoice("0.7"))
     for late in (invoice("7", BillState.RECEIVED), invoice("7", BillState.REFUSED), invoice("0.9")):
-        store.note_invoice(late)
+        store.record_invoice(late)
 
     assert store.spent() == Decimal("0.7")
     assert total_row(store).refused == 0
@@ -264,7 +264,7 @@ def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) ->
         work(store, id, seconds=seconds)
     start_chunk(store, "under way")
 
-    store.note_invoice(invoice("0.1"))
+    store.record_invoice(invoice("0.1"))
 
     costs = chunk_costs(store)
     assert costs["under way"] == (None, False)
@@ -278,7 +278,7 @@ def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) ->
 
 def test_a_chunk_that_ends_after_the_invoice_causes_a_new_split(store: SqliteStore) -> None:
     work(store, "c1", seconds=3.0)
-    store.note_invoice(invoice("1"))
+    store.record_invoice(invoice("1"))
     assert chunk_costs(store) == {"c1": ("1", True)}
 
     work(store, "c2", seconds=1.0)
@@ -288,8 +288,8 @@ def test_a_chunk_that_ends_after_the_invoice_causes_a_new_split(store: SqliteSto
 
 
 def test_an_invoice_without_chunks_stays_with_its_agreement(store: SqliteStore) -> None:
-    store.note_agreement(agreement())
-    store.note_invoice(invoice("0.2"))
+    store.record_agreement(agreement())
+    store.record_invoice(invoice("0.2"))
 
     assert store.spent() == Decimal("0.2")
     (row,) = store.costs("model")
@@ -297,7 +297,7 @@ def test_an_invoice_without_chunks_stays_with_its_agreement(store: SqliteStore) 
 
 
 def test_the_money_of_an_agreement_that_nobody_noted_is_not_lost(store: SqliteStore) -> None:
-    store.note_invoice(invoice("0.2", agreement_id="never seen"))
+    store.record_invoice(invoice("0.2", agreement_id="never seen"))
 
     assert store.spent() == Decimal("0.2")
     assert [row.key for row in store.costs("provider")] == ["unknown"]
@@ -305,8 +305,8 @@ def test_the_money_of_an_agreement_that_nobody_noted_is_not_lost(store: SqliteSt
 
 def test_money_counts_on_the_day_of_its_settlement_and_open_money_always(store: SqliteStore) -> None:
     tomorrow = NOW.replace(hour=0) + timedelta(days=1)
-    store.note_invoice(invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1)))
-    store.note_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
+    store.record_invoice(invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1)))
+    store.record_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
     work(store, "c1", agreement_id="c", cost="4")
 
     assert [store.spent(), store.spent(since=tomorrow), store.spent(since=tomorrow + timedelta(days=1))] == [7, 6, 4]
@@ -318,26 +318,26 @@ def test_money_counts_on_the_day_of_its_settlement_and_open_money_always(store: 
 
 
 def test_what_one_batcher_spent_is_told_by_its_allocations(store: SqliteStore) -> None:
-    store.note_allocation(allocation("al1", batcher_id="b1"))
-    store.note_allocation(allocation("al2", batcher_id="b2"))
+    store.record_allocation(allocation("al1", batcher_id="b1"))
+    store.record_allocation(allocation("al2", batcher_id="b2"))
     for id, allocation_id in (("a", "al1"), ("b", "al1"), ("c", "al2")):
-        store.note_agreement(agreement(id, allocation_id=allocation_id))
-    store.note_invoice(invoice("1", id="i1", agreement_id="a"))
-    store.note_debit(debit("2", agreement_id="b"))
+        store.record_agreement(agreement(id, allocation_id=allocation_id))
+    store.record_invoice(invoice("1", id="i1", agreement_id="a"))
+    store.record_debit_note(debit("2", agreement_id="b"))
     work(store, "c1", agreement_id="c", cost="4")
 
     assert [store.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
 
 
 def test_costs_tell_images_chunks_and_names(store: SqliteStore) -> None:
-    store.note_agreement(agreement())
-    store.note_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
+    store.record_agreement(agreement())
+    store.record_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
     start_chunk(store, "c1")
     answer_requests(store, "c1", 3)
     end_chunk(store, "c1")
     work(store, "c2", agreement_id="ag2", cost="0.5")
     work(store, "at home", agreement_id=None, cost=None)
-    store.note_invoice(invoice("1"))
+    store.record_invoice(invoice("1"))
 
     alpha, beta = store.costs("provider")
 
@@ -366,7 +366,7 @@ def test_requests_share_the_cost_of_their_chunk_to_the_last_digit(store: SqliteS
     assert {store.get(id).is_cost_final for id in ids} == {False}
     assert total(store.get(id).cost or Decimal(0) for id in ids) == Decimal("0.1")
 
-    store.note_invoice(invoice("0.2"))
+    store.record_invoice(invoice("0.2"))
     found = [store.get(id) for id in ids]
     assert [request.cost for request in found] == [
         Decimal("0.066666666666666667"),
@@ -396,7 +396,7 @@ def test_an_answer_that_was_there_already_costs_nothing(store: SqliteStore) -> N
     end_chunk(store, "c1", cost="1")
     new = NewRequest(id=new_id(), service="classification", model="resnet50", digest="d" * 64, created_at=NOW)
 
-    cached = store.add(new, store.blobs.stage(b"picture"))
+    cached = store.add(new, store.images.stage(b"picture"))
 
     assert cached.is_cached
     assert store.get(cached.id).cost is None
@@ -413,17 +413,17 @@ def test_the_answers_of_a_chunk_that_could_not_be_noted_have_no_cost(store: Sqli
 
 
 def note(store: SqliteStore, id: str = ALPHA, name: str = "alpha", *, at: datetime = NOW) -> None:
-    store.note_provider(id, name=name, now=at, **PRICES)
+    store.record_offer(id, name=name, now=at, **PRICES)
 
 
 def did(store: SqliteStore, images: int, seconds: float, *, is_failure: bool = False, model: str = "resnet50") -> None:
-    store.note_work(ALPHA, model=model, images=images, seconds=seconds, is_failure=is_failure, now=NOW)
+    store.record_work(ALPHA, model=model, images=images, seconds=seconds, is_failure=is_failure, now=NOW)
 
 
 def test_a_provider_is_listed_with_its_latest_offer(store: SqliteStore) -> None:
     note(store, at=NOW)
     note(store, BETA, "beta", at=after(1))
-    store.note_provider(ALPHA, name="alpha", now=after(2), **{**PRICES, "start_price": Decimal("0.5")})
+    store.record_offer(ALPHA, name="alpha", now=after(2), **{**PRICES, "start_price": Decimal("0.5")})
 
     alpha, beta = store.list_providers()
 
@@ -526,9 +526,9 @@ def test_everything_may_be_noted_from_many_threads_at_once(store: SqliteStore) -
 
     def one(number: int) -> None:
         id = f"ag{number}"
-        store.note_agreement(agreement(id))
+        store.record_agreement(agreement(id))
         work(store, f"c{number}", agreement_id=id)
-        store.note_invoice(invoice("0.125", id=f"i{number}", agreement_id=id))
+        store.record_invoice(invoice("0.125", id=f"i{number}", agreement_id=id))
         did(store, 16, 1.0)
         store.spent()
 
@@ -556,9 +556,9 @@ class AnyHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.store = SqliteStore(ServerSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store = SqliteStore(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
         self.store.migrate()
-        self.store.note_allocation(allocation())
+        self.store.record_allocation(allocation())
         self.clock = 0.0
         #: id -> the bill as it stands.
         self.invoices: dict[str, InvoiceRecord] = {}
@@ -577,10 +577,10 @@ class AnyHistory(RuleBasedStateMachine):
         self.clock += days * 86400
 
     @rule(id=agreement_ids)
-    def note_agreement(self, id: str) -> None:
+    def record_agreement(self, id: str) -> None:
         provider = {"ag0": (ALPHA, "alpha"), "ag1": (BETA, "beta"), "ag2": (BETA, "beta")}[id]
         model = "vgg16" if id == "ag2" else "resnet50"
-        self.store.note_agreement(agreement(id, provider_id=provider[0], provider_name=provider[1], model=model))
+        self.store.record_agreement(agreement(id, provider_id=provider[0], provider_name=provider[1], model=model))
 
     @rule(id=agreement_ids)
     def end_agreement(self, id: str) -> None:
@@ -602,7 +602,7 @@ class AnyHistory(RuleBasedStateMachine):
             settled_at=None if state == BillState.RECEIVED else after(self.clock),
         )
         for _ in range(times):
-            self.store.note_invoice(made)
+            self.store.record_invoice(made)
         known = self.invoices.get(made.id)
         if known is None or self.RANK.index(state) > self.RANK.index(known.state):
             self.invoices[made.id] = made
@@ -611,15 +611,15 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 10))
     def say_a_bill_again(self, pick: int) -> None:
         known = sorted(self.invoices)[pick % len(self.invoices)]
-        self.store.note_invoice(self.invoices[known])
-        self.store.note_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
+        self.store.record_invoice(self.invoices[known])
+        self.store.record_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
 
     @rule(id=agreement_ids, number=st.integers(0, 3), state=states, amount=amounts)
     def debit(self, id: str, number: int, state: BillState, amount: Decimal) -> None:
         made = debit("0", state, id=f"note {number} of {id}", activity_id=f"{id}-{number % 2}", agreement_id=id)
         made = replace(made, amount=amount)
-        self.store.note_debit(made)
-        self.store.note_debit(made)
+        self.store.record_debit_note(made)
+        self.store.record_debit_note(made)
         known = self.debits.get(made.id)
         if known is None or self.RANK.index(state) > self.RANK.index(known.state):
             self.debits[made.id] = made
@@ -690,7 +690,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def chunks_share_their_bill_and_requests_their_chunk(self) -> None:
-        requests: dict[str | None, list[Request]] = defaultdict(list)
+        requests: dict[str | None, list[RequestRecord]] = defaultdict(list)
         for request in self.store.list(limit=1000):
             requests[request.chunk_id].append(request)
         shares: dict[str, list[Decimal]] = defaultdict(list)

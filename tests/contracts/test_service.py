@@ -126,11 +126,11 @@ def test_shrunk_item_gives_the_same_output_and_is_smaller(answered, photos):
     originals = dict.fromkeys(service.inputs, photos["coffee"])
     model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
 
-    shrunk = service.shrink(model_input, originals)
+    shrunk = service.resize(model_input, originals)
 
     assert shrunk.keys() == service.inputs.keys()
     assert sum(map(len, shrunk.values())) < sum(map(len, originals.values()))
-    assert service.run(net, service.prepare(artefact, shrunk, is_shrunk=True)) == output
+    assert service.run(net, service.prepare(artefact, shrunk, is_resized=True)) == output
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
@@ -140,7 +140,7 @@ def test_input_that_is_no_picture_is_refused_in_the_same_words_before_it_is_sent
     model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
 
     with pytest.raises(BadInput) as here:
-        service.shrink(model_input, inputs)
+        service.resize(model_input, inputs)
     with pytest.raises(BadInput) as there:
         service.prepare(artefact, inputs)
 
@@ -151,7 +151,7 @@ def test_original_that_claims_to_be_shrunk_is_bad_input(answered, photos):
     service, artefact, _, _ = answered
 
     with pytest.raises(BadInput, match="must be a WebP"):
-        service.prepare(artefact, dict.fromkeys(service.inputs, photos["coffee"]), is_shrunk=True)
+        service.prepare(artefact, dict.fromkeys(service.inputs, photos["coffee"]), is_resized=True)
 
 
 def test_view_of_default_params_is_json_and_no_longer_than_the_output(answered):

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from provider_image.errors import NotCancellable, NotRetryable, UnknownRequest
-from server.settings import ServerSettings
 from store import new_id
 from store.chunks import BatcherRecord, ChunkRecord
-from store.records import Answer, Blame, Claim, NewRequest, Request, State
+from store.errors import NotCancellable, NotRetryable, UnknownRequest
+from store.records import Answer, Blame, Claim, NewRequest, RequestRecord, RequestState
+from store.settings import HomeSettings
 from store.sqlite import MAX_ATTEMPTS, SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -30,7 +30,7 @@ def after(seconds: float) -> datetime:
 
 @pytest.fixture(params=["sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=5))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
     made.migrate()
     yield made
     made.close()
@@ -44,11 +44,11 @@ def add(
     at: datetime = NOW,
     digest: str | None = None,
     is_fresh: bool = False,
-) -> Request:
+) -> RequestRecord:
     new = NewRequest(
         id=new_id(), service="classification", model=model, digest=digest, is_fresh=is_fresh, created_at=at
     )
-    return store.add(new, store.blobs.stage(data))
+    return store.add(new, store.images.stage(data))
 
 
 def claim_all(store: SqliteStore, *, at: datetime = NOW, limit: int = 1000) -> list[Claim]:
@@ -67,8 +67,8 @@ def test_a_request_is_read_back_as_it_was_added(store: SqliteStore) -> None:
     found = store.get(added.id)
 
     assert found == added
-    assert (found.state, found.attempts, found.output) == (State.QUEUED, 0, None)
-    assert store.blobs.read(found.image_sha256) == b"bytes of a picture"
+    assert (found.state, found.attempts, found.output) == (RequestState.QUEUED, 0, None)
+    assert store.images.read(found.image_sha256) == b"bytes of a picture"
 
 
 def test_an_unknown_id_is_an_error(store: SqliteStore) -> None:
@@ -81,7 +81,7 @@ def test_equal_pictures_are_kept_once(store: SqliteStore) -> None:
     add(store, b"same")
     add(store, b"same")
 
-    assert len(list(store.blobs.names())) == 1
+    assert len(list(store.images.list_digests())) == 1
 
 
 def test_an_answer_is_used_again_for_the_same_bytes_and_the_same_artefact(store: SqliteStore) -> None:
@@ -90,7 +90,7 @@ def test_an_answer_is_used_again_for_the_same_bytes_and_the_same_artefact(store:
 
     again = add(store, b"same", digest=DIGEST, at=after(2))
 
-    assert (again.state, again.is_cached, again.output) == (State.DONE, True, OUTPUT)
+    assert (again.state, again.is_cached, again.output) == (RequestState.DONE, True, OUTPUT)
     assert again.finished_at == after(2)
     assert again.chunk_id == store.get(first.id).chunk_id
 
@@ -112,7 +112,7 @@ def test_an_answer_is_not_used_again_when_anything_differs(store: SqliteStore, d
 
     again = add(store, **{"data": b"same", "digest": DIGEST, **difference})  # type: ignore[arg-type]
 
-    assert (again.state, again.is_cached) == (State.QUEUED, False)
+    assert (again.state, again.is_cached) == (RequestState.QUEUED, False)
 
 
 def test_claim_takes_the_oldest_first(store: SqliteStore) -> None:
@@ -191,7 +191,7 @@ def test_finish_records_an_answer_once(store: SqliteStore) -> None:
 
     assert recorded == [1, 0]
     found = store.get(request.id)
-    assert (found.state, found.output, found.finished_at) == (State.DONE, OUTPUT, after(1))
+    assert (found.state, found.output, found.finished_at) == (RequestState.DONE, OUTPUT, after(1))
     assert (found.digest, found.provider, found.seconds) == (DIGEST, "local/test", 0.01)
 
 
@@ -206,7 +206,7 @@ def test_a_late_answer_with_a_stale_token_is_dropped(store: SqliteStore) -> None
     assert store.release([late], blame=Blame.ITEM, code="x", reason="y", now=after(33)) == 0
     assert store.renew([late], lease_ends_at=after(99)) == set()
     assert store.finish([answer(newer)], now=after(34)) == 1
-    assert store.get(request.id).state is State.DONE
+    assert store.get(request.id).state is RequestState.DONE
 
 
 def test_renew_keeps_a_claim(store: SqliteStore) -> None:
@@ -226,24 +226,24 @@ def test_a_release_that_blames_nobody_counts_nothing(store: SqliteStore) -> None
         store.release(claim_all(store), blame=Blame.NOBODY, code="stopping", reason="stopping", now=NOW)
 
     found = store.get(request.id)
-    assert (found.state, found.attempts, found.isolation) == (State.QUEUED, 0, 0)
+    assert (found.state, found.attempts, found.isolation) == (RequestState.QUEUED, 0, 0)
 
 
 def test_a_request_fails_after_three_failures_of_its_own_with_the_last_reason(store: SqliteStore) -> None:
     request = add(store)
     for attempt in range(MAX_ATTEMPTS):
-        assert store.get(request.id).state is State.QUEUED
+        assert store.get(request.id).state is RequestState.QUEUED
         store.release(claim_all(store), blame=Blame.ITEM, code="inference_failed", reason=f"try {attempt}", now=NOW)
 
     found = store.get(request.id)
-    assert (found.state, found.attempts, found.reason) == (State.FAILED, 3, "try 2")
+    assert (found.state, found.attempts, found.reason) == (RequestState.FAILED, 3, "try 2")
     assert found.finished_at == NOW
 
 
 def test_an_item_of_failing_chunks_is_isolated_before_it_is_blamed(store: SqliteStore) -> None:
     request = add(store)
     seen = []
-    while store.get(request.id).state is State.QUEUED:
+    while store.get(request.id).state is RequestState.QUEUED:
         (claim,) = claim_all(store)
         seen.append((claim.isolation, claim.attempts))
         store.release([claim], blame=Blame.CHUNK, code="worker_died", reason="the worker died", now=NOW)
@@ -258,7 +258,7 @@ def test_fail_is_final_at_once(store: SqliteStore) -> None:
     store.fail(claim_all(store), code="broken_image", reason="It is cut short.", now=after(1))
 
     found = store.get(request.id)
-    assert (found.state, found.code, found.reason) == (State.FAILED, "broken_image", "It is cut short.")
+    assert (found.state, found.code, found.reason) == (RequestState.FAILED, "broken_image", "It is cut short.")
 
 
 def test_cancel_takes_back_what_is_queued_and_nothing_else(store: SqliteStore) -> None:
@@ -266,7 +266,7 @@ def test_cancel_takes_back_what_is_queued_and_nothing_else(store: SqliteStore) -
     cancelled = store.cancel(queued.id, now=after(1))
     claim_all(store)
 
-    assert cancelled.state is State.CANCELLED
+    assert cancelled.state is RequestState.CANCELLED
     for id in (queued.id, claimed.id):
         with pytest.raises(NotCancellable):
             store.cancel(id, now=after(2))
@@ -280,7 +280,7 @@ def test_retry_queues_a_failed_request_with_its_attempts_forgotten(store: Sqlite
 
     again = store.retry(request.id, now=after(2))
 
-    assert (again.state, again.attempts, again.finished_at) == (State.QUEUED, 0, None)
+    assert (again.state, again.attempts, again.finished_at) == (RequestState.QUEUED, 0, None)
     with pytest.raises(NotRetryable):
         store.retry(request.id, now=after(3))
     with pytest.raises(UnknownRequest):
@@ -295,8 +295,8 @@ def test_list_pages_from_the_newest(store: SqliteStore) -> None:
 
     assert [request.id for request in [*first, *second]] == ids[::-1]
     assert [request.id for request in store.list(model="vgg16")] == ids[5::-2]
-    assert store.list(state=State.FAILED) == []
-    assert len(store.list(state=State.QUEUED)) == 6
+    assert store.list(state=RequestState.FAILED) == []
+    assert len(store.list(state=RequestState.QUEUED)) == 6
 
 
 def test_purge_deletes_pictures_first_and_results_later_and_nothing_that_waits(store: SqliteStore) -> None:
@@ -304,14 +304,14 @@ def test_purge_deletes_pictures_first_and_results_later_and_nothing_that_waits(s
     claims = [claim for claim in claim_all(store) if claim.id == finished.id]
     store.finish([answer(claims[0])], now=after(1))
 
-    kept = store.purge(pictures_before=after(1), results_before=after(1), now=after(2))
-    pictures = store.purge(pictures_before=after(2), results_before=after(1), now=after(3))
+    kept = store.purge(images_before=after(1), results_before=after(1), now=after(2))
+    images = store.purge(images_before=after(2), results_before=after(1), now=after(3))
 
-    assert (kept.pictures, kept.results) == (0, 0)
-    assert (pictures.pictures, pictures.results) == (1, 0)
+    assert (kept.images, kept.results) == (0, 0)
+    assert (images.images, images.results) == (1, 0)
     assert store.get(finished.id).image_deleted_at == after(3)
-    assert list(store.blobs.names()) == [waiting.image_sha256]
-    assert store.purge(pictures_before=after(2), results_before=after(2), now=after(4)).results == 1
+    assert list(store.images.list_digests()) == [waiting.image_sha256]
+    assert store.purge(images_before=after(2), results_before=after(2), now=after(4)).results == 1
     with pytest.raises(UnknownRequest):
         store.get(finished.id)
     assert store.get(waiting.id).image_sha256 == waiting.image_sha256
@@ -322,28 +322,28 @@ def test_purge_keeps_a_picture_that_another_request_still_needs(store: SqliteSto
     store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
     waiting = add(store, b"same", at=after(5))
 
-    store.purge(pictures_before=after(4), results_before=after(4), now=after(6))
+    store.purge(images_before=after(4), results_before=after(4), now=after(6))
 
-    assert store.blobs.read(waiting.image_sha256) == b"same"
+    assert store.images.read(waiting.image_sha256) == b"same"
 
 
 def test_purge_sweeps_what_a_killed_process_left(store: SqliteStore) -> None:
-    orphan = store.blobs.stage(b"its row was never committed")
-    store.blobs.publish(orphan)
-    unnamed = store.blobs.stage(b"never published")
+    orphan = store.images.stage(b"its row was never committed")
+    store.images.publish(orphan)
+    unnamed = store.images.stage(b"never published")
     later = datetime.now(UTC) + timedelta(hours=2)
 
-    swept = store.purge(pictures_before=NOW, results_before=NOW, now=later)
+    swept = store.purge(images_before=NOW, results_before=NOW, now=later)
 
     assert swept.leftovers == 2
-    assert list(store.blobs.names()) == []
+    assert list(store.images.list_digests()) == []
     assert not unnamed.path.exists()
 
 
 def test_retry_is_refused_when_the_picture_is_gone(store: SqliteStore) -> None:
     request = add(store)
     store.fail(claim_all(store), code="x", reason="y", now=after(1))
-    store.purge(pictures_before=after(2), results_before=NOW, now=after(3))
+    store.purge(images_before=after(2), results_before=NOW, now=after(3))
 
     with pytest.raises(NotRetryable):
         store.retry(request.id, now=after(4))
@@ -382,13 +382,13 @@ def test_many_threads_add_and_claim_without_losing_or_doubling(store: SqliteStor
 
 def test_a_failing_write_takes_nothing_of_its_neighbours_with_it(store: SqliteStore) -> None:
     request = add(store, b"first")
-    staged = store.blobs.stage(b"second")
+    staged = store.images.stage(b"second")
     same_id = NewRequest(id=request.id, service="classification", model="resnet50", created_at=NOW)
 
     with pytest.raises(Exception, match="UNIQUE"):
         store.add(same_id, staged)
 
-    assert list(store.blobs.names()) == [request.image_sha256]
+    assert list(store.images.list_digests()) == [request.image_sha256]
     assert not staged.path.exists()
     assert store.get(request.id) == request
 
@@ -404,15 +404,15 @@ def test_the_journal_tells_the_pace_and_the_backlog(store: SqliteStore) -> None:
     claim_all(store, limit=1, at=after(5))
 
     store.start_chunk(chunk)
-    assert store.pace("resnet50") is None
+    assert store.throughput("resnet50") is None
     store.finish_chunk(
         "c1", provider="local/test", bytes_received=10, seconds=2.0, done=16, failed=0, cost=None, code=None,
         reason=None, now=after(2),
     )  # fmt: skip
 
-    pace = store.pace("resnet50")
-    assert pace is not None
-    assert (pace.items, pace.chunk_seconds, pace.items_per_second) == (16, 2.0, 8.0)
+    throughput = store.throughput("resnet50")
+    assert throughput is not None
+    assert (throughput.items, throughput.chunk_seconds, throughput.items_per_second) == (16, 2.0, 8.0)
     (listed,) = store.list_chunks()
     assert (listed.provider, listed.finished_at, listed.done) == ("local/test", after(2), 16)
     (backlog,) = store.backlog()
@@ -425,13 +425,13 @@ def test_a_batcher_is_listed_while_it_says_that_it_is_alive(store: SqliteStore) 
         started_at=NOW, seen_at=NOW,
     )  # fmt: skip
 
-    store.beat(batcher)
-    store.beat(BatcherRecord(**{**vars(batcher), "seen_at": after(2)}))
+    store.heartbeat(batcher)
+    store.heartbeat(BatcherRecord(**{**vars(batcher), "seen_at": after(2)}))
 
     assert store.list_batchers(seen_since=after(3)) == []
     (listed,) = store.list_batchers(seen_since=after(2))
     assert listed.seen_at == after(2)
-    store.leave("b1")
+    store.deregister("b1")
     assert store.list_batchers(seen_since=NOW) == []
 
 
@@ -445,11 +445,11 @@ class AnyHistory(RuleBasedStateMachine):
         import tempfile
 
         self.folder = tempfile.TemporaryDirectory()
-        self.store = SqliteStore(ServerSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store = SqliteStore(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
         self.store.migrate()
         self.ids: list[str] = []
         self.answered: dict[int, int] = {}
-        self.final: dict[str, State] = {}
+        self.final: dict[str, RequestState] = {}
         self.clock = 0.0
 
     def teardown(self) -> None:
@@ -495,7 +495,7 @@ class AnyHistory(RuleBasedStateMachine):
     def cancel(self, pick: int) -> None:
         if self.ids:
             id = self.ids[pick % len(self.ids)]
-            if self.store.get(id).state is State.QUEUED:
+            if self.store.get(id).state is RequestState.QUEUED:
                 self.store.cancel(id, now=self.now)
             else:
                 with pytest.raises(NotCancellable):
@@ -511,7 +511,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.final = {id: request.state for id, request in found.items() if request.state.is_final}
         for request in found.values():
             assert request.attempts <= MAX_ATTEMPTS
-            assert (request.state is State.DONE) == bool(self.answered.get(request.number))
+            assert (request.state is RequestState.DONE) == bool(self.answered.get(request.number))
 
 
 AnyHistory.TestCase.settings = settings(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import ServerSettings
 from store import new_id
 from store.batches import BatchRecord
 from store.records import Answer, Blame, NewRequest
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 from store.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 
@@ -23,7 +23,7 @@ URL = "https://example.org/hook"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path))
+    made = SqliteStore(HomeSettings(home=tmp_path))
     made.migrate()
     yield made
     made.close()
@@ -41,7 +41,7 @@ def new(**changes: object) -> NewRequest:
 
 def add(store: SqliteStore, **changes: object) -> str:
     request = new(**changes)
-    return store.add(request, store.blobs.stage(request.id.encode())).id
+    return store.add(request, store.images.stage(request.id.encode())).id
 
 
 def answer_all(store: SqliteStore) -> None:
@@ -89,11 +89,11 @@ def test_failing_and_cancelling_are_ends_and_waiting_again_is_not(store: SqliteS
 
 def test_an_answer_that_was_there_already_is_an_end(store: SqliteStore) -> None:
     first = new(digest="d" * 64)
-    store.add(first, store.blobs.stage(b"x"))
+    store.add(first, store.images.stage(b"x"))
     answer_all(store)
 
     again = new(digest="d" * 64, webhook=URL)
-    store.add(again, store.blobs.stage(b"x"))
+    store.add(again, store.images.stage(b"x"))
 
     assert [(one.subject, one.url) for one in claim(store)] == [(again.id, URL)]
 
@@ -102,14 +102,14 @@ def test_an_answer_that_was_there_already_is_an_end(store: SqliteStore) -> None:
 def test_a_batch_is_told_once_when_all_of_it_has_ended(store: SqliteStore, are_known: bool) -> None:
     if are_known:
         for name in (b"0", b"1"):
-            store.add(new(digest="d" * 64), store.blobs.stage(name))
+            store.add(new(digest="d" * 64), store.images.stage(name))
         answer_all(store)
     store.add_endpoint(endpoint(URL, "batch.done"))
     batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook="https://example.net/own")
     digest = "d" * 64 if are_known else None
 
     store.add_batch(
-        batch, [(new(batch_id=batch.id, digest=digest), store.blobs.stage(name)) for name in (b"0", b"1", b"2")], []
+        batch, [(new(batch_id=batch.id, digest=digest), store.images.stage(name)) for name in (b"0", b"1", b"2")], []
     )
     before = claim(store, now=datetime.now(UTC))
     answer_all(store)
@@ -124,11 +124,11 @@ def test_a_batch_is_told_once_when_all_of_it_has_ended(store: SqliteStore, are_k
 
 
 def test_a_batch_that_was_answered_before_is_told_at_once(store: SqliteStore) -> None:
-    store.add(new(digest="d" * 64), store.blobs.stage(b"0"))
+    store.add(new(digest="d" * 64), store.images.stage(b"0"))
     answer_all(store)
     batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook=URL)
 
-    store.add_batch(batch, [(new(batch_id=batch.id, digest="d" * 64), store.blobs.stage(b"0")) for _ in range(3)], [])
+    store.add_batch(batch, [(new(batch_id=batch.id, digest="d" * 64), store.images.stage(b"0")) for _ in range(3)], [])
 
     assert [one.event for one in claim(store, now=datetime.now(UTC))] == ["batch.done"]
 
@@ -148,8 +148,8 @@ def test_a_message_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteSt
     assert [one.attempts for one in claimed] == [1]
     assert [(one.id, one.attempts) for one in later] == [(claimed[0].id, 2)]
     # The first sender was too slow; what it says does not count any more.
-    assert not store.settle_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
-    assert store.settle_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
+    assert not store.finish_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
+    assert store.finish_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
     assert store.list_deliveries()[0].status == "delivered"
 
 
@@ -167,9 +167,9 @@ def test_a_dead_message_can_be_sent_again_under_its_id(store: SqliteStore) -> No
     add(store, webhook=URL)
     answer_all(store)
     (claimed,) = claim(store)
-    store.note_payload(claimed.id, "first")
-    store.note_payload(claimed.id, "second")
-    store.settle_delivery(claimed, now=NOW, retry_at=None, status=500, error="It said 500.")
+    store.save_payload(claimed.id, "first")
+    store.save_payload(claimed.id, "second")
+    store.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It said 500.")
     (dead,) = store.list_deliveries(status="dead")
 
     redelivered = store.redeliver(dead.id, now=NOW)
@@ -212,8 +212,8 @@ def test_old_messages_are_deleted_and_waiting_ones_never(store: SqliteStore) -> 
         add(store, webhook=URL)
     answer_all(store)
     delivered, dead, _ = claim(store)
-    store.settle_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
-    store.settle_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
+    store.finish_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
+    store.finish_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
 
     assert store.purge_deliveries(before=NOW) == 0
     assert store.purge_deliveries(before=NOW + timedelta(days=30)) == 2

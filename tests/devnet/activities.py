@@ -16,14 +16,16 @@ from devnet.provider.exe_unit import ExeUnit
 from devnet.scenario import Fault, ProviderPlan
 from devnet.transfers import Transfers
 
-BOOT: list[dict[str, Any]] = [{"deploy": {}}, {"start": {"args": []}}]
+BOOT_COMMANDS: list[dict[str, Any]] = [{"deploy": {}}, {"start": {"args": []}}]
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
 #: Writes a mark and does not end; the mark says that it has begun.
 FOREVER = "touch /golem/work/begun; while :; do sleep 60; done"
 
 
-def run(entry_point: str, *words: str, capture: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"run": {"entry_point": entry_point, "args": list(words), "capture": STREAM if capture is None else capture}}
+def run(entry_point: str, *arguments: str, capture: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "run": {"entry_point": entry_point, "args": list(arguments), "capture": STREAM if capture is None else capture}
+    }
 
 
 def sh(text: str, capture: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def transfer(source: str, target: str) -> dict[str, Any]:
     return {"transfer": {"from": source, "to": target}}
 
 
-class Gftp:
+class GftpProcess:
     """A `gftp server`, started as yapapi starts it."""
 
     def __init__(self, folder: Path) -> None:
@@ -53,18 +55,18 @@ class Gftp:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def ask(self, method: str, **params: Any) -> Any:
+    def call(self, method: str, **params: Any) -> Any:
         answer = self.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": 495}))
         assert answer["jsonrpc"] == "2.0" and answer["id"] == 495
         return answer["result"] if "result" in answer else answer["error"]
 
     def publish(self, path: Path) -> str:
-        [link] = self.ask("publish", files=[str(path)])
+        [link] = self.call("publish", files=[str(path)])
         assert link["file"] == str(path)
         return link["url"]
 
     def receive(self, path: Path) -> str:
-        link = self.ask("receive", output_file=str(path))
+        link = self.call("receive", output_file=str(path))
         assert link["file"] == str(path)
         return link["url"]
 
@@ -84,8 +86,8 @@ async def exe_unit(
     environment: dict[str, str] | None = None,
     cpus: frozenset[int] | None = None,
     activity_id: str = "activity",
-    booted: bool = True,
-    on_death: Any = None,
+    is_started: bool = True,
+    on_crash: Any = None,
     **plan: Any,
 ) -> AsyncIterator[ExeUnit]:
     """Give an exe-unit, by default one that is deployed and started; ends it afterwards."""
@@ -97,18 +99,18 @@ async def exe_unit(
         faults=shared_faults or Faults({"alpha": faults}),
         environment=environment or {"PATH": os.defpath},
         cpus=cpus,
-        on_death=on_death,
+        on_crash=on_crash,
     )
     try:
-        if booted:
-            results = await done(unit, *BOOT)
+        if is_started:
+            results = await run_batch(unit, *BOOT_COMMANDS)
             assert [result["result"] for result in results] == ["Ok", "Ok"]
         yield unit
     finally:
         await unit.end()
 
 
-async def done(unit: ExeUnit, *commands: dict[str, Any]) -> list[dict[str, Any]]:
+async def run_batch(unit: ExeUnit, *commands: dict[str, Any]) -> list[dict[str, Any]]:
     """Send a batch and return its results when it is finished."""
     results = await unit.results(await unit.execute(list(commands)), 60)
     assert results[-1]["isBatchFinished"]

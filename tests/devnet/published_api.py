@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 
 from devnet.journal import Call
 
-FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("published_api.json").read_text(encoding="utf-8"))
+PUBLISHED_API: dict[str, Any] = json.loads(Path(__file__).with_name("published_api.json").read_text(encoding="utf-8"))
 EXECUTE = "POST /activity-api/v1/activity/{activityId}/exec"
 RESULTS = "GET /activity-api/v1/activity/{activityId}/exec/{batchId}"
 #: RFC 3339: a date without a zone is none.
@@ -27,13 +27,13 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Misfit:
+class Violation:
     """Something in a call that is not as published."""
 
     #: "METHOD /path" with the names of the path's parameters.
     call: str
     #: request, query, path, status or answer, and where in it: answer[].stderr
-    place: str
+    location: str
     #: A keyword of JSON Schema, or `unknown` for a field that is not published.
     rule: str
     #: For people.
@@ -42,67 +42,67 @@ class Misfit:
     @property
     def key(self) -> tuple[str, str, str]:
         """Return what the same misfit of another call has, too."""
-        return (self.call, self.place, self.rule)
+        return (self.call, self.location, self.rule)
 
 
-def named(method: str, path: str) -> str | None:
+def published_name(method: str, path: str) -> str | None:
     """Find the published name of a call; None if there is none."""
-    fitting = [name for name in FACTS["calls"] if _pattern(name).fullmatch(f"{method} {path}")]
+    matching = [name for name in PUBLISHED_API["calls"] if _pattern(name).fullmatch(f"{method} {path}")]
     # /payments/status is no payment with the id "status".
-    return min(fitting, key=lambda name: name.count("{"), default=None)
+    return min(matching, key=lambda name: name.count("{"), default=None)
 
 
-def misfits(call: Call) -> list[Misfit]:
+def find_violations(call: Call) -> list[Violation]:
     """List what is not as published in a call. An answer that nobody waited for is not looked at."""
-    name = named(call.method, call.path)
+    name = published_name(call.method, call.path)
     if name is None:
         here = f"{call.method} {call.path}"
-        return [Misfit(call=here, place="path", rule="unknown", message="There is no such call.")]
+        return [Violation(call=here, location="path", rule="unknown", message="There is no such call.")]
     return [
-        Misfit(call=name, place=place, rule=rule, message=message)
-        for place, rule, message in (*_query(name, call), *_request(name, call), *_answer(name, call))
+        Violation(call=name, location=location, rule=rule, message=message)
+        for location, rule, message in (*_query(name, call), *_request(name, call), *_answer(name, call))
     ]
 
 
-_Found = Iterator[tuple[str, str, str]]
+_Violations = Iterator[tuple[str, str, str]]
 
 
-def _query(name: str, call: Call) -> _Found:
-    schema = FACTS["calls"][name].get("query", {"properties": {}})
-    given: dict[str, Any] = dict(parse_qsl(call.query, keep_blank_values=True, strict_parsing=bool(call.query)))
-    given.pop("authToken", None)
-    for key, value in given.items():
-        given[key] = _read(value, schema["properties"].get(key, {}).get("type"))
-    yield from _check(given, {"type": "object", **schema}, "query")
+def _query(name: str, call: Call) -> _Violations:
+    schema = PUBLISHED_API["calls"][name].get("query", {"properties": {}})
+    parameters: dict[str, Any] = dict(parse_qsl(call.query, keep_blank_values=True, strict_parsing=bool(call.query)))
+    parameters.pop("authToken", None)
+    for key, value in parameters.items():
+        parameters[key] = _parse_parameter(value, schema["properties"].get(key, {}).get("type"))
+    yield from _check(parameters, {"type": "object", **schema}, "query")
 
 
-def _request(name: str, call: Call) -> _Found:
-    facts = FACTS["calls"][name]
-    if "body" not in facts:
+def _request(name: str, call: Call) -> _Violations:
+    spec = PUBLISHED_API["calls"][name]
+    if "body" not in spec:
         # The client says that there is nothing with an empty object.
         if call.request not in ("", "{}"):
             yield "request", "unknown", f"No body is published, and this one was sent: {call.request}"
         return
     if not call.request:
-        if not facts.get("body_is_optional"):
+        if not spec.get("body_is_optional"):
             yield "request", "required", "There is no body."
         return
     body = json.loads(call.request)
-    yield from _check(body, facts["body"], "request", is_request=True)
+    yield from _check(body, spec["body"], "request", is_request=True)
     if name == EXECUTE and isinstance(body, dict) and isinstance(body.get("text"), str):
         script = {"type": "array", "items": {"$ref": "#/schemas/ExeScriptCommand"}}
         yield from _check(json.loads(body["text"]), script, "request.text", is_request=True)
 
 
-def _answer(name: str, call: Call) -> _Found:
-    facts, status = FACTS["calls"][name], str(call.status)
+def _answer(name: str, call: Call) -> _Violations:
+    spec, status = PUBLISHED_API["calls"][name], str(call.status)
     if call.status is None:
         return
-    if call.status >= 400 and {status, "default"} & set(facts["errors"]):
+    if call.status >= 400 and {status, "default"} & set(spec["errors"]):
         yield from _check(json.loads(call.answer), {"$ref": "#/schemas/ErrorMessage"}, "error")
-    elif status not in facts["answers"]:
-        yield f"status {status}", "unknown", f"It is answered with {', '.join([*facts['answers'], *facts['errors']])}."
-    elif facts["answers"][status] is None:
+    elif status not in spec["answers"]:
+        yield f"status {status}", "unknown", f"It is answered with {', '.join([*spec['answers'], *spec['errors']])}."
+    elif spec["answers"][status] is None:
         # Of 204 that is checked by HTTP itself; 200 with nothing to say says null.
         if call.answer not in ("", "null"):
             yield "answer", "unknown", f"No body is published, and this one was sent: {call.answer}"
@@ -113,29 +113,29 @@ def _answer(name: str, call: Call) -> _Found:
                 yield "event", "const", f"It is called {fields['event']}."
             yield from _check(json.loads(fields["data"]), {"$ref": "#/schemas/RuntimeEvent"}, "event")
     else:
-        yield from _check(json.loads(call.answer), facts["answers"][status], "answer")
+        yield from _check(json.loads(call.answer), spec["answers"][status], "answer")
 
 
 # Schemas
 
 
-def _check(value: Any, schema: dict[str, Any], place: str, *, is_request: bool = False) -> _Found:
-    whole = {**_strict(schema, is_request), "schemas": _SCHEMAS_ASKED if is_request else _SCHEMAS_ANSWERED}
-    validator = Draft202012Validator(whole, format_checker=_FORMATS)
-    for error in _meant(validator.iter_errors(value)):
+def _check(value: Any, schema: dict[str, Any], location: str, *, is_request: bool = False) -> _Violations:
+    full_schema = {**_strict(schema, is_request), "schemas": _REQUEST_SCHEMAS if is_request else _RESPONSE_SCHEMAS}
+    validator = Draft202012Validator(full_schema, format_checker=_FORMATS)
+    for error in _relevant_errors(validator.iter_errors(value)):
         where = "".join("[]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
         rule = "unknown" if error.validator == "additionalProperties" else str(error.validator)
         if rule == "unknown":
             for key in sorted(set(error.instance) - set(error.schema["properties"])):
-                yield f"{place}{where}.{key}", rule, "It is not published."
+                yield f"{location}{where}.{key}", rule, "It is not published."
         elif rule == "required":
             for key in sorted(set(error.schema["required"]) - set(error.instance)):
-                yield f"{place}{where}.{key}", rule, "It is missing."
+                yield f"{location}{where}.{key}", rule, "It is missing."
         else:
-            yield f"{place}{where}", rule, error.message
+            yield f"{location}{where}", rule, error.message
 
 
-def _meant(errors: Any) -> Iterator[ValidationError]:
+def _relevant_errors(errors: Any) -> Iterator[ValidationError]:
     """Of a value with variants, tell what is wrong with the variant that it is most like."""
     for error in errors:
         if error.validator != "oneOf" or not error.context:
@@ -144,15 +144,15 @@ def _meant(errors: Any) -> Iterator[ValidationError]:
         variants: dict[Any, list[ValidationError]] = {}
         for each in error.context:
             variants.setdefault(each.relative_schema_path[0], []).append(each)
-        likeness = {number: _unlike(several) for number, several in variants.items()}
-        best = min(likeness, key=lambda number: likeness[number])
-        if likeness[best][0]:
+        scores = {number: _mismatch_score(several) for number, several in variants.items()}
+        best = min(scores, key=lambda number: scores[number])
+        if scores[best][0]:
             yield error
         else:
-            yield from _meant(variants[best])
+            yield from _relevant_errors(variants[best])
 
 
-def _unlike(errors: list[ValidationError]) -> tuple[int, int, int]:
+def _mismatch_score(errors: list[ValidationError]) -> tuple[int, int, int]:
     """Count what says that another variant is meant: another type or event type; fields at the top; all else."""
     at_top = [error for error in errors if not error.relative_path]
     is_other = [
@@ -182,7 +182,7 @@ def _strict(schema: Any, is_request: bool) -> Any:
     return {"additionalProperties": False, **schema, "properties": fields, "required": required}
 
 
-def _read(text: str, kind: str | None) -> Any:
+def _parse_parameter(text: str, kind: str | None) -> Any:
     """Read a parameter of a query as what it should be; leave it if it is something else."""
     if kind == "array":
         return text.split(",")
@@ -209,5 +209,5 @@ def _is_decimal(value: object) -> bool:
     return not isinstance(value, str) or Decimal(value).is_finite()
 
 
-_SCHEMAS_ASKED = {name: _strict(schema, True) for name, schema in FACTS["schemas"].items()}
-_SCHEMAS_ANSWERED = {name: _strict(schema, False) for name, schema in FACTS["schemas"].items()}
+_REQUEST_SCHEMAS = {name: _strict(schema, True) for name, schema in PUBLISHED_API["schemas"].items()}
+_RESPONSE_SCHEMAS = {name: _strict(schema, False) for name, schema in PUBLISHED_API["schemas"].items()}

@@ -14,31 +14,31 @@ from typing import Any
 
 import aiohttp
 
-from devnet.devnet import Devnet, running
+from devnet.devnet import Devnet, run_devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 
 PLATFORM = "erc20-holesky-tglm"
 MARKET, PAYMENT, ACTIVITY = "/market-api/v1", "/payment-api/v1", "/activity-api/v1"
-BOOT = [{"deploy": {}}, {"start": {"args": []}}]
+BOOT_COMMANDS = [{"deploy": {}}, {"start": {"args": []}}]
 
 
 def in_hours(hours: float) -> str:
     return (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
 
 
-def alone(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
+def single_provider(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
     """One provider with these faults; other fields are the provider's or the scenario's."""
-    own = {key: fields.pop(key) for key in ("funds", "idle_seconds", "silent_seconds") if key in fields}
-    return Scenario(providers=(ProviderPlan(name="alpha", faults=faults, **fields),), faults=daemon, **own)
+    scenario_fields = {key: fields.pop(key) for key in ("funds", "idle_seconds", "silent_seconds") if key in fields}
+    return Scenario(providers=(ProviderPlan(name="alpha", faults=faults, **fields),), faults=daemon, **scenario_fields)
 
 
 def run_command(*words: str) -> dict[str, Any]:
     return {"run": {"entry_point": words[0], "args": list(words[1:])}}
 
 
-async def until(look: Callable[[], Any], seconds: float = 20) -> Any:
+async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
     deadline = time.monotonic() + seconds
-    while not (value := look()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.01)
     return value
@@ -52,7 +52,7 @@ class Requestor:
         self.allocation_id = ""
         self._session = session
 
-    async def ask(
+    async def request(
         self, method: str, path: str, body: Any = None, *, key: str | None = None, **query: Any
     ) -> tuple[int, Any]:
         """Return the status and the body, read as JSON."""
@@ -63,42 +63,44 @@ class Requestor:
             text = await answer.text()
             return answer.status, json.loads(text) if text else None
 
-    async def must(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+    async def request_ok(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """Return the body of a call that succeeds."""
-        status, answer = await self.ask(method, path, body, **query)
+        status, answer = await self.request(method, path, body, **query)
         assert 200 <= status < 300, (method, path, status, answer)
         return answer
 
     async def allocate(self, amount: str = "1") -> dict[str, Any]:
-        allocation = await self.must("POST", f"{PAYMENT}/allocations", {"totalAmount": amount, "makeDeposit": False})
+        allocation = await self.request_ok(
+            "POST", f"{PAYMENT}/allocations", {"totalAmount": amount, "makeDeposit": False}
+        )
         self.allocation_id = allocation["allocationId"]
         return dict(allocation)
 
-    async def subscribe(self, constraints: str = "(golem.runtime.name=mlg)", **more: Any) -> str:
+    async def subscribe(self, constraints: str = "(golem.runtime.name=mlg)", **extra_properties: Any) -> str:
         """Open a demand, decorated for the allocation."""
         if not self.allocation_id:
             await self.allocate()
-        decorations = await self.must("GET", f"{PAYMENT}/demandDecorations", allocationIds=self.allocation_id)
+        decorations = await self.request_ok("GET", f"{PAYMENT}/demandDecorations", allocationIds=self.allocation_id)
         properties = {
             "golem.srv.comp.expiration": int((time.time() + 3600) * 1000),
             "golem.srv.caps.multi-activity": True,
             "golem.node.debug.subnet": "devnet",
             **{each["key"]: each["value"] for each in decorations["properties"]},
-            **more,
+            **extra_properties,
         }
         whole = f"(&(golem.node.debug.subnet=devnet)\n\t{''.join(decorations['constraints'])}\n\t{constraints})"
         body = {"properties": properties, "constraints": whole}
-        return str(await self.must("POST", f"{MARKET}/demands", body))
+        return str(await self.request_ok("POST", f"{MARKET}/demands", body))
 
     async def proposals(self, demand_id: str, seconds: float = 5, **query: Any) -> list[dict[str, Any]]:
         path = f"{MARKET}/demands/{demand_id}/events"
-        return [event["proposal"] for event in await self.must("GET", path, timeout=seconds, **query)]
+        return [event["proposal"] for event in await self.request_ok("GET", path, timeout=seconds, **query)]
 
     async def counter(self, demand_id: str, proposal_id: str) -> str:
         demand = self.devnet.market.demands[demand_id]
         properties = {**demand.properties, "golem.com.payment.chosen-platform": PLATFORM}
         path = f"{MARKET}/demands/{demand_id}/proposals/{proposal_id}"
-        return str(await self.must("POST", path, {"properties": properties, "constraints": demand.constraints}))
+        return str(await self.request_ok("POST", path, {"properties": properties, "constraints": demand.constraints}))
 
     async def draft(self, demand_id: str) -> dict[str, Any]:
         """Negotiate until a provider has answered."""
@@ -109,26 +111,26 @@ class Requestor:
 
     async def propose_agreement(self, draft: dict[str, Any], hours: float = 1) -> str:
         body = {"proposalId": draft["proposalId"], "validTo": in_hours(hours)}
-        agreement_id = str(await self.must("POST", f"{MARKET}/agreements", body))
-        await self.must("POST", f"{MARKET}/agreements/{agreement_id}/confirm")
+        agreement_id = str(await self.request_ok("POST", f"{MARKET}/agreements", body))
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/confirm")
         return agreement_id
 
     async def agree(self, demand_id: str) -> str:
         """Negotiate until there is an agreement."""
         agreement_id = await self.propose_agreement(await self.draft(demand_id))
-        await self.must("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=5)
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=5)
         return agreement_id
 
     async def activity(self, agreement_id: str) -> str:
-        return str(await self.must("POST", f"{ACTIVITY}/activity", agreement_id))
+        return str(await self.request_ok("POST", f"{ACTIVITY}/activity", agreement_id))
 
     async def execute(self, activity_id: str, *commands: dict[str, Any]) -> str:
         path = f"{ACTIVITY}/activity/{activity_id}/exec"
-        return str(await self.must("POST", path, {"text": json.dumps(commands or BOOT)}))
+        return str(await self.request_ok("POST", path, {"text": json.dumps(commands or BOOT_COMMANDS)}))
 
     async def results(self, activity_id: str, batch_id: str) -> list[dict[str, Any]]:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        return list(await self.must("GET", path, timeout=5))
+        return list(await self.request_ok("GET", path, timeout=5))
 
     async def stream(self, activity_id: str, batch_id: str) -> str:
         """Return the runtime events of a batch, as they are sent."""
@@ -138,12 +140,12 @@ class Requestor:
             return await answer.text()
 
     async def destroy(self, activity_id: str) -> None:
-        await self.must("DELETE", f"{ACTIVITY}/activity/{activity_id}")
+        await self.request_ok("DELETE", f"{ACTIVITY}/activity/{activity_id}")
 
     async def terminate(self, agreement_id: str) -> None:
-        await self.must("POST", f"{MARKET}/agreements/{agreement_id}/terminate", {"message": "done"})
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/terminate", {"message": "done"})
 
-    async def work(self, demand_id: str) -> str:
+    async def complete_agreement(self, demand_id: str) -> str:
         """Have one activity in an agreement, and end both. :return: the agreement's id."""
         agreement_id = await self.agree(demand_id)
         activity_id = await self.activity(agreement_id)
@@ -155,19 +157,19 @@ class Requestor:
     async def invoice(self, after: str | None = None, seconds: float = 5) -> dict[str, Any] | None:
         """Return the next invoice, if one comes in time."""
         query = {"timeout": seconds} if after is None else {"timeout": seconds, "afterTimestamp": after}
-        events = await self.must("GET", f"{PAYMENT}/invoiceEvents", **query)
-        return dict(await self.must("GET", f"{PAYMENT}/invoices/{events[0]['invoiceId']}")) if events else None
+        events = await self.request_ok("GET", f"{PAYMENT}/invoiceEvents", **query)
+        return dict(await self.request_ok("GET", f"{PAYMENT}/invoices/{events[0]['invoiceId']}")) if events else None
 
     async def accept(self, kind: str, bill_id: str, amount: str) -> tuple[int, Any]:
         body = {"totalAmountAccepted": amount, "allocationId": self.allocation_id}
-        return await self.ask("POST", f"{PAYMENT}/{kind}/{bill_id}/accept", body)
+        return await self.request("POST", f"{PAYMENT}/{kind}/{bill_id}/accept", body)
 
     async def remaining(self) -> Decimal:
-        return Decimal((await self.must("GET", f"{PAYMENT}/allocations/{self.allocation_id}"))["remainingAmount"])
+        return Decimal((await self.request_ok("GET", f"{PAYMENT}/allocations/{self.allocation_id}"))["remainingAmount"])
 
 
 @asynccontextmanager
 async def requestor(scenario: Scenario, folder: Path, **options: Any) -> AsyncIterator[Requestor]:
     """A running devnet and somebody who asks it."""
-    async with running(scenario, folder=folder, **options) as devnet, aiohttp.ClientSession() as session:
+    async with run_devnet(scenario, folder=folder, **options) as devnet, aiohttp.ClientSession() as session:
         yield Requestor(devnet, session)

@@ -15,17 +15,17 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from devnet.devnet import running
+from devnet.devnet import run_devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
-from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, alone, requestor, run_command, until
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until
 
 MLG = Path(sys.executable).with_name("mlg")
 
 
 def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
     async def main() -> None:
-        async with running(default_scenario(3), folder=tmp_path / "net") as devnet:
+        async with run_devnet(default_scenario(3), folder=tmp_path / "net") as devnet:
             program = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-W",
@@ -47,7 +47,7 @@ def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
             assert {bill.status for bill in bills} == {"ACCEPTED"}
             assert len(bills) == len(devnet.market.agreements) == len(said["providers"])
             assert devnet.payment.wallet.free_funds == 1000 - sum((bill.amount for bill in bills), Decimal(0))
-            assert devnet.market.open_demands() == devnet.payment.wallet.live() == []
+            assert devnet.market.list_open_demands() == devnet.payment.wallet.list_active() == []
             assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
 
     asyncio.run(main())
@@ -60,40 +60,40 @@ def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
 def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -> None:
     async def main() -> None:
         state = tmp_path / "state.json" if has_file else None
-        async with requestor(alone(), tmp_path, state=state) as asker:
-            devnet = asker.devnet
-            demand_id = await asker.subscribe()
-            await asker.work(demand_id)
-            first = await asker.invoice()
+        async with requestor(single_provider(), tmp_path, state=state) as client:
+            devnet = client.devnet
+            demand_id = await client.subscribe()
+            await client.complete_agreement(demand_id)
+            first = await client.invoice()
             assert first is not None
-            agreement_id = await asker.agree(demand_id)
-            activity_id = await asker.activity(agreement_id)
-            await asker.results(activity_id, await asker.execute(activity_id))
+            agreement_id = await client.agree(demand_id)
+            activity_id = await client.activity(agreement_id)
+            await client.results(activity_id, await client.execute(activity_id))
             marked = tmp_path / "pid"
-            batch_id = await asker.execute(activity_id, run_command("sh", "-c", f"echo $$ > {marked}; sleep 60"))
+            batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {marked}; sleep 60"))
             await until(lambda: marked.exists() and marked.read_text().strip())
             url = devnet.url
 
             await devnet.stop()
             with pytest.raises(aiohttp.ClientConnectionError):
-                await asker.ask("GET", "/me")
+                await client.request("GET", "/me")
             assert not Path("/proc", marked.read_text().strip()).exists()
             await devnet.start()
 
             assert devnet.url == url
             path = f"{ACTIVITY}/activity/{activity_id}"
-            assert (await asker.must("GET", f"{path}/state"))["state"] == ["Terminated", None]
-            assert (await asker.ask("GET", f"{path}/exec/{batch_id}"))[0] == 404
-            assert (await asker.must("GET", f"{path}/usage"))["currentUsage"][1] > 0
-            await asker.destroy(activity_id)
-            assert [each["demandId"] for each in await asker.must("GET", f"{MARKET}/demands")] == [demand_id]
-            assert (await asker.must("GET", f"{MARKET}/agreements/{agreement_id}"))["state"] == "Approved"
-            assert await asker.accept("invoices", first["invoiceId"], first["amount"]) == (200, None)
-            await asker.activity(agreement_id)
-            await asker.terminate(agreement_id)
-            second = await asker.invoice(devnet.payment.invoice_events[0]["eventDate"])
+            assert (await client.request_ok("GET", f"{path}/state"))["state"] == ["Terminated", None]
+            assert (await client.request("GET", f"{path}/exec/{batch_id}"))[0] == 404
+            assert (await client.request_ok("GET", f"{path}/usage"))["currentUsage"][1] > 0
+            await client.destroy(activity_id)
+            assert [each["demandId"] for each in await client.request_ok("GET", f"{MARKET}/demands")] == [demand_id]
+            assert (await client.request_ok("GET", f"{MARKET}/agreements/{agreement_id}"))["state"] == "Approved"
+            assert await client.accept("invoices", first["invoiceId"], first["amount"]) == (200, None)
+            await client.activity(agreement_id)
+            await client.terminate(agreement_id)
+            second = await client.invoice(devnet.payment.invoice_events[0]["eventDate"])
             assert second is not None and activity_id in second["activityIds"]
-            assert await asker.remaining() == 1 - Decimal(first["amount"])
+            assert await client.remaining() == 1 - Decimal(first["amount"])
 
     asyncio.run(main())
 
@@ -101,13 +101,13 @@ def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -
 def test_another_daemon_takes_a_state_file_over(tmp_path: Path) -> None:
     async def main() -> None:
         state = tmp_path / "state.json"
-        async with requestor(alone(Fault(kind="late-bill", seconds=0.3)), tmp_path, state=state) as asker:
-            await asker.work(await asker.subscribe())
-            allocation_id, key, url = asker.allocation_id, asker.devnet.app_key, asker.devnet.url
-        async with requestor(alone(), tmp_path, state=state) as asker:
-            assert (asker.devnet.app_key, asker.devnet.url) == (key, url)
-            assert (await asker.must("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
-            assert await asker.invoice() is not None  # owed by the first
+        async with requestor(single_provider(Fault(kind="late-bill", seconds=0.3)), tmp_path, state=state) as client:
+            await client.complete_agreement(await client.subscribe())
+            allocation_id, key, url = client.allocation_id, client.devnet.app_key, client.devnet.url
+        async with requestor(single_provider(), tmp_path, state=state) as client:
+            assert (client.devnet.app_key, client.devnet.url) == (key, url)
+            assert (await client.request_ok("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
+            assert await client.invoice() is not None  # owed by the first
 
     asyncio.run(main())
 
@@ -116,7 +116,7 @@ def test_another_daemon_takes_a_state_file_over(tmp_path: Path) -> None:
 def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
     async def main() -> None:
         (tmp_path / "state.json").write_text(text)
-        async with running(alone(), folder=tmp_path, state=tmp_path / "state.json"):
+        async with run_devnet(single_provider(), folder=tmp_path, state=tmp_path / "state.json"):
             pass
 
     with pytest.raises(ConfigError, match="state"):
@@ -135,18 +135,18 @@ def test_calls_fail_hang_and_are_cut_off_as_the_scenario_says(tmp_path: Path) ->
     )
 
     async def main() -> None:
-        async with requestor(alone(daemon=faults), tmp_path) as asker:
-            statuses = [(await asker.ask("GET", f"{PAYMENT}/invoiceEvents", timeout=0))[0] for _ in range(3)]
+        async with requestor(single_provider(daemon=faults), tmp_path) as client:
+            statuses = [(await client.request("GET", f"{PAYMENT}/invoiceEvents", timeout=0))[0] for _ in range(3)]
             assert statuses == [200, 500, 200]
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await asker.ask("GET", "/me")
-            assert (await asker.ask("GET", "/me"))[0] == 200
-            await asker.must("GET", "/version/get")
+                    await client.request("GET", "/me")
+            assert (await client.request("GET", "/me"))[0] == 200
+            await client.request_ok("GET", "/version/get")
             with pytest.raises(aiohttp.ClientConnectionError):
-                await asker.ask("GET", f"{MARKET}/demands")
-            assert (await asker.ask("GET", f"{MARKET}/demands"))[0] == 200
-            (slow,) = asker.devnet.journal.matching("GET /version/*")
+                await client.request("GET", f"{MARKET}/demands")
+            assert (await client.request("GET", f"{MARKET}/demands"))[0] == 200
+            (slow,) = client.devnet.journal.matching("GET /version/*")
             assert slow.seconds >= 0.1
 
     asyncio.run(main())
@@ -154,21 +154,21 @@ def test_calls_fail_hang_and_are_cut_off_as_the_scenario_says(tmp_path: Path) ->
 
 def test_a_vanished_activity_holds_the_daemon_up_neither_in_calls_nor_at_its_end(tmp_path: Path) -> None:
     async def main() -> None:
-        async with requestor(alone(Fault(kind="vanish-http")), tmp_path) as asker:
-            agreement_id = await asker.agree(await asker.subscribe())
-            activity_id = await asker.activity(agreement_id)
-            await asker.execute(activity_id)
-            await asker.execute(activity_id, run_command("true"))
-            unit = asker.devnet.activities.find(activity_id).unit
+        async with requestor(single_provider(Fault(kind="vanish-http")), tmp_path) as client:
+            agreement_id = await client.agree(await client.subscribe())
+            activity_id = await client.activity(agreement_id)
+            await client.execute(activity_id)
+            await client.execute(activity_id, run_command("true"))
+            unit = client.devnet.activities.find(activity_id).unit
             await until(lambda: unit.is_vanished)
             path = f"{ACTIVITY}/activity/{activity_id}"
             for method, end in (("GET", "/state"), ("GET", "/usage"), ("DELETE", "")):
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.2):
-                        await asker.ask(method, path + end)
-            await asker.must("GET", "/me")
-            await asker.terminate(agreement_id)
-            assert await asker.invoice() is not None
+                        await client.request(method, path + end)
+            await client.request_ok("GET", "/me")
+            await client.terminate(agreement_id)
+            assert await client.invoice() is not None
 
     asyncio.run(main())
 
@@ -179,10 +179,10 @@ def test_a_vanished_activity_holds_the_daemon_up_neither_in_calls_nor_at_its_end
 def test_every_call_stands_in_the_journal(tmp_path: Path) -> None:
     async def main() -> None:
         file = tmp_path / "logs" / "journal.jsonl"
-        async with requestor(alone(), tmp_path, journal=file) as asker:
-            await asker.allocate("0.25")
-            await asker.ask("GET", f"{PAYMENT}/allocations/none")
-            (failed,) = asker.devnet.journal.failed()
+        async with requestor(single_provider(), tmp_path, journal=file) as client:
+            await client.allocate("0.25")
+            await client.request("GET", f"{PAYMENT}/allocations/none")
+            (failed,) = client.devnet.journal.failed()
             assert (failed.status, failed.path) == (404, f"{PAYMENT}/allocations/none")
         first, second = (json.loads(line) for line in file.read_text().splitlines())
         assert (first["method"], first["status"]) == ("POST", 201)

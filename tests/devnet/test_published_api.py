@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 
 from devnet.journal import Call
-from tests.devnet.api_recordings import Record, bare, executor, walk, yapapi
-from tests.devnet.published_api import FACTS, RESULTS, Misfit, misfits, named
+from tests.devnet.api_recordings import (
+    Recordings,
+    record_every_call,
+    record_executor,
+    record_yapapi,
+    without_parameter_names,
+)
+from tests.devnet.published_api import PUBLISHED_API, RESULTS, Violation, find_violations, published_name
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT
 
 _NULL = "The daemon writes null for what a result or an event does not have."
@@ -25,7 +31,7 @@ _VECTOR = "The daemon passes on what the provider sends: a list, in the order of
 _TEXT = "The daemon sends the output as it is; yapapi reads it so."
 #: Where the daemon itself does not keep to its description, and the devnet does as the daemon does:
 #: call, place and rule -> why.
-KNOWN = {
+KNOWN_DEVIATIONS = {
     (RESULTS, "answer[].stdout", "type"): _NULL,
     (RESULTS, "answer[].stderr", "type"): _NULL,
     (RESULTS, "answer[].message", "type"): _NULL,
@@ -43,7 +49,7 @@ KNOWN = {
 _SCAN = "For tools that look at the market; neither yapapi nor the executor is one."
 _NOT_THERE = "The description says itself that the daemon does not have it."
 #: Calls that are published for a requestor and that the devnet has not -> why.
-LEFT_OUT = {
+UNIMPLEMENTED = {
     f"POST {MARKET}/scan": _SCAN,
     f"GET {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
     f"DELETE {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
@@ -61,46 +67,46 @@ UNREADABLE = {
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Record:
+def recordings(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Recordings:
     """Let all three live at the same time, each on a devnet of its own."""
-    made, folder = Record(), tmp_path_factory.mktemp("published")
+    made, folder = Recordings(), tmp_path_factory.mktemp("published")
 
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(executor(made, folder / "executor", models_folder))
-            group.create_task(yapapi(made, folder / "yapapi"))
-            group.create_task(walk(made, folder / "walk"))
+            group.create_task(record_executor(made, folder / "executor", models_folder))
+            group.create_task(record_yapapi(made, folder / "yapapi"))
+            group.create_task(record_every_call(made, folder / "walk"))
 
     asyncio.run(asyncio.wait_for(main(), 60))
     return made
 
 
-def _told(found: list[Misfit]) -> str:
+def _format_violations(found: list[Violation]) -> str:
     return "\n".join(sorted({f"{each.key}: {each.message}" for each in found}))
 
 
 # The published descriptions
 
 
-def test_every_request_and_every_answer_is_as_published(record: Record) -> None:
-    found = [misfit for call in record.calls for misfit in misfits(call)]
+def test_every_request_and_every_answer_is_as_published(recordings: Recordings) -> None:
+    found = [violation for call in recordings.calls for violation in find_violations(call)]
 
-    unknown = [misfit for misfit in found if misfit.key not in KNOWN]
+    unknown = [violation for violation in found if violation.key not in KNOWN_DEVIATIONS]
 
-    assert not unknown, "\n" + _told(unknown)
-
-
-def test_every_known_deviation_still_is_one(record: Record) -> None:
-    found = {misfit.key for call in record.calls for misfit in misfits(call)}
-
-    assert set(KNOWN) - found == set()
+    assert not unknown, "\n" + _format_violations(unknown)
 
 
-def test_the_devnet_has_the_published_calls_and_no_others(record: Record) -> None:
-    published = {bare(name) for name in FACTS["calls"] if name not in LEFT_OUT}
+def test_every_known_deviation_still_is_one(recordings: Recordings) -> None:
+    found = {violation.key for call in recordings.calls for violation in find_violations(call)}
 
-    assert set(LEFT_OUT) <= set(FACTS["calls"])
-    assert record.routes == published
+    assert set(KNOWN_DEVIATIONS) - found == set()
+
+
+def test_the_devnet_has_the_published_calls_and_no_others(recordings: Recordings) -> None:
+    published = {without_parameter_names(name) for name in PUBLISHED_API["calls"] if name not in UNIMPLEMENTED}
+
+    assert set(UNIMPLEMENTED) <= set(PUBLISHED_API["calls"])
+    assert recordings.routes == published
 
 
 @pytest.mark.parametrize(
@@ -114,17 +120,21 @@ def test_the_devnet_has_the_published_calls_and_no_others(record: Record) -> Non
         (f"DELETE {PAYMENT}/allocations/*", 200),
     ],
 )
-def test_the_executor_met_what_it_should(record: Record, pattern: str, status: int) -> None:
-    calls = [call for call in record.executor if fnmatchcase(f"{call.method} {call.path}", pattern)]
+def test_the_executor_met_what_it_should(recordings: Recordings, pattern: str, status: int) -> None:
+    calls = [call for call in recordings.executor if fnmatchcase(f"{call.method} {call.path}", pattern)]
 
     assert status in {call.status for call in calls}
 
 
-def test_every_call_of_the_devnet_was_made_with_success(record: Record) -> None:
-    made = {bare(named(call.method, call.path) or "") for call in record.calls if (call.status or 500) < 300}
+def test_every_call_of_the_devnet_was_made_with_success(recordings: Recordings) -> None:
+    made = {
+        without_parameter_names(published_name(call.method, call.path) or "")
+        for call in recordings.calls
+        if (call.status or 500) < 300
+    }
 
-    assert record.routes - made == set()
-    assert any(call.answer.startswith("event: ") for call in record.yapapi)
+    assert recordings.routes - made == set()
+    assert any(call.answer.startswith("event: ") for call in recordings.yapapi)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,7 @@ def test_what_is_not_as_published_is_told(
     facts: dict[str, Any] = {"query": "", "request": "", "answer": "{}", "status": 200, field: value}
     call = Call(at=datetime.now(UTC), method=method, path=path, seconds=0.1, request_bytes=0, answer_bytes=0, **facts)
 
-    found = {(misfit.place, misfit.rule) for misfit in misfits(call)}
+    found = {(violation.location, violation.rule) for violation in find_violations(call)}
 
     assert keys <= found
 
@@ -187,16 +197,18 @@ def _response_types() -> dict[str, tuple[Any, str]]:
                 inspect.getsource(kind),
                 re.DOTALL,
             )
-            found.update({f"{method} {root}{bare(path)}": (client, type_) for path, method, type_ in calls})
+            found.update(
+                {f"{method} {root}{without_parameter_names(path)}": (client, type_) for path, method, type_ in calls}
+            )
     return found
 
 
-def test_yapapis_models_take_every_answer(record: Record) -> None:
+def test_yapapis_models_take_every_answer(recordings: Recordings) -> None:
     types = _response_types()
     read = set()
 
-    for call in record.calls:
-        name = bare(named(call.method, call.path) or "")
+    for call in recordings.calls:
+        name = without_parameter_names(published_name(call.method, call.path) or "")
         client, type_ = types.get(name, (None, ""))
         is_read = type_ and name not in UNREADABLE and not call.answer.startswith("event: ")
         if not is_read or call.status is None or call.status >= 300:
@@ -206,4 +218,4 @@ def test_yapapis_models_take_every_answer(record: Record) -> None:
         assert value is not None and (not isinstance(expected, list) or len(value) == len(expected)), call
         read.add(name)
 
-    assert {name for name in record.routes - set(UNREADABLE) if types.get(name, (None, ""))[1]} == read
+    assert {name for name in recordings.routes - set(UNREADABLE) if types.get(name, (None, ""))[1]} == read

@@ -12,7 +12,7 @@ from devnet.provider.billing import activity_amount
 from devnet.scenario import Fault, ProviderPlan, default_scenario, read_scenario
 from provider_image.errors import ConfigError
 
-WHOLE = """
+FULL_SCENARIO = """
 funds = 12.5
 subnet = "mine"
 [[faults]]
@@ -35,7 +35,7 @@ start_price = "0.5"
 
 def test_a_scenario_is_read_exactly(tmp_path: Path) -> None:
     file = tmp_path / "scenario.toml"
-    file.write_text(WHOLE)
+    file.write_text(FULL_SCENARIO)
 
     scenario = read_scenario(file)
 
@@ -96,22 +96,22 @@ def test_a_fault_strikes_when_it_should() -> None:
     fault = Fault(kind="die", after=2, every=3, times=2)
     faults = Faults({"alpha": (fault,)})
 
-    struck = [faults.strikes("alpha", "die") is fault for _ in range(12)]
+    triggered = [faults.triggers("alpha", "die") is fault for _ in range(12)]
 
-    assert [number for number, each in enumerate(struck) if each] == [2, 5]
+    assert [number for number, each in enumerate(triggered) if each] == [2, 5]
 
 
 def test_faults_are_counted_for_each_who_kind_and_path() -> None:
     once = Fault(kind="http-500", path="GET /a/*", times=1)
     faults = Faults({DAEMON: (once,), "alpha": (Fault(kind="hang", times=1),)})
 
-    assert faults.strikes("beta", "hang") is None
-    assert faults.strikes("alpha", "die") is None
-    assert faults.strikes("alpha", "hang") is not None
-    assert faults.strikes("alpha", "hang") is None
-    assert faults.strikes(DAEMON, "http-500", "POST /a/b") is None
-    assert faults.strikes(DAEMON, "http-500", "GET /a/b") is once
-    assert faults.strikes(DAEMON, "http-500", "GET /a/b") is None
+    assert faults.triggers("beta", "hang") is None
+    assert faults.triggers("alpha", "die") is None
+    assert faults.triggers("alpha", "hang") is not None
+    assert faults.triggers("alpha", "hang") is None
+    assert faults.triggers(DAEMON, "http-500", "POST /a/b") is None
+    assert faults.triggers(DAEMON, "http-500", "GET /a/b") is once
+    assert faults.triggers(DAEMON, "http-500", "GET /a/b") is None
 
 
 def test_every_kind_has_a_meaning() -> None:

@@ -19,14 +19,14 @@ from provider_image.runtime_paths import socket_path
 ROOT = Path(__file__).parents[2]
 
 
-def saved(image, format: str, **options) -> bytes:
+def encode_image(image, format: str, **options) -> bytes:
     """Save a Pillow image to bytes."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
-def make_chunk(path: Path, pictures: list[bytes], **changes) -> Path:
+def make_chunk(path: Path, images: list[bytes], **changes) -> Path:
     """Write a chunk of pictures for efficientnet_lite0."""
     facts = {
         "chunk_id": "chunk-1",
@@ -34,17 +34,17 @@ def make_chunk(path: Path, pictures: list[bytes], **changes) -> Path:
         "model": "efficientnet_lite0",
         "digest": None,
     } | changes
-    write_chunk(path, items=[ChunkItem(number=i, inputs={"image": p}) for i, p in enumerate(pictures)], **facts)
+    write_chunk(path, items=[ChunkItem(number=i, inputs={"image": p}) for i, p in enumerate(images)], **facts)
     return path
 
 
-class Warm:
+class WarmProcess:
     """A `serve` process, and how to talk to it."""
 
-    def __init__(self, place: Path, models: Path, *options: str) -> None:
-        self.place = place
+    def __init__(self, runtime_folder: Path, models: Path, *options: str) -> None:
+        self.runtime_folder = runtime_folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "provider_image", "serve", "--place", place, "--models", models, *options],
+            [sys.executable, "-m", "provider_image", "serve", "--place", runtime_folder, "--models", models, *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -52,14 +52,14 @@ class Warm:
             text=True,
         )
 
-    def wait_until_ready(self) -> Warm:
+    def wait_until_ready(self) -> WarmProcess:
         assert self.process.stdout.readline() == "ready\n", self.process.stderr.read()
         return self
 
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(60)
-        connection.connect(str(socket_path(self.place)))
+        connection.connect(str(socket_path(self.runtime_folder)))
         return connection
 
     def send(self, line: object) -> socket.socket:
@@ -67,11 +67,11 @@ class Warm:
         connection.sendall((line if isinstance(line, str) else json.dumps(line)).encode() + b"\n")
         return connection
 
-    def ask(self, line: object) -> dict:
+    def send_and_receive(self, line: object) -> dict:
         with self.send(line) as connection:
-            return reply(connection)
+            return read_reply(connection)
 
-    def end(self) -> int:
+    def wait_for_exit(self) -> int:
         """Wait for its end and return the exit status."""
         status = self.process.wait(60)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -79,25 +79,27 @@ class Warm:
         return status
 
 
-def reply(connection: socket.socket) -> dict:
+def read_reply(connection: socket.socket) -> dict:
     """Read one reply; an empty one if the other side ended."""
     with connection.makefile() as lines:
         return json.loads(lines.readline() or "{}")
 
 
 @pytest.fixture
-def warm(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., Warm]]:
+def start_warm_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., WarmProcess]]:
     """Start warm processes; those that a test leaves are killed."""
     started = []
 
-    def start(place: Path = tmp_path / "place", models: Path = models_folder, options: tuple[str, ...] = ()) -> Warm:
-        started.append(Warm(place, models, *options))
+    def start(
+        runtime_folder: Path = tmp_path / "place", models: Path = models_folder, options: tuple[str, ...] = ()
+    ) -> WarmProcess:
+        started.append(WarmProcess(runtime_folder, models, *options))
         return started[-1]
 
     yield start
     for each in started:
         each.process.kill()
-        each.end()
+        each.wait_for_exit()
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +107,8 @@ def slow_chunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chunk that takes several seconds: sixteen pictures of as many pixels as are taken."""
     from PIL import Image
 
-    picture = saved(Image.new("RGB", (6000, 6000), "teal"), "PNG", compress_level=1)
-    return make_chunk(tmp_path_factory.mktemp("slow") / "slow.zip", [picture] * 16)
+    image = encode_image(Image.new("RGB", (6000, 6000), "teal"), "PNG", compress_level=1)
+    return make_chunk(tmp_path_factory.mktemp("slow") / "slow.zip", [image] * 16)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from provider_image.check import (
     check_model,
     find_folder,
     installed_folders,
-    remember,
+    record_speed,
 )
 from provider_image.check_report import CheckReport, describe
 from provider_image.cores import available_cores
@@ -398,6 +398,6 @@ def test_only_an_installed_sound_model_measured_as_usual_is_remembered(models: P
         check_model(artefact, precision="bf16", seconds=SECONDS),
     ]
 
-    assert not any(remember(report, models) for report in others)
-    assert remember(usual, models)
+    assert not any(record_speed(report, models) for report in others)
+    assert record_speed(usual, models)
     assert read_speed(models, MODEL, usual.digest).threads == cores

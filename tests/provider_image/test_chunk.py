@@ -75,7 +75,7 @@ def test_chunk_that_was_written_is_read(chunk):
         first, second = reader.items
 
         assert (reader.chunk_id, reader.service, reader.model) == ("id-1", "classification", "vgg16")
-        assert (reader.digest, reader.is_shrunk) == (DIGEST, False)
+        assert (reader.digest, reader.is_resized) == (DIGEST, False)
         assert (first.params, second.params) == ({"top": 3}, {})
         assert reader.read_inputs(first) == {"image": b"from memory"}
         assert reader.read_inputs(second) == {"image": b"from a file"}
@@ -83,10 +83,10 @@ def test_chunk_that_was_written_is_read(chunk):
 
 def test_chunk_says_that_its_inputs_are_shrunk(tmp_path):
     items = [ChunkItem(number=0, inputs={"image": b"pixels"})]
-    write_chunk(tmp_path / "c.zip", "id", "classification", "vgg16", None, items, is_shrunk=True)
+    write_chunk(tmp_path / "c.zip", "id", "classification", "vgg16", None, items, is_resized=True)
 
     with open_chunk(tmp_path / "c.zip") as reader:
-        assert reader.is_shrunk
+        assert reader.is_resized
 
 
 def test_pictures_lie_in_the_chunk_as_they_are(chunk):

@@ -11,10 +11,10 @@ from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chun
 from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
 from provider_image.images.decoding import decode, encode_lossless
 from provider_image.models.artefact import installed_digest
-from provider_image.runtime import KEPT_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
+from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
 from provider_image.services import load_service
 from provider_image.services.classification import Classification
-from tests.provider_image.conftest import make_chunk, saved
+from tests.provider_image.conftest import encode_image, make_chunk
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_broken_picture_fails_alone(tmp_path, photos, nets):
 
 def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_path, photos, nets):
     pictures = [encode_lossless(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
-    chunk = make_chunk(tmp_path / "c.zip", [*pictures, photos["chelsea"]], is_shrunk=True)
+    chunk = make_chunk(tmp_path / "c.zip", [*pictures, photos["chelsea"]], is_resized=True)
 
     results = run_chunk(chunk, tmp_path / "r.zip", nets)
 
@@ -79,7 +79,7 @@ def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_pa
 class Clumsy(Classification):
     """A service with a bug that some pictures wake."""
 
-    def prepare(self, artefact, inputs, *, is_shrunk=False):
+    def prepare(self, artefact, inputs, *, is_resized=False):
         if inputs["image"] == b"bug":
             raise ZeroDivisionError("a bug")
         if inputs["image"] == b"net":
@@ -186,7 +186,7 @@ class Counting(Classification):
         self.loads += 1
         return artefact.name
 
-    def prepare(self, artefact, inputs, *, is_shrunk=False):
+    def prepare(self, artefact, inputs, *, is_resized=False):
         return len(inputs["image"])
 
     def run(self, net, item):
@@ -206,19 +206,19 @@ def test_net_is_loaded_once(models_folder):
 def test_nets_that_are_kept_are_few(tmp_path, models_folder):
     import json
 
-    for number in range(KEPT_NETS + 1):
+    for number in range(MAX_LOADED_NETS + 1):
         folder = shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / f"model{number}")
         facts = json.loads((folder / "model.json").read_text())
         (folder / "model.json").write_text(json.dumps(facts | {"name": f"model{number}"}))
     service = Counting()
     nets = NetCache(tmp_path, find_service=lambda name: service)
 
-    for number in range(KEPT_NETS + 1):
+    for number in range(MAX_LOADED_NETS + 1):
         nets.get("classification", f"model{number}", None)
     nets.get("classification", "model1", None)
     nets.get("classification", "model0", None)
 
-    assert service.loads == KEPT_NETS + 2
+    assert service.loads == MAX_LOADED_NETS + 2
 
 
 def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):
@@ -253,7 +253,7 @@ def test_items_are_worked_on_side_by_side(tmp_path, models_folder):
 
 
 def test_reader_is_closed_after_a_chunk(tmp_path, photos, nets):
-    chunk = make_chunk(tmp_path / "c.zip", [saved(Image.new("RGB", (8, 8)), "PNG")])
+    chunk = make_chunk(tmp_path / "c.zip", [encode_image(Image.new("RGB", (8, 8)), "PNG")])
 
     run_chunk(chunk, tmp_path / "r.zip", nets)
 

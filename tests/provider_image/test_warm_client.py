@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from provider_image.chunk import read_results
-from provider_image.warm_client import warm_place
+from provider_image.warm_client import server_folder
 from tests.process_tree import wait_until
 from tests.provider_image.conftest import ROOT, environment, make_chunk
 from tests.provider_image.test_warm_server import is_alive
@@ -34,14 +34,14 @@ def chunk(tmp_path, photos):
 
 
 @pytest.fixture
-def place(tmp_path, models_folder):
+def runtime_folder(tmp_path, models_folder):
     """A place; the warm processes in it are killed afterwards."""
     yield tmp_path / "place"
     for pid in warm_pids(tmp_path / "place"):
         os.kill(pid, signal.SIGKILL)
 
 
-def warm_pids(place) -> list[int]:
+def warm_pids(runtime_folder) -> list[int]:
     """Processes that serve somewhere under a place."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -49,7 +49,7 @@ def warm_pids(place) -> list[int]:
             line = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"\0serve\0" in line and os.fsencode(place) in line and is_alive(int(entry.name)):
+        if b"\0serve\0" in line and os.fsencode(runtime_folder) in line and is_alive(int(entry.name)):
             found.append(int(entry.name))
     return found
 
@@ -59,23 +59,23 @@ def labels(path) -> list[str]:
     return [item.output[0][1] for item in items]
 
 
-def test_run_answers_and_a_second_run_finds_the_warm_process(tmp_path, chunk, place, models_folder):
-    options = ("--models", models_folder, "--place", place)
+def test_run_answers_and_a_second_run_finds_the_warm_process(tmp_path, chunk, runtime_folder, models_folder):
+    options = ("--models", models_folder, "--place", runtime_folder)
 
     first = command("run", chunk, tmp_path / "1.zip", *options)
-    pids = warm_pids(place)
+    pids = warm_pids(runtime_folder)
     second = command("run", chunk, tmp_path / "2.zip", *options)
 
     assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
     assert labels(tmp_path / "1.zip") == labels(tmp_path / "2.zip") == ["tiger_cat", "espresso"]
     assert len(pids) == 1
-    assert warm_pids(place) == pids
+    assert warm_pids(runtime_folder) == pids
     second_load = read_results(tmp_path / "2.zip", "chunk-1", "efficientnet_lite0", [0, 1]).load_seconds
     assert second_load == 0
 
 
-def test_runs_at_once_share_one_warm_process(tmp_path, chunk, place, models_folder):
-    options = ("--models", models_folder, "--place", place)
+def test_runs_at_once_share_one_warm_process(tmp_path, chunk, runtime_folder, models_folder):
+    options = ("--models", models_folder, "--place", runtime_folder)
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "provider_image", "run", chunk, tmp_path / f"{n}.zip", *options],
@@ -85,45 +85,46 @@ def test_runs_at_once_share_one_warm_process(tmp_path, chunk, place, models_fold
     ]
 
     assert [process.wait(60) for process in started] == [0, 0, 0]
-    assert len(warm_pids(place)) == 1
+    assert len(warm_pids(runtime_folder)) == 1
     for n in range(3):
         assert labels(tmp_path / f"{n}.zip") == ["tiger_cat", "espresso"]
 
 
 def test_other_settings_get_another_warm_process(tmp_path, models_folder):
     places = {
-        warm_place(tmp_path, models_folder, 1, "f32"),
-        warm_place(tmp_path, models_folder, 2, "f32"),
-        warm_place(tmp_path, models_folder, 1, "bf16"),
-        warm_place(tmp_path, tmp_path, 1, "f32"),
-        warm_place(None, models_folder, 1, "f32"),
+        server_folder(tmp_path, models_folder, 1, "f32"),
+        server_folder(tmp_path, models_folder, 2, "f32"),
+        server_folder(tmp_path, models_folder, 1, "bf16"),
+        server_folder(tmp_path, tmp_path, 1, "f32"),
+        server_folder(None, models_folder, 1, "f32"),
     }
 
     assert len(places) == 5
-    assert warm_place(tmp_path, models_folder, 1, "f32") in places
+    assert server_folder(tmp_path, models_folder, 1, "f32") in places
 
 
-def test_warm_process_ends_after_the_time_it_is_kept(tmp_path, chunk, place, models_folder):
+def test_warm_process_ends_after_the_time_it_is_kept(tmp_path, chunk, runtime_folder, models_folder):
     done = command(
-        *("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place), MLG_KEEP_WARM_SECONDS="0.3"
+        *("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", runtime_folder),
+        MLG_KEEP_WARM_SECONDS="0.3",
     )
 
     assert done.returncode == 0
-    wait_until(lambda: not warm_pids(place))
-    again = command("run", chunk, tmp_path / "again.zip", "--models", models_folder, "--place", place)
+    wait_until(lambda: not warm_pids(runtime_folder))
+    again = command("run", chunk, tmp_path / "again.zip", "--models", models_folder, "--place", runtime_folder)
     assert again.returncode == 0
 
 
-def test_run_cold_starts_no_process(tmp_path, chunk, place, models_folder):
-    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place, "--cold")
+def test_run_cold_starts_no_process(tmp_path, chunk, runtime_folder, models_folder):
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", runtime_folder, "--cold")
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert labels(tmp_path / "r.zip") == ["tiger_cat", "espresso"]
-    assert warm_pids(place) == []
+    assert warm_pids(runtime_folder) == []
 
 
-def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chunk, place, models_folder):
-    options = ("--models", models_folder, "--place", place)
+def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chunk, runtime_folder, models_folder):
+    options = ("--models", models_folder, "--place", runtime_folder)
     command("run", chunk, tmp_path / "r.zip", *options)
     process = subprocess.Popen(
         [sys.executable, "-m", "provider_image", "run", slow_chunk, tmp_path / "slow.zip", *options],
@@ -133,7 +134,7 @@ def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chu
     )
     time.sleep(0.7)
 
-    (pid,) = warm_pids(place)
+    (pid,) = warm_pids(runtime_folder)
     os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
 
@@ -145,10 +146,10 @@ def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chu
 
 
 @pytest.mark.parametrize("how", [(), ("--cold",)])
-def test_error_is_one_line(tmp_path, photos, place, models_folder, how):
+def test_error_is_one_line(tmp_path, photos, runtime_folder, models_folder, how):
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]], model="vgg16")
 
-    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", place, *how)
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", runtime_folder, *how)
 
     expected = "Error: The model vgg16 is not installed here. Install it: mlg models compile vgg16\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)

@@ -8,10 +8,10 @@ import time
 import pytest
 
 from provider_image.chunk import read_results
-from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from
-from provider_image.runtime_paths import private_folder, shared_folder, socket_path
+from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from_reply
+from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
 from tests.process_tree import is_alive, wait_until
-from tests.provider_image.conftest import make_chunk, reply
+from tests.provider_image.conftest import make_chunk, read_reply
 
 
 def job(chunk, results) -> dict:
@@ -23,18 +23,18 @@ def chunk(tmp_path, photos):
     return make_chunk(tmp_path / "chunk.zip", [photos["coffee"]])
 
 
-def test_warm_process_answers_job_after_job_with_the_model_loaded_once(tmp_path, warm, chunk):
-    server = warm().wait_until_ready()
+def test_warm_process_answers_job_after_job_with_the_model_loaded_once(tmp_path, start_warm_server, chunk):
+    server = start_warm_server().wait_until_ready()
 
-    replies = [server.ask(job(chunk, tmp_path / f"{number}.zip")) for number in range(3)]
+    replies = [server.send_and_receive(job(chunk, tmp_path / f"{number}.zip")) for number in range(3)]
 
     assert [each["ok"] for each in replies] == [True] * 3
     loads = [read_results(tmp_path / f"{n}.zip", "chunk-1", "efficientnet_lite0", [0]).load_seconds for n in range(3)]
     assert loads[0] > 0 == loads[1] == loads[2]
 
 
-def test_one_connection_may_send_many_jobs(tmp_path, warm, chunk):
-    server = warm().wait_until_ready()
+def test_one_connection_may_send_many_jobs(tmp_path, start_warm_server, chunk):
+    server = start_warm_server().wait_until_ready()
 
     with server.connect() as connection, connection.makefile("rw") as lines:
         for number in range(2):
@@ -42,15 +42,15 @@ def test_one_connection_may_send_many_jobs(tmp_path, warm, chunk):
             assert '"ok": true' in lines.readline()
 
 
-def test_second_client_waits_for_the_first(tmp_path, warm, chunk, slow_chunk):
-    server = warm(options=("--threads", "1")).wait_until_ready()
+def test_second_client_waits_for_the_first(tmp_path, start_warm_server, chunk, slow_chunk):
+    server = start_warm_server(options=("--threads", "1")).wait_until_ready()
     slow = server.send(job(slow_chunk, tmp_path / "slow.zip"))
 
-    quick = server.ask(job(chunk, tmp_path / "quick.zip"))
+    quick = server.send_and_receive(job(chunk, tmp_path / "quick.zip"))
 
     assert quick["ok"] and quick["seconds"] < 5
     assert (tmp_path / "slow.zip").exists()
-    assert reply(slow)["ok"]
+    assert read_reply(slow)["ok"]
     slow.close()
 
 
@@ -64,34 +64,34 @@ def test_second_client_waits_for_the_first(tmp_path, warm, chunk, slow_chunk):
         ({"chunk": "/nowhere/chunk.zip", "results": "/nowhere/r.zip"}, "malformed_chunk"),
     ],
 )
-def test_bad_job_is_answered_and_survived(tmp_path, warm, chunk, line, code):
-    server = warm().wait_until_ready()
+def test_bad_job_is_answered_and_survived(tmp_path, start_warm_server, chunk, line, code):
+    server = start_warm_server().wait_until_ready()
 
-    bad = server.ask(line)
-    good = server.ask(job(chunk, tmp_path / "r.zip"))
+    bad = server.send_and_receive(line)
+    good = server.send_and_receive(job(chunk, tmp_path / "r.zip"))
 
     assert (bad["ok"], bad["code"]) == (False, code)
     assert good["ok"]
 
 
-def test_bad_chunks_are_answered_and_survived(tmp_path, warm, chunk, photos):
-    server = warm().wait_until_ready()
+def test_bad_chunks_are_answered_and_survived(tmp_path, start_warm_server, chunk, photos):
+    server = start_warm_server().wait_until_ready()
     (tmp_path / "bad.zip").write_bytes(b"PK\5\6" + b"\xff" * 18)
     missing = make_chunk(tmp_path / "missing.zip", [photos["coffee"]], model="vgg16")
 
-    bad = server.ask(job(tmp_path / "bad.zip", tmp_path / "r.zip"))
-    unwritable = server.ask(job(chunk, tmp_path / "no" / "r.zip"))
-    not_installed = server.ask(job(missing, tmp_path / "r.zip"))
+    bad = server.send_and_receive(job(tmp_path / "bad.zip", tmp_path / "r.zip"))
+    unwritable = server.send_and_receive(job(chunk, tmp_path / "no" / "r.zip"))
+    not_installed = server.send_and_receive(job(missing, tmp_path / "r.zip"))
 
     assert (bad["code"], bad["permanent"]) == ("malformed_chunk", True)
     assert unwritable["code"] == "chunk_error"
     assert (not_installed["code"], not_installed["permanent"]) == ("not_installed", False)
     assert "mlg models compile vgg16" in not_installed["reason"]
-    assert server.ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
 
 
-def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, warm, chunk):
-    server = warm().wait_until_ready()
+def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, start_warm_server, chunk):
+    server = start_warm_server().wait_until_ready()
     server.connect().close()
     server.send(job(chunk, tmp_path / "left.zip")).close()
     with server.connect() as rubbish:
@@ -101,98 +101,98 @@ def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, warm, chunk)
         except OSError as error:
             assert isinstance(error, ConnectionError)
 
-    assert server.ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
     assert (tmp_path / "left.zip").exists()
 
 
-def test_idle_process_ends_and_removes_its_socket(warm):
-    server = warm(options=("--idle-seconds", "0.2")).wait_until_ready()
+def test_idle_process_ends_and_removes_its_socket(start_warm_server):
+    server = start_warm_server(options=("--idle-seconds", "0.2")).wait_until_ready()
 
-    assert server.end() == 0
-    assert not socket_path(server.place).exists()
+    assert server.wait_for_exit() == 0
+    assert not socket_path(server.runtime_folder).exists()
 
 
-def test_idle_process_ends_in_spite_of_an_open_connection(warm):
-    server = warm(options=("--idle-seconds", "0.2")).wait_until_ready()
+def test_idle_process_ends_in_spite_of_an_open_connection(start_warm_server):
+    server = start_warm_server(options=("--idle-seconds", "0.2")).wait_until_ready()
 
     with server.connect():
-        assert server.end() == 0
+        assert server.wait_for_exit() == 0
 
 
-def test_process_that_never_idles_away_stays(tmp_path, warm, chunk):
-    server = warm(options=("--idle-seconds", "0")).wait_until_ready()
+def test_process_that_never_idles_away_stays(tmp_path, start_warm_server, chunk):
+    server = start_warm_server(options=("--idle-seconds", "0")).wait_until_ready()
     time.sleep(0.5)
 
-    assert server.ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_the_chunk_under_way_finish(tmp_path, warm, slow_chunk, chunk, number):
-    server = warm(options=("--threads", "2")).wait_until_ready()
-    server.ask(job(chunk, tmp_path / "first.zip"))
+def test_signal_lets_the_chunk_under_way_finish(tmp_path, start_warm_server, slow_chunk, chunk, number):
+    server = start_warm_server(options=("--threads", "2")).wait_until_ready()
+    server.send_and_receive(job(chunk, tmp_path / "first.zip"))
     under_way = server.send(job(slow_chunk, tmp_path / "r.zip"))
     waiting = server.send(job(chunk, tmp_path / "waiting.zip"))
     time.sleep(0.3)
 
     server.process.send_signal(number)
-    turned_away, finished = reply(waiting), reply(under_way)
+    turned_away, finished = read_reply(waiting), read_reply(under_way)
 
     assert finished["ok"]
     assert (turned_away["ok"], turned_away["code"]) == (False, "worker_died")
-    assert server.end() == 0
+    assert server.wait_for_exit() == 0
     assert len(read_results(tmp_path / "r.zip", "chunk-1", "efficientnet_lite0", range(16)).items) == 16
     assert not (tmp_path / "waiting.zip").exists()
-    assert not socket_path(server.place).exists()
+    assert not socket_path(server.runtime_folder).exists()
     under_way.close()
     waiting.close()
 
 
-def test_signal_ends_an_idle_process(warm):
-    server = warm().wait_until_ready()
+def test_signal_ends_an_idle_process(start_warm_server):
+    server = start_warm_server().wait_until_ready()
 
     server.process.terminate()
 
-    assert server.end() == 0
+    assert server.wait_for_exit() == 0
 
 
-def test_socket_of_a_killed_process_is_replaced(tmp_path, warm, chunk):
-    killed = warm().wait_until_ready()
+def test_socket_of_a_killed_process_is_replaced(tmp_path, start_warm_server, chunk):
+    killed = start_warm_server().wait_until_ready()
     killed.process.kill()
-    killed.end()
-    assert socket_path(killed.place).exists()
+    killed.wait_for_exit()
+    assert socket_path(killed.runtime_folder).exists()
 
-    second = warm().wait_until_ready()
+    second = start_warm_server().wait_until_ready()
 
-    assert second.ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert second.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
 
 
-def test_of_processes_that_start_at_once_exactly_one_serves(tmp_path, warm, chunk):
-    started = [warm() for _ in range(4)]
+def test_of_processes_that_start_at_once_exactly_one_serves(tmp_path, start_warm_server, chunk):
+    started = [start_warm_server() for _ in range(4)]
 
     wait_until(lambda: sum(each.process.poll() is not None for each in started) == 3)
     served = [each for each in started if each.process.poll() is None]
 
     assert len(served) == 1
     served[0].wait_until_ready()
-    assert served[0].ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert served[0].send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
     for each in started:
         if each is not served[0]:
             assert each.process.wait() == 1
             assert "Another process serves" in each.process.stderr.read()
 
 
-def test_process_ends_with_its_standard_input(warm):
-    server = warm(options=("--exit-with-stdin",)).wait_until_ready()
+def test_process_ends_with_its_standard_input(start_warm_server):
+    server = start_warm_server(options=("--exit-with-stdin",)).wait_until_ready()
 
     server.process.stdin.close()
 
     assert server.process.wait(30) == 0
-    assert not socket_path(server.place).exists()
+    assert not socket_path(server.runtime_folder).exists()
 
 
-def test_process_ends_with_its_standard_input_even_in_mid_chunk(tmp_path, warm, slow_chunk, chunk):
-    server = warm(options=("--exit-with-stdin", "--threads", "1")).wait_until_ready()
-    server.ask(job(chunk, tmp_path / "first.zip"))
+def test_process_ends_with_its_standard_input_even_in_mid_chunk(tmp_path, start_warm_server, slow_chunk, chunk):
+    server = start_warm_server(options=("--exit-with-stdin", "--threads", "1")).wait_until_ready()
+    server.send_and_receive(job(chunk, tmp_path / "first.zip"))
     connection = server.send(job(slow_chunk, tmp_path / "r.zip"))
     time.sleep(0.3)
 
@@ -201,7 +201,7 @@ def test_process_ends_with_its_standard_input_even_in_mid_chunk(tmp_path, warm, 
 
     assert server.process.wait(30) == 0
     assert time.monotonic() - started < 3
-    assert reply(connection) == {}
+    assert read_reply(connection) == {}
     assert not (tmp_path / "r.zip").exists()
     connection.close()
 
@@ -229,24 +229,24 @@ def test_process_dies_with_a_parent_that_is_killed(tmp_path, models_folder):
     wait_until(lambda: not socket_path(tmp_path / "place").exists())
 
 
-def test_long_place_gets_a_short_socket(tmp_path, warm, chunk):
-    place = tmp_path / ("long" * 30)
-    server = warm(place=place).wait_until_ready()
+def test_long_place_gets_a_short_socket(tmp_path, start_warm_server, chunk):
+    runtime_folder = tmp_path / ("long" * 30)
+    server = start_warm_server(runtime_folder=runtime_folder).wait_until_ready()
 
-    assert len(os.fsencode(socket_path(place))) < 108
-    assert socket_path(place).parent == shared_folder()
-    assert server.ask(job(chunk, tmp_path / "r.zip"))["ok"]
+    assert len(os.fsencode(socket_path(runtime_folder))) < 108
+    assert socket_path(runtime_folder).parent == user_runtime_folder()
+    assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
     server.process.terminate()
-    assert server.end() == 0
-    assert not socket_path(place).exists()
+    assert server.wait_for_exit() == 0
+    assert not socket_path(runtime_folder).exists()
 
 
-def test_place_is_private(tmp_path, warm):
+def test_place_is_private(tmp_path, start_warm_server):
     (tmp_path / "place").mkdir(mode=0o755)
 
-    server = warm().wait_until_ready()
+    server = start_warm_server().wait_until_ready()
 
-    assert server.place.stat().st_mode & 0o777 == 0o700
+    assert server.runtime_folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_link_is_no_place(tmp_path):
@@ -254,7 +254,7 @@ def test_link_is_no_place(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
 
     with pytest.raises(ConfigError, match="is a link"):
-        private_folder(tmp_path / "link")
+        make_private_folder(tmp_path / "link")
 
 
 def test_place_of_somebody_else_is_no_place(tmp_path):
@@ -264,20 +264,20 @@ def test_place_of_somebody_else_is_no_place(tmp_path):
     os.chown(tmp_path / "place", 12345, 12345)
 
     with pytest.raises(ConfigError, match="belongs to somebody else"):
-        private_folder(tmp_path / "place")
+        make_private_folder(tmp_path / "place")
 
 
 def test_reply_becomes_the_error_that_it_was():
-    found = error_from({"ok": False, "code": "not_installed", "reason": "no", "permanent": False})
+    found = error_from_reply({"ok": False, "code": "not_installed", "reason": "no", "permanent": False})
 
     assert (type(found), found.reason) == (NotInstalled, "no")
-    assert type(error_from({"code": "broken_image"})) is BrokenImage
-    assert type(error_from({"code": "of another version", "reason": "x"})) is ChunkError
+    assert type(error_from_reply({"code": "broken_image"})) is BrokenImage
+    assert type(error_from_reply({"code": "of another version", "reason": "x"})) is ChunkError
 
 
-def test_socket_is_a_socket(warm):
-    server = warm().wait_until_ready()
+def test_socket_is_a_socket(start_warm_server):
+    server = start_warm_server().wait_until_ready()
 
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(socket_path(server.place)))
-        assert socket_path(server.place).is_socket()
+        connection.connect(str(socket_path(server.runtime_folder)))
+        assert socket_path(server.runtime_folder).is_socket()

@@ -25,7 +25,7 @@ from mlg_client import AsyncClient, Client, Refused, Request, StillWaiting, Unav
 from server.settings import ServerSettings
 from store.records import Answer
 from store.sqlite import SqliteStore
-from tests.conftest import MODEL, OUTPUT, ROOT, Running
+from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 
 URL = "http://127.0.0.1:5000"
 
@@ -164,9 +164,9 @@ def test_a_folder_goes_out_in_order_and_what_is_no_picture_is_listed(
 
 
 @pytest.fixture
-def batcher(serve: Callable[..., Running]) -> Iterator[tuple[Running, Callable[[], None]]]:
+def batcher(start_server: Callable[..., RunningServer]) -> Iterator[tuple[RunningServer, Callable[[], None]]]:
     """A real server, and a thread that answers one request after the other once it is started."""
-    server = serve()
+    server = start_server()
     store = SqliteStore(ServerSettings(home=server.home))
     stop = threading.Event()
 
@@ -191,7 +191,7 @@ def batcher(serve: Callable[..., Running]) -> Iterator[tuple[Running, Callable[[
     store.close()
 
 
-def test_requests_come_as_they_end(batcher: tuple[Running, Callable[[], None]]) -> None:
+def test_requests_come_as_they_end(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
     server, start = batcher
     with Client(server.base) as calls:
         batch = calls.submit_many([picture(number) for number in range(6)], MODEL)
@@ -204,7 +204,7 @@ def test_requests_come_as_they_end(batcher: tuple[Running, Callable[[], None]]) 
     assert all(request.is_read and request.best for request in ended)
 
 
-def test_async_code_makes_the_same_calls(batcher: tuple[Running, Callable[[], None]]) -> None:
+def test_async_code_makes_the_same_calls(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
     server, start = batcher
 
     async def road() -> tuple[int, list[Request], list[Request], Request]:

@@ -25,9 +25,9 @@ from provider_image.errors import ConfigError
 from server.settings import ServerSettings
 from server.submissions import Submissions
 from server.submit import find_files
-from store.records import Answer, Request
+from store.records import Answer, RequestRecord
 from store.sqlite import SqliteStore
-from tests.conftest import MODEL, OUTPUT, ROOT, Running
+from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 
 
 def picture(number: int) -> bytes:
@@ -48,12 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(serve: Callable[..., Running]) -> Running:
-    return serve()
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server()
 
 
 @pytest.fixture
-def store(server: Running) -> Iterator[SqliteStore]:
+def store(server: RunningServer) -> Iterator[SqliteStore]:
     """The server's store, opened beside it."""
     store = SqliteStore(ServerSettings(home=server.home))
     yield store
@@ -90,7 +90,7 @@ class Submit:
 
 
 @pytest.fixture
-def submit(tmp_path: Path, server: Running) -> Submit:
+def submit(tmp_path: Path, server: RunningServer) -> Submit:
     return Submit(tmp_path / "client", server.base)
 
 
@@ -119,7 +119,7 @@ def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-def everything(store: SqliteStore) -> list[Request]:
+def everything(store: SqliteStore) -> list[RequestRecord]:
     return store.list(limit=10_000)
 
 
@@ -355,7 +355,7 @@ def test_a_server_that_is_away_is_given_up_after_the_patience(folder: Path, tmp_
 
 @pytest.mark.parametrize(("model", "word"), [("densenet12", "densenet121"), ("vgg16", "mlg models compile vgg16")])
 def test_a_model_that_nobody_can_serve_ends_the_run_at_once(
-    server: Running, folder: Path, tmp_path: Path, model: str, word: str
+    server: RunningServer, folder: Path, tmp_path: Path, model: str, word: str
 ) -> None:
     submit = Submit(tmp_path / "client", server.base)
     command = [model if part == MODEL else part for part in submit.command(folder)]

@@ -29,7 +29,7 @@ from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, DeliveryFailed, ch
 from store.records import Answer
 from store.sqlite import SqliteStore
 from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
-from tests.conftest import MODEL, OUTPUT, Running
+from tests.conftest import MODEL, OUTPUT, RunningServer
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -82,7 +82,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def private(settings: ServerSettings) -> ServerSettings:
-    return replace(settings, webhooks_private=True)
+    return replace(settings, allows_private_webhooks=True)
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_a_request_that_is_deleted_is_still_told(
     id = post(client, receiver.url)
     answer()
     later = datetime.now(UTC) + timedelta(days=1)
-    store.purge(pictures_before=later, results_before=later, now=datetime.now(UTC))
+    store.purge(images_before=later, results_before=later, now=datetime.now(UTC))
 
     send_due(deliverer)
 
@@ -411,9 +411,9 @@ def test_a_slow_receiver_holds_up_only_itself(
 
 
 def test_several_servers_deliver_once_and_a_batch_tells_its_end(
-    serve: Callable[..., Running], receiver: Receiver
+    start_server: Callable[..., RunningServer], receiver: Receiver
 ) -> None:
-    running = [serve(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
+    running = [start_server(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
     store = SqliteStore(ServerSettings(home=running[0].home))
     ids = []
     with httpx.Client(timeout=20) as http_client:
@@ -533,7 +533,7 @@ def test_dead_messages_are_listed_and_sent_again_by_hand(
     receiver.statuses = [500]
     post(client, receiver.url)
     answer()
-    send_due(Deliverer(store, is_private_allowed=True, waits=()))
+    send_due(Deliverer(store, is_private_allowed=True, retry_seconds=()))
 
     (dead,) = [json.loads(line) for line in run("dead", "--json").splitlines()]
     table = run("dead")

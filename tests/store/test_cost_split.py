@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.cost_split import share_of, split, to_amount, total
+from store.cost_split import equal_share, split, to_amount, total
 
 UNIT = Decimal("1e-18")
 
@@ -36,7 +36,7 @@ def test_shares_add_up_to_the_amount_and_are_off_by_less_than_a_unit(amount: Dec
 @settings(max_examples=100, deadline=None)
 @given(amount=amounts, count=st.integers(1, 40))
 def test_equal_shares_add_up_and_are_those_of_a_split_by_equal_weights(amount: Decimal, count: int) -> None:
-    shares = [share_of(amount, count, position) for position in range(count)]
+    shares = [equal_share(amount, count, position) for position in range(count)]
 
     assert total(shares) == amount
     assert shares == split(amount, [1.0] * count)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from provider_image.errors import ConfigError, DiskFull, StoreBusy, StoreError, StoreUnavailable
-from server.settings import ServerSettings
+from provider_image.errors import ConfigError
 from store import new_id
+from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 from store.migrations import STEPS
-from store.records import NewRequest, Request
+from store.records import NewRequest, RequestRecord
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]
@@ -26,26 +27,26 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=tmp_path / "home", busy_seconds=0.2))
+    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=0.2))
     made.migrate()
     yield made
     made.close()
 
 
-def add(store: SqliteStore, data: bytes = b"picture") -> Request:
+def add(store: SqliteStore, data: bytes = b"picture") -> RequestRecord:
     new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=datetime.now(UTC))
-    return store.add(new, store.blobs.stage(data))
+    return store.add(new, store.images.stage(data))
 
 
 def files(store: SqliteStore) -> list[str]:
-    return sorted(str(path) for path in store.blobs.folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in store.images.folder.rglob("*") if path.is_file())
 
 
 def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from server.settings import ServerSettings;"
+        "import sys; from pathlib import Path; from store.settings import HomeSettings;"
         "from store.sqlite import SqliteStore; sys.stdin.read();"
-        "print(len(SqliteStore(ServerSettings(home=Path(sys.argv[1]))).migrate()))"
+        "print(len(SqliteStore(HomeSettings(home=Path(sys.argv[1]))).migrate()))"
     )
     processes = [
         subprocess.Popen(
@@ -103,7 +104,7 @@ def test_a_full_disk_under_the_pictures_is_said_and_leaves_nothing_behind(
     monkeypatch.setattr(os, "write", half_then_full)
 
     with pytest.raises(DiskFull):
-        store.blobs.stage(b"x" * 150)
+        store.images.stage(b"x" * 150)
 
     assert files(store) == []
 
@@ -146,7 +147,7 @@ def test_a_damaged_database_is_said(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "mlg.db").write_bytes(b"this is not a database at all" * 100)
-    store = SqliteStore(ServerSettings(home=home))
+    store = SqliteStore(HomeSettings(home=home))
 
     with pytest.raises(StoreUnavailable, match="damaged"):
         store.migrate()
@@ -156,7 +157,7 @@ def test_a_damaged_database_is_said(tmp_path: Path) -> None:
 
 def test_a_home_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
-    store = SqliteStore(ServerSettings(home=tmp_path / "home"))
+    store = SqliteStore(HomeSettings(home=tmp_path / "home"))
 
     with pytest.raises(StoreError, match="home"):
         store.migrate()
@@ -221,12 +222,12 @@ def test_writers_of_one_process_share_commits(store: SqliteStore, tmp_path: Path
 
 
 def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -> None:
-    SqliteStore(ServerSettings(home=tmp_path / "home")).migrate()
+    SqliteStore(HomeSettings(home=tmp_path / "home")).migrate()
     code = (
-        "import sys; sys.path.insert(0, 'tests/server'); from pathlib import Path;"
-        "from test_sqlite import add; from server.settings import ServerSettings;"
+        "import sys; sys.path.insert(0, 'tests/store'); from pathlib import Path;"
+        "from test_sqlite import add; from store.settings import HomeSettings;"
         "from store.sqlite import SqliteStore;"
-        "store = SqliteStore(ServerSettings(home=Path(sys.argv[1])));"
+        "store = SqliteStore(HomeSettings(home=Path(sys.argv[1])));"
         "[print(add(store, f'{sys.argv[2]}-{n % 40}'.encode()).id) for n in range(80)]; store.close()"
     )
     processes = [
@@ -238,7 +239,7 @@ def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -
 
     acknowledged = [id for process in processes for id in process.communicate(timeout=60)[0].split()]
 
-    store = SqliteStore(ServerSettings(home=tmp_path / "home"))
+    store = SqliteStore(HomeSettings(home=tmp_path / "home"))
     assert sorted(request.id for request in store.list(limit=1000)) == sorted(acknowledged)
     assert len(acknowledged) == 160
     assert len(files(store)) == 80

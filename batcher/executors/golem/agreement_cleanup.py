@@ -17,14 +17,14 @@ from batcher.executors.golem.yapapi_adapter import explain
 log = logging.getLogger(__name__)
 
 #: yapapi's calls at a hire's end get this long before nobody waits for them any more.
-FAREWELL_SECONDS = 5.0
+CLEANUP_SECONDS = 5.0
 #: Pauses between the tries to end an agreement that yapapi did not; whatever is left is ended with the session.
-_PARTING_PAUSES_SECONDS = (0.5, 2.0, 8.0)
+_TERMINATE_BACKOFF_SECONDS = (0.5, 2.0, 8.0)
 #: What providers are told.
 _REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
 
 
-class Farewells:
+class AgreementCleanup:
     """Tasks that nobody waits for, until the end.
 
     :param engine: yapapi's, started.
@@ -39,46 +39,46 @@ class Farewells:
     def add(self, task: asyncio.Task[Any]) -> None:
         """Keep a task until it is done, and tell of its failure."""
         self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        task.add_done_callback(self._discard_task)
 
-    def part_soon(self, agreement_id: str, pool: Any) -> None:
+    def terminate_later(self, agreement_id: str, pool: Any) -> None:
         """See to it that an agreement ends even if yapapi, which should end it now, is kept from it.
 
         :param pool: yapapi's pool of agreements.
         """
 
-        async def part() -> None:
-            deadline = time.monotonic() + FAREWELL_SECONDS
+        async def terminate() -> None:
+            deadline = time.monotonic() + CLEANUP_SECONDS
             while agreement_id in pool._agreements and time.monotonic() < deadline:
                 await asyncio.sleep(0.2)
                 await pool.cycle()
             if agreement_id in pool._agreements:
                 await pool._terminate_agreement(agreement_id, _REASON)
 
-        self.add(asyncio.create_task(part()))
+        self.add(asyncio.create_task(terminate()))
 
-    def see_off(self, agreement_id: str) -> None:
+    def terminate_with_retries(self, agreement_id: str) -> None:
         """End an agreement that yapapi only takes for ended."""
 
-        async def end() -> None:
-            for pause in _PARTING_PAUSES_SECONDS:
+        async def terminate() -> None:
+            for pause in _TERMINATE_BACKOFF_SECONDS:
                 try:
                     return await end_agreement(self._engine, agreement_id, _REASON)
                 except Exception as error:
                     log.info("an agreement for %s is not ended yet: %s", self._model, explain(error))
                 await asyncio.sleep(pause)
 
-        self.add(asyncio.create_task(end()))
+        self.add(asyncio.create_task(terminate()))
 
     async def close(self) -> None:
         """Wait for what is under way, but not for long."""
         if not self._tasks:
             return
-        _, hanging = await asyncio.wait(self._tasks, timeout=FAREWELL_SECONDS)
+        _, hanging = await asyncio.wait(self._tasks, timeout=CLEANUP_SECONDS)
         for task in hanging:
             task.cancel()
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
+    def _discard_task(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.info("a hire for %s came to nothing: %s", self._model, explain(task.exception() or Exception()))

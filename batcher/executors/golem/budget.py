@@ -13,7 +13,7 @@ from decimal import Decimal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caps:
+class BudgetCaps:
     """The most that may be spent; None is no limit."""
 
     run: Decimal | None = None
@@ -28,18 +28,18 @@ class _Account:
     #: None while it is still running.
     amount: Decimal | None
     #: Tells what it costs at most by now and with what is promised to it.
-    most: Callable[[], Decimal]
+    max_cost: Callable[[], Decimal]
     #: The day on which it counts: today until it is paid.
     paid_on: str | None = None
 
 
-class Purse:
+class Budget:
     """One batcher's purse.
 
     :param clock: gives the time; days are those of UTC.
     """
 
-    def __init__(self, caps: Caps, *, clock: Callable[[], datetime]) -> None:
+    def __init__(self, caps: BudgetCaps, *, clock: Callable[[], datetime]) -> None:
         self._caps = caps
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
@@ -47,18 +47,18 @@ class Purse:
         self._others_today = Decimal(0)
         self._others_day = ""
 
-    def others_spent(self, total: Decimal, today: Decimal) -> None:
+    def set_spent_by_others(self, total: Decimal, today: Decimal) -> None:
         """Say what everybody but this batcher has spent from the same home, ever and today."""
         self._others_total, self._others_today, self._others_day = total, today, self._today()
 
-    def open(self, agreement_id: str, most: Callable[[], Decimal]) -> None:
+    def add_agreement(self, agreement_id: str, max_cost: Callable[[], Decimal]) -> None:
         """Begin to count an agreement.
 
-        :param most: tells what it costs at most by now, what is under way on it included.
+        :param max_cost: tells what it costs at most by now, what is under way on it included.
         """
-        self._accounts[agreement_id] = _Account(amount=None, most=most)
+        self._accounts[agreement_id] = _Account(amount=None, max_cost=max_cost)
 
-    def pay(self, agreement_id: str, amount: Decimal) -> None:
+    def record_payment(self, agreement_id: str, amount: Decimal) -> None:
         """Say what an agreement has cost in the end; 0 if its bill was refused."""
         if agreement_id in self._accounts:
             account = self._accounts[agreement_id]
@@ -73,13 +73,14 @@ class Purse:
         lefts = [cap - used for cap, used, _ in self._used() if cap is not None]
         return max(Decimal(0), min(lefts)) if lefts else None
 
-    def refusal(self, extra: Decimal) -> str | None:
+    def over_budget_reason(self, extra: Decimal) -> str | None:
         """Say why this much more cannot be spent now; None when it can."""
         for cap, used, name in self._used():
             if cap is not None and used + extra > cap:
                 return (
-                    f"The budget {name} is used up: {_plain(used)} of {_plain(cap)} GLM are spent or promised, and the "
-                    f"next step may cost {_plain(extra)} GLM. {_CURES[name]}"
+                    f"The budget {name} is used up: {_format_amount(used)} of {_format_amount(cap)} "
+                    "GLM are spent or promised, and the "
+                    f"next step may cost {_format_amount(extra)} GLM. {_CURES[name]}"
                 )
         return None
 
@@ -97,7 +98,7 @@ class Purse:
 
     @staticmethod
     def _amount(account: _Account) -> Decimal:
-        return account.most() if account.amount is None else account.amount
+        return account.max_cost() if account.amount is None else account.amount
 
     def _today(self) -> str:
         return self._clock().date().isoformat()
@@ -110,6 +111,6 @@ _CURES = {
 }
 
 
-def _plain(amount: Decimal) -> str:
+def _format_amount(amount: Decimal) -> str:
     """Write an amount for people: no exponent, not more digits than tell something."""
     return f"{amount:.6f}".rstrip("0").rstrip(".") or "0"

@@ -20,31 +20,24 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from batcher.errors import BudgetReached, ExecutorUnavailable, GolemUnavailable, NoProvider
 from batcher.executors import Job, Outcome
-from batcher.executors.golem.budget import Caps, Purse
-from batcher.executors.golem.ledger_entries import Diary
-from batcher.executors.golem.ledger_writer import Bookkeeper, Books
-from batcher.executors.golem.offers import Market
+from batcher.executors.golem.budget import Budget, BudgetCaps
+from batcher.executors.golem.ledger_entries import LedgerEntries
+from batcher.executors.golem.ledger_writer import LedgerStore, LedgerWriter
+from batcher.executors.golem.offers import OfferEvaluator
 from batcher.executors.golem.payload import make_payload
 from batcher.executors.golem.prices import Price
-from batcher.executors.golem.provider_bans import Blame
-from batcher.executors.golem.queue import Backlog, Errand
+from batcher.executors.golem.provider_bans import ProviderBans
+from batcher.executors.golem.queue import JobQueue, QueuedJob
 from batcher.executors.golem.recovery import home_tag
 from batcher.executors.golem.session import Session
-from batcher.executors.golem.worker import Failure, Hire, Orders
-from batcher.executors.golem.worker_pool import Rental, Told
+from batcher.executors.golem.worker import AttemptFailure, GolemWorker, WorkerContext
+from batcher.executors.golem.worker_pool import PoolEvents, WorkerPool
 from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
-from provider_image.errors import (
-    BudgetReached,
-    ConfigError,
-    ExecutorUnavailable,
-    GolemUnavailable,
-    MlgError,
-    NoProvider,
-    WorkerDied,
-)
+from provider_image.errors import ConfigError, MlgError, WorkerDied
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +46,18 @@ JOBS_PER_WORKER = 2
 #: What is wanted and what is there is compared this often.
 _STEP_SECONDS = 0.2
 #: What the store knows is read this often.
-_LEARN_SECONDS = 5.0
+_REFRESH_SECONDS = 5.0
 #: Pause after a session could not be opened; doubles to the last.
-_FIRST_PAUSE_SECONDS = 1.0
-_LAST_PAUSE_SECONDS = 30.0
+_INITIAL_BACKOFF_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 30.0
 #: Requests are told why they wait when nobody has taken a chunk for so long.
-_TELL_SECONDS = 5.0
+_EXPLAIN_WAIT_SECONDS = 5.0
 #: A demand without work for so long is taken from the market.
-_FORGET_SECONDS = 60.0
+_UNUSED_POOL_SECONDS = 60.0
 #: A model that had work within this time keeps its minimum of computers.
-_KEEP_SECONDS = 3600.0
+_MIN_WORKERS_SECONDS = 3600.0
 #: Attempts of any kind; those that fail through our own or the daemon's fault do not count as failures.
-_MOST_ATTEMPTS = 10
+_MAX_ATTEMPTS = 10
 #: An allocation without any cap on spending.
 _DEFAULT_ALLOCATION = Decimal(10)
 #: When the executor closes, hires get this long to end by themselves, their chunks having been given back.
@@ -74,38 +67,38 @@ _CLOSE_SECONDS = 1.0
 class GolemExecutor:
     """See `batcher.executors.Executor`.
 
-    :param books: the store's ledger.
+    :param ledger: the store's ledger.
     """
 
     name = "golem"
-    sends_away = True
+    is_remote = True
 
-    def __init__(self, settings: BatcherSettings, books: Books) -> None:
-        self._batcher = settings
+    def __init__(self, settings: BatcherSettings, ledger: LedgerStore) -> None:
+        self._batcher_settings = settings
         self._settings = settings.golem
-        self._keeper = Bookkeeper(books)
-        self._books = books
+        self._ledger_writer = LedgerWriter(ledger)
+        self._ledger = ledger
         self._id = settings.work.name
-        self._market = Market(self._settings)
-        self._purse = Purse(
-            Caps(run=self._settings.budget_run, day=self._settings.budget_day, total=self._settings.budget_total),
+        self._offer_evaluator = OfferEvaluator(self._settings)
+        self._budget = Budget(
+            BudgetCaps(run=self._settings.budget_run, day=self._settings.budget_day, total=self._settings.budget_total),
             clock=lambda: datetime.now(UTC),
         )
-        self._diary = Diary(self._keeper)
-        self._blame = Blame(self._settings, self._market, self._diary)
-        self._backlog: Backlog | None = None
+        self._ledger_entries = LedgerEntries(self._ledger_writer)
+        self._provider_bans = ProviderBans(self._settings, self._offer_evaluator, self._ledger_entries)
+        self._job_queue: JobQueue | None = None
         self._session: Session | None = None
         self._sessions = 0
-        self._rentals: dict[str, Rental] = {}
-        self._keeping: asyncio.Task[None] | None = None
-        self._ending: asyncio.Task[None] | None = None
+        self._pools: dict[str, WorkerPool] = {}
+        self._session_task: asyncio.Task[None] | None = None
+        self._closing_task: asyncio.Task[None] | None = None
         self._is_closed = False
         #: Why there is no session; None when there is one.
-        self._trouble: str | None = "The connection to the Golem daemon is being opened."
+        self._session_error: str | None = "The connection to the Golem daemon is being opened."
         #: What the last step that the budget forbade would have cost at most.
-        self._unaffordable: Decimal | None = None
-        self._learned_at = float("-inf")
-        self._first_try = asyncio.Event()
+        self._denied_cost: Decimal | None = None
+        self._refreshed_at = float("-inf")
+        self._first_attempt_done = asyncio.Event()
         self._tag = ""
 
     # The Executor protocol
@@ -119,16 +112,16 @@ class GolemExecutor:
             )
         if shutil.which("gftp") is None:
             raise ConfigError("The program gftp is not on the PATH. It comes with yagna; mlg devnet brings its own.")
-        self._backlog = Backlog()
-        self._tag = await asyncio.to_thread(home_tag, self._batcher.work.parent / "golem-home")
-        await asyncio.to_thread(self._batcher.work.mkdir, parents=True, exist_ok=True)
-        self._keeper.start()
-        self._keeping = asyncio.create_task(self._keep())
-        first = asyncio.create_task(self._first_try.wait())
-        await asyncio.wait({first, self._keeping}, return_when=asyncio.FIRST_COMPLETED)
+        self._job_queue = JobQueue()
+        self._tag = await asyncio.to_thread(home_tag, self._batcher_settings.work.parent / "golem-home")
+        await asyncio.to_thread(self._batcher_settings.work.mkdir, parents=True, exist_ok=True)
+        self._ledger_writer.start()
+        self._session_task = asyncio.create_task(self._session_loop())
+        first = asyncio.create_task(self._first_attempt_done.wait())
+        await asyncio.wait({first, self._session_task}, return_when=asyncio.FIRST_COMPLETED)
         first.cancel()
-        if self._keeping.done():
-            self._keeping.result()  # a ConfigError, else it does not end
+        if self._session_task.done():
+            self._session_task.result()  # a ConfigError, else it does not end
 
     def capacity(self) -> int:
         """See Executor.capacity."""
@@ -138,106 +131,110 @@ class GolemExecutor:
         """See Executor.workers."""
         return self._settings.max_workers
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         """See Executor.obstacle."""
-        if self._trouble is not None:
-            return self._trouble
-        if self._unaffordable is not None:
-            reason = self._purse.refusal(self._unaffordable)
+        if self._session_error is not None:
+            return self._session_error
+        if self._denied_cost is not None:
+            reason = self._budget.over_budget_reason(self._denied_cost)
             if reason is not None:
                 return reason
-        rental = self._rentals.get(model)
-        if rental is None or rental.hires or self._backlog is None:
+        pool = self._pools.get(model)
+        if pool is None or pool.workers or self._job_queue is None:
             return None
-        oldest = min((each.waiting_since for each in self._backlog.errands() if each.job.model == model), default=None)
-        if oldest is None or time.monotonic() - oldest < _TELL_SECONDS:
+        oldest = min(
+            (each.waiting_since for each in self._job_queue.queued_jobs() if each.job.model == model), default=None
+        )
+        if oldest is None or time.monotonic() - oldest < _EXPLAIN_WAIT_SECONDS:
             return None
-        return self._market.why(model)
+        return self._offer_evaluator.unavailable_reason(model)
 
     async def run(self, job: Job) -> Outcome:
         """See Executor.run."""
-        if self._is_closed or self._backlog is None:
-            return _refused(WorkerDied("The executor is closed."))
-        errand = Errand(job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic())
-        self._backlog.put(errand)
+        if self._is_closed or self._job_queue is None:
+            return _blameless_outcome(WorkerDied("The executor is closed."))
+        queued_job = QueuedJob(
+            job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic()
+        )
+        self._job_queue.put(queued_job)
         try:
-            return await errand.outcome
+            return await queued_job.outcome
         finally:
             # After a cancellation: out of the queue, or stopped where it is worked on.
-            self._backlog.remove([errand])
-            if errand.outcome.cancelled():
-                errand.call_back()
+            self._job_queue.remove([queued_job])
+            if queued_job.outcome.cancelled():
+                queued_job.cancel()
 
     async def close(self) -> None:
         """See Executor.close."""
-        if self._is_closed or self._backlog is None:
+        if self._is_closed or self._job_queue is None:
             self._is_closed = True
             return
         self._is_closed = True
-        self._backlog.refuse_all(WorkerDied("The executor is closed."))
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
-        if self._ending is not None:
-            await self._ending
+        self._job_queue.fail_all(WorkerDied("The executor is closed."))
+        if self._session_task is not None:
+            self._session_task.cancel()
+            await asyncio.gather(self._session_task, return_exceptions=True)
+        if self._closing_task is not None:
+            await self._closing_task
         await self._end_session(self._settings.settle_seconds)
-        await self._keeper.close()
+        await self._ledger_writer.close()
 
     # Sessions
 
-    async def _keep(self) -> None:
+    async def _session_loop(self) -> None:
         """Keep a session open, and step it."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _INITIAL_BACKOFF_SECONDS
         while True:
             try:
-                await self._learn()
+                await self._refresh_providers()
                 await self._open()
             except ExecutorUnavailable as error:
-                self._trouble = error.reason
+                self._session_error = error.reason
                 log.warning("%s Trying again in %.0f s.", error.reason, pause)
-                self._first_try.set()
+                self._first_attempt_done.set()
                 await self._wait_without_session(pause)
-                pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+                pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
                 continue
             except ConfigError:
                 raise
             except Exception as error:
                 # A bug here must not leave everybody waiting for ever.
                 log.exception("the session with the Golem daemon failed")
-                self._trouble = f"The session with the Golem daemon failed: {explain(error)}."
-                self._first_try.set()
+                self._session_error = f"The session with the Golem daemon failed: {explain(error)}."
+                self._first_attempt_done.set()
                 await self._wait_without_session(pause)
-                pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+                pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
                 continue
-            self._trouble = None
-            self._first_try.set()
-            pause = _FIRST_PAUSE_SECONDS
+            self._session_error = None
+            self._first_attempt_done.set()
+            pause = _INITIAL_BACKOFF_SECONDS
             try:
                 await self._step_session()
             except Exception as error:
                 log.exception("the session with the Golem daemon failed, another is opened")
-                self._trouble = f"The session with the Golem daemon failed: {explain(error)}."
+                self._session_error = f"The session with the Golem daemon failed: {explain(error)}."
                 await self._wait_without_session(pause)
             await self._end_session(0.0)
 
     async def _open(self) -> None:
-        left = self._purse.left()
+        left = self._budget.left()
         if left is not None and left <= 0:
-            raise BudgetReached(self._purse.refusal(Decimal("1e-9")))
+            raise BudgetReached(self._budget.over_budget_reason(Decimal("1e-9")))
         self._sessions += 1
         session = Session(
             batcher_id=self._id,
             number=self._sessions,
             tag=self._tag,
             amount=_DEFAULT_ALLOCATION if left is None else left,
-            folder=self._batcher.work,
+            folder=self._batcher_settings.work,
             settings=self._settings,
-            market=self._market,
-            keeper=self._keeper,
-            on_paid=self._purse.pay,
-            on_overbilled=self._blame.overbilled,
-            on_offer=self._diary.offered,
-            is_gone=lambda batcher_id: not is_alive(self._batcher.work.parent, batcher_id),
+            offer_evaluator=self._offer_evaluator,
+            ledger_writer=self._ledger_writer,
+            on_paid=self._budget.record_payment,
+            on_overbilled=self._provider_bans.record_overbilling,
+            on_offer=self._ledger_entries.record_offer,
+            is_gone=lambda batcher_id: not is_alive(self._batcher_settings.work.parent, batcher_id),
         )
         await session.open()
         self._session = session
@@ -245,270 +242,274 @@ class GolemExecutor:
     async def _wait_without_session(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            self._refuse_the_impatient()
+            self._expire_waiting()
             await asyncio.sleep(min(0.5, seconds))
 
     async def _step_session(self) -> None:
         """Step until the session has to be replaced."""
         session = self._session
-        assert session is not None and self._backlog is not None
+        assert session is not None and self._job_queue is not None
         while True:
             await asyncio.sleep(_STEP_SECONDS)
-            if session.broken is not None:
-                self._trouble = session.broken
+            if session.broken_reason is not None:
+                self._session_error = session.broken_reason
                 return
             if session.day != datetime.now(UTC).date():
                 session.is_stale = True
             if session.is_stale:
-                for rental in self._rentals.values():
-                    rental.leave()
-                if not any(rental.hires for rental in self._rentals.values()):
+                for pool in self._pools.values():
+                    pool.drain()
+                if not any(pool.workers for pool in self._pools.values()):
                     return
                 continue
-            await self._learn()
-            self._refuse_the_impatient()
-            await self._step_rentals(session)
+            await self._refresh_providers()
+            self._expire_waiting()
+            await self._step_pools(session)
 
-    async def _step_rentals(self, session: Session) -> None:
-        assert self._backlog is not None
-        waiting = {model: self._backlog.count(model) for model in self._backlog.models()}
+    async def _step_pools(self, session: Session) -> None:
+        assert self._job_queue is not None
+        waiting = {model: self._job_queue.count(model) for model in self._job_queue.models()}
         for model in waiting:
-            if model not in self._rentals:
+            if model not in self._pools:
                 try:
-                    self._rentals[model] = await self._new_rental(model, session)
+                    self._pools[model] = await self._new_pool(model, session)
                 except MlgError as error:
-                    self._backlog.refuse_all(error, model=model)
-        wanted = self._share_out(waiting)
-        for model, rental in list(self._rentals.items()):
-            rental.step(wanted.get(model, 0))
-            is_idle = not rental.hires and not waiting.get(model)
-            if is_idle and time.monotonic() - rental.last_wanted > _FORGET_SECONDS:
-                del self._rentals[model]
-                await rental.close(0.0)
+                    self._job_queue.fail_all(error, model=model)
+        wanted = self._distribute_workers(waiting)
+        for model, pool in list(self._pools.items()):
+            pool.step(wanted.get(model, 0))
+            is_idle = not pool.workers and not waiting.get(model)
+            if is_idle and time.monotonic() - pool.last_wanted > _UNUSED_POOL_SECONDS:
+                del self._pools[model]
+                await pool.close(0.0)
 
-    def _share_out(self, waiting: dict[str, int]) -> dict[str, int]:
+    def _distribute_workers(self, waiting: dict[str, int]) -> dict[str, int]:
         """Share the computers out among the models: those at work stay, the others by turns."""
         now = time.monotonic()
-        most = self._settings.max_workers
+        max_workers = self._settings.max_workers
         wanted = {}
-        for model, rental in self._rentals.items():
-            busy = sum(hire.errand is not None or hire.start_seconds is None for hire in rental.hires)
-            needed = max(busy, min(busy + waiting.get(model, 0), busy + most))
-            if now - rental.last_wanted < _KEEP_SECONDS:
+        for model, pool in self._pools.items():
+            busy = sum(worker.queued_job is not None or worker.start_seconds is None for worker in pool.workers)
+            needed = max(busy, min(busy + waiting.get(model, 0), busy + max_workers))
+            if now - pool.last_wanted < _MIN_WORKERS_SECONDS:
                 needed = max(needed, self._settings.min_workers)
             wanted[model] = needed
         shared = dict.fromkeys(wanted, 0)
-        while sum(shared.values()) < most and any(shared[model] < wanted[model] for model in wanted):
+        while sum(shared.values()) < max_workers and any(shared[model] < wanted[model] for model in wanted):
             for model in wanted:
-                if shared[model] < wanted[model] and sum(shared.values()) < most:
+                if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
                     shared[model] += 1
-        hired = sum(len(rental.hires) for rental in self._rentals.values())
-        starving = [model for model, rental in self._rentals.items() if waiting.get(model) and not rental.hires]
-        if hired >= most and starving:
-            self._dismiss_one()
+        worker_count = sum(len(pool.workers) for pool in self._pools.values())
+        starving = [model for model, pool in self._pools.items() if waiting.get(model) and not pool.workers]
+        if worker_count >= max_workers and starving:
+            self._release_one_worker()
         return shared
 
-    def _dismiss_one(self) -> None:
+    def _release_one_worker(self) -> None:
         """Let one computer go for a model that has none: an idle one, or one of the model that has most."""
-        rentals = sorted(self._rentals.values(), key=lambda rental: len(rental.hires), reverse=True)
-        hires = [hire for rental in rentals for hire in rental.hires]
-        if any(hire.leaving for hire in hires):
+        pools = sorted(self._pools.values(), key=lambda pool: len(pool.workers), reverse=True)
+        workers = [worker for pool in pools for worker in pool.workers]
+        if any(worker.is_stopping for worker in workers):
             return
-        idle = [hire for hire in hires if hire.errand is None and hire.start_seconds is not None]
-        crowded = [hire for hire in hires if len(rentals[0].hires) > 1 and hire in rentals[0].hires]
-        for hire in [*idle, *crowded][:1]:
-            hire.leaving = True
-            if self._backlog is not None:
-                self._backlog.tell()
+        idle = [worker for worker in workers if worker.queued_job is None and worker.start_seconds is not None]
+        crowded = [worker for worker in workers if len(pools[0].workers) > 1 and worker in pools[0].workers]
+        for worker in [*idle, *crowded][:1]:
+            worker.is_stopping = True
+            if self._job_queue is not None:
+                self._job_queue.notify()
 
-    async def _new_rental(self, model: str, session: Session) -> Rental:
-        assert self._backlog is not None
-        speeds = await asyncio.to_thread(self._books.speed, model)
-        self._market.learn_speed(model, speeds)
-        payload = await make_payload(model, session.owner, self._batcher.models, self._settings)
-        orders = Orders(
+    async def _new_pool(self, model: str, session: Session) -> WorkerPool:
+        assert self._job_queue is not None
+        speeds = await asyncio.to_thread(self._ledger.speed, model)
+        self._offer_evaluator.update_speeds(model, speeds)
+        payload = await make_payload(model, session.owner, self._batcher_settings.models, self._settings)
+        worker_context = WorkerContext(
             settings=self._settings,
-            backlog=self._backlog,
-            folder=self._batcher.work,
-            speed=lambda hire: self._market.speed(hire.model, hire.provider_id),
-            refusal=self._refusal,
-            is_kept=self._is_kept,
-            on_ready=lambda hire: log.info(
-                "%s is ready for %s after %.1f s", hire.provider_name, hire.model, hire.start_seconds or 0.0
+            job_queue=self._job_queue,
+            folder=self._batcher_settings.work,
+            speed=lambda worker: self._offer_evaluator.speed(worker.model, worker.provider_id),
+            over_budget_reason=self._over_budget_reason,
+            is_retained=self._is_retained,
+            on_ready=lambda worker: log.info(
+                "%s is ready for %s after %.1f s", worker.provider_name, worker.model, worker.start_seconds or 0.0
             ),
-            on_done=self._done,
-            on_failed=self._failed,
+            on_done=self._on_chunk_done,
+            on_failed=self._on_attempt_failed,
         )
-        told = Told(
-            agreement=self._agreed,
-            agreement_ended=self._diary.agreement_ended,
-            unsigned=self._unsigned,
-            hired=self._hired,
-            hire_ended=self._hire_ended,
-            too_dear=self._too_dear,
+        events = PoolEvents(
+            on_agreement=self._on_agreement,
+            on_agreement_ended=self._ledger_entries.record_agreement_end,
+            on_not_signed=self._on_not_signed,
+            on_worker_started=self._on_worker_started,
+            on_worker_ended=self._on_worker_ended,
+            over_budget=self._on_over_budget,
         )
-        return Rental(
+        return WorkerPool(
             model=model,
             session=session,
             payload=payload,
-            market=self._market,
-            orders=orders,
+            offer_evaluator=self._offer_evaluator,
+            worker_context=worker_context,
             settings=self._settings,
-            told=told,
+            events=events,
             is_affordable=self._is_affordable,
         )
 
     async def _end_session(self, settle_seconds: float) -> None:
         """End the session, if there is one, to its end: whoever waits for this may be cancelled meanwhile."""
-        if self._ending is None or self._ending.done():
-            self._ending = asyncio.create_task(self._end_session_now(settle_seconds))
-        await asyncio.shield(self._ending)
+        if self._closing_task is None or self._closing_task.done():
+            self._closing_task = asyncio.create_task(self._end_session_now(settle_seconds))
+        await asyncio.shield(self._closing_task)
 
     async def _end_session_now(self, settle_seconds: float) -> None:
-        rentals, self._rentals = list(self._rentals.values()), {}
-        patience = _CLOSE_SECONDS if self._session is not None and self._session.broken is None else 0.0
-        await asyncio.gather(*(rental.close(patience) for rental in rentals))
+        pools, self._pools = list(self._pools.values()), {}
+        grace_seconds = _CLOSE_SECONDS if self._session is not None and self._session.broken_reason is None else 0.0
+        await asyncio.gather(*(pool.close(grace_seconds) for pool in pools))
         session, self._session = self._session, None
         if session is not None:
             await session.close(settle_seconds)
 
-    async def _learn(self) -> None:
+    async def _refresh_providers(self) -> None:
         """Read what the store knows: bans of operators and other batchers, scores, what others spend."""
         now = time.monotonic()
-        if now - self._learned_at < _LEARN_SECONDS:
+        if now - self._refreshed_at < _REFRESH_SECONDS:
             return
-        self._learned_at = now
-        banned = self._market.banned()
+        self._refreshed_at = now
+        banned = self._offer_evaluator.banned()
         try:
-            await asyncio.to_thread(self._learn_now)
+            await asyncio.to_thread(self._refresh_providers_now)
         except MlgError as error:
             log.warning("the ledger cannot be read: %s", error)
-        if banned - self._market.banned():
-            for rental in self._rentals.values():
-                rental.ask_again()
+        if banned - self._offer_evaluator.banned():
+            for pool in self._pools.values():
+                pool.restart_search()
 
-    def _learn_now(self) -> None:
+    def _refresh_providers_now(self) -> None:
         now = datetime.now(UTC)
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-        self._market.learn(
-            banned=self._books.banned(now),
-            reliability={each.id: each.score for each in self._books.list_providers()},
+        self._offer_evaluator.update_providers(
+            banned=self._ledger.banned(now),
+            reliability={each.id: each.score for each in self._ledger.list_providers()},
         )
-        self._purse.others_spent(
-            self._books.spent() - self._books.spent(batcher_id=self._id),
-            self._books.spent(since=midnight) - self._books.spent(since=midnight, batcher_id=self._id),
+        self._budget.set_spent_by_others(
+            self._ledger.spent() - self._ledger.spent(batcher_id=self._id),
+            self._ledger.spent(since=midnight) - self._ledger.spent(since=midnight, batcher_id=self._id),
         )
 
     # Money
 
-    def _refusal(self, extra: Decimal) -> str | None:
-        reason = self._purse.refusal(extra)
+    def _over_budget_reason(self, extra: Decimal) -> str | None:
+        reason = self._budget.over_budget_reason(extra)
         if reason is None:
             return None
-        if self._unaffordable is None:
+        if self._denied_cost is None:
             log.warning("%s", reason)
-        self._unaffordable = extra if self._unaffordable is None else min(extra, self._unaffordable)
-        if self._backlog is not None and not self._is_closed:
-            self._backlog.refuse_all(BudgetReached(reason))
+        self._denied_cost = extra if self._denied_cost is None else min(extra, self._denied_cost)
+        if self._job_queue is not None and not self._is_closed:
+            self._job_queue.fail_all(BudgetReached(reason))
         return reason
 
     def _is_affordable(self, price: Price) -> bool:
-        return self._purse.refusal(self._start_cost(price)) is None
+        return self._budget.over_budget_reason(self._start_cost(price)) is None
 
-    def _too_dear(self, price: Price) -> None:
-        self._refusal(self._start_cost(price))
+    def _on_over_budget(self, price: Price) -> None:
+        self._over_budget_reason(self._start_cost(price))
 
     def _start_cost(self, price: Price) -> Decimal:
         # A start that hangs is paid until it is given up, but no cap should be so tight that nothing could start.
-        return price.most(min(60.0, self._settings.start_seconds))
+        return price.max_cost(min(60.0, self._settings.start_seconds))
 
-    def _agreed(self, model: str, agreement: Any) -> None:
+    def _on_agreement(self, model: str, agreement: Any) -> None:
         assert self._session is not None
-        self._diary.agreed(model, agreement, self._session.allocation_id)
+        self._ledger_entries.record_agreement(model, agreement, self._session.allocation_id)
 
     # Hires
 
-    def _hired(self, hire: Hire) -> None:
-        log.info("%s is hired for %s", hire.provider_name, hire.model, extra={"agreement_id": hire.agreement_id})
-        self._unaffordable = None
-        self._purse.open(hire.agreement_id, hire.most)
-        self._diary.hired(hire)
+    def _on_worker_started(self, worker: GolemWorker) -> None:
+        log.info("%s is hired for %s", worker.provider_name, worker.model, extra={"agreement_id": worker.agreement_id})
+        self._denied_cost = None
+        self._budget.add_agreement(worker.agreement_id, worker.max_cost)
+        self._ledger_entries.record_activity_start(worker)
 
-    def _hire_ended(self, hire: Hire) -> None:
-        log.info("%s is let go after %d chunks", hire.provider_name, hire.chunks)
-        self._diary.hire_ended(hire)
-        if self._session is not None and self._session.settler is not None:
-            self._session.settler.expect(hire.agreement_id, hire.seconds())
+    def _on_worker_ended(self, worker: GolemWorker) -> None:
+        log.info("%s is let go after %d chunks", worker.provider_name, worker.chunks)
+        self._ledger_entries.record_activity_end(worker)
+        if self._session is not None and self._session.payment_processor is not None:
+            self._session.payment_processor.expect_bill(worker.agreement_id, worker.seconds())
 
-    def _is_kept(self, hire: Hire) -> bool:
-        rental = self._rentals.get(hire.model)
-        if rental is None or self._is_closed:
+    def _is_retained(self, worker: GolemWorker) -> bool:
+        pool = self._pools.get(worker.model)
+        if pool is None or self._is_closed:
             return False
-        return len([each for each in rental.hires if not each.leaving]) <= self._settings.min_workers
+        return len([each for each in pool.workers if not each.is_stopping]) <= self._settings.min_workers
 
-    def _unsigned(self, provider_id: str) -> None:
+    def _on_not_signed(self, provider_id: str) -> None:
         log.info("a provider did not sign: %s", provider_id)
-        self._market.did_not_sign(provider_id)
+        self._offer_evaluator.record_not_signed(provider_id)
 
-    def _done(self, hire: Hire, errand: Errand, outcome: Outcome) -> None:
-        self._blame.succeeded(hire, images=errand.job.items, seconds=outcome.seconds)
-        errand.end(outcome)
+    def _on_chunk_done(self, worker: GolemWorker, queued_job: QueuedJob, outcome: Outcome) -> None:
+        self._provider_bans.record_success(worker, images=queued_job.job.items, seconds=outcome.seconds)
+        queued_job.complete(outcome)
 
-    def _failed(self, hire: Hire, errand: Errand | None, failure: Failure, seconds: float) -> None:
-        is_over = errand is not None and errand.outcome.done()
-        if is_over and not failure.is_providers:
+    def _on_attempt_failed(
+        self, worker: GolemWorker, queued_job: QueuedJob | None, failure: AttemptFailure, seconds: float
+    ) -> None:
+        is_over = queued_job is not None and queued_job.outcome.done()
+        if is_over and not failure.is_provider_fault:
             return  # called back: that it ended here is no failure
-        log.warning("%s failed: %s", hire.provider_name, failure.error, extra={"agreement_id": hire.agreement_id})
-        if failure.is_file_servers and self._session is not None and self._session.broken is None:
-            self._session.broken = failure.error.reason
-        if failure.is_providers:
-            self._blame.failed(hire, errand, failure, seconds)
-        if errand is None or self._backlog is None or is_over:
+        log.warning("%s failed: %s", worker.provider_name, failure.error, extra={"agreement_id": worker.agreement_id})
+        if failure.is_file_server_fault and self._session is not None and self._session.broken_reason is None:
+            self._session.broken_reason = failure.error.reason
+        if failure.is_provider_fault:
+            self._provider_bans.record_failure(worker, queued_job, failure, seconds)
+        if queued_job is None or self._job_queue is None or is_over:
             return
-        errand.last = Outcome(
-            provider=hire.provider_name,
+        queued_job.last_outcome = Outcome(
+            provider=worker.provider_name,
             seconds=seconds,
-            cost=f"{hire.attribute():f}",
+            cost=f"{worker.attribute_cost():f}",
             error=failure.error,
-            is_blameless=not failure.is_providers,
-            provider_id=hire.provider_id,
-            agreement_id=hire.agreement_id,
-            activity_id=hire.activity_id,
+            is_blameless=not failure.is_provider_fault,
+            provider_id=worker.provider_id,
+            agreement_id=worker.agreement_id,
+            activity_id=worker.activity_id,
         )
         if self._is_closed:
-            errand.end(_refused(WorkerDied("The executor is closed.")))
-        elif errand.attempts_under_way:
+            queued_job.complete(_blameless_outcome(WorkerDied("The executor is closed.")))
+        elif queued_job.running_attempts:
             return  # another is at it
-        elif errand.failures >= self._settings.attempts or errand.attempts >= _MOST_ATTEMPTS:
-            self._give_up(errand)
+        elif queued_job.failures >= self._settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
+            self._give_up(queued_job)
         else:
-            self._backlog.put(errand, is_again=True)
+            self._job_queue.put(queued_job, is_retry=True)
 
-    def _give_up(self, errand: Errand) -> None:
+    def _give_up(self, queued_job: QueuedJob) -> None:
         """End an errand that failed too often."""
-        self._blame.clear(errand)
-        assert errand.last is not None
-        errand.end(errand.last)
+        self._provider_bans.lift_bans(queued_job)
+        assert queued_job.last_outcome is not None
+        queued_job.complete(queued_job.last_outcome)
 
-    def _refuse_the_impatient(self) -> None:
+    def _expire_waiting(self) -> None:
         """Give back what has waited too long for a provider."""
-        if self._backlog is None:
+        if self._job_queue is None:
             return
         now = time.monotonic()
-        for errand in list(self._backlog.errands()):
-            if now - errand.waiting_since < self._settings.offer_seconds:
+        for queued_job in list(self._job_queue.queued_jobs()):
+            if now - queued_job.waiting_since < self._settings.offer_seconds:
                 continue
-            rental = self._rentals.get(errand.job.model)
-            if rental is not None and any(hire.provider_id not in errand.failed_on for hire in rental.hires):
+            pool = self._pools.get(queued_job.job.model)
+            if pool is not None and any(worker.provider_id not in queued_job.failed_on for worker in pool.workers):
                 continue  # its turn will come
-            self._backlog.remove([errand])
-            if errand.last is not None and not errand.last.is_blameless:
-                self._give_up(errand)  # nobody is left who has not failed on it
-            elif self._trouble is not None:
-                errand.end(_refused(GolemUnavailable(self._trouble)))
+            self._job_queue.remove([queued_job])
+            if queued_job.last_outcome is not None and not queued_job.last_outcome.is_blameless:
+                self._give_up(queued_job)  # nobody is left who has not failed on it
+            elif self._session_error is not None:
+                queued_job.complete(_blameless_outcome(GolemUnavailable(self._session_error)))
             else:
-                errand.end(_refused(NoProvider(self._market.why(errand.job.model))))
+                queued_job.complete(
+                    _blameless_outcome(NoProvider(self._offer_evaluator.unavailable_reason(queued_job.job.model)))
+                )
 
 
-def _refused(error: MlgError) -> Outcome:
+def _blameless_outcome(error: MlgError) -> Outcome:
     return Outcome(provider=None, seconds=0.0, error=error, is_blameless=True)

@@ -12,39 +12,40 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Protocol
 
-from provider_image.errors import MlgError, StoreError
+from provider_image.errors import MlgError
 from store.chunks import BatcherRecord
+from store.errors import StoreError
 from store.ledger import Ledger, Providers
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_SECONDS = 0.2
-_LAST_PAUSE_SECONDS = 5.0
+_INITIAL_BACKOFF_SECONDS = 0.2
+_MAX_BACKOFF_SECONDS = 5.0
 
 
-class Books(Ledger, Providers, Protocol):
+class LedgerStore(Ledger, Providers, Protocol):
     """What the executor needs of a store."""
 
     def list_batchers(self, *, seen_since: datetime) -> list[BatcherRecord]:
         """List the batchers that said something since."""
 
 
-class Bookkeeper:
+class LedgerWriter:
     """A queue of entries.
 
-    :param books: the store.
+    :param ledger: the store.
     """
 
-    def __init__(self, books: Books) -> None:
-        self.books = books
+    def __init__(self, ledger: LedgerStore) -> None:
+        self.ledger = ledger
         self._entries: asyncio.Queue[Callable[[], object]] = asyncio.Queue()
-        self._writing: asyncio.Task[None] | None = None
+        self._writer_task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to write."""
-        self._writing = asyncio.create_task(self._write())
+        self._writer_task = asyncio.create_task(self._write())
 
-    def note(self, entry: Callable[[], object]) -> None:
+    def enqueue(self, entry: Callable[[], object]) -> None:
         """Have an entry written, after all those before it."""
         self._entries.put_nowait(entry)
 
@@ -59,13 +60,13 @@ class Bookkeeper:
 
     async def close(self, seconds: float = 5.0) -> None:
         """Write what is left, and end."""
-        if self._writing is None:
+        if self._writer_task is None:
             return
         if not await self.flush(seconds):
             log.error("%d entries of the ledger could not be written", self._entries.qsize() + 1)
-        self._writing.cancel()
-        await asyncio.gather(self._writing, return_exceptions=True)
-        self._writing = None
+        self._writer_task.cancel()
+        await asyncio.gather(self._writer_task, return_exceptions=True)
+        self._writer_task = None
 
     async def _write(self) -> None:
         while True:
@@ -76,7 +77,7 @@ class Bookkeeper:
                 self._entries.task_done()
 
     async def _write_one(self, entry: Callable[[], object]) -> None:
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _INITIAL_BACKOFF_SECONDS
         while True:
             try:
                 await asyncio.to_thread(entry)
@@ -91,4 +92,4 @@ class Bookkeeper:
                 log.exception("an entry of the ledger could not be written")
                 return
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_BACKOFF_SECONDS)

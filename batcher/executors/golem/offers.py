@@ -20,9 +20,9 @@ ASSUMED_SPEED = 5.0
 #: Images that a new activity is expected to get; its start is shared by them.
 EXPECTED_IMAGES = 160
 #: Of a provider that has failed every time, the score is still this much: bans are another matter.
-_WORST_SCORE = 0.05
+_MIN_SCORE = 0.05
 #: Score of a provider that has not worked yet, as the store begins to count.
-_NEW_SCORE = 0.5
+_NEW_PROVIDER_SCORE = 0.5
 #: A provider that did not sign is left alone for so long at first; doubles with each time.
 _UNSIGNED_SECONDS = 30.0
 #: Offers that came in longer ago than this are not told of any more.
@@ -30,16 +30,16 @@ _RECENT_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class OfferRating:
     """What is thought of an offer."""
 
     #: The higher the better, below 0 it is refused; as yapapi wants it.
     score: float
     #: Why it is refused, in a few words that fit after "2 providers"; None if it is not.
-    refusal: str | None = None
+    rejection_reason: str | None = None
 
 
-class Market:
+class OfferEvaluator:
     """One batcher's view of the providers.
 
     :param monotonic: gives seconds that only grow.
@@ -62,14 +62,14 @@ class Market:
         #: Address -> (until, how often).
         self._unsigned: dict[str, tuple[float, int]] = {}
         #: (model, address) -> (when, verdict).
-        self._seen: dict[tuple[str, str], tuple[float, Verdict]] = {}
+        self._recent_ratings: dict[tuple[str, str], tuple[float, OfferRating]] = {}
 
-    def learn(self, *, banned: Mapping[str, str], reliability: Mapping[str, float]) -> None:
+    def update_providers(self, *, banned: Mapping[str, str], reliability: Mapping[str, float]) -> None:
         """Take over what the store knows of the providers."""
         self._banned = dict(banned)
         self._reliability = dict(reliability)
 
-    def learn_speed(self, model: str, speeds: Mapping[str, float]) -> None:
+    def update_speeds(self, model: str, speeds: Mapping[str, float]) -> None:
         """Take over what was measured.
 
         :param speeds: address -> images a second.
@@ -100,52 +100,54 @@ class Market:
         """List the addresses of those who get nothing now."""
         return set(self._banned)
 
-    def did_not_sign(self, provider_id: str) -> None:
+    def record_not_signed(self, provider_id: str) -> None:
         """Note that an agreement was proposed to a provider and not approved."""
         times = self._unsigned.get(provider_id, (0.0, 0))[1] + 1
         self._unsigned[provider_id] = (self._now() + min(3600.0, _UNSIGNED_SECONDS * 2 ** (times - 1)), times)
 
-    def signed(self, provider_id: str) -> None:
+    def record_signed(self, provider_id: str) -> None:
         """Note that a provider approved an agreement."""
         self._unsigned.pop(provider_id, None)
 
-    def judge(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> Verdict:
-        """Judge an offer, and remember the verdict for `why`."""
-        verdict = self._judge(model, provider_id, properties)
-        self._seen[model, provider_id] = (self._now(), verdict)
-        return verdict
+    def rate_offer(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> OfferRating:
+        """Judge an offer, and remember the verdict for `unavailable_reason`."""
+        rating = self._rate_offer(model, provider_id, properties)
+        self._recent_ratings[model, provider_id] = (self._now(), rating)
+        return rating
 
-    def _judge(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> Verdict:
+    def _rate_offer(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> OfferRating:
         if provider_id in self._banned:
-            return _refused("banned")
+            return _reject("banned")
         if self._unsigned.get(provider_id, (0.0, 0))[0] > self._now():
-            return _refused("did not sign lately")
+            return _reject("did not sign lately")
         try:
-            price = Price.of_offer(properties)
+            price = Price.from_offer(properties)
         except BadOffer:
-            return _refused("with prices that cannot be understood")
+            return _reject("with prices that cannot be understood")
         settings = self._settings
         if settings.max_price_start is not None and price.start > settings.max_price_start:
-            return _refused(f"dearer than {settings.max_price_start} GLM a start (MLG_MAX_PRICE_START)")
+            return _reject(f"dearer than {settings.max_price_start} GLM a start (MLG_MAX_PRICE_START)")
         if settings.max_price_hour is not None and price.per_hour > settings.max_price_hour:
-            return _refused(f"dearer than {settings.max_price_hour} GLM an hour (MLG_MAX_PRICE_HOUR)")
+            return _reject(f"dearer than {settings.max_price_hour} GLM an hour (MLG_MAX_PRICE_HOUR)")
         speed = self.speed(model, provider_id) or ASSUMED_SPEED
         cost = float(price.per_image(speed, EXPECTED_IMAGES))
-        reliability = max(_WORST_SCORE, self._reliability.get(provider_id, _NEW_SCORE))
+        reliability = max(_MIN_SCORE, self._reliability.get(provider_id, _NEW_PROVIDER_SCORE))
         # yapapi wants a number that is the higher the better; nothing at all to pay would be infinitely good.
-        return Verdict(score=reliability / max(cost, 1e-12))
+        return OfferRating(score=reliability / max(cost, 1e-12))
 
-    def why(self, model: str) -> str:
+    def unavailable_reason(self, model: str) -> str:
         """Say in a sentence why nobody works on a model."""
-        recent = [verdict for (of, _), (at, verdict) in self._seen.items() if of == model and at > self._recent()]
+        recent = [
+            rating for (of, _), (at, rating) in self._recent_ratings.items() if of == model and at > self._recent()
+        ]
         if not recent:
             return "No provider on the market offers what the model needs."
-        refusals: dict[str, int] = {}
-        for verdict in recent:
-            if verdict.refusal is not None:
-                refusals[verdict.refusal] = refusals.get(verdict.refusal, 0) + 1
-        acceptable = len(recent) - sum(refusals.values())
-        parts = [f"{count} {reason}" for reason, count in sorted(refusals.items())]
+        rejections: dict[str, int] = {}
+        for rating in recent:
+            if rating.rejection_reason is not None:
+                rejections[rating.rejection_reason] = rejections.get(rating.rejection_reason, 0) + 1
+        acceptable = len(recent) - sum(rejections.values())
+        parts = [f"{count} {reason}" for reason, count in sorted(rejections.items())]
         if acceptable:
             parts.insert(0, f"{acceptable} busy or not answering")
         return f"No provider takes it: {len(recent)} offered to, of which {', '.join(parts)}."
@@ -154,10 +156,10 @@ class Market:
         return self._now() - _RECENT_SECONDS
 
 
-def describe(properties: Mapping[str, Any], provider_id: str) -> tuple[str, Price]:
+def describe_offer(properties: Mapping[str, Any], provider_id: str) -> tuple[str, Price]:
     """Return a provider's name and price. :raises BadOffer:"""
-    return provider_name(properties, provider_id), Price.of_offer(properties)
+    return provider_name(properties, provider_id), Price.from_offer(properties)
 
 
-def _refused(reason: str) -> Verdict:
-    return Verdict(score=-1.0, refusal=reason)
+def _reject(reason: str) -> OfferRating:
+    return OfferRating(score=-1.0, rejection_reason=reason)

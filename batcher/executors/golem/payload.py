@@ -10,10 +10,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from batcher.errors import GolemUnavailable
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.yapapi_adapter import Needs, builtin_payload, explain, image_payload
+from batcher.executors.golem.yapapi_adapter import Requirements, builtin_payload, explain, image_payload
 from batcher.image_build.lock import read_lock
-from provider_image.errors import GolemUnavailable, ModelError, NotInstalled
+from provider_image.errors import ModelError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 
 _GIB = 1024**3
@@ -25,10 +26,10 @@ _MEMORY_FACTOR = 3.0
 _UNKNOWN_BYTES = 64 * 1024 * 1024
 
 
-def needs_of(size_bytes: int) -> Needs:
+def requirements_for(size_bytes: int) -> Requirements:
     """Say what a model with artefacts of this size needs."""
     size = size_bytes / _GIB
-    return Needs(
+    return Requirements(
         memory_gib=round(_BASE_MEMORY + _MEMORY_FACTOR * size, 2), storage_gib=round(_BASE_STORAGE + 2 * size, 2)
     )
 
@@ -42,16 +43,16 @@ async def make_payload(model: str, owner: str, models: Path, settings: GolemSett
     artefact: Artefact | None = None
     with contextlib.suppress(NotInstalled, ModelError):
         artefact = find_artefact(models, model)
-    needs = needs_of(_UNKNOWN_BYTES if artefact is None else artefact.size_bytes)
+    requirements = requirements_for(_UNKNOWN_BYTES if artefact is None else artefact.size_bytes)
     published = (await asyncio.to_thread(read_lock)).get(model)
     if published is None:
-        return builtin_payload(settings.runtime, needs, owner, model)
+        return builtin_payload(settings.runtime, requirements, owner, model)
     if artefact is not None and artefact.digest != published.digest:
         raise GolemUnavailable(
             f"The published image of {model} holds another build of it (digest {published.digest[:12]}) than the one "
             f"installed here ({artefact.digest[:12]}): its answers would not count. Run: mlg image push {model}"
         )
     try:
-        return await image_payload(published.hash, settings.registry, needs, owner, model)
+        return await image_payload(published.hash, settings.registry, requirements, owner, model)
     except Exception as error:
         raise GolemUnavailable(f"Golem's registry does not tell where the image is: {explain(error)}.") from error

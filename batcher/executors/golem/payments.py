@@ -14,8 +14,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from batcher.executors.golem.ledger_writer import Bookkeeper
-from batcher.executors.golem.offers import describe
+from batcher.executors.golem.ledger_writer import LedgerWriter
+from batcher.executors.golem.offers import describe_offer
 from batcher.executors.golem.prices import BadOffer, Price
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
@@ -29,15 +29,15 @@ _TOLERANCE_SECONDS = 15.0
 #: Everything that is not settled is looked for again this often, beside the events.
 _REVIEW_SECONDS = 30.0
 #: Pause after the daemon failed; doubles to the last.
-_FIRST_PAUSE_SECONDS = 0.5
-_LAST_PAUSE_SECONDS = 10.0
+_INITIAL_BACKOFF_SECONDS = 0.5
+_MAX_BACKOFF_SECONDS = 10.0
 #: Allocations are set to whole steps of this, so that one for a bill must be a step larger.
 _ALLOCATION_STEP = Decimal("1e-12")
 #: Client's limit for a poll which the daemon holds for 5 s.
 _POLL_LIMIT_SECONDS = 20.0
 
 
-class Settler:
+class PaymentProcessor:
     """The payments of one session.
 
     :param engine: yapapi's, started.
@@ -45,36 +45,36 @@ class Settler:
     :param is_left_over: tells of the batcher part of an owner whether its bills are left to us: it is gone.
     :param on_paid: called with an agreement's id and what it has cost in the end, 0 if its bill was refused.
     :param on_overbilled: called with the provider's address and the reason.
-    :param on_short: called when the allocation does not suffice.
-    :param on_trouble: called with what the daemon answers when it fails, and with None when it is well again.
+    :param on_insufficient_allocation: called when the allocation does not suffice.
+    :param on_daemon_error: called with what the daemon answers when it fails, and with None when it is well again.
     """
 
     def __init__(
         self,
         engine: Any,
-        keeper: Bookkeeper,
+        ledger_writer: LedgerWriter,
         *,
         owner: str,
         is_left_over: Callable[[str], bool],
         allocation_id: str,
         on_paid: Callable[[str, Decimal], None],
         on_overbilled: Callable[[str, str], None],
-        on_trouble: Callable[[BaseException | None], None],
-        on_short: Callable[[], None],
+        on_daemon_error: Callable[[BaseException | None], None],
+        on_insufficient_allocation: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._payment = engine._payment_api._api
         self._market = engine._market_api._api
-        self._keeper = keeper
+        self._ledger_writer = ledger_writer
         self._owner = owner
         self._is_left_over = is_left_over
         self._allocation_id = allocation_id
         self._on_paid = on_paid
         self._on_overbilled = on_overbilled
-        self._on_trouble = on_trouble
-        self._on_short = on_short
+        self._on_daemon_error = on_daemon_error
+        self._on_insufficient_allocation = on_insufficient_allocation
         self._tasks: list[asyncio.Task[None]] = []
-        #: Agreements that were ours and are ended but not paid; told by `expect`, forgotten when settled.
+        #: Agreements that were ours and are ended but not paid; told by `expect_bill`, forgotten when settled.
         self._expected: dict[str, float] = {}
         self._settled = asyncio.Event()
         self._settled.set()
@@ -85,12 +85,12 @@ class Settler:
         """Begin to listen, and to look for what came while nobody did."""
         since = datetime.now(UTC)
         self._tasks = [
-            asyncio.create_task(self._forever(self._review, _REVIEW_SECONDS)),
-            asyncio.create_task(self._listen(self._invoices_after, since)),
-            asyncio.create_task(self._listen(self._notes_after, since)),
+            asyncio.create_task(self._run_forever(self._review, _REVIEW_SECONDS)),
+            asyncio.create_task(self._poll_events(self._invoices_after, since)),
+            asyncio.create_task(self._poll_events(self._debit_notes_after, since)),
         ]
 
-    def expect(self, agreement_id: str, seconds: float) -> None:
+    def expect_bill(self, agreement_id: str, seconds: float) -> None:
         """Say that an agreement has ended and will be billed.
 
         :param seconds: how long it was hired, by our clock.
@@ -117,28 +117,28 @@ class Settler:
 
     # Hearing of bills
 
-    async def _forever(self, step: Callable[[], Any], pause_seconds: float) -> None:
-        pause = _FIRST_PAUSE_SECONDS
+    async def _run_forever(self, step: Callable[[], Any], pause_seconds: float) -> None:
+        pause = _INITIAL_BACKOFF_SECONDS
         while True:
             try:
                 await step()
             except Exception as error:
-                self._on_trouble(error)
+                self._on_daemon_error(error)
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+                pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
                 continue
-            self._on_trouble(None)
-            pause = _FIRST_PAUSE_SECONDS
+            self._on_daemon_error(None)
+            pause = _INITIAL_BACKOFF_SECONDS
             await asyncio.sleep(pause_seconds)
 
-    async def _listen(self, poll: Callable[[datetime], Any], since: datetime) -> None:
+    async def _poll_events(self, poll: Callable[[datetime], Any], since: datetime) -> None:
         cursor = since
 
         async def step() -> None:
             nonlocal cursor
             cursor = await poll(cursor)
 
-        await self._forever(step, 0.05)
+        await self._run_forever(step, 0.05)
 
     async def _invoices_after(self, cursor: datetime) -> datetime:
         for event in await self._payment.get_invoice_events(
@@ -149,18 +149,18 @@ class Settler:
                 await self._settle_invoice(await self._payment.get_invoice(event.invoice_id))
         return cursor
 
-    async def _notes_after(self, cursor: datetime) -> datetime:
+    async def _debit_notes_after(self, cursor: datetime) -> datetime:
         for event in await self._payment.get_debit_note_events(
             after_timestamp=cursor, _request_timeout=_POLL_LIMIT_SECONDS
         ):
             cursor = max(cursor, event.event_date)
             if getattr(event, "debit_note_id", None):
-                await self._settle_note(await self._payment.get_debit_note(event.debit_note_id))
+                await self._settle_debit_note(await self._payment.get_debit_note(event.debit_note_id))
         return cursor
 
     async def _review(self) -> None:
         """Look at all invoices since the oldest agreement that is not settled, whenever they came."""
-        open_agreements = await asyncio.to_thread(self._keeper.books.agreements, is_settled=False)
+        open_agreements = await asyncio.to_thread(self._ledger_writer.ledger.agreements, is_settled=False)
         if not open_agreements:
             return
         since = min(each.created_at for each in open_agreements) - timedelta(minutes=5)
@@ -173,22 +173,24 @@ class Settler:
         async with self._lock:
             if invoice.agreement_id in self._done or str(invoice.status) not in ("RECEIVED", "ACCEPTED", "SETTLED"):
                 return
-            judged = await self._most(invoice.agreement_id)
+            judged = await self._max_bill(invoice.agreement_id)
             if judged is None:
                 return
-            agreement, most, is_old = judged
+            agreement, max_cost, is_old = judged
             amount = Decimal(str(invoice.amount))
-            self._keeper.note(lambda: self._keeper.books.note_agreement(agreement))
+            self._ledger_writer.enqueue(lambda: self._ledger_writer.ledger.record_agreement(agreement))
             # Nobody bills before the end, whether that was seen from here or not.
             now = datetime.now(UTC)
-            self._keeper.note(lambda: self._keeper.books.end_agreement(agreement.id, reason="It was billed.", now=now))
+            self._ledger_writer.enqueue(
+                lambda: self._ledger_writer.ledger.end_agreement(agreement.id, reason="It was billed.", now=now)
+            )
             if str(invoice.status) != "RECEIVED":
                 # Accepted before, but a kill kept that from being noted.
                 self._note_invoice(invoice, amount, BillState.ACCEPTED, None)
                 self._finish(invoice.agreement_id, amount)
                 return
-            if amount > most:
-                reason = f"It asks for {amount:f} GLM where at most {most:f} can be owed."
+            if amount > max_cost:
+                reason = f"It asks for {amount:f} GLM where at most {max_cost:f} can be owed."
                 log.warning("the bill of %s is refused: %s", agreement.provider_name, reason)
                 self._note_invoice(invoice, amount, BillState.REFUSED, reason)
                 self._on_overbilled(agreement.provider_id, f"Its bill was too high. {reason}")
@@ -202,7 +204,7 @@ class Settler:
                 if getattr(error, "status", None) != 400:
                     raise
                 if not is_old:
-                    self._on_short()
+                    self._on_insufficient_allocation()
                 return
             self._note_invoice(invoice, amount, BillState.ACCEPTED, None)
             self._finish(invoice.agreement_id, amount)
@@ -245,7 +247,7 @@ class Settler:
             settled_at=None if state is BillState.RECEIVED else now,
             reason=reason,
         )
-        self._keeper.note(lambda: self._keeper.books.note_invoice(record))
+        self._ledger_writer.enqueue(lambda: self._ledger_writer.ledger.record_invoice(record))
 
     def _finish(self, agreement_id: str, amount: Decimal) -> None:
         self._done.add(agreement_id)
@@ -254,18 +256,18 @@ class Settler:
             self._settled.set()
         self._on_paid(agreement_id, amount)
 
-    async def _settle_note(self, note: Any) -> None:
+    async def _settle_debit_note(self, note: Any) -> None:
         """Accept an interim bill if it is in order; providers stop to work for those who do not."""
         async with self._lock:
             if str(note.status) != "RECEIVED":
                 return
-            judged = await self._most(note.agreement_id)
+            judged = await self._max_bill(note.agreement_id)
             if judged is None:
                 return
-            agreement, most, _ = judged
+            agreement, max_cost, _ = judged
             amount = Decimal(str(note.total_amount_due))
             state = BillState.REFUSED
-            if amount > most:
+            if amount > max_cost:
                 log.warning("a debit note of %s over %s GLM is refused", agreement.provider_name, f"{amount:f}")
                 self._on_overbilled(agreement.provider_id, "Its debit note was too high.")
             elif note.payment_due_date is not None:
@@ -291,9 +293,9 @@ class Settler:
                 state=state,
                 received_at=datetime.now(UTC),
             )
-            self._keeper.note(lambda: self._keeper.books.note_debit(record))
+            self._ledger_writer.enqueue(lambda: self._ledger_writer.ledger.record_debit_note(record))
 
-    async def _most(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
+    async def _max_bill(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
         """Tell what an agreement can have cost at most, and whether an earlier session made it; None if others pay."""
         try:
             agreement = await self._market.get_agreement(agreement_id)
@@ -309,7 +311,7 @@ class Settler:
         if not is_ours:
             return None
         try:
-            name, price = describe(agreement.offer.properties, agreement.offer.provider_id)
+            name, price = describe_offer(agreement.offer.properties, agreement.offer.provider_id)
         except BadOffer as error:
             log.warning("a bill cannot be judged and is left alone: %s", error)
             return None
@@ -324,10 +326,10 @@ class Settler:
             price_per_second=price.second,
             created_at=agreement.timestamp,
         )
-        return record, self._bound(record, price), owner != self._owner
+        return record, self._bill_limit(record, price), owner != self._owner
 
-    def _bound(self, agreement: AgreementRecord, price: Price) -> Decimal:
+    def _bill_limit(self, agreement: AgreementRecord, price: Price) -> Decimal:
         # One that is still running, or of an earlier run that may have been killed, is known by its beginning only.
         known = self._expected.get(agreement.id)
         seconds = known if known is not None else (datetime.now(UTC) - agreement.created_at).total_seconds()
-        return price.most(seconds + _TOLERANCE_SECONDS) * _TOLERANCE
+        return price.max_cost(seconds + _TOLERANCE_SECONDS) * _TOLERANCE

@@ -41,7 +41,7 @@ class Price:
     threads: int = 1
 
     @classmethod
-    def of_offer(cls, properties: Mapping[str, Any]) -> Price:
+    def from_offer(cls, properties: Mapping[str, Any]) -> Price:
         """Read an offer's properties. :raises BadOffer: not linear, or with counters that are not known here."""
         try:
             if properties[_MODEL] != "linear":
@@ -66,23 +66,23 @@ class Price:
         return found
 
     @property
-    def most_per_second(self) -> Decimal:
+    def max_cost_per_second(self) -> Decimal:
         """GLM a second with all threads busy: no honest bill is higher."""
         return self.second + self.cpu_second * self.threads
 
     @property
     def per_hour(self) -> Decimal:
         """GLM an hour with all threads busy, the start not counted."""
-        return 3600 * self.most_per_second
+        return 3600 * self.max_cost_per_second
 
-    def most(self, seconds: float) -> Decimal:
+    def max_cost(self, seconds: float) -> Decimal:
         """Return what an activity of this length costs at most."""
         # Times are not known to more than a microsecond, and amounts have 18 digits at most.
-        return self.start + self.most_per_second * Decimal(round(max(0.0, seconds) * 1_000_000)).scaleb(-6)
+        return self.start + self.max_cost_per_second * Decimal(round(max(0.0, seconds) * 1_000_000)).scaleb(-6)
 
     def per_image(self, images_per_second: float, images: int) -> Decimal:
         """Estimate the cost of an image when this many come to one activity."""
-        return self.start / max(1, images) + self.most_per_second / Decimal(repr(max(1e-6, images_per_second)))
+        return self.start / max(1, images) + self.max_cost_per_second / Decimal(repr(max(1e-6, images_per_second)))
 
 
 def provider_name(properties: Mapping[str, Any], provider_id: str) -> str:

@@ -17,7 +17,7 @@ from provider_image.errors import MlgError
 
 
 @dataclass(kw_only=True, eq=False)
-class Errand:
+class QueuedJob:
     """A job on its way to a provider, through all its attempts."""
 
     job: Job
@@ -28,41 +28,41 @@ class Errand:
     #: Addresses of the providers that failed on it; it does not go there again.
     failed_on: set[str] = field(default_factory=set)
     #: Providers that were banned for failing on it: if it fails everywhere, it was not their fault.
-    banned_for_it: set[str] = field(default_factory=set)
+    banned_providers: set[str] = field(default_factory=set)
     #: Attempts that count, and all.
     failures: int = 0
     attempts: int = 0
     #: What the last attempt ended with.
-    last: Outcome | None = None
+    last_outcome: Outcome | None = None
     #: Those who work on it now -> what to call when their answer is of no use any more, and whether they came second.
-    attempts_under_way: dict[str, tuple[Callable[[], None], bool]] = field(default_factory=dict)
+    running_attempts: dict[str, tuple[Callable[[], None], bool]] = field(default_factory=dict)
     #: From then on, by the monotonic clock, an idle provider may try it too; None if nobody knows.
-    late_at: float | None = None
+    straggler_at: float | None = None
 
-    def end(self, outcome: Outcome) -> None:
+    def complete(self, outcome: Outcome) -> None:
         """Give the caller the outcome, unless there is one already, and call back who was outrun.
 
         Whoever came second and is not needed any more may as well finish: that costs less than a new start.
         """
         if not self.outcome.done():
             self.outcome.set_result(outcome)
-        for stop, is_second in list(self.attempts_under_way.values()):
+        for stop, is_second in list(self.running_attempts.values()):
             if not is_second:
                 stop()
 
-    def call_back(self) -> None:
+    def cancel(self) -> None:
         """Tell all who work on it to stop."""
-        for stop, _ in list(self.attempts_under_way.values()):
+        for stop, _ in list(self.running_attempts.values()):
             stop()
 
 
-class Backlog:
+class JobQueue:
     """Errands by model, oldest first."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Errand]] = {}
-        self._under_way: list[Errand] = []
-        self._news = asyncio.Event()
+        self._waiting: dict[str, deque[QueuedJob]] = {}
+        self._running: list[QueuedJob] = []
+        self._change_event = asyncio.Event()
 
     def models(self) -> list[str]:
         """List the models that something waits for."""
@@ -70,98 +70,104 @@ class Backlog:
 
     def count(self, model: str) -> int:
         """Count what waits for a model."""
-        return sum(1 for _ in self._live(model))
+        return sum(1 for _ in self._active(model))
 
-    def could_take(self, model: str, provider_id: str) -> bool:
+    def has_job_for(self, model: str, provider_id: str) -> bool:
         """Tell whether something waits that this provider may have."""
-        return any(provider_id not in errand.failed_on for errand in self._live(model))
+        return any(provider_id not in queued_job.failed_on for queued_job in self._active(model))
 
-    def errands(self) -> Iterator[Errand]:
+    def queued_jobs(self) -> Iterator[QueuedJob]:
         """Go through all that waits."""
         for model in list(self._waiting):
-            yield from list(self._live(model))
+            yield from list(self._active(model))
 
-    def put(self, errand: Errand, *, is_again: bool = False) -> None:
+    def put(self, queued_job: QueuedJob, *, is_retry: bool = False) -> None:
         """Add an errand; one that comes back stands first."""
-        errand.waiting_since = time.monotonic()
-        queue = self._waiting.setdefault(errand.job.model, deque())
-        if is_again:
-            queue.appendleft(errand)
+        queued_job.waiting_since = time.monotonic()
+        queue = self._waiting.setdefault(queued_job.job.model, deque())
+        if is_retry:
+            queue.appendleft(queued_job)
         else:
-            queue.append(errand)
-        self.tell()
+            queue.append(queued_job)
+        self.notify()
 
-    def take(self, model: str, provider_id: str) -> Errand | None:
+    def pop(self, model: str, provider_id: str) -> QueuedJob | None:
         """Take the oldest errand that this provider may have; None if there is none."""
-        for errand in self._live(model):
-            if provider_id not in errand.failed_on:
-                self._waiting[model].remove(errand)
-                return errand
+        for queued_job in self._active(model):
+            if provider_id not in queued_job.failed_on:
+                self._waiting[model].remove(queued_job)
+                return queued_job
         return None
 
-    def begin(self, errand: Errand, provider_id: str, *, stop: Callable[[], None], late_at: float | None) -> None:
+    def start_attempt(
+        self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float | None
+    ) -> None:
         """Note that a provider works on an errand.
 
         :param stop: called when its answer is of no use any more.
-        :param late_at: from then on the errand may be tried elsewhere at the same time.
+        :param straggler_at: from then on the errand may be tried elsewhere at the same time.
         """
-        errand.attempts += 1
-        errand.attempts_under_way[provider_id] = (stop, bool(errand.attempts_under_way))
-        errand.late_at = late_at
-        self._under_way.append(errand)
+        queued_job.attempts += 1
+        queued_job.running_attempts[provider_id] = (stop, bool(queued_job.running_attempts))
+        queued_job.straggler_at = straggler_at
+        self._running.append(queued_job)
 
-    def finish(self, errand: Errand, provider_id: str) -> None:
+    def finish_attempt(self, queued_job: QueuedJob, provider_id: str) -> None:
         """Note that a provider does not work on an errand any more."""
-        errand.attempts_under_way.pop(provider_id, None)
-        if errand in self._under_way:
-            self._under_way.remove(errand)
+        queued_job.running_attempts.pop(provider_id, None)
+        if queued_job in self._running:
+            self._running.remove(queued_job)
 
-    def straggler(self, model: str, provider_id: str) -> Errand | None:
+    def straggler(self, model: str, provider_id: str) -> QueuedJob | None:
         """Return an errand that has been worked on for too long, for a provider that has nothing else to do.
 
         A second try is cheap then, and one hung provider does not keep everybody waiting at the end. Never a third.
         """
         now = time.monotonic()
-        for errand in self._under_way:
-            is_late = errand.late_at is not None and now > errand.late_at and len(errand.attempts_under_way) == 1
-            is_possible = errand.job.model == model and provider_id not in {
-                *errand.failed_on,
-                *errand.attempts_under_way,
+        for queued_job in self._running:
+            is_late = (
+                queued_job.straggler_at is not None
+                and now > queued_job.straggler_at
+                and len(queued_job.running_attempts) == 1
+            )
+            is_possible = queued_job.job.model == model and provider_id not in {
+                *queued_job.failed_on,
+                *queued_job.running_attempts,
             }
-            if is_late and is_possible and not errand.outcome.done():
-                return errand
+            if is_late and is_possible and not queued_job.outcome.done():
+                return queued_job
         return None
 
-    def remove(self, errands: Iterable[Errand]) -> list[Errand]:
+    def remove(self, queued_jobs: Iterable[QueuedJob]) -> list[QueuedJob]:
         """Take these out, wherever they stand. :return: those that were in."""
         removed = []
-        for errand in errands:
-            queue = self._waiting.get(errand.job.model, deque())
-            if errand in queue:
-                queue.remove(errand)
-                removed.append(errand)
+        for queued_job in queued_jobs:
+            queue = self._waiting.get(queued_job.job.model, deque())
+            if queued_job in queue:
+                queue.remove(queued_job)
+                removed.append(queued_job)
         return removed
 
-    def refuse_all(self, error: MlgError, *, model: str | None = None) -> int:
+    def fail_all(self, error: MlgError, *, model: str | None = None) -> int:
         """End everything that waits, through no fault of its own. :return: how many that were."""
-        refused = self.remove([each for each in self.errands() if model in (None, each.job.model)])
-        for errand in refused:
-            errand.end(Outcome(provider=None, seconds=0.0, error=error, is_blameless=True))
-        return len(refused)
+        failed = self.remove([each for each in self.queued_jobs() if model in (None, each.job.model)])
+        for queued_job in failed:
+            queued_job.complete(Outcome(provider=None, seconds=0.0, error=error, is_blameless=True))
+        return len(failed)
 
-    async def changed(self, seconds: float) -> None:
+    async def wait_for_change(self, seconds: float) -> None:
         """Wait until something was added, or so long."""
-        news = self._news
+        change_event = self._change_event
         try:
             async with asyncio.timeout(seconds):
-                await news.wait()
+                await change_event.wait()
         except TimeoutError:
             return
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake everybody who waits for a change."""
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        change_event, self._change_event = self._change_event, asyncio.Event()
+        change_event.set()
 
-    def _live(self, model: str) -> Iterator[Errand]:
-        return (errand for errand in self._waiting.get(model, ()) if not errand.outcome.done())
+    def _active(self, model: str) -> Iterator[QueuedJob]:
+        return (queued_job for queued_job in self._waiting.get(model, ()) if not queued_job.outcome.done())

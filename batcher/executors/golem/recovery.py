@@ -17,8 +17,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.ledger_writer import Books
-from batcher.executors.golem.offers import describe
+from batcher.executors.golem.ledger_writer import LedgerStore
+from batcher.executors.golem.offers import describe_offer
 from batcher.executors.golem.prices import BadOffer
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from store.ledger_records import AgreementRecord
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _TAG_UNIT = Decimal("1e-18")
 _TAGS = 1_000_000
 #: An allocation that is not in the ledger may be one that a living batcher is about to note.
-_UNNOTED_SECONDS = 120.0
+_UNRECORDED_SECONDS = 120.0
 #: States of an agreement that costs something, or may still come to.
 _LIVE_STATES = ("Proposal", "Pending", "Approved")
 
@@ -82,7 +82,7 @@ class Recovery:
     :param is_gone: tells of an owner whether nobody works under that name any more.
     """
 
-    def __init__(self, engine: Any, books: Books, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, engine: Any, ledger: LedgerStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
         self._engine = engine
@@ -91,7 +91,7 @@ class Recovery:
         self._http = engine._root_api_session
         self._agreements_url = f"{engine._api_config.market_url}/agreements"
         self._payment = engine._payment_api._api
-        self._books = books
+        self._ledger = ledger
         self._tag = tag
         self._is_gone = is_gone
 
@@ -126,12 +126,12 @@ class Recovery:
             agreement = await self._market.get_agreement(entry["id"])
             if self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
                 if agreement.state == "Approved":
-                    await asyncio.to_thread(self._note, agreement)
+                    await asyncio.to_thread(self._record_agreement, agreement)
                 reason = {"message": "The requestor went away", "golem.requestor.code": "Cancelled"}
                 is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
                 if is_ended:
                     await asyncio.to_thread(
-                        self._books.end_agreement,
+                        self._ledger.end_agreement,
                         agreement.agreement_id,
                         reason="The batcher that made it went away.",
                         now=datetime.now(UTC),
@@ -141,19 +141,19 @@ class Recovery:
 
     async def _release_allocations(self, keep: set[str]) -> int:
         released = 0
-        noted = {each.id: each for each in await asyncio.to_thread(self._books.allocations)}
+        recorded = {each.id: each for each in await asyncio.to_thread(self._ledger.allocations)}
         for allocation in await self._payment.get_allocations():
-            id, record = allocation.allocation_id, noted.get(allocation.allocation_id)
+            id, record = allocation.allocation_id, recorded.get(allocation.allocation_id)
             if record is None:
                 age = (datetime.now(UTC) - allocation.timestamp).total_seconds()
-                is_left_over = is_tagged(Decimal(str(allocation.total_amount)), self._tag) and age > _UNNOTED_SECONDS
+                is_left_over = is_tagged(Decimal(str(allocation.total_amount)), self._tag) and age > _UNRECORDED_SECONDS
             else:
                 is_left_over = self._is_gone(record.batcher_id)
             if not is_left_over or id in keep:
                 continue
             if await self._try(self._payment.release_allocation(id), "an allocation"):
                 released += 1
-                await asyncio.to_thread(self._books.release_allocation, id, now=datetime.now(UTC))
+                await asyncio.to_thread(self._ledger.release_allocation, id, now=datetime.now(UTC))
         return released
 
     def _is_left_over(self, owner: object) -> bool:
@@ -162,14 +162,14 @@ class Recovery:
         tag, _, batcher = owner.partition(".")
         return tag == self._tag and self._is_gone(batcher)
 
-    def _note(self, agreement: Any) -> None:
+    def _record_agreement(self, agreement: Any) -> None:
         """Note an agreement that was made in the moment of a kill."""
         properties = agreement.offer.properties
         try:
-            name, price = describe(properties, agreement.offer.provider_id)
+            name, price = describe_offer(properties, agreement.offer.provider_id)
         except BadOffer:
             return
-        self._books.note_agreement(
+        self._ledger.record_agreement(
             AgreementRecord(
                 id=agreement.agreement_id,
                 allocation_id="unknown",

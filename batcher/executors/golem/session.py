@@ -16,20 +16,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.ledger_writer import Bookkeeper
-from batcher.executors.golem.offers import Market, Verdict
-from batcher.executors.golem.payments import Settler
+from batcher.errors import GolemUnavailable
+from batcher.executors.golem.ledger_writer import LedgerWriter
+from batcher.executors.golem.offers import OfferEvaluator, OfferRating
+from batcher.executors.golem.payments import PaymentProcessor
 from batcher.executors.golem.recovery import Recovery, tagged
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.yapapi_adapter import (
     explain,
-    load_quietly,
+    import_yapapi,
     make_strategy,
+    run_with_timeout,
     shield_file_server,
     temporary_files_in,
-    within,
 )
-from provider_image.errors import GolemUnavailable
 from store.ledger_records import AllocationRecord
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 #: The daemon must answer within this time when a session is opened.
 _OPEN_SECONDS = 30.0
 #: The daemon counts as away when it has answered nothing but failures for so long.
-_AWAY_SECONDS = 8.0
+_UNREACHABLE_SECONDS = 8.0
 #: yapapi gets this long to close.
 _CLOSE_SECONDS = 20.0
 #: So often, after such pauses, is tried to close what is still open at the end.
@@ -64,8 +64,8 @@ class Session:
         amount: Decimal,
         folder: Path,
         settings: GolemSettings,
-        market: Market,
-        keeper: Bookkeeper,
+        offer_evaluator: OfferEvaluator,
+        ledger_writer: LedgerWriter,
         on_paid: Callable[[str, Decimal], None],
         on_overbilled: Callable[[str, str], None],
         on_offer: Callable[[str, Mapping[str, Any]], None],
@@ -74,18 +74,18 @@ class Session:
         self.owner = f"{tag}.{batcher_id}-{number}"
         self.day = datetime.now(UTC).date()
         #: Why the session is of no more use; None while it is.
-        self.broken: str | None = None
+        self.broken_reason: str | None = None
         #: True when it should be replaced as soon as nothing runs in it.
         self.is_stale = False
         #: Subscription -> model: the strategy is asked about offers without being told what they are for.
-        self.models_of: dict[str, str] = {}
+        self.subscription_models: dict[str, str] = {}
         self._batcher_id = batcher_id
         self._tag = tag
         self._amount = tagged(amount, tag)
         self._folder = folder
         self._settings = settings
-        self._market = market
-        self._keeper = keeper
+        self._offer_evaluator = offer_evaluator
+        self._ledger_writer = ledger_writer
         self._on_paid = on_paid
         self._on_overbilled = on_overbilled
         self._on_offer = on_offer
@@ -93,7 +93,7 @@ class Session:
         self._golem: Any = None
         self._failing_since: float | None = None
         self._allocation_id = ""
-        self.settler: Settler | None = None
+        self.payment_processor: PaymentProcessor | None = None
 
     @property
     def engine(self) -> Any:
@@ -102,7 +102,7 @@ class Session:
 
     async def open(self) -> None:
         """Open. :raises GolemUnavailable: the daemon does not want or cannot; says why."""
-        load_quietly()
+        import_yapapi()
         from yapapi import Golem
         from yapapi.config import ApiConfig
 
@@ -112,7 +112,7 @@ class Session:
             api_config.api_url = settings.api_url
         self._golem = Golem(
             budget=self._amount,
-            strategy=make_strategy(self._judge),
+            strategy=make_strategy(self._rate_offer),
             subnet_tag=settings.subnet,
             payment_driver=settings.payment_driver,
             payment_network=settings.payment_network,
@@ -144,19 +144,19 @@ class Session:
             amount=self._amount,
             created_at=datetime.now(UTC),
         )
-        self._keeper.note(lambda: self._keeper.books.note_allocation(record))
-        self.settler = Settler(
+        self._ledger_writer.enqueue(lambda: self._ledger_writer.ledger.record_allocation(record))
+        self.payment_processor = PaymentProcessor(
             engine,
-            self._keeper,
+            self._ledger_writer,
             owner=self.owner,
             is_left_over=self._is_left_over,
             allocation_id=allocation.id,
             on_paid=self._on_paid,
             on_overbilled=self._on_overbilled,
-            on_trouble=self._on_trouble,
-            on_short=self._on_short,
+            on_daemon_error=self._on_daemon_error,
+            on_insufficient_allocation=self._on_insufficient_allocation,
         )
-        self.settler.start()
+        self.payment_processor.start()
         await self.clean_up()
         log.info("a session with the Golem daemon is open", extra={"allocation": allocation.id})
 
@@ -170,7 +170,7 @@ class Session:
         await self._recover(self._is_left_over)
 
     async def _recover(self, is_gone: Callable[[str], bool]) -> bool:
-        recovery = Recovery(self.engine, self._keeper.books, tag=self._tag, is_gone=is_gone)
+        recovery = Recovery(self.engine, self._ledger_writer.ledger, tag=self._tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 await recovery.run(keep_allocations=[self._allocation_id])
@@ -197,27 +197,29 @@ class Session:
         """Wait for bills that are due, release the allocation, close. Never raises."""
         if self._golem is None:
             return
-        if self.settler is not None:
-            if not self.broken:
+        if self.payment_processor is not None:
+            if not self.broken_reason:
                 await self._sweep()
-            missing = await self.settler.wait_until_settled(0.0 if self.broken else settle_seconds)
+            missing = await self.payment_processor.wait_until_settled(0.0 if self.broken_reason else settle_seconds)
             if missing:
                 log.warning("%d bills have not come yet; the next batcher settles them", missing)
-            await self.settler.close()
+            await self.payment_processor.close()
         await self._stop()
 
     async def _stop(self) -> None:
         if self._golem is None:
             return
-        stopped = await within(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
+        stopped = await run_with_timeout(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
         # What was to come back and did not, as the file server, which ends with yapapi, may have made it at the last.
         for file in self._folder.glob("*.part"):
             file.unlink(missing_ok=True)
         if not stopped and self._allocation_id:
-            stopped = await within(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
+            stopped = await run_with_timeout(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
         if stopped and self._allocation_id:
             id = self._allocation_id
-            self._keeper.note(lambda: self._keeper.books.release_allocation(id, now=datetime.now(UTC)))
+            self._ledger_writer.enqueue(
+                lambda: self._ledger_writer.ledger.release_allocation(id, now=datetime.now(UTC))
+            )
 
     async def _stop_golem(self) -> None:
         if self._golem.operative:
@@ -239,14 +241,16 @@ class Session:
 
     # What comes from outside
 
-    def _judge(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> Verdict:
+    def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> OfferRating:
         self._on_offer(provider_id, properties)
-        return self._market.judge(self.models_of.get(subscription_id, ""), provider_id, properties)
+        return self._offer_evaluator.rate_offer(
+            self.subscription_models.get(subscription_id, ""), provider_id, properties
+        )
 
-    def _on_short(self) -> None:
+    def _on_insufficient_allocation(self) -> None:
         self.is_stale = True
 
-    def _on_trouble(self, error: BaseException | None) -> None:
+    def _on_daemon_error(self, error: BaseException | None) -> None:
         now = time.monotonic()
         if error is None:
             self._failing_since = None
@@ -254,9 +258,9 @@ class Session:
         if self._failing_since is None:
             self._failing_since = now
             log.warning("the Golem daemon fails, trying again: %s", explain(error))
-        elif now - self._failing_since > _AWAY_SECONDS and self.broken is None:
-            self.broken = f"The Golem daemon is away: {explain(error)}."
-            log.error("%s", self.broken)
+        elif now - self._failing_since > _UNREACHABLE_SECONDS and self.broken_reason is None:
+            self.broken_reason = f"The Golem daemon is away: {explain(error)}."
+            log.error("%s", self.broken_reason)
 
 
 def _ignore(event: object) -> None:

@@ -17,13 +17,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from batcher.errors import GolemUnavailable
 from batcher.executors import Outcome
 from batcher.executors.golem.prices import Price
-from batcher.executors.golem.queue import Backlog, Errand
+from batcher.executors.golem.queue import JobQueue, QueuedJob
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.timeouts import chunk_seconds, idle_seconds, late_seconds
+from batcher.executors.golem.timeouts import chunk_timeout, idle_seconds, straggler_seconds
 from batcher.executors.golem.yapapi_adapter import explain
-from provider_image.errors import ChunkTimeout, GolemUnavailable, MalformedResults, MlgError, WorkerDied
+from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +33,24 @@ _CHUNK, _RESULTS = "/golem/input/chunk.zip", "/golem/output/results.zip"
 #: An HTTP call may hang longer than the script's own limit; then the hire is given up this much later.
 _OVERTIME_SECONDS = 10.0
 #: A results file larger than this is nobody's honest answer.
-_LARGEST_RESULTS = 64 * 1024 * 1024
+_MAX_RESULTS_BYTES = 64 * 1024 * 1024
 #: A wait for work is looked at this often.
-_LOOK_SECONDS = 1.0
+_IDLE_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class AttemptFailure:
     """An attempt that gave no answer."""
 
     error: MlgError
     #: True when the provider is to blame, or may be.
-    is_providers: bool
+    is_provider_fault: bool
     #: True when our own file server cannot be trusted any more.
-    is_file_servers: bool = False
+    is_file_server_fault: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
-class Hire:
+class GolemWorker:
     """A provider at work for us."""
 
     model: str
@@ -64,97 +65,104 @@ class Hire:
     #: Seconds that getting ready took; None until it is.
     start_seconds: float | None = None
     #: The errand under way, and until when (monotonic) it may take.
-    errand: Errand | None = None
+    queued_job: QueuedJob | None = None
     deadline: float | None = None
     #: What its chunks are said to have cost so far.
-    attributed: Decimal = Decimal(0)
+    attributed_cost: Decimal = Decimal(0)
     chunks: int = 0
     #: Set when it shall take nothing more; and when it shall end at once.
-    leaving: bool = False
-    abandon: asyncio.Event = field(default_factory=asyncio.Event)
+    is_stopping: bool = False
+    abort: asyncio.Event = field(default_factory=asyncio.Event)
 
     def seconds(self) -> float:
         """Return how long it has been or was hired."""
         return (self.ended if self.ended is not None else time.monotonic()) - self.started
 
-    def most(self) -> Decimal:
+    def max_cost(self) -> Decimal:
         """Return what it costs at most by now, with what is under way worked on until its deadline."""
-        promised = 0.0 if self.deadline is None or self.ended is not None else self.deadline - time.monotonic()
-        return self.price.most(self.seconds() + max(0.0, promised))
+        committed_seconds = 0.0 if self.deadline is None or self.ended is not None else self.deadline - time.monotonic()
+        return self.price.max_cost(self.seconds() + max(0.0, committed_seconds))
 
-    def attribute(self) -> Decimal:
+    def attribute_cost(self) -> Decimal:
         """Return what has been spent since the last chunk: that is what the chunk that ends now has cost."""
-        total = self.price.most(self.seconds())
-        part, self.attributed = total - self.attributed, total
+        total = self.price.max_cost(self.seconds())
+        part, self.attributed_cost = total - self.attributed_cost, total
         return part
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class WorkerContext:
     """What a hire needs to know and to tell."""
 
     settings: GolemSettings
-    backlog: Backlog
+    job_queue: JobQueue
     #: Folder for files that come back.
     folder: Path
     #: Tells images a second of this provider, if anything is known.
-    speed: Callable[[Hire], float | None]
+    speed: Callable[[GolemWorker], float | None]
     #: Says why this much more must not be spent; None if it may.
-    refusal: Callable[[Decimal], str | None]
+    over_budget_reason: Callable[[Decimal], str | None]
     #: How many hires a model keeps even when they have nothing to do.
-    is_kept: Callable[[Hire], bool]
+    is_retained: Callable[[GolemWorker], bool]
     #: Called when a hire is ready, when a chunk was answered, and when one failed.
-    on_ready: Callable[[Hire], None]
-    on_done: Callable[[Hire, Errand, Outcome], None]
-    on_failed: Callable[[Hire, Errand | None, Failure, float], None]
+    on_ready: Callable[[GolemWorker], None]
+    on_done: Callable[[GolemWorker, QueuedJob, Outcome], None]
+    on_failed: Callable[[GolemWorker, QueuedJob | None, AttemptFailure, float], None]
 
 
-async def work(engine: Any, job_id: str, context: Any, hire: Hire, orders: Orders) -> None:
+async def run_worker(
+    engine: Any, job_id: str, context: Any, worker: GolemWorker, worker_context: WorkerContext
+) -> None:
     """Work until the hire is over; what happened was told by then. Never raises but for cancellation."""
-    scripts = _scripts(context, hire, orders)
+    scripts = _scripts(context, worker, worker_context)
     batches = asyncio.create_task(_process(engine, job_id, context, scripts))
-    abandoning = asyncio.create_task(hire.abandon.wait())
+    aborting = asyncio.create_task(worker.abort.wait())
     began = time.monotonic()
     try:
         while not batches.done():
-            wait = _LOOK_SECONDS
-            if hire.deadline is not None:
-                wait = min(wait, max(0.05, hire.deadline + _OVERTIME_SECONDS - time.monotonic()))
-            await asyncio.wait({batches, abandoning}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            wait = _IDLE_POLL_SECONDS
+            if worker.deadline is not None:
+                wait = min(wait, max(0.05, worker.deadline + _OVERTIME_SECONDS - time.monotonic()))
+            await asyncio.wait({batches, aborting}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
             if batches.done():
                 break
-            if hire.abandon.is_set():
+            if worker.abort.is_set():
                 break
-            if hire.deadline is not None and time.monotonic() >= hire.deadline + _OVERTIME_SECONDS:
+            if worker.deadline is not None and time.monotonic() >= worker.deadline + _OVERTIME_SECONDS:
                 late = ChunkTimeout("The provider does not answer at all.")
-                errand = hire.errand
-                if errand is not None:
-                    _put_down(hire, errand, orders)
-                orders.on_failed(hire, errand, Failure(error=late, is_providers=True), time.monotonic() - began)
+                queued_job = worker.queued_job
+                if queued_job is not None:
+                    _finish_attempt(worker, queued_job, worker_context)
+                worker_context.on_failed(
+                    worker, queued_job, AttemptFailure(error=late, is_provider_fault=True), time.monotonic() - began
+                )
                 break
     finally:
-        was_abandoned = hire.abandon.is_set()
-        hire.leaving = True
-        abandoning.cancel()
+        was_aborted = worker.abort.is_set()
+        worker.is_stopping = True
+        aborting.cancel()
         batches.cancel()
         # A call that hangs is not waited for: nobody needs its answer.
-        await asyncio.wait({batches, abandoning}, timeout=2)
-        hire.ended = time.monotonic()
-        errand = hire.errand
-        hire.deadline = None
-        if errand is not None:
-            _put_down(hire, errand, orders)
+        await asyncio.wait({batches, aborting}, timeout=2)
+        worker.ended = time.monotonic()
+        queued_job = worker.queued_job
+        worker.deadline = None
+        if queued_job is not None:
+            _finish_attempt(worker, queued_job, worker_context)
         error = None
         if batches.done() and not batches.cancelled():
             error = batches.exception()
-        if errand is not None or error is not None:
+        if queued_job is not None or error is not None:
             reason = explain(error) if error is not None else "the work was called off"
             # It was called back because somebody was quicker from a later start: this one hangs, or might as well.
-            is_outrun = (
-                errand is not None and errand.outcome.done() and not errand.outcome.cancelled() and was_abandoned
+            is_superseded = (
+                queued_job is not None
+                and queued_job.outcome.done()
+                and not queued_job.outcome.cancelled()
+                and was_aborted
             )
-            called_off = Failure(error=WorkerDied(f"The hire ended: {reason}."), is_providers=is_outrun)
-            orders.on_failed(hire, errand, called_off, 0.0)
+            called_off = AttemptFailure(error=WorkerDied(f"The hire ended: {reason}."), is_provider_fault=is_superseded)
+            worker_context.on_failed(worker, queued_job, called_off, 0.0)
 
 
 async def _process(engine: Any, job_id: str, context: Any, scripts: AsyncGenerator[Any, Any]) -> None:
@@ -166,134 +174,154 @@ async def _process(engine: Any, job_id: str, context: Any, scripts: AsyncGenerat
         await scripts.aclose()
 
 
-async def _scripts(context: Any, hire: Hire, orders: Orders) -> AsyncGenerator[Any, Any]:
+async def _scripts(context: Any, worker: GolemWorker, worker_context: WorkerContext) -> AsyncGenerator[Any, Any]:
     """Give yapapi script after script; it throws what became of one in here."""
     began = time.monotonic()
-    script = context.new_script(timeout=timedelta(seconds=orders.settings.start_seconds))
+    script = context.new_script(timeout=timedelta(seconds=worker_context.settings.start_seconds))
     script.deploy()
     script.start()
-    hire.deadline = began + orders.settings.start_seconds
+    worker.deadline = began + worker_context.settings.start_seconds
     try:
         yield script
     except Exception as error:
-        hire.deadline = None
-        orders.on_failed(hire, None, _judge(error, "get ready"), time.monotonic() - began)
+        worker.deadline = None
+        worker_context.on_failed(worker, None, _classify_error(error, "get ready"), time.monotonic() - began)
         return
-    hire.deadline = None
-    hire.start_seconds = time.monotonic() - began
-    orders.on_ready(hire)
+    worker.deadline = None
+    worker.start_seconds = time.monotonic() - began
+    worker_context.on_ready(worker)
     while True:
-        errand = await _next(hire, orders)
-        if errand is None:
+        queued_job = await _next_job(worker, worker_context)
+        if queued_job is None:
             return
         began = time.monotonic()
-        received = orders.folder / f"{hire.activity_id[:8]}-{hire.chunks}.part"
+        received = worker_context.folder / f"{worker.activity_id[:8]}-{worker.chunks}.part"
         try:
-            yield _script(context, hire, errand, received)
-            await asyncio.to_thread(_take_over, received, errand)
+            yield _script(context, worker, queued_job, received)
+            await asyncio.to_thread(_accept_results, received, queued_job)
         except Exception as error:
-            _put_down(hire, errand, orders)
-            orders.on_failed(hire, errand, _judge(error, "answer"), time.monotonic() - began)
+            _finish_attempt(worker, queued_job, worker_context)
+            worker_context.on_failed(worker, queued_job, _classify_error(error, "answer"), time.monotonic() - began)
             return
         finally:
             received.unlink(missing_ok=True)  # also when the hire is called off
-        _put_down(hire, errand, orders)
-        hire.chunks += 1
-        orders.on_done(hire, errand, _outcome(hire, time.monotonic() - began))
+        _finish_attempt(worker, queued_job, worker_context)
+        worker.chunks += 1
+        worker_context.on_done(worker, queued_job, _outcome(worker, time.monotonic() - began))
 
 
-async def _next(hire: Hire, orders: Orders) -> Errand | None:
+async def _next_job(worker: GolemWorker, worker_context: WorkerContext) -> QueuedJob | None:
     """Wait for the next errand; None when the hire shall end."""
     idle_since = time.monotonic()
-    start_seconds = hire.start_seconds or 0.0
-    patience = idle_seconds(hire.price, start_seconds=start_seconds, most=orders.settings.idle_seconds)
-    while not hire.leaving:
-        errand = orders.backlog.take(hire.model, hire.provider_id)
-        is_second_try = errand is None
-        errand = errand or orders.backlog.straggler(hire.model, hire.provider_id)
-        if errand is not None:
-            speed = orders.speed(hire)
-            seconds = chunk_seconds(
-                items=errand.job.items,
+    start_seconds = worker.start_seconds or 0.0
+    max_idle_seconds = idle_seconds(
+        worker.price, start_seconds=start_seconds, max_seconds=worker_context.settings.idle_seconds
+    )
+    while not worker.is_stopping:
+        queued_job = worker_context.job_queue.pop(worker.model, worker.provider_id)
+        is_second_try = queued_job is None
+        queued_job = queued_job or worker_context.job_queue.straggler(worker.model, worker.provider_id)
+        if queued_job is not None:
+            speed = worker_context.speed(worker)
+            seconds = chunk_timeout(
+                items=queued_job.job.items,
                 # Not in a thread: whoever is called off between taking an errand and having it would lose it.
-                size_bytes=errand.job.chunk.stat().st_size,
+                size_bytes=queued_job.job.chunk.stat().st_size,
                 images_per_second=speed,
-                most=errand.job.timeout_seconds,
+                max_seconds=queued_job.job.timeout_seconds,
             )
-            if orders.refusal(hire.price.most_per_second * Decimal(repr(seconds))) is not None:
+            if worker_context.over_budget_reason(worker.price.max_cost_per_second * Decimal(repr(seconds))) is not None:
                 # Whoever watches the budget refuses everything that waits, and says why.
                 if not is_second_try:
-                    orders.backlog.put(errand, is_again=True)
+                    worker_context.job_queue.put(queued_job, is_retry=True)
                 return None
-            _pick_up(hire, errand, orders, seconds, late_seconds(items=errand.job.items, images_per_second=speed))
-            return errand
-        if time.monotonic() - idle_since > patience and not orders.is_kept(hire):
+            _start_attempt(
+                worker,
+                queued_job,
+                worker_context,
+                seconds,
+                straggler_seconds(items=queued_job.job.items, images_per_second=speed),
+            )
+            return queued_job
+        if time.monotonic() - idle_since > max_idle_seconds and not worker_context.is_retained(worker):
             return None
-        await orders.backlog.changed(min(_LOOK_SECONDS, max(0.05, patience)))
+        await worker_context.job_queue.wait_for_change(min(_IDLE_POLL_SECONDS, max(0.05, max_idle_seconds)))
     return None
 
 
-def _pick_up(hire: Hire, errand: Errand, orders: Orders, seconds: float, late: float | None) -> None:
+def _start_attempt(
+    worker: GolemWorker,
+    queued_job: QueuedJob,
+    worker_context: WorkerContext,
+    seconds: float,
+    straggler_after: float | None,
+) -> None:
     now = time.monotonic()
-    hire.errand, hire.deadline = errand, now + seconds
-    late_at = None if late is None else now + late
-    orders.backlog.begin(errand, hire.provider_id, stop=hire.abandon.set, late_at=late_at)
-    if errand.job.on_start is not None:
-        errand.job.on_start()
+    worker.queued_job, worker.deadline = queued_job, now + seconds
+    straggler_at = None if straggler_after is None else now + straggler_after
+    worker_context.job_queue.start_attempt(
+        queued_job, worker.provider_id, stop=worker.abort.set, straggler_at=straggler_at
+    )
+    if queued_job.job.on_start is not None:
+        queued_job.job.on_start()
 
 
-def _put_down(hire: Hire, errand: Errand, orders: Orders) -> None:
-    hire.errand = hire.deadline = None
-    orders.backlog.finish(errand, hire.provider_id)
+def _finish_attempt(worker: GolemWorker, queued_job: QueuedJob, worker_context: WorkerContext) -> None:
+    worker.queued_job = worker.deadline = None
+    worker_context.job_queue.finish_attempt(queued_job, worker.provider_id)
 
 
-def _script(context: Any, hire: Hire, errand: Errand, received: Path) -> Any:
-    left = (hire.deadline or time.monotonic()) - time.monotonic()
+def _script(context: Any, worker: GolemWorker, queued_job: QueuedJob, received: Path) -> Any:
+    left = (worker.deadline or time.monotonic()) - time.monotonic()
     script = context.new_script(timeout=timedelta(seconds=max(0.1, left)))
-    script.upload_file(str(errand.job.chunk), _CHUNK)
+    script.upload_file(str(queued_job.job.chunk), _CHUNK)
     script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS)
     script.download_file(_RESULTS, str(received))
     return script
 
 
-def _take_over(received: Path, errand: Errand) -> None:
+def _accept_results(received: Path, queued_job: QueuedJob) -> None:
     """Check what came back and put it where it is expected. :raises MlgError: it is no answer to this chunk."""
     size = received.stat().st_size
-    if size > _LARGEST_RESULTS:
+    if size > _MAX_RESULTS_BYTES:
         raise MalformedResults(f"The results file has {size} bytes, more than any honest one.")
-    if errand.job.check is not None:
-        errand.job.check(received)
-    if not errand.outcome.done():  # else another was quicker
-        received.replace(errand.job.results)
+    if queued_job.job.check is not None:
+        queued_job.job.check(received)
+    if not queued_job.outcome.done():  # else another was quicker
+        received.replace(queued_job.job.results)
 
 
-def _outcome(hire: Hire, seconds: float) -> Outcome:
+def _outcome(worker: GolemWorker, seconds: float) -> Outcome:
     return Outcome(
-        provider=hire.provider_name,
+        provider=worker.provider_name,
         seconds=seconds,
-        cost=f"{hire.attribute():f}",
-        provider_id=hire.provider_id,
-        agreement_id=hire.agreement_id,
-        activity_id=hire.activity_id,
+        cost=f"{worker.attribute_cost():f}",
+        provider_id=worker.provider_id,
+        agreement_id=worker.agreement_id,
+        activity_id=worker.activity_id,
     )
 
 
-def _judge(error: Exception, what: str) -> Failure:
+def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """Say what an exception out of yapapi means, and whose fault it is."""
     name = type(error).__name__
     if isinstance(error, MlgError):
-        return Failure(error=error, is_providers=True)
+        return AttemptFailure(error=error, is_provider_fault=True)
     if name == "BatchTimeoutError":
-        return Failure(error=ChunkTimeout(f"The provider did not {what} in time."), is_providers=True)
+        return AttemptFailure(error=ChunkTimeout(f"The provider did not {what} in time."), is_provider_fault=True)
     if name == "CommandExecutionError":
         message = " ".join(f"{getattr(error, 'message', '') or ''} {getattr(error, 'stderr', '') or ''}".split())
-        return Failure(error=WorkerDied(f"The provider could not {what}: {message[:400]}"), is_providers=True)
+        return AttemptFailure(
+            error=WorkerDied(f"The provider could not {what}: {message[:400]}"), is_provider_fault=True
+        )
     if name == "BatchError":
         parts = " ".join(str(each) for each in error.args if each)
-        return Failure(error=WorkerDied(f"The provider ended it: {parts[:300]}"), is_providers=True)
+        return AttemptFailure(error=WorkerDied(f"The provider ended it: {parts[:300]}"), is_provider_fault=True)
     if name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
         broken = GolemUnavailable(f"The file server gftp is out of step: {explain(error)}.")
-        return Failure(error=broken, is_providers=False, is_file_servers=True)
+        return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
     if isinstance(error, OSError) and getattr(error, "filename", None):
-        return Failure(error=MalformedResults(f"No results came back: {error.strerror}."), is_providers=True)
-    return Failure(error=GolemUnavailable(f"The daemon failed: {explain(error)}."), is_providers=False)
+        return AttemptFailure(
+            error=MalformedResults(f"No results came back: {error.strerror}."), is_provider_fault=True
+        )
+    return AttemptFailure(error=GolemUnavailable(f"The daemon failed: {explain(error)}."), is_provider_fault=False)

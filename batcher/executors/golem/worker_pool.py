@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from batcher.executors.golem.agreement_cleanup import FAREWELL_SECONDS, Farewells
-from batcher.executors.golem.offers import Market, describe
+from batcher.executors.golem.agreement_cleanup import CLEANUP_SECONDS, AgreementCleanup
+from batcher.executors.golem.offers import OfferEvaluator, describe_offer
 from batcher.executors.golem.prices import Price
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.worker import Hire, Orders, work
+from batcher.executors.golem.worker import GolemWorker, WorkerContext, run_worker
 from batcher.executors.golem.yapapi_adapter import explain, make_job
 from provider_image.errors import MlgError
 
@@ -33,8 +33,8 @@ _OFFERS_SECONDS = 1.0
 #: for a ban or for being busy, are not heard of again otherwise.
 _STALE_DEMAND_SECONDS = 20.0
 #: Pause after a demand failed; doubles to the last.
-_FIRST_PAUSE_SECONDS = 0.5
-_LAST_PAUSE_SECONDS = 15.0
+_INITIAL_BACKOFF_SECONDS = 0.5
+_MAX_BACKOFF_SECONDS = 15.0
 #: The demand ends this long before its agreements must.
 _RENEWAL_SECONDS = 120.0
 
@@ -42,28 +42,28 @@ _RENEWAL_SECONDS = 120.0
 _numbers = itertools.count(1)
 
 
-class _HireIsOver(Exception):
+class _WorkerFinished(Exception):
     """Tells yapapi to destroy the activity and to end the agreement: an idle one would be kept and paid."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class PoolEvents:
     """Who is told what happens."""
 
     #: An agreement was approved; yapapi's object.
-    agreement: Callable[[str, Any], None]
+    on_agreement: Callable[[str, Any], None]
     #: An agreement has ended: its id, and why.
-    agreement_ended: Callable[[str, str], None]
+    on_agreement_ended: Callable[[str, str], None]
     #: A provider did not approve, or could not begin.
-    unsigned: Callable[[str], None]
+    on_not_signed: Callable[[str], None]
     #: A hire begins, and ends.
-    hired: Callable[[Hire], None]
-    hire_ended: Callable[[Hire], None]
+    on_worker_started: Callable[[GolemWorker], None]
+    on_worker_ended: Callable[[GolemWorker], None]
     #: Not even the cheapest of the offers, at this price, fits into the budget.
-    too_dear: Callable[[Price], None]
+    over_budget: Callable[[Price], None]
 
 
-class Rental:
+class WorkerPool:
     """One model's rental within one session.
 
     :param is_affordable: tells whether a new hire at this price fits into the budget.
@@ -75,26 +75,26 @@ class Rental:
         model: str,
         session: Session,
         payload: Any,
-        market: Market,
-        orders: Orders,
+        offer_evaluator: OfferEvaluator,
+        worker_context: WorkerContext,
         settings: GolemSettings,
-        told: Told,
+        events: PoolEvents,
         is_affordable: Callable[[Price], bool],
     ) -> None:
         self.model = model
         self._session = session
         self._payload = payload
-        self._market = market
-        self._orders = orders
+        self._offer_evaluator = offer_evaluator
+        self._worker_context = worker_context
         self._settings = settings
-        self._told = told
+        self._events = events
         self._is_affordable = is_affordable
         #: Those at work.
-        self.hires: set[Hire] = set()
-        self._farewells = Farewells(session.engine, model)
+        self.workers: set[GolemWorker] = set()
+        self._cleanup = AgreementCleanup(session.engine, model)
         self._job: Any = None
-        self._finding: asyncio.Task[None] | None = None
-        self._starting: asyncio.Task[Any] | None = None
+        self._search_task: asyncio.Task[None] | None = None
+        self._start_task: asyncio.Task[Any] | None = None
         self._expires: float = 0.0
         self._first_offer: float | None = None
         #: Offers of yapapi's pool that are kept out of it for now: address -> what it had there.
@@ -113,46 +113,46 @@ class Rental:
             return
         if self._job is None or now > self._expires:
             self._renew()
-        if self._finding is None or self._finding.done():
-            self._finding = asyncio.create_task(self._find())
-        if len(self.hires) + self._is_starting() >= wanted:
+        if self._search_task is None or self._search_task.done():
+            self._search_task = asyncio.create_task(self._search_loop())
+        if len(self.workers) + self._is_starting() >= wanted:
             self._wanted_since = None
             return
         self._wanted_since = self._wanted_since or now
         if now - self._wanted_since > _STALE_DEMAND_SECONDS:
-            self.ask_again()
+            self.restart_search()
         if not self._is_starting() and self._has_offers(now):
-            self._starting = asyncio.create_task(self._hire())
+            self._start_task = asyncio.create_task(self._start_worker())
 
-    def ask_again(self) -> None:
+    def restart_search(self) -> None:
         """Make the demand anew if more computers are wanted: whoever was refused before is heard of again."""
-        if self._wanted_since is not None and self._finding is not None:
+        if self._wanted_since is not None and self._search_task is not None:
             self._wanted_since = time.monotonic()
-            self._finding.cancel()
+            self._search_task.cancel()
 
-    def hurry(self) -> None:
+    def abort_workers(self) -> None:
         """End at once whatever is at work."""
-        for hire in self.hires:
-            hire.abandon.set()
+        for worker in self.workers:
+            worker.abort.set()
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         """Take nothing more: hires finish the chunk that they work on and end."""
         self._is_closing = True
-        for hire in self.hires:
-            hire.leaving = True
+        for worker in self.workers:
+            worker.is_stopping = True
 
     async def close(self, seconds: float) -> None:
         """Wait for hires to end, then end the rest at once, and close the demand. Never raises."""
-        self.leave()
+        self.drain()
         deadline = time.monotonic() + seconds
-        while self.hires and time.monotonic() < deadline:
+        while self.workers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self.hurry()
-        for task in (self._starting, self._finding):
+        self.abort_workers()
+        for task in (self._start_task, self._search_task):
             if task is not None:
                 task.cancel()
-                await asyncio.wait({task}, timeout=FAREWELL_SECONDS)
-        await self._farewells.close()
+                await asyncio.wait({task}, timeout=CLEANUP_SECONDS)
+        await self._cleanup.close()
         await self._end_job()
 
     # The demand
@@ -161,12 +161,12 @@ class Rental:
         """Begin a new demand; hires of the old one finish what they have."""
         if self._job is not None:
             old = self._job
-            for hire in self.hires:
-                hire.leaving = True
-            self._farewells.add(asyncio.create_task(self._end_job(old)))
-            if self._finding is not None:
-                self._finding.cancel()
-                self._finding = None
+            for worker in self.workers:
+                worker.is_stopping = True
+            self._cleanup.add(asyncio.create_task(self._end_job(old)))
+            if self._search_task is not None:
+                self._search_task.cancel()
+                self._search_task = None
         seconds = self._settings.rental_seconds
         self._expires = time.monotonic() + max(seconds / 2, seconds - _RENEWAL_SECONDS)
         self._first_offer = None
@@ -179,9 +179,9 @@ class Rental:
             on_event=self._on_event,
         )
 
-    async def _find(self) -> None:
+    async def _search_loop(self) -> None:
         """Keep a demand on the market; ends only when cancelled."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _INITIAL_BACKOFF_SECONDS
         while True:
             began = time.monotonic()
             try:
@@ -191,11 +191,11 @@ class Rental:
                 if task is not None and task.cancelling():
                     # The demand could not be closed in passing, which hides the cancellation; `session.py` closes it.
                     return
-                if time.monotonic() - began > _LAST_PAUSE_SECONDS:
-                    pause = _FIRST_PAUSE_SECONDS
+                if time.monotonic() - began > _MAX_BACKOFF_SECONDS:
+                    pause = _INITIAL_BACKOFF_SECONDS
                 log.warning("the demand for %s was lost, made anew in %.1f s: %s", self.model, pause, explain(error))
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
 
     def _has_offers(self, now: float) -> bool:
         pool = self._job.agreements_pool
@@ -204,45 +204,45 @@ class Rental:
         if not pool._offer_buffer:
             return False
         # What was put there before a ban, or when there was more money, is still there.
-        too_dear = []
+        over_budget = []
         for provider_id, buffered in list(pool._offer_buffer.items()):
-            price = Price.of_offer(buffered.proposal.props)
+            price = Price.from_offer(buffered.proposal.props)
             is_affordable = self._is_affordable(price)
             if not is_affordable:
-                too_dear.append(price)
-            if self._market.is_banned(provider_id) or not is_affordable:
+                over_budget.append(price)
+            if self._offer_evaluator.is_banned(provider_id) or not is_affordable:
                 del pool._offer_buffer[provider_id]
-            elif not self._is_of_use(provider_id):
+            elif not self._has_work_for(provider_id):
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
         if not pool._offer_buffer:
-            if too_dear and not self.hires:
-                self._told.too_dear(min(too_dear, key=lambda price: price.most(60.0)))
+            if over_budget and not self.workers:
+                self._events.over_budget(min(over_budget, key=lambda price: price.max_cost(60.0)))
             return False
         self._first_offer = self._first_offer or now
         return now - self._first_offer >= _OFFERS_SECONDS
 
-    def _is_of_use(self, provider_id: str) -> bool:
+    def _has_work_for(self, provider_id: str) -> bool:
         """Tell whether a provider could do something: of what waits it may not have what it has failed on."""
-        backlog = self._orders.backlog
-        return not backlog.count(self.model) or backlog.could_take(self.model, provider_id)
+        job_queue = self._worker_context.job_queue
+        return not job_queue.count(self.model) or job_queue.has_job_for(self.model, provider_id)
 
-    def _on_event(self, name: str, facts: dict[str, Any]) -> None:
+    def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
-            self._session.models_of[facts["subscription"].id] = self.model
+            self._session.subscription_models[event_fields["subscription"].id] = self.model
         elif name == "AgreementConfirmed":
-            self._told.agreement(self.model, facts["agreement"])
+            self._events.on_agreement(self.model, event_fields["agreement"])
         elif name == "AgreementTerminated":
-            self._told.agreement_ended(facts["agreement"].id, str(facts["reason"].get("message")))
-            if not facts["agreement"].terminated:
-                self._farewells.see_off(facts["agreement"].id)
+            self._events.on_agreement_ended(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
+            if not event_fields["agreement"].terminated:
+                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
-            details = facts["agreement"]._details
+            details = event_fields["agreement"]._details
             if details is not None:
-                self._told.unsigned(details.raw_details.offer.provider_id)
+                self._events.on_not_signed(details.raw_details.offer.provider_id)
             if name == "ActivityCreateFailed":
-                self._farewells.part_soon(facts["agreement"].id, self._job.agreements_pool)
+                self._cleanup.terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
             else:
-                self._farewells.see_off(facts["agreement"].id)
+                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
 
     async def _end_job(self, job: Any = None) -> None:
         job = job or self._job
@@ -252,7 +252,7 @@ class Rental:
             self._job = None
         reason = {"message": "All work is done", "golem.requestor.code": "Success"}
         try:
-            async with asyncio.timeout(FAREWELL_SECONDS):
+            async with asyncio.timeout(CLEANUP_SECONDS):
                 await job.agreements_pool.terminate_all(reason=reason)
         except Exception as error:
             log.warning("agreements for %s could not be ended: %s", self.model, explain(error))
@@ -261,12 +261,12 @@ class Rental:
     # Hires
 
     def _is_starting(self) -> bool:
-        return self._starting is not None and not self._starting.done()
+        return self._start_task is not None and not self._start_task.done()
 
-    async def _hire(self) -> None:
-        """Try to get an agreement and an activity; what comes of it is seen in `hires`."""
+    async def _start_worker(self) -> None:
+        """Try to get an agreement and an activity; what comes of it is seen in `workers`."""
         job = self._job
-        before = len(self.hires)
+        before = len(self.workers)
         try:
             await job.agreements_pool.cycle()
             task = await self._session.engine.start_worker(job, self._run_worker)
@@ -275,9 +275,9 @@ class Rental:
             return
         if task is None:
             return
-        self._farewells.add(task)
+        self._cleanup.add(task)
         # The activity is created within the task; a second start before that would hire one too many.
-        while not task.done() and len(self.hires) == before:
+        while not task.done() and len(self.workers) == before:
             await asyncio.sleep(0.02)
 
     async def _run_worker(self, context: Any) -> bool:
@@ -286,10 +286,10 @@ class Rental:
         provider_id = context.provider_id
         pool = self._job.agreements_pool  # a renewed demand has another
         try:
-            name, price = describe(details.provider_view.properties, provider_id)
+            name, price = describe_offer(details.provider_view.properties, provider_id)
         except MlgError as error:
-            raise _HireIsOver from error
-        hire = Hire(
+            raise _WorkerFinished from error
+        worker = GolemWorker(
             model=self.model,
             provider_id=provider_id,
             provider_name=name,
@@ -297,18 +297,18 @@ class Rental:
             activity_id=context.id,
             price=price,
             created_at=datetime.now(UTC),
-            leaving=self._is_closing,
+            is_stopping=self._is_closing,
         )
-        self.hires.add(hire)
-        self._market.signed(provider_id)
-        self._told.hired(hire)
+        self.workers.add(worker)
+        self._offer_evaluator.record_signed(provider_id)
+        self._events.on_worker_started(worker)
         try:
-            await work(self._session.engine, self._job_of(context), context, hire, self._orders)
+            await run_worker(self._session.engine, self._job_of(context), context, worker, self._worker_context)
         finally:
-            self.hires.discard(hire)
-            self._told.hire_ended(hire)
-            self._farewells.part_soon(hire.agreement_id, pool)
-        raise _HireIsOver
+            self.workers.discard(worker)
+            self._events.on_worker_ended(worker)
+            self._cleanup.terminate_later(worker.agreement_id, pool)
+        raise _WorkerFinished
 
     def _job_of(self, context: Any) -> str:
         """Return the id of the job that an activity belongs to; a renewed demand has another."""

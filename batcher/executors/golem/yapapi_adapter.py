@@ -19,14 +19,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.offers import Verdict
+from batcher.executors.golem.offers import OfferRating
 
 #: The property by which demands and agreements of ours are recognized, also those of a batcher that was killed.
 OWNER = "golem.srv.app.mlg.owner"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class Requirements:
     """What a model asks of a computer."""
 
     memory_gib: float
@@ -34,7 +34,7 @@ class Needs:
     threads: int = 1
 
 
-def load_quietly() -> None:
+def import_yapapi() -> None:
     """Import yapapi, and keep its own log from repeating, with tracebacks, what is told in one line here."""
     with warnings.catch_warnings():
         # It is known that pkg_resources goes away; that is why setuptools is pinned.
@@ -46,7 +46,7 @@ def load_quietly() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def builtin_payload(runtime: str, needs: Needs, owner: str, model: str) -> Any:
+def builtin_payload(runtime: str, requirements: Requirements, owner: str, model: str) -> Any:
     """Make the demand for a provider whose runtime has the models built in."""
     from yapapi.payload import Payload
 
@@ -54,14 +54,14 @@ def builtin_payload(runtime: str, needs: Needs, owner: str, model: str) -> Any:
         async def decorate_demand(self, demand: Any) -> None:
             demand.add_properties({OWNER: owner, "golem.srv.app.mlg.model": model})
             demand.ensure(
-                f"(&(golem.runtime.name={runtime})(golem.inf.mem.gib>={needs.memory_gib:g})"
-                f"(golem.inf.storage.gib>={needs.storage_gib:g})(golem.inf.cpu.threads>={needs.threads}))"
+                f"(&(golem.runtime.name={runtime})(golem.inf.mem.gib>={requirements.memory_gib:g})"
+                f"(golem.inf.storage.gib>={requirements.storage_gib:g})(golem.inf.cpu.threads>={requirements.threads}))"
             )
 
     return BuiltIn()
 
 
-async def image_payload(image_hash: str, registry: str, needs: Needs, owner: str, model: str) -> Any:
+async def image_payload(image_hash: str, registry: str, requirements: Requirements, owner: str, model: str) -> Any:
     """Make the demand for a provider that runs a published image; asks the registry where the image is."""
     from yapapi.payload import Payload, vm
 
@@ -69,9 +69,9 @@ async def image_payload(image_hash: str, registry: str, needs: Needs, owner: str
         image_hash=image_hash,
         image_use_https=True,
         repository_url=registry.rstrip("/"),
-        min_mem_gib=needs.memory_gib,
-        min_storage_gib=needs.storage_gib,
-        min_cpu_threads=needs.threads,
+        min_mem_gib=requirements.memory_gib,
+        min_storage_gib=requirements.storage_gib,
+        min_cpu_threads=requirements.threads,
     )
 
     class Image(Payload):  # type: ignore[misc, unused-ignore]
@@ -82,18 +82,18 @@ async def image_payload(image_hash: str, registry: str, needs: Needs, owner: str
     return Image()
 
 
-def make_strategy(judge: Callable[[str, Mapping[str, Any], str], Verdict]) -> Any:
+def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], OfferRating]) -> Any:
     """Make the market strategy.
 
-    :param judge: called with the provider's address, the offer's properties and the id of the subscription.
+    :param rate_offer: called with the provider's address, the offer's properties and the id of the subscription.
     """
     from yapapi.strategy import MarketStrategy
 
-    class CheapestPicture(MarketStrategy):  # type: ignore[misc, unused-ignore]
+    class CheapestImage(MarketStrategy):  # type: ignore[misc, unused-ignore]
         async def score_offer(self, offer: Any) -> float:
-            return judge(offer.issuer, offer.props, offer._subscription.id).score
+            return rate_offer(offer.issuer, offer.props, offer._subscription.id).score
 
-    return CheapestPicture()
+    return CheapestImage()
 
 
 def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_event: Callable[[str, Any], None]) -> Any:
@@ -104,9 +104,9 @@ def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_eve
     from yapapi.engine import Job
 
     class ModelJob(Job):  # type: ignore[misc, unused-ignore]
-        def emit(self, event_class: Any, **facts: Any) -> Any:
-            on_event(event_class.__name__, facts)
-            return super().emit(event_class, **facts)
+        def emit(self, event_class: Any, **event_fields: Any) -> Any:
+            on_event(event_class.__name__, event_fields)
+            return super().emit(event_class, **event_fields)
 
     job = ModelJob(engine, expiration_time=expires_at, payload=payload, id=id)
     engine.add_job(job)
@@ -139,7 +139,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-async def within(seconds: float, work: Awaitable[Any], what: str, log: logging.Logger) -> bool:
+async def run_with_timeout(seconds: float, work: Awaitable[Any], what: str, log: logging.Logger) -> bool:
     """Await something that may fail or hang, and tell of it in one line. :return: whether it went well."""
     task = asyncio.ensure_future(work)
     done, _ = await asyncio.wait({task}, timeout=seconds)

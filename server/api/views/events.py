@@ -9,18 +9,20 @@ from collections.abc import Generator
 
 import flask
 
-from provider_image.errors import InvalidParams, UnknownRequest
-from server.api.endpoint import Field, Scope, operation
+from provider_image.errors import InvalidParams
+from server.api.endpoint import Field, operation
 from server.auth.guard import check_owner
 from server.context import Context
 from server.errors import ScopeMissing
 from server.intake.uploads import query_fields
 from server.live.changes import Listener
-from server.live.sse import STREAMED, Stream, says_end, tell_counts, tell_requests
+from server.live.sse import STREAMED, Stream, is_end_id, stream_counts, stream_requests
+from store.errors import UnknownRequest
+from store.keys import Scope
 
 #: Requests that one stream listens to at most.
-MOST_IDS = 1000
-_IDS = Field(name="ids", help=f"Request ids with commas between, at most {MOST_IDS}.")
+MAX_IDS = 1000
+_IDS = Field(name="ids", help=f"Request ids with commas between, at most {MAX_IDS}.")
 _ALL = Field(
     name="all",
     help="1: how many requests come to which state, of everybody; needs the scope operate.",
@@ -30,12 +32,12 @@ _ALL = Field(
 
 def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
-    views = _Events(context)
+    views = _EventViews(context)
     app.add_url_rule("/events", "events", views.events, methods=["GET"])
     app.add_url_rule("/batches/<id>/events", "batch_events", views.batch_events, methods=["GET"])
 
 
-class _Events:
+class _EventViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
@@ -44,7 +46,7 @@ class _Events:
         scope=Scope.READ,
         tag="events",
         query=(_IDS, _ALL),
-        answers={200: {"type": "string"}, 204: {}},
+        responses={200: {"type": "string"}, 204: {}},
         content_type="text/event-stream",
     )
     def events(self) -> flask.Response:
@@ -56,10 +58,10 @@ class _Events:
         if ids is None:
             return self._stream_all()
         wanted = list(dict.fromkeys(id for id in ids.split(",") if id))
-        if not 1 <= len(wanted) <= MOST_IDS:
-            raise InvalidParams(f"ids takes 1 to {MOST_IDS} request ids with commas between.")
+        if not 1 <= len(wanted) <= MAX_IDS:
+            raise InvalidParams(f"ids takes 1 to {MAX_IDS} request ids with commas between.")
         store = self._context.store
-        numbers = [position[1] for position, _ in store.standing(ids=wanted).requests]
+        numbers = [position[1] for position, _ in store.snapshot(ids=wanted).requests]
         requests = [request for _, request in store.read_changed(numbers)]
         unknown = set(wanted) - {request.id for request in requests}
         if unknown:
@@ -72,7 +74,7 @@ class _Events:
         summary="Listen to a batch: its progress, and an event for each request that changes",
         scope=Scope.READ,
         tag="events",
-        answers={200: {"type": "string"}, 204: {}},
+        responses={200: {"type": "string"}, 204: {}},
         content_type="text/event-stream",
     )
     def batch_events(self, id: str) -> flask.Response:
@@ -82,16 +84,16 @@ class _Events:
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
         context, last_id = self._context, flask.request.headers.get("Last-Event-ID")
-        if says_end(last_id) and self._is_final(listener, ids):
+        if is_end_id(last_id) and self._is_final(listener, ids):
             # The one answer that tells a browser's EventSource not to come back.
             return flask.Response(status=204)
-        pieces = tell_requests(
-            context.events,
+        pieces = stream_requests(
+            context.change_dispatcher,
             context.store,
             listener,
             ids=ids,
             last_id=last_id,
-            describe=context.describe,
+            serialize=context.serialize,
         )
         return self._answer(pieces)
 
@@ -101,18 +103,18 @@ class _Events:
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
         return self._answer(
-            tell_counts(self._context.events, self._context.store, Listener(is_all=True), last_id=last_id)
+            stream_counts(self._context.change_dispatcher, self._context.store, Listener(is_all=True), last_id=last_id)
         )
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:
-        standing = self._context.store.standing(ids=ids, batch_id=listener.batch_id)
-        return all(state.is_final for _, state in standing.requests)
+        snapshot = self._context.store.snapshot(ids=ids, batch_id=listener.batch_id)
+        return all(state.is_final for _, state in snapshot.requests)
 
     def _answer(self, pieces: Generator[bytes, None, None]) -> flask.Response:
-        events = self._context.events
-        events.take_place()
+        change_dispatcher = self._context.change_dispatcher
+        change_dispatcher.acquire_slot()
         flask.request.environ[STREAMED] = True
-        response = flask.Response(Stream(pieces, events.free_place), mimetype="text/event-stream")
+        response = flask.Response(Stream(pieces, change_dispatcher.release_slot), mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         # A proxy must not gather events.

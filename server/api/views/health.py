@@ -7,9 +7,9 @@ from typing import Any
 
 import flask
 
-from server.api.endpoint import operation, operation_of
-from server.api.responses import answer
-from server.api.serializers import show_models
+from server.api.endpoint import get_operation, operation
+from server.api.responses import json_response
+from server.api.serializers import serialize_models
 from server.context import Context
 from server.pages.render import wants_page
 from server.pages.views import home_page
@@ -17,7 +17,7 @@ from server.pages.views import home_page
 
 def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
-    views = _Home(context)
+    views = _HealthViews(context)
     for rule, view in (
         ("/", views.index),
         ("/models", views.models),
@@ -27,17 +27,17 @@ def register(app: flask.Flask, context: Context) -> None:
         app.add_url_rule(rule, view.__name__, view, methods=["GET"])
 
 
-class _Home:
+class _HealthViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    @operation(summary="List the addresses", scope=None, tag="server", answers={200: "Index"})
+    @operation(summary="List the addresses", scope=None, tag="server", responses={200: "Index"})
     def index(self) -> flask.Response:
         """List the routes, with an example to copy; a browser gets the first page."""
         if wants_page():
             return home_page(self._context)
         base = flask.request.host_url.rstrip("/")
-        return answer(
+        return json_response(
             {
                 "success": True,
                 "name": "mlg",
@@ -54,37 +54,37 @@ class _Home:
         summary="List the models: what is installed, and how to install the others",
         scope=None,
         tag="models",
-        answers={200: "Models"},
+        responses={200: "Models"},
     )
     def models(self) -> flask.Response:
         """List the catalogue and the models of users' own."""
-        return answer({"success": True, "models": show_models(self._context.settings.models)})
+        return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
-    @operation(summary="Tell that the process is alive", scope=None, tag="server", answers={200: "Health"})
+    @operation(summary="Tell that the process is alive", scope=None, tag="server", responses={200: "Health"})
     def healthz(self) -> flask.Response:
         """Say that the process answers; does not touch the store."""
-        return answer({"success": True, "status": "alive"})
+        return json_response({"success": True, "status": "alive"})
 
-    @operation(summary="Tell whether the store can be written", scope=None, tag="server", answers={200: "Readiness"})
+    @operation(summary="Tell whether the store can be written", scope=None, tag="server", responses={200: "Readiness"})
     def readyz(self) -> flask.Response:
         """Say whether the store can be written, and whether a batcher is alive."""
         self._context.store.check()
-        batchers = len(self._context.traffic.batchers())
+        batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
         if not batchers:
             payload["warning"] = (
                 "No batcher is running: requests are kept but not answered. Start one: mlg batch (or mlg up)."
             )
-        return answer(payload)
+        return json_response(payload)
 
 
 def _routes(app: flask.Flask) -> dict[str, str]:
     """Say what each address is for, as the views say it themselves."""
     found = {}
     for rule in app.url_map.iter_rules():
-        said = operation_of(app.view_functions[rule.endpoint])
+        declared = get_operation(app.view_functions[rule.endpoint])
         address = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             if rule.rule != "/":
-                found[f"{method} {address}"] = "" if said is None else said.summary
+                found[f"{method} {address}"] = "" if declared is None else declared.summary
     return found

@@ -13,25 +13,27 @@ from typing import Any
 import flask
 from werkzeug.wrappers import Response
 
-from provider_image.errors import InvalidParams, UnsupportedMediaType
-from server.api.endpoint import Field, Scope, operation
-from server.api.responses import answer
+from provider_image.errors import InvalidParams
+from server.api.endpoint import Field, operation
+from server.api.responses import json_response
 from server.context import Context
+from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
 from server.pages.charts import minutes_chart, points_chart
 from server.pages.render import page, wants_page
-from server.status.dashboard import OperatorFigures
+from server.status.dashboard import Dashboard
 from server.status.metrics import CONTENT_TYPE, exposition, families
 from store import batcher_controls
 from store.batcher_controls import Mode
+from store.keys import Scope
 from store.ledger_records import ProviderRecord
 from store.records import to_text
 
-PAGE = "/ui/operator"
+PAGE_PATH = "/ui/operator"
 #: Longest ban in seconds that has an end; a hundred years.
-LONGEST_BAN = 100 * 365 * 86400.0
+MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
-_ORDER: dict[str, Any] = {
+_CONTROL_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["success"],
     "properties": {"success": {"const": True}, "hold": {"type": ["object", "null"]}, "token": {"type": "string"}},
@@ -54,7 +56,7 @@ _REASON = Field(name="reason", help="Why; clients whose requests wait read it.")
 
 def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
-    views = _Operator(context)
+    views = _OperatorViews(context)
     for rule, methods, view in (
         ("/operator/status", ["GET"], views.operator_status),
         ("/operator/pause", ["POST"], views.pause),
@@ -64,35 +66,38 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/operator/providers/<id>/ban", ["POST"], views.ban),
         ("/operator/providers/<id>/unban", ["POST"], views.unban),
         ("/metrics", ["GET"], views.metrics),
-        (PAGE, ["GET"], views.operator_page),
+        (PAGE_PATH, ["GET"], views.operator_page),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=methods)
 
 
-class _Operator:
+class _OperatorViews:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._figures = OperatorFigures(context.store, context.traffic, context.clock)
+        self._dashboard = Dashboard(context.store, context.queue_stats, context.clock)
 
     # Looking
 
     @operation(
-        summary="Everything that the operator's page shows", scope=Scope.OPERATE, tag="operator", answers={200: _STATUS}
+        summary="Everything that the operator's page shows",
+        scope=Scope.OPERATE,
+        tag="operator",
+        responses={200: _STATUS},
     )
     def operator_status(self) -> flask.Response:
         """Show all figures."""
-        return answer({"success": True, **self._figures.status()})
+        return json_response({"success": True, **self._dashboard.status()})
 
     @operation(
         summary="The operator's page",
         scope=Scope.OPERATE,
         tag="pages",
         content_type="text/html",
-        answers={200: {"type": "string"}},
+        responses={200: {"type": "string"}},
     )
     def operator_page(self) -> flask.Response:
         """Show all figures, with the levers."""
-        status = self._figures.status()
+        status = self._dashboard.status()
         return page(
             "operator.html",
             board=status,
@@ -105,11 +110,11 @@ class _Operator:
         scope=Scope.READ,
         tag="operator",
         content_type="text/plain",
-        answers={200: {"type": "string"}},
+        responses={200: {"type": "string"}},
     )
     def metrics(self) -> flask.Response:
         """Show the metrics in Prometheus' text format."""
-        response = flask.Response(exposition(families(self._figures)), content_type=CONTENT_TYPE)
+        response = flask.Response(exposition(families(self._dashboard)), content_type=CONTENT_TYPE)
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
@@ -121,41 +126,41 @@ class _Operator:
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
-        answers={200: _ORDER},
+        responses={200: _CONTROL_SCHEMA},
     )
     def pause(self) -> Response:
         """Pause: what is under way is finished, everything else waits."""
-        return self._hold(Mode.PAUSED)
+        return self._pause(Mode.PAUSED)
 
     @operation(
         summary="Claim nothing new because the batchers are to be stopped",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
-        answers={200: _ORDER},
+        responses={200: _CONTROL_SCHEMA},
     )
     def drain(self) -> Response:
         """Drain: as a pause, before an end."""
-        return self._hold(Mode.DRAINING)
+        return self._pause(Mode.DRAINING)
 
-    @operation(summary="Let work go on", scope=Scope.OPERATE, tag="operator", answers={200: _ORDER})
+    @operation(summary="Let work go on", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        batcher_controls.resume(self._context.store, by=_who(), now=self._context.clock())
-        return _done({"hold": None})
+        batcher_controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
+        return _respond({"hold": None})
 
     @operation(
         summary="Have every batcher take everything that waits now",
         scope=Scope.OPERATE,
         tag="operator",
-        answers={200: _ORDER},
+        responses={200: _CONTROL_SCHEMA},
     )
     def run_now(self) -> Response:
         """Run a batch now."""
         self._fields()
-        token = batcher_controls.run_now(self._context.store, by=_who(), now=self._context.clock())
-        return _done({"token": token})
+        token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
+        return _respond({"token": token})
 
     @operation(
         summary="Give a provider no more work",
@@ -166,10 +171,10 @@ class _Operator:
             Field(
                 name="seconds",
                 help="For how long; for good without it.",
-                schema={"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_BAN},
+                schema={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_BAN_SECONDS},
             ),
         ),
-        answers={200: _PROVIDER},
+        responses={200: _PROVIDER},
     )
     def ban(self, id: str) -> Response:
         """Ban a provider, by its address or an unambiguous name."""
@@ -179,29 +184,31 @@ class _Operator:
         provider = self._context.store.ban_provider(
             id,
             until=None if seconds is None else now + timedelta(seconds=seconds),
-            reason=" ".join(fields.get("reason", "").split())[:200] or f"Banned by {_who()}.",
+            reason=" ".join(fields.get("reason", "").split())[:200] or f"Banned by {_caller_name()}.",
             by_operator=True,
         )
-        return self._show(provider)
+        return self._provider_response(provider)
 
     @operation(
         summary="Lift a provider's ban, whoever banned it",
         scope=Scope.OPERATE,
         tag="operator",
-        answers={200: _PROVIDER},
+        responses={200: _PROVIDER},
     )
     def unban(self, id: str) -> Response:
         """Lift a ban."""
         self._fields()
-        return self._show(self._context.store.unban_provider(id))
+        return self._provider_response(self._context.store.unban_provider(id))
 
     # What they are made of
 
-    def _hold(self, mode: Mode) -> Response:
+    def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = batcher_controls.hold(self._context.store, mode, by=_who(), now=self._context.clock(), reason=reason)
-        hold = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
-        return _done({"hold": hold})
+        given = batcher_controls.pause(
+            self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason
+        )
+        pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
+        return _respond({"hold": pause})
 
     def _fields(self, *known: str) -> dict[str, str]:
         """Read the fields of a lever. :raises InvalidParams: one that it does not have."""
@@ -209,17 +216,17 @@ class _Operator:
             raise UnsupportedMediaType(
                 "Put the fields into the URL, for example ?reason=update, or send them as a form."
             )
-        fields = read_fields(flask.request, readings=self._context.readings)
+        fields = read_fields(flask.request, active_reads=self._context.active_reads)
         for name in fields:
             if name not in known:
                 there = f"It takes: {', '.join(known)}." if known else "It takes none."
                 raise InvalidParams(f"There is no parameter {name[:64]!r} here. {there}")
         return fields
 
-    def _show(self, provider: ProviderRecord) -> Response:
-        self._figures.forget()
+    def _provider_response(self, provider: ProviderRecord) -> Response:
+        self._dashboard.invalidate()
         is_banned = provider.is_banned(self._context.clock())
-        return _done(
+        return _respond(
             {
                 "id": provider.id,
                 "name": provider.name,
@@ -230,14 +237,14 @@ class _Operator:
         )
 
 
-def _who() -> str:
+def _caller_name() -> str:
     """Name the caller for those who read of it later."""
     key = flask.g.get("key")
     return "the operator" if key is None else str(key.name)
 
 
-def _done(payload: dict[str, Any]) -> Response:
-    return flask.redirect(PAGE, 303) if wants_page() else answer({"success": True, **payload})
+def _respond(payload: dict[str, Any]) -> Response:
+    return flask.redirect(PAGE_PATH, 303) if wants_page() else json_response({"success": True, **payload})
 
 
 def _seconds(raw: str) -> float | None:
@@ -247,6 +254,6 @@ def _seconds(raw: str) -> float | None:
         seconds = float(raw)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= LONGEST_BAN:  # also refuses nan
+    if not 0 < seconds <= MAX_BAN_SECONDS:  # also refuses nan
         raise InvalidParams("seconds takes a number above 0, or nothing for a ban for good.")
     return seconds

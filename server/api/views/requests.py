@@ -14,26 +14,28 @@ from typing import Any
 import flask
 
 from provider_image import errors
+from provider_image.errors import MalformedRequest
 from provider_image.models.registry import find_row
-from server.api.endpoint import Field, Scope, operation
-from server.api.responses import answer
+from server.api.endpoint import Field, operation
+from server.api.responses import json_response
 from server.auth.guard import check_owner, current_key_id, is_owner
 from server.context import Context
-from server.intake.request_options import LABEL, read_labels, read_moment
+from server.intake.request_options import LABEL, parse_timestamp, read_labels
 from server.intake.uploads import clean_name, query_fields
 from store.batches import EXPIRED
-from store.records import Request, State, to_text
-from store.search import PictureGone, Wanted
+from store.keys import Scope
+from store.records import RequestRecord, RequestState, to_text
+from store.search import ImageGone, Query
 
 #: Requests on a page.
-MOST_ON_PAGE = 200
-USUAL_ON_PAGE = 50
-_STATUSES = (*map(str, State), EXPIRED)
+MAX_PAGE_SIZE = 200
+DEFAULT_PAGE_SIZE = 50
+_STATUSES = (*map(str, RequestState), EXPIRED)
 CURSOR = Field(name="cursor", help="The `next` of the page before.")
 LIMIT = Field(
     name="limit",
     help="How many at most.",
-    schema={"type": "integer", "minimum": 1, "maximum": MOST_ON_PAGE, "default": USUAL_ON_PAGE},
+    schema={"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": DEFAULT_PAGE_SIZE},
 )
 _FILTERS = (
     Field(name="state", help="Only those in this state.", schema={"type": "string", "enum": list(_STATUSES)}),
@@ -53,7 +55,7 @@ _SIZE = Field(
 
 def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
-    views = _Listing(context)
+    views = _RequestViews(context)
     for rule, method, view in (
         ("/requests", "GET", views.list_requests),
         ("/requests/<id>", "GET", views.show_request),
@@ -64,14 +66,14 @@ def register(app: flask.Flask, context: Context) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Everybodys:
+class _OperatorOnly:
     """What only an operator owns."""
 
     key_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageFields:
+class PageQuery:
     """Which page of a list is wanted, and whose."""
 
     #: Only what was made with this key; None shows everything.
@@ -84,23 +86,23 @@ class PageFields:
     fields: Mapping[str, str]
 
     @classmethod
-    def of(cls, request: flask.Request, *others: str) -> PageFields:
+    def from_request(cls, request: flask.Request, *others: str) -> PageQuery:
         """Read the query. :param others: names that stand there beside. :raises InvalidParams:"""
         fields: dict[str, str] = {}
         for name, value in request.args.items(multi=True) if request.query_string else ():
             if name in fields:
-                raise errors.MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")
+                raise MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")
             if name != "label" or "label" not in others:
                 fields[name] = value
-        cursor, limit = fields.pop("cursor", None), fields.pop("limit", str(USUAL_ON_PAGE))
+        cursor, limit = fields.pop("cursor", None), fields.pop("limit", str(DEFAULT_PAGE_SIZE))
         for name in fields:
             if name not in others:
                 known = ", ".join(sorted({*others, "cursor", "limit"}))
                 raise errors.InvalidParams(f"There is no parameter {name[:64]!r}. Parameters: {known}.")
-        if not limit.isascii() or not limit.isdigit() or len(limit) > 4 or not 1 <= int(limit) <= MOST_ON_PAGE:
-            raise errors.InvalidParams(f"limit takes a whole number from 1 to {MOST_ON_PAGE}.")
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 4 or not 1 <= int(limit) <= MAX_PAGE_SIZE:
+            raise errors.InvalidParams(f"limit takes a whole number from 1 to {MAX_PAGE_SIZE}.")
         return cls(
-            key_id=None if is_owner(_Everybodys()) else current_key_id(),
+            key_id=None if is_owner(_OperatorOnly()) else current_key_id(),
             before=None if cursor is None else _from_cursor(cursor),
             limit=int(limit),
             fields=fields,
@@ -129,7 +131,7 @@ def read_cursor(name: str, text: str) -> int:
     return int(text)
 
 
-class _Listing:
+class _RequestViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
@@ -138,40 +140,40 @@ class _Listing:
         scope=Scope.READ,
         tag="requests",
         query=(*_FILTERS, CURSOR, LIMIT),
-        answers={200: "Requests"},
+        responses={200: "Requests"},
     )
     def list_requests(self) -> flask.Response:
         """List requests. A page may be short although more follow: `next` says whether they do."""
         names = ("state", "model", "batch", "label", "since", "until", "q")
-        page = PageFields.of(flask.request, *names)
+        page = PageQuery.from_request(flask.request, *names)
         fields = page.fields
         status = fields.get("state")
         if status is not None and status not in _STATUSES:
             raise errors.InvalidParams(f"state takes one of: {', '.join(_STATUSES)}.")
-        wanted = Wanted(
+        query = Query(
             status=status,
             model=self._model(fields.get("model")),
             batch_id=fields.get("batch"),
             key_id=page.key_id,
             labels=tuple(read_labels(flask.request.args.getlist("label")).items()),
-            since=read_moment("since", fields["since"]) if "since" in fields else None,
-            until=read_moment("until", fields["until"]) if "until" in fields else None,
+            since=parse_timestamp("since", fields["since"]) if "since" in fields else None,
+            until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
             text=fields.get("q", "")[:200] or None,
         )
-        found = self._context.store.find(wanted, before=page.before, limit=page.limit)
-        shown = [self._context.describe(request) for request in found.requests]
-        return answer({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
+        found = self._context.store.find(query, before=page.before, limit=page.limit)
+        shown = [self._context.serialize(request) for request in found.requests]
+        return json_response({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
 
     @operation(
         summary="All facts about a request, and its way through here",
         scope=Scope.READ,
         tag="requests",
-        answers={200: "Detail"},
+        responses={200: "Detail"},
     )
     def show_request(self, id: str) -> flask.Response:
         """Show a request with everything that happened to it."""
-        request = self._own(id)
-        shown = self._context.describe(request)
+        request = self._get_owned(id)
+        shown = self._context.serialize(request)
         shown |= {
             "params": dict(request.params),
             "image_sha256": request.image_sha256,
@@ -183,14 +185,14 @@ class _Listing:
             shown["deadline_at"] = to_text(request.deadline_at)
         if request.keep_seconds is not None:
             shown["keep_seconds"] = request.keep_seconds
-        return answer({"success": True, **shown})
+        return json_response({"success": True, **shown})
 
     @operation(
         summary="The picture of a request, or a small one of it",
         scope=Scope.READ,
         tag="requests",
         query=(_SIZE,),
-        answers={200: {"type": "string", "format": "binary"}, 410: "Error"},
+        responses={200: {"type": "string", "format": "binary"}, 410: "Error"},
         content_type="image/*",
     )
     def show_picture(self, id: str) -> flask.Response:
@@ -199,24 +201,24 @@ class _Listing:
 
         fields = query_fields(flask.request)
         size = _size(fields)
-        request = self._own(id)
+        request = self._get_owned(id)
         try:
             if request.image_deleted_at is not None:
-                raise PictureGone()
-            data = self._context.store.blobs.read(request.image_sha256)
+                raise ImageGone()
+            data = self._context.store.images.read(request.image_sha256)
         except FileNotFoundError as error:
-            raise PictureGone() from error
-        most = self._context.settings.max_pixels
+            raise ImageGone() from error
+        max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
         if etag in flask.request.if_none_match:
             response = flask.Response(status=304)
         elif size is None:
-            response = flask.Response(data, content_type=media_type(data, most))
+            response = flask.Response(data, content_type=media_type(data, max_pixels))
             name = clean_name(request.name) or "picture"
             response.headers.set("Content-Disposition", "inline", filename=name.encode("ascii", "replace").decode())
         else:
-            with self._context.work:
-                response = flask.Response(thumbnail(data, size, most), content_type="image/jpeg")
+            with self._context.work_slots:
+                response = flask.Response(thumbnail(data, size, max_pixels), content_type="image/jpeg")
         response.set_etag(etag)
         # Whoever may see it may keep it for a while, but asks each time, because it may be deleted.
         response.headers["Cache-Control"] = "private, no-cache"
@@ -228,15 +230,15 @@ class _Listing:
         summary="Delete a request that has ended, with its picture and answer",
         scope=Scope.SUBMIT,
         tag="requests",
-        answers={200: {"type": "object", "required": ["success", "req_id"]}, 409: "Error"},
+        responses={200: {"type": "object", "required": ["success", "req_id"]}, 409: "Error"},
     )
     def delete_request(self, id: str) -> flask.Response:
         """Delete a request for good."""
-        self._own(id)
+        self._get_owned(id)
         self._context.store.remove(id)
-        return answer({"success": True, "req_id": id, "status": "deleted"})
+        return json_response({"success": True, "req_id": id, "status": "deleted"})
 
-    def _own(self, id: str) -> Request:
+    def _get_owned(self, id: str) -> RequestRecord:
         request = self._context.store.get(id)
         check_owner(request)
         return request
@@ -250,7 +252,7 @@ class _Listing:
         except errors.UnknownModel:
             return name
 
-    def _timeline(self, request: Request) -> list[dict[str, Any]]:
+    def _timeline(self, request: RequestRecord) -> list[dict[str, Any]]:
         """Tell what happened to a request, in order."""
         events: list[dict[str, Any]] = [{"event": "received", "at": to_text(request.created_at)}]
         if request.is_cached:
@@ -261,7 +263,7 @@ class _Listing:
         if request.claimed_at is not None:
             events.append({"event": "claimed", "at": to_text(request.claimed_at)})
         chunk = None if request.chunk_id is None else self._context.store.get_chunk(request.chunk_id)
-        if chunk is not None and request.state is State.DONE:
+        if chunk is not None and request.state is RequestState.DONE:
             events.append(
                 {
                     "event": "dispatched",
@@ -273,10 +275,10 @@ class _Listing:
             )
         if request.finished_at is not None:
             ended: dict[str, Any] = {
-                "event": "answered" if request.state is State.DONE else request.status,
+                "event": "answered" if request.state is RequestState.DONE else request.status,
                 "at": to_text(request.finished_at),
             }
-            if request.state is State.DONE:
+            if request.state is RequestState.DONE:
                 ended["by"] = request.provider
             elif request.reason is not None:
                 ended["reason"] = request.reason

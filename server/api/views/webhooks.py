@@ -10,15 +10,16 @@ from typing import Any
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, Scope, operation
-from server.api.responses import answer
+from server.api.endpoint import Field, operation
+from server.api.responses import json_response
 from server.context import Context
 from server.intake.uploads import query_fields
+from store.keys import Scope
 from store.records import to_text
 from store.webhooks import DELIVERY_STATES, DeliveryRecord
 
 #: Messages that one answer lists at most.
-MOST_LISTED = 500
+MAX_LISTED = 500
 _DELIVERY = {"type": "object", "properties": {"success": {"type": "boolean"}, "delivery": {"type": "object"}}}
 _DELIVERIES = {
     "type": "object",
@@ -28,12 +29,12 @@ _DELIVERIES = {
 
 def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
-    views = _Webhooks(context)
+    views = _WebhookViews(context)
     app.add_url_rule("/webhooks/deliveries", "deliveries", views.deliveries, methods=["GET"])
     app.add_url_rule("/webhooks/deliveries/<id>/redeliver", "redeliver", views.redeliver, methods=["POST"])
 
 
-def show_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
+def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
     """Build a message's JSON, without its body."""
     return {
         "id": delivery.id,
@@ -57,7 +58,7 @@ def show_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
     }
 
 
-class _Webhooks:
+class _WebhookViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
@@ -74,10 +75,10 @@ class _Webhooks:
             Field(
                 name="limit",
                 help="How many at most.",
-                schema={"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 50},
+                schema={"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 50},
             ),
         ),
-        answers={200: _DELIVERIES},
+        responses={200: _DELIVERIES},
     )
     def deliveries(self) -> flask.Response:
         """List messages."""
@@ -87,18 +88,18 @@ class _Webhooks:
             raise InvalidParams(f"There is no parameter {min(fields)[:64]!r} here. Parameters: limit, state.")
         if state is not None and state not in DELIVERY_STATES:
             raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
-        if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MOST_LISTED):
-            raise InvalidParams(f"limit takes 1 to {MOST_LISTED}.")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LISTED):
+            raise InvalidParams(f"limit takes 1 to {MAX_LISTED}.")
         found = self._context.store.list_deliveries(status=state, limit=int(limit))
-        return answer({"success": True, "deliveries": [show_delivery(one) for one in found]})
+        return json_response({"success": True, "deliveries": [serialize_delivery(one) for one in found]})
 
     @operation(
         summary="Send a webhook message again",
         scope=Scope.OPERATE,
         tag="webhooks",
-        answers={200: _DELIVERY},
+        responses={200: _DELIVERY},
     )
     def redeliver(self, id: str) -> flask.Response:
         """Have a message sent again."""
         delivery = self._context.store.redeliver(id, now=self._context.clock())
-        return answer({"success": True, "delivery": show_delivery(delivery)})
+        return json_response({"success": True, "delivery": serialize_delivery(delivery)})

@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 
+from batcher.errors import NoProvider
 from batcher.executors import Job, Outcome, load_executor
-from batcher.executors.fallback import SeveralExecutor
+from batcher.executors.fallback import FallbackExecutor
 from batcher.settings import BatcherSettings
-from provider_image.errors import ConfigError, NoProvider, WorkerDied
+from provider_image.errors import ConfigError, WorkerDied
 
 
 class Member:
     """An executor that does as it is told."""
 
-    def __init__(self, name: str, *, sends_away: bool = False) -> None:
+    def __init__(self, name: str, *, is_remote: bool = False) -> None:
         self.name = name
-        self.sends_away = sends_away
+        self.is_remote = is_remote
         self.reason: str | None = None
         self.outcome = Outcome(provider=name, seconds=0.1)
         #: Awaited before it begins.
-        self.hold: Callable[[], Any] | None = None
+        self.before_answer: Callable[[], Any] | None = None
         #: Awaited after it has begun.
         self.work: Callable[[], Any] | None = None
         self.got: list[str] = []
@@ -40,14 +41,14 @@ class Member:
     def workers(self) -> int:
         return 2
 
-    def obstacle(self, model: str) -> str | None:
+    def unavailable_reason(self, model: str) -> str | None:
         return self.reason
 
     async def run(self, job: Job) -> Outcome:
         self.got.append(job.chunk_id)
         try:
-            if self.hold is not None:
-                await self.hold()
+            if self.before_answer is not None:
+                await self.before_answer()
             if job.on_start is not None:
                 job.on_start()
             if self.work is not None:
@@ -63,7 +64,7 @@ class Member:
 
 @pytest.fixture
 def golem() -> Member:
-    return Member("golem", sends_away=True)
+    return Member("golem", is_remote=True)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def local() -> Member:
 
 
 def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60) -> Outcome:
-    several = SeveralExecutor([golem, local], fallback_seconds=fallback_seconds)
+    several = FallbackExecutor([golem, local], fallback_seconds=fallback_seconds)
     job = Job(
         chunk_id="job",
         model="vgg16",
@@ -99,7 +100,7 @@ def test_the_next_gets_at_once_what_the_first_has_an_obstacle_for(golem: Member,
 
 
 def test_the_next_gets_what_nobody_has_begun_in_time(golem: Member, local: Member, tmp_path: Path) -> None:
-    golem.hold = asyncio.Event().wait
+    golem.before_answer = asyncio.Event().wait
 
     outcome = run(golem, local, tmp_path, fallback_seconds=0.05)
 
@@ -132,13 +133,13 @@ def test_a_job_that_failed_is_not_tried_by_the_next(golem: Member, local: Member
 
 
 def test_only_what_stands_in_the_way_of_all_is_an_obstacle(golem: Member, local: Member) -> None:
-    several = SeveralExecutor([golem, local], fallback_seconds=1)
+    several = FallbackExecutor([golem, local], fallback_seconds=1)
     golem.reason = "No money."
-    one = several.obstacle("vgg16")
+    one = several.unavailable_reason("vgg16")
     local.reason = "No room."
 
-    assert (one, several.obstacle("vgg16")) == (None, "No money. No room.")
-    assert (several.name, several.sends_away, several.workers()) == ("golem,local", True, 4)
+    assert (one, several.unavailable_reason("vgg16")) == (None, "No money. No room.")
+    assert (several.name, several.is_remote, several.workers()) == ("golem,local", True, 4)
 
 
 def test_if_one_never_starts_the_others_are_closed(golem: Member, local: Member) -> None:
@@ -148,7 +149,7 @@ def test_if_one_never_starts_the_others_are_closed(golem: Member, local: Member)
     local.start = never  # type: ignore[method-assign]
 
     with pytest.raises(ConfigError, match="No key"):
-        asyncio.run(SeveralExecutor([golem, local], fallback_seconds=1).start())
+        asyncio.run(FallbackExecutor([golem, local], fallback_seconds=1).start())
     assert not golem.is_started
 
 

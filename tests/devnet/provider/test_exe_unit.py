@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from devnet.provider import exe_unit as module
-from devnet.provider.exe_unit import ActivityEnded, UnknownBatch
+from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
-from tests.devnet.activities import BOOT, FOREVER, Gftp, done, exe_unit, run, sh, transfer
+from tests.devnet.activities import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive, wait_until
 
 
@@ -25,17 +25,17 @@ async def until(is_true: Any, seconds: float = 20) -> None:
     await asyncio.to_thread(wait_until, is_true, seconds)
 
 
-def begun(folder: Path) -> Any:
+def has_begun(folder: Path) -> Any:
     """Give the question whether FOREVER has begun."""
     return (folder / "activity/golem/work/begun").exists
 
 
 def test_an_activity_goes_through_its_states(tmp_path: Path) -> None:
     async def main() -> None:
-        async with exe_unit(tmp_path, booted=False) as unit:
+        async with exe_unit(tmp_path, is_started=False) as unit:
             states = [unit.state]
-            for command in (*BOOT, {"terminate": {}}):
-                await done(unit, command)
+            for command in (*BOOT_COMMANDS, {"terminate": {}}):
+                await run_batch(unit, command)
                 states.append(unit.state)
 
             assert [state for state, following in states if following is None] == [
@@ -52,7 +52,7 @@ def test_an_activity_goes_through_its_states(tmp_path: Path) -> None:
 def test_results_are_as_yapapi_reads_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            results = await done(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
+            results = await run_batch(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
 
         assert [result.pop("eventDate")[-1] for result in results] == ["Z", "Z"]
         assert results == [
@@ -75,7 +75,7 @@ def test_yapapis_own_classes_take_the_results(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            [result] = await done(unit, sh("exit 7"))
+            [result] = await run_batch(unit, sh("exit 7"))
 
         taken = models.ExeScriptCommandResult(
             index=result["index"],
@@ -92,26 +92,26 @@ def test_yapapis_own_classes_take_the_results(tmp_path: Path) -> None:
 def test_a_batch_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            results = await done(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
+            results = await run_batch(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
 
             assert [result["result"] for result in results] == ["Ok", "Error"]
             assert results[1]["message"] == "ExeScript command exited with code 7"
             assert (results[1]["stderr"], results[1]["isBatchFinished"]) == ("why\n", True)
             assert not (tmp_path / "activity/golem/work/not").exists()
-            assert (await done(unit, sh("true")))[0]["result"] == "Ok"
+            assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
 
     asyncio.run(main())
 
 
 def test_commands_out_of_order_fail(tmp_path: Path) -> None:
     async def main() -> None:
-        async with exe_unit(tmp_path, booted=False) as unit:
+        async with exe_unit(tmp_path, is_started=False) as unit:
             for command in (sh("true"), {"start": {}}, {"transfer": {"from": "a", "to": "b"}}):
-                [result] = await done(unit, command)
+                [result] = await run_batch(unit, command)
                 assert (result["result"], "Initialized" in result["message"]) == ("Error", True)
-            await done(unit, *BOOT)
+            await run_batch(unit, *BOOT_COMMANDS)
             for command in ({"deploy": {}}, {"sign": {}}):
-                assert (await done(unit, command))[0]["result"] == "Error"
+                assert (await run_batch(unit, command))[0]["result"] == "Error"
 
     asyncio.run(main())
 
@@ -140,17 +140,17 @@ def test_what_is_no_script_is_refused_as_a_whole(tmp_path: Path, script: Any) ->
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             with pytest.raises(BadScript):
-                await unit.execute([*BOOT, *script] if isinstance(script, list) and script else script)
+                await unit.execute([*BOOT_COMMANDS, *script] if isinstance(script, list) and script else script)
 
     asyncio.run(main())
 
 
 def test_commands_may_have_what_a_network_or_a_progress_bar_adds(tmp_path: Path) -> None:
     async def main() -> None:
-        async with exe_unit(tmp_path, booted=False) as unit:
+        async with exe_unit(tmp_path, is_started=False) as unit:
             deploy = {"net": [], "hosts": {}, "nodes": {}, "progress": {"updateInterval": "1s", "updateStep": None}}
 
-            assert len(await done(unit, {"deploy": deploy}, {"start": {"args": []}})) == 2
+            assert len(await run_batch(unit, {"deploy": deploy}, {"start": {"args": []}})) == 2
 
     asyncio.run(main())
 
@@ -162,7 +162,7 @@ def test_results_grow_and_come_at_the_end_of_the_time(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh("true"), sh(FOREVER)])
-            await until(begun(tmp_path))
+            await until(has_begun(tmp_path))
             started_at = time.monotonic()
 
             results = await unit.results(batch, 0.1)
@@ -190,7 +190,7 @@ def test_batches_run_in_order_and_may_be_sent_at_once(tmp_path: Path) -> None:
 
 
 def test_unknown_batches_and_those_of_long_ago_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BATCHES", 2)
+    monkeypatch.setattr(module, "MAX_FINISHED_BATCHES", 2)
 
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
@@ -200,7 +200,7 @@ def test_unknown_batches_and_those_of_long_ago_are_not_known(tmp_path: Path, mon
                 await unit.results(batches[-1], 30)
 
             for batch in ("none", batches[0]):
-                with pytest.raises(UnknownBatch):
+                with pytest.raises(ScriptBatchNotFound):
                     await unit.results(batch, 0)
             assert await unit.results(batches[-2], 0)
 
@@ -273,7 +273,7 @@ def test_events_are_streamed_once_only(tmp_path: Path) -> None:
             batch = await unit.execute([sh("true")])
             await kinds(unit.stream(batch))
 
-            with pytest.raises(UnknownBatch):
+            with pytest.raises(ScriptBatchNotFound):
                 unit.stream(batch)
 
     asyncio.run(main())
@@ -284,7 +284,7 @@ def test_events_are_streamed_once_only(tmp_path: Path) -> None:
 
 def test_files_cross_both_ways(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"there and back")
-    gftp = Gftp(tmp_path)
+    gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
 
     async def main() -> None:
@@ -311,7 +311,7 @@ def test_files_cross_both_ways(tmp_path: Path) -> None:
 
 def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"bytes")
-    gftp = Gftp(tmp_path)
+    gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
     unknown = source[:-4] + "0000"
 
@@ -328,11 +328,11 @@ def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
                 ("container:/golem/output/none", unknown, "Nothing is published"),
                 (source, target, "one side in the container"),
             ):
-                [result] = await done(unit, transfer(one, other))
+                [result] = await run_batch(unit, transfer(one, other))
 
                 assert result["result"] == "Error" and words in result["message"], result
 
-            [result] = await done(unit, sh("cat /golem/../../secret"))
+            [result] = await run_batch(unit, sh("cat /golem/../../secret"))
             assert "leads out" in result["message"]
 
     asyncio.run(main())
@@ -347,7 +347,7 @@ def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
 def test_usage_counts_processor_time_and_life(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            await done(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
+            await run_batch(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
             processor, life = unit.usage()
             await unit.destroy()
             last = unit.usage()
@@ -364,7 +364,7 @@ def test_a_slow_provider_takes_longer_and_asks_for_more(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, speed=0.25) as unit:
             started_at = time.monotonic()
-            await done(unit, work)
+            await run_batch(unit, work)
             seconds = time.monotonic() - started_at
             burnt = unit._sandbox.processes.cpu_seconds()
 
@@ -383,7 +383,7 @@ def test_destroying_kills_everything_and_wakes_who_waits(tmp_path: Path) -> None
             batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
             waiting = asyncio.create_task(unit.results(batch, 60))
             streaming = asyncio.create_task(kinds(unit.stream(batch)))
-            await until(begun(tmp_path))
+            await until(has_begun(tmp_path))
             pids = unit._sandbox.processes.pids()
             assert len(pids) >= 2
 
@@ -421,7 +421,7 @@ def test_a_batch_that_waits_in_vain_ends_with_the_activity(tmp_path: Path) -> No
         async with exe_unit(tmp_path) as unit:
             await unit.execute([sh(FOREVER)])
             second = await unit.execute([sh("true")])
-            await until(begun(tmp_path))
+            await until(has_begun(tmp_path))
             await unit.destroy()
 
             with pytest.raises(ActivityEnded):
@@ -436,7 +436,7 @@ def test_activities_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> No
             await two.execute([sh(FOREVER)])
             await until((tmp_path / "two/golem/work/begun").exists)
 
-            assert (await done(one, sh("ls /golem/work")))[0]["stdout"] == ""
+            assert (await run_batch(one, sh("ls /golem/work")))[0]["stdout"] == ""
             await one.destroy()
 
             assert two.state == ("Ready", None) and two._sandbox.processes.pids()
@@ -447,11 +447,11 @@ def test_activities_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> No
 def test_no_descriptors_are_left_open(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            await done(unit, sh("true"))
+            await run_batch(unit, sh("true"))
             before = open_descriptors()
             for _ in range(5):
-                await done(unit, sh("true"), sh("exit 1"))
-                await done(unit, run("/none/such"))
+                await run_batch(unit, sh("true"), sh("exit 1"))
+                await run_batch(unit, run("/none/such"))
 
             assert open_descriptors() == before
 

@@ -13,7 +13,7 @@ from batcher.subprocesses import child_environment
 from devnet.scenario import Fault
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import Gftp, done, exe_unit, run, transfer
+from tests.devnet.activities import GftpProcess, exe_unit, run, run_batch, transfer
 from tests.process_tree import command_line, is_alive
 
 MODEL = "efficientnet_lite0"
@@ -39,7 +39,7 @@ def photo_chunk(tmp_path: Path, photos: dict[str, bytes]) -> Path:
 def test_the_warm_process_stays_is_counted_and_ends_with_the_activity(
     tmp_path: Path, environment: dict[str, str], photo_chunk: Path, models_folder: Path
 ) -> None:
-    gftp = Gftp(tmp_path)
+    gftp = GftpProcess(tmp_path)
     source = gftp.publish(photo_chunk)
     targets = [gftp.receive(tmp_path / f"results-{number}.zip") for number in range(2)]
     # As the image has it; the sandbox finds it on the PATH.
@@ -55,12 +55,12 @@ def test_the_warm_process_stays_is_counted_and_ends_with_the_activity(
     async def main() -> None:
         faults = (Fault(kind="wrong-digest", after=1),)
         async with exe_unit(tmp_path, *faults, environment=environment, cpus=core) as unit:
-            first = await done(unit, up, work, transfer(down, targets[0]))
+            first = await run_batch(unit, up, work, transfer(down, targets[0]))
             assert [result["result"] for result in first] == ["Ok"] * 3, first
             [warm] = unit._sandbox.processes.pids()
             before = unit.usage()[0]
 
-            second = await done(unit, up, work, transfer(down, targets[1]))
+            second = await run_batch(unit, up, work, transfer(down, targets[1]))
             assert [result["result"] for result in second] == ["Ok"] * 3, second
 
             assert unit._sandbox.processes.pids() == [warm] and "serve" in command_line(warm)

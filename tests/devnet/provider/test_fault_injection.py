@@ -14,14 +14,14 @@ from devnet.provider.exe_unit import ActivityEnded, ActivityVanished, ExeUnit
 from devnet.scenario import Fault
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import BOOT, FOREVER, done, exe_unit, sh
+from tests.devnet.activities import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
 from tests.process_tree import is_alive, wait_until
 
 DIGEST = "ab" * 32
-ANSWER = sh("cp /golem/input/results.zip /golem/output/")
+COPY_RESULTS = sh("cp /golem/input/results.zip /golem/output/")
 
 
-def lay_results(folder: Path, chunk_id: str = "chunk-1", activity_id: str = "activity") -> Path:
+def write_results_file(folder: Path, chunk_id: str = "chunk-1", activity_id: str = "activity") -> Path:
     """Put a results file where ANSWER takes it from, and return where it puts it."""
     golem = folder / activity_id / "golem"
     write_results(
@@ -50,13 +50,13 @@ async def until(is_true: Any) -> None:
 
 
 async def answered(unit: ExeUnit) -> None:
-    assert (await done(unit, ANSWER))[0]["result"] == "Ok"
+    assert (await run_batch(unit, COPY_RESULTS))[0]["result"] == "Ok"
 
 
 def test_without_faults_what_was_written_stays_as_it_is(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
-            path = lay_results(tmp_path)
+            path = write_results_file(tmp_path)
             await answered(unit)
 
             assert path.read_bytes() == (tmp_path / "activity/golem/input/results.zip").read_bytes()
@@ -66,11 +66,11 @@ def test_without_faults_what_was_written_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_deploy_fails_as_often_as_planned(tmp_path: Path) -> None:
     async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="fail-deploy", times=1), booted=False) as unit:
-            [result] = await done(unit, *BOOT)
+        async with exe_unit(tmp_path, Fault(kind="fail-deploy", times=1), is_started=False) as unit:
+            [result] = await run_batch(unit, *BOOT_COMMANDS)
             assert (result["result"], unit.state) == ("Error", ("Initialized", None))
 
-            assert len(await done(unit, *BOOT)) == 2
+            assert len(await run_batch(unit, *BOOT_COMMANDS)) == 2
 
     asyncio.run(main())
 
@@ -78,12 +78,12 @@ def test_a_deploy_fails_as_often_as_planned(tmp_path: Path) -> None:
 def test_exit_nonzero_does_not_do_the_work(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="exit-nonzero", after=1, times=1)) as unit:
-            assert (await done(unit, sh("true")))[0]["result"] == "Ok"
-            [result] = await done(unit, sh("touch done"))
+            assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
+            [result] = await run_batch(unit, sh("touch done"))
             assert result["message"] == "ExeScript command exited with code 7"
             assert not (tmp_path / "activity/golem/work/done").exists()
 
-            await done(unit, sh("touch done"))
+            await run_batch(unit, sh("touch done"))
 
             assert (tmp_path / "activity/golem/work/done").exists()
 
@@ -109,7 +109,7 @@ def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
 def test_garbage_is_as_long_as_the_truth_and_truncated_results_half_as_long(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="garbage", times=1), Fault(kind="truncate", after=0)) as unit:
-            path = lay_results(tmp_path)
+            path = write_results_file(tmp_path)
             true = path.parents[1] / "input/results.zip"
             sizes = []
             for _ in range(2):
@@ -127,7 +127,7 @@ def test_garbage_is_as_long_as_the_truth_and_truncated_results_half_as_long(tmp_
 def test_an_oversized_answer_takes_no_room_on_the_disk(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="oversize")) as unit:
-            path = lay_results(tmp_path)
+            path = write_results_file(tmp_path)
             await answered(unit)
 
             assert path.stat().st_size > 100_000_000 and path.stat().st_blocks * 512 < 1_000_000
@@ -140,7 +140,7 @@ def test_an_oversized_answer_takes_no_room_on_the_disk(tmp_path: Path) -> None:
 def test_a_wrong_digest_is_all_that_is_wrong(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="wrong-digest")) as unit:
-            path = lay_results(tmp_path)
+            path = write_results_file(tmp_path)
             await answered(unit)
 
             with pytest.raises(MalformedResults, match="digest"):
@@ -156,11 +156,11 @@ def test_swapped_results_are_those_of_another_chunk_of_any_provider(tmp_path: Pa
     async def main() -> None:
         async with exe_unit(tmp_path, activity_id="honest") as honest:
             for number in range(6):
-                lay_results(tmp_path, f"chunk-{number}", "honest")
+                write_results_file(tmp_path, f"chunk-{number}", "honest")
                 await answered(honest)
             assert len(list((tmp_path / "answers").iterdir())) == 4
         async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
-            path = lay_results(tmp_path, "chunk-4")
+            path = write_results_file(tmp_path, "chunk-4")
             await answered(unit)
 
             with pytest.raises(MalformedResults, match="chunk_id"):
@@ -177,7 +177,7 @@ def test_swapped_results_are_those_of_another_chunk_of_any_provider(tmp_path: Pa
 def test_with_nothing_to_swap_the_results_name_another_chunk(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
-            path = lay_results(tmp_path)
+            path = write_results_file(tmp_path)
             await answered(unit)
 
             with pytest.raises(MalformedResults, match="chunk_id"):
@@ -191,8 +191,8 @@ def test_only_what_this_run_has_written_is_spoilt(tmp_path: Path) -> None:
         faults = Faults({"alpha": [Fault(kind="garbage", after=1)]})
         async with exe_unit(tmp_path, shared_faults=faults) as unit:
             output = tmp_path / "activity/golem/output"
-            await done(unit, sh("echo first > /golem/output/first; mkdir /golem/output/folder"))
-            await done(unit, sh("echo second > /golem/output/folder/second; ln -s /etc/passwd /golem/output/link"))
+            await run_batch(unit, sh("echo first > /golem/output/first; mkdir /golem/output/folder"))
+            await run_batch(unit, sh("echo second > /golem/output/folder/second; ln -s /etc/passwd /golem/output/link"))
 
             assert (output / "first").read_text() == "first\n"
             assert (output / "folder/second").read_bytes() != b"second\n"
@@ -204,7 +204,7 @@ def test_lies_leave_other_files_alone(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="swap-results", times=1), Fault(kind="wrong-digest")) as unit:
             for _ in range(2):
-                await done(unit, sh("echo text > /golem/output/text"))
+                await run_batch(unit, sh("echo text > /golem/output/text"))
 
                 assert (tmp_path / "activity/golem/output/text").read_text() == "text\n"
 
@@ -213,42 +213,42 @@ def test_lies_leave_other_files_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 def test_an_exe_unit_that_dies_takes_everything_along_and_says_so(tmp_path: Path, seconds: float) -> None:
-    deaths: list[str] = []
+    crashes: list[str] = []
 
     async def main() -> None:
         fault = Fault(kind="die", after=1, seconds=seconds)
-        async with exe_unit(tmp_path, fault, on_death=deaths.append) as unit:
-            await done(unit, sh("setsid sleep 60 &"))
+        async with exe_unit(tmp_path, fault, on_crash=crashes.append) as unit:
+            await run_batch(unit, sh("setsid sleep 60 &"))
             [left] = unit._sandbox.processes.pids()
             # With time left it dies when its program is over, so that no test waits for it.
             batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
 
             with pytest.raises(ActivityEnded, match="killed"):
                 await unit.results(batch, 60)
-            await until(lambda: deaths)
+            await until(lambda: crashes)
 
-            assert deaths == ["activity"]
+            assert crashes == ["activity"]
             assert (unit.state, unit.reason) == (("Terminated", None), "The exe-unit was killed.")
             assert not is_alive(left)
             assert not (tmp_path / "activity").exists()
             await unit.destroy()
-            assert deaths == ["activity"]
+            assert crashes == ["activity"]
 
     asyncio.run(main())
 
 
 def test_destroying_is_no_death(tmp_path: Path) -> None:
-    deaths: list[str] = []
+    crashes: list[str] = []
 
     async def main() -> None:
-        async with exe_unit(tmp_path, on_death=deaths.append) as unit:
+        async with exe_unit(tmp_path, on_crash=crashes.append) as unit:
             await unit.execute([sh(FOREVER)])
             await until((tmp_path / "activity/golem/work/begun").exists)
             await unit.destroy()
 
     asyncio.run(main())
 
-    assert deaths == []
+    assert crashes == []
 
 
 def test_an_activity_that_vanishes_answers_nothing_any_more(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from devnet.provider.output_capture import Capture
-from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathRefused, Sandbox
+from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathOutsideSandbox, Sandbox
 from tests.process_tree import is_alive, wait_until
 
 
@@ -20,7 +20,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox("activity", tmp_path / "vm", environment={"PATH": os.defpath}, cpus=None)
 
 
-class Said:
+class Output:
     """What a program wrote."""
 
     def __init__(self) -> None:
@@ -33,17 +33,17 @@ class Said:
         self.err += data
 
 
-async def run(sandbox: Sandbox, *words: str) -> tuple[int, Said]:
-    said = Said()
+async def run(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
+    output = Output()
     async with asyncio.timeout(30):
-        status = await sandbox.run(words[0], words[1:], on_stdout=said.on_stdout, on_stderr=said.on_stderr)
-    return status, said
+        status = await sandbox.run(words[0], words[1:], on_stdout=output.on_stdout, on_stderr=output.on_stderr)
+    return status, output
 
 
-def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Said]:
+def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
     """Run a program, then end the sandbox."""
 
-    async def main() -> tuple[int, Said]:
+    async def main() -> tuple[int, Output]:
         try:
             return await run(sandbox, *words)
         finally:
@@ -57,7 +57,7 @@ def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Said]:
 
 @pytest.mark.parametrize("text", ["/golem/input/a", "/golem/output/a/b", "/golem//work/./a", "/golem/input/../work/a"])
 def test_paths_in_the_volumes_are_inside(sandbox: Sandbox, text: str) -> None:
-    assert sandbox.inside(text) == sandbox.golem / os.path.normpath(text).removeprefix("/golem/")
+    assert sandbox.host_path(text) == sandbox.golem_folder / os.path.normpath(text).removeprefix("/golem/")
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_paths_in_the_volumes_are_inside(sandbox: Sandbox, text: str) -> None:
     ],
 )
 def test_paths_that_leave_are_refused(sandbox: Sandbox, text: str) -> None:
-    (sandbox.golem / "input/link").symlink_to("/etc")
-    (sandbox.golem / "input/circle").symlink_to("circle")
+    (sandbox.golem_folder / "input/link").symlink_to("/etc")
+    (sandbox.golem_folder / "input/circle").symlink_to("circle")
 
-    with pytest.raises(PathRefused):
-        sandbox.inside(text)
+    with pytest.raises(PathOutsideSandbox):
+        sandbox.host_path(text)
 
 
 @pytest.mark.parametrize(
@@ -98,26 +98,26 @@ def test_paths_that_leave_are_refused(sandbox: Sandbox, text: str) -> None:
     ],
 )
 def test_golem_in_a_word_becomes_the_folder(sandbox: Sandbox, word: str, expected: str) -> None:
-    assert sandbox.rewritten(word) == expected.replace("{}", str(sandbox.golem))
+    assert sandbox.rewrite_paths(word) == expected.replace("{}", str(sandbox.golem_folder))
 
 
 @pytest.mark.parametrize("word", ["/golem/../etc/passwd", "cat /golem/work/../../etc/passwd", "--x=/golem/.."])
 def test_a_word_that_climbs_out_is_refused(sandbox: Sandbox, word: str) -> None:
-    with pytest.raises(PathRefused):
-        sandbox.rewritten(word)
+    with pytest.raises(PathOutsideSandbox):
+        sandbox.rewrite_paths(word)
 
 
 # Programs
 
 
 def test_a_program_gets_no_input_its_folder_and_only_its_own_environment(sandbox: Sandbox) -> None:
-    status, said = run_once(
+    status, output = run_once(
         sandbox, "/bin/sh", "-c", "pwd; cat; echo $GOLEM_DEVNET_ROOT; echo ${HOME-none} >&2; exit 3"
     )
 
     assert status == 3
-    assert said.out.decode().split() == [str(sandbox.golem / "work"), str(sandbox.golem)]
-    assert said.err == b"none\n"
+    assert output.out.decode().split() == [str(sandbox.golem_folder / "work"), str(sandbox.golem_folder)]
+    assert output.err == b"none\n"
 
 
 def test_a_program_of_the_image_is_found_by_its_name(tmp_path: Path) -> None:
@@ -128,21 +128,21 @@ def test_a_program_of_the_image_is_found_by_its_name(tmp_path: Path) -> None:
     environment = {"PATH": f"{program.parent}:{os.defpath}"}
 
     for entry_point in ("/usr/local/bin/mlg-something", "mlg-something"):
-        status, said = run_once(
+        status, output = run_once(
             Sandbox("activity", tmp_path / "vm", environment=environment, cpus=None), entry_point, "it"
         )
 
-        assert (status, said.out) == (0, b"found it\n")
+        assert (status, output.out) == (0, b"found it\n")
 
 
 def test_a_program_that_was_sent_is_run_and_never_looked_up(sandbox: Sandbox) -> None:
     async def main() -> None:
         assert (await run(sandbox, "/golem/work/true"))[0] == NOT_FOUND
-        (sandbox.golem / "work/true").write_text("#!/bin/sh\necho mine")
+        (sandbox.golem_folder / "work/true").write_text("#!/bin/sh\necho mine")
         assert (await run(sandbox, "/golem/work/true"))[0] == CANNOT_RUN
-        (sandbox.golem / "work/true").chmod(0o755)
-        status, said = await run(sandbox, "/golem/work/true")
-        assert (status, said.out) == (0, b"mine\n")
+        (sandbox.golem_folder / "work/true").chmod(0o755)
+        status, output = await run(sandbox, "/golem/work/true")
+        assert (status, output.out) == (0, b"mine\n")
         await sandbox.remove()
 
     asyncio.run(main())
@@ -150,9 +150,9 @@ def test_a_program_that_was_sent_is_run_and_never_looked_up(sandbox: Sandbox) ->
 
 def test_what_cannot_be_started_says_so(sandbox: Sandbox) -> None:
     assert run_once(sandbox, "/usr/bin/none-such")[0] == NOT_FOUND
-    status, said = run_once(sandbox, "/bin/echo", "a\0b")
+    status, output = run_once(sandbox, "/bin/echo", "a\0b")
 
-    assert status == CANNOT_RUN and said.err
+    assert status == CANNOT_RUN and output.err
 
 
 def test_a_program_ended_by_a_signal_has_a_status_as_in_shells(sandbox: Sandbox) -> None:
@@ -160,25 +160,25 @@ def test_a_program_ended_by_a_signal_has_a_status_as_in_shells(sandbox: Sandbox)
 
 
 def test_all_that_a_program_writes_arrives(sandbox: Sandbox) -> None:
-    status, said = run_once(sandbox, "/bin/sh", "-c", "head -c 3000000 /dev/zero; head -c 200000 /dev/zero >&2")
+    status, output = run_once(sandbox, "/bin/sh", "-c", "head -c 3000000 /dev/zero; head -c 200000 /dev/zero >&2")
 
-    assert (status, len(said.out), len(said.err)) == (0, 3_000_000, 200_000)
+    assert (status, len(output.out), len(output.err)) == (0, 3_000_000, 200_000)
 
 
 def test_a_run_ends_with_its_program_and_not_with_what_holds_its_streams(sandbox: Sandbox) -> None:
-    status, said = run_once(sandbox, "/bin/sh", "-c", "sleep 60 & echo $!")
+    status, output = run_once(sandbox, "/bin/sh", "-c", "sleep 60 & echo $!")
 
     assert status == 0
-    assert not is_alive(int(said.out))
+    assert not is_alive(int(output.out))
 
 
 def test_programs_have_the_cores_of_their_provider(tmp_path: Path) -> None:
     mine = os.sched_getaffinity(0)
     sandbox = Sandbox("activity", tmp_path / "vm", environment={}, cpus={min(mine), 4711})
 
-    _, said = run_once(sandbox, sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
+    _, output = run_once(sandbox, sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
 
-    assert said.out.decode().strip() == str({min(mine)})
+    assert output.out.decode().strip() == str({min(mine)})
     assert os.sched_getaffinity(0) == mine
 
 
@@ -214,7 +214,7 @@ def test_processor_time_of_programs_is_counted(sandbox: Sandbox) -> None:
 def test_a_process_left_behind_in_its_own_session_is_counted_and_killed(sandbox: Sandbox) -> None:
     async def steps() -> None:
         await run(sandbox, "/bin/sh", "-c", f'setsid {sys.executable} -c "$1" $2 &', "sh", _BURN, "/golem/work/burnt")
-        await asyncio.to_thread(wait_until, (sandbox.golem / "work/burnt").exists, 20)
+        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/burnt").exists, 20)
 
         assert sandbox.processes.cpu_seconds() >= 0.25
         left = sandbox.processes.pids()
@@ -230,7 +230,7 @@ def test_a_process_left_behind_in_its_own_session_is_counted_and_killed(sandbox:
 
 def test_time_is_not_counted_twice_when_a_parent_waits_for_its_child(sandbox: Sandbox) -> None:
     async def steps() -> None:
-        work = sandbox.golem / "work"
+        work = sandbox.golem_folder / "work"
         text = f'{sys.executable} -c "$1" /golem/work/burnt & while ! [ -e go ]; do sleep .02; done; kill $!; wait'
         running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
         await asyncio.to_thread(wait_until, (work / "burnt").exists, 20)
@@ -274,7 +274,7 @@ def test_a_process_that_flees_from_child_to_child_is_caught(sandbox: Sandbox) ->
 
 def test_cancelling_a_run_kills_even_what_has_no_mark(sandbox: Sandbox) -> None:
     async def steps() -> None:
-        mark = sandbox.golem / "work/pid"
+        mark = sandbox.golem_folder / "work/pid"
         text = f"env -i /bin/sh -c 'echo $$ >{mark}.new; mv {mark}.new {mark}; while :; do sleep 60; done'; true"
         running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text))
         await asyncio.to_thread(wait_until, mark.exists, 20)
@@ -292,7 +292,7 @@ def test_the_time_of_what_was_cancelled_is_counted(sandbox: Sandbox) -> None:
     async def steps() -> None:
         text = f'{sys.executable} -c "$1" /golem/work/burnt; true'
         running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
-        await asyncio.to_thread(wait_until, (sandbox.golem / "work/burnt").exists, 20)
+        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/burnt").exists, 20)
 
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -304,7 +304,7 @@ def test_the_time_of_what_was_cancelled_is_counted(sandbox: Sandbox) -> None:
 
 def test_removing_takes_the_folder_along_and_twice_is_fine(sandbox: Sandbox, tmp_path: Path) -> None:
     async def steps() -> None:
-        (sandbox.golem / "work/file").touch()
+        (sandbox.golem_folder / "work/file").touch()
         await sandbox.remove()
         await sandbox.remove()
 
@@ -316,11 +316,11 @@ def test_removing_takes_the_folder_along_and_twice_is_fine(sandbox: Sandbox, tmp
 # Streams
 
 
-def captured(wish: dict[str, object] | None, *pieces: bytes) -> tuple[str | None, list[str]]:
+def captured(options: dict[str, object] | None, *pieces: bytes) -> tuple[str | None, list[str]]:
     told: list[str] = []
-    capture = Capture(wish, told.append)
+    capture = Capture(options, told.append)
     for piece in pieces:
-        capture.take(piece)
+        capture.write(piece)
     capture.close()
     return capture.text, told
 
@@ -332,7 +332,7 @@ def test_a_stream_is_told_as_it_comes_in_whole_characters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("options", "expected"),
     [
         (None, None),
         ({"atEnd": {}}, "0123456789"),
@@ -344,8 +344,8 @@ def test_a_stream_is_told_as_it_comes_in_whole_characters() -> None:
         ({"stream": None}, "0123456789"),
     ],
 )
-def test_only_what_was_asked_for_is_kept(wish: dict[str, object] | None, expected: str | None) -> None:
-    assert captured(wish, b"01234", b"56789")[0] == expected
+def test_only_what_was_asked_for_is_kept(options: dict[str, object] | None, expected: str | None) -> None:
+    assert captured(options, b"01234", b"56789")[0] == expected
 
 
 def test_of_a_long_stream_the_start_and_the_end_are_kept() -> None:

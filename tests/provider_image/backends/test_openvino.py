@@ -88,8 +88,8 @@ def test_weights_are_not_in_memory_twice_while_a_graph_is_compiled(tmp_path):
     _, size = make_large_graph(tmp_path)
     code = (
         "import sys; from pathlib import Path; "
-        "from provider_image.backends.openvino import compile_graph, prepare_binding; "
-        "from provider_image.runtime import peak_memory_bytes; prepare_binding(); before = peak_memory_bytes(); "
+        "from provider_image.backends.openvino import compile_graph, initialise_binding; "
+        "from provider_image.runtime import peak_memory_bytes; initialise_binding(); before = peak_memory_bytes(); "
         "graph = compile_graph(Path(sys.argv[1]), 1, 'f32'); print(peak_memory_bytes() - before)"
     )
 

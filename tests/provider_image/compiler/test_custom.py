@@ -7,11 +7,11 @@ import importlib
 import pytest
 
 from provider_image.chunk import ChunkItem, write_chunk
-from provider_image.compiler.custom import OwnModel, build
-from provider_image.compiler.keras_graph import import_keras, prepare
+from provider_image.compiler.custom import CustomModel, build
+from provider_image.compiler.keras_graph import import_keras, preprocess
 from provider_image.errors import ConfigError, UnsafeModelFile, UnsuitableModel, WeightsMissing
 from provider_image.images.decoding import decode
-from provider_image.models.labels import MOST_LABELS, read_labels
+from provider_image.models.labels import MAX_LABELS, read_labels
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.services.classification import Classification
 from tests.custom_models import SIDE, classifier, labels_file, save
@@ -30,7 +30,7 @@ def install(tmp_path):
 
     def install(network, labels=PETS, name="pets", **facts):
         file = save(network, tmp_path / f"{name}.keras")
-        own = OwnModel(name=name, file=file, labels=labels_file(tmp_path, *labels), **facts)
+        own = CustomModel(name=name, file=file, labels=labels_file(tmp_path, *labels), **facts)
         return build(tmp_path / "models", own)
 
     return install
@@ -53,7 +53,7 @@ def asked_of_keras(network, artefact, photos):
     import numpy as np
 
     pictures = [decode(photo, artefact.height, artefact.width, artefact.crop) for photo in photos]
-    inputs = [np.asarray(prepare(each.astype(np.float32), artefact.preprocessing), np.float32) for each in pictures]
+    inputs = [np.asarray(preprocess(each.astype(np.float32), artefact.preprocessing), np.float32) for each in pictures]
     return np.concatenate([np.asarray(network(each[None], training=False)) for each in inputs])
 
 
@@ -159,8 +159,8 @@ def test_size_is_asked_for_where_the_model_leaves_it_open(install):
 def test_same_file_gives_the_same_digest_and_other_labels_another(install, tmp_path):
     first = install(classifier())
     file = tmp_path / "pets.keras"
-    again = build(tmp_path / "models", OwnModel(name="pets", file=file, labels=labels_file(tmp_path, *PETS)))
-    other = build(tmp_path / "models", OwnModel(name="pets", file=file, labels=labels_file(tmp_path, "a", "b", "c")))
+    again = build(tmp_path / "models", CustomModel(name="pets", file=file, labels=labels_file(tmp_path, *PETS)))
+    other = build(tmp_path / "models", CustomModel(name="pets", file=file, labels=labels_file(tmp_path, "a", "b", "c")))
 
     assert first.digest == again.digest != other.digest
     left = {path.name for path in (tmp_path / "models").iterdir()}
@@ -207,7 +207,7 @@ def _two_outputs(keras):
 @pytest.mark.parametrize("name", ["Pets", "my-pets", "../pets", "", "x" * 65, "resnet50", "res_net_50", "lite0"])
 def test_name_that_is_not_plain_or_taken_is_refused(tmp_path, name):
     with pytest.raises(ConfigError):
-        build(tmp_path, OwnModel(name=name, file=tmp_path / "x.keras", labels=tmp_path / "x.txt"))
+        build(tmp_path, CustomModel(name=name, file=tmp_path / "x.keras", labels=tmp_path / "x.txt"))
 
 
 def test_name_that_another_own_model_has_in_another_spelling_is_refused(install):
@@ -224,9 +224,9 @@ def test_older_formats_are_refused_with_the_way_out(keras, tmp_path):
 
     for file in ("saved_model", "old.h5", "noise.keras"):
         with pytest.raises(UnsafeModelFile, match=r'model.save\("model.keras"\)'):
-            build(tmp_path, OwnModel(name="pets", file=tmp_path / file, labels=labels_file(tmp_path, *PETS)))
+            build(tmp_path, CustomModel(name="pets", file=tmp_path / file, labels=labels_file(tmp_path, *PETS)))
     with pytest.raises(WeightsMissing, match=r"nowhere\.keras"):
-        build(tmp_path, OwnModel(name="pets", file=tmp_path / "nowhere.keras", labels=labels_file(tmp_path, *PETS)))
+        build(tmp_path, CustomModel(name="pets", file=tmp_path / "nowhere.keras", labels=labels_file(tmp_path, *PETS)))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_older_formats_are_refused_with_the_way_out(keras, tmp_path):
         ("1\tcat\tpet\n", "Line 1"),
         ("x" * 101, "Line 1"),
         ("", "has 0 lines"),
-        ("\n".join(map(str, range(MOST_LABELS + 1))), "20001 lines"),
+        ("\n".join(map(str, range(MAX_LABELS + 1))), "20001 lines"),
     ],
 )
 def test_labels_that_cannot_be_told_apart_or_shown_are_refused(tmp_path, text, reason):

@@ -9,9 +9,9 @@ import zipfile
 import pytest
 
 from provider_image.compiler import keras_file
-from provider_image.compiler.custom import OwnModel, build
+from provider_image.compiler.custom import CustomModel, build
 from provider_image.errors import UnsafeModelFile
-from tests.custom_models import change, change_weights, classifier, labels_file, save
+from tests.custom_models import classifier, edit_keras_file, edit_weights, labels_file, save
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def refused(tmp_path, monkeypatch):
     monkeypatch.setattr("provider_image.compiler.custom.load_checked", never)
 
     def refused(file):
-        own = OwnModel(name="pets", file=file, labels=labels_file(tmp_path, "cat", "dog", "parrot"))
+        own = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, "cat", "dog", "parrot"))
         with pytest.raises(UnsafeModelFile) as caught:
             build(tmp_path / "models", own)
         assert {path.name for path in (tmp_path / "models").iterdir()} == {".pets.lock"}
@@ -134,7 +134,7 @@ def test_config_that_asks_for_more_than_layers_is_refused(sound, refused, tmp_pa
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Layer: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    said = refused(change(sound, tmp_path / "evil.keras", edit))
+    said = refused(edit_keras_file(sound, tmp_path / "evil.keras", edit))
 
     assert reason in said and said.startswith("evil.keras is refused.")
     assert not (tmp_path / "ran").exists() and "evil_module" not in sys.modules
@@ -142,7 +142,7 @@ def test_config_that_asks_for_more_than_layers_is_refused(sound, refused, tmp_pa
 
 def test_training_settings_are_dropped_unread(sound, tmp_path):
     loss = described("evil_module", "Loss")
-    file = change(sound, tmp_path / "trained.keras", lambda whole: whole.update(compile_config={"loss": loss}))
+    file = edit_keras_file(sound, tmp_path / "trained.keras", lambda whole: whole.update(compile_config={"loss": loss}))
     (tmp_path / "private").mkdir()
 
     checked = keras_file.check_keras_file(file, tmp_path / "private")
@@ -161,7 +161,7 @@ def test_training_settings_are_dropped_unread(sound, tmp_path):
     ],
 )
 def test_config_that_is_none_is_refused(sound, refused, tmp_path, config, reason):
-    file = change(sound, tmp_path / "evil.keras", lambda whole: None, config__json=config)
+    file = edit_keras_file(sound, tmp_path / "evil.keras", lambda whole: None, config__json=config)
 
     assert reason in refused(file)
 
@@ -171,12 +171,12 @@ def test_config_that_is_too_deep_is_refused(sound, refused, tmp_path):
     for _ in range(100):
         nested = [nested]
 
-    assert "too deep" in refused(change(sound, tmp_path / "evil.keras", dense(name=nested)))
+    assert "too deep" in refused(edit_keras_file(sound, tmp_path / "evil.keras", dense(name=nested)))
 
 
 def test_archive_with_other_members_is_refused(sound, refused, tmp_path):
     for number, name in enumerate(("assets/vocabulary.txt", "../evil.py", "model.weights.npz")):
-        file = change(sound, tmp_path / f"evil-{number}.keras", lambda whole: None, **{name: b"x"})
+        file = edit_keras_file(sound, tmp_path / f"evil-{number}.keras", lambda whole: None, **{name: b"x"})
 
         assert name in refused(file)
 
@@ -283,11 +283,11 @@ def test_weights_that_refer_elsewhere_are_refused_and_nothing_is_read(sound, ref
         file.attrs["secret"] = str(secret)
         edit(file)
 
-    assert reason in refused(change_weights(sound, tmp_path / "evil.keras", spoil))
+    assert reason in refused(edit_weights(sound, tmp_path / "evil.keras", spoil))
 
 
 def test_damaged_weights_are_refused(sound, refused, tmp_path):
-    file = change(sound, tmp_path / "evil.keras", lambda whole: None, model__weights__h5=b"noise")
+    file = edit_keras_file(sound, tmp_path / "evil.keras", lambda whole: None, model__weights__h5=b"noise")
 
     assert "is damaged" in refused(file)
 
@@ -295,8 +295,8 @@ def test_damaged_weights_are_refused(sound, refused, tmp_path):
 def test_weights_of_another_shape_are_told_as_keras_tells_them(sound, tmp_path):
     from provider_image.errors import UnsuitableModel
 
-    file = change(sound, tmp_path / "odd.keras", dense(units=5))
-    own = OwnModel(name="pets", file=file, labels=labels_file(tmp_path, *"abcde"))
+    file = edit_keras_file(sound, tmp_path / "odd.keras", dense(units=5))
+    own = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, *"abcde"))
 
     with pytest.raises(UnsuitableModel, match=r"Keras .* cannot load odd\.keras"):
         build(tmp_path / "models", own)

@@ -20,13 +20,13 @@ import pytest
 from PIL import Image
 
 from provider_image.compiler import keras_applications, keras_graph
-from provider_image.compiler.keras_weights import Places, WeightsFile, find_weights
+from provider_image.compiler.keras_weights import WeightsFile, WeightsSources, find_weights
 from provider_image.compiler.verification import TOLERANCE
 from provider_image.errors import CompilationFailed, WeightsMismatch
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 from provider_image.services import load_service
-from provider_image.services.classification import likeliest
+from provider_image.services.classification import top_labels
 from tests.seeded_weights import seeded_network, write_weights
 
 ROWS = [row for row in CATALOGUE.values() if row.source == "keras"]
@@ -93,7 +93,7 @@ def test_compiled_model_answers_as_keras_does(row, tmp_path):
     write_weights(network, path)
     del network
 
-    artefact = keras_applications.build(tmp_path / "models", row, find_weights(row, places(tmp_path)))
+    artefact = keras_applications.build(tmp_path / "models", row, find_weights(row, sources(tmp_path)))
 
     path.unlink()
     service = load_service(artefact.service)
@@ -105,14 +105,14 @@ def test_compiled_model_answers_as_keras_does(row, tmp_path):
         assert 0.005 < right.max() < 0.9
         assert np.abs(answer - right).max() <= TOLERANCE
         assert np.abs(np.log(answer) - np.log(right)).max() <= 0.01
-        pair = [likeliest(artefact.labels, each) for each in (right, answer)]
+        pair = [top_labels(artefact.labels, each) for each in (right, answer)]
         assert service.compare(*pair, 2e-6).is_same_order
-    assert len({likeliest(artefact.labels, right)[0][0] for right in expected}) >= 3, "it sees no difference"
+    assert len({top_labels(artefact.labels, right)[0][0] for right in expected}) >= 3, "it sees no difference"
     assert np.abs(answer.sum() - 1) < 1e-4
 
 
-def places(folder: Path) -> Places:
-    return Places(given=folder, cache=folder / "nowhere")
+def sources(folder: Path) -> WeightsSources:
+    return WeightsSources(given=folder, cache=folder / "nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def weights(tmp_path_factory) -> WeightsFile:
     """Seeded weights of a small model."""
     folder = tmp_path_factory.mktemp("weights")
     write_weights(seeded_network(SMALL), folder / SMALL.weights.file)
-    return find_weights(SMALL, places(folder))
+    return find_weights(SMALL, sources(folder))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_compiling_twice_gives_the_same_digest_and_the_same_files(tmp_path, mode
 def test_other_weights_give_another_digest(tmp_path, models):
     write_weights(seeded_network(SMALL, seed=8), tmp_path / SMALL.weights.file)
 
-    other = keras_applications.build(tmp_path / "models", SMALL, find_weights(SMALL, places(tmp_path)))
+    other = keras_applications.build(tmp_path / "models", SMALL, find_weights(SMALL, sources(tmp_path)))
 
     assert other.digest != find_artefact(models, SMALL.name).digest
 
@@ -151,7 +151,7 @@ def test_other_weights_give_another_digest(tmp_path, models):
 def test_same_weights_are_not_compiled_again(models, weights):
     steps = []
 
-    again = keras_applications.build(models, SMALL, weights, tell=steps.append)
+    again = keras_applications.build(models, SMALL, weights, on_step=steps.append)
 
     assert again == find_artefact(models, SMALL.name)
     assert not steps
@@ -177,7 +177,7 @@ def test_artefact_records_what_keras_answered(models):
     for sample in artefact.samples:
         picture = {"image": (artefact.folder / sample.file).read_bytes()}
         output = net.infer(load_service("classification").prepare(artefact, picture))
-        difference = load_service("classification").compare(sample.output, likeliest(artefact.labels, output), 1e-4)
+        difference = load_service("classification").compare(sample.output, top_labels(artefact.labels, output), 1e-4)
         assert difference.largest <= TOLERANCE and difference.is_same_order
 
 
@@ -198,7 +198,9 @@ def test_file_that_holds_no_such_weights_is_refused(tmp_path, weights, content):
     path.write_bytes(weights.path.read_bytes()[:100_000] if content is None else content)
 
     with pytest.raises(WeightsMismatch, match=r"weights\.h5 does not hold the weights of MobileNetV2"):
-        keras_applications.build(tmp_path / "models", SMALL, find_weights(SMALL, Places(given=path, cache=tmp_path)))
+        keras_applications.build(
+            tmp_path / "models", SMALL, find_weights(SMALL, WeightsSources(given=path, cache=tmp_path))
+        )
 
     assert not (tmp_path / "models" / SMALL.name).exists()
 

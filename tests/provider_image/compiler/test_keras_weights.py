@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from provider_image.compiler.keras_graph import import_keras
-from provider_image.compiler.keras_weights import PUBLISHED_AT, Places, find_weights
+from provider_image.compiler.keras_weights import KERAS_WEIGHTS_URL, WeightsSources, find_weights
 from provider_image.errors import WeightsMismatch, WeightsMissing
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 
@@ -76,10 +76,10 @@ def mirror() -> Iterator[Mirror]:
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
 def test_download_is_checked_and_kept_where_keras_keeps_it(tmp_path, mirror, algorithm):
     row, shown = row_of(DATA, algorithm), []
-    places = Places(cache=tmp_path / "models", address=mirror.address)
+    sources = WeightsSources(cache=tmp_path / "models", address=mirror.address)
 
-    first = find_weights(row, places, progress=lambda done, total: shown.append((done, total)))
-    second = find_weights(row, places)
+    first = find_weights(row, sources, progress=lambda done, total: shown.append((done, total)))
+    second = find_weights(row, sources)
 
     assert first == second
     assert first.path == tmp_path / "models" / "nasnet_large.h5"
@@ -91,7 +91,7 @@ def test_download_is_checked_and_kept_where_keras_keeps_it(tmp_path, mirror, alg
 
 def test_download_with_another_hash_is_thrown_away(tmp_path, mirror):
     with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 gives does not have the hash .*--weights FOLDER"):
-        find_weights(row_of(b"something else"), Places(cache=tmp_path, address=mirror.address))
+        find_weights(row_of(b"something else"), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert list(tmp_path.iterdir()) == []
 
@@ -100,17 +100,17 @@ def test_download_that_is_cut_short_is_thrown_away(tmp_path, mirror):
     mirror.cut_at = len(DATA) // 2
 
     with pytest.raises(WeightsMissing, match=r"nasnet_large\.h5"):
-        find_weights(row_of(DATA), Places(cache=tmp_path, address=mirror.address))
+        find_weights(row_of(DATA), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["{mirror}wrong/", "http://127.0.0.1:9/", "nonsense", "https://[::1"])
 def test_what_cannot_be_had_says_which_file_to_get_and_where_to_put_it(tmp_path, mirror, address):
-    places = Places(cache=tmp_path, address=address.format(mirror=mirror.address))
+    sources = WeightsSources(cache=tmp_path, address=address.format(mirror=mirror.address))
 
     with pytest.raises(WeightsMissing) as caught:
-        find_weights(row_of(DATA), places)
+        find_weights(row_of(DATA), sources)
 
     for word in ("nasnet/NASNet-large.h5", "as nasnet_large.h5", "mlg models compile nasnet_large --weights FOLDER"):
         assert word in caught.value.reason
@@ -121,13 +121,13 @@ def test_cache_that_cannot_be_written_says_so(tmp_path, mirror):
     (tmp_path / "file").touch()
 
     with pytest.raises(WeightsMissing, match="Not a directory"):
-        find_weights(row_of(DATA), Places(cache=tmp_path / "file" / "models", address=mirror.address))
+        find_weights(row_of(DATA), WeightsSources(cache=tmp_path / "file" / "models", address=mirror.address))
 
 
 def test_damaged_cache_is_downloaded_again(tmp_path, mirror):
     (tmp_path / "nasnet_large.h5").write_bytes(DATA[:-1])
 
-    found = find_weights(row_of(DATA), Places(cache=tmp_path, address=mirror.address))
+    found = find_weights(row_of(DATA), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert found.path.read_bytes() == DATA and found.is_published
 
@@ -136,8 +136,8 @@ def test_damaged_cache_is_downloaded_again(tmp_path, mirror):
 def test_folder_may_have_the_file_under_any_of_its_names(tmp_path, mirror, name):
     (tmp_path / name).write_bytes(DATA)
 
-    given = find_weights(row_of(DATA), Places(given=tmp_path, cache=tmp_path / "none", address=mirror.address))
-    usual = find_weights(row_of(DATA), Places(folder=tmp_path, cache=tmp_path / "none", address=mirror.address))
+    given = find_weights(row_of(DATA), WeightsSources(given=tmp_path, cache=tmp_path / "none", address=mirror.address))
+    usual = find_weights(row_of(DATA), WeightsSources(folder=tmp_path, cache=tmp_path / "none", address=mirror.address))
 
     assert given == usual and given.path == tmp_path / name
     assert not mirror.asked
@@ -145,41 +145,45 @@ def test_folder_may_have_the_file_under_any_of_its_names(tmp_path, mirror, name)
 
 def test_given_folder_without_the_file_says_how_it_must_be_called(tmp_path):
     with pytest.raises(WeightsMissing, match=r"no weights of NASNet-Large\. Put nasnet_large\.h5 or"):
-        find_weights(row_of(DATA), Places(given=tmp_path, cache=tmp_path))
+        find_weights(row_of(DATA), WeightsSources(given=tmp_path, cache=tmp_path))
 
 
 def test_usual_folder_without_the_file_goes_on_to_the_download(tmp_path, mirror):
-    found = find_weights(row_of(DATA), Places(folder=tmp_path, cache=tmp_path / "cache", address=mirror.address))
+    found = find_weights(
+        row_of(DATA), WeightsSources(folder=tmp_path, cache=tmp_path / "cache", address=mirror.address)
+    )
 
     assert found.path.parent == tmp_path / "cache"
 
 
 def test_given_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(WeightsMissing, match="There is no weights file"):
-        find_weights(row_of(DATA), Places(given=tmp_path / "none.h5", cache=tmp_path))
+        find_weights(row_of(DATA), WeightsSources(given=tmp_path / "none.h5", cache=tmp_path))
 
 
 def test_given_file_may_hold_own_weights_and_is_told_apart(tmp_path):
     (tmp_path / "mine.h5").write_bytes(b"mine")
 
-    found = find_weights(row_of(DATA), Places(given=tmp_path / "mine.h5", cache=tmp_path))
+    found = find_weights(row_of(DATA), WeightsSources(given=tmp_path / "mine.h5", cache=tmp_path))
 
     assert not found.is_published
 
 
 def test_file_without_a_published_hash_is_not_downloaded_unseen(tmp_path, mirror):
     with pytest.raises(WeightsMissing, match=r"no hash .*mlg models compile mobilenet_v2 --weights FILE"):
-        find_weights(CATALOGUE["mobilenet_v2"], Places(cache=tmp_path, address=mirror.address))
+        find_weights(CATALOGUE["mobilenet_v2"], WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert not mirror.asked
 
 
 def test_settings_name_the_places():
-    places = Places.from_env({"MLG_WEIGHTS_DIR": "/w", "KERAS_HOME": "/k", "MLG_WEIGHTS_URL": "https://mirror/"})
-    usual = Places.from_env({"HOME": "/home/me"})
+    sources = WeightsSources.from_env(
+        {"MLG_WEIGHTS_DIR": "/w", "KERAS_HOME": "/k", "MLG_WEIGHTS_URL": "https://mirror/"}
+    )
+    usual = WeightsSources.from_env({"HOME": "/home/me"})
 
-    assert (places.folder, places.cache, places.address) == (Path("/w"), Path("/k/models"), "https://mirror/")
-    assert (usual.folder, usual.address) == (None, PUBLISHED_AT)
+    assert (sources.folder, sources.cache, sources.address) == (Path("/w"), Path("/k/models"), "https://mirror/")
+    assert (usual.folder, usual.address) == (None, KERAS_WEIGHTS_URL)
 
 
 @pytest.mark.parametrize("row", [row for row in CATALOGUE.values() if row.source == "keras"], ids=lambda row: row.name)
@@ -198,5 +202,5 @@ def test_rows_name_what_keras_itself_asks_for(row):
         getattr(keras.applications, row.keras_class)()
 
     file, url = (*get_file.call_args.args, get_file.call_args.kwargs.get("origin"))[:2]
-    assert (file, url) == (row.weights.file, PUBLISHED_AT + row.weights.address)
+    assert (file, url) == (row.weights.file, KERAS_WEIGHTS_URL + row.weights.address)
     assert get_file.call_args.kwargs.get("file_hash") == row.weights.hash

@@ -14,7 +14,7 @@ from provider_image.compiler.torch_file import read_tensors
 from provider_image.errors import ConfigError, WeightsMismatch
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import load_service
-from tests.provider_image.conftest import saved
+from tests.provider_image.conftest import encode_image
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_answers_agree_with_the_reference_to_a_tenth_of_a_percent(models_folder,
     service = load_service("classification")
     artefact = ensure_installed(models_folder, "efficientnet_lite0")
     net = service.load(artefact, 1, "f32")
-    picture = saved(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
+    picture = encode_image(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
 
     output = service.run(net, service.prepare(artefact, {"image": picture}))
 

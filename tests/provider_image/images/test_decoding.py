@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import BadInput, BrokenImage, ImageTooLarge, NotAnImage
-from provider_image.images.decoding import MAX_PIXELS, check_upload, decode, decode_shrunk, encode_lossless
-from tests.provider_image.conftest import saved
+from provider_image.images.decoding import MAX_PIXELS, check_upload, decode, decode_resized, encode_lossless
+from tests.provider_image.conftest import encode_image
 from tests.provider_image.images.test_headers import PICTURE, bombs, pictures
 
 #: Left half red, right half blue, 64 x 32.
@@ -38,7 +38,7 @@ def test_every_format_decodes_to_rgb(name):
 
 @pytest.mark.parametrize("options", [{"format": "GIF"}, {"format": "WEBP", "lossless": True}, {"format": "TIFF"}])
 def test_first_frame_is_used(options):
-    data = saved(
+    data = encode_image(
         Image.new("RGB", (32, 32), "white"), save_all=True, append_images=[PICTURE.resize((32, 32))], **options
     )
 
@@ -59,7 +59,7 @@ def test_first_frame_is_used(options):
     ],
 )
 def test_colours_stay_colours(image, options):
-    pixels = whole(saved(image, **options)).astype(int)
+    pixels = whole(encode_image(image, **options)).astype(int)
 
     red, blue = pixels[16, 4], pixels[16, 28]
     assert red[0] > 200 > 60 > red[2]
@@ -68,7 +68,7 @@ def test_colours_stay_colours(image, options):
 
 def test_adobes_inverted_cmyk_is_not_a_negative():
     # Pillow writes CMYK the way Adobe does, inverted and with an APP14 marker that says so.
-    data = saved(Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG", quality=95)
+    data = encode_image(Image.new("CMYK", (32, 32), (0, 0, 0, 0)), "JPEG", quality=95)
     assert b"Adobe" in data
 
     assert level(data) > 250
@@ -82,11 +82,11 @@ def test_adobes_inverted_cmyk_is_not_a_negative():
     ],
 )
 def test_transparent_pixels_are_laid_on_white(image):
-    assert level(saved(image, "PNG")) == 255
+    assert level(encode_image(image, "PNG")) == 255
 
 
 def test_half_transparent_pixels_are_half_white():
-    assert level(saved(Image.new("RGBA", (32, 32), (0, 0, 0, 128)), "PNG")) == pytest.approx(127, abs=1)
+    assert level(encode_image(Image.new("RGBA", (32, 32), (0, 0, 0, 128)), "PNG")) == pytest.approx(127, abs=1)
 
 
 @pytest.mark.parametrize("format", ["PNG", "GIF"])
@@ -94,23 +94,23 @@ def test_transparent_colour_of_a_palette_is_white(format):
     image = Image.new("P", (32, 32), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
 
-    assert level(saved(image, format, transparency=1)) == 255
+    assert level(encode_image(image, format, transparency=1)) == 255
 
 
 def test_transparent_colour_of_rgb_is_white():
-    assert level(saved(Image.new("RGB", (32, 32), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255
+    assert level(encode_image(Image.new("RGB", (32, 32), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255
 
 
 def test_black_and_white_keeps_both():
-    assert level(saved(Image.new("1", (32, 32), 1), "PNG")) == 255
-    assert level(saved(Image.new("1", (32, 32), 0), "TIFF")) == 0
+    assert level(encode_image(Image.new("1", (32, 32), 1), "PNG")) == 255
+    assert level(encode_image(Image.new("1", (32, 32), 0), "TIFF")) == 0
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(format):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
 
-    pixels = whole(saved(Image.fromarray(ramp), format))
+    pixels = whole(encode_image(Image.fromarray(ramp), format))
 
     assert np.abs(pixels[..., 0].astype(float) - ramp / 257).max() <= 1
 
@@ -140,14 +140,14 @@ def test_sixteen_bit_colour_is_scaled():
     ],
 )
 def test_thirty_two_bit_tiff_becomes_something_sensible(values, expected):
-    assert level(saved(Image.fromarray(values), "TIFF")) == pytest.approx(expected, abs=1)
+    assert level(encode_image(Image.fromarray(values), "TIFF")) == pytest.approx(expected, abs=1)
 
 
 def test_tiff_that_is_not_finite_is_broken():
     values = np.full((32, 32), np.nan, np.float32)
 
     with pytest.raises(BrokenImage):
-        whole(saved(Image.fromarray(values), "TIFF"))
+        whole(encode_image(Image.fromarray(values), "TIFF"))
 
 
 def turned(format: str, orientation: int, **options) -> bytes:
@@ -156,7 +156,7 @@ def turned(format: str, orientation: int, **options) -> bytes:
     stored = HALVES if orientation == 1 else HALVES.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return saved(stored, format, exif=exif, **options)
+    return encode_image(stored, format, exif=exif, **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -174,25 +174,25 @@ def test_orientation_that_makes_no_sense_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 99
 
-    assert whole(saved(HALVES, "JPEG", exif=exif))[16, 4, 0] > 200
+    assert whole(encode_image(HALVES, "JPEG", exif=exif))[16, 4, 0] > 200
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_exif_does_not_harm_the_picture():
-    assert whole(saved(HALVES, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f rubbish"))[16, 4, 0] > 200
+    assert whole(encode_image(HALVES, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f rubbish"))[16, 4, 0] > 200
 
 
 def test_crop_takes_the_middle():
     image = Image.new("RGB", (100, 50), "red")
     image.paste("blue", (32, 7, 68, 43))
 
-    pixels = decode(saved(image, "PNG"), 36, 36, 0.72)
+    pixels = decode(encode_image(image, "PNG"), 36, 36, 0.72)
 
     assert (pixels == [0, 0, 255]).all()
 
 
 def test_crop_of_one_pixel_is_possible():
-    assert decode(saved(Image.new("RGB", (1, 1), "white"), "PNG"), 8, 8, 0.875).mean() == 255
+    assert decode(encode_image(Image.new("RGB", (1, 1), "white"), "PNG"), 8, 8, 0.875).mean() == 255
 
 
 @pytest.mark.parametrize("name", bombs())
@@ -232,7 +232,7 @@ def test_cut_or_damaged_pictures_are_bad_input_and_nothing_else(name):
 def test_broken_pixels_behind_a_sound_structure_are_broken(photos):
     data = photos["chelsea"]
     cut = data[: len(data) // 2] + b"\xff\xd9"
-    png = bytearray(saved(PICTURE, "PNG"))
+    png = bytearray(encode_image(PICTURE, "PNG"))
     png[60] ^= 0xFF
     check_upload(bytes(png), MAX_PIXELS)
 
@@ -245,13 +245,13 @@ def test_broken_pixels_behind_a_sound_structure_are_broken(photos):
 
 def test_reduced_scale_is_for_large_jpegs_only():
     image = Image.effect_noise((2060, 2060), 60).convert("RGB")
-    jpeg, png = saved(image, "JPEG", quality=95), saved(image, "PNG")
+    jpeg, png = encode_image(image, "JPEG", quality=95), encode_image(image, "PNG")
 
     reduced = decode(jpeg, 224, 224, 0.875)
 
     assert not np.array_equal(reduced, decode(jpeg, 224, 224, 0.875, margin=math.inf))
     assert np.array_equal(decode(png, 224, 224, 0.875), decode(png, 224, 224, 0.875, margin=math.inf))
-    small = saved(image.resize((2040, 2040)), "JPEG", quality=95)
+    small = encode_image(image.resize((2040, 2040)), "JPEG", quality=95)
     assert np.array_equal(decode(small, 224, 224, 0.875), decode(small, 224, 224, 0.875, margin=math.inf))
 
 
@@ -263,7 +263,7 @@ def test_reduced_scale_uses_the_same_part_of_a_turned_picture(photos, orientatio
         large = large.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(large, "JPEG", quality=92, exif=exif)
+    data = encode_image(large, "JPEG", quality=92, exif=exif)
 
     reduced = decode(data, 120, 224, None, margin=1).astype(float)
     full = decode(data, 120, 224, None, margin=math.inf).astype(float)
@@ -285,7 +285,7 @@ def answers(models_folder):
 
     def answer(name, size, quality):
         picture = Image.fromarray(getattr(skimage.data, name)()).resize(size, Image.Resampling.BICUBIC)
-        data = saved(picture, "JPEG", quality=quality)
+        data = encode_image(picture, "JPEG", quality=quality)
         chosen = service.run(net, decode(data, 224, 224, 0.875))
         return chosen, service.run(net, decode(data, 224, 224, 0.875, margin=math.inf))
 
@@ -322,7 +322,7 @@ def test_at_the_least_scale_only_labels_that_are_as_likely_change_places(answers
 def test_packed_pixels_are_unpacked_exactly(shape):
     pixels = np.random.default_rng(7).integers(0, 256, shape, np.uint8)
 
-    assert np.array_equal(decode_shrunk(encode_lossless(pixels), *shape[:2]), pixels)
+    assert np.array_equal(decode_resized(encode_lossless(pixels), *shape[:2]), pixels)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +334,9 @@ def test_packed_pixels_are_unpacked_exactly(shape):
         "wider": encode_lossless(np.zeros((30, 41, 3), np.uint8)),
         "smaller": encode_lossless(np.zeros((20, 20, 3), np.uint8)),
         "turned": encode_lossless(np.zeros((40, 30, 3), np.uint8)),
-        "another format": saved(Image.new("RGB", (40, 30)), "PNG"),
-        "transparent": saved(Image.new("RGBA", (40, 30), (1, 2, 3, 4)), "WEBP", lossless=True),
-        "several frames": saved(
+        "another format": encode_image(Image.new("RGB", (40, 30)), "PNG"),
+        "transparent": encode_image(Image.new("RGBA", (40, 30), (1, 2, 3, 4)), "WEBP", lossless=True),
+        "several frames": encode_image(
             Image.new("RGB", (40, 30)), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
         ),
     }.items(),
@@ -344,6 +344,6 @@ def test_packed_pixels_are_unpacked_exactly(shape):
 )
 def test_what_is_no_shrunk_picture_of_the_right_size_is_bad_input(data):
     with pytest.raises(BadInput, match="must be a WebP file of 40 x 30 RGB pixels") as caught:
-        decode_shrunk(data[1], 30, 40)
+        decode_resized(data[1], 30, 40)
 
     assert caught.value.permanent

@@ -16,7 +16,7 @@ from provider_image.errors import (
     UnsupportedFormat,
 )
 from provider_image.images.decoding import FORMATS, MAX_PIXELS, check_upload
-from tests.provider_image.conftest import saved
+from tests.provider_image.conftest import encode_image
 
 PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
 
@@ -27,19 +27,19 @@ EXIF[0x0112] = 1
 def pictures() -> dict[str, bytes]:
     """A 40 x 30 picture in every format and in the odd variants of some."""
     return {
-        "JPEG": saved(PICTURE, "JPEG"),
-        "JPEG progressive": saved(PICTURE, "JPEG", progressive=True),
-        "PNG": saved(PICTURE, "PNG"),
-        "WEBP": saved(PICTURE, "WEBP"),
-        "WEBP lossless": saved(PICTURE, "WEBP", lossless=True),
-        "WEBP extended": saved(PICTURE, "WEBP", exif=EXIF),
-        "WEBP animated": saved(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "GIF": saved(PICTURE, "GIF"),
-        "GIF animated": saved(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "BMP": saved(PICTURE, "BMP"),
-        "BMP palette": saved(PICTURE.convert("P"), "BMP"),
-        "TIFF": saved(PICTURE, "TIFF"),
-        "TIFF deflate": saved(PICTURE, "TIFF", compression="tiff_adobe_deflate"),
+        "JPEG": encode_image(PICTURE, "JPEG"),
+        "JPEG progressive": encode_image(PICTURE, "JPEG", progressive=True),
+        "PNG": encode_image(PICTURE, "PNG"),
+        "WEBP": encode_image(PICTURE, "WEBP"),
+        "WEBP lossless": encode_image(PICTURE, "WEBP", lossless=True),
+        "WEBP extended": encode_image(PICTURE, "WEBP", exif=EXIF),
+        "WEBP animated": encode_image(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
+        "GIF": encode_image(PICTURE, "GIF"),
+        "GIF animated": encode_image(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
+        "BMP": encode_image(PICTURE, "BMP"),
+        "BMP palette": encode_image(PICTURE.convert("P"), "BMP"),
+        "TIFF": encode_image(PICTURE, "TIFF"),
+        "TIFF deflate": encode_image(PICTURE, "TIFF", compression="tiff_adobe_deflate"),
     }
 
 
@@ -112,7 +112,7 @@ def test_format_that_is_not_taken_is_named(start, name):
 
 
 def test_twelve_bit_jpeg_is_named():
-    data = bytearray(saved(PICTURE, "JPEG"))
+    data = bytearray(encode_image(PICTURE, "JPEG"))
     data[data.index(b"\xff\xc0") + 4] = 12
 
     with pytest.raises(UnsupportedFormat, match="12-bit"):
@@ -122,19 +122,19 @@ def test_twelve_bit_jpeg_is_named():
 def bombs() -> dict[str, bytes]:
     """Small files that declare 50,000 x 50,000 pixels."""
     side = 50_000
-    jpeg = bytearray(saved(PICTURE, "JPEG"))
+    jpeg = bytearray(encode_image(PICTURE, "JPEG"))
     struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, side, side)
-    png = bytearray(saved(PICTURE, "PNG"))
+    png = bytearray(encode_image(PICTURE, "PNG"))
     struct.pack_into(">II", png, 16, side, side)
-    webp = bytearray(saved(PICTURE, "WEBP", exif=EXIF))
+    webp = bytearray(encode_image(PICTURE, "WEBP", exif=EXIF))
     webp[24:30] = (side - 1).to_bytes(3, "little") * 2
-    gif = bytearray(saved(PICTURE, "GIF"))
+    gif = bytearray(encode_image(PICTURE, "GIF"))
     struct.pack_into("<HH", gif, 6, side, side)
-    frame = bytearray(saved(PICTURE, "GIF"))
+    frame = bytearray(encode_image(PICTURE, "GIF"))
     struct.pack_into("<HH", frame, frame.index(b"\x2c", 13 + 3) + 5, side, side)
-    bmp = bytearray(saved(PICTURE, "BMP"))
+    bmp = bytearray(encode_image(PICTURE, "BMP"))
     struct.pack_into("<ii", bmp, 18, side, -side)
-    tiff = saved(PICTURE, "TIFF")
+    tiff = encode_image(PICTURE, "TIFF")
     tiff = tiff.replace(struct.pack("<HHIHH", 256, 4, 1, 40, 0), struct.pack("<HHII", 256, 4, 1, side))
     tiff = tiff.replace(struct.pack("<HHIHH", 257, 4, 1, 30, 0), struct.pack("<HHII", 257, 4, 1, side))
     return {
@@ -172,7 +172,7 @@ def test_tile_of_a_tiny_tiff_counts():
 
 
 def test_limit_itself_is_taken():
-    data = saved(PICTURE, "PNG")
+    data = encode_image(PICTURE, "PNG")
 
     assert check_upload(data, 40 * 30).width == 40
     with pytest.raises(ImageTooLarge):
@@ -180,7 +180,7 @@ def test_limit_itself_is_taken():
 
 
 def test_end_of_an_exif_thumbnail_does_not_pass_for_the_end(photos):
-    thumbnail = saved(PICTURE, "JPEG")
+    thumbnail = encode_image(PICTURE, "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
     whole = photos["coffee"][:2] + segment + photos["coffee"][2:]
 
@@ -203,7 +203,7 @@ def test_jpeg_of_tiny_segments_is_given_up():
 
 def test_check_of_an_ordinary_upload_takes_microseconds():
     picture = Image.effect_noise((800, 600), 60).convert("RGB")
-    data = next(d for q in range(90, 10, -2) if len(d := saved(picture, "JPEG", quality=q)) < 120_000)
+    data = next(d for q in range(90, 10, -2) if len(d := encode_image(picture, "JPEG", quality=q)) < 120_000)
     assert len(data) > 100_000
 
     started = time.perf_counter()

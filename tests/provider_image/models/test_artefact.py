@@ -11,7 +11,7 @@ import pytest
 
 from provider_image.backends.openvino import load_net
 from provider_image.compiler import can_build_now, ensure_installed, lite0
-from provider_image.compiler.installing import building
+from provider_image.compiler.installing import build_folder
 from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models.artefact import find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
@@ -144,7 +144,7 @@ def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
     leftover = tmp_path / ".vgg16.abc.tmp"
     leftover.mkdir()
 
-    with building(tmp_path, "vgg16") as folder:
+    with build_folder(tmp_path, "vgg16") as folder:
         assert folder.is_dir()
         assert not leftover.exists()
 

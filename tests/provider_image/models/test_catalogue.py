@@ -81,7 +81,9 @@ def test_model_is_found_by_any_spelling(spelling, name):
 
 
 def test_no_two_models_share_a_spelling():
-    spellings = [{catalogue.key(name) for name in (row.name, row.title, *row.aliases)} for row in CATALOGUE.values()]
+    spellings = [
+        {catalogue.normalise_name(name) for name in (row.name, row.title, *row.aliases)} for row in CATALOGUE.values()
+    ]
 
     assert sum(map(len, spellings)) == len(set().union(*spellings))
 

@@ -12,7 +12,7 @@ import pytest
 from provider_image.errors import BrokenArtefact, UnknownModel
 from provider_image.models import registry
 from provider_image.models.catalogue import CATALOGUE, install_command
-from provider_image.models.registry import find_row, rows
+from provider_image.models.registry import find_row, list_rows
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def age(models):
 
 
 def test_own_models_follow_the_catalogue(models):
-    found = rows(models)
+    found = list_rows(models)
 
     assert [row.name for row in found] == [*CATALOGUE, "my_pets"]
     assert (found[-1].title, found[-1].source, found[-1].height) == ("My pets", "own", 224)
@@ -50,7 +50,7 @@ def test_own_model_is_found_in_any_spelling(models, spelling):
 
 def test_catalogue_is_found_without_any_folder(tmp_path):
     assert find_row(tmp_path / "nowhere", "ResNet-50").name == "resnet50"
-    assert rows(tmp_path / "nowhere") == tuple(CATALOGUE.values())
+    assert list_rows(tmp_path / "nowhere") == tuple(CATALOGUE.values())
 
 
 def test_unknown_name_is_told_the_nearest_own_one(models):
@@ -70,11 +70,11 @@ def test_model_comes_and_goes_with_its_folder(models, models_folder):
 
     with pytest.raises(UnknownModel):
         find_row(models, "my_pets")
-    assert [row.name for row in rows(models)] == [*CATALOGUE, "second"]
+    assert [row.name for row in list_rows(models)] == [*CATALOGUE, "second"]
 
 
 def test_change_within_the_same_tick_of_the_clock_is_not_missed(models, models_folder):
-    rows(models)
+    list_rows(models)
     changed_at = models.stat().st_mtime_ns
     put(models_folder, models, "second")
     os.utime(models, ns=(changed_at, changed_at))
@@ -90,7 +90,7 @@ def test_damaged_own_model_does_not_break_the_list(models, models_folder):
     (models / "empty").mkdir()
     (models / "file").write_text("")
 
-    assert [row.name for row in rows(models)] == [*CATALOGUE, "whole"]
+    assert [row.name for row in list_rows(models)] == [*CATALOGUE, "whole"]
     for name in ("my_pets", "liar", "alien"):
         with pytest.raises(BrokenArtefact, match=name):
             find_row(models, name)
@@ -103,13 +103,13 @@ def test_folder_with_a_spelling_of_the_catalogue_is_not_an_own_model(models, mod
     put(models_folder, models, "res_net_50")
 
     assert find_row(models, "res_net_50").name == "resnet50"
-    assert [row.name for row in rows(models)] == [*CATALOGUE, "my_pets"]
+    assert [row.name for row in list_rows(models)] == [*CATALOGUE, "my_pets"]
 
 
 def test_finding_an_own_model_costs_microseconds(models):
     age(models)
     find_row(models, "My-Pets")
-    assert str(models) in registry._listings
+    assert str(models) in registry._listing_cache
     started = time.perf_counter()
 
     for _ in range(1000):

@@ -110,7 +110,7 @@ def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> Non
 
 @pytest.mark.parametrize("position", [1, 25])
 def test_twins_are_refused_by_name_and_nothing_is_kept(
-    client: flask.testing.FlaskClient, traces: Callable[[], tuple[list[str], int]], position: int
+    client: flask.testing.FlaskClient, stored_state: Callable[[], tuple[list[str], int]], position: int
 ) -> None:
     images = [(f"{n}.png", picture(n)) for n in range(position)]
 
@@ -118,7 +118,7 @@ def test_twins_are_refused_by_name_and_nothing_is_kept(
 
     assert (reply.status_code, reply.get_json()["code"]) == (409, "duplicate_client_id")
     assert "'0.png'" in reply.get_json()["reason"]
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 def _bomb(size: int) -> bytes:
@@ -160,7 +160,7 @@ def _zip64_locator() -> bytes:
 def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     settings: ServerSettings,
     store: SqliteStore,
-    traces: Callable[[], tuple[list[str], int]],
+    stored_state: Callable[[], tuple[list[str], int]],
     body: bytes,
     kind: str,
     status: int,
@@ -173,7 +173,7 @@ def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     reply = send(client, body, kind)
 
     assert (reply.status_code, reply.get_json()["code"]) == (status, code)
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.FlaskClient) -> None:
@@ -321,15 +321,14 @@ def test_a_batch_leaves_no_file_beside_its_pictures(
 
 
 def test_what_belongs_to_another_key_is_not_there(settings: ServerSettings, store: SqliteStore) -> None:
-    from server.api.endpoint import Scope
-    from store.keys import KeyRecord, hash_of, make_key
+    from store.keys import KeyRecord, Scope, hash_key, make_key
 
     client = create_app(settings, store).test_client()
     keys = {}
     for name in ("alice", "bob"):
         id, key = make_key()
         scopes = frozenset({Scope.SUBMIT, Scope.READ})
-        record = KeyRecord(id=id, name=name, sha256=hash_of(key), scopes=scopes, created_at=datetime.now(UTC))
+        record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC))
         store.add_key(record)
         keys[name] = {"Authorization": f"Bearer {key}", "Idempotency-Key": "the-same"}
     body = zipped(("a.png", picture(1)))

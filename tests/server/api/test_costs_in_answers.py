@@ -34,7 +34,7 @@ def start_chunk(store: SqliteStore, id: str = "c1") -> None:
 
 def answer_one(store: SqliteStore, data: bytes = b"picture", *, chunk_id: str = "c1") -> str:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.blobs.stage(data))
+    request = store.add(new, store.images.stage(data))
     (claim,) = store.claim(
         models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
     )
@@ -63,7 +63,7 @@ def test_an_answer_says_its_cost_as_an_estimate_and_then_for_good(
     before = read(client, ids[0])
     end_chunk(store, cost="0.3")
     estimated = read(client, ids[0])
-    store.note_invoice(
+    store.record_invoice(
         InvoiceRecord(id="i1", agreement_id="ag1", amount=Decimal("0.1"), state=BillState.ACCEPTED, received_at=NOW)
     )
     final = [read(client, id) for id in ids]
@@ -88,7 +88,7 @@ def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClien
 
 def test_what_waits_has_no_cost(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.blobs.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"picture"))
 
     assert "cost" not in read(client, request.id)
 
@@ -98,14 +98,14 @@ def test_a_client_is_told_what_every_batcher_says_of_the_model(
 ) -> None:
     notice = "No provider offers it for that price."
     now = datetime.now(UTC)
-    store.beat(
+    store.heartbeat(
         BatcherRecord(
             id="b1", host="h", pid=1, executor="golem", every_seconds=600, max_wait_seconds=600, capacity=4,
             started_at=now, seen_at=now, notices={MODEL: notice},
         )
     )  # fmt: skip
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.blobs.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"picture"))
 
     shown = read(client, request.id)
 
@@ -118,10 +118,10 @@ def test_the_notices_of_a_batcher_are_read_back_and_change_with_each_beat(store:
         started_at=NOW, seen_at=NOW, notices={"vgg16": "Zu teuer: \N{EURO SIGN} 5."},
     )  # fmt: skip
 
-    store.beat(first)
+    store.heartbeat(first)
     assert store.list_batchers(seen_since=NOW) == [first]
 
-    store.beat(BatcherRecord(**{**vars(first), "notices": {}}))
+    store.heartbeat(BatcherRecord(**{**vars(first), "notices": {}}))
     assert store.list_batchers(seen_since=NOW)[0].notices == {}
 
 
@@ -178,7 +178,7 @@ def test_a_database_that_is_older_than_money_goes_on(tmp_path: Path, monkeypatch
 )
 def test_the_tables_check_states_and_amounts(store: SqliteStore, settings: ServerSettings, statement: str) -> None:
     start_chunk(store)
-    store.note_invoice(
+    store.record_invoice(
         InvoiceRecord(id="i1", agreement_id="ag1", amount=Decimal("0.1"), state=BillState.ACCEPTED, received_at=NOW)
     )
     connection = sqlite3.connect(settings.database)

@@ -22,10 +22,10 @@ from tests.custom_models import classifier, labels_file, save
 
 
 @pytest.fixture
-def settings(tmp_path: Path, own_models_folder: Path) -> ServerSettings:
+def settings(tmp_path: Path, custom_models_folder: Path) -> ServerSettings:
     """A home in which the starter and an own model are installed."""
     home = tmp_path / "home"
-    shutil.copytree(own_models_folder, home / "models")
+    shutil.copytree(custom_models_folder, home / "models")
     return ServerSettings(home=home, busy_seconds=0.3, server_threads=4)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import flask.testing
 import pytest
 
-from provider_image.errors import StoreUnavailable
 from server.app import create_app
 from server.settings import ServerSettings
+from store.errors import StoreUnavailable
 from store.sqlite import SqliteStore
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -34,7 +34,7 @@ def post(
 
 
 def test_a_repetition_gets_the_first_answer_and_makes_nothing(
-    client: flask.testing.FlaskClient, photos: dict[str, bytes], traces: Callable[[], tuple[list[str], int]]
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], tuple[list[str], int]]
 ) -> None:
     first = post(client, photos["rocket"], boundary="first")
 
@@ -44,17 +44,17 @@ def test_a_repetition_gets_the_first_answer_and_makes_nothing(
     assert again.headers["Location"] == first.headers["Location"]
     assert again.headers["Idempotent-Replayed"] == "true"
     assert "Idempotent-Replayed" not in first.headers
-    assert traces()[1] == 1
+    assert stored_state()[1] == 1
 
 
 def test_without_a_key_or_under_another_it_is_done_again(
-    client: flask.testing.FlaskClient, photos: dict[str, bytes], traces: Callable[[], tuple[list[str], int]]
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], tuple[list[str], int]]
 ) -> None:
     post(client, photos["rocket"])
     post(client, photos["rocket"], key="k-2")
     client.post(URL, data={"image": (io.BytesIO(photos["rocket"]), "a.jpg")})
 
-    assert traces()[1] == 3
+    assert stored_state()[1] == 3
 
 
 @pytest.mark.parametrize("query", ["", "?fresh=1"])
@@ -115,7 +115,7 @@ def test_what_a_killed_server_left_under_way_ends_and_answers_end_after_a_day(
     settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
 ) -> None:
     now = datetime.now(UTC)
-    store.begin_once(
+    store.reserve_idempotency_key(
         "",
         "k-1",
         operation=f"POST {URL}?",
@@ -139,16 +139,16 @@ def test_the_fingerprint_does_not_depend_on_how_the_body_is_read(photos: dict[st
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from server.api.idempotency import _Body
+    from server.api.idempotency import _HashingBody
 
     app = flask.Flask("test")
 
     def fingerprint(body: bytes, sizes: list[int]) -> str:
         with app.test_request_context("/", method="POST", data=body, content_type="multipart/form-data; boundary=abab"):
-            made = _Body(flask.request._get_current_object())  # type: ignore[attr-defined]
+            made = _HashingBody(flask.request._get_current_object())  # type: ignore[attr-defined]
             for size in sizes:
                 made.read(size)
-            assert made.finish(10_000)
+            assert made.read_rest(10_000)
             return made.fingerprint()
 
     @settings(max_examples=100, deadline=None)

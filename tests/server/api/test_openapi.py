@@ -20,8 +20,8 @@ from jsonschema import Draft202012Validator
 
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import REGISTRY, load_service
-from server.api.endpoint import operation_of
-from server.api.openapi import PAGES, build_document, operations, path_of
+from server.api.endpoint import get_operation
+from server.api.openapi import PAGES, build_document, openapi_path, operations
 from server.api.schemas import schemas
 from server.app import create_app
 from server.settings import ServerSettings
@@ -68,7 +68,9 @@ def references(inside: Any) -> Iterator[str]:
 def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> None:
     app = client.application
 
-    silent = [rule.rule for rule in app.url_map.iter_rules() if operation_of(app.view_functions[rule.endpoint]) is None]
+    silent = [
+        rule.rule for rule in app.url_map.iter_rules() if get_operation(app.view_functions[rule.endpoint]) is None
+    ]
 
     assert silent == []
 
@@ -76,9 +78,9 @@ def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> No
 def test_every_address_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     app = client.application
     expected = {
-        path_of(rule)
+        openapi_path(rule)
         for rule in app.url_map.iter_rules()
-        if getattr(operation_of(app.view_functions[rule.endpoint]), "tag", None) != PAGES
+        if getattr(get_operation(app.view_functions[rule.endpoint]), "tag", None) != PAGES
     }
 
     assert document["paths"].keys() == expected
@@ -270,7 +272,7 @@ def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:
     html = response.text
     assert (response.status_code, response.mimetype) == (200, "text/html")
     for rule, method, _ in operations(client.application):
-        assert f'data-method="{method}" data-path="{path_of(rule)}"' in html
+        assert f'data-method="{method}" data-path="{openapi_path(rule)}"' in html
     assert "<script>" not in html and "style=" not in html and " onclick" not in html
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))

@@ -23,7 +23,7 @@ from provider_image.models.catalogue import CATALOGUE
 from server.api.responses import HTTP_STATUS
 from server.app import create_app
 from server.settings import ServerSettings
-from store.records import State
+from store.records import RequestState
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
@@ -50,8 +50,8 @@ def test_a_form_is_acknowledged_with_an_id_and_is_durable(
         "cached": False,
     }
     request = store.get(answer["req_id"])
-    assert (request.state, request.name) == (State.QUEUED, "kitten.jpg")
-    assert store.blobs.read(request.image_sha256) == photos["coffee"]
+    assert (request.state, request.name) == (RequestState.QUEUED, "kitten.jpg")
+    assert store.images.read(request.image_sha256) == photos["coffee"]
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/x-whatever", "application/octet-stream", None])
@@ -61,7 +61,7 @@ def test_raw_bytes_are_taken_too(
     response = client.post(URL, data=photos["rocket"], content_type=content_type)
 
     assert response.status_code == 202
-    assert store.blobs.read(store.get(response.json["req_id"]).image_sha256) == photos["rocket"]
+    assert store.images.read(store.get(response.json["req_id"]).image_sha256) == photos["rocket"]
 
 
 def test_a_body_without_a_declared_length_is_taken(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:

@@ -12,7 +12,7 @@ import flask.testing
 import pytest
 
 from server.settings import ServerSettings
-from store.search import Wanted
+from store.search import Query
 from store.sqlite import SqliteStore
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -93,7 +93,7 @@ def test_a_picture_that_is_not_kept_any_more_is_gone(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], store: SqliteStore
 ) -> None:
     id = send(client, photos["rocket"])
-    store.blobs.delete(store.get(id).image_sha256)
+    store.images.delete(store.get(id).image_sha256)
 
     reply = client.get(f"/requests/{id}/picture")
 
@@ -123,7 +123,7 @@ def test_a_request_that_has_ended_is_deleted_for_good(
     client: flask.testing.FlaskClient,
     photos: dict[str, bytes],
     answer: Callable[..., list[str]],
-    traces: Callable[[], tuple[list[str], int]],
+    stored_state: Callable[[], tuple[list[str], int]],
 ) -> None:
     id = send(client, photos["rocket"])
     assert client.post(f"/requests/{id}/delete").get_json()["code"] == "not_removable"
@@ -131,7 +131,7 @@ def test_a_request_that_has_ended_is_deleted_for_good(
 
     assert client.post(f"/requests/{id}/delete").get_json()["status"] == "deleted"
 
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 # Many requests
@@ -172,25 +172,25 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqliteStore]:
 @pytest.mark.parametrize(
     ("wanted", "index"),
     [
-        (Wanted(), None),
-        (Wanted(status="queued"), "requests_waiting"),
-        (Wanted(status="failed"), "requests_failed"),
-        (Wanted(status="done"), "requests_done"),
-        (Wanted(status="expired"), "requests_cancelled"),
-        (Wanted(model="m1"), "requests_model"),
-        (Wanted(status="queued", model="m1"), "requests_queued"),
-        (Wanted(status="done", model="m1"), "requests_model"),
-        (Wanted(batch_id="b"), "requests_batch"),
-        (Wanted(key_id="k1"), "requests_key"),
-        (Wanted(key_id="k1", status="failed"), "requests_key"),
-        (Wanted(text="no such name"), "requests_name"),
+        (Query(), None),
+        (Query(status="queued"), "requests_waiting"),
+        (Query(status="failed"), "requests_failed"),
+        (Query(status="done"), "requests_done"),
+        (Query(status="expired"), "requests_cancelled"),
+        (Query(model="m1"), "requests_model"),
+        (Query(status="queued", model="m1"), "requests_queued"),
+        (Query(status="done", model="m1"), "requests_model"),
+        (Query(batch_id="b"), "requests_batch"),
+        (Query(key_id="k1"), "requests_key"),
+        (Query(key_id="k1", status="failed"), "requests_key"),
+        (Query(text="no such name"), "requests_name"),
     ],
 )
 @pytest.mark.parametrize("before", [None, 20_000])
 def test_a_page_walks_down_one_index_and_sorts_nothing(
-    crowded: SqliteStore, wanted: Wanted, index: str | None, before: int | None
+    crowded: SqliteStore, wanted: Query, index: str | None, before: int | None
 ) -> None:
-    plan = crowded.explain(wanted, before=before)
+    plan = crowded.explain_query_plan(wanted, before=before)
 
     assert any(index in step for step in plan) if index else True
     assert not any("TEMP B-TREE" in step for step in plan)
@@ -203,8 +203,8 @@ def test_a_page_walks_down_one_index_and_sorts_nothing(
 def test_labels_and_times_lead_straight_to_what_is_rare(crowded: SqliteStore) -> None:
     from datetime import UTC, datetime
 
-    rare = crowded.find(Wanted(labels=(("rare", "yes"),)), limit=200)
+    rare = crowded.find(Query(labels=(("rare", "yes"),)), limit=200)
     early = datetime.fromtimestamp(1_700_000_100, UTC)
 
     assert (len(rare.requests), rare.next_before) == (60, None)
-    assert [row.number for row in crowded.find(Wanted(until=early), limit=200).requests] == list(range(99, 0, -1))
+    assert [row.number for row in crowded.find(Query(until=early), limit=200).requests] == list(range(99, 0, -1))

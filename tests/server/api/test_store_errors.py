@@ -44,7 +44,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskClient, traces: Traces) -> None:
+def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
     picture = noise(200)
 
     with files_no_larger_than(50_000):
@@ -55,31 +55,31 @@ def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskC
     assert response.headers["Retry-After"]
     assert "disk is full" in response.json["reason"]
     assert afterwards.status_code == 202
-    assert [len(left) if isinstance(left, list) else left for left in traces()] == [1, 1]
+    assert [len(left) if isinstance(left, list) else left for left in stored_state()] == [1, 1]
 
 
 def test_a_disk_that_is_full_for_the_row_leaves_no_row_and_nothing_that_the_sweep_would_not_take(
-    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, traces: Traces
+    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
 ) -> None:
     client.post(URL, data=noise(8), **RAW)
-    before = traces()
+    before = stored_state()
     log = Path(f"{settings.database}-wal").stat().st_size
 
     with files_no_larger_than(log):
         response = client.post(URL, data=noise(8), **RAW)
-    rows = traces()[1]
+    rows = stored_state()[1]
     long_ago = datetime.now(UTC) - timedelta(days=1)
-    store.purge(pictures_before=long_ago, results_before=long_ago, now=datetime.now(UTC))
+    store.purge(images_before=long_ago, results_before=long_ago, now=datetime.now(UTC))
 
     assert response.status_code in (503, 507)
     assert response.headers["Retry-After"]
     assert rows == before[1]
-    assert traces() == before
+    assert stored_state() == before
     assert client.post(URL, data=noise(8), **RAW).status_code == 202
 
 
 def test_a_locked_database_is_503_with_retry_after(
-    client: flask.testing.FlaskClient, settings: ServerSettings, traces: Traces
+    client: flask.testing.FlaskClient, settings: ServerSettings, stored_state: Traces
 ) -> None:
     with contextlib.closing(sqlite3.connect(settings.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -88,7 +88,7 @@ def test_a_locked_database_is_503_with_retry_after(
 
     assert (response.status_code, response.json["code"]) == (503, "store_busy")
     assert response.headers["Retry-After"] == "1"
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
     assert client.post(URL, data=noise(8), **RAW).status_code == 202
 
 
@@ -139,7 +139,7 @@ def test_a_read_only_home_is_503_and_leaves_nothing(
 ) -> None:
     client.post(URL, data=noise(8), **RAW)  # everything is imported now, also what only root may read
     if writable == "the pictures only":
-        for path in [frozen_home.blobs, *frozen_home.blobs.rglob("*")]:
+        for path in [frozen_home.images, *frozen_home.images.rglob("*")]:
             path.chmod(0o777)
     store = SqliteStore(frozen_home)
     frozen = create_app(frozen_home, store).test_client()
@@ -154,16 +154,18 @@ def test_a_read_only_home_is_503_and_leaves_nothing(
     assert "read-only" in response.json["reason"]
     assert ready.status_code == 503
     assert health.status_code == 200
-    assert not [path for path in frozen_home.blobs.rglob("*") if path.is_file()]
+    assert not [path for path in frozen_home.images.rglob("*") if path.is_file()]
 
 
-def test_a_full_backlog_is_503_and_leaves_nothing(settings: ServerSettings, store: SqliteStore, traces: Traces) -> None:
+def test_a_full_backlog_is_503_and_leaves_nothing(
+    settings: ServerSettings, store: SqliteStore, stored_state: Traces
+) -> None:
     few = ServerSettings(home=settings.home, max_backlog=1)
     create_app(few, store).test_client().post(URL, data=noise(8), **RAW)
-    before = traces()
+    before = stored_state()
 
     response = create_app(few, store).test_client().post(URL, data=noise(8), **RAW)
 
     assert (response.status_code, response.json["code"]) == (503, "backlog_full")
     assert response.headers["Retry-After"] == "30"
-    assert traces() == before
+    assert stored_state() == before

@@ -15,15 +15,16 @@ import flask.testing
 import pytest
 from PIL import Image
 
-from provider_image.errors import ConfigError, StoreBusy
-from server.api.endpoint import Scope, operation_of
+from provider_image.errors import ConfigError
+from server.api.endpoint import get_operation
 from server.app import create_app
 from server.auth.guard import check_exposure
-from server.auth.key_cache import FRESH_SECONDS, KeyRing
+from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.auth.limits import Limits
 from server.errors import RateLimited
 from server.settings import ServerSettings
-from store.keys import KeyRecord, hash_of, make_key
+from store.errors import StoreBusy
+from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
@@ -57,7 +58,7 @@ def make(store: SqliteStore) -> Make:
             KeyRecord(
                 id=id,
                 name=name,
-                sha256=hash_of(key),
+                sha256=hash_key(key),
                 scopes=frozenset(scopes or (Scope.SUBMIT, Scope.READ)),
                 created_at=NOW - timedelta(days=1),
                 **facts,
@@ -162,27 +163,27 @@ def test_an_expired_key_is_refused(client: flask.testing.FlaskClient, make: Make
 
 
 def test_a_revoked_key_stops_working_within_seconds(store: SqliteStore, make: Make) -> None:
-    ticks = [0.0]
-    ring = KeyRing(store, ticks=lambda: ticks[0])
+    monotonic = [0.0]
+    key_cache = KeyCache(store, monotonic=lambda: monotonic[0])
     key = make("alice")
-    assert ring.find(key, NOW) is not None
+    assert key_cache.find(key, NOW) is not None
     store.revoke_key("alice", now=NOW)
 
-    ticks[0] = FRESH_SECONDS + 0.1
+    monotonic[0] = FRESH_SECONDS + 0.1
 
     assert FRESH_SECONDS < 5
-    assert ring.find(key, NOW) is None
+    assert key_cache.find(key, NOW) is None
 
 
 def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStore, make: Make) -> None:
-    ticks = [0.0]
-    ring = KeyRing(store, ticks=lambda: ticks[0])
-    assert not ring.has_keys()
+    monotonic = [0.0]
+    key_cache = KeyCache(store, monotonic=lambda: monotonic[0])
+    assert not key_cache.has_keys()
     make()
 
-    ticks[0] = FRESH_SECONDS + 0.1
+    monotonic[0] = FRESH_SECONDS + 0.1
 
-    assert ring.has_keys()
+    assert key_cache.has_keys()
 
 
 def test_the_use_of_a_key_is_noted_in_the_store(
@@ -305,7 +306,7 @@ def test_a_foreign_request_looks_like_one_that_was_never_there(
 def test_a_quota_is_told_with_every_answer_and_ends_with_429(
     client: flask.testing.FlaskClient, make: Make, picture: bytes, clock: Clock
 ) -> None:
-    key = make(pictures_per_day=2)
+    key = make(images_per_day=2)
 
     answers = [send(client, picture, key) for _ in range(3)]
     read = client.get("/readPrediction/x", headers=bearer(key))
@@ -329,7 +330,7 @@ def test_a_quota_is_told_with_every_answer_and_ends_with_429(
 def test_a_quota_refuses_before_the_picture_is_read(
     client: flask.testing.FlaskClient, make: Make, picture: bytes
 ) -> None:
-    key = make(pictures_per_day=1)
+    key = make(images_per_day=1)
     send(client, picture, key)
 
     answer = client.post(URL, data=b"x" * 100_000_000, content_type="image/png", headers=bearer(key))
@@ -357,7 +358,7 @@ def test_a_rate_is_told_with_every_answer_and_ends_with_429(
 
 
 def test_both_limits_stand_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
-    answer = client.get("/readPrediction/x", headers=bearer(make(requests_per_minute=10, pictures_per_day=5)))
+    answer = client.get("/readPrediction/x", headers=bearer(make(requests_per_minute=10, images_per_day=5)))
 
     assert answer.headers["RateLimit-Policy"] == '"requests-per-minute";q=10;w=60, "pictures-per-day";q=5;w=86400'
     assert answer.headers["RateLimit"] == '"requests-per-minute";r=9;t=45, "pictures-per-day";r=5;t=43185'
@@ -378,7 +379,7 @@ def test_several_processes_together_keep_to_the_limit(store: SqliteStore, make: 
 
     for turn in range(6 * per_minute):
         try:
-            processes[turn % 3].take(key, NOW)
+            processes[turn % 3].count_request(key, NOW)
             answered += 1
         except RateLimited:
             continue
@@ -392,12 +393,12 @@ def test_a_process_asks_the_store_ten_times_a_minute_at_most(
     make(requests_per_minute=200)
     (key,) = store.list_keys()
     asked = []
-    real = store.take_requests
-    monkeypatch.setattr(store, "take_requests", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
+    real = store.grant_requests
+    monkeypatch.setattr(store, "grant_requests", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
     limits = Limits(store)
 
     for _ in range(200):
-        limits.take(key, NOW)
+        limits.count_request(key, NOW)
 
     assert len(asked) == 10
 
@@ -519,7 +520,7 @@ def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_
     client = app.test_client()
 
     for rule in app.url_map.iter_rules():
-        said = operation_of(app.view_functions[rule.endpoint])
+        said = get_operation(app.view_functions[rule.endpoint])
         assert said is not None, rule
         path = re.sub("<.*?>", "x", rule.rule)
         for method in sorted((rule.methods or set()) - {"OPTIONS"}):

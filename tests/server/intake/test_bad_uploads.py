@@ -172,9 +172,11 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("what", list(BAD))
-def test_bad_input_is_refused_and_leaves_nothing(client: flask.testing.FlaskClient, traces: Traces, what: str) -> None:
+def test_bad_input_is_refused_and_leaves_nothing(
+    client: flask.testing.FlaskClient, stored_state: Traces, what: str
+) -> None:
     post, status, code, word = BAD[what]
-    before = traces()
+    before = stored_state()
     if "data" in post and isinstance(post["data"], dict):
         rewind(post["data"])
 
@@ -185,7 +187,7 @@ def test_bad_input_is_refused_and_leaves_nothing(client: flask.testing.FlaskClie
     assert answer.keys() == {"success", "reason", "code"}
     assert answer["success"] is False
     assert word in answer["reason"]
-    assert traces() == before == ([], 0)
+    assert stored_state() == before == ([], 0)
 
 
 def rewind(fields: dict[str, Any]) -> None:
@@ -210,7 +212,7 @@ class Watched(io.BytesIO):
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
 def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
-    client: flask.testing.FlaskClient, traces: Traces, content_type: str
+    client: flask.testing.FlaskClient, stored_state: Traces, content_type: str
 ) -> None:
     body = Watched(bytes(5_000_000))
 
@@ -218,13 +220,13 @@ def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     assert body.taken == 0
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
 @pytest.mark.parametrize("size", [10_000_000, 50_000_000])
 def test_an_undeclared_length_is_refused_after_what_a_client_has_under_way(
-    client: flask.testing.FlaskClient, traces: Traces, content_type: str, size: int
+    client: flask.testing.FlaskClient, stored_state: Traces, content_type: str, size: int
 ) -> None:
     body = Watched(bytes(size))
     chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
@@ -234,7 +236,7 @@ def test_an_undeclared_length_is_refused_after_what_a_client_has_under_way(
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     # To its end, so that the client has sent all and reads the answer; but not for ever.
     assert min(size, 35_000_000) <= body.taken < 36_000_000
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 def test_a_picture_of_exactly_the_limit_is_taken(settings: ServerSettings, store: SqliteStore) -> None:
@@ -251,38 +253,38 @@ def test_a_picture_of_exactly_the_limit_is_taken(settings: ServerSettings, store
     assert [response.status_code for response in over] == [413, 413]
 
 
-def test_a_body_that_ends_early_is_refused(client: flask.testing.FlaskClient, traces: Traces) -> None:
+def test_a_body_that_ends_early_is_refused(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
     response = client.post(
         URL, data=JPEG, content_type="image/jpeg", environ_overrides={"CONTENT_LENGTH": str(len(JPEG) + 10)}
     )
 
     assert (response.status_code, response.json["code"]) == (400, "malformed_request")
     assert "ended after" in response.json["reason"]
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"), [("densenet12", "densenet121"), ("xxceptionn", "xception"), ("zzzz", "mlg models")]
 )
 def test_an_unknown_model_is_named_with_its_nearest(
-    client: flask.testing.FlaskClient, traces: Traces, name: str, hint: str
+    client: flask.testing.FlaskClient, stored_state: Traces, name: str, hint: str
 ) -> None:
     response = client.post(f"/requestPrediction/{name}", data=form(JPEG))
 
     assert (response.status_code, response.json["code"]) == (404, "unknown_model")
     assert hint in response.json["reason"]
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 def test_a_model_that_is_not_installed_is_refused_with_the_command(
-    client: flask.testing.FlaskClient, traces: Traces
+    client: flask.testing.FlaskClient, stored_state: Traces
 ) -> None:
     response = client.post("/requestPrediction/DenseNet121", data=form(JPEG))
 
     assert (response.status_code, response.json["code"]) == (503, "not_installed")
     assert "mlg models compile densenet121" in response.json["reason"]
     assert response.headers["Retry-After"]
-    assert traces() == ([], 0)
+    assert stored_state() == ([], 0)
 
 
 STRANGE_IDS = [
@@ -376,11 +378,11 @@ def test_a_file_name_is_only_a_label(sent: str, kept: str | None) -> None:
 
 
 def test_a_path_in_the_file_name_leads_nowhere(
-    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, traces: Traces
+    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
 ) -> None:
     id = client.post(URL, data=form(JPEG, "../../../evil%0d%0a.jpg")).json["req_id"]
 
-    files, rows = traces()
+    files, rows = stored_state()
     assert (len(files), rows) == (1, 1)
     assert files[0].endswith(store.get(id).image_sha256)
     assert store.get(id).name == "evil%0d%0a.jpg"

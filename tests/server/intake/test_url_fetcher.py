@@ -265,14 +265,14 @@ def no_connection(address: str, seconds: float) -> socket.socket:
 class Host:
     """A TLS server for HOST on this machine, which answers each connection with what a test wants.
 
-    :param trust: holds its self-made certificate.
+    :param tls_context: holds its self-made certificate.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         self._context = context
-        self.trust = ssl.create_default_context(cafile=str(certificate))
+        self.tls_context = ssl.create_default_context(cafile=str(certificate))
         self._listener = socket.create_server(("127.0.0.1", 0))
         #: What each connection asked for: request line and headers.
         self.asked: list[str] = []
@@ -285,7 +285,7 @@ class Host:
     def fetch(self, *answers: bytes | Callable[[ssl.SSLSocket], None], url: str = URL, **facts: object) -> bytes:
         """Fetch a URL from this host, whatever address the name has."""
         self._answers += answers
-        options: dict[str, object] = {"max_image_bytes": 1000, "seconds": 10, "trust": self.trust, **facts}
+        options: dict[str, object] = {"max_image_bytes": 1000, "seconds": 10, "tls_context": self.tls_context, **facts}
         return fetch(url, resolve=lambda *_: [PUBLIC], connect=self.connect, **options)  # type: ignore[arg-type]
 
     def connect(self, address: str, seconds: float) -> socket.socket:
@@ -473,7 +473,7 @@ def test_a_host_that_refuses_the_connection_is_said_so() -> None:
 
 def test_a_certificate_that_the_system_does_not_trust_is_refused(host: Host) -> None:
     with pytest.raises(FetchFailed, match="certificate"):
-        host.fetch(ok(b"x"), trust=None)
+        host.fetch(ok(b"x"), tls_context=None)
 
 
 def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
@@ -536,7 +536,7 @@ def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:
             seconds=5,
             resolve=lambda *_: addresses.pop(0),
             connect=host.connect,
-            trust=host.trust,
+            tls_context=host.tls_context,
         )
 
     assert host.addresses == [PUBLIC]
@@ -595,7 +595,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
     assert answer.json["status_url"].endswith("?top=3")
     request = store.get(answer.json["req_id"])
     assert request.name == "kitten.jpg"
-    assert store.blobs.read(request.image_sha256) == photos["rocket"]
+    assert store.images.read(request.image_sha256) == photos["rocket"]
     assert asked == [(f"{URL}?a=%2F", {"max_image_bytes": settings.max_image_bytes, "seconds": settings.fetch_seconds})]
 
 

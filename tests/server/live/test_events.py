@@ -20,15 +20,15 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.api.endpoint import Scope
 from server.app import create_app
-from server.live.changes import Events, Listener
-from server.live.sse import parse_id, says_end
+from server.live.changes import ChangeDispatcher, Listener
+from server.live.sse import is_end_id, parse_id
 from server.settings import ServerSettings
 from store import keys
-from store.records import Answer, State
+from store.keys import Scope
+from store.records import Answer, RequestState
 from store.sqlite import SqliteStore
-from tests.conftest import MODEL, OUTPUT, Running
+from tests.conftest import MODEL, OUTPUT, RunningServer
 
 URL = f"/requestPrediction/{MODEL}"
 
@@ -242,7 +242,7 @@ def test_an_unknown_batch_has_no_stream(client: flask.testing.FlaskClient) -> No
 def make_key(store: SqliteStore, name: str, *scopes: Scope) -> dict[str, str]:
     id, key = keys.make_key()
     now = datetime.now(UTC)
-    store.add_key(keys.KeyRecord(id=id, name=name, sha256=keys.hash_of(key), scopes=frozenset(scopes), created_at=now))
+    store.add_key(keys.KeyRecord(id=id, name=name, sha256=keys.hash_key(key), scopes=frozenset(scopes), created_at=now))
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -287,7 +287,7 @@ def test_asking_for_the_head_only_takes_no_place(settings: ServerSettings, store
 def test_a_slow_listener_is_told_from_the_feed_again(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.live.changes.MOST_WAITING", 2)
+    monkeypatch.setattr("server.live.changes.MAX_PENDING_CHANGES", 2)
     ids = [post(client) for _ in range(8)]
     stream = client.get(f"/events?ids={','.join(ids)}")
     pieces = stream.iter_encoded()
@@ -313,8 +313,8 @@ def test_nobody_looks_while_nobody_listens(client: flask.testing.FlaskClient, an
 
 
 def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore) -> None:
-    events = Events(store, most=4)
-    client = create_app(settings, store, events=events).test_client()
+    events = ChangeDispatcher(store, capacity=4)
+    client = create_app(settings, store, change_dispatcher=events).test_client()
     id = post(client)
     threading.Timer(0.2, events.stop).start()
 
@@ -340,7 +340,7 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore)
 )
 def test_an_id_says_where_a_client_stands(text: str | None, position: tuple[float, float]) -> None:
     assert parse_id(text) == position
-    assert says_end(text) == (text == "7-end")
+    assert is_end_id(text) == (text == "7-end")
 
 
 def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flask.testing.FlaskClient) -> None:
@@ -355,7 +355,7 @@ def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flas
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)
 
-    events = Events(Failing(), most=1)
+    events = ChangeDispatcher(Failing(), capacity=1)
     number = store.get(post(client)).number
     listener = Listener(numbers=[number])
     events.add(listener)
@@ -364,7 +364,7 @@ def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flas
     found = listener.wait(10)
 
     assert found is not None
-    assert [one.request.state for one in found] == [State.CANCELLED]
+    assert [one.request.state for one in found] == [RequestState.CANCELLED]
     events.remove(listener)
 
 
@@ -372,11 +372,11 @@ def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flas
 
 
 @pytest.fixture
-def server(serve: Callable[..., Running]) -> Running:
-    return serve(MLG_MAX_STREAMS="210")
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server(MLG_MAX_STREAMS="210")
 
 
-def store_of(running: Running) -> Iterator[SqliteStore]:
+def store_of(running: RunningServer) -> Iterator[SqliteStore]:
     store = SqliteStore(ServerSettings(home=running.home))
     yield store
     store.close()
@@ -396,7 +396,7 @@ def finish_all(store: SqliteStore) -> float:
     return time.monotonic()
 
 
-def open_stream(running: Running, path: str) -> socket.socket:
+def open_stream(running: RunningServer, path: str) -> socket.socket:
     address = urlsplit(running.base)
     connection = socket.create_connection((address.hostname, address.port), timeout=20)
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
@@ -412,7 +412,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
     return text
 
 
-def send(running: Running, count: int) -> list[str]:
+def send(running: RunningServer, count: int) -> list[str]:
     with httpx.Client(base_url=running.base, timeout=20) as client:
         return [
             client.post(f"{URL}?fresh=1", content=picture(), headers={"Content-Type": "image/png"}).json()["req_id"]
@@ -420,7 +420,7 @@ def send(running: Running, count: int) -> list[str]:
         ]
 
 
-def test_two_hundred_streams_leave_room_for_uploads_and_for_a_quick_end(server: Running) -> None:
+def test_two_hundred_streams_leave_room_for_uploads_and_for_a_quick_end(server: RunningServer) -> None:
     (id,) = send(server, 1)
     streams = [open_stream(server, f"/events?ids={id}") for _ in range(200)]
     for stream in streams:
@@ -450,7 +450,7 @@ def test_two_hundred_streams_leave_room_for_uploads_and_for_a_quick_end(server: 
         stream.close()
 
 
-def test_an_answer_reaches_a_listener_at_once(server: Running) -> None:
+def test_an_answer_reaches_a_listener_at_once(server: RunningServer) -> None:
     seconds = []
     for store in store_of(server):
         for _ in range(5):
@@ -465,8 +465,8 @@ def test_an_answer_reaches_a_listener_at_once(server: Running) -> None:
     assert min(seconds) < 0.2, seconds
 
 
-def test_a_client_that_has_gone_frees_its_place(serve: Callable[..., Running]) -> None:
-    server = serve(MLG_MAX_STREAMS="1")
+def test_a_client_that_has_gone_frees_its_place(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server(MLG_MAX_STREAMS="1")
     ids = send(server, 2)
     gone = open_stream(server, f"/events?ids={ids[0]}")
     read_until(gone, b'"queued"')
@@ -487,14 +487,14 @@ def test_a_client_that_has_gone_frees_its_place(serve: Callable[..., Running]) -
             time.sleep(0.05)
 
 
-def test_a_stream_that_was_cut_off_goes_on_at_another_server(serve: Callable[..., Running]) -> None:
-    first = serve()
+def test_a_stream_that_was_cut_off_goes_on_at_another_server(start_server: Callable[..., RunningServer]) -> None:
+    first = start_server()
     ids = send(first, 3)
     stream = open_stream(first, f"/events?ids={','.join(ids)}")
     seen = parse(read_until(stream, ids[2].encode()).decode())
     first.stop(signal.SIGKILL)
     stream.close()
-    second = serve()
+    second = start_server()
     for store in store_of(second):
         finish_all(store)
 

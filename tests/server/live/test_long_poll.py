@@ -13,27 +13,27 @@ import flask.testing
 import pytest
 from PIL import Image
 
-from provider_image.errors import UnknownRequest
 from server.app import create_app
-from server.live.long_poll import Notifier
+from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
-from server.status.eta import Outlook, duration, estimate
-from server.status.queue_stats import FRESH_SECONDS, Traffic
-from store.chunks import Backlog, BatcherRecord, Pace
-from store.records import Request, State
+from server.status.eta import EtaInputs, estimate, format_duration
+from server.status.queue_stats import FRESH_SECONDS, QueueStats
+from store.chunks import BatcherRecord, ModelBacklog, Throughput
+from store.errors import UnknownRequest
+from store.records import RequestRecord, RequestState
 from store.sqlite import SqliteStore
 
 URL = "/requestPrediction/efficientnet_lite0"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
-PACE = Pace(items=320, chunk_seconds=2.0, items_per_second=8.0)
+THROUGHPUT = Throughput(items=320, chunk_seconds=2.0, items_per_second=8.0)
 
 
 def seconds(count: float) -> timedelta:
     return timedelta(seconds=count)
 
 
-def request(number: int = 1, **changes: object) -> Request:
-    base = Request(
+def request(number: int = 1, **changes: object) -> RequestRecord:
+    base = RequestRecord(
         number=number,
         id=f"r{number}",
         service="classification",
@@ -42,7 +42,7 @@ def request(number: int = 1, **changes: object) -> Request:
         name=None,
         image_sha256="0" * 64,
         image_bytes=1,
-        state=State.QUEUED,
+        state=RequestState.QUEUED,
         attempts=0,
         isolation=0,
         created_at=NOW,
@@ -85,8 +85,8 @@ def batcher(
     )
 
 
-def backlog(waiting: int, *, model: str = "m", claimed: int = 0, oldest: int = 1, age: float = 0) -> Backlog:
-    return Backlog(
+def backlog(waiting: int, *, model: str = "m", claimed: int = 0, oldest: int = 1, age: float = 0) -> ModelBacklog:
+    return ModelBacklog(
         service="classification",
         model=model,
         waiting=waiting,
@@ -96,11 +96,11 @@ def backlog(waiting: int, *, model: str = "m", claimed: int = 0, oldest: int = 1
     )
 
 
-def outlook(*counts: Backlog, batchers: list[BatcherRecord] | None = None, **rest: object) -> Outlook:
-    return Outlook(
+def outlook(*counts: ModelBacklog, batchers: list[BatcherRecord] | None = None, **rest: object) -> EtaInputs:
+    return EtaInputs(
         batchers=[batcher()] if batchers is None else batchers,
         backlog=counts,
-        **{"pace": PACE, **rest},  # type: ignore[arg-type]
+        **{"throughput": THROUGHPUT, **rest},  # type: ignore[arg-type]
     )
 
 
@@ -114,7 +114,7 @@ def test_without_a_batcher_nobody_knows_when() -> None:
 
 
 def test_an_obstacle_is_told_before_anything_else() -> None:
-    wait = estimate(request(), outlook(backlog(1), obstacle="The model m is not installed any more."), NOW)
+    wait = estimate(request(), outlook(backlog(1), unavailable_reason="The model m is not installed any more."), NOW)
 
     assert wait is not None
     assert (wait.waiting_for, wait.eta_seconds) == ("The model m is not installed any more.", None)
@@ -175,7 +175,7 @@ def test_a_position_is_never_beyond_those_that_wait() -> None:
 
 
 def test_a_request_in_work_says_since_when() -> None:
-    under_way = request(state=State.CLAIMED, claimed_at=NOW - seconds(1.4), lease_ends_at=NOW + seconds(30))
+    under_way = request(state=RequestState.CLAIMED, claimed_at=NOW - seconds(1.4), lease_ends_at=NOW + seconds(30))
 
     wait = estimate(under_way, outlook(backlog(0, claimed=1)), NOW)
 
@@ -210,8 +210,8 @@ def test_what_was_nobodys_fault_did_not_fail() -> None:
     assert "The last attempt failed" in waits[1].waiting_for
 
 
-@pytest.mark.parametrize("state", [State.QUEUED, State.CLAIMED])
-def test_a_notice_counts_when_every_batcher_has_one(state: State) -> None:
+@pytest.mark.parametrize("state", [RequestState.QUEUED, RequestState.CLAIMED])
+def test_a_notice_counts_when_every_batcher_has_one(state: RequestState) -> None:
     waiting = request(state=state, claimed_at=NOW)
     refusing = batcher(notices={"m": "The budget is used up."})
     also = batcher(notices={"m": "No provider is there.", "other": "x"})
@@ -226,20 +226,20 @@ def test_a_notice_counts_when_every_batcher_has_one(state: State) -> None:
     assert both is not None
     assert one_works is not None
     assert (alone.waiting_for, alone.eta_seconds) == ("The budget is used up.", None)
-    assert alone.ahead == (0 if state is State.QUEUED else None)
+    assert alone.ahead == (0 if state is RequestState.QUEUED else None)
     assert both.waiting_for == "The budget is used up."
     assert one_works.eta_seconds is not None
 
 
 def test_without_experience_an_estimate_is_still_given() -> None:
-    wait = estimate(request(1), outlook(backlog(16), pace=None), NOW)
+    wait = estimate(request(1), outlook(backlog(16), throughput=None), NOW)
 
     assert wait is not None
     assert wait.eta_seconds == pytest.approx(5)
 
 
-@pytest.mark.parametrize("state", [State.DONE, State.FAILED, State.CANCELLED])
-def test_a_final_request_waits_for_nothing(state: State) -> None:
+@pytest.mark.parametrize("state", [RequestState.DONE, RequestState.FAILED, RequestState.CANCELLED])
+def test_a_final_request_waits_for_nothing(state: RequestState) -> None:
     assert estimate(request(state=state), outlook(), NOW) is None
 
 
@@ -248,7 +248,7 @@ def test_a_final_request_waits_for_nothing(state: State) -> None:
     [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (312, "5 min 12 s"), (7200, "2 h"), (7500, "2 h 5 min")],
 )
 def test_durations_read_well(length: float, text: str) -> None:
-    assert duration(length) == text
+    assert format_duration(length) == text
 
 
 # Held reads
@@ -304,18 +304,18 @@ def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Sqlite
 
 def test_a_read_beyond_the_places_is_answered_at_once(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     queued = store.get(post(client))
-    notifier = Notifier(store, most=1)
-    holder = threading.Thread(target=notifier.hold, args=(queued, 30))
+    long_poller = LongPoller(store, capacity=1)
+    holder = threading.Thread(target=long_poller.wait_until_final, args=(queued, 30))
     holder.start()
     while notifier_threads() == 0:
         time.sleep(0.005)
     began = time.monotonic()
 
-    request = notifier.hold(queued, 30)
+    request = long_poller.wait_until_final(queued, 30)
 
-    assert request.state is State.QUEUED
+    assert request.state is RequestState.QUEUED
     assert time.monotonic() - began < 5
-    notifier.stop()
+    long_poller.stop()
     holder.join()
 
 
@@ -341,15 +341,15 @@ def test_nobody_looks_while_nobody_waits(client: flask.testing.FlaskClient, answ
 
 def test_stopping_answers_those_who_wait(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     queued = store.get(post(client))
-    notifier = Notifier(store, most=4)
-    threading.Timer(0.2, notifier.stop).start()
+    long_poller = LongPoller(store, capacity=4)
+    threading.Timer(0.2, long_poller.stop).start()
     began = time.monotonic()
 
-    request = notifier.hold(queued, 30)
+    request = long_poller.wait_until_final(queued, 30)
 
-    assert request.state is State.QUEUED
+    assert request.state is RequestState.QUEUED
     assert time.monotonic() - began < 10
-    assert notifier.hold(queued, 30) is queued
+    assert long_poller.wait_until_final(queued, 30) is queued
 
 
 def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
@@ -359,7 +359,7 @@ def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
     gone = replace(queued, id="gone")
 
     with pytest.raises(UnknownRequest):
-        Notifier(store, most=1).hold(gone, 30)
+        LongPoller(store, capacity=1).wait_until_final(gone, 30)
 
 
 # From the store to the sentence
@@ -367,7 +367,7 @@ def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
 
 def test_a_live_batcher_shows_in_the_answer(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     now = datetime.now(UTC)
-    store.beat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
+    store.heartbeat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
     id = post(client)
 
     read = client.get(f"/readPrediction/{id}").json
@@ -380,7 +380,7 @@ def test_a_live_batcher_shows_in_the_answer(client: flask.testing.FlaskClient, s
 
 def test_a_batcher_that_fell_silent_does_not_count(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     long_ago = datetime.now(UTC) - timedelta(minutes=5)
-    store.beat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
+    store.heartbeat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
 
     read = client.get(f"/readPrediction/{post(client)}").json
 
@@ -391,7 +391,7 @@ def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> 
     counted = []
 
     class Counting:
-        def backlog(self) -> list[Backlog]:
+        def backlog(self) -> list[ModelBacklog]:
             counted.append(threading.get_ident())
             time.sleep(0.05)
             return store.backlog()
@@ -399,8 +399,8 @@ def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> 
         def __getattr__(self, name: str) -> object:
             return getattr(store, name)
 
-    traffic = Traffic(Counting())  # type: ignore[arg-type]
-    threads = [threading.Thread(target=traffic.waiting) for _ in range(8)]
+    queue_stats = QueueStats(Counting())  # type: ignore[arg-type]
+    threads = [threading.Thread(target=queue_stats.waiting) for _ in range(8)]
 
     for thread in threads:
         thread.start()
@@ -416,7 +416,7 @@ def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteSto
     counted = []
 
     class Slow:
-        def backlog(self) -> list[Backlog]:
+        def backlog(self) -> list[ModelBacklog]:
             assert may_count.wait(30)
             counted.append(threading.current_thread().name)
             return store.backlog()
@@ -424,13 +424,13 @@ def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteSto
         def __getattr__(self, name: str) -> object:
             return getattr(store, name)
 
-    traffic = Traffic(Slow())  # type: ignore[arg-type]
-    traffic.waiting()
+    queue_stats = QueueStats(Slow())  # type: ignore[arg-type]
+    queue_stats.waiting()
     may_count.clear()
     time.sleep(FRESH_SECONDS)
 
     # Would never return if it waited for the count.
-    assert traffic.waiting() == 0
+    assert queue_stats.waiting() == 0
 
     may_count.set()
     deadline = time.monotonic() + 30

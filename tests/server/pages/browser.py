@@ -14,7 +14,7 @@ import pytest
 
 SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
 #: Words of messages that the browser itself writes about answers that the tests provoke.
-EXPECTED = ("the server responded with a status of 4", "the server responded with a status of 5")
+EXPECTED_MESSAGES = ("the server responded with a status of 4", "the server responded with a status of 5")
 
 
 def find_chromium() -> str:
@@ -28,7 +28,7 @@ def find_chromium() -> str:
     return found
 
 
-class Visit:
+class BrowserSession:
     """One browser context that watches what the pages do: hosts asked, errors written."""
 
     def __init__(self, browser: Any, base: str, **options: Any) -> None:
@@ -36,7 +36,7 @@ class Visit:
         self.context = browser.new_context(base_url=base, **options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(15_000)
-        self.foreign: list[str] = []
+        self.foreign_urls: list[str] = []
         self.errors: list[str] = []
         self.context.on("request", self._note_request)
         self.context.on("console", self._note_message)
@@ -45,25 +45,25 @@ class Visit:
     def _note_request(self, request: Any) -> None:
         parts = urlsplit(request.url)
         if parts.scheme not in ("blob", "data") and not request.url.startswith(f"{self.base}/"):
-            self.foreign.append(request.url)
+            self.foreign_urls.append(request.url)
 
     def _note_message(self, message: Any) -> None:
-        if message.type == "error" and not any(words in message.text for words in EXPECTED):
+        if message.type == "error" and not any(words in message.text for words in EXPECTED_MESSAGES):
             self.errors.append(message.text)
 
-    def shoot(self, name: str, *, is_whole: bool = True) -> None:
-        """Keep a picture of the page for those who want to look. :param is_whole: also what is below the screen."""
+    def save_screenshot(self, name: str, *, is_full_page: bool = True) -> None:
+        """Keep a picture of the page for those who want to look. :param is_full_page: also what is below the screen."""
         SCREENSHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_whole, animations="disabled")
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_full_page, animations="disabled")
 
 
 @contextmanager
-def visit(browser: Any, base: str, **options: Any) -> Iterator[Visit]:
+def browser_session(browser: Any, base: str, **options: Any) -> Iterator[BrowserSession]:
     """Open a page of its own, and check in the end that it asked no other host and wrote no error."""
-    one = Visit(browser, base, **options)
+    one = BrowserSession(browser, base, **options)
     try:
         yield one
     finally:
         one.context.close()
-    assert not one.foreign, one.foreign
+    assert not one.foreign_urls, one.foreign_urls
     assert not one.errors, one.errors

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Running, serve
-from tests.server.pages.browser import find_chromium, visit
+from tests.conftest import RunningServer, start_server
+from tests.server.pages.browser import browser_session, find_chromium
 
-__all__ = ["serve"]
+__all__ = ["start_server"]
 
 
 @pytest.fixture
-def base(serve: Callable[..., Running]) -> str:
+def base(start_server: Callable[..., RunningServer]) -> str:
     find_chromium()
-    return serve().base
+    return start_server().base
 
 
 def test_a_form_sends_its_call_and_shows_the_answer(base: str, photos: dict[str, bytes]) -> None:
@@ -24,7 +24,7 @@ def test_a_form_sends_its_call_and_shows_the_answer(base: str, photos: dict[str,
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium())
-        with visit(browser, base, viewport={"width": 1100, "height": 900}) as visitor:
+        with browser_session(browser, base, viewport={"width": 1100, "height": 900}) as visitor:
             page = visitor.page
             page.goto("/ui/api")
 
@@ -44,12 +44,12 @@ def test_a_form_sends_its_call_and_shows_the_answer(base: str, photos: dict[str,
                 )
                 return f"{call.locator('.outcome p').text_content()}\n{call.locator('.outcome pre').text_content()}"
 
-            picture = {"name": "rocket.jpg", "mimeType": "image/jpeg", "buffer": photos["rocket"]}
-            sent = try_it("request_prediction", image=picture)
+            image = {"name": "rocket.jpg", "mimeType": "image/jpeg", "buffer": photos["rocket"]}
+            sent = try_it("request_prediction", image=image)
             id = sent.partition('"req_id": "')[2].partition('"')[0]
             read = try_it("read_prediction", id=id)
             missing = try_it("cancel", id="nothing/at all")
-            visitor.shoot("api")
+            visitor.save_screenshot("api")
             page.set_viewport_size({"width": 375, "height": 800})
             too_wide = page.evaluate(
                 "[...document.querySelectorAll('main *')].filter((one) => !one.closest('.wide, pre, .unseen') && "

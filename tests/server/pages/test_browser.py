@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.pages.browser import find_chromium, visit
+from tests.server.pages.browser import browser_session, find_chromium
 from tests.test_end_to_end import System, variant
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[System]:
+def running_system(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[System]:
     """A whole system with the starter model."""
     find_chromium()
     home = tmp_path_factory.mktemp("up") / "home"
@@ -46,7 +46,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def idle(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[str]:
+def idle_server(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[str]:
     """A server without a batcher: what is sent there waits. Its address."""
     find_chromium()
     home = tmp_path_factory.mktemp("idle")
@@ -68,22 +68,22 @@ def idle(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Itera
 
 
 @pytest.fixture(scope="module")
-def answered(up: System, photos: dict[str, bytes]) -> dict[str, str]:
+def answered_requests(running_system: System, photos: dict[str, bytes]) -> dict[str, str]:
     """Photos that were answered already: name -> id."""
     import httpx
 
     found = {}
     for name, data in photos.items():
         files = {"image": (f"{name}.jpg", data, "image/jpeg")}
-        sent = httpx.post(f"{up.base}/requestPrediction/efficientnet_lite0", files=files, timeout=30).json()
+        sent = httpx.post(f"{running_system.base}/requestPrediction/efficientnet_lite0", files=files, timeout=30).json()
         found[name] = sent["req_id"]
     for id in found.values():
-        assert up.read(id)["status"] == "done"
+        assert running_system.read(id)["status"] == "done"
     return found
 
 
 @pytest.fixture(scope="module")
-def batch(up: System, photos: dict[str, bytes]) -> str:
+def finished_batch(running_system: System, photos: dict[str, bytes]) -> str:
     """The id of a batch that has ended, of eight pictures and a text."""
     import httpx
 
@@ -92,15 +92,17 @@ def batch(up: System, photos: dict[str, bytes]) -> str:
         for number, (name, data) in enumerate([*photos.items()] * 3)
     ]
     files[-1] = ("image", ("notes.txt", b"These are my notes.", "image/jpeg"))
-    sent = httpx.post(f"{up.base}/requestPredictions/efficientnet_lite0?name=Holidays", files=files, timeout=30).json()
+    sent = httpx.post(
+        f"{running_system.base}/requestPredictions/efficientnet_lite0?name=Holidays", files=files, timeout=30
+    ).json()
     for item in sent["items"]:
         if item["req_id"] is not None:
-            assert up.read(item["req_id"])["status"] == "done"
+            assert running_system.read(item["req_id"])["status"] == "done"
     id: str = sent["batch_id"]
     return id
 
 
-def picture(name: str, data: bytes, kind: str = "image/jpeg") -> dict[str, Any]:
+def upload_file(name: str, data: bytes, kind: str = "image/jpeg") -> dict[str, Any]:
     return {"name": name, "mimeType": kind, "buffer": data}
 
 
@@ -111,7 +113,7 @@ def expect_count(page: Any, selector: str, count: int) -> None:
 
 
 #: Makes a file in the page and hands it over as a drop or a paste does.
-GIVE = """([way, name, data]) => {
+DROP_OR_PASTE_SCRIPT = """([way, name, data]) => {
     const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
     const transfer = new DataTransfer();
     transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
@@ -130,20 +132,21 @@ GIVE = """([way, name, data]) => {
 }"""
 
 
-def test_pictures_that_are_chosen_dropped_and_pasted_are_answered_live(
-    browser: Any, up: System, photos: dict[str, bytes]
+def test_images_that_are_chosen_dropped_and_pasted_are_answered_live(
+    browser: Any, running_system: System, photos: dict[str, bytes]
 ) -> None:
-    with visit(browser, up.base, **DESKTOP) as one:
+    with browser_session(browser, running_system.base, **DESKTOP) as one:
         page = one.page
         page.goto("/")
 
         page.set_input_files(
-            "#files", [picture("chelsea.jpg", variant(photos["chelsea"], 1)), picture("coffee.jpg", photos["coffee"])]
+            "#files",
+            [upload_file("chelsea.jpg", variant(photos["chelsea"], 1)), upload_file("coffee.jpg", photos["coffee"])],
         )
         page.wait_for_selector(".answer:nth-child(2) .state.done")
         for way in ("drop", "paste"):
             data = base64.b64encode(variant(photos["rocket"], len(way))).decode()
-            assert page.evaluate(GIVE, [way, f"{way}.jpg", data])
+            assert page.evaluate(DROP_OR_PASTE_SCRIPT, [way, f"{way}.jpg", data])
         page.wait_for_selector(".answer:nth-child(4) .state.done")
         expect_count(page, ".answer .state.done", 4)
 
@@ -156,13 +159,13 @@ def test_pictures_that_are_chosen_dropped_and_pasted_are_answered_live(
             assert "%" in bars.first.locator(".share").inner_text()
         assert page.evaluate("[...document.querySelectorAll('.answer img')].every((one) => one.naturalWidth > 0)")
         assert "4 of 4" in page.locator("#count").inner_text()
-        one.shoot("home-answers")
+        one.save_screenshot("home-answers")
         cards["chelsea.jpg"].locator("a.name").click()
         page.wait_for_url("**/ui/requests/*")
         assert "tiger cat" in page.locator(".bars li").first.inner_text()
 
 
-def test_a_photo_that_is_too_large_is_made_smaller_in_the_browser(browser: Any, up: System) -> None:
+def test_a_photo_that_is_too_large_is_made_smaller_in_the_browser(browser: Any, running_system: System) -> None:
     import io
     import random
 
@@ -173,43 +176,43 @@ def test_a_photo_that_is_too_large_is_made_smaller_in_the_browser(browser: Any, 
     noise.save(file, "JPEG", quality=98)
     assert len(file.getvalue()) > 2 * 2**20
 
-    with visit(browser, up.base) as one:
+    with browser_session(browser, running_system.base) as one:
         one.page.goto("/")
-        one.page.set_input_files("#files", [picture("large.jpg", file.getvalue())])
+        one.page.set_input_files("#files", [upload_file("large.jpg", file.getvalue())])
 
         one.page.wait_for_selector(".answer .state.done", timeout=30_000)
 
 
-def test_what_is_no_picture_is_refused_in_words_and_can_be_sent_again(browser: Any, up: System) -> None:
-    with visit(browser, up.base) as one:
+def test_what_is_no_image_is_refused_in_words_and_can_be_sent_again(browser: Any, running_system: System) -> None:
+    with browser_session(browser, running_system.base) as one:
         one.page.goto("/")
-        one.page.set_input_files("#files", [picture("notes.png", b"These are my notes.", "image/png")])
+        one.page.set_input_files("#files", [upload_file("notes.png", b"These are my notes.", "image/png")])
 
         one.page.wait_for_selector(".answer.failed")
         assert "not" in one.page.locator(".answer .why").inner_text()
         assert one.page.get_by_role("button", name="Try again: notes.png").is_visible()
-        one.shoot("home-refused")
+        one.save_screenshot("home-refused")
 
 
-def test_answers_come_without_events_too(browser: Any, up: System, photos: dict[str, bytes]) -> None:
-    with visit(browser, up.base) as one:
+def test_answers_come_without_events_too(browser: Any, running_system: System, photos: dict[str, bytes]) -> None:
+    with browser_session(browser, running_system.base) as one:
         one.page.add_init_script("delete window.EventSource")
         one.page.goto("/")
-        files = [picture(f"{number}.jpg", variant(photos["coffee"], 50 + number)) for number in range(3)]
+        files = [upload_file(f"{number}.jpg", variant(photos["coffee"], 50 + number)) for number in range(3)]
 
         one.page.set_input_files("#files", files)
 
         expect_count(one.page, ".answer .state.done", 3)
 
 
-def test_a_waiting_picture_says_why_and_is_cancelled(browser: Any, idle: str, photos: dict[str, bytes]) -> None:
-    with visit(browser, idle, **DESKTOP) as one:
+def test_a_waiting_image_says_why_and_is_cancelled(browser: Any, idle_server: str, photos: dict[str, bytes]) -> None:
+    with browser_session(browser, idle_server, **DESKTOP) as one:
         page = one.page
         page.goto("/")
-        page.set_input_files("#files", [picture("chelsea.jpg", photos["chelsea"])])
+        page.set_input_files("#files", [upload_file("chelsea.jpg", photos["chelsea"])])
         page.wait_for_selector(".answer .state.queued")
         page.locator(".answer .why", has_text="no batcher").wait_for()
-        one.shoot("home-waiting")
+        one.save_screenshot("home-waiting")
 
         page.get_by_role("button", name="Cancel: chelsea.jpg").click()
 
@@ -219,19 +222,21 @@ def test_a_waiting_picture_says_why_and_is_cancelled(browser: Any, idle: str, ph
         page.wait_for_selector("#request .state.queued")
         page.get_by_role("button", name="Cancel").click()
         page.wait_for_selector("#request .state.cancelled")
-        one.shoot("request-cancelled")
+        one.save_screenshot("request-cancelled")
         page.get_by_text("Delete", exact=True).click()
         page.get_by_role("button", name="Delete for good").click()
         page.wait_for_url("**/ui/requests")
         assert page.get_by_text("chelsea.jpg").count() == 0
 
 
-def test_requests_are_searched_and_filtered(browser: Any, up: System, answered: dict[str, str]) -> None:
-    with visit(browser, up.base, **DESKTOP) as one:
+def test_requests_are_searched_and_filtered(
+    browser: Any, running_system: System, answered_requests: dict[str, str]
+) -> None:
+    with browser_session(browser, running_system.base, **DESKTOP) as one:
         page = one.page
         page.goto("/ui/requests")
         page.wait_for_load_state("networkidle")
-        one.shoot("requests")
+        one.save_screenshot("requests")
         page.get_by_label("File name").fill("coff")
         page.get_by_label("State").select_option("done")
         page.keyboard.press("Tab")
@@ -242,17 +247,19 @@ def test_requests_are_searched_and_filtered(browser: Any, up: System, answered: 
         assert names == {"coffee.jpg"}
 
 
-def test_a_batch_tells_its_progress_live_and_is_cancelled(browser: Any, idle: str, photos: dict[str, bytes]) -> None:
+def test_a_batch_tells_its_progress_live_and_is_cancelled(
+    browser: Any, idle_server: str, photos: dict[str, bytes]
+) -> None:
     import httpx
 
     files = [("image", (f"{number}.jpg", variant(photos["coffee"], 200 + number), "image/jpeg")) for number in range(3)]
-    sent = httpx.post(f"{idle}/requestPredictions/efficientnet_lite0", files=files, timeout=30).json()
-    with visit(browser, idle, **DESKTOP) as one:
+    sent = httpx.post(f"{idle_server}/requestPredictions/efficientnet_lite0", files=files, timeout=30).json()
+    with browser_session(browser, idle_server, **DESKTOP) as one:
         one.page.goto(f"/ui/batches/{sent['batch_id']}")
         assert one.page.locator("progress").get_attribute("value") == "0"
-        one.shoot("batch-waiting")
+        one.save_screenshot("batch-waiting")
 
-        httpx.delete(f"{idle}/requests/{sent['items'][0]['req_id']}").raise_for_status()
+        httpx.delete(f"{idle_server}/requests/{sent['items'][0]['req_id']}").raise_for_status()
 
         one.page.get_by_text("1 of 3").wait_for()
         one.page.get_by_role("button", name="Cancel what waits").click()
@@ -261,25 +268,27 @@ def test_a_batch_tells_its_progress_live_and_is_cancelled(browser: Any, idle: st
 
 
 @pytest.mark.parametrize("is_scripted", [True, False], ids=["with scripts", "without scripts"])
-def test_a_request_is_shown_whole(browser: Any, up: System, answered: dict[str, str], is_scripted: bool) -> None:
-    with visit(browser, up.base, java_script_enabled=is_scripted, **DESKTOP) as one:
-        one.page.goto(f"/ui/requests/{answered['chelsea']}")
+def test_a_request_is_shown_whole(
+    browser: Any, running_system: System, answered_requests: dict[str, str], is_scripted: bool
+) -> None:
+    with browser_session(browser, running_system.base, java_script_enabled=is_scripted, **DESKTOP) as one:
+        one.page.goto(f"/ui/requests/{answered_requests['chelsea']}")
 
         assert one.page.get_by_role("heading", level=1).inner_text() == "chelsea.jpg"
         assert "tiger cat" in one.page.locator(".bars li").first.inner_text()
         one.page.get_by_text("As JSON").click()
         assert '"preds"' in one.page.locator(".raw pre").inner_text()
-        one.shoot("request" if is_scripted else "request-without-scripts")
+        one.save_screenshot("request" if is_scripted else "request-without-scripts")
 
 
-def test_without_scripts_a_picture_is_sent_searched_and_cancelled(
-    browser: Any, idle: str, photos: dict[str, bytes]
+def test_without_scripts_a_image_is_sent_searched_and_cancelled(
+    browser: Any, idle_server: str, photos: dict[str, bytes]
 ) -> None:
-    with visit(browser, idle, java_script_enabled=False, **DESKTOP) as one:
+    with browser_session(browser, idle_server, java_script_enabled=False, **DESKTOP) as one:
         page = one.page
         page.goto("/")
-        one.shoot("home-without-scripts")
-        page.set_input_files("#files", [picture("plain.jpg", photos["rocket"])])
+        one.save_screenshot("home-without-scripts")
+        page.set_input_files("#files", [upload_file("plain.jpg", photos["rocket"])])
         page.get_by_role("button", name="Classify").click()
         page.wait_for_url("**/ui/requests/*")
         assert "no batcher" in page.locator(".note").first.inner_text()
@@ -293,8 +302,8 @@ def test_without_scripts_a_picture_is_sent_searched_and_cancelled(
         assert page.locator(".gallery li").count() == 1
 
 
-def test_home_works_with_the_keyboard_alone(browser: Any, up: System, photos: dict[str, bytes]) -> None:
-    with visit(browser, up.base, **DESKTOP) as one:
+def test_home_works_with_the_keyboard_alone(browser: Any, running_system: System, photos: dict[str, bytes]) -> None:
+    with browser_session(browser, running_system.base, **DESKTOP) as one:
         page = one.page
         page.goto("/")
         page.keyboard.press("Tab")
@@ -304,11 +313,11 @@ def test_home_works_with_the_keyboard_alone(browser: Any, up: System, photos: di
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement.id") == "files":
                 break
-        one.shoot("home-focus")
+        one.save_screenshot("home-focus")
 
         with page.expect_file_chooser() as chooser:
             page.keyboard.press("Enter")
-        chooser.value.set_files([picture("keys.jpg", variant(photos["coffee"], 77))])
+        chooser.value.set_files([upload_file("keys.jpg", variant(photos["coffee"], 77))])
 
         page.wait_for_selector(".answer .state.done")
         for _ in range(30):
@@ -320,22 +329,26 @@ def test_home_works_with_the_keyboard_alone(browser: Any, up: System, photos: di
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
-def test_every_page_suits_everybody(browser: Any, up: System, answered: dict[str, str], batch: str, look: str) -> None:
+def test_every_page_suits_everybody(
+    browser: Any, running_system: System, answered_requests: dict[str, str], finished_batch: str, look: str
+) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     options: dict[str, Any] = {**(PHONE if look == "phone" else DESKTOP)}
     # Only the colours differ in the dark.
     rules = {"runOnly": ["color-contrast"]} if look == "dark" else {}
     # axe-core is put into the page, which the page's own policy forbids, as it should.
-    with visit(browser, up.base, color_scheme="dark" if look == "dark" else "light", bypass_csp=True, **options) as one:
+    with browser_session(
+        browser, running_system.base, color_scheme="dark" if look == "dark" else "light", bypass_csp=True, **options
+    ) as one:
         page = one.page
         for name, address in (
             ("home", "/"),
             ("requests", "/ui/requests"),
             ("requests-none", "/ui/requests?q=nothing-like-it"),
-            ("request", f"/ui/requests/{answered['chelsea']}"),
+            ("request", f"/ui/requests/{answered_requests['chelsea']}"),
             ("batches", "/ui/batches"),
-            ("batch", f"/ui/batches/{batch}"),
+            ("batch", f"/ui/batches/{finished_batch}"),
             ("operator", "/ui/operator"),
             ("api", "/ui/api"),
             ("login", "/ui/login"),
@@ -343,7 +356,7 @@ def test_every_page_suits_everybody(browser: Any, up: System, answered: dict[str
         ):
             page.goto(address)
             page.wait_for_load_state("load")
-            one.shoot(f"{name}-{look}", is_whole=name != "api")
+            one.save_screenshot(f"{name}-{look}", is_full_page=name != "api")
             if name != "api":
                 page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
 
@@ -358,8 +371,8 @@ def test_every_page_suits_everybody(browser: Any, up: System, answered: dict[str
             assert wide <= 0, f"{address} is {wide} px wider than the screen"
 
 
-def test_home_is_ready_quickly(browser: Any, up: System) -> None:
-    with visit(browser, up.base) as one:
+def test_home_is_ready_quickly(browser: Any, running_system: System) -> None:
+    with browser_session(browser, running_system.base) as one:
         times = []
         for _ in range(3):
             one.page.goto("/")

@@ -10,11 +10,10 @@ import flask.testing
 import pytest
 from PIL import Image
 
-from server.api.endpoint import Scope
 from server.app import create_app
 from server.auth.sessions import COOKIE, SESSION_SECONDS, Sessions
 from server.settings import ServerSettings
-from store.keys import KeyRecord, hash_of, make_key
+from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.sqlite import SqliteStore
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -29,7 +28,7 @@ def key(store: SqliteStore) -> str:
         KeyRecord(
             id=id,
             name="alice",
-            sha256=hash_of(key),
+            sha256=hash_key(key),
             scopes=frozenset({Scope.SUBMIT, Scope.READ}),
             created_at=datetime.now(UTC),
         )

@@ -12,16 +12,15 @@ from html.parser import HTMLParser
 import flask.testing
 import pytest
 
-from server.api.endpoint import Scope
 from server.pages import render
 from server.settings import ServerSettings
-from store.keys import KeyRecord, hash_of, make_key
-from store.records import State
+from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.records import RequestState
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
-EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>.png'
+MALICIOUS_NAME = '"><script>alert(1)</script><img src=x onerror=alert(2)>.png'
 
 
 def png(shade: int = 0) -> bytes:
@@ -32,7 +31,7 @@ def png(shade: int = 0) -> bytes:
     return file.getvalue()
 
 
-def send(client: flask.testing.FlaskClient, name: str = "cat.png", shade: int = 0) -> str:
+def post_image(client: flask.testing.FlaskClient, name: str = "cat.png", shade: int = 0) -> str:
     body = {"image": (io.BytesIO(png(shade)), name)}
     response = client.post(f"/requestPrediction/{MODEL}", data=body)
     assert response.status_code == 202, response.text
@@ -40,14 +39,14 @@ def send(client: flask.testing.FlaskClient, name: str = "cat.png", shade: int = 
     return id
 
 
-def look(client: flask.testing.FlaskClient, address: str, status: int = 200) -> str:
+def get_page(client: flask.testing.FlaskClient, address: str, status: int = 200) -> str:
     response = client.get(address, headers=BROWSER)
     assert response.status_code == status, response.text
     assert response.mimetype == "text/html"
     return response.text
 
 
-class Tags(HTMLParser):
+class TagCollector(HTMLParser):
     """Every tag of a page with its attributes."""
 
     def __init__(self, page: str) -> None:
@@ -62,8 +61,8 @@ class Tags(HTMLParser):
         return [attributes for tag, attributes in self.found if tag == name]
 
 
-def addresses(client: flask.testing.FlaskClient) -> list[str]:
-    id = send(client)
+def page_urls(client: flask.testing.FlaskClient) -> list[str]:
+    id = post_image(client)
     return ["/", "/ui/requests", f"/ui/requests/{id}", "/ui/login", "/ui/nonsense"]
 
 
@@ -81,7 +80,7 @@ def test_a_browser_gets_a_page_where_everybody_else_gets_json(client: flask.test
 
 
 def test_every_page_forbids_what_it_does_not_need(client: flask.testing.FlaskClient) -> None:
-    for address in addresses(client):
+    for address in page_urls(client):
         response = client.get(address, headers=BROWSER)
 
         policy = dict(part.strip().split(" ", 1) for part in response.headers["Content-Security-Policy"].split(";"))
@@ -101,8 +100,8 @@ def test_every_page_forbids_what_it_does_not_need(client: flask.testing.FlaskCli
 
 
 def test_no_page_has_a_script_or_a_style_of_its_own_or_of_another_host(client: flask.testing.FlaskClient) -> None:
-    for address in addresses(client):
-        tags = Tags(client.get(address, headers=BROWSER).text)
+    for address in page_urls(client):
+        tags = TagCollector(client.get(address, headers=BROWSER).text)
 
         assert not tags.all("style")
         for tag, attributes in tags.found:
@@ -114,7 +113,7 @@ def test_no_page_has_a_script_or_a_style_of_its_own_or_of_another_host(client: f
 
 
 def test_files_have_addresses_of_their_own_bytes_and_are_kept_for_good(client: flask.testing.FlaskClient) -> None:
-    tags = Tags(look(client, "/"))
+    tags = TagCollector(get_page(client, "/"))
     files = [link["href"] for link in tags.all("link")] + [script["src"] for script in tags.all("script")]
 
     assert len(files) >= 4
@@ -129,7 +128,7 @@ def test_files_have_addresses_of_their_own_bytes_and_are_kept_for_good(client: f
 
 
 def test_a_script_that_imports_another_finds_it(client: flask.testing.FlaskClient) -> None:
-    tags = Tags(look(client, "/"))
+    tags = TagCollector(get_page(client, "/"))
     for script in tags.all("script"):
         source = client.get(script["src"] or "").text
         for name in re.findall(r'from "\./([\w.]+)"', source):
@@ -138,8 +137,8 @@ def test_a_script_that_imports_another_finds_it(client: flask.testing.FlaskClien
 
 
 def test_home_and_all_it_needs_is_under_100_kb(client: flask.testing.FlaskClient) -> None:
-    page = look(client, "/")
-    tags = Tags(page)
+    page = get_page(client, "/")
+    tags = TagCollector(page)
     files = {link["href"] for link in tags.all("link")} | {script["src"] for script in tags.all("script")}
 
     assert len(page.encode()) + sum(len(client.get(file or "").data) for file in files) < 100_000
@@ -148,8 +147,8 @@ def test_home_and_all_it_needs_is_under_100_kb(client: flask.testing.FlaskClient
 def test_home_lists_installed_models_first_and_says_how_to_install_the_others(
     client: flask.testing.FlaskClient,
 ) -> None:
-    page = look(client, "/")
-    models = [tag for tag in Tags(page).all("input") if tag.get("name") == "model"]
+    page = get_page(client, "/")
+    models = [tag for tag in TagCollector(page).all("input") if tag.get("name") == "model"]
 
     assert models[0]["value"] == MODEL
     assert "checked" in models[0]
@@ -164,19 +163,19 @@ def test_home_lists_installed_models_first_and_says_how_to_install_the_others(
 def test_evil_file_names_and_labels_are_only_text(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send(client, name=EVIL)
-    answer(output=[["n1", f"<script>{EVIL}", 0.9], ["n2", "b", 0.1]])
+    id = post_image(client, name=MALICIOUS_NAME)
+    answer(output=[["n1", f"<script>{MALICIOUS_NAME}", 0.9], ["n2", "b", 0.1]])
 
     for address in ("/ui/requests", f"/ui/requests/{id}"):
-        page = look(client, address)
+        page = get_page(client, address)
 
         assert "<script>alert" not in page
         assert "<img src=x" not in page
-        assert html.escape(EVIL.rpartition("/")[2], quote=False).replace('"', "&#34;")[:20] in page
+        assert html.escape(MALICIOUS_NAME.rpartition("/")[2], quote=False).replace('"', "&#34;")[:20] in page
 
 
 def test_a_search_is_only_text_too(client: flask.testing.FlaskClient) -> None:
-    page = client.get("/ui/requests", query_string={"q": EVIL, "model": EVIL}, headers=BROWSER).text
+    page = client.get("/ui/requests", query_string={"q": MALICIOUS_NAME, "model": MALICIOUS_NAME}, headers=BROWSER).text
 
     assert "<script>alert" not in page
     assert "&lt;script&gt;" in page
@@ -185,9 +184,9 @@ def test_a_search_is_only_text_too(client: flask.testing.FlaskClient) -> None:
 def test_requests_are_filtered_by_state_model_and_name(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    done = send(client, "tabby_50%.png", 1)
+    done = post_image(client, "tabby_50%.png", 1)
     answer()
-    waiting = send(client, "rocket.png", 2)
+    waiting = post_image(client, "rocket.png", 2)
 
     def shown(**fields: str) -> set[str]:
         page = client.get("/ui/requests", query_string=fields, headers=BROWSER).text
@@ -205,19 +204,19 @@ def test_requests_are_filtered_by_state_model_and_name(
 
 
 def test_a_filter_that_makes_no_sense_is_explained_on_a_page(client: flask.testing.FlaskClient) -> None:
-    assert "state takes one of" in look(client, "/ui/requests?state=lost", 400)
-    assert "before takes" in look(client, "/ui/requests?before=-1", 400)
+    assert "state takes one of" in get_page(client, "/ui/requests?state=lost", 400)
+    assert "before takes" in get_page(client, "/ui/requests?before=-1", 400)
 
 
 def test_older_requests_are_a_link_away_and_none_is_shown_twice(client: flask.testing.FlaskClient) -> None:
-    sent = {send(client, f"{number}.png", number) for number in range(30)}
+    sent = {post_image(client, f"{number}.png", number) for number in range(30)}
     found: list[str] = []
     address: str | None = "/ui/requests?state=queued"
 
     while address:
-        page = look(client, address)
+        page = get_page(client, address)
         found += re.findall(r'href="/ui/requests/(\w{32})"', page)
-        older = [tag for tag in Tags(page).all("a") if tag.get("rel") == "next"]
+        older = [tag for tag in TagCollector(page).all("a") if tag.get("rel") == "next"]
         address = older[0]["href"] if older else None
 
     assert len(found) == 30
@@ -227,10 +226,10 @@ def test_older_requests_are_a_link_away_and_none_is_shown_twice(client: flask.te
 def test_a_request_shows_its_answer_as_a_list_with_percentages(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send(client)
+    id = post_image(client)
     answer()
 
-    page = look(client, f"/ui/requests/{id}")
+    page = get_page(client, f"/ui/requests/{id}")
 
     assert page.count('<span class="share">') == 5
     assert "label 0" in page
@@ -243,9 +242,9 @@ def test_a_request_shows_its_answer_as_a_list_with_percentages(
 def test_a_waiting_request_says_why_and_is_cancelled_by_a_plain_form(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
-    id = send(client)
-    page = look(client, f"/ui/requests/{id}")
-    forms = [form["action"] for form in Tags(page).all("form") if id in (form.get("action") or "")]
+    id = post_image(client)
+    page = get_page(client, f"/ui/requests/{id}")
+    forms = [form["action"] for form in TagCollector(page).all("form") if id in (form.get("action") or "")]
 
     response = client.post(forms[0] or "", headers=BROWSER)
 
@@ -253,17 +252,17 @@ def test_a_waiting_request_says_why_and_is_cancelled_by_a_plain_form(
     assert forms == [f"/ui/requests/{id}/cancel"]
     assert response.status_code == 303
     assert response.headers["Location"] == f"/ui/requests/{id}"
-    assert store.get(id).state is State.CANCELLED
-    page = look(client, f"/ui/requests/{id}")
+    assert store.get(id).state is RequestState.CANCELLED
+    page = get_page(client, f"/ui/requests/{id}")
     assert "Try again" in page
     assert client.post(f"/ui/requests/{id}/retry", headers=BROWSER).status_code == 303
-    assert store.get(id).state is State.QUEUED
+    assert store.get(id).state is RequestState.QUEUED
 
 
 def test_what_cannot_be_cancelled_any_more_is_said_on_the_page(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send(client)
+    id = post_image(client)
     answer()
 
     response = client.post(f"/ui/requests/{id}/cancel", headers=BROWSER)
@@ -276,16 +275,16 @@ def test_what_cannot_be_cancelled_any_more_is_said_on_the_page(
 def test_a_failed_request_says_why_in_words(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send(client)
+    id = post_image(client)
     answer(fail_with="The file is damaged: <b>half</b> is missing.")
 
     for address in ("/ui/requests", f"/ui/requests/{id}"):
-        assert "The file is damaged: &lt;b&gt;half&lt;/b&gt; is missing." in look(client, address)
+        assert "The file is damaged: &lt;b&gt;half&lt;/b&gt; is missing." in get_page(client, address)
 
 
 def test_an_error_under_ui_is_a_page_for_browsers_and_json_for_programs(client: flask.testing.FlaskClient) -> None:
-    assert "<h1>Not found</h1>" in look(client, f"/ui/requests/{'0' * 32}", 404)
-    assert "<h1>Not found</h1>" in look(client, "/ui/nothing", 404)
+    assert "<h1>Not found</h1>" in get_page(client, f"/ui/requests/{'0' * 32}", 404)
+    assert "<h1>Not found</h1>" in get_page(client, "/ui/nothing", 404)
     assert client.get("/ui/nothing").get_json()["code"] == "not_found"
     assert client.get("/nothing", headers=BROWSER).get_json()["code"] == "not_found"
 
@@ -296,18 +295,18 @@ def test_an_error_under_ui_is_a_page_for_browsers_and_json_for_programs(client: 
 def test_signing_in_leads_nowhere_else(client: flask.testing.FlaskClient, next: str) -> None:
     page = client.get("/ui/login", query_string={"next": next}, headers=BROWSER).text
 
-    (field,) = [tag for tag in Tags(page).all("input") if tag.get("name") == "next"]
+    (field,) = [tag for tag in TagCollector(page).all("input") if tag.get("name") == "next"]
     assert field["value"] == "/"
 
 
 def test_home_says_when_nothing_is_installed(settings: ServerSettings, client: flask.testing.FlaskClient) -> None:
-    page = look(client, "/")
+    page = get_page(client, "/")
 
     assert "No model is installed" not in page
     assert "No batcher is running" in page
 
 
-def send_batch(client: flask.testing.FlaskClient, *names: str) -> str:
+def post_batch(client: flask.testing.FlaskClient, *names: str) -> str:
     """Send a batch of as many pictures, and a text among them. :return: its id."""
     files = [(io.BytesIO(png(300 + number)), name) for number, name in enumerate(names)]
     response = client.post(
@@ -318,13 +317,13 @@ def send_batch(client: flask.testing.FlaskClient, *names: str) -> str:
     return id
 
 
-def test_a_batch_shows_its_progress_what_was_refused_and_its_pictures(
+def test_a_batch_shows_its_progress_what_was_refused_and_its_images(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send_batch(client, "a.png", EVIL)
-    waiting = look(client, f"/ui/batches/{id}")
+    id = post_batch(client, "a.png", MALICIOUS_NAME)
+    waiting = get_page(client, f"/ui/batches/{id}")
     answer()
-    page = look(client, f"/ui/batches/{id}")
+    page = get_page(client, f"/ui/batches/{id}")
 
     assert "0 of 2" in waiting
     assert "no batcher is running" in waiting
@@ -337,19 +336,19 @@ def test_a_batch_shows_its_progress_what_was_refused_and_its_pictures(
     for file in ("results.jsonl", "results.csv", "contact-sheet.png"):
         assert client.get(f"/batches/{id}/{file}").status_code == 200
         assert f'href="/batches/{id}/{file}"' in page
-    assert "holiday" in look(client, "/ui/batches")
+    assert "holiday" in get_page(client, "/ui/batches")
 
 
 def test_a_batch_is_cancelled_and_tried_again_by_plain_forms(
     client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
 ) -> None:
-    cancelled, failed = send_batch(client, "a.png"), ""
+    cancelled, failed = post_batch(client, "a.png"), ""
 
     assert client.post(f"/ui/batches/{cancelled}/cancel", headers=BROWSER).status_code == 303
     assert store.batch_progress(cancelled).cancelled == 1
-    failed = send_batch(client, "b.png", "c.png")
+    failed = post_batch(client, "b.png", "c.png")
     answer(fail_with="It is broken.")
-    page = look(client, f"/ui/batches/{failed}?state=failed")
+    page = get_page(client, f"/ui/batches/{failed}?state=failed")
     assert page.count("/picture?size=160") == 2
     assert client.post(f"/ui/batches/{failed}/retry", headers=BROWSER).status_code == 303
     assert store.batch_progress(failed).queued == 2
@@ -357,32 +356,32 @@ def test_a_batch_is_cancelled_and_tried_again_by_plain_forms(
 
 def test_a_large_batch_is_shown_page_by_page_in_its_order(client: flask.testing.FlaskClient) -> None:
     names = [f"{number:02d}.png" for number in range(30)]
-    id = send_batch(client, *names)
+    id = post_batch(client, *names)
     found: list[str] = []
     address: str | None = f"/ui/batches/{id}"
 
     while address:
-        page = look(client, address)
+        page = get_page(client, address)
         found += re.findall(r'<span class="name">(\d\d\.png)</span>', page)
-        following = [tag for tag in Tags(page).all("a") if tag.get("rel") == "next"]
+        following = [tag for tag in TagCollector(page).all("a") if tag.get("rel") == "next"]
         address = following[0]["href"] if following else None
 
     assert found == names
 
 
-def test_a_picture_that_is_not_kept_any_more_is_not_asked_for(
+def test_a_image_that_is_not_kept_any_more_is_not_asked_for(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
 ) -> None:
-    id = send(client)
+    id = post_image(client)
     answer()
     now = datetime.now(UTC) + timedelta(days=1)
-    store.purge(pictures_before=now, results_before=now - timedelta(days=9), now=now)
+    store.purge(images_before=now, results_before=now - timedelta(days=9), now=now)
 
     for address in ("/ui/requests", f"/ui/requests/{id}"):
-        assert f"/requests/{id}/picture" not in look(client, address)
+        assert f"/requests/{id}/picture" not in get_page(client, address)
 
 
-def test_a_plain_form_sends_a_picture(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_plain_form_sends_a_image(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     body = {"model": MODEL, "image": (io.BytesIO(png(7)), "plain.png")}
 
     response = client.post("/ui/send", data=body, headers=BROWSER)
@@ -404,12 +403,12 @@ def test_a_plain_form_sends_a_picture(client: flask.testing.FlaskClient, store: 
 def test_a_request_is_deleted_by_a_plain_form_once_it_has_ended(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    id = send(client)
+    id = post_image(client)
 
     assert client.post(f"/ui/requests/{id}/delete", headers=BROWSER).status_code == 409
     answer()
     assert client.post(f"/ui/requests/{id}/delete", headers=BROWSER).status_code == 303
-    assert "Not found" in look(client, f"/ui/requests/{id}", 404)
+    assert "Not found" in get_page(client, f"/ui/requests/{id}", 404)
 
 
 def test_everybody_sees_only_their_own_pages(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
@@ -430,13 +429,13 @@ def test_everybody_sees_only_their_own_pages(client: flask.testing.FlaskClient, 
         assert response.status_code == 303
         assert response.headers["Location"].startswith("/ui/login?next=%2Fui%2F")
     assert "/ui/operator" not in client.get("/ui/requests", headers=alice).text
-    assert "asks for a key" in look(client, "/")
+    assert "asks for a key" in get_page(client, "/")
     assert "asks for a key" not in client.get("/", headers=alice).text
 
 
 def make(store: SqliteStore, name: str, *scopes: Scope) -> str:
     """Make an API key."""
     id, key = make_key()
-    record = KeyRecord(id=id, name=name, sha256=hash_of(key), scopes=frozenset(scopes), created_at=datetime.now(UTC))
+    record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=frozenset(scopes), created_at=datetime.now(UTC))
     store.add_key(record)
     return key

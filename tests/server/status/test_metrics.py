@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
 from server.settings import ServerSettings
-from server.status.metrics import MOST_CODES, Family, exposition
+from server.status.metrics import MAX_CODES, Family, exposition
 from store import new_id
 from store.chunks import BatcherRecord
 from store.records import Answer, Claim, NewRequest
@@ -23,7 +23,7 @@ MODEL = "efficientnet_lite0"
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
 
-class Bench:
+class MetricsHarness:
     """A store whose requests end in every way."""
 
     def __init__(self, settings: ServerSettings, store: SqliteStore) -> None:
@@ -36,7 +36,7 @@ class Bench:
             NewRequest(
                 **{"id": new_id(), "service": "classification", "model": MODEL, "created_at": self.now, **facts}
             ),
-            self.store.blobs.stage(picture),
+            self.store.images.stage(picture),
         ).id
 
     def claim(self, limit: int = 100) -> list[Claim]:
@@ -69,24 +69,24 @@ class Bench:
 
 
 @pytest.fixture
-def bench(settings: ServerSettings, store: SqliteStore) -> Bench:
-    return Bench(settings, store)
+def harness(settings: ServerSettings, store: SqliteStore) -> MetricsHarness:
+    return MetricsHarness(settings, store)
 
 
-def lives(bench: Bench) -> None:
+def lives(harness: MetricsHarness) -> None:
     """Have one request end in each way."""
-    bench.add(b"one")
-    bench.answer(bench.claim())
-    bench.add(b"one", digest="d" * 64)
-    bench.add(b"two")
-    bench.fail(bench.claim(), "broken_image")
-    bench.store.cancel(bench.add(b"three"), now=bench.now)
+    harness.add(b"one")
+    harness.answer(harness.claim())
+    harness.add(b"one", digest="d" * 64)
+    harness.add(b"two")
+    harness.fail(harness.claim(), "broken_image")
+    harness.store.cancel(harness.add(b"three"), now=harness.now)
 
 
-def test_every_line_is_valid_and_every_metric_says_what_it_is(bench: Bench) -> None:
-    lives(bench)
-    bench.add(b"four")
-    answer = bench.client.get("/metrics")
+def test_every_line_is_valid_and_every_metric_says_what_it_is(harness: MetricsHarness) -> None:
+    lives(harness)
+    harness.add(b"four")
+    answer = harness.client.get("/metrics")
 
     families = list(text_string_to_metric_families(answer.text))
 
@@ -105,10 +105,10 @@ def test_every_line_is_valid_and_every_metric_says_what_it_is(bench: Bench) -> N
     assert len({line.rsplit(" ", 1)[0] for line in lines}) == len(lines)
 
 
-def test_requests_are_counted_by_how_they_ended(bench: Bench) -> None:
-    lives(bench)
+def test_requests_are_counted_by_how_they_ended(harness: MetricsHarness) -> None:
+    lives(harness)
 
-    read = bench.read()
+    read = harness.read()
 
     ended = {dict(labels)["outcome"]: count for (name, labels), count in read.items() if name.endswith("_ended_total")}
     assert ended == {"done": 1, "cached": 1, "failed": 1, "cancelled": 1}
@@ -116,31 +116,33 @@ def test_requests_are_counted_by_how_they_ended(bench: Bench) -> None:
     assert read["mlg_requests_accepted_total", ()] == 4
 
 
-def test_totals_do_not_fall_when_retention_deletes_requests_or_a_request_is_tried_again(bench: Bench) -> None:
-    lives(bench)
-    before = bench.read()
-    (failed,) = [request for request in bench.store.list() if request.state == "failed"]
-    bench.store.retry(failed.id, now=bench.now)
-    bench.answer(bench.claim())
-    bench.now += timedelta(days=60)
+def test_totals_do_not_fall_when_retention_deletes_requests_or_a_request_is_tried_again(
+    harness: MetricsHarness,
+) -> None:
+    lives(harness)
+    before = harness.read()
+    (failed,) = [request for request in harness.store.list() if request.state == "failed"]
+    harness.store.retry(failed.id, now=harness.now)
+    harness.answer(harness.claim())
+    harness.now += timedelta(days=60)
 
-    purged = bench.store.purge(pictures_before=bench.now, results_before=bench.now, now=bench.now)
+    purged = harness.store.purge(images_before=harness.now, results_before=harness.now, now=harness.now)
 
     assert purged.results == 4
-    after = bench.read()
+    after = harness.read()
     for (name, labels), value in before.items():
         if name.endswith(("_total", "_count", "_sum", "_bucket")):
             assert after[name, labels] >= value, name
     assert after["mlg_requests_ended_total", (("model", MODEL), ("outcome", "done"))] == 2
 
 
-def test_the_histogram_counts_each_answer_once_by_how_long_it_took(bench: Bench) -> None:
+def test_the_histogram_counts_each_answer_once_by_how_long_it_took(harness: MetricsHarness) -> None:
     taken = (0.05, 0.1, 0.2, 45, 700, 10**6)
     for place, seconds in enumerate(taken):
-        bench.add(b"%d" % place, created_at=START - timedelta(seconds=seconds))
-    bench.answer(bench.claim())
+        harness.add(b"%d" % place, created_at=START - timedelta(seconds=seconds))
+    harness.answer(harness.claim())
 
-    read = bench.read()
+    read = harness.read()
 
     buckets = {
         float(dict(labels)["le"]): count
@@ -153,9 +155,9 @@ def test_the_histogram_counts_each_answer_once_by_how_long_it_took(bench: Bench)
     assert read["mlg_request_seconds_sum", (("model", MODEL),)] == pytest.approx(sum(taken), abs=0.01)
 
 
-def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(bench: Bench) -> None:
-    id = bench.add(b"one")
-    bench.store._writer.run(
+def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(harness: MetricsHarness) -> None:
+    id = harness.add(b"one")
+    harness.store._writer.run(
         lambda transaction: (
             transaction.execute(
                 "UPDATE requests SET state = 'cancelled', code = 'expired', finished_at = created_at WHERE id = ?",
@@ -164,17 +166,17 @@ def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(bench: Bench
         )
     )
 
-    assert bench.value("mlg_requests_ended_total", model=MODEL, outcome="expired") == 1
+    assert harness.value("mlg_requests_ended_total", model=MODEL, outcome="expired") == 1
 
 
-def test_the_queue_the_workers_and_the_money_are_told(bench: Bench) -> None:
-    bench.add(b"one")
-    bench.add(b"two")
-    bench.claim(1)
-    bench.now += timedelta(seconds=30)
+def test_the_queue_the_workers_and_the_money_are_told(harness: MetricsHarness) -> None:
+    harness.add(b"one")
+    harness.add(b"two")
+    harness.claim(1)
+    harness.now += timedelta(seconds=30)
     live = datetime.now(UTC)
     for id, capacity in (("b1", 4), ("b2", 2)):
-        bench.store.beat(
+        harness.store.heartbeat(
             BatcherRecord(
                 id=id,
                 host="h",
@@ -189,18 +191,18 @@ def test_the_queue_the_workers_and_the_money_are_told(bench: Bench) -> None:
             )
         )
     for number, name in enumerate(("alpha", "beta", "gamma")):
-        bench.store.note_provider(
+        harness.store.record_offer(
             f"0x{number:040x}",
             name=name,
             start_price=Decimal(0),
             price_per_cpu_second=Decimal(0),
             price_per_second=Decimal(0),
-            now=bench.now,
+            now=harness.now,
         )
-    bench.client.post("/operator/providers/beta/ban")
-    bench.client.post("/operator/pause")
+    harness.client.post("/operator/providers/beta/ban")
+    harness.client.post("/operator/pause")
 
-    read = bench.read()
+    read = harness.read()
 
     for name, labels, value in (
         ("mlg_queue_waiting", {"model": MODEL}, 1),
@@ -219,14 +221,14 @@ def test_the_queue_the_workers_and_the_money_are_told(bench: Bench) -> None:
     assert ("mlg_budget_glm", (("period", "total"),)) not in read
 
 
-def test_codes_beyond_the_most_share_one_series(bench: Bench) -> None:
-    for number in range(MOST_CODES + 5):
-        bench.add(b"%d" % number)
-        bench.fail(bench.claim(), f"code{number:03d}")
+def test_codes_beyond_the_most_share_one_series(harness: MetricsHarness) -> None:
+    for number in range(MAX_CODES + 5):
+        harness.add(b"%d" % number)
+        harness.fail(harness.claim(), f"code{number:03d}")
 
-    codes = {dict(labels)["code"]: count for (name, labels), count in bench.read().items() if "failed_total" in name}
+    codes = {dict(labels)["code"]: count for (name, labels), count in harness.read().items() if "failed_total" in name}
 
-    assert len(codes) == MOST_CODES + 1 and codes["other"] == 5
+    assert len(codes) == MAX_CODES + 1 and codes["other"] == 5
 
 
 def test_whatever_stands_in_a_label_is_written_so_that_it_is_read_again() -> None:
@@ -240,9 +242,9 @@ def test_whatever_stands_in_a_label_is_written_so_that_it_is_read_again() -> Non
 
 
 def test_a_database_from_before_is_counted_when_it_is_brought_up_to_date(
-    settings: ServerSettings, store: SqliteStore, bench: Bench
+    settings: ServerSettings, store: SqliteStore, harness: MetricsHarness
 ) -> None:
-    lives(bench)
+    lives(harness)
 
     def undo(transaction: Any) -> None:
         for statement in (

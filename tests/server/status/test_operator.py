@@ -19,14 +19,14 @@ from cli.operate import operate
 from server.app import create_app
 from server.pages.charts import minutes_chart, nice_ticks, points_chart
 from server.settings import ServerSettings
-from server.status.dashboard import OperatorFigures
-from server.status.queue_stats import Traffic
-from server.status.stale_cache import Kept
+from server.status.dashboard import Dashboard
+from server.status.queue_stats import QueueStats
+from server.status.stale_cache import StaleCache
 from store import new_id
-from store.batcher_controls import read_orders, run_now
+from store.batcher_controls import read_control_state, run_now
 from store.chunks import BatcherRecord, ChunkRecord
 from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
-from store.records import Answer, Claim, NewRequest, Request
+from store.records import Answer, Claim, NewRequest, RequestRecord
 from store.sqlite import SqliteStore
 
 MODEL = "efficientnet_lite0"
@@ -47,11 +47,11 @@ class Day:
     def pass_by(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def add(self, count: int = 1, *, model: str = MODEL) -> list[Request]:
+    def add(self, count: int = 1, *, model: str = MODEL) -> list[RequestRecord]:
         return [
             self.store.add(
                 NewRequest(id=new_id(), service="classification", model=model, is_fresh=True, created_at=self.now),
-                self.store.blobs.stage(b"picture"),
+                self.store.images.stage(b"picture"),
             )
             for _ in range(count)
         ]
@@ -126,9 +126,9 @@ class Day:
         )
         self.end_chunk(id, done=len(claims))
 
-    def beat(self, **facts: Any) -> None:
+    def heartbeat(self, **facts: Any) -> None:
         """Have a batcher be alive."""
-        self.store.beat(
+        self.store.heartbeat(
             BatcherRecord(
                 **{
                     "id": "b1",
@@ -147,7 +147,7 @@ class Day:
 
     def status(self) -> dict[str, Any]:
         """Find all figures anew."""
-        return OperatorFigures(self.store, Traffic(self.store), self.clock).status()
+        return Dashboard(self.store, QueueStats(self.store), self.clock).status()
 
 
 @pytest.fixture
@@ -210,10 +210,10 @@ def test_throughput_counts_what_came_and_what_was_answered_by_minute(day: Day) -
 
 
 def test_minutes_that_are_over_are_not_read_again_but_late_ends_are_seen(day: Day, monkeypatch: Any) -> None:
-    figures = OperatorFigures(day.store, Traffic(day.store), day.clock)
+    figures = Dashboard(day.store, QueueStats(day.store), day.clock)
     asked = []
-    read = day.store.list_minutes
-    monkeypatch.setattr(day.store, "list_minutes", lambda since: asked.append(since) or read(since))
+    read = day.store.list_minute_stats
+    monkeypatch.setattr(day.store, "list_minute_stats", lambda since: asked.append(since) or read(since))
     late = day.start_chunk(4)
     day.add(3)
     day.answer(day.claim())
@@ -266,7 +266,7 @@ def test_failures_are_grouped_by_code_with_the_latest_reason(day: Day) -> None:
 
 
 def test_only_chunks_of_live_batchers_are_under_way(day: Day) -> None:
-    day.beat()
+    day.heartbeat()
     day.start_chunk(16)
     day.start_chunk(16, batcher_id="one that was killed")
     day.pass_by(5)
@@ -278,10 +278,10 @@ def test_only_chunks_of_live_batchers_are_under_way(day: Day) -> None:
 
 
 def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
-    day.beat(executor="golem", budget={"day": "1", "total": "5.5"})
-    day.beat(id="b2", executor="golem", budget={"day": "0.5"})
+    day.heartbeat(executor="golem", budget={"day": "1", "total": "5.5"})
+    day.heartbeat(id="b2", executor="golem", budget={"day": "0.5"})
     for id, settled_at in (("ag1", day.now), ("ag2", day.now - timedelta(days=2))):
-        day.store.note_agreement(
+        day.store.record_agreement(
             AgreementRecord(
                 id=id,
                 allocation_id="al1",
@@ -294,7 +294,7 @@ def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
                 created_at=settled_at,
             )
         )
-        day.store.note_invoice(
+        day.store.record_invoice(
             InvoiceRecord(
                 id=f"of {id}",
                 agreement_id=id,
@@ -304,7 +304,7 @@ def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
                 settled_at=settled_at,
             )
         )
-    day.store.note_allocation(
+    day.store.record_allocation(
         AllocationRecord(
             id="al1", batcher_id="b1", platform="erc20", address="0x1", amount=Decimal("0.7"), created_at=day.now
         )
@@ -322,12 +322,12 @@ def test_a_kept_figure_is_found_anew_when_it_is_stale_or_forgotten(monkeypatch: 
     clock = iter(range(100))
     monkeypatch.setattr("server.status.stale_cache.time.monotonic", lambda: now[0])
     now = [0.0]
-    kept = Kept(lambda: next(clock), fresh_seconds=1, stale_seconds=5)
+    kept = StaleCache(lambda: next(clock), fresh_seconds=1, stale_seconds=5)
 
     assert (kept.get(), kept.get()) == (0, 0)
     now[0] = 5.0
     assert kept.get() == 1
-    kept.forget()
+    kept.invalidate()
     assert kept.get() == 2
 
 
@@ -338,12 +338,12 @@ def test_a_kept_figure_is_found_anew_when_it_is_stale_or_forgotten(monkeypatch: 
         ("sqlite:_OLDEST_DUE", {"requests_queued"}),
         ("sqlite:_COUNT_DUE", {"requests_queued"}),
         ("sqlite:_CLAIM", {"requests_queued"}),
-        ("sqlite_journal:_BACKLOG", {"requests_queued", "requests_claimed"}),
-        ("sqlite_figures:_MINUTES", {"chunks_finished"}),
-        ("sqlite_figures:_ANSWERED", {"requests_finished"}),
-        ("sqlite_figures:_FAILURES", {"requests_failed"}),
-        ("sqlite_figures:_FAILED_CHUNKS", {"chunks_failed"}),
-        ("sqlite_figures:_UNDER_WAY", {"chunks_under_way"}),
+        ("sqlite_chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
+        ("sqlite_stats:_MINUTES", {"chunks_finished"}),
+        ("sqlite_stats:_ANSWERED", {"requests_finished"}),
+        ("sqlite_stats:_FAILURES", {"requests_failed"}),
+        ("sqlite_stats:_FAILED_CHUNKS", {"chunks_failed"}),
+        ("sqlite_stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
     ],
 )
 def test_what_is_asked_often_reads_an_index_that_stays_small(store: SqliteStore, name: str, indexes: set[str]) -> None:
@@ -351,7 +351,7 @@ def test_what_is_asked_often_reads_an_index_that_stays_small(store: SqliteStore,
     statement = getattr(importlib.import_module(f"store.{module}"), attribute)
     values: Any = dict.fromkeys(re.findall(r":(\w+)", statement), 1) or [1] * statement.count("?")
 
-    with store._readers.lend() as connection:
+    with store._readers.connection() as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
 
     assert {found for line in plan for found in re.findall(r"INDEX (\w+)", line)} == indexes, plan
@@ -365,23 +365,23 @@ def test_pausing_resuming_and_running_change_what_batchers_are_told(
     client: flask.testing.FlaskClient, store: SqliteStore, day: Day
 ) -> None:
     paused = client.post("/operator/pause", data={"reason": "new kernel"})
-    hold = read_orders(store).hold
+    pause = read_control_state(store).pause
 
     assert paused.status_code == 200 and paused.json is not None
-    assert hold is not None
+    assert pause is not None
     assert paused.json["hold"] == {
         "mode": "paused",
         "by": "the operator",
         "since": day.now.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
         "reason": "new kernel",
     }
-    assert client.get("/operator/status").json["hold"]["notice"] == hold.notice  # type: ignore[index]
+    assert client.get("/operator/status").json["hold"]["notice"] == pause.notice  # type: ignore[index]
 
     assert client.post("/operator/drain").json["hold"]["mode"] == "draining"  # type: ignore[index]
     assert client.post("/operator/resume").json == {"success": True, "hold": None}
-    assert read_orders(store).hold is None
+    assert read_control_state(store).pause is None
     token = client.post("/operator/run").json["token"]  # type: ignore[index]
-    assert read_orders(store).run_token == token
+    assert read_control_state(store).run_token == token
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_pausing_resuming_and_running_change_what_batchers_are_told(
 def test_a_lever_says_what_it_does_not_take(
     client: flask.testing.FlaskClient, day: Day, address: str, arguments: dict[str, Any], status: int, word: str
 ) -> None:
-    note_provider(day)
+    record_offer(day)
 
     refused = client.post(address, **arguments)
 
@@ -407,8 +407,8 @@ def test_a_lever_says_what_it_does_not_take(
     assert word in refused.json["reason"]
 
 
-def note_provider(day: Day) -> None:
-    day.store.note_provider(
+def record_offer(day: Day) -> None:
+    day.store.record_offer(
         ADDRESS,
         name="alpha",
         start_price=Decimal("0.01"),
@@ -416,13 +416,13 @@ def note_provider(day: Day) -> None:
         price_per_second=Decimal(0),
         now=day.now,
     )
-    day.store.note_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=day.now)
+    day.store.record_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=day.now)
 
 
 def test_a_provider_is_banned_for_a_while_or_for_good_and_let_in_again(
     client: flask.testing.FlaskClient, day: Day
 ) -> None:
-    note_provider(day)
+    record_offer(day)
 
     banned = client.post("/operator/providers/alpha/ban", data={"seconds": "60", "reason": "too slow"})
     assert banned.json == {
@@ -446,22 +446,21 @@ def test_a_page_of_another_site_cannot_pull_a_lever(client: flask.testing.FlaskC
     refused = client.post("/operator/pause", headers={"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"})
 
     assert refused.status_code == 403
-    assert read_orders(store).hold is None
+    assert read_control_state(store).pause is None
 
 
 @pytest.mark.parametrize("address", ["/operator/status", "/ui/operator", "/metrics"])
 def test_with_keys_an_operator_is_asked_for_one(
     client: flask.testing.FlaskClient, store: SqliteStore, address: str
 ) -> None:
-    from server.api.endpoint import Scope
-    from store.keys import KeyRecord, hash_of, make_key
+    from store.keys import KeyRecord, Scope, hash_key, make_key
 
     keys = {}
     for name, scopes in (("boss", {Scope.OPERATE}), ("sender", {Scope.SUBMIT})):
         id, keys[name] = make_key()
         store.add_key(
             KeyRecord(
-                id=id, name=name, sha256=hash_of(keys[name]), scopes=frozenset(scopes), created_at=datetime.now(UTC)
+                id=id, name=name, sha256=hash_key(keys[name]), scopes=frozenset(scopes), created_at=datetime.now(UTC)
             )
         )
 
@@ -469,8 +468,8 @@ def test_with_keys_an_operator_is_asked_for_one(
     assert client.get(address, headers={"Authorization": f"Bearer {keys['sender']}"}).status_code == 403
     assert client.get(address, headers={"Authorization": f"Bearer {keys['boss']}"}).status_code == 200
     client.post("/operator/pause", headers={"Authorization": f"Bearer {keys['boss']}"})
-    hold = read_orders(store).hold
-    assert hold is not None and hold.by == "boss"
+    pause = read_control_state(store).pause
+    assert pause is not None and pause.by == "boss"
 
 
 # The page
@@ -479,8 +478,8 @@ def test_with_keys_an_operator_is_asked_for_one(
 @pytest.fixture
 def busy(day: Day) -> Iterator[Day]:
     """A store in which there is something of everything."""
-    day.beat(notices={MODEL: "<b>The budget is used up.</b>"}, budget={"day": "1"})
-    note_provider(day)
+    day.heartbeat(notices={MODEL: "<b>The budget is used up.</b>"}, budget={"day": "1"})
+    record_offer(day)
     day.add(6)
     claims = day.claim(5)
     day.pass_by(2)
@@ -566,12 +565,12 @@ def test_everything_in_a_chart_lies_inside_its_frame() -> None:
 
 def test_the_commands_hold_work_and_let_it_go_on(command: Callable[..., Any], store: SqliteStore) -> None:
     paused = command("pause", "--reason", "the line is down")
-    hold = read_orders(store).hold
+    pause = read_control_state(store).pause
 
-    assert paused.exit_code == 0 and hold is not None
-    assert paused.output.strip() == hold.notice and "the line is down" in hold.notice
+    assert paused.exit_code == 0 and pause is not None
+    assert paused.output.strip() == pause.notice and "the line is down" in pause.notice
     assert command("resume").output == "work goes on\n"
-    assert read_orders(store).hold is None
+    assert read_control_state(store).pause is None
 
 
 def test_drain_waits_until_nothing_is_under_way(command: Callable[..., Any], day: Day) -> None:
@@ -587,11 +586,11 @@ def test_drain_waits_until_nothing_is_under_way(command: Callable[..., Any], day
 def test_run_says_whether_anybody_listens(command: Callable[..., Any], day: Day, store: SqliteStore) -> None:
     before = run_now(store, by="me", now=day.now)
     alone = command("run")
-    day.beat()
+    day.heartbeat()
 
     assert alone.exit_code == 1 and "No batcher is running" in str(alone.exception)
     assert command("run").output == "1 batcher takes everything that waits\n"
-    assert read_orders(store).run_token != before
+    assert read_control_state(store).run_token != before
     command("pause")
     assert "mlg operate resume" in str(command("run").exception)
 
@@ -604,6 +603,6 @@ def test_status_is_a_table_or_json(command: Callable[..., Any], busy: Day) -> No
 
 
 def test_the_commands_are_lazy() -> None:
-    source = (Path(__file__).parents[3] / "server" / "operate_commands.py").read_text()
+    source = (Path(__file__).parents[3] / "cli" / "operate.py").read_text()
 
     assert not re.search(r"^(import|from) (flask|rich|sqlite_utils)", source, re.M)

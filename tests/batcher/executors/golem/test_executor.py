@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from batcher.executors.fallback import SeveralExecutor
+from batcher.errors import GolemUnavailable
+from batcher.executors.fallback import FallbackExecutor
 from batcher.executors.golem import payload
 from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
 from batcher.image_build.lock import PublishedImage
-from provider_image.errors import ConfigError, GolemUnavailable
+from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact
 from tests.batcher.executors.test_fallback import Member
 from tests.golem import MODEL, golem, make_executor, provider, scenario, until
@@ -27,17 +28,17 @@ HASH = "ab" * 28
 
 def test_chunks_are_answered_and_every_coin_is_accounted_for(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        async with golem(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as bench:
-            outcomes = await bench.run("one", "two", "three", pictures=2)
-            await bench.executor.close()
+        async with golem(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as harness:
+            outcomes = await harness.run("one", "two", "three", images=2)
+            await harness.executor.close()
 
             assert [outcome.error for outcome in outcomes] == [None] * 3
             assert {outcome.provider for outcome in outcomes} <= {"alpha", "beta"}
             assert all(outcome.agreement_id and outcome.activity_id and outcome.cost for outcome in outcomes)
-            assert bench.store.spent() == bench.paid() > 0
-            assert bench.store.agreements(is_settled=False) == []
-            assert [each.id for each in bench.store.allocations(is_open=True)] == []
-            assert not [each for each in bench.devnet.market.agreements.values() if each.state == "Approved"]
+            assert harness.store.spent() == harness.paid() > 0
+            assert harness.store.agreements(is_settled=False) == []
+            assert [each.id for each in harness.store.allocations(is_open=True)] == []
+            assert not [each for each in harness.devnet.market.agreements.values() if each.state == "Approved"]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -46,11 +47,11 @@ def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_
     tmp_path: Path, models_folder: Path
 ) -> None:
     async def main() -> None:
-        async with golem(scenario(provider("alpha")), tmp_path, models_folder, idle_seconds=0.5) as bench:
-            outcomes = [(await bench.run(f"job{number}"))[0] for number in range(3)]
-            agreements = bench.devnet.market.agreements.values
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder, idle_seconds=0.5) as harness:
+            outcomes = [(await harness.run(f"job{number}"))[0] for number in range(3)]
+            agreements = harness.devnet.market.agreements.values
             await until(lambda: all(each.state == "Terminated" for each in agreements()))
-            (again,) = await bench.run("after")
+            (again,) = await harness.run("after")
 
             assert len({outcome.activity_id for outcome in outcomes}) == 1
             assert again.activity_id != outcomes[0].activity_id
@@ -61,10 +62,10 @@ def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_
 def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         plan = scenario(provider("cheap", second="0.00001"), provider("quick", second="0.00002"))
-        async with golem(plan, tmp_path, models_folder, max_workers=1) as bench:
+        async with golem(plan, tmp_path, models_folder, max_workers=1) as harness:
             now = datetime.now(UTC)
             for each, seconds in zip(plan.providers, (10.0, 1.0), strict=True):
-                bench.store.note_provider(
+                harness.store.record_offer(
                     each.node_id,
                     name=each.name,
                     start_price=each.start_price,
@@ -72,9 +73,11 @@ def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, 
                     price_per_second=each.price_per_second,
                     now=now,
                 )
-                bench.store.note_work(each.node_id, model=MODEL, images=20, seconds=seconds, is_failure=False, now=now)
+                harness.store.record_work(
+                    each.node_id, model=MODEL, images=20, seconds=seconds, is_failure=False, now=now
+                )
 
-            (outcome,) = await bench.run("job")
+            (outcome,) = await harness.run("job")
 
             assert outcome.provider == "quick"
 
@@ -83,17 +86,17 @@ def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, 
 
 def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        async with golem(scenario(provider("alpha")), tmp_path, models_folder) as bench:
-            await bench.run("first")
-            bench.store.ban_provider("alpha", until=None, reason="Too slow.", by_operator=True)
-            bench.executor._learned_at = float("-inf")  # what is read every few seconds is read now
-            await until(lambda: bench.executor._market.is_banned(provider("alpha").node_id))
-            for rental in bench.executor._rentals.values():
-                rental.hurry()
-            await until(lambda: not any(rental.hires for rental in bench.executor._rentals.values()))
-            waiting = asyncio.create_task(bench.executor.run(bench.job("second")))
-            await until(lambda: "1 banned" in str(bench.executor.obstacle(MODEL)), 30)
-            bench.store.unban_provider("alpha")
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder) as harness:
+            await harness.run("first")
+            harness.store.ban_provider("alpha", until=None, reason="Too slow.", by_operator=True)
+            harness.executor._refreshed_at = float("-inf")  # what is read every few seconds is read now
+            await until(lambda: harness.executor._offer_evaluator.is_banned(provider("alpha").node_id))
+            for pool in harness.executor._pools.values():
+                pool.abort_workers()
+            await until(lambda: not any(pool.workers for pool in harness.executor._pools.values()))
+            waiting = asyncio.create_task(harness.executor.run(harness.job("second")))
+            await until(lambda: "1 banned" in str(harness.executor.unavailable_reason(MODEL)), 30)
+            harness.store.unban_provider("alpha")
             outcome = await waiting
 
             assert outcome.error is None
@@ -143,10 +146,10 @@ def test_a_published_image_is_asked_for_by_its_hash_and_address(
     async def main() -> None:
         async with (
             registry() as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as bench,
+            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
         ):
-            (outcome,) = await bench.run("job")
-            (asked,) = bench.devnet.market.demands.values()
+            (outcome,) = await harness.run("job")
+            (asked,) = harness.devnet.market.demands.values()
 
             assert outcome.error is None
             assert asked.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
@@ -167,9 +170,9 @@ def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
     async def main() -> None:
         async with (
             registry(status) as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as bench,
+            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
         ):
-            (outcome,) = await bench.run("job")
+            (outcome,) = await harness.run("job")
 
             assert outcome.is_blameless and isinstance(outcome.error, GolemUnavailable)
             assert words in outcome.error.reason
@@ -179,14 +182,14 @@ def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
 
 def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        async with golem(scenario(), tmp_path, models_folder) as bench:
+        async with golem(scenario(), tmp_path, models_folder) as harness:
             local = Member("local")
-            several = SeveralExecutor([bench.executor, local], fallback_seconds=0.5)
+            several = FallbackExecutor([harness.executor, local], fallback_seconds=0.5)
 
-            outcome = await several.run(bench.job("job"))
+            outcome = await several.run(harness.job("job"))
 
             assert outcome.provider == "local"
-            assert list(bench.executor._backlog.errands()) == []  # type: ignore[union-attr]
+            assert list(harness.executor._job_queue.queued_jobs()) == []  # type: ignore[union-attr]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -198,11 +201,11 @@ def test_without_a_key_or_gftp_it_does_not_start_and_says_what_to_do(
     missing: str, words: str, tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        async with golem(scenario(), tmp_path, models_folder) as bench:
+        async with golem(scenario(), tmp_path, models_folder) as harness:
             if missing == "gftp":
                 monkeypatch.setenv("PATH", str(tmp_path))
             changes = {"app_key": ""} if missing == "app_key" else {}
-            other = make_executor(bench.devnet, bench.store, tmp_path, models_folder, name="bbbb2222", **changes)
+            other = make_executor(harness.devnet, harness.store, tmp_path, models_folder, name="bbbb2222", **changes)
 
             with pytest.raises(ConfigError, match=words):
                 await other.start()

@@ -17,33 +17,34 @@ from typing import Any
 
 import pytest
 
+from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
 from batcher.executors.golem import agreement_cleanup, payments, session, worker, worker_pool
 from batcher.executors.golem import executor as executor_module
 from batcher.workspace import Workspace
 from devnet.faults import DAEMON
 from devnet.scenario import Fault, ProviderPlan
-from provider_image.errors import BudgetReached, ChunkTimeout, GolemUnavailable, NoProvider, WorkerDied
-from tests.golem import MODEL, GolemBench, golem, make_executor, provider, scenario, until, world
+from provider_image.errors import ChunkTimeout, WorkerDied
+from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario, until
 from tests.process_tree import command_line, descendants
 
-Body = Callable[[GolemBench], Coroutine[Any, Any, None]]
+Body = Callable[[GolemHarness], Coroutine[Any, Any, None]]
 Play = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten waits that are right for a network of strangers and not for a test."""
-    monkeypatch.setattr(executor_module, "_FIRST_PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr(executor_module, "_LEARN_SECONDS", 0.2)
-    monkeypatch.setattr(executor_module, "_TELL_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_INITIAL_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_REFRESH_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_EXPLAIN_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(worker, "_OVERTIME_SECONDS", 1.0)
-    monkeypatch.setattr(agreement_cleanup, "FAREWELL_SECONDS", 1.0)
-    monkeypatch.setattr(worker_pool, "FAREWELL_SECONDS", 1.0)
-    monkeypatch.setattr(worker_pool, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(agreement_cleanup, "CLEANUP_SECONDS", 1.0)
+    monkeypatch.setattr(worker_pool, "CLEANUP_SECONDS", 1.0)
+    monkeypatch.setattr(worker_pool, "_INITIAL_BACKOFF_SECONDS", 0.1)
     monkeypatch.setattr(worker_pool, "_OFFERS_SECONDS", 0.1)
     monkeypatch.setattr(worker_pool, "_STALE_DEMAND_SECONDS", 1.0)
-    monkeypatch.setattr(session, "_AWAY_SECONDS", 1.0)
-    monkeypatch.setattr(payments, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(session, "_UNREACHABLE_SECONDS", 1.0)
+    monkeypatch.setattr(payments, "_INITIAL_BACKOFF_SECONDS", 0.1)
     monkeypatch.setattr(payments, "_REVIEW_SECONDS", 0.5)
 
 
@@ -57,8 +58,8 @@ def play(tmp_path: Path, models_folder: Path) -> Play:
 
         async def main() -> None:
             plan = scenario(*providers, faults=faults, **facts)
-            async with golem(plan, tmp_path, models, **settings) as bench:
-                await body(bench)
+            async with golem(plan, tmp_path, models, **settings) as harness:
+                await body(harness)
 
         asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -75,68 +76,70 @@ def dearer(*plans: tuple[str, tuple[Fault, ...]]) -> list[ProviderPlan]:
     return [provider(name, *faults, start=f"0.00{number + 1}") for number, (name, faults) in enumerate(plans)]
 
 
-def who(bench: GolemBench) -> list[str]:
+def who(harness: GolemHarness) -> list[str]:
     """List the providers of all agreements that were approved, in the order of their making."""
-    names = {each.node_id: each.name for each in bench.devnet.scenario.providers}
-    return [names[each.provider_id] for each in bench.devnet.market.agreements.values() if each.approved_at is not None]
+    names = {each.node_id: each.name for each in harness.devnet.scenario.providers}
+    return [
+        names[each.provider_id] for each in harness.devnet.market.agreements.values() if each.approved_at is not None
+    ]
 
 
-def banned(bench: GolemBench) -> dict[str, str]:
+def banned(harness: GolemHarness) -> dict[str, str]:
     """Return who is banned in the ledger: name -> reason."""
-    return {each.name: each.ban_reason for each in bench.store.list_providers() if each.ban_reason is not None}
+    return {each.name: each.ban_reason for each in harness.store.list_providers() if each.ban_reason is not None}
 
 
-def has_struck(bench: GolemBench, name: str) -> bool:
+def has_triggered(harness: GolemHarness, name: str) -> bool:
     """Tell whether a provider was asked for what it does wrongly."""
-    return any(each == name for each, _, _ in bench.devnet.faults._occasions)
+    return any(each == name for each, _, _ in harness.devnet.faults._occasions)
 
 
-def nothing_is_open(bench: GolemBench) -> None:
+def nothing_is_open(harness: GolemHarness) -> None:
     """Check that nothing at the daemon costs anything any more, and that no file is left."""
-    devnet = bench.devnet
+    devnet = harness.devnet
     assert [each for each in devnet.market.agreements.values() if each.state == "Approved"] == []
-    assert devnet.market.open_demands() == []
-    assert devnet.payment.wallet.live() == []
-    assert bench.store.agreements(is_open=True) == []
-    assert bench.store.allocations(is_open=True) == []
-    assert list(bench.work.iterdir()) == []
+    assert devnet.market.list_open_demands() == []
+    assert devnet.payment.wallet.list_active() == []
+    assert harness.store.agreements(is_open=True) == []
+    assert harness.store.allocations(is_open=True) == []
+    assert list(harness.work.iterdir()) == []
 
 
-async def close(bench: GolemBench, *, unbilled: Iterable[str] = ()) -> None:
+async def close(harness: GolemHarness, *, unbilled: Iterable[str] = ()) -> None:
     """Close the executor, and check that everything is paid but what was never billed, and booked as paid."""
-    await bench.executor.close()
-    nothing_is_open(bench)
-    assert [each.provider_name for each in bench.store.agreements(is_settled=False)] == list(unbilled)
+    await harness.executor.close()
+    nothing_is_open(harness)
+    assert [each.provider_name for each in harness.store.agreements(is_settled=False)] == list(unbilled)
     if not unbilled:
-        assert bench.store.spent() == bench.paid()
+        assert harness.store.spent() == harness.paid()
 
 
 # Providers that fail
 
 
 def test_the_cheapest_that_always_fails_is_paid_once_banned_and_replaced(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        first = await bench.run("one", "two", "three")
-        second = await bench.run("four")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        first = await harness.run("one", "two", "three")
+        second = await harness.run("four")
+        await close(harness)
 
         outcomes = [*first, *second]
         assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 4
-        assert who(bench) == ["alpha", "beta"]
-        failed = next(each for each in bench.devnet.market.agreements.values())
-        assert bench.devnet.payment.paid[failed.agreement_id] > 0
-        assert list(banned(bench)) == ["alpha"]
-        assert {row.name: row.paid > 0 for row in bench.store.costs("provider")} == {"alpha": True, "beta": True}
+        assert who(harness) == ["alpha", "beta"]
+        failed = next(each for each in harness.devnet.market.agreements.values())
+        assert harness.devnet.payment.paid[failed.agreement_id] > 0
+        assert list(banned(harness)) == ["alpha"]
+        assert {row.name: row.paid > 0 for row in harness.store.costs("provider")} == {"alpha": True, "beta": True}
 
     play(body, *dearer(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
 
 
 def test_a_chunk_never_goes_back_to_a_provider_that_failed_on_it(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        hired = who(bench)
-        (other,) = await bench.run("two")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        hired = who(harness)
+        (other,) = await harness.run("two")
+        await close(harness)
 
         assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
         assert outcome.provider == "alpha"
@@ -148,38 +151,38 @@ def test_a_chunk_never_goes_back_to_a_provider_that_failed_on_it(play: Play) -> 
 
 
 def test_a_chunk_that_fails_everywhere_is_given_up_and_nobody_stays_banned_for_it(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("poison")
-        (next_one,) = await bench.run("next")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("poison")
+        (next_one,) = await harness.run("next")
+        await close(harness)
 
         assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
         assert next_one.error is None
-        assert sorted(who(bench)[:3]) == ["alpha", "beta", "gamma"]
-        assert banned(bench) == {}
+        assert sorted(who(harness)[:3]) == ["alpha", "beta", "gamma"]
+        assert banned(harness) == {}
 
     once = (fault("exit-nonzero", times=1),)
     play(body, *dearer(("alpha", once), ("beta", once), ("gamma", once)), attempts=3)
 
 
 def test_a_provider_that_hangs_is_given_up_at_the_time_limit_and_its_slot_is_used_again(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
+    async def body(harness: GolemHarness) -> None:
         began = time.monotonic()
-        (outcome,) = await bench.run("one", timeout_seconds=2)
+        (outcome,) = await harness.run("one", timeout_seconds=2)
         seconds = time.monotonic() - began
-        await close(bench)
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
         assert seconds < 8
-        assert "in time" in banned(bench)["alpha"]
+        assert "in time" in banned(harness)["alpha"]
 
     play(body, *dearer(("alpha", (fault("hang"),)), ("beta", ())), max_workers=1)
 
 
 def test_a_chunk_that_hangs_everywhere_is_a_timeout(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one", timeout_seconds=1)
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one", timeout_seconds=1)
+        await close(harness)
 
         assert isinstance(outcome.error, ChunkTimeout)
         assert not outcome.is_blameless
@@ -188,28 +191,28 @@ def test_a_chunk_that_hangs_everywhere_is_a_timeout(play: Play) -> None:
 
 
 def test_calls_that_hang_with_their_provider_keep_neither_the_slot_nor_the_end_waiting(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one", timeout_seconds=2)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one", timeout_seconds=2)
         began = time.monotonic()
-        await close(bench)
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
         assert time.monotonic() - began < 5
-        assert list(banned(bench)) == ["alpha"]
+        assert list(banned(harness)) == ["alpha"]
 
     play(body, *dearer(("alpha", (fault("vanish-http"),)), ("beta", ())), max_workers=1)
 
 
 def test_whatever_breaks_on_the_way_is_answered_elsewhere(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "zeta")
-        assert who(bench) == ["alpha", "beta", "gamma", "delta", "zeta"]
+        assert who(harness) == ["alpha", "beta", "gamma", "delta", "zeta"]
         # Who cannot start an activity did not fail on anything: it is left alone as if it had not signed.
-        assert set(banned(bench)) == {"beta", "gamma", "delta"}
-        assert outcome.agreement_id == list(bench.devnet.market.agreements)[-1]
+        assert set(banned(harness)) == {"beta", "gamma", "delta"}
+        assert outcome.agreement_id == list(harness.devnet.market.agreements)[-1]
 
     plans = dearer(
         ("alpha", (fault("no-activity"),)),
@@ -225,14 +228,14 @@ LIES = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
 
 
 def test_every_lie_is_noticed_and_answered_elsewhere(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
+    async def body(harness: GolemHarness) -> None:
         # An honest answer, which the liar that exchanges answers then has at hand.
-        (outcome,) = await bench.run("one")
-        await close(bench)
+        (outcome,) = await harness.run("one")
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "honest")
-        assert who(bench) == [*LIES, "honest"]
-        assert set(banned(bench)) == set(LIES)
+        assert who(harness) == [*LIES, "honest"]
+        assert set(banned(harness)) == set(LIES)
 
     plans = dearer(*((kind, (fault(kind),)) for kind in LIES), ("honest", ()))
     play(body, *plans, attempts=6, max_workers=1)
@@ -248,12 +251,12 @@ def test_who_does_not_sign_is_passed_over(play: Play, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(RequestorApi, "wait_for_approval", wait)
 
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "gamma")
-        assert banned(bench) == {}
+        assert banned(harness) == {}
 
     plans = dearer(
         ("alpha", (fault("reject"),)),
@@ -273,11 +276,11 @@ def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatc
 
     monkeypatch.setattr(RequestorApi, "wait_for_approval", wait)
 
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        alpha = next(iter(bench.devnet.market.agreements.values()))
-        await until(lambda: bench.devnet.providers[alpha.provider_id].agreement is None, 10)
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        alpha = next(iter(harness.devnet.market.agreements.values()))
+        await until(lambda: harness.devnet.providers[alpha.provider_id].agreement is None, 10)
+        await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
         assert alpha.state == "Cancelled"
@@ -289,25 +292,25 @@ def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatc
 
 
 def test_debit_notes_of_any_kind_do_not_disturb_the_work(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
+    async def body(harness: GolemHarness) -> None:
         outcomes = []
         for number in range(4):
-            outcomes += await bench.run(f"chunk{number}")
-        await until(lambda: len(bench.devnet.payment.debit_notes) >= 5)
-        await close(bench)
+            outcomes += await harness.run(f"chunk{number}")
+        await until(lambda: len(harness.devnet.payment.debit_notes) >= 5)
+        await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 4
-        assert who(bench) == ["alpha"]
+        assert who(harness) == ["alpha"]
 
     notes = (fault("payable-debit-note", every=2), fault("frequent-debit-notes", seconds=0.1))
     play(body, provider("alpha", *notes), max_workers=1)
 
 
 def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
         began = time.monotonic()
-        await close(bench, unbilled=["alpha"])
+        await close(harness, unbilled=["alpha"])
 
         assert outcome.error is None
         assert 0.4 < time.monotonic() - began < 4
@@ -316,56 +319,56 @@ def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
 
 
 def test_a_bill_that_is_too_high_is_refused_and_its_provider_banned(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (first,) = await bench.run("one")
-        await until(lambda: "alpha" in banned(bench), 10)
-        (second,) = await bench.run("two")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        (first,) = await harness.run("one")
+        await until(lambda: "alpha" in banned(harness), 10)
+        (second,) = await harness.run("two")
+        await close(harness)
 
         assert (first.error, first.provider) == (None, "alpha")
         assert (second.error, second.provider) == (None, "beta")
-        (total,) = bench.store.costs("total")
-        assert total.refused > total.paid == bench.paid() > 0
-        assert "too high" in banned(bench)["alpha"]
+        (total,) = harness.store.costs("total")
+        assert total.refused > total.paid == harness.paid() > 0
+        assert "too high" in banned(harness)["alpha"]
 
     greedy = (fault("overbill", factor=20.0),)
     play(body, *dearer(("alpha", greedy), ("beta", ())), idle_seconds=0.2)
 
 
 def test_a_bill_that_comes_after_the_end_is_settled_by_the_next_batcher(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        await close(bench, unbilled=["alpha"])
-        await until(lambda: bench.devnet.payment.invoices != {}, 10)
-        successor = bench.successor()
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await close(harness, unbilled=["alpha"])
+        await until(lambda: harness.devnet.payment.invoices != {}, 10)
+        next_executor = harness.next_executor()
         try:
-            await successor.start()
-            await until(lambda: bench.store.agreements(is_settled=False) == [], 10)
+            await next_executor.start()
+            await until(lambda: harness.store.agreements(is_settled=False) == [], 10)
         finally:
-            await successor.close()
+            await next_executor.close()
 
         assert outcome.error is None
-        assert bench.store.spent() == bench.paid() > 0
-        assert bench.devnet.payment.wallet.live() == []
+        assert harness.store.spent() == harness.paid() > 0
+        assert harness.devnet.payment.wallet.list_active() == []
 
     play(body, provider("alpha", fault("late-bill", seconds=0.5)), settle_seconds=0.0)
 
 
 def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        await bench.run("one")
-        await close(bench, unbilled=["alpha"])
-        await until(lambda: bench.devnet.payment.invoices != {}, 10)
-        successor = bench.successor(budget_run=Decimal("0.0001"))
+    async def body(harness: GolemHarness) -> None:
+        await harness.run("one")
+        await close(harness, unbilled=["alpha"])
+        await until(lambda: harness.devnet.payment.invoices != {}, 10)
+        next_executor = harness.next_executor(budget_run=Decimal("0.0001"))
         try:
-            await successor.start()
-            await until(lambda: bench.store.agreements(is_settled=False) == [], 10)
+            await next_executor.start()
+            await until(lambda: harness.store.agreements(is_settled=False) == [], 10)
         finally:
-            await successor.close()
+            await next_executor.close()
 
-        assert bench.store.spent() == bench.paid() > 0
-        assert len(bench.devnet.payment.wallet.allocations) == 3, "one for that bill alone"
-        assert bench.devnet.payment.wallet.live() == []
+        assert harness.store.spent() == harness.paid() > 0
+        assert len(harness.devnet.payment.wallet.allocations) == 3, "one for that bill alone"
+        assert harness.devnet.payment.wallet.list_active() == []
 
     # Without the interim bill, the acceptance of which has the money set aside already.
     unread = (fault("http-500", path="GET /payment-api/v1/debitNoteEvents"),)
@@ -374,7 +377,10 @@ def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> No
 
 def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        async with world(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as (devnet, store):
+        async with devnet_and_store(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as (
+            devnet,
+            store,
+        ):
             names = ("aaaa1111", "bbbb2222")
             workspaces = [Workspace(tmp_path / "work", name) for name in names]
             executors = []
@@ -383,8 +389,8 @@ def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_fo
                     workspace.create()
                     executors.append(make_executor(devnet, store, tmp_path, models_folder, name=name, max_workers=1))
                     await executors[-1].start()
-                benches = [GolemBench(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
-                runs = (bench.run(*(f"{bench.work.name}-{each}" for each in range(3))) for bench in benches)
+                benches = [GolemHarness(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
+                runs = (harness.run(*(f"{harness.work.name}-{each}" for each in range(3))) for harness in benches)
                 outcomes = await asyncio.gather(*runs)
                 await asyncio.gather(*(each.close() for each in executors))
             finally:
@@ -412,30 +418,30 @@ def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_fo
 def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
     budget = Decimal("0.25")
 
-    async def body(bench: GolemBench) -> None:
-        outcomes = await bench.run(*(f"chunk{number}" for number in range(40)), timeout_seconds=1)
-        obstacle = bench.executor.obstacle(MODEL)
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        outcomes = await harness.run(*(f"chunk{number}" for number in range(40)), timeout_seconds=1)
+        unavailable_reason = harness.executor.unavailable_reason(MODEL)
+        await close(harness)
 
         done = [each for each in outcomes if each.error is None]
         refused = [each for each in outcomes if each.error is not None]
         assert done and refused
         assert all(isinstance(each.error, BudgetReached) and each.is_blameless for each in refused)
-        assert obstacle is not None and "The budget of this run is used up" in obstacle
-        assert 0 < bench.paid() <= budget
+        assert unavailable_reason is not None and "The budget of this run is used up" in unavailable_reason
+        assert 0 < harness.paid() <= budget
 
     dear = provider("alpha", second="0.1")
     play(body, dear, budget_run=budget, max_price_hour=None, start_seconds=2.0)
 
 
 def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (outcome,) = await bench.run("one")
-        obstacle = bench.executor.obstacle(MODEL)
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        unavailable_reason = harness.executor.unavailable_reason(MODEL)
 
         assert isinstance(outcome.error, GolemUnavailable) and outcome.is_blameless
-        assert obstacle is not None and "Not enough funds" in obstacle
-        assert bench.devnet.market.agreements == {}
+        assert unavailable_reason is not None and "Not enough funds" in unavailable_reason
+        assert harness.devnet.market.agreements == {}
 
     play(body, provider("alpha"), funds=Decimal("0.5"), offer_seconds=0.5)
 
@@ -444,33 +450,33 @@ def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
 
 
 def test_a_market_without_offers_is_told_of_and_blames_nobody(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        run = asyncio.create_task(bench.executor.run(bench.job("one")))
-        await until(lambda: bench.executor.obstacle(MODEL) is not None, 10)
-        obstacle = bench.executor.obstacle(MODEL)
+    async def body(harness: GolemHarness) -> None:
+        run = asyncio.create_task(harness.executor.run(harness.job("one")))
+        await until(lambda: harness.executor.unavailable_reason(MODEL) is not None, 10)
+        unavailable_reason = harness.executor.unavailable_reason(MODEL)
         outcome = await run
 
         assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
-        assert obstacle == outcome.error.reason == "No provider on the market offers what the model needs."
+        assert unavailable_reason == outcome.error.reason == "No provider on the market offers what the model needs."
 
     play(body, provider("alpha", runtimes=("vm",)), offer_seconds=1.0)
 
 
 def test_offers_that_are_all_refused_are_told_of_and_blame_nobody(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        for plan in bench.devnet.scenario.providers[2:]:
+    async def body(harness: GolemHarness) -> None:
+        for plan in harness.devnet.scenario.providers[2:]:
             prices = {"start_price": plan.start_price, "price_per_cpu_second": Decimal(0)}
             now = datetime.now(UTC)
-            bench.store.note_provider(plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices)
-            bench.store.ban_provider(plan.node_id, until=None, reason="It is a friend's.", by_operator=True)
-        (outcome,) = await bench.run("one")
-        obstacle = bench.executor.obstacle(MODEL)
+            harness.store.record_offer(plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices)
+            harness.store.ban_provider(plan.node_id, until=None, reason="It is a friend's.", by_operator=True)
+        (outcome,) = await harness.run("one")
+        unavailable_reason = harness.executor.unavailable_reason(MODEL)
 
         assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
         for reason in ("3 offered to", "1 banned", "1 dearer than 0.5 GLM an hour", "1 dearer than 0.01 GLM a start"):
             assert reason in outcome.error.reason
-        assert obstacle is None, "nothing waits any more"
-        assert bench.devnet.market.agreements == {}
+        assert unavailable_reason is None, "nothing waits any more"
+        assert harness.devnet.market.agreements == {}
 
     plans = (provider("alpha", start="0.02"), provider("beta", second="0.001"), provider("gamma"))
     play(body, *plans, offer_seconds=1.5)
@@ -535,15 +541,15 @@ TROUBLES = {
 def test_a_daemon_that_fails_once_on_each_path_loses_neither_work_nor_money(play: Play, trouble: str) -> None:
     kind, paths = TROUBLES[trouble]
 
-    async def body(bench: GolemBench) -> None:
-        first = await bench.run("one", "two")
-        second = await bench.run("three", "four")
-        await close(bench)
+    async def body(harness: GolemHarness) -> None:
+        first = await harness.run("one", "two")
+        second = await harness.run("three", "four")
+        await close(harness)
 
         assert [each.error for each in (*first, *second)] == [None] * 4
-        struck = {number for name, _, number in bench.devnet.faults._occasions if name == DAEMON}
-        assert [path for number, path in enumerate(paths) if number not in struck] == []
-        assert banned(bench) == {}
+        triggered = {number for name, _, number in harness.devnet.faults._occasions if name == DAEMON}
+        assert [path for number, path in enumerate(paths) if number not in triggered] == []
+        assert banned(harness) == {}
 
     faults = tuple(fault(kind, path=path, times=1) for path in paths)
     play(body, provider("alpha"), provider("beta"), provider("gamma"), faults=faults, max_workers=2)
@@ -553,42 +559,42 @@ def test_a_daemon_that_fails_once_on_each_path_loses_neither_work_nor_money(play
 def test_a_daemon_that_dies_in_mid_work_and_comes_back_costs_no_restart(
     play: Play, monkeypatch: pytest.MonkeyPatch, is_missed: bool
 ) -> None:
-    monkeypatch.setattr(session, "_AWAY_SECONDS", 0.5 if is_missed else 30.0)
+    monkeypatch.setattr(session, "_UNREACHABLE_SECONDS", 0.5 if is_missed else 30.0)
 
-    async def body(bench: GolemBench) -> None:
-        runs = asyncio.create_task(bench.run("one", "two", "three"))
-        await until(lambda: has_struck(bench, "alpha"))
-        await bench.devnet.stop()
+    async def body(harness: GolemHarness) -> None:
+        runs = asyncio.create_task(harness.run("one", "two", "three"))
+        await until(lambda: has_triggered(harness, "alpha"))
+        await harness.devnet.stop()
         if is_missed:
-            await until(lambda: "daemon" in (bench.executor.obstacle(MODEL) or ""), 10)
-        await bench.devnet.start()
+            await until(lambda: "daemon" in (harness.executor.unavailable_reason(MODEL) or ""), 10)
+        await harness.devnet.start()
         outcomes = await runs
-        await close(bench)
+        await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 3
-        assert (len(bench.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if it has to be"
+        assert (len(harness.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if it has to be"
 
     play(body, provider("alpha", fault("hang", times=1)), provider("beta"), max_workers=2)
 
 
 def test_a_daemon_that_is_away_at_the_start_is_waited_for(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        async with world(scenario(provider("alpha")), tmp_path, models_folder) as (devnet, store):
+        async with devnet_and_store(scenario(provider("alpha")), tmp_path, models_folder) as (devnet, store):
             await devnet.stop()
             executor = make_executor(devnet, store, tmp_path, models_folder)
-            bench = GolemBench(devnet, executor, store, tmp_path / "jobs", models_folder)
+            harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             try:
                 await executor.start()
-                obstacle = executor.obstacle(MODEL)
-                runs = asyncio.create_task(bench.run("one"))
+                unavailable_reason = executor.unavailable_reason(MODEL)
+                runs = asyncio.create_task(harness.run("one"))
                 await asyncio.sleep(0)
                 await devnet.start()
                 (outcome,) = await runs
-                await close(bench)
+                await close(harness)
             finally:
                 await executor.close()
 
-            assert obstacle is not None and devnet.url in obstacle
+            assert unavailable_reason is not None and devnet.url in unavailable_reason
             assert outcome.error is None
 
     asyncio.run(asyncio.wait_for(main(), 60))
@@ -603,15 +609,15 @@ def file_servers() -> list[int]:
 
 
 def test_a_file_server_that_is_killed_is_replaced(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        (first,) = await bench.run("one")
+    async def body(harness: GolemHarness) -> None:
+        (first,) = await harness.run("one")
         for pid in file_servers():
             os.kill(pid, signal.SIGKILL)
-        others = await bench.run("two", "three", "four")
-        await close(bench)
+        others = await harness.run("two", "three", "four")
+        await close(harness)
 
         assert [each.error for each in (first, *others)] == [None] * 4
-        assert banned(bench) == {}
+        assert banned(harness) == {}
 
     play(body, provider("alpha"), provider("beta"), max_workers=2)
 
@@ -619,12 +625,12 @@ def test_a_file_server_that_is_killed_is_replaced(play: Play) -> None:
 def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_others(play: Play) -> None:
     chance = random.Random(7)
 
-    async def cancelled(bench: GolemBench, name: str) -> None:
-        run = asyncio.create_task(bench.executor.run(bench.job(name)))
+    async def cancelled(harness: GolemHarness, name: str) -> None:
+        run = asyncio.create_task(harness.executor.run(harness.job(name)))
         deadline = time.monotonic() + chance.uniform(0.0, 0.25)
         while time.monotonic() < deadline:
             await asyncio.sleep(0)
-            session = bench.executor._session
+            session = harness.executor._session
             if (
                 chance.random() < 0.5
                 and session is not None
@@ -634,16 +640,16 @@ def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_other
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
 
-    async def body(bench: GolemBench) -> None:
-        await bench.run("first", "second")
+    async def body(harness: GolemHarness) -> None:
+        await harness.run("first", "second")
         for number in range(8):
-            await asyncio.gather(*(cancelled(bench, f"unwanted{number}-{each}") for each in range(3)))
-        outcomes = await bench.run(*(f"wanted{number}" for number in range(6)))
-        await close(bench)
+            await asyncio.gather(*(cancelled(harness, f"unwanted{number}-{each}") for each in range(3)))
+        outcomes = await harness.run(*(f"wanted{number}" for number in range(6)))
+        await close(harness)
 
         # Each of the answers was checked to be that of its own chunk.
         assert [each.error for each in outcomes] == [None] * 6
-        assert len(bench.devnet.payment.wallet.allocations) == 1, "no new session was needed"
+        assert len(harness.devnet.payment.wallet.allocations) == 1, "no new session was needed"
 
     play(body, *(provider(name) for name in ("alpha", "beta", "gamma")), max_workers=2)
 
@@ -656,19 +662,19 @@ from pathlib import Path
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
-from server.settings import ServerSettings
+from store.settings import HomeSettings
 from store.sqlite import SqliteStore
-from tests.golem import GolemBench
+from tests.golem import GolemHarness
 
 async def main(home, models):
     settings = BatcherSettings.from_env(dict(os.environ))
     workspace = Workspace(home / "work", "cccc3333")
     workspace.create()
     settings = replace(settings, work=workspace.folder, models=models)
-    store = SqliteStore(ServerSettings(home=home / "home", busy_seconds=5))
+    store = SqliteStore(HomeSettings(home=home / "home", busy_seconds=5))
     executor = GolemExecutor(settings, store)
     await executor.start()
-    await GolemBench(None, executor, store, home / "jobs", models).run("one", "two")
+    await GolemHarness(None, executor, store, home / "jobs", models).run("one", "two")
 
 asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
 """
@@ -677,22 +683,22 @@ asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
 def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         plan = scenario(provider("alpha", fault("hang")), provider("beta", fault("hang")))
-        async with world(plan, tmp_path, models_folder) as (devnet, store):
+        async with devnet_and_store(plan, tmp_path, models_folder) as (devnet, store):
             environment = {**os.environ, **devnet.variables, "MLG_HOME": str(tmp_path / "home")}
             words = (sys.executable, "-c", BATCHER, str(tmp_path), str(models_folder))
             batcher = await asyncio.create_subprocess_exec(*words, env=environment)
             try:
                 await until(lambda: len(devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
-                open_before = len(devnet.market.open_demands()), len(devnet.payment.wallet.live())
+                open_before = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             finally:
                 batcher.kill()
                 await batcher.wait()
             executor = make_executor(devnet, store, tmp_path, models_folder)
-            bench = GolemBench(devnet, executor, store, tmp_path / "jobs", models_folder)
+            harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             await executor.start()
             await until(lambda: len(devnet.payment.paid) == 2, 10)
-            open_after = len(devnet.market.open_demands()), len(devnet.payment.wallet.live())
-            await close(bench)
+            open_after = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
+            await close(harness)
 
             assert open_before == (1, 1)
             assert open_after == (0, 1), "its own allocation"
@@ -702,31 +708,31 @@ def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path
 
 
 def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) -> None:
-    async def body(bench: GolemBench) -> None:
-        runs = asyncio.create_task(bench.run("one", "two", "three", "four"))
-        await until(lambda: len(bench.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+    async def body(harness: GolemHarness) -> None:
+        runs = asyncio.create_task(harness.run("one", "two", "three", "four"))
+        await until(lambda: len(harness.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
         began = time.monotonic()
-        await close(bench)
+        await close(harness)
         seconds = time.monotonic() - began
         outcomes = await runs
 
         assert seconds < 10
         assert all(each.is_blameless and each.error is not None for each in outcomes)
-        assert len(bench.devnet.payment.paid) == 2
+        assert len(harness.devnet.payment.paid) == 2
         assert file_servers() == []
-        assert banned(bench) == {}
+        assert banned(harness) == {}
 
     play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), max_workers=2)
 
 
-def test_two_models_are_rented_for_side_by_side(play: Play, own_models_folder: Path) -> None:
-    async def body(bench: GolemBench) -> None:
-        jobs = [bench.job(f"{model}{number}", model=model) for model in (MODEL, "my_pets") for number in range(2)]
-        outcomes = await asyncio.gather(*(bench.executor.run(job) for job in jobs))
-        await close(bench)
+def test_two_models_are_rented_for_side_by_side(play: Play, custom_models_folder: Path) -> None:
+    async def body(harness: GolemHarness) -> None:
+        jobs = [harness.job(f"{model}{number}", model=model) for model in (MODEL, "my_pets") for number in range(2)]
+        outcomes = await asyncio.gather(*(harness.executor.run(job) for job in jobs))
+        await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 4
-        assert {each.model for each in bench.store.agreements()} == {MODEL, "my_pets"}
-        assert len(bench.devnet.payment.wallet.allocations) == 1
+        assert {each.model for each in harness.store.agreements()} == {MODEL, "my_pets"}
+        assert len(harness.devnet.payment.wallet.allocations) == 1
 
-    play(body, provider("alpha"), provider("beta"), max_workers=2, models=own_models_folder)
+    play(body, provider("alpha"), provider("beta"), max_workers=2, models=custom_models_folder)

@@ -1,0 +1,64 @@
+"""The settings of a home: where it is, and how long things are kept in it.
+
+Read once by `from_env` in a command and passed on. The server's settings extend them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_image.environment import Environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeSettings:
+    """What every command on a home needs."""
+
+    #: Folder that holds the database, the images and the models. MLG_HOME. Defaults to ~/.mlg.
+    home: Path
+    #: Seconds to wait for a locked database. MLG_BUSY_SECONDS. Defaults to 5 seconds.
+    busy_seconds: float = 5.0
+    #: Seconds that images of finished requests are kept. MLG_KEEP_PICTURES_SECONDS. Defaults to 604800 (7 days).
+    keep_images_seconds: float = 7 * 86400.0
+    #: Seconds that finished requests are kept. MLG_KEEP_RESULTS_SECONDS. Defaults to 2592000 (30 days).
+    keep_results_seconds: float = 30 * 86400.0
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.home / "mlg.db"
+
+    @property
+    def images(self) -> Path:
+        """The folder of images."""
+        return self.home / "blobs"
+
+    @property
+    def models(self) -> Path:
+        """The folder of model artefacts."""
+        return self.home / "models"
+
+    @property
+    def work(self) -> Path:
+        """The folder of chunk files under way."""
+        return self.home / "work"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> HomeSettings:
+        """Read the settings.
+
+        :raises ConfigError: a value cannot be used; names the variable.
+        """
+        env = Environment(environ)
+        return HomeSettings(
+            home=env.path("MLG_HOME", "~/.mlg"),
+            busy_seconds=env.number("MLG_BUSY_SECONDS", cls.busy_seconds, minimum=0.01, maximum=300),
+            keep_images_seconds=env.number(
+                "MLG_KEEP_PICTURES_SECONDS", cls.keep_images_seconds, minimum=0, maximum=3.2e9
+            ),
+            keep_results_seconds=env.number(
+                "MLG_KEEP_RESULTS_SECONDS", cls.keep_results_seconds, minimum=0, maximum=3.2e9
+            ),
+        )
