@@ -21,11 +21,12 @@ SOURCES = (
     "README.md",
     "LICENSE",
     "mlg.py",
-    "mlg_client.py",
+    "mlg_client",
     "scripts/prune_runtime",
     "provider_image",
     "server",
     "batcher",
+    "cli",
 )
 _CHECKOUT = Path(__file__).resolve().parents[1]
 

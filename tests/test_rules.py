@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("provider_image", "server", "batcher")
+ROOMS = ("provider_image", "server", "batcher", "mlg_client", "cli")
 #: What each room may import from the others: only from those below it.
-BELOW = {"provider_image": set(), "server": {"provider_image"}, "batcher": {"provider_image", "server"}}
+BELOW = {
+    "provider_image": set(),
+    "server": {"provider_image"},
+    "batcher": {"provider_image", "server"},
+    "mlg_client": set(),
+    "cli": {"provider_image", "server", "batcher", "mlg_client"},
+}
 #: Never loaded by importing a module, only inside the function that needs it.
 HEAVY = ("tensorflow", "keras", "openvino", "yapapi", "ray", "torch")
 #: The command line starts quickly because these come with the command that needs them.
@@ -86,7 +92,7 @@ def test_importing_a_room_loads_nothing_heavy(room: str) -> None:
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = loaded_by(
-        "import mlg, server.commands, server.model_commands, server.key_commands, server.cost_commands,"
+        "import mlg, cli.submit, server.commands, server.model_commands, server.key_commands, server.cost_commands,"
         " server.provider_commands, server.webhook_commands, server.operate_commands, batcher.commands,"
         " batcher.devnet.commands"
     )
@@ -95,7 +101,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_async_stays_in_its_places() -> None:
-    allowed = ("batcher/executors/", "batcher/devnet/", "batcher/cycle", "batcher/schedule")
+    allowed = ("batcher/executors/", "batcher/devnet/", "batcher/cycle", "batcher/schedule", "mlg_client/")
     for path in [path for room in ROOMS for path in modules(room)]:
         place = str(path.relative_to(ROOT))
         has_async = any(isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(ast.parse(path.read_text())))

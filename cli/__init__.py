@@ -1,0 +1,1 @@
+"""The command line: the commands of `mlg`, one file a group. Above all other packages; only `mlg.py` imports it."""
