@@ -17,7 +17,7 @@ COMMANDS = {
     "up": ("batcher.commands:up", "Run everything here: server, batcher and workers."),
     "serve": ("server.commands:serve", "Run the HTTP server."),
     "batch": ("batcher.commands:batch", "Run the batcher, on a timer or once."),
-    "submit": ("server.commands:submit", "Send pictures to a server and collect the answers."),
+    "submit": ("cli.submit:submit", "Send images to a server and collect the answers."),
     "requests": ("server.commands:requests", "List, show, retry or cancel requests."),
     "models": ("server.model_commands:models", "List models, install one, or check it."),
     "image": ("batcher.image_commands:image", "Build the provider's image and publish it."),
