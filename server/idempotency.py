@@ -110,8 +110,9 @@ class _Keeper:
         try:
             status = response.status_code
             is_worth_keeping = status < 500 and status not in _PASSING and not response.is_streamed
+            # A body that was cut short is no request of the client's: the whole one comes under the same key.
             most = self._context.settings.max_batch_bytes if status < 400 else _MOST_REST_BYTES
-            if is_worth_keeping and once.body.finish(most):
+            if is_worth_keeping and once.body.finish(most) and not once.body.is_cut_short:
                 kept = KeptAnswer(
                     fingerprint=once.body.fingerprint(),
                     status=status,
@@ -197,6 +198,11 @@ class _Body:
             if not step:
                 self._is_at_end = True
         return self._is_at_end
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Tell whether it ended before all that was declared had come."""
+        return self._is_at_end and self._declared is not None and self._size < self._declared
 
     def fingerprint(self) -> str:
         """Say which body it was; right after its end only."""
