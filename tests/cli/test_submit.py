@@ -23,6 +23,7 @@ import pytest
 
 from cli.submit import find_files
 from cli.submit_journal import SubmitJournal
+from mlg_client import Client
 from provider_image.errors import ConfigError
 from server.settings import ServerSettings
 from server.store.records import Answer, Request
@@ -251,6 +252,49 @@ def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, t
     assert len(everything(store)) == 400
     with SubmitJournal(submit.home, submit.url, MODEL) as journal:
         assert all(journal.find(request.image_sha256) for request in everything(store))
+
+
+@pytest.mark.parametrize("is_key_used", [False, True])
+def test_a_batch_without_a_noted_answer_is_sent_again_and_accepted_once(
+    submit: Submit, store: SqliteStore, folder: Path, is_key_used: bool
+) -> None:
+    first = submit(folder)
+    heading, batch, *_ = submit.journal.read_text().splitlines()
+    if is_key_used:  # for another body, as when the server got only part of it
+        batch = json.dumps({**json.loads(batch), "key": "used"})
+        with Client(submit.url) as client:
+            client.submit_many([image(7), image(8)], MODEL, idempotency_key="used")
+    submit.journal.write_text(f"{heading}\n{batch}\n")
+
+    again = submit(folder)
+
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout == first.stdout) is not is_key_used
+    assert len(everything(store)) == (5 + 2 + 5 if is_key_used else 5)
+
+
+def test_a_changed_file_ends_the_batch_that_was_under_way(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    submit(folder)
+    heading, batch, *_ = submit.journal.read_text().splitlines()
+    submit.journal.write_text(f"{heading}\n{batch}\n")
+    (folder / "b.png").write_bytes(image(999))
+
+    again = submit(folder)
+
+    assert again.returncode == 0, again.stderr
+    assert {request.image_sha256 for request in everything(store)} >= {hashlib.sha256(image(999)).hexdigest()}
+
+
+def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    first = submit(folder)
+    kept = [line for line in submit.journal.read_text().splitlines() if '"url"' in line or '"sha256"' in line]
+    submit.journal.write_text("\n".join(kept) + "\n")
+
+    again = submit(folder)
+
+    assert [sorted(json.loads(line)) for line in kept] == [["model", "url"], *[["req_id", "sha256"]] * 5]
+    assert again.stdout == first.stdout
+    assert len(everything(store)) == 5
 
 
 def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: SqliteStore, folder: Path) -> None:

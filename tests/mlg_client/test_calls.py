@@ -159,6 +159,32 @@ def test_a_folder_goes_out_in_order_and_what_is_no_image_is_listed(
         calls.submit_dir(tmp_path / "nowhere", MODEL)
 
 
+def test_many_images_are_sent_once_under_one_key_and_each_has_an_outcome(calls: Client) -> None:
+    images, names = [image(1), b"Dear kitten", image(2)], ["a.png", "letter.jpg", "a.png"]
+
+    batch = calls.submit_many(images, MODEL, names=names, idempotency_key="mine")
+    again = calls.submit_many(images, MODEL, names=names, idempotency_key="mine")
+
+    sent, refused, last = batch.outcomes
+    assert isinstance(refused, Refused) and refused.code == "not_an_image"
+    assert batch.requests == (sent, last) and [request.name for request in batch.requests] == ["a.png", "a.png"]
+    assert batch.refused == (("letter.jpg", refused.reason),)
+    assert again.requests == batch.requests
+    assert calls.batch(batch.ids[0])["total"] == 2
+    with pytest.raises(ValueError, match="shorter"):
+        calls.submit_many(images, MODEL, names=["a.png"])
+
+
+def test_many_answers_are_read_and_unknown_ones_are_none(calls: Client, answer: Callable[..., list[str]]) -> None:
+    batch = calls.submit_many([image(number) for number in range(10)], MODEL)
+    answer()
+
+    found = calls.read_many(["nothing", *(request.id for request in batch.requests)], top=2)
+
+    assert found[0] is None
+    assert [one and (one.id, len(one.preds or [])) for one in found[1:]] == [(one.id, 2) for one in batch.requests]
+
+
 # Against a real server
 
 
@@ -322,6 +348,30 @@ def test_a_broken_stream_of_events_goes_on_where_it_was() -> None:
     assert ended == ["r2", "r1"]
     assert [request.headers.get("Last-Event-ID") for request in asked] == [None, "5", "5", "5"]
     assert [request.url.params["ids"] for request in asked] == ["r1,r2", "r1", "r1", "r1"]
+
+
+def test_the_wanted_labels_come_from_the_event_or_from_a_read() -> None:
+    preds = [["n1", "cat", 0.5], ["n2", "dog", 0.2]]
+    done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": preds}
+    event = httpx.Response(200, text=f"data: {json.dumps(done)}\n\n", headers={"Content-Type": "text/event-stream"})
+    more = httpx.Response(200, json={**done, "preds": [*preds, ["n3", "cow", 0.1]]})
+    transport, asked = scripted(event, event, more)
+    waiting = [Request(id="r1", status="queued", model="m")]
+
+    with Client(URL, transport=transport) as calls:
+        found = [list(calls.as_completed(waiting, top=top)) for top in (1, 3)]
+
+    assert [len(request.preds or []) for (request,) in found] == [1, 3]
+    assert [request.url.path for request in asked] == ["/events", "/events", "/readPrediction/r1"]
+
+
+def test_a_request_that_was_deleted_is_given_as_failed() -> None:
+    transport, _ = scripted(refused(404, "unknown_request"), refused(404, "unknown_request"))
+
+    with Client(URL, transport=transport) as calls:
+        (ended,) = calls.as_completed([Request(id="r1", status="queued", model="m")])
+
+    assert (ended.id, ended.status, ended.code) == ("r1", "failed", "unknown_request")
 
 
 def test_without_events_reads_are_held() -> None:
