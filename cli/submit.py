@@ -8,7 +8,6 @@ Longer than other modules, because the command and all its steps stand in one pl
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -20,7 +19,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,6 +29,7 @@ from provider_image.errors import ConfigError, MlgError, ServerUnreachable, Stor
 from server.options import environment, home_option
 
 if TYPE_CHECKING:
+    from cli.submit_progress import Bars
     from mlg_client import Client, Refused, Request
 
 #: Images and bytes of one batch. Less than `mlg_client` sends at once: after a break one batch is uploaded again.
@@ -83,7 +83,7 @@ def submit(
       mlg submit --model efficientnet_lite0 --out results.csv photos/
     """
     from cli.submit_progress import Bars
-    from mlg_client import Client
+    from mlg_client import Client, ClientError, Unreachable
 
     home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
     if out is not None:
@@ -93,7 +93,6 @@ def submit(
     _handle_interrupt()
     try:
         with (
-            _errors_of_the_command_line(),
             Client(url, retry_timeout_seconds=retry_timeout_seconds) as client,
             SubmitJournal(home, client.url, model.lower()) as journal,
             Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _print_sent) as bars,
@@ -101,7 +100,7 @@ def submit(
             send_all(rows, client, model, journal, top=top, progress=bars)
             if is_waiting:
                 wait_for_all(rows, client, top=top, progress=bars)
-    except (MlgError, KeyboardInterrupt) as error:
+    except (ClientError, MlgError, KeyboardInterrupt) as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if out is not None:
             write_rows(rows, out)
@@ -115,6 +114,9 @@ def submit(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
+        if isinstance(error, ClientError):
+            hint = " Start it with mlg serve, or name another with --url." if isinstance(error, Unreachable) else ""
+            raise ServerUnreachable(error.reason + hint) from error
         raise
     if out is not None:
         write_rows(rows, out)
@@ -158,16 +160,6 @@ class Row:
             self.request, self.status = outcome, outcome.status
 
 
-class Progress(Protocol):
-    """What is told while the run goes on."""
-
-    def sent(self, row: Row) -> None:
-        """A file was acknowledged, found in the journal, or refused; called in the order of the files."""
-
-    def answered(self, row: Row) -> None:
-        """A file's answer is there."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Image:
     """A file that was read."""
@@ -204,7 +196,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def send_all(
-    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: Progress
+    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: Bars
 ) -> None:
     """Send what the server has not acknowledged yet, equal images once.
 
@@ -233,7 +225,7 @@ def send_all(
             progress.sent(row)
 
 
-def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Progress) -> None:
+def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Bars) -> None:
     """Wait for the answers of all that were acknowledged. :raises ClientError: the server is away."""
     requests = {row.request.id: row.request for row in rows if row.request is not None}
     waiting: dict[str, list[Row]] = {id: [] for id in requests}
@@ -289,19 +281,6 @@ def _handle_interrupt() -> None:
     signal.signal(signal.SIGALRM, interrupt)
 
 
-@contextlib.contextmanager
-def _errors_of_the_command_line() -> Iterator[None]:
-    """Make the command line's errors of the client's."""
-    import mlg_client
-
-    try:
-        yield
-    except mlg_client.Unreachable as error:
-        raise ServerUnreachable(f"{error.reason} Start it with mlg serve, or name another with --url.") from error
-    except mlg_client.ClientError as error:
-        raise ServerUnreachable(error.reason) from error
-
-
 def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _Image | None]]]:
     """Read the files, one batch's worth at a time; None for one that cannot be read."""
     part: list[tuple[Row, _Image | None]] = []
@@ -337,16 +316,15 @@ def _send_unfinished(
         return {}
     try:
         images = [_Image.read(Path(file)) for file in batch.files.values()]
+        if [image.sha256 for image in images] == list(batch.files):
+            return _send_batch(batch, images, client, model, journal)
     except OSError:
-        return {}
-    if [image.sha256 for image in images] != list(batch.files):
-        return {}
-    try:
-        return _send_batch(batch, images, client, model, journal)
+        pass  # said where the file's turn comes
     except Refused as error:
+        # The key is that of another request: the model was spelled otherwise, or only part of the batch arrived.
         if error.code != "key_reused":
             raise
-        return {}  # the server read only part of it, and kept nothing
+    return {}
 
 
 def _send_batch(

@@ -42,7 +42,7 @@ class Bars:
         self._progress.stop()
 
     def sent(self, row: Row) -> None:
-        """See cli.submit.Progress."""
+        """Count a file that was acknowledged, found in the journal, or refused; called in the order of the files."""
         self._progress.advance(self._sent)
         if row.request is None:
             self._progress.advance(self._answered)
@@ -50,5 +50,5 @@ class Bars:
             self._tell(row)
 
     def answered(self, row: Row) -> None:
-        """See cli.submit.Progress."""
+        """Count a file whose answer is there."""
         self._progress.advance(self._answered)

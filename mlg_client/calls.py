@@ -100,16 +100,7 @@ class Calls:
     @Call
     def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
         """Wait until a request has ended, and return it with its answer. :raises StillWaiting: the timeout is over."""
-        id = request if isinstance(request, str) else request.id
-        give_up_at = None if timeout is None else time.monotonic() + timeout
-        while True:
-            began_at = time.monotonic()
-            found = yield from self._read(id, self._hold_until(give_up_at))
-            if found.is_final:
-                return found
-            if give_up_at is not None and time.monotonic() >= give_up_at:
-                raise StillWaiting(f"The request {id} is not done yet. {found.waiting_for or ''}", code="still_waiting")
-            yield from self._poll_delay(began_at)
+        return (yield from self._wait(request if isinstance(request, str) else request.id, timeout))
 
     @Call
     def cancel(self, request: Request | str) -> Steps[Request]:
@@ -246,18 +237,13 @@ class Calls:
     @stream_of(Request)
     def results(self, batch: Batch) -> Steps[None]:
         """Give the requests of a batch in the order of the files, each as soon as it and those before it have ended."""
-        requests = list(batch.requests)
-        for start in range(0, len(requests), IN_FLIGHT):
-            part = requests[start : start + IN_FLIGHT]
-            done = {request.id: request for request in part if request.is_read}
-            while todo := [request for request in part if request.id not in done]:
-                began_at = time.monotonic()
-                found = yield Gather([functools.partial(self._read_known, one, self.hold_seconds) for one in todo])
-                done.update({request.id: request for request in found if request.is_final})
-                if any(request.id not in done for request in todo):
-                    yield from self._poll_delay(began_at)
+        for start in range(0, len(batch.requests), IN_FLIGHT):
+            part = batch.requests[start : start + IN_FLIGHT]
+            waiting = dict.fromkeys(request.id for request in part if not request.is_read)
+            found = yield Gather([functools.partial(self._wait, id) for id in waiting])
+            ended = dict(zip(waiting, found, strict=True))
             for request in part:
-                yield Yield(done[request.id])
+                yield Yield(ended.get(request.id, request))
 
     # The rest
 
@@ -277,6 +263,17 @@ class Calls:
             "GET", f"/readPrediction/{_id(id)}", params=params, timeout=self._timeout_seconds + hold_seconds
         )
         return Request.from_answer(answer)
+
+    def _wait(self, id: str, timeout: float | None = None) -> Steps[Request]:
+        give_up_at = None if timeout is None else time.monotonic() + timeout
+        while True:
+            began_at = time.monotonic()
+            found = yield from self._read(id, self._hold_until(give_up_at))
+            if found.is_final:
+                return found
+            if give_up_at is not None and time.monotonic() >= give_up_at:
+                raise StillWaiting(f"The request {id} is not done yet. {found.waiting_for or ''}", code="still_waiting")
+            yield from self._poll_delay(began_at)
 
     def _read_known(self, request: Request, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
         """Read a request that the server has accepted; failed if it has been deleted since."""

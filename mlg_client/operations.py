@@ -94,14 +94,7 @@ class Call(Generic[P, T]):
     @overload
     def __get__(self, client: AsyncClient, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, client: Client | AsyncClient | None, owner: type) -> Any:
-        if client is None:
-            return self
-
-        @functools.wraps(self._steps)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-            return client._run(self._steps(client, *args, **kwargs))
-
-        return call
+        return self if client is None else _bind(self._steps, client, client._run)
 
 
 class Stream(Generic[P, T]):
@@ -121,16 +114,17 @@ class Stream(Generic[P, T]):
     @overload
     def __get__(self, client: AsyncClient, owner: type) -> Callable[P, AsyncIterator[T]]: ...
     def __get__(self, client: Client | AsyncClient | None, owner: type) -> Any:
-        if client is None:
-            return self
-
-        @functools.wraps(self._steps)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-            return client._iterate(self._steps(client, *args, **kwargs))
-
-        return call
+        return self if client is None else _bind(self._steps, client, client._iterate)
 
 
 def stream_of(kind: type[T]) -> Callable[[Callable[Concatenate[Any, P], Steps[None]]], Stream[P, T]]:
     """Make a `Stream` of a generator; a decorator."""
     return lambda steps: Stream(steps, kind)
+
+
+def _bind(steps: Callable[..., Steps[Any]], client: Any, run: Callable[[Steps[Any]], Any]) -> Callable[..., Any]:
+    @functools.wraps(steps)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(steps(client, *args, **kwargs))
+
+    return call
