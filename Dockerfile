@@ -12,11 +12,12 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS builder
-COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py mlg_client.py /src/
+COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py /src/
 COPY provider_image /src/provider_image
 COPY store /src/store
 COPY server /src/server
 COPY batcher /src/batcher
+COPY mlg_client /src/mlg_client
 COPY cli /src/cli
 COPY scripts/prune_runtime /src/
 # pip is not needed in the image, and what openvino has for other devices and formats is not either.

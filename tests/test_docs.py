@@ -18,9 +18,12 @@ from server.settings import ServerSettings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SOURCES = [
-    *(path for room in ("provider_image", "store", "server", "batcher", "cli", "devnet") for path in sorted((ROOT / room).rglob("*.py"))),
+    *(
+        path
+        for package in ("provider_image", "store", "server", "batcher", "cli", "mlg_client", "devnet")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ),
     ROOT / "mlg.py",
-    ROOT / "mlg_client.py",
 ]
 #: name -> default, as the settings table of the README says.
 TABLE = dict(re.findall(r"^\| `(MLG_[A-Z_]+)` \| `?([^|`]+?)`? \|", README, re.MULTILINE))

@@ -22,7 +22,7 @@ SOURCES = (
     "README.md",
     "LICENSE",
     "mlg.py",
-    "mlg_client.py",
+    "mlg_client",
     "scripts/prune_runtime",
     "provider_image",
     "store",

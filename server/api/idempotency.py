@@ -112,8 +112,9 @@ class _IdempotencyHandler:
         try:
             status = response.status_code
             is_storable = status < 500 and status not in _RETRYABLE_STATUSES and not response.is_streamed
+            # A body that was cut short is no request of the client's: the whole one comes under the same key.
             max_bytes = self._context.settings.max_batch_bytes if status < 400 else _MAX_UNREAD_BYTES
-            if is_storable and pending.body.read_rest(max_bytes):
+            if is_storable and pending.body.read_rest(max_bytes) and not pending.body.is_cut_short:
                 stored = SavedResponse(
                     fingerprint=pending.body.fingerprint(),
                     status=status,
@@ -201,6 +202,11 @@ class _HashingBody:
             if not step:
                 self._is_at_end = True
         return self._is_at_end
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Tell whether it ended before all that was declared had come."""
+        return self._is_at_end and self._declared is not None and self._size < self._declared
 
     def fingerprint(self) -> str:
         """Say which body it was; right after its end only."""

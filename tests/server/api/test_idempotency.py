@@ -111,6 +111,21 @@ def test_an_error_of_the_server_is_not_kept_and_one_of_the_client_is(
     assert (again.status_code, again.headers["Idempotent-Replayed"]) == (400, "true")
 
 
+def test_a_body_that_was_cut_short_may_be_sent_again_under_its_key(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], tuple[list[str], int]]
+) -> None:
+    data = photos["rocket"]
+    sent = {"content_type": "image/jpeg", "headers": KEY}
+
+    cut = client.post(
+        URL, input_stream=io.BytesIO(data[:1000]), environ_overrides={"CONTENT_LENGTH": str(len(data))}, **sent
+    )
+    again = client.post(URL, data=data, **sent)
+
+    assert (cut.status_code, again.status_code) == (400, 202)
+    assert stored_state()[1] == 1
+
+
 def test_what_a_killed_server_left_under_way_ends_and_answers_end_after_a_day(
     settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
 ) -> None:

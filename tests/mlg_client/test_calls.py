@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import io
 import json
@@ -30,17 +29,17 @@ from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 URL = "http://127.0.0.1:5000"
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 24), (number % 256, number // 256, 9)).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture
-def calls(client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def calls(client: flask.testing.FlaskClient) -> Iterator[Client]:
     """A client of the application, without a network."""
-    monkeypatch.setattr(mlg_client, "HOLD_SECONDS", 0.2)
-    with Client(URL, transport=httpx.WSGITransport(app=client.application), patience_seconds=1) as calls:
+    with Client(URL, transport=httpx.WSGITransport(app=client.application), retry_timeout_seconds=1) as calls:
+        calls.hold_seconds = 0.2
         yield calls
 
 
@@ -70,7 +69,7 @@ def refused(status: int, code: str, **headers: str) -> httpx.Response:
 # Against the application
 
 
-def test_a_picture_goes_out_and_its_answer_comes_back(
+def test_an_image_goes_out_and_its_answer_comes_back(
     calls: Client, photos: dict[str, bytes], answer: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "coffee.jpg").write_bytes(photos["coffee"])
@@ -86,19 +85,19 @@ def test_a_picture_goes_out_and_its_answer_comes_back(
 
 
 @pytest.mark.parametrize("kind", ["bytes", "text", "path", "file"])
-def test_a_picture_may_be_bytes_a_path_or_a_file(calls: Client, tmp_path: Path, kind: str) -> None:
+def test_an_image_may_be_bytes_a_path_or_a_file(calls: Client, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "dot.png"
-    path.write_bytes(picture(1))
+    path.write_bytes(image(1))
 
     with path.open("rb") as file:
-        given: Any = {"bytes": picture(1), "text": str(path), "path": path, "file": file}[kind]
+        given: Any = {"bytes": image(1), "text": str(path), "path": path, "file": file}[kind]
         sent = calls.submit(given, MODEL)
 
     assert sent.name == ("image" if kind == "bytes" else "dot.png")
 
 
 def test_cancelled_requests_can_be_queued_again(calls: Client) -> None:
-    sent = calls.submit(picture(1), MODEL)
+    sent = calls.submit(image(1), MODEL)
 
     assert calls.cancel(sent).status == "cancelled"
     assert calls.retry(sent.id).status == "queued"
@@ -124,13 +123,13 @@ def test_refusals_have_code_reason_and_status(calls: Client) -> None:
 
 def test_a_model_that_is_not_installed_is_not_waited_for(calls: Client) -> None:
     with pytest.raises(Unavailable, match="mlg models compile vgg16") as error:
-        calls.submit(picture(1), "vgg16")
+        calls.submit(image(1), "vgg16")
 
     assert (error.value.code, error.value.status) == ("not_installed", 503)
 
 
 def test_waiting_ends_with_its_time(calls: Client) -> None:
-    sent = calls.submit(picture(1), MODEL)
+    sent = calls.submit(image(1), MODEL)
 
     with pytest.raises(StillWaiting) as error:
         calls.wait(sent, timeout=0.3)
@@ -138,14 +137,14 @@ def test_waiting_ends_with_its_time(calls: Client) -> None:
     assert error.value.code == "still_waiting"
 
 
-def test_a_folder_goes_out_in_order_and_what_is_no_picture_is_listed(
+def test_a_folder_goes_out_in_order_and_what_is_no_image_is_listed(
     calls: Client, tmp_path: Path, answer: Callable[..., list[str]]
 ) -> None:
     (tmp_path / "more").mkdir()
     for number, name in enumerate(["b.png", "a.png", "more/c.PNG"]):
-        (tmp_path / name).write_bytes(picture(number))
+        (tmp_path / name).write_bytes(image(number))
     (tmp_path / "letter.jpg").write_text("Dear kitten")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
 
     batch = calls.submit_dir(tmp_path, MODEL)
     answer()
@@ -158,6 +157,32 @@ def test_a_folder_goes_out_in_order_and_what_is_no_picture_is_listed(
     assert [(one.id, one.status) for one in results] == [(one.id, "done") for one in batch.requests]
     with pytest.raises(FileNotFoundError, match="No image files"):
         calls.submit_dir(tmp_path / "nowhere", MODEL)
+
+
+def test_many_images_are_sent_once_under_one_key_and_each_has_an_outcome(calls: Client) -> None:
+    images, names = [image(1), b"Dear kitten", image(2)], ["a.png", "letter.jpg", "a.png"]
+
+    batch = calls.submit_many(images, MODEL, names=names, idempotency_key="mine")
+    again = calls.submit_many(images, MODEL, names=names, idempotency_key="mine")
+
+    sent, refused, last = batch.outcomes
+    assert isinstance(refused, Refused) and refused.code == "not_an_image"
+    assert batch.requests == (sent, last) and [request.name for request in batch.requests] == ["a.png", "a.png"]
+    assert batch.refused == (("letter.jpg", refused.reason),)
+    assert again.requests == batch.requests
+    assert calls.batch(batch.ids[0])["total"] == 2
+    with pytest.raises(ValueError, match="shorter"):
+        calls.submit_many(images, MODEL, names=["a.png"])
+
+
+def test_many_answers_are_read_and_unknown_ones_are_none(calls: Client, answer: Callable[..., list[str]]) -> None:
+    batch = calls.submit_many([image(number) for number in range(10)], MODEL)
+    answer()
+
+    found = calls.read_many(["nothing", *(request.id for request in batch.requests)], top=2)
+
+    assert found[0] is None
+    assert [one and (one.id, len(one.preds or [])) for one in found[1:]] == [(one.id, 2) for one in batch.requests]
 
 
 # Against a real server
@@ -194,7 +219,7 @@ def batcher(start_server: Callable[..., RunningServer]) -> Iterator[tuple[Runnin
 def test_requests_come_as_they_end(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
     server, start = batcher
     with Client(server.base) as calls:
-        batch = calls.submit_many([picture(number) for number in range(6)], MODEL)
+        batch = calls.submit_many([image(number) for number in range(6)], MODEL)
         start()
 
         ended = list(calls.as_completed(batch.requests, timeout=30))
@@ -207,18 +232,18 @@ def test_requests_come_as_they_end(batcher: tuple[RunningServer, Callable[[], No
 def test_async_code_makes_the_same_calls(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
     server, start = batcher
 
-    async def road() -> tuple[int, list[Request], list[Request], Request]:
+    async def make_calls() -> tuple[int, list[Request], list[Request], Request]:
         async with AsyncClient(server.base) as calls:
-            batch = await calls.submit_many([picture(number) for number in range(4)], MODEL)
+            batch = await calls.submit_many([image(number) for number in range(4)], MODEL)
             start()
             ended = [request async for request in calls.as_completed(batch.requests, timeout=30)]
             results = [request async for request in calls.results(batch)]
-            one = await calls.wait(await calls.submit(picture(99), MODEL), timeout=30)
+            one = await calls.wait(await calls.submit(image(99), MODEL), timeout=30)
             with pytest.raises(Refused, match="no request"):
                 await calls.read("nothing")
             return len(await calls.models()), ended, results, one
 
-    models, ended, results, one = asyncio.run(road())
+    models, ended, results, one = asyncio.run(make_calls())
 
     assert models > 10
     assert {request.id for request in ended} == {request.id for request in results}
@@ -237,22 +262,22 @@ def test_a_busy_server_is_asked_again_under_the_same_key_with_the_same_bytes(sta
     )
 
     with Client(URL, transport=transport, pause=paused.append) as calls:
-        sent = calls.submit(picture(1), "m", labels={"shelf": "7"}, params={"top": 3, "fresh": True})
+        sent = calls.submit(image(1), "m", labels={"shelf": "7"}, params={"top": 3, "fresh": True})
 
     assert sent.id == "r1"
     assert len({request.headers["Idempotency-Key"] for request in asked}) == 1
     assert len({request.content for request in asked}) == 1
-    assert picture(1) in asked[0].content
+    assert image(1) in asked[0].content
     assert asked[0].url.params.multi_items() == [("top", "3"), ("fresh", "1"), ("label", "shelf:7")]
     assert paused[0] >= 3.0
     assert 0 < paused[1] < 1.0
 
 
-def test_pauses_grow_until_patience_ends() -> None:
+def test_pauses_grow_until_the_retry_timeout() -> None:
     paused: list[float] = []
     transport, asked = scripted(*[httpx.ConnectError("no")] * 50)
 
-    calls = Client(URL, transport=transport, patience_seconds=8, pause=paused.append)
+    calls = Client(URL, transport=transport, retry_timeout_seconds=8, pause=paused.append)
     with calls, pytest.raises(Unreachable, match="does not answer") as error:
         calls.models()
 
@@ -325,6 +350,30 @@ def test_a_broken_stream_of_events_goes_on_where_it_was() -> None:
     assert [request.url.params["ids"] for request in asked] == ["r1,r2", "r1", "r1", "r1"]
 
 
+def test_the_wanted_labels_come_from_the_event_or_from_a_read() -> None:
+    preds = [["n1", "cat", 0.5], ["n2", "dog", 0.2]]
+    done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": preds}
+    event = httpx.Response(200, text=f"data: {json.dumps(done)}\n\n", headers={"Content-Type": "text/event-stream"})
+    more = httpx.Response(200, json={**done, "preds": [*preds, ["n3", "cow", 0.1]]})
+    transport, asked = scripted(event, event, more)
+    waiting = [Request(id="r1", status="queued", model="m")]
+
+    with Client(URL, transport=transport) as calls:
+        found = [list(calls.as_completed(waiting, top=top)) for top in (1, 3)]
+
+    assert [len(request.preds or []) for (request,) in found] == [1, 3]
+    assert [request.url.path for request in asked] == ["/events", "/events", "/readPrediction/r1"]
+
+
+def test_a_request_that_was_deleted_is_given_as_failed() -> None:
+    transport, _ = scripted(refused(404, "unknown_request"), refused(404, "unknown_request"))
+
+    with Client(URL, transport=transport) as calls:
+        (ended,) = calls.as_completed([Request(id="r1", status="queued", model="m")])
+
+    assert (ended.id, ended.status, ended.code) == ("r1", "failed", "unknown_request")
+
+
 def test_without_events_reads_are_held() -> None:
     done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
     transport, asked = scripted(
@@ -388,16 +437,13 @@ def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyP
         mlg_client.to_dataframe([])
 
 
-# The module itself
+# The package itself
 
 
 def test_the_client_stands_alone_and_says_what_it_does() -> None:
-    tree = ast.parse((ROOT / "mlg_client.py").read_text())
     command = [sys.executable, "-c", "import mlg_client, sys; print(*{name.split('.')[0] for name in sys.modules})"]
     loaded = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 
-    assert not loaded & {"server", "provider_image", "batcher", "flask", "numpy", "pandas"}
-    for name in ("submit", "submit_many", "submit_dir", "read", "wait", "cancel", "retry", "batch", "models"):
+    assert not loaded & {"server", "provider_image", "batcher", "cli", "flask", "numpy", "pandas"}
+    for name in ("submit", "submit_many", "submit_dir", "read", "read_many", "wait", "cancel", "retry", "batch"):
         assert getattr(Client, name).__doc__ == getattr(AsyncClient, name).__doc__ != None  # noqa: E711
-    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
-    assert all(ast.get_docstring(node) for node in public)

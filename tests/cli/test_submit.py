@@ -18,32 +18,33 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
-from PIL import Image
 
+from cli.submit import find_files
+from cli.submit_journal import SubmitJournal
+from mlg_client import Client
 from provider_image.errors import ConfigError
 from server.settings import ServerSettings
-from server.submissions import Submissions
-from server.submit import find_files
 from store.records import Answer, RequestRecord
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (24, 24), (number % 256, number // 256, 7)).save(file, "PNG")
+    PIL.Image.new("RGB", (24, 24), (number % 256, number // 256, 7)).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures in two levels, and a file that is none."""
+    """Five images in two levels, and a file that is none."""
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     for number, name in enumerate(["b.png", "a.PNG", "more/d.jpg", "more/c e.png", "kätzchen.png"]):
-        (photos / name).write_bytes(picture(number))
-    (photos / "notes.txt").write_text("no picture")
+        (photos / name).write_bytes(image(number))
+    (photos / "notes.txt").write_text("no image")
     return photos
 
 
@@ -149,7 +150,7 @@ def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
 ) -> None:
     first = submit(folder)
     second = submit(folder)
-    (folder / "new.png").write_bytes(picture(999))
+    (folder / "new.png").write_bytes(image(999))
     third = submit(folder)
 
     assert first.returncode == 0, first.stderr
@@ -163,7 +164,7 @@ def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
 
 def test_moved_files_are_known_and_equal_ones_are_sent_once(submit: Submit, store: SqliteStore, folder: Path) -> None:
     for copy in range(20):
-        (folder / f"copy{copy}.png").write_bytes(picture(0))
+        (folder / f"copy{copy}.png").write_bytes(image(0))
     submit(folder)
 
     folder.rename(folder.with_name("moved"))
@@ -230,7 +231,7 @@ def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, t
     many = tmp_path / "many"
     many.mkdir()
     for number in range(400):
-        (many / f"{number:03d}.png").write_bytes(picture(number))
+        (many / f"{number:03d}.png").write_bytes(image(number))
     process = submit.start(many)
 
     deadline = time.monotonic() + 60
@@ -247,10 +248,53 @@ def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, t
     assert sent_before < 400
     assert (again.returncode, len(lines(again))) == (0, 400), again.stderr
     assert len({request.image_sha256 for request in everything(store)}) == 400
-    # Those in flight at the kill may be there twice: the server had them, the client did not know.
-    assert 400 <= len(everything(store)) <= 408
-    with Submissions(submit.home, submit.url, MODEL) as journal:
+    # The batch under way at the kill was sent again under its key.
+    assert len(everything(store)) == 400
+    with SubmitJournal(submit.home, submit.url, MODEL) as journal:
         assert all(journal.find(request.image_sha256) for request in everything(store))
+
+
+@pytest.mark.parametrize("is_key_used", [False, True])
+def test_a_batch_without_a_noted_answer_is_sent_again_and_accepted_once(
+    submit: Submit, store: SqliteStore, folder: Path, is_key_used: bool
+) -> None:
+    first = submit(folder)
+    heading, batch, *_ = submit.journal.read_text().splitlines()
+    if is_key_used:  # for another body, as when the server got only part of it
+        batch = json.dumps({**json.loads(batch), "key": "used"})
+        with Client(submit.url) as client:
+            client.submit_many([image(7), image(8)], MODEL, idempotency_key="used")
+    submit.journal.write_text(f"{heading}\n{batch}\n")
+
+    again = submit(folder)
+
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout == first.stdout) is not is_key_used
+    assert len(everything(store)) == (5 + 2 + 5 if is_key_used else 5)
+
+
+def test_a_changed_file_ends_the_batch_that_was_under_way(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    submit(folder)
+    heading, batch, *_ = submit.journal.read_text().splitlines()
+    submit.journal.write_text(f"{heading}\n{batch}\n")
+    (folder / "b.png").write_bytes(image(999))
+
+    again = submit(folder)
+
+    assert again.returncode == 0, again.stderr
+    assert {request.image_sha256 for request in everything(store)} >= {hashlib.sha256(image(999)).hexdigest()}
+
+
+def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: SqliteStore, folder: Path) -> None:
+    first = submit(folder)
+    kept = [line for line in submit.journal.read_text().splitlines() if '"url"' in line or '"sha256"' in line]
+    submit.journal.write_text("\n".join(kept) + "\n")
+
+    again = submit(folder)
+
+    assert [sorted(json.loads(line)) for line in kept] == [["model", "url"], *[["req_id", "sha256"]] * 5]
+    assert again.stdout == first.stdout
+    assert len(everything(store)) == 5
 
 
 def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: SqliteStore, folder: Path) -> None:
@@ -299,7 +343,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
 
 
 class Moody(http.server.BaseHTTPRequestHandler):
-    """A server that is busy twice before it takes a picture."""
+    """A server that is busy twice before it takes an image."""
 
     asked: list[float]
 
@@ -341,14 +385,14 @@ def test_a_busy_server_is_asked_again_as_late_as_it_wants(
     assert asked[1] - asked[0] >= 1.0
 
 
-def test_a_server_that_is_away_is_given_up_after_the_patience(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_given_up_after_the_retry_timeout(folder: Path, tmp_path: Path) -> None:
     began = time.monotonic()
 
-    done = Submit(tmp_path / "client", "http://127.0.0.1:9")("--patience", "1", folder)
+    done = Submit(tmp_path / "client", "http://127.0.0.1:9")("--retry-timeout", "1", folder)
 
     assert done.returncode == 1
     assert "mlg serve" in done.stderr
-    assert "0 of 5 pictures" in done.stderr
+    assert "0 of 5 images" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 20
 
@@ -379,7 +423,7 @@ def test_a_results_file_that_cannot_be_written_is_told_before_anything_is_sent(
 def test_a_name_that_is_not_utf8_is_no_trouble(submit: Submit, tmp_path: Path, batcher: Callable[[], None]) -> None:
     batcher()
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
-    Path(os.fsdecode(name)).write_bytes(picture(5))
+    Path(os.fsdecode(name)).write_bytes(image(5))
 
     done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=60)
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from server.submit import Row
+from cli.submit import Row
 
 
 class Bars:
@@ -42,13 +42,13 @@ class Bars:
         self._progress.stop()
 
     def sent(self, row: Row) -> None:
-        """See server.submit.Progress."""
+        """Count a file that was acknowledged, found in the journal, or refused; called in the order of the files."""
         self._progress.advance(self._sent)
-        if row.req_id is None:
+        if row.request is None:
             self._progress.advance(self._answered)
         if self._tell is not None:
             self._tell(row)
 
     def answered(self, row: Row) -> None:
-        """See server.submit.Progress."""
+        """Count a file whose answer is there."""
         self._progress.advance(self._answered)

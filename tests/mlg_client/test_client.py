@@ -15,7 +15,7 @@ import pytest
 from mlg_client import AsyncClient, Client
 from tests.test_end_to_end import MODEL, RIGHT, System
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples/classify.ipynb"
 
 
@@ -31,7 +31,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Ite
 
 @pytest.fixture
 def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
-    """A folder `photos` with three pictures and a letter."""
+    """A folder `photos` with three images and a letter."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in RIGHT:
@@ -56,12 +56,12 @@ def test_a_folder_goes_out_and_the_right_labels_come_back(system: System, folder
 
 
 def test_the_same_from_async_code(system: System, folder: Path) -> None:
-    async def road() -> dict[str | None, Any]:
+    async def classify() -> dict[str | None, Any]:
         async with AsyncClient(system.base) as client:
             batch = await client.submit_dir(folder, MODEL, params={"fresh": True})
             return {request.name: request.best async for request in client.as_completed(batch.requests, timeout=60)}
 
-    best = asyncio.run(road())
+    best = asyncio.run(classify())
 
     assert {name: found[0] for name, found in best.items()} == {f"{name}.jpg": RIGHT[name][0] for name in RIGHT}
 

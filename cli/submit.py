@@ -1,0 +1,382 @@
+"""The command `mlg submit`: sends images to a server, in batches, and collects the answers.
+
+Everything goes through `mlg_client`, so the server may be anywhere. What the server has acknowledged stands in a
+journal (`submit_journal.py`); a run that was broken off sends only what is missing. httpx and rich come with the
+functions that need them, so that `mlg --help` is quick.
+Longer than other modules, because the command and all its steps stand in one place.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import environment, home_option
+from cli.submit_journal import SentBatch, SubmitJournal
+from provider_image.environment import Environment
+from provider_image.errors import ConfigError, MlgError, ServerUnreachable
+from store.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from cli.submit_progress import Bars
+    from mlg_client import Client, Refused, Request
+
+#: Images and bytes of one batch. Less than `mlg_client` sends at once: after a break one batch is uploaded again.
+MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 100, 8 * 1024 * 1024
+#: Ctrl-C is raised again after so long, should Python have dropped the first.
+_INTERRUPT_AGAIN_SECONDS = 0.5
+COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "model", "cached", "reason", "code")
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE|DIR...")
+@click.option("--model", required=True, metavar="MODEL", help="Which model; `mlg models` lists them.")
+@click.option("--wait", is_flag=True, help="Wait for the answers and write them.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the answers to this .jsonl or .csv file; waits for them.",
+)
+@click.option("--url", metavar="URL", help="The server. [MLG_URL; http://127.0.0.1:5000]")
+@click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Labels per image.")
+@click.option(
+    "--retry-timeout",
+    "--patience",
+    "retry_timeout_seconds",
+    type=click.FloatRange(0, 86400),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to try again when the server is busy or away.",
+)
+@home_option
+def submit(
+    paths: Sequence[Path],
+    model: str,
+    wait: bool,
+    out: Path | None,
+    url: str | None,
+    top: int,
+    retry_timeout_seconds: float,
+    home: Path | None,
+) -> None:
+    """Send images, and whole folders of them, to a server.
+
+    Run it again after a break: what the server has is not sent again. Without --wait each line on stdout is a file and
+    its request id, with it also the status and the best label, separated by tabs. The exit status is 1 if any failed.
+
+    \b
+    Example:
+      mlg submit --model efficientnet_lite0 --wait kitten.jpg
+      mlg submit --model efficientnet_lite0 --out results.csv photos/
+    """
+    from cli.submit_progress import Bars
+    from mlg_client import Client, ClientError, Unreachable
+
+    home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
+    if out is not None:
+        check_out(out)
+    rows = [Row(file=file) for file in find_files(paths)]
+    is_waiting = wait or out is not None
+    _handle_interrupt()
+    try:
+        with (
+            Client(url, retry_timeout_seconds=retry_timeout_seconds) as client,
+            SubmitJournal(home, client.url, model.lower()) as journal,
+            Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _print_sent) as bars,
+        ):
+            send_all(rows, client, model, journal, top=top, progress=bars)
+            if is_waiting:
+                wait_for_all(rows, client, top=top, progress=bars)
+    except (ClientError, MlgError, KeyboardInterrupt) as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if out is not None:
+            write_rows(rows, out)
+        acknowledged = sum(row.request is not None for row in rows)
+        click.echo(
+            f"mlg: {acknowledged} of {len(rows)} images are with the server. Run the same command again to go on.",
+            err=True,
+        )
+        if isinstance(error, KeyboardInterrupt):
+            # At once: an interpreter that ends waits for the client's threads, and the server may hold their reads.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
+        if isinstance(error, ClientError):
+            hint = " Start it with mlg serve, or name another with --url." if isinstance(error, Unreachable) else ""
+            raise ServerUnreachable(error.reason + hint) from error
+        raise
+    if out is not None:
+        write_rows(rows, out)
+    elif is_waiting:
+        for row in rows:
+            _print_answered(row)
+    failed = [row for row in rows if row.is_failed]
+    for row in failed:
+        click.echo(f"mlg: {os.fsencode(row.file).decode('utf-8', 'replace')}: {row.reason or row.status}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What is known of one file; filled in as the run goes on."""
+
+    #: The file as it was named or found.
+    file: Path
+    #: As the server last described it; None until it is acknowledged.
+    request: Request | None = None
+    #: The request's; "waiting" before it was sent, "refused" when the server does not take it, or "unreadable".
+    status: str = "waiting"
+    #: Why it failed.
+    reason: str | None = None
+    code: str | None = None
+
+    @property
+    def is_failed(self) -> bool:
+        """Tell whether there will be no answer."""
+        return self.status in ("refused", "unreadable", "failed", "cancelled", "expired")
+
+    def update(self, outcome: Request | Refused) -> None:
+        """Note what the server says of the file."""
+        from mlg_client import Refused
+
+        self.reason, self.code = outcome.reason, outcome.code
+        if isinstance(outcome, Refused):
+            self.status = "refused"
+        else:
+            self.request, self.status = outcome, outcome.status
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """A file that was read."""
+
+    file: Path
+    data: bytes = field(repr=False)
+    sha256: str
+
+    @classmethod
+    def read(cls, file: Path) -> _Image:
+        data = file.read_bytes()
+        return cls(file=file, data=data, sha256=hashlib.sha256(data).hexdigest())
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """List the files that are named, and the images in the folders that are named, in a stable order, each once.
+
+    :raises ConfigError: a path is not there, or there is no image at all.
+    """
+    from mlg_client import SUFFIXES
+
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+            found.update(dict.fromkeys(sorted(file for file in inside if file.suffix.lower() in SUFFIXES)))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise ConfigError(f"There is no file or folder {path}.")
+    if not found:
+        raise ConfigError(f"No image files there. From folders these are taken: {' '.join(sorted(SUFFIXES))}")
+    return list(found)
+
+
+def send_all(
+    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: Bars
+) -> None:
+    """Send what the server has not acknowledged yet, equal images once.
+
+    :raises ClientError: the server is away, or takes no image for this model; what was sent so far is in the journal.
+    """
+    #: By sha256.
+    outcomes = _send_unfinished(rows, client, model, journal)
+    for part in _read_in_parts(rows):
+        new: dict[str, _Image] = {}
+        for _, image in part:
+            if image is not None and image.sha256 not in outcomes:
+                new.setdefault(image.sha256, image)
+        known = {sha256: id for sha256 in new if (id := journal.find(sha256)) is not None}
+        for sha256, request in zip(known, client.read_many(known.values(), top=top), strict=True):
+            if request is not None:
+                outcomes[sha256] = request
+        missing = [image for sha256, image in new.items() if sha256 not in outcomes]
+        if missing:
+            files = {image.sha256: str(image.file.absolute()) for image in missing}
+            batch = SentBatch(key=uuid.uuid4().hex, files=files)
+            journal.begin(batch)
+            outcomes |= _send_batch(batch, missing, client, model, journal)
+        for row, image in part:
+            if image is not None:
+                row.update(outcomes[image.sha256])
+            progress.sent(row)
+
+
+def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Bars) -> None:
+    """Wait for the answers of all that were acknowledged. :raises ClientError: the server is away."""
+    requests = {row.request.id: row.request for row in rows if row.request is not None}
+    waiting: dict[str, list[Row]] = {id: [] for id in requests}
+    for row in rows:
+        if row.request is not None:
+            waiting[row.request.id].append(row)
+    for request in client.as_completed(requests.values(), top=top):
+        for row in waiting[request.id]:
+            row.update(request)
+            progress.answered(row)
+
+
+def write_rows(rows: Sequence[Row], out: Path) -> None:
+    """Write what is known as .jsonl or .csv; the file is there whole or not at all. :raises StoreUnavailable:"""
+    text = io.StringIO(newline="")
+    if out.suffix.lower() == ".csv":
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerows(_csv_rows(row))
+    else:
+        for row in rows:
+            text.write(json.dumps(_json_row(row)) + "\n")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            # Names that are not UTF-8 come back as the bytes they were.
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreUnavailable(f"{out} cannot be written: {error.strerror}.") from error
+
+
+def check_out(out: Path) -> None:
+    """Refuse a results file that could not be written at the end. :raises ConfigError:"""
+    if out.suffix.lower() not in (".jsonl", ".csv"):
+        raise ConfigError(f"--out takes a name that ends in .jsonl or .csv, not {out.name!r}.")
+    if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise ConfigError(f"--out: {out} cannot be written.")
+
+
+def _handle_interrupt() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt until it arrives: Python drops it where it cannot raise, as in finalisers."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _INTERRUPT_AGAIN_SECONDS)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
+
+
+def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _Image | None]]]:
+    """Read the files, one batch's worth at a time; None for one that cannot be read."""
+    part: list[tuple[Row, _Image | None]] = []
+    size_bytes = 0
+    for row in rows:
+        image = None
+        try:
+            image = _Image.read(row.file)
+        except OSError as error:
+            row.status, row.reason, row.code = "unreadable", f"cannot be read: {error.strerror}", "unreadable"
+        image_bytes = len(image.data) if image is not None else 0
+        if part and (len(part) == MAX_BATCH_IMAGES or size_bytes + image_bytes > MAX_BATCH_BYTES):
+            yield part
+            part, size_bytes = [], 0
+        part.append((row, image))
+        size_bytes += image_bytes
+    if part:
+        yield part
+
+
+def _send_unfinished(
+    rows: Iterable[Row], client: Client, model: str, journal: SubmitJournal
+) -> dict[str, Request | Refused]:
+    """Send the batch at which an earlier run broke once more, under its key, so that the server accepts it only once.
+
+    Only if all its files are named again and unchanged; else its images are sent like all others.
+    """
+    from mlg_client import Refused
+
+    batch = journal.unfinished
+    named = {str(row.file.absolute()) for row in rows}
+    if batch is None or not named.issuperset(batch.files.values()):
+        return {}
+    try:
+        images = [_Image.read(Path(file)) for file in batch.files.values()]
+        if [image.sha256 for image in images] == list(batch.files):
+            return _send_batch(batch, images, client, model, journal)
+    except OSError:
+        pass  # said where the file's turn comes
+    except Refused as error:
+        # The key is that of another request: the model was spelled otherwise, or only part of the batch arrived.
+        if error.code != "key_reused":
+            raise
+    return {}
+
+
+def _send_batch(
+    batch: SentBatch, images: Sequence[_Image], client: Client, model: str, journal: SubmitJournal
+) -> dict[str, Request | Refused]:
+    """Send images and note what the server acknowledged. :return: by sha256. :raises ClientError:"""
+    from mlg_client import Request
+
+    names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
+    sent = client.submit_many([image.data for image in images], model, names=names, idempotency_key=batch.key)
+    outcomes = dict(zip(batch.files, sent.outcomes, strict=True))
+    journal.finish(batch, {sha256: one.id for sha256, one in outcomes.items() if isinstance(one, Request)})
+    return outcomes
+
+
+def _print_sent(row: Row) -> None:
+    if row.request is not None:
+        _print_line([os.fsencode(row.file), row.request.id.encode()])
+
+
+def _print_answered(row: Row) -> None:
+    label, probability = (row.request.best if row.request else None) or ("", 0.0)
+    id = row.request.id if row.request else ""
+    best = f"{label} {probability:.3f}" if label else ""
+    _print_line([os.fsencode(row.file), id.encode(), row.status.encode(), best.encode()])
+
+
+def _print_line(fields: list[bytes]) -> None:
+    # As bytes: a file name need not be UTF-8.
+    sys.stdout.buffer.write(b"\t".join(fields) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _json_row(row: Row) -> dict[str, Any]:
+    answer = row.request.raw if row.request else {}
+    return {
+        "file": str(row.file),
+        "req_id": row.request.id if row.request else None,
+        "status": row.status,
+        "preds": row.request.preds if row.request else None,
+        "reason": row.reason,
+        "code": row.code,
+        **{name: answer.get(name) for name in ("model", "cached", "digest", "provider", "seconds", "finished_at")},
+    }
+
+
+def _csv_rows(row: Row) -> Iterator[dict[str, Any]]:
+    full = _json_row(row)
+    shared = {name: full[name] for name in COLUMNS if name in full}
+    preds = full["preds"] if isinstance(full["preds"], list) and full["preds"] else [None]
+    for rank, pred in enumerate(preds, start=1):
+        is_label = isinstance(pred, list) and len(pred) == 3
+        labels = dict(zip(("wnid", "label", "probability"), pred, strict=True)) if is_label else {}
+        yield {**shared, **labels, "rank": rank if is_label else None}

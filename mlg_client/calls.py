@@ -1,0 +1,539 @@
+"""The calls, without a transport: what is sent, how it is tried again, and what is made of the answers.
+
+`Client` and `AsyncClient` inherit them; see `operations.py` for how one text serves both.
+Longer than other modules, because the public calls and their few private parts stand in one class.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiting, Unreachable, error_of, retry_after
+from mlg_client.operations import Call, Gather, Open, Pause, ReadLine, Send, Steps, Yield, stream_of
+from mlg_client.records import FINAL, Batch, Model, Request
+from mlg_client.sse import Event
+from mlg_client.uploads import Image, Upload, find_images, load, split
+
+DEFAULT_URL = "http://127.0.0.1:5000"
+#: How long one read asks the server to hold the answer.
+HOLD_SECONDS = 5.0
+#: Seconds between two reads when the server does not hold them.
+POLL_SECONDS = 0.25
+#: Reads or uploads in flight.
+IN_FLIGHT = 8
+_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.2, 10.0
+#: A stream of events on which nothing comes for so long is opened again; servers write something more often.
+_MAX_SILENCE_SECONDS = 60.0
+#: Requests that one stream of events is asked about by their ids; proxies accept addresses of 8 KB.
+_MAX_EVENT_IDS = 150
+#: What a slow connection sends.
+_SLOW_BYTES_PER_SECOND = 100_000
+#: A server answers one of these to an address that it does not have.
+_MISSING_STATUSES = frozenset({404, 405, 501})
+
+
+class Calls:
+    """The calls of both clients."""
+
+    def __init__(
+        self,
+        url: str | None,
+        api_key: str | None,
+        *,
+        retry_timeout_seconds: float,
+        timeout_seconds: float,
+    ) -> None:
+        self.url = (url or os.environ.get("MLG_URL") or DEFAULT_URL).rstrip("/")
+        #: How long one read asks the server to hold the answer; may be set.
+        self.hold_seconds = HOLD_SECONDS
+        self._retry_timeout_seconds = retry_timeout_seconds
+        self._timeout_seconds = timeout_seconds
+        key = api_key if api_key is not None else os.environ.get("MLG_API_KEY")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        #: False once the server has said that it has no such address.
+        self._has_batches = True
+
+    # One image
+
+    @Call
+    def submit(
+        self,
+        image: Image,
+        model: str,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        webhook: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[Request]:
+        """Send one image.
+
+        :param name: a file name for those who look at the request; the path's own unless it is given.
+        :param labels: your own words about it.
+        :param params: what the model's service takes, and `fresh`, `deadline`, `keep_seconds`.
+        :param webhook: an address that the server calls when the answer is there.
+        :param idempotency_key: sending again under the same one makes no second request. Made up if not given.
+        :raises Refused: :raises Unavailable: :raises Unreachable:
+        """
+        upload = load(image, name=name)
+        return (yield from self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key))
+
+    @Call
+    def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+        """Read an answer. :param hold_seconds: how long the server may wait for it before it answers.
+
+        :raises Refused: with the code unknown_request if the server does not know the id.
+        """
+        return (yield from self._read(id, hold_seconds, top))
+
+    @Call
+    def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
+        """Wait until a request has ended, and return it with its answer. :raises StillWaiting: the timeout is over."""
+        return (yield from self._wait(request if isinstance(request, str) else request.id, timeout))
+
+    @Call
+    def cancel(self, request: Request | str) -> Steps[Request]:
+        """Cancel what has not been dispatched. :raises Refused:"""
+        answer = yield from self._send("DELETE", f"/requests/{_id(request)}")
+        return Request.from_answer(answer)
+
+    @Call
+    def retry(self, request: Request | str) -> Steps[Request]:
+        """Queue a failed or cancelled request again. :raises Refused:"""
+        answer = yield from self._post(f"/requests/{_id(request)}/retry")
+        return Request.from_answer(answer)
+
+    # Many images
+
+    @Call
+    def submit_many(
+        self,
+        images: Iterable[Image],
+        model: str,
+        *,
+        names: Iterable[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        webhook: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[Batch]:
+        """Send many images, many at a time where the server takes that. Those it does not take are listed.
+
+        :param names: a file name for each; the path's own unless they are given.
+        :param idempotency_key: sending the same images under it again makes no second requests. Made up if not given.
+        :raises Refused: the server takes no image for this. :raises Unavailable: :raises Unreachable:
+        """
+        uploads = (
+            (load(image) for image in images)
+            if names is None
+            else (load(image, name=name) for image, name in zip(images, names, strict=True))
+        )
+        return (yield from self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key))
+
+    @Call
+    def submit_dir(
+        self,
+        folder: str | os.PathLike[str],
+        model: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        webhook: str | None = None,
+    ) -> Steps[Batch]:
+        """Send all images of a folder and the folders in it, in the order of their names; see `submit_many`.
+
+        :raises FileNotFoundError: there is no image.
+        """
+        found = find_images(folder)
+        uploads = (load(path, id=path.relative_to(folder).as_posix()) for path in found)
+        return (yield from self._submit_all(uploads, model, _query(labels, params, webhook)))
+
+    @Call
+    def read_many(self, ids: Iterable[str], *, top: int | None = None) -> Steps[list[Request | None]]:
+        """Read many answers as they stand, in the order of the ids; None for those that the server does not know."""
+
+        def read(id: str) -> Steps[Request | None]:
+            try:
+                return (yield from self._read(id, top=top))
+            except Refused as error:
+                if error.code != "unknown_request":
+                    raise
+                return None
+
+        found: list[Request | None] = []
+        todo = list(ids)
+        for start in range(0, len(todo), IN_FLIGHT):
+            found += yield Gather([functools.partial(read, id) for id in todo[start : start + IN_FLIGHT]])
+        return found
+
+    @Call
+    def batch(self, id: str, *, hold_seconds: float = 0.0) -> Steps[Mapping[str, Any]]:
+        """Read what the server says of one of its batches: counts, progress, cost.
+
+        :param hold_seconds: how long the server may wait for its end before it answers.
+        :raises Refused:
+        """
+        params = {"wait": round(hold_seconds, 3)} if hold_seconds > 0 else {}
+        timeout = self._timeout_seconds + hold_seconds
+        return (yield from self._send("GET", f"/batches/{_id(id)}", params=params, timeout=timeout))
+
+    @Call
+    def cancel_batch(self, id: str) -> Steps[Mapping[str, Any]]:
+        """Cancel what has not been dispatched of one of the server's batches. :raises Refused:"""
+        return (yield from self._post(f"/batches/{_id(id)}/cancel"))
+
+    @Call
+    def retry_batch(self, id: str) -> Steps[Mapping[str, Any]]:
+        """Queue the failed requests of one of the server's batches again. :raises Refused:"""
+        return (yield from self._post(f"/batches/{_id(id)}/retry"))
+
+    @stream_of(Request)
+    def as_completed(
+        self, requests: Iterable[Request], timeout: float | None = None, *, top: int | None = None
+    ) -> Steps[None]:
+        """Give each request as it ends, with its answer, in the order in which they end.
+
+        Listens to the server's events where it has them, over any number of broken connections, and holds reads else.
+        A request that the server no longer knows is given as failed.
+
+        :param top: how many labels; as many as the server likes unless it is given.
+        :raises StillWaiting: the timeout is over.
+        """
+        waiting: dict[str, Request] = {}
+        for request in requests:
+            if request.is_read:
+                yield Yield(request)
+            else:
+                waiting[request.id] = request
+        give_up_at = None if timeout is None else time.monotonic() + timeout
+        yield from self._listen(waiting, give_up_at, top)
+        while waiting:
+            began_at = time.monotonic()
+            hold = self._hold_until(give_up_at)
+            asked = list(waiting.values())[:IN_FLIGHT]
+            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in asked])
+            for request in found:
+                # Those that are not done go to the end.
+                earlier = waiting.pop(request.id)
+                if request.is_final:
+                    yield Yield(request)
+                else:
+                    waiting[request.id] = earlier
+            _check_time(waiting, give_up_at)
+            if waiting and len(waiting) <= IN_FLIGHT:
+                yield from self._poll_delay(began_at)
+
+    @stream_of(Request)
+    def results(self, batch: Batch) -> Steps[None]:
+        """Give the requests of a batch in the order of the files, each as soon as it and those before it have ended."""
+        for start in range(0, len(batch.requests), IN_FLIGHT):
+            part = batch.requests[start : start + IN_FLIGHT]
+            waiting = dict.fromkeys(request.id for request in part if not request.is_read)
+            found = yield Gather([functools.partial(self._wait, id) for id in waiting])
+            ended = dict(zip(waiting, found, strict=True))
+            for request in part:
+                yield Yield(ended.get(request.id, request))
+
+    # The rest
+
+    @Call
+    def models(self) -> Steps[list[Model]]:
+        """List the server's models."""
+        answer = yield from self._send("GET", "/models")
+        return [Model.from_answer(model) for model in answer["models"]]
+
+    # Below this, nothing is for callers.
+
+    def _read(self, id: str, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+        params: dict[str, Any] = {} if top is None else {"top": top}
+        if hold_seconds > 0:
+            params["wait"] = round(hold_seconds, 3)
+        answer = yield from self._send(
+            "GET", f"/readPrediction/{_id(id)}", params=params, timeout=self._timeout_seconds + hold_seconds
+        )
+        return Request.from_answer(answer)
+
+    def _wait(self, id: str, timeout: float | None = None) -> Steps[Request]:
+        give_up_at = None if timeout is None else time.monotonic() + timeout
+        while True:
+            began_at = time.monotonic()
+            found = yield from self._read(id, self._hold_until(give_up_at))
+            if found.is_final:
+                return found
+            if give_up_at is not None and time.monotonic() >= give_up_at:
+                raise StillWaiting(f"The request {id} is not done yet. {found.waiting_for or ''}", code="still_waiting")
+            yield from self._poll_delay(began_at)
+
+    def _read_known(self, request: Request, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+        """Read a request that the server has accepted; failed if it has been deleted since."""
+        try:
+            return (yield from self._read(request.id, hold_seconds, top))
+        except Refused as error:
+            if error.code != "unknown_request":
+                raise
+            return replace(request, status="failed", reason=error.reason, code=error.code)
+
+    def _hold_until(self, give_up_at: float | None) -> float:
+        """Say for how many seconds a read may be held."""
+        if give_up_at is None:
+            return self.hold_seconds
+        return max(0.0, min(self.hold_seconds, give_up_at - time.monotonic()))
+
+    def _poll_delay(self, began_at: float) -> Steps[None]:
+        """Pause after a read that should have been held and was not: the server holds only so many."""
+        if time.monotonic() - began_at < self.hold_seconds / 2:
+            yield Pause(POLL_SECONDS)
+
+    def _submit_all(
+        self, uploads: Iterable[Upload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
+    ) -> Steps[Batch]:
+        outcomes: list[tuple[Upload, Request | Refused]] = []
+        raw: list[Mapping[str, Any]] = []
+        key = key or uuid.uuid4().hex
+        for number, part in enumerate(split(uploads)):
+            part_key = f"{key}-{number}"
+            answer = (yield from self._post_batch(part, model, query, part_key)) if len(part) > 1 else None
+            if answer is None:
+                outcomes += yield from self._submit_singly(part, model, query, part_key)
+                continue
+            raw.append(answer)
+            shared = {"model": answer.get("model", model), "batch_id": answer["batch_id"]}
+            for one, item in zip(part, answer["items"], strict=True):
+                if item.get("req_id") is None:
+                    code = str(item.get("code") or "refused")
+                    outcomes.append((one, Refused(str(item.get("reason")), code=code)))
+                else:
+                    outcomes.append((one, Request.from_answer({"name": one.name, **shared, **item})))
+        return Batch(
+            ids=tuple(str(answer["batch_id"]) for answer in raw),
+            requests=tuple(outcome for _, outcome in outcomes if isinstance(outcome, Request)),
+            refused=tuple((one.id, outcome.reason) for one, outcome in outcomes if isinstance(outcome, Refused)),
+            outcomes=tuple(outcome for _, outcome in outcomes),
+            raw=tuple(raw),
+        )
+
+    def _post_batch(
+        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
+    ) -> Steps[dict[str, Any] | None]:
+        """Send images as one batch; None if the server takes no batches, or not this one as a whole."""
+        if not self._has_batches:
+            return None
+        files: list[tuple[str, Any]] = []
+        for one in uploads:
+            files += [("client_id", (None, one.id)), one.form_field]
+        path = f"/requestPredictions/{quote(model, safe='')}"
+        try:
+            return (yield from self._post(path, query=query, files=files, key=key))
+        except Refused as error:
+            if error.status in _MISSING_STATUSES and error.code in ("not_found", "method_not_allowed"):
+                self._has_batches = False
+            elif not error.is_about_one_image:
+                raise
+            return None
+
+    def _submit_singly(
+        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
+    ) -> Steps[list[tuple[Upload, Request | Refused]]]:
+        def send(number: int, one: Upload) -> Steps[tuple[Upload, Request | Refused]]:
+            try:
+                return one, (yield from self._submit_one(one, model, query, f"{key}-{number}"))
+            except Refused as error:
+                if not error.is_about_one_image:
+                    raise
+                return one, error
+
+        sent: list[tuple[Upload, Request | Refused]] = []
+        calls = [functools.partial(send, number, one) for number, one in enumerate(uploads)]
+        for start in range(0, len(calls), IN_FLIGHT):
+            sent += yield Gather(calls[start : start + IN_FLIGHT])
+        return sent
+
+    def _submit_one(
+        self, upload: Upload, model: str, query: Sequence[tuple[str, str]], key: str | None
+    ) -> Steps[Request]:
+        path = f"/requestPrediction/{quote(model, safe='')}"
+        answer = yield from self._post(path, query=query, files=[upload.form_field], key=key)
+        return Request.from_answer({"name": upload.name, **answer})
+
+    def _listen(self, waiting: dict[str, Request], give_up_at: float | None, top: int | None) -> Steps[None]:
+        """Give what ends, as the server's events tell; returns when there are no events to be had."""
+        while waiting:
+            batches = {request.raw.get("batch_id") for request in waiting.values()}
+            batch_id = batches.pop() if len(batches) == 1 else None
+            # An id of an event says where a listener to these very requests stands, and nothing about others.
+            listened = set(list(waiting) if batch_id else list(waiting)[:_MAX_EVENT_IDS])
+            last_id: str | None = None
+            failures = 0
+            while listened & waiting.keys():
+                _check_time(waiting, give_up_at)
+                ids = [id for id in waiting if id in listened]
+                try:
+                    response: httpx.Response = yield Open(self._event_request(ids, batch_id, last_id, give_up_at))
+                    kind = response.headers.get("Content-Type", "")
+                    if response.status_code == 200 and kind.startswith("text/event-stream"):
+                        event = Event()
+                        while (line := (yield ReadLine())) is not None:
+                            failures = 0
+                            if event.add(line):
+                                ended = yield from self._ended(event.data, waiting, top)
+                                if ended is not None:
+                                    del waiting[ended.id]
+                                    yield Yield(ended)
+                                last_id = event.id or last_id
+                                event = Event()
+                            if not listened & waiting.keys():
+                                break
+                            _check_time(waiting, give_up_at)
+                    elif response.status_code in RETRYABLE:
+                        failures += 1
+                    else:
+                        return
+                except httpx.TransportError:
+                    failures += 1
+                if failures > 3:
+                    return  # held reads are tried for longer, and say what is wrong
+                if listened & waiting.keys():
+                    _check_time(waiting, give_up_at)
+                    yield Pause(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
+
+    def _ended(self, data: Mapping[str, Any], waiting: Mapping[str, Request], top: int | None) -> Steps[Request | None]:
+        """Return the request that an event says has ended, with its answer; None if it is not waited for."""
+        request = waiting.get(str(data.get("req_id")))
+        if request is None or data.get("status") not in FINAL:
+            return None
+        ended = Request.from_answer(data)
+        if not ended.is_read or (top is not None and ended.preds is not None and len(ended.preds) < top):
+            return (yield from self._read_known(request, top=top))
+        return replace(ended, preds=ended.preds[:top]) if ended.preds else ended
+
+    def _event_request(
+        self, ids: Sequence[str], batch_id: str | None, last_id: str | None, give_up_at: float | None
+    ) -> httpx.Request:
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last_id} if last_id else {})}
+        left = _MAX_SILENCE_SECONDS if give_up_at is None else max(0.05, give_up_at - time.monotonic())
+        timeout = min(_MAX_SILENCE_SECONDS, left)
+        if batch_id:
+            path = f"/batches/{quote(str(batch_id), safe='')}/events"
+            return self._request("GET", path, headers=headers, timeout=timeout)
+        return self._request("GET", "/events", params={"ids": ",".join(ids)}, headers=headers, timeout=timeout)
+
+    def _post(
+        self,
+        path: str,
+        *,
+        query: Sequence[tuple[str, str]] = (),
+        files: Sequence[tuple[str, Any]] = (),
+        key: str | None = None,
+    ) -> Steps[dict[str, Any]]:
+        size_bytes = sum(len(content[1]) for _, content in files)
+        more: dict[str, Any] = {"params": list(query)} if query else {}
+        if files:
+            more["files"] = files
+        return (
+            yield from self._send(
+                "POST",
+                path,
+                headers={"Idempotency-Key": key or uuid.uuid4().hex},
+                timeout=self._timeout_seconds + size_bytes / _SLOW_BYTES_PER_SECOND,
+                **more,
+            )
+        )
+
+    def _send(self, method: str, path: str, **more: Any) -> Steps[dict[str, Any]]:
+        """Send until there is an answer, or the retry timeout is over. :raises ClientError:"""
+        request = self._request(method, path, **more)
+        give_up_at = time.monotonic() + self._retry_timeout_seconds
+        delay = _FIRST_DELAY_SECONDS
+        while True:
+            asked_delay = 0.0
+            try:
+                response: httpx.Response = yield Send(request)
+            except httpx.UnsupportedProtocol as error:
+                raise self._bad_url(error) from error
+            except httpx.TransportError as error:
+                failure: ClientError = Unreachable(
+                    f"The server at {self.url} does not answer ({error or type(error).__name__}).",
+                    code="server_unreachable",
+                )
+                failure.__cause__ = error
+            else:
+                answer = _parse(response)
+                if response.is_success and answer.get("success") is True:
+                    return answer
+                failure = error_of(response, answer)
+                if isinstance(failure, Refused) or failure.code in FATAL:
+                    raise failure
+                asked_delay = retry_after(response)
+            # Spread out, so that not all clients come back at the same moment.
+            pause = max(asked_delay, delay * random.uniform(0.5, 1.0))
+            if time.monotonic() + pause > give_up_at:
+                raise failure
+            yield Pause(pause)
+            delay = min(delay * 2, _MAX_DELAY_SECONDS)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        **more: Any,
+    ) -> httpx.Request:
+        """Make a request that can be sent any number of times."""
+        read = self._timeout_seconds if timeout is None else timeout
+        try:
+            request = self._build(
+                method,
+                self.url + path,
+                headers={**self._headers, **(headers or {})},
+                timeout=httpx.Timeout(read, connect=min(read, 5.0)),
+                **more,
+            )
+        except httpx.InvalidURL as error:
+            raise self._bad_url(error) from error
+        request.read()
+        return request
+
+    def _build(self, method: str, url: str, **more: Any) -> httpx.Request:
+        raise NotImplementedError
+
+    def _bad_url(self, error: Exception) -> Unreachable:
+        return Unreachable(f"{self.url} is not a server's address ({error}).", code="bad_url")
+
+
+def _check_time(waiting: Mapping[str, Request], give_up_at: float | None) -> None:
+    if waiting and give_up_at is not None and time.monotonic() >= give_up_at:
+        raise StillWaiting(f"{len(waiting)} requests are not done yet.", code="still_waiting")
+
+
+def _id(request: Request | str) -> str:
+    return quote(request if isinstance(request, str) else request.id, safe="")
+
+
+def _query(
+    labels: Mapping[str, str] | None, params: Mapping[str, Any] | None, webhook: str | None
+) -> list[tuple[str, str]]:
+    """Write what is wanted for an image as the query."""
+    query = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in (params or {}).items()]
+    query += [("label", f"{name}:{value}") for name, value in (labels or {}).items()]
+    return [*query, ("webhook", webhook)] if webhook else query
+
+
+def _parse(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
