@@ -110,7 +110,7 @@ def provider_help(command: str) -> str:
 
 
 def check_provider(words: list[str]) -> None:
-    assert all(option in provider_help(words[1]) for option in options_in(words[2:])), words
+    assert all(re.search(rf"{option}\b", provider_help(words[1])) for option in options_in(words[2:])), words
 
 
 def check_script(words: list[str]) -> None:
@@ -125,7 +125,7 @@ def check_script(words: list[str]) -> None:
         names = (ROOT / "scripts/benchmarks/__main__.py").read_text()
         assert all(f'"{name}"' in names for name in arguments[:1]), words
     elif script.name != "test":
-        assert all(option in script.read_text() for option in options_in(arguments)), words
+        assert all(re.search(rf"{option}\b", script.read_text()) for option in options_in(arguments)), words
 
 
 def options_in(words: list[str]) -> list[str]:
