@@ -29,6 +29,11 @@ MODEL = "efficientnet_lite0"
 OUTPUT = [[f"n{20 - i:08d}", f"label_{i}", round((20 - i) / 210, 6)] for i in range(20)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests first: what is left at the end is short, so the processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def photos() -> dict[str, bytes]:
     """Real photos as JPEG files of good quality: chelsea (a cat), coffee and rocket, from scikit-image's wheel."""
