@@ -1,21 +1,10 @@
-"""The processes below one, for tests that kill and count them; waiting until something is so."""
+"""The processes below one, for tests that kill and count them."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until a call gives something true, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
-    return found
 
 
 def _status(pid: int) -> list[str]:
@@ -29,6 +18,12 @@ def is_alive(pid: int) -> bool:
         return _status(pid)[0] != "Z"
     except OSError:
         return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """Read how long the process has computed."""
+    user, system = _status(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def command_line(pid: int) -> list[str]:

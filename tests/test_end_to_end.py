@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.process_tree import command_line, descendants, is_alive, wait_until
+from tests.process_tree import command_line, descendants, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientnet_lite0"

@@ -37,7 +37,8 @@ from store.records import RequestState
 from store.sqlite import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
-from tests.process_tree import children, command_line, is_alive, wait_until
+from tests.process_tree import children, command_line, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 INPUT = ModelInput(height=224, width=224, crop=0.875)

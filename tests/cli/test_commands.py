@@ -27,7 +27,8 @@ from PIL import Image
 
 from provider_image.models.catalogue import CATALOGUE
 from tests.conftest import RunningServer
-from tests.process_tree import children, is_alive, wait_until
+from tests.process_tree import children, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"

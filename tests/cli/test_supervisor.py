@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from cli.supervisor import with_short_waits
-from tests.process_tree import children, command_line, descendants, is_alive, wait_until
+from tests.process_tree import children, command_line, descendants, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, Worker
 from tests.decode_gate import DECODE_GATE
 from tests.golem import golem, provider, scenario
 from tests.process_tree import is_alive
+from tests.timing import until
 
 MODEL = "efficientnet_lite0"
 WORKERS = 2
@@ -94,13 +94,6 @@ def picture() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, 40)).save(file, "PNG")
     return file.getvalue()
-
-
-async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture(params=["local", "golem"])

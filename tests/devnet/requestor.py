@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -34,14 +33,6 @@ def single_provider(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: An
 
 def run_command(*words: str) -> dict[str, Any]:
     return {"run": {"entry_point": words[0], "args": list(words[1:])}}
-
-
-async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
-    return value
 
 
 class Requestor:

@@ -18,7 +18,8 @@ import pytest
 from devnet.devnet import run_devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
-from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider
+from tests.timing import until
 
 MLG = Path(sys.executable).with_name("mlg")
 

@@ -18,7 +18,7 @@ import pytest
 from devnet.gftp import UnknownUrl, copy_file, remove_dead_servers, resolve_url, write_program
 from devnet.transfers import TransferFailed, Transfers
 from tests.devnet.activities import GftpProcess
-from tests.process_tree import wait_until
+from tests.timing import wait_until
 
 
 @pytest.fixture

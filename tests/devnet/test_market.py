@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from devnet.scenario import Fault, ProviderPlan, Scenario
-from tests.devnet.requestor import ACTIVITY, MARKET, Requestor, in_hours, requestor, single_provider, until
+from tests.devnet.requestor import ACTIVITY, MARKET, Requestor, in_hours, requestor, single_provider
+from tests.timing import until
 
 TWO = Scenario(providers=(ProviderPlan(name="alpha"), ProviderPlan(name="beta", cores=4, runtimes=("mlg",))))
 

@@ -11,9 +11,9 @@ import pytest
 
 from provider_image.chunk import read_results
 from provider_image.warm_client import server_folder
-from tests.process_tree import wait_until
 from tests.provider_image.conftest import ROOT, environment, make_chunk
 from tests.provider_image.test_warm_server import is_alive
+from tests.timing import wait_until
 
 
 def command(*arguments, **changes) -> subprocess.CompletedProcess:

@@ -10,8 +10,9 @@ import pytest
 from provider_image.chunk import read_results
 from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from_reply
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
 from tests.provider_image.conftest import make_chunk, read_reply
+from tests.timing import wait_until
 
 
 def job(chunk, results) -> dict:

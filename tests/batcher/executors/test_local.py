@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,9 @@ from batcher.executors.local import LocalExecutor
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import WorkerDied
+from tests.timing import until
 
 MODEL = "efficientnet_lite0"
-
-
-async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
 
 
 def job(folder: Path) -> Job:

@@ -14,15 +14,12 @@ from devnet.provider import exe_unit as module
 from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
 from tests.devnet.activities import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
+from tests.timing import until
 
 
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-async def until(is_true: Any, seconds: float = 20) -> None:
-    await asyncio.to_thread(wait_until, is_true, seconds)
 
 
 def has_begun(folder: Path) -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 from devnet.provider.output_capture import Capture
 from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathOutsideSandbox, Sandbox
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
+from tests.timing import wait_until
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from batcher.image_build.lock import PublishedImage
 from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact
 from tests.batcher.executors.test_fallback import Member
-from tests.golem import MODEL, golem, make_executor, provider, scenario, until
+from tests.golem import MODEL, golem, make_executor, provider, scenario
+from tests.timing import until
 
 HASH = "ab" * 28
 

@@ -24,8 +24,9 @@ from batcher.workspace import Workspace
 from devnet.faults import DAEMON
 from devnet.scenario import Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
-from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario, until
+from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
+from tests.timing import until
 
 Body = Callable[[GolemHarness], Coroutine[Any, Any, None]]
 Play = Callable[..., None]
