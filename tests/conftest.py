@@ -153,7 +153,7 @@ class RunningServer:
         """Send a signal and wait for the end."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from tests.timing import wait_until
+
 
 def _status(pid: int) -> list[str]:
     """Read the fields of /proc/PID/stat from the state on: state, parent, ..."""
@@ -24,6 +26,12 @@ def cpu_seconds(pid: int) -> float:
     """Read how long the process has computed."""
     user, system = _status(pid)[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_work(pid: int) -> None:
+    """Wait until the process has computed a while longer than now: it is in the middle of what it was given."""
+    idle = cpu_seconds(pid)
+    wait_until(lambda: cpu_seconds(pid) >= idle + 0.2)
 
 
 def command_line(pid: int) -> list[str]:

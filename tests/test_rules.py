@@ -56,7 +56,7 @@ def loaded_by(code: str) -> set[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     return set(result.stdout.splitlines()[-1].split())

@@ -19,6 +19,7 @@ from provider_image.errors import NotInstalled, WorkerDied
 from store.records import Answer, RequestState
 from store.sqlite import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL
+from tests.timing import slowness
 
 
 def states(requests: list[Any]) -> Counter[RequestState]:
@@ -512,7 +513,7 @@ def test_a_store_that_cannot_be_claimed_from_is_tried_again_later(
         return claimed
 
     with caplog.at_level(logging.WARNING):
-        claimed = asyncio.run(asyncio.wait_for(main(), 30))
+        claimed = asyncio.run(asyncio.wait_for(main(), 300))
     other.close()
 
     assert (sum(claimed), claimed[-1]) == (1, 1)
@@ -591,5 +592,5 @@ def test_of_a_hundred_thousand_that_wait_only_a_window_is_claimed_and_quickly(ha
     seconds = asyncio.run(main())
 
     # All are one picture, so each window is one item; four chunks take four windows.
-    assert seconds < 1.0
+    assert seconds < 1.0 * slowness()
     assert states(harness.store.list(limit=100_000)) == {RequestState.QUEUED: 100_000}

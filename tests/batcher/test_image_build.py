@@ -116,7 +116,7 @@ class Machine:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
 
@@ -254,7 +254,7 @@ def test_building_needs_a_source_checkout_and_says_so(machine: Machine) -> None:
         cwd=machine.folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

@@ -50,7 +50,7 @@ def test_a_picture_that_kills_its_worker_every_time_fails_alone(harness: Any, tm
             harness.clock.advance(20)
         await harness.executor.close()
 
-    asyncio.run(asyncio.wait_for(main(), 120))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
     (failed,) = harness.reload(poison)
     assert (failed.attempts, failed.code) == (MAX_ATTEMPTS, "worker_died")

@@ -118,7 +118,7 @@ def test_a_server_for_other_machines_starts_with_a_key_only(
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     key = run(home, "create", "alice").stdout.strip()
 
@@ -142,7 +142,7 @@ def test_up_refuses_like_serve_before_it_starts_anything(tmp_path: Path) -> None
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert (refused.returncode, refused.stdout) == (2, "")

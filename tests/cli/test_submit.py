@@ -29,6 +29,7 @@ from server.settings import ServerSettings
 from store.records import Answer, RequestRecord
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 
 def image(number: int) -> bytes:
@@ -234,10 +235,7 @@ def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, t
         (many / f"{number:03d}.png").write_bytes(image(number))
     process = submit.start(many)
 
-    deadline = time.monotonic() + 60
-    while len(everything(store)) < 40:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: len(everything(store)) >= 40)
     process.kill()
     process.communicate()
     sent_before = len(everything(store))
@@ -315,16 +313,13 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "results.jsonl"
     process = submit.start("--out", out, folder)
-    deadline = time.monotonic() + 60
-    while len(everything(store)) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.3)  # it waits for answers now, which nobody gives
+    # All are sent and it waits for answers, which nobody gives.
+    wait_until(lambda: submit.journal.exists() and submit.journal.read_bytes().count(b"\n") == 5)
 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # faulthandler then says where each thread stands
         _, said = process.communicate()
@@ -333,7 +328,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
     batcher()
     again = submit("--out", out, folder)
 
-    assert (process.returncode, took < 4) == (130, True), said
+    assert (process.returncode, took < 4 * slowness()) == (130, True), said
     assert "same command" in said.decode()
     assert {row["status"] for row in partly} == {"queued"}
     assert all(row["req_id"] for row in partly)
@@ -394,7 +389,7 @@ def test_a_server_that_is_away_is_given_up_after_the_retry_timeout(folder: Path,
     assert "mlg serve" in done.stderr
     assert "0 of 5 images" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 20 * slowness()
 
 
 @pytest.mark.parametrize(("model", "word"), [("densenet12", "densenet121"), ("vgg16", "mlg models compile vgg16")])
@@ -404,7 +399,7 @@ def test_a_model_that_nobody_can_serve_ends_the_run_at_once(
     submit = Submit(tmp_path / "client", server.base)
     command = [model if part == MODEL else part for part in submit.command(folder)]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 1
     assert word in done.stderr
@@ -425,7 +420,7 @@ def test_a_name_that_is_not_utf8_is_no_trouble(submit: Submit, tmp_path: Path, b
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(image(5))
 
-    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=120)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(name + b"\t")

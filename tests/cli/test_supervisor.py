@@ -117,7 +117,7 @@ def test_up_answers_survives_the_death_of_its_children_and_stops_clean(
     second = classify(base, photos["coffee"])
     everybody = descendants(up.process.pid)
     up.process.send_signal(signal.SIGINT)
-    status = up.process.wait(60)
+    status = up.process.wait(120)
 
     assert str(up.home) in welcome and "1 worker" in welcome and "curl -F image=@" in welcome
     assert (first["preds"][0][1], second["preds"][0][1]) == ("tiger_cat", "espresso")
@@ -151,7 +151,7 @@ def test_a_taken_port_is_one_clear_line_and_no_circle_of_restarts(start: Callabl
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert (second.returncode, second.stdout) == (1, "")
@@ -167,7 +167,7 @@ def test_a_home_that_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert result.returncode == 1
@@ -178,14 +178,14 @@ def test_options_override_variables_and_bad_ones_are_named(tmp_path: Path) -> No
     command = [sys.executable, "-m", "mlg", "batch", "--once", "--home", str(tmp_path / "home")]
     environment = {**os.environ, "MLG_EXECUTOR": "nowhere"}
 
-    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     right = subprocess.run(
         [*command, "--executor", "local", "--json"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert wrong.returncode == 2
@@ -207,7 +207,7 @@ def test_a_batcher_told_to_stop_by_its_parents_end_stops(tmp_path: Path) -> None
 
     os.close(writer)
 
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
 
 
 def test_up_waits_shortly_unless_told_otherwise() -> None:

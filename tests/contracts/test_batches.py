@@ -403,7 +403,7 @@ def test_of_many_at_once_under_one_key_one_begins(store: SqliteStore) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
 
     assert sum(found is None for found in begun) == 1
     assert len(begun) == 8

@@ -142,7 +142,7 @@ def harness(
     def run(body: Callable[[ExecutorHarness], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
             async with {"local": local, "golem": rented}[kind]() as made:
-                await asyncio.wait_for(body(made), 150)
+                await asyncio.wait_for(body(made), 300)
 
         asyncio.run(main())
 

@@ -73,7 +73,7 @@ class GftpProcess:
     def end(self) -> int:
         """Close its standard input and wait."""
         self.process.stdin.close()
-        status = self.process.wait(10)
+        status = self.process.wait(120)
         self.process.stdout.close()
         return status
 

@@ -217,7 +217,7 @@ def test_the_command_is_ready_when_its_file_is_there_and_ends_cleanly(tmp_path: 
         look = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
         found = subprocess.run(["sh", "-c", look, "sh", str(file)], capture_output=True, text=True, check=True)
         program.send_signal(number)
-        out, errors = program.communicate(timeout=20)
+        out, errors = program.communicate(timeout=120)
     finally:
         program.kill()
 

@@ -18,7 +18,7 @@ import pytest
 from devnet.gftp import UnknownUrl, copy_file, remove_dead_servers, resolve_url, write_program
 from devnet.transfers import TransferFailed, Transfers
 from tests.devnet.activities import GftpProcess
-from tests.timing import wait_until
+from tests.timing import slowness, wait_until
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def kill(server: GftpProcess, exchange: Path) -> None:
             return True
         return False
 
-    wait_until(is_free, 10)
+    wait_until(is_free)
 
 
 def make_file(folder: Path, data: bytes = b"some bytes", name: str = "file") -> Path:
@@ -153,7 +153,7 @@ def test_it_ends_with_its_standard_input_and_leaves_nothing(gftp: GftpProcess, t
 
 def test_shutdown_ends_it(gftp: GftpProcess) -> None:
     assert gftp.call("shutdown") == "ok"
-    assert gftp.process.wait(10) == 0
+    assert gftp.process.wait(120) == 0
     gftp.end()
 
 
@@ -188,7 +188,7 @@ def test_a_living_servers_urls_are_not_forgotten(gftp: GftpProcess, tmp_path: Pa
 
 
 def test_without_the_word_server_it_says_how_it_is_used(gftp: GftpProcess, tmp_path: Path) -> None:
-    result = subprocess.run([tmp_path / "bin/gftp", "publish"], capture_output=True, text=True, timeout=10)
+    result = subprocess.run([tmp_path / "bin/gftp", "publish"], capture_output=True, text=True, timeout=120)
 
     assert result.returncode == 2 and result.stderr.startswith("usage: gftp server")
 
@@ -203,7 +203,7 @@ def test_it_needs_neither_site_packages_nor_the_environment(tmp_path: Path, exch
         env={"PYTHONPATH": str(tmp_path), "PYTHONHOME": "/none/such"},
         input=b'{"jsonrpc": "2.0", "method": "version", "params": {}, "id": 1}\n',
         capture_output=True,
-        timeout=10,
+        timeout=120,
     )
 
     assert (result.returncode, result.stderr, result.stdout.count(b"\n")) == (0, b"", 1)
@@ -233,7 +233,8 @@ def test_yapapi_itself_gets_along_with_it(tmp_path: Path, exchange: Path, monkey
     started_at = time.monotonic()
     asyncio.run(main())
 
-    assert time.monotonic() - started_at < 10  # so long yapapi would wait for a gftp that does not end
+    # So long yapapi would wait for a gftp that does not end.
+    assert time.monotonic() - started_at < 10 * slowness()
     assert (tmp_path / "received").read_bytes() == b"some bytes"
     assert [path.name for path in exchange.iterdir()] == ["lock"]
 

@@ -35,7 +35,7 @@ def test_folder_copied_alone_runs(tmp_path, photos, models_folder):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -53,7 +53,7 @@ def test_without_the_wheel_a_missing_model_is_not_installed(tmp_path, photos):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert done.returncode == 1

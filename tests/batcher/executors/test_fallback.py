@@ -82,7 +82,7 @@ def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float
         results=tmp_path / "results.zip",
         timeout_seconds=9,
     )
-    return asyncio.run(asyncio.wait_for(several.run(job), 20))
+    return asyncio.run(asyncio.wait_for(several.run(job), 300))
 
 
 def test_the_first_gets_it_while_it_can(golem: Member, local: Member, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Output:
 
 async def run(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
     output = Output()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         status = await sandbox.run(words[0], words[1:], on_stdout=output.on_stdout, on_stderr=output.on_stderr)
     return status, output
 

@@ -14,6 +14,7 @@ import pytest
 from server.settings import ServerSettings
 from store.search import Query
 from store.sqlite import SqliteStore
+from tests.timing import slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
 
@@ -196,8 +197,8 @@ def test_a_page_walks_down_one_index_and_sorts_nothing(
     assert not any("TEMP B-TREE" in step for step in plan)
     started_at = time.perf_counter()
     crowded.find(wanted, before=before, limit=50)
-    # Some milliseconds; the bound is for machines that do something else as well.
-    assert time.perf_counter() - started_at < 1
+    # Some milliseconds.
+    assert time.perf_counter() - started_at < 1 * slowness()
 
 
 def test_labels_and_times_lead_straight_to_what_is_rare(crowded: SqliteStore) -> None:

@@ -64,7 +64,7 @@ def idle_server(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -
         host, port = ready.readline().split()
     yield f"http://{host}:{port}"
     process.terminate()
-    process.wait(30)
+    process.wait(120)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_chunks_are_answered_and_every_coin_is_accounted_for(tmp_path: Path, mod
             assert [each.id for each in harness.store.allocations(is_open=True)] == []
             assert not [each for each in harness.devnet.market.agreements.values() if each.state == "Approved"]
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_go(
@@ -57,7 +57,7 @@ def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_
             assert len({outcome.activity_id for outcome in outcomes}) == 1
             assert again.activity_id != outcomes[0].activity_id
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, models_folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, 
 
             assert outcome.provider == "quick"
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: Path, models_folder: Path) -> None:
@@ -96,13 +96,13 @@ def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: 
                 pool.abort_workers()
             await until(lambda: not any(pool.workers for pool in harness.executor._pools.values()))
             waiting = asyncio.create_task(harness.executor.run(harness.job("second")))
-            await until(lambda: "1 banned" in str(harness.executor.unavailable_reason(MODEL)), 30)
+            await until(lambda: "1 banned" in str(harness.executor.unavailable_reason(MODEL)))
             harness.store.unban_provider("alpha")
             outcome = await waiting
 
             assert outcome.error is None
 
-    asyncio.run(asyncio.wait_for(main(), 90))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +156,7 @@ def test_a_published_image_is_asked_for_by_its_hash_and_address(
             assert asked.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
             assert "(golem.runtime.name=vm)" in asked.constraints
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
             assert outcome.is_blameless and isinstance(outcome.error, GolemUnavailable)
             assert words in outcome.error.reason
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path: Path, models_folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path:
             assert outcome.provider == "local"
             assert list(harness.executor._job_queue.queued_jobs()) == []  # type: ignore[union-attr]
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_without_a_key_or_gftp_it_does_not_start_and_says_what_to_do(
                 await other.start()
             await other.close()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_a_home_keeps_its_tag_and_its_allocations_are_known_by_their_last_digits(tmp_path: Path) -> None:

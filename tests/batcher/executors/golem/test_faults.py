@@ -26,7 +26,7 @@ from devnet.scenario import Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
-from tests.timing import until
+from tests.timing import slowness, until
 
 Body = Callable[[GolemHarness], Coroutine[Any, Any, None]]
 Play = Callable[..., None]
@@ -62,7 +62,7 @@ def play(tmp_path: Path, models_folder: Path) -> Play:
             async with golem(plan, tmp_path, models, **settings) as harness:
                 await body(harness)
 
-        asyncio.run(asyncio.wait_for(main(), 60))
+        asyncio.run(asyncio.wait_for(main(), 300))
 
     return play
 
@@ -174,7 +174,7 @@ def test_a_provider_that_hangs_is_given_up_at_the_time_limit_and_its_slot_is_use
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
-        assert seconds < 8
+        assert seconds < 8 * slowness()
         assert "in time" in banned(harness)["alpha"]
 
     play(body, *dearer(("alpha", (fault("hang"),)), ("beta", ())), max_workers=1)
@@ -198,7 +198,7 @@ def test_calls_that_hang_with_their_provider_keep_neither_the_slot_nor_the_end_w
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 5 * slowness()
         assert list(banned(harness)) == ["alpha"]
 
     play(body, *dearer(("alpha", (fault("vanish-http"),)), ("beta", ())), max_workers=1)
@@ -280,7 +280,7 @@ def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatc
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         alpha = next(iter(harness.devnet.market.agreements.values()))
-        await until(lambda: harness.devnet.providers[alpha.provider_id].agreement is None, 10)
+        await until(lambda: harness.devnet.providers[alpha.provider_id].agreement is None)
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
@@ -314,7 +314,7 @@ def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
         await close(harness, unbilled=["alpha"])
 
         assert outcome.error is None
-        assert 0.4 < time.monotonic() - began < 4
+        assert 0.4 < time.monotonic() - began < 4 * slowness()
 
     play(body, provider("alpha", fault("never-bill")), settle_seconds=0.5)
 
@@ -322,7 +322,7 @@ def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
 def test_a_bill_that_is_too_high_is_refused_and_its_provider_banned(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (first,) = await harness.run("one")
-        await until(lambda: "alpha" in banned(harness), 10)
+        await until(lambda: "alpha" in banned(harness))
         (second,) = await harness.run("two")
         await close(harness)
 
@@ -340,11 +340,11 @@ def test_a_bill_that_comes_after_the_end_is_settled_by_the_next_batcher(play: Pl
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         await close(harness, unbilled=["alpha"])
-        await until(lambda: harness.devnet.payment.invoices != {}, 10)
+        await until(lambda: harness.devnet.payment.invoices != {})
         next_executor = harness.next_executor()
         try:
             await next_executor.start()
-            await until(lambda: harness.store.agreements(is_settled=False) == [], 10)
+            await until(lambda: harness.store.agreements(is_settled=False) == [])
         finally:
             await next_executor.close()
 
@@ -359,11 +359,11 @@ def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> No
     async def body(harness: GolemHarness) -> None:
         await harness.run("one")
         await close(harness, unbilled=["alpha"])
-        await until(lambda: harness.devnet.payment.invoices != {}, 10)
+        await until(lambda: harness.devnet.payment.invoices != {})
         next_executor = harness.next_executor(budget_run=Decimal("0.0001"))
         try:
             await next_executor.start()
-            await until(lambda: harness.store.agreements(is_settled=False) == [], 10)
+            await until(lambda: harness.store.agreements(is_settled=False) == [])
         finally:
             await next_executor.close()
 
@@ -410,7 +410,7 @@ def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_fo
             assert set(accepted) == set(allocation_of.items())
             assert len(set(allocation_of.values())) == 2
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 # Budgets
@@ -453,7 +453,7 @@ def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
 def test_a_market_without_offers_is_told_of_and_blames_nobody(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         run = asyncio.create_task(harness.executor.run(harness.job("one")))
-        await until(lambda: harness.executor.unavailable_reason(MODEL) is not None, 10)
+        await until(lambda: harness.executor.unavailable_reason(MODEL) is not None)
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
         outcome = await run
 
@@ -567,7 +567,7 @@ def test_a_daemon_that_dies_in_mid_work_and_comes_back_costs_no_restart(
         await until(lambda: has_triggered(harness, "alpha"))
         await harness.devnet.stop()
         if is_missed:
-            await until(lambda: "daemon" in (harness.executor.unavailable_reason(MODEL) or ""), 10)
+            await until(lambda: "daemon" in (harness.executor.unavailable_reason(MODEL) or ""))
         await harness.devnet.start()
         outcomes = await runs
         await close(harness)
@@ -598,7 +598,7 @@ def test_a_daemon_that_is_away_at_the_start_is_waited_for(tmp_path: Path, models
             assert unavailable_reason is not None and devnet.url in unavailable_reason
             assert outcome.error is None
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 # This side
@@ -697,7 +697,7 @@ def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path
             executor = make_executor(devnet, store, tmp_path, models_folder)
             harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             await executor.start()
-            await until(lambda: len(devnet.payment.paid) == 2, 10)
+            await until(lambda: len(devnet.payment.paid) == 2)
             open_after = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             await close(harness)
 
@@ -705,7 +705,7 @@ def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path
             assert open_after == (0, 1), "its own allocation"
             assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
 
 def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) -> None:
@@ -717,7 +717,7 @@ def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) 
         seconds = time.monotonic() - began
         outcomes = await runs
 
-        assert seconds < 10
+        assert seconds < 10 * slowness()
         assert all(each.is_blameless and each.error is not None for each in outcomes)
         assert len(harness.devnet.payment.paid) == 2
         assert file_servers() == []
