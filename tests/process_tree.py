@@ -1,12 +1,18 @@
-"""The processes below one, for tests that kill and count them."""
+"""Processes that tests start, and those below them: to watch, kill and count them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from tests.timing import wait_until
+
+
+def ends_with_tests(*command: str) -> list[str]:
+    """Return a command line whose program is ended with the process that starts it, even if that is killed."""
+    return ["setpriv", "--pdeathsig", "TERM", "--", *command] if shutil.which("setpriv") else list(command)
 
 
 def _status(pid: int) -> list[str]:

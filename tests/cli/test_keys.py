@@ -111,7 +111,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 def test_a_server_for_other_machines_starts_with_a_key_only(
     start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    home = tmp_path / "served"
+    home = tmp_path / "home"
     refused = subprocess.run(
         [sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0", "--host", "0.0.0.0"],
         cwd=ROOT,

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,11 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=0.2))
-    made.migrate()
-    yield made
-    made.close()
+def settings(settings: HomeSettings) -> HomeSettings:
+    """A store that soon gives up waiting for another writer."""
+    return replace(settings, busy_seconds=0.2)
 
 
 def add(store: SqliteStore, data: bytes = b"picture") -> RequestRecord:

@@ -374,8 +374,8 @@ def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flas
 
 
 @pytest.fixture
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
-    return start_server(MLG_MAX_STREAMS="210")
+def server_variables() -> dict[str, str]:
+    return {"MLG_MAX_STREAMS": "210"}
 
 
 def store_of(running: RunningServer) -> Iterator[SqliteStore]:

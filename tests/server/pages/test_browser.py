@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.server.pages.browser import browser_session, find_chromium
-from tests.test_end_to_end import System, variant
+from tests.system import System, variant
 
 ROOT = Path(__file__).parents[3]
 #: A dark and a narrow screen: what is ugly there is ugly.
