@@ -41,7 +41,7 @@ def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **fields:
 
 
 def make_image(color: int = 40) -> bytes:
-    """Make a small picture."""
+    """Make a small image."""
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, color % 256)).save(file, "PNG")
     return file.getvalue()
@@ -97,7 +97,7 @@ class GolemHarness:
         return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
 
     def paid(self) -> Decimal:
-        """Return what the daemon says was paid."""
+        """Return what was paid according to the daemon."""
         return sum(self.devnet.payment.paid.values(), Decimal(0))
 
 

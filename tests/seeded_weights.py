@@ -16,7 +16,7 @@ from provider_image.images.decoding import decode
 from provider_image.models.catalogue import ModelRow
 from tests import needs_keras  # noqa: F401 - importing it is its use
 
-#: Deviation of the logits over the classes for the photo that stands out most. Random networks are worse conditioned
+#: Deviation of the logits over the classes for the photo that deviates most. Random networks are worse conditioned
 #: than trained ones: at 2.5 a ResNet152 turns f32's rounding into differences of 0.0001.
 _DEVIATION = 2.0
 

@@ -24,7 +24,7 @@ from mlg import cli
 from provider_image.models.catalogue import CATALOGUE
 from scripts import generate_docs
 from server.settings import ServerSettings
-from tests.timing import wait_until
+from tests.system import System
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -238,19 +238,13 @@ def test_every_model_of_the_catalogue_is_in_its_table() -> None:
 @pytest.fixture
 def served(tmp_path: Path, models_folder: Path) -> Iterator[str]:
     """A whole system, started with the README's command on a free port; its address."""
-    home, out = tmp_path / "home", tmp_path / "up.out"
+    home = tmp_path / "home"
     home.mkdir()
     (home / "models").symlink_to(models_folder)
     assert "\n.venv/bin/mlg up\n" in README
-    with out.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlg", "up", "--home", str(home), "--port", "0"], cwd=ROOT, stdout=file
-        )
-    found = wait_until(lambda: process.poll() is not None or re.search(r"http://[\d.]+:\d+", out.read_text()))
-    assert process.poll() is None
-    yield found[0]
-    process.terminate()
-    process.wait(120)
+    system = System(home)
+    yield system.base
+    system.stop()
 
 
 def test_the_curl_lines_of_the_readme_get_the_answers_that_it_shows(

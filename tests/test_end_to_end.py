@@ -24,7 +24,7 @@ from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[1]
 
-#: Counts how often each request became done, whoever did it.
+#: Counts how often each request became done, by whichever process.
 TRIGGER = """
     CREATE TABLE answered (number INTEGER);
     CREATE TRIGGER count_answers AFTER UPDATE OF state ON requests WHEN new.state = 'done'
@@ -87,7 +87,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(start: Callable[..., Syste
 
 
 @pytest.mark.parametrize("victim", ["worker", "batcher", "server", "server worker"])
-def test_a_kill_in_mid_work_loses_nothing_and_answers_nothing_twice(
+def test_a_kill_during_work_loses_nothing_and_answers_nothing_twice(
     start: Callable[..., System], photos: dict[str, bytes], victim: str
 ) -> None:
     system = start(MLG_LEASE_SECONDS="2")
@@ -150,7 +150,7 @@ def test_several_batchers_and_servers_share_a_home(
     assert first.query("SELECT count(*), count(DISTINCT number) FROM answered") == [(60, 60)]
 
 
-def test_batch_once_takes_everything_that_waits_and_says_whether_anything_failed(
+def test_batch_once_works_on_everything_that_waits_and_exits_with_1_if_anything_failed(
     start: Callable[..., System], photos: dict[str, bytes], tmp_path: Path
 ) -> None:
     once = [sys.executable, "-m", "mlg", "batch", "--once", "--home", str(tmp_path / "home")]

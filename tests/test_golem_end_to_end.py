@@ -95,7 +95,7 @@ def test_killed_batchers_lose_nothing_and_leave_nothing_open(tmp_path: Path, mod
     }
 
 
-def test_up_rents_a_computer_and_the_answer_says_whose_and_for_how_much(tmp_path: Path, models_folder: Path) -> None:
+def test_up_rents_a_computer_and_the_answer_names_provider_and_cost(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
 
     with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:

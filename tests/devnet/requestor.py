@@ -83,7 +83,7 @@ class Requestor:
         body = {"properties": properties, "constraints": whole}
         return str(await self.request_ok("POST", f"{MARKET}/demands", body))
 
-    async def proposals(self, demand_id: str, seconds: float = 5, **query: Any) -> list[dict[str, Any]]:
+    async def proposals(self, demand_id: str, seconds: float = 60, **query: Any) -> list[dict[str, Any]]:
         path = f"{MARKET}/demands/{demand_id}/events"
         return [event["proposal"] for event in await self.request_ok("GET", path, timeout=seconds, **query)]
 
@@ -109,7 +109,7 @@ class Requestor:
     async def agree(self, demand_id: str) -> str:
         """Negotiate until there is an agreement."""
         agreement_id = await self.propose_agreement(await self.draft(demand_id))
-        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=5)
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
         return agreement_id
 
     async def activity(self, agreement_id: str) -> str:
@@ -121,7 +121,7 @@ class Requestor:
 
     async def results(self, activity_id: str, batch_id: str) -> list[dict[str, Any]]:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        return list(await self.request_ok("GET", path, timeout=5))
+        return list(await self.request_ok("GET", path, timeout=60))
 
     async def stream(self, activity_id: str, batch_id: str) -> str:
         """Return the runtime events of a batch, as they are sent."""
@@ -145,7 +145,7 @@ class Requestor:
         await self.terminate(agreement_id)
         return agreement_id
 
-    async def invoice(self, after: str | None = None, seconds: float = 5) -> dict[str, Any] | None:
+    async def invoice(self, after: str | None = None, seconds: float = 60) -> dict[str, Any] | None:
         """Return the next invoice, if one comes in time."""
         query = {"timeout": seconds} if after is None else {"timeout": seconds, "afterTimestamp": after}
         events = await self.request_ok("GET", f"{PAYMENT}/invoiceEvents", **query)

@@ -156,7 +156,7 @@ def test_steps_out_of_turn_are_refused(tmp_path: Path) -> None:
             assert (await client.request("POST", f"{path}/terminate", {"message": "m"}))[0] == 409
             assert (await client.request("POST", f"{ACTIVITY}/activity", agreement_id))[0] == 400
             await client.request_ok("POST", f"{path}/confirm")
-            await client.request_ok("POST", f"{path}/wait", timeout=5)
+            await client.request_ok("POST", f"{path}/wait", timeout=60)
             assert (await client.request("POST", f"{path}/confirm"))[0] == 410
             assert (await client.request("POST", f"{path}/cancel"))[0] == 410
             assert (await client.request("POST", f"{path}/terminate", {"why": "m"}))[0] == 400

@@ -160,7 +160,7 @@ def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
         # Labels that are nearer together than two answers within the tolerance may change places.
         pair = [top_labels(artefact.labels, each) for each in (right, answer)]
         assert service.compare(*pair, 2 * TOLERANCE).is_same_order
-    assert len({top_labels(artefact.labels, right)[0][0] for right in expected}) >= 3, "it sees no difference"
+    assert len({top_labels(artefact.labels, right)[0][0] for right in expected}) >= 3, "the photos get the same labels"
 
 
 def small_network(weights: None = None) -> Any:
@@ -230,7 +230,7 @@ def test_same_weights_are_not_compiled_again(models, weights):
     assert not steps
 
 
-def test_f16_is_kept_when_it_costs_no_more_than_allowed_and_is_told_apart(tmp_path, models, weights):
+def test_f16_is_kept_when_it_costs_no_more_than_allowed_and_has_another_digest(tmp_path, models, weights):
     exact = find_artefact(models, TINY.name)
 
     half = keras_applications.build(tmp_path, TINY, weights, f16_within=1.0)
@@ -294,7 +294,7 @@ def test_graph_with_another_preprocessing_than_keras_is_not_installed(tmp_path, 
     assert list(tmp_path.glob("[!.]*")) == []
 
 
-def test_missing_tensorflow_says_what_to_install(monkeypatch):
+def test_missing_tensorflow_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
 
     with pytest.raises(keras_graph.CompilerMissing, match=r"pip install \"mlg\[compile\]\""):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
-#: Words of messages that the browser itself writes about answers that the tests provoke.
+#: Parts of messages that the browser logs about error responses that the tests provoke.
 EXPECTED_MESSAGES = ("the server responded with a status of 4", "the server responded with a status of 5")
 
 
@@ -29,7 +29,7 @@ def find_chromium() -> str:
 
 
 class BrowserSession:
-    """One browser context that watches what the pages do: hosts asked, errors written."""
+    """One browser context that records what the pages do: hosts contacted, errors logged."""
 
     def __init__(self, browser: Any, base: str, **options: Any) -> None:
         self.base = base
@@ -52,14 +52,14 @@ class BrowserSession:
             self.errors.append(message.text)
 
     def save_screenshot(self, name: str, *, is_full_page: bool = True) -> None:
-        """Keep a picture of the page for those who want to look. :param is_full_page: also what is below the screen."""
+        """Save a screenshot of the page for people to look at. :param is_full_page: also what is below the screen."""
         SCREENSHOTS.mkdir(exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_full_page, animations="disabled")
 
 
 @contextmanager
 def browser_session(browser: Any, base: str, **options: Any) -> Iterator[BrowserSession]:
-    """Open a page of its own, and check in the end that it asked no other host and wrote no error."""
+    """Open a page of its own, and check at the end that it contacted no other host and logged no error."""
     one = BrowserSession(browser, base, **options)
     try:
         yield one
