@@ -301,7 +301,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
     process = submit.start("--out", out, folder)
     # All are sent and it waits for answers, which nobody gives.
     journals = submit.home / "submissions"
-    wait_until(lambda: sum(path.read_bytes().count(b"\n") for path in journals.glob("*")) == 5)
+    wait_until(lambda: sum(path.read_bytes().count(b'"req_id"') for path in journals.glob("*")) == 5)
 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
