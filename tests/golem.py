@@ -24,6 +24,7 @@ from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
+from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
 
@@ -160,7 +161,13 @@ def make_executor(
     """Make an executor for a devnet, with waits that are short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
     base = BatcherSettings.from_env(variables)
-    short_waits: dict[str, Any] = {"idle_seconds": 5.0, "start_seconds": 20.0, "offer_seconds": 20.0, **settings}
+    pace = slowness()
+    short_waits: dict[str, Any] = {
+        "idle_seconds": 5.0 * pace,
+        "start_seconds": 20.0 * pace,
+        "offer_seconds": 20.0 * pace,
+        **settings,
+    }
     executor_settings = replace(
         base, work=folder / "work" / name, models=models, golem=replace(base.golem, **short_waits)
     )
