@@ -270,7 +270,7 @@ class _BatchViews:
     )
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first pictures of a batch, with their likeliest labels."""
-        from server.pages.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
+        from server.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
 
         self._get_owned(id)
         found = self._context.store.batch_items(id, limit=SHEET_ITEMS)

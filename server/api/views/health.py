@@ -12,7 +12,7 @@ from server.api.responses import json_response
 from server.api.serializers import serialize_models
 from server.context import Context
 from server.pages.render import wants_page
-from server.pages.views import home_page
+from server.pages.requests import home_page
 
 
 def register(app: flask.Flask, context: Context) -> None:

@@ -197,7 +197,7 @@ class _RequestViews:
     )
     def show_picture(self, id: str) -> flask.Response:
         """Send the picture, as it came or small."""
-        from server.pages.thumbnails import media_type, thumbnail
+        from server.thumbnails import media_type, thumbnail
 
         fields = query_fields(flask.request)
         size = _size(fields)

@@ -17,7 +17,7 @@ from server.auth.guard import check_owner
 from server.context import Context
 from server.pages.cards import card
 from server.pages.render import page
-from server.pages.views import CARDS_PER_PAGE, STATES, check_number, check_state, url_with_query, visible_key_id
+from server.pages.requests import CARDS_PER_PAGE, STATES, check_number, check_state, url_with_query, visible_key_id
 from store.batches import BatchProgress, BatchRecord
 from store.cost_split import to_amount
 from store.keys import Scope
