@@ -103,7 +103,7 @@ def check_models(
 
 def _list_models(home: Path | None, as_json: bool) -> None:
     settings = HomeSettings.from_env(environment(home=home))
-    from server.api.serializers import serialize_models
+    from server.serializers import serialize_models
 
     rows = serialize_models(settings.models)
     if as_json:

@@ -152,7 +152,7 @@ def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> 
 
 
 def _request_json(request: RequestRecord) -> dict[str, Any]:
-    from server.api.serializers import serialize_request
+    from server.serializers import serialize_request
 
     return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
 

@@ -20,11 +20,11 @@ from provider_image.models.artefact import find_artefact, installed_digest
 from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
 from provider_image.services import load_service
 from server.api.responses import json_response
-from server.api.serializers import serialize_request
 from server.errors import BacklogFull
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
+from server.serializers import serialize_request
 from server.settings import ServerSettings
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats

@@ -31,11 +31,11 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from provider_image.errors import InvalidParams, MlgError
-from server.api.endpoint import Field
-from server.api.serializers import serialize_request
 from server.context import parse_read_params
+from server.endpoint import Field
 from server.errors import UrlRefused
 from server.intake.url_fetcher import MAX_URL_LENGTH, check_url, is_public, resolve_host
+from server.serializers import serialize_request
 from store import Store
 from store.batches import Batches
 from store.errors import UnknownRequest

@@ -21,10 +21,10 @@ import flask
 from werkzeug.http import parse_options_header
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import get_operation
 from server.api.responses import json_response
 from server.auth.guard import current_key_id
 from server.context import Context
+from server.endpoint import get_operation
 from store.errors import StoreError
 from store.idempotency import EarlierRequest, IdempotencyKeyReused, SavedResponse
 from store.keys import Scope

@@ -18,10 +18,10 @@ from werkzeug.routing import Rule
 
 from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
-from server.api.endpoint import Field, Operation, get_operation
 from server.api.idempotency import HEADER, MAX_KEY_LENGTH
 from server.api.responses import HTTP_STATUS
 from server.api.schemas import ref, schemas
+from server.endpoint import Field, Operation, get_operation
 from store.keys import Scope
 
 VERSION = "3.1.0"

@@ -10,7 +10,7 @@ from typing import Any
 
 from provider_image.service import Param
 from provider_image.services import REGISTRY, load_service
-from server.api.endpoint import Field
+from server.endpoint import Field
 
 #: Words that a yes or no is written with.
 YES_OR_NO: Mapping[str, Any] = {

@@ -25,10 +25,10 @@ import flask
 
 from provider_image.errors import ConfigError
 from server.address import is_loopback
-from server.api.endpoint import get_operation
 from server.auth.key_cache import KeyCache
 from server.auth.limits import IMAGES_PER_DAY, REQUESTS_PER_MINUTE, Limits, limit_headers
 from server.auth.sessions import COOKIE, Sessions
+from server.endpoint import get_operation
 from server.errors import CrossSite, KeyMissing, KeyRefused, RateLimited, ScopeMissing, WrongHost
 from server.settings import ServerSettings
 from store.errors import StoreError, UnknownRequest

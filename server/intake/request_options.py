@@ -15,7 +15,7 @@ from typing import Any
 from flask import Request
 
 from provider_image.errors import InvalidParams, MalformedRequest
-from server.api.endpoint import Field
+from server.endpoint import Field
 
 #: Labels of one request at most, and characters of a label's name and value.
 MAX_LABELS = 16

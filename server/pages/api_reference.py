@@ -12,9 +12,9 @@ from typing import Any
 
 import flask
 
-from server.api.endpoint import operation
 from server.api.openapi import EXAMPLE_URL, build_document, example_of
 from server.context import Context
+from server.endpoint import operation
 from server.pages.render import page
 
 _FILE = "binary"

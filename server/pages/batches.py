@@ -12,9 +12,9 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MlgError
-from server.api.endpoint import Field, operation
 from server.auth.guard import check_owner
 from server.context import Context
+from server.endpoint import Field, operation
 from server.pages.cards import card
 from server.pages.render import page
 from server.pages.requests import CARDS_PER_PAGE, STATES, check_number, check_state, url_with_query, visible_key_id

@@ -18,14 +18,14 @@ from provider_image.errors import InvalidParams, MlgError
 from provider_image.images.decoding import check_upload
 from provider_image.models.registry import find_row
 from provider_image.services import load_service
-from server.api.endpoint import Field, operation
 from server.api.responses import json_response
-from server.api.serializers import serialize_models
 from server.auth.guard import check_owner, check_quota, current_key_id
 from server.context import Context
+from server.endpoint import Field, operation
 from server.intake.uploads import read_upload
 from server.pages.cards import card, timeline, top_classes
 from server.pages.render import page, static_file, wants_page
+from server.serializers import serialize_models
 from store import new_id
 from store.keys import Scope
 from store.records import NewRequest, RequestRecord

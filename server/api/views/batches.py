@@ -21,13 +21,13 @@ import flask
 from provider_image import errors
 from provider_image.models.registry import find_row
 from provider_image.services import load_service
-from server.api.endpoint import Field, operation
 from server.api.parameters import FRESH, WAIT, service_fields
 from server.api.responses import json_response
 from server.api.views.predictions import check_fields, parse_wait_seconds
 from server.api.views.requests import CURSOR, LIMIT, PageQuery, read_cursor, to_cursor
 from server.auth.guard import check_owner, check_quota, current_key_id
 from server.context import Context, parse_read_params
+from server.endpoint import Field, operation
 from server.errors import FetchingDisabled
 from server.intake.batch_intake import BatchIntake, ItemOutcome
 from server.intake.batch_parser import MAX_ITEMS, detect_format, parse_items, spool
@@ -270,7 +270,7 @@ class _BatchViews:
     )
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first pictures of a batch, with their likeliest labels."""
-        from server.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
+        from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
 
         self._get_owned(id)
         found = self._context.store.batch_items(id, limit=SHEET_ITEMS)

@@ -10,9 +10,9 @@ from collections.abc import Generator
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
 from server.auth.guard import check_owner
 from server.context import Context
+from server.endpoint import Field, operation
 from server.errors import ScopeMissing
 from server.intake.uploads import query_fields
 from server.live.changes import Listener

@@ -7,12 +7,12 @@ from typing import Any
 
 import flask
 
-from server.api.endpoint import get_operation, operation
 from server.api.responses import json_response
-from server.api.serializers import serialize_models
 from server.context import Context
+from server.endpoint import get_operation, operation
 from server.pages.render import wants_page
 from server.pages.requests import home_page
+from server.serializers import serialize_models
 
 
 def register(app: flask.Flask, context: Context) -> None:

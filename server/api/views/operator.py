@@ -14,9 +14,9 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
 from server.api.responses import json_response
 from server.context import Context
+from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
 from server.pages.charts import minutes_chart, points_chart

@@ -18,11 +18,11 @@ from provider_image.images.decoding import check_upload
 from provider_image.models.registry import find_row
 from provider_image.service import Service
 from provider_image.services import load_service
-from server.api.endpoint import operation
 from server.api.parameters import FRESH, WAIT, form_schema, service_fields
 from server.api.responses import json_response
 from server.auth.guard import check_owner, check_quota, current_key_id
 from server.context import Context, parse_read_params
+from server.endpoint import operation
 from server.errors import BacklogFull, FetchingDisabled
 from server.intake.request_options import REQUEST_OPTIONS, read_request_options
 from server.intake.uploads import Upload, clean_name, read_fields, read_json, read_upload

@@ -16,10 +16,10 @@ import flask
 from provider_image import errors
 from provider_image.errors import MalformedRequest
 from provider_image.models.registry import find_row
-from server.api.endpoint import Field, operation
 from server.api.responses import json_response
 from server.auth.guard import check_owner, current_key_id, is_owner
 from server.context import Context
+from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_timestamp, read_labels
 from server.intake.uploads import clean_name, query_fields
 from store.batches import EXPIRED
@@ -197,7 +197,7 @@ class _RequestViews:
     )
     def show_picture(self, id: str) -> flask.Response:
         """Send the picture, as it came or small."""
-        from server.thumbnails import media_type, thumbnail
+        from server.api.thumbnails import media_type, thumbnail
 
         fields = query_fields(flask.request)
         size = _size(fields)

@@ -10,9 +10,9 @@ from typing import Any
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
 from server.api.responses import json_response
 from server.context import Context
+from server.endpoint import Field, operation
 from server.intake.uploads import query_fields
 from store.keys import Scope
 from store.records import to_text

@@ -20,10 +20,10 @@ from jsonschema import Draft202012Validator
 
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import REGISTRY, load_service
-from server.api.endpoint import get_operation
 from server.api.openapi import PAGES, build_document, openapi_path, operations
 from server.api.schemas import schemas
 from server.app import create_app
+from server.endpoint import get_operation
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
 

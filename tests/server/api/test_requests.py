@@ -105,7 +105,7 @@ def test_a_thumbnail_is_made_of_anything_or_says_why_not(kind: str) -> None:
     from PIL import Image
 
     from provider_image.errors import BrokenImage
-    from server.thumbnails import thumbnail
+    from server.api.thumbnails import thumbnail
 
     modes = {"transparent": "RGBA", "palette": "P", "sixteen": "I;16", "cut": "RGB"}
     buffer = io.BytesIO()

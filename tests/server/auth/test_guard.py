@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import ConfigError
-from server.api.endpoint import get_operation
 from server.app import create_app
 from server.auth.guard import check_exposure
 from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.auth.limits import Limits
+from server.endpoint import get_operation
 from server.errors import RateLimited
 from server.settings import ServerSettings
 from store.errors import StoreBusy
