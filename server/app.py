@@ -15,13 +15,15 @@ import flask
 
 from server.api.idempotency import install_idempotency
 from server.api.responses import install_error_handlers
-from server.api.views import REGISTRY
+from server.api.views import REGISTRY as API_VIEWS
 from server.auth.guard import install_guard
 from server.context import Context, ServerStore
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
+from server.pages import REGISTRY as PAGE_VIEWS
 from server.settings import ServerSettings
+from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 
 
@@ -43,6 +45,7 @@ def create_app(
     app = flask.Flask("mlg", static_folder=None)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
+    queue_stats = QueueStats(store)
     context = Context(
         settings=settings,
         store=store,
@@ -50,12 +53,13 @@ def create_app(
         change_dispatcher=change_dispatcher or ChangeDispatcher(store, capacity=settings.max_streams),
         active_reads=active_reads or ActiveReads(),
         clock=clock,
-        queue_stats=QueueStats(store),
+        queue_stats=queue_stats,
+        dashboard=Dashboard(store, queue_stats, clock),
         work_slots=threading.BoundedSemaphore(settings.server_threads),
     )
     install_guard(app, context)
     install_idempotency(app, context)
-    for name in REGISTRY:
+    for name in (*API_VIEWS, *PAGE_VIEWS):
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(app, context)
     install_error_handlers(app)

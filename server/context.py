@@ -26,6 +26,7 @@ from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.serializers import serialize_request
 from server.settings import ServerSettings
+from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
 from store import Chunks, Store
@@ -83,6 +84,8 @@ class Context:
     clock: Callable[[], datetime]
     #: Figures that many requests share.
     queue_stats: QueueStats
+    #: The operator's figures.
+    dashboard: Dashboard
     #: Bodies are read by more threads than work at once, so that slow clients do not keep the quick ones out.
     work_slots: threading.BoundedSemaphore
 

@@ -1,8 +1,8 @@
 """The description of the HTTP API (OpenAPI 3.1), made from the application itself.
 
-Called by `views/api_page.py` once a process. Addresses come from the application's map, what a view does from its
-operation, parameters from the services, models from the catalogue, errors from the table of status codes. Nothing is
-said here that is said there.
+Built once in each process; `GET /openapi.json` and the API page show it. Addresses come from the application's map,
+what a view does from its operation, parameters from the services, models from the catalogue, errors from the table of
+status codes. Nothing is said here that is said there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from server.endpoint import Field, Operation, get_operation
 from store.keys import Scope
 
 VERSION = "3.1.0"
+_EXTENSION = "mlg_openapi"
 #: Tag of what is there for people with a browser.
 PAGES = "pages"
 #: The order of the headings; others come last.
@@ -327,3 +328,11 @@ def _version() -> str:
         return version("mlg")
     except PackageNotFoundError:
         return "0"
+
+
+def get_document(app: flask.Flask) -> dict[str, Any]:
+    """Return the description of an application, built by the first request: every view is registered by then."""
+    if _EXTENSION not in app.extensions:
+        app.extensions[_EXTENSION] = build_document(app)
+    document: dict[str, Any] = app.extensions[_EXTENSION]
+    return document

@@ -101,6 +101,12 @@ def json_response(
     return response
 
 
+def wants_html() -> bool:
+    """Return whether the client is a browser that asks for a page, rather than a program that asks for JSON."""
+    accept = flask.request.accept_mimetypes
+    return "text/html" in accept.values() and accept["text/html"] >= accept["application/json"]
+
+
 def _nearest(table: Mapping[type[errors.MlgError], int], error: errors.MlgError) -> int | None:
     return next((table[kind] for kind in type(error).__mro__ if kind in table), None)
 

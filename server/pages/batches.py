@@ -1,6 +1,6 @@
-"""The pages of batches: all of one's own, and one with its progress and its pictures.
+"""The pages of batches, that is of images sent together: the list, and one batch with its progress and images.
 
-Registered by `api.py`. Like `pages.py` it only asks the store; what a batch's files look like is said in `batches.py`.
+Registered by `server/app.py`. The files to download are made by `server/api/views/batches.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from werkzeug.wrappers import Response
 from provider_image.errors import MlgError
 from server.auth.guard import check_owner
 from server.context import Context
-from server.endpoint import Field, operation
-from server.pages.cards import card
-from server.pages.render import page
-from server.pages.requests import CARDS_PER_PAGE, STATES, check_number, check_state, url_with_query, visible_key_id
+from server.pages.cards import STATE_LABELS, card
+from server.pages.render import page, page_operation, url_with_query
+from server.pages.requests import CARDS_PER_PAGE, check_number, check_state, visible_key_id
+from server.status.eta import WaitEstimate
 from store.batches import BatchProgress, BatchRecord
 from store.cost_split import to_amount
 from store.keys import Scope
 from store.search import Query
 
-#: Refused items on a page.
-MAX_REFUSALS = 100
-_HTML: dict[int, Any] = {200: {"type": "string"}}
+#: Rejected images that a page lists.
+MAX_REJECTED = 100
+#: File name below the batch's URL, label of the link.
+_DOWNLOADS = (
+    ("results.jsonl", "Results as JSON lines"),
+    ("results.csv", "Results as CSV"),
+    ("contact-sheet.png", "Contact sheet"),
+)
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -44,14 +49,7 @@ class _BatchPageViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    @operation(
-        summary="The page of one's batches",
-        scope=Scope.READ,
-        tag="pages",
-        query=(Field(name="before", help="Older than the batch with this number.", schema={"type": "integer"}),),
-        content_type="text/html",
-        responses=_HTML,
-    )
+    @page_operation("The list of batches", scope=Scope.READ)
     def batches_page(self) -> flask.Response:
         """List batches, newest first, with their progress."""
         before = check_number(flask.request.args.get("before", ""), "before")
@@ -68,46 +66,19 @@ class _BatchPageViews:
             else None,
         )
 
-    @operation(
-        summary="The page of one batch",
-        scope=Scope.READ,
-        tag="pages",
-        query=(
-            Field(
-                name="state",
-                help="Only those in this state.",
-                schema={"type": "string", "enum": [name for name, _ in STATES]},
-            ),
-            Field(name="after", help="Sent after the request with this number.", schema={"type": "integer"}),
-            Field(name="before", help="Sent before the request with this number.", schema={"type": "integer"}),
-        ),
-        content_type="text/html",
-        responses=_HTML,
-    )
+    @page_operation("The page of one batch", scope=Scope.READ)
     def batch_page(self, id: str) -> flask.Response:
-        """Show progress, refusals and pictures."""
+        """Show the progress, the rejected images and the requests of a batch."""
         return self._render(self._get_owned(id))
 
-    @operation(
-        summary="The button that cancels a batch",
-        scope=Scope.SUBMIT,
-        tag="pages",
-        content_type="text/html",
-        responses=_HTML,
-    )
+    @page_operation("The button that cancels a batch", scope=Scope.SUBMIT)
     def cancel_batch_form(self, id: str) -> Response:
-        """Cancel what waits of a batch and show it."""
+        """Cancel the waiting requests of a batch."""
         return self._apply(id, lambda: self._context.store.cancel_batch(id, now=self._context.clock()))
 
-    @operation(
-        summary="The button that tries a batch's failed requests again",
-        scope=Scope.SUBMIT,
-        tag="pages",
-        content_type="text/html",
-        responses=_HTML,
-    )
+    @page_operation("The button that retries the failed requests of a batch", scope=Scope.SUBMIT)
     def retry_batch_form(self, id: str) -> Response:
-        """Queue the failed requests of a batch again and show it."""
+        """Queue the failed requests of a batch again."""
         return self._apply(id, lambda: self._context.store.retry_batch(id, now=self._context.clock()))
 
     def _get_owned(self, id: str) -> BatchRecord:
@@ -127,7 +98,7 @@ class _BatchPageViews:
         store, fields = self._context.store, flask.request.args
         state = check_state(fields.get("state", ""))
         after, before = (check_number(fields.get(name, ""), name) for name in ("after", "before"))
-        here = f"/ui/batches/{batch.id}"
+        url = f"/ui/batches/{batch.id}"
         more: dict[str, str] | None = None
         if state is None:
             items = store.batch_items(batch.id, after=after or 0, limit=CARDS_PER_PAGE + 1)
@@ -139,8 +110,8 @@ class _BatchPageViews:
             items = list(found.requests)
             more = None if found.next_before is None else {"state": state, "before": str(found.next_before)}
         progress = store.batch_progress(batch.id)
-        counts = [(name, words, getattr(progress, name)) for name, words in STATES]
-        wait = self._wait_of_last(batch.id, progress)
+        counts = [(name, label, getattr(progress, name)) for name, label in STATE_LABELS.items()]
+        wait = self._estimate_last(batch.id, progress)
         return page(
             "batch.html",
             status=code,
@@ -148,42 +119,34 @@ class _BatchPageViews:
             batch=_batch_summary(batch, progress),
             waiting_for=None if wait is None else wait.waiting_for,
             eta_seconds=None if wait is None else wait.eta_seconds,
-            refused=store.refused_items(batch.id)[:MAX_REFUSALS] if batch.refused else [],
-            downloads=[(f"/batches/{batch.id}/{name}", words) for name, words in _DOWNLOADS],
+            rejected=store.refused_items(batch.id)[:MAX_REJECTED] if batch.refused else [],
+            downloads=[(f"/batches/{batch.id}/{name}", label) for name, label in _DOWNLOADS],
             items=[card(request) for request in items],
             state=state or "",
-            states=[("", "all", batch.total), *(one for one in counts if one[2] or one[0] == state)],
-            more=None if more is None else url_with_query(here, more),
-            first=url_with_query(here, {"state": state} if state else {}),
+            states=[("", "all", batch.total), *(entry for entry in counts if entry[2] or entry[0] == state)],
+            more=None if more is None else url_with_query(url, more),
+            first=url_with_query(url, {"state": state} if state else {}),
             is_later=after is not None or before is not None,
         )
 
-    def _wait_of_last(self, id: str, progress: BatchProgress) -> Any:
-        """Say why the last request of a batch that waits does so; None when all have ended."""
+    def _estimate_last(self, id: str, progress: BatchProgress) -> WaitEstimate | None:
+        """Estimate the wait for the last request of a batch; None when all have ended."""
         if progress.last_number is None:
             return None
         last = self._context.store.batch_items(id, after=progress.last_number - 1, limit=1)
         return self._context.estimate_wait(last[0]) if last else None
 
 
-#: What can be had of a batch as files, below its address.
-_DOWNLOADS = (
-    ("results.jsonl", "Results as JSON lines"),
-    ("results.csv", "Results as CSV"),
-    ("contact-sheet.png", "Contact sheet"),
-)
-
-
 def _batch_summary(batch: BatchRecord, progress: BatchProgress) -> dict[str, Any]:
-    counts = {name: getattr(progress, name) for name, _ in STATES}
+    counts = {name: getattr(progress, name) for name in STATE_LABELS}
     return {
         "id": batch.id,
         "name": batch.name,
         "model": batch.model,
         "created_at": batch.created_at,
         "total": batch.total,
-        "refused": batch.refused,
-        # Those that were deleted since have ended too.
+        "rejected": batch.refused,
+        # Deleted requests have ended too.
         "ended": batch.total - progress.waiting,
         "waiting": progress.waiting,
         "cost": None if progress.cost is None else to_amount(progress.cost),

@@ -8,11 +8,7 @@ REGISTRY = (
     "server.api.views.predictions:register",
     "server.api.views.batches:register",
     "server.api.views.requests:register",
-    "server.pages.requests:register",
-    "server.pages.batches:register",
     "server.api.views.events:register",
     "server.api.views.webhooks:register",
-    "server.pages.api_reference:register",
-    "server.pages.login:register",
     "server.api.views.operator:register",
 )

@@ -1,4 +1,7 @@
-"""What is here and whether it is well: the list of routes, the models, and the two checks of health."""
+"""What the server offers and whether it is healthy: list of routes, API description, models, liveness and readiness.
+
+Registered by `server/app.py`. Browsers get a page at `/` instead of the list of routes, see `server/pages/home.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ from typing import Any
 
 import flask
 
+from server.api.openapi import get_document
 from server.api.responses import json_response
 from server.context import Context
 from server.endpoint import get_operation, operation
-from server.pages.render import wants_page
-from server.pages.requests import home_page
 from server.serializers import serialize_models
 
 
@@ -23,6 +25,7 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/models", views.models),
         ("/healthz", views.healthz),
         ("/readyz", views.readyz),
+        ("/openapi.json", views.openapi),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=["GET"])
 
@@ -31,11 +34,9 @@ class _HealthViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    @operation(summary="List the addresses", scope=None, tag="server", responses={200: "Index"})
+    @operation(summary="List the routes", scope=None, tag="server", responses={200: "Index"})
     def index(self) -> flask.Response:
-        """List the routes, with an example to copy; a browser gets the first page."""
-        if wants_page():
-            return home_page(self._context)
+        """List the routes, with an example to copy; browsers get the home page."""
         base = flask.request.host_url.rstrip("/")
         return json_response(
             {
@@ -51,23 +52,23 @@ class _HealthViews:
         )
 
     @operation(
-        summary="List the models: what is installed, and how to install the others",
+        summary="List the models: which are installed, and how to install the others",
         scope=None,
         tag="models",
         responses={200: "Models"},
     )
     def models(self) -> flask.Response:
-        """List the catalogue and the models of users' own."""
+        """List the models of the catalogue and the custom models."""
         return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
-    @operation(summary="Tell that the process is alive", scope=None, tag="server", responses={200: "Health"})
+    @operation(summary="Check that the process is alive", scope=None, tag="server", responses={200: "Health"})
     def healthz(self) -> flask.Response:
-        """Say that the process answers; does not touch the store."""
+        """Report that the process answers; does not touch the store."""
         return json_response({"success": True, "status": "alive"})
 
-    @operation(summary="Tell whether the store can be written", scope=None, tag="server", responses={200: "Readiness"})
+    @operation(summary="Check that the store can be written", scope=None, tag="server", responses={200: "Readiness"})
     def readyz(self) -> flask.Response:
-        """Say whether the store can be written, and whether a batcher is alive."""
+        """Report whether the store can be written and how many batchers are alive."""
         self._context.store.check()
         batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
@@ -77,9 +78,15 @@ class _HealthViews:
             )
         return json_response(payload)
 
+    @operation(summary="Describe the API (OpenAPI 3.1)", scope=None, tag="server", responses={200: "Document"})
+    def openapi(self) -> flask.Response:
+        """Return this description."""
+        # It changes only with the server's version.
+        return json_response(get_document(flask.current_app), headers={"Cache-Control": "public, max-age=300"})
+
 
 def _routes(app: flask.Flask) -> dict[str, str]:
-    """Say what each address is for, as the views say it themselves."""
+    """List each route with the summary of its operation."""
     found = {}
     for rule in app.url_map.iter_rules():
         declared = get_operation(app.view_functions[rule.endpoint])

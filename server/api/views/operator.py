@@ -1,8 +1,8 @@
-"""What operators see and do: the figures as a page and as JSON, Prometheus' metrics, and the few levers there are.
+"""The operator's endpoints: dashboard as JSON, Prometheus metrics, controls of the batchers, bans of providers.
 
-Registered by `api.py`. The figures come from `server/status/dashboard.py`, what the levers mean stands in
-`server/batcher_controls.py`. The forms of the page and programs use the same addresses; a browser is sent back to the
-page.
+Registered by `server/app.py`. The figures come from `server/status/dashboard.py`; the controls are defined in
+`store/batcher_controls.py`. The forms of the operator's page use the same endpoints as programs; browsers are
+redirected back to the page.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams
-from server.api.responses import json_response
+from server.api.responses import json_response, wants_html
 from server.context import Context
 from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
-from server.pages.charts import minutes_chart, points_chart
-from server.pages.render import page, wants_page
-from server.status.dashboard import Dashboard
 from server.status.metrics import CONTENT_TYPE, exposition, families
 from store import batcher_controls
 from store.batcher_controls import Mode
@@ -29,8 +26,9 @@ from store.keys import Scope
 from store.ledger_records import ProviderRecord
 from store.records import to_text
 
-PAGE_PATH = "/ui/operator"
-#: Longest ban in seconds that has an end; a hundred years.
+#: The page that browsers are redirected to.
+PAGE_URL = "/ui/operator"
+#: Longest temporary ban: a hundred years.
 MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
 _CONTROL_SCHEMA: dict[str, Any] = {
@@ -51,7 +49,7 @@ _PROVIDER: dict[str, Any] = {
     },
 }
 _STATUS: dict[str, Any] = {"type": "object", "required": ["success", "at", "queue", "batchers", "throughput", "money"]}
-_REASON = Field(name="reason", help="Why; clients whose requests wait read it.")
+_REASON = Field(name="reason", help="Why; shown to clients whose requests wait.")
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -66,7 +64,6 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/operator/providers/<id>/ban", ["POST"], views.ban),
         ("/operator/providers/<id>/unban", ["POST"], views.unban),
         ("/metrics", ["GET"], views.metrics),
-        (PAGE_PATH, ["GET"], views.operator_page),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=methods)
 
@@ -74,36 +71,17 @@ def register(app: flask.Flask, context: Context) -> None:
 class _OperatorViews:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._dashboard = Dashboard(context.store, context.queue_stats, context.clock)
-
-    # Looking
+        self._dashboard = context.dashboard
 
     @operation(
-        summary="Everything that the operator's page shows",
+        summary="The dashboard: all figures of the operator's page",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _STATUS},
     )
     def operator_status(self) -> flask.Response:
-        """Show all figures."""
+        """Return all figures."""
         return json_response({"success": True, **self._dashboard.status()})
-
-    @operation(
-        summary="The operator's page",
-        scope=Scope.OPERATE,
-        tag="pages",
-        content_type="text/html",
-        responses={200: {"type": "string"}},
-    )
-    def operator_page(self) -> flask.Response:
-        """Show all figures, with the levers."""
-        status = self._dashboard.status()
-        return page(
-            "operator.html",
-            board=status,
-            minutes=minutes_chart(status["throughput"]["minutes"]),
-            points=points_chart(status["points"]),
-        )
 
     @operation(
         summary="Metrics for Prometheus",
@@ -113,37 +91,35 @@ class _OperatorViews:
         responses={200: {"type": "string"}},
     )
     def metrics(self) -> flask.Response:
-        """Show the metrics in Prometheus' text format."""
+        """Return the metrics in the Prometheus text format."""
         response = flask.Response(exposition(families(self._dashboard)), content_type=CONTENT_TYPE)
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
 
-    # Doing
-
     @operation(
-        summary="Claim nothing new until work is resumed",
+        summary="Pause: claim no new work until resumed",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
         responses={200: _CONTROL_SCHEMA},
     )
     def pause(self) -> Response:
-        """Pause: what is under way is finished, everything else waits."""
+        """Pause: running chunks are finished, everything else waits."""
         return self._pause(Mode.PAUSED)
 
     @operation(
-        summary="Claim nothing new because the batchers are to be stopped",
+        summary="Drain: claim no new work, before the batchers are stopped",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
         responses={200: _CONTROL_SCHEMA},
     )
     def drain(self) -> Response:
-        """Drain: as a pause, before an end."""
+        """Drain: like a pause, but announces that the batchers are about to be stopped."""
         return self._pause(Mode.DRAINING)
 
-    @operation(summary="Let work go on", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
+    @operation(summary="Resume work", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
@@ -151,33 +127,33 @@ class _OperatorViews:
         return _respond({"hold": None})
 
     @operation(
-        summary="Have every batcher take everything that waits now",
+        summary="Have every batcher process all waiting requests now",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _CONTROL_SCHEMA},
     )
     def run_now(self) -> Response:
-        """Run a batch now."""
+        """Start a cycle of every batcher now instead of at its next timer."""
         self._fields()
         token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
-        summary="Give a provider no more work",
+        summary="Ban a provider: give it no more work",
         scope=Scope.OPERATE,
         tag="operator",
         query=(
             Field(name="reason", help="Why."),
             Field(
                 name="seconds",
-                help="For how long; for good without it.",
+                help="For how long; permanently without it.",
                 schema={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_BAN_SECONDS},
             ),
         ),
         responses={200: _PROVIDER},
     )
     def ban(self, id: str) -> Response:
-        """Ban a provider, by its address or an unambiguous name."""
+        """Ban a provider, by its node id or an unambiguous name."""
         fields = self._fields("reason", "seconds")
         now = self._context.clock()
         seconds = _seconds(fields.get("seconds", ""))
@@ -190,17 +166,15 @@ class _OperatorViews:
         return self._provider_response(provider)
 
     @operation(
-        summary="Lift a provider's ban, whoever banned it",
+        summary="Lift the ban of a provider, also an automatic one",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _PROVIDER},
     )
     def unban(self, id: str) -> Response:
-        """Lift a ban."""
+        """Lift the ban of a provider, by its node id or an unambiguous name."""
         self._fields()
         return self._provider_response(self._context.store.unban_provider(id))
-
-    # What they are made of
 
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
@@ -211,16 +185,18 @@ class _OperatorViews:
         return _respond({"hold": pause})
 
     def _fields(self, *known: str) -> dict[str, str]:
-        """Read the fields of a lever. :raises InvalidParams: one that it does not have."""
+        """Read the fields of a control.
+
+        :param known: the fields that it has.
+        :raises InvalidParams: another one is given.
+        """
         if flask.request.mimetype not in ("", "application/x-www-form-urlencoded"):
-            raise UnsupportedMediaType(
-                "Put the fields into the URL, for example ?reason=update, or send them as a form."
-            )
+            raise UnsupportedMediaType("Send the fields in the URL, for example ?reason=update, or as a form.")
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
         for name in fields:
             if name not in known:
-                there = f"It takes: {', '.join(known)}." if known else "It takes none."
-                raise InvalidParams(f"There is no parameter {name[:64]!r} here. {there}")
+                parameters = f"Parameters: {', '.join(known)}." if known else "This call takes none."
+                raise InvalidParams(f"There is no parameter {name[:64]!r}. {parameters}")
         return fields
 
     def _provider_response(self, provider: ProviderRecord) -> Response:
@@ -238,13 +214,13 @@ class _OperatorViews:
 
 
 def _caller_name() -> str:
-    """Name the caller for those who read of it later."""
+    """Return the name of the caller's key, shown with what it changed."""
     key = flask.g.get("key")
     return "the operator" if key is None else str(key.name)
 
 
 def _respond(payload: dict[str, Any]) -> Response:
-    return flask.redirect(PAGE_PATH, 303) if wants_page() else json_response({"success": True, **payload})
+    return flask.redirect(PAGE_URL, 303) if wants_html() else json_response({"success": True, **payload})
 
 
 def _seconds(raw: str) -> float | None:
@@ -254,6 +230,8 @@ def _seconds(raw: str) -> float | None:
         seconds = float(raw)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= MAX_BAN_SECONDS:  # also refuses nan
-        raise InvalidParams("seconds takes a number above 0, or nothing for a ban for good.")
+    if not 0 < seconds <= MAX_BAN_SECONDS:  # also rejects nan
+        raise InvalidParams(
+            f"seconds must be a number above 0 and at most {MAX_BAN_SECONDS:.0f}; leave it out for a permanent ban."
+        )
     return seconds

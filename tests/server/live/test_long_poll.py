@@ -126,7 +126,7 @@ def test_a_lone_request_waits_for_the_timer_or_a_full_chunk() -> None:
 
     assert wait is not None
     assert "at the latest in 5 min." in wait.waiting_for
-    assert "16 pictures for m" in wait.waiting_for
+    assert "16 images for m" in wait.waiting_for
     assert wait.eta_seconds == pytest.approx(302)
     assert wait.ahead == 0
 
@@ -180,7 +180,7 @@ def test_a_request_in_work_says_since_when() -> None:
     wait = estimate(under_way, outlook(backlog(0, claimed=1)), NOW)
 
     assert wait is not None
-    assert "worked on since 1 s" in wait.waiting_for
+    assert "processed for 1 s" in wait.waiting_for
     assert wait.eta_seconds == pytest.approx(0.6)
     assert wait.ahead is None
 
@@ -193,9 +193,9 @@ def test_a_failed_attempt_says_why_and_when_it_is_tried_again() -> None:
 
     assert waits[0] is not None
     assert waits[1] is not None
-    assert waits[0].waiting_for == "The last attempt failed (The worker died). It is tried again in 30 s."
+    assert waits[0].waiting_for == "The last attempt failed (The worker died). It will be retried in 30 s."
     assert waits[0].eta_seconds == pytest.approx(32)
-    assert "with the next batch" in waits[1].waiting_for
+    assert "with the next chunk" in waits[1].waiting_for
 
 
 def test_what_was_nobodys_fault_did_not_fail() -> None:
@@ -206,7 +206,7 @@ def test_what_was_nobodys_fault_did_not_fail() -> None:
 
     assert waits[0] is not None
     assert waits[1] is not None
-    assert waits[0].waiting_for == "No provider offers it for that price. It is tried again in 20 s."
+    assert waits[0].waiting_for == "No provider offers it for that price. It will be retried in 20 s."
     assert "The last attempt failed" in waits[1].waiting_for
 
 
