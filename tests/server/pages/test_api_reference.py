@@ -1,4 +1,4 @@
-"""The page of the API in a real browser: its forms send what they say, and show what comes back."""
+"""The API reference in a browser: its forms send the call and show the response."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def base(start_server: Callable[..., RunningServer]) -> str:
     return start_server().base
 
 
-def test_a_form_sends_its_call_and_shows_the_answer(base: str, photos: dict[str, bytes]) -> None:
+def test_a_form_sends_its_call_and_shows_the_response(base: str, photos: dict[str, bytes]) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium())
-        with browser_session(browser, base, viewport={"width": 1100, "height": 900}) as visitor:
-            page = visitor.page
+        with browser_session(browser, base, viewport={"width": 1100, "height": 900}) as session:
+            page = session.page
             page.goto("/ui/api")
 
-            def try_it(name_of_call: str, /, **values: Any) -> str:
-                call = page.locator(f"section[aria-labelledby={name_of_call}]")
+            def try_call(operation_id: str, /, **values: Any) -> str:
+                call = page.locator(f"section[aria-labelledby={operation_id}]")
                 call.get_by_text("Try it").click()
                 for name, value in values.items():
                     field = call.locator(f"form.try [name={name}]").last
@@ -40,20 +40,22 @@ def test_a_form_sends_its_call_and_shows_the_answer(base: str, photos: dict[str,
                 call.get_by_role("button", name="Send").click()
                 call.locator(".outcome p").filter(has_text=": ").wait_for()
                 page.wait_for_function(
-                    "id => document.querySelector(`section[aria-labelledby=${id}] .stop`).hidden", arg=name_of_call
+                    "id => document.querySelector(`section[aria-labelledby=${id}] .stop`).hidden", arg=operation_id
                 )
                 return f"{call.locator('.outcome p').text_content()}\n{call.locator('.outcome pre').text_content()}"
 
             image = {"name": "rocket.jpg", "mimeType": "image/jpeg", "buffer": photos["rocket"]}
-            sent = try_it("request_prediction", image=image)
+            sent = try_call("request_prediction", image=image)
             id = sent.partition('"req_id": "')[2].partition('"')[0]
-            read = try_it("read_prediction", id=id)
-            missing = try_it("cancel", id="nothing/at all")
-            visitor.save_screenshot("api")
+            read = try_call("read_prediction", id=id)
+            missing = try_call("cancel", id="nothing/at all")
+            session.save_screenshot("api")
             page.set_viewport_size({"width": 375, "height": 800})
             too_wide = page.evaluate(
-                "[...document.querySelectorAll('main *')].filter((one) => !one.closest('.wide, pre, .unseen') && "
-                "one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 200))"
+                "[...document.querySelectorAll('main *')]"
+                ".filter((element) => !element.closest('.table-scroll, pre, .visually-hidden'))"
+                ".filter((element) => element.getBoundingClientRect().right > innerWidth + 1)"
+                ".map((element) => element.outerHTML.slice(0, 200))"
             )
         browser.close()
 

@@ -1,4 +1,4 @@
-"""The pages as the server makes them: what they hold, their headers, and that they need no JavaScript."""
+"""The pages as HTML: their content, their headers, and that they work without JavaScript."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def get_page(client: flask.testing.FlaskClient, address: str, status: int = 200)
 
 
 class TagCollector(HTMLParser):
-    """Every tag of a page with its attributes."""
+    """All tags of a page with their attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def page_urls(client: flask.testing.FlaskClient) -> list[str]:
     return ["/", "/ui/requests", f"/ui/requests/{id}", "/ui/login", "/ui/nonsense"]
 
 
-def test_a_browser_gets_a_page_where_everybody_else_gets_json(client: flask.testing.FlaskClient) -> None:
+def test_a_browser_gets_a_page_where_programs_get_json(client: flask.testing.FlaskClient) -> None:
     for accept in ("*/*", "application/json", "application/json, text/html;q=0.5", ""):
         response = client.get("/", headers={"Accept": accept})
 
@@ -79,7 +79,7 @@ def test_a_browser_gets_a_page_where_everybody_else_gets_json(client: flask.test
     assert "Accept" in response.headers["Vary"]
 
 
-def test_every_page_forbids_what_it_does_not_need(client: flask.testing.FlaskClient) -> None:
+def test_every_page_has_strict_security_headers(client: flask.testing.FlaskClient) -> None:
     for address in page_urls(client):
         response = client.get(address, headers=BROWSER)
 
@@ -99,7 +99,7 @@ def test_every_page_forbids_what_it_does_not_need(client: flask.testing.FlaskCli
         assert response.headers["Cache-Control"] == "no-store"
 
 
-def test_no_page_has_a_script_or_a_style_of_its_own_or_of_another_host(client: flask.testing.FlaskClient) -> None:
+def test_no_page_has_inline_scripts_or_styles_or_uses_another_host(client: flask.testing.FlaskClient) -> None:
     for address in page_urls(client):
         tags = TagCollector(client.get(address, headers=BROWSER).text)
 
@@ -112,7 +112,7 @@ def test_no_page_has_a_script_or_a_style_of_its_own_or_of_another_host(client: f
         assert all(script.get("src") for script in tags.all("script"))
 
 
-def test_files_have_addresses_of_their_own_bytes_and_are_kept_for_good(client: flask.testing.FlaskClient) -> None:
+def test_static_files_have_urls_with_a_hash_and_are_cached_forever(client: flask.testing.FlaskClient) -> None:
     tags = TagCollector(get_page(client, "/"))
     files = [link["href"] for link in tags.all("link")] + [script["src"] for script in tags.all("script")]
 
@@ -127,7 +127,7 @@ def test_files_have_addresses_of_their_own_bytes_and_are_kept_for_good(client: f
     assert client.get(f"/static/{render.static_url('mlg.css').split('/')[2]}/nothing.css").status_code == 404
 
 
-def test_a_script_that_imports_another_finds_it(client: flask.testing.FlaskClient) -> None:
+def test_imports_between_scripts_resolve(client: flask.testing.FlaskClient) -> None:
     tags = TagCollector(get_page(client, "/"))
     for script in tags.all("script"):
         source = client.get(script["src"] or "").text
@@ -136,7 +136,7 @@ def test_a_script_that_imports_another_finds_it(client: flask.testing.FlaskClien
             assert client.get(f"{folder}/{name}").status_code == 200
 
 
-def test_home_and_all_it_needs_is_under_100_kb(client: flask.testing.FlaskClient) -> None:
+def test_home_with_its_files_is_under_100_kb(client: flask.testing.FlaskClient) -> None:
     page = get_page(client, "/")
     tags = TagCollector(page)
     files = {link["href"] for link in tags.all("link")} | {script["src"] for script in tags.all("script")}
@@ -144,7 +144,7 @@ def test_home_and_all_it_needs_is_under_100_kb(client: flask.testing.FlaskClient
     assert len(page.encode()) + sum(len(client.get(file or "").data) for file in files) < 100_000
 
 
-def test_home_lists_installed_models_first_and_says_how_to_install_the_others(
+def test_home_lists_installed_models_first_and_how_to_install_the_others(
     client: flask.testing.FlaskClient,
 ) -> None:
     page = get_page(client, "/")
@@ -160,7 +160,7 @@ def test_home_lists_installed_models_first_and_says_how_to_install_the_others(
     assert f"curl -F image=@kitten.jpg http://localhost/requestPrediction/{MODEL}" in page
 
 
-def test_evil_file_names_and_labels_are_only_text(
+def test_malicious_file_names_and_labels_are_escaped(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post_image(client, name=MALICIOUS_NAME)
@@ -174,7 +174,7 @@ def test_evil_file_names_and_labels_are_only_text(
         assert html.escape(MALICIOUS_NAME.rpartition("/")[2], quote=False).replace('"', "&#34;")[:20] in page
 
 
-def test_a_search_is_only_text_too(client: flask.testing.FlaskClient) -> None:
+def test_a_malicious_search_is_escaped(client: flask.testing.FlaskClient) -> None:
     page = client.get("/ui/requests", query_string={"q": MALICIOUS_NAME, "model": MALICIOUS_NAME}, headers=BROWSER).text
 
     assert "<script>alert" not in page
@@ -203,12 +203,12 @@ def test_requests_are_filtered_by_state_model_and_name(
     assert shown(q="rocket", state="done") == set()
 
 
-def test_a_filter_that_makes_no_sense_is_explained_on_a_page(client: flask.testing.FlaskClient) -> None:
-    assert "state takes one of" in get_page(client, "/ui/requests?state=lost", 400)
-    assert "before takes" in get_page(client, "/ui/requests?before=-1", 400)
+def test_an_invalid_filter_is_explained_on_a_page(client: flask.testing.FlaskClient) -> None:
+    assert "state must be one of" in get_page(client, "/ui/requests?state=lost", 400)
+    assert "before must be a number" in get_page(client, "/ui/requests?before=-1", 400)
 
 
-def test_older_requests_are_a_link_away_and_none_is_shown_twice(client: flask.testing.FlaskClient) -> None:
+def test_links_to_older_requests_show_each_request_once(client: flask.testing.FlaskClient) -> None:
     sent = {post_image(client, f"{number}.png", number) for number in range(30)}
     found: list[str] = []
     address: str | None = "/ui/requests?state=queued"
@@ -223,7 +223,7 @@ def test_older_requests_are_a_link_away_and_none_is_shown_twice(client: flask.te
     assert set(found) == sent
 
 
-def test_a_request_shows_its_answer_as_a_list_with_percentages(
+def test_a_request_shows_its_result_as_a_list_with_percentages(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post_image(client)
@@ -231,15 +231,15 @@ def test_a_request_shows_its_answer_as_a_list_with_percentages(
 
     page = get_page(client, f"/ui/requests/{id}")
 
-    assert page.count('<span class="share">') == 5
+    assert page.count('<span class="percent">') == 5
     assert "label 0" in page
     assert "9.5 %" in page  # 20 / 210 of the stored output
-    for word in ("Received", "Queued", "Dispatched", "Answered", "to local", "nothing"):
-        assert word in page
+    for text in ("Received", "Queued", "Dispatched", "Answered", "to local", "nothing"):
+        assert text in page
     assert "&#34;preds&#34;" in page
 
 
-def test_a_waiting_request_says_why_and_is_cancelled_by_a_plain_form(
+def test_a_waiting_request_shows_the_reason_and_is_cancelled_by_a_plain_form(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     id = post_image(client)
@@ -259,7 +259,7 @@ def test_a_waiting_request_says_why_and_is_cancelled_by_a_plain_form(
     assert store.get(id).state is RequestState.QUEUED
 
 
-def test_what_cannot_be_cancelled_any_more_is_said_on_the_page(
+def test_cancelling_too_late_shows_the_error_on_the_page(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post_image(client)
@@ -272,9 +272,7 @@ def test_what_cannot_be_cancelled_any_more_is_said_on_the_page(
     assert "label 0" in response.text
 
 
-def test_a_failed_request_says_why_in_words(
-    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
-) -> None:
+def test_a_failed_request_shows_the_reason(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
     id = post_image(client)
     answer(fail_with="The file is damaged: <b>half</b> is missing.")
 
@@ -292,14 +290,14 @@ def test_an_error_under_ui_is_a_page_for_browsers_and_json_for_programs(client: 
 @pytest.mark.parametrize(
     "next", ["//evil.example", "https://evil.example", "/\\evil.example", "/ui//evil.example", "/a"]
 )
-def test_signing_in_leads_nowhere_else(client: flask.testing.FlaskClient, next: str) -> None:
+def test_the_login_form_accepts_only_pages_of_this_server_as_next(client: flask.testing.FlaskClient, next: str) -> None:
     page = client.get("/ui/login", query_string={"next": next}, headers=BROWSER).text
 
     (field,) = [tag for tag in TagCollector(page).all("input") if tag.get("name") == "next"]
     assert field["value"] == "/"
 
 
-def test_home_says_when_nothing_is_installed(settings: ServerSettings, client: flask.testing.FlaskClient) -> None:
+def test_home_warns_when_no_batcher_is_running(settings: ServerSettings, client: flask.testing.FlaskClient) -> None:
     page = get_page(client, "/")
 
     assert "No model is installed" not in page
@@ -307,17 +305,18 @@ def test_home_says_when_nothing_is_installed(settings: ServerSettings, client: f
 
 
 def post_batch(client: flask.testing.FlaskClient, *names: str) -> str:
-    """Send a batch of as many pictures, and a text among them. :return: its id."""
+    """Send a batch of images with these names and one text file. :return: its id."""
     files = [(io.BytesIO(png(300 + number)), name) for number, name in enumerate(names)]
     response = client.post(
-        f"/requestPredictions/{MODEL}?name=holiday", data={"image": [*files, (io.BytesIO(b"no picture"), "notes.txt")]}
+        f"/requestPredictions/{MODEL}?name=holiday",
+        data={"image": [*files, (io.BytesIO(b"not an image"), "notes.txt")]},
     )
     assert response.status_code == 202, response.text
     id: str = response.get_json()["batch_id"]
     return id
 
 
-def test_a_batch_shows_its_progress_what_was_refused_and_its_images(
+def test_a_batch_shows_its_progress_its_rejected_files_and_its_images(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post_batch(client, "a.png", MALICIOUS_NAME)
@@ -339,7 +338,7 @@ def test_a_batch_shows_its_progress_what_was_refused_and_its_images(
     assert "holiday" in get_page(client, "/ui/batches")
 
 
-def test_a_batch_is_cancelled_and_tried_again_by_plain_forms(
+def test_a_batch_is_cancelled_and_retried_by_plain_forms(
     client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
 ) -> None:
     cancelled, failed = post_batch(client, "a.png"), ""
@@ -369,7 +368,7 @@ def test_a_large_batch_is_shown_page_by_page_in_its_order(client: flask.testing.
     assert found == names
 
 
-def test_a_image_that_is_not_kept_any_more_is_not_asked_for(
+def test_a_deleted_image_is_not_requested(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
 ) -> None:
     id = post_image(client)
@@ -381,7 +380,7 @@ def test_a_image_that_is_not_kept_any_more_is_not_asked_for(
         assert f"/requests/{id}/picture" not in get_page(client, address)
 
 
-def test_a_plain_form_sends_a_image(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_plain_form_sends_an_image(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     body = {"model": MODEL, "image": (io.BytesIO(png(7)), "plain.png")}
 
     response = client.post("/ui/send", data=body, headers=BROWSER)
@@ -389,7 +388,7 @@ def test_a_plain_form_sends_a_image(client: flask.testing.FlaskClient, store: Sq
     assert response.status_code == 303
     id = response.headers["Location"].rpartition("/")[2]
     assert store.get(id).name == "plain.png"
-    for model, data, status, words in (
+    for model, data, status, reason in (
         ("densenet121", png(8), 503, "not installed"),
         ("no_such_model", png(8), 404, "no_such_model"),
         (MODEL, b"text", 400, "not"),
@@ -397,10 +396,10 @@ def test_a_plain_form_sends_a_image(client: flask.testing.FlaskClient, store: Sq
         response = client.post("/ui/send", data={"model": model, "image": (io.BytesIO(data), "x.png")}, headers=BROWSER)
         assert response.status_code == status
         assert response.mimetype == "text/html"
-        assert words in response.text
+        assert reason in response.text
 
 
-def test_a_request_is_deleted_by_a_plain_form_once_it_has_ended(
+def test_a_finished_request_is_deleted_by_a_plain_form(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post_image(client)
@@ -411,8 +410,8 @@ def test_a_request_is_deleted_by_a_plain_form_once_it_has_ended(
     assert "Not found" in get_page(client, f"/ui/requests/{id}", 404)
 
 
-def test_everybody_sees_only_their_own_pages(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
-    keys = [make(store, name, Scope.SUBMIT, Scope.READ) for name in ("alice", "bob")]
+def test_a_key_sees_only_its_own_requests(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    keys = [make_api_key(store, name, Scope.SUBMIT, Scope.READ) for name in ("alice", "bob")]
     alice, bob = ({**BROWSER, "Authorization": f"Bearer {key}"} for key in keys)
     body = {"image": (io.BytesIO(png(9)), "secret.png")}
     id = client.post(f"/requestPrediction/{MODEL}", data=body, headers=alice).get_json()["req_id"]
@@ -423,17 +422,17 @@ def test_everybody_sees_only_their_own_pages(client: flask.testing.FlaskClient, 
     for action in ("", "/cancel", "/retry", "/delete"):
         method = client.post if action else client.get
         assert method(f"/ui/requests/{id}{action}", headers=bob).status_code == 404
-    assert client.post("/ui/send", data={"model": MODEL}, headers=BROWSER).status_code == 303  # to sign in
+    assert client.post("/ui/send", data={"model": MODEL}, headers=BROWSER).status_code == 303  # to the login page
     for address in ("/ui/requests", f"/ui/requests/{id}", "/ui/batches"):
         response = client.get(address, headers=BROWSER)
         assert response.status_code == 303
         assert response.headers["Location"].startswith("/ui/login?next=%2Fui%2F")
     assert "/ui/operator" not in client.get("/ui/requests", headers=alice).text
-    assert "asks for a key" in get_page(client, "/")
-    assert "asks for a key" not in client.get("/", headers=alice).text
+    assert "requires an API key" in get_page(client, "/")
+    assert "requires an API key" not in client.get("/", headers=alice).text
 
 
-def make(store: SqliteStore, name: str, *scopes: Scope) -> str:
+def make_api_key(store: SqliteStore, name: str, *scopes: Scope) -> str:
     """Make an API key."""
     id, key = make_key()
     record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=frozenset(scopes), created_at=datetime.now(UTC))
