@@ -12,6 +12,7 @@ from server.api.views.operator import PAGE_URL
 from server.context import Context
 from server.pages.charts import minutes_chart, points_chart
 from server.pages.render import page, page_operation
+from server.status.eta import FULL_CHUNK_ITEMS
 from store.keys import Scope
 
 
@@ -25,6 +26,7 @@ def register(app: flask.Flask, context: Context) -> None:
         return page(
             "operator.html",
             board=status,
+            chunk_items=FULL_CHUNK_ITEMS,
             minutes=minutes_chart(status["throughput"]["minutes"]),
             points=points_chart(status["points"]),
         )
