@@ -12,13 +12,13 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MalformedRequest
-from server.api.responses import json_response
+from server.api.responses import json_response, wants_page
 from server.auth.guard import check_same_origin, get_guard
 from server.context import Context
 from server.endpoint import operation
 from server.errors import KeyRefused
 from server.intake.uploads import read_fields, read_json
-from server.pages.render import page, wants_page
+from server.pages.render import page
 
 #: Where somebody who logged in goes when the form says nothing better, and who logged out.
 _FIRST_PAGE, _LOGIN_PAGE = "/", "/ui/login"

@@ -83,12 +83,6 @@ def static_file(digest: str, name: str) -> flask.Response | None:
     return response
 
 
-def wants_page() -> bool:
-    """Tell whether the client is a browser that wants to see a page, rather than a program that wants JSON."""
-    accept = flask.request.accept_mimetypes
-    return "text/html" in accept.values() and accept["text/html"] >= accept["application/json"]
-
-
 def _is_login_available() -> bool:
     """Tell whether there is anything to sign in to."""
     try:

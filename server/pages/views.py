@@ -15,20 +15,16 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
-from provider_image.images.decoding import check_upload
-from provider_image.models.registry import find_row
-from provider_image.services import load_service
-from server.api.responses import json_response
-from server.auth.guard import check_owner, check_quota, current_key_id
+from server.api.responses import json_response, wants_page
+from server.api.views.health import index_response
+from server.auth.guard import owned, visible_key_id
 from server.context import Context
 from server.endpoint import Field, operation
-from server.intake.uploads import read_upload
 from server.pages.cards import card, timeline, top_classes
-from server.pages.render import page, static_file, wants_page
+from server.pages.render import page, static_file
 from server.serializers import serialize_models
-from store import new_id
 from store.keys import Scope
-from store.records import NewRequest, RequestRecord
+from store.records import RequestRecord
 from store.search import Query
 
 #: Cards on a page.
@@ -72,8 +68,8 @@ def register(app: flask.Flask, context: Context) -> None:
     app.after_request(_render_error)
 
 
-def home_page(context: Context) -> flask.Response:
-    """Show the first page. Called by the view of `/` for browsers."""
+def _home_page(context: Context) -> flask.Response:
+    """Show the first page."""
     models = serialize_models(context.settings.models)
     ready = sorted(
         (model for model in models if model["installed"] or model["builds_on_first_use"]),
@@ -88,6 +84,17 @@ def home_page(context: Context) -> flask.Response:
         most_bytes=context.settings.max_image_bytes,
         base=flask.request.host_url.rstrip("/"),
     )
+
+
+def register_index(app: flask.Flask, context: Context) -> None:
+    """Add the view of `/`, which comes first in the list of routes and the API description."""
+
+    @operation(summary="List the routes", scope=None, tag="server", responses={200: "Index"})
+    def index() -> flask.Response:
+        """List the routes, with an example to copy; a browser gets the first page."""
+        return _home_page(context) if wants_page() else index_response()
+
+    app.add_url_rule("/", "index", index, methods=["GET"])
 
 
 class _PageViews:
@@ -119,28 +126,7 @@ class _PageViews:
     )
     def send_form(self) -> Response:
         """Take a picture from a browser without JavaScript and go to its page; with it, the API's own view is used."""
-        context = self._context
-        context.check_backlog()
-        check_quota()
-        upload = read_upload(
-            flask.request, max_image_bytes=context.settings.max_image_bytes, active_reads=context.active_reads
-        )
-        row = find_row(context.settings.models, upload.fields.get("model", ""))
-        service = load_service(row.service)
-        read_time = {param.name for param in service.params if param.is_read_time}
-        new = NewRequest(
-            id=new_id(),
-            service=row.service,
-            model=row.name,
-            params={name: value for name, value in service.check_params({}).items() if name not in read_time},
-            name=upload.name,
-            digest=context.get_artefact_digest(row),
-            key_id=current_key_id(),
-            created_at=context.clock(),
-        )
-        with context.work_slots:
-            check_upload(upload.data, context.settings.max_pixels)
-            request = context.store.add(new, context.store.images.stage(upload.data))
+        request = self._context.intake.accept_image(flask.request, model=None).request
         return flask.redirect(f"/ui/requests/{request.id}", 303)
 
     @operation(
@@ -185,16 +171,14 @@ class _PageViews:
     )
     def request_page(self, id: str) -> flask.Response:
         """Show the picture, the answer, and what happened."""
-        request = self._context.store.get(id)
-        check_owner(request)
-        return self._render(request)
+        return self._render(owned(self._context.store.get, id))
 
     @operation(
         summary="The button that cancels", scope=Scope.SUBMIT, tag="pages", content_type="text/html", responses=_HTML
     )
     def cancel_form(self, id: str) -> Response:
         """Cancel a queued request and show it."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.cancel(id, now=self._context.clock()))
 
     @operation(
@@ -206,7 +190,7 @@ class _PageViews:
     )
     def retry_form(self, id: str) -> Response:
         """Queue a failed or cancelled request again and show it."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.retry(id, now=self._context.clock()))
 
     @operation(
@@ -214,7 +198,7 @@ class _PageViews:
     )
     def delete_form(self, id: str) -> Response:
         """Delete a request that has ended, and its picture, and go back to the others."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.remove(id), "/ui/requests")
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
@@ -263,12 +247,6 @@ class _PageViews:
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )
-
-
-def visible_key_id() -> str | None:
-    """Return the key whose things a page shows; None for everybody's: no keys are asked for, or an operator looks."""
-    key = flask.g.get("key")
-    return None if key is None or key.is_operator else current_key_id()
 
 
 def _render_error(response: flask.Response) -> Any:

@@ -1,4 +1,4 @@
-"""What is here and whether it is well: the list of routes, the models, and the two checks of health."""
+"""Views of the server itself: the routes, the models, and the two health checks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import flask
 from server.api.responses import json_response
 from server.context import Context
 from server.endpoint import get_operation, operation
-from server.pages.render import wants_page
-from server.pages.views import home_page
 from server.serializers import serialize_models
 
 
@@ -19,7 +17,6 @@ def register(app: flask.Flask, context: Context) -> None:
     """Add the views to an application."""
     views = _HealthViews(context)
     for rule, view in (
-        ("/", views.index),
         ("/models", views.models),
         ("/healthz", views.healthz),
         ("/readyz", views.readyz),
@@ -27,28 +24,26 @@ def register(app: flask.Flask, context: Context) -> None:
         app.add_url_rule(rule, view.__name__, view, methods=["GET"])
 
 
+def index_response() -> flask.Response:
+    """List the routes, with examples to copy. Called by the view of `/`, which answers browsers with a page."""
+    base = flask.request.host_url.rstrip("/")
+    return json_response(
+        {
+            "success": True,
+            "name": "mlg",
+            "routes": _routes(flask.current_app),
+            "try": [
+                f"curl -F image=@kitten.jpg {base}/requestPrediction/efficientnet_lite0",
+                f"curl '{base}/readPrediction/ID?wait=30'",
+            ],
+        },
+        headers={"Vary": "Accept"},
+    )
+
+
 class _HealthViews:
     def __init__(self, context: Context) -> None:
         self._context = context
-
-    @operation(summary="List the addresses", scope=None, tag="server", responses={200: "Index"})
-    def index(self) -> flask.Response:
-        """List the routes, with an example to copy; a browser gets the first page."""
-        if wants_page():
-            return home_page(self._context)
-        base = flask.request.host_url.rstrip("/")
-        return json_response(
-            {
-                "success": True,
-                "name": "mlg",
-                "routes": _routes(flask.current_app),
-                "try": [
-                    f"curl -F image=@kitten.jpg {base}/requestPrediction/efficientnet_lite0",
-                    f"curl '{base}/readPrediction/ID?wait=30'",
-                ],
-            },
-            headers={"Vary": "Accept"},
-        )
 
     @operation(
         summary="List the models: what is installed, and how to install the others",
@@ -57,17 +52,17 @@ class _HealthViews:
         responses={200: "Models"},
     )
     def models(self) -> flask.Response:
-        """List the catalogue and the models of users' own."""
+        """List the catalogue and the custom models."""
         return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
-    @operation(summary="Tell that the process is alive", scope=None, tag="server", responses={200: "Health"})
+    @operation(summary="Check that the process is alive", scope=None, tag="server", responses={200: "Health"})
     def healthz(self) -> flask.Response:
-        """Say that the process answers; does not touch the store."""
+        """Answer without using the store."""
         return json_response({"success": True, "status": "alive"})
 
-    @operation(summary="Tell whether the store can be written", scope=None, tag="server", responses={200: "Readiness"})
+    @operation(summary="Check that the store can be written", scope=None, tag="server", responses={200: "Readiness"})
     def readyz(self) -> flask.Response:
-        """Say whether the store can be written, and whether a batcher is alive."""
+        """Check that the store can be written, and count the batchers that are alive."""
         self._context.store.check()
         batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
@@ -79,12 +74,12 @@ class _HealthViews:
 
 
 def _routes(app: flask.Flask) -> dict[str, str]:
-    """Say what each address is for, as the views say it themselves."""
+    """List the summary of each route."""
     found = {}
     for rule in app.url_map.iter_rules():
         declared = get_operation(app.view_functions[rule.endpoint])
-        address = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
+        path = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             if rule.rule != "/":
-                found[f"{method} {address}"] = "" if declared is None else declared.summary
+                found[f"{method} {path}"] = "" if declared is None else declared.summary
     return found
