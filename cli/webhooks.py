@@ -62,7 +62,7 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
     if unknown or not wanted:
         raise ConfigError(f"--events {events}: it takes {' and '.join(EVENTS)}, with commas between.")
     opening = open_store(home)
-    check_webhook(url, is_private_allowed=opening.settings.allows_private_webhooks)
+    check_webhook(url, allows_private=opening.settings.allows_private_webhooks)
     with opening as store:
         endpoint = EndpointRecord(
             id=f"we_{secrets.token_hex(6)}", url=url, events=wanted, secret=new_secret(), created_at=datetime.now(UTC)
@@ -136,7 +136,9 @@ def test_webhook(id: str, home: Path | None) -> None:
     Example:
       mlg webhooks test we_0123456789ab
     """
-    from server.webhooks import DeliveryFailed, send
+    from server.errors import DeliveryFailed
+    from server.http_client import HttpClient
+    from server.webhooks import send
     from store.records import to_text
     from store.webhooks import UnknownWebhook
 
@@ -152,8 +154,8 @@ def test_webhook(id: str, home: Path | None) -> None:
         id=f"msg_{secrets.token_hex(16)}",
         body=json.dumps(message).encode(),
         secret=endpoint.secret,
-        is_private_allowed=opening.settings.allows_private_webhooks,
         now=now,
+        http_client=HttpClient(allows_private=opening.settings.allows_private_webhooks),
     )
     if not 200 <= status < 300:
         raise DeliveryFailed(f"The receiver answered with status {status}.")
@@ -209,7 +211,7 @@ def _list(home: Path | None, state: str | None, limit: int, as_json: bool) -> No
     with open_store(home) as store:
         found = store.list_deliveries(status=state, limit=limit)
     if as_json:
-        from server.api.views.webhooks import serialize_delivery
+        from server.serializers import serialize_delivery
 
         for delivery in found:
             click.echo(json.dumps(serialize_delivery(delivery)))

@@ -1,6 +1,6 @@
-"""How a request looks to a client: the JSON of one request, and of the catalogue.
+"""The JSON of a request, of the models and of a webhook delivery.
 
-Called by the views and, for `--json`, by `commands.py`. Pictures, tokens and leases are nobody's business and stay out.
+Used by the views, by webhooks and, for `--json`, by the commands. Images, tokens and leases stay out of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.compiler import can_build_now
-from provider_image.errors import ModelError, NotInstalled
+from provider_image.errors import InvalidParams, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
 from provider_image.models.benchmarks import read_speed
 from provider_image.models.catalogue import ModelRow, install_command
@@ -19,6 +19,7 @@ from provider_image.services import load_service
 from server.status.eta import WaitEstimate
 from store.cost_split import to_amount
 from store.records import RequestRecord, RequestState, to_text
+from store.webhooks import DeliveryRecord
 
 
 def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None) -> dict[str, Any]:
@@ -65,12 +66,23 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
     return result
 
 
+def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Check the parameters of a read. :return: all that the service has, with defaults. :raises InvalidParams:"""
+    service = load_service(service_name)
+    read_time = {param.name for param in service.params if param.is_read_time}
+    for name in fields:
+        if name not in read_time:
+            raise InvalidParams(
+                f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
+            )
+    checked = service.check_params(dict(fields))
+    return {name: value for name, value in checked.items() if name in read_time}
+
+
 def serialize_models(models: Path) -> list[dict[str, Any]]:
-    """List the catalogue with what is installed in a models folder, then the installed models of users' own.
+    """List the catalogue with what is installed in a models folder, then the installed custom models.
 
-    Costs some stats and small files, as it is often asked.
-
-    `images_per_second` is what a check measured of this very artefact on this machine, None if none did.
+    `images_per_second` is what a check measured of this artefact on this machine; None without a check.
     """
     return [_serialize_model(models, row) for row in list_rows(models)]
 
@@ -85,7 +97,7 @@ def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "name": row.name,
         "title": row.title,
         "service": row.service,
-        # Installed with other weights than the published ones, a model of the catalogue is the operator's own as well.
+        # Installed with other weights than the published ones, a model of the catalogue is a custom one too.
         "source": row.source if artefact is None else artefact.source,
         "height": row.height,
         "width": row.width,
@@ -96,4 +108,28 @@ def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "storage": None if artefact is None else artefact.storage.kept,
         "images_per_second": None if speed is None else speed.images_per_second,
         "install": install_command(row),
+    }
+
+
+def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
+    """Build a webhook delivery's JSON, without its body."""
+    return {
+        "id": delivery.id,
+        "endpoint_id": delivery.endpoint_id,
+        "url": delivery.url,
+        "event": delivery.event,
+        "subject": delivery.subject,
+        "state": delivery.status,
+        "attempts": delivery.attempts,
+        **{
+            name: None if moment is None else to_text(moment)
+            for name, moment in (
+                ("created_at", delivery.created_at),
+                ("next_at", delivery.next_at),
+                ("delivered_at", delivery.delivered_at),
+                ("dead_at", delivery.dead_at),
+            )
+        },
+        "last_status": delivery.last_status,
+        "last_error": delivery.last_error,
     }

@@ -17,7 +17,7 @@ import httpx
 from rich.console import Console
 
 from scripts.benchmarks import processes
-from server.api.views.requests import to_cursor
+from server.api.query import to_cursor
 from store.records import to_text
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore

@@ -1,8 +1,8 @@
-"""Small pictures for people: a thumbnail of one picture, and a sheet of many with what was found on each.
+"""Thumbnails: of one image, and a contact sheet of many with a label below each.
 
-Called by the views. What is kept was only looked at by its header, so anything may go wrong while it is decoded here:
-then there is a grey square instead. Weakness: strangers' pictures are decoded inside the server, one at a time for
-each thread that works, by Pillow's own decoders for the formats that are taken and no others.
+Called by the views. Uploads were only checked by their header, so decoding may fail here: then the sheet has a grey
+square instead. Weakness: clients' images are decoded inside the server, one at a time for each working thread, by
+Pillow's decoders for the accepted formats and no others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Sides that a thumbnail may have, in pixels.
+#: Smallest and largest side of a thumbnail.
 MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS = 16, 1024
-#: Pictures on one sheet, how many stand in a row, and their size.
+#: Images on one sheet, images per row, and their size.
 SHEET_ITEMS, SHEET_COLUMNS, SHEET_PIXELS = 100, 10, 128
 _LINE_PIXELS = 14
 _LINES = 2
@@ -33,21 +33,21 @@ _GREY = (221, 221, 221)
 
 @dataclass(frozen=True, kw_only=True)
 class SheetItem:
-    """One picture of a sheet."""
+    """One image of a sheet."""
 
-    #: Gives the bytes; None when they are gone.
+    #: Returns the bytes; None when they are deleted.
     read: Callable[[], bytes | None]
-    #: What stands below it.
+    #: The text below it.
     lines: Sequence[str]
 
 
 def media_type(data: bytes, max_pixels: int) -> str:
-    """Return the media type of a picture that was taken. :raises BadInput:"""
+    """Return the media type of an accepted image. :raises BadInput:"""
     return {"BMP": "image/bmp"}.get(name := read_header(data, max_pixels).format, f"image/{name.lower()}")
 
 
 def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
-    """Make a JPEG that fits into a square of so many pixels, upright, its proportions kept.
+    """Make a JPEG that fits into a square of `size` pixels, turned upright, with its proportions.
 
     :raises BrokenImage: it cannot be decoded.
     """
@@ -57,7 +57,7 @@ def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
 
 
 def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
-    """Make a PNG of up to SHEET_ITEMS pictures with what stands below them."""
+    """Make a PNG of up to SHEET_ITEMS images with their text below."""
     import PIL.Image
     import PIL.ImageDraw
 
@@ -74,7 +74,7 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
             data = item.read()
             small = None if data is None else _decode_small(data, SHEET_PIXELS, max_pixels)
         except BadInput:
-            log.info("a picture on a sheet cannot be decoded")
+            log.info("an image of a contact sheet cannot be decoded")
         if small is None:
             draw.rectangle((left, top, left + SHEET_PIXELS, top + SHEET_PIXELS), fill=_GREY)
         else:
@@ -87,7 +87,7 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
 
 
 def _truncate(text: str) -> str:
-    """Cut a line to the width of a picture; the drawing font knows Latin letters only."""
+    """Cut a line to the width of an image; the font has Latin letters only."""
     plain = text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
     return plain if len(plain) <= 21 else plain[:20] + "~"
 

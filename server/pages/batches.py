@@ -12,11 +12,11 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MlgError
-from server.auth.guard import check_owner
+from server.auth.guard import owned, visible_key_id
 from server.context import Context
 from server.pages.cards import STATE_LABELS, card
 from server.pages.render import page, page_operation, url_with_query
-from server.pages.requests import CARDS_PER_PAGE, check_number, check_state, visible_key_id
+from server.pages.requests import CARDS_PER_PAGE, check_number, check_state
 from server.status.eta import WaitEstimate
 from store.batches import BatchProgress, BatchRecord
 from store.cost_split import to_amount
@@ -82,9 +82,7 @@ class _BatchPageViews:
         return self._apply(id, lambda: self._context.store.retry_batch(id, now=self._context.clock()))
 
     def _get_owned(self, id: str) -> BatchRecord:
-        batch = self._context.store.get_batch(id)
-        check_owner(batch)
-        return batch
+        return owned(self._context.store.get_batch, id)
 
     def _apply(self, id: str, change: Callable[[], int]) -> Response:
         batch = self._get_owned(id)

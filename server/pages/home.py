@@ -8,18 +8,11 @@ from __future__ import annotations
 import flask
 from werkzeug.wrappers import Response
 
-from provider_image.images.decoding import check_upload
-from provider_image.models.registry import find_row
-from provider_image.services import load_service
-from server.api.responses import wants_html
-from server.auth.guard import check_quota, current_key_id
+from server.api.responses import wants_page
 from server.context import Context
-from server.intake.uploads import read_upload
 from server.pages.render import page, page_operation
 from server.serializers import serialize_models
-from store import new_id
 from store.keys import Scope
-from store.records import NewRequest
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -35,7 +28,7 @@ class _HomeViews:
 
     def home_for_browsers(self) -> flask.Response | None:
         """Show the home page if a browser requests `/`."""
-        if flask.request.endpoint != "index" or not wants_html():
+        if flask.request.endpoint != "index" or not wants_page():
             return None
         models = serialize_models(self._context.settings.models)
         ready = sorted(
@@ -55,26 +48,5 @@ class _HomeViews:
     @page_operation("The form that sends an image", scope=Scope.SUBMIT)
     def send_form(self) -> Response:
         """Accept an image from a browser without JavaScript and redirect to the request's page."""
-        context = self._context
-        context.check_backlog()
-        check_quota()
-        upload = read_upload(
-            flask.request, max_image_bytes=context.settings.max_image_bytes, active_reads=context.active_reads
-        )
-        row = find_row(context.settings.models, upload.fields.get("model", ""))
-        service = load_service(row.service)
-        read_time = {param.name for param in service.params if param.is_read_time}
-        new = NewRequest(
-            id=new_id(),
-            service=row.service,
-            model=row.name,
-            params={name: value for name, value in service.check_params({}).items() if name not in read_time},
-            name=upload.name,
-            digest=context.get_artefact_digest(row),
-            key_id=current_key_id(),
-            created_at=context.clock(),
-        )
-        with context.work_slots:
-            check_upload(upload.data, context.settings.max_pixels)
-            request = context.store.add(new, context.store.images.stage(upload.data))
+        request = self._context.intake.accept_image(flask.request, model=None).request
         return flask.redirect(f"/ui/requests/{request.id}", 303)

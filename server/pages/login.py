@@ -12,7 +12,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MalformedRequest
-from server.api.responses import json_response, wants_html
+from server.api.responses import json_response, wants_page
 from server.auth.guard import check_same_origin, get_guard
 from server.auth.sessions import SESSION_SECONDS
 from server.context import Context
@@ -69,10 +69,10 @@ class _LoginViews:
         try:
             record = guard.log_in(fields.get("key", "").strip())
         except KeyRefused as error:
-            if is_json or not wants_html():
+            if is_json or not wants_page():
                 raise
             return _render_form(next=next_page, status=401, notice=error.reason)
-        response = json_response({"success": True}) if is_json or not wants_html() else flask.redirect(next_page, 303)
+        response = json_response({"success": True}) if is_json or not wants_page() else flask.redirect(next_page, 303)
         guard.sessions.start(response, record.id)
         return response
 
@@ -80,7 +80,7 @@ class _LoginViews:
     def log_out(self) -> Response:
         """Delete the session cookie."""
         check_same_origin(is_strict=False)
-        response = flask.redirect(_LOGIN_PAGE, 303) if wants_html() else json_response({"success": True})
+        response = flask.redirect(_LOGIN_PAGE, 303) if wants_page() else json_response({"success": True})
         get_guard(flask.current_app).sessions.end(response)
         return response
 

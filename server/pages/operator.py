@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import flask
 
-from server.api.views.operator import PAGE_URL
+from server.api.views.operator import PAGE_PATH
 from server.context import Context
 from server.pages.charts import minutes_chart, points_chart
 from server.pages.render import page, page_operation
@@ -31,4 +31,4 @@ def register(app: flask.Flask, context: Context) -> None:
             points=points_chart(status["points"]),
         )
 
-    app.add_url_rule(PAGE_URL, "operator_page", operator_page, methods=["GET"])
+    app.add_url_rule(PAGE_PATH, "operator_page", operator_page, methods=["GET"])

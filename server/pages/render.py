@@ -23,8 +23,8 @@ import jinja2
 from werkzeug.wrappers import Response
 
 from server.api.openapi import PAGES
-from server.api.responses import json_response, wants_html
-from server.auth.guard import get_guard
+from server.api.responses import json_response, wants_page
+from server.auth.guard import current_key, get_guard
 from server.context import Context
 from server.endpoint import View, operation
 from server.pages.cards import STATE_LABELS
@@ -75,7 +75,7 @@ def page(template: str, *, status: int = 200, **variables: Any) -> flask.Respons
     html = (
         _environment()
         .get_template(template)
-        .render(path=flask.request.path, key=flask.g.get("key"), needs_key=_is_login_available(), **variables)
+        .render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
     )
     response = flask.Response(html, status, mimetype="text/html")
     response.headers.update(_HEADERS)
@@ -123,7 +123,7 @@ def _static(digest: str, name: str) -> flask.Response:
 def _render_error(response: flask.Response) -> Any:
     """Turn a JSON error into a page for browsers; a browser that needs a key is redirected to the login page."""
     path = flask.request.path
-    if response.status_code < 400 or not response.is_json or not (path.startswith("/ui/") and wants_html()):
+    if response.status_code < 400 or not response.is_json or not (path.startswith("/ui/") and wants_page()):
         return response
     if response.status_code == 401 and path != "/ui/login":
         query = {"next": path} if flask.request.method == "GET" else {}

@@ -13,7 +13,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
-from server.auth.guard import check_owner, current_key_id
+from server.auth.guard import owned, visible_key_id
 from server.context import Context
 from server.pages.cards import STATE_LABELS, card, timeline, top_classes
 from server.pages.render import page, page_operation, url_with_query
@@ -77,26 +77,24 @@ class _RequestPageViews:
     @page_operation("The page of one request", scope=Scope.READ)
     def request_page(self, id: str) -> flask.Response:
         """Show the image, the result and the history of a request."""
-        request = self._context.store.get(id)
-        check_owner(request)
-        return self._render(request)
+        return self._render(owned(self._context.store.get, id))
 
     @page_operation("The button that cancels a request", scope=Scope.SUBMIT)
     def cancel_form(self, id: str) -> Response:
         """Cancel a queued request."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.cancel(id, now=self._context.clock()))
 
     @page_operation("The button that retries a request", scope=Scope.SUBMIT)
     def retry_form(self, id: str) -> Response:
         """Queue a failed or cancelled request again."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.retry(id, now=self._context.clock()))
 
     @page_operation("The button that deletes a request", scope=Scope.SUBMIT)
     def delete_form(self, id: str) -> Response:
         """Delete a finished request and its image, and redirect to the list."""
-        check_owner(self._context.store.get(id))
+        owned(self._context.store.get, id)
         return self._apply(id, lambda: self._context.store.remove(id), "/ui/requests")
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
@@ -145,15 +143,6 @@ class _RequestPageViews:
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )
-
-
-def visible_key_id() -> str | None:
-    """Return the id of the key whose requests a page shows.
-
-    :return: None for the requests of all keys: the caller is an operator, or no key is required.
-    """
-    key = flask.g.get("key")
-    return None if key is None or key.is_operator else current_key_id()
 
 
 def check_state(value: str) -> str | None:

@@ -24,14 +24,18 @@ from PIL import Image
 from cli.webhooks import webhooks
 from provider_image.errors import ConfigError, InvalidParams
 from server.app import create_app
+from server.errors import DeliveryFailed
+from server.http_client import HttpClient
 from server.settings import ServerSettings
-from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, DeliveryFailed, check_webhook, send, sign
+from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
 from store.records import Answer
 from store.sqlite import SqliteStore
 from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
 from tests.conftest import MODEL, OUTPUT, RunningServer
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+#: Sends also to this machine.
+PRIVATE = HttpClient(allows_private=True)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
@@ -121,7 +125,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def deliverer(store: SqliteStore, clock: Clock) -> Deliverer:
-    return Deliverer(store, is_private_allowed=True, clock=clock)
+    return Deliverer(store, http_client=PRIVATE, clock=clock)
 
 
 def send_due(deliverer: Deliverer) -> None:
@@ -153,7 +157,7 @@ def test_a_new_secret_has_256_bits() -> None:
 
 
 def test_a_message_carries_what_a_receiver_checks(receiver: Receiver) -> None:
-    status, _ = send(receiver.url, id="msg_1", body=b"{}", secret=SECRET, is_private_allowed=True, now=NOW)
+    status, _ = send(receiver.url, id="msg_1", body=b"{}", secret=SECRET, http_client=PRIVATE, now=NOW)
 
     ((headers, body),) = receiver.got
     assert (status, body) == (200, b"{}")
@@ -182,28 +186,28 @@ def test_a_message_carries_what_a_receiver_checks(receiver: Receiver) -> None:
 )
 def test_only_public_https_addresses_are_taken(url: str) -> None:
     with pytest.raises(InvalidParams, match="webhook"):
-        check_webhook(url, is_private_allowed=False)
+        check_webhook(url, allows_private=False)
 
 
 @pytest.mark.parametrize("url", ["http://", "https://a:b@c/", "ftp://x/", "http://x:0/", "http://a b/", "http://[::1/"])
 def test_what_is_no_address_is_refused_even_where_private_ones_are_taken(url: str) -> None:
     with pytest.raises(InvalidParams, match="webhook"):
-        check_webhook(url, is_private_allowed=True)
+        check_webhook(url, allows_private=True)
 
 
 def test_addresses_that_are_taken() -> None:
-    assert check_webhook(None, is_private_allowed=False) is None
-    assert check_webhook("https://example.org/x?y", is_private_allowed=False) == "https://example.org/x?y"
-    assert check_webhook("http://10.0.0.5:8080/x", is_private_allowed=True) == "http://10.0.0.5:8080/x"
+    assert check_webhook(None, allows_private=False) is None
+    assert check_webhook("https://example.org/x?y", allows_private=False) == "https://example.org/x?y"
+    assert check_webhook("http://10.0.0.5:8080/x", allows_private=True) == "http://10.0.0.5:8080/x"
 
 
-def test_a_private_address_is_not_asked(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.webhooks.resolve_host", lambda host, seconds: ["127.0.0.1"])
+def test_a_private_address_is_not_asked(receiver: Receiver) -> None:
+    public = HttpClient(resolve=lambda host, seconds: ["127.0.0.1"])
 
     with pytest.raises(DeliveryFailed, match="not public"):
-        send("https://example.org/", id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+        send("https://example.org/", id="m", body=b"", secret=SECRET, http_client=public, now=NOW)
     with pytest.raises(DeliveryFailed):
-        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+        send(receiver.url, id="m", body=b"", secret=SECRET, http_client=public, now=NOW)
 
     assert receiver.got == []
 
@@ -212,7 +216,7 @@ def test_a_receiver_that_does_not_answer_is_given_up(receiver: Receiver) -> None
     receiver.may_answer.clear()
 
     with pytest.raises(DeliveryFailed, match=r"did not answer within 0.3 s"):
-        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=True, now=NOW, seconds=0.3)
+        send(receiver.url, id="m", body=b"", secret=SECRET, http_client=PRIVATE, now=NOW, seconds=0.3)
 
 
 def test_a_bad_address_is_refused_at_the_door(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
@@ -533,13 +537,13 @@ def test_dead_messages_are_listed_and_sent_again_by_hand(
     receiver.statuses = [500]
     post(client, receiver.url)
     answer()
-    send_due(Deliverer(store, is_private_allowed=True, retry_seconds=()))
+    send_due(Deliverer(store, http_client=PRIVATE, retry_seconds=()))
 
     (dead,) = [json.loads(line) for line in run("dead", "--json").splitlines()]
     table = run("dead")
     again = run("redeliver", dead["id"])
     receiver.statuses = [200]
-    send_due(Deliverer(store, is_private_allowed=True))
+    send_due(Deliverer(store, http_client=PRIVATE))
 
     assert (dead["state"], dead["last_status"]) == ("dead", 500)
     assert dead["id"] in table

@@ -1,6 +1,6 @@
-"""What the server offers and whether it is healthy: list of routes, API description, models, liveness and readiness.
+"""Views of the server itself: the routes, the API description, the models, and the two health checks.
 
-Registered by `server/app.py`. Browsers get a page at `/` instead of the list of routes, see `server/pages/home.py`.
+Browsers get a page at `/` instead of the list of routes, see `server/pages/home.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _HealthViews:
 
     @operation(summary="List the routes", scope=None, tag="server", responses={200: "Index"})
     def index(self) -> flask.Response:
-        """List the routes, with an example to copy; browsers get the home page."""
+        """List the routes, with examples to copy; browsers get the home page instead."""
         base = flask.request.host_url.rstrip("/")
         return json_response(
             {
@@ -52,23 +52,23 @@ class _HealthViews:
         )
 
     @operation(
-        summary="List the models: which are installed, and how to install the others",
+        summary="List the models: what is installed, and how to install the others",
         scope=None,
         tag="models",
         responses={200: "Models"},
     )
     def models(self) -> flask.Response:
-        """List the models of the catalogue and the custom models."""
+        """List the catalogue and the custom models."""
         return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
     @operation(summary="Check that the process is alive", scope=None, tag="server", responses={200: "Health"})
     def healthz(self) -> flask.Response:
-        """Report that the process answers; does not touch the store."""
+        """Answer without using the store."""
         return json_response({"success": True, "status": "alive"})
 
     @operation(summary="Check that the store can be written", scope=None, tag="server", responses={200: "Readiness"})
     def readyz(self) -> flask.Response:
-        """Report whether the store can be written and how many batchers are alive."""
+        """Check that the store can be written, and count the batchers that are alive."""
         self._context.store.check()
         batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
@@ -86,12 +86,12 @@ class _HealthViews:
 
 
 def _routes(app: flask.Flask) -> dict[str, str]:
-    """List each route with the summary of its operation."""
+    """List the summary of each route."""
     found = {}
     for rule in app.url_map.iter_rules():
         declared = get_operation(app.view_functions[rule.endpoint])
-        address = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
+        path = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             if rule.rule != "/":
-                found[f"{method} {address}"] = "" if declared is None else declared.summary
+                found[f"{method} {path}"] = "" if declared is None else declared.summary
     return found

@@ -1,8 +1,7 @@
-"""The operator's endpoints: dashboard as JSON, Prometheus metrics, controls of the batchers, bans of providers.
+"""Views for operators: the dashboard's figures as JSON, Prometheus metrics, and the controls.
 
-Registered by `server/app.py`. The figures come from `server/status/dashboard.py`; the controls are defined in
-`store/batcher_controls.py`. The forms of the operator's page use the same endpoints as programs; browsers are
-redirected back to the page.
+The figures come from `server/status/dashboard.py`, what the controls do is in `store/batcher_controls.py`. The forms of
+the operator's page and programs use the same paths; a browser is redirected to the page.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams
-from server.api.responses import json_response, wants_html
+from server.api.query import check_names
+from server.api.responses import json_response, set_headers, wants_page
+from server.auth.guard import current_key
 from server.context import Context
 from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
@@ -26,9 +27,9 @@ from store.keys import Scope
 from store.ledger_records import ProviderRecord
 from store.records import to_text
 
-#: The page that browsers are redirected to.
-PAGE_URL = "/ui/operator"
-#: Longest temporary ban: a hundred years.
+#: The page that shows the same; see `server/pages/operator.py`.
+PAGE_PATH = "/ui/operator"
+#: Longest temporary ban in seconds; a hundred years.
 MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
 _CONTROL_SCHEMA: dict[str, Any] = {
@@ -71,17 +72,18 @@ def register(app: flask.Flask, context: Context) -> None:
 class _OperatorViews:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._dashboard = context.dashboard
+
+    # Figures
 
     @operation(
-        summary="The dashboard: all figures of the operator's page",
+        summary="Read all figures of the operator's page",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _STATUS},
     )
     def operator_status(self) -> flask.Response:
         """Return all figures."""
-        return json_response({"success": True, **self._dashboard.status()})
+        return json_response({"success": True, **self._context.dashboard.status()})
 
     @operation(
         summary="Metrics for Prometheus",
@@ -91,32 +93,31 @@ class _OperatorViews:
         responses={200: {"type": "string"}},
     )
     def metrics(self) -> flask.Response:
-        """Return the metrics in the Prometheus text format."""
-        response = flask.Response(exposition(families(self._dashboard)), content_type=CONTENT_TYPE)
-        response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+        """Return the metrics in Prometheus' text format."""
+        return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))
+
+    # Controls
 
     @operation(
-        summary="Pause: claim no new work until resumed",
+        summary="Claim nothing new until work is resumed",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
         responses={200: _CONTROL_SCHEMA},
     )
     def pause(self) -> Response:
-        """Pause: running chunks are finished, everything else waits."""
+        """Pause: claimed requests are finished, all others wait."""
         return self._pause(Mode.PAUSED)
 
     @operation(
-        summary="Drain: claim no new work, before the batchers are stopped",
+        summary="Claim nothing new before the batchers are stopped",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
         responses={200: _CONTROL_SCHEMA},
     )
     def drain(self) -> Response:
-        """Drain: like a pause, but announces that the batchers are about to be stopped."""
+        """Drain: a pause before the batchers are stopped."""
         return self._pause(Mode.DRAINING)
 
     @operation(summary="Resume work", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
@@ -127,33 +128,33 @@ class _OperatorViews:
         return _respond({"hold": None})
 
     @operation(
-        summary="Have every batcher process all waiting requests now",
+        summary="Make every batcher claim all queued requests now",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _CONTROL_SCHEMA},
     )
     def run_now(self) -> Response:
-        """Start a cycle of every batcher now instead of at its next timer."""
+        """Run a cycle now."""
         self._fields()
         token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
-        summary="Ban a provider: give it no more work",
+        summary="Give a provider no more work",
         scope=Scope.OPERATE,
         tag="operator",
         query=(
             Field(name="reason", help="Why."),
             Field(
                 name="seconds",
-                help="For how long; permanently without it.",
+                help="For how long; without it the ban has no end.",
                 schema={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_BAN_SECONDS},
             ),
         ),
         responses={200: _PROVIDER},
     )
     def ban(self, id: str) -> Response:
-        """Ban a provider, by its node id or an unambiguous name."""
+        """Ban a provider, by its address or an unambiguous name."""
         fields = self._fields("reason", "seconds")
         now = self._context.clock()
         seconds = _seconds(fields.get("seconds", ""))
@@ -166,13 +167,13 @@ class _OperatorViews:
         return self._provider_response(provider)
 
     @operation(
-        summary="Lift the ban of a provider, also an automatic one",
+        summary="Lift a provider's ban",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _PROVIDER},
     )
     def unban(self, id: str) -> Response:
-        """Lift the ban of a provider, by its node id or an unambiguous name."""
+        """Lift a ban, also one that a batcher has set."""
         self._fields()
         return self._provider_response(self._context.store.unban_provider(id))
 
@@ -185,22 +186,17 @@ class _OperatorViews:
         return _respond({"hold": pause})
 
     def _fields(self, *known: str) -> dict[str, str]:
-        """Read the fields of a control.
-
-        :param known: the fields that it has.
-        :raises InvalidParams: another one is given.
-        """
+        """Read the fields of a control. :raises InvalidParams: one that it does not have."""
         if flask.request.mimetype not in ("", "application/x-www-form-urlencoded"):
-            raise UnsupportedMediaType("Send the fields in the URL, for example ?reason=update, or as a form.")
+            raise UnsupportedMediaType(
+                "Put the fields into the URL, for example ?reason=update, or send them as a form."
+            )
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
-        for name in fields:
-            if name not in known:
-                parameters = f"Parameters: {', '.join(known)}." if known else "This call takes none."
-                raise InvalidParams(f"There is no parameter {name[:64]!r}. {parameters}")
+        check_names(fields, known)
         return fields
 
     def _provider_response(self, provider: ProviderRecord) -> Response:
-        self._dashboard.invalidate()
+        self._context.dashboard.invalidate()
         is_banned = provider.is_banned(self._context.clock())
         return _respond(
             {
@@ -214,13 +210,13 @@ class _OperatorViews:
 
 
 def _caller_name() -> str:
-    """Return the name of the caller's key, shown with what it changed."""
-    key = flask.g.get("key")
-    return "the operator" if key is None else str(key.name)
+    """Return the name of the caller's key, shown as the author of a control."""
+    key = current_key()
+    return "the operator" if key is None else key.name
 
 
 def _respond(payload: dict[str, Any]) -> Response:
-    return flask.redirect(PAGE_URL, 303) if wants_html() else json_response({"success": True, **payload})
+    return flask.redirect(PAGE_PATH, 303) if wants_page() else json_response({"success": True, **payload})
 
 
 def _seconds(raw: str) -> float | None:
@@ -230,8 +226,6 @@ def _seconds(raw: str) -> float | None:
         seconds = float(raw)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= MAX_BAN_SECONDS:  # also rejects nan
-        raise InvalidParams(
-            f"seconds must be a number above 0 and at most {MAX_BAN_SECONDS:.0f}; leave it out for a permanent ban."
-        )
+    if not 0 < seconds <= MAX_BAN_SECONDS:  # also refuses nan
+        raise InvalidParams("seconds takes a number above 0; leave it out for a ban without an end.")
     return seconds

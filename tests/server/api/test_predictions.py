@@ -20,8 +20,8 @@ from provider_image import errors
 from provider_image.models.artefact import find_artefact
 from provider_image.models.benchmarks import Speed, write_speed
 from provider_image.models.catalogue import CATALOGUE
-from server.api.responses import HTTP_STATUS
 from server.app import create_app
+from server.errors import HTTP_STATUS
 from server.settings import ServerSettings
 from store.records import RequestState
 from store.sqlite import SqliteStore

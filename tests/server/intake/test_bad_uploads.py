@@ -96,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "2 MB",
     ),
     "over 2 MB raw": ({"data": JPEG + bytes(2 * 1024 * 1024), "content_type": "image/jpeg"}, 413, "too_large", "2 MB"),
-    "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the picture itself"),
+    "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the image itself"),
     "text": ({"data": b"hello", "content_type": "text/plain"}, 415, "unsupported_media_type", "curl -F"),
     "curl -d": ({"data": {"image": "x"}}, 415, "unsupported_media_type", "curl -F"),
     "a compressed body": (

@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flask.testing
 import pytest
 
 from provider_image.errors import MlgError, TooManyBytes
+from server import http_client
 from server.app import create_app
 from server.errors import FetchFailed, UrlRefused
-from server.intake import url_fetcher
-from server.intake.url_fetcher import check_url, fetch, is_public, resolve_host
+from server.http_client import HttpClient, check_url, is_public, resolve_host
+from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
 
@@ -45,7 +47,9 @@ URL = f"https://{HOST}/kitten.jpg"
     ],
 )
 def test_a_plain_https_url_is_taken(url: str, host: str, target: str) -> None:
-    assert check_url(url) == (host, target)
+    checked = check_url(url)
+
+    assert (checked.host, checked.path) == (host, target)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_every_other_address_is_not(address: str) -> None:
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], [PUBLIC, "10.0.0.1"], ["::ffff:169.254.169.254"], ["fe80::1%lo"]])
 def test_a_name_with_an_address_that_is_not_public_is_never_connected_to(addresses: list[str]) -> None:
     with pytest.raises(UrlRefused) as refusal:
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=lambda *_: addresses, connect=no_connection)
+        fetch_with(resolve=lambda *_: addresses, connect=no_connection)
 
     assert not any(address in refusal.value.reason for address in addresses)
 
@@ -238,7 +242,7 @@ def test_a_name_without_an_address_is_said_so() -> None:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
     with pytest.raises(FetchFailed, match="no address"):
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=resolve, connect=no_connection)
+        fetch_with(resolve=resolve, connect=no_connection)
 
 
 def test_a_resolver_that_does_not_answer_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +250,7 @@ def test_a_resolver_that_does_not_answer_is_left_in_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(30) and [])
 
     with pytest.raises(FetchFailed, match="too long"):
-        fetch(URL, max_image_bytes=100, seconds=0.1, connect=no_connection)
+        fetch_with(seconds=0.1, connect=no_connection)
 
     release.set()
 
@@ -255,8 +259,13 @@ def test_the_systems_resolver_is_asked() -> None:
     assert set(resolve_host("localhost", 10)) <= {"127.0.0.1", "::1"}
 
 
-def no_connection(address: str, seconds: float) -> socket.socket:
+def no_connection(address: str, port: int, seconds: float) -> socket.socket:
     raise AssertionError(f"connected to {address}")
+
+
+def fetch_with(*, seconds: float = 5, **network: Any) -> bytes:
+    """Fetch with another resolver, connection or trust store."""
+    return fetch(URL, max_image_bytes=100, seconds=seconds, http_client=HttpClient(**network))
 
 
 # A host that answers
@@ -282,13 +291,22 @@ class Host:
         self.is_over = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def fetch(self, *answers: bytes | Callable[[ssl.SSLSocket], None], url: str = URL, **facts: object) -> bytes:
+    def fetch(
+        self,
+        *answers: bytes | Callable[[ssl.SSLSocket], None],
+        url: str = URL,
+        seconds: float = 10,
+        is_trusted: bool = True,
+    ) -> bytes:
         """Fetch a URL from this host, whatever address the name has."""
         self._answers += answers
-        options: dict[str, object] = {"max_image_bytes": 1000, "seconds": 10, "tls_context": self.tls_context, **facts}
-        return fetch(url, resolve=lambda *_: [PUBLIC], connect=self.connect, **options)  # type: ignore[arg-type]
+        client = HttpClient(
+            resolve=lambda *_: [PUBLIC], connect=self.connect, tls_context=self.tls_context if is_trusted else None
+        )
+        return fetch(url, max_image_bytes=1000, seconds=seconds, http_client=client)
 
-    def connect(self, address: str, seconds: float) -> socket.socket:
+    def connect(self, address: str, port: int, seconds: float) -> socket.socket:
+        assert port == 443
         self.addresses.append(address)
         return socket.create_connection(self._listener.getsockname(), timeout=seconds)
 
@@ -454,26 +472,24 @@ def test_a_host_that_drips_is_cut_off_in_time(host: Host, pieces: tuple[bytes, b
 
 def test_a_host_that_never_shakes_hands_is_cut_off_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FetchFailed, match="too long"):
-        fetch(
-            URL,
-            max_image_bytes=100,
+        fetch_with(
             seconds=0.3,
             resolve=lambda *_: [PUBLIC],
-            connect=lambda _, seconds: socket.create_connection(silent.getsockname(), timeout=seconds),
+            connect=lambda _, port, seconds: socket.create_connection(silent.getsockname(), timeout=seconds),
         )
 
 
 def test_a_host_that_refuses_the_connection_is_said_so() -> None:
-    def refuse(address: str, seconds: float) -> socket.socket:
+    def refuse(address: str, port: int, seconds: float) -> socket.socket:
         raise ConnectionRefusedError
 
     with pytest.raises(FetchFailed, match="does not answer"):
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=lambda *_: [PUBLIC], connect=refuse)
+        fetch_with(resolve=lambda *_: [PUBLIC], connect=refuse)
 
 
 def test_a_certificate_that_the_system_does_not_trust_is_refused(host: Host) -> None:
     with pytest.raises(FetchFailed, match="certificate"):
-        host.fetch(ok(b"x"), tls_context=None)
+        host.fetch(ok(b"x"), is_trusted=False)
 
 
 def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
@@ -482,10 +498,10 @@ def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
 
 
 def test_this_very_machine_is_not_asked_by_its_public_address(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_fetcher, "is_public", lambda address: True)
+    monkeypatch.setattr(http_client, "is_public", lambda address: True)
 
     with pytest.raises(UrlRefused):
-        fetch(URL, max_image_bytes=9, seconds=5, resolve=lambda *_: ["127.0.0.1"], connect=host.connect)
+        fetch_with(resolve=lambda *_: ["127.0.0.1"], connect=host.connect)
 
 
 # Redirects
@@ -530,14 +546,7 @@ def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:
     addresses = [[PUBLIC], ["127.0.0.1"]]
 
     with pytest.raises(UrlRefused):
-        fetch(
-            URL,
-            max_image_bytes=9,
-            seconds=5,
-            resolve=lambda *_: addresses.pop(0),
-            connect=host.connect,
-            tls_context=host.tls_context,
-        )
+        fetch_with(resolve=lambda *_: addresses.pop(0), connect=host.connect, tls_context=host.tls_context)
 
     assert host.addresses == [PUBLIC]
 
@@ -585,7 +594,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
         asked.append((url, facts))
         return photos["rocket"]
 
-    monkeypatch.setattr("server.api.views.predictions.fetch", fetch_here)
+    monkeypatch.setattr("server.intake.accept.fetch", fetch_here)
 
     answer = api(settings, store).post(
         "/requestPrediction/efficientnet_lite0", json={"url": f"{URL}?a=%2F", "fresh": True, "top": 3}
@@ -641,7 +650,7 @@ def test_a_fetch_that_fails_is_said_so(
     def fail(url: str, **facts: object) -> bytes:
         raise error
 
-    monkeypatch.setattr("server.api.views.predictions.fetch", fail)
+    monkeypatch.setattr("server.intake.accept.fetch", fail)
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 
@@ -651,7 +660,7 @@ def test_a_fetch_that_fails_is_said_so(
 def test_something_else_than_a_picture_is_refused_as_from_anywhere(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.views.predictions.fetch", lambda url, **facts: b"<html>secrets</html>")
+    monkeypatch.setattr("server.intake.accept.fetch", lambda url, **facts: b"<html>secrets</html>")
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 

@@ -436,4 +436,4 @@ def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteSto
     deadline = time.monotonic() + 30
     while len(counted) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert counted == [threading.current_thread().name, "count"]
+    assert counted == [threading.current_thread().name, "refresh"]

@@ -391,7 +391,7 @@ def test_pausing_resuming_and_running_change_the_control_state(
     [
         ("/operator/pause", {"data": {"resaon": "x"}}, 400, "reason"),
         ("/operator/pause", {"json": {"reason": "x"}}, 415, "form"),
-        ("/operator/resume", {"data": {"reason": "x"}}, 400, "takes none"),
+        ("/operator/resume", {"data": {"reason": "x"}}, 400, "Parameters: none"),
         ("/operator/providers/nobody/ban", {}, 404, "no provider"),
         ("/operator/providers/nobody/unban", {}, 404, "no provider"),
         ("/operator/providers/alpha/ban", {"data": {"seconds": "-1"}}, 400, "seconds"),
