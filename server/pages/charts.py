@@ -76,7 +76,7 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "to": part[-1]["bytes"],
                 "count": len(part),
                 "median": seconds[(len(seconds) - 1) // 2],
-                "longest": seconds[-1],
+                "maximum": seconds[-1],
             }
         )
     return {

@@ -28,7 +28,8 @@ class _HomeViews:
 
     def home_for_browsers(self) -> flask.Response | None:
         """Show the home page if a browser requests `/`."""
-        if flask.request.endpoint != "index" or not wants_page():
+        is_index = flask.request.endpoint == "index" and flask.request.method in ("GET", "HEAD")
+        if not is_index or not wants_page():
             return None
         models = serialize_models(self._context.settings.models)
         ready = sorted(

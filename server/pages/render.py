@@ -50,8 +50,6 @@ _HEADERS = {
 }
 #: Types of the static files; the operating system's table may differ.
 _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-
-
 _ERROR_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 429: "Too many requests", 503: "Unavailable"}
 
 

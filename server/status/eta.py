@@ -84,7 +84,7 @@ def _blocking_notice(model: str, inputs: EtaInputs) -> str | None:
 def _estimate_claimed(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEstimate:
     elapsed = _seconds(now - (request.claimed_at or now))
     eta = max(0.5, _chunk_seconds(inputs) - elapsed)
-    return WaitEstimate(waiting_for=f"It has been processed for {format_duration(elapsed)}.", eta_seconds=round(eta, 1))
+    return WaitEstimate(waiting_for=f"Processing started {format_duration(elapsed)} ago.", eta_seconds=round(eta, 1))
 
 
 def _seconds_until_due(request: RequestRecord, inputs: EtaInputs, ahead: int, now: datetime) -> tuple[float, str]:
@@ -108,9 +108,9 @@ def _seconds_until_due(request: RequestRecord, inputs: EtaInputs, ahead: int, no
     due_in = min(_seconds_until_next_cycle(batcher, oldest_at, now) for batcher in inputs.batchers)
     others = f" {before}." if ahead else ""
     if due_in < 1:
-        return due_in, f"It is processed in a moment.{others}"
+        return due_in, f"It will be processed in a moment.{others}"
     return due_in, (
-        f"It is processed as soon as {FULL_CHUNK_ITEMS} images for {request.model} are waiting, "
+        f"It will be processed as soon as {FULL_CHUNK_ITEMS} images for {request.model} are waiting, "
         f"at the latest in {format_duration(due_in)}.{others}"
     )
 

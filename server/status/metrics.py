@@ -128,7 +128,7 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
 
     yield by_model("mlg_queue_waiting", "Waiting requests.", "waiting")
     yield by_model("mlg_queue_oldest_seconds", "Age of the oldest waiting request.", "oldest_seconds")
-    yield by_model("mlg_queue_claimed", "Requests in processing.", "claimed")
+    yield by_model("mlg_queue_claimed", "Requests being processed.", "claimed")
     minutes = dashboard.minutes()[-CHART_MINUTES:]
     for name, help, count in (
         ("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", sum(m.answered for m in minutes)),
@@ -150,7 +150,7 @@ def _workers(dashboard: Dashboard) -> Iterator[Family]:
     yield _single_sample(
         "mlg_capacity", "gauge", "Chunks that the batchers process at once.", sum(each.capacity for each in batchers)
     )
-    yield _single_sample("mlg_chunks_under_way", "gauge", "Chunks in processing.", len(dashboard.running_chunks()))
+    yield _single_sample("mlg_chunks_under_way", "gauge", "Chunks being processed.", len(dashboard.running_chunks()))
     spending = dashboard.spending()
     now = dashboard.clock()
     banned = sum(provider.is_banned(now) for provider in spending.providers)

@@ -180,7 +180,7 @@ def test_a_request_in_work_says_since_when() -> None:
     wait = estimate(under_way, outlook(backlog(0, claimed=1)), NOW)
 
     assert wait is not None
-    assert "processed for 1 s" in wait.waiting_for
+    assert "started 1 s ago" in wait.waiting_for
     assert wait.eta_seconds == pytest.approx(0.6)
     assert wait.ahead is None
 
