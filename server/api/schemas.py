@@ -83,7 +83,7 @@ def schemas() -> Mapping[str, Schema]:
             routes={
                 "type": "object",
                 "additionalProperties": {"type": "string"},
-                "description": "Method and path, and a summary.",
+                "description": "Summaries.",
             },
             **{"try": {"type": "array", "items": {"type": "string"}, "description": "Commands to copy."}},
         ),
