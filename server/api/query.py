@@ -66,8 +66,8 @@ def check_names(fields: Collection[str], known: Collection[str]) -> None:
     """Refuse parameters that a view does not have. :raises InvalidParams:"""
     for name in fields:
         if name not in known:
-            names = ", ".join(sorted(known)) or "none"
-            raise InvalidParams(f"There is no parameter {name[:64]!r} here. Parameters: {names}.")
+            names = f"Parameters: {', '.join(sorted(known))}." if known else "It takes none."
+            raise InvalidParams(f"There is no parameter {name[:64]!r} here. {names}")
 
 
 def parse_wait_seconds(raw: str | None, max_seconds: float) -> float:

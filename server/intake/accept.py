@@ -11,10 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
@@ -23,30 +20,25 @@ from flask import Request
 
 from provider_image import errors
 from provider_image.compiler import can_build_now
-from provider_image.images.decoding import check_upload
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 from provider_image.models.registry import find_row
 from provider_image.service import Service
 from provider_image.services import load_service
 from server.auth.guard import check_quota, current_key_id
-from server.errors import BacklogFull, FetchFailed, FetchingDisabled
-from server.intake.batch_parser import BatchItem, detect_format, parse_items, spool
+from server.errors import BacklogFull, FetchingDisabled
+from server.intake.batch_parser import detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
+from server.intake.staging import Stager
 from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, read_json, read_upload
-from server.intake.url_fetcher import fetch, name_from_url
+from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import Store, new_id
 from store.batches import Batches, BatchRecord, RefusedItem
-from store.images import ImageStore, StagedImage
+from store.images import ImageStore
 from store.records import NewRequest, RequestRecord
-
-#: Images of one batch that are fetched, checked and staged at the same time: most of it is waiting.
-MAX_CONCURRENT_ITEMS = 8
-#: Seconds that fetching all images of one batch may take; those that are missing then are refused.
-MAX_FETCH_SECONDS = 240.0
 
 
 class IntakeStore(Store, Batches, Protocol):
@@ -134,15 +126,6 @@ class _Submission:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StagedItem:
-    """One item of a batch after its check: staged, or refused."""
-
-    item: BatchItem
-    staged: StagedImage | None = None
-    refused: RefusedItem | None = None
-
-
 class Intake:
     """Accepts images in one server process.
 
@@ -161,6 +144,7 @@ class Intake:
     ) -> None:
         self._settings = settings
         self._store = store
+        self._stager = Stager(settings, store.images)
         self._queue_stats = queue_stats
         self._active_reads = active_reads
         self._work_slots = work_slots
@@ -192,7 +176,7 @@ class Intake:
         new = submission.new_request(created_at=self._clock(), name=upload.name)
         with self._work_slots:
             try:
-                staged = self._stage(upload.data)
+                staged = self._stager.stage(upload.data)
             except errors.NotAnImage as error:
                 if upload.is_plain_field:
                     raise errors.MalformedRequest(
@@ -223,7 +207,7 @@ class Intake:
             if is_urls
             else self._work_slots,
         ):
-            outcomes = self._stage_items(
+            outcomes = self._stager.stage_items(
                 parse_items(
                     file,
                     kind,
@@ -245,7 +229,7 @@ class Intake:
         try:
             self._check_backlog(len(staged))
         except errors.MlgError:
-            self._discard(outcomes)
+            self._stager.discard(outcomes)
             raise
         refused = [one.refused for one in outcomes if one.refused is not None]
         added = iter(self._store.add_batch(batch, staged, refused))
@@ -312,8 +296,6 @@ class Intake:
         if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
             raise BacklogFull()
 
-    # One image
-
     def _read_upload(self, request: Request) -> Upload:
         return read_upload(request, max_image_bytes=self._settings.max_image_bytes, active_reads=self._active_reads)
 
@@ -324,65 +306,8 @@ class Intake:
         if url is None:
             raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
         with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
-            data = self._fetch(url, self._settings.fetch_seconds)
+            data = self._stager.fetch(url, self._settings.fetch_seconds)
         return Upload(data=data, name=name_from_url(url), fields=fields)
-
-    def _fetch(self, url: str, seconds: float) -> bytes:
-        data = fetch(url, max_image_bytes=self._settings.max_image_bytes, seconds=seconds)
-        if not data:
-            raise errors.EmptyImage("There is nothing at this URL.")
-        return data
-
-    def _stage(self, data: bytes) -> StagedImage:
-        """Check an image by its header and write it durably. :raises BadInput: :raises StoreError:"""
-        check_upload(data, self._settings.max_pixels)
-        return self._store.images.stage(data)
-
-    # The items of a batch
-
-    def _stage_items(self, items: Iterator[BatchItem]) -> list[_StagedItem]:
-        """Check and stage items, several at a time, in order. :raises MlgError: nothing is left behind."""
-        outcomes: list[_StagedItem] = []
-        give_up_at = time.monotonic() + MAX_FETCH_SECONDS
-        with ThreadPoolExecutor(MAX_CONCURRENT_ITEMS, thread_name_prefix="batch") as threads:
-            waiting: deque[Future[_StagedItem]] = deque()
-            try:
-                for item in items:
-                    waiting.append(threads.submit(self._stage_item, item, give_up_at))
-                    if len(waiting) > 2 * MAX_CONCURRENT_ITEMS:
-                        outcomes.append(waiting.popleft().result())
-                while waiting:
-                    outcomes.append(waiting.popleft().result())
-            except BaseException:
-                for future in waiting:
-                    if not future.cancel() and future.exception() is None:
-                        outcomes.append(future.result())
-                self._discard(outcomes)
-                raise
-        return outcomes
-
-    def _stage_item(self, item: BatchItem, give_up_at: float) -> _StagedItem:
-        without_data = replace(item, data=None)
-        try:
-            if item.error is not None:
-                raise item.error
-            data = item.data or b""
-            if item.url is not None:
-                seconds = min(self._settings.fetch_seconds, give_up_at - time.monotonic())
-                if seconds <= 0:
-                    raise FetchFailed("Fetching the images of the batch took too long. Send the rest as another batch.")
-                data = self._fetch(item.url, seconds)
-            return _StagedItem(item=without_data, staged=self._stage(data))
-        except (errors.BadInput, FetchFailed) as error:
-            refused = RefusedItem(
-                position=item.position, client_id=item.client_id, code=error.code, reason=error.reason
-            )
-            return _StagedItem(item=without_data, refused=refused)
-
-    def _discard(self, outcomes: Sequence[_StagedItem]) -> None:
-        for outcome in outcomes:
-            if outcome.staged is not None:
-                self._store.images.discard(outcome.staged)
 
 
 @functools.cache

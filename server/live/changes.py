@@ -123,7 +123,7 @@ class ChangeDispatcher:
                 self._by_batch[listener.batch_id].add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Tell a listener nothing any more."""
+        """Remove a listener."""
         with self._lock:
             self._listeners.discard(listener)
             for number in listener.numbers:

@@ -199,7 +199,7 @@ def test_lines_of_addresses_are_fetched_and_each_fails_alone(
             raise FetchFailed("404")
         return picture(len(url))
 
-    monkeypatch.setattr("server.intake.accept.fetch", fetch)
+    monkeypatch.setattr("server.intake.staging.fetch", fetch)
     client = create_app(replace(settings, fetches_urls=True), store).test_client()
     lines = (
         b'{"client_id": "a", "url": "https://h/a"}\n\n{"url": "https://h/gone"}\n{"client_id": 7, "url": "https://h/c"}'

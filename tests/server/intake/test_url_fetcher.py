@@ -594,7 +594,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
         asked.append((url, facts))
         return photos["rocket"]
 
-    monkeypatch.setattr("server.intake.accept.fetch", fetch_here)
+    monkeypatch.setattr("server.intake.staging.fetch", fetch_here)
 
     answer = api(settings, store).post(
         "/requestPrediction/efficientnet_lite0", json={"url": f"{URL}?a=%2F", "fresh": True, "top": 3}
@@ -650,7 +650,7 @@ def test_a_fetch_that_fails_is_said_so(
     def fail(url: str, **facts: object) -> bytes:
         raise error
 
-    monkeypatch.setattr("server.intake.accept.fetch", fail)
+    monkeypatch.setattr("server.intake.staging.fetch", fail)
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 
@@ -660,7 +660,7 @@ def test_a_fetch_that_fails_is_said_so(
 def test_something_else_than_a_picture_is_refused_as_from_anywhere(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.intake.accept.fetch", lambda url, **facts: b"<html>secrets</html>")
+    monkeypatch.setattr("server.intake.staging.fetch", lambda url, **facts: b"<html>secrets</html>")
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 

@@ -266,7 +266,7 @@ def post(client: flask.testing.FlaskClient) -> str:
 
 
 def notifier_threads() -> int:
-    return sum(thread.name == "notifier" for thread in threading.enumerate())
+    return sum(thread.name == "long-poll" for thread in threading.enumerate())
 
 
 def test_a_held_read_ends_when_the_answer_is_there(
