@@ -18,7 +18,7 @@ from provider_image.errors import ConfigError
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
-    from devnet.devnet import Devnet
+    from devnet.daemon import Devnet
     from devnet.scenario import Scenario
 
 DEFAULT_PROVIDERS = 3
@@ -100,7 +100,7 @@ async def _run(
     import signal
     import tempfile
 
-    from devnet.devnet import Devnet
+    from devnet.daemon import Devnet
 
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

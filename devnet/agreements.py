@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
-from devnet.api_errors import Conflict, Gone, NotFound, TimedOut
+from devnet.errors import Conflict, Gone, NotFound, TimedOut
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
 
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
 #: States of an agreement that may still become, or is, work.

@@ -10,7 +10,7 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from devnet.waiting import format_time
+from devnet.timing import format_time
 
 #: So many calls are kept in memory.
 MAX_CALLS = 20_000

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from devnet.agreements import AgreementListener, Agreements
-from devnet.api_errors import ApiError, Conflict, Gone, NotFound
 from devnet.constraints import BadConstraint, parse
+from devnet.errors import ApiError, Conflict, Gone, NotFound
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
 
 #: Finished demands of which the ids are remembered, to answer 410 and not 404.
 MAX_CLOSED_DEMANDS = 200

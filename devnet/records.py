@@ -11,7 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from devnet.waiting import format_time, parse_time
+from devnet.timing import format_time, parse_time
 
 _Record = TypeVar("_Record")
 

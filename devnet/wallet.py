@@ -11,9 +11,9 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from devnet.api_errors import ApiError, Gone, NotFound
+from devnet.errors import ApiError, Gone, NotFound
 from devnet.records import Allocation, format_amount, from_row, to_row
-from devnet.waiting import Clock, parse_time
+from devnet.timing import Clock, parse_time
 
 #: What can be paid with here: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")

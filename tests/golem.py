@@ -19,7 +19,7 @@ from PIL import Image
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet, run_devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact

@@ -16,10 +16,10 @@ from typing import Any
 from aiohttp import web
 
 from devnet.api.event_stream import EventStream
-from devnet.api_errors import ApiError
+from devnet.errors import ApiError
 from devnet.faults import DAEMON, Faults
 from devnet.journal import Call, CallJournal
-from devnet.waiting import utc_now
+from devnet.timing import utc_now
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from aiohttp import web
 
 from devnet.agreements import STATES
 from devnet.api import request_parsing
-from devnet.api_errors import ApiError, NotFound
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.provider.agent import Provider
-from devnet.waiting import parse_time
+from devnet.timing import parse_time
 
 _ROOT = "/market-api/v1"
 

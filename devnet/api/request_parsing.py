@@ -9,8 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
-from devnet.api_errors import ApiError
-from devnet.waiting import parse_time
+from devnet.errors import ApiError
+from devnet.timing import parse_time
 
 #: The published default of long polls and of waiting for the other side.
 DEFAULT_POLL_SECONDS = 5.0

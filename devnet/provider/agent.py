@@ -12,17 +12,17 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
-from devnet.activities import Activities
-from devnet.api_errors import ApiError, InternalError
 from devnet.constraints import parse
+from devnet.errors import ApiError, InternalError
 from devnet.faults import Faults
 from devnet.market import MarketService, expiration
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities
 from devnet.provider.invoicing import Invoicer
 from devnet.provider.offers import make_offers
 from devnet.records import Agreement, Demand, Proposal
 from devnet.scenario import ProviderPlan, Scenario
-from devnet.waiting import ChangeNotifier
+from devnet.timing import ChangeNotifier
 
 log = logging.getLogger(__name__)
 

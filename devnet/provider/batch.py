@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from devnet.provider.script import Command, CommandFailed
-from devnet.waiting import ChangeNotifier, format_time, utc_now
+from devnet.timing import ChangeNotifier, format_time, utc_now
 
 
 @dataclass(eq=False, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devnet.api_errors import Gone, NotFound, TimedOut
+from devnet.errors import Gone, NotFound, TimedOut
 from devnet.provider.batch import ScriptBatch
 from devnet.provider.fault_injection import FaultInjector
 from devnet.provider.output_capture import Capture

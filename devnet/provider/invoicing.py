@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from devnet.activities import Activities
 from devnet.faults import Faults
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities
 from devnet.provider.billing import activity_amount, agreement_amount
 from devnet.records import Agreement, format_amount
 from devnet.scenario import ProviderPlan

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from devnet.api_errors import ApiError
+from devnet.errors import ApiError
 
 #: Command -> the states of an activity in which it may be run.
 _STATES = {

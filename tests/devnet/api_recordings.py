@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from batcher.executors.golem.yapapi_adapter import OWNER
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet, run_devnet
 from devnet.journal import Call
 from devnet.scenario import Fault, default_scenario
 from store.ledger_records import AllocationRecord

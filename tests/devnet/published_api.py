@@ -1,4 +1,4 @@
-"""Holds recorded calls against the daemon's published API descriptions, as `scripts/distil_api` has distilled them.
+"""Compares recorded calls with the published API descriptions that `scripts/extract_api_schema` extracted.
 
 Stricter than the descriptions are: fields and parameters that they do not name are told of, too.
 """

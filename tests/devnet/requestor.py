@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet, run_devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 
 PLATFORM = "erc20-holesky-tglm"

@@ -17,7 +17,7 @@ import pytest
 
 from devnet.gftp import UnknownUrl, copy_file, remove_dead_servers, resolve_url, write_program
 from devnet.transfers import TransferFailed, Transfers
-from tests.devnet.activities import GftpProcess
+from tests.devnet.exe_units import GftpProcess
 from tests.process_tree import wait_until
 
 

@@ -13,7 +13,7 @@ import pytest
 from devnet.provider import exe_unit as module
 from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
-from tests.devnet.activities import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
+from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive, wait_until
 
 

@@ -13,7 +13,7 @@ from batcher.subprocesses import child_environment
 from devnet.scenario import Fault
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import GftpProcess, exe_unit, run, run_batch, transfer
+from tests.devnet.exe_units import GftpProcess, exe_unit, run, run_batch, transfer
 from tests.process_tree import command_line, is_alive
 
 MODEL = "efficientnet_lite0"

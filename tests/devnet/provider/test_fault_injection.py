@@ -14,7 +14,7 @@ from devnet.provider.exe_unit import ActivityEnded, ActivityVanished, ExeUnit
 from devnet.scenario import Fault
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
+from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
 from tests.process_tree import is_alive, wait_until
 
 DIGEST = "ab" * 32

@@ -12,9 +12,9 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from devnet.api_errors import ApiError, NotFound
+from devnet.errors import ApiError, NotFound
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time, utc_now
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time, utc_now
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
 
 _REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")

@@ -8,9 +8,9 @@ from typing import Any
 from aiohttp import web
 
 from devnet.api import request_parsing
-from devnet.api_errors import ApiError, NotFound
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
 from devnet.provider.agent import Provider
 from devnet.records import Bill, format_amount
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from devnet.devnet import run_devnet
+from devnet.daemon import run_devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from devnet.api_errors import NotFound
+from devnet.errors import NotFound
 from devnet.faults import Faults
 from devnet.provider.exe_unit import ExeUnit
 from devnet.records import Agreement

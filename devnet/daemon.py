@@ -19,12 +19,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devnet.activities import Activities, assign_cpus
 from devnet.faults import Faults
 from devnet.gftp import write_program
 from devnet.journal import CallJournal
 from devnet.market import MarketService
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities, assign_cpus
 from devnet.provider.agent import Provider
 from devnet.scenario import Scenario
 from devnet.state import StateStore
@@ -113,9 +113,9 @@ class Devnet:
         from aiohttp import web
 
         from devnet.api import make_application
-        from devnet.api.activity import ActivityRoutes
+        from devnet.api.activities import ActivityRoutes
         from devnet.api.market import MarketRoutes
-        from devnet.api.payment import PaymentRoutes
+        from devnet.api.payments import PaymentRoutes
 
         saved = self._state.load()
         if saved is not None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
-from devnet.activities import Activities, Activity
 from devnet.api import request_parsing
 from devnet.api.event_stream import EventStream
-from devnet.api_errors import ApiError, NotFound
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
+from devnet.provider.activities import Activities, Activity
 from devnet.provider.agent import Provider
 
 _ROOT = "/activity-api/v1"
