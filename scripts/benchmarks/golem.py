@@ -160,7 +160,7 @@ def query_daemon(variables: dict[str, str], path: str) -> Any:
 
 
 def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
-    """Kill batchers at random times, then let one finish, and count lost requests, duplicate answers and open agreements."""
+    """Kill batchers at random times, let one finish, and count lost requests, duplicate answers and open agreements."""
     generator = random.Random(seed)
     base = pictures.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))

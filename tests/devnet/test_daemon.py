@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -20,6 +21,7 @@ from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until
 
+ROOT = Path(__file__).parents[2]
 MLG = Path(sys.executable).with_name("mlg")
 
 
@@ -241,3 +243,27 @@ def test_the_command_rejects_invalid_options(tmp_path: Path, arguments: list[str
 
     assert done.returncode == 2
     assert reason in done.stderr
+
+
+def test_the_command_names_the_extra_when_aiohttp_is_missing(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; import mlg; mlg.main(['devnet'])"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "scripts/setup devnet" in done.stderr and "mlg[devnet]" in done.stderr
+
+
+def test_only_the_command_imports_the_devnet_and_only_in_functions() -> None:
+    found = set()
+    for folder in ("provider_image", "store", "server", "batcher", "cli", "mlg_client"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if re.search(r"^\s*(from|import) devnet\b", path.read_text(), re.MULTILINE):
+                found.add(str(path.relative_to(ROOT)))
+    code = "import sys, cli.devnet; sys.exit(any(name.split('.')[0] == 'devnet' for name in sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+
+    assert found == {"cli/devnet.py"}
+    assert done.returncode == 0
