@@ -29,7 +29,7 @@ COMMANDS = {
         "cli.operate:operate",
         "Pause, resume or drain the batchers, run a batch now, see how things stand.",
     ),
-    "devnet": ("cli.devnet:devnet", "Run a small Golem network on this machine."),
+    "devnet": ("cli.devnet:devnet", "Run a simulated Golem network on this machine."),
     "migrate": ("cli.serve:migrate", "Bring the database to this version's schema."),
 }
 
