@@ -14,7 +14,7 @@ from provider_image.errors import ConfigError, MlgError
 
 #: name -> ("module:attribute", help for the list of commands).
 COMMANDS = {
-    "up": ("cli.batch:up", "Run everything here: server, batcher and workers."),
+    "up": ("cli.up:up", "Run everything here: server, batcher and workers."),
     "serve": ("cli.serve:serve", "Run the HTTP server."),
     "batch": ("cli.batch:batch", "Run the batcher, on a timer or once."),
     "submit": ("cli.submit:submit", "Send images to a server and collect the answers."),

@@ -13,7 +13,7 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_table, printable
+from cli.tables import local_time, make_table, print_table, printable, short_address
 from store.amounts import cost_per_1000_images, format_amount
 
 if TYPE_CHECKING:
@@ -72,11 +72,6 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
                 local_time(allocation.created_at),
             )
         print_table(open_table)
-
-
-def short_address(address: str) -> str:
-    """Shorten a provider's address so that it can still be recognised, and named to other commands."""
-    return address if len(address) <= 12 else address[:10] + "…"
 
 
 def _cells(row: CostRow) -> tuple[str, ...]:

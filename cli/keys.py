@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.open_store import open_store
-from cli.options import environment, home_option, json_option
-from cli.providers import parse_duration
+from cli.options import environment, home_option, json_option, parse_duration
 from cli.tables import local_time, make_table, print_table, printable
 from provider_image.errors import ConfigError
 from store.keys import Scope

@@ -6,7 +6,6 @@ Works on the store itself; batchers read a ban there before they choose. Found t
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,27 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.costs import short_address
 from cli.open_store import open_store
-from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_table, printable
+from cli.options import home_option, json_option, parse_duration
+from cli.tables import local_time, make_table, print_table, printable, short_address
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
     from store.ledger_records import CostRow, ProviderRecord
-
-#: Seconds of each unit of a length of time.
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_duration(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
-    """Read a length of time: a number and its unit."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])", value.strip().lower(), re.ASCII)
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is not a length of time. Write a number and s, m, h or d, for example 2h.")
-    return timedelta(seconds=float(found[1]) * _UNITS[found[2]])
 
 
 @click.group()

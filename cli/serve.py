@@ -12,13 +12,9 @@ from pathlib import Path
 import click
 
 from cli.options import environment, home_option, host_option, open_option, port_option
-from cli.requests import requests
 from server.address import base_url
 from server.settings import ServerSettings
 from store.settings import HomeSettings
-
-__all__ = ["migrate", "requests", "serve"]
-
 
 # serve
 

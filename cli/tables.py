@@ -50,3 +50,8 @@ def local_time(moment: datetime) -> str:
 def printable(text: str) -> str:
     """Return a text of others so that it cannot steer the terminal, on one line and not too long."""
     return "".join(character if character.isprintable() else " " for character in text)[:200]
+
+
+def short_address(address: str) -> str:
+    """Shorten a provider's address so that it can still be recognised, and passed to other commands."""
+    return address if len(address) <= 12 else address[:10] + "…"

@@ -208,7 +208,7 @@ def test_an_unknown_provider_and_a_strange_length_are_refused(run: Callable[...,
     with pytest.raises(UnknownProvider, match="mlg providers list"):
         run(providers, "ban", "nobody")
     for length in ("2", "h", "-2h", "0h", "2 weeks", "1e9h"):
-        assert "not a length of time" in run(providers, "ban", "nobody", "--for", length, status=2)
+        assert "not a duration" in run(providers, "ban", "nobody", "--for", length, status=2)
 
 
 def test_the_cost_stands_in_requests_show(run: Callable[..., str], history: list[str]) -> None:

@@ -85,8 +85,8 @@ def test_a_key_is_revoked_by_name_or_id(tmp_path: Path, by: str) -> None:
         (("create", "bob", "--quota", "0"), "quota"),
         (("create", "bob", "--rate", "-1"), "rate"),
         (("create", "bob", "--scope", "everything"), "scope"),
-        (("create", "bob", "--expires", "soon"), "length of time"),
-        (("create", "bob", "--expires", "0d"), "length of time"),
+        (("create", "bob", "--expires", "soon"), "duration"),
+        (("create", "bob", "--expires", "0d"), "duration"),
     ],
 )
 def test_a_bad_argument_is_said_so_and_makes_no_key(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
