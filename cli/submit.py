@@ -165,7 +165,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Image:
+class _ImageFile:
     """The contents of a file."""
 
     file: Path
@@ -173,7 +173,7 @@ class _Image:
     sha256: str
 
     @classmethod
-    def read(cls, file: Path) -> _Image:
+    def read(cls, file: Path) -> _ImageFile:
         data = file.read_bytes()
         return cls(file=file, data=data, sha256=hashlib.sha256(data).hexdigest())
 
@@ -210,7 +210,7 @@ def send_all(
     # By sha256.
     outcomes = _send_unfinished(rows, client, model, journal)
     for part in _read_in_parts(rows):
-        new: dict[str, _Image] = {}
+        new: dict[str, _ImageFile] = {}
         for _, image in part:
             if image is not None and image.sha256 not in outcomes:
                 new.setdefault(image.sha256, image)
@@ -289,14 +289,14 @@ def _handle_interrupt() -> None:
     signal.signal(signal.SIGALRM, interrupt)
 
 
-def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _Image | None]]]:
+def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile | None]]]:
     """Read the files, one batch at a time; the image is None if the file cannot be read."""
-    part: list[tuple[Row, _Image | None]] = []
+    part: list[tuple[Row, _ImageFile | None]] = []
     size_bytes = 0
     for row in rows:
         image = None
         try:
-            image = _Image.read(row.file)
+            image = _ImageFile.read(row.file)
         except OSError as error:
             row.status, row.reason, row.code = "unreadable", f"cannot be read: {error.strerror}", "unreadable"
         image_bytes = len(image.data) if image is not None else 0
@@ -325,7 +325,7 @@ def _send_unfinished(
     if batch is None or not given.issuperset(batch.files.values()):
         return {}
     try:
-        images = [_Image.read(Path(file)) for file in batch.files.values()]
+        images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
             return _send_batch(batch, images, client, model, journal)
     except OSError:
@@ -338,7 +338,7 @@ def _send_unfinished(
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_Image], client: Client, model: str, journal: SubmitJournal
+    batch: SentBatch, images: Sequence[_ImageFile], client: Client, model: str, journal: SubmitJournal
 ) -> dict[str, Request | Refused]:
     """Send images and record what the server acknowledged. :return: by sha256. :raises ClientError:"""
     from mlg_client import Request

@@ -578,9 +578,9 @@ def test_drain_waits_until_nothing_is_under_way(command: Callable[..., Any], day
     day.add(2)
     day.claim()
 
-    assert command("drain").output.endswith("2 requests are under way\n")
+    assert command("drain").output.endswith("2 requests are being processed\n")
     waited = command("drain", "--wait", "--patience", "0")
-    assert waited.exit_code == 1 and "2 requests are still under way" in str(waited.exception)
+    assert waited.exit_code == 1 and "2 requests are still being processed" in str(waited.exception)
 
 
 def test_run_says_whether_anybody_listens(command: Callable[..., Any], day: Day, store: SqliteStore) -> None:
