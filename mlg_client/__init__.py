@@ -28,7 +28,7 @@ import httpx
 
 from mlg_client.calls import DEFAULT_URL, IN_FLIGHT, Calls
 from mlg_client.errors import ClientError, Refused, StillWaiting, Unavailable, Unreachable
-from mlg_client.operations import Open, Pause, ReadLine, Return, Send, Steps, Yield, advance
+from mlg_client.operations import Open, ReadLine, Return, Send, Sleep, Steps, Yield, advance
 from mlg_client.records import FINAL, Batch, Model, Request, to_dataframe
 from mlg_client.uploads import SUFFIXES, Image
 
@@ -137,7 +137,7 @@ class Client(Calls):
                         lines = outcome.iter_lines()
                     elif isinstance(operation, ReadLine):
                         outcome = next(lines, None)
-                    elif isinstance(operation, Pause):
+                    elif isinstance(operation, Sleep):
                         self._sleep(operation.seconds)
                     else:
                         outcome = self._gather(operation.calls)
@@ -233,7 +233,7 @@ class AsyncClient(Calls):
                         lines = outcome.aiter_lines()
                     elif isinstance(operation, ReadLine):
                         outcome = None if lines is None else await anext(lines, None)
-                    elif isinstance(operation, Pause):
+                    elif isinstance(operation, Sleep):
                         await self._sleep(operation.seconds)
                     else:
                         outcome = await self._gather(operation.calls)

@@ -19,10 +19,10 @@ from urllib.parse import quote
 import httpx
 
 from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiting, Unreachable, error_of, retry_after
-from mlg_client.operations import Call, Gather, Open, Pause, ReadLine, Send, Steps, Yield, stream_of
+from mlg_client.operations import ClientMethod, Gather, Open, ReadLine, Send, Sleep, Steps, Yield, client_stream
 from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
-from mlg_client.uploads import Image, Upload, find_images, load, split
+from mlg_client.uploads import Image, ImageUpload, find_images, load, split
 
 DEFAULT_URL = "http://127.0.0.1:5000"
 #: How long one read asks the server to hold the response.
@@ -65,7 +65,7 @@ class Calls:
 
     # One image
 
-    @Call
+    @ClientMethod
     def submit(
         self,
         image: Image,
@@ -91,7 +91,7 @@ class Calls:
         upload = load(image, name=name)
         return (yield from self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key))
 
-    @Call
+    @ClientMethod
     def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
         """Read a request with its result.
 
@@ -101,18 +101,18 @@ class Calls:
         """
         return (yield from self._read(id, hold_seconds, top))
 
-    @Call
+    @ClientMethod
     def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
         """Wait until a request is final and return it with its result. :raises StillWaiting: after the timeout."""
         return (yield from self._wait(request if isinstance(request, str) else request.id, timeout))
 
-    @Call
+    @ClientMethod
     def cancel(self, request: Request | str) -> Steps[Request]:
         """Cancel a request that has not been dispatched. :raises Refused: it cannot be cancelled any more."""
         answer = yield from self._send("DELETE", f"/requests/{_id(request)}")
         return Request.from_answer(answer)
 
-    @Call
+    @ClientMethod
     def retry(self, request: Request | str) -> Steps[Request]:
         """Queue a failed or cancelled request again. :raises Refused: it is neither."""
         answer = yield from self._post(f"/requests/{_id(request)}/retry")
@@ -120,7 +120,7 @@ class Calls:
 
     # Many images
 
-    @Call
+    @ClientMethod
     def submit_many(
         self,
         images: Iterable[Image],
@@ -148,7 +148,7 @@ class Calls:
         )
         return (yield from self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key))
 
-    @Call
+    @ClientMethod
     def submit_dir(
         self,
         folder: str | os.PathLike[str],
@@ -166,7 +166,7 @@ class Calls:
         uploads = (load(path, id=path.relative_to(folder).as_posix()) for path in found)
         return (yield from self._submit_all(uploads, model, _query(labels, params, webhook)))
 
-    @Call
+    @ClientMethod
     def read_many(self, ids: Iterable[str], *, top: int | None = None) -> Steps[list[Request | None]]:
         """Read the current state of many requests, in the order of the ids; None for an unknown id."""
 
@@ -184,7 +184,7 @@ class Calls:
             found += yield Gather([functools.partial(read, id) for id in todo[start : start + IN_FLIGHT]])
         return found
 
-    @Call
+    @ClientMethod
     def batch(self, id: str, *, hold_seconds: float = 0.0) -> Steps[Mapping[str, Any]]:
         """Read the state of a batch on the server: counts, progress, cost.
 
@@ -195,17 +195,17 @@ class Calls:
         timeout = self._timeout_seconds + hold_seconds
         return (yield from self._send("GET", f"/batches/{_id(id)}", params=params, timeout=timeout))
 
-    @Call
+    @ClientMethod
     def cancel_batch(self, id: str) -> Steps[Mapping[str, Any]]:
         """Cancel the requests of a batch that have not been dispatched. :raises Refused: the batch is unknown."""
         return (yield from self._post(f"/batches/{_id(id)}/cancel"))
 
-    @Call
+    @ClientMethod
     def retry_batch(self, id: str) -> Steps[Mapping[str, Any]]:
         """Queue the failed requests of a batch again. :raises Refused: the batch is unknown."""
         return (yield from self._post(f"/batches/{_id(id)}/retry"))
 
-    @stream_of(Request)
+    @client_stream(Request)
     def as_completed(
         self, requests: Iterable[Request], timeout: float | None = None, *, top: int | None = None
     ) -> Steps[None]:
@@ -241,7 +241,7 @@ class Calls:
             if waiting and len(waiting) <= IN_FLIGHT:
                 yield from self._poll_delay(began_at)
 
-    @stream_of(Request)
+    @client_stream(Request)
     def results(self, batch: Batch) -> Steps[None]:
         """Yield the requests of a batch in the order of the files, each once it and all before it are final."""
         for start in range(0, len(batch.requests), IN_FLIGHT):
@@ -254,7 +254,7 @@ class Calls:
 
     # Models
 
-    @Call
+    @ClientMethod
     def models(self) -> Steps[list[Model]]:
         """List the server's models."""
         answer = yield from self._send("GET", "/models")
@@ -300,12 +300,12 @@ class Calls:
     def _poll_delay(self, began_at: float) -> Steps[None]:
         """Pause after a read that the server did not hold: it holds only a limited number."""
         if time.monotonic() - began_at < self.hold_seconds / 2:
-            yield Pause(POLL_SECONDS)
+            yield Sleep(POLL_SECONDS)
 
     def _submit_all(
-        self, uploads: Iterable[Upload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
+        self, uploads: Iterable[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
     ) -> Steps[Batch]:
-        outcomes: list[tuple[Upload, Request | Refused]] = []
+        outcomes: list[tuple[ImageUpload, Request | Refused]] = []
         raw: list[Mapping[str, Any]] = []
         key = key or uuid.uuid4().hex
         for number, part in enumerate(split(uploads)):
@@ -331,7 +331,7 @@ class Calls:
         )
 
     def _post_batch(
-        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
+        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
     ) -> Steps[dict[str, Any] | None]:
         """Send images as one batch; None if the server has no batches or refuses this one as a whole."""
         if not self._has_batches:
@@ -350,9 +350,9 @@ class Calls:
             return None
 
     def _submit_singly(
-        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
-    ) -> Steps[list[tuple[Upload, Request | Refused]]]:
-        def send(number: int, one: Upload) -> Steps[tuple[Upload, Request | Refused]]:
+        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
+    ) -> Steps[list[tuple[ImageUpload, Request | Refused]]]:
+        def send(number: int, one: ImageUpload) -> Steps[tuple[ImageUpload, Request | Refused]]:
             try:
                 return one, (yield from self._submit_one(one, model, query, f"{key}-{number}"))
             except Refused as error:
@@ -360,14 +360,14 @@ class Calls:
                     raise
                 return one, error
 
-        sent: list[tuple[Upload, Request | Refused]] = []
+        sent: list[tuple[ImageUpload, Request | Refused]] = []
         calls = [functools.partial(send, number, one) for number, one in enumerate(uploads)]
         for start in range(0, len(calls), IN_FLIGHT):
             sent += yield Gather(calls[start : start + IN_FLIGHT])
         return sent
 
     def _submit_one(
-        self, upload: Upload, model: str, query: Sequence[tuple[str, str]], key: str | None
+        self, upload: ImageUpload, model: str, query: Sequence[tuple[str, str]], key: str | None
     ) -> Steps[Request]:
         path = f"/requestPrediction/{quote(model, safe='')}"
         answer = yield from self._post(path, query=query, files=[upload.form_field], key=key)
@@ -412,7 +412,7 @@ class Calls:
                     return  # polling retries for longer, and reports the error
                 if listened & waiting.keys():
                     _check_time(waiting, give_up_at)
-                    yield Pause(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
+                    yield Sleep(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
 
     def _ended(self, data: Mapping[str, Any], waiting: Mapping[str, Request], top: int | None) -> Steps[Request | None]:
         """Return the request that an event reports as final, with its result; None if it is not waited for."""
@@ -486,7 +486,7 @@ class Calls:
             pause = max(asked_delay, delay * random.uniform(0.5, 1.0))
             if time.monotonic() + pause > give_up_at:
                 raise failure
-            yield Pause(pause)
+            yield Sleep(pause)
             delay = min(delay * 2, _MAX_DELAY_SECONDS)
 
     def _request(

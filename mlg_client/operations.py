@@ -2,7 +2,7 @@
 
 A call is a generator that yields operations (send a request, pause, read a line) and receives the outcome of each. So
 every call is written once, in `calls.py`, and `Client` and `AsyncClient` differ only in how they execute operations.
-`Call` and `Stream` turn such generators into methods, with types for both clients.
+`ClientMethod` and `ClientStream` turn such generators into methods, with types for both clients.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ReadLine:
 
 
 @dataclass(frozen=True)
-class Pause:
+class Sleep:
     """Wait for some seconds."""
 
     seconds: float
@@ -68,7 +68,7 @@ class Return:
     value: Any
 
 
-Operation = Send | Open | ReadLine | Pause | Gather | Yield
+Operation = Send | Open | ReadLine | Sleep | Gather | Yield
 Steps = Generator[Operation, Any, T]
 
 
@@ -80,7 +80,7 @@ def advance(steps: Steps[Any], outcome: Any, error: Exception | None) -> Operati
         return Return(end.value)
 
 
-class Call(Generic[P, T]):
+class ClientMethod(Generic[P, T]):
     """A method that returns one value: directly in `Client`, with `await` in `AsyncClient`."""
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
@@ -97,7 +97,7 @@ class Call(Generic[P, T]):
         return self if client is None else _bind(self._steps, client, client._run)
 
 
-class Stream(Generic[P, T]):
+class ClientStream(Generic[P, T]):
     """A method that yields values: with `for` in `Client`, with `async for` in `AsyncClient`.
 
     :param kind: type of the values, for the type checker only.
@@ -117,9 +117,9 @@ class Stream(Generic[P, T]):
         return self if client is None else _bind(self._steps, client, client._iterate)
 
 
-def stream_of(kind: type[T]) -> Callable[[Callable[Concatenate[Any, P], Steps[None]]], Stream[P, T]]:
-    """Turn a generator into a `Stream`; a decorator."""
-    return lambda steps: Stream(steps, kind)
+def client_stream(kind: type[T]) -> Callable[[Callable[Concatenate[Any, P], Steps[None]]], ClientStream[P, T]]:
+    """Turn a generator into a `ClientStream`; a decorator."""
+    return lambda steps: ClientStream(steps, kind)
 
 
 def _bind(steps: Callable[..., Steps[Any]], client: Any, run: Callable[[Steps[Any]], Any]) -> Callable[..., Any]:

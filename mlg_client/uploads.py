@@ -20,7 +20,7 @@ _MAX_ID_LENGTH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upload:
+class ImageUpload:
     """An image to send."""
 
     #: Unique in its batch.
@@ -35,7 +35,7 @@ class Upload:
         return "image", (self.name, self.data, "application/octet-stream")
 
 
-def load(image: Image, *, name: str | None = None, id: str | None = None) -> Upload:
+def load(image: Image, *, name: str | None = None, id: str | None = None) -> ImageUpload:
     """Read an image.
 
     :param name: defaults to the name of the path or file, or "image".
@@ -51,7 +51,7 @@ def load(image: Image, *, name: str | None = None, id: str | None = None) -> Upl
         data, file_name = image.read(), getattr(image, "name", None)
         default_name = Path(file_name).name if isinstance(file_name, str) else default_name
     name = name or default_name
-    return Upload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
+    return ImageUpload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -65,9 +65,9 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def split(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
+def split(uploads: Iterable[ImageUpload]) -> Iterator[list[ImageUpload]]:
     """Divide images into batches lazily, so that only one batch is in memory."""
-    batch: dict[str, Upload] = {}
+    batch: dict[str, ImageUpload] = {}
     size_bytes = 0
     for upload in uploads:
         if batch and (len(batch) == MAX_BATCH_IMAGES or size_bytes + len(upload.data) > MAX_BATCH_BYTES):
@@ -76,7 +76,7 @@ def split(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
         id = upload.id
         if id in batch:
             id = f"{len(batch)}:{id}"[:_MAX_ID_LENGTH]
-        batch[id] = Upload(id=id, name=upload.name, data=upload.data)
+        batch[id] = ImageUpload(id=id, name=upload.name, data=upload.data)
         size_bytes += len(upload.data)
     if batch:
         yield list(batch.values())
