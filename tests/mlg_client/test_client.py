@@ -81,7 +81,7 @@ def test_the_notebook_runs_from_top_to_bottom(system: System, folder: Path, monk
     assert notebook["nbformat"] == 4
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert all(not cell.get("outputs") for cell in notebook["cells"])
-    assert "3 taken, 1 refused" in printed.getvalue()
+    assert "3 accepted, 1 refused" in printed.getvalue()
     assert RIGHT["coffee"][0] in printed.getvalue()
     assert len(space["table"]) == 9
     assert space["costs"] == [None]
