@@ -17,7 +17,7 @@ from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
-from tests.cli.test_commands import mlg
+from tests.cli.run_mlg import mlg
 from tests.custom_models import classifier, labels_file, save
 
 
