@@ -228,8 +228,8 @@ class Calls:
         while waiting:
             began_at = time.monotonic()
             hold = self._hold_until(give_up_at)
-            asked = list(waiting.values())[:IN_FLIGHT]
-            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in asked])
+            polled = list(waiting.values())[:IN_FLIGHT]
+            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in polled])
             for request in found:
                 # Requests that are not final move to the end.
                 earlier = waiting.pop(request.id)
@@ -463,7 +463,7 @@ class Calls:
         give_up_at = time.monotonic() + self._retry_timeout_seconds
         delay = _FIRST_DELAY_SECONDS
         while True:
-            asked_delay = 0.0
+            requested_delay = 0.0
             try:
                 response: httpx.Response = yield Send(request)
             except httpx.UnsupportedProtocol as error:
@@ -481,9 +481,9 @@ class Calls:
                 failure = error_of(response, answer)
                 if isinstance(failure, Refused) or failure.code in FATAL:
                     raise failure
-                asked_delay = retry_after(response)
+                requested_delay = retry_after(response)
             # Randomised, so that clients do not all retry at the same moment.
-            pause = max(asked_delay, delay * random.uniform(0.5, 1.0))
+            pause = max(requested_delay, delay * random.uniform(0.5, 1.0))
             if time.monotonic() + pause > give_up_at:
                 raise failure
             yield Sleep(pause)
