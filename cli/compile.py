@@ -47,7 +47,7 @@ class CustomModelOptions:
         if self.keras is None:
             given = [name for name in ("labels", "preprocessing", "title", "size") if getattr(self, name) is not None]
             if given:
-                raise click.UsageError(f"--{given[0]} is only for a custom model: give its file with --keras FILE.")
+                raise click.UsageError(f"--{given[0]} is for custom models: give its file with --keras FILE.")
             return False
         if self.labels is None:
             raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
