@@ -113,7 +113,7 @@ def resume(home: Path | None) -> None:
 def run(home: Path | None) -> None:
     """Process all queued requests now. The running batchers do not wait for full chunks.
 
-    During a pause nothing happens until it ends.
+    This does not end a pause; for that see `mlg operate resume`.
 
     \b
     Example:
