@@ -391,7 +391,7 @@ def test_pausing_resuming_and_running_change_the_control_state(
     [
         ("/operator/pause", {"data": {"resaon": "x"}}, 400, "reason"),
         ("/operator/pause", {"json": {"reason": "x"}}, 415, "form"),
-        ("/operator/resume", {"data": {"reason": "x"}}, 400, "Parameters: none"),
+        ("/operator/resume", {"data": {"reason": "x"}}, 400, "takes none"),
         ("/operator/providers/nobody/ban", {}, 404, "no provider"),
         ("/operator/providers/nobody/unban", {}, 404, "no provider"),
         ("/operator/providers/alpha/ban", {"data": {"seconds": "-1"}}, 400, "seconds"),
@@ -580,18 +580,18 @@ def test_the_commands_pause_and_resume(command: Callable[..., Any], store: Sqlit
 
     assert paused.exit_code == 0 and pause is not None
     assert paused.output.strip() == pause.notice and "the line is down" in pause.notice
-    assert command("resume").output == "work goes on\n"
+    assert command("resume").output == "batchers continue\n"
     assert read_control_state(store).pause is None
 
 
 def test_drain_waits_until_nothing_is_claimed(command: Callable[..., Any], harness: OperatorHarness) -> None:
-    assert command("drain", "--wait").output.endswith("nothing is under way\n")
+    assert command("drain", "--wait").output.endswith("no request is being processed\n")
     harness.add(2)
     harness.claim()
 
-    assert command("drain").output.endswith("2 requests are under way\n")
+    assert command("drain").output.endswith("2 requests are being processed\n")
     waited = command("drain", "--wait", "--patience", "0")
-    assert waited.exit_code == 1 and "2 requests are still under way" in str(waited.exception)
+    assert waited.exit_code == 1 and "2 requests are still being processed" in str(waited.exception)
 
 
 def test_run_reports_how_many_batchers_there_are(
@@ -602,7 +602,7 @@ def test_run_reports_how_many_batchers_there_are(
     harness.heartbeat()
 
     assert alone.exit_code == 1 and "No batcher is running" in str(alone.exception)
-    assert command("run").output == "1 batcher takes everything that waits\n"
+    assert command("run").output == "1 batcher processes all queued requests\n"
     assert read_control_state(store).run_token != before
     command("pause")
     assert "mlg operate resume" in str(command("run").exception)
