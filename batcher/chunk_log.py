@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from batcher.executors import Outcome
-from batcher.packing import Packed
+from batcher.packing import PackedChunk
 from batcher.results import ChunkOutcome
 from store import Chunks
 from store.chunks import ChunkRecord
@@ -32,7 +32,7 @@ class ChunkLog:
         self._executor = executor
         self._clock = clock
 
-    def record_start(self, packed: Packed) -> None:
+    def record_start(self, packed: PackedChunk) -> None:
         """Note that a chunk goes out."""
         record = ChunkRecord(
             id=packed.chunk_id,
@@ -58,7 +58,7 @@ class ChunkLog:
         except StoreError as error:
             log.warning("cannot note a dispatch: %s", error, extra={"chunk_id": packed.chunk_id})
 
-    def record_end(self, packed: Packed, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
+    def record_end(self, packed: PackedChunk, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
         """Note how it ended."""
         error = chunk_outcome.error
         try:

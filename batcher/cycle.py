@@ -25,7 +25,7 @@ from typing import Protocol
 from batcher.chunk_log import ChunkLog
 from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
-from batcher.packing import Packed, pack
+from batcher.packing import PackedChunk, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
 from batcher.resizing import Resizer
 from batcher.result_writer import ResultWriter, Tally
@@ -288,7 +288,7 @@ class Cycle:
 
     async def _process_chunk(self, planned: PlannedChunk) -> None:
         """Take one chunk from packing to recording; never raises."""
-        packed: Packed | None = None
+        packed: PackedChunk | None = None
         outcome = Outcome(provider=None, seconds=0.0)
         try:
             try:
@@ -333,7 +333,7 @@ class Cycle:
             if packed is not None:
                 await asyncio.to_thread(packed.remove_files)
 
-    def _pack(self, planned: PlannedChunk) -> Packed:
+    def _pack(self, planned: PlannedChunk) -> PackedChunk:
         still_claimed = _without_lost_claims(planned, self._open_claims)
         packed = pack(
             still_claimed,
@@ -346,7 +346,7 @@ class Cycle:
             self._chunk_log.record_start(packed)
         return packed
 
-    async def _dispatch(self, packed: Packed) -> Outcome:
+    async def _dispatch(self, packed: PackedChunk) -> Outcome:
         if self._is_stopping:
             return _stopped_outcome()
         job = Job(
@@ -370,7 +370,7 @@ class Cycle:
         return _stopped_outcome() if run.cancelled() else run.result()
 
     async def _record(
-        self, planned: PlannedChunk, packed: Packed | None, outcome: Outcome, chunk_outcome: ChunkOutcome
+        self, planned: PlannedChunk, packed: PackedChunk | None, outcome: Outcome, chunk_outcome: ChunkOutcome
     ) -> None:
         if chunk_outcome.error is not None and not self._is_stopping:
             log_fields = {"model": planned.model, "code": chunk_outcome.error.code, "items": len(planned.items)}

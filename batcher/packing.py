@@ -30,7 +30,7 @@ class RejectedItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedChunk:
     """A planned chunk and its files."""
 
     #: Random; the only id that leaves this house.
@@ -69,7 +69,7 @@ class _PackableItem:
 
 def pack(
     planned: PlannedChunk, *, folder: Path, image_path: Callable[[str], Path], models: Path, resizer: Resizer | None
-) -> Packed:
+) -> PackedChunk:
     """Write a chunk file into a folder.
 
     :param image_path: where the picture with a digest is.
@@ -111,7 +111,7 @@ def pack(
         break
     items = tuple(each.item for each in ready)
     not_missing = [*items, *(each.item for each in rejected)]
-    return Packed(
+    return PackedChunk(
         chunk_id=chunk_id,
         planned=planned,
         items=items,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
-from batcher.packing import Packed
+from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
 from provider_image.chunk import ItemResult, read_results
 from provider_image.errors import (
@@ -71,7 +71,7 @@ class ChunkOutcome:
         return answered + [claim for failure in self.failures for claim in failure.claims]
 
 
-def resolve_unsent_items(packed: Packed) -> ChunkOutcome:
+def resolve_unsent_items(packed: PackedChunk) -> ChunkOutcome:
     """Settle what is not sent at all: nothing that happens to the chunk can change it."""
     missing = [
         ClaimFailure(
@@ -86,7 +86,7 @@ def resolve_unsent_items(packed: Packed) -> ChunkOutcome:
     return ChunkOutcome(failures=(*missing, *rejected))
 
 
-def resolve_chunk(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
+def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
     """Settle a chunk that was dispatched; what was left out of it is for `resolve_unsent_items`.
 
     :param models: the folder of artefacts.
@@ -117,7 +117,7 @@ def resolve_chunk(packed: Packed, outcome: Outcome, models: Path, *, is_stopping
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
 
-def check_results(packed: Packed, models: Path, results: Path) -> None:
+def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
     """Say whether a file is a true answer to a chunk, as far as that can be seen without trying.
 
     For executors that can try elsewhere. An item may have failed, but what is answered must be an answer.
@@ -161,7 +161,7 @@ def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgErro
 
 
 def _answers(
-    packed: Packed, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
+    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
 ) -> list[Answer]:
     return [
         Answer(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from batcher.executors import Job, Outcome
-from batcher.executors.worker import WorkerProcess
+from batcher.executors.worker_process import WorkerProcess
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now

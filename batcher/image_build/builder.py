@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from batcher.errors import ContainerImageError
+from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
-from batcher.image_build.engine import find_engine
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError

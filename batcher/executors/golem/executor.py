@@ -23,13 +23,13 @@ from typing import Any
 from batcher.errors import BudgetReached, ExecutorUnavailable, GolemUnavailable, NoProvider
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.budget import Budget, BudgetCaps
+from batcher.executors.golem.job_queue import JobQueue, QueuedJob
 from batcher.executors.golem.ledger_entries import LedgerEntries
 from batcher.executors.golem.ledger_writer import LedgerStore, LedgerWriter
 from batcher.executors.golem.offers import OfferEvaluator
 from batcher.executors.golem.payload import make_payload
 from batcher.executors.golem.prices import Price
 from batcher.executors.golem.provider_bans import ProviderBans
-from batcher.executors.golem.queue import JobQueue, QueuedJob
 from batcher.executors.golem.recovery import home_tag
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.worker import AttemptFailure, GolemWorker, WorkerContext

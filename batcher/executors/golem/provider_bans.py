@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.ledger_entries import LedgerEntries
 from batcher.executors.golem.offers import OfferEvaluator
-from batcher.executors.golem.queue import QueuedJob
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.worker import AttemptFailure, GolemWorker
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from batcher.errors import GolemUnavailable
 from batcher.executors import Outcome
+from batcher.executors.golem.job_queue import JobQueue, QueuedJob
 from batcher.executors.golem.prices import Price
-from batcher.executors.golem.queue import JobQueue, QueuedJob
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timeouts import chunk_timeout, idle_seconds, straggler_seconds
 from batcher.executors.golem.yapapi_adapter import explain

@@ -28,7 +28,7 @@ _STANDARD_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEngine:
+class ContainerEngine:
     """An engine that works."""
 
     #: docker, podman or buildah.
@@ -82,7 +82,7 @@ class ImageEngine:
             ) from error
 
 
-def find_engine(wanted: str = "") -> ImageEngine:
+def find_engine(wanted: str = "") -> ContainerEngine:
     """Find an engine that works.
 
     :param wanted: its name or path; empty takes the first of docker, podman and buildah that works.
@@ -98,7 +98,7 @@ def find_engine(wanted: str = "") -> ImageEngine:
             continue
         reason = _probe_failure(program, _PROBES[name])
         if reason is None:
-            return ImageEngine(name=name, program=program)
+            return ContainerEngine(name=name, program=program)
         failures.append(f"{name} is installed but does not work ({reason}).")
     if failures:
         raise ContainerImageError(f"{' '.join(failures)} Start it, or see that you may use it.")
