@@ -268,7 +268,7 @@ class Batcher:
         if purged.images or purged.results or purged.leftovers:
             log.info(
                 "deleted expired data",
-                extra={"pictures": purged.images, "results": purged.results, "leftovers": purged.leftovers},
+                extra={"images": purged.images, "results": purged.results, "leftovers": purged.leftovers},
             )
 
     async def _shut_down(self, scheduler: AsyncIOScheduler) -> None:
