@@ -17,7 +17,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -66,19 +65,6 @@ class CycleStore(Store, Chunks, Controls, Batches, Protocol):
     """What the cycle needs of the store."""
 
     images: ImageStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class CycleReport:
-    """Counts of one cycle, in requests."""
-
-    claimed: int
-    done: int
-    failed: int
-    released: int
-    #: Dispatched chunks.
-    chunks: int
-    seconds: float
 
 
 def now_utc() -> datetime:
@@ -169,7 +155,7 @@ class Cycle:
         until, reason = self._unavailable_models.get(model, (0.0, ""))
         return reason if until > asyncio.get_running_loop().time() else self._executor.unavailable_reason(model)
 
-    async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> CycleReport:
+    async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> Tally:
         """Process requests until nothing is due and nothing is under way, or until stopped.
 
         :param stop: set to stop: nothing more is claimed; what is under way gets `drain_seconds`, the rest is released.
@@ -199,15 +185,8 @@ class Cycle:
             for task in (*self._tasks, *self._runs, renewing, stopping):
                 task.cancel()
             await asyncio.gather(*self._tasks, *self._runs, renewing, stopping, return_exceptions=True)
-        tally = self._tally
-        return CycleReport(
-            claimed=tally.claimed,
-            done=tally.done,
-            failed=tally.failed,
-            released=tally.released,
-            chunks=tally.chunks,
-            seconds=loop.time() - started_at,
-        )
+        self._tally.seconds = loop.time() - started_at
+        return self._tally
 
     # Claiming
 

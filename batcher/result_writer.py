@@ -20,13 +20,16 @@ from store.records import Blame, Claim, RequestState
 
 @dataclass
 class Tally:
-    """Counts of requests."""
+    """Counts of requests, of a chunk or a cycle."""
 
     claimed: int = 0
     done: int = 0
     failed: int = 0
     released: int = 0
+    #: Dispatched chunks.
     chunks: int = 0
+    #: Duration of the cycle.
+    seconds: float = 0.0
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
@@ -35,6 +38,7 @@ class Tally:
         self.failed += other.failed
         self.released += other.released
         self.chunks += other.chunks
+        self.seconds += other.seconds
 
 
 class ResultWriter:

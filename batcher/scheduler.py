@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -123,19 +123,9 @@ class Batcher:
             watching_controls = asyncio.create_task(self._watch_controls())
             while not stop.is_set():
                 await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
-                report = await self._cycle.run(stop)
-                if report.claimed:
-                    log.info(
-                        "cycle ended",
-                        extra={
-                            "claimed": report.claimed,
-                            "done": report.done,
-                            "failed": report.failed,
-                            "released": report.released,
-                            "chunks": report.chunks,
-                            "seconds": round(report.seconds, 3),
-                        },
-                    )
+                tally = await self._cycle.run(stop)
+                if tally.claimed:
+                    log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
         finally:
             for task in (polling, watching_controls):
                 if task is not None:
@@ -163,10 +153,10 @@ class Batcher:
             initial_backlog = _InitialBacklog(self._store)
             while True:
                 self._cycle.flush()
-                report = await self._cycle.run(
+                tally = await self._cycle.run(
                     stop, models=lambda: initial_backlog.models() & available_models(self._settings.models)
                 )
-                total.add(Tally(done=report.done, failed=report.failed, released=report.released, chunks=report.chunks))
+                total.add(tally)
                 waiting = await asyncio.to_thread(initial_backlog.count)
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):

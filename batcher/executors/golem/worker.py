@@ -240,7 +240,7 @@ async def _next_job(worker: GolemWorker, worker_context: WorkerContext) -> Queue
                 max_seconds=queued_job.job.timeout_seconds,
             )
             if worker_context.over_budget_reason(worker.price.max_cost_per_second * Decimal(repr(seconds))) is not None:
-                # `over_budget_reason` has ended all queued jobs with the reason.
+                # The executor ends all queued jobs with the reason, this one included.
                 if not is_second_attempt:
                     worker_context.job_queue.put(queued_job, is_retry=True)
                 return None
