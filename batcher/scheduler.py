@@ -216,7 +216,7 @@ class Batcher:
             if before is not None or control_state.pause is not None:
                 log.info("processing resumes" if control_state.pause is None else control_state.pause.notice)
             self._cycle.pause(None if control_state.pause is None else control_state.pause.notice)
-        # A `mlg run-now` from before this batcher's start is ignored: its first cycle processes everything anyway.
+        # A `mlg operate run` from before this batcher's start is ignored: its first cycle processes everything anyway.
         if before is not None and control_state.run_token != before.run_token:
             self._cycle.flush()
         return True
