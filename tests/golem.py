@@ -19,7 +19,7 @@ from PIL import Image
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
@@ -121,7 +121,7 @@ async def devnet_and_store(
     providers_home = folder / "providers"
     providers_home.mkdir()
     (providers_home / "models").symlink_to(models)
-    async with run_devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
+    async with Devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
         with gftp_on_path(devnet):
             store = SqliteStore(HomeSettings(home=folder / "home", busy_seconds=5))
             store.migrate()

@@ -17,7 +17,7 @@ from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
-from tests.cli.test_commands import mlg
+from tests.cli.run_mlg import mlg
 from tests.custom_models import classifier, labels_file, save
 
 
@@ -70,7 +70,7 @@ def test_file_that_is_refused_is_one_line(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["pets", "--keras", "x.keras"], "needs --labels"),
-        (["pets", "--labels", "x.txt"], "--labels is for a model of your own"),
+        (["pets", "--labels", "x.txt"], "--labels is for custom models"),
         (["pets", "--title", "Pets"], "--title is for"),
         (["vgg16", "--preprocessing", "caffe"], "--preprocessing is for"),
         (["vgg16", "--size", "32x32"], "--size is for"),

@@ -569,18 +569,18 @@ def test_the_commands_hold_work_and_let_it_go_on(command: Callable[..., Any], st
 
     assert paused.exit_code == 0 and pause is not None
     assert paused.output.strip() == pause.notice and "the line is down" in pause.notice
-    assert command("resume").output == "work goes on\n"
+    assert command("resume").output == "batchers continue\n"
     assert read_control_state(store).pause is None
 
 
 def test_drain_waits_until_nothing_is_under_way(command: Callable[..., Any], day: Day) -> None:
-    assert command("drain", "--wait").output.endswith("nothing is under way\n")
+    assert command("drain", "--wait").output.endswith("no request is being processed\n")
     day.add(2)
     day.claim()
 
-    assert command("drain").output.endswith("2 requests are under way\n")
+    assert command("drain").output.endswith("2 requests are being processed\n")
     waited = command("drain", "--wait", "--patience", "0")
-    assert waited.exit_code == 1 and "2 requests are still under way" in str(waited.exception)
+    assert waited.exit_code == 1 and "2 requests are still being processed" in str(waited.exception)
 
 
 def test_run_says_whether_anybody_listens(command: Callable[..., Any], day: Day, store: SqliteStore) -> None:
@@ -589,7 +589,7 @@ def test_run_says_whether_anybody_listens(command: Callable[..., Any], day: Day,
     day.heartbeat()
 
     assert alone.exit_code == 1 and "No batcher is running" in str(alone.exception)
-    assert command("run").output == "1 batcher takes everything that waits\n"
+    assert command("run").output == "1 batcher processes all queued requests\n"
     assert read_control_state(store).run_token != before
     command("pause")
     assert "mlg operate resume" in str(command("run").exception)

@@ -21,8 +21,7 @@ from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
 from batcher.executors.golem import agreement_cleanup, payments, session, worker, worker_pool
 from batcher.executors.golem import executor as executor_module
 from batcher.workspace import Workspace
-from devnet.faults import DAEMON
-from devnet.scenario import Fault, ProviderPlan
+from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario, until
 from tests.process_tree import command_line, descendants

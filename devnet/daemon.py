@@ -1,10 +1,12 @@
-"""A devnet that runs in this process: for `mlg devnet`, and for tests that look inside.
+"""The devnet: a simulated daemon and its providers, in the event loop of this process.
 
-async with running(default_scenario(3), folder=tmp_path, home=home) as devnet:
-    os.environ.update(devnet.variables)
-    ...
-    await devnet.stop()     # the daemon dies: its activities with it
-    await devnet.start()    # another takes its place, at the same address and with the same state
+Used by `cli/devnet.py` and by tests:
+
+    async with Devnet(default_scenario(3), folder=tmp_path, home=home) as devnet:
+        os.environ.update(devnet.variables)
+        ...
+        await devnet.stop()     # as if the daemon was killed; its activities end too
+        await devnet.start()    # a new daemon with the same address and state
 """
 
 from __future__ import annotations
@@ -14,29 +16,28 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from devnet.activities import Activities, assign_cpus
-from devnet.faults import Faults
-from devnet.gftp import write_program
-from devnet.journal import CallJournal
+from aiohttp import web
+
+from devnet.api.activities import ActivityRoutes
+from devnet.api.application import CallJournal, make_application
+from devnet.api.market import MarketRoutes
+from devnet.api.payments import PaymentRoutes
+from devnet.gftp import remove_dead_servers, write_program
 from devnet.market import MarketService
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities
 from devnet.provider.agent import Provider
-from devnet.scenario import Scenario
+from devnet.scenario import FaultSchedule, Scenario
 from devnet.state import StateStore
-from devnet.transfers import Transfers
-
-if TYPE_CHECKING:
-    from aiohttp import web
 
 #: The requestor's node id.
 REQUESTOR_ID = "0x" + "de" * 20
 HOST = "127.0.0.1"
-#: Longest folder under which the providers' sockets, whose paths are limited to about 100 bytes, still fit.
+#: Longest temporary folder for the providers' sockets, whose paths are limited to about 100 bytes.
 _MAX_FOLDER_LENGTH = 40
 
 
@@ -45,14 +46,15 @@ def _discard(line: str) -> None:
 
 
 class Devnet:
-    """A daemon and its providers. Made by `run_devnet`, or by whoever calls `start` and `close` himself.
+    """A daemon and its providers. As an async context manager it starts at once, and closes at the end.
 
-    :param folder: gets the gftp program and what it exchanges.
-    :param home: whose models the providers have.
-    :param port: to listen on; if 0 that of the state, else a free one; the same after every `start`.
-    :param environment: variables that the providers' processes get beside their own.
-    :param state: what is kept across restarts; in memory if None.
-    :param report: gets a line for people about everything important.
+    :param folder: for the gftp program and its exchange.
+    :param home: home with the models of the providers.
+    :param port: port to listen on; if 0, the port of the saved state or a free one. It stays the same over restarts.
+    :param state: file of the state that is kept over restarts; in memory if None.
+    :param journal: file for a line of JSON about each call.
+    :param environment: additional environment variables of the providers' processes.
+    :param report: receives a line of text about each important event.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Devnet:
         self.app_key = app_key or secrets.token_hex(16)
         self.port = port
         self.journal = CallJournal(journal)
-        self.faults = Faults.from_scenario(scenario)
+        self.faults = FaultSchedule.from_scenario(scenario)
         self.market: MarketService
         self.payment: PaymentService
         self.activities: Activities
@@ -85,6 +87,17 @@ class Devnet:
         self._activities_folder: Path | None = None
         self._runner: web.AppRunner | None = None
 
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
     @property
     def url(self) -> str:
         """Return the daemon's address."""
@@ -92,7 +105,7 @@ class Devnet:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Return what a requestor must have in its environment."""
+        """Return the environment variables that a requestor needs."""
         return {
             "YAGNA_APPKEY": self.app_key,
             "YAGNA_API_URL": self.url,
@@ -102,24 +115,18 @@ class Devnet:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether it can be called."""
+        """Return whether the daemon is running."""
         return self._runner is not None
 
     async def start(self) -> None:
-        """Start the daemon, with what the one before it knew.
+        """Start the daemon with the saved state.
 
-        :raises OSError: the port is taken.
+        :raises OSError: the port is in use.
         """
-        from aiohttp import web
-
-        from devnet.api import make_application
-        from devnet.api.activity import ActivityRoutes
-        from devnet.api.market import MarketRoutes
-        from devnet.api.payment import PaymentRoutes
 
         saved = self._state.load()
         if saved is not None:
-            # Requestors that were told of the one before find this one.
+            # The variables of requestors of the previous daemon stay valid.
             self.app_key, self.port = saved["app_key"], self.port or saved["port"]
         self._create_services()
         if saved is not None:
@@ -136,8 +143,8 @@ class Devnet:
         app = make_application(
             routes, identity=REQUESTOR_ID, app_key=self.app_key, journal=self.journal, faults=self.faults
         )
-        # A caller that goes away ends what it waited for. At the end nobody is waited for: a daemon that dies is rude.
-        # aiohttp takes 0 for no limit at all.
+        # handler_cancellation: a call ends when its caller disconnects. shutdown_timeout: `stop` does not wait for
+        # calls; 0 would mean no limit.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
         await runner.setup()
         try:
@@ -152,7 +159,7 @@ class Devnet:
             provider.start()
 
     async def stop(self) -> None:
-        """Have the daemon die: calls are cut off, activities are killed, the state stays."""
+        """Stop the daemon as if it was killed: abort calls, kill activities, keep the state."""
         if self._runner is None:
             return
         self.activities.record_usage()
@@ -165,10 +172,10 @@ class Devnet:
         await self.activities.close()
 
     async def close(self) -> None:
-        """Stop for good and remove what was temporary."""
+        """Stop the daemon for good and remove temporary files."""
         await self.stop()
         self.journal.close()
-        Transfers(self._exchange).remove_dead_servers()
+        remove_dead_servers(self._exchange)
         if self._activities_folder is not None:
             shutil.rmtree(self._activities_folder, ignore_errors=True)
             self._activities_folder = None
@@ -187,7 +194,7 @@ class Devnet:
         self.payment = PaymentService(requestor_id=REQUESTOR_ID, funds=self.scenario.funds, on_change=schedule_save)
         self.activities = Activities(
             folder=self._activities_folder,
-            transfers=Transfers(self._exchange),
+            exchange=self._exchange,
             faults=self.faults,
             environment={**_environment(self._home), **self._extra_environment},
             on_change=schedule_save,
@@ -202,7 +209,7 @@ class Devnet:
                 payment=self.payment,
                 activities=self.activities,
                 faults=self.faults,
-                cpus=assign_cpus(cores, plan.cores),
+                cpus=_assign_cpus(cores, plan.cores),
                 report=self._report,
             )
             cores += plan.cores
@@ -224,40 +231,14 @@ class Devnet:
         return self._folder.absolute() / "exchange"
 
 
-@asynccontextmanager
-async def run_devnet(
-    scenario: Scenario,
-    *,
-    folder: Path,
-    home: Path | None = None,
-    port: int = 0,
-    app_key: str | None = None,
-    state: Path | None = None,
-    journal: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    report: Callable[[str], None] = _discard,
-) -> AsyncIterator[Devnet]:
-    """Run a devnet in this event loop. See `Devnet` for the parameters."""
-    devnet = Devnet(
-        scenario,
-        folder=folder,
-        home=home,
-        port=port,
-        app_key=app_key,
-        state=state,
-        journal=journal,
-        environment=environment,
-        report=report,
-    )
-    try:
-        await devnet.start()
-        yield devnet
-    finally:
-        await devnet.close()
+def _assign_cpus(offset: int, cores: int) -> frozenset[int]:
+    """Choose a provider's processor cores, after `offset` cores of other providers; shared if there are too few."""
+    available = sorted(os.sched_getaffinity(0))
+    return frozenset(available[(offset + number) % len(available)] for number in range(min(cores, len(available))))
 
 
 def _environment(home: Path | None) -> Mapping[str, str]:
-    """Make what the providers' processes see: this Python's programs, the models, and nothing of the requestor's."""
+    """Make the environment of the providers' processes: this Python's programs, the models, nothing of a requestor."""
     variables = {key: os.environ[key] for key in ("LANG", "LC_ALL", "TZ", "TMPDIR") if key in os.environ}
     scripts = str(Path(sys.executable).parent)
     variables["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", os.defpath)))

@@ -1,4 +1,4 @@
-"""What the daemon refuses, and with which HTTP status."""
+"""The errors of the daemon's API, with their HTTP status."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import ClassVar
 
 
 class ApiError(Exception):
-    """A call cannot be done; the message goes to the requestor."""
+    """The call is invalid; the message is sent to the requestor."""
 
     status: ClassVar[int] = 400
 
 
 class NotFound(ApiError):
-    """There is no such thing."""
+    """The object does not exist."""
 
     status = 404
 
@@ -24,13 +24,13 @@ class TimedOut(ApiError):
 
 
 class Conflict(ApiError):
-    """The thing is not in the state for it yet."""
+    """The object is not yet in the required state."""
 
     status = 409
 
 
 class Gone(ApiError):
-    """The thing is over for good."""
+    """The object has ended."""
 
     status = 410
 

@@ -1,4 +1,4 @@
-"""/payment-api/v1 for a requestor."""
+"""The calls of /payment-api/v1 that a requestor makes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from aiohttp import web
 
-from devnet.api import request_parsing
-from devnet.api_errors import ApiError, NotFound
+from devnet.api import read_max_items, read_object, read_time, read_timeout_seconds
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
 from devnet.provider.agent import Provider
 from devnet.records import Bill, format_amount
 
@@ -19,10 +19,10 @@ _Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class PaymentRoutes:
-    """The handlers.
+    """The handlers of the payment API.
 
     :param providers: node id -> provider.
-    :param report: gets a line for people about what is important.
+    :param report: receives a line of text about each important event.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class PaymentRoutes:
             web.delete(allocation, self._release),
             web.get(f"{_ROOT}/demandDecorations", self._decorations),
             web.get(f"{_ROOT}/requestorAccounts", self._accounts),
-            web.get(f"{_ROOT}/invoiceEvents", self._feed("invoice")),
-            web.get(f"{_ROOT}/debitNoteEvents", self._feed("debit note")),
-            web.get(f"{_ROOT}/payments", self._feed("payment")),
+            web.get(f"{_ROOT}/invoiceEvents", self._poll("invoice")),
+            web.get(f"{_ROOT}/debitNoteEvents", self._poll("debit note")),
+            web.get(f"{_ROOT}/payments", self._poll("payment")),
             web.get(f"{_ROOT}/payments/status", self._status),
             web.get(f"{_ROOT}/payments/{{payment_id}}", self._payment_by_id),
             web.get(f"{_ROOT}/invoices", self._invoices),
@@ -68,8 +68,8 @@ class PaymentRoutes:
     # Allocations
 
     async def _allocate(self, request: web.Request) -> web.Response:
-        allocation = self._payment.wallet.allocate(await request_parsing.json_object(request, "totalAmount"))
-        self._report(f"the requestor sets {format_amount(allocation.total)} GLM aside")
+        allocation = self._payment.wallet.allocate(await read_object(request, "totalAmount"))
+        self._report(f"the requestor allocates {format_amount(allocation.total)} GLM")
         return web.json_response(allocation.to_api(), status=201)
 
     async def _allocations(self, request: web.Request) -> web.Response:
@@ -79,7 +79,7 @@ class PaymentRoutes:
         return web.json_response(self._payment.wallet.find(request.match_info["allocation_id"]).to_api())
 
     async def _amend(self, request: web.Request) -> web.Response:
-        body = await request_parsing.json_object(request)
+        body = await read_object(request)
         return web.json_response(self._payment.wallet.amend(request.match_info["allocation_id"], body).to_api())
 
     async def _release(self, request: web.Request) -> web.Response:
@@ -87,15 +87,15 @@ class PaymentRoutes:
         self._payment.wallet.release(request.match_info["allocation_id"])
         if allocation is not None:
             self._report(
-                f"the requestor takes {format_amount(allocation.remaining)} GLM back, "
-                f"{format_amount(allocation.spent)} spent"
+                f"the requestor releases an allocation: {format_amount(allocation.spent)} GLM spent, "
+                f"{format_amount(allocation.remaining)} GLM left"
             )
         return web.json_response(None)
 
     async def _decorations(self, request: web.Request) -> web.Response:
         ids = [each for each in request.query.get("allocationIds", "").split(",") if each]
         if not ids:
-            raise ApiError("allocationIds names no allocation.")
+            raise ApiError("allocationIds must name at least one allocation.")
         return web.json_response(self._payment.wallet.decorations(ids))
 
     async def _accounts(self, request: web.Request) -> web.Response:
@@ -110,7 +110,7 @@ class PaymentRoutes:
         return web.json_response(self._payment.invoice(request.match_info["bill_id"]).to_api())
 
     async def _accept_invoice(self, request: web.Request) -> web.Response:
-        acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
+        acceptance = await read_object(request, "totalAmountAccepted", "allocationId")
         invoice = self._payment.invoice(request.match_info["bill_id"])
         is_new = invoice.status != "ACCEPTED"
         self._payment.accept_invoice(invoice.bill_id, acceptance)
@@ -131,7 +131,7 @@ class PaymentRoutes:
         return web.json_response(self._payment.debit_note(request.match_info["bill_id"]).to_api())
 
     async def _accept_debit_note(self, request: web.Request) -> web.Response:
-        acceptance = await request_parsing.json_object(request, "totalAmountAccepted", "allocationId")
+        acceptance = await read_object(request, "totalAmountAccepted", "allocationId")
         note = self._payment.debit_note(request.match_info["bill_id"])
         self._payment.accept_debit_note(note.bill_id, acceptance)
         provider = self._providers.get(note.issuer_id)
@@ -143,9 +143,9 @@ class PaymentRoutes:
         self._payment.reject_debit_note(request.match_info["bill_id"], await _rejection(request))
         return web.json_response(None)
 
-    # Feeds
+    # Events
 
-    def _feed(self, kind: str) -> _Handler:
+    def _poll(self, kind: str) -> _Handler:
         async def handle(request: web.Request) -> web.Response:
             session_id = request.query.get("appSessionId")
             platform = "-".join(filter(None, (request.query.get("driver"), request.query.get("network"))))
@@ -155,9 +155,9 @@ class PaymentRoutes:
 
             items = await self._payment.poll(
                 kind,
-                request_parsing.timestamp(request, "afterTimestamp"),
-                request_parsing.timeout_seconds(request),
-                request_parsing.max_items(request, "maxEvents"),
+                read_time(request, "afterTimestamp"),
+                read_timeout_seconds(request),
+                read_max_items(request, "maxEvents"),
                 is_wanted,
             )
             return web.json_response(items)
@@ -179,17 +179,17 @@ class PaymentRoutes:
         for payment in self._payment.payments:
             if payment["paymentId"] == request.match_info["payment_id"]:
                 return web.json_response(payment)
-        raise NotFound("There is no such payment.")
+        raise NotFound(f"There is no payment {request.match_info['payment_id']}.")
 
 
 async def _rejection(request: web.Request) -> dict[str, Any]:
-    return await request_parsing.json_object(request, "rejectionReason", "totalAmountAccepted")
+    return await read_object(request, "rejectionReason", "totalAmountAccepted")
 
 
 def _list_response(request: web.Request, bills: Iterable[Bill]) -> web.Response:
     after, max_items = (
-        request_parsing.timestamp(request, "afterTimestamp"),
-        request_parsing.max_items(request, "maxItems"),
+        read_time(request, "afterTimestamp"),
+        read_max_items(request, "maxItems"),
     )
     chosen = [bill.to_api() for bill in bills if after is None or bill.created_at > after]
     return web.json_response(chosen[:max_items])

@@ -1,4 +1,4 @@
-"""The money over HTTP: allocations that run out, invoices, debit notes, and providers who bill as they like."""
+"""Payments over HTTP: allocations, invoices, debit notes, and the faults of providers that bill."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from devnet.provider.billing import activity_amount
+from devnet.provider.invoicing import activity_amount
 from devnet.scenario import Fault
 from tests.devnet.requestor import PAYMENT, PLATFORM, Requestor, requestor, single_provider, until
 
 
-def test_an_allocation_takes_from_the_funds_until_it_is_released(tmp_path: Path) -> None:
+def test_an_allocation_reserves_funds_until_it_is_released(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(funds=Decimal("1.5")), tmp_path) as client:
             allocation = await client.allocate("1.000000000000000001")
@@ -48,7 +48,7 @@ def test_an_allocation_takes_from_the_funds_until_it_is_released(tmp_path: Path)
         {"totalAmount": "1", "paymentPlatform": "erc20-mainnet-glm"},
     ],
 )
-def test_a_wrong_allocation_is_refused(tmp_path: Path, body: object) -> None:
+def test_an_invalid_allocation_is_rejected(tmp_path: Path, body: object) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             assert (await client.request("POST", f"{PAYMENT}/allocations", body))[0] == 400
@@ -56,7 +56,7 @@ def test_a_wrong_allocation_is_refused(tmp_path: Path, body: object) -> None:
     asyncio.run(main())
 
 
-def test_an_allocation_can_name_its_platform_in_two_ways(tmp_path: Path) -> None:
+def test_an_allocation_names_its_platform_in_two_ways(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             for platform in ("erc20-amoy-tglm", {"driver": "erc20", "network": "amoy", "token": "tglm"}):
@@ -76,7 +76,7 @@ def test_an_allocation_can_name_its_platform_in_two_ways(tmp_path: Path) -> None
     asyncio.run(main())
 
 
-def test_an_invoice_is_exactly_what_was_used_and_is_paid_once(tmp_path: Path) -> None:
+def test_an_invoice_is_the_exact_price_of_the_usage_and_is_paid_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             agreement_id = await client.complete_agreement(await client.subscribe())
@@ -102,7 +102,7 @@ def test_an_invoice_is_exactly_what_was_used_and_is_paid_once(tmp_path: Path) ->
     asyncio.run(main())
 
 
-def test_an_invoice_is_accepted_only_as_it_is(tmp_path: Path) -> None:
+def test_an_invoice_is_accepted_only_with_its_amount_and_enough_funds(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             await client.allocate("0.0005")
@@ -137,7 +137,7 @@ def test_an_invoice_is_accepted_only_as_it_is(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_events_come_in_order_of_dates_that_differ(tmp_path: Path) -> None:
+def test_events_have_strictly_increasing_times(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             demand_id = await client.subscribe()
@@ -209,7 +209,7 @@ def test_payable_debit_notes_are_paid_at_once_and_only_once(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_a_provider_can_ask_for_too_much(tmp_path: Path) -> None:
+def test_a_provider_overbills(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(Fault(kind="overbill", factor=3)), tmp_path) as client:
             agreement_id = await client.complete_agreement(await client.subscribe())
@@ -222,7 +222,7 @@ def test_a_provider_can_ask_for_too_much(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_provider_can_bill_late_or_never(tmp_path: Path) -> None:
+def test_a_provider_bills_late_or_never(tmp_path: Path) -> None:
     async def main() -> None:
         faults = (Fault(kind="never-bill", times=1), Fault(kind="late-bill", seconds=0.2))
         async with requestor(single_provider(*faults), tmp_path) as client:

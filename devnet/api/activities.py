@@ -1,4 +1,4 @@
-"""/activity-api/v1 for a requestor."""
+"""The calls of /activity-api/v1 that a requestor makes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 
 from aiohttp import web
 
-from devnet.activities import Activities, Activity
-from devnet.api import request_parsing
-from devnet.api.event_stream import EventStream
-from devnet.api_errors import ApiError, NotFound
+from devnet.api import EventStream, read_json, read_object, read_timeout_seconds
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
+from devnet.provider.activities import Activities, Activity
 from devnet.provider.agent import Provider
 
 _ROOT = "/activity-api/v1"
 
 
 class ActivityRoutes:
-    """The handlers.
+    """The handlers of the activity API.
 
     :param providers: node id -> provider.
     """
@@ -44,7 +43,7 @@ class ActivityRoutes:
         ]
 
     async def _create(self, request: web.Request) -> web.Response:
-        body = await request_parsing.json_body(request)
+        body = await read_json(request)
         is_object = isinstance(body, dict)
         agreement_id = body.get("agreementId") if isinstance(body, dict) else body
         if not isinstance(agreement_id, str):
@@ -52,7 +51,7 @@ class ActivityRoutes:
         agreement = self._market.agreements.find(agreement_id)
         provider = self._providers.get(agreement.provider_id)
         if provider is None:
-            raise NotFound("The provider of this agreement is gone.")
+            raise NotFound("The provider of this agreement no longer exists.")
         activity_id = provider.create_activity(agreement)
         return web.json_response({"activityId": activity_id} if is_object else activity_id, status=201)
 
@@ -60,14 +59,14 @@ class ActivityRoutes:
         activity_id = request.match_info["activity_id"]
         if self._activities.reason(activity_id) is None:
             unit = self._find(request).unit
-            # A requestor that goes away in the meantime does not keep it alive.
-            await asyncio.shield(self._activities.destroy(activity_id, "The requestor destroyed it."))
+            # Shielded, so that a requestor that disconnects does not keep the activity alive.
+            await asyncio.shield(self._activities.destroy(activity_id, "The requestor destroyed the activity."))
             await unit.block_if_vanished()
         return web.json_response(None)
 
     async def _execute(self, request: web.Request) -> web.Response:
         activity = self._find(request)
-        body = await request_parsing.json_object(request, "text")
+        body = await read_object(request, "text")
         try:
             commands = json.loads(str(body["text"]))
         except ValueError as error:
@@ -85,7 +84,7 @@ class ActivityRoutes:
         if "text/event-stream" in request.headers.get("Accept", ""):
             await activity.unit.block_if_vanished()
             return await _stream(request, activity, batch_id)
-        return web.json_response(await activity.unit.results(batch_id, request_parsing.timeout_seconds(request)))
+        return web.json_response(await activity.unit.results(batch_id, read_timeout_seconds(request)))
 
     async def _state(self, request: web.Request) -> web.Response:
         reason = self._activities.reason(request.match_info["activity_id"])

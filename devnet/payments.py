@@ -1,7 +1,7 @@
-"""The bills: invoices, debit notes, and the payments they lead to, out of the requestor's wallet.
+"""The payment service: invoices, debit notes, and their payment from the requestor's wallet.
 
-Called by the API for the requestor and by `providers.Provider` for the providers. All amounts are exact decimals; no
-money moves anywhere.
+The API calls it for the requestor, `Invoicer` for the providers. All amounts are exact decimals; no money is
+transferred.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from devnet.api_errors import ApiError, NotFound
+from devnet.errors import ApiError, NotFound
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time, utc_now
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time, utc_now
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
 
-_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
+_REJECTION_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
 
 
 class PaymentService:
-    """The requestor's post: what providers ask for, and what is made of it.
+    """All bills and payments of a devnet.
 
-    :param funds: what its wallet holds at the beginning.
-    :param on_change: called after every change that a restarted daemon should know.
+    :param funds: the initial balance of the wallet, in GLM.
+    :param on_change: called after every change of the state that is kept over a restart.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class PaymentService:
         self.payments: list[dict[str, Any]] = []
         self.invoice_events: list[dict[str, Any]] = []
         self.debit_note_events: list[dict[str, Any]] = []
-        #: Agreement id -> what was accepted for it until now, by invoice or debit notes.
+        #: Agreement id -> amount accepted so far, by invoice or debit notes.
         self.accepted: dict[str, Decimal] = {}
-        #: Agreement id -> what was paid of it.
+        #: Agreement id -> amount paid so far.
         self.paid: dict[str, Decimal] = {}
         self._requestor_id = requestor_id
         self._clock = clock
@@ -46,7 +46,7 @@ class PaymentService:
         self._notifier = ChangeNotifier()
         self.wallet = Wallet(requestor_id=requestor_id, funds=funds, clock=clock, on_change=self._changed)
 
-    # What providers send
+    # The providers' side
 
     def send_invoice(self, agreement: Agreement, amount: Decimal, due_at: datetime) -> Bill:
         """Deliver a provider's invoice for an agreement."""
@@ -58,7 +58,7 @@ class PaymentService:
     def send_debit_note(
         self, agreement: Agreement, activity_id: str, amount: Decimal, usage: list[float], due_at: datetime | None
     ) -> Bill:
-        """Deliver a provider's debit note: what an activity has cost until now."""
+        """Deliver a provider's debit note: the cost of an activity so far."""
         note = self._bill(agreement, [activity_id], amount, due_at)
         note.usage = usage
         earlier = [each.bill_id for each in self.debit_notes.values() if each.activity_ids == [activity_id]]
@@ -84,33 +84,33 @@ class PaymentService:
             due_at=due_at,
         )
 
-    # What the requestor does with it
+    # The requestor's side
 
     def invoice(self, invoice_id: str) -> Bill:
-        """Find an invoice."""
+        """Return an invoice. :raises NotFound: there is none."""
         if invoice_id not in self.invoices:
             raise NotFound(f"There is no invoice {invoice_id}.")
         return self.invoices[invoice_id]
 
     def debit_note(self, debit_note_id: str) -> Bill:
-        """Find a debit note."""
+        """Return a debit note. :raises NotFound: there is none."""
         if debit_note_id not in self.debit_notes:
             raise NotFound(f"There is no debit note {debit_note_id}.")
         return self.debit_notes[debit_note_id]
 
     def accept_invoice(self, invoice_id: str, acceptance: Mapping[str, Any]) -> None:
-        """Accept an invoice: pay what was not paid by debit notes."""
+        """Accept an invoice and pay what the agreement's debit notes have not."""
         invoice = self.invoice(invoice_id)
         if invoice.status == "ACCEPTED":
             return
         self._accept(invoice, acceptance, invoice.amount)
 
     def accept_debit_note(self, debit_note_id: str, acceptance: Mapping[str, Any]) -> None:
-        """Accept a debit note: pay what was not paid by earlier ones of its activity."""
+        """Accept a debit note; if it is payable, pay what earlier debit notes of its agreement have not."""
         note = self.debit_note(debit_note_id)
         if note.status == "ACCEPTED":
             return
-        # An activity's notes grow, and an agreement can have several activities.
+        # Each debit note is the total of its activity, and an agreement can have several activities.
         highest: dict[str, Decimal] = {note.activity_ids[0]: note.amount}
         for each in self.debit_notes.values():
             if each.agreement_id == note.agreement_id and each.status == "ACCEPTED":
@@ -119,12 +119,12 @@ class PaymentService:
         self._accept(note, acceptance, sum(highest.values(), Decimal(0)))
 
     def reject_invoice(self, invoice_id: str, rejection: Mapping[str, Any]) -> None:
-        """Refuse an invoice; it can be accepted later."""
+        """Reject an invoice; it can be accepted later."""
         _reject(self.invoice(invoice_id), rejection)
         self._changed()
 
     def reject_debit_note(self, debit_note_id: str, rejection: Mapping[str, Any]) -> None:
-        """Refuse a debit note; it can be accepted later."""
+        """Reject a debit note; it can be accepted later."""
         _reject(self.debit_note(debit_note_id), rejection)
         self._changed()
 
@@ -135,7 +135,7 @@ class PaymentService:
         except NotFound as error:
             raise ApiError(str(error)) from error
         if amount != bill.amount:
-            raise ApiError(f"The amount is {format_amount(bill.amount)}; {format_amount(amount)} cannot be accepted.")
+            raise ApiError(f"The accepted amount must be {format_amount(bill.amount)}, not {format_amount(amount)}.")
         if (allocation.address, allocation.platform) != (bill.payer_address, bill.platform):
             raise ApiError("The allocation is for another address or payment platform.")
         needed = max(Decimal(0), total - self.accepted.get(bill.agreement_id, Decimal(0)))
@@ -147,7 +147,7 @@ class PaymentService:
         self.accepted[bill.agreement_id] = self.accepted.get(bill.agreement_id, Decimal(0)) + needed
         bill.status = "ACCEPTED"
         if bill.due_at is not None:
-            # A note without a date is only accepted; it is the invoice that has it paid.
+            # A debit note without a due date is only accepted; the invoice pays it.
             unpaid = total - self.paid.get(bill.agreement_id, Decimal(0))
             if unpaid > 0:
                 self._pay(bill, allocation, unpaid)
@@ -183,7 +183,11 @@ class PaymentService:
         max_items: int,
         is_wanted: Callable[[dict[str, Any]], bool],
     ) -> list[dict[str, Any]]:
-        """List the "invoice" events, "debit note" events or "payment"s after a date, waiting for the first."""
+        """Return the events after a time; wait if there are none.
+
+        :param kind: "invoice", "debit note" or "payment".
+        :param seconds: how long to wait.
+        """
         feed, key = {
             "invoice": (self.invoice_events, "eventDate"),
             "debit note": (self.debit_note_events, "eventDate"),
@@ -199,7 +203,7 @@ class PaymentService:
     # Across restarts
 
     def dump(self) -> dict[str, Any]:
-        """Return all of it as JSON's values."""
+        """Return the state as JSON values."""
         return {
             "allocations": self.wallet.dump(),
             "invoices": [to_row(each) for each in self.invoices.values()],
@@ -212,7 +216,7 @@ class PaymentService:
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
-        """Take in what `dump` returned."""
+        """Restore the state from the result of `dump`."""
         self.wallet.load(dumped["allocations"])
         self.invoices = {each["bill_id"]: from_row(Bill, each) for each in dumped["invoices"]}
         self.debit_notes = {each["bill_id"]: from_row(Bill, each) for each in dumped["debit_notes"]}
@@ -236,9 +240,9 @@ class PaymentService:
 
 
 def _reject(bill: Bill, rejection: Mapping[str, Any]) -> None:
-    if rejection.get("rejectionReason") not in _REASONS:
-        raise ApiError(f"rejectionReason is one of {', '.join(_REASONS)}.")
+    if rejection.get("rejectionReason") not in _REJECTION_REASONS:
+        raise ApiError(f"rejectionReason must be one of {', '.join(_REJECTION_REASONS)}.")
     parse_amount(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
     if bill.status == "ACCEPTED":
-        raise ApiError("It was accepted already.")
+        raise ApiError("The bill has already been accepted.")
     bill.status = "REJECTED"

@@ -1,10 +1,11 @@
-"""The devnet as a whole: yapapi on it, its death and return, its faults, its journal, and the command."""
+"""The devnet as a whole: yapapi, restarts, the daemon's faults, the journal, and the command."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,17 +16,18 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from devnet.devnet import run_devnet
+from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until
 
+ROOT = Path(__file__).parents[2]
 MLG = Path(sys.executable).with_name("mlg")
 
 
-def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
+def test_yapapi_completes_six_tasks_and_pays_for_them(tmp_path: Path) -> None:
     async def main() -> None:
-        async with run_devnet(default_scenario(3), folder=tmp_path / "net") as devnet:
+        async with Devnet(default_scenario(3), folder=tmp_path / "net") as devnet:
             program = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-W",
@@ -39,13 +41,13 @@ def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
             out, errors = await program.communicate()
 
             assert program.returncode == 0, errors.decode()
-            said = json.loads(out)
-            assert said["answers"] == {str(number): f"TASK {number}" for number in range(6)}
-            assert len(said["providers"]) >= 2
+            printed = json.loads(out)
+            assert printed["answers"] == {str(number): f"TASK {number}" for number in range(6)}
+            assert len(printed["providers"]) >= 2
             assert devnet.journal.failed() == []
             bills = list(devnet.payment.invoices.values())
             assert {bill.status for bill in bills} == {"ACCEPTED"}
-            assert len(bills) == len(devnet.market.agreements) == len(said["providers"])
+            assert len(bills) == len(devnet.market.agreements) == len(printed["providers"])
             assert devnet.payment.wallet.free_funds == 1000 - sum((bill.amount for bill in bills), Decimal(0))
             assert devnet.market.list_open_demands() == devnet.payment.wallet.list_active() == []
             assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
@@ -53,11 +55,11 @@ def test_yapapi_has_six_tasks_done_and_pays_for_them(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-# Death and return
+# Restarts
 
 
 @pytest.mark.parametrize("has_file", [True, False])
-def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -> None:
+def test_a_restarted_daemon_has_its_state(tmp_path: Path, has_file: bool) -> None:
     async def main() -> None:
         state = tmp_path / "state.json" if has_file else None
         async with requestor(single_provider(), tmp_path, state=state) as client:
@@ -69,15 +71,15 @@ def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -
             agreement_id = await client.agree(demand_id)
             activity_id = await client.activity(agreement_id)
             await client.results(activity_id, await client.execute(activity_id))
-            marked = tmp_path / "pid"
-            batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {marked}; sleep 60"))
-            await until(lambda: marked.exists() and marked.read_text().strip())
+            pid_file = tmp_path / "pid"
+            batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {pid_file}; sleep 60"))
+            await until(lambda: pid_file.exists() and pid_file.read_text().strip())
             url = devnet.url
 
             await devnet.stop()
             with pytest.raises(aiohttp.ClientConnectionError):
                 await client.request("GET", "/me")
-            assert not Path("/proc", marked.read_text().strip()).exists()
+            assert not Path("/proc", pid_file.read_text().strip()).exists()
             await devnet.start()
 
             assert devnet.url == url
@@ -98,7 +100,7 @@ def test_a_restarted_daemon_knows_what_it_knew(tmp_path: Path, has_file: bool) -
     asyncio.run(main())
 
 
-def test_another_daemon_takes_a_state_file_over(tmp_path: Path) -> None:
+def test_a_new_daemon_loads_the_state_file_of_another(tmp_path: Path) -> None:
     async def main() -> None:
         state = tmp_path / "state.json"
         async with requestor(single_provider(Fault(kind="late-bill", seconds=0.3)), tmp_path, state=state) as client:
@@ -107,16 +109,16 @@ def test_another_daemon_takes_a_state_file_over(tmp_path: Path) -> None:
         async with requestor(single_provider(), tmp_path, state=state) as client:
             assert (client.devnet.app_key, client.devnet.url) == (key, url)
             assert (await client.request_ok("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
-            assert await client.invoice() is not None  # owed by the first
+            assert await client.invoice() is not None  # for the agreement of the first daemon
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}'])
-def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_state_file_is_rejected(tmp_path: Path, text: str) -> None:
     async def main() -> None:
         (tmp_path / "state.json").write_text(text)
-        async with run_devnet(single_provider(), folder=tmp_path, state=tmp_path / "state.json"):
+        async with Devnet(single_provider(), folder=tmp_path, state=tmp_path / "state.json"):
             pass
 
     with pytest.raises(ConfigError, match="state"):
@@ -126,12 +128,12 @@ def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
 # The daemon's faults
 
 
-def test_calls_fail_hang_and_are_cut_off_as_the_scenario_says(tmp_path: Path) -> None:
+def test_calls_fail_hang_and_are_aborted_as_the_scenario_says(tmp_path: Path) -> None:
     faults = (
         Fault(kind="http-500", path="GET */invoiceEvents", after=1, times=1),
         Fault(kind="http-hang", path="GET /me", times=1),
         Fault(kind="http-hang", path="GET /version/get", seconds=0.1),
-        Fault(kind="gone", path="GET */demands", times=2),  # aiohttp's client tries once more
+        Fault(kind="gone", path="GET */demands", times=2),  # aiohttp's client retries once
     )
 
     async def main() -> None:
@@ -152,7 +154,7 @@ def test_calls_fail_hang_and_are_cut_off_as_the_scenario_says(tmp_path: Path) ->
     asyncio.run(main())
 
 
-def test_a_vanished_activity_holds_the_daemon_up_neither_in_calls_nor_at_its_end(tmp_path: Path) -> None:
+def test_a_vanished_activity_blocks_neither_other_calls_nor_the_end_of_its_agreement(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(Fault(kind="vanish-http")), tmp_path) as client:
             agreement_id = await client.agree(await client.subscribe())
@@ -176,7 +178,7 @@ def test_a_vanished_activity_holds_the_daemon_up_neither_in_calls_nor_at_its_end
 # The journal
 
 
-def test_every_call_stands_in_the_journal(tmp_path: Path) -> None:
+def test_every_call_is_in_the_journal(tmp_path: Path) -> None:
     async def main() -> None:
         file = tmp_path / "logs" / "journal.jsonl"
         async with requestor(single_provider(), tmp_path, journal=file) as client:
@@ -197,7 +199,7 @@ def test_every_call_stands_in_the_journal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_is_ready_when_its_file_is_there_and_ends_cleanly(tmp_path: Path, number: int) -> None:
+def test_the_command_writes_its_env_file_when_ready_and_ends_cleanly(tmp_path: Path, number: int) -> None:
     file, temporary = tmp_path / "env.sh", tmp_path / "tmp"
     temporary.mkdir()
     file.write_text("old")
@@ -213,8 +215,8 @@ def test_the_command_is_ready_when_its_file_is_there_and_ends_cleanly(tmp_path: 
         assert program.stderr is not None
         ready = program.stderr.readline()
         shown = file.read_text()
-        look = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
-        found = subprocess.run(["sh", "-c", look, "sh", str(file)], capture_output=True, text=True, check=True)
+        commands = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
+        found = subprocess.run(["sh", "-c", commands, "sh", str(file)], capture_output=True, text=True, check=True)
         program.send_signal(number)
         out, errors = program.communicate(timeout=20)
     finally:
@@ -233,11 +235,35 @@ def test_the_command_is_ready_when_its_file_is_there_and_ends_cleanly(tmp_path: 
     [
         (["--scenario", "absent.toml"], "absent.toml"),
         (["--providers", "0"], "0 is not in the range"),
-        (["--providers", "1", "--scenario", "absent.toml"], "beside"),
+        (["--providers", "1", "--scenario", "absent.toml"], "together"),
     ],
 )
-def test_the_command_refuses_what_makes_no_sense(tmp_path: Path, arguments: list[str], reason: str) -> None:
+def test_the_command_rejects_invalid_options(tmp_path: Path, arguments: list[str], reason: str) -> None:
     done = subprocess.run([str(MLG), "devnet", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
 
     assert done.returncode == 2
     assert reason in done.stderr
+
+
+def test_the_command_names_the_extra_when_aiohttp_is_missing(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; import mlg; mlg.main(['devnet'])"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "scripts/setup devnet" in done.stderr and "mlg[devnet]" in done.stderr
+
+
+def test_only_the_command_imports_the_devnet_and_only_in_functions() -> None:
+    found = set()
+    for folder in ("provider_image", "store", "server", "batcher", "cli", "mlg_client"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if re.search(r"^\s*(from|import) devnet\b", path.read_text(), re.MULTILINE):
+                found.add(str(path.relative_to(ROOT)))
+    code = "import sys, cli.devnet; sys.exit(any(name.split('.')[0] == 'devnet' for name in sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+
+    assert found == {"cli/devnet.py"}
+    assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Exe-units and gftp servers for the tests, and the commands that yapapi would send."""
+"""Exe-units and gftp servers for tests, and the commands that yapapi sends."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from devnet.faults import Faults
 from devnet.gftp import write_program
 from devnet.provider.exe_unit import ExeUnit
-from devnet.scenario import Fault, ProviderPlan
-from devnet.transfers import Transfers
+from devnet.scenario import Fault, FaultSchedule, ProviderPlan
 
 BOOT_COMMANDS: list[dict[str, Any]] = [{"deploy": {}}, {"start": {"args": []}}]
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
-#: Writes a mark and does not end; the mark says that it has begun.
+#: A command that creates the file `begun` and never ends.
 FOREVER = "touch /golem/work/begun; while :; do sleep 60; done"
 
 
@@ -37,7 +35,7 @@ def transfer(source: str, target: str) -> dict[str, Any]:
 
 
 class GftpProcess:
-    """A `gftp server`, started as yapapi starts it."""
+    """A `gftp server` process, started as yapapi starts it."""
 
     def __init__(self, folder: Path) -> None:
         write_program(folder / "bin", folder / "exchange")
@@ -56,9 +54,9 @@ class GftpProcess:
         return json.loads(self.process.stdout.readline())
 
     def call(self, method: str, **params: Any) -> Any:
-        answer = self.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": 495}))
-        assert answer["jsonrpc"] == "2.0" and answer["id"] == 495
-        return answer["result"] if "result" in answer else answer["error"]
+        response = self.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": 495}))
+        assert response["jsonrpc"] == "2.0" and response["id"] == 495
+        return response["result"] if "result" in response else response["error"]
 
     def publish(self, path: Path) -> str:
         [link] = self.call("publish", files=[str(path)])
@@ -71,7 +69,7 @@ class GftpProcess:
         return link["url"]
 
     def end(self) -> int:
-        """Close its standard input and wait."""
+        """Close its standard input and wait for its end. :return: the exit status."""
         self.process.stdin.close()
         status = self.process.wait(10)
         self.process.stdout.close()
@@ -82,7 +80,7 @@ class GftpProcess:
 async def exe_unit(
     folder: Path,
     *faults: Fault,
-    shared_faults: Faults | None = None,
+    shared_faults: FaultSchedule | None = None,
     environment: dict[str, str] | None = None,
     cpus: frozenset[int] | None = None,
     activity_id: str = "activity",
@@ -90,13 +88,13 @@ async def exe_unit(
     on_crash: Any = None,
     **plan: Any,
 ) -> AsyncIterator[ExeUnit]:
-    """Give an exe-unit, by default one that is deployed and started; ends it afterwards."""
+    """Make an exe-unit, by default deployed and started, and end it after the block."""
     unit = ExeUnit(
         activity_id,
         plan=ProviderPlan(name="alpha", faults=faults, **plan),
         folder=folder / activity_id,
-        transfers=Transfers(folder / "exchange"),
-        faults=shared_faults or Faults({"alpha": faults}),
+        exchange=folder / "exchange",
+        faults=shared_faults or FaultSchedule({"alpha": faults}),
         environment=environment or {"PATH": os.defpath},
         cpus=cpus,
         on_crash=on_crash,
@@ -111,7 +109,7 @@ async def exe_unit(
 
 
 async def run_batch(unit: ExeUnit, *commands: dict[str, Any]) -> list[dict[str, Any]]:
-    """Send a batch and return its results when it is finished."""
+    """Run a batch and return its results when it is finished."""
     results = await unit.results(await unit.execute(list(commands)), 60)
     assert results[-1]["isBatchFinished"]
     return results
