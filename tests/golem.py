@@ -1,4 +1,4 @@
-"""The golem executor on a devnet, both in the event loop of a test, with a real store between them."""
+"""A harness with the golem executor, a devnet and a real store, in the event loop of a test."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ MODEL = "efficientnet_lite0"
 
 
 def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **fields: Any) -> ProviderPlan:
-    """Make a provider of one core."""
+    """Make a provider with one core."""
     return ProviderPlan(
         name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **fields
     )
 
 
 def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
-    """Make a devnet's plan."""
+    """Make a devnet's scenario."""
     return Scenario(providers=providers, faults=faults, **fields)
 
 
 def make_image(color: int = 40) -> bytes:
-    """Make a small picture."""
+    """Make a small image."""
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, color % 256)).save(file, "PNG")
     return file.getvalue()
@@ -52,12 +52,12 @@ async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is true."""
     deadline = time.monotonic() + seconds
     while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         await asyncio.sleep(0.02)
 
 
 class GolemHarness:
-    """A devnet, a store and an executor that has been started."""
+    """A devnet, a store and a started executor."""
 
     def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
         self.devnet = devnet
@@ -78,7 +78,7 @@ class GolemHarness:
         data: bytes | None = None,
         model: str = MODEL,
     ) -> Job:
-        """Make a job whose results are checked as the batcher checks them."""
+        """Make a job that checks its results as the batcher does."""
         chunk = self.folder / f"{name}.chunk.zip"
         digest = find_artefact(self.models, model).digest
         items = [ChunkItem(number=number, inputs={"image": data or make_image(number)}) for number in range(images)]
@@ -98,7 +98,7 @@ class GolemHarness:
         )
 
     async def run(self, *names: str, **options: Any) -> list[Outcome]:
-        """Run jobs side by side."""
+        """Run jobs in parallel."""
         return await asyncio.gather(*(self.executor.run(self.job(name, **options)) for name in names))
 
     def next_executor(self, **settings: Any) -> GolemExecutor:
@@ -106,7 +106,7 @@ class GolemHarness:
         return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
 
     def paid(self) -> Decimal:
-        """Return what the daemon says was paid."""
+        """Return what was paid, according to the daemon."""
         return sum(self.devnet.payment.paid.values(), Decimal(0))
 
 
@@ -114,9 +114,9 @@ class GolemHarness:
 async def devnet_and_store(
     plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
-    """Run a devnet beside a store until the block ends.
+    """Run a devnet and open a store until the block ends.
 
-    :param models: the folder of artefacts, which the providers have.
+    :param models: the folder of artefacts, for the providers.
     """
     providers_home = folder / "providers"
     providers_home.mkdir()
@@ -143,7 +143,7 @@ async def golem(
 ) -> AsyncIterator[GolemHarness]:
     """Run a devnet and an executor until the block ends.
 
-    :param models: the folder of artefacts, which the providers have too.
+    :param models: the folder of artefacts, for the executor and the providers.
     :param settings: of `GolemSettings`.
     """
     async with devnet_and_store(plan, folder, models, environment=environment) as (devnet, store):
@@ -157,7 +157,7 @@ async def golem(
 
 @contextlib.contextmanager
 def gftp_on_path(devnet: Devnet) -> Any:
-    """Have the devnet's gftp on the PATH, where yapapi looks for it."""
+    """Put the devnet's gftp on the PATH, where yapapi looks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", devnet.variables["PATH"])
         yield
@@ -166,7 +166,7 @@ def gftp_on_path(devnet: Devnet) -> Any:
 def make_executor(
     devnet: Devnet, store: SqliteStore, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
 ) -> GolemExecutor:
-    """Make an executor for a devnet, with waits that are short enough for a test."""
+    """Make an executor for a devnet, with waits short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
     base = BatcherSettings.from_env(variables)
     short_waits: dict[str, Any] = {"idle_seconds": 5.0, "start_seconds": 20.0, "offer_seconds": 20.0, **settings}

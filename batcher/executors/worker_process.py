@@ -1,7 +1,7 @@
-"""One warm process on this machine, and the conversation with it.
+"""One warm worker process on this machine, and the communication with it.
 
-Used by `local.py`. The process is `mlg-provider serve`: the same door that every provider has. Its standard input is a
-pipe held here, so that it ends with this process, however that ends.
+Used by `local.py`. The process is `mlg-provider serve`, the same program as on a provider. Its standard input is a pipe
+from this process, so it ends when this process ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import json
 import logging
 import os
 import shutil
-import signal
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batcher.subprocesses import child_environment, module_command
+from batcher.subprocesses import child_environment, exit_description, module_command
 from provider_image.errors import WorkerDied
 from provider_image.runtime_paths import socket_path
 
 log = logging.getLogger(__name__)
 
-#: A process must listen within this time after it was started; importing takes a tenth of a second.
+#: A process must listen within this time after its start; importing takes a tenth of a second.
 START_SECONDS = 60.0
-#: A process that was told to end is killed after this time.
+#: A process that was asked to end is killed after this time.
 STOP_SECONDS = 2.0
 _MAX_LINE_BYTES = 1024 * 1024
 
 
 class WorkerProcess:
-    """A warm process, from its start to its end; a new one is made for each process."""
+    """A warm process, from its start to its end; a new object for each process."""
 
     def __init__(
         self, number: int, folder: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
@@ -41,7 +40,7 @@ class WorkerProcess:
         options = ["--place", str(folder), "--models", str(models), "--threads", str(threads)]
         options += ["--precision", precision]
         self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
-        # Not settings: what the child gets is our own environment with one folder added.
+        # Not a setting: the child gets our own environment with one folder added.
         self._environment = child_environment(os.environ, extra)
         self._process: asyncio.subprocess.Process | None = None
         self._output_readers: list[asyncio.Task[None]] = []
@@ -49,7 +48,7 @@ class WorkerProcess:
         self._last_stderr_line = ""
 
     async def start(self) -> None:
-        """Start the process and wait until it listens. :raises WorkerDied: it does not; says its last words."""
+        """Start the process and wait until it listens. :raises WorkerDied: it does not; quotes its last output."""
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -57,7 +56,7 @@ class WorkerProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 env=self._environment,
-                # Ctrl-C reaches every process of the terminal's group; only the batcher shall act on it.
+                # Ctrl-C reaches every process of the terminal's group; only the batcher must handle it.
                 start_new_session=True,
             )
         except OSError as error:
@@ -74,7 +73,7 @@ class WorkerProcess:
             for wait in waits:
                 wait.cancel()
         if not self._is_ready.is_set():
-            how = await self._exit_description() if self._process.returncode is not None else "did not get ready"
+            how = await self._exit_description() if self._process.returncode is not None else "was not ready in time"
             raise WorkerDied(f"A worker process {how} at its start. {self._last_stderr_line}".strip())
 
     @property
@@ -84,7 +83,7 @@ class WorkerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """True when the process was started and is no more."""
+        """True when the process was started and has ended."""
         return self._process is not None and self._process.returncode is not None
 
     async def wait(self) -> None:
@@ -93,7 +92,7 @@ class WorkerProcess:
             await self._process.wait()
 
     async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
-        """Have one chunk worked on and return the reply. :raises WorkerDied: the process ended before it replied."""
+        """Run one chunk and return the reply. :raises WorkerDied: the process ended before it replied."""
         received = b""
         try:
             reader, writer = await asyncio.open_unix_connection(str(socket_path(self._folder)), limit=_MAX_LINE_BYTES)
@@ -112,10 +111,10 @@ class WorkerProcess:
                 reply = json.loads(received)
                 if isinstance(reply, dict):
                     return reply
-        raise WorkerDied(f"The worker process {await self._exit_description()} in the middle of the chunk.")
+        raise WorkerDied(f"The worker process {await self._exit_description()} during the chunk.")
 
     async def stop(self, *, is_forced: bool = False) -> None:
-        """End the process, wait for it, and remove what it has left."""
+        """End the process, wait for it, and remove its files."""
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -143,18 +142,15 @@ class WorkerProcess:
             async with asyncio.timeout(STOP_SECONDS):
                 status = await self._process.wait()
         except TimeoutError:
-            return "stopped answering"
-        if status >= 0:
-            return f"ended with status {status}"
-        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-        return f"was killed by {name}"
+            return "stopped responding"
+        return exit_description(status)
 
     async def _read_stdout(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
             if line == "ready":
                 self._is_ready.set()
             else:
-                log.info("worker %d says: %s", self.number, line)
+                log.info("worker %d: %s", self.number, line)
 
     async def _log_stderr(self, stream: asyncio.StreamReader) -> None:
         async for line in _lines(stream):
@@ -163,7 +159,7 @@ class WorkerProcess:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Iterate over lines of any length; StreamReader.readline gives up on long ones, and then the pipe would fill."""
+    """Iterate over lines of any length; StreamReader.readline fails on long ones, and the pipe would fill up."""
     buffer = b""
     while data := await stream.read(65536):
         *lines, buffer = (buffer + data).split(b"\n")

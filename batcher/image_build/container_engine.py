@@ -1,6 +1,6 @@
-"""The container engine of this machine: docker, podman or buildah, whichever is there and works.
+"""The container engine of this machine: docker, podman or buildah, the first that works.
 
-Used by `images.py`. The engine's own output goes to standard error as it comes, so that standard output is ours.
+Used by `builder.py`. The engine's output goes to standard error, so that standard output has only that of mlg.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from pathlib import Path
 from batcher.errors import ContainerImageError
 from provider_image.errors import ConfigError
 
-#: Engine -> arguments that succeed only when it works, in the order of preference.
+#: Engine -> arguments that succeed only if it works; in order of preference.
 _PROBES: Mapping[str, Sequence[str]] = {
     "docker": ("version", "--format", "{{.Server.Version}}"),
     "podman": ("info",),
     "buildah": ("info",),
 }
-#: A service that hangs must not hang us.
+#: Timeout of a probe.
 _PROBE_SECONDS = 30.0
 _STANDARD_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEngine:
-    """An engine that works."""
+class ContainerEngine:
+    """A working engine."""
 
     #: docker, podman or buildah.
     name: str
-    #: The program, as it is started.
+    #: Path of the program.
     program: str
 
     def build(self, context: Path, arguments: Mapping[str, str], *options: str) -> None:
         """Build the Dockerfile `provider_image/Dockerfile` of a context.
 
-        :param arguments: the Dockerfile's.
-        :param options: further options, equal for all engines.
-        :raises ContainerImageError: the engine failed; it has said why on standard error.
+        :param arguments: build arguments of the Dockerfile.
+        :param options: further options, the same for all engines.
+        :raises ContainerImageError: the engine failed; its output on standard error says why.
         """
-        # Without --layers buildah would compile the models anew in every build.
+        # Without --layers buildah would compile the models again in every build.
         start = ["bud", "--layers"] if self.name == "buildah" else ["build"]
         given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
         file = str(context / "provider_image" / "Dockerfile")
@@ -51,13 +51,13 @@ class ImageEngine:
             [self.program, *start, "--file", file, *given, *options, str(context)],
             stdin=subprocess.DEVNULL,
             stdout=_STANDARD_ERROR,
-            # Docker before version 23 has BuildKit, which exports a stage's files, but uses it only when told.
+            # Docker before version 23 uses BuildKit, which can export a stage's files, only if this is set.
             env={**os.environ, "DOCKER_BUILDKIT": "1"},
             check=False,
         )
         if result.returncode:
             raise ContainerImageError(
-                f"{self.name} could not build the image (exit status {result.returncode}). Its output above says why."
+                f"{self.name} could not build the image (exit status {result.returncode}). See its output above."
             )
 
     def labels(self, image: str) -> dict[str, str]:
@@ -78,16 +78,17 @@ class ImageEngine:
             return {str(name): str(value) for name, value in (config.get("Labels") or {}).items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ContainerImageError(
-                f"{self.name} describes the image {image} in a way that mlg cannot read."
+                f"mlg cannot read how {self.name} describes the image {image}. "
+                "Try another engine with MLG_IMAGE_ENGINE."
             ) from error
 
 
-def find_engine(wanted: str = "") -> ImageEngine:
+def find_engine(wanted: str = "") -> ContainerEngine:
     """Find an engine that works.
 
     :param wanted: its name or path; empty takes the first of docker, podman and buildah that works.
-    :raises ContainerImageError: there is none, or it does not run.
-    :raises ConfigError: mlg does not know the engine that is wanted.
+    :raises ContainerImageError: there is none, or it does not work.
+    :raises ConfigError: mlg does not support the wanted engine.
     """
     if wanted and Path(wanted).name not in _PROBES:
         raise ConfigError(f"MLG_IMAGE_ENGINE={wanted!r} is none of {', '.join(_PROBES)}.")
@@ -98,13 +99,13 @@ def find_engine(wanted: str = "") -> ImageEngine:
             continue
         reason = _probe_failure(program, _PROBES[name])
         if reason is None:
-            return ImageEngine(name=name, program=program)
+            return ContainerEngine(name=name, program=program)
         failures.append(f"{name} is installed but does not work ({reason}).")
     if failures:
-        raise ContainerImageError(f"{' '.join(failures)} Start it, or see that you may use it.")
+        raise ContainerImageError(f"{' '.join(failures)} Start it, and check that this user may use it.")
     if wanted:
         raise ContainerImageError(f"There is no program {wanted}, which MLG_IMAGE_ENGINE names. Install it.")
-    raise ContainerImageError("There is no container engine here. Install docker, podman or buildah.")
+    raise ContainerImageError("No container engine is installed. Install docker, podman or buildah.")
 
 
 def _probe_failure(program: str, probe: Sequence[str]) -> str | None:
@@ -119,7 +120,7 @@ def _probe_failure(program: str, probe: Sequence[str]) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {_PROBE_SECONDS:g} seconds"
+        return f"no response within {_PROBE_SECONDS:g} seconds"
     except OSError as error:
         return str(error)
     if result.returncode == 0:

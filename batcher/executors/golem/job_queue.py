@@ -1,7 +1,7 @@
-"""The chunks that wait for a computer, and which computer may have which.
+"""The queue of chunks that wait for a worker, and which provider may run which.
 
-Filled by `executor.py`, emptied by the hires. A chunk is never given twice to a provider that failed on it. Belongs to
-one event loop; nothing here waits for the network.
+`executor.py` fills it, `worker.py` takes from it. A chunk never goes to a provider that failed on it before. Belongs
+to one event loop; nothing here waits for the network.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from provider_image.errors import MlgError
 
 @dataclass(kw_only=True, eq=False)
 class QueuedJob:
-    """A job on its way to a provider, through all its attempts."""
+    """A job through all its attempts."""
 
     job: Job
-    #: Set when it is over; cancelled when the caller has lost interest.
+    #: Set when the job is over; cancelled when the caller no longer waits.
     outcome: asyncio.Future[Outcome]
-    #: Since when it waits for a provider, by the monotonic clock.
+    #: When it was queued, on the monotonic clock.
     waiting_since: float
-    #: Addresses of the providers that failed on it; it does not go there again.
+    #: Addresses of the providers that failed on it; they do not get it again.
     failed_on: set[str] = field(default_factory=set)
-    #: Providers that were banned for failing on it: if it fails everywhere, it was not their fault.
+    #: Addresses of the providers banned for it; lifted if the chunk itself is at fault.
     banned_providers: set[str] = field(default_factory=set)
-    #: Attempts that count, and all.
+    #: Attempts that failed through the provider, and all attempts.
     failures: int = 0
     attempts: int = 0
-    #: What the last attempt ended with.
+    #: How the last attempt ended.
     last_outcome: Outcome | None = None
-    #: Those who work on it now -> what to call when their answer is of no use any more, and whether they came second.
+    #: Address of a provider that runs it -> what stops that attempt, and whether it is a second attempt.
     running_attempts: dict[str, tuple[Callable[[], None], bool]] = field(default_factory=dict)
-    #: From then on, by the monotonic clock, an idle provider may try it too; None if nobody knows.
+    #: From then on, on the monotonic clock, an idle worker may run it too; None if unknown.
     straggler_at: float | None = None
 
     def complete(self, outcome: Outcome) -> None:
-        """Give the caller the outcome, unless there is one already, and call back who was outrun.
+        """Set the outcome, unless it is set already, and stop the other attempts.
 
-        Whoever came second and is not needed any more may as well finish: that costs less than a new start.
+        A second attempt that is no longer needed may finish: that costs less than a new start.
         """
         if not self.outcome.done():
             self.outcome.set_result(outcome)
@@ -51,13 +51,13 @@ class QueuedJob:
                 stop()
 
     def cancel(self) -> None:
-        """Tell all who work on it to stop."""
+        """Stop all attempts."""
         for stop, _ in list(self.running_attempts.values()):
             stop()
 
 
 class JobQueue:
-    """Errands by model, oldest first."""
+    """Queued jobs by model, oldest first."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[QueuedJob]] = {}
@@ -65,24 +65,24 @@ class JobQueue:
         self._change_event = asyncio.Event()
 
     def models(self) -> list[str]:
-        """List the models that something waits for."""
+        """List the models with queued jobs."""
         return [model for model in self._waiting if self.count(model)]
 
     def count(self, model: str) -> int:
-        """Count what waits for a model."""
+        """Count the queued jobs of a model."""
         return sum(1 for _ in self._active(model))
 
     def has_job_for(self, model: str, provider_id: str) -> bool:
-        """Tell whether something waits that this provider may have."""
+        """Return whether a job is queued that this provider may run."""
         return any(provider_id not in queued_job.failed_on for queued_job in self._active(model))
 
     def queued_jobs(self) -> Iterator[QueuedJob]:
-        """Go through all that waits."""
+        """Iterate over all queued jobs."""
         for model in list(self._waiting):
             yield from list(self._active(model))
 
     def put(self, queued_job: QueuedJob, *, is_retry: bool = False) -> None:
-        """Add an errand; one that comes back stands first."""
+        """Add a job; a retried job goes first."""
         queued_job.waiting_since = time.monotonic()
         queue = self._waiting.setdefault(queued_job.job.model, deque())
         if is_retry:
@@ -92,7 +92,7 @@ class JobQueue:
         self.notify()
 
     def pop(self, model: str, provider_id: str) -> QueuedJob | None:
-        """Take the oldest errand that this provider may have; None if there is none."""
+        """Remove and return the oldest job that this provider may run; None if there is none."""
         for queued_job in self._active(model):
             if provider_id not in queued_job.failed_on:
                 self._waiting[model].remove(queued_job)
@@ -102,10 +102,10 @@ class JobQueue:
     def start_attempt(
         self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float | None
     ) -> None:
-        """Note that a provider works on an errand.
+        """Record that a provider runs a job.
 
-        :param stop: called when its answer is of no use any more.
-        :param straggler_at: from then on the errand may be tried elsewhere at the same time.
+        :param stop: called when its answer is no longer needed.
+        :param straggler_at: from then on, on the monotonic clock, an idle worker may run the job too.
         """
         queued_job.attempts += 1
         queued_job.running_attempts[provider_id] = (stop, bool(queued_job.running_attempts))
@@ -113,15 +113,15 @@ class JobQueue:
         self._running.append(queued_job)
 
     def finish_attempt(self, queued_job: QueuedJob, provider_id: str) -> None:
-        """Note that a provider does not work on an errand any more."""
+        """Record that a provider no longer runs a job."""
         queued_job.running_attempts.pop(provider_id, None)
         if queued_job in self._running:
             self._running.remove(queued_job)
 
     def straggler(self, model: str, provider_id: str) -> QueuedJob | None:
-        """Return an errand that has been worked on for too long, for a provider that has nothing else to do.
+        """Return a job that runs for too long elsewhere, for an idle provider; None if there is none.
 
-        A second try is cheap then, and one hung provider does not keep everybody waiting at the end. Never a third.
+        A second attempt then costs little, and one provider that hangs does not delay the end. There is never a third.
         """
         now = time.monotonic()
         for queued_job in self._running:
@@ -139,7 +139,7 @@ class JobQueue:
         return None
 
     def remove(self, queued_jobs: Iterable[QueuedJob]) -> list[QueuedJob]:
-        """Take these out, wherever they stand. :return: those that were in."""
+        """Remove these from the queue. :return: those that were queued."""
         removed = []
         for queued_job in queued_jobs:
             queue = self._waiting.get(queued_job.job.model, deque())
@@ -149,14 +149,17 @@ class JobQueue:
         return removed
 
     def fail_all(self, error: MlgError, *, model: str | None = None) -> int:
-        """End everything that waits, through no fault of its own. :return: how many that were."""
+        """End all queued jobs without blame. :return: how many.
+
+        :param model: only the jobs of this model.
+        """
         failed = self.remove([each for each in self.queued_jobs() if model in (None, each.job.model)])
         for queued_job in failed:
-            queued_job.complete(Outcome(provider=None, seconds=0.0, error=error, is_blameless=True))
+            queued_job.complete(Outcome.not_run(error))
         return len(failed)
 
     async def wait_for_change(self, seconds: float) -> None:
-        """Wait until something was added, or so long."""
+        """Wait for a change, at most this long."""
         change_event = self._change_event
         try:
             async with asyncio.timeout(seconds):
@@ -165,7 +168,7 @@ class JobQueue:
             return
 
     def notify(self) -> None:
-        """Wake everybody who waits for a change."""
+        """Wake all that wait for a change."""
         change_event, self._change_event = self._change_event, asyncio.Event()
         change_event.set()
 
