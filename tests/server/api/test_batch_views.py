@@ -48,7 +48,7 @@ def send(client: flask.testing.FlaskClient, body: bytes, kind: str = "applicatio
     return client.post(URL + query, data=body, content_type=kind)
 
 
-def test_a_form_of_pictures_is_one_batch_with_an_id_for_each(
+def test_a_form_of_images_is_one_batch_with_an_id_for_each(
     client: flask.testing.FlaskClient, photos: dict[str, bytes]
 ) -> None:
     reply = client.post(URL, data=form(("a.jpg", photos["chelsea"]), ("b.jpg", photos["coffee"])))
@@ -61,7 +61,7 @@ def test_a_form_of_pictures_is_one_batch_with_an_id_for_each(
     assert (shown["batch_id"], shown["client_id"], shown["name"]) == (body["batch_id"], "b.jpg", "b.jpg")
 
 
-def test_a_client_id_in_a_form_names_the_picture_after_it(client: flask.testing.FlaskClient) -> None:
+def test_a_client_id_in_a_form_names_the_image_after_it(client: flask.testing.FlaskClient) -> None:
     body = (
         b'--x\r\nContent-Disposition: form-data; name="client_id"\r\n\r\nfirst\r\n'
         b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + picture(1) + b"\r\n"
@@ -73,7 +73,7 @@ def test_a_client_id_in_a_form_names_the_picture_after_it(client: flask.testing.
     assert [item["client_id"] for item in reply.get_json()["items"]] == ["first", "b.png"]
 
 
-def test_bad_items_are_refused_one_by_one_and_the_others_taken(
+def test_bad_items_are_refused_and_the_others_accepted(
     client: flask.testing.FlaskClient, settings: ServerSettings
 ) -> None:
     body = zipped(
@@ -100,7 +100,7 @@ def test_bad_items_are_refused_one_by_one_and_the_others_taken(
     assert (shown["total"], shown["counts"]["refused"], shown["counts"]["queued"]) == (2, 3, 2)
 
 
-def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> None:
+def test_an_archive_may_be_sent_in_a_form(client: flask.testing.FlaskClient) -> None:
     archive = (io.BytesIO(zipped(("a.png", picture(1)))), "all.zip")
 
     reply = client.post(URL, data={"archive": archive})
@@ -109,7 +109,7 @@ def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> Non
 
 
 @pytest.mark.parametrize("position", [1, 25])
-def test_twins_are_refused_by_name_and_nothing_is_kept(
+def test_duplicate_client_ids_are_refused_and_nothing_is_kept(
     client: flask.testing.FlaskClient, stored_state: Callable[[], tuple[list[str], int]], position: int
 ) -> None:
     images = [(f"{n}.png", picture(n)) for n in range(position)]
@@ -176,7 +176,7 @@ def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     assert stored_state() == ([], 0)
 
 
-def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.FlaskClient) -> None:
+def test_an_entry_with_a_false_size_fails_alone(client: flask.testing.FlaskClient) -> None:
     good = zipped(("a.png", picture(1)), ("b.png", picture(2)))
     lying = bytearray(good)
     place = lying.index(b"PK\x01\x02")
@@ -187,7 +187,7 @@ def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.Fla
     assert [item["code"] for item in reply["items"]] == ["broken_image", None]
 
 
-def test_lines_of_addresses_are_fetched_and_each_fails_alone(
+def test_lines_of_urls_are_fetched_and_each_fails_alone(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dataclasses import replace
@@ -233,7 +233,7 @@ def test_a_batch_shows_its_progress_and_then_its_end(
     assert [row["batch_id"] for row in client.get("/batches").get_json()["batches"]] == [ended["batch_id"]]
 
 
-def test_results_are_lines_and_rows_that_can_be_read_on_from_a_mark(
+def test_results_are_lines_and_rows_that_can_be_resumed_from_a_cursor(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     reply = send(client, zipped(*((f"{n}.png", picture(n)) for n in range(3)))).get_json()
@@ -254,7 +254,7 @@ def test_results_are_lines_and_rows_that_can_be_read_on_from_a_mark(
     assert client.get(f"{url}/results.jsonl?after=x").status_code == 400
 
 
-def test_a_batch_is_cancelled_tried_again_and_deleted(
+def test_a_batch_is_cancelled_retried_and_deleted(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
 ) -> None:
     first = send(client, zipped(("a.png", picture(1)))).get_json()["status_url"]
@@ -270,7 +270,7 @@ def test_a_batch_is_cancelled_tried_again_and_deleted(
     assert client.get(first).get_json()["code"] == "unknown_batch"
 
 
-def test_a_sheet_shows_the_pictures_with_their_labels(
+def test_a_contact_sheet_shows_the_images_with_their_labels(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     from PIL import Image
@@ -285,7 +285,7 @@ def test_a_sheet_shows_the_pictures_with_their_labels(
     assert len(sheet.getcolors(100_000) or ()) > 500
 
 
-def test_a_deadline_and_a_time_to_keep_are_taken_and_bad_ones_refused(
+def test_a_deadline_and_keep_seconds_are_accepted_and_bad_ones_refused(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     reply = send(client, zipped(("a.png", picture(1))), query="?deadline=30&keep_seconds=60").get_json()
@@ -308,9 +308,7 @@ def test_a_deadline_and_a_time_to_keep_are_taken_and_bad_ones_refused(
         assert send(client, zipped(("a.png", picture(1))), query=f"?{query}").status_code == 400, query
 
 
-def test_a_batch_leaves_no_file_beside_its_pictures(
-    client: flask.testing.FlaskClient, settings: ServerSettings
-) -> None:
+def test_a_batch_leaves_no_file_beside_its_images(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
     send(client, zipped(("a.png", picture(1)), ("b.txt", b"no")))
 
     files = [path for path in settings.home.rglob("*") if path.is_file() and Path("models") not in path.parents]
@@ -320,7 +318,7 @@ def test_a_batch_leaves_no_file_beside_its_pictures(
     }
 
 
-def test_what_belongs_to_another_key_is_not_there(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: SqliteStore) -> None:
     from store.keys import KeyRecord, Scope, hash_key, make_key
 
     client = create_app(settings, store).test_client()

@@ -65,7 +65,7 @@ def references(inside: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> None:
+def test_every_view_has_an_operation(client: flask.testing.FlaskClient) -> None:
     app = client.application
 
     silent = [
@@ -75,7 +75,7 @@ def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> No
     assert silent == []
 
 
-def test_every_address_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
+def test_every_path_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     app = client.application
     expected = {
         openapi_path(rule)
@@ -88,7 +88,7 @@ def test_every_address_for_programs_is_described(client: flask.testing.FlaskClie
     assert len(ids) == len(set(ids))
 
 
-def test_the_document_is_valid_and_its_references_lead_somewhere(document: dict[str, Any]) -> None:
+def test_the_document_is_valid_and_its_references_resolve(document: dict[str, Any]) -> None:
     from openapi_spec_validator import validate
 
     validate(document)
@@ -101,7 +101,7 @@ def test_the_document_is_valid_and_its_references_lead_somewhere(document: dict[
             check(example, name)
 
 
-def test_the_document_is_served_as_it_is_made(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
+def test_the_document_is_served_as_it_is_built(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     response = client.get("/openapi.json")
 
     assert (response.status_code, response.mimetype) == (200, "application/json")
@@ -122,7 +122,7 @@ def test_parameters_come_from_the_services_and_models_from_the_catalogue(documen
     assert {"200", "400", "404", "500", "503"} <= document["paths"]["/readPrediction/{id}"]["get"]["responses"].keys()
 
 
-def test_examples_can_be_typed_as_they_stand(document: dict[str, Any]) -> None:
+def test_examples_run_as_they_are(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
         for method, said in item.items():
             curl, python = (sample["source"] for sample in said["x-codeSamples"])
@@ -142,7 +142,7 @@ def form(data: bytes) -> dict[str, Any]:
     return {"image": (io.BytesIO(data), "kitten.jpg")}
 
 
-def test_answers_about_a_request_fit_whatever_its_status(
+def test_responses_about_a_request_match_the_schemas_for_every_status(
     client: flask.testing.FlaskClient,
     photos: dict[str, bytes],
     answer: Callable[..., list[str]],
@@ -178,12 +178,12 @@ def test_answers_about_a_request_fit_whatever_its_status(
         check(shown, "Request")
 
 
-def test_answers_about_the_server_fit(client: flask.testing.FlaskClient) -> None:
+def test_responses_about_the_server_match_the_schemas(client: flask.testing.FlaskClient) -> None:
     for address, name in (("/", "Index"), ("/models", "Models"), ("/healthz", "Health"), ("/readyz", "Readiness")):
         check(client.get(address).json, name)
 
 
-def test_answers_about_batches_and_lists_fit(
+def test_responses_about_batches_and_lists_match_the_schemas(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     files = [(io.BytesIO(photos["rocket"]), "a.jpg"), (io.BytesIO(b"Dear kitten"), "letter.jpg")]
@@ -208,7 +208,7 @@ def test_answers_about_batches_and_lists_fit(
 
 
 @pytest.mark.parametrize("address", ["/nowhere", "/readPrediction/unknown", "/readPrediction/unknown?wait=x"])
-def test_errors_fit(client: flask.testing.FlaskClient, address: str) -> None:
+def test_errors_match_the_schema(client: flask.testing.FlaskClient, address: str) -> None:
     check(client.get(address).json, "Error")
 
 
@@ -219,7 +219,7 @@ NOT_CALLED = re.compile(r"events|webhook", re.IGNORECASE)
 
 
 @pytest.mark.timeout(120)
-def test_requests_made_from_the_document_are_answered_as_it_says(
+def test_requests_generated_from_the_document_get_the_documented_responses(
     settings: ServerSettings, store: SqliteStore, document: dict[str, Any], photos: dict[str, bytes]
 ) -> None:
     import schemathesis
@@ -282,7 +282,7 @@ def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:
         assert client.get(address).status_code == 200, address
 
 
-def test_the_script_of_the_page_sends_what_the_forms_say() -> None:
+def test_the_script_of_the_page_sends_the_forms_fields() -> None:
     script = (Path(__file__).parents[3] / "server/pages/static/api.js").read_text()
 
     for word in ("path", "query", "json"):

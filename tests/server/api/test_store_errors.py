@@ -44,7 +44,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
+def test_a_full_disk_for_the_image_is_507(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
     picture = noise(200)
 
     with files_no_larger_than(50_000):
@@ -58,7 +58,7 @@ def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskC
     assert [len(left) if isinstance(left, list) else left for left in stored_state()] == [1, 1]
 
 
-def test_a_disk_that_is_full_for_the_row_leaves_no_row_and_nothing_that_the_sweep_would_not_take(
+def test_a_full_disk_for_the_row_leaves_no_row_and_only_what_the_sweep_removes(
     client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
 ) -> None:
     client.post(URL, data=noise(8), **RAW)
@@ -92,7 +92,7 @@ def test_a_locked_database_is_503_with_retry_after(
     assert client.post(URL, data=noise(8), **RAW).status_code == 202
 
 
-def test_reads_go_on_while_the_database_is_locked(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
+def test_reads_work_while_the_database_is_locked(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
     id = client.post(URL, data=noise(8), **RAW).json["req_id"]
 
     with contextlib.closing(sqlite3.connect(settings.database, isolation_level=None)) as other:

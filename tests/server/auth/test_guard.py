@@ -93,16 +93,16 @@ def send(client: flask.testing.FlaskClient, picture: bytes, key: str | None = No
 # Keys
 
 
-def test_without_any_key_in_the_store_everybody_may(client: flask.testing.FlaskClient, picture: bytes) -> None:
+def test_without_any_key_in_the_store_everybody_may_do_everything(
+    client: flask.testing.FlaskClient, picture: bytes
+) -> None:
     sent = send(client, picture)
 
     assert sent.status_code == 202
     assert client.get(sent.json["status_url"]).status_code == 200
 
 
-def test_from_the_first_key_on_nobody_may_without(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
-) -> None:
+def test_from_the_first_key_on_a_key_is_required(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
     key = make()
 
     refused, taken = send(client, picture), send(client, picture, key)
@@ -113,7 +113,7 @@ def test_from_the_first_key_on_nobody_may_without(
     assert taken.status_code == 202
 
 
-def test_revoking_the_last_key_does_not_open_the_door(
+def test_revoking_the_last_key_does_not_open_the_server(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
 ) -> None:
     make("alice")
@@ -122,7 +122,7 @@ def test_revoking_the_last_key_does_not_open_the_door(
     assert send(client, picture).status_code == 401
 
 
-def test_a_key_may_stand_in_either_header(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
+def test_a_key_may_be_in_either_header(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
     key = make()
 
     answers = [
@@ -138,7 +138,7 @@ def test_a_key_may_stand_in_either_header(client: flask.testing.FlaskClient, mak
     assert [answer.status_code for answer in answers] == [202, 202, 202]
 
 
-def test_a_key_that_is_not_right_is_refused_and_appears_nowhere(
+def test_a_wrong_key_is_refused_and_appears_nowhere(
     client: flask.testing.FlaskClient, make: Make, picture: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -186,7 +186,7 @@ def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStor
     assert key_cache.has_keys()
 
 
-def test_the_use_of_a_key_is_noted_in_the_store(
+def test_the_use_of_a_key_is_written_to_the_store(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make
 ) -> None:
     client.get("/readPrediction/x", headers=bearer(make()))
@@ -194,7 +194,7 @@ def test_the_use_of_a_key_is_noted_in_the_store(
     assert [key.last_used_at for key in store.list_keys()] == [NOW]
 
 
-def test_a_store_that_cannot_note_the_use_of_a_key_refuses_nobody(
+def test_a_failure_to_write_the_use_of_a_key_refuses_nobody(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -222,7 +222,7 @@ def test_health_and_the_first_page_are_open_to_everybody(
     ("scope", "sends", "reads", "cancels"),
     [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
 )
-def test_a_key_is_good_for_its_scopes_only(
+def test_a_key_is_limited_to_its_scopes(
     client: flask.testing.FlaskClient, make: Make, picture: bytes, scope: Scope, sends: int, reads: int, cancels: int
 ) -> None:
     key = make("one", scope)
@@ -237,9 +237,7 @@ def test_a_key_is_good_for_its_scopes_only(
         assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
 
 
-def test_a_view_that_says_nothing_of_itself_is_for_operators(
-    settings: ServerSettings, store: SqliteStore, make: Make
-) -> None:
+def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, store: SqliteStore, make: Make) -> None:
     app = create_app(settings, store)
     app.add_url_rule("/quiet", "quiet", lambda: "something")
     alice, operator = make("alice"), make("operator", Scope.OPERATE)
@@ -252,7 +250,7 @@ def test_a_view_that_says_nothing_of_itself_is_for_operators(
 # Owners
 
 
-def test_a_request_is_seen_with_its_own_key_or_an_operators_only(
+def test_a_request_is_visible_to_its_own_key_and_to_operators(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
 ) -> None:
     alice, bob, operator = make("alice"), make("bob"), make("operator", Scope.OPERATE)
@@ -276,7 +274,7 @@ def test_a_request_is_seen_with_its_own_key_or_an_operators_only(
     assert store.get(id).key_id == next(key.id for key in store.list_keys() if key.name == "alice")
 
 
-def test_what_was_sent_before_there_were_keys_is_for_operators(
+def test_requests_from_before_the_first_key_are_for_operators(
     settings: ServerSettings, store: SqliteStore, make: Make, picture: bytes
 ) -> None:
     id = send(create_app(settings, store).test_client(), picture).json["req_id"]
@@ -288,7 +286,7 @@ def test_what_was_sent_before_there_were_keys_is_for_operators(
     assert statuses == [404, 200]
 
 
-def test_a_foreign_request_looks_like_one_that_was_never_there(
+def test_a_request_of_another_key_looks_like_an_unknown_one(
     client: flask.testing.FlaskClient, make: Make, picture: bytes
 ) -> None:
     alice, bob = make("alice"), make("bob")
@@ -303,7 +301,7 @@ def test_a_foreign_request_looks_like_one_that_was_never_there(
 # Limits
 
 
-def test_a_quota_is_told_with_every_answer_and_ends_with_429(
+def test_a_quota_is_in_every_response_and_ends_with_429(
     client: flask.testing.FlaskClient, make: Make, picture: bytes, clock: Clock
 ) -> None:
     key = make(images_per_day=2)
@@ -327,7 +325,7 @@ def test_a_quota_is_told_with_every_answer_and_ends_with_429(
     assert tomorrow.status_code == 202
 
 
-def test_a_quota_refuses_before_the_picture_is_read(
+def test_a_quota_refuses_before_the_image_is_read(
     client: flask.testing.FlaskClient, make: Make, picture: bytes
 ) -> None:
     key = make(images_per_day=1)
@@ -338,7 +336,7 @@ def test_a_quota_refuses_before_the_picture_is_read(
     assert answer.status_code == 429
 
 
-def test_a_rate_is_told_with_every_answer_and_ends_with_429(
+def test_a_rate_is_in_every_response_and_ends_with_429(
     client: flask.testing.FlaskClient, make: Make, clock: Clock
 ) -> None:
     key = make(requests_per_minute=3)
@@ -357,21 +355,21 @@ def test_a_rate_is_told_with_every_answer_and_ends_with_429(
     assert next_minute.status_code == 404
 
 
-def test_both_limits_stand_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_both_limits_are_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
     answer = client.get("/readPrediction/x", headers=bearer(make(requests_per_minute=10, images_per_day=5)))
 
     assert answer.headers["RateLimit-Policy"] == '"requests-per-minute";q=10;w=60, "pictures-per-day";q=5;w=86400'
     assert answer.headers["RateLimit"] == '"requests-per-minute";r=9;t=45, "pictures-per-day";r=5;t=43185'
 
 
-def test_a_key_without_limits_is_told_of_none(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_a_key_without_limits_gets_no_headers(client: flask.testing.FlaskClient, make: Make) -> None:
     answer = client.get("/readPrediction/x", headers=bearer(make()))
 
     assert not [name for name, _ in answer.headers if name.startswith("RateLimit")]
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 100])
-def test_several_processes_together_keep_to_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
+def test_several_processes_together_keep_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
     make(requests_per_minute=per_minute)
     (key,) = store.list_keys()
     processes = [Limits(store) for _ in range(3)]
@@ -409,7 +407,7 @@ def test_a_process_asks_the_store_ten_times_a_minute_at_most(
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:5000", "127.0.0.1:5000", "127.0.0.2", "[::1]:5000", "LOCALHOST", "photos.lan:80"]
 )
-def test_an_open_server_answers_to_the_names_of_this_machine(
+def test_an_open_server_accepts_the_names_of_this_machine(
     settings: ServerSettings, store: SqliteStore, host: str
 ) -> None:
     app = create_app(replace(settings, allowed_hosts=frozenset({"photos.lan"})), store)
@@ -421,13 +419,13 @@ def test_an_open_server_answers_to_the_names_of_this_machine(
     "host",
     ["evil.example", "evil.example:5000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]"],
 )
-def test_a_name_that_leads_here_by_a_trick_is_refused(client: flask.testing.FlaskClient, host: str) -> None:
+def test_a_rebound_host_name_is_refused(client: flask.testing.FlaskClient, host: str) -> None:
     answer = client.get("/readPrediction/x", headers={"Host": host})
 
     assert (answer.status_code, answer.json["code"]) == (421, "wrong_host")
 
 
-def test_with_keys_any_name_will_do(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_with_keys_any_host_name_is_accepted(client: flask.testing.FlaskClient, make: Make) -> None:
     assert client.get("/readPrediction/x", headers={**bearer(make()), "Host": "mlg.example"}).status_code == 404
 
 
@@ -463,7 +461,7 @@ def test_own_pages_and_programs_may_send_to_an_open_server(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "mlg.example"])
-def test_a_server_for_other_machines_wants_keys_or_a_word(
+def test_a_server_for_other_machines_needs_keys_or_a_setting(
     settings: ServerSettings, store: SqliteStore, make: Make, host: str
 ) -> None:
     exposed = replace(settings, host=host)
@@ -476,12 +474,12 @@ def test_a_server_for_other_machines_wants_keys_or_a_word(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_a_server_for_this_machine_wants_none(settings: ServerSettings, store: SqliteStore, host: str) -> None:
+def test_a_server_for_this_machine_needs_no_keys(settings: ServerSettings, store: SqliteStore, host: str) -> None:
     check_exposure(replace(settings, host=host), store)
 
 
 @pytest.mark.parametrize(("is_open", "status"), [(False, 401), (True, 404)])
-def test_on_another_address_a_server_without_keys_is_open_only_if_told(
+def test_on_another_address_a_server_without_keys_is_open_only_by_setting(
     settings: ServerSettings, store: SqliteStore, is_open: bool, status: int
 ) -> None:
     app = create_app(replace(settings, host="0.0.0.0", is_open=is_open), store)
@@ -489,7 +487,7 @@ def test_on_another_address_a_server_without_keys_is_open_only_if_told(
     assert app.test_client().get("/readPrediction/x", headers={"Host": "mlg.example"}).status_code == status
 
 
-def test_keys_are_asked_for_even_if_the_server_was_told_to_be_open(
+def test_keys_are_required_even_if_the_server_is_set_to_be_open(
     settings: ServerSettings, store: SqliteStore, make: Make
 ) -> None:
     make()
@@ -512,7 +510,7 @@ def test_host_names_are_read_with_commas_between() -> None:
 # Every view
 
 
-def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_everybody(
+def test_every_view_requires_a_key_unless_it_is_open_to_everybody(
     settings: ServerSettings, store: SqliteStore, make: Make
 ) -> None:
     app = create_app(settings, store)
@@ -529,5 +527,5 @@ def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_
             assert (status == 401) is (said.scope is not None or path == "/login"), f"{method} {path}: {status}"
 
 
-def test_a_program_that_names_no_host_is_let_in(client: flask.testing.FlaskClient) -> None:
+def test_a_program_without_a_host_header_is_accepted(client: flask.testing.FlaskClient) -> None:
     assert client.get("/readPrediction/x", environ_overrides={"HTTP_HOST": ""}).status_code == 404
