@@ -1,4 +1,4 @@
-"""How addresses are reached and written."""
+"""Addresses as URLs."""
 
 from __future__ import annotations
 

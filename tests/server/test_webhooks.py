@@ -1,4 +1,4 @@
-"""Webhooks: signatures, a receiver that fails and works again, several senders, and the commands."""
+"""Webhooks: signatures, retries, several senders, and the commands."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def client(private: ServerSettings, store: SqliteStore) -> flask.testing.FlaskCl
     return create_app(private, store).test_client()
 
 
-def picture() -> bytes:
+def make_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), "olive").save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient, webhook: str | None = None) -> str:
-    fields = {"image": (io.BytesIO(picture()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
+    fields = {"image": (io.BytesIO(make_image()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
     response = client.post(f"/requestPrediction/{MODEL}", data=fields)
     assert response.status_code == 202, response.text
     id: str = response.json["req_id"]
@@ -220,7 +220,7 @@ def test_a_receiver_that_does_not_answer_is_given_up(receiver: Receiver) -> None
 
 
 def test_a_request_with_a_bad_webhook_is_refused(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
-    response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=picture(), content_type="image/png")
+    response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=make_image(), content_type="image/png")
 
     assert (response.status_code, response.json["code"]) == (400, "invalid_params")
     assert store.list() == []
@@ -425,11 +425,11 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
             made = http_client.post(
                 f"{running[number % 2].base}/requestPrediction/{MODEL}",
                 params={"webhook": receiver.url, "fresh": "1"},
-                content=picture(),
+                content=make_image(),
                 headers={"Content-Type": "image/png"},
             )
             ids.append(made.json()["req_id"])
-        files = [("image", (f"{number}.png", picture())) for number in range(3)]
+        files = [("image", (f"{number}.png", make_image())) for number in range(3)]
         batch = http_client.post(
             f"{running[0].base}/requestPredictions/{MODEL}?webhook={receiver.url}&fresh=1", files=files
         ).json()

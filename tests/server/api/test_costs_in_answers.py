@@ -1,4 +1,4 @@
-"""What a client is told of the cost, and a database that is older than money."""
+"""Costs in responses, and a database from before there were costs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def start_chunk(store: SqliteStore, id: str = "c1") -> None:
     )  # fmt: skip
 
 
-def answer_one(store: SqliteStore, data: bytes = b"picture", *, chunk_id: str = "c1") -> str:
+def answer_one(store: SqliteStore, data: bytes = b"image", *, chunk_id: str = "c1") -> str:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
     request = store.add(new, store.images.stage(data))
     (claim,) = store.claim(
@@ -88,7 +88,7 @@ def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClien
 
 def test_a_waiting_request_has_no_cost(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"image"))
 
     assert "cost" not in read(client, request.id)
 
@@ -105,7 +105,7 @@ def test_a_client_sees_the_notice_that_every_batcher_has_of_the_model(
         )
     )  # fmt: skip
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"image"))
 
     shown = read(client, request.id)
 

@@ -1,4 +1,4 @@
-"""Users' own models at the server: installed by a command, asked for in any spelling, listed, and missed when gone."""
+"""Custom models at the server: installed by a command, found in any spelling, listed, and reported when removed."""
 
 from __future__ import annotations
 

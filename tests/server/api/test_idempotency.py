@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: what is sent again under the same key is answered as the first time, and done once."""
+"""`Idempotency-Key`: a request that is sent again under the same key gets the first response, and is done once."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_a_server_error_is_not_stored_and_a_client_error_is(
     monkeypatch.undo()
 
     assert post(client, photos["rocket"]).status_code == 202
-    assert post(client, b"no picture", key="bad").status_code == 400
-    again = post(client, b"no picture", key="bad")
+    assert post(client, b"not an image", key="bad").status_code == 400
+    again = post(client, b"not an image", key="bad")
     assert (again.status_code, again.headers["Idempotent-Replayed"]) == (400, "true")
 
 

@@ -1,4 +1,4 @@
-"""The API's description: it is complete and valid, real answers fit it, and requests made from it get what it says."""
+"""The API description: complete, valid, and matched by real responses and by requests generated from it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_path_for_programs_is_described(client: flask.testing.FlaskClient,
     }
 
     assert document["paths"].keys() == expected
-    ids = [said["operationId"] for item in document["paths"].values() for said in item.values()]
+    ids = [described["operationId"] for item in document["paths"].values() for described in item.values()]
     assert len(ids) == len(set(ids))
 
 
@@ -110,8 +110,8 @@ def test_the_document_is_served_as_it_is_built(client: flask.testing.FlaskClient
 
 
 def test_parameters_come_from_the_services_and_models_from_the_catalogue(document: dict[str, Any]) -> None:
-    said = document["paths"]["/requestPrediction/{model}"]["post"]
-    fields = {one["name"]: one for one in said["parameters"]}
+    described = document["paths"]["/requestPrediction/{model}"]["post"]
+    fields = {one["name"]: one for one in described["parameters"]}
 
     assert set(fields["model"]["schema"]["examples"]) == set(CATALOGUE)
     for name in REGISTRY:
@@ -124,13 +124,15 @@ def test_parameters_come_from_the_services_and_models_from_the_catalogue(documen
 
 def test_examples_run_as_they_are(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
-        for method, said in item.items():
-            curl, python = (sample["source"] for sample in said["x-codeSamples"])
+        for method, described in item.items():
+            curl, python = (sample["source"] for sample in described["x-codeSamples"])
 
             words = shlex.split(curl)
             assert words[0] == "curl"
-            asked = words[words.index("-X") + 1] if "-X" in words else "POST" if {"-F", "-d"} & set(words) else "GET"
-            assert asked == method.upper()
+            used_method = (
+                words[words.index("-X") + 1] if "-X" in words else "POST" if {"-F", "-d"} & set(words) else "GET"
+            )
+            assert used_method == method.upper()
             assert re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), words[-1].removeprefix("http://127.0.0.1:5000"))
             ast.parse(python)
 
@@ -236,8 +238,8 @@ def test_requests_generated_from_the_document_get_the_documented_responses(
     for path in [path for path in described["paths"] if NOT_CALLED.search(path)]:
         del described["paths"][path]
     for item in described["paths"].values():
-        for said in item.values():
-            for one in said["parameters"]:
+        for call in item.values():
+            for one in call["parameters"]:
                 if one["in"] == "path":
                     choices = [MODEL] if one["name"] == "model" else [known, "unknown"]
                     one["schema"] = {"type": "string", "enum": choices}
@@ -245,13 +247,13 @@ def test_requests_generated_from_the_document_get_the_documented_responses(
     schema = schemathesis.openapi.from_dict(described)
     schema.app = client.application
     checks = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
-    asked = 0
+    calls_made = 0
     for found in schema.get_all_operations():
         one = found.ok()
 
-        def ask(case: Any) -> None:
-            nonlocal asked
-            asked += 1
+        def call(case: Any) -> None:
+            nonlocal calls_made
+            calls_made += 1
             response = case.call()
             case.validate_response(response, checks=checks)
 
@@ -262,8 +264,8 @@ def test_requests_generated_from_the_document_get_the_documented_responses(
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
-        bounded(given(case=one.as_strategy())(ask))()
-    assert asked > 20
+        bounded(given(case=one.as_strategy())(call))()
+    assert calls_made > 20
 
 
 def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:

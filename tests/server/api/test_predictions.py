@@ -1,4 +1,4 @@
-"""The HTTP API as a client sees it when all goes well."""
+"""The HTTP API without errors."""
 
 from __future__ import annotations
 

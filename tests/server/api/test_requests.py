@@ -1,4 +1,4 @@
-"""Looking through requests with the API: filters, pages, the facts of one, its picture, its end."""
+"""Requests through the API: filters, pages, details, the image, delete."""
 
 from __future__ import annotations
 

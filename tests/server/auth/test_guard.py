@@ -1,4 +1,4 @@
-"""Who may do what on the HTTP API: keys, scopes, owners, limits, and the guards of an open server."""
+"""Authentication and authorisation: keys, scopes, owners, limits, and the checks of an open server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def client(settings: ServerSettings, store: SqliteStore, clock: Clock) -> flask.
 
 
 @pytest.fixture
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 24), "navy").save(file, "PNG")
     return file.getvalue()
@@ -85,48 +85,48 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def send(client: flask.testing.FlaskClient, picture: bytes, key: str | None = None, **headers: str) -> Any:
+def send(client: flask.testing.FlaskClient, image: bytes, key: str | None = None, **headers: str) -> Any:
     known = {} if key is None else bearer(key)
-    return client.post(URL, data=picture, content_type="image/png", headers={**known, **headers})
+    return client.post(URL, data=image, content_type="image/png", headers={**known, **headers})
 
 
 # Keys
 
 
 def test_without_any_key_in_the_store_everybody_may_do_everything(
-    client: flask.testing.FlaskClient, picture: bytes
+    client: flask.testing.FlaskClient, image: bytes
 ) -> None:
-    sent = send(client, picture)
+    sent = send(client, image)
 
     assert sent.status_code == 202
     assert client.get(sent.json["status_url"]).status_code == 200
 
 
-def test_from_the_first_key_on_a_key_is_required(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
+def test_from_the_first_key_on_a_key_is_required(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make()
 
-    refused, taken = send(client, picture), send(client, picture, key)
+    refused, accepted = send(client, image), send(client, image, key)
 
     assert (refused.status_code, refused.json["code"]) == (401, "key_missing")
     assert refused.headers["WWW-Authenticate"] == 'Bearer realm="mlg"'
     assert "mlg keys create" in refused.json["reason"]
-    assert taken.status_code == 202
+    assert accepted.status_code == 202
 
 
 def test_revoking_the_last_key_does_not_open_the_server(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
 ) -> None:
     make("alice")
     store.revoke_key("alice", now=NOW)
 
-    assert send(client, picture).status_code == 401
+    assert send(client, image).status_code == 401
 
 
-def test_a_key_may_be_in_either_header(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
+def test_a_key_may_be_in_either_header(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make()
 
     answers = [
-        client.post(URL, data=picture, content_type="image/png", headers=headers)
+        client.post(URL, data=image, content_type="image/png", headers=headers)
         for headers in (
             {"Authorization": f"bearer {key}"},
             {"X-API-Key": key},
@@ -139,7 +139,7 @@ def test_a_key_may_be_in_either_header(client: flask.testing.FlaskClient, make: 
 
 
 def test_a_wrong_key_is_refused_and_appears_nowhere(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, caplog: pytest.LogCaptureFixture
+    client: flask.testing.FlaskClient, make: Make, image: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     key = make()
@@ -223,10 +223,10 @@ def test_health_and_the_first_page_are_open_to_everybody(
     [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
 )
 def test_a_key_is_limited_to_its_scopes(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, scope: Scope, sends: int, reads: int, cancels: int
+    client: flask.testing.FlaskClient, make: Make, image: bytes, scope: Scope, sends: int, reads: int, cancels: int
 ) -> None:
     key = make("one", scope)
-    sent = send(client, picture, key)
+    sent = send(client, image, key)
     id = sent.json.get("req_id", "x")
 
     read = client.get(f"/readPrediction/{id}", headers=bearer(key))
@@ -251,10 +251,10 @@ def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, 
 
 
 def test_a_request_is_visible_to_its_own_key_and_to_operators(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
 ) -> None:
     alice, bob, operator = make("alice"), make("bob"), make("operator", Scope.OPERATE)
-    id = send(client, picture, alice).json["req_id"]
+    id = send(client, image, alice).json["req_id"]
 
     def ask(key: str) -> list[int]:
         return [
@@ -275,9 +275,9 @@ def test_a_request_is_visible_to_its_own_key_and_to_operators(
 
 
 def test_requests_from_before_the_first_key_are_for_operators(
-    settings: ServerSettings, store: SqliteStore, make: Make, picture: bytes
+    settings: ServerSettings, store: SqliteStore, make: Make, image: bytes
 ) -> None:
-    id = send(create_app(settings, store).test_client(), picture).json["req_id"]
+    id = send(create_app(settings, store).test_client(), image).json["req_id"]
     client = create_app(settings, store).test_client()
     alice, operator = make("alice"), make("operator", Scope.OPERATE)
 
@@ -287,10 +287,10 @@ def test_requests_from_before_the_first_key_are_for_operators(
 
 
 def test_a_request_of_another_key_looks_like_an_unknown_one(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
+    client: flask.testing.FlaskClient, make: Make, image: bytes
 ) -> None:
     alice, bob = make("alice"), make("bob")
-    id = send(client, picture, alice).json["req_id"]
+    id = send(client, image, alice).json["req_id"]
 
     foreign = client.get(f"/readPrediction/{id}", headers=bearer(bob))
     absent = client.get(f"/readPrediction/{'0' * 32}", headers=bearer(bob))
@@ -302,14 +302,14 @@ def test_a_request_of_another_key_looks_like_an_unknown_one(
 
 
 def test_a_quota_is_in_every_response_and_ends_with_429(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, clock: Clock
+    client: flask.testing.FlaskClient, make: Make, image: bytes, clock: Clock
 ) -> None:
     key = make(images_per_day=2)
 
-    answers = [send(client, picture, key) for _ in range(3)]
+    answers = [send(client, image, key) for _ in range(3)]
     read = client.get("/readPrediction/x", headers=bearer(key))
     clock.now += timedelta(hours=12)
-    tomorrow = send(client, picture, key)
+    tomorrow = send(client, image, key)
 
     assert [answer.status_code for answer in answers] == [202, 202, 429]
     assert answers[2].json["code"] == "quota_reached"
@@ -325,11 +325,9 @@ def test_a_quota_is_in_every_response_and_ends_with_429(
     assert tomorrow.status_code == 202
 
 
-def test_a_quota_refuses_before_the_image_is_read(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
-) -> None:
+def test_a_quota_refuses_before_the_image_is_read(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make(images_per_day=1)
-    send(client, picture, key)
+    send(client, image, key)
 
     answer = client.post(URL, data=b"x" * 100_000_000, content_type="image/png", headers=bearer(key))
 
@@ -440,9 +438,9 @@ def test_with_keys_any_host_name_is_accepted(client: flask.testing.FlaskClient, 
     ],
 )
 def test_a_page_of_another_site_changes_nothing_on_an_open_server(
-    client: flask.testing.FlaskClient, store: SqliteStore, picture: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, store: SqliteStore, image: bytes, headers: dict[str, str]
 ) -> None:
-    answer = send(client, picture, **headers)
+    answer = send(client, image, **headers)
 
     assert (answer.status_code, answer.json["code"]) == (403, "cross_site")
     assert not store.list()
@@ -452,9 +450,9 @@ def test_a_page_of_another_site_changes_nothing_on_an_open_server(
     "headers", [{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": "http://localhost"}, {}]
 )
 def test_own_pages_and_programs_may_send_to_an_open_server(
-    client: flask.testing.FlaskClient, picture: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, image: bytes, headers: dict[str, str]
 ) -> None:
-    assert send(client, picture, **headers).status_code == 202
+    assert send(client, image, **headers).status_code == 202
 
 
 # Other machines
@@ -518,13 +516,13 @@ def test_every_view_requires_a_key_unless_it_is_open_to_everybody(
     client = app.test_client()
 
     for rule in app.url_map.iter_rules():
-        said = get_operation(app.view_functions[rule.endpoint])
-        assert said is not None, rule
+        described = get_operation(app.view_functions[rule.endpoint])
+        assert described is not None, rule
         path = re.sub("<.*?>", "x", rule.rule)
         for method in sorted((rule.methods or set()) - {"OPTIONS"}):
             status = client.open(path, method=method).status_code
 
-            assert (status == 401) is (said.scope is not None or path == "/login"), f"{method} {path}: {status}"
+            assert (status == 401) is (described.scope is not None or path == "/login"), f"{method} {path}: {status}"
 
 
 def test_a_program_without_a_host_header_is_accepted(client: flask.testing.FlaskClient) -> None:

@@ -200,13 +200,13 @@ def rewind(fields: dict[str, Any]) -> None:
 
 
 class Watched(io.BytesIO):
-    """A body that counts what was taken of it."""
+    """A body that counts the bytes that were read."""
 
-    taken = 0
+    bytes_read = 0
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         data = super().read(size)
-        self.taken += len(data)
+        self.bytes_read += len(data)
         return data
 
 
@@ -219,7 +219,7 @@ def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
     response = client.post(URL, input_stream=body, content_length=5_000_000, content_type=content_type)
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
-    assert body.taken == 0
+    assert body.bytes_read == 0
     assert stored_state() == ([], 0)
 
 
@@ -235,7 +235,7 @@ def test_an_undeclared_length_is_refused_while_reading(
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     # To its end, so that the client has sent all and reads the answer; but not for ever.
-    assert min(size, 35_000_000) <= body.taken < 36_000_000
+    assert min(size, 35_000_000) <= body.bytes_read < 36_000_000
     assert stored_state() == ([], 0)
 
 

@@ -1,4 +1,4 @@
-"""Forms are taken apart as Werkzeug and RFC 2046 do it."""
+"""Forms are parsed as by Werkzeug and RFC 2046."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching pictures by URL: what is refused by its spelling or its address, and what a hostile host may try."""
+"""Fetching images by URL: what is refused by its notation or its address, and what a hostile host may try."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_public_address_is_public(address: str) -> None:
         "::ffff:0:127.0.0.1",  # IPv4-translated
         "64:ff9b::7f00:1",
         "64:ff9b::169.254.169.254",
-        "64:ff9b:1::1",  # NAT64 of one's own network
+        "64:ff9b:1::1",  # NAT64 of a private network
         "100::1",
         "2001::1",  # Teredo
         "2001:2::1",
@@ -284,7 +284,7 @@ class Host:
         self.tls_context = ssl.create_default_context(cafile=str(certificate))
         self._listener = socket.create_server(("127.0.0.1", 0))
         #: What each connection asked for: request line and headers.
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         #: Addresses that were connected to.
         self.addresses: list[str] = []
         self._answers: list[bytes | Callable[[ssl.SSLSocket], None]] = []
@@ -325,7 +325,7 @@ class Host:
                     request = b""
                     while b"\r\n\r\n" not in request and (piece := secure.recv(4096)):
                         request += piece
-                    self.asked.append(request.decode())
+                    self.requests.append(request.decode())
                     answer = self._answers.pop(0)
                     if isinstance(answer, bytes):
                         secure.sendall(answer)
@@ -372,10 +372,10 @@ def redirect(where: str, status: int = 302) -> bytes:
 
 
 def test_an_image_is_fetched_from_the_address_that_was_checked(host: Host) -> None:
-    data = host.fetch(ok(b"a picture"), url=f"{URL}?size=1#part")
+    data = host.fetch(ok(b"an image"), url=f"{URL}?size=1#part")
 
-    lines = host.asked[0].split("\r\n")
-    assert data == b"a picture"
+    lines = host.requests[0].split("\r\n")
+    assert data == b"an image"
     assert host.addresses == [PUBLIC]
     assert lines[0] == "GET /kitten.jpg?size=1 HTTP/1.1"
     assert f"Host: {HOST}" in lines
@@ -510,10 +510,10 @@ def test_this_machine_is_not_connected_to_by_its_public_address(host: Host, monk
 @pytest.mark.parametrize("where", ["/b.jpg", f"https://{HOST}/b.jpg", f"https://{HOST}:443/b.jpg", "b.jpg", "?b.jpg"])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_on_the_same_host_is_followed(host: Host, where: str, status: int) -> None:
-    data = host.fetch(redirect(where, status), ok(b"a picture"))
+    data = host.fetch(redirect(where, status), ok(b"an image"))
 
-    assert data == b"a picture"
-    assert "b.jpg HTTP/1.1" in host.asked[1]
+    assert data == b"an image"
+    assert "b.jpg HTTP/1.1" in host.requests[1]
     assert host.addresses == [PUBLIC, PUBLIC]
 
 
@@ -538,7 +538,7 @@ def test_a_redirect_elsewhere_is_refused(host: Host, where: str) -> None:
     with pytest.raises(UrlRefused):
         host.fetch(redirect(where))
 
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
 
 
 def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:

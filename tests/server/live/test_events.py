@@ -1,4 +1,4 @@
-"""Live events: what a listener is told, what it is told again, and streams through a real server."""
+"""Live events: what a listener gets, what it gets after a reconnect, and streams through a real server."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tests.conftest import MODEL, OUTPUT, RunningServer
 URL = f"/requestPrediction/{MODEL}"
 
 
-def picture(color: str = "olive") -> bytes:
+def make_image(color: str = "olive") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), color).save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient, *, fresh: bool = True) -> str:
-    id: str = client.post(f"{URL}?fresh={int(fresh)}", data=picture(), content_type="image/png").json["req_id"]
+    id: str = client.post(f"{URL}?fresh={int(fresh)}", data=make_image(), content_type="image/png").json["req_id"]
     return id
 
 
@@ -62,7 +62,7 @@ def read(client: flask.testing.FlaskClient, path: str, last_id: str | None = Non
     return parse(response.text)
 
 
-def told(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def states_of(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(event["data"]["req_id"], event["data"]["status"]) for event in events if event["event"] == "request"]
 
 
@@ -74,7 +74,7 @@ def test_a_stream_sends_the_current_states_and_ends_when_all_are_final(
 
     events = read(client, f"/events?ids={','.join(ids)}")
 
-    assert told(events) == [(id, "done") for id in ids]
+    assert states_of(events) == [(id, "done") for id in ids]
     assert events[0]["data"]["preds"][0][1] == "label_0"
     assert events[-1]["event"] == "end"
     assert events[-1]["data"]["done"] == 3
@@ -88,9 +88,9 @@ def test_a_stream_sends_an_answer_while_it_is_open(
 
     events = read(client, f"/events?ids={id}")
 
-    assert told(events)[0] == (id, "queued")
-    assert told(events)[-1] == (id, "done")
-    assert sum(status == "done" for _, status in told(events)) == 1
+    assert states_of(events)[0] == (id, "queued")
+    assert states_of(events)[-1] == (id, "done")
+    assert sum(status == "done" for _, status in states_of(events)) == 1
 
 
 def test_a_reconnecting_client_gets_what_it_missed_and_nothing_twice(
@@ -104,7 +104,7 @@ def test_a_reconnecting_client_gets_what_it_missed_and_nothing_twice(
 
     again = read(client, f"/events?ids={','.join(ids)}", last_id=first[1]["id"])
 
-    assert told(again) == [(id, "done") for id in ids[2:]]
+    assert states_of(again) == [(id, "done") for id in ids[2:]]
 
 
 def test_a_client_that_reconnects_after_the_end_gets_204(
@@ -131,7 +131,7 @@ def test_a_client_that_reconnects_after_hours_gets_everything_again(
 
     again = read(client, f"/events?ids={id}", last_id=last)
 
-    assert told(again) == [(id, "done")]
+    assert states_of(again) == [(id, "done")]
 
 
 def test_a_retried_request_keeps_its_stream_open(
@@ -151,8 +151,8 @@ def test_a_retried_request_keeps_its_stream_open(
     text += "".join(piece.decode() for piece in pieces)
     stream.close()
 
-    assert told(parse(text))[:2] == [(waiting, "queued"), (failed, "failed")]
-    assert {(failed, "done"), (waiting, "done")} <= set(told(parse(text)))
+    assert states_of(parse(text))[:2] == [(waiting, "queued"), (failed, "failed")]
+    assert {(failed, "done"), (waiting, "done")} <= set(states_of(parse(text)))
 
 
 @pytest.mark.parametrize("query", ["", "?ids=", "?ids=a&all=1", "?all=2", "?ids=a&x=1", "?ids=" + "a," * 1001 + "b"])
@@ -212,7 +212,7 @@ def test_an_operator_gets_how_many_changed_to_which_state(
 def test_a_batch_streams_its_progress_and_each_of_its_requests(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    files = [(io.BytesIO(picture(color)), f"{color}.png") for color in ("red", "green", "blue")]
+    files = [(io.BytesIO(make_image(color)), f"{color}.png") for color in ("red", "green", "blue")]
     batch = client.post(f"/requestPredictions/{MODEL}?fresh=1", data={"image": files}).json
     ids = {item["req_id"] for item in batch["items"]}
     post(client)
@@ -228,11 +228,11 @@ def test_a_batch_streams_its_progress_and_each_of_its_requests(
     progress = [event["data"] for event in events if event["event"] == "batch"]
     assert (progress[0]["items"], progress[0]["queued"], progress[0]["done"]) == (3, 3, 0)
     assert (progress[-1]["queued"], progress[-1]["done"]) == (0, 3)
-    assert {id for id, status in told(events) if status == "done"} == ids
+    assert {id for id, status in states_of(events) if status == "done"} == ids
     assert events[-1]["event"] == "end"
-    # Who comes late is told what has ended, in the same order.
+    # A client that connects late gets what has ended, in the same order.
     late = read(client, f"/batches/{batch['batch_id']}/events")
-    assert told(late) == [one for one in told(events) if one[1] == "done"]
+    assert states_of(late) == [one for one in states_of(events) if one[1] == "done"]
 
 
 def test_an_unknown_batch_has_no_stream(client: flask.testing.FlaskClient) -> None:
@@ -250,9 +250,9 @@ def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClien
     mine = make_key(store, "mine", Scope.SUBMIT, Scope.READ)
     other = make_key(store, "other", Scope.SUBMIT, Scope.READ)
     operator = make_key(store, "operator", Scope.OPERATE)
-    id = client.post(URL, data=picture(), content_type="image/png", headers=mine).json["req_id"]
+    id = client.post(URL, data=make_image(), content_type="image/png", headers=mine).json["req_id"]
     batch = client.post(
-        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(picture()), "k.png")]}, headers=mine
+        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(make_image()), "k.png")]}, headers=mine
     ).json["batch_id"]
 
     def status(path: str, headers: dict[str, str]) -> int:
@@ -295,7 +295,7 @@ def test_a_slow_listener_reads_from_the_feed_again(
     text += "".join(piece.decode() for piece in pieces)
     stream.close()
 
-    done = [id for id, status in told(parse(text)) if status == "done"]
+    done = [id for id, status in states_of(parse(text)) if status == "done"]
     assert sorted(done) == sorted(ids)
 
 
@@ -318,7 +318,7 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore)
 
     stream = read(client, f"/events?ids={id}")
 
-    assert told(stream) == [(id, "queued")]
+    assert states_of(stream) == [(id, "queued")]
     assert client.get(f"/events?ids={id}").status_code == 503
 
 
@@ -413,7 +413,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 def send(running: RunningServer, count: int) -> list[str]:
     with httpx.Client(base_url=running.base, timeout=20) as client:
         return [
-            client.post(f"{URL}?fresh=1", content=picture(), headers={"Content-Type": "image/png"}).json()["req_id"]
+            client.post(f"{URL}?fresh=1", content=make_image(), headers={"Content-Type": "image/png"}).json()["req_id"]
             for _ in range(count)
         ]
 
@@ -499,4 +499,4 @@ def test_a_stream_that_was_cut_off_resumes_at_another_server(start_server: Calla
     with httpx.Client(base_url=second.base, timeout=20) as client:
         text = client.get(f"/events?ids={','.join(ids)}", headers={"Last-Event-ID": seen[-1]["id"]}).text
 
-    assert told(parse(text)) == [(id, "done") for id in ids]
+    assert states_of(parse(text)) == [(id, "done") for id in ids]

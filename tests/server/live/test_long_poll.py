@@ -1,4 +1,4 @@
-"""Why a request waits and how long: estimates as functions, and reads that are held."""
+"""Estimates of why a request waits and how long, and held reads."""
 
 from __future__ import annotations
 
@@ -254,14 +254,14 @@ def test_durations_are_formatted(length: float, text: str) -> None:
 # Held reads
 
 
-def picture() -> bytes:
+def make_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), "olive").save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient) -> str:
-    id: str = client.post(URL, data=picture(), content_type="image/png").json["req_id"]
+    id: str = client.post(URL, data=make_image(), content_type="image/png").json["req_id"]
     return id
 
 
