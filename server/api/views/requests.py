@@ -174,7 +174,7 @@ class _RequestViews:
         events: list[dict[str, Any]] = [{"event": "received", "at": to_text(request.created_at)}]
         if request.is_cached:
             events.append({"event": "answered", "at": to_text(request.finished_at or request.created_at), "by": "an "
-                           "earlier answer to the same picture"})  # fmt: skip
+                           "earlier answer to the same image"})  # fmt: skip
             return events
         events.append({"event": "queued", "at": to_text(request.created_at)})
         if request.claimed_at is not None:

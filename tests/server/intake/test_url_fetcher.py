@@ -1,4 +1,4 @@
-"""Fetching pictures by URL: what is refused by its spelling or its address, and what a hostile host may try."""
+"""Fetching images by URL: what is refused by its notation or its address, and what a hostile host may try."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ URL = f"https://{HOST}/kitten.jpg"
         ("https://example.com?q", "example.com", "/?q"),
     ],
 )
-def test_a_plain_https_url_is_taken(url: str, host: str, target: str) -> None:
+def test_a_plain_https_url_is_accepted(url: str, host: str, target: str) -> None:
     checked = check_url(url)
 
     assert (checked.host, checked.path) == (host, target)
@@ -203,7 +203,7 @@ def test_a_public_address_is_public(address: str) -> None:
         "::ffff:0:127.0.0.1",  # IPv4-translated
         "64:ff9b::7f00:1",
         "64:ff9b::169.254.169.254",
-        "64:ff9b:1::1",  # NAT64 of one's own network
+        "64:ff9b:1::1",  # NAT64 of a private network
         "100::1",
         "2001::1",  # Teredo
         "2001:2::1",
@@ -225,7 +225,7 @@ def test_a_public_address_is_public(address: str) -> None:
         "0177.0.0.1",
     ],
 )
-def test_every_other_address_is_not(address: str) -> None:
+def test_every_other_address_is_not_public(address: str) -> None:
     assert not is_public(address)
 
 
@@ -237,7 +237,7 @@ def test_a_name_with_an_address_that_is_not_public_is_never_connected_to(address
     assert not any(address in refusal.value.reason for address in addresses)
 
 
-def test_a_name_without_an_address_is_said_so() -> None:
+def test_a_name_without_an_address_is_reported() -> None:
     def resolve(host: str, seconds: float) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
@@ -245,7 +245,7 @@ def test_a_name_without_an_address_is_said_so() -> None:
         fetch_with(resolve=resolve, connect=no_connection)
 
 
-def test_a_resolver_that_does_not_answer_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_that_does_not_answer_is_abandoned_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(30) and [])
 
@@ -255,7 +255,7 @@ def test_a_resolver_that_does_not_answer_is_left_in_time(monkeypatch: pytest.Mon
     release.set()
 
 
-def test_the_systems_resolver_is_asked() -> None:
+def test_the_systems_resolver_is_used() -> None:
     assert set(resolve_host("localhost", 10)) <= {"127.0.0.1", "::1"}
 
 
@@ -284,7 +284,7 @@ class Host:
         self.tls_context = ssl.create_default_context(cafile=str(certificate))
         self._listener = socket.create_server(("127.0.0.1", 0))
         #: What each connection asked for: request line and headers.
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         #: Addresses that were connected to.
         self.addresses: list[str] = []
         self._answers: list[bytes | Callable[[ssl.SSLSocket], None]] = []
@@ -325,7 +325,7 @@ class Host:
                     request = b""
                     while b"\r\n\r\n" not in request and (piece := secure.recv(4096)):
                         request += piece
-                    self.asked.append(request.decode())
+                    self.requests.append(request.decode())
                     answer = self._answers.pop(0)
                     if isinstance(answer, bytes):
                         secure.sendall(answer)
@@ -371,11 +371,11 @@ def redirect(where: str, status: int = 302) -> bytes:
     return f"HTTP/1.1 {status} Moved\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-def test_a_picture_is_fetched_from_the_very_address_that_was_checked(host: Host) -> None:
-    data = host.fetch(ok(b"a picture"), url=f"{URL}?size=1#part")
+def test_an_image_is_fetched_from_the_address_that_was_checked(host: Host) -> None:
+    data = host.fetch(ok(b"an image"), url=f"{URL}?size=1#part")
 
-    lines = host.asked[0].split("\r\n")
-    assert data == b"a picture"
+    lines = host.requests[0].split("\r\n")
+    assert data == b"an image"
     assert host.addresses == [PUBLIC]
     assert lines[0] == "GET /kitten.jpg?size=1 HTTP/1.1"
     assert f"Host: {HOST}" in lines
@@ -398,7 +398,7 @@ def test_the_environments_proxy_is_not_used(host: Host, monkeypatch: pytest.Monk
         ok(b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
     ],
 )
-def test_a_picture_of_exactly_the_limit_is_fetched(host: Host, answer: bytes) -> None:
+def test_an_image_of_exactly_the_limit_is_fetched(host: Host, answer: bytes) -> None:
     assert host.fetch(answer) == b"x" * 1000
 
 
@@ -440,7 +440,7 @@ def test_a_body_without_end_is_refused_at_the_limit(host: Host) -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", "HTTP"),
     ],
 )
-def test_an_answer_that_is_no_picture_is_said_so(host: Host, answer: bytes, reason: str) -> None:
+def test_a_response_without_an_image_is_reported(host: Host, answer: bytes, reason: str) -> None:
     with pytest.raises(FetchFailed, match=reason):
         host.fetch(answer)
 
@@ -455,7 +455,7 @@ def test_an_answer_that_is_no_picture_is_said_so(host: Host, answer: bytes, reas
         pytest.param((b"", b""), id="nothing"),
     ],
 )
-def test_a_host_that_drips_is_cut_off_in_time(host: Host, pieces: tuple[bytes, bytes]) -> None:
+def test_a_slow_host_is_cut_off_in_time(host: Host, pieces: tuple[bytes, bytes]) -> None:
     def drip(secure: ssl.SSLSocket) -> None:
         first, again = pieces
         secure.sendall(first or b"")
@@ -470,7 +470,7 @@ def test_a_host_that_drips_is_cut_off_in_time(host: Host, pieces: tuple[bytes, b
     assert time.monotonic() - started_at < 5
 
 
-def test_a_host_that_never_shakes_hands_is_cut_off_in_time() -> None:
+def test_a_host_without_a_tls_handshake_is_cut_off_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FetchFailed, match="too long"):
         fetch_with(
             seconds=0.3,
@@ -479,7 +479,7 @@ def test_a_host_that_never_shakes_hands_is_cut_off_in_time() -> None:
         )
 
 
-def test_a_host_that_refuses_the_connection_is_said_so() -> None:
+def test_a_host_that_refuses_the_connection_is_reported() -> None:
     def refuse(address: str, port: int, seconds: float) -> socket.socket:
         raise ConnectionRefusedError
 
@@ -497,7 +497,7 @@ def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
         host.fetch(ok(b"x"), url="https://other.example.com/kitten.jpg")
 
 
-def test_this_very_machine_is_not_asked_by_its_public_address(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_is_not_connected_to_by_its_public_address(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "is_public", lambda address: True)
 
     with pytest.raises(UrlRefused):
@@ -510,10 +510,10 @@ def test_this_very_machine_is_not_asked_by_its_public_address(host: Host, monkey
 @pytest.mark.parametrize("where", ["/b.jpg", f"https://{HOST}/b.jpg", f"https://{HOST}:443/b.jpg", "b.jpg", "?b.jpg"])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_on_the_same_host_is_followed(host: Host, where: str, status: int) -> None:
-    data = host.fetch(redirect(where, status), ok(b"a picture"))
+    data = host.fetch(redirect(where, status), ok(b"an image"))
 
-    assert data == b"a picture"
-    assert "b.jpg HTTP/1.1" in host.asked[1]
+    assert data == b"an image"
+    assert "b.jpg HTTP/1.1" in host.requests[1]
     assert host.addresses == [PUBLIC, PUBLIC]
 
 
@@ -538,7 +538,7 @@ def test_a_redirect_elsewhere_is_refused(host: Host, where: str) -> None:
     with pytest.raises(UrlRefused):
         host.fetch(redirect(where))
 
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
 
 
 def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:
@@ -582,7 +582,7 @@ def test_fetching_is_off_unless_the_operator_allows_it(client: flask.testing.Fla
     assert not store.list()
 
 
-def test_a_picture_by_its_url_is_kept_like_any_other(
+def test_an_image_by_its_url_is_kept_like_any_other(
     settings: ServerSettings,
     store: SqliteStore,
     photos: dict[str, bytes],
@@ -624,7 +624,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
         (b'{"url": "https://example.com/", "x": "' + b"x" * 9000 + b'"}', "too_large"),
     ],
 )
-def test_a_body_that_names_no_good_url_is_refused(
+def test_a_body_without_a_valid_url_is_refused(
     settings: ServerSettings, store: SqliteStore, body: bytes, code: str
 ) -> None:
     answer = api(settings, store).post(
@@ -639,7 +639,7 @@ def test_a_body_that_names_no_good_url_is_refused(
     ("error", "status", "code"),
     [(FetchFailed("It took too long."), 502, "fetch_failed"), (UrlRefused(), 400, "url_refused")],
 )
-def test_a_fetch_that_fails_is_said_so(
+def test_a_failed_fetch_is_reported(
     settings: ServerSettings,
     store: SqliteStore,
     monkeypatch: pytest.MonkeyPatch,
@@ -657,7 +657,7 @@ def test_a_fetch_that_fails_is_said_so(
     assert (answer.status_code, answer.json) == (status, {"success": False, "reason": error.reason, "code": code})
 
 
-def test_something_else_than_a_picture_is_refused_as_from_anywhere(
+def test_a_fetched_file_that_is_not_an_image_is_refused(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.intake.staging.fetch", lambda url, **facts: b"<html>secrets</html>")
