@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from batcher.chunk_log import ChunkLog
 from batcher.errors import ResizingUnavailable
@@ -42,12 +41,9 @@ from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
-from store import Chunks, Store
-from store.batches import Batches
-from store.controls import Controls
 from store.errors import StoreError, StoreUnavailable
-from store.images import ImageStore
 from store.records import ISOLATION_STEPS, Claim
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +56,6 @@ LEASE_CHECK_SECONDS = 1.0
 FINAL_WRITE_SECONDS = 5.0
 #: Chunks that are shrunk and packed at the same time.
 MAX_PACKING_THREADS = 4
-
-
-class CycleStore(Store, Chunks, Controls, Batches, Protocol):
-    """What the cycle needs of a store."""
-
-    images: ImageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +94,7 @@ class Cycle:
     def __init__(
         self,
         *,
-        store: CycleStore,
+        store: SqliteStore,
         executor: Executor,
         settings: BatcherSettings,
         folder: Path,

@@ -22,7 +22,8 @@ from cli.tables import local_time, make_table, print_table, printable
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
-    from store.ledger_records import CostRow, ProviderRecord
+    from store.ledger import CostRow
+    from store.providers import ProviderRecord
 
 #: Seconds of each unit of a length of time.
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

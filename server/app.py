@@ -17,17 +17,18 @@ from server.api.idempotency import install_idempotency
 from server.api.responses import install_error_handlers
 from server.api.views import REGISTRY
 from server.auth.guard import install_guard
-from server.context import Context, ServerStore
+from server.context import Context
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
+from store.sqlite import SqliteStore
 
 
 def create_app(
     settings: ServerSettings,
-    store: ServerStore,
+    store: SqliteStore,
     *,
     long_poller: LongPoller | None = None,
     change_dispatcher: ChangeDispatcher | None = None,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import flask
 
@@ -28,43 +28,8 @@ from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
-from store import Chunks, Store
-from store.batches import Batches
-from store.changes import ChangeFeed
-from store.controls import Controls
-from store.idempotency import Idempotency
-from store.images import ImageStore
-from store.keys import Keys
-from store.ledger import Ledger, Providers
 from store.records import RequestRecord
-from store.search import Search
-from store.stats import Stats
-from store.webhooks import Webhooks
-
-
-class ServerStore(
-    Store,
-    Chunks,
-    Keys,
-    Controls,
-    Stats,
-    Ledger,
-    Providers,
-    ChangeFeed,
-    Webhooks,
-    Batches,
-    Search,
-    Idempotency,
-    Protocol,
-):
-    """What the application needs: store and journal, the pictures, and a way to ask whether all is well."""
-
-    @property
-    def images(self) -> ImageStore:
-        """Where pictures are staged."""
-
-    def check(self) -> None:
-        """Prove that the store can be written. :raises StoreError:"""
+from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +37,7 @@ class Context:
     """See the module."""
 
     settings: ServerSettings
-    store: ServerStore
+    store: SqliteStore
     #: Holds reads.
     long_poller: LongPoller
     #: Tells listeners what changes.

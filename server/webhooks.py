@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from provider_image.errors import InvalidParams, MlgError
@@ -36,11 +36,10 @@ from server.api.serializers import serialize_request
 from server.context import parse_read_params
 from server.errors import UrlRefused
 from server.intake.url_fetcher import MAX_URL_LENGTH, check_url, is_public, resolve_host
-from store import Store
-from store.batches import Batches
 from store.errors import UnknownRequest
 from store.records import to_text
-from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook, Webhooks
+from store.sqlite import SqliteStore
+from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +69,6 @@ class DeliveryFailed(MlgError):
     """The receiver could not be reached."""
 
     code = "delivery_failed"
-
-
-class Outbox(Store, Batches, Webhooks, Protocol):
-    """What a Deliverer needs of the store."""
 
 
 def check_webhook(url: str | None, *, is_private_allowed: bool) -> str | None:
@@ -196,7 +191,7 @@ class Deliverer:
 
     def __init__(
         self,
-        outbox: Outbox,
+        outbox: SqliteStore,
         *,
         is_private_allowed: bool,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
-    from batcher.executors.golem.ledger_writer import LedgerStore
     from batcher.settings import BatcherSettings
+    from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ REGISTRY = {
 }
 
 
-def load_executor(names: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
+def load_executor(names: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
     """Make an executor.
 
     :param names: one of the registry, or several with commas between: what waited too long for one goes to the next.
@@ -112,7 +112,7 @@ def load_executor(names: str, settings: BatcherSettings, ledger: LedgerStore) ->
     return FallbackExecutor(members, fallback_seconds=settings.fallback_seconds)
 
 
-def _load_one(name: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
+def _load_one(name: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise ConfigError(

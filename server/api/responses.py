@@ -26,10 +26,19 @@ from server.errors import (
 )
 from server.live.changes import StreamsFull
 from store.batches import BatchInProgress, DuplicateClientId
-from store.errors import DiskFull, LimitReached, NotCancellable, NotRetryable, StoreBusy, StoreError, UnknownRequest
+from store.errors import (
+    DiskFull,
+    ImageGone,
+    LimitReached,
+    NotCancellable,
+    NotRemovable,
+    NotRetryable,
+    StoreBusy,
+    StoreError,
+    UnknownRequest,
+)
 from store.idempotency import IdempotencyKeyReused
-from store.ledger import UnknownProvider
-from store.search import ImageGone, NotRemovable
+from store.providers import UnknownProvider
 from store.webhooks import UnknownWebhook
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 from server.status.dashboard_rows import (
     MinuteTotals,
@@ -28,16 +28,15 @@ from server.status.dashboard_rows import (
 )
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
-from store import Chunks
 from store.amounts import format_amount
-from store.batcher_controls import read_control_state
 from store.chunks import BatcherRecord, ChunkRecord
-from store.controls import Controls
+from store.controls import read_control_state
 from store.cost_split import to_amount
-from store.ledger import Ledger, Providers
-from store.ledger_records import AllocationRecord, CostRow, ProviderRecord
+from store.ledger import AllocationRecord, CostRow
+from store.providers import ProviderRecord
 from store.records import to_text
-from store.stats import MinuteStats, Stats
+from store.sqlite import SqliteStore
+from store.stats import MinuteStats
 
 #: Minutes that a chart shows.
 CHART_MINUTES = 60
@@ -53,10 +52,6 @@ RECENT_FAILURES = 500
 MAX_CHUNKS = 200
 #: Providers that are listed, those seen last.
 MAX_PROVIDERS = 100
-
-
-class DashboardStore(Chunks, Controls, Stats, Ledger, Providers, Protocol):
-    """What figures are found from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +84,7 @@ class Dashboard:
     :param queue_stats: what waits and who works; shared with the other views.
     """
 
-    def __init__(self, store: DashboardStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: SqliteStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
         self._traffic = queue_stats
         self.clock = clock

@@ -14,9 +14,10 @@ from decimal import Decimal
 from typing import Any
 
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
-from store.batcher_controls import Pause
 from store.chunks import BatcherRecord, ChunkRecord
-from store.ledger_records import CostRow, ProviderRecord
+from store.controls import Pause
+from store.ledger import CostRow
+from store.providers import ProviderRecord
 from store.records import to_text
 from store.stats import AnsweredRequest, FailureRecord
 

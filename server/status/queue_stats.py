@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from server.status.eta import ALIVE_SECONDS
-from store import Chunks
-from store.chunks import BatcherRecord, ModelBacklog, Throughput
+from store.chunks import BatcherRecord, Chunks, ModelBacklog, Throughput
 from store.errors import StoreError
 
 log = logging.getLogger(__name__)

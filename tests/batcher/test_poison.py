@@ -10,7 +10,7 @@ from PIL import Image
 
 from batcher.executors.local import LocalExecutor
 from store.records import RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 
 #: Bytes after the end of a picture do not bother a decoder; here they end its process, as a bug in one may.
 PLUGIN = """

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from store import new_id
 from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
-from store.errors import StoreUnavailable, UnknownRequest
+from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
 from store.idempotency import SavedResponse
 from store.images import StagedImage
 from store.records import Answer, Claim, NewRequest, RequestRecord, RequestState
-from store.search import NotRemovable, Query
+from store.search import Query
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
@@ -330,8 +330,8 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     before: int, steps: list[tuple[int, int]], most: int, query: Query
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("store.sqlite_search.MAX_ROWS_SCANNED", most)
-        patch.setattr("store.sqlite_search.MAX_NAMES_SCANNED", most)
+        patch.setattr("store.search.MAX_ROWS_SCANNED", most)
+        patch.setattr("store.search.MAX_NAMES_SCANNED", most)
         store = SqliteStore(HomeSettings(home=Path(folder) / "home"))
         store.migrate()
 

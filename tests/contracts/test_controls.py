@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from store.batcher_controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
+from store.controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from store import new_id
 from store.chunks import ChunkRecord
 from store.cost_split import total
-from store.ledger import COSTS_BY, UnknownProvider
-from store.ledger_records import (
+from store.ledger import (
+    COSTS_BY,
     ActivityRecord,
     AgreementRecord,
     AllocationRecord,
@@ -29,6 +29,7 @@ from store.ledger_records import (
     DebitNoteRecord,
     InvoiceRecord,
 )
+from store.providers import UnknownProvider
 from store.records import Answer, NewRequest, RequestRecord
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
@@ -350,7 +351,7 @@ def test_the_total_of_nothing_is_zero(store: SqliteStore) -> None:
     assert store.spent() == 0
     assert total_row(store).paid == total_row(store).open == total_row(store).refused == 0
     assert store.costs("day") == []
-    with pytest.raises(ValueError, match="added up by"):
+    with pytest.raises(ValueError, match="grouped by"):
         store.costs("colour")
 
 

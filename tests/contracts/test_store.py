@@ -16,8 +16,9 @@ from store import new_id
 from store.chunks import BatcherRecord, ChunkRecord
 from store.errors import NotCancellable, NotRetryable, UnknownRequest
 from store.records import Answer, Blame, Claim, NewRequest, RequestRecord, RequestState
+from store.requests import MAX_ATTEMPTS
 from store.settings import HomeSettings
-from store.sqlite import MAX_ATTEMPTS, SqliteStore
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 OUTPUT = [["n02123159", "tiger_cat", 0.408]]

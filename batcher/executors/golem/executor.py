@@ -24,7 +24,7 @@ from batcher.errors import BudgetReached, ExecutorUnavailable, GolemUnavailable,
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.budget import Budget, BudgetCaps
 from batcher.executors.golem.ledger_entries import LedgerEntries
-from batcher.executors.golem.ledger_writer import LedgerStore, LedgerWriter
+from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import OfferEvaluator
 from batcher.executors.golem.payload import make_payload
 from batcher.executors.golem.prices import Price
@@ -38,6 +38,7 @@ from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import ConfigError, MlgError, WorkerDied
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class GolemExecutor:
     name = "golem"
     is_remote = True
 
-    def __init__(self, settings: BatcherSettings, ledger: LedgerStore) -> None:
+    def __init__(self, settings: BatcherSettings, ledger: SqliteStore) -> None:
         self._batcher_settings = settings
         self._settings = settings.golem
         self._ledger_writer = LedgerWriter(ledger)

@@ -14,7 +14,7 @@ from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import describe_offer
 from batcher.executors.golem.prices import BadOffer, Price
 from batcher.executors.golem.worker import GolemWorker
-from store.ledger_records import ActivityRecord, AgreementRecord
+from store.ledger import ActivityRecord, AgreementRecord
 
 #: An offer that is repeated with the same price is noted this often.
 _OFFER_SECONDS = 3600.0

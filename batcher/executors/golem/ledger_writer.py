@@ -9,25 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import datetime
-from typing import Protocol
 
 from provider_image.errors import MlgError
-from store.chunks import BatcherRecord
 from store.errors import StoreError
-from store.ledger import Ledger, Providers
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
 _INITIAL_BACKOFF_SECONDS = 0.2
 _MAX_BACKOFF_SECONDS = 5.0
-
-
-class LedgerStore(Ledger, Providers, Protocol):
-    """What the executor needs of a store."""
-
-    def list_batchers(self, *, seen_since: datetime) -> list[BatcherRecord]:
-        """List the batchers that said something since."""
 
 
 class LedgerWriter:
@@ -36,7 +26,7 @@ class LedgerWriter:
     :param ledger: the store.
     """
 
-    def __init__(self, ledger: LedgerStore) -> None:
+    def __init__(self, ledger: SqliteStore) -> None:
         self.ledger = ledger
         self._entries: asyncio.Queue[Callable[[], object]] = asyncio.Queue()
         self._writer_task: asyncio.Task[None] | None = None

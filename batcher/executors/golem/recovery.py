@@ -17,11 +17,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.ledger_writer import LedgerStore
 from batcher.executors.golem.offers import describe_offer
 from batcher.executors.golem.prices import BadOffer
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.ledger_records import AgreementRecord
+from store.ledger import AgreementRecord
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Recovery:
     :param is_gone: tells of an owner whether nobody works under that name any more.
     """
 
-    def __init__(self, engine: Any, ledger: LedgerStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, engine: Any, ledger: SqliteStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
         self._engine = engine

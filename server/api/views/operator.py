@@ -1,7 +1,7 @@
 """What operators see and do: the figures as a page and as JSON, Prometheus' metrics, and the few levers there are.
 
 Registered by `api.py`. The figures come from `server/status/dashboard.py`, what the levers mean stands in
-`server/batcher_controls.py`. The forms of the page and programs use the same addresses; a browser is sent back to the
+`store/controls.py`. The forms of the page and programs use the same addresses; a browser is sent back to the
 page.
 """
 
@@ -23,10 +23,10 @@ from server.pages.charts import minutes_chart, points_chart
 from server.pages.render import page, wants_page
 from server.status.dashboard import Dashboard
 from server.status.metrics import CONTENT_TYPE, exposition, families
-from store import batcher_controls
-from store.batcher_controls import Mode
+from store import controls
+from store.controls import Mode
 from store.keys import Scope
-from store.ledger_records import ProviderRecord
+from store.providers import ProviderRecord
 from store.records import to_text
 
 PAGE_PATH = "/ui/operator"
@@ -147,7 +147,7 @@ class _OperatorViews:
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        batcher_controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
+        controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"hold": None})
 
     @operation(
@@ -159,7 +159,7 @@ class _OperatorViews:
     def run_now(self) -> Response:
         """Run a batch now."""
         self._fields()
-        token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
+        token = controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
@@ -204,9 +204,7 @@ class _OperatorViews:
 
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = batcher_controls.pause(
-            self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason
-        )
+        given = controls.pause(self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason)
         pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
         return _respond({"hold": pause})
 

@@ -23,9 +23,10 @@ from server.context import Context
 from server.intake.request_options import LABEL, parse_timestamp, read_labels
 from server.intake.uploads import clean_name, query_fields
 from store.batches import EXPIRED
+from store.errors import ImageGone
 from store.keys import Scope
 from store.records import RequestRecord, RequestState, to_text
-from store.search import ImageGone, Query
+from store.search import Query
 
 #: Requests on a page.
 MAX_PAGE_SIZE = 200
