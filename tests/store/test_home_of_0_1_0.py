@@ -236,12 +236,12 @@ def test_keys_still_authenticate_and_read_their_answers(
     def read(key: str | None) -> Any:
         return client.get(f"/readPrediction/{id}", headers={} if key is None else {"Authorization": f"Bearer {key}"})
 
-    own, operator, nobody = read(expected["key"]), read(expected["operator_key"]), read(None)
+    own, operator, anonymous = read(expected["key"]), read(expected["operator_key"]), read(None)
 
     record = store.find_key(key_id_of(expected["key"]) or "")
     assert record is not None and verify_key(expected["key"], record)
     assert record.scopes == {Scope.SUBMIT, Scope.READ}
-    assert (own.status_code, operator.status_code, nobody.status_code) == (200, 200, 401)
+    assert (own.status_code, operator.status_code, anonymous.status_code) == (200, 200, 401)
     assert own.get_json()["status"] == "done"
     assert own.get_json()["preds"] == expected["records"]["batch_results"][0][1]["output"][:5]
     assert [key.is_usable(at(3600)) for key in store.list_keys()].count(True) == 2
