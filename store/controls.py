@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from store.database import ReaderPool, Transaction, Writer
-from store.records import from_text, to_text
+from store.records import from_row, to_text
 
 #: Names of the controls.
 PAUSE = "hold"
@@ -59,7 +59,7 @@ class Controls:
 
         def write(transaction: Transaction) -> Control:
             (changed,) = transaction.execute(_SET, row).fetchall()
-            return _to_control(changed)
+            return Control(**from_row(changed, mappings=("value",)))
 
         return self._writer.run(write)
 
@@ -67,16 +67,7 @@ class Controls:
         """Read all controls that were ever set, at one moment: name -> control."""
         with self._readers.connection() as connection:
             rows = connection.execute(_ALL).fetchall()
-        return {row["name"]: _to_control(row) for row in rows}
-
-
-def _to_control(row: Any) -> Control:
-    return Control(
-        name=row["name"],
-        value=json.loads(row["value"]),
-        changed_at=from_text(row["changed_at"]),
-        changed_by=row["changed_by"],
-    )
+        return {row["name"]: Control(**from_row(row, mappings=("value",))) for row in rows}
 
 
 class Mode(enum.StrEnum):

@@ -30,7 +30,7 @@ MAX_WRITES_PER_COMMIT = 128
 LOCK_POLL_SECONDS = 0.0005
 
 
-def as_store_error(error: sqlite3.Error, database: Path) -> StoreError:
+def database_error(error: sqlite3.Error, database: Path) -> StoreError:
     """Translate an error of SQLite into one that tells the cure."""
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -56,7 +56,7 @@ def connect(database: Path, *, busy_seconds: float) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.Error as error:
-        raise as_store_error(error, database) from error
+        raise database_error(error, database) from error
     return connection
 
 
@@ -192,7 +192,7 @@ class Writer:
         except BaseException as error:
             failure = error if isinstance(error, Exception) else StoreUnavailable("The process is being stopped.")
             if isinstance(error, sqlite3.Error):
-                failure = as_store_error(error, self._database)
+                failure = database_error(error, self._database)
                 failure.__cause__ = error
             for entry in batch:
                 entry.result, entry.failure = None, failure
@@ -229,7 +229,7 @@ class Writer:
                         connection.execute("ROLLBACK TO one_write")
                     self._undo_publishing(transaction, published_before)
                     if isinstance(error, sqlite3.Error):
-                        known = as_store_error(error, self._database)
+                        known = database_error(error, self._database)
                         known.__cause__ = error
                         error = known
                     entry.failure = error
@@ -301,7 +301,7 @@ class ReaderPool:
             yield connection
         except sqlite3.Error as error:
             connection.close()
-            raise as_store_error(error, self._database) from error
+            raise database_error(error, self._database) from error
         except BaseException:
             self._return(connection)
             raise

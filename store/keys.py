@@ -45,8 +45,8 @@ _ADD_KEY = """
 _REVOKE = """
     UPDATE api_keys SET revoked_at = :now
     WHERE revoked_at IS NULL
-      AND id = coalesce((SELECT id FROM api_keys WHERE id = :wanted),
-                        (SELECT id FROM api_keys WHERE name = :wanted AND revoked_at IS NULL))
+      AND id = coalesce((SELECT id FROM api_keys WHERE id = :id_or_name),
+                        (SELECT id FROM api_keys WHERE name = :id_or_name AND revoked_at IS NULL))
     RETURNING *
 """
 
@@ -242,7 +242,7 @@ class Keys:
         """Revoke a key for good. :raises UnknownKey: no key that is not revoked has this id or name."""
 
         def write(transaction: Transaction) -> KeyRecord:
-            rows = transaction.execute(_REVOKE, {"wanted": id_or_name, "now": to_text(now)}).fetchall()
+            rows = transaction.execute(_REVOKE, {"id_or_name": id_or_name, "now": to_text(now)}).fetchall()
             if not rows:
                 raise UnknownKey()
             return KeyRecord.from_row(rows[0])

@@ -65,10 +65,10 @@ _BANNED = """
 
 # The whole address takes precedence over names, and names over prefixes: names can be chosen freely.
 _FIND = (
-    "SELECT id FROM providers WHERE id = :wanted",
-    "SELECT id FROM providers WHERE name = :wanted ORDER BY id LIMIT 3",
-    f"SELECT id FROM providers WHERE length(:wanted) >= {MIN_ADDRESS_PREFIX_LENGTH} "
-    "AND substr(id, 1, length(:wanted)) = :wanted ORDER BY id LIMIT 3",
+    "SELECT id FROM providers WHERE id = :id_or_name",
+    "SELECT id FROM providers WHERE name = :id_or_name ORDER BY id LIMIT 3",
+    f"SELECT id FROM providers WHERE length(:id_or_name) >= {MIN_ADDRESS_PREFIX_LENGTH} "
+    "AND substr(id, 1, length(:id_or_name)) = :id_or_name ORDER BY id LIMIT 3",
 )
 
 
@@ -238,7 +238,7 @@ class Providers:
 def _find(transaction: Transaction, id_or_name: str) -> str:
     """Find a provider by address, name or prefix. :raises UnknownProvider:"""
     for statement in _FIND:
-        found: list[str] = [id for (id,) in transaction.execute(statement, {"wanted": id_or_name}).fetchall()]
+        found: list[str] = [id for (id,) in transaction.execute(statement, {"id_or_name": id_or_name}).fetchall()]
         if len(found) == 1:
             return found[0]
         if found:

@@ -70,7 +70,7 @@ _HAS_REQUEUED = """
 
 _COUNT_DUE = """
     SELECT count(*) FROM (SELECT 1 FROM requests INDEXED BY requests_queued
-                          WHERE state = 'queued' AND model = :model AND due_at <= :now LIMIT :most)
+                          WHERE state = 'queued' AND model = :model AND due_at <= :now LIMIT :limit)
 """
 
 _CLAIM = """
@@ -109,10 +109,10 @@ _RELEASE = """
     SET lease_ends_at = NULL, code = :code, reason = :reason, due_at = :due_at,
         isolation = CASE WHEN :blame = 'chunk' THEN min(isolation + 1, :alone) ELSE isolation END,
         attempts = attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone)),
-        state = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone)) >= :most
-                     THEN 'failed' ELSE 'queued' END,
-        finished_at = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone)) >= :most
-                           THEN :now ELSE NULL END
+        state = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone))
+                          >= :max_attempts THEN 'failed' ELSE 'queued' END,
+        finished_at = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone))
+                                >= :max_attempts THEN :now ELSE NULL END
     WHERE state = 'claimed' AND {which}
 """
 _RELEASE_ONE = _RELEASE.format(which="number = :number AND token = :token")
@@ -271,7 +271,7 @@ class Requests:
             for (model,) in transaction.execute(_QUEUED_MODELS).fetchall():
                 if model not in requested_models:
                     continue
-                which = {"model": model, "now": times["now"], "most": limit}
+                which = {"model": model, "now": times["now"], "limit": limit}
                 oldest = transaction.execute(_OLDEST_DUE, which).fetchone()
                 if oldest is None:
                     continue
@@ -412,7 +412,7 @@ class Requests:
             "now": to_text(now),
             "due_at": to_text(due_at),
             "alone": len(ISOLATION_STEPS) - 1,
-            "most": MAX_ATTEMPTS,
+            "max_attempts": MAX_ATTEMPTS,
         }
 
     def cancel(self, id: str, *, now: datetime) -> RequestRecord:

@@ -1,7 +1,7 @@
 """Retention: deletes images and requests that are old enough, and files that killed processes left.
 
-`mlg serve` and the batcher call `purge` now and then. It works in small commits, so that uploads never wait long for
-the write lock.
+The batcher calls `purge` regularly (`batcher/scheduler.py`). It works in small commits, so that uploads never wait long
+for the write lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IMAGES_TO_PURGE = """
     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
-# Requests that are kept for a shorter time than the operator's.
+# Requests with a retention time of their own, which is shorter than the operator's.
 _EXPIRED_FOR_OWNER = f"""
     SELECT number, image_sha256 FROM requests
     WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before LIMIT :rows_per_commit

@@ -85,7 +85,7 @@ class _SearchSql:
         self._choose_index(query)
         if not self.filters:
             self.scan_limit = limit + 1
-        self.values["most"] = self.scan_limit
+        self.values["scan_limit"] = self.scan_limit
 
     def _choose_index(self, query: Query) -> None:
         labels = list(query.labels)
@@ -177,7 +177,7 @@ class _SearchSql:
         """Statement that walks down the index, over at most `scan_limit` rows."""
         name = ", name" if "requests_name" in self.source else ""
         where = " AND ".join(self.index_conditions) or "1"
-        return f"SELECT number{name} FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT :most"
+        return f"SELECT number{name} FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT :scan_limit"
 
     @property
     def page_sql(self) -> str:
@@ -199,7 +199,7 @@ class _SearchSql:
     def last_scanned_sql(self) -> str:
         """Statement that finds the last number that was scanned, if there may be more after it."""
         where = " AND ".join(self.index_conditions) or "1"
-        return f"SELECT number FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT 1 OFFSET :most - 1"
+        return f"SELECT number FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT 1 OFFSET :scan_limit - 1"
 
 
 class Search:

@@ -18,8 +18,7 @@ from store.batches import Batches
 from store.changes import ChangeFeed
 from store.chunks import Chunks
 from store.controls import Controls
-from store.database import ReaderPool, Transaction, Writer, connect
-from store.database import as_store_error as database_error
+from store.database import ReaderPool, Transaction, Writer, connect, database_error
 from store.errors import StoreUnavailable
 from store.idempotency import Idempotency
 from store.images import ImageStore, as_store_error, is_referenced, sync_folder

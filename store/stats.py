@@ -15,7 +15,7 @@ from typing import Any
 
 from store.chunks import ChunkRecord
 from store.database import ReaderPool
-from store.records import from_text, to_text
+from store.records import from_row, to_text
 
 # SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
 _ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
@@ -146,25 +146,15 @@ class Stats:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""
         with self._readers.connection() as connection:
             rows = connection.execute(_ANSWERED, {"limit": limit}).fetchall()
-        return [
-            AnsweredRequest(
-                model=row["model"],
-                image_bytes=row["image_bytes"],
-                created_at=from_text(row["created_at"]),
-                claimed_at=from_text(row["claimed_at"]),
-                finished_at=from_text(row["finished_at"]),
-                seconds=row["seconds"],
-            )
-            for row in rows
-        ]
+        return [AnsweredRequest(**from_row(row)) for row in rows]
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that arrived last, the latest first."""
-        return [_failure(row) for row in self._rows(_FAILURES, limit)]
+        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILURES, limit)]
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
-        return [_failure(row) for row in self._rows(_FAILED_CHUNKS, limit)]
+        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILED_CHUNKS, limit)]
 
     def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""
@@ -188,7 +178,3 @@ def _first_since(connection: sqlite3.Connection, time: str, low: int, high: int)
         else:
             low = row["number"] + 1
     return low
-
-
-def _failure(row: Any) -> FailureRecord:
-    return FailureRecord(**{**dict(row), "finished_at": from_text(row["finished_at"])})

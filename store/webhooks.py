@@ -46,7 +46,7 @@ _CLAIM = """
             SELECT id, next_at, row_number() OVER (PARTITION BY url ORDER BY next_at, id) AS place
             FROM webhook_deliveries
             WHERE next_at IS NOT NULL AND next_at <= :now AND url NOT IN (SELECT value FROM json_each(:except_urls)))
-        WHERE place <= :most ORDER BY next_at LIMIT :limit)
+        WHERE place <= :max_per_url ORDER BY next_at LIMIT :limit)
     RETURNING *
 """
 
@@ -211,7 +211,7 @@ class Webhooks:
             "now": to_text(now),
             "lease_ends_at": to_text(lease_ends_at),
             "limit": limit,
-            "most": MAX_DELIVERIES_PER_URL,
+            "max_per_url": MAX_DELIVERIES_PER_URL,
             "except_urls": json.dumps(sorted(except_urls)),
         }
         rows = self._writer.run(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
