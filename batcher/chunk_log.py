@@ -13,8 +13,7 @@ from datetime import datetime
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.results import ChunkOutcome
-from store import Chunks
-from store.chunks import ChunkRecord
+from store.chunks import ChunkRecord, Chunks
 from store.errors import StoreError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from batcher.chunk_log import ChunkLog
 from batcher.errors import ResizingUnavailable
@@ -41,12 +40,9 @@ from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
-from store import Chunks, Store
-from store.batches import Batches
-from store.controls import Controls
 from store.errors import StoreError, StoreUnavailable
-from store.images import ImageStore
 from store.records import ISOLATION_STEPS, Claim
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +55,6 @@ LEASE_CHECK_SECONDS = 1.0
 FINAL_WRITE_SECONDS = 5.0
 #: Chunks that are resized and packed at the same time.
 MAX_PACKING_THREADS = 4
-
-
-class CycleStore(Store, Chunks, Controls, Batches, Protocol):
-    """What the cycle needs of the store."""
-
-    images: ImageStore
 
 
 def now_utc() -> datetime:
@@ -90,7 +80,7 @@ class Cycle:
     def __init__(
         self,
         *,
-        store: CycleStore,
+        store: SqliteStore,
         executor: Executor,
         settings: BatcherSettings,
         folder: Path,

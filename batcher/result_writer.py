@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from batcher.results import ChunkOutcome, ClaimFailure
-from store import Store
 from store.errors import UnknownRequest
 from store.records import Blame, Claim, RequestState
+from store.requests import Requests
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Tally:
 class ResultWriter:
     """The pending writes of one chunk's outcome."""
 
-    def __init__(self, store: Store, chunk_outcome: ChunkOutcome) -> None:
+    def __init__(self, store: Requests, chunk_outcome: ChunkOutcome) -> None:
         self._store = store
         self.tally = Tally()
         self._steps: deque[Callable[[datetime], None]] = deque()

@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from batcher.cycle import Cycle, CycleStore, available_models, now_utc
+from batcher.cycle import Cycle, available_models, now_utc
 from batcher.executors import Executor
 from batcher.resizing import make_resizer
 from batcher.result_writer import Tally
@@ -29,10 +29,11 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
-from store.batcher_controls import ControlState, read_control_state
 from store.chunks import BatcherRecord
+from store.controls import ControlState, read_control_state
 from store.errors import StoreError
 from store.settings import HomeSettings
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Batcher:
     def __init__(
         self,
         *,
-        store: CycleStore,
+        store: SqliteStore,
         executor: Executor,
         settings: BatcherSettings,
         home_settings: HomeSettings,
@@ -297,7 +298,7 @@ def _budget(settings: BatcherSettings) -> dict[str, str]:
 class _InitialBacklog:
     """The waiting requests from before this object was made."""
 
-    def __init__(self, store: CycleStore) -> None:
+    def __init__(self, store: SqliteStore) -> None:
         self._store = store
         newest = store.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
@@ -334,7 +335,7 @@ async def _wait_for_first(*awaitables: object) -> None:
 async def run_batcher(
     settings: BatcherSettings,
     home_settings: HomeSettings,
-    store: CycleStore,
+    store: SqliteStore,
     make_executor: Callable[[BatcherSettings], Executor],
     *,
     batcher_id: str,

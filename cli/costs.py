@@ -16,7 +16,7 @@ from cli.tables import local_time, make_table, print_json_lines, print_table, pr
 from store.amounts import cost_per_1000_images, format_amount
 
 if TYPE_CHECKING:
-    from store.ledger_records import AllocationRecord, CostRow
+    from store.ledger import AllocationRecord, CostRow
 
 _COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
 

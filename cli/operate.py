@@ -20,7 +20,7 @@ from cli.tables import make_table, print_json_lines, print_table, printable
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.batcher_controls import Pause
+    from store.controls import Pause
     from store.sqlite import SqliteStore
 
 #: Interval at which `drain --wait` checks the queue.
@@ -50,7 +50,7 @@ def pause(home: Path | None, reason: str | None) -> None:
     Example:
       mlg operate pause --reason "network maintenance"
     """
-    from store.batcher_controls import Mode, pause
+    from store.controls import Mode, pause
 
     with open_store(home) as store:
         _print_pause(pause(store, Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
@@ -78,7 +78,7 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
     Example:
       mlg operate drain --wait && systemctl stop mlg-batcher
     """
-    from store.batcher_controls import Mode, pause
+    from store.controls import Mode, pause
 
     deadline = time.monotonic() + patience
     with open_store(home) as store:
@@ -101,10 +101,10 @@ def resume(home: Path | None) -> None:
     Example:
       mlg operate resume
     """
-    from store import batcher_controls
+    from store import controls
 
     with open_store(home) as store:
-        batcher_controls.resume(store, by=_current_user(), now=datetime.now(UTC))
+        controls.resume(store, by=_current_user(), now=datetime.now(UTC))
     click.echo("batchers continue")
 
 
@@ -119,12 +119,12 @@ def run(home: Path | None) -> None:
     Example:
       mlg operate run
     """
-    from store import batcher_controls
+    from store import controls
 
     now = datetime.now(UTC)
     with open_store(home) as store:
-        batcher_controls.run_now(store, by=_current_user(), now=now)
-        control_state, batchers = batcher_controls.read_control_state(store), _count_live_batchers(store, now)
+        controls.run_now(store, by=_current_user(), now=now)
+        control_state, batchers = controls.read_control_state(store), _count_live_batchers(store, now)
     click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")

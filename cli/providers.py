@@ -20,7 +20,8 @@ from cli.tables import local_time, make_table, print_json_lines, print_table, pr
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
-    from store.ledger_records import CostRow, ProviderRecord
+    from store.ledger import CostRow
+    from store.providers import ProviderRecord
 
 
 @click.group()

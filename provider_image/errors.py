@@ -13,7 +13,7 @@
     │   └── UnsupportedMediaType
     ├── UnknownModel
     ├── UnknownRequest
-    ├── UnknownProvider          in store/ledger.py, beside the only ones who raise it
+    ├── UnknownProvider          in store/providers.py, beside the only ones who raise it
     ├── NotInstalled
     ├── NotCancellable
     ├── NotRetryable

@@ -16,7 +16,7 @@ import flask
 from server.api.idempotency import install_idempotency
 from server.api.responses import install_error_handlers
 from server.auth.guard import install_guard
-from server.context import Context, ServerStore
+from server.context import Context
 from server.intake.accept import Intake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
@@ -24,6 +24,7 @@ from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
+from store.sqlite import SqliteStore
 
 #: "module:function" that adds views to an application; those of the API in the order of its description.
 VIEWS = (
@@ -46,7 +47,7 @@ VIEWS = (
 
 def create_app(
     settings: ServerSettings,
-    store: ServerStore,
+    store: SqliteStore,
     *,
     long_poller: LongPoller | None = None,
     change_dispatcher: ChangeDispatcher | None = None,

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
@@ -22,43 +22,8 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
-from store import Chunks, Store
-from store.batches import Batches
-from store.changes import ChangeFeed
-from store.controls import Controls
-from store.idempotency import Idempotency
-from store.images import ImageStore
-from store.keys import Keys
-from store.ledger import Ledger, Providers
 from store.records import RequestRecord
-from store.search import Search
-from store.stats import Stats
-from store.webhooks import Webhooks
-
-
-class ServerStore(
-    Store,
-    Chunks,
-    Keys,
-    Controls,
-    Stats,
-    Ledger,
-    Providers,
-    ChangeFeed,
-    Webhooks,
-    Batches,
-    Search,
-    Idempotency,
-    Protocol,
-):
-    """What the application needs of the store."""
-
-    @property
-    def images(self) -> ImageStore:
-        """Where images are staged."""
-
-    def check(self) -> None:
-        """Prove that the store can be written. :raises StoreError:"""
+from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +31,7 @@ class Context:
     """What the views of one server process share."""
 
     settings: ServerSettings
-    store: ServerStore
+    store: SqliteStore
     #: Accepts images.
     intake: Intake
     #: Holds reads until their request is final.

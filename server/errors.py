@@ -13,16 +13,17 @@ from provider_image.errors import BadInput, MlgError, TooManyBytes
 from store.batches import BatchInProgress, DuplicateClientId
 from store.errors import (
     DiskFull,
+    ImageGone,
     LimitReached,
     NotCancellable,
+    NotRemovable,
     NotRetryable,
     StoreBusy,
     StoreError,
     UnknownRequest,
 )
 from store.idempotency import IdempotencyKeyReused
-from store.ledger import UnknownProvider
-from store.search import ImageGone, NotRemovable
+from store.providers import UnknownProvider
 from store.webhooks import UnknownWebhook
 
 # Access

@@ -22,17 +22,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from provider_image.errors import InvalidParams, MlgError
 from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
 from server.serializers import parse_read_params, serialize_request
-from store import Store
-from store.batches import Batches
 from store.errors import UnknownRequest
 from store.records import to_text
-from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook, Webhooks
+from store.sqlite import SqliteStore
+from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +49,6 @@ POLL_SECONDS = 0.25
 MAX_CONCURRENT_SENDS = 8
 #: The longest delay that a receiver may ask for with Retry-After.
 _MAX_RETRY_AFTER_SECONDS = 86_400
-
-
-class Outbox(Store, Batches, Webhooks, Protocol):
-    """What a Deliverer needs of the store."""
 
 
 def check_webhook(url: str | None, *, allows_private: bool) -> str | None:
@@ -114,7 +109,7 @@ class Deliverer:
 
     def __init__(
         self,
-        outbox: Outbox,
+        outbox: SqliteStore,
         *,
         http_client: HttpClient,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),

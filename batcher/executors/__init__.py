@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from provider_image.errors import ConfigError, MlgError
-from store.ledger import Ledger, Providers
 
 if TYPE_CHECKING:
     from batcher.settings import BatcherSettings
+    from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,6 @@ class Executor(Protocol):
         """Stop every process and remove every temporary file. May be called twice."""
 
 
-class LedgerStore(Ledger, Providers, Protocol):
-    """What executors need of the store: a record of costs and of providers."""
-
-
 #: name -> "module:Class"; the class takes the settings and the ledger.
 REGISTRY = {
     "local": "batcher.executors.local:LocalExecutor",
@@ -106,7 +102,7 @@ REGISTRY = {
 }
 
 
-def load_executor(names: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
+def load_executor(names: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
     """Make an executor.
 
     :param names: a name of the registry, or several separated by commas: a chunk that waits too long for one goes to
@@ -122,7 +118,7 @@ def load_executor(names: str, settings: BatcherSettings, ledger: LedgerStore) ->
     return FallbackExecutor(members, fallback_seconds=settings.fallback_seconds)
 
 
-def _load_one(name: str, settings: BatcherSettings, ledger: LedgerStore) -> Executor:
+def _load_one(name: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise ConfigError(

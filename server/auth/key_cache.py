@@ -13,8 +13,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from store.errors import StoreError
-from store.keys import KeyRecord, Keys, key_id_of, verify_key
-from store.sqlite_keys import TOUCH_SECONDS
+from store.keys import TOUCH_SECONDS, KeyRecord, Keys, key_id_of, verify_key
 
 log = logging.getLogger(__name__)
 

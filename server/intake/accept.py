@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 from flask import Request
 
@@ -35,18 +35,10 @@ from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
-from store import Store, new_id
-from store.batches import Batches, BatchRecord, RefusedItem
-from store.images import ImageStore
+from store import new_id
+from store.batches import BatchRecord, RefusedItem
 from store.records import NewRequest, RequestRecord
-
-
-class IntakeStore(Store, Batches, Protocol):
-    """What an Intake needs of the store."""
-
-    @property
-    def images(self) -> ImageStore:
-        """Where images are staged."""
+from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +127,7 @@ class Intake:
     def __init__(
         self,
         settings: ServerSettings,
-        store: IntakeStore,
+        store: SqliteStore,
         *,
         queue_stats: QueueStats,
         active_reads: ActiveReads,

@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass, field
 
 from provider_image.errors import MlgError
-from store import Store
 from store.errors import StoreUnavailable
 from store.records import RequestRecord
+from store.requests import Requests
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class LongPoller:
     :param capacity: how many are held at once; further ones are answered at once.
     """
 
-    def __init__(self, store: Store, *, capacity: int) -> None:
+    def __init__(self, store: Requests, *, capacity: int) -> None:
         self._store = store
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()

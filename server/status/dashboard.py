@@ -16,20 +16,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
-from store import Chunks
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
-from store.batcher_controls import Pause, read_control_state
 from store.chunks import BatcherRecord, ChunkRecord
-from store.controls import Controls
+from store.controls import Pause, read_control_state
 from store.cost_split import to_amount
-from store.ledger import Ledger, Providers
-from store.ledger_records import AllocationRecord, CostRow, ProviderRecord
+from store.ledger import AllocationRecord, CostRow
+from store.providers import ProviderRecord
 from store.records import to_text
-from store.stats import AnsweredRequest, FailureRecord, MinuteStats, Stats
+from store.sqlite import SqliteStore
+from store.stats import AnsweredRequest, FailureRecord, MinuteStats
 
 #: Minutes in a chart.
 CHART_MINUTES = 60
@@ -45,10 +44,6 @@ RECENT_FAILURES = 500
 MAX_CHUNKS = 200
 #: Providers that are listed, the most recently seen first.
 MAX_PROVIDERS = 100
-
-
-class DashboardStore(Chunks, Controls, Stats, Ledger, Providers, Protocol):
-    """What the dashboard reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +87,7 @@ class Dashboard:
     :param queue_stats: waiting requests and live batchers; shared with the other views.
     """
 
-    def __init__(self, store: DashboardStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: SqliteStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
         self._queue_stats = queue_stats
         self.clock = clock

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
-from store.batcher_controls import Mode, read_control_state
+from store.controls import Mode, read_control_state
 from store.stats import OutcomeTotal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -12,8 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from server.status.eta import ALIVE_SECONDS
 from server.status.stale_cache import StaleCache
-from store import Chunks
-from store.chunks import BatcherRecord, ModelBacklog, Throughput
+from store.chunks import BatcherRecord, Chunks, ModelBacklog, Throughput
 
 #: Counts are used for this long without a reload.
 FRESH_SECONDS = 1.0

@@ -11,7 +11,7 @@ import pytest
 from batcher.scheduler import Batcher
 from batcher.workspace import Workspace
 from server.status.eta import EtaInputs, estimate
-from store.batcher_controls import Mode, pause, resume, run_now
+from store.controls import Mode, pause, resume, run_now
 from store.records import RequestState
 
 MODEL = "efficientnet_lite0"

@@ -17,7 +17,7 @@ import pytest
 from batcher.executors import Outcome
 from provider_image.errors import NotInstalled, WorkerDied
 from store.records import Answer, RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from batcher.executors.local import LocalExecutor
 from store.records import RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 
 #: Decoders ignore bytes after the end of an image; here they end the process, as a bug in a decoder may.
 PLUGIN = """

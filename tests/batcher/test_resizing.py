@@ -34,7 +34,7 @@ from provider_image.models.artefact import find_artefact
 from provider_image.service import ModelInput
 from provider_image.services import load_service
 from store.records import RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive, wait_until

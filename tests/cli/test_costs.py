@@ -21,8 +21,8 @@ from server.settings import ServerSettings
 from store import new_id
 from store.amounts import format_amount
 from store.chunks import ChunkRecord
-from store.ledger import UnknownProvider
-from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.providers import UnknownProvider
 from store.records import Answer, NewRequest
 from store.sqlite import SqliteStore
 

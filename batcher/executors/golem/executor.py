@@ -22,7 +22,7 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.errors import BudgetReached, ExecutorUnavailable, GolemUnavailable, NoProvider
-from batcher.executors import Job, LedgerStore, Outcome
+from batcher.executors import Job, Outcome
 from batcher.executors.golem.budget import Budget, BudgetCaps
 from batcher.executors.golem.job_queue import JobQueue, QueuedJob
 from batcher.executors.golem.ledger_writer import LedgerWriter, describe_agreement
@@ -37,6 +37,7 @@ from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import ConfigError, MlgError, WorkerDied
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class GolemExecutor:
     name = "golem"
     is_remote = True
 
-    def __init__(self, settings: BatcherSettings, ledger: LedgerStore) -> None:
+    def __init__(self, settings: BatcherSettings, ledger: SqliteStore) -> None:
         self._batcher_settings = settings
         self._settings = settings.golem
         self._ledger_writer = LedgerWriter(ledger)

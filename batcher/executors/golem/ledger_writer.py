@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from batcher.executors import LedgerStore
 from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.worker import GolemWorker
 from provider_image.errors import MlgError
 from store.errors import StoreError
-from store.ledger_records import ActivityRecord, AgreementRecord, AllocationRecord, DebitNoteRecord, InvoiceRecord
+from store.ledger import ActivityRecord, AgreementRecord, AllocationRecord, DebitNoteRecord, InvoiceRecord
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def describe_agreement(agreement: Any, *, allocation_id: str) -> tuple[Agreement
 class LedgerWriter:
     """A queue of records on their way into the ledger."""
 
-    def __init__(self, ledger: LedgerStore) -> None:
+    def __init__(self, ledger: SqliteStore) -> None:
         #: The store, for reads.
         self.ledger = ledger
         self._writes: asyncio.Queue[Callable[[], object]] = asyncio.Queue()

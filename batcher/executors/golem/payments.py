@@ -18,7 +18,7 @@ from batcher.executors.golem.ledger_writer import LedgerWriter, describe_agreeme
 from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.ledger_records import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
+from store.ledger import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors import LedgerStore
 from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Recovery:
     :param is_gone: returns whether the session that an owner names no longer runs.
     """
 
-    def __init__(self, engine: Any, ledger: LedgerStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, engine: Any, ledger: SqliteStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
         self._engine = engine

@@ -30,7 +30,7 @@ from batcher.executors.golem.yapapi_adapter import (
     shield_file_server,
     temporary_files_in,
 )
-from store.ledger_records import AllocationRecord
+from store.ledger import AllocationRecord
 
 log = logging.getLogger(__name__)
 

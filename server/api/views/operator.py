@@ -1,6 +1,6 @@
 """Views for operators: the dashboard's figures as JSON, Prometheus metrics, and the controls.
 
-The figures come from `server/status/dashboard.py`, what the controls do is in `store/batcher_controls.py`. The forms of
+The figures come from `server/status/dashboard.py`, what the controls do is in `store/controls.py`. The forms of
 the operator's page and programs use the same paths; a browser is redirected to the page.
 """
 
@@ -21,10 +21,10 @@ from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
 from server.status.metrics import CONTENT_TYPE, exposition, families
-from store import batcher_controls
-from store.batcher_controls import Mode
+from store import controls
+from store.controls import Mode
 from store.keys import Scope
-from store.ledger_records import ProviderRecord
+from store.providers import ProviderRecord
 from store.records import to_text
 
 #: The page that shows the same; see `server/pages/operator.py`.
@@ -124,7 +124,7 @@ class _OperatorViews:
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        batcher_controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
+        controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"hold": None})
 
     @operation(
@@ -136,7 +136,7 @@ class _OperatorViews:
     def run_now(self) -> Response:
         """Run a cycle now."""
         self._fields()
-        token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
+        token = controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
@@ -179,9 +179,7 @@ class _OperatorViews:
 
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = batcher_controls.pause(
-            self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason
-        )
+        given = controls.pause(self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason)
         pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
         return _respond({"hold": pause})
 

@@ -23,9 +23,10 @@ from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name, query_fields
 from store.batches import EXPIRED
+from store.errors import ImageGone
 from store.keys import Scope
 from store.records import RequestRecord, RequestState, to_text
-from store.search import ImageGone, Query
+from store.search import Query
 
 _STATUSES = (*map(str, RequestState), EXPIRED)
 _FILTERS = (

@@ -14,7 +14,7 @@ import pytest
 from server.settings import ServerSettings
 from store import migrations, new_id
 from store.chunks import BatcherRecord, ChunkRecord
-from store.ledger_records import BillState, InvoiceRecord
+from store.ledger import BillState, InvoiceRecord
 from store.records import Answer, NewRequest
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT

@@ -23,9 +23,9 @@ from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store import new_id
-from store.batcher_controls import read_control_state, run_now
 from store.chunks import BatcherRecord, ChunkRecord
-from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.controls import read_control_state, run_now
+from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.records import Answer, Claim, NewRequest, RequestRecord
 from store.sqlite import SqliteStore
 
@@ -336,16 +336,16 @@ def test_a_cached_figure_is_loaded_again_when_it_is_stale_or_invalidated(monkeyp
 @pytest.mark.parametrize(
     ("name", "indexes"),
     [
-        ("sqlite:_QUEUED_MODELS", {"requests_queued"}),
-        ("sqlite:_OLDEST_DUE", {"requests_queued"}),
-        ("sqlite:_COUNT_DUE", {"requests_queued"}),
-        ("sqlite:_CLAIM", {"requests_queued"}),
-        ("sqlite_chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
-        ("sqlite_stats:_MINUTES", {"chunks_finished"}),
-        ("sqlite_stats:_ANSWERED", {"requests_finished"}),
-        ("sqlite_stats:_FAILURES", {"requests_failed"}),
-        ("sqlite_stats:_FAILED_CHUNKS", {"chunks_failed"}),
-        ("sqlite_stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
+        ("requests:_QUEUED_MODELS", {"requests_queued"}),
+        ("requests:_OLDEST_DUE", {"requests_queued"}),
+        ("requests:_COUNT_DUE", {"requests_queued"}),
+        ("requests:_CLAIM", {"requests_queued"}),
+        ("chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
+        ("stats:_MINUTES", {"chunks_finished"}),
+        ("stats:_ANSWERED", {"requests_finished"}),
+        ("stats:_FAILURES", {"requests_failed"}),
+        ("stats:_FAILED_CHUNKS", {"chunks_failed"}),
+        ("stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
     ],
 )
 def test_frequent_queries_use_an_index_that_stays_small(store: SqliteStore, name: str, indexes: set[str]) -> None:
@@ -542,7 +542,7 @@ def test_a_control_redirects_browsers_to_the_page_which_shows_the_pause(
 
     assert (done.status_code, done.headers["Location"]) == (303, "/ui/operator")
     html = client.get("/ui/operator", headers={"Accept": "text/html"}).text
-    assert "being brought to an end" in html and "an &lt;update&gt;" in html
+    assert "being drained" in html and "an &lt;update&gt;" in html
     assert "Nothing is being processed: the batchers may be stopped" in html
 
 

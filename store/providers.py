@@ -1,32 +1,31 @@
-"""The providers on SQLite: their prices, how well and how fast they work, and who is banned.
+"""Providers: the tables `providers` and `provider_speeds`: prices, scores, speeds and bans.
 
-A base of `SqliteStore`, which gives it the writer and the readers.
+Executors that pay record offers and work, and ban; operators' commands and views list, ban and unban.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from provider_image.errors import MlgError
 from store.cost_split import to_amount
 from store.database import ReaderPool, Transaction, Writer
-from store.ledger import UnknownProvider
-from store.ledger_records import ProviderRecord, SpeedRecord
-from store.records import to_text
-from store.sqlite_ledger import from_row
+from store.records import from_row, to_text
 
-#: The score of a provider of which nothing is known.
+#: Score of a new provider.
 INITIAL_SCORE = 0.5
-#: How much the latest chunk counts in the score; the older ones share the rest.
+#: Weight of the latest chunk in the score.
 SCORE_WEIGHT = 0.2
-#: How much of the earlier images and seconds is kept when new ones are added to a speed.
+#: Weight of the earlier images and seconds when new ones are added to a speed.
 SPEED_DECAY = 0.8
-#: An address is recognised by its beginning from this length on: "0x" and six digits.
+#: Shortest prefix by which an address is recognised: "0x" and six digits.
 MIN_ADDRESS_PREFIX_LENGTH = 8
-#: Work quicker than this was not measured well enough for a speed.
+#: Shorter work is not measured well enough for a speed.
 MIN_MEASURED_SECONDS = 1e-6
 
 _RECORD_OFFER = """
@@ -64,17 +63,74 @@ _BANNED = """
     SELECT id, ban_reason FROM providers WHERE ban_reason IS NOT NULL AND (banned_until IS NULL OR banned_until > ?)
 """
 
-# The address itself goes before names, and those before the beginnings of addresses: a name is anybody's choice.
+# The whole address takes precedence over names, and names over prefixes: names can be chosen freely.
 _FIND = (
-    "SELECT id FROM providers WHERE id = :wanted",
-    "SELECT id FROM providers WHERE name = :wanted ORDER BY id LIMIT 3",
-    f"SELECT id FROM providers WHERE length(:wanted) >= {MIN_ADDRESS_PREFIX_LENGTH} "
-    "AND substr(id, 1, length(:wanted)) = :wanted ORDER BY id LIMIT 3",
+    "SELECT id FROM providers WHERE id = :id_or_name",
+    "SELECT id FROM providers WHERE name = :id_or_name ORDER BY id LIMIT 3",
+    f"SELECT id FROM providers WHERE length(:id_or_name) >= {MIN_ADDRESS_PREFIX_LENGTH} "
+    "AND substr(id, 1, length(:id_or_name)) = :id_or_name ORDER BY id LIMIT 3",
 )
 
 
-class SqliteProviders:
-    """What is known about providers, in the tables `providers` and `provider_speeds`."""
+class UnknownProvider(MlgError):
+    """There is no such provider. `mlg providers list` shows those that made offers."""
+
+    code = "unknown_provider"
+    permanent = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderRecord:
+    """One provider: its latest offer, its work and its ban."""
+
+    #: Its address.
+    id: str
+    #: Its own name for itself; not unique.
+    name: str
+    first_seen_at: datetime
+    #: When it made its latest offer.
+    seen_at: datetime
+    #: The prices of that offer in GLM; see AgreementRecord.
+    start_price: Decimal
+    price_per_cpu_second: Decimal
+    price_per_second: Decimal
+    #: Chunks that it answered, and chunks that failed there.
+    done: int
+    failed: int
+    #: Images that it answered.
+    images: int
+    #: Moving average of its success: 0 none, 1 all.
+    score: float
+    #: End of the ban; None without a ban, and for a permanent one.
+    banned_until: datetime | None
+    #: Why it is banned; None without a ban.
+    ban_reason: str | None
+    #: True when an operator banned it, not a batcher.
+    is_banned_by_operator: bool
+
+    def is_banned(self, now: datetime) -> bool:
+        """Tell whether it is banned now."""
+        return self.ban_reason is not None and (self.banned_until is None or self.banned_until > now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRecord:
+    """How fast one provider answered one model recently."""
+
+    provider_id: str
+    model: str
+    #: Decaying sums of images and of the seconds that they took.
+    images: float
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """The speed."""
+        return self.images / self.seconds
+
+
+class Providers:
+    """The providers, their speeds and bans."""
 
     _writer: Writer
     _readers: ReaderPool
@@ -89,7 +145,7 @@ class SqliteProviders:
         price_per_second: Decimal,
         now: datetime,
     ) -> None:
-        """See Providers.note_provider."""
+        """Record the prices of a provider's latest offer."""
         row = {
             "id": id,
             "name": name,
@@ -99,12 +155,15 @@ class SqliteProviders:
             "score": INITIAL_SCORE,
             "now": to_text(now),
         }
-        self._writer.run(lambda transaction: transaction.execute(_RECORD_OFFER, row).rowcount)
+        self._writer.execute(_RECORD_OFFER, row)
 
     def record_work(
         self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
     ) -> None:
-        """See Providers.note_work."""
+        """Record how a chunk ended at a provider: changes its score and, unless it failed, its speed.
+
+        Does nothing for an unknown provider.
+        """
         row = {
             "provider_id": provider_id,
             "model": model,
@@ -126,7 +185,12 @@ class SqliteProviders:
     def ban_provider(
         self, id_or_name: str, *, until: datetime | None, reason: str, by_operator: bool
     ) -> ProviderRecord:
-        """See Providers.ban_provider."""
+        """Ban a provider from work. A batcher's ban never shortens an operator's.
+
+        :param id_or_name: the address, an unambiguous prefix of it, or an unambiguous name.
+        :param until: end of the ban; None is for good.
+        :raises UnknownProvider: none or several match.
+        """
         row = {
             "until": None if until is None else to_text(until),
             "reason": reason,
@@ -135,26 +199,26 @@ class SqliteProviders:
         return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
 
     def unban_provider(self, id_or_name: str) -> ProviderRecord:
-        """See Providers.unban_provider."""
+        """Lift a ban. :raises UnknownProvider:"""
         return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
 
     def list_providers(self) -> list[ProviderRecord]:
-        """See Providers.list_providers."""
+        """List the providers, the last seen first."""
         with self._readers.connection() as connection:
             rows = connection.execute("SELECT * FROM providers ORDER BY seen_at DESC, id").fetchall()
         return [_provider(row) for row in rows]
 
     def banned(self, now: datetime) -> dict[str, str]:
-        """See Providers.banned."""
+        """Return the providers that are banned now: address -> reason."""
         with self._readers.connection() as connection:
             return dict(connection.execute(_BANNED, (to_text(now),)).fetchall())
 
     def speed(self, model: str) -> dict[str, float]:
-        """See Providers.speed."""
+        """Return how many images a second of a model each provider answered recently: address -> speed."""
         return {found.provider_id: found.images_per_second for found in self.speeds() if found.model == model}
 
     def speeds(self) -> list[SpeedRecord]:
-        """See Providers.speeds."""
+        """List the speeds of all providers and models."""
         with self._readers.connection() as connection:
             rows = connection.execute(
                 "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
@@ -168,14 +232,13 @@ class SqliteProviders:
             (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
             return _provider(row)
 
-        changed: ProviderRecord = self._writer.run(write)
-        return changed
+        return self._writer.run(write)
 
 
 def _find(transaction: Transaction, id_or_name: str) -> str:
-    """Find the one that is meant. :raises UnknownProvider:"""
+    """Find a provider by address, name or prefix. :raises UnknownProvider:"""
     for statement in _FIND:
-        found: list[str] = [id for (id,) in transaction.execute(statement, {"wanted": id_or_name}).fetchall()]
+        found: list[str] = [id for (id,) in transaction.execute(statement, {"id_or_name": id_or_name}).fetchall()]
         if len(found) == 1:
             return found[0]
         if found:
@@ -188,5 +251,4 @@ def _find(transaction: Transaction, id_or_name: str) -> str:
 
 
 def _provider(row: Any) -> ProviderRecord:
-    values = from_row(row, amounts=("start_price", "price_per_cpu_second", "price_per_second"))
-    return ProviderRecord(**{**values, "is_banned_by_operator": bool(values["is_banned_by_operator"])})
+    return ProviderRecord(**from_row(row, amounts=("start_price", "price_per_cpu_second", "price_per_second")))
