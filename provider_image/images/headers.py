@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from provider_image.errors import BrokenImage, EmptyImage, ImageTooLarge, NotAnImage, UnsupportedFormat
 
+#: The formats that are supported, by Pillow's names.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 #: Steps through a file's segments or blocks before it counts as damaged; real files have some dozens.
 _MAX_STEPS = 20_000
 #: Called by a reader with width and height as soon as it knows them.
@@ -23,7 +25,7 @@ _SizeCheck = Callable[[int, int], None]
 class ImageHeader:
     """What the header says."""
 
-    #: One of imaging.FORMATS.
+    #: One of FORMATS.
     format: str
     #: Declared size in pixels, as stored: before any turning by an EXIF tag.
     width: int

@@ -73,14 +73,16 @@ class Classification:
 
     def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
         """Decode the picture to the model's input size and pack the pixels. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode, encode_lossless
+        from provider_image.images.decoding import decode
+        from provider_image.images.resizing import encode_resized
 
         pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
-        return {"image": encode_lossless(pixels)}
+        return {"image": encode_resized(pixels)}
 
     def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
         """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode, decode_resized
+        from provider_image.images.decoding import decode
+        from provider_image.images.resizing import decode_resized
 
         if is_resized:
             return decode_resized(inputs["image"], artefact.height, artefact.width)

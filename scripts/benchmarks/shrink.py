@@ -26,7 +26,8 @@ from batcher.resizing import make_resizer
 from batcher.settings import BatcherSettings
 from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
-from provider_image.images.decoding import decode, decode_resized, encode_lossless
+from provider_image.images.decoding import decode
+from provider_image.images.resizing import decode_resized, encode_resized
 from scripts.benchmarks import pictures
 from store import new_id
 from store.records import NewRequest
@@ -67,13 +68,13 @@ def row(size: tuple[int, int], side: int, crop: float | None, rounds: int) -> li
     for name in pictures.PHOTOS:
         jpeg = photo(name, size)
         pixels = decode(jpeg, side, side, crop)
-        resized = encode_lossless(pixels)
+        resized = encode_resized(pixels)
         if (decode_resized(resized, side, side) != pixels).any():
             raise RuntimeError(f"{name} is not the same after shrinking")
         before.append(len(jpeg))
         after.append(len(resized))
         first.append(milliseconds(lambda jpeg=jpeg: decode(jpeg, side, side, crop), rounds))  # type: ignore[misc]
-        encoding.append(milliseconds(lambda pixels=pixels: encode_lossless(pixels), rounds))  # type: ignore[misc]
+        encoding.append(milliseconds(lambda pixels=pixels: encode_resized(pixels), rounds))  # type: ignore[misc]
         second.append(milliseconds(lambda resized=resized: decode_resized(resized, side, side), rounds))  # type: ignore[misc]
     sent, original = statistics.mean(after), statistics.mean(before)
     times = (f"{statistics.mean(each):.1f}" for each in (first, encoding, second))

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from provider_image import errors
-from provider_image.images.decoding import check_upload
+from provider_image.images.headers import read_header
 from server.context import Context
 from server.errors import BacklogFull, FetchFailed
 from server.intake.batch_parser import BatchItem
@@ -82,7 +82,7 @@ class BatchIntake:
             if item.error is not None:
                 raise item.error
             data = self._fetch(item.url, give_up_at) if item.url is not None else item.data or b""
-            check_upload(data, self._context.settings.max_pixels)
+            read_header(data, self._context.settings.max_pixels)
         except (errors.BadInput, FetchFailed) as error:
             refused_item = RefusedItem(
                 position=item.position, client_id=item.client_id, code=error.code, reason=error.reason

@@ -15,7 +15,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
-from provider_image.images.decoding import check_upload
+from provider_image.images.headers import read_header
 from provider_image.models.registry import find_row
 from provider_image.services import load_service
 from server.api.endpoint import Field, operation
@@ -139,7 +139,7 @@ class _PageViews:
             created_at=context.clock(),
         )
         with context.work_slots:
-            check_upload(upload.data, context.settings.max_pixels)
+            read_header(upload.data, context.settings.max_pixels)
             request = context.store.add(new, context.store.images.stage(upload.data))
         return flask.redirect(f"/ui/requests/{request.id}", 303)
 

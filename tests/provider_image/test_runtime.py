@@ -9,7 +9,8 @@ from PIL import Image
 
 from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
 from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
-from provider_image.images.decoding import decode, encode_lossless
+from provider_image.images.decoding import decode
+from provider_image.images.resizing import encode_resized
 from provider_image.models.artefact import installed_digest
 from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
 from provider_image.services import load_service
@@ -63,7 +64,7 @@ def test_broken_picture_fails_alone(tmp_path, photos, nets):
 
 
 def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_path, photos, nets):
-    pictures = [encode_lossless(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
+    pictures = [encode_resized(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
     chunk = make_chunk(tmp_path / "c.zip", [*pictures, photos["chelsea"]], is_resized=True)
 
     results = run_chunk(chunk, tmp_path / "r.zip", nets)

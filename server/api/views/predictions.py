@@ -14,7 +14,7 @@ import flask
 
 from provider_image import errors
 from provider_image.errors import MalformedRequest
-from provider_image.images.decoding import check_upload
+from provider_image.images.headers import read_header
 from provider_image.models.registry import find_row
 from provider_image.service import Service
 from provider_image.services import load_service
@@ -109,7 +109,7 @@ class _PredictionViews:
         )
         with self._context.work_slots:
             try:
-                check_upload(upload.data, self._context.settings.max_pixels)
+                read_header(upload.data, self._context.settings.max_pixels)
             except errors.NotAnImage as error:
                 if upload.is_plain_field:
                     raise MalformedRequest(

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import BadInput, BrokenImage, ImageTooLarge, NotAnImage
-from provider_image.images.decoding import MAX_PIXELS, check_upload, decode, decode_resized, encode_lossless
+from provider_image.images.decoding import MAX_PIXELS, decode
+from provider_image.images.headers import read_header
 from tests.provider_image.conftest import encode_image
 from tests.provider_image.images.test_headers import PICTURE, bombs, pictures
 
@@ -234,7 +235,7 @@ def test_broken_pixels_behind_a_sound_structure_are_broken(photos):
     cut = data[: len(data) // 2] + b"\xff\xd9"
     png = bytearray(encode_image(PICTURE, "PNG"))
     png[60] ^= 0xFF
-    check_upload(bytes(png), MAX_PIXELS)
+    read_header(bytes(png), MAX_PIXELS)
 
     with pytest.raises(BrokenImage) as caught:
         whole(bytes(png))
@@ -316,34 +317,3 @@ def test_at_the_least_scale_only_labels_that_are_as_likely_change_places(answers
     assert all(abs(after[label] - before[label]) < 0.02 for label in list(before)[:5])
     for label in set(list(before)[:5]) - set(list(after)[:5]):
         assert before[label] - full[5][2] < 0.005
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 3), (224, 224, 3), (299, 331, 3)])
-def test_packed_pixels_are_unpacked_exactly(shape):
-    pixels = np.random.default_rng(7).integers(0, 256, shape, np.uint8)
-
-    assert np.array_equal(decode_resized(encode_lossless(pixels), *shape[:2]), pixels)
-
-
-@pytest.mark.parametrize(
-    "data",
-    {
-        "nothing": b"",
-        "text": b"text",
-        "half of it": encode_lossless(np.zeros((30, 40, 3), np.uint8))[:-9],
-        "wider": encode_lossless(np.zeros((30, 41, 3), np.uint8)),
-        "smaller": encode_lossless(np.zeros((20, 20, 3), np.uint8)),
-        "turned": encode_lossless(np.zeros((40, 30, 3), np.uint8)),
-        "another format": encode_image(Image.new("RGB", (40, 30)), "PNG"),
-        "transparent": encode_image(Image.new("RGBA", (40, 30), (1, 2, 3, 4)), "WEBP", lossless=True),
-        "several frames": encode_image(
-            Image.new("RGB", (40, 30)), "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
-        ),
-    }.items(),
-    ids=lambda case: case[0],
-)
-def test_what_is_no_shrunk_picture_of_the_right_size_is_bad_input(data):
-    with pytest.raises(BadInput, match="must be a WebP file of 40 x 30 RGB pixels") as caught:
-        decode_resized(data[1], 30, 40)
-
-    assert caught.value.permanent
