@@ -26,9 +26,9 @@ from provider_image.compiler.verification import TOLERANCE
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, compute_digest, is_model_name, read_artefact
-from provider_image.models.benchmarks import Speed, write_speed
 from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command, look_up
 from provider_image.models.registry import find_custom_name, find_row
+from provider_image.models.speed import Speed, write_speed
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Service
 from provider_image.services import load_service

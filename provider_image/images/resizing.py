@@ -1,7 +1,7 @@
 """The file format of a resized image: lossless, and without anything else that was in the original.
 
-The batcher's decoder processes encode what `decode` returned before an item leaves the machine, and the provider decodes
-exactly the same pixels. Called by services only.
+The batcher's decoder processes encode what `decode` returned before an item leaves the machine, and the provider
+decodes exactly the same pixels. Called by services only.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from provider_image.check import (
 from provider_image.check_report import CheckReport, describe
 from provider_image.cores import available_cores
 from provider_image.errors import ConfigError, NotInstalled, UnknownModel
-from provider_image.models.benchmarks import Speed, read_speed, write_speed
+from provider_image.models.speed import Speed, read_speed, write_speed
 from provider_image.service import Difference
 from provider_image.services.classification import Classification
 from tests.provider_image.conftest import ROOT

@@ -9,9 +9,9 @@ import pytest
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler.custom import CustomModel, build
 from provider_image.compiler.keras_graph import import_keras, preprocess
+from provider_image.compiler.labels import MAX_LABELS, read_labels
 from provider_image.errors import ConfigError, UnsafeModelFile, UnsuitableModel, WeightsMissing
 from provider_image.images.decoding import decode
-from provider_image.models.labels import MAX_LABELS, read_labels
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.services.classification import Classification
 from tests.custom_models import SIDE, classifier, labels_file, save
