@@ -22,56 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.check_report import CheckReport, ImageCheck
-from provider_image.compiler.verification import TOLERANCE
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact, check_files, compute_digest, is_model_name, read_artefact
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command, look_up
-from provider_image.models.registry import find_custom_name, find_row
+from provider_image.models.artefact import Artefact, check_files, compute_digest, read_artefact
+from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
 from provider_image.models.speed import Speed, write_speed
+from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Service
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
-#: A probability may differ by this much from the recorded one in bf16, and in auto, which may be bf16; the order of the
-#: five likeliest labels is then not looked at. In f32 it is what builders hold to: `finishing.TOLERANCE`.
-#: EfficientNet-Lite0 differed by 0.012 in the median and by 0.104 at most on 130 photos and parts of photos, on a
-#: processor with AMX; this is twice that, so it finds gross errors only. What small damage there is to files, their
-#: digests tell.
-TOLERANCE_BF16 = 0.2
 #: How long the speed is measured.
 SECONDS = 2.0
 #: A check in a process of its own is given up after this long. Slow models need some seconds to load.
 _TIMEOUT_SECONDS = 600.0
 _PACKAGE = Path(__file__).parent
-
-
-def find_folder(models: Path, text: str) -> Path:
-    """Find the folder of a model, given by its name in any spelling or by the path of an artefact's folder.
-
-    :return: there need not be an artefact in it; the check tells.
-    :raises UnknownModel: it is neither a path nor a model that is in the catalogue or installed.
-    """
-    if os.sep in text or text in (".", ".."):
-        return Path(text).expanduser().absolute()
-    row = look_up(text)
-    name = find_custom_name(models, text) if row is None else row.name
-    if name is None and Path(text).is_dir():
-        return Path(text).absolute()
-    return models / (name or find_row(models, text).name)
-
-
-def installed_folders(models: Path) -> list[Path]:
-    """List the folders in a models folder, damaged artefacts included. :raises NotInstalled: there is none."""
-    try:
-        found = sorted(path for path in models.iterdir() if is_model_name(path.name) and path.is_dir())
-    except OSError:
-        found = []
-    if not found:
-        raise NotInstalled(f"No model is installed in {models}. Install one: mlg models compile efficientnet_lite0")
-    return found
 
 
 def check_model(

@@ -8,6 +8,7 @@ bytes are read when its turn comes and dropped when it is decoded, so memory doe
 from __future__ import annotations
 
 import collections
+import importlib.util
 import logging
 import sys
 import time
@@ -18,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
-from provider_image.compiler import build, can_build_now, ensure_installed
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, MalformedChunk, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact
+from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.service import Service
 from provider_image.services import load_service
@@ -73,7 +73,7 @@ class NetCache:
         """
         started = time.perf_counter()
         implementation = self._find_service(service)
-        artefact = ensure_installed(self._models, model)
+        artefact = _find_or_build(self._models, model)
         if artefact.service != service:
             raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
         if digest is not None and digest != artefact.digest:
@@ -90,15 +90,38 @@ class NetCache:
         try:
             net = implementation.load(artefact, self.threads, self.precision)
         except BrokenArtefact as error:
-            # Its model.json is sound, so the damage only shows now.
-            row = CATALOGUE.get(model)
-            if row is None or not can_build_now(row):
-                raise
-            logger.warning("building the model again: %s", error, extra={"model": model})
-            artefact = build(self._models, row, again=True)
+            # Its model.json is intact, so the damage is only found now.
+            artefact = _rebuild(self._models, model, error)
             net = implementation.load(artefact, self.threads, self.precision)
         self._nets[key] = (implementation, artefact, net)
         return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
+
+
+def _has_compiler() -> bool:
+    """Tell whether this installation can compile models; the provider image ships without the compiler."""
+    return importlib.util.find_spec("provider_image.compiler") is not None
+
+
+def _find_or_build(models: Path, model: str) -> Artefact:
+    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`."""
+    if not _has_compiler():
+        return find_artefact(models, model)
+    from provider_image.compiler import ensure_installed
+
+    return ensure_installed(models, model)
+
+
+def _rebuild(models: Path, model: str, error: BrokenArtefact) -> Artefact:
+    """Build the model of a damaged artefact again. :raises BrokenArtefact: `error`, where that needs a download."""
+    row = CATALOGUE.get(model)
+    if row is None or not _has_compiler():
+        raise error
+    from provider_image.compiler import build, can_build_now
+
+    if not can_build_now(row):
+        raise error
+    logger.warning("building the model again: %s", error, extra={"model": model})
+    return build(models, row, again=True)
 
 
 def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:

@@ -112,6 +112,18 @@ def test_the_provider_has_tensorflow_only_to_compile_with_and_only_for_keras_mod
     assert "numpy openvino pillow" in commands and "--no-deps" in commands
 
 
+def test_the_provider_image_ships_without_the_compiler() -> None:
+    commands = stages(PROVIDER)["builder"][-1]
+    copied = commands.index("cp -R provider_image /image/code/opt/mlg/")
+    removed = commands.index("rm -rf $code/compiler ")
+
+    assert (ROOT / "provider_image/compiler").is_dir()
+    assert "code=/image/code/opt/mlg/provider_image" in commands[copied:removed]
+    # Nothing else brings it: the final stage copies from /image only.
+    sources = [copy.split()[-2] for copy in of_kind("COPY", final(PROVIDER))]
+    assert sources == ["/image/runtime/", "/image/code/", "/image/models/", "/image/golem/"]
+
+
 def test_the_provider_checks_the_artefacts_it_is_given_with_its_own_runtime_before_it_installs_or_compiles() -> None:
     check, compile = of_kind("RUN", stages(PROVIDER)["builder"])[-2:]
 

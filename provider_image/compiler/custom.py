@@ -17,12 +17,13 @@ from provider_image.compiler.keras_file import check_keras_file, load_checked
 from provider_image.compiler.keras_graph import apply_head, import_keras, preprocess, to_graph
 from provider_image.compiler.labels import read_labels
 from provider_image.compiler.self_test import self_test_images
-from provider_image.compiler.verification import TOLERANCE, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import ConfigError, NotInstalled, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, is_model_name
 from provider_image.models.catalogue import ModelRow, look_up
 from provider_image.models.registry import find_custom_name
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np

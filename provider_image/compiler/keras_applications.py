@@ -15,10 +15,11 @@ from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_graph import import_keras, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
 from provider_image.compiler.labels import imagenet_labels
-from provider_image.compiler.verification import TOLERANCE, f16_recipe, verify_and_install
+from provider_image.compiler.verification import f16_recipe, verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,10 +15,11 @@ from provider_image.backends.openvino import import_openvino
 from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.torch_file import read_tensors
-from provider_image.compiler.verification import TOLERANCE, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np

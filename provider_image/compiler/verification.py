@@ -20,6 +20,7 @@ from provider_image.errors import CompilationFailed
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
 from provider_image.models.catalogue import ModelRow
+from provider_image.precision import TOLERANCE
 from provider_image.service import Difference
 from provider_image.services.classification import Classification, top_labels
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
-#: A probability may differ by this much from the reference's. Two honest machines differ by some 1e-6. Also the most
-#: that f16 weights may cost unless whoever compiles allows more; those of EfficientNet-Lite0 cost 0.004.
-TOLERANCE = 1e-4
 #: Weights are stored as f16 only if that makes the artefact smaller by at least this share.
 _MIN_SAVING = 0.1
 

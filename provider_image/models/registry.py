@@ -59,6 +59,32 @@ def find_custom_name(models: Path, spelling: str) -> str | None:
     return _custom_names(models).get(normalise_name(spelling[:MAX_NAME_LENGTH]))
 
 
+def find_folder(models: Path, text: str) -> Path:
+    """Find the folder of a model by the model's name in any spelling, or by the path of the folder itself.
+
+    :return: it may be without an artefact, or not exist.
+    :raises UnknownModel: it is neither a path nor a model that is in the catalogue or installed.
+    """
+    if os.sep in text or text in (".", ".."):
+        return Path(text).expanduser().absolute()
+    row = look_up(text)
+    name = find_custom_name(models, text) if row is None else row.name
+    if name is None and Path(text).is_dir():
+        return Path(text).absolute()
+    return models / (name or find_row(models, text).name)
+
+
+def installed_folders(models: Path) -> list[Path]:
+    """List the folders of the installed models, damaged ones included. :raises NotInstalled: there is none."""
+    try:
+        found = sorted(path for path in models.iterdir() if is_model_name(path.name) and path.is_dir())
+    except OSError:
+        found = []
+    if not found:
+        raise NotInstalled(f"No model is installed in {models}. Install one: mlg models compile efficientnet_lite0")
+    return found
+
+
 def _custom_row(models: Path, name: str) -> ModelRow:
     artefact = find_artefact(models, name)
     if artefact.name != name or artefact.service not in REGISTRY:

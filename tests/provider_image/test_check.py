@@ -15,19 +15,13 @@ from typing import Any
 
 import pytest
 
-from provider_image.check import (
-    TOLERANCE,
-    TOLERANCE_BF16,
-    check_in_process,
-    check_model,
-    find_folder,
-    installed_folders,
-    record_speed,
-)
+from provider_image.check import check_in_process, check_model, record_speed
 from provider_image.check_report import CheckReport, describe
 from provider_image.cores import available_cores
 from provider_image.errors import ConfigError, NotInstalled, UnknownModel
+from provider_image.models.registry import find_folder, installed_folders
 from provider_image.models.speed import Speed, read_speed, write_speed
+from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.service import Difference
 from provider_image.services.classification import Classification
 from tests.provider_image.conftest import ROOT

@@ -21,10 +21,10 @@ from PIL import Image
 
 from provider_image.compiler import keras_applications, keras_graph
 from provider_image.compiler.keras_weights import WeightsFile, WeightsSources, find_weights
-from provider_image.compiler.verification import TOLERANCE
 from provider_image.errors import CompilationFailed, WeightsMismatch
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.precision import TOLERANCE
 from provider_image.services import load_service
 from provider_image.services.classification import top_labels
 from tests.seeded_weights import seeded_network, write_weights
