@@ -1,8 +1,8 @@
-"""Works on a chunk: loads the model, runs item by item, writes the results file.
+"""The runtime: loads a chunk's model, runs item by item, writes the results file.
 
-Called by the warm process and by `run --cold`. As many threads as there are cores each take an item, decode it and run
-it; Pillow and OpenVINO let go of Python's lock, so one item's decoding overlaps with another's inference. An item's
-bytes are read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
+Called by the warm process and by `run --cold`. One thread per core takes items, decodes and runs them. Pillow and
+OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another. The bytes of an item are
+read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
-#: Loaded nets that are kept; the one that was not used for longest goes first.
+#: Number of nets that remain loaded; the least recently used is dropped first.
 MAX_LOADED_NETS = 4
 
 
@@ -38,14 +38,14 @@ class LoadedModel:
 
     service: Service
     artefact: Artefact
-    #: What the service's `load` gave.
+    #: What the service's `load` returned.
     net: Any
-    #: Seconds that loading took this time; 0 when it was loaded already.
+    #: Seconds to load it for this call; 0 if it was loaded before.
     seconds: float
 
 
 class NetCache:
-    """The loaded nets of one process. Used by one chunk at a time."""
+    """The loaded nets of one process. Not thread-safe: used by one chunk at a time."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class NetCache:
         precision: str = "f32",
         find_service: Callable[[str], Service] = load_service,
     ) -> None:
-        #: Items that are worked on side by side; as many as there are cores unless told otherwise.
+        #: Items that are processed at the same time.
         self.threads = threads or available_cores()
         #: f32, bf16 or auto.
         self.precision = precision
@@ -64,12 +64,12 @@ class NetCache:
         self._nets: collections.OrderedDict[tuple[Path, str], tuple[Service, Artefact, Any]] = collections.OrderedDict()
 
     def get(self, service: str, model: str, digest: str | None) -> LoadedModel:
-        """Return a model ready to run, building and loading it first if need be.
+        """Return a model that is ready to run; build and load it first if necessary.
 
-        :param digest: of the artefact that must answer; None takes any.
-        :raises NotInstalled: it is not here and cannot be built here, or another artefact of it is here.
-        :raises ModelError: it is here but cannot be loaded.
-        :raises MalformedChunk: there is no such service, or the model is another service's.
+        :param digest: digest of the required artefact; None accepts any.
+        :raises NotInstalled: it is not installed and cannot be built, or another artefact of it is installed.
+        :raises ModelError: it is installed but cannot be loaded.
+        :raises MalformedChunk: there is no such service, or the model belongs to another.
         """
         started = time.perf_counter()
         implementation = self._find_service(service)
@@ -78,8 +78,8 @@ class NetCache:
             raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
         if digest is not None and digest != artefact.digest:
             raise NotInstalled(
-                f"The chunk asks for {model} with digest {digest[:12]}; here it has {artefact.digest[:12]}. "
-                "Bring both machines to the same version of mlg, then install the model again."
+                f"The chunk requires {model} with digest {digest[:12]}; the installed one has {artefact.digest[:12]}. "
+                "Use the same version of mlg on both machines, then install the model again."
             )
         key = (artefact.folder, artefact.digest)
         if key in self._nets:
@@ -125,9 +125,9 @@ def _rebuild(models: Path, model: str, error: BrokenArtefact) -> Artefact:
 
 
 def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
-    """Work on a chunk file and write its results file. Items fail alone.
+    """Process a chunk file and write its results file. An item that fails does not affect the others.
 
-    :raises MlgError: the chunk as a whole cannot be worked on; there is no results file then.
+    :raises MlgError: the chunk as a whole cannot be processed; no results file is written.
     :raises OSError: the results file cannot be written.
     """
     with open_chunk(chunk) as reader:
@@ -137,7 +137,7 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
                 raise MalformedChunk(f"Item {item.number} must have the inputs {', '.join(loaded.service.inputs)}.")
         with ThreadPoolExecutor(nets.threads, thread_name_prefix="item") as pool:
             items = tuple(pool.map(lambda item: _run_item(reader, loaded, item), reader.items))
-        answer = Results(
+        found = Results(
             chunk_id=reader.chunk_id,
             model=loaded.artefact.name,
             digest=loaded.artefact.digest,
@@ -148,8 +148,8 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
             peak_memory_bytes=peak_memory_bytes(),
             items=items,
         )
-    write_results(results, answer)
-    return answer
+    write_results(results, found)
+    return found
 
 
 def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> ItemResult:
@@ -162,7 +162,7 @@ def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> Item
         output = loaded.service.run(loaded.net, prepared)
     except Exception as error:
         if not isinstance(error, MlgError):
-            # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
+            # A bug in a service or a library fails only this item, and is logged.
             logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
         return ItemResult(
             number=item.number, error=ItemError.from_exception(error), seconds=time.perf_counter() - started
@@ -171,7 +171,7 @@ def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> Item
 
 
 def versions() -> dict[str, str]:
-    """List the versions of the libraries that are loaded; nothing is imported for it."""
+    """Return program -> version of Python and of those libraries that are loaded; imports nothing."""
     found = {"python": sys.version.split()[0]}
     for package, name in (("openvino", "openvino"), ("numpy", "numpy"), ("PIL", "pillow")):
         version = getattr(sys.modules.get(package), "__version__", None)
@@ -181,14 +181,14 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name, "unknown" where the system does not tell."""
+    """Return the name of the processor, "unknown" where the system does not provide it."""
     return _proc_field(Path("/proc/cpuinfo"), "model name") or "unknown"
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process ever had, 0 where the system does not tell.
+    """Return the peak memory of this process, 0 where the system does not provide it.
 
-    Not from getrusage: Linux carries that figure over from the parent across exec.
+    Not from getrusage: on Linux that value is inherited from the parent process across exec.
     """
     return int((_proc_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
 

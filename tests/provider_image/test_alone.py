@@ -1,7 +1,6 @@
 """The package as the provider image has it, alone and without the compiler, needs only numpy, pillow and openvino."""
 
 import ast
-import json
 import shutil
 import subprocess
 import sys
@@ -68,14 +67,23 @@ def test_package_copied_without_the_compiler_runs_a_chunk_in_a_warm_process(
     assert read_results(tmp_path / "results.zip", "chunk-1", "efficientnet_lite0", [0]).items[0].error is None
 
 
-def test_package_copied_without_the_compiler_checks_a_model(tmp_path, package, models_folder):
-    shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / "models" / "efficientnet_lite0")
+def test_package_copied_without_the_compiler_checks_a_models_folder_that_cannot_be_written(
+    tmp_path, package, models_folder
+):
+    models = tmp_path / "models"
+    artefact = shutil.copytree(models_folder / "efficientnet_lite0", models / "efficientnet_lite0")
+    (models / ".speeds").touch()  # so that root cannot write it either
+    artefact.chmod(0o555)
+    models.chmod(0o555)
+    before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
 
-    done = provider(package.parent, "check", "--models", tmp_path / "models", "--json")
+    done = provider(package.parent, "check", "--models", models)
 
+    models.chmod(0o755)
+    artefact.chmod(0o755)
     assert (done.returncode, done.stderr) == (0, "")
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert (report["ok"], report["name"]) == (True, "efficientnet_lite0")
+    assert done.stdout.splitlines()[-1].split() == ["verdict", "ok"]
+    assert before == {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])

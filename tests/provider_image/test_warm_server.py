@@ -259,11 +259,11 @@ def test_link_is_no_place(tmp_path):
 
 def test_place_of_somebody_else_is_no_place(tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("only root can make a folder that belongs to somebody else")
+        pytest.skip("only root can make a folder that belongs to another user")
     (tmp_path / "place").mkdir()
     os.chown(tmp_path / "place", 12345, 12345)
 
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
+    with pytest.raises(ConfigError, match="belongs to another user"):
         make_private_folder(tmp_path / "place")
 
 
