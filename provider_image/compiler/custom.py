@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
-#: Part of the digest. Change it whenever the graphs' answers change.
+#: Part of the digest. Change it whenever the graphs' results change.
 RECIPE = "keras-file-1"
 #: The ways of preprocessing that a user may name.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
@@ -103,14 +103,14 @@ def build(
 ) -> Artefact:
     """Build a user's model in the models folder; one of the same name is replaced.
 
-    :param f16_within: see `finishing.verify_and_install`.
-    :param on_step: called with what is being done.
+    :param f16_within: see `verification.verify_and_install`.
+    :param on_step: called with the name of each step.
     :raises ConfigError: it cannot have this name, title or size.
     :raises CompilerMissing: tensorflow is not installed.
     :raises WeightsMissing: there is no such file.
     :raises UnsafeModelFile: the file could run code or read other files. None was run, none was read.
     :raises UnsuitableModel: it is no classifier of one picture, or the labels are not its own.
-    :raises CompilationFailed: the graph does not answer as Keras does.
+    :raises CompilationFailed: the graph gives other results than Keras.
     :raises NotInstalled: the models folder cannot be written.
     """
     _check_name(models, custom)
