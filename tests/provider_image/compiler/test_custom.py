@@ -152,7 +152,7 @@ def test_size_is_asked_for_where_the_model_leaves_it_open(install):
     artefact = install(classifier(side=None), size=(24, 40))
 
     assert (artefact.height, artefact.width) == (24, 40)
-    with pytest.raises(ConfigError, match="Leave --size away"):
+    with pytest.raises(ConfigError, match="Omit --size"):
         install(classifier(), size=(24, 40))
 
 

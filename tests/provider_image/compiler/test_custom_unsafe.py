@@ -105,25 +105,28 @@ CONFIGS = {
     ),
     "an array of objects": (
         dense(kernel_initializer={"class_name": "__numpy__", "config": {"value": [1], "dtype": "O"}}),
-        "no numbers",
+        "not numbers",
     ),
     "a quantised policy": (
         dense(dtype=described("keras.dtype_policies", "QuantizedDTypePolicy")),
         "QuantizedDTypePolicy",
     ),
-    "an odd dtype": (dense(dtype="/etc/passwd"), "odd dtype"),
+    "an unknown dtype": (dense(dtype="/etc/passwd"), "unknown dtype"),
     "code in the build config": (
         lambda whole: whole["config"]["layers"][-1].update(build_config={"input_shape": LAMBDA}),
         "Lambda",
     ),
-    "a module without a class": (dense(name={"module": "os", "config": {}}), "half of a serialized object"),
-    "an object where a config belongs": (dense(**described("keras.layers", "Lambda")), "half of a serialized object"),
+    "a module without a class": (dense(name={"module": "os", "config": {}}), "an incomplete serialized object"),
+    "an object where a config belongs": (
+        dense(**described("keras.layers", "Lambda")),
+        "an incomplete serialized object",
+    ),
     "wiring of Keras 2": (
         lambda whole: whole["config"]["layers"][-1].update(inbound_nodes=[["input", 0, 0, LAMBDA]]),
         "Keras 2",
     ),
     "an own model class": (lambda whole: {**whole, "class_name": "Evil", "module": "evil_module"}, "Functional"),
-    "a subclass of Model": (lambda whole: {**whole, "class_name": "Model", "module": "keras"}, "the user's own"),
+    "a subclass of Model": (lambda whole: {**whole, "class_name": "Model", "module": "keras"}, "a custom model class"),
 }
 
 
@@ -206,7 +209,7 @@ def test_archive_that_is_cut_short_is_refused(sound, refused, tmp_path):
     cut = tmp_path / "cut.keras"
     cut.write_bytes(sound.read_bytes()[:-3000])
 
-    assert "not a sound .keras file" in refused(cut)
+    assert "not a valid .keras file" in refused(cut)
 
 
 def _external_link(file):
@@ -263,8 +266,8 @@ def _type(file):
         (_virtual, "from another file"),
         (_cycle, "twice"),
         (_bomb, "would unpack"),
-        (_text, "something else than numbers"),
-        (_type, "something else than numbers"),
+        (_text, "something other than numbers"),
+        (_type, "something other than numbers"),
     ],
 )
 def test_weights_that_refer_elsewhere_are_refused_and_nothing_is_read(sound, refused, tmp_path, edit, reason):

@@ -90,7 +90,7 @@ def test_download_is_checked_and_kept_where_keras_keeps_it(tmp_path, mirror, alg
 
 
 def test_download_with_another_hash_is_thrown_away(tmp_path, mirror):
-    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 gives does not have the hash .*--weights FOLDER"):
+    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 does not have the hash .*--weights FOLDER"):
         find_weights(row_of(b"something else"), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert list(tmp_path.iterdir()) == []
