@@ -179,8 +179,8 @@ def _check_name(models: Path, custom: CustomModel) -> None:
     existing = known.name if known else find_custom_name(models, custom.name)
     if known is not None or existing not in (None, custom.name):
         raise ConfigError(
-            f"The name {custom.name} is taken by the model {existing}: case and separators do not matter. Choose another "
-            "name."
+            f"The name {custom.name} is taken by the model {existing}: case and separators do not matter. Choose "
+            "another name."
         )
     title = custom.title
     if title is not None and not (

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import ensure_installed
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 
 MODEL = "efficientnet_lite0"
 
@@ -24,13 +24,13 @@ MODEL = "efficientnet_lite0"
 @click.option("--rounds", default=9, show_default=True, help="Runs; the median counts.")
 def main(rounds: int) -> None:
     """Measure a cold chunk. Example: scripts/bench chunk"""
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     seconds, megabytes = [], []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         work = Path(folder)
         ensure_installed(work / "models", MODEL)
         items = [
-            ChunkItem(number=n, inputs={"image": pictures.make_unique(base[n % len(base)], n)}, params={})
+            ChunkItem(number=n, inputs={"image": photos.make_unique(base[n % len(base)], n)}, params={})
             for n in range(16)
         ]
         write_chunk(work / "chunk.zip", "measured", "classification", MODEL, None, items)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from provider_image.compiler import ensure_installed
 from provider_image.images import decoding
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 
 MODEL = "efficientnet_lite0"
 
@@ -116,16 +116,16 @@ def drain(home: Path, jpegs: list[bytes], log: Path) -> float:
 
 
 @click.command()
-@click.option("--pictures", "count", default=2000, show_default=True, help="How many pictures.")
+@click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
 def main(count: int, rounds: int) -> None:
-    """Measure draining. Example: scripts/bench drain --pictures 1000"""
-    base = pictures.photo_jpegs()
+    """Measure draining. Example: scripts/bench drain --images 1000"""
+    base = photos.photo_jpegs()
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
         for turn in range(rounds):
-            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
+            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
             seen.setdefault("limit, JPEGs decoded whole", []).append(
                 plain_limit(work / "models", jpegs, is_reduced=False)
             )

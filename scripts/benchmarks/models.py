@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from provider_image.chunk import ChunkItem, read_results, write_chunk
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, CompiledModel, cache_folder, compiled_model
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
 from scripts.benchmarks.processes import JsonLineProcess
@@ -59,7 +59,7 @@ def has_bf16() -> bool:
 def make_chunk(path: Path, model: str, base: list[bytes]) -> Path:
     """Write a chunk of ITEMS pictures, made from JPEGs of `pictures`."""
     items = [
-        ChunkItem(number=n, inputs={"image": pictures.make_unique(base[n % len(base)], n)}, params={})
+        ChunkItem(number=n, inputs={"image": photos.make_unique(base[n % len(base)], n)}, params={})
         for n in range(ITEMS)
     ]
     write_chunk(path, "measured", "classification", model, None, items)
@@ -164,7 +164,7 @@ def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
     all_figures: list[Measurements] = []
     rows = []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
-        work, spent, base = Path(folder), 0.0, pictures.jpegs_of_quality(500, 375, 90)
+        work, spent, base = Path(folder), 0.0, photos.jpegs_of_quality(500, 375, 90)
         for name in names:
             model = compiled_model(name)
             started = time.perf_counter()

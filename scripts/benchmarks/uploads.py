@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 
 #: What wrk sends: pictures that all differ.
 LUA = """
@@ -82,9 +82,9 @@ def main(rounds: int, seconds: int, server_processes: str | None) -> None:
     # Not in /tmp: that may be memory, and durability is what is measured.
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
-        (work / "picture.jpg").write_bytes(pictures.photo_jpegs()[2])
+        (work / "picture.jpg").write_bytes(photos.photo_jpegs()[2])
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=photos.UNIQUE_BYTES))
         env = {"MLG_SERVER_PROCESSES": server_processes} if server_processes else {}
         for turn in range(rounds):
             for kind in ("form", "raw"):

@@ -13,7 +13,7 @@ from werkzeug.formparser import parse_form_data
 
 from provider_image.images.decoding import MAX_PIXELS
 from provider_image.images.headers import read_header
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from server.intake import multipart
 
 BOUNDARY = "----mlg-measures-the-door"
@@ -33,8 +33,8 @@ def microseconds(work: Callable[[], object], rounds: int) -> float:
 @click.command()
 @click.option("--rounds", default=15, show_default=True, help="Batches of a hundred calls; the median counts.")
 def main(rounds: int) -> None:
-    """Measure the checks at the door. Example: scripts/bench door"""
-    jpeg = pictures.photo_jpegs()[2]
+    """Measure the checks at the door. Example: scripts/bench upload_checks"""
+    jpeg = photos.photo_jpegs()[2]
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
     form = head.encode() + jpeg + f"\r\n--{BOUNDARY}--\r\n".encode()
 

@@ -28,7 +28,7 @@ from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
 from provider_image.images.decoding import decode
 from provider_image.images.resizing import decode_resized, encode_resized
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from store import new_id
 from store.records import NewRequest
 from store.settings import HomeSettings
@@ -42,7 +42,7 @@ MAX_BYTES = 2 * 1024 * 1024
 
 def photo(name: str, size: tuple[int, int]) -> bytes:
     """Save a photo at a size in pixels as a JPEG that the server would take."""
-    image = Image.open(pictures.photo_folder() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = Image.open(photos.photo_folder() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     for quality in range(90, 20, -5):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
@@ -65,7 +65,7 @@ def milliseconds(work: Callable[[], Any], rounds: int) -> float:
 def row(size: tuple[int, int], side: int, crop: float | None, rounds: int) -> list[str]:
     """Measure one size at one input; means over the photos."""
     before, after, first, encoding, second = [], [], [], [], []
-    for name in pictures.PHOTOS:
+    for name in photos.PHOTOS:
         jpeg = photo(name, size)
         pixels = decode(jpeg, side, side, crop)
         resized = encode_resized(pixels)
@@ -140,23 +140,23 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
 
 @click.command()
 @click.option("--rounds", default=9, show_default=True, help="Timed calls of each kind; the median counts.")
-@click.option("--pictures", "count", default=600, show_default=True, help="Pictures that are drained a turn.")
+@click.option("--images", "count", default=600, show_default=True, help="Pictures that are drained a turn.")
 @click.option("--turns", default=3, show_default=True, help="Turns of draining each way; the median counts.")
 def main(rounds: int, count: int, turns: int) -> None:
-    """Measure shrinking. Example: scripts/bench shrink --pictures 300"""
+    """Measure shrinking. Example: scripts/bench resize --images 300"""
     titles = ("picture", "input", "JPEG KB", "sent KB", "share", "decode ms", "encode ms", "decode again ms")
     click.echo(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for size in SIZES:
         for side, crop in INPUTS:
             click.echo(f"| {' | '.join(row(size, side, crop, rounds))} |")
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     seen: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         models = Path(folder) / "models"
         ensure_installed(models, MODEL)
         for turn in range(turns):
             for choice, rates in seen.items():
-                jpegs = [pictures.make_unique(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
+                jpegs = [photos.make_unique(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
                 rates.append(asyncio.run(rate(Path(folder) / f"{choice}-{turn}", models, jpegs, choice)))
     median = {
         choice: [statistics.median(each) for each in zip(*figures, strict=True)] for choice, figures in seen.items()

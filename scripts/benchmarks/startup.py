@@ -66,7 +66,7 @@ def _start(home: Path) -> tuple[subprocess.Popen[str], float]:
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="Starts of each kind; the median counts.")
 def main(rounds: int) -> None:
-    """Measure start and stop. Example: scripts/bench start"""
+    """Measure start and stop. Example: scripts/bench startup"""
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         for turn in range(rounds):

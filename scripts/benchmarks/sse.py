@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from scripts.benchmarks import golem, pictures, processes
+from scripts.benchmarks import golem, photos, processes
 from scripts.benchmarks.uploads import LUA, measure
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
@@ -47,16 +47,16 @@ def streams(port: int, id: str, count: int) -> Iterator[None]:
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
 @click.option("--seconds", default=5, show_default=True, help="Length of one measurement.")
 def main(count: int, rounds: int, seconds: int) -> None:
-    """Measure uploads beside open streams. Example: scripts/bench streams --streams 200"""
+    """Measure uploads beside open streams. Example: scripts/bench sse --streams 200"""
     if shutil.which("wrk") is None:
         raise click.ClickException("wrk is missing. Install it (Debian: apt-get install wrk).")
     seen: dict[int, list[float]] = {0: [], count: []}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
-        jpeg = pictures.photo_jpegs()[2]
+        jpeg = photos.photo_jpegs()[2]
         (work / "picture.jpg").write_bytes(jpeg)
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=photos.UNIQUE_BYTES))
         for turn in range(rounds):
             for number in seen:
                 port = processes.free_port()

@@ -144,7 +144,7 @@ def print_timings(console: Console, name: str, first: float, others: list[float]
 @click.option("--times", default=200, show_default=True, help="How often each address is asked.")
 @click.option("--depths", default="0,1000,500000,999000", show_default=True, help="Where the pages of requests begin.")
 def main(count: int, times: int, depths: str) -> None:
-    """Measure the operator's view of many requests. Example: scripts/bench operator"""
+    """Measure the operator's view of many requests. Example: scripts/bench dashboard"""
     console = Console(width=160)
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)

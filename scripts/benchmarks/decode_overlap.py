@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_image.compiler import ensure_installed
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import cache_folder, compiled_model
 from scripts.benchmarks.models import make_chunk
 from scripts.benchmarks.processes import JsonLineProcess
@@ -30,7 +30,7 @@ MIN_SHARE = 0.95
 @click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
 @click.option("--seconds", default=3.0, show_default=True, help="Least length of a turn.")
 def main(rounds: int, seconds: float) -> None:
-    """Measure decoding beside inference. Example: scripts/bench overlap"""
+    """Measure decoding beside inference. Example: scripts/bench decode_overlap"""
     table = Table(
         "model",
         "pictures",
@@ -43,8 +43,8 @@ def main(rounds: int, seconds: float) -> None:
         "of decode",
     )
     kinds = {
-        "500 x 375, quality 90": pictures.jpegs_of_quality(500, 375, 90),
-        "4000 x 3000, 2 MB": pictures.photo_jpegs(width=4000, height=3000, size=2_000_000),
+        "500 x 375, quality 90": photos.jpegs_of_quality(500, 375, 90),
+        "4000 x 3000, 2 MB": photos.photo_jpegs(width=4000, height=3000, size=2_000_000),
     }
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         work = Path(folder)

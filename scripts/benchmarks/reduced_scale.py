@@ -23,7 +23,7 @@ from provider_image.cores import available_cores
 from provider_image.images import decoding
 from provider_image.models.artefact import Artefact
 from provider_image.services.classification import Classification
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import ORIGINAL_MODELS, cache_folder, compiled_model
 
 SIZES = (
@@ -43,7 +43,7 @@ MODELS = "efficientnet_lite0,nasnet_mobile,inception_v3,nasnet_large"
 @click.command()
 @click.option("--models", default=MODELS, show_default=True, help="Names, with commas between.")
 def main(models: str) -> None:
-    """Measure what reduced scale changes. Example: scripts/bench scale --models efficientnet_lite0,nasnet_mobile
+    """Measure the effect of reduced scale. Example: scripts/bench reduced_scale --models efficientnet_lite0
 
     Takes two seconds (EfficientNet-Lite0) to four minutes (NASNet-Large) a model, besides compiling and encoding.
     """
@@ -115,8 +115,8 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
 
     seen = AnswerChanges()
     with ThreadPoolExecutor(available_cores()) as pool:
-        for name in pictures.PHOTOS:
-            photo = Image.open(pictures.photo_folder() / name).convert("RGB")
+        for name in photos.PHOTOS:
+            photo = Image.open(photos.photo_folder() / name).convert("RGB")
             for size in SIZES:
                 resized = photo.resize(size, Image.Resampling.BICUBIC)
                 # Not in the threads: Pillow keeps the quality in the picture while it saves.
