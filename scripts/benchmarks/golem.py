@@ -1,7 +1,7 @@
-"""The golem executor on a devnet of this machine: its rate beside the local one's, its first answer, its end, and what
-misbehaving providers and kills do to it.
+"""The golem executor on a devnet on this machine: its rate compared with the local executor, the time of its first
+result and of its end, and the effect of misbehaving providers and kills.
 
-Everything runs as a user would run it: `mlg devnet` in one process, `mlg batch` in another, a home between them.
+Everything runs as for a user: `mlg devnet` in one process, `mlg batch` in another, with one home.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from store.records import NewRequest
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
-#: Three of eight misbehave, each in its own way.
+#: Provider -> kind of fault, for three of eight providers.
 FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRun:
-    """What one `mlg batch --once` did."""
+    """The measurements of one `mlg batch --once`."""
 
-    #: Pictures.
+    #: Number of images.
     count: int
-    #: From the start of the process to the first and the last recorded answer, and to its end.
+    #: Seconds from the start of the process to the first and the last recorded result, and to its end.
     first_seconds: float
     last_seconds: float
     end_seconds: float
@@ -56,17 +56,17 @@ class BatchRun:
 
     @property
     def rate(self) -> float:
-        """Pictures a second from the start of the process to the last answer."""
+        """Images per second from the start of the process to the last result."""
         return self.count / self.last_seconds
 
     @property
     def steady_rate(self) -> float:
-        """The same from the first answer on."""
+        """Images per second from the first result to the last."""
         return self.count / max(1e-9, self.last_seconds - self.first_seconds)
 
 
 def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
-    """Put requests into a home's store."""
+    """Add requests to a home's store."""
     store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
     store.migrate()
     for jpeg in jpegs:
@@ -78,7 +78,7 @@ def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> N
 
 
 def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
-    """Write a scenario file: equal prices, one core each; some misbehave now and then."""
+    """Write a scenario file: equal prices, one core each, and some with faults."""
     from devnet.scenario import PROVIDER_NAMES
 
     lines = []
@@ -99,7 +99,7 @@ def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
 
 @contextlib.contextmanager
 def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
-    """Run a devnet. :return: the variables that it prints."""
+    """Run a devnet. :return: the environment variables that it prints."""
     variables = folder / f"devnet-{time.monotonic_ns()}.env"
     command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
     with (folder / "devnet.log").open("ab") as log:
@@ -119,7 +119,7 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
 
 
 def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
-    """Run `mlg batch --once` on a filled home, and read from its store what happened."""
+    """Run `mlg batch --once` on a home with requests, and read the measurements from its store."""
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
     started = time.time()
     with log.open("ab") as output:
@@ -151,7 +151,7 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
-    """Ask the daemon."""
+    """Send a GET request to the daemon."""
     request = urllib.request.Request(
         variables["YAGNA_API_URL"] + path, headers={"Authorization": f"Bearer {variables['YAGNA_APPKEY']}"}
     )
@@ -160,7 +160,7 @@ def query_daemon(variables: dict[str, str], path: str) -> Any:
 
 
 def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
-    """Kill a batcher at random moments, then let one finish, and count what went wrong."""
+    """Kill a batcher at random moments, then let one finish, and count errors."""
     moments = random.Random(seed)
     base = photos.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
@@ -173,7 +173,7 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
         time.sleep(moments.uniform(0.2, 6.0))
         process.kill()
         process.wait()
-    time.sleep(2.5)  # the last lease ends
+    time.sleep(2.5)  # until the last lease ends
     batch(home, "golem", folder / "batch.log", **variables, MLG_LEASE_SECONDS="2")
     database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
     try:
@@ -195,12 +195,12 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 
 @click.command()
 @click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
-@click.option("--providers", default=8, show_default=True, help="How many providers, of one core each.")
+@click.option("--providers", default=8, show_default=True, help="Number of providers, with one core each.")
 @click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
 @click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
-@click.option("--kills", default=50, show_default=True, help="How often a batcher is killed with -9.")
-@click.option("--seed", default=1, show_default=True, help="Of the moments of the kills.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
+@click.option("--kills", default=50, show_default=True, help="Number of times that a batcher is killed with SIGKILL.")
+@click.option("--seed", default=1, show_default=True, help="Seed for the times of the kills.")
 def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
     """Measure the golem executor on a devnet. Example: scripts/bench golem --images 500 --kills 5"""
     console = Console()
@@ -236,7 +236,7 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
                 runs.setdefault(kind, []).append(run)
                 console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
         if runs:
-            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, shrinking {shrink}")
+            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}")
         if kills:
             home = folder / "home-kills"
             home.mkdir()
@@ -249,10 +249,10 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
 def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) -> None:
     table = Table(
         "what",
-        "pictures/s",
-        "from the first answer on",
-        "first answer s",
-        "last answer to end s",
+        "images/s",
+        "from the first result on",
+        "first result s",
+        "last result to end s",
         "GLM",
         title=f"{what}; medians of {len(next(iter(runs.values())))}",
     )
@@ -272,5 +272,5 @@ def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) ->
     steady = median(a.steady_rate / b.steady_rate for a, b in zip(honest, local, strict=True))
     seconds = median(a.last_seconds / b.last_seconds for a, b in zip(misbehaving, honest, strict=True))
     cost = median(a.cost / b.cost for a, b in zip(misbehaving, honest, strict=True))
-    console.print(f"golem has {rate:.0%} of the local rate, {steady:.0%} from the first answer on")
+    console.print(f"golem has {rate:.0%} of the local rate, {steady:.0%} from the first result on")
     console.print(f"with misbehaving providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

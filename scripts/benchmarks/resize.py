@@ -1,4 +1,4 @@
-"""Bytes sent for each picture with and without shrinking, its milliseconds, and what it costs where nothing is sent.
+"""Resizing: bytes per image with and without it, its duration, and its cost in local workers.
 
 Each photo is resized and saved as a JPEG of quality 90, or of the highest that stays under 2 MB. Three model inputs:
 224 with the crop of EfficientNet-Lite0, 299 and 331 without, as the Keras models have them.
@@ -70,7 +70,7 @@ def row(size: tuple[int, int], side: int, crop: float | None, rounds: int) -> li
         pixels = decode(jpeg, side, side, crop)
         resized = encode_resized(pixels)
         if (decode_resized(resized, side, side) != pixels).any():
-            raise RuntimeError(f"{name} is not the same after shrinking")
+            raise RuntimeError(f"{name} is not the same after resizing")
         before.append(len(jpeg))
         after.append(len(resized))
         first.append(milliseconds(lambda jpeg=jpeg: decode(jpeg, side, side, crop), rounds))  # type: ignore[misc]
@@ -92,9 +92,9 @@ def processor_seconds(pids: list[int]) -> float:
 
 
 async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tuple[float, float]:
-    """Answer pictures that wait already, with local workers.
+    """Process images that are already queued, with local workers.
 
-    :return: pictures a second; milliseconds of processor time a picture, which a noisy machine disturbs less.
+    :return: images per second; milliseconds of processor time per image, which varies less on a noisy machine.
     """
     work = home / "work"
     work.mkdir(parents=True)
@@ -139,12 +139,12 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
 
 
 @click.command()
-@click.option("--rounds", default=9, show_default=True, help="Timed calls of each kind; the median counts.")
-@click.option("--images", "count", default=600, show_default=True, help="Pictures that are drained a turn.")
-@click.option("--turns", default=3, show_default=True, help="Turns of draining each way; the median counts.")
+@click.option("--rounds", default=9, show_default=True, help="Timed calls of each kind; the median is reported.")
+@click.option("--images", "count", default=600, show_default=True, help="Images that are drained per round.")
+@click.option("--turns", default=3, show_default=True, help="Rounds of draining each way; the median is reported.")
 def main(rounds: int, count: int, turns: int) -> None:
-    """Measure shrinking. Example: scripts/bench resize --images 300"""
-    titles = ("picture", "input", "JPEG KB", "sent KB", "share", "decode ms", "encode ms", "decode again ms")
+    """Measure resizing. Example: scripts/bench resize --images 300"""
+    titles = ("image", "input", "JPEG KB", "sent KB", "share", "decode ms", "encode ms", "decode again ms")
     click.echo(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for size in SIZES:
         for side, crop in INPUTS:
@@ -162,10 +162,10 @@ def main(rounds: int, count: int, turns: int) -> None:
         choice: [statistics.median(each) for each in zip(*figures, strict=True)] for choice, figures in seen.items()
     }
     click.echo(f"\nDraining {count} JPEGs of 113 KB, 800 x 600, {MODEL}, local executor:\n")
-    click.echo("| MLG_SHRINK | pictures/s | runs | processor ms a picture | runs |\n| --- | --- | --- | --- | --- |")
+    click.echo("| MLG_SHRINK | images/s | runs | processor ms per image | runs |\n| --- | --- | --- | --- | --- |")
     for choice, figures in seen.items():
         rates, costs = ([f"{each:.1f}" for each in column] for column in zip(*figures, strict=True))
         mine = median[choice]
         click.echo(f"| {choice} | {mine[0]:.1f} | {' '.join(rates)} | {mine[1]:.1f} | {' '.join(costs)} |")
     rate_ratio, cost_ratio = (median["on"][column] / median["off"][column] for column in range(2))
-    click.echo(f"\non is {rate_ratio:.2f} of off in pictures/s, {cost_ratio:.2f} in processor time")
+    click.echo(f"\non is {rate_ratio:.2f} of off in images/s, {cost_ratio:.2f} in processor time")

@@ -1,4 +1,4 @@
-"""What an upload costs before it is stored: the look at a picture's header, and the taking apart of a form."""
+"""The checks of an upload before it is stored: reading the image's header and parsing the form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from provider_image.images.headers import read_header
 from scripts.benchmarks import photos
 from server.intake import multipart
 
-BOUNDARY = "----mlg-measures-the-door"
+BOUNDARY = "----mlg-benchmark"
 
 
 def microseconds(work: Callable[[], object], rounds: int) -> float:
@@ -31,9 +31,9 @@ def microseconds(work: Callable[[], object], rounds: int) -> float:
 
 
 @click.command()
-@click.option("--rounds", default=15, show_default=True, help="Batches of a hundred calls; the median counts.")
+@click.option("--rounds", default=15, show_default=True, help="Batches of a hundred calls; the median is reported.")
 def main(rounds: int) -> None:
-    """Measure the checks at the door. Example: scripts/bench upload_checks"""
+    """Measure the checks of an upload. Example: scripts/bench upload_checks"""
     jpeg = photos.photo_jpegs()[2]
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
     form = head.encode() + jpeg + f"\r\n--{BOUNDARY}--\r\n".encode()
@@ -52,8 +52,8 @@ def main(rounds: int) -> None:
     assert werkzeug() == multipart.split(form, BOUNDARY)[0].data == jpeg
     console = Console()
     for what, work in (
-        ("the look at header, size and end", lambda: read_header(jpeg, MAX_PIXELS)),
-        ("a form, parser of mlg", lambda: multipart.split(form, BOUNDARY)),
-        ("a form, parser of Werkzeug", werkzeug),
+        ("the check of the header", lambda: read_header(jpeg, MAX_PIXELS)),
+        ("parsing a form, mlg", lambda: multipart.split(form, BOUNDARY)),
+        ("parsing a form, Werkzeug", werkzeug),
     ):
         console.print(f"{what}: {microseconds(work, rounds):.1f} microseconds")
