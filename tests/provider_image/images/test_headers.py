@@ -1,4 +1,4 @@
-"""The check at the door: formats told apart, sizes read, missing ends noticed, all within microseconds."""
+"""The check of headers recognises formats, reads sizes and detects missing ends, all within microseconds."""
 
 import io
 import struct
@@ -19,42 +19,42 @@ from provider_image.images.decoding import MAX_PIXELS
 from provider_image.images.headers import FORMATS, read_header
 from tests.provider_image.conftest import encode_image
 
-PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+GRADIENT = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 1
 
 
-def pictures() -> dict[str, bytes]:
-    """A 40 x 30 picture in every format and in the odd variants of some."""
+def images_by_format() -> dict[str, bytes]:
+    """A 40 x 30 image in every format, and in unusual variants of some."""
     return {
-        "JPEG": encode_image(PICTURE, "JPEG"),
-        "JPEG progressive": encode_image(PICTURE, "JPEG", progressive=True),
-        "PNG": encode_image(PICTURE, "PNG"),
-        "WEBP": encode_image(PICTURE, "WEBP"),
-        "WEBP lossless": encode_image(PICTURE, "WEBP", lossless=True),
-        "WEBP extended": encode_image(PICTURE, "WEBP", exif=EXIF),
-        "WEBP animated": encode_image(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "GIF": encode_image(PICTURE, "GIF"),
-        "GIF animated": encode_image(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "BMP": encode_image(PICTURE, "BMP"),
-        "BMP palette": encode_image(PICTURE.convert("P"), "BMP"),
-        "TIFF": encode_image(PICTURE, "TIFF"),
-        "TIFF deflate": encode_image(PICTURE, "TIFF", compression="tiff_adobe_deflate"),
+        "JPEG": encode_image(GRADIENT, "JPEG"),
+        "JPEG progressive": encode_image(GRADIENT, "JPEG", progressive=True),
+        "PNG": encode_image(GRADIENT, "PNG"),
+        "WEBP": encode_image(GRADIENT, "WEBP"),
+        "WEBP lossless": encode_image(GRADIENT, "WEBP", lossless=True),
+        "WEBP extended": encode_image(GRADIENT, "WEBP", exif=EXIF),
+        "WEBP animated": encode_image(GRADIENT, "WEBP", save_all=True, append_images=[GRADIENT.rotate(90)]),
+        "GIF": encode_image(GRADIENT, "GIF"),
+        "GIF animated": encode_image(GRADIENT, "GIF", save_all=True, append_images=[GRADIENT.rotate(90)]),
+        "BMP": encode_image(GRADIENT, "BMP"),
+        "BMP palette": encode_image(GRADIENT.convert("P"), "BMP"),
+        "TIFF": encode_image(GRADIENT, "TIFF"),
+        "TIFF deflate": encode_image(GRADIENT, "TIFF", compression="tiff_adobe_deflate"),
     }
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_format_and_size_are_read(name):
-    facts = read_header(pictures()[name], MAX_PIXELS)
+    facts = read_header(images_by_format()[name], MAX_PIXELS)
 
     assert (facts.format, facts.width, facts.height) == (name.split()[0], 40, 30)
     assert facts.format in FORMATS
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_no_cut_makes_anything_but_a_refusal(name):
-    data = pictures()[name]
+    data = images_by_format()[name]
 
     outcomes = {"whole": 0, "refused": 0}
     for length in range(len(data)):
@@ -64,13 +64,13 @@ def test_no_cut_makes_anything_but_a_refusal(name):
         except BadInput:
             outcomes["refused"] += 1
 
-    # What is behind the first frame, or a picture's last byte of padding, may be missing.
+    # What follows the first frame, or the last byte of padding, may be missing.
     assert outcomes["refused"] > 0 if "animated" in name else outcomes["whole"] <= 160
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_damaged_bytes_never_make_another_error(name):
-    data = pictures()[name]
+    data = images_by_format()[name]
 
     for position in range(min(len(data), 400)):
         for value in (0, 0x7F, 0xFF):
@@ -113,7 +113,7 @@ def test_format_that_is_not_taken_is_named(start, name):
 
 
 def test_twelve_bit_jpeg_is_named():
-    data = bytearray(encode_image(PICTURE, "JPEG"))
+    data = bytearray(encode_image(GRADIENT, "JPEG"))
     data[data.index(b"\xff\xc0") + 4] = 12
 
     with pytest.raises(UnsupportedFormat, match="12-bit"):
@@ -123,19 +123,19 @@ def test_twelve_bit_jpeg_is_named():
 def bombs() -> dict[str, bytes]:
     """Small files that declare 50,000 x 50,000 pixels."""
     side = 50_000
-    jpeg = bytearray(encode_image(PICTURE, "JPEG"))
+    jpeg = bytearray(encode_image(GRADIENT, "JPEG"))
     struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, side, side)
-    png = bytearray(encode_image(PICTURE, "PNG"))
+    png = bytearray(encode_image(GRADIENT, "PNG"))
     struct.pack_into(">II", png, 16, side, side)
-    webp = bytearray(encode_image(PICTURE, "WEBP", exif=EXIF))
+    webp = bytearray(encode_image(GRADIENT, "WEBP", exif=EXIF))
     webp[24:30] = (side - 1).to_bytes(3, "little") * 2
-    gif = bytearray(encode_image(PICTURE, "GIF"))
+    gif = bytearray(encode_image(GRADIENT, "GIF"))
     struct.pack_into("<HH", gif, 6, side, side)
-    frame = bytearray(encode_image(PICTURE, "GIF"))
+    frame = bytearray(encode_image(GRADIENT, "GIF"))
     struct.pack_into("<HH", frame, frame.index(b"\x2c", 13 + 3) + 5, side, side)
-    bmp = bytearray(encode_image(PICTURE, "BMP"))
+    bmp = bytearray(encode_image(GRADIENT, "BMP"))
     struct.pack_into("<ii", bmp, 18, side, -side)
-    tiff = encode_image(PICTURE, "TIFF")
+    tiff = encode_image(GRADIENT, "TIFF")
     tiff = tiff.replace(struct.pack("<HHIHH", 256, 4, 1, 40, 0), struct.pack("<HHII", 256, 4, 1, side))
     tiff = tiff.replace(struct.pack("<HHIHH", 257, 4, 1, 30, 0), struct.pack("<HHII", 257, 4, 1, side))
     return {
@@ -173,7 +173,7 @@ def test_tile_of_a_tiny_tiff_counts():
 
 
 def test_limit_itself_is_taken():
-    data = encode_image(PICTURE, "PNG")
+    data = encode_image(GRADIENT, "PNG")
 
     assert read_header(data, 40 * 30).width == 40
     with pytest.raises(ImageTooLarge):
@@ -181,7 +181,7 @@ def test_limit_itself_is_taken():
 
 
 def test_end_of_an_exif_thumbnail_does_not_pass_for_the_end(photos):
-    thumbnail = encode_image(PICTURE, "JPEG")
+    thumbnail = encode_image(GRADIENT, "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
     whole = photos["coffee"][:2] + segment + photos["coffee"][2:]
 
@@ -203,8 +203,8 @@ def test_jpeg_of_tiny_segments_is_given_up():
 
 
 def test_check_of_an_ordinary_upload_takes_microseconds():
-    picture = Image.effect_noise((800, 600), 60).convert("RGB")
-    data = next(d for q in range(90, 10, -2) if len(d := encode_image(picture, "JPEG", quality=q)) < 120_000)
+    image = Image.effect_noise((800, 600), 60).convert("RGB")
+    data = next(d for q in range(90, 10, -2) if len(d := encode_image(image, "JPEG", quality=q)) < 120_000)
     assert len(data) > 100_000
 
     started = time.perf_counter()
@@ -215,7 +215,7 @@ def test_check_of_an_ordinary_upload_takes_microseconds():
 
 
 def test_pillow_agrees_about_sizes():
-    for data in pictures().values():
+    for data in images_by_format().values():
         with Image.open(io.BytesIO(data)) as image:
             facts = read_header(data, MAX_PIXELS)
 
