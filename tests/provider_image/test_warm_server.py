@@ -178,7 +178,7 @@ def test_of_processes_that_start_at_once_exactly_one_serves(tmp_path, start_warm
     for each in started:
         if each is not served[0]:
             assert each.process.wait() == 1
-            assert "Another process serves" in each.process.stderr.read()
+            assert "Another process already serves" in each.process.stderr.read()
 
 
 def test_process_ends_with_its_standard_input(start_warm_server):
