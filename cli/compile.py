@@ -192,7 +192,7 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
         if row.source == "keras":
             from provider_image.compiler import keras_applications
             from provider_image.compiler.keras_weights import find_weights
-            from provider_image.compiler.verification import TOLERANCE
+            from provider_image.precision import TOLERANCE
 
             steps.begin("looking for weights")
             weights = find_weights(row, sources, progress=steps.downloaded)
@@ -215,7 +215,7 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
 
 def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_within: float | None) -> None:
     from provider_image.compiler.custom import CustomModel, build
-    from provider_image.compiler.verification import TOLERANCE
+    from provider_image.precision import TOLERANCE
 
     assert options.keras is not None and options.labels is not None
     custom = CustomModel(

@@ -26,7 +26,7 @@ import click
 from cli.options import environment, home_option
 from cli.submit_journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
-from provider_image.errors import ConfigError, MlgError, ServerUnreachable
+from provider_image.errors import ConfigError, MlgError
 from store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def submit(
             os._exit(130)
         if isinstance(error, ClientError):
             hint = " Start it: mlg serve. Or give another address: --url." if isinstance(error, Unreachable) else ""
-            raise ServerUnreachable(error.reason + hint) from error
+            raise MlgError(error.reason + hint) from error
         raise
     if out is not None:
         write_rows(rows, out)

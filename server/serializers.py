@@ -12,9 +12,9 @@ from typing import Any
 from provider_image.compiler import can_build_now
 from provider_image.errors import InvalidParams, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
-from provider_image.models.benchmarks import read_speed
 from provider_image.models.catalogue import ModelRow, install_command
 from provider_image.models.registry import list_rows
+from provider_image.models.speed import read_speed
 from provider_image.services import load_service
 from server.status.eta import WaitEstimate
 from store.cost_split import to_amount

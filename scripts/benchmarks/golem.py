@@ -30,7 +30,7 @@ from rich.table import Table
 
 from provider_image.compiler import ensure_installed
 from provider_image.models.catalogue import CATALOGUE
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 from scripts.benchmarks.keras_models import compiled_model
 from store import new_id
 from store.records import NewRequest
@@ -162,10 +162,10 @@ def query_daemon(variables: dict[str, str], path: str) -> Any:
 def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
     """Kill batchers at random times, let one finish, and count lost requests, duplicate answers and open agreements."""
     generator = random.Random(seed)
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
     for turn in range(kills):
-        fill(home, [pictures.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
+        fill(home, [photos.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
         with (folder / "killed.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, **variables, "MLG_LEASE_SECONDS": "2"}
@@ -194,7 +194,7 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 
 
 @click.command()
-@click.option("--pictures", "count", default=2000, show_default=True, help="Number of images.")
+@click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
 @click.option("--providers", default=8, show_default=True, help="Number of providers with one core each.")
 @click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
 @click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
@@ -202,9 +202,9 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 @click.option("--kills", default=50, show_default=True, help="Number of batchers to kill with SIGKILL.")
 @click.option("--seed", default=1, show_default=True, help="Seed of the times of the kills.")
 def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
-    """Measure the golem executor on a devnet. Example: scripts/bench golem --pictures 500 --kills 5"""
+    """Measure the golem executor on a devnet. Example: scripts/bench golem --images 500 --kills 5"""
     console = Console()
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     runs: dict[str, list[BatchRun]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
@@ -221,7 +221,7 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
             "golem, 3 of 8 faulty": ("golem", FAULTS),
         }
         for turn in range(rounds if count else 0):
-            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
+            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
             for kind, (executor, faults) in kinds.items():
                 home = folder / f"home-{turn}-{executor}-{len(faults)}"
                 home.mkdir()
@@ -236,7 +236,7 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
                 runs.setdefault(kind, []).append(run)
                 console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
         if runs:
-            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, shrinking {shrink}")
+            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}")
         if kills:
             home = folder / "home-kills"
             home.mkdir()

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
-from provider_image.images.decoding import FORMATS
-from provider_image.images.headers import read_header
+from provider_image.images.headers import FORMATS, read_header
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from provider_image import errors
-from provider_image.images.decoding import check_upload
+from provider_image.images.headers import read_header
 from server.errors import FetchFailed
 from server.intake.batch_parser import BatchItem
 from server.intake.url_fetcher import fetch
@@ -52,7 +52,7 @@ class Stager:
 
     def stage(self, data: bytes) -> StagedImage:
         """Check an image by its header and write it durably. :raises BadInput: :raises StoreError:"""
-        check_upload(data, self._settings.max_pixels)
+        read_header(data, self._settings.max_pixels)
         return self._images.stage(data)
 
     def stage_items(self, items: Iterator[BatchItem]) -> list[StagedItem]:

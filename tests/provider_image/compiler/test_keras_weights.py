@@ -30,17 +30,17 @@ def row_of(data: bytes, algorithm: str = "md5", name: str = "nasnet_large") -> M
 
 
 class Mirror:
-    """A small HTTP server in the place of Keras' own."""
+    """A small HTTP server instead of that of Keras."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.cut_at: int | None = None
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                mirror.asked.append(self.path)
+                mirror.requested.append(self.path)
                 data = mirror.files.get(self.path)
                 if data is None:
                     self.send_error(404)
@@ -85,12 +85,12 @@ def test_download_is_checked_and_kept_where_keras_keeps_it(tmp_path, mirror, alg
     assert first.path == tmp_path / "models" / "nasnet_large.h5"
     assert first.path.read_bytes() == DATA and first.is_published
     assert first.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert mirror.asked == ["/published/nasnet/NASNet-large.h5"]
+    assert mirror.requested == ["/published/nasnet/NASNet-large.h5"]
     assert shown[-1] == (len(DATA), len(DATA)) and len(shown) > 2
 
 
 def test_download_with_another_hash_is_thrown_away(tmp_path, mirror):
-    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 gives does not have the hash .*--weights FOLDER"):
+    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 does not have the hash .*--weights FOLDER"):
         find_weights(row_of(b"something else"), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +106,7 @@ def test_download_that_is_cut_short_is_thrown_away(tmp_path, mirror):
 
 
 @pytest.mark.parametrize("address", ["{mirror}wrong/", "http://127.0.0.1:9/", "nonsense", "https://[::1"])
-def test_what_cannot_be_had_says_which_file_to_get_and_where_to_put_it(tmp_path, mirror, address):
+def test_error_for_missing_weights_names_the_file_its_url_and_the_folder(tmp_path, mirror, address):
     sources = WeightsSources(cache=tmp_path, address=address.format(mirror=mirror.address))
 
     with pytest.raises(WeightsMissing) as caught:
@@ -117,7 +117,7 @@ def test_what_cannot_be_had_says_which_file_to_get_and_where_to_put_it(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cache_that_cannot_be_written_says_so(tmp_path, mirror):
+def test_cache_that_cannot_be_written_is_reported(tmp_path, mirror):
     (tmp_path / "file").touch()
 
     with pytest.raises(WeightsMissing, match="Not a directory"):
@@ -140,10 +140,10 @@ def test_folder_may_have_the_file_under_any_of_its_names(tmp_path, mirror, name)
     usual = find_weights(row_of(DATA), WeightsSources(folder=tmp_path, cache=tmp_path / "none", address=mirror.address))
 
     assert given == usual and given.path == tmp_path / name
-    assert not mirror.asked
+    assert not mirror.requested
 
 
-def test_given_folder_without_the_file_says_how_it_must_be_called(tmp_path):
+def test_error_for_a_folder_without_the_file_names_the_file(tmp_path):
     with pytest.raises(WeightsMissing, match=r"no weights of NASNet-Large\. Put nasnet_large\.h5 or"):
         find_weights(row_of(DATA), WeightsSources(given=tmp_path, cache=tmp_path))
 
@@ -173,7 +173,7 @@ def test_file_without_a_published_hash_is_not_downloaded_unseen(tmp_path, mirror
     with pytest.raises(WeightsMissing, match=r"no hash .*mlg models compile mobilenet_v2 --weights FILE"):
         find_weights(CATALOGUE["mobilenet_v2"], WeightsSources(cache=tmp_path, address=mirror.address))
 
-    assert not mirror.asked
+    assert not mirror.requested
 
 
 def test_settings_name_the_places():
@@ -188,17 +188,17 @@ def test_settings_name_the_places():
 
 @pytest.mark.parametrize("row", [row for row in CATALOGUE.values() if row.source == "keras"], ids=lambda row: row.name)
 def test_rows_name_what_keras_itself_asks_for(row):
-    """Keras' own loading code, with its downloader replaced by one that only writes down what it is asked."""
+    """Keras' own loading code, with a downloader that only records its arguments."""
     from tests import needs_keras  # noqa: F401 - skips only this test where there is no tensorflow
 
     keras = import_keras()
     module = importlib.import_module(getattr(keras.applications, row.keras_class).__module__)
     module = getattr(module, "resnet", module)  # resnet_v2 leaves loading to resnet
 
-    class Asked(Exception):
+    class Requested(Exception):
         """Stops the loading."""
 
-    with mock.patch.object(module.file_utils, "get_file", side_effect=Asked) as get_file, pytest.raises(Asked):
+    with mock.patch.object(module.file_utils, "get_file", side_effect=Requested) as get_file, pytest.raises(Requested):
         getattr(keras.applications, row.keras_class)()
 
     file, url = (*get_file.call_args.args, get_file.call_args.kwargs.get("origin"))[:2]

@@ -18,8 +18,8 @@ from PIL import Image
 
 from provider_image import errors
 from provider_image.models.artefact import find_artefact
-from provider_image.models.benchmarks import Speed, write_speed
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.models.speed import Speed, write_speed
 from server.app import create_app
 from server.errors import HTTP_STATUS
 from server.settings import ServerSettings

@@ -1,4 +1,4 @@
-"""How long `mlg up` takes to start, to stop, to be gone when it is killed, and what it costs while idle."""
+"""`mlg up`: the time to start, to stop and to end after a kill, and the load while it is idle."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def _start(home: Path) -> tuple[subprocess.Popen[str], float]:
 
 
 @click.command()
-@click.option("--rounds", default=5, show_default=True, help="Starts of each kind; the median counts.")
+@click.option("--rounds", default=5, show_default=True, help="Starts of each kind; the median is reported.")
 def main(rounds: int) -> None:
-    """Measure start and stop. Example: scripts/bench start"""
+    """Measure start and stop. Example: scripts/bench startup"""
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         for turn in range(rounds):
             process, seconds = _start(Path(folder) / f"home-{turn}")
-            seen.setdefault("until it says that it is up, on a new home", []).append(seconds)
+            seen.setdefault("from the start until it is up, on a new home", []).append(seconds)
             time.sleep(1)
             started = time.perf_counter()
             process.send_signal(signal.SIGINT)
@@ -92,10 +92,10 @@ def main(rounds: int) -> None:
             process.wait()
             while any(map(_is_alive, pids)):
                 time.sleep(0.005)
-            seen.setdefault("from kill -9 of the supervisor until everything is gone", []).append(
+            seen.setdefault("from kill -9 of the supervisor to the end of all processes", []).append(
                 time.perf_counter() - started
             )
     console = Console()
     for what, figures in seen.items():
         console.print(f"{what}: median {statistics.median(figures):.2f} s ({min(figures):.2f} to {max(figures):.2f})")
-    console.print(f"idle batcher, looking twenty times a second: {share:.1%} of a core, {megabytes:.0f} MB at most")
+    console.print(f"idle batcher, polling twenty times per second: {share:.1%} of a core, {megabytes:.0f} MB at most")

@@ -1,4 +1,4 @@
-"""A million requests kept: what the operator's page, its figures and the pages of requests take then."""
+"""A store with a million requests: the response times of the operator's dashboard, its data and the request lists."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from store.sqlite import SqliteStore
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
 OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))
-#: Of a thousand requests so many are queued, claimed, failed and cancelled; the others are done.
+#: Numbers of queued, claimed, failed and cancelled requests per thousand; the others are done.
 QUEUED, CLAIMED, FAILED, CANCELLED = 100, 1, 15, 4
 ITEMS = 16
-#: One in so many chunks failed as a whole.
+#: One in this many chunks failed as a whole.
 FAILED_CHUNKS = 200
 CODES = ("broken_image", "timeout", "worker_died", "inference_failed")
 PROVIDERS, AGREEMENTS = 200, 2000
@@ -57,7 +57,7 @@ _INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)
 
 
 def fill(home: Path, count: int) -> float:
-    """Put requests of a day, their chunks and their bills into a new home. :return: seconds that it took."""
+    """Add the requests, chunks and invoices of one day to a new home. :return: seconds that it took."""
     started = time.perf_counter()
     store = SqliteStore(HomeSettings(home=home))
     store.migrate()
@@ -80,7 +80,7 @@ def fill(home: Path, count: int) -> float:
             elif n >= waiting_from:
                 yield (*first, "claimed", came, came, taken, at(count, 30), *(None,) * 8)
             elif kind < FAILED:
-                failed = (None, None, CODES[kind % len(CODES)], "The picture is cut short or damaged.")
+                failed = (None, None, CODES[kind % len(CODES)], "The image is cut short or damaged.")
                 yield (*first, "failed", came, came, taken, None, ended, *chunk, None, *failed)
             elif kind < FAILED + CANCELLED:
                 yield (*first, "cancelled", came, came, None, None, ended, *(None,) * 7)
@@ -100,7 +100,7 @@ def fill(home: Path, count: int) -> float:
             yield (f"c{n}", f"provider-{n % PROVIDERS}", model, ITEMS, sent, ended, *counts, *bill)
 
     connection = sqlite3.connect(home / "mlg.db", isolation_level=None)
-    # Nobody minds if this is lost.
+    # Durability is not needed.
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA cache_size = -400000")
     connection.execute("BEGIN IMMEDIATE")
@@ -126,7 +126,7 @@ def measure(call: Callable[[], httpx.Response], times: int) -> tuple[float, list
         started = time.perf_counter()
         call().raise_for_status()
         found.append((time.perf_counter() - started) * 1000)
-        # A page asks every two seconds; some of these find the figures kept, some do not.
+        # Some requests are answered from the cache of the dashboard, some are not.
         time.sleep(0.03)
     return found[0], found[1:]
 
@@ -140,11 +140,11 @@ def print_timings(console: Console, name: str, first: float, others: list[float]
 
 
 @click.command()
-@click.option("--requests", "count", default=1_000_000, show_default=True, help="Requests that are kept.")
-@click.option("--times", default=200, show_default=True, help="How often each address is asked.")
-@click.option("--depths", default="0,1000,500000,999000", show_default=True, help="Where the pages of requests begin.")
+@click.option("--requests", "count", default=1_000_000, show_default=True, help="Number of requests.")
+@click.option("--times", default=200, show_default=True, help="Requests to each path.")
+@click.option("--depths", default="0,1000,500000,999000", show_default=True, help="Offsets of the request lists.")
 def main(count: int, times: int, depths: str) -> None:
-    """Measure the operator's view of many requests. Example: scripts/bench operator"""
+    """Measure the dashboard with many requests. Example: scripts/bench dashboard"""
     console = Console(width=160)
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)

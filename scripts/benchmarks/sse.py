@@ -1,4 +1,4 @@
-"""Uploads a second while streams of events are open, against the same server with none, in turns."""
+"""Uploads per second while event streams are open, and without them, alternately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from scripts.benchmarks import golem, pictures, processes
+from scripts.benchmarks import golem, photos, processes
 from scripts.benchmarks.uploads import LUA, measure
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
@@ -25,7 +25,7 @@ from store.sqlite import SqliteStore
 
 @contextlib.contextmanager
 def streams(port: int, id: str, count: int) -> Iterator[None]:
-    """Keep streams open; each has sent its head when the block begins."""
+    """Keep streams open; all have sent their response headers when the block begins."""
     sockets = []
     try:
         for _ in range(count):
@@ -43,20 +43,20 @@ def streams(port: int, id: str, count: int) -> Iterator[None]:
 
 
 @click.command()
-@click.option("--streams", "count", default=200, show_default=True, help="How many streams.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
+@click.option("--streams", "count", default=200, show_default=True, help="Number of streams.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
 @click.option("--seconds", default=5, show_default=True, help="Length of one measurement.")
 def main(count: int, rounds: int, seconds: int) -> None:
-    """Measure uploads beside open streams. Example: scripts/bench streams --streams 200"""
+    """Measure uploads while event streams are open. Example: scripts/bench sse --streams 200"""
     if shutil.which("wrk") is None:
         raise click.ClickException("wrk is missing. Install it (Debian: apt-get install wrk).")
     seen: dict[int, list[float]] = {0: [], count: []}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
-        jpeg = pictures.photo_jpegs()[2]
-        (work / "picture.jpg").write_bytes(jpeg)
+        jpeg = photos.photo_jpegs()[2]
+        (work / "image.jpg").write_bytes(jpeg)
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "image.jpg", mark=photos.UNIQUE_BYTES))
         for turn in range(rounds):
             for number in seen:
                 port = processes.free_port()

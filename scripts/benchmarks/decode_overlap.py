@@ -1,8 +1,8 @@
-"""How much of OpenVINO's own throughput is left when pictures have to be decoded as well, and when decoding is all.
+"""The share of OpenVINO's throughput that remains when images are decoded as well, and the throughput of decoding.
 
-Decoding runs beside inference, but on the same cores. A picture that costs i seconds of processor time to infer and d
-to decode can be worked on 1 / (i + d) times a second and core, OpenVINO alone infers 1 / i: the share is i / (i + d),
-and only where a core would otherwise stand still could it be more.
+Decoding runs in parallel to inference, but on the same cores. An image that takes i seconds of processor time to infer
+and d to decode allows 1 / (i + d) images per second and core, and OpenVINO alone 1 / i. The share is i / (i + d), and
+more only if cores would otherwise be idle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_image.compiler import ensure_installed
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import cache_folder, compiled_model
 from scripts.benchmarks.models import make_chunk
 from scripts.benchmarks.processes import JsonLineProcess
@@ -27,13 +27,13 @@ MIN_SHARE = 0.95
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
-@click.option("--seconds", default=3.0, show_default=True, help="Least length of a turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
+@click.option("--seconds", default=3.0, show_default=True, help="Minimum length of a round.")
 def main(rounds: int, seconds: float) -> None:
-    """Measure decoding beside inference. Example: scripts/bench overlap"""
+    """Measure decoding in parallel to inference. Example: scripts/bench decode_overlap"""
     table = Table(
         "model",
-        "pictures",
+        "images",
         "chunk /s",
         "OpenVINO /s",
         "decode /s",
@@ -43,8 +43,8 @@ def main(rounds: int, seconds: float) -> None:
         "of decode",
     )
     kinds = {
-        "500 x 375, quality 90": pictures.jpegs_of_quality(500, 375, 90),
-        "4000 x 3000, 2 MB": pictures.photo_jpegs(width=4000, height=3000, size=2_000_000),
+        "500 x 375, quality 90": photos.jpegs_of_quality(500, 375, 90),
+        "4000 x 3000, 2 MB": photos.photo_jpegs(width=4000, height=3000, size=2_000_000),
     }
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         work = Path(folder)

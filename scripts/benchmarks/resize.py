@@ -1,4 +1,4 @@
-"""Bytes sent for each picture with and without shrinking, its milliseconds, and what it costs where nothing is sent.
+"""Resizing: bytes per image with and without it, its duration, and its cost in local workers.
 
 Each photo is resized and saved as a JPEG of quality 90, or of the highest that stays under 2 MB. Three model inputs:
 224 with the crop of EfficientNet-Lite0, 299 and 331 without, as the Keras models have them.
@@ -26,8 +26,9 @@ from batcher.resizing import make_resizer
 from batcher.settings import BatcherSettings
 from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
-from provider_image.images.decoding import decode, decode_resized, encode_lossless
-from scripts.benchmarks import pictures
+from provider_image.images.decoding import decode
+from provider_image.images.resizing import decode_resized, encode_resized
+from scripts.benchmarks import photos
 from store import new_id
 from store.records import NewRequest
 from store.settings import HomeSettings
@@ -41,7 +42,7 @@ MAX_BYTES = 2 * 1024 * 1024
 
 def photo(name: str, size: tuple[int, int]) -> bytes:
     """Save a photo at a size in pixels as a JPEG that the server would take."""
-    image = Image.open(pictures.photo_folder() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = Image.open(photos.photo_folder() / name).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     for quality in range(90, 20, -5):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
@@ -64,16 +65,16 @@ def milliseconds(work: Callable[[], Any], rounds: int) -> float:
 def row(size: tuple[int, int], side: int, crop: float | None, rounds: int) -> list[str]:
     """Measure one size at one input; means over the photos."""
     before, after, first, encoding, second = [], [], [], [], []
-    for name in pictures.PHOTOS:
+    for name in photos.PHOTOS:
         jpeg = photo(name, size)
         pixels = decode(jpeg, side, side, crop)
-        resized = encode_lossless(pixels)
+        resized = encode_resized(pixels)
         if (decode_resized(resized, side, side) != pixels).any():
-            raise RuntimeError(f"{name} is not the same after shrinking")
+            raise RuntimeError(f"{name} is not the same after resizing")
         before.append(len(jpeg))
         after.append(len(resized))
         first.append(milliseconds(lambda jpeg=jpeg: decode(jpeg, side, side, crop), rounds))  # type: ignore[misc]
-        encoding.append(milliseconds(lambda pixels=pixels: encode_lossless(pixels), rounds))  # type: ignore[misc]
+        encoding.append(milliseconds(lambda pixels=pixels: encode_resized(pixels), rounds))  # type: ignore[misc]
         second.append(milliseconds(lambda resized=resized: decode_resized(resized, side, side), rounds))  # type: ignore[misc]
     sent, original = statistics.mean(after), statistics.mean(before)
     times = (f"{statistics.mean(each):.1f}" for each in (first, encoding, second))
@@ -91,9 +92,9 @@ def processor_seconds(pids: list[int]) -> float:
 
 
 async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tuple[float, float]:
-    """Answer pictures that wait already, with local workers.
+    """Process images that are already queued, with local workers.
 
-    :return: pictures a second; milliseconds of processor time a picture, which a noisy machine disturbs less.
+    :return: images per second; milliseconds of processor time per image, which varies less on a noisy machine.
     """
     work = home / "work"
     work.mkdir(parents=True)
@@ -138,33 +139,33 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
 
 
 @click.command()
-@click.option("--rounds", default=9, show_default=True, help="Timed calls of each kind; the median counts.")
-@click.option("--pictures", "count", default=600, show_default=True, help="Pictures that are drained a turn.")
-@click.option("--turns", default=3, show_default=True, help="Turns of draining each way; the median counts.")
+@click.option("--rounds", default=9, show_default=True, help="Timed calls of each kind; the median is reported.")
+@click.option("--images", "count", default=600, show_default=True, help="Images that are drained per round.")
+@click.option("--turns", default=3, show_default=True, help="Rounds of draining each way; the median is reported.")
 def main(rounds: int, count: int, turns: int) -> None:
-    """Measure shrinking. Example: scripts/bench shrink --pictures 300"""
-    titles = ("picture", "input", "JPEG KB", "sent KB", "share", "decode ms", "encode ms", "decode again ms")
+    """Measure resizing. Example: scripts/bench resize --images 300"""
+    titles = ("image", "input", "JPEG KB", "sent KB", "share", "decode ms", "encode ms", "decode again ms")
     click.echo(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for size in SIZES:
         for side, crop in INPUTS:
             click.echo(f"| {' | '.join(row(size, side, crop, rounds))} |")
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     seen: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         models = Path(folder) / "models"
         ensure_installed(models, MODEL)
         for turn in range(turns):
             for choice, rates in seen.items():
-                jpegs = [pictures.make_unique(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
+                jpegs = [photos.make_unique(base[n % len(base)], n) for n in range(count + 32 * available_cores())]
                 rates.append(asyncio.run(rate(Path(folder) / f"{choice}-{turn}", models, jpegs, choice)))
     median = {
         choice: [statistics.median(each) for each in zip(*figures, strict=True)] for choice, figures in seen.items()
     }
     click.echo(f"\nDraining {count} JPEGs of 113 KB, 800 x 600, {MODEL}, local executor:\n")
-    click.echo("| MLG_SHRINK | pictures/s | runs | processor ms a picture | runs |\n| --- | --- | --- | --- | --- |")
+    click.echo("| MLG_SHRINK | images/s | runs | processor ms per image | runs |\n| --- | --- | --- | --- | --- |")
     for choice, figures in seen.items():
         rates, costs = ([f"{each:.1f}" for each in column] for column in zip(*figures, strict=True))
         mine = median[choice]
         click.echo(f"| {choice} | {mine[0]:.1f} | {' '.join(rates)} | {mine[1]:.1f} | {' '.join(costs)} |")
     rate_ratio, cost_ratio = (median["on"][column] / median["off"][column] for column in range(2))
-    click.echo(f"\non is {rate_ratio:.2f} of off in pictures/s, {cost_ratio:.2f} in processor time")
+    click.echo(f"\non is {rate_ratio:.2f} of off in images/s, {cost_ratio:.2f} in processor time")

@@ -1,4 +1,4 @@
-"""Real photos as JPEGs of a wanted size in bytes, any number of them, all with different bytes."""
+"""Real photos as JPEGs of a given size in bytes, with variants that differ in their bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 #: Colour photos in scikit-image's wheel.
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-#: Room in a JPEG comment for what makes each picture's bytes different.
+#: Length of the JPEG comment that makes the bytes of each variant different.
 UNIQUE_BYTES = 32
 
 
@@ -23,9 +23,9 @@ def photo_folder() -> Path:
 
 
 def photo_jpegs(*, width: int = 800, height: int = 600, size: int = 113 * 1024) -> list[bytes]:
-    """Encode each photo at the pixel size, with the quality that comes nearest to the byte size from below.
+    """Encode each photo at the pixel size, with the highest quality within the byte size.
 
-    Each has a comment of MARK_BYTES bytes right after its start, for `make_unique`.
+    Each has a comment of UNIQUE_BYTES bytes after its start marker, for `make_unique`.
     """
     return [_with_comment(_encode(photo_folder() / name, width, height, size)) for name in PHOTOS]
 
@@ -56,5 +56,5 @@ def _with_comment(jpeg: bytes) -> bytes:
 
 
 def make_unique(jpeg: bytes, number: int) -> bytes:
-    """Return the same picture with other bytes."""
+    """Return the same image with a different comment."""
     return jpeg[:6] + f"{number:0{UNIQUE_BYTES}d}".encode() + jpeg[6 + UNIQUE_BYTES :]

@@ -1,8 +1,8 @@
-"""How often the top five change when JPEGs are decoded at reduced scale, by the margin that is kept.
+"""How often the top five labels change when JPEGs are decoded at reduced scale, by the margin.
 
-For a model that uses the centre of a picture, and for compiled Keras models, which use the whole of it. These have
-seeded weights, which nobody trained to overlook small differences: how often noise of one grey level, which nobody can
-see, changes the answers is what their figures are to be compared with.
+For a model that uses the centre of an image, and for compiled Keras models, which use the whole of it. The latter have
+seeded weights, which are more sensitive to small differences than trained ones: compare their numbers with those for
+noise of one grey level, which is invisible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from provider_image.cores import available_cores
 from provider_image.images import decoding
 from provider_image.models.artefact import Artefact
 from provider_image.services.classification import Classification
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import ORIGINAL_MODELS, cache_folder, compiled_model
 
 SIZES = (
@@ -32,18 +32,18 @@ SIZES = (
 )  # fmt: skip
 QUALITIES = (60, 75, 85, 92, 96)
 MARGINS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-#: Whole pictures are also decoded to these sizes for a model that uses the centre.
+#: Whole images are also decoded to these sizes for a model that uses the centre.
 WHOLE_SIDES = (224, 299, 331)
-#: Labels whose probabilities are this near to each other may change places.
+#: Labels whose probabilities are closer than this may swap.
 NEAR_TIE = 0.005
-#: With a crop at 224, then whole pictures at 224, 299 and 331.
+#: With a crop at 224, then whole images at 224, 299 and 331.
 MODELS = "efficientnet_lite0,nasnet_mobile,inception_v3,nasnet_large"
 
 
 @click.command()
-@click.option("--models", default=MODELS, show_default=True, help="Names, with commas between.")
+@click.option("--models", default=MODELS, show_default=True, help="Names, separated by commas.")
 def main(models: str) -> None:
-    """Measure what reduced scale changes. Example: scripts/bench scale --models efficientnet_lite0,nasnet_mobile
+    """Measure the effect of reduced scale. Example: scripts/bench reduced_scale --models efficientnet_lite0
 
     Takes two seconds (EfficientNet-Lite0) to four minutes (NASNet-Large) a model, besides compiling and encoding.
     """
@@ -54,25 +54,25 @@ def main(models: str) -> None:
             else ensure_installed(cache_folder() / "models", name)
         )
         _print(artefact, artefact.height, artefact.crop, _measure(artefact, artefact.height, artefact.crop))
-        # The only trained weights that are always here, so they stand for other models' geometry as well.
+        # The only trained weights that are always available, so they are used for the geometry of other models as well.
         for side in WHOLE_SIDES if artefact.crop else ():
             _print(artefact, side, None, _measure(artefact, side, None))
 
 
 class AnswerChanges:
-    """What became of the answers to all pictures."""
+    """The changes of the results of all images."""
 
     def __init__(self) -> None:
-        self.pictures = 0
-        #: Pictures that the default margin reduces.
+        self.images = 0
+        #: Images that are reduced at the default margin.
         self.reduced = 0
         #: Margin or "noise" -> how often changed: the first label, the set of five, the set of five by labels that were
-        #: further apart than NEAR.
+        #: further apart than NEAR_TIE.
         self.changed: dict[str, list[int]] = {}
 
     def add(self, whole: list[Any], answers: dict[str, list[Any]], is_reduced: bool) -> None:
-        """Count one picture's answers against that to the picture decoded whole."""
-        self.pictures += 1
+        """Compare the results of one image with that of the image decoded at full scale."""
+        self.images += 1
         self.reduced += is_reduced
         likely = {row[1]: row[2] for row in whole}
         for what, answer in answers.items():
@@ -87,7 +87,7 @@ class AnswerChanges:
 
 
 def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges:
-    """Classify every picture decoded in full, at each margin, and in full with noise.
+    """Classify every image decoded in full, at each margin, and in full with noise.
 
     :param side: what is decoded to; the model's own input is made from that.
     """
@@ -100,7 +100,7 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
 
         def classify(array: Any) -> list[Any]:
             pixels = array.tobytes()
-            if pixels not in known:  # most margins come to the same scale
+            if pixels not in known:  # most margins give the same scale
                 known[pixels] = service.run(net, _resized(array, artefact))
             return known[pixels]
 
@@ -115,11 +115,11 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
 
     seen = AnswerChanges()
     with ThreadPoolExecutor(available_cores()) as pool:
-        for name in pictures.PHOTOS:
-            photo = Image.open(pictures.photo_folder() / name).convert("RGB")
+        for name in photos.PHOTOS:
+            photo = Image.open(photos.photo_folder() / name).convert("RGB")
             for size in SIZES:
                 resized = photo.resize(size, Image.Resampling.BICUBIC)
-                # Not in the threads: Pillow keeps the quality in the picture while it saves.
+                # Not in the threads: Pillow keeps the quality in the image while it saves.
                 jpegs = [_encode(resized, quality) for quality in QUALITIES]
                 for whole, answers, is_reduced in pool.map(compare, jpegs):
                     seen.add(whole, answers, is_reduced)
@@ -142,7 +142,7 @@ def _encode(image: Image.Image, quality: int) -> bytes:
 def _print(artefact: Artefact, side: int, crop: float | None, seen: AnswerChanges) -> None:
     part = f"centre, {crop:g}" if crop else "whole"
     Console().print(
-        f"\n{artefact.name} at {side} ({part}): {seen.pictures} pictures, of which a margin of "
+        f"\n{artefact.name} at {side} ({part}): {seen.images} images, of which a margin of "
         f"{decoding.DRAFT_MARGIN:g} reduces {seen.reduced}"
     )
     table = Table("margin", "first label changed", "top five changed", f"by more than {NEAR_TIE:.1%}")

@@ -1,7 +1,7 @@
-"""How quickly each installed model answers on this machine: one small file a model, beside the artefacts.
+"""The measured speed of each installed model on this machine: one small file per model, beside the artefacts.
 
-Written after a check, read by whatever lists models. Outside the artefact, because an artefact is the same on every
-machine and may lie in a folder that cannot be written.
+Written after a check, read where models are listed. Not part of the artefact, because an artefact is the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-#: The folder in a models folder; hidden, so that nobody takes it for a model.
+#: The folder in a models folder; hidden, so that it is not taken for a model.
 _FOLDER = ".speeds"
 _MAX_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a check measured."""
+    """The measurement of a check."""
 
-    #: The artefact that was measured.
+    #: Digest of the artefact that was measured.
     digest: str
-    #: Pictures a second, decoding included.
+    #: Images per second with decoding.
     images_per_second: float
-    #: Pictures side by side.
+    #: Images processed at the same time.
     threads: int
     #: f32, bf16 or auto.
     precision: str
-    #: When, aware UTC in ISO 8601.
+    #: Time in UTC, ISO 8601.
     measured_at: str
 
 
 def write_speed(models: Path, name: str, speed: Speed) -> bool:
-    """Remember a model's speed; a reader never sees half of it.
+    """Store a model's speed, atomically.
 
-    :return: False if it could not be written: a models folder may be read-only, and what was measured stands anyhow.
+    :return: False if it could not be written: a models folder may be read-only, which is not an error.
     """
     folder = models / _FOLDER
     try:
@@ -49,19 +49,19 @@ def write_speed(models: Path, name: str, speed: Speed) -> bool:
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump(asdict(speed), file)
-            Path(path).chmod(0o644)  # mkstemp made it private, and the server may be another user
+            Path(path).chmod(0o644)  # mkstemp makes it private, and the server may run as another user
             Path(path).replace(folder / f"{name}.json")
         except BaseException:
             Path(path).unlink(missing_ok=True)
             raise
     except OSError as error:
-        logger.info("speed not remembered: %s", error, extra={"model": name})
+        logger.info("speed not stored: %s", error, extra={"model": name})
         return False
     return True
 
 
 def read_speed(models: Path, name: str, digest: str) -> Speed | None:
-    """Return the speed that was measured of this very artefact, None if there is none; some 20 microseconds."""
+    """Return the speed that was measured for the artefact with this digest, or None; takes some 20 microseconds."""
     try:
         with (models / _FOLDER / f"{name}.json").open("rb") as file:
             facts = json.loads(file.read(_MAX_BYTES))
@@ -74,5 +74,5 @@ def read_speed(models: Path, name: str, digest: str) -> Speed | None:
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    is_sound = math.isfinite(speed.images_per_second) and speed.images_per_second > 0
-    return speed if is_sound and speed.digest == digest else None
+    is_valid = math.isfinite(speed.images_per_second) and speed.images_per_second > 0
+    return speed if is_valid and speed.digest == digest else None
