@@ -204,7 +204,7 @@ def test_a_taken_port_is_one_line_and_exit_status_2(start_server: Callable[..., 
     second = mlg("serve", "--port", port, home=tmp_path / "other")
 
     assert second.returncode == 2
-    assert re.fullmatch(rf"mlg: Port {port} on 127\.0\.0\.1 is taken .*--port.*\n", second.stderr)
+    assert re.fullmatch(rf"mlg: Port {port} on 127\.0\.0\.1 is used by another program\. .*--port.*\n", second.stderr)
 
 
 @pytest.mark.parametrize(
