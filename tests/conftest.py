@@ -22,11 +22,17 @@ from server.app import create_app
 from server.settings import ServerSettings
 from store.records import Answer, RequestRecord, RequestState
 from store.sqlite import SqliteStore
+from tests.process_tree import ends_with_tests
 
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientnet_lite0"
 #: A stored output: twenty rows.
 OUTPUT = [[f"n{20 - i:08d}", f"label_{i}", round((20 - i) / 210, 6)] for i in range(20)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start slow tests first: what is left at the end is short, so the processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +84,7 @@ def settings(tmp_path: Path, models_folder: Path) -> ServerSettings:
     home = tmp_path / "home"
     home.mkdir()
     (home / "models").symlink_to(models_folder)
-    return ServerSettings(home=home, busy_seconds=0.3, server_threads=4)
+    return ServerSettings(home=home, server_threads=4)
 
 
 @pytest.fixture
@@ -148,31 +154,39 @@ class RunningServer:
         """Send a signal and wait for the end."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @pytest.fixture
-def start_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., RunningServer]]:
-    """Start `mlg serve` on a free port; several may run on one home.
+def server_variables() -> dict[str, str]:
+    """The environment variables of `server`."""
+    return {}
 
-    `ready_fd` is the least number of the descriptor that it says on that it is ready.
+
+@pytest.fixture
+def server(start_server: Callable[..., RunningServer], server_variables: dict[str, str]) -> RunningServer:
+    """A real server on the home of `store`."""
+    return start_server(**server_variables)
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, settings: ServerSettings) -> Iterator[Callable[..., RunningServer]]:
+    """Start `mlg serve` on a free port and the home of `store`; several may run at once.
+
+    `ready_fd` is the least number of the descriptor on which it reports that it is ready.
     """
     running: list[RunningServer] = []
 
     def start(*arguments: str, ready_fd: int = 0, **variables: str) -> RunningServer:
-        home = tmp_path / "served"
-        home.mkdir(exist_ok=True)
-        if not (home / "models").exists():
-            (home / "models").symlink_to(models_folder)
         reader, low = os.pipe()
         writer = fcntl.fcntl(low, fcntl.F_DUPFD, ready_fd)  # the first that is free from there on
         os.close(low)
         with (tmp_path / "serve.log").open("ab") as log:
             process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0"),
+                ends_with_tests(
+                    *(sys.executable, "-m", "mlg", "serve", "--home", str(settings.home), "--port", "0"),
                     *("--ready-fd", str(writer), *arguments),
-                ],
+                ),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -185,7 +199,7 @@ def start_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., 
             line = ready.readline()
         assert line, (tmp_path / "serve.log").read_text()
         host, port = line.split()
-        running.append(RunningServer(process, f"http://{host}:{port}", home))
+        running.append(RunningServer(process, f"http://{host}:{port}", settings.home))
         return running[-1]
 
     yield start
@@ -194,4 +208,4 @@ def start_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., 
             server.stop()
     if running:
         # Shown when a test has failed.
-        logging.getLogger("tests").info("the server said:\n%s", (tmp_path / "serve.log").read_text()[-4000:])
+        logging.getLogger("tests").info("the server logged:\n%s", (tmp_path / "serve.log").read_text()[-4000:])

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import io
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -46,14 +45,6 @@ def make_image(color: int = 40) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, color % 256)).save(file, "PNG")
     return file.getvalue()
-
-
-async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "timed out"
-        await asyncio.sleep(0.02)
 
 
 class GolemHarness:

@@ -1,4 +1,4 @@
-"""Importing this skips the tests of whoever does so where there is no tensorflow; with CI=true it fails."""
+"""Skips the tests of a module that imports this where tensorflow is not installed; with CI=true the import fails."""
 
 from __future__ import annotations
 

@@ -1,21 +1,18 @@
-"""The processes below one, for tests that kill and count them; waiting until something is so."""
+"""Processes that tests start, and those below them: to watch, kill and count them."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable
+import os
+import shutil
 from pathlib import Path
-from typing import Any
+
+from tests.timing import wait_until
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until a call gives something true, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
-    return found
+def ends_with_tests(*command: str) -> list[str]:
+    """Return a command line whose program is ended with the process that starts it, even if that is killed."""
+    return ["setpriv", "--pdeathsig", "TERM", "--", *command] if shutil.which("setpriv") else list(command)
 
 
 def _status(pid: int) -> list[str]:
@@ -29,6 +26,18 @@ def is_alive(pid: int) -> bool:
         return _status(pid)[0] != "Z"
     except OSError:
         return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """Read how long the process has computed."""
+    user, system = _status(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_work(pid: int) -> None:
+    """Wait until the process has computed a while longer than now: it is in the middle of what it was given."""
+    idle = cpu_seconds(pid)
+    wait_until(lambda: cpu_seconds(pid) >= idle + 0.2)
 
 
 def command_line(pid: int) -> list[str]:

@@ -6,6 +6,7 @@ In the format of the files that Keras publishes. They are only written to folder
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from tests import needs_keras  # noqa: F401 - importing it is its use
 _DEVIATION = 2.0
 
 
-def seeded_network(row: ModelRow, seed: int = 7) -> Any:
+def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None = None) -> Any:
     """Make a model of the row's class with seeded weights that give different results for different photos.
 
     Batch normalisations get the statistics of photos, as if trained; then the last layer is centred and scaled.
+
+    :param make: makes the network; by default the row's class does.
     """
     import numpy as np
 
     keras = import_keras()
     keras.utils.set_random_seed(seed)
-    network = getattr(keras.applications, row.keras_class)(weights=None)
+    network = getattr(keras.applications, row.keras_class)(weights=None) if make is None else make()
     module = importlib.import_module(getattr(keras.applications, row.keras_class).__module__)
     arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     batch = module.preprocess_input(np.stack(arrays).astype(np.float32))
@@ -45,10 +48,11 @@ def seeded_network(row: ModelRow, seed: int = 7) -> Any:
             layer.beta.assign(random.normal(0, 0.2, layer.beta.shape))
         elif type(layer).__name__ == "LayerScale":
             layer.gamma.assign(random.uniform(0.1, 0.5, layer.gamma.shape))
-    network(batch, training=True)
+        elif type(layer).__name__ == "Dropout":
+            layer.rate = 0.0
     last = network.layers[-1]
-    features = keras.Model(network.input, last.input)
-    seen = np.asarray(features(batch, training=False), np.float64)
+    # One pass gives the normalisations their statistics and, by the same statistics, the last layer's input.
+    seen = np.asarray(keras.Model(network.input, last.input)(batch, training=True), np.float64)
     kernel = random.normal(size=last.kernel.shape)
     logits = (seen - seen.mean(axis=0)) @ kernel
     kernel *= _DEVIATION / logits.std(axis=1).max()

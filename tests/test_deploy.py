@@ -193,7 +193,7 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         (tmp_path / path.name).write_text(text)
     paths = [str(path) for path in sorted(tmp_path.glob("mlg*.service")) + sorted(tmp_path.glob("mlg*.timer"))]
 
-    run = subprocess.run([program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([program, "verify", "--man=no", *paths], capture_output=True, text=True, timeout=120)
 
     ours = [line for line in run.stderr.splitlines() if str(tmp_path) in line or "mlg" in line]
     assert not ours, ours
@@ -253,7 +253,7 @@ def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
         [program, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert run.returncode == 0, run.stderr

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlg import cli
 from provider_image.models.catalogue import CATALOGUE
 from scripts import generate_docs
 from server.settings import ServerSettings
+from tests.system import System
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -238,21 +238,13 @@ def test_every_model_of_the_catalogue_is_in_its_table() -> None:
 @pytest.fixture
 def served(tmp_path: Path, models_folder: Path) -> Iterator[str]:
     """A whole system, started with the README's command on a free port; its address."""
-    home, out = tmp_path / "home", tmp_path / "up.out"
+    home = tmp_path / "home"
     home.mkdir()
     (home / "models").symlink_to(models_folder)
     assert "\n.venv/bin/mlg up\n" in README
-    with out.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlg", "up", "--home", str(home), "--port", "0"], cwd=ROOT, stdout=file
-        )
-    give_up_at = time.monotonic() + 60
-    while (found := re.search(r"http://[\d.]+:\d+", out.read_text())) is None:
-        assert process.poll() is None and time.monotonic() < give_up_at
-        time.sleep(0.05)
-    yield found[0]
-    process.terminate()
-    process.wait(60)
+    system = System(home)
+    yield system.base
+    system.stop()
 
 
 def test_the_curl_lines_of_the_readme_get_the_answers_that_it_shows(
@@ -274,7 +266,7 @@ def test_the_curl_lines_of_the_readme_get_the_answers_that_it_shows(
             cwd=tmp_path,
             capture_output=True,
             check=True,
-            timeout=60,
+            timeout=120,
             env={**os.environ, "no_proxy": "127.0.0.1"},
         )
         answers.append(json.loads(done.stdout))

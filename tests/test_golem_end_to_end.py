@@ -1,11 +1,9 @@
-"""The whole road over rented computers, as users go it: mlg devnet in one process, mlg batch or mlg up in another."""
+"""The whole system on rented computers, as users run it: mlg devnet in one process, mlg batch or mlg up in another."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import urllib.request
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from scripts.benchmarks import golem, processes
 from server.settings import ServerSettings
 from store.records import RequestState
 from store.sqlite import SqliteStore
-from tests.golem import MODEL, make_image
+from tests.golem import make_image
+from tests.system import System
 
 
 def make_home(folder: Path, models: Path) -> Path:
@@ -43,10 +42,8 @@ def assert_nothing_is_open(variables: dict[str, str]) -> None:
     assert golem.query_daemon(variables, "/payment-api/v1/allocations") == []
 
 
-@pytest.mark.timeout(300)
-def test_two_thousand_pictures_over_eight_providers_of_which_three_misbehave(
-    tmp_path: Path, models_folder: Path
-) -> None:
+@pytest.mark.slow
+def test_two_thousand_images_over_eight_providers_of_which_three_misbehave(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
     data = make_image()
     golem.fill(home, [data + b"%d" % number for number in range(2000)])
@@ -80,7 +77,7 @@ def _providers(home: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_killed_batchers_lose_nothing_and_leave_nothing_open(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
 
@@ -98,21 +95,16 @@ def test_killed_batchers_lose_nothing_and_leave_nothing_open(tmp_path: Path, mod
     }
 
 
-@pytest.mark.timeout(120)
-def test_up_rents_a_computer_and_the_answer_says_whose_and_for_how_much(tmp_path: Path, models_folder: Path) -> None:
+def test_up_rents_a_computer_and_the_answer_names_provider_and_cost(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
-    base = f"http://127.0.0.1:{processes.free_port()}"
-    up = processes.mlg("up", "--executor", "golem", "--home", str(home), "--port", base.rpartition(":")[2])
 
     with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:
-        with processes.running(up, url=f"{base}/readyz", log=tmp_path / "up.log", env={**os.environ, **variables}):
-            post = urllib.request.Request(
-                f"{base}/requestPrediction/{MODEL}", data=make_image(), headers={"Content-Type": "image/png"}
-            )
-            with urllib.request.urlopen(post) as answer:
-                id = json.load(answer)["req_id"]
-            with urllib.request.urlopen(f"{base}/readPrediction/{id}?wait=30") as answer:
-                estimated = json.load(answer)
+        system = System(home, "--executor", "golem", **variables)
+        try:
+            id = system.post(make_image())["req_id"]
+            estimated = system.answer(id)
+        finally:
+            system.stop()
         assert_nothing_is_open(variables)
         daemons = paid_by_the_daemon(variables)
     show = processes.mlg("requests", "show", id, "--json", "--home", str(home))

@@ -14,6 +14,7 @@ import pytest
 import mlg
 from provider_image.errors import ConfigError
 from store.errors import DiskFull
+from tests.timing import slowness
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +25,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, **variables},
     )
 
@@ -45,8 +46,8 @@ def test_help_is_fast() -> None:
         run("--help")
         return time.perf_counter() - began
 
-    # 0.05 s on two idle cores; the machine may run other programs.
-    assert min(once() for _ in range(5)) < 0.5
+    # 0.05 s on two idle cores.
+    assert min(once() for _ in range(5)) < 0.5 * slowness()
 
 
 @pytest.mark.parametrize("name", list(mlg.COMMANDS))
@@ -120,7 +121,7 @@ def test_a_reader_that_closes_the_pipe_causes_no_error(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "MLG_HOME": str(tmp_path)},
-        timeout=60,
+        timeout=120,
     )
 
     assert done.stdout.count("\n") == 1

@@ -1,11 +1,11 @@
-"""The rules of the house, proven in fresh processes and on the source itself."""
+"""The rules of the project's structure, checked on the source itself and in fresh processes."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -26,11 +26,66 @@ PACKAGES = tuple(BELOW)
 HEAVY = ("tensorflow", "keras", "openvino", "yapapi", "ray", "torch")
 #: The command line starts quickly because these come with the command that needs them.
 HEAVY_IN_COMMANDS = (*HEAVY, "flask", "granian", "apscheduler", "httpx", "rich", "numpy", "PIL", "sqlite_utils")
-DRAWERS = {"utils.py", "common.py", "helpers.py", "misc.py"}
+#: Folders and modules of a package, lowest level first: each imports only from its own level and those below. `*` is
+#: everything that is not named.
+LEVELS = {
+    "provider_image": ("errors", "*", "compiler __main__"),
+    "store": ("errors", "database records settings", "*"),
+    "server": (
+        "errors settings address http_client",
+        "status live intake auth",
+        "webhooks",
+        "api",
+        "pages",
+        "app",
+        "process",
+    ),
+    "batcher": (
+        "errors subprocesses workspace planner",
+        "image_build",
+        "executors settings",
+        "resizing",
+        "packing results chunk_log result_writer",
+        "cycle",
+        "scheduler",
+    ),
+}
+#: Imports of (package, importer, imported) that go upwards and are about to go. Must become empty.
+KNOWN_UPWARD_IMPORTS: set[tuple[str, str, str]] = {
+    ("provider_image", "check", "compiler"),
+    ("provider_image", "runtime", "compiler"),
+    ("server", "api", "context"),
+    ("server", "api", "pages"),
+    ("server", "app", "context"),
+    ("server", "auth", "api"),
+    ("server", "auth", "context"),
+    ("server", "context", "api"),
+    ("server", "context", "errors"),
+    ("server", "context", "intake"),
+    ("server", "context", "live"),
+    ("server", "context", "settings"),
+    ("server", "context", "status"),
+    ("server", "intake", "api"),
+    ("server", "intake", "context"),
+    ("server", "pages", "context"),
+    ("server", "webhooks", "api"),
+    ("server", "webhooks", "context"),
+}
+#: Names of two classes, and folders of more modules than MAX_MODULES, that are about to go. Must become empty.
+KNOWN_SHARED_CLASS_NAMES = {"Call", "Pause", "Stream", "Upload"}
+KNOWN_CROWDED_FOLDERS = {"cli", "store"}
+#: A module in one of these is a module that nobody finds.
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+#: The most modules of one folder, `__init__` and `__main__` not counted.
+MAX_MODULES = 18
 
 
 def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
+
+
+def all_modules() -> list[Path]:
+    return [ROOT / "mlg.py", *(path for package in PACKAGES for path in modules(package))]
 
 
 def name_of(path: Path) -> str:
@@ -38,14 +93,52 @@ def name_of(path: Path) -> str:
     return dotted.removesuffix(".__init__")
 
 
-def imported(path: Path) -> set[str]:
+def imported_names(tree: ast.AST) -> set[str]:
+    """List the dotted names that code imports; `from a import b` is a.b, which may be no module."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            found.add((node.module or "").split(".")[0])
+            assert node.level == 0, f"line {node.lineno} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_names(ast.parse(path.read_text()))}
+
+
+def imported_at_start(path: Path) -> set[str]:
+    """List what a module imports outside its functions, for the sake of types too."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = []
+    return imported_names(tree)
+
+
+def part_of(package: str, name: str) -> str | None:
+    """Return the folder or module of a package that a dotted name lies in; None for others and the package itself."""
+    first, *rest = name.split(".")
+    if first != package or not rest:
+        return None
+    folder = ROOT / package
+    return rest[0] if (folder / rest[0]).is_dir() or (folder / f"{rest[0]}.py").exists() else None
+
+
+def upward_imports(package: str) -> set[tuple[str, str, str]]:
+    level_of = {name: level for level, names in enumerate(LEVELS[package]) for name in names.split()}
+    found = set()
+    for path in modules(package):
+        importer = part_of(package, name_of(path))
+        for imported in {part_of(package, name) for name in imported_at_start(path)} - {None, importer}:
+            lowest, highest = (
+                level_of.get("*", -1),
+                level_of.get("*", len(level_of)),
+            )  # of a part that is not in the table
+            if importer and imported and level_of.get(importer, lowest) < level_of.get(imported, highest):
+                found.add((package, importer, imported))
     return found
 
 
@@ -56,21 +149,26 @@ def loaded_by(code: str) -> set[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     return set(result.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_room_imports_only_from_the_rooms_below_it(package: str) -> None:
+def test_a_package_imports_only_from_the_packages_below_it(package: str) -> None:
     for path in modules(package):
-        above = (imported(path) & {*PACKAGES, "mlg"}) - BELOW[package] - {package}
+        above = (imported_packages(path) & {*PACKAGES, "mlg"}) - BELOW[package] - {package}
 
         assert not above, f"{path} imports {above}"
 
 
-def test_the_ground_floor_loads_only_the_standard_library() -> None:
+@pytest.mark.parametrize("package", LEVELS)
+def test_inside_a_package_a_folder_imports_only_what_is_below_it(package: str) -> None:
+    assert upward_imports(package) <= KNOWN_UPWARD_IMPORTS
+
+
+def test_provider_image_loads_only_the_standard_library() -> None:
     names = [name_of(path) for path in modules("provider_image") if path.name != "__main__.py"]
 
     loaded = loaded_by("\n".join(f"import {name}" for name in names))
@@ -84,7 +182,7 @@ def site_modules() -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_a_room_loads_nothing_heavy(package: str) -> None:
+def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     names = [name_of(path) for path in modules(package) if path.name != "__main__.py"]
 
     loaded = loaded_by("\n".join(f"import {name}" for name in names))
@@ -102,30 +200,43 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert not loaded & set(HEAVY_IN_COMMANDS)
 
 
-def test_async_stays_in_its_places() -> None:
+def test_async_stays_where_many_waits_happen_at_once() -> None:
     allowed = ("batcher/executors/", "devnet/", "batcher/cycle", "batcher/scheduler", "cli/devnet", "mlg_client/")
-    for path in [path for package in PACKAGES for path in modules(package)]:
+    for path in all_modules():
         place = str(path.relative_to(ROOT))
         has_async = any(isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(ast.parse(path.read_text())))
 
         assert not has_async or place.startswith(allowed), place
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_no_module_is_a_drawer_or_grows_without_saying_why(package: str) -> None:
-    for path in modules(package):
-        text = path.read_text()
-
-        assert path.name not in DRAWERS, path
-        assert ast.get_docstring(ast.parse(text)), f"{path} says not what it is"
-        if len(text.splitlines()) > 350:
-            says_why = re.search(r"\blong(er)?\b.*\bbecause\b", ast.get_docstring(ast.parse(text)) or "", re.I | re.S)
-            assert says_why, f"{path} is over 350 lines"
+def test_every_module_has_a_docstring_and_a_name_that_means_something() -> None:
+    for path in all_modules():
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+        assert path.stem not in VAGUE_NAMES and path.parent.name not in VAGUE_NAMES, path
 
 
-def test_every_public_function_says_what_it_does() -> None:
+def test_a_folder_holds_no_more_modules_than_one_sees_at_a_glance() -> None:
+    counts: dict[str, int] = defaultdict(int)
+    for path in all_modules():
+        counts[str(path.parent.relative_to(ROOT))] += path.stem not in ("__init__", "__main__")
+
+    assert {folder for folder, count in counts.items() if count > MAX_MODULES} <= KNOWN_CROWDED_FOLDERS
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places = defaultdict(list)
+    for path in all_modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name_of(path))
+
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert shared.keys() <= KNOWN_SHARED_CLASS_NAMES, shared
+
+
+def test_every_public_function_has_a_docstring() -> None:
     functions = ast.FunctionDef | ast.AsyncFunctionDef
-    for path in [ROOT / "mlg.py", *(path for package in PACKAGES for path in modules(package))]:
+    for path in all_modules():
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, functions | ast.ClassDef)]
         for node in [node for node in top if not node.name.startswith("_")]:
             inside = node.body if isinstance(node, ast.ClassDef) else []

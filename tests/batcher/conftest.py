@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,7 @@ from store import new_id
 from store.records import NewRequest, RequestRecord
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
+from tests.timing import until
 
 MODEL = "efficientnet_lite0"
 
@@ -194,12 +194,7 @@ class Harness:
 
         return asyncio.run(main())
 
-    @staticmethod
-    async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not is_true():
-            assert time.monotonic() < deadline, "timed out"
-            await asyncio.sleep(0.01)
+    until = staticmethod(until)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ class Machine:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
 
@@ -253,7 +253,7 @@ def test_building_without_a_source_checkout_is_an_error(machine: Machine) -> Non
         cwd=machine.folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

@@ -50,7 +50,7 @@ def test_an_image_that_always_kills_its_worker_fails_alone(harness: Any, tmp_pat
             harness.clock.advance(20)
         await harness.executor.close()
 
-    asyncio.run(asyncio.wait_for(main(), 120))
+    asyncio.run(asyncio.wait_for(main(), 300))
 
     (failed,) = harness.reload(poison)
     assert (failed.attempts, failed.code) == (MAX_ATTEMPTS, "worker_died")

@@ -37,7 +37,8 @@ from store.records import RequestState
 from store.requests import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
-from tests.process_tree import children, command_line, is_alive, wait_until
+from tests.process_tree import children, command_line, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 INPUT = ModelInput(height=224, width=224, crop=0.875)
@@ -195,7 +196,7 @@ def process_all(harness: Any, choice: str) -> dict[str, Any]:
         if harness.resizer is not None:
             harness.resizer.close()
 
-    asyncio.run(asyncio.wait_for(main(), 170))
+    asyncio.run(asyncio.wait_for(main(), 300))
     found = {name: harness.reload(request)[0] for name, request in requests.items()}
     return {name: (each.state, each.output, each.code, each.reason, each.attempts) for name, each in found.items()}
 
@@ -337,7 +338,7 @@ def test_auto_resizes_if_chunks_leave_this_machine(
         )
         await batcher.run_once(asyncio.Event())
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
     workspace.remove()
 
     assert harness.executor.resized_flags == [is_resized]
@@ -477,7 +478,7 @@ def test_stopping_kills_a_decoder_that_hangs_and_releases_the_image(harness: Any
         await run
         return _begun(gate)
 
-    pid = asyncio.run(asyncio.wait_for(main(), 60))
+    pid = asyncio.run(asyncio.wait_for(main(), 300))
 
     (seen,) = harness.reload(request)
     assert (seen.state, seen.attempts, seen.isolation) == (RequestState.QUEUED, 0, 0)
@@ -534,7 +535,7 @@ time.sleep(1000)
     batcher.stderr.close()
 
     assert pids
-    wait_until(lambda: not any(map(is_alive, pids)), 30)
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 def test_the_signal_that_killed_a_decoder_is_in_the_error(resizer: Any, tmp_path: Path) -> None:

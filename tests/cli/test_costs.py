@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -17,7 +17,6 @@ from cli.costs import costs
 from cli.providers import providers
 from cli.requests import requests
 from provider_image.errors import ConfigError
-from server.settings import ServerSettings
 from store import new_id
 from store.amounts import format_amount
 from store.chunks import ChunkRecord
@@ -39,14 +38,6 @@ OUTPUT = [["n02123159", "tiger_cat", 0.408]]
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
-
-
-@pytest.fixture
-def store(home: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(ServerSettings(home=home))
-    made.migrate()
-    yield made
-    made.close()
 
 
 @pytest.fixture

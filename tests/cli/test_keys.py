@@ -111,14 +111,14 @@ def test_a_name_can_be_used_once(tmp_path: Path) -> None:
 def test_a_server_for_other_machines_starts_only_with_a_key(
     start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    home = tmp_path / "served"
+    home = tmp_path / "home"
     refused = subprocess.run(
         [sys.executable, "-m", "mlg", "serve", "--home", str(home), "--port", "0", "--host", "0.0.0.0"],
         cwd=ROOT,
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     key = run(home, "create", "alice").stdout.strip()
 
@@ -142,7 +142,7 @@ def test_up_fails_like_serve_before_it_starts_anything(tmp_path: Path) -> None:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert (refused.returncode, refused.stdout) == (2, "")

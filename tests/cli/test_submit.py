@@ -25,10 +25,10 @@ from cli.submit import find_files
 from cli.submit_journal import SubmitJournal
 from mlg_client import Client
 from provider_image.errors import ConfigError
-from server.settings import ServerSettings
 from store.records import Answer, RequestRecord
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 
 def image(number: int) -> bytes:
@@ -46,19 +46,6 @@ def folder(tmp_path: Path) -> Path:
         (photos / name).write_bytes(image(number))
     (photos / "notes.txt").write_text("no image")
     return photos
-
-
-@pytest.fixture
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
-    return start_server()
-
-
-@pytest.fixture
-def store(server: RunningServer) -> Iterator[SqliteStore]:
-    """The server's store, opened a second time."""
-    store = SqliteStore(ServerSettings(home=server.home))
-    yield store
-    store.close()
 
 
 class Submit:
@@ -236,10 +223,7 @@ def test_a_killed_run_continues_where_it_stopped(submit: Submit, store: SqliteSt
         (many / f"{number:03d}.png").write_bytes(image(number))
     process = submit.start(many)
 
-    deadline = time.monotonic() + 60
-    while len(all_requests(store)) < 40:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: len(all_requests(store)) >= 40)
     process.kill()
     process.communicate()
     sent_before = len(all_requests(store))
@@ -317,16 +301,14 @@ def test_ctrl_c_saves_the_state_and_explains_how_to_continue(
 ) -> None:
     out = tmp_path / "results.jsonl"
     process = submit.start("--out", out, folder)
-    deadline = time.monotonic() + 60
-    while len(all_requests(store)) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.3)  # now it waits for results, which do not come
+    # All are sent and the command waits for results that do not come.
+    journals = submit.home / "submissions"
+    wait_until(lambda: sum(path.read_bytes().count(b'"req_id"') for path in journals.glob("*")) == 5)
 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # faulthandler then prints the stack of each thread
         _, errors = process.communicate()
@@ -335,7 +317,7 @@ def test_ctrl_c_saves_the_state_and_explains_how_to_continue(
     batcher()
     again = submit("--out", out, folder)
 
-    assert (process.returncode, took < 4) == (130, True), errors
+    assert (process.returncode, took < 4 * slowness()) == (130, True), errors
     assert "same command" in errors.decode()
     assert {row["status"] for row in partly} == {"queued"}
     assert all(row["req_id"] for row in partly)
@@ -396,7 +378,7 @@ def test_an_unreachable_server_is_given_up_after_the_retry_timeout(folder: Path,
     assert "mlg serve" in done.stderr
     assert "0 of 5 images" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 20 * slowness()
 
 
 @pytest.mark.parametrize(("model", "word"), [("densenet12", "densenet121"), ("vgg16", "mlg models compile vgg16")])
@@ -406,7 +388,7 @@ def test_a_model_that_the_server_cannot_run_ends_the_command_at_once(
     submit = Submit(tmp_path / "client", server.base)
     command = [model if part == MODEL else part for part in submit.command(folder)]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 1
     assert word in done.stderr
@@ -427,7 +409,7 @@ def test_a_file_name_need_not_be_utf8(submit: Submit, tmp_path: Path, batcher: C
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(image(5))
 
-    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(submit.command("--wait", os.fsdecode(name)), cwd=ROOT, capture_output=True, timeout=120)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(name + b"\t")

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from cli.supervisor import with_short_waits
-from tests.process_tree import children, command_line, descendants, is_alive, wait_until
+from tests.process_tree import children, command_line, descendants, is_alive
+from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
@@ -114,7 +115,7 @@ def test_up_restarts_killed_children_and_stops_cleanly(start: Callable[..., Up],
     second = classify(base, photos["coffee"])
     processes = descendants(up.process.pid)
     up.process.send_signal(signal.SIGINT)
-    status = up.process.wait(60)
+    status = up.process.wait(120)
 
     assert str(up.home) in message and "1 worker" in message and "curl -F image=@" in message
     assert (first["preds"][0][1], second["preds"][0][1]) == ("tiger_cat", "espresso")
@@ -148,7 +149,7 @@ def test_a_taken_port_is_one_error_line_without_restarts(start: Callable[..., Up
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert (second.returncode, second.stdout) == (1, "")
@@ -164,7 +165,7 @@ def test_a_home_that_cannot_be_used_is_one_error_line(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert result.returncode == 1
@@ -175,14 +176,14 @@ def test_options_override_variables_and_errors_name_them(tmp_path: Path) -> None
     command = [sys.executable, "-m", "mlg", "batch", "--once", "--home", str(tmp_path / "home")]
     environment = {**os.environ, "MLG_EXECUTOR": "nowhere"}
 
-    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     right = subprocess.run(
         [*command, "--executor", "local", "--json"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
     assert wrong.returncode == 2
@@ -204,7 +205,7 @@ def test_the_batcher_stops_when_its_parent_exits(tmp_path: Path) -> None:
 
     os.close(writer)
 
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
 
 
 def test_up_waits_briefly_unless_configured_otherwise() -> None:

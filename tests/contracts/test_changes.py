@@ -6,7 +6,6 @@ import random
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,13 +28,6 @@ def make_store(home: Path) -> SqliteStore:
     store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     return store
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = make_store(tmp_path)
-    yield made
-    made.close()
 
 
 def add(store: SqliteStore, **changes: object) -> str:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-
-import pytest
 
 from store.controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
-
-
-@pytest.fixture(params=["sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
-    made.migrate()
-    yield made
-    made.close()
 
 
 def test_there_are_no_controls_at_first(store: SqliteStore) -> None:
@@ -38,8 +26,8 @@ def test_a_control_has_its_latest_value_and_who_set_it(store: SqliteStore) -> No
     assert (changed.value, changed.changed_by, changed.changed_at) == ({"colour": "grün"}, "bob", later)
 
 
-def test_controls_are_seen_by_other_processes(store: SqliteStore, tmp_path: Path) -> None:
-    other = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
+def test_controls_are_seen_by_other_processes(store: SqliteStore, settings: HomeSettings) -> None:
+    other = SqliteStore(settings)
     store.set_control("light", {"colour": "red"}, by="ann", now=NOW)
 
     assert other.controls()["light"].value == {"colour": "red"}

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, Worker
 from tests.decode_gate import DECODE_GATE
 from tests.golem import golem, provider, scenario
 from tests.process_tree import is_alive
+from tests.timing import until
 
 MODEL = "efficientnet_lite0"
 WORKERS = 2
@@ -96,13 +96,6 @@ def small_image() -> bytes:
     return file.getvalue()
 
 
-async def until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "timed out"
-        await asyncio.sleep(0.01)
-
-
 @pytest.fixture(params=["local", "golem"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -149,7 +142,7 @@ def harness(
     def run(body: Callable[[ExecutorHarness], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
             async with {"local": local, "golem": golem_devnet}[kind]() as made:
-                await asyncio.wait_for(body(made), 150)
+                await asyncio.wait_for(body(made), 300)
 
         asyncio.run(main())
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -14,19 +12,10 @@ from store import new_id
 from store.errors import QuotaReached
 from store.keys import KeyNameTaken, KeyRecord, Scope, UnknownKey, hash_key, key_id_of, make_key, verify_key
 from store.records import NewRequest, RequestRecord
-from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MINUTE = int(NOW.timestamp()) // 60
-
-
-@pytest.fixture(params=["sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
-    made.migrate()
-    yield made
-    made.close()
 
 
 def record(name: str = "alice", id: str = "alice0000000", **changes: object) -> KeyRecord:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -45,14 +44,6 @@ ALPHA, BETA = "0xa1fa000000000000000000000000000000000001", "0xbe7a0000000000000
 
 def after(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
-
-
-@pytest.fixture(params=["sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=5))
-    made.migrate()
-    yield made
-    made.close()
 
 
 def allocation(id: str = "al1", **changes: object) -> AllocationRecord:

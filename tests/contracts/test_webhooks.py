@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
 from store import new_id
 from store.batches import BatchRecord
 from store.records import Answer, Blame, NewRequest
-from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 from store.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 
 MODEL = "m"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 URL = "https://example.org/hook"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path))
-    made.migrate()
-    yield made
-    made.close()
 
 
 def endpoint(url: str = URL, *events: str, id: str = "we_1") -> EndpointRecord:

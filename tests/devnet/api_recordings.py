@@ -89,7 +89,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
         while proposal["state"] != "Draft":
             proposal = (await dead_requestor.proposals(demand_id))[-1]
         agreement_id = await dead_requestor.propose_agreement(proposal)
-        await dead_requestor.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=5)
+        await dead_requestor.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
         second = make_executor(devnet, store, folder, models, name="cccc3333")
         await second.start()
         await second.close()
@@ -193,13 +193,13 @@ async def _call_payment(client: Requestor) -> None:
         ("invoices", "invoiceEvents", "invoiceId", "amount"),
     ):
         # After the end of the agreement there is one of each.
-        first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=5, afterTimestamp=since)
+        first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=60, afterTimestamp=since)
         await client.request_ok("GET", f"{PAYMENT}/{kind}", afterTimestamp=since, maxItems=5)
         bill = await client.request_ok("GET", f"{PAYMENT}/{kind}/{first[key]}")
         await client.request_ok("POST", f"{PAYMENT}/{kind}/{first[key]}/reject", rejection, timeout=1)
         assert (await client.accept(kind, first[key], bill[amount]))[0] == 200
         assert (await client.accept(kind, "none", bill[amount]))[0] == 404
-    (paid,) = await client.request_ok("GET", f"{PAYMENT}/payments", timeout=5, afterTimestamp=since)
+    (paid,) = await client.request_ok("GET", f"{PAYMENT}/payments", timeout=60, afterTimestamp=since)
     await client.request_ok("GET", f"{PAYMENT}/payments/{paid['paymentId']}")
     await client.request_ok("GET", f"{PAYMENT}/payments/status", driver="erc20", network="holesky")
     await client.request_ok("GET", allocation)

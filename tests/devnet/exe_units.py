@@ -71,7 +71,7 @@ class GftpProcess:
     def end(self) -> int:
         """Close its standard input and wait for its end. :return: the exit status."""
         self.process.stdin.close()
-        status = self.process.wait(10)
+        status = self.process.wait(120)
         self.process.stdout.close()
         return status
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -34,14 +33,6 @@ def single_provider(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: An
 
 def run_command(*words: str) -> dict[str, Any]:
     return {"run": {"entry_point": words[0], "args": list(words[1:])}}
-
-
-async def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "timeout"
-        await asyncio.sleep(0.01)
-    return value
 
 
 class Requestor:
@@ -92,7 +83,7 @@ class Requestor:
         body = {"properties": properties, "constraints": whole}
         return str(await self.request_ok("POST", f"{MARKET}/demands", body))
 
-    async def proposals(self, demand_id: str, seconds: float = 5, **query: Any) -> list[dict[str, Any]]:
+    async def proposals(self, demand_id: str, seconds: float = 60, **query: Any) -> list[dict[str, Any]]:
         path = f"{MARKET}/demands/{demand_id}/events"
         return [event["proposal"] for event in await self.request_ok("GET", path, timeout=seconds, **query)]
 
@@ -118,7 +109,7 @@ class Requestor:
     async def agree(self, demand_id: str) -> str:
         """Negotiate until there is an approved agreement."""
         agreement_id = await self.propose_agreement(await self.draft(demand_id))
-        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=5)
+        await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
         return agreement_id
 
     async def activity(self, agreement_id: str) -> str:
@@ -130,7 +121,7 @@ class Requestor:
 
     async def results(self, activity_id: str, batch_id: str) -> list[dict[str, Any]]:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        return list(await self.request_ok("GET", path, timeout=5))
+        return list(await self.request_ok("GET", path, timeout=60))
 
     async def stream(self, activity_id: str, batch_id: str) -> str:
         """Return the response with the runtime events of a batch."""
@@ -154,7 +145,7 @@ class Requestor:
         await self.terminate(agreement_id)
         return agreement_id
 
-    async def invoice(self, after: str | None = None, seconds: float = 5) -> dict[str, Any] | None:
+    async def invoice(self, after: str | None = None, seconds: float = 60) -> dict[str, Any] | None:
         """Return the next invoice; None if there is none in time."""
         query = {"timeout": seconds} if after is None else {"timeout": seconds, "afterTimestamp": after}
         events = await self.request_ok("GET", f"{PAYMENT}/invoiceEvents", **query)

@@ -19,7 +19,8 @@ import pytest
 from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
-from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider, until
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider
+from tests.timing import until
 
 ROOT = Path(__file__).parents[2]
 MLG = Path(sys.executable).with_name("mlg")
@@ -218,7 +219,7 @@ def test_the_command_writes_its_env_file_when_ready_and_ends_cleanly(tmp_path: P
         commands = '. "$1"; command -v gftp; echo "$YAGNA_SUBNET"; gftp server < /dev/null'
         found = subprocess.run(["sh", "-c", commands, "sh", str(file)], capture_output=True, text=True, check=True)
         program.send_signal(number)
-        out, errors = program.communicate(timeout=20)
+        out, errors = program.communicate(timeout=120)
     finally:
         program.kill()
 

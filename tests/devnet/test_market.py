@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from devnet.scenario import Fault, ProviderPlan, Scenario
-from tests.devnet.requestor import ACTIVITY, MARKET, Requestor, in_hours, requestor, single_provider, until
+from tests.devnet.requestor import ACTIVITY, MARKET, Requestor, in_hours, requestor, single_provider
+from tests.timing import until
 
 TWO = Scenario(providers=(ProviderPlan(name="alpha"), ProviderPlan(name="beta", cores=4, runtimes=("mlg",))))
 
@@ -155,7 +156,7 @@ def test_steps_in_the_wrong_order_are_rejected(tmp_path: Path) -> None:
             assert (await client.request("POST", f"{path}/terminate", {"message": "m"}))[0] == 409
             assert (await client.request("POST", f"{ACTIVITY}/activity", agreement_id))[0] == 400
             await client.request_ok("POST", f"{path}/confirm")
-            await client.request_ok("POST", f"{path}/wait", timeout=5)
+            await client.request_ok("POST", f"{path}/wait", timeout=60)
             assert (await client.request("POST", f"{path}/confirm"))[0] == 410
             assert (await client.request("POST", f"{path}/cancel"))[0] == 410
             assert (await client.request("POST", f"{path}/terminate", {"why": "m"}))[0] == 400

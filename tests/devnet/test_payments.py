@@ -10,7 +10,8 @@ import pytest
 
 from devnet.provider.invoicing import activity_amount
 from devnet.scenario import Fault
-from tests.devnet.requestor import PAYMENT, PLATFORM, Requestor, requestor, single_provider, until
+from tests.devnet.requestor import PAYMENT, PLATFORM, Requestor, requestor, single_provider
+from tests.timing import until
 
 
 def test_an_allocation_reserves_funds_until_it_is_released(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) ->
             group.create_task(record_yapapi(made, folder / "yapapi"))
             group.create_task(record_every_call(made, folder / "every-call"))
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 300))
     return made
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlg_client import AsyncClient, Client
-from tests.test_end_to_end import MODEL, RIGHT, System
+from tests.system import MODEL, RIGHT, System
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples/classify.ipynb"

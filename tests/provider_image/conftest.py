@@ -58,7 +58,7 @@ class WarmProcess:
 
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
+        connection.settimeout(120)
         connection.connect(str(socket_path(self.runtime_folder)))
         return connection
 
@@ -73,7 +73,7 @@ class WarmProcess:
 
     def wait_for_exit(self) -> int:
         """Wait until it exits and return the exit status."""
-        status = self.process.wait(60)
+        status = self.process.wait(120)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             stream.close()
         return status

@@ -39,7 +39,7 @@ def package(tmp_path):
 def provider(root, *arguments):
     """Run the command from a package in a folder, without this project's other packages."""
     return subprocess.run(
-        [sys.executable, "-I", "-c", GUARDED, root, *arguments], capture_output=True, text=True, timeout=60, cwd=root
+        [sys.executable, "-I", "-c", GUARDED, root, *arguments], capture_output=True, text=True, timeout=120, cwd=root
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-import time
+import threading
 
 import pytest
 from PIL import Image
@@ -16,6 +16,7 @@ from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_mem
 from provider_image.services import load_service
 from provider_image.services.classification import Classification
 from tests.provider_image.conftest import encode_image, make_chunk
+from tests.timing import DEADLINE_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -239,18 +240,19 @@ def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):
 
 
 def test_items_are_worked_on_side_by_side(tmp_path, models_folder):
-    class Slow(Counting):
+    together = threading.Barrier(8, timeout=DEADLINE_SECONDS)
+
+    class Together(Counting):
         def run(self, net, item):
-            time.sleep(0.2)
+            together.wait()
             return item
 
     chunk = make_chunk(tmp_path / "c.zip", [b"x"] * 8)
-    nets = NetCache(models_folder, threads=8, find_service=lambda name: Slow())
+    nets = NetCache(models_folder, threads=8, find_service=lambda name: Together())
 
-    started = time.perf_counter()
     run_chunk(chunk, tmp_path / "r.zip", nets)
 
-    assert time.perf_counter() - started < 1.2
+    assert together.n_waiting == 0 and not together.broken
 
 
 def test_reader_is_closed_after_a_chunk(tmp_path, photos, nets):

@@ -10,8 +10,9 @@ import pytest
 from provider_image.chunk import read_results
 from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from_reply
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive, wait_for_work
 from tests.provider_image.conftest import make_chunk, read_reply
+from tests.timing import slowness, wait_until
 
 
 def job(chunk, results) -> dict:
@@ -95,7 +96,7 @@ def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, start_warm_s
     server.connect().close()
     server.send(job(chunk, tmp_path / "left.zip")).close()
     with server.connect() as rubbish:
-        rubbish.settimeout(60)
+        rubbish.settimeout(120)
         try:
             rubbish.sendall(b"x" * 1_000_000)
         except OSError as error:
@@ -132,7 +133,7 @@ def test_signal_lets_the_chunk_under_way_finish(tmp_path, start_warm_server, slo
     server.send_and_receive(job(chunk, tmp_path / "first.zip"))
     under_way = server.send(job(slow_chunk, tmp_path / "r.zip"))
     waiting = server.send(job(chunk, tmp_path / "waiting.zip"))
-    time.sleep(0.3)
+    wait_for_work(server.process.pid)
 
     server.process.send_signal(number)
     turned_away, finished = read_reply(waiting), read_reply(under_way)
@@ -186,7 +187,7 @@ def test_process_ends_with_its_standard_input(start_warm_server):
 
     server.process.stdin.close()
 
-    assert server.process.wait(30) == 0
+    assert server.process.wait(120) == 0
     assert not socket_path(server.runtime_folder).exists()
 
 
@@ -194,13 +195,13 @@ def test_process_ends_with_its_standard_input_even_in_mid_chunk(tmp_path, start_
     server = start_warm_server(options=("--exit-with-stdin", "--threads", "1")).wait_until_ready()
     server.send_and_receive(job(chunk, tmp_path / "first.zip"))
     connection = server.send(job(slow_chunk, tmp_path / "r.zip"))
-    time.sleep(0.3)
+    wait_for_work(server.process.pid)
 
     started = time.monotonic()
     server.process.stdin.close()
 
-    assert server.process.wait(30) == 0
-    assert time.monotonic() - started < 3
+    assert server.process.wait(120) == 0
+    assert time.monotonic() - started < 3 * slowness()
     assert read_reply(connection) == {}
     assert not (tmp_path / "r.zip").exists()
     connection.close()

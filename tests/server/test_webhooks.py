@@ -32,6 +32,7 @@ from store.records import Answer
 from store.sqlite import SqliteStore
 from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
 from tests.conftest import MODEL, OUTPUT, RunningServer
+from tests.timing import DEADLINE_SECONDS
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 #: Sends also to this machine.
@@ -60,7 +61,7 @@ def receiver() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             made.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            made.may_answer.wait(30)
+            made.may_answer.wait(120)
             status = made.statuses.pop(0) if len(made.statuses) > 1 else made.statuses[0]
             with contextlib.suppress(OSError):
                 self.send_response(status)
@@ -401,7 +402,7 @@ def test_a_slow_receiver_delays_only_itself(
     answer()
 
     threads = deliverer.send_due()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while sum(one.last_error is not None for one in store.list_deliveries()) < 4 and time.monotonic() < deadline:
         threads += deliverer.send_due()
         time.sleep(0.01)
@@ -420,7 +421,7 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     running = [start_server(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
     store = SqliteStore(ServerSettings(home=running[0].home))
     ids = []
-    with httpx.Client(timeout=20) as http_client:
+    with httpx.Client(timeout=120) as http_client:
         for number in range(12):
             made = http_client.post(
                 f"{running[number % 2].base}/requestPrediction/{MODEL}",
@@ -445,7 +446,7 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
         now=now,
     )
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while store.list_deliveries(status="pending") and time.monotonic() < deadline:
         time.sleep(0.02)
     store.close()

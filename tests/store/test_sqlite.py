@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,11 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    made = SqliteStore(HomeSettings(home=tmp_path / "home", busy_seconds=0.2))
-    made.migrate()
-    yield made
-    made.close()
+def settings(settings: HomeSettings) -> HomeSettings:
+    """A store that soon gives up waiting for another writer."""
+    return replace(settings, busy_seconds=0.2)
 
 
 def add(store: SqliteStore, data: bytes = b"image") -> RequestRecord:
@@ -63,7 +61,7 @@ def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> No
         assert process.stdin is not None
         process.stdin.close()
         process.stdin = None
-    printed = [process.communicate(timeout=60)[0].strip() for process in processes]
+    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sorted(printed) == ["0", "0", str(len(STEPS))]
@@ -237,7 +235,7 @@ def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -
         for part in "ab"
     ]
 
-    acknowledged = [id for process in processes for id in process.communicate(timeout=60)[0].split()]
+    acknowledged = [id for process in processes for id in process.communicate(timeout=120)[0].split()]
 
     store = SqliteStore(HomeSettings(home=tmp_path / "home"))
     assert sorted(request.id for request in store.list(limit=1000)) == sorted(acknowledged)

@@ -14,15 +14,12 @@ from devnet.provider import exe_unit as module
 from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
+from tests.timing import DEADLINE_SECONDS, slowness, until
 
 
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-async def until(is_true: Any, seconds: float = 20) -> None:
-    await asyncio.to_thread(wait_until, is_true, seconds)
 
 
 def has_begun(folder: Path) -> Any:
@@ -167,7 +164,7 @@ def test_a_poll_returns_the_results_so_far_at_its_timeout(tmp_path: Path) -> Non
 
             results = await unit.results(batch, 0.1)
 
-            assert 0.1 <= time.monotonic() - started_at < 5
+            assert 0.1 <= time.monotonic() - started_at < 5 * slowness()
             assert [(result["index"], result["isBatchFinished"]) for result in results] == [(0, False)]
 
     asyncio.run(main())
@@ -387,7 +384,7 @@ def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: Path) -
             pids = unit._sandbox.processes.pids()
             assert len(pids) >= 2
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 await asyncio.gather(unit.destroy(), unit.destroy())
                 with pytest.raises(ActivityEnded):
                     await waiting

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,8 @@ from devnet.scenario import Fault, FaultSchedule
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
+from tests.timing import until
 
 DIGEST = "ab" * 32
 COPY_RESULTS = sh("cp /golem/input/results.zip /golem/output/")
@@ -42,10 +42,6 @@ def write_results_file(folder: Path, chunk_id: str = "chunk-1", activity_id: str
 
 def read(path: Path, chunk_id: str = "chunk-1", digest: str | None = DIGEST) -> Results:
     return read_results(path, chunk_id, "m", [0], digest)
-
-
-async def until(is_true: Any) -> None:
-    await asyncio.to_thread(wait_until, is_true, 20)
 
 
 async def copy_results(unit: ExeUnit) -> None:

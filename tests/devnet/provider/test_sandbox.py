@@ -12,7 +12,8 @@ import pytest
 
 from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathOutsideSandbox, Sandbox
 from devnet.provider.script import OutputCapture
-from tests.process_tree import is_alive, wait_until
+from tests.process_tree import is_alive
+from tests.timing import wait_until
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ class Output:
 
 async def run(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
     output = Output()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         status = await sandbox.run(words[0], words[1:], on_stdout=output.on_stdout, on_stderr=output.on_stderr)
     return status, output
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from provider_image.compiler.keras_graph import import_keras
 from provider_image.compiler.keras_weights import KERAS_WEIGHTS_URL, WeightsSources, find_weights
 from provider_image.errors import WeightsMismatch, WeightsMissing
 from provider_image.models.catalogue import CATALOGUE, ModelRow
@@ -184,23 +181,3 @@ def test_settings_name_the_places():
 
     assert (sources.folder, sources.cache, sources.address) == (Path("/w"), Path("/k/models"), "https://mirror/")
     assert (usual.folder, usual.address) == (None, KERAS_WEIGHTS_URL)
-
-
-@pytest.mark.parametrize("row", [row for row in CATALOGUE.values() if row.source == "keras"], ids=lambda row: row.name)
-def test_rows_name_what_keras_itself_asks_for(row):
-    """Keras' own loading code, with a downloader that only records its arguments."""
-    from tests import needs_keras  # noqa: F401 - skips only this test where there is no tensorflow
-
-    keras = import_keras()
-    module = importlib.import_module(getattr(keras.applications, row.keras_class).__module__)
-    module = getattr(module, "resnet", module)  # resnet_v2 leaves loading to resnet
-
-    class Requested(Exception):
-        """Stops the loading."""
-
-    with mock.patch.object(module.file_utils, "get_file", side_effect=Requested) as get_file, pytest.raises(Requested):
-        getattr(keras.applications, row.keras_class)()
-
-    file, url = (*get_file.call_args.args, get_file.call_args.kwargs.get("origin"))[:2]
-    assert (file, url) == (row.weights.file, KERAS_WEIGHTS_URL + row.weights.address)
-    assert get_file.call_args.kwargs.get("file_hash") == row.weights.hash

@@ -15,6 +15,7 @@ from provider_image.errors import ConfigError, WeightsMismatch
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import load_service
 from tests.provider_image.conftest import encode_image
+from tests.timing import slowness
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_two_builds_have_the_same_digest(tmp_path, models_folder):
 
     again = build(tmp_path, CATALOGUE["efficientnet_lite0"], again=True)
 
-    assert time.perf_counter() - started < 10  # about 0.4 on a machine that does nothing else
+    assert time.perf_counter() - started < 10 * slowness()  # about 0.4 on a machine that does nothing else
     assert again.digest == ensure_installed(models_folder, "efficientnet_lite0").digest
 
 

@@ -18,6 +18,7 @@ from provider_image.errors import (
 from provider_image.images.decoding import MAX_PIXELS
 from provider_image.images.headers import FORMATS, read_header
 from tests.provider_image.conftest import encode_image
+from tests.timing import cpu_slowness
 
 GRADIENT = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
 
@@ -207,11 +208,11 @@ def test_check_of_an_ordinary_upload_takes_microseconds():
     data = next(d for q in range(90, 10, -2) if len(d := encode_image(image, "JPEG", quality=q)) < 120_000)
     assert len(data) > 100_000
 
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(200):
         read_header(data, MAX_PIXELS)
 
-    assert (time.perf_counter() - started) / 200 < 150e-6
+    assert (time.thread_time() - started) / 200 < 150e-6 * cpu_slowness()
 
 
 def test_pillow_agrees_about_sizes():

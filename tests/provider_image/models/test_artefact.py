@@ -16,6 +16,7 @@ from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models.artefact import find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from tests.provider_image.conftest import ROOT
+from tests.timing import cpu_slowness
 
 
 @pytest.fixture
@@ -52,11 +53,11 @@ def test_unchanged_artefact_is_read_once(models_folder):
 def test_asking_for_the_digest_costs_microseconds(models_folder):
     installed_digest(models_folder, "efficientnet_lite0")
 
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(1000):
         installed_digest(models_folder, "efficientnet_lite0")
 
-    assert (time.perf_counter() - started) / 1000 < 200e-6
+    assert (time.thread_time() - started) / 1000 < 200e-6 * cpu_slowness()
 
 
 def test_changed_artefact_is_read_again(models):
@@ -134,7 +135,7 @@ def test_several_processes_building_at_once_all_succeed(tmp_path):
         for _ in range(3)
     ]
 
-    digests = {process.communicate(timeout=60)[0].strip() for process in started}
+    digests = {process.communicate(timeout=120)[0].strip() for process in started}
 
     assert digests == {installed_digest(tmp_path, "efficientnet_lite0")}
     assert {path.name for path in tmp_path.iterdir()} == {"efficientnet_lite0", ".efficientnet_lite0.lock"}

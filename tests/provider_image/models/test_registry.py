@@ -13,6 +13,7 @@ from provider_image.errors import BrokenArtefact, UnknownModel
 from provider_image.models import registry
 from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.registry import find_row, list_rows
+from tests.timing import cpu_slowness
 
 
 @pytest.fixture
@@ -110,9 +111,9 @@ def test_finding_an_custom_model_costs_microseconds(models):
     age(models)
     find_row(models, "My-Pets")
     assert str(models) in registry._listing_cache
-    started = time.perf_counter()
+    started = time.thread_time()
 
     for _ in range(1000):
         find_row(models, "My-Pets")
 
-    assert (time.perf_counter() - started) / 1000 < 200e-6
+    assert (time.thread_time() - started) / 1000 < 200e-6 * cpu_slowness()

@@ -26,7 +26,7 @@ def settings(tmp_path: Path, custom_models_folder: Path) -> ServerSettings:
     """A home in which the starter and an own model are installed."""
     home = tmp_path / "home"
     shutil.copytree(custom_models_folder, home / "models")
-    return ServerSettings(home=home, busy_seconds=0.3, server_threads=4)
+    return ServerSettings(home=home, server_threads=4)
 
 
 @pytest.fixture

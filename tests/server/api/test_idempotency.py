@@ -76,18 +76,18 @@ def test_a_running_request_is_a_conflict_with_retry_after(
 
     def slow(*arguments: Any) -> Any:
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(120)
         return real(*arguments)
 
     monkeypatch.setattr(store, "add", slow)
     replies: list[Any] = []
     first = threading.Thread(target=lambda: replies.append(post(client, photos["rocket"])))
     first.start()
-    assert entered.wait(30)
+    assert entered.wait(120)
 
     meanwhile = post(create_app(settings, store).test_client(), photos["rocket"])
     leave.set()
-    first.join(30)
+    first.join(120)
 
     assert (meanwhile.status_code, meanwhile.get_json()["code"]) == (409, "key_under_way")
     assert int(meanwhile.headers["Retry-After"]) >= 1

@@ -14,6 +14,7 @@ import pytest
 from server.settings import ServerSettings
 from store.search import Query
 from store.sqlite import SqliteStore
+from tests.timing import slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
 
@@ -198,8 +199,8 @@ def test_a_page_uses_one_index_and_sorts_nothing(
     assert not any("TEMP B-TREE" in step for step in plan)
     started_at = time.perf_counter()
     crowded.find(wanted, before=before, limit=50)
-    # Some milliseconds; the bound is for machines that do something else as well.
-    assert time.perf_counter() - started_at < 1
+    # Some milliseconds.
+    assert time.perf_counter() - started_at < 1 * slowness()
 
 
 def test_labels_and_times_use_an_index(crowded: SqliteStore) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from store.sqlite import SqliteStore
 URL = "/requestPrediction/efficientnet_lite0"
 RAW = {"content_type": "image/png"}
 Traces = Callable[[], tuple[list[str], int]]
+
+
+@pytest.fixture
+def settings(settings: ServerSettings) -> ServerSettings:
+    """A server that soon gives up waiting for another writer."""
+    return replace(settings, busy_seconds=0.3)
 
 
 def noise(side: int) -> bytes:

@@ -29,6 +29,7 @@ from store.keys import Scope
 from store.records import Answer, RequestState
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT, RunningServer
+from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
 URL = f"/requestPrediction/{MODEL}"
 
@@ -299,22 +300,23 @@ def test_a_slow_listener_reads_from_the_feed_again(
     assert sorted(done) == sorted(ids)
 
 
+def has_event_thread() -> bool:
+    return any(thread.name == "events" for thread in threading.enumerate())
+
+
 def test_nothing_polls_without_a_listener(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
     id = post(client)
     answer()
     read(client, f"/events?ids={id}")
 
-    deadline = time.monotonic() + 10
-    while any(thread.name == "events" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: not has_event_thread())
 
 
 def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore) -> None:
     events = ChangeDispatcher(store, capacity=4)
     client = create_app(settings, store, change_dispatcher=events).test_client()
     id = post(client)
-    threading.Timer(0.2, events.stop).start()
+    threading.Thread(target=lambda: (wait_until(has_event_thread), events.stop())).start()
 
     stream = read(client, f"/events?ids={id}")
 
@@ -359,7 +361,7 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: SqliteStore, client: f
     events.add(listener)
 
     store.cancel(store.list()[0].id, now=datetime.now(UTC))
-    found = listener.wait(10)
+    found = listener.wait(120)
 
     assert found is not None
     assert [one.request.state for one in found] == [RequestState.CANCELLED]
@@ -370,8 +372,8 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: SqliteStore, client: f
 
 
 @pytest.fixture
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
-    return start_server(MLG_MAX_STREAMS="210")
+def server_variables() -> dict[str, str]:
+    return {"MLG_MAX_STREAMS": "210"}
 
 
 def store_of(running: RunningServer) -> Iterator[SqliteStore]:
@@ -396,7 +398,7 @@ def finish_all(store: SqliteStore) -> float:
 
 def open_stream(running: RunningServer, path: str) -> socket.socket:
     address = urlsplit(running.base)
-    connection = socket.create_connection((address.hostname, address.port), timeout=20)
+    connection = socket.create_connection((address.hostname, address.port), timeout=120)
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
     return connection
 
@@ -411,7 +413,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 
 
 def send(running: RunningServer, count: int) -> list[str]:
-    with httpx.Client(base_url=running.base, timeout=20) as client:
+    with httpx.Client(base_url=running.base, timeout=120) as client:
         return [
             client.post(f"{URL}?fresh=1", content=make_image(), headers={"Content-Type": "image/png"}).json()["req_id"]
             for _ in range(count)
@@ -438,12 +440,13 @@ def test_two_hundred_streams_leave_threads_for_uploads_and_a_quick_stop(server: 
     began = time.monotonic()
 
     status = server.stop()
+    stop_seconds = time.monotonic() - began
 
-    assert uploads_seconds < 10
+    assert uploads_seconds < 10 * slowness()
     # One listener is told within 0.2 s (next test); two hundred on a machine that is busy with other tests take longer.
-    assert told_seconds < 5
+    assert told_seconds < 5 * slowness()
     assert status == 0
-    assert time.monotonic() - began < 5
+    assert stop_seconds < 5 * slowness()
     for stream in (*streams, *others):
         stream.close()
 
@@ -460,7 +463,7 @@ def test_an_answer_reaches_a_listener_at_once(server: RunningServer) -> None:
             seconds.append(time.monotonic() - recorded_at)
             stream.close()
 
-    assert min(seconds) < 0.2, seconds
+    assert min(seconds) < 0.2 * slowness(), seconds
 
 
 def test_a_disconnected_client_frees_its_slot(start_server: Callable[..., RunningServer]) -> None:
@@ -472,8 +475,8 @@ def test_a_disconnected_client_frees_its_slot(start_server: Callable[..., Runnin
     gone.close()
 
     # Its thread finds out with the next thing that it writes, a heartbeat or an event.
-    deadline = time.monotonic() + 25
-    with httpx.Client(base_url=server.base, timeout=20) as client:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    with httpx.Client(base_url=server.base, timeout=120) as client:
         while True:
             for store in store_of(server):
                 finish_all(store)
@@ -496,7 +499,7 @@ def test_a_stream_that_was_cut_off_resumes_at_another_server(start_server: Calla
     for store in store_of(second):
         finish_all(store)
 
-    with httpx.Client(base_url=second.base, timeout=20) as client:
+    with httpx.Client(base_url=second.base, timeout=120) as client:
         text = client.get(f"/events?ids={','.join(ids)}", headers={"Last-Event-ID": seen[-1]["id"]}).text
 
     assert states_of(parse(text)) == [(id, "done") for id in ids]

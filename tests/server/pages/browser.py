@@ -35,7 +35,7 @@ class BrowserSession:
         self.base = base
         self.context = browser.new_context(base_url=base, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(120_000)
         self.foreign_urls: list[str] = []
         self.errors: list[str] = []
         self.context.on("request", self._note_request)

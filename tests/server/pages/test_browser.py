@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.server.pages.browser import browser_session, find_chromium
-from tests.test_end_to_end import System, variant
+from tests.system import System, variant
 
 ROOT = Path(__file__).parents[3]
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
@@ -63,7 +63,7 @@ def idle_server(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -
         host, port = ready.readline().split()
     yield f"http://{host}:{port}"
     process.terminate()
-    process.wait(30)
+    process.wait(120)
 
 
 @pytest.fixture(scope="module")
