@@ -1,12 +1,12 @@
-# The requestor's image: one image, two commands, `mlg serve` and `mlg batch`; without a command both, under `mlg up`.
+# The requestor's container image, with the commands `mlg serve` and `mlg batch`; without a command `mlg up` runs both.
 #
 #   docker build -t mlg .
 #   docker run -p 5000:5000 -v mlg:/var/lib/mlg mlg                                      server, batcher and workers
 #   docker run -p 5000:5000 -v mlg:/var/lib/mlg mlg mlg serve                            one container each,
 #   docker run --no-healthcheck -v mlg:/var/lib/mlg mlg mlg batch                        one volume for both
 #
-# No tensorflow: models whose weights come from Keras are compiled elsewhere and their folders put into the volume's
-# models/. The volume must be a local disk, because SQLite's log needs one.
+# It has no tensorflow: models whose weights come from Keras are compiled elsewhere, and their folders are copied to the
+# volume's models/. The volume must be a local disk, because SQLite's write-ahead log requires one.
 
 # Any image with Python 3.11 or newer as python3, its venv module and libstdc++; the same for both stages.
 ARG BASE=python:3.11-slim
@@ -20,7 +20,7 @@ COPY batcher /src/batcher
 COPY mlg_client /src/mlg_client
 COPY cli /src/cli
 COPY scripts/prune_runtime /src/
-# pip is not needed in the image, and what openvino has for other devices and formats is not either.
+# Removes pip and the parts of openvino for other devices and formats, which are not needed.
 RUN python3 -m venv /opt/mlg \
     && /opt/mlg/bin/python -m pip install --quiet --no-cache-dir --no-compile --constraint /src/constraints.txt /src \
     && /opt/mlg/bin/python -m pip uninstall --quiet --yes openvino-telemetry setuptools \
@@ -29,23 +29,23 @@ RUN python3 -m venv /opt/mlg \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/mlg/lib \
     && mkdir /home-of-mlg
 
-# No RUN from here on: copying leaves no trace of the machine that built it.
+# No RUN from here on: copied layers contain nothing of the build machine.
 FROM ${BASE} AS requestor
 COPY --from=builder /opt/mlg/ /opt/mlg/
-# Writable for the user below, and by inheritance the volume that docker makes of it.
+# Writable for the user below, as is the volume that is created from it.
 COPY --from=builder --chown=10001:10001 /home-of-mlg/ /var/lib/mlg/
 
-# MLG_HOST: inside a container 127.0.0.1 can be reached by nobody; what is published is for `docker run -p` to say.
+# MLG_HOST: in a container 127.0.0.1 is not reachable from outside; `docker run -p` decides what is published.
 ENV PATH=/opt/mlg/bin:/usr/local/bin:/usr/bin:/bin MLG_HOME=/var/lib/mlg MLG_HOST=0.0.0.0 HOME=/var/lib/mlg \
     PYTHONDONTWRITEBYTECODE=1
 VOLUME /var/lib/mlg
 WORKDIR /var/lib/mlg
 USER 10001:10001
 EXPOSE 5000
-# For `mlg up` and `mlg serve`; a container that runs `mlg batch` alone has no server: --no-healthcheck.
+# For `mlg up` and `mlg serve`. A container with only `mlg batch` has no server and needs --no-healthcheck.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=20s CMD ["python3", "-c", "import os, urllib.request as r; \
 r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ.get('MLG_PORT', '5000') + '/healthz', timeout=4)"]
-# Not an entry point, so that `docker run IMAGE mlg batch` reads as it does elsewhere.
+# No ENTRYPOINT, so that the commands are the same as outside a container: `docker run IMAGE mlg batch`.
 CMD ["mlg", "up"]
 
 ARG VERSION=

@@ -1,4 +1,4 @@
-"""The command `mlg`: a lazy table of subcommands. Imports nothing else until one of them is called for."""
+"""The command `mlg`: a table of subcommands, each imported only when it is used."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ import click
 
 from provider_image.errors import ConfigError, MlgError
 
-#: name -> ("module:attribute", help for the list of commands).
+#: Name -> ("module:attribute", line in the list of commands).
 COMMANDS = {
-    "up": ("cli.batch:up", "Run everything here: server, batcher and workers."),
+    "up": ("cli.up:up", "Run the server, the batcher and its workers on this machine."),
     "serve": ("cli.serve:serve", "Run the HTTP server."),
-    "batch": ("cli.batch:batch", "Run the batcher, on a timer or once."),
-    "submit": ("cli.submit:submit", "Send images to a server and collect the answers."),
+    "batch": ("cli.batch:batch", "Run the batcher, which processes queued requests."),
+    "submit": ("cli.submit:submit", "Send images to a server and collect the results."),
     "requests": ("cli.requests:requests", "List, show, retry or cancel requests."),
-    "models": ("cli.models:models", "List models, install one, or check it."),
-    "image": ("cli.image:image", "Build the provider's image and publish it."),
-    "costs": ("cli.costs:costs", "Show what rented computers have cost."),
+    "models": ("cli.models:models", "List, install or check models."),
+    "image": ("cli.image:image", "Build and publish the provider image."),
+    "costs": ("cli.costs:costs", "Show the cost of rented computers."),
     "providers": ("cli.providers:providers", "List, ban or unban providers."),
-    "keys": ("cli.keys:keys", "Make, list or revoke API keys."),
-    "webhooks": ("cli.webhooks:webhooks", "Tell other programs when a request or a batch is done."),
-    "operate": (
-        "cli.operate:operate",
-        "Pause, resume or drain the batchers, run a batch now, see how things stand.",
-    ),
-    "devnet": ("cli.devnet:devnet", "Run a small Golem network on this machine."),
-    "migrate": ("cli.serve:migrate", "Bring the database to this version's schema."),
+    "keys": ("cli.keys:keys", "Create, list or revoke API keys."),
+    "webhooks": ("cli.webhooks:webhooks", "Notify other programs when a request or a batch is done."),
+    "operate": ("cli.operate:operate", "Pause, resume or drain the batchers, or show their status."),
+    "devnet": ("cli.devnet:devnet", "Run a simulated Golem network on this machine."),
+    "migrate": ("cli.serve:migrate", "Update the database to the schema of this version."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used."""
+    """The group of all commands, which imports a command only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the names in the table's order."""
@@ -57,7 +54,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, naming the nearest if there is none."""
+        """Find the command; the error for an unknown one suggests the most similar name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -80,9 +77,11 @@ def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) 
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 def cli() -> None:
-    """Classify pictures in batches, here or on other people's computers.
+    """Classify images in batches, on this machine or on rented computers.
 
     \b
     Example:
@@ -92,9 +91,9 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line and end the process: 0 well, 1 failed, 2 a mistake in settings or usage, 130 Ctrl-C."""
+    """Run the command line and exit: 0 on success, 1 on failure, 2 for wrong settings or usage, 130 on Ctrl-C."""
     try:
-        # standalone_mode=False hands errors and exit codes to us, so that every error is one line.
+        # With standalone_mode=False click raises its errors, so that every error is one line.
         status = cli.main(args=arguments, prog_name="mlg", standalone_mode=False)
     except MlgError as error:
         _show_traceback()
@@ -107,8 +106,8 @@ def main(arguments: list[str] | None = None) -> Any:
         _show_traceback()
         status = 130
     except BrokenPipeError:
-        # The reader of our output has gone, as in `mlg requests list | head`. Nothing more can be written, and Python
-        # would complain when it flushes at its end.
+        # The reader of stdout has exited, as in `mlg requests list | head`. Without this Python would report a second
+        # error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status if isinstance(status, int) else 0)

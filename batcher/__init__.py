@@ -1,1 +1,1 @@
-"""Plans chunks, dispatches them and records what comes back."""
+"""The batcher: plans chunks, dispatches them to executors, and records the results."""

@@ -1,7 +1,7 @@
-"""Notes dispatches in the journal.
+"""Records each dispatched chunk in the store.
 
-Called by `batcher.cycle` in threads. The journal is for people and estimates: when the store does not take an entry,
-work goes on without it.
+Called by `batcher.cycle` in threads. The records serve people and estimates: when the store does not accept one, work
+continues without it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,28 @@ from collections.abc import Callable
 from datetime import datetime
 
 from batcher.executors import Outcome
-from batcher.packing import Packed
+from batcher.packing import PackedChunk
 from batcher.results import ChunkOutcome
-from store import Chunks
-from store.chunks import ChunkRecord
+from store.chunks import ChunkRecord, Chunks
 from store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
 
 class ChunkLog:
-    """The entries of one batcher.
+    """The chunk records of one batcher.
 
     :param executor: the executor's name.
     """
 
-    def __init__(self, journal: Chunks, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
-        self._journal = journal
+    def __init__(self, store: Chunks, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
+        self._store = store
         self._batcher_id = batcher_id
         self._executor = executor
         self._clock = clock
 
-    def record_start(self, packed: Packed) -> None:
-        """Note that a chunk goes out."""
+    def record_start(self, packed: PackedChunk) -> None:
+        """Record that a chunk is dispatched."""
         record = ChunkRecord(
             id=packed.chunk_id,
             batcher_id=self._batcher_id,
@@ -54,15 +53,15 @@ class ChunkLog:
             reason=None,
         )
         try:
-            self._journal.start_chunk(record)
+            self._store.start_chunk(record)
         except StoreError as error:
-            log.warning("cannot note a dispatch: %s", error, extra={"chunk_id": packed.chunk_id})
+            log.warning("cannot record the start of a chunk: %s", error, extra={"chunk_id": packed.chunk_id})
 
-    def record_end(self, packed: Packed, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
-        """Note how it ended."""
+    def record_end(self, packed: PackedChunk, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
+        """Record how a chunk ended."""
         error = chunk_outcome.error
         try:
-            self._journal.finish_chunk(
+            self._store.finish_chunk(
                 packed.chunk_id,
                 provider=outcome.provider,
                 bytes_received=packed.results.stat().st_size if packed.results.exists() else None,
@@ -78,4 +77,4 @@ class ChunkLog:
                 now=self._clock(),
             )
         except StoreError as store_error:
-            log.warning("cannot note the end of a dispatch: %s", store_error, extra={"chunk_id": packed.chunk_id})
+            log.warning("cannot record the end of a chunk: %s", store_error, extra={"chunk_id": packed.chunk_id})

@@ -1,12 +1,12 @@
-"""The cycle: claims what is due, has it worked on, records what comes back.
+"""The cycle: claims due requests, dispatches them in chunks, and records the results.
 
-Run by `batcher.scheduler`, one cycle at a time. Requests are claimed window by window: only as many as the executor can
-soon work on, so that memory stays bounded however many wait, and several batchers share. Each chunk has a task of its
-own from packing to recording; while some run, others are claimed and packed, so that workers do not wait. Leases are
-renewed all along; what a batcher that was killed had claimed goes back to the queue when its leases end.
+Run by `batcher.scheduler`, one cycle at a time. It claims only as many requests as the executor can process soon, so
+that memory stays bounded and several batchers share the queue. Each chunk has its own task from packing to recording;
+meanwhile others are claimed and packed, so that workers do not wait. Leases are renewed throughout; claims of a batcher
+that was killed return to the queue when their leases end.
 
-Longer than other modules, because claiming, dispatching, renewing and stopping share the state of one loop; what is
-not asynchronous (planning, packing, judging results, recording) stands in modules of its own.
+Longer than other modules, because claiming, dispatching, renewing and stopping share the state of one loop. What is not
+asynchronous (planning, packing, checking results, writing) is in other modules.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from batcher.chunk_log import ChunkLog
 from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
-from batcher.packing import Packed, pack
+from batcher.packing import PackedChunk, pack
 from batcher.planner import PlannedChunk, PlannedItem, plan
 from batcher.resizing import Resizer
 from batcher.result_writer import ResultWriter, Tally
@@ -42,69 +40,47 @@ from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
-from store import Chunks, Store
-from store.batches import Batches
-from store.controls import Controls
 from store.errors import StoreError, StoreUnavailable
-from store.images import ImageStore
 from store.records import ISOLATION_STEPS, Claim
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: Pause after the store has refused something; doubles from the first to the last.
+#: Pause after the store was unavailable; doubles up to the maximum.
 INITIAL_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 5.0
-#: Ended leases are looked for this often.
+#: Interval at which expired leases are released.
 LEASE_CHECK_SECONDS = 1.0
-#: When stopping, the store gets this long to take what is left to record.
+#: When the batcher stops, limit for writing the remaining results.
 FINAL_WRITE_SECONDS = 5.0
-#: Chunks that are shrunk and packed at the same time.
+#: Chunks that are resized and packed at the same time.
 MAX_PACKING_THREADS = 4
 
 
-class CycleStore(Store, Chunks, Controls, Batches, Protocol):
-    """What the cycle needs of a store."""
-
-    images: ImageStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class CycleReport:
-    """What one cycle did, in requests."""
-
-    claimed: int
-    done: int
-    failed: int
-    released: int
-    #: Dispatches.
-    chunks: int
-    seconds: float
-
-
 def now_utc() -> datetime:
-    """Return the time."""
+    """Return the current time."""
     return datetime.now(UTC)
 
 
 def available_models(models: Path) -> frozenset[str]:
-    """List the models that are installed or would be built on first use."""
+    """Return the models that are installed or can be built on first use."""
     return frozenset(
         row.name for row in list_rows(models) if installed_digest(models, row.name) is not None or can_build_now(row)
     )
 
 
 class Cycle:
-    """One batcher's cycles, one after another; not to be run twice at once.
+    """One batcher's cycles; `run` must not be called while it runs.
 
-    :param folder: the batcher's own folder for files under way.
-    :param resizer: shrinks pictures before they are packed; closed when a stop has to hurry. None sends originals.
-    :param clock: gives the time.
+    :param folder: the batcher's folder for temporary files.
+    :param resizer: resizes images before they are packed; closed if stopping takes too long. None sends originals.
+    :param clock: returns the current time.
     """
 
     def __init__(
         self,
         *,
-        store: CycleStore,
+        store: SqliteStore,
         executor: Executor,
         settings: BatcherSettings,
         folder: Path,
@@ -118,59 +94,62 @@ class Cycle:
         self._folder = folder
         self._clock = clock
         self._resizer = resizer
-        # Threads of its own: packing that waits for decoders must not keep the renewing of leases from its thread.
+        # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
         self._chunk_log = ChunkLog(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
         self._wake = asyncio.Event()
         self._is_flushing = False
         self._is_stopping = False
         self._tally = Tally()
-        #: Planned but not yet begun.
+        #: Planned but not started.
         self._ready: deque[PlannedChunk] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: set[asyncio.Task[Outcome]] = set()
-        #: Chunks that take a place of the executor's capacity: being packed or with the executor.
+        #: Chunks that take a slot of the executor's capacity: being packed, or with the executor.
         self._slots_taken = 0
-        #: (number, token) of every claim that is not yet recorded.
+        #: (number, token) -> claim, for every claim without a recorded outcome.
         self._open_claims: dict[tuple[int, int], Claim] = {}
-        #: Model -> until when (loop time) it is left alone, and why.
+        #: Model -> until when (loop time) it is not claimed, and why.
         self._unavailable_models: dict[str, tuple[float, str]] = {}
-        #: Why nothing new is claimed at all; None when it is.
+        #: Why nothing is claimed at all; None if not paused.
         self._pause_reason: str | None = None
         self._no_claim_before = 0.0
         self._claim_backoff_seconds = INITIAL_BACKOFF_SECONDS
         self._lease_checked_at = float("-inf")
 
     def poll(self) -> None:
-        """Ask for a look at what is due."""
+        """Wake the cycle to claim what is due."""
         self._wake.set()
 
     def flush(self) -> None:
-        """Ask to take everything that waits, due or not, until nothing does."""
+        """Wake the cycle to claim everything that waits, due or not."""
         self._is_flushing = True
         self._wake.set()
 
     def pause(self, reason: str | None) -> None:
-        """Claim nothing new from now on, for that reason; go on with None. What is under way is finished."""
+        """Stop claiming, and finish what is under way; None resumes.
+
+        :param reason: waiting requests show it.
+        """
         self._pause_reason = reason
         self._wake.set()
 
     async def wait_for_wakeup(self) -> None:
-        """Wait until somebody asks for a look."""
+        """Wait for `poll`, `flush` or `pause`."""
         await self._wake.wait()
 
     def unavailable_reason(self, model: str) -> str | None:
-        """Say why a model cannot be worked on just now; None if it can."""
+        """Return, in a sentence, why a model is not processed now; None if it is."""
         if self._pause_reason is not None:
             return self._pause_reason
         until, reason = self._unavailable_models.get(model, (0.0, ""))
         return reason if until > asyncio.get_running_loop().time() else self._executor.unavailable_reason(model)
 
-    async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> CycleReport:
-        """Work until nothing is due and nothing is under way, or until told to stop.
+    async def run(self, stop: asyncio.Event, *, models: Callable[[], Collection[str]] | None = None) -> Tally:
+        """Process requests until nothing is due and nothing is under way, or until stopped.
 
-        :param stop: no new claims from then on; what is under way gets `drain_seconds`, and then goes back.
-        :param models: called in a thread, says which models to claim; those that can be served unless told otherwise.
+        :param stop: set to stop: nothing more is claimed; what is under way gets `drain_seconds`, the rest is released.
+        :param models: called in a thread, returns the models to claim; by default all available ones.
         """
         loop = asyncio.get_running_loop()
         started_at = loop.time()
@@ -192,28 +171,21 @@ class Cycle:
             if stop.is_set():
                 await self._drain()
         finally:
-            # Only after a failure of the cycle itself is anything left here; its leases end by themselves.
+            # Tasks remain only after a failure of the cycle itself; their leases expire.
             for task in (*self._tasks, *self._runs, renewing, stopping):
                 task.cancel()
             await asyncio.gather(*self._tasks, *self._runs, renewing, stopping, return_exceptions=True)
-        tally = self._tally
-        return CycleReport(
-            claimed=tally.claimed,
-            done=tally.done,
-            failed=tally.failed,
-            released=tally.released,
-            chunks=tally.chunks,
-            seconds=loop.time() - started_at,
-        )
+        self._tally.seconds = loop.time() - started_at
+        return self._tally
 
     # Claiming
 
     def _free_slots(self) -> int:
-        """Tell for how many more chunks the executor has a place."""
+        """Return for how many more chunks the executor has capacity."""
         return self._executor.capacity() - self._slots_taken - len(self._ready)
 
     async def _claim(self, choose: Callable[[], Collection[str]]) -> int:
-        """Claim and plan for the places that are free. :return: how many claims were made."""
+        """Claim and plan requests for the free slots. :return: the number of claims."""
         loop = asyncio.get_running_loop()
         free_slots = self._free_slots()
         if free_slots <= 0 or loop.time() < self._no_claim_before:
@@ -226,7 +198,7 @@ class Cycle:
             possible = frozenset(model for model in chosen if self.unavailable_reason(model) is None)
             claims = await asyncio.to_thread(self._claim_now, possible, limit, is_flushing, is_lease_check_due)
         except StoreError as error:
-            log.warning("cannot claim, trying again in %.1f s: %s", self._claim_backoff_seconds, error)
+            log.warning("cannot claim requests, trying again in %.1f s: %s", self._claim_backoff_seconds, error)
             self._no_claim_before = loop.time() + self._claim_backoff_seconds
             self._claim_backoff_seconds = min(2 * self._claim_backoff_seconds, MAX_BACKOFF_SECONDS)
             return 0
@@ -251,10 +223,10 @@ class Cycle:
         if is_lease_check_due:
             released = self._store.release_expired(now)
             if released:
-                log.warning("%d requests of batchers that are gone are queued again", released)
+                log.warning("the leases of %d requests expired, they are queued again", released)
             expired = self._store.expire(now)
             if expired:
-                log.info("%d requests have expired: nobody could work on them before their deadline", expired)
+                log.info("%d requests expired: they were not processed before their deadline", expired)
         if not models:
             return []
         return self._store.claim(
@@ -277,7 +249,7 @@ class Cycle:
         self._wake.set()
 
     async def _wait_for_change(self, stopping: asyncio.Task[bool]) -> None:
-        # Besides the events there is a longest pause: leases end and back-offs pass without any event.
+        # With a timeout, because leases and back-offs expire without an event.
         waking = asyncio.create_task(self._wake.wait())
         try:
             await asyncio.wait({waking, stopping}, timeout=LEASE_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -287,8 +259,8 @@ class Cycle:
     # One chunk
 
     async def _process_chunk(self, planned: PlannedChunk) -> None:
-        """Take one chunk from packing to recording; never raises."""
-        packed: Packed | None = None
+        """Process one chunk from packing to recording. Never raises."""
+        packed: PackedChunk | None = None
         outcome = Outcome(provider=None, seconds=0.0)
         try:
             try:
@@ -305,25 +277,25 @@ class Cycle:
             )
         except OSError as error:
             failure = StoreUnavailable(f"A chunk could not be written: {error}")
-            # A full disk, or a folder that was taken away: nobody's fault, and no use to hurry. But one picture on a
-            # bad sector must not hold up its neighbours for ever.
+            # A full disk or a missing folder is no item's fault, and an immediate retry is useless. But an image on a
+            # bad sector (EIO) must not block its chunk for ever.
             is_blameless = error.errno != errno.EIO
             if is_blameless:
                 self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
-            failed = _failed_outcome(failure, is_blameless=is_blameless)
+            failed = Outcome.not_run(failure, is_blameless=is_blameless)
             chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
         except ResizingUnavailable as error:
             self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
-            failed = _failed_outcome(error, is_blameless=True)
+            failed = Outcome.not_run(error)
             chunk_outcome = resolve_failed_chunk(planned.items, failed, is_stopping=self._is_stopping)
         except MlgError as error:
             chunk_outcome = resolve_failed_chunk(
-                planned.items if packed is None else packed.items, _failed_outcome(error)
+                planned.items if packed is None else packed.items, Outcome.not_run(error, is_blameless=False)
             )
         except Exception as error:
-            # A bug here or in an executor must not stop the batcher, nor may its chunk be tried for ever.
+            # A bug here or in an executor must not stop the batcher, and its chunk must not be retried for ever.
             log.exception("a chunk failed", extra={"model": planned.model})
-            failed = _failed_outcome(ChunkError(f"{type(error).__name__}: {error}"))
+            failed = Outcome.not_run(ChunkError(f"{type(error).__name__}: {error}"), is_blameless=False)
             chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
         try:
             await self._record(planned, packed, outcome, chunk_outcome)
@@ -333,7 +305,7 @@ class Cycle:
             if packed is not None:
                 await asyncio.to_thread(packed.remove_files)
 
-    def _pack(self, planned: PlannedChunk) -> Packed:
+    def _pack(self, planned: PlannedChunk) -> PackedChunk:
         still_claimed = _without_lost_claims(planned, self._open_claims)
         packed = pack(
             still_claimed,
@@ -346,7 +318,7 @@ class Cycle:
             self._chunk_log.record_start(packed)
         return packed
 
-    async def _dispatch(self, packed: Packed) -> Outcome:
+    async def _dispatch(self, packed: PackedChunk) -> Outcome:
         if self._is_stopping:
             return _stopped_outcome()
         job = Job(
@@ -362,7 +334,7 @@ class Cycle:
         run = asyncio.create_task(self._executor.run(job))
         self._runs.add(run)
         try:
-            # Not awaited itself: when it is cancelled, this task is to go on and give the claims back.
+            # Not awaited directly: when it is cancelled, this task must go on and release the claims.
             await asyncio.wait({run})
         finally:
             run.cancel()
@@ -370,7 +342,7 @@ class Cycle:
         return _stopped_outcome() if run.cancelled() else run.result()
 
     async def _record(
-        self, planned: PlannedChunk, packed: Packed | None, outcome: Outcome, chunk_outcome: ChunkOutcome
+        self, planned: PlannedChunk, packed: PackedChunk | None, outcome: Outcome, chunk_outcome: ChunkOutcome
     ) -> None:
         if chunk_outcome.error is not None and not self._is_stopping:
             log_fields = {"model": planned.model, "code": chunk_outcome.error.code, "items": len(planned.items)}
@@ -383,7 +355,7 @@ class Cycle:
             await asyncio.to_thread(self._chunk_log.record_end, packed, outcome, chunk_outcome)
 
     async def _write(self, chunk_outcome: ChunkOutcome) -> None:
-        """Write a settlement into the store, until it takes it or the claims are lost."""
+        """Write an outcome into the store; retry until it is written or the claims are lost."""
         claims = chunk_outcome.claims
         result_writer = ResultWriter(self._store, chunk_outcome)
         pause = INITIAL_BACKOFF_SECONDS
@@ -393,7 +365,7 @@ class Cycle:
                 break
             except StoreError as error:
                 if not any((claim.number, claim.token) in self._open_claims for claim in claims):
-                    log.error("results are dropped, their leases ended before the store took them: %s", error)
+                    log.error("results are dropped, their leases expired before the store accepted them: %s", error)
                     break
                 log.warning("cannot record results, trying again in %.1f s: %s", pause, error)
             await asyncio.sleep(pause)
@@ -402,7 +374,7 @@ class Cycle:
             self._open_claims.pop((claim.number, claim.token), None)
         self._tally.add(result_writer.tally)
 
-    # Leases and the end
+    # Leases, stopping
 
     async def _renew_leases(self) -> None:
         period = self._settings.lease_seconds / 3
@@ -419,13 +391,13 @@ class Cycle:
                 continue
             pause = period
             lost = [claim for claim in open_claims if claim.number not in renewed]
-            # What was recorded meanwhile is not lost.
+            # Claims whose outcome was recorded meanwhile are not lost.
             gone = [claim for claim in lost if self._open_claims.pop((claim.number, claim.token), None) is not None]
             if gone:
-                log.warning("%d claims were lost, their results will be dropped", len(gone))
+                log.warning("%d claims were lost, their results are dropped", len(gone))
 
     async def _drain(self) -> None:
-        """Finish what is under way, within limits, and give everything else back."""
+        """Finish what is under way, within the time limits, and release everything else."""
         self._is_stopping = True
         unstarted = [item for planned in self._ready for item in planned.items]
         self._ready.clear()
@@ -445,20 +417,16 @@ class Cycle:
         try:
             await asyncio.to_thread(result_writer.write_pending, self._clock())
         except StoreError as error:
-            log.warning("cannot give claims back, they will be when their leases end: %s", error)
+            log.warning("cannot release claims, they are queued again when their leases expire: %s", error)
         self._tally.add(result_writer.tally)
 
 
-def _failed_outcome(error: MlgError, *, is_blameless: bool = False) -> Outcome:
-    return Outcome(provider=None, seconds=0.0, error=error, is_blameless=is_blameless)
-
-
 def _stopped_outcome() -> Outcome:
-    return _failed_outcome(ChunkError("The batcher was stopped before the chunk was done."), is_blameless=True)
+    return Outcome.not_run(ChunkError("The batcher was stopped before the chunk was done."))
 
 
 def _without_lost_claims(planned: PlannedChunk, open_claims: Collection[tuple[int, int]]) -> PlannedChunk:
-    """Leave out the items that nobody waits for any more, unless that is all of them."""
+    """Leave out the items whose claims are all lost, unless that is every item."""
     items = tuple(
         item for item in planned.items if any((claim.number, claim.token) in open_claims for claim in item.claims)
     )

@@ -1,6 +1,6 @@
 """The errors of the batcher, its executors, and the build of the provider's image.
 
-A class's docstring is its default message and tells the cure.
+A class's docstring is its default message; it says what to do.
 """
 
 from __future__ import annotations
@@ -9,36 +9,36 @@ from provider_image.errors import ChunkError, MlgError
 
 
 class ExecutorUnavailable(MlgError):
-    """Nobody can work on this now. It is tried again by itself."""
+    """No worker is available now. The work is retried automatically."""
 
     code = "executor_unavailable"
 
 
 class NoProvider(ExecutorUnavailable):
-    """No provider takes the work. See: mlg providers list"""
+    """No provider is available. See: mlg providers list"""
 
     code = "no_provider"
 
 
 class BudgetReached(ExecutorUnavailable):
-    """The budget is used up. Raise MLG_BUDGET_DAY, or wait for tomorrow."""
+    """The budget is used up. Raise MLG_BUDGET_DAY, or wait until tomorrow (UTC)."""
 
     code = "budget_reached"
 
 
 class GolemUnavailable(ExecutorUnavailable):
-    """The Golem daemon cannot be used. Is it running, and is YAGNA_APPKEY set?"""
+    """The Golem daemon cannot be used. Check that it runs (yagna service run) and that YAGNA_APPKEY is set."""
 
     code = "golem_unavailable"
 
 
 class ContainerImageError(MlgError):
-    """The image could not be built or published."""
+    """The container image could not be built or published."""
 
     code = "image_error"
 
 
 class ResizingUnavailable(ChunkError):
-    """No process that shrinks pictures can be started, so nothing is sent. See the batcher's log."""
+    """No process that resizes images can be started, so nothing is sent. See the batcher's log."""
 
     code = "shrinking_unavailable"

@@ -1,7 +1,7 @@
-"""Packs a planned chunk into a chunk file: pictures as they came, or shrunk to what the model sees of them.
+"""Packs a planned chunk into a chunk file: original images, or images resized to the model's input.
 
-Called by `batcher.cycle` in a thread. A picture whose file is gone is left out, so that it harms nobody else; so is one
-that cannot be shrunk.
+Called by `batcher.cycle` in a thread. An image whose file is missing or that cannot be resized is left out, so that it
+does not affect the others.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class RejectedItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedChunk:
     """A planned chunk and its files."""
 
-    #: Random; the only id that leaves this house.
+    #: Random; the only id that executors and providers see.
     chunk_id: str
-    #: What was planned.
+    #: The plan.
     planned: PlannedChunk
-    #: The items inside, by their number in the chunk.
+    #: The items in the file, by their number in the chunk.
     items: tuple[PlannedItem, ...]
-    #: Those left out because their pictures are gone.
+    #: Items left out because their image files are missing.
     missing: tuple[PlannedItem, ...]
-    #: Those left out because they could not be shrunk.
+    #: Items left out because they could not be resized.
     rejected: tuple[RejectedItem, ...]
     #: The chunk file; not written when there are no items.
     chunk: Path
@@ -51,14 +51,14 @@ class Packed:
     size_bytes: int
 
     def remove_files(self) -> None:
-        """Remove both files; harmless when they are not there."""
+        """Remove both files, if they exist."""
         self.chunk.unlink(missing_ok=True)
         self.results.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PackableItem:
-    """An item that can be written."""
+    """An item and the sources of its inputs."""
 
     item: PlannedItem
     inputs: Mapping[str, Path | bytes]
@@ -69,16 +69,16 @@ class _PackableItem:
 
 def pack(
     planned: PlannedChunk, *, folder: Path, image_path: Callable[[str], Path], models: Path, resizer: Resizer | None
-) -> Packed:
+) -> PackedChunk:
     """Write a chunk file into a folder.
 
-    :param image_path: where the picture with a digest is.
-    :param models: the folder of artefacts; the one that is installed there must answer, any if there is none.
-    :param resizer: None sends pictures as they came.
-    :raises OSError: a picture that is there cannot be read, or the file cannot be written.
-    :raises MalformedChunk: no reader would take such a chunk.
-    :raises NotInstalled: nothing is known of the model, so that nothing can be shrunk for it.
-    :raises ShrinkingUnavailable: nothing can be shrunk at all.
+    :param image_path: returns the path of the image with a SHA-256.
+    :param models: the folder of artefacts. If the model is installed there, only that artefact may answer.
+    :param resizer: None sends the originals.
+    :raises OSError: an existing image cannot be read, or the chunk file cannot be written.
+    :raises MalformedChunk: no reader would accept the chunk.
+    :raises NotInstalled: the size of the model's input is unknown, so its images cannot be resized.
+    :raises ResizingUnavailable: no image can be resized now.
     """
     chunk_id = secrets.token_hex(16)
     chunk, results = folder / f"{chunk_id}.chunk.zip", folder / f"{chunk_id}.results.zip"
@@ -88,7 +88,7 @@ def pack(
     ]
     ready = [each for each in ready if each.exists()]
     rejected: tuple[RejectedItem, ...] = ()
-    # Asked once, so that digest and size are the same artefact's.
+    # Looked up once, so that digest and input size belong to the same artefact.
     model = _model(models, planned.model)
     if resizer is not None and ready:
         ready, rejected = _resize_items(resizer, planned.service, model, ready)
@@ -105,13 +105,13 @@ def pack(
         except FileNotFoundError:
             left = [each for each in ready if each.exists()]
             if len(left) == len(ready):
-                raise  # it is the folder that is gone, not a picture
-            ready = left  # a picture went after it was looked for
+                raise  # the folder is missing, not an image
+            ready = left  # an image was deleted after the check above
             continue
         break
     items = tuple(each.item for each in ready)
     not_missing = [*items, *(each.item for each in rejected)]
-    return Packed(
+    return PackedChunk(
         chunk_id=chunk_id,
         planned=planned,
         items=items,
@@ -124,7 +124,7 @@ def pack(
 
 
 def _model(models: Path, name: str) -> Artefact | ModelRow | None:
-    """Find what says what the model takes: its artefact, or its row if it will be built on first use."""
+    """Return what describes the model's input: its artefact, or its catalogue row if it is built on first use."""
     try:
         return find_artefact(models, name)
     except (NotInstalled, UnknownModel, ModelError):

@@ -1,7 +1,6 @@
-"""Groups claims into chunks. Pure: no clock, no input or output, the same claims always give the same plan.
+"""Groups claims into chunks. Pure: no clock, no I/O; the same claims always give the same plan.
 
-Called by `batcher.cycle`. Bytes are counted over the pictures; the few hundred bytes of a chunk's own description are
-left out.
+Called by `batcher.cycle`. Only the bytes of the images count, not the few hundred bytes of a chunk's description.
 """
 
 from __future__ import annotations
@@ -13,28 +12,28 @@ from typing import Any
 
 from store.records import ISOLATION_STEPS, Claim
 
-#: Items in a chunk at most.
+#: Maximum number of items in a chunk.
 MAX_ITEMS = 16
-#: Bytes of pictures in a chunk at most.
+#: Maximum bytes of images in a chunk.
 MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedItem:
-    """One picture to work on, and everybody who waits for its answer."""
+    """One image to process, and all claims that wait for its answer."""
 
-    #: Equal requests, oldest first; usually one. Those under suspicion are never joined, so each is tried by itself.
+    #: Equal requests, oldest first; usually one. Isolated claims are never joined, so that each is tried alone.
     claims: tuple[Claim, ...]
 
     @property
     def first(self) -> Claim:
-        """The oldest claim; what it says of picture and parameters holds for all."""
+        """The oldest claim; its image and parameters are those of all."""
         return self.claims[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedChunk:
-    """Items of one model that go out together."""
+    """Items of one model that are sent together."""
 
     #: The kind of service.
     service: str
@@ -47,19 +46,19 @@ class PlannedChunk:
 
     @property
     def claims(self) -> list[Claim]:
-        """Every claim inside."""
+        """The claims of all items."""
         return [claim for item in self.items for claim in item.claims]
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of pictures; equal pictures that became one item count once."""
+        """Bytes of the images; equal images joined to one item count once."""
         return sum(item.first.image_bytes for item in self.items)
 
 
 def plan(claims: Iterable[Claim], *, max_items: int = MAX_ITEMS, max_bytes: int = MAX_BYTES) -> list[PlannedChunk]:
     """Plan chunks: each claim in exactly one, oldest first within a model and among chunks.
 
-    An item larger than `max_bytes` goes alone rather than never.
+    An item larger than `max_bytes` gets a chunk of its own.
     """
     groups: dict[tuple[str, str, int], list[Claim]] = {}
     for claim in sorted(claims, key=lambda claim: claim.number):
@@ -74,7 +73,7 @@ def plan(claims: Iterable[Claim], *, max_items: int = MAX_ITEMS, max_bytes: int 
 
 
 def _join_equal(group: Sequence[Claim]) -> list[PlannedItem]:
-    """Make items of claims that are sorted by number; an item stands where its oldest claim stood."""
+    """Join equal claims, sorted by number, to items; an item takes the position of its oldest claim."""
     joined: dict[Any, list[Claim]] = {}
     for claim in group:
         params = json.dumps(claim.params, sort_keys=True)
@@ -84,7 +83,7 @@ def _join_equal(group: Sequence[Claim]) -> list[PlannedItem]:
 
 
 def _fill(items: Iterable[PlannedItem], max_items: int, max_bytes: int) -> list[list[PlannedItem]]:
-    # Next fit, not best fit: an older item never goes out after a younger one.
+    # Next fit, not best fit: an older item is never sent after a younger one.
     filled: list[list[PlannedItem]] = []
     size = 0
     for item in items:

@@ -1,7 +1,7 @@
-"""Writes a settlement into the store, one commit after another; what is written is not written again.
+"""Writes a chunk's outcome into the store, one commit after another; nothing is written twice.
 
-Used by `batcher.cycle`, which calls `write_pending` in a thread until the store takes everything. Writing twice would
-be harmless (fencing tokens), but the counts would be wrong.
+Used by `batcher.cycle`, which calls `write_pending` in a thread until the store accepts everything. Writing twice would
+be harmless because of the fencing tokens, but the counts would be wrong.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from batcher.results import ChunkOutcome, ClaimFailure
-from store import Store
 from store.errors import UnknownRequest
 from store.records import Blame, Claim, RequestState
+from store.requests import Requests
 
 
 @dataclass
 class Tally:
-    """Counts of requests."""
+    """Counts of requests, of a chunk or a cycle."""
 
     claimed: int = 0
     done: int = 0
     failed: int = 0
     released: int = 0
+    #: Dispatched chunks.
     chunks: int = 0
+    #: Duration of the cycle.
+    seconds: float = 0.0
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
@@ -35,12 +38,13 @@ class Tally:
         self.failed += other.failed
         self.released += other.released
         self.chunks += other.chunks
+        self.seconds += other.seconds
 
 
 class ResultWriter:
-    """A settlement on its way into the store."""
+    """The pending writes of one chunk's outcome."""
 
-    def __init__(self, store: Store, chunk_outcome: ChunkOutcome) -> None:
+    def __init__(self, store: Requests, chunk_outcome: ChunkOutcome) -> None:
         self._store = store
         self.tally = Tally()
         self._steps: deque[Callable[[datetime], None]] = deque()
@@ -50,7 +54,7 @@ class ResultWriter:
             self._steps.append(lambda now, failure=failure: self._fail_or_release(failure, now))  # type: ignore[misc]
 
     def write_pending(self, now: datetime) -> None:
-        """Write what is not yet written. :raises StoreError: the store does not take it now; call again later."""
+        """Write what is not yet written. :raises StoreError: the store is unavailable; call again later."""
         while self._steps:
             self._steps[0](now)
             self._steps.popleft()
@@ -67,7 +71,7 @@ class ResultWriter:
         released = self._store.release(
             failure.claims, blame=failure.blame, code=code, reason=reason, now=now, due_at=due_at
         )
-        # Only the store knows how many attempts there are.
+        # Only the store knows how many attempts are allowed.
         failed = sum(map(self._has_failed, failure.claims)) if released and failure.blame is Blame.ITEM else 0
         self.tally.failed += failed
         self.tally.released += max(0, released - failed)

@@ -1,7 +1,7 @@
-"""Decides what becomes of each claim of a chunk that came back: answered, failed, or tried again.
+"""Decides the outcome of each claim of a chunk: answered, failed, or tried again.
 
-Called by `batcher.cycle` in a thread. Nothing in a results file is trusted: it counts only if it answers exactly this
-chunk, by the artefact that is installed here, and each output passes the service's own check. Must not open the store.
+Called by `batcher.cycle` in a thread. A results file is not trusted: it is accepted only if it answers exactly this
+chunk with the artefact that is installed here, and each output passes the service's check. Must not open the store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
-from batcher.packing import Packed
+from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
 from provider_image.chunk import ItemResult, read_results
 from provider_image.errors import (
@@ -29,23 +29,23 @@ from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.services import load_service
 from store.records import Answer, Blame, Claim
 
-#: Seconds before an item that failed by itself is tried again, by its failures so far.
+#: Seconds before an item that failed alone is tried again, by its failures so far.
 BACKOFF_SECONDS = (1.0, 4.0, 16.0)
-#: Seconds before work is tried again that failed through no fault of its own: a model that cannot be used, a full disk.
+#: Seconds before work is tried again that failed without fault of its items: an unusable model, a full disk.
 UNAVAILABLE_RETRY_SECONDS = 30.0
-#: What concerns the model and not the items: other chunks of it would end alike.
+#: Errors of the model, not of the items: other chunks of the model would fail the same way.
 MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimFailure:
-    """Claims that got no answer, and why."""
+    """Claims without an answer, and why."""
 
     claims: tuple[Claim, ...]
-    #: The word for machines, and the sentence for people.
+    #: The code for programs, and the sentence for people.
     code: str
     reason: str
-    #: Whose fault it was; None fails them for good.
+    #: What is at fault; None fails the claims permanently.
     blame: Blame | None
     #: Seconds before they are tried again.
     delay_seconds: float = 0.0
@@ -53,31 +53,31 @@ class ClaimFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkOutcome:
-    """What becomes of the claims of one chunk: each stands in exactly one place here."""
+    """The outcome for each claim of one chunk; each claim appears exactly once."""
 
     answers: tuple[Answer, ...] = ()
     failures: tuple[ClaimFailure, ...] = ()
-    #: Items that have an answer.
+    #: Number of items with an answer.
     items_done: int = 0
     #: Why the chunk failed as a whole; None if it did not.
     error: MlgError | None = None
-    #: True when the failure is the model's, so that other chunks of it would fail alike.
+    #: True when the model is at fault, so that other chunks of it would fail the same way.
     is_model_unusable: bool = False
 
     @property
     def claims(self) -> list[Claim]:
-        """Every claim that is settled here."""
+        """All claims."""
         answered = [answer.claim for answer in self.answers]
         return answered + [claim for failure in self.failures for claim in failure.claims]
 
 
-def resolve_unsent_items(packed: Packed) -> ChunkOutcome:
-    """Settle what is not sent at all: nothing that happens to the chunk can change it."""
+def resolve_unsent_items(packed: PackedChunk) -> ChunkOutcome:
+    """Fail the items that are not sent, whatever happens to the chunk."""
     missing = [
         ClaimFailure(
             claims=item.claims,
             code="picture_missing",
-            reason="The picture's file is gone from the store. Send the picture again.",
+            reason="The image's file is missing from the store. Send the image again.",
             blame=None,
         )
         for item in packed.missing
@@ -86,11 +86,11 @@ def resolve_unsent_items(packed: Packed) -> ChunkOutcome:
     return ChunkOutcome(failures=(*missing, *rejected))
 
 
-def resolve_chunk(packed: Packed, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
-    """Settle a chunk that was dispatched; what was left out of it is for `resolve_unsent_items`.
+def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
+    """Decide the outcome of the items that were sent; for the others see `resolve_unsent_items`.
 
     :param models: the folder of artefacts.
-    :param is_stopping: what failed through nobody's fault is due again at once, for others to take.
+    :param is_stopping: items released without blame are due again immediately, for other batchers.
     """
     if not packed.items:
         return ChunkOutcome()
@@ -117,12 +117,12 @@ def resolve_chunk(packed: Packed, outcome: Outcome, models: Path, *, is_stopping
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
 
-def check_results(packed: Packed, models: Path, results: Path) -> None:
-    """Say whether a file is a true answer to a chunk, as far as that can be seen without trying.
+def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
+    """Check whether a results file is a valid answer to a chunk, without computing anything.
 
-    For executors that can try elsewhere. An item may have failed, but what is answered must be an answer.
+    For executors that can try another provider. Items may have failed, but each output must be valid.
 
-    :raises MlgError: it is not: another chunk's, another model's, damaged, or out of range.
+    :raises MlgError: it answers another chunk or model, is damaged, or has values out of range.
     """
     artefact = find_artefact(models, packed.planned.model)
     numbers = range(len(packed.items))
@@ -132,9 +132,9 @@ def check_results(packed: Packed, models: Path, results: Path) -> None:
 
 
 def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
-    """Settle a chunk that failed as a whole.
+    """Decide the outcome of a chunk that failed as a whole.
 
-    :param outcome: its error says why.
+    :param outcome: with an error.
     """
     failed = tuple(items)
     error = outcome.error or ChunkError()
@@ -145,7 +145,7 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     elif len(failed) == 1:
         failures = (_blame_item(failed[0], error),)
     else:
-        # Due at once: they go out in smaller chunks, so that the guilty one is found and the others are answered.
+        # Due immediately, in smaller chunks: the item at fault is found, and the others are answered.
         failures = tuple(_make_failure(item, error, Blame.CHUNK, 0.0) for item in failed)
     return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
 
@@ -161,7 +161,7 @@ def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgErro
 
 
 def _answers(
-    packed: Packed, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
+    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
 ) -> list[Answer]:
     return [
         Answer(
@@ -178,7 +178,7 @@ def _answers(
 
 def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
     if isinstance(error, BadInput):
-        # Decided by our own table of errors, not by what the provider says of it.
+        # Decided by the error's class here, not by the provider's `permanent` flag.
         return ClaimFailure(claims=item.claims, code=error.code, reason=_printable(error), blame=None)
     return _blame_item(item, error)
 
@@ -195,7 +195,7 @@ def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_second
 
 
 def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
-    """Make one setback of several that differ only in their claims: the store then needs one commit for all."""
+    """Merge failures that differ only in their claims, so that the store needs one commit for all."""
     if not failures:
         return ()
     first = failures[0]
@@ -211,5 +211,5 @@ def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
 
 
 def _printable(error: MlgError) -> str:
-    """Return the reason without control characters: it may come from a provider, and ends up in logs and terminals."""
+    """Return the reason without control characters: it may come from a provider, and is shown in terminals."""
     return "".join(character if character.isprintable() else " " for character in error.reason)[:1000]

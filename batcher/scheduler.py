@@ -1,10 +1,10 @@
-"""The timer of `mlg batch`, and its single round with `--once`.
+"""The timer of `mlg batch`, and the single run of `mlg batch --once`.
 
-Called by `commands.py`. Timed jobs never work themselves: they only ask the one loop here for a look, or for taking
-everything, so that cycles cannot overlap however long one takes.
+Called by `cli/batch.py`. Timed jobs process nothing themselves: they only wake the one loop here, so that cycles cannot
+overlap however long one takes.
 
-Longer than other modules, because the timer, the signs of life, the operator's orders and the single round share the
-start and the end of one batcher.
+Longer than other modules, because the timer, the heartbeat, the operator's controls and the single run share the start
+and the end of one batcher.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from batcher.cycle import Cycle, CycleStore, available_models, now_utc
+from batcher.cycle import Cycle, available_models, now_utc
 from batcher.executors import Executor
 from batcher.resizing import make_resizer
 from batcher.result_writer import Tally
@@ -29,55 +29,56 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
-from store.batcher_controls import ControlState, read_control_state
 from store.chunks import BatcherRecord
+from store.controls import ControlState, read_control_state
 from store.errors import StoreError
 from store.settings import HomeSettings
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: A batcher says this often that it is alive.
+#: Interval of the heartbeat.
 HEARTBEAT_SECONDS = 2.0
-#: What the operator says is looked up this often.
+#: Interval at which the operator's controls are read.
 CONTROLS_POLL_SECONDS = 0.5
-#: Retention is swept this often.
+#: Interval at which expired data is deleted.
 PURGE_SECONDS = 3600.0
-#: `--once` looks this often whether a back-off is over.
+#: With `--once`: interval at which the end of back-offs is checked.
 ONCE_POLL_SECONDS = 0.25
-#: `--once` asks this often which models still have requests from before its start.
+#: With `--once`: interval at which the models with requests from before the start are read.
 ONCE_BACKLOG_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnceReport:
-    """What a single round did, in requests."""
+    """Counts of a single run, in requests."""
 
     done: int
     failed: int
-    #: Given back to be tried again; most of them were, and are counted in the other figures too.
+    #: Released to be tried again; those tried again also count in the other fields.
     released: int
-    #: Dispatches.
+    #: Dispatched chunks.
     chunks: int
     seconds: float
-    #: Model -> (how many still wait, why).
+    #: Model -> (number of requests that still wait, why).
     left: dict[str, tuple[int, str]]
 
     @property
     def is_clean(self) -> bool:
-        """True when nothing failed and nothing was left waiting."""
+        """True when nothing failed and nothing waits."""
         return not self.failed and not self.left
 
 
 class Batcher:
-    """One batcher, from its first sign of life to its last.
+    """One batcher, from its registration in the store to its end.
 
-    :param clock: gives the time.
+    :param clock: returns the current time.
     """
 
     def __init__(
         self,
         *,
-        store: CycleStore,
+        store: SqliteStore,
         executor: Executor,
         settings: BatcherSettings,
         home_settings: HomeSettings,
@@ -92,7 +93,7 @@ class Batcher:
         self._id = batcher_id
         self._clock = clock
         self._started_at = clock()
-        #: What the operator said at the latest look; None before the first.
+        #: The operator's controls as last read; None before the first time.
         self._control_state: ControlState | None = None
         self._resizer = make_resizer(settings, executor)
         self._cycle = Cycle(
@@ -106,7 +107,7 @@ class Batcher:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run rounds on the timer until told to stop. :raises MlgError: the executor cannot start."""
+        """Run cycles on the timer until stopped. :raises MlgError: the executor cannot start."""
         scheduler = self._scheduler()
         polling: asyncio.Task[None] | None = None
         watching_controls: asyncio.Task[None] | None = None
@@ -123,19 +124,9 @@ class Batcher:
             watching_controls = asyncio.create_task(self._watch_controls())
             while not stop.is_set():
                 await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
-                report = await self._cycle.run(stop)
-                if report.claimed:
-                    log.info(
-                        "cycle ended",
-                        extra={
-                            "claimed": report.claimed,
-                            "done": report.done,
-                            "failed": report.failed,
-                            "released": report.released,
-                            "chunks": report.chunks,
-                            "seconds": round(report.seconds, 3),
-                        },
-                    )
+                tally = await self._cycle.run(stop)
+                if tally.claimed:
+                    log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
         finally:
             for task in (polling, watching_controls):
                 if task is not None:
@@ -143,9 +134,9 @@ class Batcher:
             await self._shut_down(scheduler)
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
-        """Take everything that waits now, wait for back-offs, and end.
+        """Process everything that waits now, back-offs included, and end.
 
-        What comes in meanwhile may be taken along, but is not waited for.
+        Requests that come in meanwhile may be processed too, but are not waited for.
 
         :raises MlgError: the executor cannot start, or the store cannot be read.
         """
@@ -163,10 +154,10 @@ class Batcher:
             initial_backlog = _InitialBacklog(self._store)
             while True:
                 self._cycle.flush()
-                report = await self._cycle.run(
+                tally = await self._cycle.run(
                     stop, models=lambda: initial_backlog.models() & available_models(self._settings.models)
                 )
-                total.add(Tally(done=report.done, failed=report.failed, released=report.released, chunks=report.chunks))
+                total.add(tally)
                 waiting = await asyncio.to_thread(initial_backlog.count)
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
@@ -199,7 +190,7 @@ class Batcher:
         self._cycle.flush()
 
     async def _poll_loop(self) -> None:
-        # Not a job: at twenty looks a second the scheduler's own work would cost more than the looks.
+        # Not a scheduled job: at twenty checks per second the scheduler would cost more than the checks.
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             self._cycle.poll()
@@ -211,22 +202,22 @@ class Batcher:
                 await self._send_heartbeat()
 
     async def _apply_controls(self) -> bool:
-        """Look up what the operator says and do it. :return: whether that has changed."""
+        """Read the operator's controls and apply them. :return: whether they have changed."""
         try:
             control_state = await asyncio.to_thread(read_control_state, self._store)
         except StoreError as error:
-            log.debug("cannot look up what the operator says: %s", error)
+            log.debug("cannot read the operator's controls: %s", error)
             if self._control_state is None:
-                self._cycle.pause("It is not known yet whether the operator holds work: the store cannot be read.")
+                self._cycle.pause("The batcher cannot read from the store whether it is paused. See its log.")
             return False
         before, self._control_state = self._control_state, control_state
         if control_state == before:
             return False
         if before is None or control_state.pause != before.pause:
             if before is not None or control_state.pause is not None:
-                log.info("work goes on" if control_state.pause is None else control_state.pause.notice)
+                log.info("processing resumes" if control_state.pause is None else control_state.pause.notice)
             self._cycle.pause(None if control_state.pause is None else control_state.pause.notice)
-        # What was said before this batcher began is not for it: its first round takes everything anyway.
+        # A `mlg operate run` from before this batcher's start is ignored: its first cycle processes everything anyway.
         if before is not None and control_state.run_token != before.run_token:
             self._cycle.flush()
         return True
@@ -251,7 +242,7 @@ class Batcher:
         try:
             await asyncio.to_thread(self._store.heartbeat, record)
         except StoreError as error:
-            log.warning("cannot say that this batcher is alive: %s", error)
+            log.warning("cannot write the heartbeat of this batcher: %s", error)
 
     async def _purge(self) -> None:
         now = self._clock()
@@ -263,12 +254,12 @@ class Batcher:
                 now=now,
             )
         except (StoreError, OSError) as error:
-            log.warning("retention could not be swept, next time in an hour: %s", error)
+            log.warning("cannot delete expired data, trying again in an hour: %s", error)
             return
         if purged.images or purged.results or purged.leftovers:
             log.info(
-                "retention swept",
-                extra={"pictures": purged.images, "results": purged.results, "leftovers": purged.leftovers},
+                "deleted expired data",
+                extra={"images": purged.images, "results": purged.results, "leftovers": purged.leftovers},
             )
 
     async def _shut_down(self, scheduler: AsyncIOScheduler) -> None:
@@ -280,23 +271,23 @@ class Batcher:
         try:
             await asyncio.to_thread(self._store.deregister, self._id)
         except StoreError as error:
-            log.warning("cannot say that this batcher has ended: %s", error)
+            log.warning("cannot deregister this batcher: %s", error)
 
     def _waiting_reason(self, model: str) -> str:
         unavailable_reason = self._cycle.unavailable_reason(model)
         if unavailable_reason is not None:
             return unavailable_reason
         if model in available_models(self._settings.models):
-            return "The batcher was stopped before they were done."
+            return "The batcher was stopped before these requests were done."
         try:
             find_artefact(self._settings.models, model)
         except MlgError as error:
             return error.reason
-        return "The model was just installed."
+        return "The model was installed during this run. Run mlg batch again."
 
 
 def _budget(settings: BatcherSettings) -> dict[str, str]:
-    """Write what may be spent, for those who look after it; empty where nothing is paid."""
+    """Return the budget caps, which the dashboard shows; empty for executors that cost nothing."""
     if "golem" not in {name.strip() for name in settings.executor.split(",")}:
         return {}
     golem = settings.golem
@@ -305,9 +296,9 @@ def _budget(settings: BatcherSettings) -> dict[str, str]:
 
 
 class _InitialBacklog:
-    """What waits of the requests that were there when this was made."""
+    """The waiting requests from before this object was made."""
 
-    def __init__(self, store: CycleStore) -> None:
+    def __init__(self, store: SqliteStore) -> None:
         self._store = store
         newest = store.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
@@ -315,7 +306,7 @@ class _InitialBacklog:
         self._counted_at = float("-inf")
 
     def count(self) -> dict[str, int]:
-        """Count what waits, by model; models with nothing old left out."""
+        """Count the waiting requests by model; models with only newer requests are left out."""
         return {
             each.model: each.waiting
             for each in self._store.backlog()
@@ -323,7 +314,7 @@ class _InitialBacklog:
         }
 
     def models(self) -> frozenset[str]:
-        """List the models with something old waiting; asks the store not more than once in a while."""
+        """Return the models with older requests waiting; reads the store at most once per interval."""
         if time.monotonic() - self._counted_at > ONCE_BACKLOG_SECONDS:
             self._models = frozenset(self.count())
             self._counted_at = time.monotonic()
@@ -331,7 +322,7 @@ class _InitialBacklog:
 
 
 async def _wait_for_first(*awaitables: object) -> None:
-    """Wait until the first of these is over, and cancel the others."""
+    """Wait until the first of these ends, and cancel the others."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]  # type: ignore[call-overload]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -344,18 +335,18 @@ async def _wait_for_first(*awaitables: object) -> None:
 async def run_batcher(
     settings: BatcherSettings,
     home_settings: HomeSettings,
-    store: CycleStore,
+    store: SqliteStore,
     make_executor: Callable[[BatcherSettings], Executor],
     *,
     batcher_id: str,
     is_once: bool,
     parent_fd: int | None = None,
 ) -> OnceReport | None:
-    """Run a batcher until SIGTERM, Ctrl-C, or the end of its parent.
+    """Run a batcher until SIGTERM, Ctrl-C, or the end of its parent process.
 
-    :param make_executor: called with settings whose work folder is this batcher's own.
-    :param parent_fd: when this file descriptor reports its end, the batcher stops as on SIGTERM.
-    :return: what a single round did; None on the timer.
+    :param make_executor: called with settings whose work folder is this batcher's.
+    :param parent_fd: a pipe from the parent; the batcher stops when it is closed.
+    :return: the report of a single run; None on the timer.
     """
     workspace = Workspace(settings.work, batcher_id)
     workspace.create()
@@ -384,7 +375,7 @@ def _listen_for_stop(stop: asyncio.Event, parent_fd: int | None) -> None:
 
     def on_signal() -> None:
         if stop.is_set():
-            # Asked twice: at once then. The workers end with their standard input, leases end by themselves.
+            # A second signal ends the process immediately: workers end with their standard input, leases expire.
             os._exit(130)
         stop.set()
 

@@ -1,6 +1,6 @@
-"""The settings of the batcher room: when chunks are due, how large they are, where they run.
+"""The settings of the batcher: when chunks are due, how large they are, where they run.
 
-Read once by `from_env` in `commands.py` and passed on. Every field is a row of the README's settings table.
+Read once by `from_env` in `cli/batch.py` and passed on. Each field is a row in docs/settings.md.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from provider_image.cores import available_cores
 from provider_image.environment import Environment
 from provider_image.precision import PRECISIONS
 
-#: What MLG_SHRINK takes.
+#: Values of MLG_SHRINK.
 SHRINK_CHOICES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatcherSettings:
-    """What `mlg batch` needs beside the server room's settings."""
+    """Settings of `mlg batch`, in addition to those of the home."""
 
-    #: Folder of chunk files under way; in the home.
+    #: Folder of temporary chunk files; in the home.
     work: Path
     #: Folder of model artefacts; in the home.
     models: Path
     #: Where chunks run: local, golem, or golem,local. MLG_EXECUTOR. Defaults to local.
     executor: str = "local"
-    #: With several executors: a chunk waits so long for one before the next may have it.
+    #: With several executors: a chunk waits this long for one before it goes to the next.
     #: MLG_FALLBACK_SECONDS. Defaults to 60 seconds.
     fallback_seconds: float = 60.0
-    #: Seconds between two rounds that take everything that waits. MLG_EVERY_SECONDS. Defaults to 600 seconds.
+    #: Seconds between two cycles that process all waiting requests. MLG_EVERY_SECONDS. Defaults to 600 seconds.
     every_seconds: float = 600.0
     #: A request waits at most this long for its chunk to fill. MLG_MAX_WAIT_SECONDS. Defaults to 600 seconds.
     max_wait_seconds: float = 600.0
-    #: Seconds between two looks for chunks that are due. MLG_POLL_SECONDS. Defaults to 1 second.
+    #: Seconds between two checks for due chunks. MLG_POLL_SECONDS. Defaults to 1 second.
     poll_seconds: float = 1.0
-    #: Items in a chunk at most. MLG_CHUNK_ITEMS. Defaults to 16.
+    #: Maximum number of items in a chunk. MLG_CHUNK_ITEMS. Defaults to 16.
     chunk_items: int = 16
-    #: Bytes of pictures in a chunk at most. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
+    #: Maximum bytes of images in a chunk. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
     chunk_bytes: int = 64 * 1024 * 1024
-    #: Seconds after which an unrenewed claim goes back to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
+    #: Seconds after which a claim that is not renewed returns to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
     lease_seconds: float = 30.0
     #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.
     chunk_timeout_seconds: float = 120.0
-    #: Seconds that chunks under way get to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
+    #: Seconds for chunks under way to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
     drain_seconds: float = 10.0
-    #: Local worker processes, and processes that shrink pictures. MLG_WORKERS. Defaults to the number of cores.
+    #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
     workers: int = 1
-    #: Whether pictures are reduced to the model's input before they are sent: on, off, or auto, which does so where
-    #: chunks leave this machine. MLG_SHRINK. Defaults to auto.
+    #: Whether images are resized to the model's input before they are sent: on, off, or auto, which resizes if chunks
+    #: leave this machine. MLG_SHRINK. Defaults to auto.
     shrink: str = "auto"
-    #: Precision that local workers compute in: f32, bf16, or auto, which leaves it to the processor.
+    #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
     precision: str = "f32"
-    #: What the golem executor needs.
+    #: Settings of the golem executor.
     golem: GolemSettings = field(default_factory=GolemSettings)
 
     @classmethod

@@ -1,25 +1,26 @@
-"""How a child process that runs this project's own modules is started: its command and its environment.
+"""Child processes that run this project's own modules: their command, their environment, and how they ended.
 
-Used by the supervisor for `mlg serve` and `mlg batch`, and by the local executor for its workers. Works installed and
-from a source checkout, whatever the current folder is and whatever lies in it.
+Used by `mlg up` for `mlg serve` and `mlg batch`, by the local executor for its workers, and by `batcher.resizing`.
+Works installed and from a source checkout, whatever the current folder is and contains.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-#: The folder that holds provider_image, server, batcher and mlg.py.
+#: The folder that contains the packages and mlg.py.
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs a module with this Python.
 
-    -P keeps the current folder out of the import path: a user's folder may well hold a `server` of its own.
+    -P keeps the current folder out of the import path: it may contain another package named `server`.
     """
     return [sys.executable, "-P", "-m", module, *arguments]
 
@@ -28,13 +29,24 @@ def child_environment(variables: Mapping[str, str], extra: Mapping[str, str] | N
     """Return the environment in which a child finds this project's packages.
 
     :param variables: the environment to start from.
-    :param extra: set on top; its PYTHONPATH is put before the others.
+    :param extra: overrides it; its PYTHONPATH goes before the others.
     """
     environment = {**variables, **(extra or {})}
     folders = [(extra or {}).get("PYTHONPATH", ""), variables.get("PYTHONPATH", "")]
-    # Installed packages are found anyway; naming site-packages here would put it before the standard library.
+    # Installed packages are found without it; site-packages in PYTHONPATH would go before the standard library.
     if Path(sysconfig.get_paths()["purelib"]).resolve() != _ROOT:
         folders.insert(1, str(_ROOT))
     joined = os.pathsep.join(folder for folder in folders if folder)
     environment.pop("PYTHONPATH", None)
     return {**environment, "PYTHONPATH": joined} if joined else environment
+
+
+def exit_description(status: int) -> str:
+    """Return how a process ended, as in "the process ended with status 3".
+
+    :param status: its exit status; negative for a signal.
+    """
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    return f"was killed by {name}"

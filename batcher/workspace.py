@@ -1,6 +1,6 @@
-"""A batcher's own folder for files under way, with a lock that tells the living from the dead.
+"""A batcher's folder for temporary files, with a lock that shows whether the batcher still runs.
 
-Made by `commands.py` at the start of a batcher. Whoever starts next removes the folders of batchers that were killed.
+Made by `batcher.scheduler`. The next batcher that starts removes the folders of batchers that were killed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from store.errors import StoreUnavailable
 log = logging.getLogger(__name__)
 
 _LOCK = "lock"
-#: A batcher's folder is called after the start of its id: paths of Unix sockets, which end up inside, must be short.
+#: The folder is named by the first characters of the id: paths of Unix sockets, which are inside, must be short.
 _NAME_LENGTH = 8
 
 
 class Workspace:
-    """`work/<start of the batcher's id>`, held by a file lock that the kernel gives up when the process ends."""
+    """`work/<start of the batcher's id>`, locked by a file lock that the kernel releases when the process ends."""
 
     def __init__(self, work: Path, batcher_id: str) -> None:
         self._work = work
@@ -31,10 +31,10 @@ class Workspace:
         self._lock: int | None = None
 
     def create(self) -> list[str]:
-        """Make the folder and remove those of dead batchers.
+        """Create the folder, and remove those of batchers that no longer run.
 
-        :return: the names of the folders removed.
-        :raises StoreUnavailable: it cannot be made.
+        :return: the names of the removed folders.
+        :raises StoreUnavailable: the folder cannot be created.
         """
         try:
             self._work.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ class Workspace:
                 "Check that it belongs to this user and is not read-only."
             ) from error
         if removed:
-            log.info("removed files of %d batchers that are gone", len(removed))
+            log.info("removed files of %d batchers that no longer run", len(removed))
         return removed
 
     def remove(self) -> None:
-        """Remove the folder and whatever is still in it; harmless when called twice."""
+        """Remove the folder and its contents. May be called twice."""
         if self._lock is None:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -64,7 +64,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _work_folder_lock(self) -> Iterator[None]:
-        # Without it a starter could take another's folder, made but not yet locked, for a dead one.
+        # Without it, a batcher that starts could remove a folder that another has created but not locked yet.
         with (self._work / ".lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             yield
@@ -74,9 +74,10 @@ class Workspace:
 
 
 def is_alive(work: Path, batcher_id: str) -> bool:
-    """Tell whether a batcher works in this folder of folders.
+    """Return whether a batcher runs.
 
-    :param batcher_id: or its beginning, as the folder is called.
+    :param work: the folder of all batchers' folders.
+    :param batcher_id: or the name of its folder.
     """
     return _is_locked(work / batcher_id[:_NAME_LENGTH])
 

@@ -1,1 +1,1 @@
-"""The command line: every command of `mlg`, one file a group, and what commands share."""
+"""The command line: one module for each command or group of `mlg`, and what the commands share."""

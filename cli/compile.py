@@ -1,19 +1,22 @@
 """The command `mlg models compile`: installs models by building their artefacts from weights.
 
-Found through the group in `model_commands.py`. Results go to stdout, progress to stderr.
+Part of the group in `models.py`. Results go to stdout, progress to stderr. The compiler is imported in the functions,
+so that `--help` is fast.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.custom_model_options import CustomModelOptions, custom_model_options
 from cli.options import environment, home_option
 from provider_image.errors import CompilerMissing, MlgError, NotInstalled
 from store.settings import HomeSettings
@@ -24,23 +27,109 @@ if TYPE_CHECKING:
     from provider_image.models.catalogue import ModelRow
 
 
+@dataclass(frozen=True, kw_only=True)
+class CustomModelOptions:
+    """The options for a custom model; None where an option was not given."""
+
+    #: The model's file, saved by Keras 3.
+    keras: Path | None
+    #: The file with the names of its classes.
+    labels: Path | None
+    #: How pixel values are scaled to its input.
+    preprocessing: str | None
+    #: Its name for people.
+    title: str | None
+    #: Height and width of its input, in pixels.
+    size: tuple[int, int] | None
+
+    def is_given(self, names: Sequence[str], weights: Path | None) -> bool:
+        """Tell whether to install a custom model. :raises click.UsageError: the options contradict each other."""
+        if self.keras is None:
+            given = [name for name in ("labels", "preprocessing", "title", "size") if getattr(self, name) is not None]
+            if given:
+                raise click.UsageError(f"--{given[0]} is for custom models: give its file with --keras FILE.")
+            return False
+        if self.labels is None:
+            raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
+        if weights is not None:
+            raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
+        if len(names) != 1 or names[0].lower() == "all":
+            raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
+        return True
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", value)
+    if match is None:
+        raise click.BadParameter("give height and width in pixels, for example 224x224")
+    return int(match[1]), int(match[2])
+
+
+_OPTIONS = (
+    click.option(
+        "--keras",
+        type=click.Path(path_type=Path),
+        metavar="FILE.keras",
+        help="Install a custom classifier, saved with Keras 3, as MODEL. No code in the file is executed.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="With --keras: one line per class in the model's order: a name, or an id, a tab and a name.",
+    ),
+    click.option(
+        "--preprocessing",
+        type=click.Choice(["none", "unit", "tf", "torch", "caffe"]),
+        help="With --keras: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 to 1, "
+        "tf: -1 to 1, torch, caffe: as in keras.applications. [default: none]",
+    ),
+    click.option("--title", metavar="TEXT", help="With --keras: the name for people. [default: MODEL]"),
+    click.option(
+        "--size",
+        metavar="HxW",
+        callback=_size,
+        help="With --keras: height and width of the input, if the model does not fix them.",
+    ),
+)
+
+
+def custom_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options to a command, which receives them together as `custom`; a decorator."""
+
+    @functools.wraps(command)
+    def with_custom(*arguments: Any, **options: Any) -> None:
+        custom = CustomModelOptions(**{name: options.pop(name) for name in CustomModelOptions.__dataclass_fields__})
+        command(*arguments, custom=custom, **options)
+
+    wrapped: Callable[..., None] = with_custom
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 @click.command("compile")
 @home_option
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
     metavar="FILE|DIR",
-    help="Weights, or a folder of them under Keras' own file names. [MLG_WEIGHTS_DIR, then Keras' address]",
+    help="A weights file, or a folder of weights files with Keras' file names. [MLG_WEIGHTS_DIR; download from Keras]",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Models folder to write to. [the home's models]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write the artefacts to. [default: models in the home]",
 )
-@click.option("--again", is_flag=True, help="Also if it is installed already.")
+@click.option("--again", is_flag=True, help="Build models again that are installed already.")
 @click.option(
     "--f16-within",
     type=click.FloatRange(0, 1),
     metavar="P",
-    help="Store weights as f16, half the size, if no probability differs by more than P. [0.0001]",
+    help="Store weights as f16, half the size, if no probability differs by more than P. [default: 0.0001]",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
 @custom_model_options
@@ -55,10 +144,10 @@ def compile_models(
     names: Sequence[str],
     custom: CustomModelOptions,
 ) -> None:
-    """Install models: build their artefacts from their weights.
+    """Install models. Builds their artefacts from their weights.
 
-    Each artefact is compared with Keras before it is installed. Those of Keras need the extra [compile]
-    (tensorflow), efficientnet_lite0 needs nothing.
+    Models of Keras need the extra [compile] (tensorflow), and each artefact is compared with Keras before it is
+    installed. efficientnet_lite0 needs neither an extra nor a download.
 
     \b
     Example:
@@ -85,7 +174,7 @@ def compile_models(
         try:
             artefact = _build(row, (out or settings.models).absolute(), sources, again=again, f16_within=f16_within)
         except CompilerMissing:
-            raise  # the same for all that follow
+            raise  # the other models would fail in the same way
         except MlgError as error:
             if len(rows) == 1:
                 raise
@@ -94,7 +183,7 @@ def compile_models(
         else:
             click.echo(_installed_message(artefact))
     if failures:
-        raise NotInstalled(f"{failures} of {len(rows)} models were not installed; the lines above say why.")
+        raise NotInstalled(f"{failures} of {len(rows)} models were not installed; see the lines above.")
 
 
 def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool, f16_within: float | None) -> Artefact:
@@ -103,19 +192,19 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
         if row.source == "keras":
             from provider_image.compiler import keras_applications
             from provider_image.compiler.keras_weights import find_weights
-            from provider_image.compiler.verification import TOLERANCE
+            from provider_image.precision import TOLERANCE
 
-            steps.tell("looking for weights")
+            steps.begin("looking for weights")
             weights = find_weights(row, sources, progress=steps.downloaded)
             if not weights.is_published:
-                steps.note(f"{weights.path} is not the file that Keras publishes; the model is marked as `own`.")
+                steps.note(f"{weights.path} is not the file that Keras publishes; the model is listed as `own`.")
             return keras_applications.build(
                 models,
                 row,
                 weights,
                 again=again,
                 f16_within=TOLERANCE if f16_within is None else f16_within,
-                on_step=steps.tell,
+                on_step=steps.begin,
             )
         from provider_image.compiler import build
 
@@ -126,7 +215,7 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
 
 def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_within: float | None) -> None:
     from provider_image.compiler.custom import CustomModel, build
-    from provider_image.compiler.verification import TOLERANCE
+    from provider_image.precision import TOLERANCE
 
     assert options.keras is not None and options.labels is not None
     custom = CustomModel(
@@ -140,7 +229,7 @@ def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_wi
     steps = _StepReporter(name[:64])
     click.echo(
         _installed_message(
-            build(models, custom, f16_within=TOLERANCE if f16_within is None else f16_within, on_step=steps.tell)
+            build(models, custom, f16_within=TOLERANCE if f16_within is None else f16_within, on_step=steps.begin)
         )
     )
 
@@ -157,7 +246,7 @@ def _installed_message(artefact: Artefact) -> str:
 
 
 class _StepReporter:
-    """Says on stderr what is being done to a model; a download's progress on one line that is written over."""
+    """Reports the steps of one model's build on stderr, a download on one line that is rewritten."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -166,18 +255,18 @@ class _StepReporter:
         self._last_percent = -1
         self._is_line_open = False
 
-    def tell(self, step: str) -> None:
-        """Say that a step begins."""
+    def begin(self, step: str) -> None:
+        """Report that a step begins."""
         self.end()
         click.echo(f"{self._name}: {step} ({time.monotonic() - self._started_at:.0f} s)", err=True)
 
     def note(self, text: str) -> None:
-        """Say something that the operator should know."""
+        """Report something that the operator should know."""
         self.end()
         click.echo(f"{self._name}: {text}", err=True)
 
     def downloaded(self, done: int, total: int) -> None:
-        """Say how much of a download is there: every percent on a terminal, every tenth elsewhere."""
+        """Report the progress of a download: every percent on a terminal, every ten percent elsewhere."""
         percent = int(100 * done / total) if total else 0
         if total and percent // (1 if self._is_terminal else 10) == self._last_percent:
             return
@@ -189,7 +278,7 @@ class _StepReporter:
             self._is_line_open = True
 
     def end(self) -> None:
-        """Finish the line that is written over."""
+        """End the line that is rewritten."""
         if self._is_line_open:
             click.echo(err=True)
             self._is_line_open = False

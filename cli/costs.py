@@ -1,11 +1,10 @@
-"""The command `mlg costs`: what the work of others cost, as the ledger of a home tells it.
+"""The command `mlg costs`: what rented computers cost, read from the ledger of a home.
 
-Works on the store itself, so that it is of use while no server runs. Found through the table in `mlg.py`.
+Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,11 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_table, printable
+from cli.tables import local_time, make_table, print_json_lines, print_table, printable, short_address
 from store.amounts import cost_per_1000_images, format_amount
 
 if TYPE_CHECKING:
-    from store.ledger_records import AllocationRecord, CostRow
+    from store.ledger import AllocationRecord, CostRow
 
 _COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
 
@@ -29,14 +28,17 @@ _COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
     type=click.Choice(["day", "model", "provider"]),
     default="day",
     show_default=True,
-    help="What to add up by; days are UTC, and what has no settled invoice yet stands under open.",
+    help="Group by this. Days are in UTC; with day, images without a settled invoice are in the row `open`.",
 )
 @json_option
 def costs(home: Path | None, by: str, as_json: bool) -> None:
-    """Show what was paid, in GLM: invoices accepted, an estimate of what is open, and what was refused.
+    """Show what rented computers cost, in GLM.
 
-    Images are answered requests. Below the total stand the allocations whose money is still kept ready. The table
-    rounds to six decimals, --json does not; its last line but for the allocations is the total.
+    The columns: images (requests that got a result), chunks, paid (accepted invoices), open (estimated cost without a
+    settled invoice), refused (invoices that were not accepted), and the cost of 1000 images.
+
+    The last row is the total. Below it are the open allocations, whose money is still reserved. The table rounds
+    amounts to six decimals; --json does not, and writes the total and then the open allocations last.
 
     \b
     Example:
@@ -49,11 +51,9 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
         (total,) = store.costs("total")
         allocations = store.allocations(is_open=True)
     if as_json:
-        for row in rows:
-            click.echo(json.dumps(_to_json(row, by)))
-        click.echo(json.dumps(_to_json(total, "total")))
-        for allocation in allocations:
-            click.echo(json.dumps(_allocation_json(allocation)))
+        print_json_lines(_to_json(row, by) for row in rows)
+        print_json_lines([_to_json(total, "total")])
+        print_json_lines(map(_allocation_to_json, allocations))
         return
     table = make_table(by, *_COLUMNS, right=_COLUMNS)
     for row in [*rows, total]:
@@ -72,11 +72,6 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
                 local_time(allocation.created_at),
             )
         print_table(open_table)
-
-
-def short_address(address: str) -> str:
-    """Shorten a provider's address so that it can still be recognised, and named to other commands."""
-    return address if len(address) <= 12 else address[:10] + "…"
 
 
 def _cells(row: CostRow) -> tuple[str, ...]:
@@ -104,12 +99,12 @@ def _to_json(row: CostRow, by: str) -> dict[str, Any]:
         "paid": to_amount(row.paid),
         "open": to_amount(row.open),
         "refused": to_amount(row.refused),
-        # Not an amount that anybody pays, so it may be rounded.
+        # Rounded, because nobody pays exactly this amount.
         "per_1000_images": None if price is None else float(price),
     }
 
 
-def _allocation_json(allocation: AllocationRecord) -> dict[str, Any]:
+def _allocation_to_json(allocation: AllocationRecord) -> dict[str, Any]:
     from store.cost_split import to_amount
     from store.records import to_text
 

@@ -1,6 +1,7 @@
 """The command `mlg devnet`.
 
-Found through the table in `mlg.py`. Whatever needs aiohttp is imported when it runs.
+Loaded through the table in `mlg.py`. The only module of the product that imports the package devnet, inside functions,
+because devnet needs the extra `devnet`.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from provider_image.errors import ConfigError
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
-    from devnet.devnet import Devnet
+    from devnet.daemon import Devnet
     from devnet.scenario import Scenario
 
 DEFAULT_PROVIDERS = 3
 
 
 @click.command()
-@click.option("--providers", type=click.IntRange(1, 100), metavar="N", help="How many providers, all honest. [3]")
+@click.option("--providers", type=click.IntRange(1, 100), metavar="N", help="Number of providers without faults. [3]")
 @click.option(
     "--scenario",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="A TOML file that says which providers there are and what goes wrong.",
+    help="TOML file that describes the providers and the faults to inject.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0, the default, takes a free one."
+    "--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0, the default, selects a free one."
 )
 @click.option(
     "--env-file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the variables to this file as well, when the devnet is ready.",
+    help="Write the environment variables to this file too, when the devnet is ready.",
 )
 @click.option(
     "--state",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Keep demands, agreements and money here, to go on with them when it is started again.",
+    help="Save demands, agreements and payments in this file, and load them at the next start.",
 )
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write every call down here, a JSON object a line.",
+    help="Append every API call to this file, one JSON object per line.",
 )
-@click.option("--subnet", metavar="NAME", help="The subnet of its offers. [the scenario's, or devnet]")
+@click.option("--subnet", metavar="NAME", help="Subnet of the offers. [the scenario's, or devnet]")
 @home_option
 def devnet(
     providers: int | None,
@@ -65,10 +66,10 @@ def devnet(
     subnet: str | None,
     home: Path | None,
 ) -> None:
-    """Run a small Golem network on this computer until Ctrl-C or SIGTERM, to try things out on.
+    """Run a simulated Golem network on this computer until Ctrl-C or SIGTERM, for trying out and for tests.
 
-    Its providers run what they are sent as processes of yours, with the models of the home; no money is involved. The
-    variables that a requestor needs are written to stdout, what happens to stderr.
+    Its providers run jobs as processes of the current user, with the models of the home. No money is involved. The
+    environment variables for a requestor are written to stdout, a log of events to stderr.
 
     \b
     Example:
@@ -80,16 +81,26 @@ def devnet(
     from devnet.scenario import default_scenario, read_scenario
 
     if providers is not None and scenario is not None:
-        raise ConfigError("A scenario says which providers there are; --providers cannot stand beside it.")
+        raise ConfigError("--providers and --scenario cannot be used together: the scenario describes the providers.")
     plan = default_scenario(providers or DEFAULT_PROVIDERS) if scenario is None else read_scenario(scenario)
     if subnet is not None:
         plan = replace(plan, subnet=subnet)
+    _require_aiohttp()
     from cli.logs import configure_logging
 
     configure_logging()
     import asyncio
 
     asyncio.run(_run(plan, home=settings.home, port=port or 0, env_file=env_file, state=state, journal=journal))
+
+
+def _require_aiohttp() -> None:
+    try:
+        import aiohttp  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "mlg devnet needs aiohttp. Install it: scripts/setup devnet, or pip install 'mlg[devnet]'"
+        ) from error
 
 
 async def _run(
@@ -100,20 +111,20 @@ async def _run(
     import signal
     import tempfile
 
-    from devnet.devnet import Devnet
+    from devnet.daemon import Devnet
 
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     if env_file is not None:
-        # Whoever waits for it shall not find that of an earlier devnet.
+        # A script that waits for the file must not find that of an earlier devnet.
         env_file.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         if state is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlg-devnet-")))
         else:
-            # A requestor that outlives this daemon still has the gftp program of this folder.
+            # A requestor that survives a restart of the daemon continues to use the gftp program in this folder.
             folder = state.with_name(state.name + ".d")
         try:
             net = Devnet(
@@ -137,15 +148,15 @@ async def _run(
                 raise ConfigError(f"The devnet cannot start: {error}") from error
             click.echo(lines, nl=False)
             names = ", ".join(provider.name for provider in scenario.providers)
-            click.echo(f"devnet: ready at {net.url} with {names}; Ctrl-C ends it", err=True)
+            click.echo(f"devnet: listening at {net.url}, providers: {names}. Press Ctrl-C to stop.", err=True)
             await stopping.wait()
         finally:
             await net.close()
-    click.echo("devnet: ended", err=True)
+    click.echo("devnet: stopped", err=True)
 
 
 def _exports(net: Devnet) -> str:
-    """Write the variables for a shell."""
+    """Format the environment variables as shell commands."""
     variables = dict(net.variables)
     first = variables.pop("PATH").split(os.pathsep)[0]
     lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -153,7 +164,7 @@ def _exports(net: Devnet) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file at once and for its owner only: it holds a key."""
+    """Write a file atomically, readable only by its owner, because it contains the app key."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.touch(mode=0o600)
     partial.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The group `mlg image`: build the provider's image, and publish it for Golem.
+"""The group `mlg image`: builds the provider image and publishes it for Golem.
 
-Found through the table in `mlg.py`. Settings are read here, once; the work is done in `images.py`.
+Loaded through the table in `mlg.py`. The work is done by `batcher/image_build/builder.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import click
 from cli.options import environment, home_option
 
 tag_option = click.option(
-    "--tag", metavar="NAME", help="Name of the image on this machine. [mlg-provider:MODEL, or the models' names with -]"
+    "--tag",
+    metavar="NAME",
+    help="Name of the container image on this machine. [default: mlg-provider:MODEL, several names joined by -]",
 )
 
 
 @click.group()
 def image() -> None:
-    """Build the image that a provider runs, and publish it.
+    """Build the container image that a Golem provider runs (the provider image), and publish it.
 
     \b
     Example:
@@ -34,22 +36,24 @@ def image() -> None:
     "--weights",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder with the weights files of Keras models, all of which are given to the engine. [downloads them]",
+    help="Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
 )
 @click.option(
-    "--installed", is_flag=True, help="Take every model as it is installed in the home instead of compiling it anew."
+    "--installed",
+    is_flag=True,
+    help="Copy all models from the home, where they are installed, instead of compiling them.",
 )
-@click.option("--base", metavar="IMAGE", help="Image to build on, with Python 3.11 or newer. [python:3.11-slim]")
+@click.option("--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim]")
 @tag_option
 @home_option
 def build(
     models: Sequence[str], weights: Path | None, installed: bool, base: str | None, tag: str | None, home: Path | None
 ) -> None:
-    """Build one image that holds the models named, with docker, podman or buildah.
+    """Build a container image with the given models. Uses docker, podman or buildah.
 
-    Needs a source checkout. Models of the catalogue are compiled in the build; your own are taken from the home, where
-    they must be installed. The engine's output goes to standard error; the last lines name the image and the digest of
-    each model in it.
+    Needs a source checkout. Models of the catalogue are compiled during the build; custom models are copied from the
+    home, where they must be installed. The output of the engine goes to stderr; the lines on stdout name the image and
+    the digest of each model in it.
 
     \b
     Example:
@@ -70,10 +74,10 @@ def build(
 @tag_option
 @home_option
 def push(models: Sequence[str], tag: str | None, home: Path | None) -> None:
-    """Publish the image that was built for the models named on Golem's registry.
+    """Publish a container image on Golem's registry. Build it first, for the same models.
 
-    Needs gvmkit-build and a login there (gvmkit-build --login), and MLG_IMAGE_REGISTRY=user/repository. What was
-    published is written into provider_image/images.lock.
+    Needs gvmkit-build, a login (gvmkit-build --login) and MLG_IMAGE_REGISTRY=user/repository. The published image is
+    recorded in provider_image/images.lock.
 
     \b
     Example:

@@ -1,12 +1,11 @@
-"""The group `mlg keys`: makes, lists and revokes the keys with which clients use the HTTP API.
+"""The group `mlg keys`: creates, lists and revokes the API keys of a server.
 
-Works on the store itself. Found through the table in `mlg.py`. A key is written to stdout once, when it is made, and
-nothing else is, so that it can be piped into a vault; it can never be shown again.
+Loaded through the table in `mlg.py`. It uses the store directly. `create` writes the key to stdout and nothing else, so
+that it can be piped into a password manager; the key cannot be shown again.
 """
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.open_store import open_store
-from cli.options import environment, home_option, json_option
-from cli.providers import parse_duration
-from cli.tables import local_time, make_table, print_table, printable
+from cli.options import environment, home_option, json_option, parse_duration
+from cli.tables import local_time, make_table, print_json_lines, print_table, printable
 from provider_image.errors import ConfigError
 from store.keys import Scope
 from store.settings import HomeSettings
@@ -24,15 +22,15 @@ from store.settings import HomeSettings
 if TYPE_CHECKING:
     from store.keys import KeyRecord
 
-#: Longest name of a key.
+#: Maximum length of a key's name.
 MAX_NAME_LENGTH = 100
 
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the API keys of a server.
+    """Create, list and revoke the API keys of a server.
 
-    As long as there is none, whoever reaches the server may use it. From the first key on every client needs one.
+    While there is no key, anyone who can reach the server may use it. From the first key on every client needs one.
 
     \b
     Example:
@@ -50,17 +48,16 @@ def keys() -> None:
     type=click.Choice([str(scope) for scope in Scope]),
     multiple=True,
     default=[str(Scope.SUBMIT), str(Scope.READ)],
-    show_default="submit and read",
-    help="What it is good for, may be given several times: submit sends pictures, read reads what was sent with the "
-    "same key, operate may see and change everything.",
+    help="What the key permits; may be given several times. submit: send images; read: read what was sent with the "
+    "same key; operate: read and change everything. [default: submit and read]",
 )
-@click.option("--quota", type=click.IntRange(1, 10**12), metavar="N", help="Pictures a day (UTC). [any number]")
-@click.option("--rate", type=click.IntRange(1, 10**9), metavar="N", help="Requests a minute. [any number]")
+@click.option("--quota", type=click.IntRange(1, 10**12), metavar="N", help="Images per day (UTC). [default: unlimited]")
+@click.option("--rate", type=click.IntRange(1, 10**9), metavar="N", help="Requests per minute. [default: unlimited]")
 @click.option(
     "--expires",
     callback=parse_duration,
-    metavar="LENGTH",
-    help="How long it is good, for example 12h or 90d. [until revoked]",
+    metavar="DURATION",
+    help="How long the key is valid, for example 12h or 90d. [default: until revoked]",
 )
 def create(
     home: Path | None,
@@ -70,7 +67,7 @@ def create(
     rate: int | None,
     expires: timedelta | None,
 ) -> None:
-    """Make a key and write it to stdout. It is shown this once: only a hash of it is kept.
+    """Create a key and write it to stdout. It cannot be shown again: only its hash is stored.
 
     \b
     Example:
@@ -79,7 +76,7 @@ def create(
     """
     name = name.strip()
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
-        raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable signs.", param_hint="NAME")
+        raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable characters.", param_hint="NAME")
     settings = HomeSettings.from_env(environment(home=home))
     from store.keys import KeyRecord, hash_key, make_key
     from store.sqlite import SqliteStore
@@ -88,11 +85,11 @@ def create(
     try:
         expires_at = None if expires is None else now + expires
     except OverflowError as error:
-        raise ConfigError("--expires is further away than a calendar goes.") from error
+        raise ConfigError("--expires is too far in the future: no date after the year 9999 is possible.") from error
     id, key = make_key()
     store = SqliteStore(settings)
     try:
-        # Unlike the other commands this one makes the home, so that a server can have a key before its first start.
+        # Unlike the other commands this one creates the home, so that a key can exist before the first server starts.
         store.migrate()
         is_first = not store.has_keys()
         store.add_key(
@@ -111,14 +108,14 @@ def create(
         store.close()
     click.echo(key)
     if is_first:
-        click.echo("mlg: this is the first key: from now on the server answers nobody without one.", err=True)
+        click.echo("mlg: this is the first key: from now on every client of the server needs a key.", err=True)
 
 
 @keys.command("list")
 @home_option
 @json_option
 def list_keys(home: Path | None, as_json: bool) -> None:
-    """List the keys, oldest first: what each is good for, its limits, and when it was used last.
+    """List the keys, oldest first. Shows their scopes, limits, state and last use.
 
     \b
     Example:
@@ -130,11 +127,10 @@ def list_keys(home: Path | None, as_json: bool) -> None:
         found = store.list_keys()
         used = store.images_used_by_key(now=now)
     if as_json:
-        for key in found:
-            click.echo(json.dumps(_to_json(key, used.get(key.id, 0), now)))
+        print_json_lines(_to_json(key, used.get(key.id, 0), now) for key in found)
         return
-    limits = ("pictures today", "a minute")
-    table = make_table("name", "id", "scopes", *limits, "made", "used", "state", right=limits)
+    limits = ("images today", "per minute")
+    table = make_table("name", "id", "scopes", *limits, "created", "last used", "state", right=limits)
     for key in found:
         quota = "" if key.images_per_day is None else f" of {key.images_per_day}"
         table.add_row(
@@ -154,7 +150,7 @@ def list_keys(home: Path | None, as_json: bool) -> None:
 @home_option
 @click.argument("id_or_name", metavar="ID_OR_NAME")
 def revoke(home: Path | None, id_or_name: str) -> None:
-    """Revoke a key for good. Running servers refuse it within five seconds. What was sent with it stays.
+    """Revoke a key permanently. Running servers refuse it within five seconds; requests made with it are kept.
 
     \b
     Example:
@@ -169,8 +165,9 @@ def _state(key: KeyRecord, now: datetime) -> str:
     if key.revoked_at is not None:
         return f"revoked {local_time(key.revoked_at)}"
     if key.expires_at is None:
-        return "good"
-    return f"good until {local_time(key.expires_at)}" if key.is_usable(now) else f"expired {local_time(key.expires_at)}"
+        return "valid"
+    word = "valid until" if key.is_usable(now) else "expired"
+    return f"{word} {local_time(key.expires_at)}"
 
 
 def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""The group `mlg models`: what there is, what is installed here and how well it works, and installing one.
+"""The group `mlg models`: lists, checks and (in `compile.py`) installs models.
 
-Found through the table in `mlg.py`. Settings are read here, once; whatever is heavy is imported in the function that
-needs it.
+Loaded through the table in `mlg.py`. Heavy modules are imported in the functions, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import click
 
 from cli.compile import compile_models
 from cli.options import environment, home_option, json_option
-from cli.tables import make_table, print_table, width
+from cli.tables import make_table, print_json_lines, print_table, width
 from provider_image.precision import PRECISIONS
 from store.settings import HomeSettings
 
-#: With less room than this the titles, which hardly differ from the names, are left out of the list.
-_ALL_COLUMNS = 120
+#: On a narrower terminal the list has no titles, which hardly differ from the names.
+_MIN_WIDTH_WITH_TITLES = 120
 
 
 @click.group(invoke_without_command=True)
@@ -28,7 +26,7 @@ _ALL_COLUMNS = 120
 @home_option
 @json_option
 def models(context: click.Context, home: Path | None, as_json: bool) -> None:
-    """List the models and which of them are installed; install or check one.
+    """List the models and which of them are installed; install or check models.
 
     \b
     Example:
@@ -46,7 +44,7 @@ def models(context: click.Context, home: Path | None, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def list_models(group_home: Path | None, home: Path | None, as_json: bool) -> None:
-    """List the models: which are installed, how large they are, and how quick each was when it was checked here.
+    """List all models. Shows whether each is installed, its size, and its speed if it was checked on this machine.
 
     \b
     Example:
@@ -61,23 +59,27 @@ models.add_command(compile_models)
 @models.command("check")
 @home_option
 @json_option
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Pictures side by side. [as many as cores]")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="Images processed in parallel. [default: one per core]"
+)
 @click.option(
     "--precision",
     type=click.Choice(tuple(PRECISIONS)),
     default="f32",
     show_default=True,
-    help="Of the inference; bf16 and auto may answer a little otherwise.",
+    help="Precision of the inference; results of bf16 and auto may differ slightly from f32.",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|FOLDER...")
 @click.pass_obj
 def check_models(
     group_home: Path | None, home: Path | None, as_json: bool, threads: int | None, precision: str, names: Sequence[str]
 ) -> None:
-    """Check installed models: files, answers to the self-test pictures, images a second, memory.
+    """Check that installed models work. Checks their files and their results for the self-test images.
 
-    The last line for each is the verdict. The exit status is 0 only if all of them are ok. `mlg models`
-    then shows the speed, if it was measured in f32 on all cores; let nothing else run meanwhile.
+    Also measures speed and memory. The last line for each model is the verdict. The exit status is 0 only if all
+    models are ok.
+
+    A speed that is measured in f32 on all cores is shown by `mlg models` from then on; run nothing else meanwhile.
 
     \b
     Example:
@@ -85,15 +87,16 @@ def check_models(
       mlg models check ./models/densenet121 --json
     """
     settings = HomeSettings.from_env(environment(home=home or group_home))
-    from provider_image.check import check_in_process, find_folder
+    from provider_image.check import check_in_process
     from provider_image.check_report import describe
+    from provider_image.models.registry import find_folder
 
     folders = [find_folder(settings.models, name) for name in names]
     is_ok = True
     for number, folder in enumerate(folders):
         report = check_in_process(folder, settings.models, threads=threads, precision=precision)
         if as_json:
-            click.echo(json.dumps(report.to_json()))
+            print_json_lines([report.to_json()])
         else:
             click.echo("\n".join([*[""] * bool(number), *describe(report)]))
         is_ok = is_ok and report.is_ok
@@ -103,27 +106,25 @@ def check_models(
 
 def _list_models(home: Path | None, as_json: bool) -> None:
     settings = HomeSettings.from_env(environment(home=home))
-    from server.api.serializers import serialize_models
+    from server.serializers import serialize_models
 
     rows = serialize_models(settings.models)
     if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
+        print_json_lines(rows)
         return
-    has_titles = width() >= _ALL_COLUMNS
+    has_titles = width() >= _MIN_WIDTH_WITH_TITLES
     names = ("model", "title") if has_titles else ("model",)
-    table = make_table(*names, "service", "input", "installed", "digest", "MB", "weights", "images/s")
-    for column in ("MB", "images/s"):
-        next(each for each in table.columns if each.header == column).justify = "right"
+    columns = ("service", "input", "installed", "digest", "MB", "weights", "images/s")
+    table = make_table(*names, *columns, right=("MB", "images/s"))
     for row in rows:
         titles = (row["title"],) if has_titles else ()
-        table.add_row(row["name"], *titles, row["service"], f"{row['height']} x {row['width']}", *_installed(row))
+        table.add_row(row["name"], *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
     print_table(table)
     if any(row["installed"] and row["images_per_second"] is None for row in rows):
-        click.echo("images/s are measured on this machine by: mlg models check MODEL", err=True)
+        click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
 
 
-def _installed(row: dict[str, Any]) -> tuple[str, ...]:
+def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:
     if not row["installed"]:
         return ("on first use" if row["builds_on_first_use"] else "no", "", "", "", "")
     speed = row["images_per_second"]

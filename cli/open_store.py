@@ -1,4 +1,4 @@
-"""Opens the store of a home for the commands that work on the store itself."""
+"""Opens the store of an existing home, for the commands that use the store directly and not a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class open_store:
-    """Open the store of a home that exists already; a context manager."""
+    """Open the store of a home and migrate it; a context manager.
+
+    :raises ConfigError: a setting is invalid, or the home has no database; none is created.
+    """
 
     def __init__(self, home: Path | None) -> None:
         self.settings = ServerSettings.from_env(environment(home=home))
@@ -24,8 +27,8 @@ class open_store:
 
         if not self.settings.database.exists():
             raise ConfigError(
-                f"There is no database in {self.settings.home}. Name the home of a server (--home, MLG_HOME), "
-                "or make one: mlg migrate"
+                f"There is no database in {self.settings.home}. Give the home of a server (--home or MLG_HOME), "
+                "or create one: mlg migrate"
             )
         self._store = SqliteStore(self.settings)
         self._store.migrate()

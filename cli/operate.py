@@ -1,13 +1,12 @@
-"""The group `mlg operate`: hold work, let it go on, have everything taken now, and see how things stand.
+"""The group `mlg operate`: pauses, drains, resumes and triggers the batchers of a home, and shows its status.
 
-Works on the store itself, so that it is of use while no server runs; batchers look there twice a second. Found through
-the table in `mlg.py`.
+Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs; batchers check there
+for changes twice a second.
 """
 
 from __future__ import annotations
 
 import getpass
-import json
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,22 +16,22 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import make_table, print_table, printable
+from cli.tables import make_table, print_json_lines, print_table, printable
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.batcher_controls import Pause
+    from store.controls import Pause
     from store.sqlite import SqliteStore
 
-#: `drain --wait` looks this often.
+#: Interval at which `drain --wait` checks the queue.
 POLL_SECONDS = 0.25
 
-reason_option = click.option("--reason", metavar="TEXT", help="Why; clients whose requests wait read it.")
+reason_option = click.option("--reason", metavar="TEXT", help="Why; shown to clients whose requests wait.")
 
 
 @click.group()
 def operate() -> None:
-    """Hold all batchers of a home, let them go on, have them take everything now, or see how things stand.
+    """Pause, drain, resume or trigger all batchers of a home, or show its status.
 
     \b
     Example:
@@ -45,13 +44,13 @@ def operate() -> None:
 @home_option
 @reason_option
 def pause(home: Path | None, reason: str | None) -> None:
-    """Have nothing new claimed. What is under way is finished; all else waits and says why.
+    """Stop all batchers from starting new work. Chunks under way are finished, all other requests wait.
 
     \b
     Example:
-      mlg operate pause --reason "the line is down"
+      mlg operate pause --reason "network maintenance"
     """
-    from store.batcher_controls import Mode, pause
+    from store.controls import Mode, pause
 
     with open_store(home) as store:
         _print_pause(pause(store, Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
@@ -60,77 +59,84 @@ def pause(home: Path | None, reason: str | None) -> None:
 @operate.command()
 @home_option
 @reason_option
-@click.option("--wait", is_flag=True, help="Wait until nothing is under way.")
+@click.option("--wait", is_flag=True, help="Wait until no request is being processed.")
 @click.option(
     "--patience",
     type=click.FloatRange(0, 86400),
     default=3600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait; exit status 1 if something is under way then.",
+    help="With --wait: how long; exit status 1 if requests are being processed even then.",
 )
 def drain(home: Path | None, reason: str | None, wait: bool, patience: float) -> None:
-    """Have nothing new claimed because the batchers are to be stopped. They stay and do nothing; stop them afterwards.
+    """Pause before a shutdown. All batchers stop starting new work.
+
+    Unlike after `pause`, clients read that the service is shutting down. The batchers keep running without work; stop
+    them afterwards.
 
     \b
     Example:
       mlg operate drain --wait && systemctl stop mlg-batcher
     """
-    from store.batcher_controls import Mode, pause
+    from store.controls import Mode, pause
 
     deadline = time.monotonic() + patience
     with open_store(home) as store:
         _print_pause(pause(store, Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
         while (claimed := sum(each.claimed for each in store.backlog())) and wait:
             if time.monotonic() > deadline:
-                raise MlgError(f"{claimed} requests are still under way. Wait longer: mlg operate drain --wait")
+                raise MlgError(
+                    f"{claimed} requests are still being processed. To wait longer: mlg operate drain --wait"
+                )
             time.sleep(POLL_SECONDS)
-    click.echo(f"{claimed} requests are under way" if claimed else "nothing is under way")
+    click.echo(f"{claimed} requests are being processed" if claimed else "no request is being processed")
 
 
 @operate.command()
 @home_option
 def resume(home: Path | None) -> None:
-    """Let work go on after a pause or a drain.
+    """Let the batchers continue after a pause or a drain.
 
     \b
     Example:
       mlg operate resume
     """
-    from store import batcher_controls
+    from store import controls
 
     with open_store(home) as store:
-        batcher_controls.resume(store, by=_current_user(), now=datetime.now(UTC))
-    click.echo("work goes on")
+        controls.resume(store, by=_current_user(), now=datetime.now(UTC))
+    click.echo("batchers continue")
 
 
 @operate.command()
 @home_option
 def run(home: Path | None) -> None:
-    """Have every running batcher take all that waits now, due or not. A pause stays a pause.
+    """Process all queued requests now. The running batchers do not wait for full chunks.
+
+    This does not end a pause; for that see `mlg operate resume`.
 
     \b
     Example:
       mlg operate run
     """
-    from store import batcher_controls
+    from store import controls
 
     now = datetime.now(UTC)
     with open_store(home) as store:
-        batcher_controls.run_now(store, by=_current_user(), now=now)
-        control_state, batchers = batcher_controls.read_control_state(store), _count_live_batchers(store, now)
-    click.echo(f"{batchers} {'batcher takes' if batchers == 1 else 'batchers take'} everything that waits")
+        controls.run_now(store, by=_current_user(), now=now)
+        control_state, batchers = controls.read_control_state(store), _count_live_batchers(store, now)
+    click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
     if control_state.pause is not None:
-        raise MlgError(f"{control_state.pause.notice} Let it go on: mlg operate resume")
+        raise MlgError(f"{control_state.pause.notice} To continue: mlg operate resume")
 
 
 @operate.command()
 @home_option
 @json_option
 def status(home: Path | None, as_json: bool) -> None:
-    """Show what waits and is under way, who works, how quickly, what failed, and what it costs.
+    """Show the queue, the batchers, latency, failures and cost.
 
     \b
     Example:
@@ -143,11 +149,12 @@ def status(home: Path | None, as_json: bool) -> None:
     with open_store(home) as store:
         found = Dashboard(store, QueueStats(store), lambda: datetime.now(UTC)).status()
     if as_json:
-        click.echo(json.dumps(found))
+        print_json_lines([found])
         return
     if found["hold"]:
         click.echo(printable(found["hold"]["notice"]) + "\n")
-    queue = make_table("model", "waiting", "oldest", "under way", right=("waiting", "oldest", "under way"))
+    numbers = ("waiting", "oldest", "processing")
+    queue = make_table("model", *numbers, right=numbers)
     for row in found["queue"]:
         oldest = "" if row["oldest_seconds"] is None else f"{row['oldest_seconds']:.0f} s"
         queue.add_row(row["model"], str(row["waiting"]), oldest, str(row["claimed"]))
@@ -156,11 +163,11 @@ def status(home: Path | None, as_json: bool) -> None:
     summary = make_table("", "")
     summary.add_row("batchers", f"{len(found['batchers'])}, {found['capacity']} chunks at once")
     summary.add_row(
-        "last hour", f"{hour['answered']} answered, {hour['arrived']} came in, {hour['failed']} items failed"
+        "last hour", f"{hour['answered']} answered, {hour['arrived']} received, {hour['failed']} items failed"
     )
     if latency:
-        summary.add_row("answers", f"half within {latency['p50']:g} s, 95 % within {latency['p95']:g} s")
-    summary.add_row("GLM", f"{found['money']['today_shown']} today, {found['money']['total_shown']} in all")
+        summary.add_row("latency", f"50 % within {latency['p50']:g} s, 95 % within {latency['p95']:g} s")
+    summary.add_row("GLM", f"{found['money']['today_shown']} today, {found['money']['total_shown']} in total")
     for row in found["failures"]["requests"][:5]:
         summary.add_row("failed", f"{row['count']} {printable(row['code'])}: {printable(row['reason'])}")
     click.echo()
@@ -180,5 +187,5 @@ def _print_pause(pause: Pause) -> None:
 def _current_user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # the user of a container may have no name
         return "the operator"

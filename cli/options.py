@@ -1,30 +1,49 @@
-"""The options that commands share, and how an option overrides its MLG_* variable."""
+"""The options that commands share, and how an option overrides its MLG_* variable.
+
+Used by every command module. Options that only `mlg batch` and `mlg up` have are in `batcher_options.py`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 
 home_option = click.option(
-    "--home", type=click.Path(path_type=Path), metavar="DIR", help="Folder of all data. [MLG_HOME; ~/.mlg]"
+    "--home", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds all data. [MLG_HOME; ~/.mlg]"
 )
 host_option = click.option("--host", metavar="ADDRESS", help="Address to listen on. [MLG_HOST; 127.0.0.1]")
 port_option = click.option(
-    "--port", type=int, metavar="N", help="Port to listen on; 0 takes a free one. [MLG_PORT; 5000]"
+    "--port", type=int, metavar="N", help="Port to listen on; 0 picks a free one. [MLG_PORT; 5000]"
 )
 open_option = click.option(
     "--open",
     "is_open",
     is_flag=True,
-    help="Serve other machines although there are no API keys, so that anybody may use it. [MLG_OPEN]",
+    help="Accept requests from other machines without API keys: anyone who can reach the server may use it. "
+    "[MLG_OPEN; off]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object a line.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object per line.")
+
+#: Seconds of each unit of a duration.
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def environment(**options: Any) -> dict[str, str]:
-    """Return a copy of the environment in which the options that were given stand as MLG_* variables."""
+    """Return a copy of the environment in which each option that was given replaces its MLG_* variable."""
     given = {f"MLG_{name.upper()}": str(value) for name, value in options.items() if value is not None}
     return {**os.environ, **given}
+
+
+def parse_duration(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
+    """Parse an option such as 30m, 2h or 7d; a click callback."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])", value.strip().lower(), re.ASCII)
+    if match is None or not float(match[1]):
+        raise click.BadParameter(f"{value!r} is not a duration. Write a number and s, m, h or d, for example 2h.")
+    return timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2]])

@@ -1,12 +1,11 @@
-"""The group `mlg providers`: who offers to work, for how much, how well it went, and who gets nothing more.
+"""The group `mlg providers`: lists the providers of rented computers, bans and unbans them.
 
-Works on the store itself; batchers read a ban there before they choose. Found through the table in `mlg.py`.
+Loaded through the table in `mlg.py`. It uses the store directly; batchers read bans there before they choose a
+provider.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,32 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.costs import short_address
 from cli.open_store import open_store
-from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_table, printable
+from cli.options import home_option, json_option, parse_duration
+from cli.tables import local_time, make_table, print_json_lines, print_table, printable, short_address
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
-    from store.ledger_records import CostRow, ProviderRecord
-
-#: Seconds of each unit of a length of time.
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_duration(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
-    """Read a length of time: a number and its unit."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])", value.strip().lower(), re.ASCII)
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is not a length of time. Write a number and s, m, h or d, for example 2h.")
-    return timedelta(seconds=float(found[1]) * _UNITS[found[2]])
+    from store.ledger import CostRow
+    from store.providers import ProviderRecord
 
 
 @click.group()
 def providers() -> None:
-    """List the providers that made offers; ban one, or lift a ban.
+    """List the providers that have offered computers, ban or unban one.
 
     \b
     Example:
@@ -53,11 +39,11 @@ def providers() -> None:
 @home_option
 @json_option
 def list_providers(home: Path | None, as_json: bool) -> None:
-    """List the providers: prices in GLM, how their chunks ended, how fast they were lately, what they cost.
+    """List the providers, the one seen last first. Prices are in GLM.
 
-    The hour is one of work with one core busy all the time; what 1000 pictures should cost follows from it and from the
-    speed, the start not counted. The score says how much of the latest work was good: from 0
-    to 1, and 0.5 when nothing is known. Those seen last come first.
+    The columns: per hour (the price of an hour with one core in use), start (the price of a start), done and failed
+    (chunks), score (the share of recent work that succeeded, from 0 to 1; 0.5 if nothing is known), spent, and for
+    each model the recent speed and the price of 1000 images that follows from it, without the start.
 
     \b
     Example:
@@ -72,8 +58,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
             speeds[speed.provider_id][speed.model] = speed.images_per_second
     now = datetime.now(UTC)
     if as_json:
-        for provider in found:
-            click.echo(json.dumps(_to_json(provider, speeds[provider.id], costs.get(provider.id), now)))
+        print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)
         return
     columns = ("per hour", "start", "done", "failed", "score", "spent")
     table = make_table("name", "id", *columns, "images/s (GLM per 1000)", "banned", right=columns)
@@ -100,13 +85,17 @@ def list_providers(home: Path | None, as_json: bool) -> None:
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
 @click.option(
-    "--for", "length", callback=parse_duration, metavar="LENGTH", help="How long, for example 30m, 2h or 7d. [for good]"
+    "--for",
+    "duration",
+    callback=parse_duration,
+    metavar="DURATION",
+    help="How long, for example 30m, 2h or 7d. [default: until unbanned]",
 )
 @click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
-def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: str) -> None:
-    """Give a provider no more chunks, for a while or for good. What it has already, it may finish.
+def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: str) -> None:
+    """Send no more chunks to a provider. It may finish the chunks that it has.
 
-    It is named by its address, the beginning of it, or its name if no other has the same.
+    NAME_OR_ID is its address, the beginning of its address, or its name if the name is unique.
 
     \b
     Example:
@@ -114,7 +103,7 @@ def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: st
       mlg providers ban 0x21fe3a80
     """
     now = datetime.now(UTC)
-    until = None if length is None else now + length
+    until = None if duration is None else now + duration
     with open_store(home) as store:
         provider = store.ban_provider(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
@@ -124,7 +113,7 @@ def ban(home: Path | None, name_or_id: str, length: timedelta | None, reason: st
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
 def unban(home: Path | None, name_or_id: str) -> None:
-    """Lift the ban of a provider, whoever banned it.
+    """Lift the ban of a provider. It does not matter whether an operator or a batcher banned it.
 
     \b
     Example:
@@ -136,7 +125,7 @@ def unban(home: Path | None, name_or_id: str) -> None:
 
 
 def _strip_ellipsis(name_or_id: str) -> str:
-    """Take an address as the list shortens it, too."""
+    """Accept an address in the short form of the list."""
     return name_or_id.removesuffix("…")
 
 

@@ -1,6 +1,6 @@
-"""The group `mlg requests`: an operator's look into a home, and a hand in it.
+"""The group `mlg requests`: lists, shows, retries and cancels requests.
 
-Works on the store itself, so that it is of use while no server runs. Reached through `commands.py`.
+Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_table
+from cli.tables import local_time, make_table, print_json_lines, print_table
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 @click.group()
 def requests() -> None:
     """List, show, retry or cancel the requests of a home.
+
+    A request is one image for one model, whether a client sent it alone or in a batch (/batches in the HTTP API).
+    These commands use the database of the home and need no running server.
 
     \b
     Example:
@@ -37,11 +40,11 @@ def requests() -> None:
 @click.option(
     "--status",
     type=click.Choice(["queued", "claimed", "done", "failed", "cancelled"]),
-    help="Only those that stand there.",
+    help="Only requests with this status.",
 )
-@click.option("--model", metavar="MODEL", help="Only those for this model.")
-@click.option("--before", type=int, metavar="NUMBER", help="Only those that came before this number: the next page.")
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many.")
+@click.option("--model", metavar="MODEL", help="Only requests for this model.")
+@click.option("--before", type=int, metavar="NUMBER", help="Only requests with a lower number: the next page.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Maximum number.")
 @json_option
 def list_requests(
     home: Path | None, status: str | None, model: str | None, before: int | None, limit: int, as_json: bool
@@ -65,10 +68,9 @@ def list_requests(
             limit=limit,
         )
     if as_json:
-        for request in found:
-            click.echo(json.dumps(_request_json(request)))
+        print_json_lines(_to_json(request) for request in found)
         return
-    table = make_table("number", "id", "status", "model", "created", "name", "answer or reason")
+    table = make_table("number", "id", "status", "model", "created", "name", "result or reason")
     for request in found:
         table.add_row(
             str(request.number),
@@ -77,7 +79,7 @@ def list_requests(
             request.model,
             local_time(request.created_at),
             request.name or "",
-            _short_answer(request),
+            _short_result(request),
         )
     print_table(table)
     if len(found) == limit:
@@ -88,8 +90,8 @@ def list_requests(
 @home_option
 @click.argument("id")
 @json_option
-def show_one(home: Path | None, id: str, as_json: bool) -> None:
-    """Show everything about one request.
+def show(home: Path | None, id: str, as_json: bool) -> None:
+    """Show all details of one request.
 
     \b
     Example:
@@ -97,12 +99,12 @@ def show_one(home: Path | None, id: str, as_json: bool) -> None:
     """
     with open_store(home) as store:
         request = store.get(id)
-    shown = _request_json(request)
+    details = _to_json(request)
     if as_json:
-        click.echo(json.dumps(shown))
+        print_json_lines([details])
         return
     table = make_table("", "")
-    for name, value in shown.items():
+    for name, value in details.items():
         if value is not None:
             table.add_row(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     print_table(table)
@@ -112,7 +114,7 @@ def show_one(home: Path | None, id: str, as_json: bool) -> None:
 @home_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 def retry(home: Path | None, ids: Sequence[str]) -> None:
-    """Queue failed or cancelled requests again, their attempts forgotten.
+    """Queue failed or cancelled requests again. Their attempts are counted from zero.
 
     \b
     Example:
@@ -151,13 +153,13 @@ def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> 
         raise click.exceptions.Exit(1)
 
 
-def _request_json(request: RequestRecord) -> dict[str, Any]:
-    from server.api.serializers import serialize_request
+def _to_json(request: RequestRecord) -> dict[str, Any]:
+    from server.serializers import serialize_request
 
     return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
 
 
-def _short_answer(request: RequestRecord) -> str:
+def _short_result(request: RequestRecord) -> str:
     if request.output:
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
     return request.reason or ""

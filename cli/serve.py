@@ -1,7 +1,7 @@
-"""The commands of the server room: serve, migrate, requests; the group `models` is in `model_commands.py`.
+"""The commands `mlg serve` and `mlg migrate`.
 
-Found through the table in `mlg.py`. Settings are read here, once; whatever is heavy is imported in the function that
-needs it, so that `mlg requests --help` is quick.
+Loaded through the table in `mlg.py`. Settings are read here, once. Heavy modules are imported in the functions, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from pathlib import Path
 import click
 
 from cli.options import environment, home_option, host_option, open_option, port_option
-from cli.requests import requests
 from server.address import base_url
 from server.settings import ServerSettings
 from store.settings import HomeSettings
-
-__all__ = ["migrate", "requests", "serve"]
-
-
-# serve
 
 
 @click.command()
@@ -35,7 +29,7 @@ def serve(
 ) -> None:
     """Run the HTTP server until Ctrl-C or SIGTERM.
 
-    For other machines (--host 0.0.0.0) it wants API keys: mlg keys create NAME.
+    To listen for other machines (--host 0.0.0.0) it needs at least one API key: mlg keys create NAME.
 
     \b
     Example:
@@ -54,19 +48,16 @@ def serve(
             with os.fdopen(ready_fd, "w") as ready:
                 ready.write(f"{host} {port}\n")
 
-    private = () if ready_fd is None else (ready_fd,)
-    process.serve(settings, on_ready=announce, parent_fd=parent_fd, private_fds=private)
-
-
-# migrate
+    private_fds = () if ready_fd is None else (ready_fd,)
+    process.serve(settings, on_ready=announce, parent_fd=parent_fd, private_fds=private_fds)
 
 
 @click.command()
 @home_option
 def migrate(home: Path | None) -> None:
-    """Make the home if need be and bring its database to this version's schema.
+    """Create the home if it does not exist, and update its database to the schema of this version.
 
-    `mlg serve`, `mlg batch` and `mlg up` do this by themselves.
+    `mlg serve`, `mlg batch` and `mlg up` do this when they start.
 
     \b
     Example:

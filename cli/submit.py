@@ -1,9 +1,9 @@
-"""The command `mlg submit`: sends images to a server, in batches, and collects the answers.
+"""The command `mlg submit`: sends images to a server, in batches, and collects the results.
 
-Everything goes through `mlg_client`, so the server may be anywhere. What the server has acknowledged stands in a
-journal (`submit_journal.py`); a run that was broken off sends only what is missing. httpx and rich come with the
-functions that need them, so that `mlg --help` is quick.
-Longer than other modules, because the command and all its steps stand in one place.
+Loaded through the table in `mlg.py`. It talks to the server only through `mlg_client`. A journal (`submit_journal.py`)
+records what the server has acknowledged, so that an interrupted run can be repeated and sends only what is missing.
+httpx and rich are imported in the functions that need them, so that `--help` is fast.
+Longer than other modules because the command and all its steps are easier to follow in one place.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ import click
 from cli.options import environment, home_option
 from cli.submit_journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
-from provider_image.errors import ConfigError, MlgError, ServerUnreachable
+from provider_image.errors import ConfigError, MlgError
 from store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from cli.submit_progress import Bars
+    from cli.submit_progress import ProgressBars
     from mlg_client import Client, Refused, Request
 
-#: Images and bytes of one batch. Less than `mlg_client` sends at once: after a break one batch is uploaded again.
+#: Images and bytes per batch. Less than `mlg_client` sends at once, because an interrupted batch is uploaded again.
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 100, 8 * 1024 * 1024
-#: Ctrl-C is raised again after so long, should Python have dropped the first.
-_INTERRUPT_AGAIN_SECONDS = 0.5
+#: After this time KeyboardInterrupt is raised again, in case Python has dropped the first.
+_REPEAT_INTERRUPT_SECONDS = 0.5
+#: Columns of a .csv file.
 COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "model", "cached", "reason", "code")
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE|DIR...")
-@click.option("--model", required=True, metavar="MODEL", help="Which model; `mlg models` lists them.")
-@click.option("--wait", is_flag=True, help="Wait for the answers and write them.")
+@click.option("--model", required=True, metavar="MODEL", help="Model to run; `mlg models` lists them.")
+@click.option("--wait", is_flag=True, help="Wait for the results and print them.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the answers to this .jsonl or .csv file; waits for them.",
+    help="Wait for the results and write them to this .jsonl or .csv file.",
 )
-@click.option("--url", metavar="URL", help="The server. [MLG_URL; http://127.0.0.1:5000]")
-@click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Labels per image.")
+@click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
+@click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Number of labels per image.")
 @click.option(
     "--retry-timeout",
     "--patience",
@@ -60,7 +61,7 @@ COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to try again when the server is busy or away.",
+    help="How long to retry while the server is busy or unreachable.",
 )
 @home_option
 def submit(
@@ -73,17 +74,19 @@ def submit(
     retry_timeout_seconds: float,
     home: Path | None,
 ) -> None:
-    """Send images, and whole folders of them, to a server.
+    """Send images, or folders of images, to a server.
 
-    Run it again after a break: what the server has is not sent again. Without --wait each line on stdout is a file and
-    its request id, with it also the status and the best label, separated by tabs. The exit status is 1 if any failed.
+    After an interruption run the same command again: images that the server has acknowledged are not sent twice.
+
+    Each line on stdout is a file and its request id, separated by a tab; with --wait the status and the best label
+    follow. The exit status is 1 if any image failed.
 
     \b
     Example:
       mlg submit --model efficientnet_lite0 --wait kitten.jpg
       mlg submit --model efficientnet_lite0 --out results.csv photos/
     """
-    from cli.submit_progress import Bars
+    from cli.submit_progress import ProgressBars
     from mlg_client import Client, ClientError, Unreachable
 
     home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
@@ -96,7 +99,7 @@ def submit(
         with (
             Client(url, retry_timeout_seconds=retry_timeout_seconds) as client,
             SubmitJournal(home, client.url, model.lower()) as journal,
-            Bars(len(rows), is_waiting=is_waiting, tell=None if is_waiting else _print_sent) as bars,
+            ProgressBars(len(rows), is_waiting=is_waiting, on_sent=None if is_waiting else _print_sent) as bars,
         ):
             send_all(rows, client, model, journal, top=top, progress=bars)
             if is_waiting:
@@ -107,23 +110,23 @@ def submit(
             write_rows(rows, out)
         acknowledged = sum(row.request is not None for row in rows)
         click.echo(
-            f"mlg: {acknowledged} of {len(rows)} images are with the server. Run the same command again to go on.",
+            f"mlg: The server has {acknowledged} of {len(rows)} images. Run the same command again to continue.",
             err=True,
         )
         if isinstance(error, KeyboardInterrupt):
-            # At once: an interpreter that ends waits for the client's threads, and the server may hold their reads.
+            # A normal exit would wait for the client's threads, whose reads the server may hold for seconds.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
         if isinstance(error, ClientError):
-            hint = " Start it with mlg serve, or name another with --url." if isinstance(error, Unreachable) else ""
-            raise ServerUnreachable(error.reason + hint) from error
+            hint = " Start it: mlg serve. Or give another address: --url." if isinstance(error, Unreachable) else ""
+            raise MlgError(error.reason + hint) from error
         raise
     if out is not None:
         write_rows(rows, out)
     elif is_waiting:
         for row in rows:
-            _print_answered(row)
+            _print_result(row)
     failed = [row for row in rows if row.is_failed]
     for row in failed:
         click.echo(f"mlg: {os.fsencode(row.file).decode('utf-8', 'replace')}: {row.reason or row.status}", err=True)
@@ -133,25 +136,25 @@ def submit(
 
 @dataclass(kw_only=True)
 class Row:
-    """What is known of one file; filled in as the run goes on."""
+    """One file and its current state, updated during the run."""
 
-    #: The file as it was named or found.
+    #: The path as it was given or found.
     file: Path
-    #: As the server last described it; None until it is acknowledged.
+    #: The request as the server last reported it; None until it is acknowledged.
     request: Request | None = None
-    #: The request's; "waiting" before it was sent, "refused" when the server does not take it, or "unreadable".
+    #: The status of the request; before that "waiting", or "refused" by the server, or "unreadable".
     status: str = "waiting"
-    #: Why it failed.
+    #: Why it failed, for people and for programs.
     reason: str | None = None
     code: str | None = None
 
     @property
     def is_failed(self) -> bool:
-        """Tell whether there will be no answer."""
+        """Tell whether there will be no result."""
         return self.status in ("refused", "unreadable", "failed", "cancelled", "expired")
 
     def update(self, outcome: Request | Refused) -> None:
-        """Note what the server says of the file."""
+        """Take over what the server reported."""
         from mlg_client import Refused
 
         self.reason, self.code = outcome.reason, outcome.code
@@ -162,23 +165,23 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Image:
-    """A file that was read."""
+class _ImageFile:
+    """The contents of a file."""
 
     file: Path
     data: bytes = field(repr=False)
     sha256: str
 
     @classmethod
-    def read(cls, file: Path) -> _Image:
+    def read(cls, file: Path) -> _ImageFile:
         data = file.read_bytes()
         return cls(file=file, data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """List the files that are named, and the images in the folders that are named, in a stable order, each once.
+    """List the given files and the images in the given folders, in a stable order and without duplicates.
 
-    :raises ConfigError: a path is not there, or there is no image at all.
+    :raises ConfigError: a path does not exist, or there is no image at all.
     """
     from mlg_client import SUFFIXES
 
@@ -192,21 +195,22 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         else:
             raise ConfigError(f"There is no file or folder {path}.")
     if not found:
-        raise ConfigError(f"No image files there. From folders these are taken: {' '.join(sorted(SUFFIXES))}")
+        raise ConfigError(f"No image files found. Suffixes that are sent from folders: {' '.join(sorted(SUFFIXES))}")
     return list(found)
 
 
 def send_all(
-    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: Bars
+    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: ProgressBars
 ) -> None:
-    """Send what the server has not acknowledged yet, equal images once.
+    """Send the images that the server has not acknowledged yet; identical images are sent once.
 
-    :raises ClientError: the server is away, or takes no image for this model; what was sent so far is in the journal.
+    :raises ClientError: the server is unreachable, or refuses every image for this model. The journal has what was
+        sent so far.
     """
-    #: By sha256.
+    # By sha256.
     outcomes = _send_unfinished(rows, client, model, journal)
     for part in _read_in_parts(rows):
-        new: dict[str, _Image] = {}
+        new: dict[str, _ImageFile] = {}
         for _, image in part:
             if image is not None and image.sha256 not in outcomes:
                 new.setdefault(image.sha256, image)
@@ -226,8 +230,8 @@ def send_all(
             progress.sent(row)
 
 
-def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Bars) -> None:
-    """Wait for the answers of all that were acknowledged. :raises ClientError: the server is away."""
+def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: ProgressBars) -> None:
+    """Wait for the results of all acknowledged images. :raises ClientError: the server is unreachable."""
     requests = {row.request.id: row.request for row in rows if row.request is not None}
     waiting: dict[str, list[Row]] = {id: [] for id in requests}
     for row in rows:
@@ -240,7 +244,10 @@ def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Bar
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
-    """Write what is known as .jsonl or .csv; the file is there whole or not at all. :raises StoreUnavailable:"""
+    """Write the current state of all files as .jsonl or .csv, atomically.
+
+    :raises StoreUnavailable: the file cannot be written.
+    """
     text = io.StringIO(newline="")
     if out.suffix.lower() == ".csv":
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -253,7 +260,7 @@ def write_rows(rows: Sequence[Row], out: Path) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            # Names that are not UTF-8 come back as the bytes they were.
+            # surrogateescape writes file names that are not UTF-8 as their original bytes.
             file.write(text.getvalue().encode("utf-8", "surrogateescape"))
             file.flush()
             os.fsync(file.fileno())
@@ -264,32 +271,32 @@ def write_rows(rows: Sequence[Row], out: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse a results file that could not be written at the end. :raises ConfigError:"""
+    """Check that the results file can be written at the end. :raises ConfigError: it cannot."""
     if out.suffix.lower() not in (".jsonl", ".csv"):
-        raise ConfigError(f"--out takes a name that ends in .jsonl or .csv, not {out.name!r}.")
+        raise ConfigError(f"--out needs a file name that ends in .jsonl or .csv, not {out.name!r}.")
     if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise ConfigError(f"--out: {out} cannot be written.")
 
 
 def _handle_interrupt() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt until it arrives: Python drops it where it cannot raise, as in finalisers."""
+    """Raise KeyboardInterrupt on Ctrl-C, repeatedly: Python drops it where it cannot be raised, as in finalisers."""
 
     def interrupt(number: int, frame: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, _INTERRUPT_AGAIN_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _REPEAT_INTERRUPT_SECONDS)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGALRM, interrupt)
 
 
-def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _Image | None]]]:
-    """Read the files, one batch's worth at a time; None for one that cannot be read."""
-    part: list[tuple[Row, _Image | None]] = []
+def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _ImageFile | None]]]:
+    """Read the files, one batch at a time; the image is None if the file cannot be read."""
+    part: list[tuple[Row, _ImageFile | None]] = []
     size_bytes = 0
     for row in rows:
         image = None
         try:
-            image = _Image.read(row.file)
+            image = _ImageFile.read(row.file)
         except OSError as error:
             row.status, row.reason, row.code = "unreadable", f"cannot be read: {error.strerror}", "unreadable"
         image_bytes = len(image.data) if image is not None else 0
@@ -305,33 +312,35 @@ def _read_in_parts(rows: Iterable[Row]) -> Iterator[list[tuple[Row, _Image | Non
 def _send_unfinished(
     rows: Iterable[Row], client: Client, model: str, journal: SubmitJournal
 ) -> dict[str, Request | Refused]:
-    """Send the batch at which an earlier run broke once more, under its key, so that the server accepts it only once.
+    """Send the batch that an earlier run left without an answer, under its key, so that the server accepts it once.
 
-    Only if all its files are named again and unchanged; else its images are sent like all others.
+    This needs all its files to be given again, unchanged; otherwise its images are sent like any others.
+
+    :return: by sha256.
     """
     from mlg_client import Refused
 
     batch = journal.unfinished
-    named = {str(row.file.absolute()) for row in rows}
-    if batch is None or not named.issuperset(batch.files.values()):
+    given = {str(row.file.absolute()) for row in rows}
+    if batch is None or not given.issuperset(batch.files.values()):
         return {}
     try:
-        images = [_Image.read(Path(file)) for file in batch.files.values()]
+        images = [_ImageFile.read(Path(file)) for file in batch.files.values()]
         if [image.sha256 for image in images] == list(batch.files):
             return _send_batch(batch, images, client, model, journal)
     except OSError:
-        pass  # said where the file's turn comes
+        pass  # reported when the file is read again, with all others
     except Refused as error:
-        # The key is that of another request: the model was spelled otherwise, or only part of the batch arrived.
+        # The server has another request under this key: the model was spelled differently, or only a part arrived.
         if error.code != "key_reused":
             raise
     return {}
 
 
 def _send_batch(
-    batch: SentBatch, images: Sequence[_Image], client: Client, model: str, journal: SubmitJournal
+    batch: SentBatch, images: Sequence[_ImageFile], client: Client, model: str, journal: SubmitJournal
 ) -> dict[str, Request | Refused]:
-    """Send images and note what the server acknowledged. :return: by sha256. :raises ClientError:"""
+    """Send images and record what the server acknowledged. :return: by sha256. :raises ClientError:"""
     from mlg_client import Request
 
     names = [os.fsencode(image.file.name).decode("utf-8", "replace") for image in images]
@@ -346,7 +355,7 @@ def _print_sent(row: Row) -> None:
         _print_line([os.fsencode(row.file), row.request.id.encode()])
 
 
-def _print_answered(row: Row) -> None:
+def _print_result(row: Row) -> None:
     label, probability = (row.request.best if row.request else None) or ("", 0.0)
     id = row.request.id if row.request else ""
     best = f"{label} {probability:.3f}" if label else ""
@@ -354,7 +363,7 @@ def _print_answered(row: Row) -> None:
 
 
 def _print_line(fields: list[bytes]) -> None:
-    # As bytes: a file name need not be UTF-8.
+    # As bytes, because a file name need not be UTF-8.
     sys.stdout.buffer.write(b"\t".join(fields) + b"\n")
     sys.stdout.buffer.flush()
 

@@ -1,8 +1,9 @@
-"""The journal of `mlg submit`: which images a server has acknowledged, so that a broken run can go on.
+"""The journal of `mlg submit`: which images a server has acknowledged, so that an interrupted run can be continued.
 
-One file for each (url, model) in `home/submissions/`, lines of JSON, on the disk before the next step. Acknowledged
-images are keyed by their bytes, not their names: files may be moved between two runs. A batch is noted before it is
-sent, with its idempotency key, so that a run that broke before the answer can have the very same batch answered again.
+One file of JSON lines for each (url, model) in `home/submissions/`; each step is durable before the next begins.
+Acknowledged images are identified by the hash of their bytes, so files may be moved between two runs. A batch is
+recorded with its idempotency key before it is sent, so that a run that was interrupted before the answer can send the
+same batch again.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ class SentBatch:
     """Images that are sent together under one idempotency key."""
 
     key: str
-    #: sha256 of an image -> its file, as an absolute path, in the order of sending.
+    #: sha256 of an image -> absolute path of its file, in the order of sending.
     files: Mapping[str, str]
 
 
 class SubmitJournal:
-    """The acknowledged images of one server and model; a context manager. :raises StoreUnavailable:"""
+    """The acknowledged images of one server and model; a context manager.
+
+    :raises StoreUnavailable: the file cannot be read or written; every method that writes raises it too.
+    """
 
     def __init__(self, home: Path, url: str, model: str) -> None:
         name = sha256(f"{url}\n{model}".encode()).hexdigest()[:16]
         self.path = home / "submissions" / f"{name}.jsonl"
-        #: The batch that was sent last, if its answer was not noted.
+        #: The last batch, if no answer to it was recorded.
         self.unfinished: SentBatch | None = None
         self._ids: dict[str, str] = {}
         try:
@@ -55,18 +59,17 @@ class SubmitJournal:
         self._file.close()
 
     def find(self, sha256: str) -> str | None:
-        """Return the id under which the server acknowledged these bytes, None if it did not."""
+        """Return the request id that the server gave to these bytes; None if it has not acknowledged them."""
         return self._ids.get(sha256)
 
     def begin(self, batch: SentBatch) -> None:
-        """Note a batch that is about to be sent; durable on return. :raises StoreUnavailable:"""
+        """Record a batch that is about to be sent; durable on return."""
         self._write([{"key": batch.key, "files": dict(batch.files)}])
 
     def finish(self, batch: SentBatch, ids: Mapping[str, str]) -> None:
-        """Note what the server acknowledged of a batch; durable on return.
+        """Record what the server acknowledged of a batch; durable on return.
 
         :param ids: sha256 -> request id.
-        :raises StoreUnavailable:
         """
         acknowledged = [{"sha256": sha256, "req_id": req_id} for sha256, req_id in ids.items()]
         self._write([*acknowledged, {"finished": batch.key}])
@@ -79,9 +82,9 @@ class SubmitJournal:
             try:
                 self._add(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # the heading, or a line that was torn when the process was killed
+                continue  # the header, or a line that is incomplete because the process was killed
         if text and not text.endswith(b"\n"):
-            self._file.write(b"\n")  # so that the next line does not continue the torn one
+            self._file.write(b"\n")  # so that the next entry starts on a line of its own
 
     def _add(self, entry: dict[str, Any]) -> None:
         if "files" in entry:

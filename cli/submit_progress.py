@@ -5,21 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cli.submit import Row
+if TYPE_CHECKING:
+    from cli.submit import Row
 
 
-class Bars:
-    """One bar for what was sent, one for what was answered; a context manager.
+class ProgressBars:
+    """One bar for the images sent and one for the results; a context manager.
 
-    :param tell: called with each row that was sent, in order.
+    :param on_sent: called with each row that was sent, in the order of the files.
     """
 
-    def __init__(self, total: int, *, is_waiting: bool, tell: Callable[[Row], None] | None) -> None:
-        self._tell = tell
+    def __init__(self, total: int, *, is_waiting: bool, on_sent: Callable[[Row], None] | None) -> None:
+        self._on_sent = on_sent
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,7 +34,7 @@ class Bars:
         self._sent = self._progress.add_task("sent", total=total)
         self._answered = self._progress.add_task("answered", total=total, visible=is_waiting)
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         self._progress.start()
         return self
 
@@ -42,13 +44,13 @@ class Bars:
         self._progress.stop()
 
     def sent(self, row: Row) -> None:
-        """Count a file that was acknowledged, found in the journal, or refused; called in the order of the files."""
+        """Count a file that was acknowledged, now or in an earlier run, or refused."""
         self._progress.advance(self._sent)
         if row.request is None:
             self._progress.advance(self._answered)
-        if self._tell is not None:
-            self._tell(row)
+        if self._on_sent is not None:
+            self._on_sent(row)
 
     def answered(self, row: Row) -> None:
-        """Count a file whose answer is there."""
+        """Count a file that has its result."""
         self._progress.advance(self._answered)

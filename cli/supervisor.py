@@ -1,8 +1,8 @@
-"""The supervisor of `mlg up`: starts the server and the batcher as processes of their own and keeps them alive.
+"""The supervisor of `mlg up`: starts the server and the batcher as child processes and restarts them.
 
-Called by `commands.py`. It does none of their work, so that nothing can make it fall with them. The children live in
-sessions of their own: Ctrl-C reaches only the supervisor, which stops them in order. Should it be killed itself, they
-see the end of a pipe that only it held open, and stop.
+Called by `up.py`. It does none of their work, so that their errors cannot crash it. Each child has its own session:
+Ctrl-C reaches only the supervisor, which stops the children in order. If the supervisor itself is killed, the children
+see a pipe close that only it held open, and stop.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: What `mlg up` waits by default, instead of ten minutes: whoever starts it wants to see answers.
+#: The defaults of `mlg up`, instead of ten minutes: its user wants to see results at once.
 SHORT_WAITS = {"MLG_MAX_WAIT_SECONDS": "0.2", "MLG_POLL_SECONDS": "0.05"}
-#: Pause before a child that died is started again; doubles from the first to the last.
+#: Delay before a child that exited is restarted; doubles each time, up to the maximum.
 INITIAL_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 5.0
-#: A child that lived this long was well: its next pause is the first again.
+#: After running for so long, a child is restarted with the initial delay again.
 STABLE_SECONDS = 10.0
-#: Everything must be ready within this time.
+#: Both children must be ready within this time.
 READY_SECONDS = 60.0
-#: What a child gets to stop beyond what it gives its own work.
+#: Time that a child gets to stop, beyond the time that it gives its own work.
 GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.05
 
 
 def with_short_waits(variables: Mapping[str, str]) -> dict[str, str]:
-    """Fill in the waits of `mlg up` where the user has not set any."""
+    """Return the variables with the defaults of `mlg up` for those that the user has not set."""
     return {**variables, **{name: value for name, value in SHORT_WAITS.items() if not variables.get(name, "").strip()}}
 
 
 @dataclass(kw_only=True)
 class _Child:
-    """A child process and its history."""
+    """A child process and the state of its restarts."""
 
     name: str
     command: tuple[str, ...]
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
-    #: When it is to be started; None while it runs.
+    #: When to start it, by the monotonic clock; None while it runs.
     start_at: float | None = 0.0
     backoff_seconds: float = INITIAL_BACKOFF_SECONDS
     is_ready: bool = False
-    #: Variables that differ from those of the other children.
-    extra: dict[str, str] = field(default_factory=dict)
+    #: Environment variables for this child only.
+    extra_variables: dict[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
     """Starts, watches and stops the children.
 
-    :param variables: the environment with options filled in; the children get it as it is.
-    :param write_line: writes a line for the person who started it.
-    :raises ConfigError: a setting cannot be used.
+    :param variables: the environment with the options in it; the children get it unchanged.
+    :param write_line: writes a message for the user.
+    :raises ConfigError: a setting is invalid.
     """
 
     def __init__(self, variables: Mapping[str, str], *, write_line: Callable[[str], None]) -> None:
@@ -85,10 +85,14 @@ class Supervisor:
         self._stop_requested = threading.Event()
 
     def run(self) -> int:
-        """Run until told to stop. :return: the exit status. :raises MlgError: the home cannot be used."""
+        """Run until a signal arrives.
+
+        :return: the exit status.
+        :raises MlgError: the home cannot be used, or a child is not ready in time.
+        """
         store = SqliteStore(self._settings)
         try:
-            # Once here, so that a home that cannot be used is one clear line and not two children that fall.
+            # Here first, so that a home that cannot be used is one error line, and not two children that crash.
             store.migrate()
             store.check()
             check_exposure(self._settings, store)
@@ -114,7 +118,7 @@ class Supervisor:
             for child in (self._server, self._batcher):
                 status = self._supervise(child)
                 if status is not None and status > 0:
-                    # It has said why on stderr, which is ours too; starting it again would say it again.
+                    # It has written why to stderr, which it shares with us; a restart would only repeat that.
                     return 1
             self._read_address()
             self._batcher.is_ready = self._batcher.is_ready or self._is_registered(store, started_at)
@@ -123,7 +127,7 @@ class Supervisor:
                 return 0
             if time.monotonic() > deadline:
                 late = next(child.name for child in (self._server, self._batcher) if not child.is_ready)
-                raise MlgError(f"The {late} did not get ready within {READY_SECONDS:g} s; see the lines above.")
+                raise MlgError(f"The {late} was not ready within {READY_SECONDS:g} s; see the lines above.")
             self._stop_requested.wait(_POLL_SECONDS / 2)
         return 0
 
@@ -133,7 +137,7 @@ class Supervisor:
                 self._supervise(child)
 
     def _supervise(self, child: _Child) -> int | None:
-        """Start the child if it is time to. :return: the exit status of one that has just ended."""
+        """Start the child if it is due. :return: its exit status if it has just ended, else None."""
         now = time.monotonic()
         if child.process is not None:
             status = child.process.poll()
@@ -168,7 +172,7 @@ class Supervisor:
         try:
             child.process = subprocess.Popen(
                 module_command("mlg", *arguments),
-                env=child_environment(self._variables, child.extra),
+                env=child_environment(self._variables, child.extra_variables),
                 stdin=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,
@@ -179,7 +183,7 @@ class Supervisor:
         child.started_at, child.start_at = time.monotonic(), None
 
     def _read_address(self) -> None:
-        """Learn where the server listens, once it does."""
+        """Read where the server listens, if it has written that yet."""
         if self._ready_fd is None:
             return
         try:
@@ -191,8 +195,8 @@ class Supervisor:
             host, _, port = line.strip().rpartition(" ")
             self._address = (host, int(port))
             self._server.is_ready = True
-            # A server that is started again must be found where the first one was.
-            self._server.extra["MLG_PORT"] = port
+            # After a restart the server must have the same port.
+            self._server.extra_variables["MLG_PORT"] = port
 
     def _close_ready(self) -> None:
         if self._ready_fd is not None:
@@ -209,14 +213,16 @@ class Supervisor:
         assert self._address is not None
         url = base_url(*self._address)
         workers = self._batcher_settings.workers
-        where = f"{workers} worker{'s' if workers > 1 else ''}" if self._batcher_settings.executor == "local" else ""
+        executor = self._batcher_settings.executor
+        if executor == "local":
+            executor += f", {workers} worker{'s' if workers > 1 else ''}"
         return "\n".join(
             (
                 "mlg is up.",
                 f"  address   {url}",
                 f"  home      {self._settings.home}",
-                f"  executor  {self._batcher_settings.executor}" + (f", {where}" if where else ""),
-                "Try it with a picture of yours:",
+                f"  executor  {executor}",
+                "Try it with an image:",
                 f"  curl -F image=@kitten.jpg {url}/requestPrediction/efficientnet_lite0",
                 "Ctrl-C stops it.",
             )
@@ -239,7 +245,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _stop(self) -> None:
-        """Stop the batcher, which finishes its work, then the server. A second signal kills both at once."""
+        """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once."""
         grace = {"batcher": self._batcher_settings.drain_seconds + GRACE_SECONDS, "server": GRACE_SECONDS}
         for child in (self._batcher, self._server):
             if child.process is None or child.process.poll() is not None:
@@ -248,12 +254,12 @@ class Supervisor:
             deadline = time.monotonic() + grace[child.name]
             while child.process.poll() is None:
                 if self._signals > 1 or time.monotonic() > deadline:
-                    log.warning("the %s is killed", child.name)
+                    log.warning("killing the %s", child.name)
                     _kill_session(child.process)
                 time.sleep(_POLL_SECONDS / 2)
 
     def _kill(self) -> None:
-        """Leave nobody behind, whatever happened; nothing is left to do after an orderly stop."""
+        """Kill the children that are left after an error; there are none after an orderly stop."""
         for child in (self._batcher, self._server):
             if child.process is not None:
                 if child.process.poll() is None:
@@ -262,7 +268,7 @@ class Supervisor:
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    # The child is the leader of its session, so this reaches the server's own worker processes too.
+    # The child leads its own session, so this kills the worker processes of the server as well.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,21 +1,24 @@
-"""Tables on the terminal, for commands that list."""
+"""Output of the commands that list: tables for people, JSON lines for programs."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def make_table(*columns: str, right: Collection[str] = ()) -> Table:
-    """Make an empty table; without any headings if all are empty.
+    """Create a table without rows; it has no header if all column names are empty.
 
-    :param right: the columns of figures, which stand at their right edge.
+    :param right: the columns that are aligned right.
     """
     from rich.table import Table
 
@@ -31,22 +34,33 @@ def make_table(*columns: str, right: Collection[str] = ()) -> Table:
 
 
 def width() -> int:
-    """Return how many columns there are to print on; many in a pipe, so that each row stays on one line."""
+    """Return the width of the terminal in characters; in a pipe a large one, so that no row is wrapped."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 250
 
 
 def print_table(table: Table) -> None:
-    """Print a table; in a pipe each row stays on one line."""
+    """Print a table; in a pipe each row is one line."""
     from rich.console import Console
 
     Console(width=width(), markup=False, highlight=False).print(table)
 
 
 def local_time(moment: datetime) -> str:
-    """Write a time for people: that of this machine's clock."""
+    """Format a time in the time zone of this machine."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def printable(text: str) -> str:
-    """Return a text of others so that it cannot steer the terminal, on one line and not too long."""
+    """Make untrusted text safe for the terminal: one line, no control characters, at most 200 characters."""
     return "".join(character if character.isprintable() else " " for character in text)[:200]
+
+
+def short_address(address: str) -> str:
+    """Shorten a provider's address so that it can still be recognised, and passed to other commands."""
+    return address if len(address) <= 12 else address[:10] + "…"
+
+
+def print_json_lines(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print JSON objects, one per line."""
+    for row in rows:
+        click.echo(json.dumps(row))

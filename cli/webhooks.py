@@ -1,6 +1,7 @@
-"""The group `mlg webhooks`: addresses that are told of every end, and what became of the messages to them.
+"""The group `mlg webhooks`: addresses to notify when a request or a batch is done, and the messages sent to them.
 
-Works on the store itself; the server processes do the sending, but for a test. Found through the table in `mlg.py`.
+Loaded through the table in `mlg.py`. It uses the store directly. The server processes send the messages; only `test`
+sends one itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
+from cli.tables import local_time, make_table, print_json_lines, print_table, printable
 from provider_image.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 @click.group()
 def webhooks() -> None:
-    """Tell other programs when a request or a batch is done.
+    """Notify other programs when a request or a batch is done.
+
+    A batch is a group of images that a client sent together (/batches in the HTTP API); it is done when all of its
+    requests are. It has nothing to do with the command `mlg batch`. A running server sends the messages.
 
     \b
     Example:
@@ -40,15 +45,15 @@ def webhooks() -> None:
     default="request.done,batch.done",
     show_default=True,
     metavar="EVENT,...",
-    help="What to tell: request.done, batch.done.",
+    help="Events to send, separated by commas.",
 )
 @home_option
 @json_option
 def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None:
-    """Add an address, and show the secret that signs what is sent to it.
+    """Add an address. Prints its id and the secret that signs its messages.
 
-    The receiver checks the signature with the secret (https://www.standardwebhooks.com). The messages tell of all
-    requests, whosever they are.
+    The receiver uses the secret to verify the signature (https://www.standardwebhooks.com). It is notified of the
+    requests and batches of all clients.
 
     \b
     Example:
@@ -57,29 +62,33 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
     from server.webhooks import check_webhook
     from store.webhooks import EVENTS, EndpointRecord, new_secret
 
-    wanted = tuple(dict.fromkeys(event.strip() for event in events.split(",") if event.strip()))
-    unknown = sorted(set(wanted) - set(EVENTS))
-    if unknown or not wanted:
-        raise ConfigError(f"--events {events}: it takes {' and '.join(EVENTS)}, with commas between.")
+    chosen = tuple(dict.fromkeys(event.strip() for event in events.split(",") if event.strip()))
+    unknown = sorted(set(chosen) - set(EVENTS))
+    if unknown or not chosen:
+        raise ConfigError(f"--events {events}: use {' and '.join(EVENTS)}, separated by commas.")
     opening = open_store(home)
-    check_webhook(url, is_private_allowed=opening.settings.allows_private_webhooks)
+    check_webhook(url, allows_private=opening.settings.allows_private_webhooks)
     with opening as store:
         endpoint = EndpointRecord(
-            id=f"we_{secrets.token_hex(6)}", url=url, events=wanted, secret=new_secret(), created_at=datetime.now(UTC)
+            id=f"we_{secrets.token_hex(6)}", url=url, events=chosen, secret=new_secret(), created_at=datetime.now(UTC)
         )
         store.add_endpoint(endpoint)
     if as_json:
-        click.echo(json.dumps(_endpoint_json(endpoint, has_secret=True)))
+        print_json_lines([_endpoint_to_json(endpoint, has_secret=True)])
     else:
         click.echo(f"{endpoint.id}  {endpoint.secret}")
 
 
 @webhooks.command("list")
-@click.option("--show-secret", is_flag=True, help="Show the secrets, and the one for addresses sent with requests.")
+@click.option(
+    "--show-secret",
+    is_flag=True,
+    help="Show the secrets too, and the one for addresses given with requests.",
+)
 @home_option
 @json_option
 def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
-    """List the addresses.
+    """List the addresses, and whether each is active.
 
     \b
     Example:
@@ -88,15 +97,12 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
     """
     with open_store(home) as store:
         endpoints = store.list_endpoints()
-        own_secret = store.webhook_secret(None)
+        shared_secret = store.webhook_secret(None)
     if as_json:
-        for endpoint in endpoints:
-            click.echo(json.dumps(_endpoint_json(endpoint, has_secret=show_secret)))
+        print_json_lines(_endpoint_to_json(endpoint, has_secret=show_secret) for endpoint in endpoints)
         if show_secret:
-            click.echo(json.dumps({"id": None, "secret": own_secret}))
+            print_json_lines([{"id": None, "secret": shared_secret}])
         return
-    from cli.tables import make_table, print_table, printable
-
     table = make_table("id", "url", "events", "state", *(["secret"] if show_secret else []))
     for endpoint in endpoints:
         state = "on" if endpoint.disabled_at is None else f"off: {endpoint.disabled_reason}"
@@ -108,7 +114,7 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
             *([endpoint.secret] if show_secret else []),
         )
     if show_secret:
-        table.add_row("-", "(addresses that come with requests)", "", "on", own_secret)
+        table.add_row("-", "(addresses given with requests)", "", "on", shared_secret)
     print_table(table)
 
 
@@ -116,7 +122,7 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
 @click.argument("id")
 @home_option
 def remove_webhook(id: str, home: Path | None) -> None:
-    """Remove an address, and what was still to be sent to it.
+    """Remove an address and its messages that are not delivered yet.
 
     \b
     Example:
@@ -130,13 +136,15 @@ def remove_webhook(id: str, home: Path | None) -> None:
 @click.argument("id")
 @home_option
 def test_webhook(id: str, home: Path | None) -> None:
-    """Send a message of the type `webhook.test` now, and say what the receiver answers.
+    """Send a test message now. Its type is `webhook.test`; the command reports what the receiver answers.
 
     \b
     Example:
       mlg webhooks test we_0123456789ab
     """
-    from server.webhooks import DeliveryFailed, send
+    from server.errors import DeliveryFailed
+    from server.http_client import HttpClient
+    from server.webhooks import send
     from store.records import to_text
     from store.webhooks import UnknownWebhook
 
@@ -152,48 +160,48 @@ def test_webhook(id: str, home: Path | None) -> None:
         id=f"msg_{secrets.token_hex(16)}",
         body=json.dumps(message).encode(),
         secret=endpoint.secret,
-        is_private_allowed=opening.settings.allows_private_webhooks,
         now=now,
+        http_client=HttpClient(allows_private=opening.settings.allows_private_webhooks),
     )
     if not 200 <= status < 300:
         raise DeliveryFailed(f"The receiver answered with status {status}.")
-    click.echo(f"The receiver took it (status {status}).")
+    click.echo(f"The receiver accepted it (status {status}).")
 
 
 @webhooks.command("deliveries")
-@click.option("--state", type=click.Choice(["pending", "delivered", "dead"]), help="Only those that stand there.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many at most.")
+@click.option("--state", type=click.Choice(["pending", "delivered", "dead"]), help="Only messages in this state.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @home_option
 @json_option
 def list_deliveries(state: str | None, limit: int, home: Path | None, as_json: bool) -> None:
-    """List messages, newest first.
+    """List the messages, newest first.
 
     \b
     Example:
       mlg webhooks deliveries --state pending
     """
-    _list(home, state, limit, as_json)
+    _list_messages(home, state, limit, as_json)
 
 
 @webhooks.command("dead")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @home_option
 @json_option
 def list_dead(limit: int, home: Path | None, as_json: bool) -> None:
-    """List the messages that were given up, newest first.
+    """List the messages that could not be delivered, newest first. The server does not send them again by itself.
 
     \b
     Example:
       mlg webhooks dead --json
     """
-    _list(home, "dead", limit, as_json)
+    _list_messages(home, "dead", limit, as_json)
 
 
 @webhooks.command("redeliver")
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @home_option
 def redeliver(ids: tuple[str, ...], home: Path | None) -> None:
-    """Send messages again. The server sends them, so it must be running.
+    """Queue messages to be sent again. A running server sends them.
 
     \b
     Example:
@@ -205,18 +213,15 @@ def redeliver(ids: tuple[str, ...], home: Path | None) -> None:
             click.echo(f"{delivery.id}  {delivery.url}")
 
 
-def _list(home: Path | None, state: str | None, limit: int, as_json: bool) -> None:
+def _list_messages(home: Path | None, state: str | None, limit: int, as_json: bool) -> None:
     with open_store(home) as store:
         found = store.list_deliveries(status=state, limit=limit)
     if as_json:
-        from server.api.views.webhooks import serialize_delivery
+        from server.serializers import serialize_delivery
 
-        for delivery in found:
-            click.echo(json.dumps(serialize_delivery(delivery)))
+        print_json_lines(map(serialize_delivery, found))
         return
-    from cli.tables import local_time, make_table, print_table, printable
-
-    table = make_table("id", "when", "event", "url", "state", "tries", "last error", right=("tries",))
+    table = make_table("id", "when", "event", "url", "state", "attempts", "last error", right=("attempts",))
     for delivery in found:
         table.add_row(
             delivery.id,
@@ -231,12 +236,10 @@ def _list(home: Path | None, state: str | None, limit: int, as_json: bool) -> No
 
 
 def _state(delivery: DeliveryRecord) -> str:
-    from cli.tables import local_time
-
-    return delivery.status if delivery.next_at is None else f"next try {local_time(delivery.next_at)}"
+    return delivery.status if delivery.next_at is None else f"next attempt {local_time(delivery.next_at)}"
 
 
-def _endpoint_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
+def _endpoint_to_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
     from store.records import to_text
 
     return {

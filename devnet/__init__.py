@@ -1,5 +1,6 @@
-"""A small Golem network on one desk: what the unmodified yapapi needs of a yagna daemon, and providers behind it.
+"""A simulator of the Golem daemon (yagna) and its providers, for trying out and for tests.
 
-For trying out and for tests; nothing else in the batcher imports it. Its providers run what they are sent as local
-processes, so it is no faster than this machine, and nobody is paid.
+It serves the part of the daemon's REST API that an unmodified yapapi uses. Its providers run what they receive as local
+processes: it is no faster than this machine, and no money is involved. It imports only `provider_image`; of the product
+only `cli/devnet.py` imports it. Needs aiohttp (extra `devnet`).
 """

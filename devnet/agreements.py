@@ -1,10 +1,10 @@
-"""The agreements: signed by the requestor, approved or refused by the provider, ended by either.
+"""The agreements: signed by the requestor, approved or rejected by the provider, terminated by either.
 
     Proposal -- confirm --> Pending -- approve --> Approved -- terminate --> Terminated
-        `-- cancel, too late --'`-- refuse, cancel, too late --> Rejected, Cancelled, Expired
+        `-- cancel, expire --'`-- reject, cancel, expire --> Rejected, Cancelled, Expired
 
-Made by `market.Market` of what was negotiated there. Called by the API for the requestor and by `providers.Provider`
-for the providers. It knows nothing of money and of activities.
+Made by `MarketService` from what was negotiated there. The API calls it for the requestor, `provider/agent.py` for the
+providers. It knows nothing of payments and activities.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
-from devnet.api_errors import Conflict, Gone, NotFound, TimedOut
+from devnet.errors import Conflict, Gone, NotFound, TimedOut
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
 
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
-#: States of an agreement that may still become, or is, work.
+#: States of an agreement that is in effect or may come into effect.
 LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 class AgreementListener(Protocol):
-    """What a provider is told. It must not wait: the requestor's call does."""
+    """What agreements report to a provider. The methods must return at once: the requestor's call waits for them."""
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
-        """The requestor signed an agreement and waits for approval."""
+        """Handle an agreement that the requestor signed and that waits for approval."""
 
     def agreement_ended(self, agreement: Agreement) -> None:
-        """An agreement of its is over, whoever ended it."""
+        """Handle the end of one of the provider's agreements, whichever side ended it."""
 
 
 class Agreements(Mapping[str, Agreement]):
     """All agreements of a devnet: id -> agreement, oldest first.
 
     :param providers: node id -> provider.
-    :param on_change: called after every change that a restarted daemon should know.
+    :param on_change: called after every change of the state that is kept over a restart.
     """
 
     def __init__(
@@ -56,25 +56,28 @@ class Agreements(Mapping[str, Agreement]):
         return self._agreements[agreement_id]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the ids."""
+        """Iterate over the ids, oldest first."""
         return iter(self._agreements)
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of agreements."""
         return len(self._agreements)
 
     # The requestor's side
 
     def create(self, demand: Demand, counter: Proposal, draft: Proposal, valid_to: datetime) -> Agreement:
-        """Make an agreement of a provider's draft, which answered the requestor's counter-proposal."""
+        """Make an agreement from a provider's draft proposal and the requestor's counter-proposal that it answers.
+
+        :raises Conflict: there is an agreement on the draft.
+        """
         self._expire()
         if any(each.proposal_id == draft.proposal_id and each.state in LIVE_STATES for each in self.values()):
-            raise Conflict(f"There is an agreement on the proposal {draft.proposal_id} already.")
+            raise Conflict(f"There is already an agreement on the proposal {draft.proposal_id}.")
         agreement = Agreement(
             agreement_id=secrets.token_hex(32),
             proposal_id=draft.proposal_id,
             provider_id=draft.issuer_id,
-            # What the requestor said last, with the properties that were agreed on, is its side.
+            # The requestor's side is its demand with the properties and constraints of its last proposal.
             demand={**demand.to_api(), "properties": counter.properties, "constraints": counter.constraints},
             offer={
                 "offerId": draft.offer_id,
@@ -92,7 +95,7 @@ class Agreements(Mapping[str, Agreement]):
         return agreement
 
     def find(self, agreement_id: str) -> Agreement:
-        """Find an agreement."""
+        """Return an agreement. :raises NotFound: there is none."""
         self._expire()
         agreement = self._agreements.get(agreement_id)
         if agreement is None:
@@ -102,7 +105,7 @@ class Agreements(Mapping[str, Agreement]):
     def search(
         self, *, state: str | None, after: datetime | None, before: datetime | None, session_id: str | None
     ) -> list[Agreement]:
-        """List agreements, oldest first."""
+        """Return the agreements that match all criteria given, oldest first."""
         self._expire()
         return [
             each
@@ -125,10 +128,15 @@ class Agreements(Mapping[str, Agreement]):
             provider.agreement_confirmed(agreement)
 
     async def wait_for_approval(self, agreement_id: str, seconds: float | None) -> None:
-        """Return when the provider has approved; without a limit if `seconds` is None."""
+        """Wait until the provider approves.
+
+        :param seconds: how long to wait; without a limit if None.
+        :raises TimedOut: it has not decided in time.
+        :raises Gone: the agreement was rejected or cancelled, or expired.
+        """
         agreement = self.find(agreement_id)
         if agreement.state == "Proposal":
-            raise Conflict("The agreement was not confirmed yet.")
+            raise Conflict("The agreement has not been confirmed yet.")
         left = max(0.0, (agreement.valid_to - self._clock()).total_seconds())
         await self._notifier.wait_until(
             lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left)
@@ -140,7 +148,7 @@ class Agreements(Mapping[str, Agreement]):
             raise Gone(agreement.state)
 
     def cancel(self, agreement_id: str, reason: dict[str, Any] | None) -> None:
-        """Take an agreement back for the requestor, before it is approved."""
+        """Cancel an agreement for the requestor, before it is approved."""
         agreement = self.find(agreement_id)
         if agreement.state not in ("Proposal", "Pending"):
             raise Gone(agreement.state)
@@ -149,7 +157,7 @@ class Agreements(Mapping[str, Agreement]):
     # The provider's side
 
     def approve(self, agreement: Agreement) -> bool:
-        """Approve an agreement for the provider. :return: False if it is too late for that."""
+        """Approve an agreement for the provider. :return: False if it no longer waits for approval."""
         self._expire()
         if agreement.state != "Pending":
             return False
@@ -158,18 +166,21 @@ class Agreements(Mapping[str, Agreement]):
         self._changed()
         return True
 
-    def refuse(self, agreement: Agreement, message: str) -> None:
-        """Refuse an agreement for the provider."""
+    def reject(self, agreement: Agreement, message: str) -> None:
+        """Reject an agreement for the provider."""
         if agreement.state == "Pending":
             self._end(agreement, "Rejected", "Provider", {"message": message})
 
     # Both sides
 
     def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
-        """End an approved agreement for either side: "Requestor" or "Provider"."""
+        """Terminate an approved agreement.
+
+        :param terminator: "Requestor" or "Provider".
+        """
         agreement = self.find(agreement_id)
         if agreement.state in ("Proposal", "Pending"):
-            raise Conflict(f"The agreement is not approved yet: {agreement.state}.")
+            raise Conflict(f"The agreement has not been approved yet: {agreement.state}.")
         if agreement.state != "Approved":
             raise Gone(agreement.state)
         self._end(agreement, "Terminated", terminator, reason)
@@ -177,7 +188,10 @@ class Agreements(Mapping[str, Agreement]):
     async def poll(
         self, after: datetime | None, seconds: float, max_items: int, session_id: str | None
     ) -> list[dict[str, Any]]:
-        """List what happened to agreements after a date, waiting for the first."""
+        """Return the events of agreements after a time; wait if there are none.
+
+        :param seconds: how long to wait.
+        """
         since = "" if after is None else format_time(after)
 
         def matching_events() -> list[dict[str, Any]]:
@@ -193,11 +207,11 @@ class Agreements(Mapping[str, Agreement]):
     # Across restarts
 
     def dump(self) -> dict[str, Any]:
-        """Return all of it as JSON's values."""
+        """Return the state as JSON values."""
         return {"agreements": [to_row(each) for each in self.values()], "events": self.events}
 
     def load(self, dumped: Mapping[str, Any]) -> None:
-        """Take in what `dump` returned."""
+        """Restore the state from the result of `dump`."""
         self._agreements = {each["agreement_id"]: from_row(Agreement, each) for each in dumped["agreements"]}
         self.events = list(dumped["events"])
         for event in self.events:

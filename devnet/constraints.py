@@ -1,10 +1,10 @@
-"""The language in which demands and offers say what they want of each other: LDAP's filters, as Golem uses them.
+"""The constraint language of demands and offers: LDAP filters, as Golem uses them.
 
     (&(golem.runtime.name=mlg)(|(golem.inf.cpu.cores>=2)(golem.inf.mem.gib>4))(!(golem.node.id.name=b*)))
 
-A constraint is parsed once and then asked about many properties. Two numbers are compared as numbers, all else as
-text; a list has a value if one of its items has it. A property that is not there fulfils no comparison, so that its
-negation is true: the real market calls that undefined.
+A constraint is parsed once and then matched against many sets of properties. Two numbers are compared as numbers, all
+else as text; a list matches if one of its items does. A missing property matches no comparison, so its negation is
+true: the real market calls that undefined.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from provider_image.errors import MlgError
 
-#: Deeper nesting is a mistake or an attack.
+#: Deeper nesting is an error or an attack.
 MAX_DEPTH = 60
 
 _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
@@ -33,17 +33,17 @@ _ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
 
 
 class BadConstraint(MlgError):
-    """The constraint is not written as in (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
+    """The constraint does not have the form (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
 
     code = "bad_constraint"
     permanent = True
 
 
 class Constraint(Protocol):
-    """What a node asks of another's properties."""
+    """What a node requires of another node's properties."""
 
     def matches(self, properties: Mapping[str, Any]) -> bool:
-        """Tell whether the properties fulfil it."""
+        """Return whether the properties satisfy the constraint."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ class _Comparison:
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Constraint:
-    """Read a constraint. An empty one is always fulfilled.
+    """Parse a constraint. An empty one is always satisfied.
 
-    :raises BadConstraint: says where it stopped making sense.
+    :raises BadConstraint: with the position of the error.
     """
-    reader = _Reader(text)
-    if reader.is_at_end():
+    parser = _Parser(text)
+    if parser.is_at_end():
         return _All(())
-    constraint = reader.group(0)
-    if not reader.is_at_end():
-        raise reader.error("there is more after the last bracket")
+    constraint = parser.group(0)
+    if not parser.is_at_end():
+        raise parser.error("there is more after the last bracket")
     return constraint
 
 
-class _Reader:
+class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
         self._position = 0

@@ -1,11 +1,12 @@
-"""The devnet's `gftp` program: says which of the requestor's files may cross, and under which URLs.
+"""File transfer between requestor and providers: the `gftp` program, and the providers' side of it.
 
-yapapi starts it as `gftp server`, one for each Golem, through the script that `write_program` puts on the PATH, and
-talks JSON-RPC with it, one line a message. It carries nothing itself: a URL is a small file in the exchange, a folder
-that the daemon's `transfers.py` looks into. It imports only the standard library, because it runs as a lone file and a
-requestor waits for its first answer.
+yapapi starts `gftp server`, once per `Golem` object, through the script that `write_program` puts on the PATH, and
+sends it JSON-RPC, one message per line. The server only publishes URLs: each is a small file in the exchange, a folder
+that it shares with the daemon. `fetch` and `deliver`, called by `provider/exe_unit.py`, look URLs up there and copy
+files. This module imports only the standard library, because it also runs as a script for whose start a requestor
+waits.
 
-Weaker than the real one: both sides must be on one machine and may read each other's files.
+Limitation: both sides must be on one machine and can read each other's files.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-#: From 0.7.3 on yapapi closes the URLs that it needs no more.
+#: From version 0.7.3 on, yapapi closes URLs after use.
 VERSION = "0.17.3 (devnet)"
-#: Who publishes, if nobody says otherwise; the daemon's own identity is not needed to find a file.
+#: The default publisher in URLs; it is not needed to find a file.
 NODE_ID = "0x" + "de" * 20
 
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")
@@ -36,44 +37,77 @@ _BLOCK_BYTES = 1024 * 1024
 _METHODS = ("version", "publish", "receive", "close", "upload", "download", "shutdown")
 
 
-class UnknownUrl(Exception):
+class TransferFailed(Exception):
+    """A file could not be copied."""
+
+
+class UnknownUrl(TransferFailed):
     """Nothing is published under this URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFile:
-    """What a URL stands for."""
+    """A file of the requestor that has a URL."""
 
-    #: The requestor's file.
     file: Path
-    #: It waits for bytes from a provider; otherwise it may be read.
+    #: A provider may write the file; otherwise it may read it.
     is_target: bool
 
 
 def resolve_url(exchange: Path, url: str) -> PublishedFile:
-    """Look up a URL. :raises UnknownUrl: it is none of gftp's, was closed, or was never published."""
+    """Look up a URL. :raises UnknownUrl: it is not a gftp URL, was closed, or was never published."""
     name = _entry_name(url)
     for folder in _folders(exchange) if name else []:
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((folder / name).read_text())
             published = PublishedFile(file=Path(entry["file"]), is_target=entry["is_target"])
-            # Another server may have published the same contents, and its file may still be there.
+            # Another server may have published the same content, and its file may still exist.
             if published.is_target or published.file.exists():
                 return published
-    raise UnknownUrl(f"Nothing is published as {url}")
+    raise UnknownUrl(f"Nothing is published at {url}")
+
+
+def fetch(exchange: Path, url: str, target: Path) -> int:
+    """Copy a published file of the requestor to `target`.
+
+    :return: its size in bytes.
+    :raises TransferFailed: the URL is unknown or not for reading, or copying failed.
+    """
+    published = resolve_url(exchange, url)
+    if published.is_target:
+        raise TransferFailed(f"There is no file to read at {url}")
+    try:
+        return copy_file(published.file, target)
+    except OSError as error:
+        raise TransferFailed(f"{url} cannot be fetched: {error.strerror or error}") from error
+
+
+def deliver(exchange: Path, source: Path, url: str) -> int:
+    """Copy `source` to the file of the requestor that waits for it.
+
+    :return: its size in bytes.
+    :raises TransferFailed: the URL is unknown or not for writing, or copying failed.
+    """
+    published = resolve_url(exchange, url)
+    if not published.is_target:
+        raise TransferFailed(f"No file is expected at {url}")
+    try:
+        return copy_file(source, published.file)
+    except OSError as error:
+        raise TransferFailed(f"{source.name} cannot be delivered: {error.strerror or error}") from error
 
 
 def copy_file(source: Path, target: Path) -> int:
-    """Copy a file so that nobody sees half of it; blocks of zeros become holes.
+    """Copy a file atomically; blocks of zeros become holes.
 
     :return: its size in bytes.
-    :raises OSError: one of the two cannot be used; the target is as it was before.
+    :raises OSError: a file cannot be read or written; the target is unchanged.
     """
     part = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.part")
     try:
         with source.open("rb") as reader, part.open("xb") as writer:
             while block := reader.read(_BLOCK_BYTES):
-                # A provider that answers with 200 MB of nothing shall not fill the requestor's disk.
+                # The fault `oversize` must not fill the requestor's disk with zeros.
                 if block.count(0) == len(block):
                     writer.seek(len(block), os.SEEK_CUR)
                 else:
@@ -87,48 +121,48 @@ def copy_file(source: Path, target: Path) -> int:
 
 
 def write_program(bin_folder: Path, exchange: Path, *, node_id: str = NODE_ID) -> Path:
-    """Write an executable script `gftp` that runs this file with this Python, whatever the environment says.
+    """Write an executable script `gftp` that runs this file with this Python, independent of the environment.
 
-    :param node_id: stands in the URLs.
-    :return: its path; put its folder on the PATH of the requestor.
+    :param node_id: publisher in the URLs.
+    :return: the script's path; its folder belongs on the PATH of the requestor.
     """
     bin_folder.mkdir(parents=True, exist_ok=True)
-    # Without site-packages (-S) it starts in half the time.
-    words = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(exchange.absolute()), node_id]
+    # Without site-packages (-S), Python starts in half the time.
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(exchange.absolute()), node_id]
     program = bin_folder / "gftp"
     part = bin_folder / f".gftp.{os.urandom(6).hex()}"
-    part.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    part.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     part.chmod(0o755)
     part.replace(program)
     return program
 
 
 def remove_dead_servers(exchange: Path) -> int:
-    """Forget what servers that were killed had published. :return: how many servers."""
+    """Remove what killed servers had published. :return: the number of these servers."""
     removed = 0
     with _exchange_lock(exchange):
         for folder in _folders(exchange):
             with contextlib.suppress(OSError), (folder / _LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by its server for as long as that lives
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a running server
                 _remove(folder)
                 removed += 1
     return removed
 
 
 def _entry_name(url: str) -> str:
-    """Return what a URL is called in the exchange; empty if it is none of gftp's."""
+    """Return the file name of a URL in the exchange; empty if it is not a gftp URL."""
     match = _URL.fullmatch(url)
     return match[1] if match else ""
 
 
 def _folders(exchange: Path) -> list[Path]:
-    """List the servers' folders, those of the dead included."""
+    """List the folders of all servers, including killed ones."""
     return list(exchange.glob("server-*"))
 
 
 @contextlib.contextmanager
 def _exchange_lock(exchange: Path) -> Iterator[None]:
-    """Let one process at a time make or remove servers' folders."""
+    """Hold the lock under which servers' folders are made and removed."""
     exchange.mkdir(parents=True, exist_ok=True)
     with (exchange / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -142,7 +176,7 @@ def _remove(folder: Path) -> None:
 
 
 class _RpcError(Exception):
-    """A JSON-RPC error: its code and its message."""
+    """A JSON-RPC error with its code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -150,7 +184,7 @@ class _RpcError(Exception):
 
 
 class _GftpServer:
-    """One server: what it has published stands in a folder of its own, so that no other one can close it."""
+    """A server. It publishes in its own folder, so that no other server can close its URLs."""
 
     def __init__(self, exchange: Path, node_id: str) -> None:
         self._exchange, self._node_id = exchange, node_id
@@ -159,7 +193,7 @@ class _GftpServer:
 
     @contextlib.contextmanager
     def published_folder(self) -> Iterator[None]:
-        """Have a folder, held by a lock that the kernel drops when this process ends, however it ends."""
+        """Create the server's folder and lock it; the kernel releases the lock when this process ends in any way."""
         remove_dead_servers(self._exchange)
         with contextlib.ExitStack() as stack:
             with _exchange_lock(self._exchange):
@@ -169,35 +203,35 @@ class _GftpServer:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):  # the daemon may have removed the whole exchange
+                with contextlib.suppress(OSError):  # the daemon may have removed the exchange
                     _remove(self._folder)
 
-    def answer(self, line: bytes) -> dict[str, Any] | None:
-        """Answer one message; a notification, which has no id, has no answer."""
+    def handle(self, line: bytes) -> dict[str, Any] | None:
+        """Handle a message. :return: the response; None for a notification, which has no id."""
         message: Any = None
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            return _error_response(None, -32700, "This is not JSON.")
+            return _error_response(None, -32700, "The message is not JSON.")
         if not isinstance(message, dict) or not isinstance(message.get("method"), str):
-            return _error_response(None, -32600, "This is not a JSON-RPC request.")
+            return _error_response(None, -32600, "The message is not a JSON-RPC request.")
         try:
             result = self._call(message["method"], message.get("params", {}))
         except _RpcError as error:
-            answer = _error_response(message.get("id"), error.code, str(error))
-        except (UnknownUrl, OSError, ValueError) as error:  # ValueError: a NUL in a path
-            answer = _error_response(message.get("id"), -32000, str(error))
+            response = _error_response(message.get("id"), error.code, str(error))
+        except (TransferFailed, OSError, ValueError) as error:  # ValueError: a NUL in a path
+            response = _error_response(message.get("id"), -32000, str(error))
         else:
-            answer = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
-        return answer if "id" in message else None
+            response = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
+        return response if "id" in message else None
 
     def _call(self, method: str, params: Any) -> object:
         if method not in _METHODS:
-            raise _RpcError(-32601, f"There is no method {method!r}. There are: {', '.join(_METHODS)}.")
+            raise _RpcError(-32601, f"There is no method {method!r}. Known: {', '.join(_METHODS)}.")
         call: Callable[..., object] = getattr(self, f"_{method}")
         parameter_types = {name: kind for name, kind in call.__annotations__.items() if name != "return"}
         if not isinstance(params, dict) or params.keys() != parameter_types.keys():
-            raise _RpcError(-32602, f"{method} takes by name: {', '.join(parameter_types) or 'nothing'}.")
+            raise _RpcError(-32602, f"{method} has these named parameters: {', '.join(parameter_types) or 'none'}.")
         for name, value in params.items():
             texts = value if parameter_types[name] == "list[str]" else [value]
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -211,7 +245,7 @@ class _GftpServer:
         return [{"file": file, "url": self._register_url(_digest(Path(file)), file, is_target=False)} for file in files]
 
     def _receive(self, output_file: str) -> dict[str, str]:
-        Path(output_file).open("ab").close()  # as the real one does: it exists even if nothing ever comes
+        Path(output_file).open("ab").close()  # as the real one does: the file exists even if nothing is ever written
         return {"file": output_file, "url": self._register_url(os.urandom(32).hex(), output_file, is_target=True)}
 
     def _close(self, urls: list[str]) -> list[str]:
@@ -225,17 +259,11 @@ class _GftpServer:
         return "ok"
 
     def _upload(self, file: str, url: str) -> dict[str, str]:
-        published = resolve_url(self._exchange, url)
-        if not published.is_target:
-            raise UnknownUrl(f"Nobody waits for a file at {url}")
-        copy_file(Path(file), published.file)
+        deliver(self._exchange, Path(file), url)
         return {"file": file, "url": url}
 
     def _download(self, url: str, output_file: str) -> dict[str, str]:
-        published = resolve_url(self._exchange, url)
-        if published.is_target:
-            raise UnknownUrl(f"There is no file to read at {url}")
-        copy_file(published.file, Path(output_file))
+        fetch(self._exchange, url, Path(output_file))
         return {"file": output_file, "url": url}
 
     def _shutdown(self) -> str:
@@ -243,7 +271,7 @@ class _GftpServer:
         return "ok"
 
     def _register_url(self, name: str, file: str, *, is_target: bool) -> str:
-        """Write down what a URL stands for. The same contents have the same URL, and then the newest file counts."""
+        """Publish a URL for a file. Files with the same content have the same URL, which stands for the latest one."""
         part = self._folder / f"{name}.part"
         part.write_text(json.dumps({"file": str(Path(file).absolute()), "is_target": is_target}))
         part.replace(self._folder / name)
@@ -256,20 +284,20 @@ def _digest(file: Path) -> str:
 
 
 def _error_response(number: object, code: int, message: str) -> dict[str, Any]:
-    # yapapi reads lines of up to 64 KiB, and a path in the message can be of any length.
+    # yapapi reads lines of up to 64 KiB, and a path in the message can have any length.
     return {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": message[:1000]}}
 
 
 def _serve(exchange: Path, node_id: str) -> None:
-    # Ctrl-C reaches the whole group of the requestor, which still has files to take leave of.
+    # Ctrl-C reaches the whole process group of the requestor, which still has to close its files.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     server = _GftpServer(exchange, node_id)
     with server.published_folder(), contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
-            answer = server.answer(line) if line.strip() else None
-            if answer is not None:
-                sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            response = server.handle(line) if line.strip() else None
+            if response is not None:
+                sys.stdout.buffer.write(json.dumps(response).encode() + b"\n")
                 sys.stdout.buffer.flush()
             if server.is_shut_down:
                 break
@@ -282,13 +310,13 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str]) -> int:
     """Run the program.
 
-    :param arguments: the exchange and a node id, which the script adds; then what the caller said.
+    :param arguments: the exchange and the node id, which the script adds, then the caller's arguments.
     """
-    exchange, node_id, *words = arguments
-    if words == ["server"]:
+    exchange, node_id, *rest = arguments
+    if rest == ["server"]:
         _serve(Path(exchange), node_id)
         return 0
-    sys.stderr.write("usage: gftp server\n\nAnswers JSON-RPC, one line a message, until its standard input ends.\n")
+    sys.stderr.write("usage: gftp server\n\nAnswers JSON-RPC, one message per line, until its standard input ends.\n")
     return 2
 
 

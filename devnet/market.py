@@ -1,7 +1,7 @@
-"""The market: demands and the negotiation over them. What comes of it is in `agreements.py`.
+"""The market: demands, and the negotiation that leads to the agreements of `agreements.py`.
 
-Called by the API for the requestor and by `providers.Provider` for the providers. It knows nothing of money and of
-activities. Whatever cannot be done is a `ApiError`, whose status is the published description's.
+The API calls it for the requestor, `provider/agent.py` for the providers. It knows nothing of payments and activities.
+An invalid call raises an `ApiError` with the status of the published API description.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from devnet.agreements import AgreementListener, Agreements
-from devnet.api_errors import ApiError, Conflict, Gone, NotFound
 from devnet.constraints import BadConstraint, parse
+from devnet.errors import ApiError, Conflict, Gone, NotFound
 from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.waiting import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
+from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
 
-#: Finished demands of which the ids are remembered, to answer 410 and not 404.
+#: Number of closed demands whose ids are kept, so that closing them again is answered with 410 and not 404.
 MAX_CLOSED_DEMANDS = 200
 
 
 class ProviderListener(AgreementListener, Protocol):
-    """What a provider is told. It must not wait: the requestor's call does."""
+    """What the market reports to a provider. The methods must return at once: the requestor's call waits for them."""
 
     node_id: str
 
     def demand_opened(self, demand: Demand) -> None:
-        """There is a new demand."""
+        """Handle a new demand."""
 
     def proposal_countered(self, proposal: Proposal) -> None:
-        """The requestor answered one of its proposals."""
+        """Handle the requestor's counter-proposal to one of the provider's proposals."""
 
 
 class MarketService:
     """All demands, proposals and agreements of a devnet.
 
-    :param on_change: called after every change that a restarted daemon should know.
+    :param on_change: called after every change of the state that is kept over a restart.
     """
 
     def __init__(self, *, requestor_id: str, clock: Clock = utc_now, on_change: Callable[[], None]) -> None:
@@ -53,11 +53,8 @@ class MarketService:
     # Demands
 
     def subscribe(self, properties: Mapping[str, Any], constraints: str) -> Demand:
-        """Open a demand."""
-        try:
-            parse(constraints)
-        except BadConstraint as error:
-            raise ApiError(error.reason) from error
+        """Open a demand. :raises ApiError: the constraints or the expiration are invalid."""
+        _check_constraints(constraints)
         demand = Demand(
             demand_id=secrets.token_hex(16),
             requestor_id=self._requestor_id,
@@ -73,30 +70,33 @@ class MarketService:
         return demand
 
     def unsubscribe(self, demand_id: str) -> None:
-        """Close a demand; what waits for its events is refused."""
+        """Close a demand; polls that wait for its events fail."""
         demand = self.demands.get(demand_id)
         if demand is None:
             raise NotFound(f"There is no demand {demand_id}.")
         if not demand.is_open:
-            raise Gone(f"The demand {demand_id} is closed already.")
+            raise Gone(f"The demand {demand_id} has already been closed.")
         self._close(demand)
         self._changed()
 
     def list_open_demands(self) -> list[Demand]:
-        """List the demands that are neither closed nor expired."""
+        """Return the demands that are neither closed nor expired."""
         self._expire()
         return [demand for demand in self.demands.values() if demand.is_open]
 
     def find_open_demand(self, demand_id: str) -> Demand:
-        """Find a demand that is open."""
+        """Return a demand. :raises NotFound: there is none, or it is closed or expired."""
         self._expire()
         demand = self.demands.get(demand_id)
         if demand is None or not demand.is_open:
-            raise NotFound(f"There is no demand {demand_id}, or it is over.")
+            raise NotFound(f"There is no demand {demand_id}, or it is closed or expired.")
         return demand
 
     async def poll(self, demand_id: str, seconds: float, max_items: int) -> list[dict[str, Any]]:
-        """Take the events of a demand, waiting for the first."""
+        """Remove and return the events of a demand; wait if there are none.
+
+        :param seconds: how long to wait.
+        """
         demand = self.find_open_demand(demand_id)
         if demand.expires_at is not None:
             seconds = min(seconds, max(0.0, (demand.expires_at - self._clock()).total_seconds()))
@@ -120,7 +120,10 @@ class MarketService:
         constraints: str,
         previous_id: str | None = None,
     ) -> Proposal:
-        """Send a provider's proposal to the requestor: Initial, or Draft if it answers one of the requestor's."""
+        """Send a provider's proposal to the requestor.
+
+        :param previous_id: the requestor's counter-proposal that it answers; an initial proposal if None.
+        """
         proposal = Proposal(
             proposal_id=f"R-{secrets.token_hex(16)}",
             issuer_id=issuer_id,
@@ -139,14 +142,11 @@ class MarketService:
         return proposal
 
     def counter(self, demand_id: str, proposal_id: str, properties: Mapping[str, Any], constraints: str) -> Proposal:
-        """Answer a provider's proposal for the requestor."""
+        """Answer a provider's proposal with a counter-proposal of the requestor."""
         received = self.proposal(demand_id, proposal_id)
         if received.state == "Rejected":
             raise Gone(f"The proposal {proposal_id} was rejected.")
-        try:
-            parse(constraints)
-        except BadConstraint as error:
-            raise ApiError(error.reason) from error
+        _check_constraints(constraints)
         expiration(properties)
         proposal = Proposal(
             proposal_id=f"R-{secrets.token_hex(16)}",
@@ -167,15 +167,15 @@ class MarketService:
         return proposal
 
     def reject(self, demand_id: str, proposal_id: str) -> None:
-        """Refuse a provider's proposal for the requestor."""
+        """Reject a provider's proposal for the requestor."""
         proposal = self.proposal(demand_id, proposal_id)
         if proposal.state == "Rejected":
-            raise Gone(f"The proposal {proposal_id} was rejected already.")
+            raise Gone(f"The proposal {proposal_id} has already been rejected.")
         proposal.state = "Rejected"
         self._changed()
 
     def proposal(self, demand_id: str, proposal_id: str) -> Proposal:
-        """Find a provider's proposal for a demand that is open."""
+        """Return a provider's proposal for an open demand. :raises NotFound: there is none."""
         self.find_open_demand(demand_id)
         proposal = self.proposals.get(proposal_id)
         if proposal is None or proposal.demand_id != demand_id or proposal.issuer_id == self._requestor_id:
@@ -183,15 +183,18 @@ class MarketService:
         return proposal
 
     def create_agreement(self, proposal_id: str, valid_to: datetime) -> Agreement:
-        """Make an agreement of a provider's draft."""
+        """Make an agreement from a provider's draft proposal.
+
+        :raises Conflict: the proposal was not negotiated.
+        """
         self._expire()
         draft = self.proposals.get(proposal_id)
         if draft is None or draft.issuer_id == self._requestor_id:
-            raise NotFound(f"There is no proposal {proposal_id}, or its demand is over.")
+            raise NotFound(f"There is no proposal {proposal_id}, or its demand is closed or expired.")
         if draft.state == "Rejected":
             raise Gone(f"The proposal {proposal_id} was rejected.")
         if draft.state == "Initial":
-            raise Conflict(f"The proposal {proposal_id} was not negotiated yet.")
+            raise Conflict(f"The proposal {proposal_id} has not been negotiated yet.")
         counter = self.proposals[draft.previous_id or ""]
         agreement = self.agreements.create(self.demands[draft.demand_id], counter, draft, valid_to)
         draft.state = "Accepted"
@@ -201,7 +204,7 @@ class MarketService:
     # Across restarts
 
     def dump(self) -> dict[str, Any]:
-        """Return all of it as JSON's values."""
+        """Return the state as JSON values."""
         return {
             "demands": [to_row(each) for each in self.demands.values()],
             "proposals": [to_row(each) for each in self.proposals.values()],
@@ -209,7 +212,7 @@ class MarketService:
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
-        """Take in what `dump` returned."""
+        """Restore the state from the result of `dump`."""
         self.demands = {each["demand_id"]: from_row(Demand, each) for each in dumped["demands"]}
         self.proposals = {each["proposal_id"]: from_row(Proposal, each) for each in dumped["proposals"]}
         self.agreements.load(dumped)
@@ -223,7 +226,7 @@ class MarketService:
     def _close(self, demand: Demand) -> None:
         demand.is_open = False
         demand.events.clear()
-        # Agreements have copies of what was negotiated; nobody can ask about the rest any more.
+        # Agreements have copies of what was negotiated; other proposals can no longer be requested.
         self.proposals = {key: each for key, each in self.proposals.items() if each.demand_id != demand.demand_id}
         closed = [each.demand_id for each in self.demands.values() if not each.is_open]
         for demand_id in closed[:-MAX_CLOSED_DEMANDS]:
@@ -240,12 +243,19 @@ class MarketService:
             self._changed()
 
 
+def _check_constraints(text: str) -> None:
+    try:
+        parse(text)
+    except BadConstraint as error:
+        raise ApiError(error.reason) from error
+
+
 def expiration(properties: Mapping[str, Any]) -> datetime | None:
-    """Read golem.srv.comp.expiration, milliseconds since 1970."""
+    """Return the time in golem.srv.comp.expiration, which is in milliseconds since 1970; None if it is not a number."""
     value = properties.get("golem.srv.comp.expiration")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return datetime.fromtimestamp(value / 1000, UTC)
     except (OverflowError, OSError, ValueError) as error:
-        raise ApiError(f"golem.srv.comp.expiration is no time in milliseconds: {value!r}.") from error
+        raise ApiError(f"golem.srv.comp.expiration must be a time in milliseconds, not {value!r}.") from error

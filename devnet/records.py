@@ -1,6 +1,7 @@
-"""What the market and the payments keep: plain records, which can be written as JSON and read again.
+"""The records of market and payments, and their conversion to and from JSON.
 
-Changed only by `market.Market` and `payment.Payment`. `to_api()` is the record as the API shows it.
+Only `market.py`, `agreements.py`, `payments.py`, `wallet.py` and the provider of an agreement change them. `to_api()`
+returns a record as the API shows it, `to_row` and `from_row` as the state file keeps it.
 """
 
 from __future__ import annotations
@@ -11,28 +12,28 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from devnet.waiting import format_time, parse_time
+from devnet.timing import format_time, parse_time
 
 _Record = TypeVar("_Record")
 
 
 @dataclass(kw_only=True)
 class Demand:
-    """What a requestor looks for."""
+    """A requestor's demand on the market."""
 
     demand_id: str
     requestor_id: str
     properties: dict[str, Any]
     constraints: str
     created_at: datetime
-    #: From golem.srv.comp.expiration; None if it does not say.
+    #: From golem.srv.comp.expiration; None if it is not set.
     expires_at: datetime | None
     is_open: bool = True
-    #: Events that were not fetched yet.
+    #: Events that have not been fetched yet.
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def to_api(self) -> dict[str, Any]:
-        """See the module."""
+        """Return the record as the API shows it."""
         return {
             "demandId": self.demand_id,
             "requestorId": self.requestor_id,
@@ -44,7 +45,7 @@ class Demand:
 
 @dataclass(kw_only=True)
 class Proposal:
-    """One move in a negotiation, of either side."""
+    """A proposal of either side in a negotiation."""
 
     proposal_id: str
     issuer_id: str
@@ -58,7 +59,7 @@ class Proposal:
     previous_id: str | None = None
 
     def to_api(self) -> dict[str, Any]:
-        """See the module."""
+        """Return the record as the API shows it."""
         data = {
             "proposalId": self.proposal_id,
             "issuerId": self.issuer_id,
@@ -72,12 +73,12 @@ class Proposal:
 
 @dataclass(kw_only=True)
 class Agreement:
-    """What two nodes agreed on."""
+    """An agreement between the requestor and a provider."""
 
     agreement_id: str
     proposal_id: str
     provider_id: str
-    #: As published.
+    #: Both sides, in the API's form.
     demand: dict[str, Any]
     offer: dict[str, Any]
     valid_to: datetime
@@ -86,21 +87,21 @@ class Agreement:
     created_at: datetime
     approved_at: datetime | None = None
     session_id: str | None = None
-    #: Who ended it, and why.
+    #: Which side ended it, and why.
     terminator: str | None = None
     reason: dict[str, Any] | None = None
-    #: Activity id -> usage counters as last seen.
+    #: Activity id -> its usage counters, as last read.
     usage: dict[str, list[float]] = field(default_factory=dict)
-    #: Whether the provider has sent its invoice, or never will.
+    #: The provider has sent its invoice, or never will.
     is_billed: bool = False
 
     @property
     def short_name(self) -> str:
-        """Return a name for people."""
+        """Return a short name for log lines."""
         return f"agreement {self.agreement_id[:8]}"
 
     def to_api(self) -> dict[str, Any]:
-        """See the module."""
+        """Return the record as the API shows it."""
         data = {
             "agreementId": self.agreement_id,
             "demand": self.demand,
@@ -116,10 +117,10 @@ class Agreement:
         return data
 
     def to_api_summary(self) -> dict[str, Any]:
-        """Show it as in the list of agreements."""
+        """Return the agreement as the API's list of agreements shows it."""
         created = format_time(self.created_at)
         approved = None if self.approved_at is None else format_time(self.approved_at)
-        # The published description names these dates in two ways, and wants those of the one to be there.
+        # The published description has two names for these times, and requires those of one set.
         data = {
             "id": self.agreement_id,
             "timestamp": created,
@@ -132,25 +133,25 @@ class Agreement:
 
 @dataclass(kw_only=True)
 class Allocation:
-    """Money set aside for some work."""
+    """Money reserved for some work."""
 
     allocation_id: str
     address: str
     platform: str
     total: Decimal
     created_at: datetime
-    #: What else the requestor said of it, given back as it was.
+    #: Other fields of the requestor's request, returned unchanged.
     extra: dict[str, Any] = field(default_factory=dict)
     spent: Decimal = Decimal(0)
     is_released: bool = False
 
     @property
     def remaining(self) -> Decimal:
-        """Return what can still be spent."""
+        """Return the amount that can still be spent."""
         return self.total - self.spent
 
     def to_api(self) -> dict[str, Any]:
-        """See the module."""
+        """Return the record as the API shows it."""
         return {
             **self.extra,
             "allocationId": self.allocation_id,
@@ -166,7 +167,7 @@ class Allocation:
 
 @dataclass(kw_only=True)
 class Bill:
-    """An invoice, or a debit note if it has an activity."""
+    """An invoice, or a debit note if `usage` is set."""
 
     bill_id: str
     issuer_id: str
@@ -174,18 +175,18 @@ class Bill:
     payer_address: str
     platform: str
     agreement_id: str
-    #: Of an invoice: all of the agreement's. Of a debit note: the one it is for.
+    #: All activities of the agreement for an invoice; exactly one for a debit note.
     activity_ids: list[str]
     amount: Decimal
     created_at: datetime
     due_at: datetime | None
     status: str = "RECEIVED"
-    #: Debit notes only.
+    #: Usage counters and the previous debit note of the activity; debit notes only.
     usage: list[float] | None = None
     previous_id: str | None = None
 
     def to_api(self) -> dict[str, Any]:
-        """See the module."""
+        """Return the record as the API shows it."""
         data: dict[str, Any] = {
             "issuerId": self.issuer_id,
             "recipientId": self.recipient_id,
@@ -217,7 +218,7 @@ class Bill:
 
 
 def format_amount(amount: Decimal) -> str:
-    """Write an amount exactly and without an exponent."""
+    """Format an amount exactly and without an exponent."""
     text = format(amount, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -226,13 +227,13 @@ def format_amount(amount: Decimal) -> str:
 
 
 def to_row(record: Any) -> dict[str, Any]:
-    """Turn a record into JSON's values."""
+    """Convert a record to JSON values."""
     row = {each.name: getattr(record, each.name) for each in fields(record)}
     return {name: _to_json(value) for name, value in row.items()}
 
 
 def from_row(kind: type[_Record], row: Mapping[str, Any]) -> _Record:
-    """Make a record of what `to_row` returned."""
+    """Make a record from the result of `to_row`."""
     values = dict(row)
     for each in fields(kind):  # type: ignore[arg-type]
         value = values.get(each.name)

@@ -1,6 +1,6 @@
-"""What a devnet consists of: its providers, their prices and speeds, and what goes wrong.
+"""What a devnet consists of: its providers, their prices and speeds, and the faults to inject.
 
-Read once, from a TOML file or made by a test, and passed on. A file names fields as here:
+A scenario is read once, from a TOML file or made by a test, and passed on. A file uses the field names below as keys:
 
     funds = 50
     [[faults]]
@@ -20,66 +20,138 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
-from devnet.faults import DAEMON_KINDS, PROVIDER_KINDS
 from provider_image.errors import ConfigError
 
 PROVIDER_NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
 
+# Faults
+
+#: The owner of the daemon's faults, beside the providers' names.
+DAEMON = "daemon"
+#: Faults of a provider -> what happens.
+PROVIDER_KINDS = {
+    "no-answer": "Does not answer a proposal.",
+    "reject": "Rejects an agreement: the requestor's wait ends with 410.",
+    "slow-approval": "Approves an agreement after `seconds`.",
+    "never-approve": "Neither approves nor rejects an agreement.",
+    "drop-agreement": "Terminates the agreement `seconds` after a batch of the requestor's began.",
+    "no-activity": "Fails to create an activity: 500.",
+    "overbill": "Bills `factor` times the amount due.",
+    "late-bill": "Sends the invoice `seconds` after the end of the agreement.",
+    "never-bill": "Never sends the invoice.",
+    "payable-debit-note": "Sends debit notes with a payment due date, which were not negotiated.",
+    "frequent-debit-notes": "Sends a debit note every `seconds`, every half second if not given.",
+    "fail-deploy": "The deploy command fails.",
+    "exit-nonzero": "The program ends with a nonzero exit status.",
+    "hang": "The program never ends.",
+    "garbage": "The output files are random bytes.",
+    "truncate": "The output files are cut in half.",
+    "oversize": "The output files are far larger than announced.",
+    "wrong-digest": "The results file names the digest of another model.",
+    "swap-results": "The results file contains the results of another chunk.",
+    "die": "The exe-unit dies during a batch.",
+    "vanish-http": "The daemon's calls for the activity hang.",
+}
+#: Faults of the daemon -> what happens.
+DAEMON_KINDS = {
+    "http-500": "Answers a call that matches `path` with 500.",
+    "http-hang": "Answers a call that matches `path` after `seconds`; never, if not given.",
+    "gone": "Executes a call that matches `path`, but closes the connection without a response.",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that goes wrong; an occasion is when it could."""
+    """A fault to inject. An occasion is an event at which it can occur."""
 
-    #: One of `faults.KINDS`.
+    #: One of PROVIDER_KINDS or DAEMON_KINDS.
     kind: str
-    #: On how many occasions; always if None.
+    #: How many times it occurs; unlimited if None.
     times: int | None = None
-    #: How many occasions pass unharmed first.
+    #: Number of occasions to skip first.
     after: int = 0
-    #: Then it strikes on every n-th.
+    #: Then it occurs on every n-th occasion.
     every: int = 1
-    #: For what is slow or late.
+    #: Delay, or interval, of the kinds that have one.
     seconds: float = 0.0
-    #: For bills: how many times too much.
+    #: Factor on the amount of a bill.
     factor: float = 1.0
-    #: For the daemon's: a glob over "METHOD /path"; every call if empty.
+    #: Glob over "METHOD /path", for faults of the daemon; every call if empty.
     path: str = ""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.after < 0 or (self.times is not None and self.times < 0) or self.seconds < 0:
-            raise ConfigError(f"fault {self.kind}: every is 1 or more; after, times and seconds are 0 or more.")
+            raise ConfigError(f"fault {self.kind}: every must be 1 or more; after, times and seconds 0 or more.")
+
+
+class FaultSchedule:
+    """Decides when each fault occurs, by counting its occasions.
+
+    :param faults: name of a provider, or DAEMON -> its faults.
+    """
+
+    def __init__(self, faults: Mapping[str, Sequence[Fault]]) -> None:
+        self._faults = {owner: tuple(some) for owner, some in faults.items()}
+        self._occasions: Counter[tuple[str, str, int]] = Counter()
+
+    @classmethod
+    def from_scenario(cls, scenario: Scenario) -> FaultSchedule:
+        """Collect the faults of the daemon and of all providers."""
+        return cls({DAEMON: scenario.faults, **{plan.name: plan.faults for plan in scenario.providers}})
+
+    def triggers(self, owner: str, kind: str, path: str = "") -> Fault | None:
+        """Count one occasion of a kind of fault and return the fault if it occurs this time.
+
+        :param path: "METHOD /path" for the daemon's kinds; a call that a fault's glob does not match is no occasion.
+        """
+        triggered = None
+        for number, fault in enumerate(self._faults.get(owner, ())):
+            if fault.kind != kind or (fault.path and not fnmatchcase(path, fault.path)):
+                continue
+            key = (owner, kind, number)
+            since = self._occasions[key] - fault.after
+            self._occasions[key] += 1
+            is_due = since >= 0 and since % fault.every == 0
+            if is_due and (fault.times is None or since // fault.every < fault.times):
+                triggered = triggered or fault
+        return triggered
+
+
+# Providers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderPlan:
-    """One provider: what it offers, what it asks for it, and how it misbehaves."""
+    """A provider: its offer, its prices and its faults."""
 
-    #: Its name in offers and in what the devnet tells.
+    #: Its name in offers and in the output of the devnet.
     name: str
-    #: 0x and 40 hexadecimal digits; made from the name if it is not given.
+    #: 0x and 40 hexadecimal digits; derived from the name if empty.
     node_id: str = ""
-    #: GLM an agreement costs beside what is used.
+    #: Fixed price of an agreement, in GLM.
     start_price: Decimal = Decimal("0.001")
-    #: GLM for a second of one processor core at work.
+    #: GLM per second of processor time.
     price_per_cpu_second: Decimal = Decimal("0.0001")
-    #: GLM for a second of an activity's life.
+    #: GLM per second that an activity exists.
     price_per_second: Decimal = Decimal("0.00002")
     cores: int = 1
     threads: int = 1
     memory_gib: float = 8.0
     storage_gib: float = 20.0
-    #: 0.5 takes twice as long.
+    #: Relative speed: 0.5 takes twice as long.
     speed: float = 1.0
-    #: One offer for each.
+    #: The provider makes one offer per runtime.
     runtimes: tuple[str, ...] = ("vm", "mlg")
     faults: tuple[Fault, ...] = ()
-    #: Between two debit notes; none are sent if 0.
+    #: Time between two debit notes; if 0, only one is sent, at the end of the activity.
     debit_note_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,28 +160,29 @@ class ProviderPlan:
             object.__setattr__(self, "node_id", "0x" + digest)
         digits = self.node_id.removeprefix("0x")
         if len(self.node_id) != 42 or len(digits) != 40 or set(digits) - set("0123456789abcdef"):
-            raise ConfigError(f"node_id of {self.name}: {self.node_id!r} is not 0x and 40 small hexadecimal digits.")
+            raise ConfigError(f"node_id of {self.name} must be 0x and 40 lower-case hex digits, not {self.node_id!r}.")
         if min(self.start_price, self.price_per_cpu_second, self.price_per_second) < 0:
             raise ConfigError(f"The prices of {self.name} must be 0 or more.")
         if self.speed <= 0 or self.cores < 1 or self.threads < 1 or self.debit_note_seconds < 0:
             raise ConfigError(
-                f"{self.name}: speed is more than 0, cores and threads are 1 or more, debit_note_seconds 0 or more."
+                f"{self.name}: speed must be more than 0, cores and threads 1 or more, debit_note_seconds 0 or more."
             )
         _check_kinds(self.faults, PROVIDER_KINDS, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A whole devnet."""
+    """The description of a whole devnet."""
 
     providers: tuple[ProviderPlan, ...]
-    #: The daemon's.
+    #: Faults of the daemon.
     faults: tuple[Fault, ...] = ()
     #: GLM in the requestor's wallet.
     funds: Decimal = Decimal(1000)
     subnet: str = "devnet"
-    #: A provider ends an agreement without an activity after so long, and any of which it hears nothing for so long.
+    #: A provider ends an agreement that has had no activity for this long,
     idle_seconds: float = 90.0
+    #: and one for which the requestor has made no call for this long.
     silent_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -118,23 +191,23 @@ class Scenario:
         if len(set(names)) < len(names) or len(set(ids)) < len(ids):
             raise ConfigError(f"Two providers have the same name or node_id: {', '.join(names)}.")
         if self.idle_seconds <= 0 or self.silent_seconds <= 0 or self.funds < 0:
-            raise ConfigError("idle_seconds and silent_seconds are more than 0, funds 0 or more.")
+            raise ConfigError("idle_seconds and silent_seconds must be more than 0, funds 0 or more.")
         _check_kinds(self.faults, DAEMON_KINDS, "the daemon")
 
 
 def default_scenario(count: int) -> Scenario:
-    """Make a scenario of honest providers with different names and prices.
+    """Make a scenario of providers without faults, with different names and prices.
 
-    :raises ConfigError: not even one provider is asked for.
+    :raises ConfigError: `count` is less than 1.
     """
     if count < 1:
-        raise ConfigError(f"A devnet has 1 provider or more, not {count}.")
+        raise ConfigError(f"A devnet needs at least 1 provider, not {count}.")
     return Scenario(providers=tuple(_default_plan(number) for number in range(count)))
 
 
 def _default_plan(number: int) -> ProviderPlan:
     round_number, index = divmod(number, len(PROVIDER_NAMES))
-    # Each a tenth dearer than the one before, so that a requestor has something to choose.
+    # Prices grow by a tenth from provider to provider, so that a requestor has a choice.
     factor = Decimal(10 + number) / 10
     return ProviderPlan(
         name=PROVIDER_NAMES[index] + (str(round_number + 1) if round_number else ""),
@@ -144,7 +217,7 @@ def _default_plan(number: int) -> ProviderPlan:
     )
 
 
-# Files
+# Scenario files
 
 _Record = TypeVar("_Record", Fault, ProviderPlan, Scenario)
 
@@ -152,7 +225,7 @@ _Record = TypeVar("_Record", Fault, ProviderPlan, Scenario)
 def read_scenario(path: Path) -> Scenario:
     """Read a scenario from a TOML file.
 
-    :raises ConfigError: it cannot be read, or names a key, a kind or a value that there is not.
+    :raises ConfigError: the file cannot be read, or has an unknown key or an invalid value.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
@@ -167,7 +240,7 @@ def read_scenario(path: Path) -> Scenario:
             for key_path, table in _tables(document.get("providers", []), "providers")
         )
         if not providers:
-            raise ConfigError("it has no [[providers]].")
+            raise ConfigError("there are no [[providers]].")
         return _make_record(
             Scenario, {**document, "providers": providers, "faults": _faults(document.get("faults", []), "")}, ""
         )
@@ -182,12 +255,12 @@ def _faults(tables: object, key_path: str) -> tuple[Fault, ...]:
 
 def _tables(value: object, key_path: str) -> Iterable[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ConfigError(f"{key_path} is a list of tables, each under a line [[...]].")
+        raise ConfigError(f"{key_path} must be a list of tables, each under a line [[...]].")
     return [(f"{key_path}[{number}]", each) for number, each in enumerate(value)]
 
 
 def _make_record(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> _Record:
-    """Make a record of a table, checking its keys and the types of its values."""
+    """Make a record from a table; check its keys and the types of its values."""
     known = _check_keys(kind, table, key_path)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -199,17 +272,17 @@ def _make_record(kind: type[_Record], table: Mapping[str, Any], key_path: str) -
 
 
 def _check_keys(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> dict[str, str]:
-    """Return the type of each key that a table may have, refusing others."""
+    """Return the type of each key that a table may have. :raises ConfigError: the table has another key."""
     known = {field.name: str(field.type) for field in fields(kind)}
     for key in table:
         if key not in known:
             full_path = f"{key_path}.{key}" if key_path else key
-            raise ConfigError(f"{full_path}: there is no such key.{_suggestion(key, known)}")
+            raise ConfigError(f"{full_path}: unknown key.{_suggestion(key, known)}")
     return known
 
 
 def _value(value: object, kind: str, full_path: str) -> object:
-    """Turn what TOML gave into what the field wants."""
+    """Convert a TOML value to the type of the field."""
     is_number = isinstance(value, int | Decimal) and not isinstance(value, bool)
     if kind == "str" and isinstance(value, str):
         return value
@@ -226,16 +299,16 @@ def _value(value: object, kind: str, full_path: str) -> object:
         return tuple(value)
     if isinstance(value, tuple):
         return value
-    expected = {"str": "a text", "float": "a number", "Decimal": "a number", "tuple[str, ...]": "a list of texts"}
-    raise ConfigError(f"{full_path} is {expected.get(kind, 'a whole number')}, not {value!r}.")
+    expected = {"str": "a string", "float": "a number", "Decimal": "a number", "tuple[str, ...]": "a list of strings"}
+    raise ConfigError(f"{full_path} must be {expected.get(kind, 'an integer')}, not {value!r}.")
 
 
-def _check_kinds(faults: Iterable[Fault], known: Mapping[str, str], who: str) -> None:
+def _check_kinds(faults: Iterable[Fault], known: Mapping[str, str], owner: str) -> None:
     for fault in faults:
         if fault.kind not in known:
-            raise ConfigError(f"{who} has no fault of the kind {fault.kind!r}.{_suggestion(fault.kind, known)}")
+            raise ConfigError(f"{owner} cannot have a fault of kind {fault.kind!r}.{_suggestion(fault.kind, known)}")
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" There are: {', '.join(known)}."
+    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(known)}."

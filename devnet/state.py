@@ -1,4 +1,4 @@
-"""What a restarted daemon still knows: one JSON document, in memory or in a file."""
+"""What the daemon keeps over a restart: one JSON document, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 from provider_image.errors import ConfigError
 
-#: Of the document's form; a daemon refuses another's.
+#: Version of the document's format; other versions are rejected.
 VERSION = 1
 
 
 class StateStore:
-    """Keeps what `snapshot` returns.
+    """Saves and loads the daemon's state.
 
-    With a file it is written soon after every `schedule_save`, once for many; without one only by `save`.
+    :param path: written soon after `schedule_save`, once for several calls. If None, only `save` keeps the state, in
+        memory.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -27,9 +28,9 @@ class StateStore:
         self._is_save_scheduled = False
 
     def load(self) -> dict[str, Any] | None:
-        """Return what was saved last, None if nothing was.
+        """Return the last saved state, None if there is none.
 
-        :raises ConfigError: the file is not ours.
+        :raises ConfigError: the file is not a state file of this version.
         """
         text = self._text
         if self._path is not None and self._path.exists():
@@ -39,23 +40,23 @@ class StateStore:
         try:
             document = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"{self._path} is not a devnet's state: {error}") from error
+            raise ConfigError(f"{self._path} is not the state file of a devnet: {error}") from error
         if not isinstance(document, dict) or document.get("version") != VERSION:
-            raise ConfigError(f"{self._path} is not the state of a devnet of this version.")
+            raise ConfigError(f"{self._path} is not the state file of a devnet of this version.")
         return document
 
     def attach(self, snapshot: Callable[[], dict[str, Any]]) -> None:
-        """Say what is to be kept from now on."""
+        """Set the source of the state to save from now on."""
         self._snapshot = snapshot
 
     def schedule_save(self) -> None:
-        """Something changed."""
+        """Save soon, because something changed."""
         if self._path is not None and not self._is_save_scheduled and self._snapshot is not None:
             self._is_save_scheduled = True
             asyncio.get_running_loop().call_soon(self.save)
 
     def save(self) -> None:
-        """Keep it now."""
+        """Save now."""
         self._is_save_scheduled = False
         if self._snapshot is None:
             return
@@ -66,5 +67,5 @@ class StateStore:
             partial.replace(self._path)
 
     def detach(self) -> None:
-        """Change no more: the daemon is down."""
+        """Save nothing any more: the daemon is down."""
         self._snapshot = None

@@ -1,6 +1,6 @@
-"""The requestor's wallet: how much there is, and what is set aside in allocations for which work.
+"""The requestor's wallet: its funds, and the allocations that reserve parts of them.
 
-Made by `payment.Payment`, which spends from it. All amounts are exact decimals; no money moves anywhere.
+Made by `PaymentService`, which spends from it. All amounts are exact decimals; no money is transferred.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from devnet.api_errors import ApiError, Gone, NotFound
+from devnet.errors import ApiError, Gone, NotFound
 from devnet.records import Allocation, format_amount, from_row, to_row
-from devnet.waiting import Clock, parse_time
+from devnet.timing import Clock, parse_time
 
-#: What can be paid with here: testnets only.
+#: The payment platforms of the simulated accounts: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
 
 
 class Wallet:
     """All allocations of a devnet.
 
-    :param requestor_id: whose it is; also its address, unless an allocation names another.
-    :param funds: what it holds at the beginning.
+    :param requestor_id: the owner; also the wallet's address, unless an allocation names another.
+    :param funds: the initial balance, in GLM.
     :param on_change: called after every change.
     """
 
@@ -36,17 +36,17 @@ class Wallet:
 
     @property
     def free_funds(self) -> Decimal:
-        """Return what is neither spent nor set aside."""
+        """Return what is neither spent nor allocated."""
         spent = sum((each.spent for each in self.allocations.values()), Decimal(0))
         reserved = (each.remaining for each in self.allocations.values() if not each.is_released)
         return self._funds - spent - sum(reserved, Decimal(0))
 
     def allocate(self, body: Mapping[str, Any]) -> Allocation:
-        """Set money aside."""
+        """Allocate an amount. :raises ApiError: the body is invalid, or the funds are not enough."""
         total = parse_amount(body.get("totalAmount"), "totalAmount")
         if total > self.free_funds:
             raise ApiError(
-                f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, asked for: {format_amount(total)} GLM."
+                f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, requested: {format_amount(total)} GLM."
             )
         timeout = body.get("timeout")
         if timeout is not None:
@@ -64,14 +64,14 @@ class Wallet:
         return allocation
 
     def find(self, allocation_id: str) -> Allocation:
-        """Find an allocation that was not released."""
+        """Return an allocation. :raises NotFound: it does not exist or was released."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None or allocation.is_released:
             raise NotFound(f"There is no allocation {allocation_id}.")
         return allocation
 
     def list_active(self) -> list[Allocation]:
-        """List the allocations that were not released."""
+        """List the allocations that have not been released."""
         return [each for each in self.allocations.values() if not each.is_released]
 
     def amend(self, allocation_id: str, body: Mapping[str, Any]) -> Allocation:
@@ -82,8 +82,8 @@ class Wallet:
             total = parse_amount(body["totalAmount"], "totalAmount")
         if total < allocation.spent:
             raise ApiError(
-                f"{format_amount(allocation.spent)} GLM of this allocation are spent; it cannot be "
-                f"{format_amount(total)}."
+                f"{format_amount(allocation.spent)} GLM of this allocation are spent; its total cannot be "
+                f"{format_amount(total)} GLM."
             )
         if total - allocation.total > self.free_funds:
             raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
@@ -95,17 +95,17 @@ class Wallet:
         return allocation
 
     def release(self, allocation_id: str) -> None:
-        """Give back what remains of an allocation."""
+        """Release the remaining amount of an allocation."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None:
             raise NotFound(f"There is no allocation {allocation_id}.")
         if allocation.is_released:
-            raise Gone(f"The allocation {allocation_id} is released already.")
+            raise Gone(f"The allocation {allocation_id} has already been released.")
         allocation.is_released = True
         self._changed()
 
     def decorations(self, allocation_ids: Iterable[str]) -> dict[str, Any]:
-        """Return what a demand must say, so that it can be paid from these allocations."""
+        """Return the properties and constraints of a demand that is to be paid from these allocations."""
         platforms: dict[str, str] = {}
         for allocation_id in allocation_ids:
             try:
@@ -124,7 +124,7 @@ class Wallet:
         }
 
     def accounts(self) -> list[dict[str, Any]]:
-        """List the requestor's wallets, one a platform."""
+        """List the requestor's accounts, one per platform."""
         accounts = []
         for platform in PLATFORMS:
             driver, network, token = platform.split("-")
@@ -135,16 +135,16 @@ class Wallet:
     # Across restarts
 
     def dump(self) -> list[dict[str, Any]]:
-        """Return all of it as JSON's values."""
+        """Return the state as JSON values."""
         return [to_row(each) for each in self.allocations.values()]
 
     def load(self, dumped: Iterable[Mapping[str, Any]]) -> None:
-        """Take in what `dump` returned."""
+        """Restore the state from the result of `dump`."""
         self.allocations = {each["allocation_id"]: from_row(Allocation, each) for each in dumped}
 
 
 def parse_amount(value: object, name: str) -> Decimal:
-    """Read an amount of the API. :raises ApiError: it is none."""
+    """Parse an amount. :raises ApiError: the value is not a decimal number of 0 or more."""
     try:
         amount = Decimal(str(value))
     except InvalidOperation:
@@ -158,7 +158,7 @@ def _require_time(value: object, name: str) -> datetime:
     try:
         return parse_time(str(value))
     except ValueError as error:
-        raise ApiError(f"{name} is no date in ISO 8601: {value!r}.") from error
+        raise ApiError(f"{name} must be a time in ISO 8601, not {value!r}.") from error
 
 
 def _platform(value: object) -> str:
@@ -169,5 +169,5 @@ def _platform(value: object) -> str:
         chosen = {"driver": driver, "network": network, "token": token, **value}
         value = "{driver}-{network}-{token}".format_map(chosen)
     if value not in PLATFORMS:
-        raise ApiError(f"There is no account on {value!r}; there are {', '.join(PLATFORMS)}.")
+        raise ApiError(f"There is no account on {value!r}. Known: {', '.join(PLATFORMS)}.")
     return str(value)

@@ -1,4 +1,4 @@
-"""The Python client of mlg's HTTP API: send images, wait for answers, from plain or from async code.
+"""The Python client of mlg's HTTP API: send images and wait for results, from synchronous or asynchronous code.
 
     from mlg_client import Client
 
@@ -7,8 +7,8 @@
         for request in client.as_completed(batch.requests):
             print(request.name, request.best)
 
-For programs of any kind, `mlg submit` among them. It needs httpx and the standard library, and imports nothing else of
-mlg. The calls are in `calls.py`; here are the two classes that carry out their operations.
+For any Python program; `mlg submit` uses it too. It needs httpx and the standard library, and imports no other package
+of mlg. The calls are in `calls.py`; the two classes here execute their operations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import httpx
 
 from mlg_client.calls import DEFAULT_URL, IN_FLIGHT, Calls
 from mlg_client.errors import ClientError, Refused, StillWaiting, Unavailable, Unreachable
-from mlg_client.operations import Open, Pause, ReadLine, Return, Send, Steps, Yield, advance
+from mlg_client.operations import Open, ReadLine, Return, Send, Sleep, Steps, Yield, advance
 from mlg_client.records import FINAL, Batch, Model, Request, to_dataframe
 from mlg_client.uploads import SUFFIXES, Image
 
@@ -54,15 +54,15 @@ T = TypeVar("T")
 
 
 class Client(Calls):
-    """A server, for plain code; may be shared by threads. A context manager.
+    """A synchronous client of one server; thread-safe. A context manager.
 
-    :param url: MLG_URL unless it is given, else this machine's port 5000.
-    :param api_key: MLG_API_KEY unless it is given; none is sent if there is none.
-    :param retry_timeout_seconds: how long to try again when the server is busy or away.
-    :param timeout_seconds: how long one answer may take.
-    :param connections: how many are open at once.
-    :param transport: what requests go through; the network unless it is given.
-    :param pause: what to do instead of sleeping between two attempts; gets seconds.
+    :param url: address of the server. Defaults to MLG_URL, then http://127.0.0.1:5000.
+    :param api_key: defaults to MLG_API_KEY; without either no key is sent.
+    :param retry_timeout_seconds: how long to retry while the server is busy or unreachable.
+    :param timeout_seconds: maximum time for one response.
+    :param connections: maximum number of open connections.
+    :param transport: httpx transport for all requests; None uses the network.
+    :param pause: called with the seconds to wait between two attempts.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Client(Calls):
                 if isinstance(result, Return):
                     value: T = result.value
                     return value
-        raise AssertionError("a call has no end")
+        raise AssertionError("a call ended without a result")
 
     def _iterate(self, steps: Steps[None]) -> Iterator[Any]:
         with contextlib.closing(self._drive(steps)) as results:
@@ -137,11 +137,11 @@ class Client(Calls):
                         lines = outcome.iter_lines()
                     elif isinstance(operation, ReadLine):
                         outcome = next(lines, None)
-                    elif isinstance(operation, Pause):
+                    elif isinstance(operation, Sleep):
                         self._sleep(operation.seconds)
                     else:
                         outcome = self._gather(operation.calls)
-                except Exception as raised:  # noqa: BLE001 - the call that made it decides
+                except Exception as raised:  # noqa: BLE001 - raised again in the call, which handles it
                     error = raised
 
     def _gather(self, calls: Sequence[Callable[[], Steps[Any]]]) -> list[Any]:
@@ -151,14 +151,14 @@ class Client(Calls):
         try:
             return list(pool.map(lambda call: self._run(call()), calls))
         finally:
-            # After Ctrl-C nobody waits for reads that the server still holds.
+            # After Ctrl-C do not wait for reads that the server still holds.
             pool.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
 
 class AsyncClient(Calls):
-    """A server, for async code: the calls of `Client`, awaited, and iterated with `async for`. A context manager.
+    """An asynchronous client of one server: the calls of `Client` with `await` and `async for`. A context manager.
 
-    The parameters are those of Client.
+    The parameters are those of `Client`.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class AsyncClient(Calls):
                 if isinstance(result, Return):
                     value: T = result.value
                     return value
-        raise AssertionError("a call has no end")
+        raise AssertionError("a call ended without a result")
 
     async def _iterate(self, steps: Steps[None]) -> AsyncIterator[Any]:
         async with contextlib.aclosing(self._drive(steps)) as results:
@@ -233,11 +233,11 @@ class AsyncClient(Calls):
                         lines = outcome.aiter_lines()
                     elif isinstance(operation, ReadLine):
                         outcome = None if lines is None else await anext(lines, None)
-                    elif isinstance(operation, Pause):
+                    elif isinstance(operation, Sleep):
                         await self._sleep(operation.seconds)
                     else:
                         outcome = await self._gather(operation.calls)
-                except Exception as raised:  # noqa: BLE001 - the call that made it decides
+                except Exception as raised:  # noqa: BLE001 - raised again in the call, which handles it
                     error = raised
 
     async def _gather(self, calls: Sequence[Callable[[], Steps[Any]]]) -> list[Any]:
@@ -255,7 +255,7 @@ def _limits(connections: int) -> httpx.Limits:
 
 
 def _uses_proxies(url: str) -> bool:
-    """Tell whether proxies of the environment count: they are not meant for this very machine."""
+    """Tell whether to use the proxies of the environment: not for a server on this machine."""
     try:
         return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
     except ValueError:

@@ -1,7 +1,7 @@
-"""The calls, without a transport: what is sent, how it is tried again, and what is made of the answers.
+"""The calls of both clients, without a transport: requests, retries, and the parsing of responses.
 
-`Client` and `AsyncClient` inherit them; see `operations.py` for how one text serves both.
-Longer than other modules, because the public calls and their few private parts stand in one class.
+`Client` and `AsyncClient` inherit them; `operations.py` explains how one implementation serves both.
+Longer than other modules because the public calls and their private steps belong to one class.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from urllib.parse import quote
 import httpx
 
 from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiting, Unreachable, error_of, retry_after
-from mlg_client.operations import Call, Gather, Open, Pause, ReadLine, Send, Steps, Yield, stream_of
+from mlg_client.operations import ClientMethod, Gather, Open, ReadLine, Send, Sleep, Steps, Yield, client_stream
 from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
-from mlg_client.uploads import Image, Upload, find_images, load, split
+from mlg_client.uploads import Image, ImageUpload, find_images, load, split
 
 DEFAULT_URL = "http://127.0.0.1:5000"
-#: How long one read asks the server to hold the answer.
+#: How long one read asks the server to hold the response.
 HOLD_SECONDS = 5.0
-#: Seconds between two reads when the server does not hold them.
+#: Interval between two reads if the server does not hold them.
 POLL_SECONDS = 0.25
-#: Reads or uploads in flight.
+#: Maximum number of reads or uploads in flight.
 IN_FLIGHT = 8
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.2, 10.0
-#: A stream of events on which nothing comes for so long is opened again; servers write something more often.
+#: A stream of events that is silent for so long is opened again; servers write something more often.
 _MAX_SILENCE_SECONDS = 60.0
-#: Requests that one stream of events is asked about by their ids; proxies accept addresses of 8 KB.
+#: Maximum number of request ids in the address of an event stream; proxies accept addresses of 8 KB.
 _MAX_EVENT_IDS = 150
-#: What a slow connection sends.
+#: Rate of a slow connection, for the timeouts of uploads.
 _SLOW_BYTES_PER_SECOND = 100_000
-#: A server answers one of these to an address that it does not have.
+#: Statuses of a server that does not have the address.
 _MISSING_STATUSES = frozenset({404, 405, 501})
 
 
@@ -54,18 +54,18 @@ class Calls:
         timeout_seconds: float,
     ) -> None:
         self.url = (url or os.environ.get("MLG_URL") or DEFAULT_URL).rstrip("/")
-        #: How long one read asks the server to hold the answer; may be set.
+        #: How long one read asks the server to hold the response; may be changed.
         self.hold_seconds = HOLD_SECONDS
         self._retry_timeout_seconds = retry_timeout_seconds
         self._timeout_seconds = timeout_seconds
         key = api_key if api_key is not None else os.environ.get("MLG_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        #: False once the server has said that it has no such address.
+        #: False once the server has answered that it has no batches.
         self._has_batches = True
 
     # One image
 
-    @Call
+    @ClientMethod
     def submit(
         self,
         image: Image,
@@ -79,44 +79,48 @@ class Calls:
     ) -> Steps[Request]:
         """Send one image.
 
-        :param name: a file name for those who look at the request; the path's own unless it is given.
-        :param labels: your own words about it.
-        :param params: what the model's service takes, and `fresh`, `deadline`, `keep_seconds`.
-        :param webhook: an address that the server calls when the answer is there.
-        :param idempotency_key: sending again under the same one makes no second request. Made up if not given.
-        :raises Refused: :raises Unavailable: :raises Unreachable:
+        :param name: file name to show with the request. Defaults to that of the path or file.
+        :param labels: any names and values to store with the request.
+        :param params: parameters of the model's service, and `fresh`, `deadline`, `keep_seconds`.
+        :param webhook: address that the server notifies when the request is done.
+        :param idempotency_key: sending again with the same key creates no second request. Defaults to a random key.
+        :raises Refused: the server does not accept the image or a parameter.
+        :raises Unavailable: the server could not accept it within the retry timeout.
+        :raises Unreachable: the server does not answer.
         """
         upload = load(image, name=name)
         return (yield from self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key))
 
-    @Call
+    @ClientMethod
     def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
-        """Read an answer. :param hold_seconds: how long the server may wait for it before it answers.
+        """Read a request with its result.
 
+        :param hold_seconds: how long the server may wait for the result before it responds.
+        :param top: number of labels; None leaves it to the server.
         :raises Refused: with the code unknown_request if the server does not know the id.
         """
         return (yield from self._read(id, hold_seconds, top))
 
-    @Call
+    @ClientMethod
     def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
-        """Wait until a request has ended, and return it with its answer. :raises StillWaiting: the timeout is over."""
+        """Wait until a request is final and return it with its result. :raises StillWaiting: after the timeout."""
         return (yield from self._wait(request if isinstance(request, str) else request.id, timeout))
 
-    @Call
+    @ClientMethod
     def cancel(self, request: Request | str) -> Steps[Request]:
-        """Cancel what has not been dispatched. :raises Refused:"""
+        """Cancel a request that has not been dispatched. :raises Refused: it cannot be cancelled any more."""
         answer = yield from self._send("DELETE", f"/requests/{_id(request)}")
         return Request.from_answer(answer)
 
-    @Call
+    @ClientMethod
     def retry(self, request: Request | str) -> Steps[Request]:
-        """Queue a failed or cancelled request again. :raises Refused:"""
+        """Queue a failed or cancelled request again. :raises Refused: it is neither."""
         answer = yield from self._post(f"/requests/{_id(request)}/retry")
         return Request.from_answer(answer)
 
     # Many images
 
-    @Call
+    @ClientMethod
     def submit_many(
         self,
         images: Iterable[Image],
@@ -128,11 +132,14 @@ class Calls:
         webhook: str | None = None,
         idempotency_key: str | None = None,
     ) -> Steps[Batch]:
-        """Send many images, many at a time where the server takes that. Those it does not take are listed.
+        """Send many images, in batches if the server has them. Images that it refuses are listed in the result.
 
-        :param names: a file name for each; the path's own unless they are given.
-        :param idempotency_key: sending the same images under it again makes no second requests. Made up if not given.
-        :raises Refused: the server takes no image for this. :raises Unavailable: :raises Unreachable:
+        :param names: a file name for each image. Defaults to those of the paths or files.
+        :param idempotency_key: sending the same images with the same key creates no second requests. Defaults to a
+            random key.
+        :raises Refused: the server accepts no image with this model or these parameters.
+        :raises Unavailable: the server could not accept them within the retry timeout.
+        :raises Unreachable: the server does not answer.
         """
         uploads = (
             (load(image) for image in images)
@@ -141,7 +148,7 @@ class Calls:
         )
         return (yield from self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key))
 
-    @Call
+    @ClientMethod
     def submit_dir(
         self,
         folder: str | os.PathLike[str],
@@ -151,7 +158,7 @@ class Calls:
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
     ) -> Steps[Batch]:
-        """Send all images of a folder and the folders in it, in the order of their names; see `submit_many`.
+        """Send all images of a folder and its subfolders, in the order of their names; see `submit_many`.
 
         :raises FileNotFoundError: there is no image.
         """
@@ -159,9 +166,9 @@ class Calls:
         uploads = (load(path, id=path.relative_to(folder).as_posix()) for path in found)
         return (yield from self._submit_all(uploads, model, _query(labels, params, webhook)))
 
-    @Call
+    @ClientMethod
     def read_many(self, ids: Iterable[str], *, top: int | None = None) -> Steps[list[Request | None]]:
-        """Read many answers as they stand, in the order of the ids; None for those that the server does not know."""
+        """Read the current state of many requests, in the order of the ids; None for an unknown id."""
 
         def read(id: str) -> Steps[Request | None]:
             try:
@@ -177,38 +184,38 @@ class Calls:
             found += yield Gather([functools.partial(read, id) for id in todo[start : start + IN_FLIGHT]])
         return found
 
-    @Call
+    @ClientMethod
     def batch(self, id: str, *, hold_seconds: float = 0.0) -> Steps[Mapping[str, Any]]:
-        """Read what the server says of one of its batches: counts, progress, cost.
+        """Read the state of a batch on the server: counts, progress, cost.
 
-        :param hold_seconds: how long the server may wait for its end before it answers.
-        :raises Refused:
+        :param hold_seconds: how long the server may wait for the batch to end before it responds.
+        :raises Refused: with the code unknown_batch if the server does not know the id.
         """
         params = {"wait": round(hold_seconds, 3)} if hold_seconds > 0 else {}
         timeout = self._timeout_seconds + hold_seconds
         return (yield from self._send("GET", f"/batches/{_id(id)}", params=params, timeout=timeout))
 
-    @Call
+    @ClientMethod
     def cancel_batch(self, id: str) -> Steps[Mapping[str, Any]]:
-        """Cancel what has not been dispatched of one of the server's batches. :raises Refused:"""
+        """Cancel the requests of a batch that have not been dispatched. :raises Refused: the batch is unknown."""
         return (yield from self._post(f"/batches/{_id(id)}/cancel"))
 
-    @Call
+    @ClientMethod
     def retry_batch(self, id: str) -> Steps[Mapping[str, Any]]:
-        """Queue the failed requests of one of the server's batches again. :raises Refused:"""
+        """Queue the failed requests of a batch again. :raises Refused: the batch is unknown."""
         return (yield from self._post(f"/batches/{_id(id)}/retry"))
 
-    @stream_of(Request)
+    @client_stream(Request)
     def as_completed(
         self, requests: Iterable[Request], timeout: float | None = None, *, top: int | None = None
     ) -> Steps[None]:
-        """Give each request as it ends, with its answer, in the order in which they end.
+        """Yield each request with its result as soon as it is final.
 
-        Listens to the server's events where it has them, over any number of broken connections, and holds reads else.
-        A request that the server no longer knows is given as failed.
+        Listens to the server's events, reconnecting as often as needed; without events it polls. A request that the
+        server no longer knows is yielded as failed.
 
-        :param top: how many labels; as many as the server likes unless it is given.
-        :raises StillWaiting: the timeout is over.
+        :param top: number of labels; None leaves it to the server.
+        :raises StillWaiting: after the timeout.
         """
         waiting: dict[str, Request] = {}
         for request in requests:
@@ -221,10 +228,10 @@ class Calls:
         while waiting:
             began_at = time.monotonic()
             hold = self._hold_until(give_up_at)
-            asked = list(waiting.values())[:IN_FLIGHT]
-            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in asked])
+            polled = list(waiting.values())[:IN_FLIGHT]
+            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in polled])
             for request in found:
-                # Those that are not done go to the end.
+                # Requests that are not final move to the end.
                 earlier = waiting.pop(request.id)
                 if request.is_final:
                     yield Yield(request)
@@ -234,9 +241,9 @@ class Calls:
             if waiting and len(waiting) <= IN_FLIGHT:
                 yield from self._poll_delay(began_at)
 
-    @stream_of(Request)
+    @client_stream(Request)
     def results(self, batch: Batch) -> Steps[None]:
-        """Give the requests of a batch in the order of the files, each as soon as it and those before it have ended."""
+        """Yield the requests of a batch in the order of the files, each once it and all before it are final."""
         for start in range(0, len(batch.requests), IN_FLIGHT):
             part = batch.requests[start : start + IN_FLIGHT]
             waiting = dict.fromkeys(request.id for request in part if not request.is_read)
@@ -245,15 +252,15 @@ class Calls:
             for request in part:
                 yield Yield(ended.get(request.id, request))
 
-    # The rest
+    # Models
 
-    @Call
+    @ClientMethod
     def models(self) -> Steps[list[Model]]:
         """List the server's models."""
         answer = yield from self._send("GET", "/models")
         return [Model.from_answer(model) for model in answer["models"]]
 
-    # Below this, nothing is for callers.
+    # Private steps of the calls above
 
     def _read(self, id: str, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
         params: dict[str, Any] = {} if top is None else {"top": top}
@@ -276,7 +283,7 @@ class Calls:
             yield from self._poll_delay(began_at)
 
     def _read_known(self, request: Request, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
-        """Read a request that the server has accepted; failed if it has been deleted since."""
+        """Read a request that the server has accepted; return it as failed if it has been deleted since."""
         try:
             return (yield from self._read(request.id, hold_seconds, top))
         except Refused as error:
@@ -285,20 +292,20 @@ class Calls:
             return replace(request, status="failed", reason=error.reason, code=error.code)
 
     def _hold_until(self, give_up_at: float | None) -> float:
-        """Say for how many seconds a read may be held."""
+        """Return for how many seconds the next read may be held."""
         if give_up_at is None:
             return self.hold_seconds
         return max(0.0, min(self.hold_seconds, give_up_at - time.monotonic()))
 
     def _poll_delay(self, began_at: float) -> Steps[None]:
-        """Pause after a read that should have been held and was not: the server holds only so many."""
+        """Pause after a read that the server did not hold: it holds only a limited number."""
         if time.monotonic() - began_at < self.hold_seconds / 2:
-            yield Pause(POLL_SECONDS)
+            yield Sleep(POLL_SECONDS)
 
     def _submit_all(
-        self, uploads: Iterable[Upload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
+        self, uploads: Iterable[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
     ) -> Steps[Batch]:
-        outcomes: list[tuple[Upload, Request | Refused]] = []
+        outcomes: list[tuple[ImageUpload, Request | Refused]] = []
         raw: list[Mapping[str, Any]] = []
         key = key or uuid.uuid4().hex
         for number, part in enumerate(split(uploads)):
@@ -324,9 +331,9 @@ class Calls:
         )
 
     def _post_batch(
-        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
+        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
     ) -> Steps[dict[str, Any] | None]:
-        """Send images as one batch; None if the server takes no batches, or not this one as a whole."""
+        """Send images as one batch; None if the server has no batches or refuses this one as a whole."""
         if not self._has_batches:
             return None
         files: list[tuple[str, Any]] = []
@@ -343,9 +350,9 @@ class Calls:
             return None
 
     def _submit_singly(
-        self, uploads: Sequence[Upload], model: str, query: Sequence[tuple[str, str]], key: str
-    ) -> Steps[list[tuple[Upload, Request | Refused]]]:
-        def send(number: int, one: Upload) -> Steps[tuple[Upload, Request | Refused]]:
+        self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
+    ) -> Steps[list[tuple[ImageUpload, Request | Refused]]]:
+        def send(number: int, one: ImageUpload) -> Steps[tuple[ImageUpload, Request | Refused]]:
             try:
                 return one, (yield from self._submit_one(one, model, query, f"{key}-{number}"))
             except Refused as error:
@@ -353,25 +360,25 @@ class Calls:
                     raise
                 return one, error
 
-        sent: list[tuple[Upload, Request | Refused]] = []
+        sent: list[tuple[ImageUpload, Request | Refused]] = []
         calls = [functools.partial(send, number, one) for number, one in enumerate(uploads)]
         for start in range(0, len(calls), IN_FLIGHT):
             sent += yield Gather(calls[start : start + IN_FLIGHT])
         return sent
 
     def _submit_one(
-        self, upload: Upload, model: str, query: Sequence[tuple[str, str]], key: str | None
+        self, upload: ImageUpload, model: str, query: Sequence[tuple[str, str]], key: str | None
     ) -> Steps[Request]:
         path = f"/requestPrediction/{quote(model, safe='')}"
         answer = yield from self._post(path, query=query, files=[upload.form_field], key=key)
         return Request.from_answer({"name": upload.name, **answer})
 
     def _listen(self, waiting: dict[str, Request], give_up_at: float | None, top: int | None) -> Steps[None]:
-        """Give what ends, as the server's events tell; returns when there are no events to be had."""
+        """Yield requests as the server's events report their end; return if the server has no events."""
         while waiting:
             batches = {request.raw.get("batch_id") for request in waiting.values()}
             batch_id = batches.pop() if len(batches) == 1 else None
-            # An id of an event says where a listener to these very requests stands, and nothing about others.
+            # The id of an event is a position in the stream of these requests only.
             listened = set(list(waiting) if batch_id else list(waiting)[:_MAX_EVENT_IDS])
             last_id: str | None = None
             failures = 0
@@ -402,13 +409,13 @@ class Calls:
                 except httpx.TransportError:
                     failures += 1
                 if failures > 3:
-                    return  # held reads are tried for longer, and say what is wrong
+                    return  # polling retries for longer, and reports the error
                 if listened & waiting.keys():
                     _check_time(waiting, give_up_at)
-                    yield Pause(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
+                    yield Sleep(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
 
     def _ended(self, data: Mapping[str, Any], waiting: Mapping[str, Request], top: int | None) -> Steps[Request | None]:
-        """Return the request that an event says has ended, with its answer; None if it is not waited for."""
+        """Return the request that an event reports as final, with its result; None if it is not waited for."""
         request = waiting.get(str(data.get("req_id")))
         if request is None or data.get("status") not in FINAL:
             return None
@@ -451,12 +458,12 @@ class Calls:
         )
 
     def _send(self, method: str, path: str, **more: Any) -> Steps[dict[str, Any]]:
-        """Send until there is an answer, or the retry timeout is over. :raises ClientError:"""
+        """Send a request, and retry until the retry timeout. :raises ClientError:"""
         request = self._request(method, path, **more)
         give_up_at = time.monotonic() + self._retry_timeout_seconds
         delay = _FIRST_DELAY_SECONDS
         while True:
-            asked_delay = 0.0
+            requested_delay = 0.0
             try:
                 response: httpx.Response = yield Send(request)
             except httpx.UnsupportedProtocol as error:
@@ -474,12 +481,12 @@ class Calls:
                 failure = error_of(response, answer)
                 if isinstance(failure, Refused) or failure.code in FATAL:
                     raise failure
-                asked_delay = retry_after(response)
-            # Spread out, so that not all clients come back at the same moment.
-            pause = max(asked_delay, delay * random.uniform(0.5, 1.0))
+                requested_delay = retry_after(response)
+            # Randomised, so that clients do not all retry at the same moment.
+            pause = max(requested_delay, delay * random.uniform(0.5, 1.0))
             if time.monotonic() + pause > give_up_at:
                 raise failure
-            yield Pause(pause)
+            yield Sleep(pause)
             delay = min(delay * 2, _MAX_DELAY_SECONDS)
 
     def _request(
@@ -491,7 +498,7 @@ class Calls:
         timeout: float | None = None,
         **more: Any,
     ) -> httpx.Request:
-        """Make a request that can be sent any number of times."""
+        """Build a request that can be sent any number of times."""
         read = self._timeout_seconds if timeout is None else timeout
         try:
             request = self._build(
@@ -525,7 +532,7 @@ def _id(request: Request | str) -> str:
 def _query(
     labels: Mapping[str, str] | None, params: Mapping[str, Any] | None, webhook: str | None
 ) -> list[tuple[str, str]]:
-    """Write what is wanted for an image as the query."""
+    """Build the query of an upload."""
     query = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in (params or {}).items()]
     query += [("label", f"{name}:{value}") for name, value in (labels or {}).items()]
     return [*query, ("webhook", webhook)] if webhook else query

@@ -1,8 +1,8 @@
-"""Operations: what a call wants done, one after the other, whoever does it.
+"""Operations: the I/O steps of a call, independent of whether they are executed with or without asyncio.
 
-A call is a generator that yields operations (send this, pause, read a line) and gets the outcome of each back. So every
-call is written once, in `calls.py`, and `Client` and `AsyncClient` are two ways of doing the operations. `Call` and
-`Stream` make methods of such generators, with types for both.
+A call is a generator that yields operations (send a request, pause, read a line) and receives the outcome of each. So
+every call is written once, in `calls.py`, and `Client` and `AsyncClient` differ only in how they execute operations.
+`ClientMethod` and `ClientStream` turn such generators into methods, with types for both clients.
 """
 
 from __future__ import annotations
@@ -23,65 +23,65 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Send:
-    """Send a request and get the response, read to its end."""
+    """Send a request; the outcome is the response, read completely."""
 
     request: httpx.Request
 
 
 @dataclass(frozen=True)
 class Open:
-    """Send a request and get the response, whose lines are read one by one. One is open at a time."""
+    """Send a request; the outcome is the response, whose lines `ReadLine` reads. Only one is open at a time."""
 
     request: httpx.Request
 
 
 @dataclass(frozen=True)
 class ReadLine:
-    """Get the next line of the open response; None at its end."""
+    """Read the next line of the open response; None at its end."""
 
 
 @dataclass(frozen=True)
-class Pause:
-    """Do nothing for some seconds."""
+class Sleep:
+    """Wait for some seconds."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Make several calls at once, and get their results in the same order."""
+    """Run several calls concurrently; the outcome is the list of their results, in the same order."""
 
     calls: Sequence[Callable[[], Steps[Any]]]
 
 
 @dataclass(frozen=True)
 class Yield:
-    """Give a value to whoever iterates."""
+    """Pass a value to the caller that iterates."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Return:
-    """The call has returned. Never yielded by a call, only made by `advance`."""
+    """The call has returned. Created only by `advance`, never yielded by a call."""
 
     value: Any
 
 
-Operation = Send | Open | ReadLine | Pause | Gather | Yield
+Operation = Send | Open | ReadLine | Sleep | Gather | Yield
 Steps = Generator[Operation, Any, T]
 
 
 def advance(steps: Steps[Any], outcome: Any, error: Exception | None) -> Operation | Return:
-    """Give a call the outcome of its operation, or the error, and get the next operation."""
+    """Resume a call with the outcome or the error of its operation, and return the next operation."""
     try:
         return steps.send(outcome) if error is None else steps.throw(error)
     except StopIteration as end:
         return Return(end.value)
 
 
-class Call(Generic[P, T]):
-    """A method that returns one thing: plain at Client, awaited at AsyncClient."""
+class ClientMethod(Generic[P, T]):
+    """A method that returns one value: directly in `Client`, with `await` in `AsyncClient`."""
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
         self._steps = steps
@@ -97,10 +97,10 @@ class Call(Generic[P, T]):
         return self if client is None else _bind(self._steps, client, client._run)
 
 
-class Stream(Generic[P, T]):
-    """A method that gives one thing after the other: iterated with `for`, or with `async for`.
+class ClientStream(Generic[P, T]):
+    """A method that yields values: with `for` in `Client`, with `async for` in `AsyncClient`.
 
-    :param kind: what it gives; only for the types.
+    :param kind: type of the values, for the type checker only.
     """
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[None]], kind: type[T]) -> None:
@@ -117,9 +117,9 @@ class Stream(Generic[P, T]):
         return self if client is None else _bind(self._steps, client, client._iterate)
 
 
-def stream_of(kind: type[T]) -> Callable[[Callable[Concatenate[Any, P], Steps[None]]], Stream[P, T]]:
-    """Make a `Stream` of a generator; a decorator."""
-    return lambda steps: Stream(steps, kind)
+def client_stream(kind: type[T]) -> Callable[[Callable[Concatenate[Any, P], Steps[None]]], ClientStream[P, T]]:
+    """Turn a generator into a `ClientStream`; a decorator."""
+    return lambda steps: ClientStream(steps, kind)
 
 
 def _bind(steps: Callable[..., Steps[Any]], client: Any, run: Callable[[Steps[Any]], Any]) -> Callable[..., Any]:

@@ -8,55 +8,55 @@ from typing import Any
 
 from mlg_client.errors import Refused
 
-#: States in which nothing more happens by itself.
+#: Statuses that do not change any more, unless the request is retried.
 FINAL = frozenset({"done", "failed", "cancelled", "expired"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """An image that a server accepted, as it stood when it was asked."""
+    """An image that a server has accepted, in the state that the server last reported."""
 
-    #: Reads the answer.
+    #: Identifies the request on the server.
     id: str
     #: queued, claimed, done, failed, cancelled or expired.
     status: str
-    #: The model's own name.
+    #: Name of the model in the catalogue.
     model: str
-    #: The file's name.
+    #: File name.
     name: str | None = None
-    #: Rows of [wnid, label, probability], likeliest first; None while there is no answer.
+    #: Rows of [wnid, label, probability], most probable first; None while there is no result.
     preds: list[list[Any]] | None = None
-    #: Whether the answer is an earlier one.
+    #: Whether the result was reused from an earlier request with the same image.
     is_cached: bool = False
-    #: Why there is no answer, for people and for programs.
+    #: Why there is no result, for people and for programs.
     reason: str | None = None
     code: str | None = None
-    #: Why it waits, and for how many seconds more.
+    #: Why it waits, and the estimated seconds until it is done.
     waiting_for: str | None = None
     eta_seconds: float | None = None
-    #: The client's own words about it.
+    #: The labels that were sent with it.
     labels: Mapping[str, str] = field(default_factory=dict)
-    #: All that the server said.
+    #: The server's response.
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_final(self) -> bool:
-        """Tell whether nothing more will happen by itself."""
+        """Tell whether the status does not change any more."""
         return self.status in FINAL
 
     @property
     def is_read(self) -> bool:
-        """Tell whether all is known that will be."""
+        """Tell whether the request is final and its result, if it has one, has been read."""
         return self.is_final and (self.status != "done" or self.preds is not None)
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """Return the likeliest label and its probability."""
+        """Return the most probable label and its probability; None while there is no result."""
         return None if not self.preds else (str(self.preds[0][1]), float(self.preds[0][2]))
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Request:
-        """Build the record from what a server says."""
+        """Create the record from a response of the server."""
         return cls(
             id=str(answer["req_id"]),
             status=str(answer.get("status") or ("done" if answer.get("preds") else "queued")),
@@ -75,37 +75,37 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Images that were sent together. The server may keep them as several batches of its own, or as none."""
+    """Images that were sent with one call. The server may have several batches for them, or none."""
 
-    #: The server's own batches; empty if the images were sent one by one.
+    #: Ids of the batches on the server; empty if the images were sent one by one.
     ids: tuple[str, ...] = ()
     #: The requests, in the order of the files.
     requests: tuple[Request, ...] = ()
-    #: (file's name, why the server did not take it).
+    #: (file name, why the server refused the image).
     refused: tuple[tuple[str, str], ...] = ()
-    #: For each image, in their order, its request or the error with which the server did not take it.
+    #: For each image, in order, its request or the error with which the server refused it.
     outcomes: tuple[Request | Refused, ...] = ()
-    #: All that the server said of each of its batches.
+    #: The server's response to each batch.
     raw: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model of the server's catalogue."""
+    """A model that the server knows."""
 
-    #: The name to send images under.
+    #: The name to use in calls.
     name: str
     title: str
-    #: What kind of work it does.
+    #: Kind of work, such as classification.
     service: str
-    #: Whether it answers there.
+    #: Whether the server can run it.
     is_installed: bool
-    #: All that the server said.
+    #: The server's response.
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Model:
-        """Build the record from what a server says."""
+        """Create the record from a response of the server."""
         return cls(
             name=str(answer["name"]),
             title=str(answer.get("title", answer["name"])),
@@ -116,9 +116,9 @@ class Model:
 
 
 def to_dataframe(results: Iterable[Request], *, top: int = 1) -> Any:
-    """Make a pandas DataFrame of requests: a row for each of the `top` likeliest labels of each.
+    """Create a pandas DataFrame with one row for each of the `top` most probable labels of each request.
 
-    :raises ImportError: pandas is not installed; mlg does not need it otherwise.
+    :raises ImportError: pandas is not installed; nothing else in mlg needs it.
     """
     try:
         import pandas

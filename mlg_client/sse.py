@@ -1,4 +1,4 @@
-"""Server-sent events as they come over the line (WHATWG HTML, 9.2.6)."""
+"""Parser of server-sent events (WHATWG HTML, 9.2.6)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class Event:
-    """One event of a stream, line by line."""
+    """One event, built from the lines of a stream."""
 
     def __init__(self) -> None:
-        #: Where the stream stands after the event; None if it does not say.
+        #: Position in the stream after the event; None if it has none.
         self.id: str | None = None
         self._data: list[str] = []
 
     @property
     def data(self) -> dict[str, Any]:
-        """The JSON object that it carries; empty if it carries none."""
+        """The JSON object in the event; empty if there is none."""
         try:
             data = json.loads("\n".join(self._data))
         except ValueError:

@@ -1,4 +1,4 @@
-"""The images that are sent: reading them, and dividing many into batches of bounded size."""
+"""Images to send: reads them, and divides many into batches of limited size."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import IO
 #: A path, the bytes themselves, or a file opened for reading in binary.
 Image = str | os.PathLike[str] | bytes | IO[bytes]
 
-#: Files with these endings are taken from a folder.
+#: Suffixes of the files that are sent from a folder.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
-#: Images and bytes that are sent as one batch; a server accepts more.
+#: Maximum number of images and bytes in one batch; the server's limits are higher.
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 500, 32 * 1024 * 1024
-#: Longest id of an image in a batch, in characters.
+#: Maximum length of an image's id in a batch, in characters.
 _MAX_ID_LENGTH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upload:
-    """An image that is about to be sent."""
+class ImageUpload:
+    """An image to send."""
 
     #: Unique in its batch.
     id: str
@@ -31,43 +31,43 @@ class Upload:
 
     @property
     def form_field(self) -> tuple[str, tuple[str, bytes, str]]:
-        """The field of a form that holds the image."""
+        """The field of a multipart form with the image."""
         return "image", (self.name, self.data, "application/octet-stream")
 
 
-def load(image: Image, *, name: str | None = None, id: str | None = None) -> Upload:
+def load(image: Image, *, name: str | None = None, id: str | None = None) -> ImageUpload:
     """Read an image.
 
-    :param name: the path's or file's own, or "image", unless it is given.
-    :param id: the name unless it is given.
+    :param name: defaults to the name of the path or file, or "image".
+    :param id: defaults to the name.
     """
-    own_name = "image"
+    default_name = "image"
     if isinstance(image, bytes):
         data = image
     elif isinstance(image, str | os.PathLike):
         path = Path(image)
-        data, own_name = path.read_bytes(), os.fsencode(path.name).decode("utf-8", "replace")
+        data, default_name = path.read_bytes(), os.fsencode(path.name).decode("utf-8", "replace")
     else:
         data, file_name = image.read(), getattr(image, "name", None)
-        own_name = Path(file_name).name if isinstance(file_name, str) else own_name
-    name = name or own_name
-    return Upload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
+        default_name = Path(file_name).name if isinstance(file_name, str) else default_name
+    name = name or default_name
+    return ImageUpload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the images of a folder and the folders in it, in the order of their names.
+    """List the images of a folder and its subfolders, in the order of their names.
 
-    :raises FileNotFoundError: there is no image.
+    :raises FileNotFoundError: there are none.
     """
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES)
     if not found:
-        raise FileNotFoundError(f"No image files in {folder}. Taken are: {' '.join(sorted(SUFFIXES))}")
+        raise FileNotFoundError(f"No image files in {folder}. Suffixes that are sent: {' '.join(sorted(SUFFIXES))}")
     return found
 
 
-def split(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
-    """Divide images into batches, reading some at a time, so that a large folder is never in memory."""
-    batch: dict[str, Upload] = {}
+def split(uploads: Iterable[ImageUpload]) -> Iterator[list[ImageUpload]]:
+    """Divide images into batches lazily, so that only one batch is in memory."""
+    batch: dict[str, ImageUpload] = {}
     size_bytes = 0
     for upload in uploads:
         if batch and (len(batch) == MAX_BATCH_IMAGES or size_bytes + len(upload.data) > MAX_BATCH_BYTES):
@@ -76,7 +76,7 @@ def split(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
         id = upload.id
         if id in batch:
             id = f"{len(batch)}:{id}"[:_MAX_ID_LENGTH]
-        batch[id] = Upload(id=id, name=upload.name, data=upload.data)
+        batch[id] = ImageUpload(id=id, name=upload.name, data=upload.data)
         size_bytes += len(upload.data)
     if batch:
         yield list(batch.values())

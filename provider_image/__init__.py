@@ -1,4 +1,5 @@
-"""What runs on a provider: chunk files in, results files out.
+"""What runs on a worker or provider, and what describes models and services.
 
-Imports only the standard library until a model is loaded, because this folder is copied alone into a container.
+The lowest package: every other may import it, and it imports none of them. Imports only the standard library until a
+model is loaded, because it is copied alone, without `compiler/`, into the provider image.
 """

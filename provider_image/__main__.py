@@ -1,7 +1,7 @@
-"""The command `mlg-provider`, also `python -m provider_image`: what a provider starts.
+"""The command `mlg-provider`, also `python -m provider_image`: the entry point on a provider.
 
-Only the standard library is imported here, argparse instead of click included: this folder runs without the others. A
-process is started for every chunk, so what only some commands need is imported by them.
+Imports only the standard library, hence argparse and not click: the provider image has no other packages. One process
+is started per chunk, so each command imports what only it needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DEFAULT_KEEP_WARM_SECONDS = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. :return: the exit status; 1 means that one line on standard error says why."""
+    """Run the command. :return: the exit status; 1 after an error, which is one line on standard error."""
     environment = Environment(os.environ)
     is_debugging = False
     try:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130  # as shells count it; nobody needs a traceback of their own Ctrl-C
+        return 130  # as in shells, and without a traceback for Ctrl-C
     return 0
 
 
@@ -53,7 +53,7 @@ def _prepare_for_work() -> None:
     import warnings
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    # Pillow warns of odd metadata in pictures, which nobody here can mend.
+    # Pillow warns of invalid metadata in images, about which nothing can be done here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -97,8 +97,9 @@ def _serve(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     import json
 
-    from provider_image.check import check_in_process, check_model, find_folder, installed_folders, record_speed
+    from provider_image.check import check_in_process, check_model, record_speed
     from provider_image.check_report import describe
+    from provider_image.models.registry import find_folder, installed_folders
 
     folders = [find_folder(options.models, text) for text in options.names] or installed_folders(options.models)
     is_ok = True
@@ -108,7 +109,7 @@ def _check(options: argparse.Namespace) -> int:
             report = check_model(folder, threads=options.threads, precision=options.precision, installed_as=name)
             record_speed(report, options.models)
         else:
-            # One process a model: the memory that is told must not be that of the models before.
+            # One process per model: the memory in a report must not include that of the previous models.
             report = check_in_process(folder, options.models, threads=options.threads, precision=options.precision)
         if options.json:
             print(json.dumps(report.to_json()), flush=True)
@@ -121,18 +122,18 @@ def _check(options: argparse.Namespace) -> int:
 def _parser(environment: Environment) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlg-provider",
-        description="Works on chunks of pictures: a chunk file in, a results file out.",
+        description="Classifies chunks of images: reads a chunk file, writes a results file.",
         epilog="example:\n  mlg-provider run chunk.zip results.zip\n\nMLG_DEBUG=1 shows tracebacks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
-        help="work on one chunk",
-        description="Work on one chunk. A warm process, which keeps models loaded, is used or started.",
+        help="process one chunk",
+        description="Process one chunk in a warm process, which keeps models loaded; start one if none is running.",
         epilog=(
             "example:\n  mlg-provider run chunk.zip results.zip --models ~/.mlg/models\n\n"
-            "A warm process that is started here ends after MLG_KEEP_WARM_SECONDS (300) without work."
+            "A warm process exits after MLG_KEEP_WARM_SECONDS (default: 300) without work."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -143,51 +144,66 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         type=_path,
         metavar="DIR",
         default=environment.path("MLG_PLACE", "") if environment.text("MLG_PLACE", "") else None,
-        help="folder for warm processes; its path must be short (default: MLG_PLACE, else /tmp/mlg-UID)",
+        help="folder for the warm processes' sockets (default: MLG_PLACE, else /tmp/mlg-UID)",
     )
-    run.add_argument("--cold", action="store_true", help="work in this process instead of a warm one")
+    run.add_argument("--cold", action="store_true", help="process the chunk in this process, not in a warm one")
     serve = commands.add_parser(
         "serve",
-        help="be a warm process",
+        help="run as a warm process",
         description=(
-            "Keep models loaded and take chunks over a Unix socket in DIR, one after another: a line "
-            '{"chunk": PATH, "results": PATH} in, a line {"ok": true, "seconds": S} out. '
-            "Prints `ready` when it listens. SIGTERM finishes the chunk under way."
+            "Keep models loaded and process chunks, one after another, that are sent to a Unix socket in DIR: "
+            'each line {"chunk": PATH, "results": PATH} is answered by a line {"ok": true, "seconds": S}. '
+            "Prints `ready` when it accepts connections. SIGTERM ends it after the current chunk."
         ),
         epilog="example:\n  mlg-provider serve --place /tmp/warm --models ~/.mlg/models --idle-seconds 60",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serve.add_argument("--place", type=_path, metavar="DIR", required=True, help="private folder for lock and socket")
+    serve.add_argument(
+        "--place", type=_path, metavar="DIR", required=True, help="private folder for the lock and the socket"
+    )
     serve.add_argument(
         "--idle-seconds",
         type=_seconds,
         metavar="S",
         default=_DEFAULT_KEEP_WARM_SECONDS,
-        help="end after this long without work; 0 never ends (default: %(default)g)",
+        help="exit after S seconds without work; 0 disables this (default: %(default)g)",
     )
-    serve.add_argument("--exit-with-stdin", action="store_true", help="end at once when the standard input ends")
+    serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(
         "check",
         help="check the installed models",
         description=(
-            "Check models on this machine: are the files whole, are the self-test pictures answered as recorded when "
-            "the model was built, how many images a second, how much memory. Exit status 0 only if all is well."
+            "Check models on this machine: verify their files, compare the results for the self-test images with "
+            "those recorded when the model was built, and measure speed and memory. The exit status is 0 only if all "
+            "models pass."
         ),
         epilog="example:\n  mlg-provider check --models ~/.mlg/models\n  mlg-provider check efficientnet_lite0 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
-        "names", nargs="*", metavar="MODEL", help="a name, or the path of a model's folder (default: all in --models)"
+        "names", nargs="*", metavar="MODEL", help="name of a model, or path of its folder (default: all in --models)"
     )
-    check.add_argument("--json", action="store_true", help="write JSON, one object a line")
+    check.add_argument("--json", action="store_true", help="write JSON, one object per line")
     home = environment.path("MLG_HOME", "~/.mlg")
     for command in (run, serve, check):
         command.add_argument(
-            "--models", type=_path, metavar="DIR", default=home / "models", help="folder of models (%(default)s)"
+            "--models",
+            type=_path,
+            metavar="DIR",
+            default=home / "models",
+            help="folder of the models (default: %(default)s)",
         )
-        command.add_argument("--threads", type=_threads, metavar="N", help="items side by side (default: cores)")
         command.add_argument(
-            "--precision", choices=tuple(PRECISIONS), default="f32", help="of the inference (%(default)s)"
+            "--threads",
+            type=_threads,
+            metavar="N",
+            help="items processed at the same time (default: the number of cores)",
+        )
+        command.add_argument(
+            "--precision",
+            choices=tuple(PRECISIONS),
+            default="f32",
+            help="precision of the inference (default: %(default)s)",
         )
     return parser
 
@@ -207,7 +223,7 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= 1e6:  # refuses nan as well
+    if not 0 <= seconds <= 1e6:  # also refuses nan
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return seconds
 

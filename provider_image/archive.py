@@ -1,6 +1,6 @@
-"""A zip as chunk and results files use it: bounded, uncompressed, written whole or not at all.
+"""The zip format of chunk and results files: bounded, uncompressed, written atomically.
 
-Called by `chunk.py` only. Nothing is compressed, so that nothing can swell, and every length is checked against a limit
+Called by `chunk.py` only. Nothing is compressed, which excludes zip bombs, and every length is checked against a limit
 before it is read.
 """
 
@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 from provider_image.errors import ChunkError
 from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS
 
-#: Bytes of chunk.json or results.json at most.
+#: Largest chunk.json or results.json.
 MAX_JSON_BYTES = 1024 * 1024
-#: What a zip's own bookkeeping may add to its contents.
+#: Largest size of the headers and the directory of a zip.
 _OVERHEAD_BYTES = 256 * 1024
-#: What zipfile raises for files that somebody has tampered with.
+#: What zipfile raises for damaged or manipulated files.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
     NotImplementedError,
@@ -43,7 +43,7 @@ _ZIP_ERRORS = (
 
 
 class Archive:
-    """A zip from somebody else: bounded before Python's zipfile sees it, read within what was announced."""
+    """An untrusted zip: its size is limited before Python's zipfile reads it, and entries are read up to their size."""
 
     def __init__(self, path: Path, document_name: str, error: type[ChunkError]) -> None:
         self._error, self._path, self._document_name = error, path, document_name
@@ -60,20 +60,20 @@ class Archive:
             self.document = _parse(self._read_entry(document_name, MAX_JSON_BYTES), error, document_name)
         except _ZIP_ERRORS as cause:
             self._file.close()
-            raise error(f"{path.name} is not a sound zip: {cause}") from cause
+            raise error(f"{path.name} is not a valid zip: {cause}") from cause
         except BaseException:
             self._file.close()
             raise
 
     def _check_end(self) -> None:
-        """Bound the list of entries before zipfile reads it whole: 64 MB of it would become a million objects."""
+        """Limit the directory before zipfile reads it: 64 MB of it would become a million objects."""
         size = self._file.seek(0, io.SEEK_END)
         if size > MAX_BYTES + MAX_JSON_BYTES + _OVERHEAD_BYTES:
             raise self._error(f"{self._path.name} has {size} bytes, more than a chunk may have.")
         self._file.seek(max(0, size - 42))
         tail = self._file.read(42)
         if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":
-            raise self._error(f"{self._path.name} is not a zip, is cut short, or has something behind its end.")
+            raise self._error(f"{self._path.name} is not a zip, is truncated, or has data after its end.")
         entries, length = struct.unpack_from("<HL", tail, len(tail) - 12)
         if entries > MAX_ITEMS * MAX_FILES + 1 or length > _OVERHEAD_BYTES or tail[:4] == b"PK\x06\x07":
             raise self._error(f"{self._path.name} lists more files than a chunk may have.")
@@ -81,15 +81,15 @@ class Archive:
     def _check_entries(self) -> None:
         names = [info.filename for info in self._infos]
         if len(set(names)) != len(names) or len(names) > MAX_ITEMS * MAX_FILES + 1:
-            raise self._error(f"{self._path.name} has a file twice, or too many.")
+            raise self._error(f"{self._path.name} has a file twice, or too many files.")
         for info in self._infos:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1 or info.file_size != info.compress_size:
                 raise self._error(f"{self._path.name} has compressed or encrypted files.")
         if sum(info.file_size for info in self._infos) > MAX_BYTES + MAX_JSON_BYTES:
-            raise self._error(f"{self._path.name} announces more bytes than a chunk may have.")
+            raise self._error(f"{self._path.name} declares more bytes than a chunk may have.")
 
     def check_files(self, expected: Mapping[str, int]) -> None:
-        """Check that the zip holds exactly these files, in these sizes, beside the document."""
+        """Check that the zip contains exactly the document and these files, with these sizes."""
         found = {info.filename: info.file_size for info in self._infos if info.filename != self._document_name}
         if found != expected:
             raise self._error(f"{self._path.name} has other files than its {self._document_name} lists.")
@@ -97,20 +97,20 @@ class Archive:
             raise self._error(f"{self._path.name} has more bytes than a chunk may have.")
 
     def read(self, name: str, size: int) -> bytes:
-        """Read a file that must have this size."""
+        """Read a file that must have this size. :raises: the archive's error, if it has not or is damaged."""
         try:
             data = self._read_entry(name, size)
         except _ZIP_ERRORS as cause:
             raise self._error(f"{self._path.name} is damaged at {name}: {cause}") from cause
         if len(data) != size:
-            raise self._error(f"{self._path.name} has another length at {name} than announced.")
+            raise self._error(f"{self._path.name} has another size at {name} than declared.")
         return data
 
     def _read_entry(self, name: str, max_bytes: int) -> bytes:
         with self._lock, self._zip.open(name) as entry:
             data = entry.read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise self._error(f"{self._path.name} has more bytes at {name} than announced.")
+            raise self._error(f"{self._path.name} has more bytes at {name} than declared.")
         return data
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Archive:
 
 def _parse(raw: bytes, error: type[ChunkError], name: str) -> Any:
     def refuse(text: str) -> Any:
-        raise ValueError(f"{text[:20]} is not a number that JSON knows")
+        raise ValueError(f"{text[:20]} is not a JSON number")
 
     def number(text: str) -> float:
         value = float(text)
@@ -136,12 +136,12 @@ def _parse(raw: bytes, error: type[ChunkError], name: str) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
     except (ValueError, RecursionError) as cause:
-        raise error(f"{name} is not sound JSON: {cause}") from cause
+        raise error(f"{name} is not valid JSON: {cause}") from cause
 
 
 @contextlib.contextmanager
 def atomic_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Give a zip under another name beside `path`, and move it there when it is complete."""
+    """Open a new zip under a temporary name beside `path`, and rename it to `path` when it is complete."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:
@@ -152,13 +152,13 @@ def atomic_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name)  # dated 1980: when a picture was uploaded is nobody's business
+    entry = zipfile.ZipInfo(name)  # dated 1980: the time of an upload is private
     entry.external_attr = 0o600 << 16
     return entry
 
 
 def add(archive: zipfile.ZipFile, name: str, source: Path | bytes) -> int:
-    """Add a file as it is, streamed if it comes from a path, and return its size."""
+    """Add a file uncompressed, streamed if it comes from a path, and return its size."""
     if isinstance(source, bytes):
         archive.writestr(_entry(name), source)
         return len(source)
@@ -169,7 +169,7 @@ def add(archive: zipfile.ZipFile, name: str, source: Path | bytes) -> int:
 
 
 def add_json(archive: zipfile.ZipFile, name: str, document: Any, error: type[ChunkError]) -> None:
-    """Add a JSON document. :raises error: it is too long, or holds what JSON cannot."""
+    """Add a JSON document. :raises error: it is too long, or not representable in JSON."""
     try:
         raw = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     except (ValueError, TypeError, RecursionError) as cause:

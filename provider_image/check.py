@@ -1,7 +1,7 @@
-"""Checks an installed model on this machine: are its files whole, does it answer as recorded, how quickly.
+"""The check of a model on this machine: its files, its results for the self-test images, its speed and memory.
 
-Called by `mlg-provider check`, and through a process of its own by `mlg models check`. Changes nothing: it neither
-builds a missing model, as a chunk would, nor mends a damaged one.
+Called by `mlg-provider check`, and in a separate process by `mlg models check`. Must not change a model: it builds no
+missing model, as a chunk would, and repairs no damaged one.
 """
 
 from __future__ import annotations
@@ -22,56 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.check_report import CheckReport, ImageCheck
-from provider_image.compiler.verification import TOLERANCE
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact, check_files, compute_digest, is_model_name, read_artefact
-from provider_image.models.benchmarks import Speed, write_speed
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command, look_up
-from provider_image.models.registry import find_custom_name, find_row
+from provider_image.models.artefact import Artefact, check_files, compute_digest, read_artefact
+from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.speed import Speed, write_speed
+from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
 from provider_image.service import Service
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
-#: A probability may differ by this much from the recorded one in bf16, and in auto, which may be bf16; the order of the
-#: five likeliest labels is then not looked at. In f32 it is what builders hold to: `finishing.TOLERANCE`.
-#: EfficientNet-Lite0 differed by 0.012 in the median and by 0.104 at most on 130 photos and parts of photos, on a
-#: processor with AMX; this is twice that, so it finds gross errors only. What small damage there is to files, their
-#: digests tell.
-TOLERANCE_BF16 = 0.2
-#: How long the speed is measured.
+#: Duration of the speed measurement.
 SECONDS = 2.0
-#: A check in a process of its own is given up after this long. Slow models need some seconds to load.
+#: Timeout of a check in a separate process. Slow models take some seconds to load.
 _TIMEOUT_SECONDS = 600.0
 _PACKAGE = Path(__file__).parent
-
-
-def find_folder(models: Path, text: str) -> Path:
-    """Find the folder of a model, given by its name in any spelling or by the path of an artefact's folder.
-
-    :return: there need not be an artefact in it; the check tells.
-    :raises UnknownModel: it is neither a path nor a model that is in the catalogue or installed.
-    """
-    if os.sep in text or text in (".", ".."):
-        return Path(text).expanduser().absolute()
-    row = look_up(text)
-    name = find_custom_name(models, text) if row is None else row.name
-    if name is None and Path(text).is_dir():
-        return Path(text).absolute()
-    return models / (name or find_row(models, text).name)
-
-
-def installed_folders(models: Path) -> list[Path]:
-    """List the folders in a models folder, damaged artefacts included. :raises NotInstalled: there is none."""
-    try:
-        found = sorted(path for path in models.iterdir() if is_model_name(path.name) and path.is_dir())
-    except OSError:
-        found = []
-    if not found:
-        raise NotInstalled(f"No model is installed in {models}. Install one: mlg models compile efficientnet_lite0")
-    return found
 
 
 def check_model(
@@ -82,12 +49,12 @@ def check_model(
     installed_as: str | None = None,
     seconds: float = SECONDS,
 ) -> CheckReport:
-    """Check the artefact in a folder in this process. Whatever is wrong with it stands in the report.
+    """Check the artefact in a folder, in this process. The report has the problem that was found, if any.
 
-    :param threads: pictures side by side; None takes as many as there are cores.
+    :param threads: images processed at the same time; None takes the number of cores.
     :param precision: f32, bf16 or auto.
-    :param installed_as: the name that requests know it by; None if it is not in a models folder.
-    :param seconds: how long the speed is measured; the net alone gets half of it.
+    :param installed_as: the name of the model in requests; None if the folder is not in a models folder.
+    :param seconds: duration of the speed measurement; that of the net alone takes half as long.
     :raises ConfigError: there is no such precision.
     """
     threads = threads or available_cores()
@@ -110,19 +77,19 @@ def check_model(
             raise BrokenArtefact(f"The folder {folder} holds the model {artefact.name}. Rename it to that.")
         _check_facts(artefact)
         check_files(artefact)
-        inputs, pictures = _read_images(artefact)
-        report = replace(report, pictures=pictures)
-        _raise_if_wrong(artefact, pictures)
+        inputs, images = _read_images(artefact)
+        report = replace(report, pictures=images)
+        _raise_if_wrong(artefact, images)
         service = load_service(artefact.service)
         started = time.perf_counter()
         net = service.load(artefact, threads, precision)
         report = replace(report, load_seconds=time.perf_counter() - started)
         benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs)
-        pictures = tuple(
+        images = tuple(
             benchmark.compare(number, _tolerance(artefact, precision), precision) for number in range(len(inputs))
         )
-        report = replace(report, pictures=pictures, versions=versions())
-        _raise_if_wrong(artefact, pictures)
+        report = replace(report, pictures=images, versions=versions())
+        _raise_if_wrong(artefact, images)
         report = replace(
             report,
             images_per_second=benchmark.rate(benchmark.run_item, threads, seconds),
@@ -133,21 +100,21 @@ def check_model(
     except MlgError as error:
         report = replace(report, problem=error.reason)
     except Exception as error:
-        # A bug in a service or a library. Whoever checks several models wants to hear of the others too.
+        # A bug in a service or a library. It must not prevent the check of further models.
         logger.exception("check failed", extra={"model": report.name})
         report = replace(
             report, problem=f"The check itself failed ({type(error).__name__}: {error}). Please report this."
         )
     if report.load_seconds is None:
-        return report  # how much memory the model takes did not show
+        return report  # the memory that the model needs was not measured
     return replace(report, peak_memory_bytes=peak_memory_bytes())
 
 
 def check_in_process(folder: Path, models: Path, *, threads: int | None, precision: str) -> CheckReport:
-    """Check a model in a process of its own, and remember its speed if it is installed in `models`.
+    """Check a model in a separate process, and store its speed if it is installed in `models`.
 
-    The memory is then that of a provider with this one model: not that of whoever asks, nor of a model checked before.
-    A model that takes its process down is a finding like any other.
+    The memory is then that of a provider with this model only, without that of the caller or of models checked before.
+    If the process crashes, the report says so.
     """
     options = ["--models", str(models.absolute()), "--precision", precision]
     options += [] if threads is None else ["--threads", str(threads)]
@@ -165,23 +132,27 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return replace(report, problem=f"The check did not end within {_TIMEOUT_SECONDS:.0f} seconds.")
+        return replace(report, problem=f"The check did not finish within {_TIMEOUT_SECONDS:.0f} seconds.")
     try:
         return CheckReport.from_json(json.loads(done.stdout))
     except (ValueError, TypeError, KeyError):
         stderr_lines = done.stderr.decode(errors="replace").strip().splitlines()
-        ending = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
-        cure = "Look whether there is enough memory." if done.returncode == -9 else ""
-        return replace(report, problem=" ".join([f"The process that checked it {ending}.", cure, *stderr_lines[-1:]]))
+        ending = (
+            f"was killed by signal {-done.returncode}"
+            if done.returncode < 0
+            else f"exited with status {done.returncode}"
+        )
+        hint = "Check whether there is enough memory." if done.returncode == -9 else ""
+        return replace(report, problem=" ".join([f"The process of the check {ending}.", hint, *stderr_lines[-1:]]))
 
 
 def record_speed(report: CheckReport, models: Path) -> bool:
-    """Remember the speed of a sound model that is installed in a models folder.
+    """Store the speed of an intact model that is installed in a models folder. :return: False if it was not stored.
 
-    Only what was measured as chunks are run by default, with f32 on every core: others do not compare from row to row.
+    Only a speed in f32 on all cores, the defaults of a worker, is stored, so that models can be compared.
     """
-    is_usual = report.precision == "f32" and report.threads == available_cores()
-    if not report.is_ok or not is_usual or report.images_per_second is None:
+    is_default = report.precision == "f32" and report.threads == available_cores()
+    if not report.is_ok or not is_default or report.images_per_second is None:
         return False
     if Path(report.folder) != models / report.name:
         return False
@@ -199,11 +170,11 @@ def _no_artefact(folder: Path) -> NotInstalled:
     row = CATALOGUE.get(folder.name)
     if row is not None and not folder.exists():
         return NotInstalled(f"It is not installed in {folder.parent}. Install it: {install_command(row)}")
-    return NotInstalled(f"{folder} is no artefact: there is no model.json in it. Name a folder that has one.")
+    return NotInstalled(f"{folder} has no artefact: model.json is missing. Name a folder that has one.")
 
 
 def _tolerance(artefact: Artefact, precision: str) -> float:
-    """Return what a probability may differ by: the answers are recorded before f16 storage takes its share of them."""
+    """Return the largest allowed difference of a probability. Results are recorded before weights are stored as f16."""
     if precision != "f32":
         return TOLERANCE_BF16
     stored = artefact.storage.largest_difference if artefact.storage.kept == "f16" else 0.0
@@ -211,19 +182,15 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
 
 
 def _check_facts(artefact: Artefact) -> None:
-    """Check that the digest is that of what model.json says, and that there is a self-test."""
+    """Check that the digest matches the rest of model.json, and that there is a self-test."""
     if compute_digest(artefact.row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
-        raise BrokenArtefact(
-            f"Its digest is not that of what its model.json says: that was altered. {_repair_hint(artefact)}"
-        )
+        raise BrokenArtefact(f"Its digest does not match its model.json, which was changed. {_repair_hint(artefact)}")
     if not artefact.samples:
-        raise BrokenArtefact(
-            f"It has no self-test pictures, so nothing tells whether it is sound. {_repair_hint(artefact)}"
-        )
+        raise BrokenArtefact(f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}")
 
 
 def _read_images(artefact: Artefact) -> tuple[list[bytes], tuple[ImageCheck, ...]]:
-    inputs, pictures = [], []
+    inputs, images = [], []
     for sample in artefact.samples:
         problem = None
         try:
@@ -231,22 +198,22 @@ def _read_images(artefact: Artefact) -> tuple[list[bytes], tuple[ImageCheck, ...
         except OSError as error:
             data, problem = b"", f"cannot be read ({error.strerror})"
         if problem is None and hashlib.sha256(data).hexdigest() != sample.sha256:
-            problem = "the file has changed since the artefact was made"
+            problem = "the file has changed since the model was built"
         inputs.append(data)
-        pictures.append(ImageCheck(file=sample.file, problem=problem))
-    return inputs, tuple(pictures)
+        images.append(ImageCheck(file=sample.file, problem=problem))
+    return inputs, tuple(images)
 
 
-def _raise_if_wrong(artefact: Artefact, pictures: Sequence[ImageCheck]) -> None:
-    wrong = [picture for picture in pictures if picture.problem is not None]
+def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
+    wrong = [image for image in images if image.problem is not None]
     if not wrong:
         return
-    which = f"{len(wrong)} of {len(pictures)} self-test pictures"
-    if all(picture.difference is None for picture in wrong):
+    which = f"{len(wrong)} of {len(images)} self-test images"
+    if all(image.difference is None for image in wrong):
         raise BrokenArtefact(f"{which} cannot be used. {_repair_hint(artefact)}")
     raise BrokenArtefact(
-        f"{which} are answered otherwise than recorded. {_repair_hint(artefact)} "
-        "If it still fails then, do not offer the model on this machine."
+        f"{which} give other results than recorded. {_repair_hint(artefact)} "
+        "If the check still fails, do not offer the model on this machine."
     )
 
 
@@ -261,7 +228,7 @@ def _repair_hint(artefact: Artefact) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Benchmark:
-    """A loaded model and its self-test pictures."""
+    """A loaded model and its self-test images."""
 
     service: Service
     artefact: Artefact
@@ -269,15 +236,15 @@ class _Benchmark:
     inputs: Sequence[bytes]
 
     def prepare_item(self, number: int) -> Any:
-        """Decode one picture."""
+        """Decode one image."""
         return self.service.prepare(self.artefact, dict.fromkeys(self.service.inputs, self.inputs[number]))
 
     def run_item(self, number: int) -> None:
-        """Decode and run one picture, as a chunk's item."""
+        """Decode and run one image, like an item of a chunk."""
         self.service.run(self.net, self.prepare_item(number))
 
     def net_only(self) -> Callable[[int], None]:
-        """Decode the pictures once, and return what runs one of them."""
+        """Decode the images once, and return a function that runs one of them."""
         items = [self.prepare_item(number) for number in range(len(self.inputs))]
 
         def run(number: int) -> None:
@@ -286,26 +253,26 @@ class _Benchmark:
         return run
 
     def compare(self, number: int, tolerance: float, precision: str) -> ImageCheck:
-        """Run one picture and compare the answer with the recorded one."""
+        """Run one image and compare the result with the recorded one."""
         sample = self.artefact.samples[number]
         try:
             self.service.check_output(self.artefact, sample.output)
         except MlgError as error:
-            return ImageCheck(file=sample.file, problem=f"the recorded answer is none: {error.reason}")
+            return ImageCheck(file=sample.file, problem=f"the recorded result is invalid: {error.reason}")
         try:
             output = self.service.run(self.net, self.prepare_item(number))
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=error.reason)
         found = self.service.compare(sample.output, output, tolerance)
         problem = None
-        if not found.largest <= tolerance:  # refuses nan as well
-            problem = f"a probability differs by {found.largest:.2g}, allowed are {tolerance:.2g}"
+        if not found.largest <= tolerance:  # also true for nan
+            problem = f"a probability differs by {found.largest:.2g}, allowed is {tolerance:.2g}"
         elif precision == "f32" and not found.is_same_order:
-            problem = "the five likeliest labels come in another order"
+            problem = "the top five labels are in another order"
         return ImageCheck(file=sample.file, difference=found.largest, problem=problem)
 
     def rate(self, run_item: Callable[[int], None], threads: int, seconds: float) -> float:
-        """Measure how many pictures a second that many threads do; each finishes the one it is at when time is up."""
+        """Measure the images per second of that many threads; each finishes its current image when the time is over."""
 
         def loop(first: int, limit: float) -> float:
             started = time.perf_counter()
@@ -313,10 +280,10 @@ class _Benchmark:
                 run_item((first + done) % len(self.inputs))
                 elapsed = time.perf_counter() - started
                 if elapsed >= limit:
-                    # Threads end at different times; with each one's own rate a slow model needs no common end.
+                    # The threads end at different times, which matters for a slow model: each has its own rate.
                     return done / elapsed
-            raise AssertionError("a count never ends")
+            raise AssertionError("unreachable")
 
         with ThreadPoolExecutor(threads, thread_name_prefix="check") as pool:
-            list(pool.map(loop, range(threads), [0.1 * seconds] * threads))  # every thread and stream gets warm
+            list(pool.map(loop, range(threads), [0.1 * seconds] * threads))  # warms up every thread and stream
             return sum(pool.map(loop, range(threads), [seconds] * threads))

@@ -1,11 +1,11 @@
-"""Chunk and results files: what crosses to a provider, and what comes back.
+"""Chunk files, which are sent to a provider, and results files, which it sends back.
 
-A chunk is a zip of `chunk.json` and one file an input, `NUMBER-INPUT`; a results file is a zip of `results.json` and
+A chunk is a zip of `chunk.json` and one file per input, `NUMBER-INPUT`; a results file is a zip of `results.json` and
 the items' output files, `NUMBER-FILE`. The batcher writes chunks and reads results, the runtime does the reverse, and
-neither trusts the other: names must be exactly the expected ones, nothing is compressed (so that nothing can swell),
-and every length is checked against a limit before it is read. Request ids, clients and file names never enter a chunk.
-A chunk's inputs are either all as the client sent them or all shrunk (see `Service.shrink`), and the chunk says which:
-what was cropped and resized once must not be cropped again.
+neither trusts the other: the names must be exactly the expected ones, nothing is compressed (which excludes zip bombs),
+and every length is checked against a limit before it is read. A chunk must not contain request ids, clients or their
+file names. The inputs of a chunk are either all as the client sent them or all resized (see `Service.resize`), and the
+chunk says which: an image that was cropped and resized must not be cropped again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from provider_image.schemas import (
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkItem:
-    """One item on its way to a provider."""
+    """An item of a chunk that is written."""
 
-    #: Its number in the chunk, from 0 on without gaps.
+    #: Its number in the chunk; items are numbered from 0 without gaps.
     number: int
-    #: Input name -> the file, or its bytes.
+    #: Name of the input -> its file or its bytes.
     inputs: Mapping[str, Path | bytes]
-    #: What the client chose, already checked by the service.
+    #: The client's parameters, checked by the service.
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,16 +46,16 @@ class ChunkItem:
 class ItemError:
     """Why an item has no output."""
 
-    #: The word for machines, as in `errors.py`.
+    #: The identifier for programs, as in `errors.py`.
     code: str
-    #: The sentence for people.
+    #: The message.
     reason: str
-    #: True when another attempt cannot end differently.
+    #: True when a retry cannot succeed.
     permanent: bool
 
     @classmethod
     def from_exception(cls, error: Exception) -> ItemError:
-        """Say why an item failed; what is no MlgError is a bug in a service or a library."""
+        """Make the record of an exception; anything but an MlgError is a bug in a service or a library."""
         if isinstance(error, MlgError):
             return cls(code=error.code, reason=error.reason, permanent=error.permanent)
         reason = f"{type(error).__name__}: {error}"
@@ -64,7 +64,7 @@ class ItemError:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemResult:
-    """What became of one item."""
+    """The result of one item."""
 
     #: Its number in the chunk.
     number: int
@@ -72,19 +72,19 @@ class ItemResult:
     output: Any = None
     #: Output files by name.
     files: Mapping[str, bytes] = field(default_factory=dict)
-    #: Why there is no output; None if there is one.
+    #: Why it has no output; None if it has one.
     error: ItemError | None = None
-    #: Seconds spent on it, decoding included.
+    #: Seconds spent on it, including decoding.
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A results file."""
+    """The contents of a results file."""
 
     #: The chunk's id.
     chunk_id: str
-    #: The model's name, and the digest of the artefact that answered.
+    #: The model's name, and the digest of the artefact that was used.
     model: str
     digest: str
     #: Program -> version.
@@ -93,11 +93,11 @@ class Results:
     precision: str
     #: The processor's name.
     cpu: str
-    #: Seconds to load the model; 0 when it was loaded already.
+    #: Seconds to load the model; 0 if it was loaded before.
     load_seconds: float
-    #: Most memory that the process ever had.
+    #: Peak memory of the process.
     peak_memory_bytes: int
-    #: In the order of their numbers.
+    #: In ascending order of their numbers.
     items: tuple[ItemResult, ...]
 
 
@@ -111,12 +111,12 @@ def write_chunk(
     *,
     is_resized: bool = False,
 ) -> int:
-    """Write a chunk file; a reader never sees half of it.
+    """Write a chunk file, atomically.
 
-    :param digest: of the artefact that must answer; None takes any.
-    :param is_resized: the inputs are what the service's `shrink` gave, not what the client sent.
+    :param digest: digest of the required artefact; None accepts any.
+    :param is_resized: the inputs are what the service's `resize` returned, not what the client sent.
     :return: the file's size in bytes.
-    :raises MalformedChunk: too many items or bytes, or a name that no reader would take.
+    :raises MalformedChunk: too many items or bytes, or a name that a reader would refuse.
     :raises OSError: an input cannot be read or the file cannot be written.
     """
     entries, total = [], 0
@@ -131,7 +131,9 @@ def write_chunk(
                 sizes[name] = add(archive, f"{number}-{name}", source)
                 total += sizes[name]
                 if total > MAX_BYTES:
-                    raise MalformedChunk(f"The inputs have more than {MAX_BYTES} bytes. Put fewer into a chunk.")
+                    raise MalformedChunk(
+                        f"The inputs have more than {MAX_BYTES} bytes. Put fewer items into the chunk."
+                    )
             entries.append({"number": number, "inputs": sizes, "params": dict(item.params)})
         if not entries:
             raise MalformedChunk("A chunk must have at least one item.")
@@ -151,38 +153,38 @@ def write_chunk(
 
 @dataclass(frozen=True, kw_only=True)
 class ItemEntry:
-    """An item in a chunk that was opened; its inputs are still in the file."""
+    """An item of a chunk that was opened; its inputs are still in the file."""
 
-    #: Its number.
+    #: Its number in the chunk.
     number: int
-    #: Input name -> bytes.
+    #: Name of the input -> its size in bytes.
     sizes: Mapping[str, int]
-    #: What the client chose; not yet checked by the service.
+    #: The client's parameters, not yet checked by the service.
     params: Mapping[str, Any]
 
 
 class ChunkReader:
-    """An opened chunk: the facts at once, an item's bytes only when asked for. Threads may share it."""
+    """An opened chunk; the bytes of an item are read on request. Thread-safe."""
 
     def __init__(self, archive: Archive, document: Mapping[str, Any]) -> None:
         self._archive = archive
         #: The chunk's random id.
         self.chunk_id: str = document["chunk_id"]
-        #: The kind of service.
+        #: The name of the service.
         self.service: str = document["service"]
         #: The model's name.
         self.model: str = document["model"]
-        #: The artefact that must answer; None takes any.
+        #: Digest of the required artefact; None accepts any.
         self.digest: str | None = document["digest"]
-        #: The inputs are what the service's `shrink` gave.
+        #: The inputs are what the service's `resize` returned.
         self.is_resized: bool = document["is_shrunk"]
-        #: In the order of their numbers.
+        #: In ascending order of their numbers.
         self.items = tuple(
             ItemEntry(number=item["number"], sizes=item["inputs"], params=item["params"]) for item in document["items"]
         )
 
     def read_inputs(self, item: ItemEntry) -> dict[str, bytes]:
-        """Read one item's inputs. :raises MalformedChunk: the file is damaged there."""
+        """Read the inputs of one item. :raises MalformedChunk: they are damaged."""
         return {name: self._archive.read(f"{item.number}-{name}", size) for name, size in item.sizes.items()}
 
     def close(self) -> None:
@@ -199,9 +201,9 @@ class ChunkReader:
 
 
 def open_chunk(path: Path) -> ChunkReader:
-    """Open a chunk file and check everything but the inputs' bytes.
+    """Open a chunk file and check everything except the contents of the inputs.
 
-    :raises MalformedChunk: it cannot be read, has another version, or breaks a rule of the format.
+    :raises MalformedChunk: it cannot be read, has another version, or violates the format.
     """
     archive = Archive(path, "chunk.json", MalformedChunk)
     try:
@@ -217,7 +219,7 @@ def open_chunk(path: Path) -> ChunkReader:
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write a results file; a reader never sees half of it."""
+    """Write a results file, atomically."""
     entries: list[dict[str, Any]] = []
     with atomic_zip(path) as archive:
         for item in results.items:
@@ -249,12 +251,12 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int], digest: str | None = None) -> Results:
-    """Read a results file and check that it answers this chunk: its id, model, digest and exactly its items.
+    """Read a results file and check that it belongs to this chunk: its id, model, digest and exactly its items.
 
-    Whether an output makes sense is for the service's `check_output`.
+    The outputs themselves are checked by the service's `check_output`.
 
-    :param digest: the artefact that had to answer; None takes any.
-    :raises MalformedResults: it cannot be read, breaks a rule of the format, or answers something else.
+    :param digest: digest of the required artefact; None accepts any.
+    :raises MalformedResults: it cannot be read, violates the format, or belongs to another chunk.
     """
     archive = Archive(path, "results.json", MalformedResults)
     try:
@@ -265,7 +267,7 @@ def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int]
                 raise MalformedResults(f"The results have {name} {document[name]!r}, not {expected!r}.")
         found = [item["number"] for item in document["items"]]
         if sorted(found) != sorted(numbers):
-            raise MalformedResults(f"The results answer the items {sorted(found)}, not {sorted(numbers)}.")
+            raise MalformedResults(f"The results are for the items {sorted(found)}, not {sorted(numbers)}.")
         archive.check_files(
             {f"{item['number']}-{name}": size for item in document["items"] for name, size in _files(item).items()}
         )

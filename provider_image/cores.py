@@ -1,6 +1,7 @@
-"""How many cores this process really has: by affinity and by the container's quota.
+"""The number of cores that this process may use, by its affinity and the container's CPU quota.
 
-A container that may use two of a machine's 64 cores and starts 64 threads is slower than one that starts two.
+In a container that is limited to two of 64 cores, 64 threads are slower than two. Read by the runtime, the check and
+the batcher's settings.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 def available_cores(root: Path = Path("/")) -> int:
     """Count the cores that this process may use, at least 1.
 
-    :param root: where /proc and /sys are; another one in tests.
+    :param root: the folder with /proc and /sys; another one in tests.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(_quotas(root), default=math.inf)
@@ -21,7 +22,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> list[float]:
-    """Collect the limits of this process's control groups and of those above them, in cores."""
+    """Return the limits of this process's control groups and their parents, in cores."""
     found = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -41,7 +42,7 @@ def _quotas(root: Path) -> list[float]:
 
 def _ancestors(base: Path, group: str) -> list[Path]:
     folder = base / group.strip("/")
-    # Inside a container the path is often the host's and does not exist here; the base then is the container's own.
+    # In a container the path is often the host's and does not exist; the base then is the container's own group.
     return [base, *(parent for parent in (folder, *folder.parents) if base in parent.parents)]
 
 

@@ -1,6 +1,6 @@
-"""Reads typed settings from environment variables; a bad value names its variable.
+"""Typed settings from environment variables; the error for a bad value names its variable.
 
-Called by each room's `Settings.from_env`, which `commands.py` calls once. Nothing else may look into `os.environ`.
+Used by the `from_env` of each package's settings, which the commands call once. Nothing else reads `os.environ`.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ _FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
 
 
 class Environment:
-    """A mapping of variables with readers for each type."""
+    """Environment variables, read by type."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
 
     def text(self, name: str, default: str) -> str:
-        """Read a text; an empty value counts as unset."""
+        """Return a text; an empty value counts as unset."""
         return self._variables.get(name, "").strip() or default
 
     def path(self, name: str, default: str) -> Path:
-        """Read a path; `~` is the user's home."""
+        """Return an absolute path; `~` is the user's home."""
         return Path(self.text(name, default)).expanduser().absolute()
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
-        """Read a word out of a few. :raises ConfigError: another word."""
+        """Return one of the choices, in lower case. :raises ConfigError: another value."""
         value = self.text(name, default).lower()
         if value not in choices:
-            raise ConfigError(f"{name}={value!r} is not known. It takes one of: {', '.join(choices)}.")
+            raise ConfigError(f"{name}={value!r} is unknown. Use one of: {', '.join(choices)}.")
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
-        """Read a switch. :raises ConfigError: neither yes nor no."""
+        """Return a boolean. :raises ConfigError: neither yes nor no."""
         value = self._variables.get(name)
         if value is None:
             return default
@@ -47,7 +47,7 @@ class Environment:
         raise ConfigError(f"{name}={value!r} is neither yes nor no. Use 1 or 0.")
 
     def integer(self, name: str, default: int, *, minimum: int, maximum: int) -> int:
-        """Read a whole number in a range, both ends included. :raises ConfigError:"""
+        """Return a whole number in a range, both ends included. :raises ConfigError: another value."""
         text = self.text(name, str(default))
         try:
             value = int(text)
@@ -58,7 +58,7 @@ class Environment:
         return value
 
     def number(self, name: str, default: float, *, minimum: float, maximum: float) -> float:
-        """Read a number in a range, both ends included. :raises ConfigError:"""
+        """Return a number in a range, both ends included. :raises ConfigError: another value."""
         text = self.text(name, repr(default))
         try:
             value = float(text)

@@ -1,7 +1,7 @@
-"""The one tree of errors.
+"""The base of all errors, and those that occur on a provider, cross to it or describe its input and models.
 
     MlgError
-    ├── BadInput                 the caller's picture or parameters; never retried
+    ├── BadInput                 the client's image or parameters; never retried
     │   ├── EmptyImage
     │   ├── NotAnImage
     │   ├── UnsupportedFormat
@@ -9,47 +9,28 @@
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
     │   ├── InvalidParams
-    │   ├── MalformedRequest
-    │   └── UnsupportedMediaType
+    │   └── MalformedRequest
     ├── UnknownModel
-    ├── UnknownRequest
-    ├── UnknownProvider          in store/ledger.py, beside the only ones who raise it
     ├── NotInstalled
-    ├── NotCancellable
-    ├── NotRetryable
-    ├── BacklogFull
-    ├── ServerUnreachable
-    ├── ModelError               the artefact, not the picture
+    ├── ModelError               the model, not the image
+    │   ├── BrokenArtefact
     │   ├── WeightsMismatch
     │   ├── WeightsMissing
     │   ├── CompilerMissing
     │   ├── CompilationFailed
     │   ├── UnsafeModelFile
-    │   ├── UnsuitableModel
-    │   └── BrokenArtefact
-    ├── ChunkError               what crosses to a provider and back
+    │   └── UnsuitableModel
+    ├── ChunkError               a chunk, on its way to a worker and back
     │   ├── MalformedChunk
     │   ├── MalformedResults
     │   ├── WorkerDied
-    │   ├── ChunkTimeout
-    │   └── ShrinkingUnavailable
-    ├── InferenceFailed
-    ├── ImageError               a container image
-    ├── ExecutorUnavailable      nobody can work on it now; nobody's fault
-    │   ├── NoProvider
-    │   ├── BudgetReached
-    │   └── GolemUnavailable
-    ├── AccessRefused, LimitReached, FetchFailed, and a BadInput more: in server/errors.py
-    ├── UnknownKey, KeyNameTaken in store/keys.py
-    ├── StoreError
-    │   ├── StoreBusy
-    │   ├── StoreUnavailable
-    │   └── DiskFull
+    │   └── ChunkTimeout
+    ├── InferenceFailed          one item
     └── ConfigError
 
-Every room raises these; the ground floor holds them because it is the one that every other room may import.
-A class's docstring is its default message and tells the cure. `code` is the word that machines read (in HTTP answers
-and in results files), `permanent` says that trying again cannot help.
+`store/errors.py`, `server/errors.py` and `batcher/errors.py` define the errors of those packages on top of these. The
+HTTP status of each is in the server. A class's docstring is its default message and says what to do. `code` is for
+programs (in HTTP responses and results files); `permanent` means that a retry cannot succeed.
 """
 
 from __future__ import annotations
@@ -61,9 +42,9 @@ from typing import Any
 class MlgError(Exception):
     """Something went wrong in mlg."""
 
-    #: The word for machines; stays the same when the sentence is improved.
+    #: The identifier for programs; does not change when the message does.
     code = "error"
-    #: True when another attempt cannot end differently.
+    #: True when a retry cannot succeed.
     permanent = False
 
     def __init__(self, message: str | None = None) -> None:
@@ -71,19 +52,19 @@ class MlgError(Exception):
 
     @property
     def reason(self) -> str:
-        """Return the sentence for people."""
+        """Return the message."""
         return str(self)
 
 
 class BadInput(MlgError):
-    """The input cannot be used. Send a picture that opens in an image viewer."""
+    """The input cannot be used. Send an image that opens in an image viewer."""
 
     code = "bad_input"
     permanent = True
 
 
 class EmptyImage(BadInput):
-    """The picture is empty. Send the image's bytes, for example: curl -F image=@kitten.jpg URL"""
+    """The image is empty. Send the bytes of the file, for example: curl -F image=@kitten.jpg URL"""
 
     code = "empty_image"
 
@@ -119,19 +100,19 @@ class TooManyBytes(BadInput):
 
 
 class InvalidParams(BadInput):
-    """A parameter has a value that the service does not take."""
+    """A parameter has a value that the service does not accept."""
 
     code = "invalid_params"
 
 
 class MalformedRequest(BadInput):
-    """The request cannot be read. Send the picture as the multipart field `image` or as the raw body."""
+    """The request cannot be read. Send the image as the multipart field `image` or as the raw body."""
 
     code = "malformed_request"
 
 
 class UnknownModel(MlgError):
-    """There is no such model. `mlg models` and GET /models list those there are."""
+    """There is no such model. `mlg models` and GET /models list the models."""
 
     code = "unknown_model"
     permanent = True
@@ -143,12 +124,6 @@ class NotInstalled(MlgError):
     code = "not_installed"
 
 
-class ServerUnreachable(MlgError):
-    """The server does not answer. Start it with: mlg serve"""
-
-    code = "server_unreachable"
-
-
 class ModelError(MlgError):
     """The model cannot be used."""
 
@@ -156,14 +131,14 @@ class ModelError(MlgError):
 
 
 class WeightsMismatch(ModelError):
-    """The weights file does not match its hash or its model. Get the file again, then: mlg models compile MODEL"""
+    """The weights file does not match its hash or its model. Download it again, then: mlg models compile MODEL"""
 
     code = "weights_mismatch"
     permanent = True
 
 
 class WeightsMissing(ModelError):
-    """The weights file is not there."""
+    """The weights file was not found."""
 
     code = "weights_missing"
     permanent = True
@@ -177,21 +152,21 @@ class CompilerMissing(ModelError):
 
 
 class CompilationFailed(ModelError):
-    """The compiled graph does not answer as the model that it was made from."""
+    """The compiled graph gives other results than the model that it was made from."""
 
     code = "compilation_failed"
     permanent = True
 
 
 class UnsafeModelFile(ModelError):
-    """The model file asks to run code or to read other files. Save the model with Keras' own layers only."""
+    """The model file tries to run code or to read other files. Save the model with Keras' own layers only."""
 
     code = "unsafe_model_file"
     permanent = True
 
 
 class UnsuitableModel(ModelError):
-    """The model is not a classifier of one RGB picture."""
+    """The model is not a classifier of one RGB image."""
 
     code = "unsuitable_model"
     permanent = True
@@ -218,7 +193,7 @@ class MalformedChunk(ChunkError):
 
 
 class MalformedResults(ChunkError):
-    """The results file is not what was asked for."""
+    """The results file does not match the chunk, or cannot be read."""
 
     code = "malformed_results"
 
@@ -249,7 +224,7 @@ class ConfigError(MlgError):
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Turn a reply that is not ok back into the error it was made of."""
+    """Rebuild the error from a reply whose `ok` is false. An unknown code becomes a ChunkError."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

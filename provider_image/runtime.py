@@ -1,13 +1,14 @@
-"""Works on a chunk: loads the model, runs item by item, writes the results file.
+"""The runtime: loads a chunk's model, runs item by item, writes the results file.
 
-Called by the warm process and by `run --cold`. As many threads as there are cores each take an item, decode it and run
-it; Pillow and OpenVINO let go of Python's lock, so one item's decoding overlaps with another's inference. An item's
-bytes are read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
+Called by the warm process and by `run --cold`. One thread per core takes items, decodes and runs them. Pillow and
+OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another. The bytes of an item are
+read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
 """
 
 from __future__ import annotations
 
 import collections
+import importlib.util
 import logging
 import sys
 import time
@@ -18,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
-from provider_image.compiler import build, can_build_now, ensure_installed
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, MalformedChunk, MlgError, NotInstalled
-from provider_image.models.artefact import Artefact
+from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.service import Service
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
-#: Loaded nets that are kept; the one that was not used for longest goes first.
+#: Number of nets that remain loaded; the least recently used is dropped first.
 MAX_LOADED_NETS = 4
 
 
@@ -38,14 +38,14 @@ class LoadedModel:
 
     service: Service
     artefact: Artefact
-    #: What the service's `load` gave.
+    #: What the service's `load` returned.
     net: Any
-    #: Seconds that loading took this time; 0 when it was loaded already.
+    #: Seconds to load it for this call; 0 if it was loaded before.
     seconds: float
 
 
 class NetCache:
-    """The loaded nets of one process. Used by one chunk at a time."""
+    """The loaded nets of one process. Not thread-safe: used by one chunk at a time."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class NetCache:
         precision: str = "f32",
         find_service: Callable[[str], Service] = load_service,
     ) -> None:
-        #: Items that are worked on side by side; as many as there are cores unless told otherwise.
+        #: Items that are processed at the same time.
         self.threads = threads or available_cores()
         #: f32, bf16 or auto.
         self.precision = precision
@@ -64,22 +64,22 @@ class NetCache:
         self._nets: collections.OrderedDict[tuple[Path, str], tuple[Service, Artefact, Any]] = collections.OrderedDict()
 
     def get(self, service: str, model: str, digest: str | None) -> LoadedModel:
-        """Return a model ready to run, building and loading it first if need be.
+        """Return a model that is ready to run; build and load it first if necessary.
 
-        :param digest: of the artefact that must answer; None takes any.
-        :raises NotInstalled: it is not here and cannot be built here, or another artefact of it is here.
-        :raises ModelError: it is here but cannot be loaded.
-        :raises MalformedChunk: there is no such service, or the model is another service's.
+        :param digest: digest of the required artefact; None accepts any.
+        :raises NotInstalled: it is not installed and cannot be built, or another artefact of it is installed.
+        :raises ModelError: it is installed but cannot be loaded.
+        :raises MalformedChunk: there is no such service, or the model belongs to another.
         """
         started = time.perf_counter()
         implementation = self._find_service(service)
-        artefact = ensure_installed(self._models, model)
+        artefact = _find_or_build(self._models, model)
         if artefact.service != service:
             raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
         if digest is not None and digest != artefact.digest:
             raise NotInstalled(
-                f"The chunk asks for {model} with digest {digest[:12]}; here it has {artefact.digest[:12]}. "
-                "Bring both machines to the same version of mlg, then install the model again."
+                f"The chunk requires {model} with digest {digest[:12]}; the installed one has {artefact.digest[:12]}. "
+                "Use the same version of mlg on both machines, then install the model again."
             )
         key = (artefact.folder, artefact.digest)
         if key in self._nets:
@@ -90,21 +90,44 @@ class NetCache:
         try:
             net = implementation.load(artefact, self.threads, self.precision)
         except BrokenArtefact as error:
-            # Its model.json is sound, so the damage only shows now.
-            row = CATALOGUE.get(model)
-            if row is None or not can_build_now(row):
-                raise
-            logger.warning("building the model again: %s", error, extra={"model": model})
-            artefact = build(self._models, row, again=True)
+            # Its model.json is intact, so the damage is only found now.
+            artefact = _rebuild(self._models, model, error)
             net = implementation.load(artefact, self.threads, self.precision)
         self._nets[key] = (implementation, artefact, net)
         return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
 
 
-def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
-    """Work on a chunk file and write its results file. Items fail alone.
+def _has_compiler() -> bool:
+    """Tell whether this installation can compile models; the provider image ships without the compiler."""
+    return importlib.util.find_spec("provider_image.compiler") is not None
 
-    :raises MlgError: the chunk as a whole cannot be worked on; there is no results file then.
+
+def _find_or_build(models: Path, model: str) -> Artefact:
+    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`."""
+    if not _has_compiler():
+        return find_artefact(models, model)
+    from provider_image.compiler import ensure_installed
+
+    return ensure_installed(models, model)
+
+
+def _rebuild(models: Path, model: str, error: BrokenArtefact) -> Artefact:
+    """Build the model of a damaged artefact again. :raises BrokenArtefact: `error`, where that needs a download."""
+    row = CATALOGUE.get(model)
+    if row is None or not _has_compiler():
+        raise error
+    from provider_image.compiler import build, can_build_now
+
+    if not can_build_now(row):
+        raise error
+    logger.warning("building the model again: %s", error, extra={"model": model})
+    return build(models, row, again=True)
+
+
+def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
+    """Process a chunk file and write its results file. An item that fails does not affect the others.
+
+    :raises MlgError: the chunk as a whole cannot be processed; no results file is written.
     :raises OSError: the results file cannot be written.
     """
     with open_chunk(chunk) as reader:
@@ -114,7 +137,7 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
                 raise MalformedChunk(f"Item {item.number} must have the inputs {', '.join(loaded.service.inputs)}.")
         with ThreadPoolExecutor(nets.threads, thread_name_prefix="item") as pool:
             items = tuple(pool.map(lambda item: _run_item(reader, loaded, item), reader.items))
-        answer = Results(
+        found = Results(
             chunk_id=reader.chunk_id,
             model=loaded.artefact.name,
             digest=loaded.artefact.digest,
@@ -125,8 +148,8 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
             peak_memory_bytes=peak_memory_bytes(),
             items=items,
         )
-    write_results(results, answer)
-    return answer
+    write_results(results, found)
+    return found
 
 
 def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> ItemResult:
@@ -139,7 +162,7 @@ def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> Item
         output = loaded.service.run(loaded.net, prepared)
     except Exception as error:
         if not isinstance(error, MlgError):
-            # A bug in a service or a library: it fails this item only, and is told to whoever reads the log.
+            # A bug in a service or a library fails only this item, and is logged.
             logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
         return ItemResult(
             number=item.number, error=ItemError.from_exception(error), seconds=time.perf_counter() - started
@@ -148,7 +171,7 @@ def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> Item
 
 
 def versions() -> dict[str, str]:
-    """List the versions of the libraries that are loaded; nothing is imported for it."""
+    """Return program -> version of Python and of those libraries that are loaded; imports nothing."""
     found = {"python": sys.version.split()[0]}
     for package, name in (("openvino", "openvino"), ("numpy", "numpy"), ("PIL", "pillow")):
         version = getattr(sys.modules.get(package), "__version__", None)
@@ -158,14 +181,14 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name, "unknown" where the system does not tell."""
+    """Return the name of the processor, "unknown" where the system does not provide it."""
     return _proc_field(Path("/proc/cpuinfo"), "model name") or "unknown"
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process ever had, 0 where the system does not tell.
+    """Return the peak memory of this process, 0 where the system does not provide it.
 
-    Not from getrusage: Linux carries that figure over from the parent across exec.
+    Not from getrusage: on Linux that value is inherited from the parent process across exec.
     """
     return int((_proc_field(Path("/proc/self/status"), "VmHWM") or "0").split()[0]) * 1024
 

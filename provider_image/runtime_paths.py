@@ -1,7 +1,7 @@
-"""The places of warm processes: private folders, and paths for sockets that are short enough.
+"""The folders of warm processes and the paths of their sockets.
 
-Used by the warm process and by the door that looks for one. The door is started for every chunk, so nothing is imported
-here that it does not need.
+Used by the warm process, by its client and by the local executor. The client is started for every chunk, so this module
+imports only what that needs.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from provider_image.errors import ConfigError
 
-#: Longest path of a Unix socket on Linux is 107 bytes; some room is left for the temporary names of others.
+#: The limit of Linux is 107 bytes; a margin is left for temporary names.
 _MAX_SOCKET_PATH_BYTES = 100
 
 
 def user_runtime_folder() -> Path:
-    """Return this user's folder for sockets, whatever the length of other paths; may not exist yet."""
+    """Return this user's folder for sockets, whose path is always short enough. It may not exist yet."""
     return Path(f"/tmp/mlg-{os.getuid()}")
 
 
 def socket_path(runtime_folder: Path) -> Path:
-    """Return the path of the socket of a process that serves in this place."""
+    """Return the path of the socket of the warm process with this folder."""
     path = runtime_folder.absolute() / "socket"
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
         return path
@@ -31,17 +31,17 @@ def socket_path(runtime_folder: Path) -> Path:
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only this user can enter.
+    """Make a folder that only this user can access.
 
-    :raises ConfigError: somebody else's folder or a link is in its place, or it cannot be made.
+    :raises ConfigError: the path is a link or another user's folder, or it cannot be made.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise ConfigError(f"{path} is a link or belongs to somebody else. Remove it or choose another --place.")
+            raise ConfigError(f"{path} is a link or belongs to another user. Remove it or choose another --place.")
         if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be used as a place: {error}") from error
+        raise ConfigError(f"The folder {path} cannot be used: {error}") from error
     return path

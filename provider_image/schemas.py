@@ -1,7 +1,7 @@
-"""The rules of `chunk.json` and `results.json`: what a reader takes, field by field.
+"""The schemas of `chunk.json` and `results.json`, checked field by field.
 
-Called by `chunk.py` on everything that it reads, and on what it is about to write. Whoever wrote the document is not
-trusted: unknown fields, odd types, deep nesting and long texts are refused.
+Called by `chunk.py` for every document that it reads, and for a chunk before it is written. The author of a document is
+not trusted: unknown fields, wrong types, deep nesting and long texts are refused.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from provider_image.errors import MalformedChunk, MalformedResults
 
 #: Version of both documents; a reader refuses any other.
 VERSION = 1
-#: Items in a chunk at most.
+#: Most items in a chunk.
 MAX_ITEMS = 16
-#: Bytes of inputs in a chunk, or of output files in a results file, at most.
+#: Most bytes of all inputs in a chunk, or of all output files in a results file.
 MAX_BYTES = 64 * 1024 * 1024
-#: Files of one item at most.
+#: Most files of one item.
 MAX_FILES = 8
-#: Levels of lists and objects in params and outputs at most.
+#: Most levels of lists and objects in params and outputs.
 MAX_DEPTH = 16
-#: Characters of an item's reason at most; a longer one is cut when written.
+#: Most characters of an item's reason; a longer one is truncated when written.
 MAX_REASON = 1000
-#: What an input or an output file may be called.
+#: Allowed names of inputs and output files.
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -45,7 +45,7 @@ _RESULTS_FIELDS = {
 
 
 def check_chunk(document: Any) -> None:
-    """Check a chunk.json. :raises MalformedChunk: names the rule that it breaks."""
+    """Check a chunk.json. :raises MalformedChunk: names the rule that it violates."""
 
     def require(is_met: bool, what: str) -> None:
         if not is_met:
@@ -54,22 +54,28 @@ def check_chunk(document: Any) -> None:
     require(isinstance(document, dict), "chunk.json is not an object")
     require(document.get("version") == VERSION, f"its version is not {VERSION}")
     require(document.keys() == _CHUNK_FIELDS, "chunk.json has missing or unknown fields")
-    require(_is_text(document["chunk_id"], _ID), "its id is not plain")
-    require(_is_text(document["service"], _WORD), "its service is not a plain name")
-    require(_is_text(document["model"], _WORD), "its model is not a plain name")
-    require(document["digest"] is None or _is_text(document["digest"], _DIGEST), "its digest is none")
-    require(isinstance(document["is_shrunk"], bool), "it does not say whether its inputs are shrunk")
+    require(_is_text(document["chunk_id"], _ID), "its id has invalid characters")
+    require(_is_text(document["service"], _WORD), "its service is not a valid name")
+    require(_is_text(document["model"], _WORD), "its model is not a valid name")
+    require(document["digest"] is None or _is_text(document["digest"], _DIGEST), "its digest is invalid")
+    require(isinstance(document["is_shrunk"], bool), "is_shrunk is not a boolean")
     items = document["items"]
     require(isinstance(items, list) and 0 < len(items) <= MAX_ITEMS, f"it does not have 1 to {MAX_ITEMS} items")
     for number, item in enumerate(items):
-        require(isinstance(item, dict) and item.keys() == {"number", "inputs", "params"}, "an item has other fields")
-        require(_is_count(item["number"]) and item["number"] == number, "its items are not numbered from 0 on")
-        require(_are_files(item["inputs"]) and len(item["inputs"]) > 0, "an item's inputs are not plain")
-        require(isinstance(item["params"], dict) and _is_shallow(item["params"]), "an item's params are no object")
+        require(
+            isinstance(item, dict) and item.keys() == {"number", "inputs", "params"},
+            "an item has missing or unknown fields",
+        )
+        require(_is_count(item["number"]) and item["number"] == number, "its items are not numbered from 0")
+        require(_are_files(item["inputs"]) and len(item["inputs"]) > 0, "an item's inputs are invalid")
+        require(
+            isinstance(item["params"], dict) and _is_shallow(item["params"]),
+            "an item's params are not an object, or nested too deep",
+        )
 
 
 def check_results(document: Any) -> None:
-    """Check a results.json. :raises MalformedResults: names the rule that it breaks."""
+    """Check a results.json. :raises MalformedResults: names the rule that it violates."""
 
     def require(is_met: bool, what: str) -> None:
         if not is_met:
@@ -78,29 +84,45 @@ def check_results(document: Any) -> None:
     require(isinstance(document, dict), "results.json is not an object")
     require(document.get("version") == VERSION, f"its version is not {VERSION}")
     require(document.keys() == _RESULTS_FIELDS, "results.json has missing or unknown fields")
-    require(_is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD), "its id or model is not plain")
-    require(_is_text(document["digest"], _DIGEST), "its digest is none")
+    require(
+        _is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD),
+        "its id or model is not a valid name",
+    )
+    require(_is_text(document["digest"], _DIGEST), "its digest is invalid")
     versions = document["versions"]
-    require(isinstance(versions, dict) and len(versions) <= 20, "its versions are no object")
-    require(all(isinstance(v, str) and len(k) <= 40 and len(v) <= 100 for k, v in versions.items()), "a version is odd")
-    require(_is_text(document["precision"], _WORD), "its precision is not plain")
+    require(isinstance(versions, dict) and len(versions) <= 20, "its versions are not a small object")
+    require(
+        all(isinstance(v, str) and len(k) <= 40 and len(v) <= 100 for k, v in versions.items()), "a version is invalid"
+    )
+    require(_is_text(document["precision"], _WORD), "its precision is invalid")
     require(isinstance(document["cpu"], str) and len(document["cpu"]) <= 200, "its cpu is not a short text")
-    require(_is_seconds(document["load_seconds"]), "its load_seconds are none")
-    require(_is_count(document["peak_memory_bytes"]), "its peak_memory_bytes are none")
+    require(_is_seconds(document["load_seconds"]), "its load_seconds are invalid")
+    require(_is_count(document["peak_memory_bytes"]), "its peak_memory_bytes are invalid")
     require(isinstance(document["items"], list) and len(document["items"]) <= MAX_ITEMS, "it has too many items")
     for item in document["items"]:
-        require(isinstance(item, dict) and isinstance(item.get("ok"), bool), "an item does not say ok or not")
-        require(item.keys() - {"output", "files", "error"} == {"number", "ok", "seconds"}, "an item has other fields")
-        require(_is_count(item["number"]) and _is_seconds(item["seconds"]), "an item's number or seconds are odd")
+        require(isinstance(item, dict) and isinstance(item.get("ok"), bool), "an item has no valid ok")
+        require(
+            item.keys() - {"output", "files", "error"} == {"number", "ok", "seconds"},
+            "an item has missing or unknown fields",
+        )
+        require(_is_count(item["number"]) and _is_seconds(item["seconds"]), "an item's number or seconds are invalid")
         if item["ok"]:
-            require("error" not in item and {"output", "files"} <= item.keys(), "an answered item has other fields")
-            require(_are_files(item["files"]), "an item's files are not plain")
+            require(
+                "error" not in item and {"output", "files"} <= item.keys(),
+                "a successful item has missing or unknown fields",
+            )
+            require(_are_files(item["files"]), "an item's files are invalid")
             require(_is_shallow(item["output"]), "an output is nested too deep")
         else:
             error = item.get("error")
             require(item.keys().isdisjoint({"output", "files"}), "a failed item has an output")
-            require(isinstance(error, dict) and error.keys() == {"code", "reason", "permanent"}, "an error is odd")
-            require(_is_text(error["code"], _WORD) and isinstance(error["permanent"], bool), "an error's code is odd")
+            require(
+                isinstance(error, dict) and error.keys() == {"code", "reason", "permanent"},
+                "an error has missing or unknown fields",
+            )
+            require(
+                _is_text(error["code"], _WORD) and isinstance(error["permanent"], bool), "an error's code is invalid"
+            )
             require(isinstance(error["reason"], str) and len(error["reason"]) <= MAX_REASON, "a reason is too long")
 
 

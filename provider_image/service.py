@@ -1,7 +1,7 @@
-"""What a service is: one kind of work on pictures, described once.
+"""The interface of a service: one kind of work on images, described once.
 
-From one such object come validation, forms, the API description, help texts and the contract test. The server asks it
-about parameters and views, the batcher about outputs, the runtime makes it work. Adding one is a file in `services/`.
+Validation, forms, the API description, help texts and the contract test are derived from it. The server uses its
+parameters and views, the batcher checks outputs with it, the runtime runs it. A new service is one file in `services/`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Param:
-    """A parameter that a client may set."""
+    """A parameter of a request."""
 
-    #: The name in query strings, forms and chunk files.
+    #: Its name in query strings, forms and chunk files.
     name: str
     #: One of whole, number, choice.
     kind: str
-    #: What it is when the client says nothing.
+    #: Its value if the client does not set it.
     default: Any
     #: Range of a whole or number, both ends included.
     minimum: float | None = None
     maximum: float | None = None
-    #: What a choice may be.
+    #: The values of a choice.
     choices: tuple[str, ...] = ()
-    #: One sentence for people.
+    #: One sentence of help.
     help: str
-    #: True if it only changes how a stored output is shown, so that it never goes to a provider.
+    #: True if it only changes how a stored output is shown; it is not sent to a provider then.
     is_read_time: bool = False
 
     def check(self, raw: Any) -> Any:
-        """Turn what a client sent, text or JSON, into a value. :raises InvalidParams: says what it takes."""
+        """Convert a value that a client sent as text or JSON. :raises InvalidParams: names the allowed values."""
         if self.kind == "choice":
             if not isinstance(raw, str) or raw not in self.choices:
                 raise InvalidParams(f"{self.name} takes one of: {', '.join(self.choices)}.")
@@ -61,93 +61,93 @@ class Param:
 
 
 def check_params(params: tuple[Param, ...], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Check what a client sent against a service's parameters; what is missing gets its default.
+    """Check parameters that a client sent; missing ones get their defaults.
 
-    :raises InvalidParams: an unknown name or a bad value; says what is taken.
+    :raises InvalidParams: an unknown name or an invalid value; names the allowed ones.
     """
     known = {param.name: param for param in params}
     for name in raw:
         if name not in known:
-            taken = ", ".join(sorted(known)) or "none"
-            raise InvalidParams(f"There is no parameter {str(name)[:64]!r}. Parameters: {taken}.")
+            names = ", ".join(sorted(known)) or "none"
+            raise InvalidParams(f"There is no parameter {str(name)[:64]!r}. Parameters: {names}.")
     return {name: param.check(raw[name]) if name in raw else param.default for name, param in known.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far an output is from the one that was expected."""
+    """How much an output differs from the expected one."""
 
-    #: Largest difference of a number in it.
+    #: Largest difference of a number.
     largest: float
-    #: True if what a client sees first stands in the same order; those nearer together than the tolerance may change
-    #: places.
+    #: True if the entries that a client sees first have the same order, except for those that are closer together than
+    #: the tolerance.
     is_same_order: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """What a model takes. Known before it is installed: its artefact and its row in the catalogue say the same."""
+    """The input of a model. Known before the model is installed, from its row in the catalogue."""
 
     #: Height and width in pixels.
     height: int
     width: int
-    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole picture.
+    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
     crop: float | None
 
 
 class Service(Protocol):
-    """One kind of work. An instance has no state of its own: models come in as artefacts and nets."""
+    """One kind of work. An instance has no state; models are passed to it as artefacts and nets."""
 
-    #: The name in the registry, in chunk files and in the catalogue.
+    #: Its name in the registry, in chunk files and in the catalogue.
     name: str
-    #: The name for people.
+    #: Its name for display.
     title: str
     #: What it does, one sentence.
     help: str
-    #: Input name -> what it is.
+    #: Name of each input -> its description.
     inputs: Mapping[str, str]
-    #: What a client may set.
+    #: The parameters of a request.
     params: tuple[Param, ...]
     #: JSON schema of the output.
     output_schema: Mapping[str, Any]
-    #: An output as it may look.
+    #: An example of an output.
     example: Any
 
     def load(self, artefact: Artefact, threads: int, precision: str) -> Any:
-        """Load a model once; the net that comes back may be run from several threads at once.
+        """Load a model. The returned net may be run from several threads at once.
 
         :param precision: f32, bf16 or auto.
         :raises BrokenArtefact: the artefact cannot be loaded.
         """
 
     def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Reduce what a client sent to what the model sees of it, as small as can be and without any loss.
+        """Reduce inputs to the size that the model uses, without loss, to save bytes.
 
-        Called before an item leaves the batcher's machine. `prepare` must make exactly the same of it as of the
-        originals; an input that has nothing to lose stays as it is.
+        Called before an item leaves the batcher's machine. `prepare` must return exactly the same for the result as for
+        the originals. An input that cannot be reduced is returned as it is.
 
-        :return: under the same names.
-        :raises BadInput: as `prepare` with the originals, in the same words.
+        :return: the inputs under the same names.
+        :raises BadInput: as `prepare` with the originals, with the same message.
         """
 
     def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
-        """Decode an item's inputs; needs no net, so that it runs beside another item's inference.
+        """Decode the inputs of an item. Needs no net, so it runs during the inference of other items.
 
-        :param is_resized: the inputs are what `resize` gave, or claim to be.
-        :raises BadInput: the inputs cannot be used, or are not what `resize` would give.
+        :param is_resized: the inputs are said to be what `resize` returned.
+        :raises BadInput: the inputs cannot be used, or are not what `resize` returns.
         """
 
     def run(self, net: Any, item: Any) -> Any:
-        """Run the net on what `prepare` gave, and return the output, JSON. :raises InferenceFailed:"""
+        """Run the net on what `prepare` returned, and return the output, JSON. :raises InferenceFailed:"""
 
     def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Check parameters; what is missing gets its default. :raises InvalidParams:"""
+        """Check parameters; missing ones get their defaults. :raises InvalidParams:"""
 
     def check_output(self, artefact: Artefact, output: Any) -> None:
-        """Check an output that came from a provider; nothing about it is trusted. :raises MalformedResults:"""
+        """Check an output that a provider sent; nothing in it is trusted. :raises MalformedResults:"""
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
-        """Return what a client sees of a stored output."""
+        """Return the part of a stored output that a client sees."""
 
     def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
         """Compare two outputs for the same item that both passed `check_output`."""

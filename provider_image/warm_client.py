@@ -1,7 +1,8 @@
-"""The provider's door: brings a chunk to the warm process of its place, starting one if there is none.
+"""The client of the warm process: sends it a chunk, and starts the process if none is running.
 
-Called by `mlg-provider run`. Every provider, borrowed or rented, is used through it. A process is only shared by runs
-with the same models, precision, threads and code: those make its place.
+Called by `mlg-provider run`, which is how chunks reach a provider. Only runs with the same models, precision, threads,
+Python and code share a process: its folder is named after a hash of these. Started for every chunk, so it imports
+little.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from provider_image.runtime_paths import make_private_folder, socket_path, user_
 if TYPE_CHECKING:
     import subprocess
 
-#: A warm process must listen within this time after it was started; importing takes a tenth of a second.
+#: A warm process must listen within this time after its start; imports take a tenth of a second.
 _START_TIMEOUT_SECONDS = 30.0
-#: Another process may have won the race for the place; it gets this long to listen.
+#: If another process was started at the same time and got the lock, it has this long to listen.
 _RACE_TIMEOUT_SECONDS = 5.0
 _PACKAGE = Path(__file__).resolve().parent
-#: Processes started here. They outlive this one; keeping the objects keeps Python from warning of that.
+#: Processes that were started here. They outlive this one; Python would warn if their objects were dropped.
 _processes: list[subprocess.Popen[bytes]] = []
 
 
 def server_folder(runtime_root: Path | None, models: Path, threads: int | None, precision: str) -> Path:
-    """Return the place of the warm process that fits: a folder whose name tells all that must be equal.
+    """Return the folder of the warm process for these options; its name is a hash of all that must be equal.
 
-    :param runtime_root: where places are; None takes this user's folder for sockets.
+    :param runtime_root: parent of these folders; None takes this user's folder for sockets.
     """
     code = [(str(path), path.stat().st_mtime_ns) for path in sorted(_PACKAGE.rglob("*.py"))]
     facts = [str(models.absolute()), threads or available_cores(), precision, sys.executable, sys.version, code]
@@ -53,13 +54,13 @@ def run(
     precision: str = "f32",
     keep_warm_seconds: float = 300.0,
 ) -> float:
-    """Have a chunk worked on by a warm process.
+    """Process a chunk in a warm process.
 
-    :param runtime_root: where places are; see `server_folder`.
-    :param keep_warm_seconds: a process that is started here ends after this long without work.
-    :return: seconds that it took there, waiting for other chunks not counted.
-    :raises WorkerDied: the process could not be started, or ended in mid-chunk.
-    :raises MlgError: what the chunk as a whole failed of.
+    :param runtime_root: see `server_folder`.
+    :param keep_warm_seconds: a process that is started here exits after this long without work.
+    :return: seconds that the chunk took, without the time that it waited for other chunks.
+    :raises WorkerDied: the process could not be started, or exited during the chunk.
+    :raises MlgError: the error of the chunk as a whole.
     """
     folder = server_folder(runtime_root, models, threads, precision)
     make_private_folder(folder.parent)
@@ -81,7 +82,7 @@ def _connect_or_start(folder: Path, options: list[str]) -> socket.socket:
         try:
             connection.connect(str(socket_path(folder)))
             return connection
-        except (FileNotFoundError, ConnectionRefusedError):  # none, or a dead one's socket
+        except (FileNotFoundError, ConnectionRefusedError):  # no process, or the socket of one that was killed
             connection.close()
         if process is None:
             process = _start(folder, options)
@@ -93,8 +94,8 @@ def _connect_or_start(folder: Path, options: list[str]) -> socket.socket:
 
 
 def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
-    """Start a process of its own session that has none of our streams, so that it can outlive us."""
-    import subprocess  # most runs find a warm process, and do not pay for this
+    """Start a process in a new session and with none of our streams, so that it can outlive us."""
+    import subprocess  # imported here because most runs find a warm process
 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -117,10 +118,10 @@ def _send_job(connection: socket.socket, line: bytes) -> dict[str, Any]:
         while not received.endswith(b"\n"):
             data = connection.recv(65536)
             if not data:
-                raise WorkerDied("The warm process ended before it had written the results. Run the chunk again.")
+                raise WorkerDied("The warm process exited before it had written the results. Run the chunk again.")
             received += data
     except OSError as error:
-        raise WorkerDied(f"The warm process ended before it had written the results: {error}") from error
+        raise WorkerDied(f"The warm process exited before it had written the results: {error}") from error
     reply: dict[str, Any] = json.loads(received)
     return reply
 

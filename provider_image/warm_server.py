@@ -1,10 +1,10 @@
-"""The warm process: keeps models loaded and takes chunks over a Unix socket, one after another.
+"""The warm process: keeps models loaded and processes chunks that it receives over a Unix socket, one after another.
 
-Started by `mlg-provider serve` (the local executor does so, one per worker) and by `door.py`. It talks JSON lines: one
-in, `{"chunk": PATH, "results": PATH}`, one out, `{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD,
-"reason": TEXT, "permanent": BOOL}`. A file lock in its place makes sure that only one serves there; the system drops
-the lock when the process dies, however it dies, so a socket that is found while holding the lock is stale. It must not
-answer anybody but its own user: its place is a folder that nobody else can enter.
+Runs as `mlg-provider serve`, which the local executor starts once per worker, and `warm_client.py` when none is
+running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PATH}` is answered by
+`{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD, "reason": TEXT, "permanent": BOOL}`. A file lock in its
+folder ensures that only one process serves there. The system releases the lock when the process dies, so a socket that
+is found while holding the lock is stale. It must not serve other users: nobody else can access its folder.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from provider_image.runtime_paths import make_private_folder, socket_path
 
 logger = logging.getLogger(__name__)
 
-#: Longest line that is taken.
+#: Longest request that is accepted.
 _MAX_LINE_BYTES = 64 * 1024
-#: Connections that came in just before an idle process stopped listening get this long to send their line.
+#: Connections that were made just before an idle process stopped listening have this long to send a request.
 _GRACE_SECONDS = 1.0
 
 
@@ -44,27 +44,28 @@ def _exclusive_lock(runtime_folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"Another process serves in {runtime_folder} already.") from error
+            raise ConfigError(f"Another process already serves in {runtime_folder}.") from error
         yield
 
 
 def serve(
     runtime_folder: Path, nets: NetCache, *, idle_seconds: float, exit_with_stdin: bool, on_ready: Callable[[], None]
 ) -> None:
-    """Serve in a place until idle for long, or told to stop by SIGTERM or SIGINT; the chunk under way is finished.
+    """Serve until SIGTERM, SIGINT or `idle_seconds` without work; the current chunk is finished.
 
-    Call it in the main thread.
+    Must be called in the main thread.
 
-    :param idle_seconds: 0 never ends by itself.
-    :param exit_with_stdin: end at once, even in mid-chunk, when the standard input ends. A parent that holds the other
-        end of that pipe takes this process along, whatever kills the parent.
-    :param on_ready: called when the socket listens.
-    :raises ConfigError: another process serves there, or the place cannot be used.
+    :param runtime_folder: private folder for the lock and the socket.
+    :param idle_seconds: 0 never exits because it is idle.
+    :param exit_with_stdin: exit immediately, even during a chunk, when standard input is closed. If the parent holds
+        the other end of that pipe, this process does not outlive it, however it dies.
+    :param on_ready: called when the socket accepts connections.
+    :raises ConfigError: another process serves in the folder, or the folder cannot be used.
     """
     with _exclusive_lock(runtime_folder):
         path = socket_path(runtime_folder)
         make_private_folder(path.parent)
-        path.unlink(missing_ok=True)  # stale: whoever made it held the lock that is held here now
+        path.unlink(missing_ok=True)  # stale, because this process holds the lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         listener.listen(64)
@@ -72,7 +73,7 @@ def serve(
             server = _WarmServer(listener, path, nets, idle_seconds)
             if exit_with_stdin:
                 threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-            server.install_signal_handlers()  # first: whoever reads the announcement may tell it to stop at once
+            server.install_signal_handlers()  # before on_ready, after which a signal may come
             on_ready()
             server.run()
         finally:
@@ -81,28 +82,28 @@ def serve(
 
 
 def _exit_with_stdin(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a closed standard input has ended as well
+    with contextlib.suppress(OSError):  # standard input may be closed from the start
         while os.read(0, 65536):
             continue
     path.unlink(missing_ok=True)
-    os._exit(0)  # from a thread, and without waiting for the items under way: their parent is gone
+    os._exit(0)  # from a thread, and without waiting for the current items: the parent is gone
 
 
 @dataclass(eq=False, kw_only=True)
 class _Connection:
-    """A connection."""
+    """A connection of a client."""
 
     connection: socket.socket
-    #: What came in of a line that is not complete yet.
+    #: The received part of an incomplete line.
     received: bytearray = field(default_factory=bytearray)
-    #: Jobs of its that wait or are under way.
+    #: Number of its jobs that wait or run.
     jobs: int = 0
-    #: True when it will send nothing more; it may still be waiting for a reply.
+    #: True when the client will send nothing more; it may still wait for a reply.
     has_ended: bool = False
 
 
 class _WarmServer:
-    """One loop that listens and one thread that works, so that signals and new clients are seen in mid-chunk."""
+    """A loop for connections and signals, and a thread that processes chunks, so that neither blocks the other."""
 
     def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
         self._listener, self._path, self._nets = listener, path, nets
@@ -122,13 +123,13 @@ class _WarmServer:
         self._clients: dict[socket.socket, _Connection] = {}
 
     def install_signal_handlers(self) -> None:
-        """Take SIGTERM and SIGINT as a wish to stop, from now on."""
+        """Let SIGTERM and SIGINT stop the loop."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def run(self) -> None:
-        """Listen until it is time to stop."""
+        """Serve until it is time to stop."""
         threading.Thread(target=self._run_jobs, daemon=True).start()
         while not self._is_finished():
             for key, _ in self._selector.select(self._select_timeout()):
@@ -166,9 +167,9 @@ class _WarmServer:
             self._stop_listening()
             while self._waiting:
                 client, _ = self._waiting.popleft()
-                self._send(client, _error_reply(WorkerDied("The warm process was told to stop before it began.")))
+                self._send(client, _error_reply(WorkerDied("The warm process was stopped before it began the chunk.")))
         elif self._is_listening and self._idle_seconds and not self._waiting and self._select_timeout() == 0:
-            # Nobody new comes from here on; whoever came in just now is still served.
+            # Stops accepting connections; those that were just made are still served.
             self._accept()
             self._stop_listening()
             self._active_at = time.monotonic()
@@ -215,7 +216,7 @@ class _WarmServer:
         try:
             client.connection.sendall(json.dumps(reply).encode() + b"\n")
         except OSError as error:
-            logger.info("nobody waits for a reply any more: %s", error)
+            logger.info("client has gone before the reply: %s", error)
         self._close_if_done(client)
 
     def _close_if_done(self, client: _Connection) -> None:
@@ -227,7 +228,7 @@ class _WarmServer:
         while True:
             reply = self._run_job(self._jobs.get())
             self._replies.put(reply)
-            with contextlib.suppress(BlockingIOError):  # a full pipe wakes the loop as well
+            with contextlib.suppress(BlockingIOError):  # if the pipe is full, the loop wakes anyway
                 self._wake_writer.send(b"\0")
 
     def _run_job(self, line: bytes) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def _parse_job(line: bytes) -> tuple[Path, Path]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedRequest('Send one line: {"chunk": "/a/chunk.zip", "results": "/a/results.zip"}') from error
     if not (chunk.is_absolute() and results.is_absolute()):
-        raise MalformedRequest("Both paths must be absolute: the warm process has a working folder of its own.")
+        raise MalformedRequest("Both paths must be absolute: the warm process has another working folder.")
     return chunk, results
 
 

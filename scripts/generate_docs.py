@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import importlib
 import inspect
 import json
 import re
@@ -118,12 +117,14 @@ def document() -> Mapping[str, Any]:
 
 def build() -> Mapping[str, Any]:
     """Build the API's description in this process."""
-    create_app = _find("create_app", "server.app")
-    build_document = _find("build_document", "server.api.openapi")
-    server_settings = importlib.import_module("server.settings").ServerSettings
-    # The description is made of the views alone: neither the home nor a store is looked at.
-    described: Mapping[str, Any] = build_document(create_app(server_settings(home=Path("/nonexistent")), None))
-    return described
+    from server.api.openapi import build_document
+    from server.app import create_app
+    from server.settings import ServerSettings
+    from store.sqlite import SqliteStore
+
+    # The description is made from the views alone, so the store of this home is never opened.
+    settings = ServerSettings(home=Path("/nonexistent"))
+    return build_document(create_app(settings, SqliteStore(settings)))
 
 
 def endpoints_part() -> str:
@@ -282,21 +283,6 @@ def _value_of(option: click.Option) -> str:
     if isinstance(option.type, click.Choice):
         return "|".join(str(choice) for choice in option.type.choices)
     return {"integer": "N", "integer range": "N", "float": "N", "float range": "N"}.get(option.type.name, "TEXT")
-
-
-def _find(name: str, *modules: str) -> Any:
-    """Import a name from the first of the modules that has it."""
-    for module in modules:
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError as error:
-            # Only the module itself may be missing, not what it imports.
-            if not module.startswith(error.name or "?"):
-                raise
-            continue
-        if found is not None:
-            return found
-    raise ImportError(f"None of {', '.join(modules)} has {name}.")
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -1,8 +1,8 @@
-"""Writes a chunk of real photos, prints results files, and lists an image's layers; `scripts/check_image` uses it.
+"""A chunk of real photos, its results files, and the layers of a container image; for `scripts/check_image`.
 
-image_chunk.py write MODEL CHUNK           cat, coffee and rocket from scikit-image's wheel; the coffee as PNG
-image_chunk.py read MODEL DIGEST RESULTS...    checks and prints each; DIGEST must have answered
-image_chunk.py layers OCI_FOLDER           the sizes of the layers of the one image in a folder in OCI format
+image_chunk.py write MODEL CHUNK           writes a chunk of photos from scikit-image's wheel
+image_chunk.py read MODEL DIGEST RESULTS...    checks and prints each; they must be from the model with DIGEST
+image_chunk.py layers OCI_FOLDER           prints the sizes of the layers of the image in a folder in OCI format
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 
-#: What each photo must turn out to be: one of the five likeliest labels.
+#: Photo -> its format in the chunk, and the labels of which one must be among the top five.
 PHOTOS = {
     "chelsea": ("JPEG", ("tabby", "tiger_cat", "Egyptian_cat")),
     "coffee": ("PNG", ("espresso", "cup", "coffee_mug")),
@@ -38,14 +38,14 @@ def write(model: str, chunk: Path) -> None:
 
 
 def read(model: str, digest: str, results: Path) -> bool:
-    """Print a results file; tell whether every photo was recognised."""
-    answer = read_results(results, _ID, model, range(len(PHOTOS)), digest)
+    """Print a results file. :return: whether every photo was recognised."""
+    found = read_results(results, _ID, model, range(len(PHOTOS)), digest)
     print(
-        f"{results.stem}: loaded in {answer.load_seconds:.2f} s, at most {answer.peak_memory_bytes / 1e6:.0f} MB of "
-        f"memory, {answer.precision}, {', '.join(f'{name} {value[:12]}' for name, value in answer.versions.items())}"
+        f"{results.stem}: loaded in {found.load_seconds:.2f} s, at most {found.peak_memory_bytes / 1e6:.0f} MB of "
+        f"memory, {found.precision}, {', '.join(f'{name} {value[:12]}' for name, value in found.versions.items())}"
     )
     is_right = True
-    for item, (name, (_, expected)) in zip(answer.items, PHOTOS.items(), strict=True):
+    for item, (name, (_, expected)) in zip(found.items, PHOTOS.items(), strict=True):
         if item.error is not None:
             sys.exit(f"image_chunk.py: {name}: {item.error.code}: {item.error.reason}")
         best = [row[1] for row in item.output[:5]]
@@ -56,7 +56,7 @@ def read(model: str, digest: str, results: Path) -> bool:
 
 
 def layers(folder: Path) -> None:
-    """Print the layers with their sizes as they are downloaded (gzip) and unpacked (as a tar file)."""
+    """Print the layers with their sizes, unpacked and packed (gzip)."""
 
     def blob(digest: str) -> Path:
         return folder / "blobs" / digest.replace(":", "/")
@@ -71,7 +71,7 @@ def layers(folder: Path) -> None:
             stream = zlib.decompressobj(wbits=31)
             while data := file.read(1 << 20):
                 unpacked += len(stream.decompress(data))
-        if unpacked > 100_000:  # the others only note a setting
+        if unpacked > 100_000:  # the others only contain settings
             print(f"{unpacked / 1e6:7.1f} MB, {packed / 1e6:6.1f} MB packed  {' '.join(maker.split())[:90]}")
         total_packed, total = total_packed + packed, total + unpacked
     print(f"{total / 1e6:7.1f} MB, {total_packed / 1e6:6.1f} MB packed  in all")

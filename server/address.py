@@ -1,15 +1,18 @@
-"""How an address that is listened on is reached and written: for welcome lines, clients and the server's own probe."""
+"""The address of a server: how it is reached, as a URL, and whether only this machine reaches it.
+
+Used by the server for its own probe, by the guard, and by the commands.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 
-#: An address that means "all of them" -> one of them on this machine.
+#: Wildcard address -> the loopback address.
 _WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def reachable_host(host: str) -> str:
-    """Return the host under which a server that listens on this one is reached from this machine."""
+    """Return the host by which this machine reaches a server that listens on `host`."""
     return _WILDCARD_HOSTS.get(host, host)
 
 
@@ -20,7 +23,7 @@ def base_url(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a server that listens there; a name other than localhost might be any."""
+    """Tell whether only this machine reaches a server that listens there; of names, only localhost is certain."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

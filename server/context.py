@@ -1,103 +1,65 @@
-"""What the views of one server process share: settings, store, figures, and the work that is limited.
+"""What the views of one server process share.
 
-Made by `api.py`. It must not keep anything between two requests that another server process would have to know.
+Created by `server/app.py`. It must not keep anything between two requests that another server process would need.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
-import flask
-
-from provider_image import errors
-from provider_image.compiler import can_build_now
-from provider_image.models.artefact import find_artefact, installed_digest
-from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
-from provider_image.services import load_service
-from server.api.responses import json_response
-from server.api.serializers import serialize_request
-from server.errors import BacklogFull
+from provider_image.models.artefact import installed_digest
+from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
+from server.serializers import parse_read_params, serialize_request
 from server.settings import ServerSettings
+from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
-from store import Chunks, Store
-from store.batches import Batches
-from store.changes import ChangeFeed
-from store.controls import Controls
-from store.idempotency import Idempotency
-from store.images import ImageStore
-from store.keys import Keys
-from store.ledger import Ledger, Providers
 from store.records import RequestRecord
-from store.search import Search
-from store.stats import Stats
-from store.webhooks import Webhooks
-
-
-class ServerStore(
-    Store,
-    Chunks,
-    Keys,
-    Controls,
-    Stats,
-    Ledger,
-    Providers,
-    ChangeFeed,
-    Webhooks,
-    Batches,
-    Search,
-    Idempotency,
-    Protocol,
-):
-    """What the application needs: store and journal, the pictures, and a way to ask whether all is well."""
-
-    @property
-    def images(self) -> ImageStore:
-        """Where pictures are staged."""
-
-    def check(self) -> None:
-        """Prove that the store can be written. :raises StoreError:"""
+from store.sqlite import SqliteStore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
-    """See the module."""
+    """What the views of one server process share."""
 
     settings: ServerSettings
-    store: ServerStore
-    #: Holds reads.
+    store: SqliteStore
+    #: Accepts images.
+    intake: Intake
+    #: Holds reads until their request is final.
     long_poller: LongPoller
-    #: Tells listeners what changes.
+    #: Notifies event streams of changes.
     change_dispatcher: ChangeDispatcher
-    #: Where reads of slow bodies are noted.
+    #: Counts the threads that read bodies.
     active_reads: ActiveReads
-    #: Gives the time.
+    #: Returns the time.
     clock: Callable[[], datetime]
-    #: Figures that many requests share.
+    #: Cached counts of the queue.
     queue_stats: QueueStats
-    #: Bodies are read by more threads than work at once, so that slow clients do not keep the quick ones out.
+    #: Cached figures for operators.
+    dashboard: Dashboard
+    #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore
 
-    def request_response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:
-        """Answer with a request's JSON. :param params: the service's read-time parameters, checked."""
-        return json_response({"success": True, **self.serialize(request, params)})
-
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Build a request's JSON, with why it waits."""
+        """Build a request's JSON, with the reason why it waits.
+
+        :param params: the service's read-time parameters, checked; None for the defaults.
+        """
         if params is None:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request))
 
     def estimate_wait(self, request: RequestRecord) -> WaitEstimate | None:
-        """Say why a request waits and how long; None if it waits no more."""
+        """Estimate why a request waits and how long; None if it is final."""
         if request.state.is_final:
             return None
         inputs = EtaInputs(
@@ -108,55 +70,14 @@ class Context:
         )
         return estimate(request, inputs, self.clock())
 
-    def get_artefact_digest(self, row: ModelRow) -> str | None:
-        """Return the artefact's digest, None if it will be built on first use.
-
-        :raises NotInstalled: :raises ModelError:
-        """
-        try:
-            return find_artefact(self.settings.models, row.name).digest
-        except (errors.NotInstalled, errors.BrokenArtefact):
-            if not _can_build(row.name):
-                raise
-            return None
-
-    def check_backlog(self, new_requests: int = 1) -> None:
-        """Refuse when too much waits already.
-
-        :param new_requests: requests that are to be added.
-        :raises BacklogFull:
-        """
-        if self.queue_stats.waiting() + new_requests > self.settings.max_backlog:
-            raise BacklogFull()
-
     def _unavailable_reason(self, model: str) -> str | None:
-        """Say why nobody can work on a model that requests wait for."""
-        if installed_digest(self.settings.models, model) is not None or _can_build(model):
+        """Return why no batcher can run a model that requests wait for."""
+        if installed_digest(self.settings.models, model) is not None or can_build(model):
             return None
         row = CATALOGUE.get(model)
         if row is None:
             return (
-                f"The model {model} is not installed any more and is not in the catalogue. If it is one of your own, "
+                f"The model {model} is not installed any more and is not in the catalogue. If it is a custom model, "
                 f"install it again: {custom_install_command(model)}; else cancel the request."
             )
         return f"The model {model} is not installed any more. Install it: {install_command(row)}"
-
-
-@functools.cache
-def _can_build(model: str) -> bool:
-    # Looking for a package costs more than all else at the door, and packages do not come and go under a server.
-    row = CATALOGUE.get(model)
-    return row is not None and can_build_now(row)
-
-
-def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """Check the fields of a read. :raises InvalidParams:"""
-    service = load_service(service_name)
-    read_time = {param.name for param in service.params if param.is_read_time}
-    for name in fields:
-        if name not in read_time:
-            raise errors.InvalidParams(
-                f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
-            )
-    checked = service.check_params(dict(fields))
-    return {name: value for name, value in checked.items() if name in read_time}

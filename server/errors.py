@@ -1,13 +1,32 @@
-"""Why the door stays shut: errors about keys, limits, hosts, and addresses that pictures are to be fetched from.
+"""The errors of the server, and the HTTP status of every error that a client can get.
 
-Raised by `access.py`, `limits.py`, `fetching.py` and the store's keys; their status codes stand in `responses.py`.
-No sentence here may repeat a key or a part of one.
+Raised in all of `server/`; `server/api/responses.py` turns them into responses. No message may repeat an API key or a
+part of one.
 """
 
 from __future__ import annotations
 
-from provider_image.errors import BadInput, MlgError
-from store.errors import LimitReached
+from collections.abc import Mapping
+
+from provider_image import errors
+from provider_image.errors import BadInput, MlgError, TooManyBytes
+from store.batches import BatchInProgress, DuplicateClientId
+from store.errors import (
+    DiskFull,
+    ImageGone,
+    LimitReached,
+    NotCancellable,
+    NotRemovable,
+    NotRetryable,
+    StoreBusy,
+    StoreError,
+    UnknownRequest,
+)
+from store.idempotency import IdempotencyKeyReused
+from store.providers import UnknownProvider
+from store.webhooks import UnknownWebhook
+
+# Access
 
 
 class AccessRefused(MlgError):
@@ -18,31 +37,31 @@ class AccessRefused(MlgError):
 
 
 class KeyMissing(AccessRefused):
-    """An API key is needed: send the header `Authorization: Bearer KEY`. An operator makes one: mlg keys create"""
+    """An API key is required: send the header `Authorization: Bearer KEY`. An operator creates one: mlg keys create"""
 
     code = "key_missing"
 
 
 class KeyRefused(AccessRefused):
-    """The API key is not known, has expired or was revoked. An operator makes a new one: mlg keys create"""
+    """The API key is unknown, expired or revoked. An operator creates a new one: mlg keys create"""
 
     code = "key_refused"
 
 
 class ScopeMissing(AccessRefused):
-    """The API key is not good for this."""
+    """The API key lacks the scope for this."""
 
     code = "scope_missing"
 
 
 class CrossSite(AccessRefused):
-    """A page of another site asked for this. Use the pages of this server, or send the request from a program."""
+    """A page of another site sent this. Use the pages of this server, or send the request from a program."""
 
     code = "cross_site"
 
 
 class WrongHost(AccessRefused):
-    """This server is not known by that name. Name it in MLG_ALLOWED_HOSTS, or use http://127.0.0.1"""
+    """This server does not serve this host name. Add it to MLG_ALLOWED_HOSTS, or use http://127.0.0.1"""
 
     code = "wrong_host"
 
@@ -53,8 +72,11 @@ class RateLimited(LimitReached):
     code = "rate_limited"
 
 
+# Intake
+
+
 class FetchingDisabled(AccessRefused):
-    """This server fetches no pictures. Send the picture itself; an operator may allow URLs with MLG_FETCH_URLS=1."""
+    """This server fetches no images. Send the image itself; an operator may allow URLs with MLG_FETCH_URLS=1."""
 
     code = "fetching_is_off"
 
@@ -66,18 +88,93 @@ class UrlRefused(BadInput):
 
 
 class FetchFailed(MlgError):
-    """The picture could not be fetched. Check its URL, or send the picture itself."""
+    """The image could not be fetched. Check its URL, or send the image itself."""
 
     code = "fetch_failed"
 
 
 class UnsupportedMediaType(BadInput):
-    """This content type is not taken. Send multipart/form-data with the field `image`, or the raw bytes as image/*."""
+    """This content type is not accepted. Send multipart/form-data with the field `image`, or raw bytes as image/*."""
 
     code = "unsupported_media_type"
 
 
+class TooManyItems(TooManyBytes):
+    """A batch takes at most 10000 images. Send several batches."""
+
+    code = "too_many_items"
+
+
 class BacklogFull(MlgError):
-    """Too many requests wait already. Send the picture again later."""
+    """Too many requests are waiting already. Send the image again later."""
 
     code = "backlog_full"
+
+
+# Live events and webhooks
+
+
+class StreamsFull(MlgError):
+    """Too many event streams are open. Try again in a moment, or read with ?wait=SECONDS instead."""
+
+    code = "streams_full"
+
+
+class DeliveryFailed(MlgError):
+    """The receiver could not be reached."""
+
+    code = "delivery_failed"
+
+
+#: HTTP status of each error: the class's own row, else that of its nearest base class.
+HTTP_STATUS: Mapping[type[MlgError], int] = {
+    MlgError: 500,
+    BadInput: 400,
+    KeyMissing: 401,
+    KeyRefused: 401,
+    AccessRefused: 403,
+    errors.UnknownModel: 404,
+    UnknownRequest: 404,
+    UnknownProvider: 404,
+    UnknownWebhook: 404,
+    NotCancellable: 409,
+    NotRetryable: 409,
+    NotRemovable: 409,
+    BatchInProgress: 409,
+    DuplicateClientId: 409,
+    ImageGone: 410,
+    errors.ImageTooLarge: 413,
+    TooManyBytes: 413,
+    errors.UnsupportedFormat: 415,
+    UnsupportedMediaType: 415,
+    WrongHost: 421,
+    IdempotencyKeyReused: 422,
+    LimitReached: 429,
+    FetchFailed: 502,
+    errors.NotInstalled: 503,
+    errors.ModelError: 503,
+    BacklogFull: 503,
+    StreamsFull: 503,
+    StoreError: 503,
+    DiskFull: 507,
+}
+#: Seconds after which a client may try again, for temporary errors; looked up in the same way.
+RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
+    StoreBusy: 1,
+    StoreError: 5,
+    DiskFull: 60,
+    BacklogFull: 30,
+    StreamsFull: 5,
+    errors.NotInstalled: 60,
+    errors.ModelError: 60,
+}
+
+
+def http_status(kind: type[MlgError]) -> int:
+    """Return the HTTP status of an error."""
+    return next((HTTP_STATUS[base] for base in kind.__mro__ if base in HTTP_STATUS), 500)
+
+
+def retry_after_seconds(kind: type[MlgError]) -> int | None:
+    """Return the seconds after which a client may try again; None for an error that does not pass by itself."""
+    return next((RETRY_AFTER_SECONDS[base] for base in kind.__mro__ if base in RETRY_AFTER_SECONDS), None)

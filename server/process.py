@@ -1,18 +1,19 @@
 """The production server: granian in front of the Flask application, in one or more processes on one socket.
 
-Called by `mlg serve`. The main process listens and looks after the workers; each worker makes its own store and
-application. Four things that granian leaves open are settled here:
+Called by `mlg serve`. The main process listens and supervises the workers; each worker creates its own store and
+application. Four things that granian does not do are done here:
 
-- The socket is ours. Granian's own is opened with SO_REUSEPORT, so that a second server on a taken port starts without
-  a word, and a worker's death resets the connections that waited for it. Ours is exclusive and shared by the workers.
+- The socket is opened here. Granian opens its own with SO_REUSEPORT, so that a second server on a used port starts
+  without an error, and a worker's death resets the connections in its queue. This one is exclusive and shared by the
+  workers.
 - A pipe tells the workers that the main process stops, or was killed: then they end too instead of keeping the port.
-- Granian waits without limit for a request's body. More threads read than work, connections are probed by the kernel,
-  and a worker whose reading threads are all held up by slow clients is replaced.
-- Granian asks a streamed answer for its next piece in one of the threads that read, and lets go of it when a piece
-  cannot be sent any more. So there is a thread more for every stream, and each writes something now and then.
+- Granian waits without limit for a request's body. So more threads read than work, the kernel probes connections, and
+  a worker whose reading threads are all blocked by slow clients is replaced.
+- Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
+  be sent. So there is one more thread for every stream, and each stream writes a heartbeat.
 
-Weakness: a client that stalls on purpose holds a thread for up to a minute. Facing the open internet, put a proxy that
-buffers requests in front.
+Weakness: a client that stalls on purpose blocks a thread for up to a minute. On the open internet, run the server
+behind a proxy that buffers requests.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from provider_image.errors import ConfigError, MlgError
 from server.address import reachable_host
 from server.app import create_app
 from server.auth.guard import check_exposure
+from server.http_client import HttpClient
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
@@ -50,21 +52,21 @@ from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: Connections that wait to be accepted, and those that one process keeps open.
+#: Connections in the accept queue, and those that one process keeps open.
 CONNECTIONS = 1024
 #: Seconds for a request's headers; a connection without a request is closed after the same time.
 HEADER_SECONDS = 20.0
-#: Seconds after which the reading of a body counts as held up.
+#: Seconds after which the reading of a body counts as blocked.
 SLOW_BODY_SECONDS = 60.0
-#: Seconds that requests under way get when the server stops.
+#: Seconds that running requests get when the server stops.
 STOP_SECONDS = 10
-#: Seconds that requests under way get when the main process was killed: its successor waits for the port.
+#: Seconds that running requests get when the main process was killed: its successor waits for the port.
 ORPHAN_SECONDS = 2.0
 #: Seconds that a successor waits for the port.
 TAKEOVER_SECONDS = 5.0
-#: A stopping worker ends when no request has been under way for this long.
+#: A stopping worker ends when no request has been running for this long.
 QUIET_SECONDS = 0.25
-#: How many threads read bodies for one that works.
+#: Reading threads per working thread.
 READING_THREADS_FACTOR = 4
 
 
@@ -80,11 +82,11 @@ def serve(
     :param on_ready: called once with host and port when requests are answered.
     :param parent_fd: when this file descriptor reports its end, the server stops as on SIGTERM.
     :param private_fds: closed in the workers.
-    :raises ConfigError: the address cannot be listened on, or others reach it and there are no keys.
+    :raises ConfigError: the address cannot be used, or other machines reach it and there are no keys.
     :raises StoreError: the home cannot be used.
     :raises MlgError: the workers keep dying.
     """
-    # Under a supervisor the workers of a killed predecessor may need a moment to let go of the port.
+    # Under a supervisor the workers of a killed predecessor may need a moment to release the port.
     listener = listen(settings.host, settings.port, retry_seconds=0.0 if parent_fd is None else TAKEOVER_SECONDS)
     store = SqliteStore(settings)
     try:
@@ -104,8 +106,8 @@ def serve(
 def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket:
     """Open the listening socket.
 
-    :param retry_seconds: how long to wait for a port that is taken.
-    :raises ConfigError: says which setting to change.
+    :param retry_seconds: how long to wait for a port that is in use.
+    :raises ConfigError: tells which setting to change.
     """
     give_up_at = time.monotonic() + retry_seconds
     try:
@@ -113,11 +115,11 @@ def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise ConfigError(f"MLG_HOST={host}: this address is not known ({error.strerror}).") from error
+        raise ConfigError(f"MLG_HOST={host}: this address is unknown ({error.strerror}).") from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit these: a client that vanished in mid-upload is noticed after a minute.
+        # Accepted connections inherit these: a client that disappears during an upload is noticed after a minute.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
@@ -135,7 +137,7 @@ def listen(host: str, port: int, *, retry_seconds: float = 0.0) -> socket.socket
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"Port {port} on {host} is taken by another program. Choose another (--port, MLG_PORT), "
+                f"Port {port} on {host} is used by another program. Choose another (--port, MLG_PORT), "
                 "or 0 for any free one."
             ) from error
         if error.errno == errno.EACCES:
@@ -152,7 +154,7 @@ def _stop_when_closed(descriptor: int) -> None:
 
 
 def _file_identity(descriptor: int) -> tuple[int, int] | None:
-    """Tell what is open under a number; None if nothing is."""
+    """Return what file a descriptor refers to; None if it is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:
@@ -161,7 +163,7 @@ def _file_identity(descriptor: int) -> tuple[int, int] | None:
 
 
 class _GranianServer(MPServer):
-    """Granian's main process on our socket."""
+    """Granian's main process on a socket of this module."""
 
     def __init__(
         self,
@@ -175,7 +177,7 @@ class _GranianServer(MPServer):
         self._listener = listener
         self._on_ready = on_ready
         self._reading_threads = READING_THREADS_FACTOR * settings.server_threads
-        # Its reading end becomes readable in the workers when nobody holds the writing end any more.
+        # The reading end becomes readable in the workers when no process holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
         self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
         super().__init__(
@@ -186,33 +188,33 @@ class _GranianServer(MPServer):
             http=HTTPModes.http1,
             websockets=False,
             workers=settings.server_processes,
-            # Streams keep a thread each, and must not take it from those who send pictures.
+            # Each stream keeps a thread, which must not be one of those that read uploads.
             blocking_threads=self._reading_threads + settings.max_streams,
             backlog=CONNECTIONS,
             backpressure=CONNECTIONS + settings.max_streams,
             http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
             log_level=LogLevels.error,
-            # Granian's own handlers write to stdout; what it has to say goes the way of all other log lines.
+            # Granian's own handlers write to stdout; its messages go to the log of the server instead.
             log_dictconfig={"loggers": {"_granian": {"handlers": [], "propagate": True}}},
             respawn_failed_workers=True,
             workers_kill_timeout=STOP_SECONDS,
         )
 
     def run(self) -> None:
-        """Serve until told to stop. :raises MlgError: the workers keep dying."""
+        """Serve until a stop signal. :raises MlgError: the workers keep dying."""
         try:
             self.serve(target_loader=self._load, wrap_loader=False)
         except SystemExit as end:
-            # Ctrl-C reaches the workers too, and those that end before the main process has told them to count as
-            # failed with granian.
+            # Ctrl-C reaches the workers too, and granian counts those as failed that end before the main process
+            # has told them to.
             if end.code and not self.interrupt_signal:
-                raise MlgError("The server's worker processes end as soon as they start; the log says why.") from end
+                raise MlgError("The server's worker processes end as soon as they start; see the log.") from end
 
-    # What granian calls
+    # Called by granian
 
     def _init_shared_socket(self) -> None:
         self._sso = self._listener
-        # Granian's annotations lag behind: its own code sets both, and the holder takes the backlog too.
+        # Granian's annotations are out of date: its own code sets both, and the holder accepts the backlog too.
         self._sfd = self._listener.fileno()  # type: ignore[assignment]
         self._shd = SocketHolder(self._sfd, False, CONNECTIONS)  # type: ignore[assignment,call-arg]
 
@@ -225,10 +227,10 @@ class _GranianServer(MPServer):
         threading.Thread(target=self._wait_until_ready, name="ready", daemon=True).start()
 
     def _load(self) -> Callable[..., Any]:
-        """Make the application; runs in the worker."""
+        """Create the application; runs in the worker."""
         for descriptor, identity in self._private_fds.items():
-            # A worker that replaces a dead one is forked later, when the main process may have closed it long ago, and
-            # opened something else under the same number.
+            # A worker that replaces a dead one is forked later, when the main process may have closed the descriptor
+            # and opened another file under the same number.
             if _file_identity(descriptor) == identity:
                 os.close(descriptor)
         settings = self._settings
@@ -237,7 +239,7 @@ class _GranianServer(MPServer):
         change_dispatcher = ChangeDispatcher(store, capacity=settings.max_streams)
         active_reads = ActiveReads()
         active_requests = ActiveReads()
-        deliverer = Deliverer(store, is_private_allowed=settings.allows_private_webhooks)
+        deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))
         deliverer.start()
         watched = (long_poller, change_dispatcher, deliverer, active_reads, active_requests)
         threading.Thread(target=self._supervise_worker, args=watched, name="watch", daemon=True).start()
@@ -247,15 +249,15 @@ class _GranianServer(MPServer):
 
         def application(environ: dict[str, Any], start_response: Any) -> Any:
             with active_requests.track():
-                # As a list the answer goes out in one piece and is done when this returns.
-                answer = app(environ, start_response)
+                # As a list the response is sent in one piece, and is complete when this returns.
+                response = app(environ, start_response)
                 if environ.get(STREAMED):
-                    # Granian takes it piece by piece, and closes it when it is over or the client has gone.
-                    return answer
+                    # Granian reads it piece by piece, and closes it at its end or when the client has disconnected.
+                    return response
                 try:
-                    return [b"".join(answer)]
+                    return [b"".join(response)]
                 finally:
-                    answer.close()  # type: ignore[attr-defined]
+                    response.close()  # type: ignore[attr-defined]
 
         return application
 
@@ -285,13 +287,13 @@ class _GranianServer(MPServer):
         active_reads: ActiveReads,
         active_requests: ActiveReads,
     ) -> None:
-        """Look after one worker, from inside it."""
+        """Supervise one worker, from inside it."""
         main_pid = self.pid
         while not select.select([self._stop_reader], [], [], 5.0)[0]:
             if active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
-                log.error("slow clients hold every reading thread; this worker is replaced")
+                log.error("slow clients block every reading thread; this worker is replaced")
                 os._exit(1)
-        # Held reads are answered and streams end now, so that they do not delay the end.
+        # Held reads are answered and streams end now, so that they do not delay the stop.
         long_poller.stop()
         change_dispatcher.stop()
         deliverer.stop()
@@ -299,8 +301,8 @@ class _GranianServer(MPServer):
         give_up_at = time.monotonic() + (STOP_SECONDS + 1 if os.getppid() == main_pid else ORPHAN_SECONDS)
         while time.monotonic() < give_up_at:
             time.sleep(QUIET_SECONDS)
-            # Granian waits for clients that have begun a request and say no more, and now and then for a thread of its
-            # own that is idle already (seen with 2.8.7 when the signal comes right after the first request).
+            # Granian waits for clients that have sent a part of a request, and sometimes for one of its threads that is
+            # idle already (seen with 2.8.7 when the signal comes right after the first request).
             if not active_requests.count_older_than(0):
                 os._exit(0)
         os._exit(1)

@@ -1,6 +1,6 @@
-"""The settings of the server: where it listens, what it accepts, what it offers.
+"""The settings of the server: where it listens, what it accepts, its limits.
 
-Read once by `from_env` in `commands.py` and passed on. Every field is a row of the README's settings table.
+Read once by `from_env` in the command and passed on. Every field is a row of docs/settings.md.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class ServerSettings(HomeSettings):
     server_processes: int = 1
     #: Requests that one server process works on at once. MLG_SERVER_THREADS. Defaults to 32.
     server_threads: int = 32
-    #: Largest picture in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 2097152 (2 MB).
+    #: Largest image in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 2097152 (2 MB).
     max_image_bytes: int = 2 * 1024 * 1024
     #: Largest body of a batch in bytes, and of what a zip in it unpacks to.
     #: MLG_MAX_BATCH_BYTES. Defaults to 2147483648 (2 GB).
     max_batch_bytes: int = 2 * 1024**3
-    #: Most pixels a picture may declare. MLG_MAX_PIXELS. Defaults to 36000000.
+    #: Most pixels an image may declare. MLG_MAX_PIXELS. Defaults to 36000000.
     max_pixels: int = 36_000_000
-    #: Requests that may wait before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
+    #: Requests that may be queued before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
     max_backlog: int = 1_000_000
     #: Longest time in seconds that `?wait=` holds an answer. MLG_MAX_HOLD_SECONDS. Defaults to 60 seconds.
     max_hold_seconds: float = 60.0
@@ -42,11 +42,11 @@ class ServerSettings(HomeSettings):
     #: Host names, with commas between, by which a server without API keys is reached beside this machine's own.
     #: MLG_ALLOWED_HOSTS. Defaults to none.
     allowed_hosts: frozenset[str] = frozenset()
-    #: Fetch pictures by URL for clients. MLG_FETCH_URLS. Defaults to 0.
+    #: Fetch images by URL for clients. MLG_FETCH_URLS. Defaults to 0.
     fetches_urls: bool = False
-    #: Seconds that fetching one picture may take. MLG_FETCH_SECONDS. Defaults to 10 seconds.
+    #: Seconds that fetching one image may take. MLG_FETCH_SECONDS. Defaults to 10 seconds.
     fetch_seconds: float = 10.0
-    #: Streams of events that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.
+    #: Event streams that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.
     max_streams: int = 256
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
     allows_private_webhooks: bool = False
@@ -83,5 +83,5 @@ def _hosts(text: str) -> frozenset[str]:
     names = frozenset() if text == "none" else frozenset(word for word in words if word)
     for name in names:
         if not re.fullmatch(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]", name):
-            raise ConfigError(f"MLG_ALLOWED_HOSTS: {name!r} is not a host name. Leave scheme and port out.")
+            raise ConfigError(f"MLG_ALLOWED_HOSTS: {name!r} is not a host name. Leave out scheme and port.")
     return names

@@ -1,30 +1,107 @@
-"""Batches: many pictures that came in together, what became of them, and deadlines.
+"""Batches: the tables `batches` and `batch_refusals`, the requests that belong to a batch, and deadlines.
 
-The server adds, reads, cancels and retries; the batcher lets requests expire. What a batch could not take (a file that
-is no picture) is kept beside it, so that whoever sent ten thousand finds the three that were refused.
+The server adds, reads, cancels and retries; the batcher lets requests expire. An item that a batch refused (a file that
+is no image) is kept beside it, so that a client that sent ten thousand finds the three that were refused.
 
-Promises beside those of `Store`: a batch is added whole or not at all, in one commit. What ended is numbered in the
-order of the commits, so whoever has read the results up to a number and asks again later misses nothing and reads
-nothing twice; a request that is tried again ends again, under a new number.
+Guarantees beside those in `store/__init__.py`: a batch is added whole or not at all, in one commit. Requests that ended
+are numbered in the order of the commits (by triggers, see `m005_batches`), so a client that has read the results up to
+a number and asks again later misses nothing and reads nothing twice; a request that is retried ends again, under a new
+number.
+
+Weakness: adding a batch is one commit however large it is, so for ten thousand images other writers wait about a
+second. Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from provider_image.errors import MlgError
+from store.cost_split import equal_share, total
+from store.database import ReaderPool, Transaction, Writer
 from store.errors import UnknownRequest
-
-if TYPE_CHECKING:
-    from store.images import StagedImage
-    from store.records import NewRequest, RequestRecord
+from store.images import ImageStore, StagedImage, delete_unneeded_images
+from store.keys import count_images
+from store.records import NewRequest, RequestRecord, RequestState, from_optional_text, from_text, to_text
+from store.requests import insert_request, request_row, request_with_cost
 
 #: `code` of requests whose deadline passed; they are cancelled, and shown as expired.
 EXPIRED = "expired"
+
+#: Requests that one commit deletes or lets expire.
+ROWS_PER_COMMIT = 500
+
+_ADD_BATCH = """
+    INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
+                         total, refused, webhook)
+    VALUES (:id, :service, :model, :params, :name, :labels, :key_id, :created_at, :deadline_at, :keep_seconds,
+            :total, :refused, :webhook)
+"""
+
+_ADD_REFUSAL = "INSERT INTO batch_refusals (batch_id, position, client_id, code, reason) VALUES (?, ?, ?, ?, ?)"
+
+# One index answers it alone, except for the costs of the chunks.
+_PROGRESS = """
+    SELECT state, counted.code AS code, counted.count AS count, last_number, shares,
+           chunks.cost AS cost, chunks.answers AS answers, chunks.is_cost_final AS is_cost_final
+    FROM (
+        SELECT state, code, chunk_id, count(*) AS count, max(number) AS last_number, group_concat(share) AS shares
+        FROM requests INDEXED BY requests_batch_progress WHERE batch_id = ? GROUP BY state, code, chunk_id
+    ) AS counted
+    LEFT JOIN chunks ON chunks.id = chunk_id
+"""
+
+_RESULTS = """
+    SELECT * FROM requests
+    WHERE batch_id = :id AND ended_number IS NOT NULL AND ended_number > :after AND finished_at IS NOT NULL
+    ORDER BY ended_number LIMIT :limit
+"""
+
+_ITEMS = """
+    SELECT * FROM requests INDEXED BY requests_batch
+    WHERE batch_id = :id AND number > :after ORDER BY number LIMIT :limit
+"""
+
+_CANCEL_BATCH = "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id"
+
+_CANCEL_ITEMS = """
+    UPDATE requests SET state = 'cancelled', finished_at = :now, code = NULL, reason = NULL
+    WHERE batch_id = :id AND state = 'queued'
+"""
+
+_RETRY_ITEMS = """
+    UPDATE requests
+    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now,
+        deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
+    WHERE batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL
+"""
+
+_IS_IN_PROGRESS = """
+    SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
+"""
+
+_REMOVE_ITEMS = """
+    DELETE FROM requests
+    WHERE number IN (SELECT number FROM requests
+                     WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
+    RETURNING image_sha256
+"""
+
+_IS_OVERDUE = "SELECT 1 FROM requests WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= ? LIMIT 1"
+
+_EXPIRE = f"""
+    UPDATE requests
+    SET state = 'cancelled', finished_at = :now, code = '{EXPIRED}',
+        reason = 'Its deadline passed before it was claimed.'
+    WHERE number IN (SELECT number FROM requests
+                     WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now LIMIT :rows_per_commit)
+"""
 
 
 class UnknownBatch(UnknownRequest):
@@ -34,14 +111,14 @@ class UnknownBatch(UnknownRequest):
 
 
 class BatchInProgress(MlgError):
-    """Requests of the batch still wait or are being worked on. Cancel it, or wait until it has ended."""
+    """Requests of the batch are still queued or in progress. Cancel it, or wait until it has ended."""
 
     code = "batch_under_way"
     permanent = True
 
 
 class DuplicateClientId(MlgError):
-    """Two items of the batch have the same client id. Give each an id of its own."""
+    """Two items of the batch have the same client id. Give each a different one."""
 
     code = "duplicate_client_id"
     permanent = True
@@ -49,41 +126,41 @@ class DuplicateClientId(MlgError):
 
 @dataclass(frozen=True, kw_only=True)
 class RefusedItem:
-    """One item that a batch did not take."""
+    """One item that a batch refused."""
 
-    #: Its place in what was sent, from 0.
+    #: Its position in the upload, from 0.
     position: int
     #: The client's own id.
     client_id: str
-    #: Why, as a word.
+    #: Code of the error.
     code: str
-    #: Why, for people.
+    #: Message of the error.
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecord:
-    """One batch as it came in; what became of it is its progress."""
+    """One batch as it was accepted; its outcome is in `BatchProgress`."""
 
-    #: Unguessable and unique; made like a request's.
+    #: Unguessable and unique; made by `store.new_id`.
     id: str
     #: The kind of service.
     service: str
     #: The model's canonical name.
     model: str
-    #: What the client chose, for all requests of the batch.
+    #: Options of the service, the same for all requests of the batch.
     params: Mapping[str, Any] = field(default_factory=dict)
-    #: What the client calls it; only shown.
+    #: The client's name for it; only shown.
     name: str | None = None
-    #: The client's own words about it; each request has them too.
+    #: The client's labels; each request has them too.
     labels: Mapping[str, str] = field(default_factory=dict)
-    #: The API key it came in with.
+    #: The API key it was sent with; None where none is required.
     key_id: str | None = None
-    #: When it came in.
+    #: When it was accepted.
     created_at: datetime
-    #: What is still queued then expires.
+    #: Requests that are still queued then expire.
     deadline_at: datetime | None = None
-    #: Seconds after its end that each request is wanted.
+    #: Seconds that each request is kept after its end; None leaves that to the operator.
     keep_seconds: float | None = None
     #: Requests that were accepted.
     total: int = 0
@@ -91,10 +168,31 @@ class BatchRecord:
     refused: int = 0
     #: When it was cancelled.
     cancelled_at: datetime | None = None
-    #: Address that is told when all of its requests are final.
+    #: URL that is notified when all of its requests are final.
     webhook: str | None = None
     #: Counts up in the order of arrival; 0 before it is added.
     number: int = 0
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> BatchRecord:
+        """Build the record from a row of the table `batches`."""
+        return cls(
+            number=row["number"],
+            id=row["id"],
+            service=row["service"],
+            model=row["model"],
+            params=json.loads(row["params"]),
+            name=row["name"],
+            labels=json.loads(row["labels"]),
+            key_id=row["key_id"],
+            created_at=from_text(row["created_at"]),
+            deadline_at=from_optional_text(row["deadline_at"]),
+            keep_seconds=row["keep_seconds"],
+            total=row["total"],
+            refused=row["refused"],
+            cancelled_at=from_optional_text(row["cancelled_at"]),
+            webhook=row["webhook"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +203,16 @@ class BatchProgress:
     claimed: int = 0
     done: int = 0
     failed: int = 0
-    #: Without those that expired.
+    #: Not counting those that expired.
     cancelled: int = 0
     expired: int = 0
-    #: Sum of the shares of its answers, in GLM; None while nothing of it is paid.
+    #: Sum of its requests' shares of their chunks' costs, in GLM; None while none has a cost.
     cost: Decimal | None = None
     #: False while the cost is an estimate.
     is_cost_final: bool = False
-    #: Of the failed: code -> how many.
+    #: The failed ones: code -> count.
     failures: Mapping[str, int] = field(default_factory=dict)
-    #: The last request that waits, else the last that is worked on; None when all have ended.
+    #: Number of the last queued request, else of the last claimed one; None when all have ended.
     last_number: int | None = None
 
     @property
@@ -128,48 +226,185 @@ class BatchProgress:
         return self.done + self.failed + self.cancelled + self.expired
 
 
-class Batches(Protocol):
-    """Batches, their items, and deadlines."""
+class Batches:
+    """The batches, their requests and their refused items."""
+
+    images: ImageStore
+    _writer: Writer
+    _readers: ReaderPool
 
     def add_batch(
         self, batch: BatchRecord, items: Sequence[tuple[NewRequest, StagedImage]], refused_items: Sequence[RefusedItem]
     ) -> list[RequestRecord]:
-        """Add a batch, its requests in this order, and its refusals; returns when all are durable.
+        """Add a batch, its requests in this order, and its refused items; return when all are durable.
 
-        :raises StoreError: :raises QuotaReached: nothing is left behind, the staged pictures included.
+        :raises StoreError: nothing is left behind, the staged images included.
+        :raises QuotaReached: likewise.
         """
+        values = {
+            "id": batch.id,
+            "service": batch.service,
+            "model": batch.model,
+            "params": json.dumps(dict(batch.params), sort_keys=True),
+            "name": batch.name,
+            "labels": json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False),
+            "key_id": batch.key_id,
+            "created_at": to_text(batch.created_at),
+            "deadline_at": None if batch.deadline_at is None else to_text(batch.deadline_at),
+            "keep_seconds": batch.keep_seconds,
+            "total": len(items),
+            "refused": len(refused_items),
+            "webhook": batch.webhook,
+        }
+        rows = [request_row(new, staged) for new, staged in items]
+
+        def write(transaction: Transaction) -> list[RequestRecord]:
+            if batch.key_id is not None:
+                count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
+            transaction.execute(_ADD_BATCH, values)
+            for one in refused_items:
+                transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
+            return [
+                insert_request(transaction, self.images, new, staged, row)
+                for (new, staged), row in zip(items, rows, strict=True)
+            ]
+
+        try:
+            return self._writer.run(write)
+        except BaseException:
+            for _, staged in items:
+                self.images.discard(staged)
+            raise
 
     def get_batch(self, id: str) -> BatchRecord:
         """Read one batch. :raises UnknownBatch:"""
+        with self._readers.connection() as connection:
+            row = connection.execute("SELECT * FROM batches WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise UnknownBatch()
+        return BatchRecord.from_row(row)
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
-        """List what a batch did not take, in order; nothing for an unknown one."""
+        """List what a batch refused, in order; empty for an unknown batch."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(
+                "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
+                (batch_id,),
+            ).fetchall()
+        return [RefusedItem(**dict(row)) for row in rows]
 
     def list_batches(
         self, *, key_id: str | None = None, before: int | None = None, limit: int = 50
     ) -> list[BatchRecord]:
-        """List batches, newest first. :param key_id: only those of this key. :param before: only lower numbers."""
+        """List batches, newest first.
+
+        :param key_id: only those of this key.
+        :param before: only lower numbers.
+        """
+        conditions = ["key_id = :key_id"] if key_id is not None else []
+        conditions += ["number < :before"] if before is not None else []
+        with self._readers.connection() as connection:
+            rows = connection.execute(
+                f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
+                {"key_id": key_id, "before": before, "limit": limit},
+            ).fetchall()
+        return [BatchRecord.from_row(row) for row in rows]
 
     def batch_progress(self, id: str) -> BatchProgress:
-        """Count where the requests of a batch stand; all zero for an unknown one."""
+        """Count the requests of a batch by state; all zero for an unknown batch."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(_PROGRESS, (id,)).fetchall()
+        counts: Counter[str] = Counter()
+        failures: Counter[str] = Counter()
+        last: dict[str, int] = {}
+        costs: list[Decimal] = []
+        is_final = True
+        for row in rows:
+            state = str(row["state"])
+            status = EXPIRED if state == RequestState.CANCELLED and row["code"] == EXPIRED else state
+            counts[status] += row["count"]
+            last[state] = max(last.get(state, 0), row["last_number"])
+            if state == RequestState.FAILED:
+                failures[row["code"] or "unknown"] += row["count"]
+            if row["shares"] is not None and row["cost"] is not None:
+                amount = Decimal(row["cost"])
+                costs += [equal_share(amount, row["answers"], int(share)) for share in row["shares"].split(",")]
+                is_final = is_final and bool(row["is_cost_final"])
+        return BatchProgress(
+            **{name: counts[name] for name in (*RequestState, EXPIRED)},
+            cost=total(costs) if costs else None,
+            is_cost_final=bool(costs) and is_final,
+            failures=dict(failures),
+            last_number=last.get(RequestState.QUEUED) or last.get(RequestState.CLAIMED),
+        )
 
     def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, RequestRecord]]:
-        """List what has ended, in the order in which it ended. :return: (the number of the end, the request)."""
+        """List the requests that ended, in the order in which they ended.
+
+        :param after: only those that ended under a higher number.
+        :return: (number of the end, request).
+        """
+        with self._readers.connection() as connection:
+            rows = connection.execute(_RESULTS, {"id": id, "after": after, "limit": limit}).fetchall()
+            costs: dict[str, Any] = {}
+            return [(row["ended_number"], request_with_cost(row, connection, costs)) for row in rows]
 
     def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
         """List the requests of a batch in the order in which they were sent. :param after: only higher numbers."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(_ITEMS, {"id": id, "after": after, "limit": limit}).fetchall()
+            costs: dict[str, Any] = {}
+            return [request_with_cost(row, connection, costs) for row in rows]
 
     def cancel_batch(self, id: str, *, now: datetime) -> int:
-        """Cancel what is queued of a batch. :return: how many requests. :raises UnknownBatch:"""
+        """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
+        return self._change_items(id, now, _CANCEL_BATCH, _CANCEL_ITEMS)
 
     def retry_batch(self, id: str, *, now: datetime) -> int:
-        """Queue a batch's failed requests again whose pictures are kept. :return: how many. :raises UnknownBatch:"""
+        """Queue those failed requests of a batch again whose image is kept.
+
+        :return: how many.
+        :raises UnknownBatch:
+        """
+        return self._change_items(id, now, "UPDATE batches SET cancelled_at = NULL WHERE id = :id", _RETRY_ITEMS)
+
+    def _change_items(self, id: str, now: datetime, change_batch: str, change_items: str) -> int:
+        values = {"id": id, "now": to_text(now)}
+
+        def write(transaction: Transaction) -> int:
+            if not transaction.execute(change_batch, values).rowcount:
+                raise UnknownBatch()
+            return transaction.execute(change_items, values).rowcount
+
+        return self._writer.run(write)
 
     def remove_batch(self, id: str) -> int:
-        """Delete a batch with its requests and pictures. :return: how many requests.
+        """Delete a batch with its requests and images.
 
-        :raises UnknownBatch: :raises BatchInProgress: nothing was deleted.
+        :return: how many requests.
+        :raises UnknownBatch:
+        :raises BatchInProgress: nothing was deleted.
         """
 
+        def write(transaction: Transaction) -> int:
+            if transaction.execute("SELECT 1 FROM batches WHERE id = ?", (id,)).fetchone() is None:
+                raise UnknownBatch()
+            if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
+                raise BatchInProgress()
+            removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "rows_per_commit": ROWS_PER_COMMIT}).fetchall()
+            delete_unneeded_images(transaction, self.images, {row[0] for row in removed})
+            if len(removed) < ROWS_PER_COMMIT:
+                transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
+                transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
+            return len(removed)
+
+        return self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+
     def expire(self, now: datetime) -> int:
-        """Cancel every queued request whose deadline has passed. What is claimed is finished. :return: how many."""
+        """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""
+        moment = to_text(now)
+        # Reading needs no write lock, and most calls find nothing.
+        with self._readers.connection() as connection:
+            if connection.execute(_IS_OVERDUE, (moment,)).fetchone() is None:
+                return 0
+        return self._writer.execute_in_steps(_EXPIRE, {"now": moment}, rows_per_commit=ROWS_PER_COMMIT)

@@ -1,13 +1,15 @@
-"""The feed: every change of a request's state, in the order in which the changes were committed.
+"""The change feed: the table `changes`, every change of a request's state in the order of the commits.
 
-The listeners of a server process hear of it through `server/live/changes.py`. A change is written in the very
-transaction that makes it, by the table itself, so whoever changes a state cannot forget it. Coming in as queued is no
-change.
+Server processes read it through `server/live/changes.py`. Triggers on the table `requests` write a change in the
+transaction that makes it, so no statement that changes a state can forget it. Being added as queued is no change.
 
-A request's position is (the number of its last change, its own number). Whoever has been told everything up to a
-position and asks again later needs only the requests with a larger one: nothing is missed, and nothing is told twice.
-Changes are kept for some hours. A request whose last change is older has the floor, the last number that was deleted,
-in its place; who comes back with a position below the floor has to be told everything again.
+A request's position is (number of its last change, its own number). A listener that has received everything up to a
+position and asks again later needs only the requests with a higher one: nothing is missed and nothing is sent twice.
+SQLite has one writer at a time for all processes, so the numbers in a committed transaction are all lower than those in
+the next one.
+
+Changes are kept for `retention.KEEP_CHANGES`. A request whose last change is older has the floor, the last number that
+was deleted, in its place; a listener that comes back with a position below the floor has to receive everything again.
 """
 
 from __future__ import annotations
@@ -15,11 +17,37 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
 
-from store.records import RequestRecord, RequestState
+from store.database import ReaderPool, Writer
+from store.records import RequestRecord, RequestState, to_text
+from store.requests import request_with_cost
 
-#: Where a listener stands: (number of a change, number of a request).
+#: Values in one IN list; SQLite's own limit is far higher.
+MAX_IN_VALUES = 500
+#: Changes that one commit deletes.
+ROWS_PER_COMMIT = 2000
+
+_LATEST = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'changes'), 0)"
+
+# Purging keeps the last change, so an empty table has never had one.
+_FLOOR = "SELECT coalesce((SELECT min(seq) FROM changes), 1) - 1"
+
+_CHANGES = "SELECT seq, number, batch_id, state FROM changes WHERE seq > ? ORDER BY seq LIMIT ?"
+
+_COUNT = "SELECT state, count(*) FROM changes WHERE seq > ? GROUP BY state"
+
+_LAST_CHANGE = "(SELECT max(seq) FROM changes WHERE changes.number = requests.number)"
+
+_SNAPSHOT = f"SELECT coalesce({_LAST_CHANGE}, :floor), number, state FROM requests WHERE "
+
+_PURGE = """
+    DELETE FROM changes WHERE seq IN (
+        SELECT seq FROM changes
+        WHERE seq < (SELECT max(seq) FROM changes) ORDER BY seq LIMIT :rows_per_commit)
+    AND at < :before
+"""
+
+#: How far a listener has read: (number of a change, number of a request).
 Position = tuple[int, int]
 
 
@@ -31,41 +59,88 @@ class ChangeRecord:
     seq: int
     #: The request's number.
     number: int
-    #: The batch it came in with.
+    #: The batch it belongs to.
     batch_id: str | None
-    #: The state it got.
+    #: The new state.
     state: RequestState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Where the requests that somebody listens to stand at one moment."""
+    """Positions and states of the requests that a listener watches, at one moment."""
 
-    #: The last change that was made by then.
+    #: Number of the last change that was made by then.
     latest: int
-    #: The last change that is not kept any more.
+    #: Number of the last change that is not kept any more.
     floor: int
     #: Position and state of each request, in the order of the positions.
     requests: tuple[tuple[Position, RequestState], ...]
 
 
-class ChangeFeed(Protocol):
-    """What has changed."""
+class ChangeFeed:
+    """The changes, and requests read with their positions."""
+
+    _writer: Writer
+    _readers: ReaderPool
 
     def latest_change(self) -> int:
-        """Tell the number of the last change; 0 before the first."""
+        """Return the number of the last change; 0 before the first."""
+        with self._readers.connection() as connection:
+            return int(connection.execute(_LATEST).fetchone()[0])
 
     def changes(self, after: int, *, limit: int = 1000) -> list[ChangeRecord]:
-        """List the changes after that number, in order."""
+        """List the changes after a number, in order."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(_CHANGES, (after, limit)).fetchall()
+        return [
+            ChangeRecord(seq=seq, number=number, batch_id=batch_id, state=RequestState(state))
+            for seq, number, batch_id, state in rows
+        ]
 
     def count_changes(self, after: int) -> tuple[int, Mapping[RequestState, int]]:
-        """Count the changes after that number by the state they led to. :return: the last change's number, and them."""
+        """Count the changes after a number by the new state.
+
+        :return: (number of the last change, state -> count).
+        """
+        with self._readers.snapshot() as connection:
+            latest = int(connection.execute(_LATEST).fetchone()[0])
+            rows = connection.execute(_COUNT, (after,)).fetchall()
+        return latest, {RequestState(state): count for state, count in rows}
 
     def snapshot(self, *, ids: Collection[str] = (), batch_id: str | None = None) -> Snapshot:
-        """Tell where the requests with these ids, or those of a batch, stand. Unknown ones are left out."""
+        """Return positions and states of the requests with these ids and of a batch. Unknown ones are left out."""
+        id_list = list(ids)
+        rows: list[tuple[int, int, str]] = []
+        with self._readers.snapshot() as connection:
+            latest = int(connection.execute(_LATEST).fetchone()[0])
+            floor = int(connection.execute(_FLOOR).fetchone()[0])
+            if batch_id is not None:
+                sql = f"{_SNAPSHOT} batch_id = :batch_id"
+                rows += connection.execute(sql, {"floor": floor, "batch_id": batch_id}).fetchall()
+            for start in range(0, len(id_list), MAX_IN_VALUES):
+                part = {f"i{place}": id for place, id in enumerate(id_list[start : start + MAX_IN_VALUES])}
+                sql = f"{_SNAPSHOT} id IN ({', '.join(f':{name}' for name in part)})"
+                rows += connection.execute(sql, {"floor": floor, **part}).fetchall()
+        requests = sorted(((int(seq), int(number)), RequestState(state)) for seq, number, state in rows)
+        return Snapshot(latest=latest, floor=floor, requests=tuple(requests))
 
     def read_changed(self, numbers: Collection[int]) -> list[tuple[Position, RequestRecord]]:
-        """Read requests with their positions, in the order of these. Unknown ones are left out."""
+        """Read requests with their positions, in the order of the positions. Unknown ones are left out."""
+        number_list = list(numbers)
+        found: list[tuple[Position, RequestRecord]] = []
+        with self._readers.snapshot() as connection:
+            floor = int(connection.execute(_FLOOR).fetchone()[0])
+            costs: dict[str, object] = {}
+            for start in range(0, len(number_list), MAX_IN_VALUES):
+                part = number_list[start : start + MAX_IN_VALUES]
+                sql = f"""
+                    SELECT *, coalesce({_LAST_CHANGE}, ?) AS last_change FROM requests
+                    WHERE number IN ({", ".join("?" * len(part))})
+                """
+                for row in connection.execute(sql, (floor, *part)).fetchall():
+                    found.append(((row["last_change"], row["number"]), request_with_cost(row, connection, costs)))
+        return sorted(found, key=lambda pair: pair[0])
 
     def purge_changes(self, *, before: datetime) -> int:
-        """Delete the changes made before that time, save the last of all. :return: how many."""
+        """Delete the changes made before a time, except the last one of all. :return: how many."""
+        return self._writer.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)

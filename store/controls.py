@@ -1,36 +1,157 @@
-"""The controls: what an operator tells all batchers of a home, in a few named values.
+"""Controls: what an operator tells all batchers of a home: pause, drain, resume, claim everything now.
 
-Written by the operator's views and commands through `store/batcher_controls.py`, which knows what the values mean; read
-by every batcher, several times in a few seconds. A control is not a queue: a new value replaces the old one, and
-whoever was not looking in between never learns of it.
+The operator's views and commands write them, every batcher reads them about twice a second; a write does not wait for
+batchers. A control is a row of the table `controls`, not a queue: a new value replaces the old one, and a batcher that
+did not read in between never sees the old one.
 """
 
 from __future__ import annotations
 
+import enum
+import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Protocol
+from datetime import UTC, datetime
+from typing import Any
+
+from store.database import ReaderPool, Transaction, Writer
+from store.records import from_row, to_text
+
+#: Names of the controls.
+PAUSE = "hold"
+RUN_NOW = "run_now"
+#: Characters of a reason or name that are kept.
+MAX_TEXT_CHARACTERS = 200
+
+_SET = """
+    INSERT INTO controls (name, value, changed_at, changed_by) VALUES (:name, :value, :now, :by)
+    ON CONFLICT (name) DO UPDATE
+    SET value = excluded.value, changed_at = excluded.changed_at, changed_by = excluded.changed_by
+    RETURNING name, value, changed_at, changed_by
+"""
+
+_ALL = "SELECT name, value, changed_at, changed_by FROM controls ORDER BY name"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """One value, and who gave it."""
+    """One value, and who set it."""
 
-    #: What it is called.
+    #: Its name.
     name: str
-    #: What it says; JSON.
+    #: The value; JSON.
     value: Mapping[str, Any]
     changed_at: datetime
-    #: Who changed it, in words for people.
+    #: Who changed it; free text.
     changed_by: str
 
 
-class Controls(Protocol):
-    """What the operator says."""
+class Controls:
+    """The named values."""
+
+    _writer: Writer
+    _readers: ReaderPool
 
     def set_control(self, name: str, value: Mapping[str, Any], *, by: str, now: datetime) -> Control:
-        """Replace a control's value; returns when it is durable."""
+        """Replace the value of a control; return when it is durable."""
+        row = {"name": name, "value": json.dumps(dict(value), ensure_ascii=False), "now": to_text(now), "by": by}
+
+        def write(transaction: Transaction) -> Control:
+            (changed,) = transaction.execute(_SET, row).fetchall()
+            return Control(**from_row(changed, mappings=("value",)))
+
+        return self._writer.run(write)
 
     def controls(self) -> dict[str, Control]:
-        """Read all controls that were ever set: name -> control. They agree with each other at one moment."""
+        """Read all controls that were ever set, at one moment: name -> control."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(_ALL).fetchall()
+        return {row["name"]: Control(**from_row(row, mappings=("value",))) for row in rows}
+
+
+class Mode(enum.StrEnum):
+    """How work is paused. In both modes nothing new is claimed, and chunks in progress are finished."""
+
+    #: Temporarily; batchers keep running.
+    PAUSED = "paused"
+    #: Before a stop: an operator waits until nothing is in progress and then stops or updates the batchers.
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """Why and since when work is paused, and by whom."""
+
+    mode: Mode
+    #: Who paused it; free text.
+    by: str
+    since: datetime
+    #: The operator's reason; None if none was given.
+    reason: str | None = None
+
+    @property
+    def notice(self) -> str:
+        """A sentence for clients whose requests wait."""
+        since = self.since.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        word = "paused" if self.mode is Mode.PAUSED else "being drained"
+        why = f": {self.reason}" if self.reason else ""
+        return (
+            f"Work is {word} since {since} (by {self.by}{why}). Requests in progress are finished; all others are kept "
+            "and wait until the operator resumes work."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlState:
+    """The current values of all controls."""
+
+    #: None when they may work.
+    pause: Pause | None = None
+    #: Changes each time when batchers are to claim everything now; None before the first time.
+    run_token: str | None = None
+
+
+def read_control_state(controls: Controls) -> ControlState:
+    """Read the controls. :raises StoreError:"""
+    found = controls.controls()
+    run = found.get(RUN_NOW)
+    token = None if run is None else run.value.get("token")
+    return ControlState(pause=_to_pause(found.get(PAUSE)), run_token=token if isinstance(token, str) else None)
+
+
+def pause(controls: Controls, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Pause:
+    """Stop all batchers from claiming anything new."""
+    cleaned_reason = _clean(reason or "") or None
+    control = controls.set_control(
+        PAUSE, {"mode": str(mode), "reason": cleaned_reason}, by=_clean(by) or "somebody", now=now
+    )
+    return Pause(mode=mode, by=control.changed_by, since=control.changed_at, reason=cleaned_reason)
+
+
+def resume(controls: Controls, *, by: str, now: datetime) -> None:
+    """Let batchers claim again."""
+    controls.set_control(PAUSE, {"mode": None, "reason": None}, by=_clean(by) or "somebody", now=now)
+
+
+def run_now(controls: Controls, *, by: str, now: datetime) -> str:
+    """Have every batcher claim everything that is queued, due or not. :return: the new token."""
+    token = secrets.token_hex(8)
+    controls.set_control(RUN_NOW, {"token": token}, by=_clean(by) or "somebody", now=now)
+    return token
+
+
+def _to_pause(control: Control | None) -> Pause | None:
+    if control is None or control.value.get("mode") not in set(Mode):
+        return None
+    reason = control.value.get("reason")
+    return Pause(
+        mode=Mode(control.value["mode"]),
+        by=control.changed_by,
+        since=control.changed_at,
+        reason=reason if isinstance(reason, str) else None,
+    )
+
+
+def _clean(text: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:MAX_TEXT_CHARACTERS]

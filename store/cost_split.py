@@ -1,6 +1,6 @@
-"""Splits amounts of money so that not the smallest unit is lost: pure arithmetic on decimals.
+"""Splits amounts of money without losing the smallest unit: pure arithmetic on decimals.
 
-Used by the ledger, which splits an invoice over chunks, and by the store, which shows a request's share of its chunk.
+Used by the ledger, which splits an invoice over chunks, and for a request's share of its chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ZERO = Decimal(0)
 
 
 def total(amounts: Iterable[Decimal]) -> Decimal:
-    """Add amounts up, exactly. The context of the thread, which would round, plays no part."""
+    """Add amounts up, exactly, whatever the decimal context of the thread is."""
     result = ZERO
     for amount in amounts:
         result = EXACT.add(result, amount)
@@ -26,7 +26,7 @@ def total(amounts: Iterable[Decimal]) -> Decimal:
 
 
 def to_amount(amount: Decimal) -> str:
-    """Write an amount plainly: no exponent, no idle zeros.
+    """Format an amount exactly, without exponent and trailing zeros.
 
     :raises ValueError: it is negative or not a number.
     """
@@ -40,8 +40,9 @@ def to_amount(amount: Decimal) -> str:
 def split(amount: Decimal, weights: Sequence[float]) -> list[Decimal]:
     """Split an amount in proportion to weights, exactly: the shares add up to it.
 
-    Each share is rounded down to GLM's last place, or to the amount's if that is finer; what is left goes, one unit
-    each, to those who lost most by that. Weights that are not positive numbers count as 0; when all are, all are equal.
+    Each share is rounded down to GLM's last place, or to the amount's if that is finer; the remainder goes, one unit
+    each, to the shares that lost most by rounding. Weights that are not positive numbers count as 0; if all do, all are
+    equal.
     """
     if not weights:
         return []
@@ -57,7 +58,7 @@ def split(amount: Decimal, weights: Sequence[float]) -> list[Decimal]:
         shares.append(share)
         lost.append(ideal - share)
     remainder = units - sum(shares)
-    # Sorting is stable: among equals the first gets the unit.
+    # Sorting is stable: among equal ones the first gets the unit.
     for position in sorted(range(len(parts)), key=lambda position: -lost[position])[:remainder]:
         shares[position] += 1
     return [_from_units(share, places) for share in shares]

@@ -1,8 +1,8 @@
 """SQLite connections: one writer that shares its commits, and a pool of readers.
 
 Concurrent writers each waiting for their own fsync would give a few hundred commits a second. Here every write of the
-process is a small function, and all those that wait are run inside one BEGIN IMMEDIATE and one commit. A function that
-raises takes only its own changes back (a savepoint); its neighbours are committed.
+process is a small function, and all waiting ones run inside one BEGIN IMMEDIATE and one commit (group commit). A
+function that raises undoes only its own changes (a savepoint); the others are committed.
 
 Weakness: SQLite has one writer for the whole file. Several processes on one home take turns, polling for the lock.
 """
@@ -16,22 +16,22 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Writes that share a commit at most; bounds how long the lock is held.
+#: Maximum number of writes in one commit; bounds how long the lock is held.
 MAX_WRITES_PER_COMMIT = 128
-#: Pause between two tries for the write lock.
+#: Pause between two attempts to get the write lock.
 LOCK_POLL_SECONDS = 0.0005
 
 
-def as_store_error(error: sqlite3.Error, database: Path) -> StoreError:
-    """Translate what SQLite said into what to do about it."""
+def database_error(error: sqlite3.Error, database: Path) -> StoreError:
+    """Translate an error of SQLite into one that tells the cure."""
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreBusy()
@@ -52,22 +52,22 @@ def connect(database: Path, *, busy_seconds: float) -> sqlite3.Connection:
             database, timeout=busy_seconds, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         connection.row_factory = sqlite3.Row
-        # FULL: the commit is in the file before it returns; NORMAL may lose the last ones in a power cut.
+        # FULL: a commit is on disk before it returns; NORMAL may lose the last ones in a power cut.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.Error as error:
-        raise as_store_error(error, database) from error
+        raise database_error(error, database) from error
     return connection
 
 
 class Transaction:
-    """What a write function gets: the connection, and hooks that run with the commit."""
+    """The argument of a write function: the connection, and what else belongs to the commit."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        #: Folders whose names must be durable before the commit.
+        #: Folders to sync before the commit.
         self.folders_to_sync: set[Path] = set()
-        #: Pictures that this transaction gave their name; taken back if it is not committed.
+        #: Images that this transaction published; undone if it is not committed.
         self.published: list[str] = []
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
@@ -75,34 +75,35 @@ class Transaction:
         return self.connection.execute(sql, parameters)
 
 
-WriteFunction = Callable[[Transaction], Any]
+T = TypeVar("T")
+WriteFunction = Callable[[Transaction], T]
 
 
 class _PendingWrite:
-    """A write that waits, and what became of it."""
+    """A write that waits, and its result."""
 
     __slots__ = ("failure", "has_savepoint", "is_done", "result", "wakeup", "write")
 
-    def __init__(self, write: WriteFunction, has_savepoint: bool) -> None:
+    def __init__(self, write: WriteFunction[Any], has_savepoint: bool) -> None:
         self.write = write
         self.has_savepoint = has_savepoint
         self.result: Any = None
         self.failure: Exception | None = None
         self.is_done = False
-        #: Held until the entry is done, or its thread is to lead. A bare lock: an Event costs three times as much.
+        #: Released when the write is done or its thread becomes the leader. An Event costs three times as much.
         self.wakeup = threading.Lock()
         self.wakeup.acquire()
 
 
 class Writer:
-    """The one place that writes, one thread at a time.
+    """Runs all writes of the process, one thread at a time.
 
-    The first thread that comes leads: it runs its own write and those of all who came meanwhile in one commit, wakes
-    them, and hands the lead to one of those who have come since. Compared with a thread of its own for writing this
-    saves two thread switches for a lone write, and one for each that is led.
+    The first thread that comes is the leader: it runs its own write and all waiting ones in one commit, wakes their
+    threads, and makes one of the threads that have come since the next leader. Compared with a dedicated writer thread
+    this saves two thread switches for a single write, and one for each write in a group.
 
     :param before_commit: called with the transaction before each commit (makes folder entries durable).
-    :param undo: called under the lock with a transaction that was rolled back, to take back what it published.
+    :param undo: called under the lock with a transaction that was rolled back, to delete what it published.
     """
 
     def __init__(
@@ -123,11 +124,11 @@ class Writer:
         self._is_closed = False
         self._connection: sqlite3.Connection | None = None
 
-    def run(self, write: WriteFunction, *, has_savepoint: bool = True) -> Any:
+    def run(self, write: WriteFunction[T], *, has_savepoint: bool = True) -> T:
         """Run a write and return its result when it is durable.
 
-        :param has_savepoint: False saves two statements; right for a function that ends with its only changing one.
-        :raises StoreError: and what the function raises.
+        :param has_savepoint: False saves two statements; for a function whose last statement is the only changing one.
+        :raises StoreError: or what the function raises.
         """
         entry = _PendingWrite(write, has_savepoint)
         with self._lock:
@@ -141,10 +142,34 @@ class Writer:
             self._run_group_commit()
         if entry.failure is not None:
             raise entry.failure
-        return entry.result
+        return cast("T", entry.result)
+
+    def execute(self, sql: str, parameters: Any = ()) -> int:
+        """Run one statement as a write. :return: how many rows it changed."""
+        return self.run(lambda transaction: transaction.execute(sql, parameters).rowcount)
+
+    def run_in_steps(self, write: WriteFunction[int], *, rows_per_commit: int) -> int:
+        """Run a write repeatedly, each time in a commit of its own, until it changes fewer rows than it may.
+
+        :param write: changes at most `rows_per_commit` rows and returns how many.
+        :return: how many rows it changed in all.
+        """
+        total = 0
+        while True:
+            changed = self.run(write)
+            total += changed
+            if changed < rows_per_commit:
+                return total
+
+    def execute_in_steps(self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int) -> int:
+        """Run a statement in small commits, see `run_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
+        values = {**parameters, "rows_per_commit": rows_per_commit}
+        return self.run_in_steps(
+            lambda transaction: transaction.execute(sql, values).rowcount, rows_per_commit=rows_per_commit
+        )
 
     def close(self) -> None:
-        """Refuse further writes, let those that came be committed, and close the connection."""
+        """Reject new writes, commit the waiting ones, and close the connection."""
         with self._lock:
             self._is_closed = True
         while True:
@@ -157,7 +182,7 @@ class Writer:
             self._connection = None
 
     def _run_group_commit(self) -> None:
-        """Commit what waits, the caller's own write among it, and pass the lead on."""
+        """Commit the waiting writes, the caller's own among them, and pass the leadership on."""
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_WRITES_PER_COMMIT))]
         try:
@@ -167,12 +192,12 @@ class Writer:
         except BaseException as error:
             failure = error if isinstance(error, Exception) else StoreUnavailable("The process is being stopped.")
             if isinstance(error, sqlite3.Error):
-                failure = as_store_error(error, self._database)
+                failure = database_error(error, self._database)
                 failure.__cause__ = error
             for entry in batch:
                 entry.result, entry.failure = None, failure
             if self._connection is not None and not isinstance(failure, StoreBusy):
-                # A fresh one next time: the file may have been replaced or remounted meanwhile.
+                # A new one next time: the file may have been replaced or remounted meanwhile.
                 self._connection.close()
                 self._connection = None
             if not isinstance(error, Exception):
@@ -204,7 +229,7 @@ class Writer:
                         connection.execute("ROLLBACK TO one_write")
                     self._undo_publishing(transaction, published_before)
                     if isinstance(error, sqlite3.Error):
-                        known = as_store_error(error, self._database)
+                        known = database_error(error, self._database)
                         known.__cause__ = error
                         error = known
                     entry.failure = error
@@ -220,10 +245,10 @@ class Writer:
             raise
 
     def _begin(self, connection: sqlite3.Connection) -> None:
-        """Take the write lock. Another process holds it for some milliseconds at most.
+        """Get the write lock. Another process holds it for some milliseconds at most.
 
-        SQLite's own busy handler sleeps longer from try to try, up to a tenth of a second, and so starves a process
-        whose neighbour writes all the time (measured with two server processes: a 99th percentile of 1.5 s).
+        SQLite's own busy handler sleeps longer from attempt to attempt, up to a tenth of a second, and so starves a
+        process while another one writes continuously (measured with two server processes: a 99th percentile of 1.5 s).
         """
         deadline = time.monotonic() + self._busy_seconds
         while True:
@@ -240,21 +265,21 @@ class Writer:
         try:
             self._undo(transaction)
         except OSError:
-            log.exception("could not remove pictures of a write that failed; the next sweep will")
+            log.exception("could not delete images of a write that failed; the next purge will")
         transaction.published = kept
 
     def _undo_publishing_after_rollback(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
-        """Take back pictures after the rollback, under a lock of its own: somebody may refer to them by now."""
+        """Delete published images after the rollback, under a new lock: another request may refer to them by now."""
         try:
             self._begin(connection)
             self._undo_publishing(transaction, 0)
             connection.execute("ROLLBACK")
         except sqlite3.Error:
-            log.exception("could not remove pictures of a write that failed; the next sweep will")
+            log.exception("could not delete images of a write that failed; the next purge will")
 
 
 class ReaderPool:
-    """Connections for reading, lent to one thread at a time."""
+    """Connections for reading, each used by one thread at a time."""
 
     def __init__(self, database: Path, *, busy_seconds: float) -> None:
         self._database = database
@@ -276,11 +301,21 @@ class ReaderPool:
             yield connection
         except sqlite3.Error as error:
             connection.close()
-            raise as_store_error(error, self._database) from error
+            raise database_error(error, self._database) from error
         except BaseException:
             self._return(connection)
             raise
         self._return(connection)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection whose reads all see the same state. :raises StoreError:"""
+        with self.connection() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
 
     def _return(self, connection: sqlite3.Connection) -> None:
         if self._is_closed:
@@ -289,7 +324,7 @@ class ReaderPool:
             self._idle.put(connection)
 
     def close(self) -> None:
-        """Close the idle connections; those lent are closed when they come back."""
+        """Close the idle connections; the others are closed when they are returned."""
         self._is_closed = True
         while True:
             try:

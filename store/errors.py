@@ -1,6 +1,6 @@
-"""The errors of the store, and of what clients ask of it.
+"""Errors of the store, and of operations that clients request of it.
 
-The HTTP status of each stands in `server/errors.py`. A class's docstring is its default message and tells the cure.
+`server/api/responses.py` has the HTTP status of each. A class's docstring is its default message and tells the cure.
 """
 
 from __future__ import annotations
@@ -23,9 +23,23 @@ class NotCancellable(MlgError):
 
 
 class NotRetryable(MlgError):
-    """Only a failed or cancelled request whose picture is still kept can be tried again."""
+    """Only a failed or cancelled request whose image is still kept can be retried."""
 
     code = "not_retryable"
+    permanent = True
+
+
+class NotRemovable(MlgError):
+    """Only a request that has ended can be deleted. Cancel it first, or wait for its answer."""
+
+    code = "not_removable"
+    permanent = True
+
+
+class ImageGone(MlgError):
+    """The image is not kept any more: its retention time is over."""
+
+    code = "picture_gone"
     permanent = True
 
 
@@ -48,18 +62,18 @@ class StoreUnavailable(StoreError):
 
 
 class DiskFull(StoreError):
-    """The disk is full. Nothing was kept of this request; free some space and send it again."""
+    """The disk is full. Nothing of this request was stored; free some space and send it again."""
 
     code = "disk_full"
 
 
 class LimitReached(MlgError):
-    """The API key has used up what it may."""
+    """The API key has reached a limit."""
 
     code = "limit_reached"
 
 
 class QuotaReached(LimitReached):
-    """The API key has used up its pictures of this day. The next day begins at midnight UTC."""
+    """The API key has used its images of this day. The next day begins at midnight UTC."""
 
     code = "quota_reached"

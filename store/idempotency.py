@@ -1,25 +1,53 @@
-"""Repeated requests: a client that does not know whether its request arrived sends it again under the same key.
+"""Idempotency keys: the table `idempotency`.
 
-Used by `server/api/idempotency.py`. The store keeps, for each owner and key, what was asked and the first answer. While
-the first is under way it is held under a lease, so that a server that was killed in mid-request leaves nothing that
-lasts. An owner is an API key's id, or the empty text where none is asked for.
+A client that does not know whether its request arrived repeats it under the same key. Used by
+`server/api/idempotency.py`. The store keeps the operation and the first response for each owner and key. While
+the first request is in progress the key is reserved under a lease, so a server that is killed in the middle of a
+request leaves nothing permanent. An owner is an API key's id, or the empty text where none is required. Bodies are
+compressed. `retention.py` deletes expired keys.
 
-Weakness: between the commit of the work and that of the answer lies a moment. A server that is killed in it leaves a
-row without an answer, and the repetition, once the lease has ended, does the work again.
+Weakness: the work and the response are two commits. A server that is killed between them leaves a key without a
+response, and the repetition, once the lease has ended, does the work again.
 """
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
 
 from provider_image.errors import MlgError
+from store.database import ReaderPool, Transaction, Writer
+from store.records import from_text, to_text
+
+# A key is free again when it has expired, or when its server was killed before it saved a response.
+_RESERVE = """
+    INSERT INTO idempotency (owner, key, operation, token, lease_ends_at, expires_at)
+    VALUES (:owner, :key, :operation, :token, :lease_ends_at, :expires_at)
+    ON CONFLICT (owner, key) DO UPDATE
+    SET operation = excluded.operation, token = excluded.token, lease_ends_at = excluded.lease_ends_at,
+        expires_at = excluded.expires_at, fingerprint = NULL, status = NULL, headers = NULL, body = NULL
+    WHERE idempotency.expires_at <= :now OR (idempotency.status IS NULL AND idempotency.lease_ends_at <= :now)
+"""
+
+_READ = "SELECT * FROM idempotency WHERE owner = :owner AND key = :key"
+
+_IS_RESERVED = "owner = :owner AND key = :key AND token = :token AND status IS NULL"
+
+_RENEW = f"UPDATE idempotency SET lease_ends_at = :lease_ends_at WHERE {_IS_RESERVED}"
+
+_SAVE_RESPONSE = f"""
+    UPDATE idempotency SET fingerprint = :fingerprint, status = :status, headers = :headers, body = :body
+    WHERE {_IS_RESERVED}
+"""
+
+_RELEASE = f"DELETE FROM idempotency WHERE {_IS_RESERVED}"
 
 
 class IdempotencyKeyReused(MlgError):
-    """This key was used for another request. Make a new one for each request."""
+    """This key was used for a different request. Use a new key for each request."""
 
     code = "key_reused"
     permanent = True
@@ -27,32 +55,35 @@ class IdempotencyKeyReused(MlgError):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedResponse:
-    """The first answer to a request."""
+    """The first response to a request."""
 
-    #: Says which body it was the answer to.
+    #: Identifies the request body that it belongs to.
     fingerprint: str
-    #: The HTTP status.
+    #: HTTP status.
     status: int
-    #: The headers that matter.
+    #: The headers that are repeated.
     headers: Mapping[str, str] = field(default_factory=dict)
-    #: The body.
+    #: The body, uncompressed.
     body: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierRequest:
-    """What is known of an earlier request under the same key."""
+    """An earlier request under the same key."""
 
-    #: Method and address of the earlier one.
+    #: Method and path of the earlier request.
     operation: str
-    #: Its answer; None while it is under way.
+    #: Its response; None while it is in progress.
     answer: SavedResponse | None
-    #: When its lease ends, if it is under way.
+    #: When its lease ends, if it is in progress.
     lease_ends_at: datetime
 
 
-class Idempotency(Protocol):
-    """The keys of repeated requests."""
+class Idempotency:
+    """The idempotency keys."""
+
+    _writer: Writer
+    _readers: ReaderPool
 
     def reserve_idempotency_key(
         self,
@@ -65,17 +96,59 @@ class Idempotency(Protocol):
         lease_ends_at: datetime,
         expires_at: datetime,
     ) -> EarlierRequest | None:
-        """Begin a request under a key, in one statement: of two at once one begins.
+        """Reserve a key, in one statement: of two simultaneous requests one succeeds.
 
-        :param token: proves the hold to the methods below.
-        :return: None when it may begin, else what is known of the earlier one.
+        :param token: proves the reservation to the other methods.
+        :return: None when the key is reserved now, else the earlier request.
         """
+        values = {
+            "owner": owner,
+            "key": key,
+            "operation": operation,
+            "token": token,
+            "now": to_text(now),
+            "lease_ends_at": to_text(lease_ends_at),
+            "expires_at": to_text(expires_at),
+        }
+
+        def write(transaction: Transaction) -> EarlierRequest | None:
+            if transaction.execute(_RESERVE, values).rowcount:
+                return None
+            row = transaction.execute(_READ, values).fetchone()
+            answer = None
+            if row["status"] is not None:
+                answer = SavedResponse(
+                    fingerprint=row["fingerprint"],
+                    status=row["status"],
+                    headers=json.loads(row["headers"]),
+                    body=zlib.decompress(row["body"]),
+                )
+            return EarlierRequest(
+                operation=row["operation"], answer=answer, lease_ends_at=from_text(row["lease_ends_at"])
+            )
+
+        return self._writer.run(write)
 
     def renew_idempotency_key(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
-        """Extend the lease of what is under way. :return: whether it is still held."""
+        """Extend the lease. :return: whether the key is still reserved by this token."""
+        return self._change(_RENEW, owner, key, token, lease_ends_at=to_text(lease_ends_at))
 
     def save_response(self, owner: str, key: str, token: str, answer: SavedResponse) -> bool:
-        """Keep the answer for those that come again. :return: whether it was still held."""
+        """Save the response for repetitions. :return: whether the key was still reserved by this token."""
+        return self._change(
+            _SAVE_RESPONSE,
+            owner,
+            key,
+            token,
+            fingerprint=answer.fingerprint,
+            status=answer.status,
+            headers=json.dumps(dict(answer.headers)),
+            body=zlib.compress(answer.body, 1),
+        )
 
     def release_idempotency_key(self, owner: str, key: str, token: str) -> bool:
-        """Forget the key: there is no answer that is worth keeping. :return: whether it was still held."""
+        """Free the key: there is no response worth keeping. :return: whether it was still reserved by this token."""
+        return self._change(_RELEASE, owner, key, token)
+
+    def _change(self, sql: str, owner: str, key: str, token: str, **values: str | int | bytes) -> bool:
+        return bool(self._writer.execute(sql, {"owner": owner, "key": key, "token": token, **values}))

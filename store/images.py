@@ -1,14 +1,13 @@
-"""Pictures as files named by the sha256 of their bytes; one copy of equal bytes.
+"""Images as files named by the sha256 of their bytes; one copy of equal bytes.
 
-    blobs/tmp/<random>            being written; nothing refers to it
-    blobs/pictures/<sha256>       published; rows refer to it
+    blobs/tmp/<random>            staged; nothing refers to it
+    blobs/pictures/<sha256>       published; rows of `requests` refer to it
 
-All published pictures lie in one folder on purpose: a commit that publishes sixteen pictures then makes one folder
-durable and not sixteen (0.3 ms against 2.9 ms on ext4, where every fsync is a flush of the disk).
+All published images are in one folder on purpose: a commit that publishes sixteen images then syncs one folder and not
+sixteen (0.3 ms against 2.9 ms on ext4, where every fsync is a flush of the disk).
 
-Request threads call `stage`, which makes the bytes durable under a temporary name. Publishing, and every deletion,
-happens inside the store while it holds the database's write lock, so that no row ever refers to a file that another
-process is just removing. This module must not be asked to publish by anyone else.
+Request threads call `stage`, which makes the bytes durable under a temporary name. Only the store publishes and deletes
+images, while it holds the database's write lock, so that no row ever refers to a file that another process is deleting.
 """
 
 from __future__ import annotations
@@ -18,14 +17,24 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from store.errors import DiskFull, StoreError, StoreUnavailable
 
-#: Leftovers of killed processes are swept when they are older than this.
+if TYPE_CHECKING:
+    import sqlite3
+
+    from store.database import Transaction
+
+#: Staged files of killed processes are deleted when they are older than this.
 LEFTOVER_SECONDS = 3600.0
+
+_IS_REFERENCED = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
+
+_IS_NEEDED = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ? AND image_deleted_at IS NULL)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,7 @@ class StagedImage:
 
 
 def as_store_error(error: OSError, folder: Path) -> StoreError:
-    """Translate what the file system said into what to do about it."""
+    """Translate an error of the file system into one that tells the cure."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFull()
     return StoreUnavailable(
@@ -51,7 +60,7 @@ def as_store_error(error: OSError, folder: Path) -> StoreError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the directory entries of a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -60,17 +69,17 @@ def sync_folder(folder: Path) -> None:
 
 
 class ImageStore:
-    """A folder of pictures."""
+    """The folder of images."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        #: Where the published pictures are.
+        #: Where the published images are.
         self.published_folder = folder / "pictures"
         self._published_path = str(self.published_folder)
         self._staging = folder / "tmp"
 
     def create(self) -> None:
-        """Make the folders. :raises StoreUnavailable: they cannot be made."""
+        """Create the folders. :raises StoreUnavailable: they cannot be created."""
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
             self.published_folder.mkdir(exist_ok=True)
@@ -79,17 +88,18 @@ class ImageStore:
             raise as_store_error(error, self.folder) from error
 
     def path(self, sha256: str) -> Path:
-        """Return where the picture is, whether or not it is there."""
+        """Return the path of an image, whether or not it exists."""
         return self.published_folder / sha256
 
     def read(self, sha256: str) -> bytes:
-        """Read a picture. :raises FileNotFoundError: retention has removed it."""
+        """Read an image. :raises FileNotFoundError: retention has deleted it."""
         return self.path(sha256).read_bytes()
 
     def stage(self, data: bytes) -> StagedImage:
         """Write bytes durably under a temporary name.
 
-        :raises DiskFull: :raises StoreUnavailable: nothing is left behind.
+        :raises DiskFull: nothing is left behind.
+        :raises StoreUnavailable: likewise.
         """
         path = self._staging / secrets.token_hex(16)
         try:
@@ -107,30 +117,30 @@ class ImageStore:
         return StagedImage(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
     def discard(self, staged: StagedImage) -> None:
-        """Remove staged bytes that were not published; harmless when they were."""
+        """Delete staged bytes; does nothing when they were published."""
         staged.path.unlink(missing_ok=True)
 
     def publish(self, staged: StagedImage) -> None:
         """Give staged bytes their final name. Only under the store's write lock; the caller syncs the folder.
 
-        When equal bytes are there already they are replaced by their like, which costs less than looking first.
+        Equal bytes that were published before are overwritten, which is cheaper than checking first.
         """
         os.rename(staged.path, f"{self._published_path}/{staged.sha256}")  # noqa: PTH104 - half the cost of Path.rename
 
     def delete(self, sha256: str) -> bool:
-        """Remove a picture. Only under the store's write lock. :return: whether it was there."""
+        """Delete an image. Only under the store's write lock. :return: whether it existed."""
         with contextlib.suppress(FileNotFoundError):
             self.path(sha256).unlink()
             return True
         return False
 
     def list_digests(self) -> Iterator[str]:
-        """Iterate over the published pictures."""
+        """Iterate over the digests of the published images."""
         with os.scandir(self.published_folder) as entries:
             yield from (entry.name for entry in entries)
 
     def sweep_staging(self, *, now: float) -> int:
-        """Remove temporary files of killed processes. :param now: seconds since the epoch. :return: how many."""
+        """Delete staged files of killed processes. :param now: seconds since the epoch. :return: how many."""
         swept = 0
         with os.scandir(self._staging) as entries:
             for entry in entries:
@@ -139,3 +149,15 @@ class ImageStore:
                         Path(entry.path).unlink()
                         swept += 1
         return swept
+
+
+def is_referenced(database: Transaction | sqlite3.Connection, sha256: str) -> bool:
+    """Tell whether any request refers to an image. A file without a reference was never acknowledged to a client."""
+    return bool(database.execute(_IS_REFERENCED, (sha256,)).fetchone()[0])
+
+
+def delete_unneeded_images(transaction: Transaction, images: ImageStore, digests: Iterable[str]) -> None:
+    """Delete those images that no request needs any more; call it inside the write that changes the requests."""
+    for sha256 in digests:
+        if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
+            images.delete(sha256)

@@ -1,10 +1,10 @@
-"""API keys: what they look like, what is kept of them, and the protocol of the store's part that keeps them.
+"""API keys: their format, and the tables `api_keys` and `key_usage`.
 
-A key is `mlg_ID_SECRET`. The id is looked up and may be shown anywhere; of the whole only a hash is kept, so that
-nobody who reads the database can use a key. The secret is 256 random bits, so a plain sha256 is
-enough: there is nothing to guess that a slow hash would protect. Nothing here may write a key into a log or an error.
+A key is `mlg_ID_SECRET`. The id is looked up and may be shown anywhere; of the whole key only a hash is stored, so that
+reading the database gives nobody a usable key. The secret is 256 random bits, so a plain sha256 is enough: there is
+nothing to guess that a slow hash would protect. Nothing here may write a key into a log or an error.
 
-A quota counts pictures by day (UTC) and is exact: it is counted in the same commit that adds the pictures.
+A quota counts images by day (UTC) and is exact: `count_images` runs in the commit that adds the images.
 """
 
 from __future__ import annotations
@@ -14,29 +14,67 @@ import hashlib
 import hmac
 import re
 import secrets
+import sqlite3
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Protocol
+from datetime import datetime, timedelta
+from typing import Any
 
 from provider_image.errors import MlgError
-from store.records import from_text
+from store.database import ReaderPool, Transaction, Writer
+from store.errors import QuotaReached
+from store.records import from_optional_text, from_text, to_text
 
 #: Keeps the hash of a key apart from any other sha256 of the same text.
 _DOMAIN = b"mlg api key v1\0"
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 _KEY = re.compile(r"mlg_([a-z0-9]{12})_[A-Za-z0-9_-]{32,64}")
-#: What an unknown id is compared with, so that it takes as long as a known one.
+#: Compared with for an unknown id, so that it takes as long as a known one.
 _DUMMY_HASH = "0" * 64
+
+#: A key's last use is not written again within this time.
+TOUCH_SECONDS = 60
+
+_ADD_KEY = """
+    INSERT INTO api_keys (id, name, sha256, scopes, pictures_per_day, requests_per_minute, created_at, expires_at)
+    VALUES (:id, :name, :sha256, :scopes, :pictures_per_day, :requests_per_minute, :created_at, :expires_at)
+"""
+
+# An id takes precedence over a name: names can be chosen freely.
+_REVOKE = """
+    UPDATE api_keys SET revoked_at = :now
+    WHERE revoked_at IS NULL
+      AND id = coalesce((SELECT id FROM api_keys WHERE id = :id_or_name),
+                        (SELECT id FROM api_keys WHERE name = :id_or_name AND revoked_at IS NULL))
+    RETURNING *
+"""
+
+_TOUCH = """
+    UPDATE api_keys SET last_used_at = :now WHERE id = :id AND (last_used_at IS NULL OR last_used_at < :before)
+"""
+
+_MINUTE = "SELECT minute, minute_requests FROM api_keys WHERE id = ?"
+
+_SET_MINUTE = "UPDATE api_keys SET minute = ?, minute_requests = ? WHERE id = ?"
+
+# An unknown key has no quota. For the first row of a day the INSERT's own WHERE decides.
+_COUNT_IMAGES = """
+    INSERT INTO key_usage (key_id, day, pictures)
+    SELECT :key_id, :day, :count
+    WHERE :count <= coalesce((SELECT pictures_per_day FROM api_keys WHERE id = :key_id), 9e15)
+    ON CONFLICT (key_id, day) DO UPDATE SET pictures = pictures + excluded.pictures
+    WHERE pictures + excluded.pictures
+          <= coalesce((SELECT pictures_per_day FROM api_keys WHERE id = excluded.key_id), 9e15)
+"""
 
 
 class Scope(enum.StrEnum):
-    """What an API key may be good for."""
+    """What an API key allows."""
 
-    #: Send pictures, cancel and retry one's own.
+    #: Send images; cancel and retry the key's own requests.
     SUBMIT = "submit"
-    #: Read what is one's own.
+    #: Read the key's own requests.
     READ = "read"
     #: See and change everything.
     OPERATE = "operate"
@@ -50,7 +88,7 @@ class UnknownKey(MlgError):
 
 
 class KeyNameTaken(MlgError):
-    """There is an API key with this name. Choose another, or revoke that one first: mlg keys revoke NAME"""
+    """There is an API key with this name. Choose another name, or revoke that key first: mlg keys revoke NAME"""
 
     code = "key_name_taken"
     permanent = True
@@ -58,36 +96,36 @@ class KeyNameTaken(MlgError):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyRecord:
-    """A key as the store knows it."""
+    """One key as it is stored."""
 
     #: Twelve letters and digits; not secret.
     id: str
-    #: What the operator calls it.
+    #: The operator's name for it.
     name: str
     #: Hash of the whole key.
     sha256: str = field(repr=False)
-    #: What it is good for.
+    #: What it allows.
     scopes: frozenset[Scope]
-    #: Pictures a day (UTC); None is as many as one likes.
+    #: Images a day (UTC); None is unlimited.
     images_per_day: int | None = None
-    #: Requests a minute; None is as many as one likes.
+    #: Requests a minute; None is unlimited.
     requests_per_minute: int | None = None
     #: When it was made.
     created_at: datetime
-    #: Not good any more from then on.
+    #: When it expires; None is never.
     expires_at: datetime | None = None
     #: When it was revoked.
     revoked_at: datetime | None = None
-    #: When it was used, to a minute.
+    #: When it was last used, to TOUCH_SECONDS.
     last_used_at: datetime | None = None
 
     @property
     def is_operator(self) -> bool:
-        """Tell whether it may see and change everything."""
+        """Tell whether it allows to see and change everything."""
         return Scope.OPERATE in self.scopes
 
     def has_scope(self, scope: Scope) -> bool:
-        """Tell whether it has a scope; to operate includes everything."""
+        """Tell whether it has a scope; OPERATE includes all others."""
         return self.is_operator or scope in self.scopes
 
     def is_usable(self, now: datetime) -> bool:
@@ -97,10 +135,6 @@ class KeyRecord:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> KeyRecord:
         """Build the record from a row of the table `api_keys`."""
-
-        def moment(column: str) -> datetime | None:
-            return None if row[column] is None else from_text(row[column])
-
         return cls(
             id=row["id"],
             name=row["name"],
@@ -109,73 +143,146 @@ class KeyRecord:
             images_per_day=row["pictures_per_day"],
             requests_per_minute=row["requests_per_minute"],
             created_at=from_text(row["created_at"]),
-            expires_at=moment("expires_at"),
-            revoked_at=moment("revoked_at"),
-            last_used_at=moment("last_used_at"),
+            expires_at=from_optional_text(row["expires_at"]),
+            revoked_at=from_optional_text(row["revoked_at"]),
+            last_used_at=from_optional_text(row["last_used_at"]),
         )
 
 
 def make_key() -> tuple[str, str]:
-    """Make a key. :return: its id, and the whole of it."""
+    """Make a key. :return: (its id, the whole key)."""
     id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(12))
     return id, f"mlg_{id}_{secrets.token_urlsafe(32)}"
 
 
 def key_id_of(key: str) -> str | None:
-    """Return the id that stands in a key; None if the text is none."""
+    """Return the id in a key; None if the text is not a key."""
     found = _KEY.fullmatch(key)
     return None if found is None else found[1]
 
 
 def hash_key(key: str) -> str:
-    """Return what is kept of a key, as hex digits."""
+    """Return the hash of a key that is stored, as hex digits."""
     return hashlib.sha256(_DOMAIN + key.encode()).hexdigest()
 
 
 def verify_key(key: str, record: KeyRecord | None) -> bool:
-    """Tell whether a text is the key of a record, in a time that does not depend on how nearly it is."""
+    """Tell whether a text is the key of a record, in constant time."""
     return hmac.compare_digest(hash_key(key), _DUMMY_HASH if record is None else record.sha256) and record is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """A part of a minute's requests that was given to one server process."""
+    """A part of a key's requests of one minute, granted to one server process."""
 
-    #: Requests that the process may answer.
+    #: Requests that the process may accept.
     granted: int
-    #: Those that nobody has been given.
+    #: Requests of the minute that no process has been granted.
     left: int
 
 
-class Keys(Protocol):
+def count_images(transaction: Transaction, key_id: str, count: int, *, now: str) -> None:
+    """Count images that are added with a key; call it inside the write that adds them.
+
+    :param now: as `to_text` writes it.
+    :raises QuotaReached: nothing was counted; the write must change nothing either.
+    """
+    row = {"key_id": key_id, "day": now[:10], "count": count}
+    if count and not transaction.execute(_COUNT_IMAGES, row).rowcount:
+        raise QuotaReached()
+
+
+class Keys:
     """The keys, and what was used of their limits."""
 
+    _writer: Writer
+    _readers: ReaderPool
+
     def add_key(self, key: KeyRecord) -> None:
-        """Add a key. :raises KeyNameTaken: one that is not revoked has the name."""
+        """Add a key. :raises KeyNameTaken: a key that is not revoked has the name."""
+        row = {
+            "id": key.id,
+            "name": key.name,
+            "sha256": key.sha256,
+            "scopes": " ".join(sorted(key.scopes)),
+            "pictures_per_day": key.images_per_day,
+            "requests_per_minute": key.requests_per_minute,
+            "created_at": to_text(key.created_at),
+            "expires_at": None if key.expires_at is None else to_text(key.expires_at),
+        }
+
+        def write(transaction: Transaction) -> None:
+            try:
+                transaction.execute(_ADD_KEY, row)
+            except sqlite3.IntegrityError as error:
+                if "api_keys.name" in str(error):
+                    raise KeyNameTaken() from error
+                raise
+
+        self._writer.run(write)
 
     def find_key(self, id: str) -> KeyRecord | None:
-        """Read a key, also one that is good no more; None if there is none."""
+        """Read a key, also a revoked or expired one; None if there is none."""
+        with self._readers.connection() as connection:
+            row = connection.execute("SELECT * FROM api_keys WHERE id = ?", (id,)).fetchone()
+        return None if row is None else KeyRecord.from_row(row)
 
     def list_keys(self) -> list[KeyRecord]:
         """List all keys, oldest first."""
+        with self._readers.connection() as connection:
+            rows = connection.execute("SELECT * FROM api_keys ORDER BY created_at, id").fetchall()
+        return [KeyRecord.from_row(row) for row in rows]
 
     def has_keys(self) -> bool:
-        """Tell whether there was ever a key: the last one's end must not open the door to everybody."""
+        """Tell whether there was ever a key: revoking the last one must not give access to everybody."""
+        with self._readers.connection() as connection:
+            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM api_keys)").fetchone()[0])
 
     def revoke_key(self, id_or_name: str, *, now: datetime) -> KeyRecord:
-        """Revoke a key for good. :raises UnknownKey: none that is not revoked has this id or name."""
+        """Revoke a key for good. :raises UnknownKey: no key that is not revoked has this id or name."""
+
+        def write(transaction: Transaction) -> KeyRecord:
+            rows = transaction.execute(_REVOKE, {"id_or_name": id_or_name, "now": to_text(now)}).fetchall()
+            if not rows:
+                raise UnknownKey()
+            return KeyRecord.from_row(rows[0])
+
+        return self._writer.run(write)
 
     def touch_key(self, id: str, *, now: datetime) -> None:
-        """Note that a key was used, unless that was noted less than a minute ago."""
+        """Record that a key was used, unless that was recorded within TOUCH_SECONDS."""
+        row = {"id": id, "now": to_text(now), "before": to_text(now - timedelta(seconds=TOUCH_SECONDS))}
+        self._writer.execute(_TOUCH, row)
 
     def grant_requests(self, id: str, *, minute: int, limit: int, per_minute: int) -> Grant:
-        """Take up to `limit` of the requests that a key may send in a minute, for one process.
+        """Grant one process up to `limit` of the requests that a key may send in a minute.
 
         :param minute: minutes since 1970.
         """
 
+        def write(transaction: Transaction) -> Grant:
+            known = transaction.execute(_MINUTE, (id,)).fetchone()
+            if known is None:
+                return Grant(granted=0, left=0)
+            # A process that is late by a minute uses the current one; a clock that was set back starts again.
+            current = max(minute, known["minute"]) if known["minute"] <= minute + 1 else minute
+            used = known["minute_requests"] if known["minute"] == current else 0
+            granted = max(0, min(limit, per_minute - used))
+            transaction.execute(_SET_MINUTE, (current, used + granted, id))
+            return Grant(granted=granted, left=max(0, per_minute - used - granted))
+
+        return self._writer.run(write)
+
     def images_used(self, id: str, *, now: datetime) -> int:
-        """Count the pictures that a key sent on this day."""
+        """Count the images that a key sent on this day (UTC)."""
+        with self._readers.connection() as connection:
+            row = connection.execute(
+                "SELECT pictures FROM key_usage WHERE key_id = ? AND day = ?", (id, to_text(now)[:10])
+            ).fetchone()
+        return 0 if row is None else int(row[0])
 
     def images_used_by_key(self, *, now: datetime) -> dict[str, int]:
-        """Count the pictures of this day: key id -> pictures."""
+        """Count the images of this day (UTC): key id -> images."""
+        with self._readers.connection() as connection:
+            rows = connection.execute("SELECT key_id, pictures FROM key_usage WHERE day = ?", (to_text(now)[:10],))
+            return {key_id: int(images) for key_id, images in rows}

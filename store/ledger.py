@@ -1,80 +1,340 @@
-"""The ledger: what the work cost, and what is known about those who do it.
+"""The ledger: allocations, agreements, activities, debit notes, invoices, and how costs follow from them.
 
-Executors that pay write here; budgets and commands read. An agreement costs
+Executors that pay write it; budgets, commands and the dashboard read it. An agreement costs
 
 - its accepted invoice;
 - nothing, when its invoice was refused;
 - until then the larger of its accepted debit notes (the latest of each activity) and the estimated costs of its chunks.
-  An invoice that was neither accepted nor refused yet changes nothing.
+  An invoice that is neither accepted nor refused yet changes nothing.
 
-Money counts at the moment when its invoice was accepted; what is not settled yet counts now, whatever the period that
-is asked for. So each amount belongs to exactly one day, or is open, and the days and the open add up to the total.
+An amount counts at the moment when its invoice was accepted; open amounts count now, whatever the period that is asked
+for. So each amount belongs to exactly one day, or is open, and the days and the open amounts add up to the total.
 
 An accepted invoice is split over the finished chunks of its agreement, in proportion to their seconds, so that the
-shares add up to it exactly; a chunk that finishes later causes a new split. Without chunks the money stays with the
+shares add up to it exactly; a chunk that finishes later causes a new split. Without chunks the amount stays with the
 agreement.
 
-Promises beside those of `Store`: every method may be called again with the same, and may come late or out of order.
-An invoice may come before its agreement is known, and what was accepted never becomes unaccepted.
+Guarantees beside those in `store/__init__.py`: every method may be called again with the same values, late or out of
+order. An invoice may come before its agreement is known, and an accepted one never becomes unaccepted.
+
+Amounts are in GLM, as exact decimals: text in the database, `Decimal` here, never floating point. Sums are made here
+and not in SQL, which knows only floating point. Weakness: adding up everything ever paid reads every invoice; with a
+hundred thousand, `spent` takes a tenth of a second and `costs` half a second. A budget asks with `since`, which has an
+index. Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations
 
+import enum
+import sqlite3
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
-from provider_image.errors import MlgError
+from store.cost_split import ZERO, split, to_amount, total
+from store.database import ReaderPool, Transaction, Writer
+from store.records import from_row, to_row, to_text
 
-if TYPE_CHECKING:
-    from store.ledger_records import (
-        ActivityRecord,
-        AgreementRecord,
-        AllocationRecord,
-        CostRow,
-        DebitNoteRecord,
-        InvoiceRecord,
-        ProviderRecord,
-        SpeedRecord,
-    )
-
-#: What costs can be added up by.
+#: What costs can be grouped by.
 COSTS_BY = ("day", "model", "provider", "total")
 
+#: Key of costs that have no day yet.
+OPEN = "open"
+#: Key of costs of an unknown agreement.
+UNKNOWN = "unknown"
 
-class UnknownProvider(MlgError):
-    """There is no such provider. `mlg providers list` shows those that made offers."""
+_RECORD_ALLOCATION = """
+    INSERT INTO allocations (id, batcher_id, platform, address, amount, created_at, released_at)
+    VALUES (:id, :batcher_id, :platform, :address, :amount, :created_at, :released_at)
+    ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, released_at = coalesce(released_at, excluded.released_at)
+"""
 
-    code = "unknown_provider"
-    permanent = True
+_RELEASE_ALLOCATION = "UPDATE allocations SET released_at = :now WHERE id = :id AND released_at IS NULL"
+
+_RECORD_AGREEMENT = """
+    INSERT INTO agreements (id, allocation_id, provider_id, provider_name, model, start_price, price_per_cpu_second,
+                            price_per_second, created_at, ended_at, reason)
+    VALUES (:id, :allocation_id, :provider_id, :provider_name, :model, :start_price, :price_per_cpu_second,
+            :price_per_second, :created_at, :ended_at, :reason)
+    ON CONFLICT (id) DO NOTHING
+"""
+
+_END_AGREEMENT = "UPDATE agreements SET ended_at = :now, reason = :reason WHERE id = :id AND ended_at IS NULL"
+
+_RECORD_ACTIVITY = """
+    INSERT INTO activities (id, agreement_id, created_at, ended_at, cpu_seconds, seconds)
+    VALUES (:id, :agreement_id, :created_at, :ended_at, :cpu_seconds, :seconds)
+    ON CONFLICT (id) DO UPDATE
+    SET ended_at = coalesce(ended_at, excluded.ended_at), cpu_seconds = coalesce(excluded.cpu_seconds, cpu_seconds),
+        seconds = coalesce(excluded.seconds, seconds)
+"""
+
+# The state only moves on, and once it is decided the amount is fixed: a repeated or late event changes nothing.
+_IS_LATER_STATE = """
+    CASE excluded.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
+    > CASE {table}.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
+"""
+
+_RECORD_DEBIT_NOTE = f"""
+    INSERT INTO debit_notes (id, activity_id, agreement_id, amount, state, received_at)
+    VALUES (:id, :activity_id, :agreement_id, :amount, :state, :received_at)
+    ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, state = excluded.state
+    WHERE {_IS_LATER_STATE.format(table="debit_notes")}
+"""
+
+_RECORD_INVOICE = f"""
+    INSERT INTO invoices (id, agreement_id, amount, state, received_at, settled_at, reason)
+    VALUES (:id, :agreement_id, :amount, :state, :received_at, :settled_at, :reason)
+    ON CONFLICT (id) DO UPDATE
+    SET amount = excluded.amount, state = excluded.state, settled_at = excluded.settled_at, reason = excluded.reason
+    WHERE {_IS_LATER_STATE.format(table="invoices")}
+"""
+
+_DECIDED = "SELECT state, amount FROM invoices WHERE agreement_id = ? AND state IN ('accepted', 'refused')"
+
+_CHUNKS_TO_SPLIT = """
+    SELECT id, seconds FROM chunks WHERE agreement_id = ? AND finished_at IS NOT NULL ORDER BY finished_at, id
+"""
+
+_SET_SHARE = "UPDATE chunks SET cost = ?, is_cost_final = 1 WHERE id = ?"
+
+_IS_SETTLED = """
+    (ended_at IS NOT NULL AND EXISTS (
+        SELECT 1 FROM invoices WHERE agreement_id = agreements.id AND state IN ('accepted', 'refused')))
+"""
+
+#: Whether the given batcher pays for the agreement in the column {agreement}; true when no batcher is given.
+_IS_PAID_BY = """
+    (:batcher_id IS NULL OR {agreement} IN (
+        SELECT agreements.id FROM agreements JOIN allocations ON allocations.id = allocation_id
+        WHERE batcher_id = :batcher_id))
+"""
+
+_PAID = f"""
+    SELECT agreement_id, state, amount, settled_at FROM invoices
+    WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
+      AND {_IS_PAID_BY.format(agreement="agreement_id")}
+"""
+
+_REFUSED = "SELECT agreement_id, amount, settled_at FROM invoices WHERE state = 'refused'"
+
+# A chunk's cost becomes final with the first decision about its agreement's invoice, so these have none yet.
+_ESTIMATES = f"""
+    SELECT agreement_id, cost FROM chunks
+    WHERE agreement_id IS NOT NULL AND is_cost_final = 0 AND finished_at IS NOT NULL AND cost IS NOT NULL
+      AND {_IS_PAID_BY.format(agreement="agreement_id")}
+"""
+
+_DEBITS = f"""
+    SELECT agreement_id, activity_id, amount FROM debit_notes
+    WHERE state = 'accepted' AND NOT EXISTS (
+        SELECT 1 FROM invoices
+        WHERE agreement_id = debit_notes.agreement_id AND state IN ('accepted', 'refused'))
+      AND {_IS_PAID_BY.format(agreement="agreement_id")}
+"""
+
+_WORK = """
+    SELECT agreement_id, count(*) AS chunks, sum(answers) AS images, min(model) AS model,
+           min(provider_id) AS provider_id, min(provider) AS provider_name
+    FROM chunks WHERE agreement_id IS NOT NULL AND finished_at IS NOT NULL GROUP BY agreement_id
+"""
 
 
-class Ledger(Protocol):
-    """The money."""
+class BillState(enum.StrEnum):
+    """State of an invoice or a debit note. It only moves to the right: `received -> refused -> accepted`.
+
+    An accepted one is paid and cannot be undone; a refused one may still be accepted later.
+    """
+
+    RECEIVED = "received"
+    REFUSED = "refused"
+    ACCEPTED = "accepted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationRecord:
+    """An amount that the payment service reserves for one batcher."""
+
+    #: The payment service's id.
+    id: str
+    #: The batcher that created it.
+    batcher_id: str
+    #: The payment platform, for example "erc20-polygon-glm".
+    platform: str
+    #: The paying account.
+    address: str
+    #: How much may be paid from it.
+    amount: Decimal
+    created_at: datetime
+    #: None while it is reserved.
+    released_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementRecord:
+    """An agreement with one provider."""
+
+    #: The market's id.
+    id: str
+    #: The allocation that pays for it.
+    allocation_id: str
+    #: The provider's address, and its own name for itself.
+    provider_id: str
+    provider_name: str
+    #: The model that it runs.
+    model: str
+    #: Paid once for each activity.
+    start_price: Decimal
+    #: Paid for each second of one core at full load.
+    price_per_cpu_second: Decimal
+    #: Paid for each second of real time.
+    price_per_second: Decimal
+    created_at: datetime
+    #: None while it is in force.
+    ended_at: datetime | None = None
+    #: Why it ended.
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivityRecord:
+    """One activity that ran under an agreement."""
+
+    id: str
+    agreement_id: str
+    created_at: datetime
+    #: None while it runs.
+    ended_at: datetime | None = None
+    #: Its usage as the provider counted it; None until known.
+    cpu_seconds: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebitNoteRecord:
+    """An interim bill of one activity."""
+
+    id: str
+    activity_id: str
+    agreement_id: str
+    #: Cost of the activity so far, the earlier notes included.
+    amount: Decimal
+    state: BillState
+    received_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvoiceRecord:
+    """The final bill of an agreement."""
+
+    id: str
+    agreement_id: str
+    #: The requested amount; once it is accepted, the accepted amount.
+    amount: Decimal
+    state: BillState
+    received_at: datetime
+    #: When it was accepted or refused; the amount counts on that day.
+    settled_at: datetime | None = None
+    #: Why it was refused.
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow:
+    """Costs of one day, model or provider, or of all."""
+
+    #: The day (UTC, "2026-11-20", or "open"), the model, the provider's address, or "total".
+    key: str
+    #: The key as it is shown: a provider's name.
+    name: str
+    #: Requests answered.
+    images: int
+    #: Chunks that ended.
+    chunks: int
+    #: Sum of the accepted invoices.
+    paid: Decimal
+    #: Estimated costs of agreements without an accepted or refused invoice.
+    open: Decimal
+    #: Sum of the refused invoices; they are not paid.
+    refused: Decimal
+
+
+def split_invoices(transaction: Transaction, agreement_id: str) -> None:
+    """Split the accepted amount of an agreement over its finished chunks; nothing before an invoice is decided."""
+    decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
+    if not decided:
+        return
+    amount = total(Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED)
+    chunks = transaction.execute(_CHUNKS_TO_SPLIT, (agreement_id,)).fetchall()
+    for chunk, share in zip(chunks, split(amount, [row["seconds"] or 0.0 for row in chunks]), strict=True):
+        transaction.execute(_SET_SHARE, (to_amount(share), chunk["id"]))
+
+
+@dataclass
+class _CostSum:
+    """The amounts of a CostRow before they are added up."""
+
+    name: str
+    images: int = 0
+    chunks: int = 0
+    paid: list[Decimal] = field(default_factory=list)
+    open: list[Decimal] = field(default_factory=list)
+    refused: list[Decimal] = field(default_factory=list)
+
+
+class Ledger:
+    """The tables from `allocations` to `invoices`, and the costs of `chunks`."""
+
+    _writer: Writer
+    _readers: ReaderPool
 
     def record_allocation(self, allocation: AllocationRecord) -> None:
-        """Note money that is kept ready, or that its amount has changed. A release stays."""
+        """Record an allocation or its new amount. A released one stays released."""
+        self._writer.execute(_RECORD_ALLOCATION, to_row(allocation))
 
     def release_allocation(self, id: str, *, now: datetime) -> None:
-        """Note that the money is not kept ready any more. The first release counts."""
+        """Record that an allocation was released. The first release counts."""
+        self._writer.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
     def record_agreement(self, agreement: AgreementRecord) -> None:
-        """Note an agreement; nothing happens when it is known."""
+        """Record an agreement; does nothing when it is known."""
+        self._writer.execute(_RECORD_AGREEMENT, to_row(agreement))
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
-        """Note why an agreement ended. The first end counts."""
+        """Record why an agreement ended. The first end counts."""
+        self._writer.execute(_END_AGREEMENT, {"id": id, "reason": reason, "now": to_text(now)})
 
     def record_activity(self, activity: ActivityRecord) -> None:
-        """Note an activity, its end, or what it used. What is None changes nothing."""
+        """Record an activity, its end or its usage. None changes nothing."""
+        self._writer.execute(_RECORD_ACTIVITY, to_row(activity))
 
     def record_debit_note(self, note: DebitNoteRecord) -> None:
-        """Note a debit note, or what became of it."""
+        """Record a debit note or its new state."""
+        self._writer.execute(_RECORD_DEBIT_NOTE, to_row(note))
 
     def record_invoice(self, invoice: InvoiceRecord) -> None:
-        """Note an invoice, or what became of it; split it over the agreement's chunks once it is accepted."""
+        """Record an invoice or its new state; split it over the agreement's chunks once it is accepted."""
+        row = to_row(invoice)
+        if invoice.state == BillState.RECEIVED:
+            row["settled_at"] = None
+        elif invoice.settled_at is None:
+            row["settled_at"] = row["received_at"]
+
+        def write(transaction: Transaction) -> None:
+            if transaction.execute(_RECORD_INVOICE, row).rowcount:
+                split_invoices(transaction, invoice.agreement_id)
+
+        self._writer.run(write)
 
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
-        """List allocations, oldest first; with `is_open` only those not released, or only those released."""
+        """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
+        which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
+        with self._readers.connection() as connection:
+            rows = connection.execute(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id").fetchall()
+        return [AllocationRecord(**from_row(row, amounts=("amount",))) for row in rows]
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -82,62 +342,94 @@ class Ledger(Protocol):
         :param is_open: True for those in force, False for those that ended.
         :param is_settled: True for those that ended and have an accepted or refused invoice, False for the others.
         """
+        which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
+        which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
+        with self._readers.connection() as connection:
+            rows = connection.execute(
+                f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
+            ).fetchall()
+        prices = ("start_price", "price_per_cpu_second", "price_per_second")
+        return [AgreementRecord(**from_row(row, amounts=prices)) for row in rows]
 
     def spent(self, *, since: datetime | None = None, batcher_id: str | None = None) -> Decimal:
-        """Add up what was paid since then, and what is not settled yet.
+        """Add up the amounts paid since a time and all open amounts.
 
         :param batcher_id: only agreements paid from this batcher's allocations.
         """
+        which = {"since": None if since is None else to_text(since), "batcher_id": batcher_id}
+        with self._readers.snapshot() as connection:
+            paid = total(Decimal(row["amount"]) for row in connection.execute(_PAID, which))
+            unsettled = self._unsettled_costs(connection, batcher_id)
+        return total([paid, *unsettled.values()])
 
     def costs(self, by: str) -> list[CostRow]:
-        """Add up all costs, sorted by key. :param by: one of COSTS_BY; "total" gives one row, also when it is zero."""
+        """Group all costs, sorted by key.
 
-
-class Providers(Protocol):
-    """What is known about those who do the work."""
-
-    def record_offer(
-        self,
-        id: str,
-        *,
-        name: str,
-        start_price: Decimal,
-        price_per_cpu_second: Decimal,
-        price_per_second: Decimal,
-        now: datetime,
-    ) -> None:
-        """Note that a provider offers itself for these prices."""
-
-    def record_work(
-        self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
-    ) -> None:
-        """Note how a chunk ended there: changes its score, and unless it failed its speed.
-
-        Nothing happens when the provider was never noted.
+        :param by: one of COSTS_BY; "total" gives one row, also when it is zero.
         """
+        if by not in COSTS_BY:
+            raise ValueError(f"costs can be grouped by {', '.join(COSTS_BY)}, not by {by!r}")
+        everything = {"since": None, "batcher_id": None}
+        with self._readers.snapshot() as connection:
+            agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
+            work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
+            paid = connection.execute(_PAID, everything).fetchall()
+            refused = connection.execute(_REFUSED).fetchall()
+            unsettled = self._unsettled_costs(connection, None)
+        #: agreement -> the first day on which an invoice of it was decided.
+        days: dict[str, str] = {}
+        for row in (*paid, *refused):
+            day, agreement_id = row["settled_at"][:10], row["agreement_id"]
+            days[agreement_id] = min(day, days.get(agreement_id, day))
+        sums: dict[str, _CostSum] = {"total": _CostSum("total")} if by == "total" else {}
 
-    def ban_provider(
-        self, id_or_name: str, *, until: datetime | None, reason: str, by_operator: bool
-    ) -> ProviderRecord:
-        """Give a provider no more work until then; for good with None.
+        def sum_of(agreement_id: str, day: str) -> _CostSum:
+            # An unknown agreement may still have chunks.
+            known: Mapping[str, Any] = dict(agreements.get(agreement_id) or work.get(agreement_id) or {})
+            key, name = {
+                "day": (day, day),
+                "model": (known.get("model") or UNKNOWN,) * 2,
+                "provider": (known.get("provider_id") or UNKNOWN, known.get("provider_name") or UNKNOWN),
+                "total": ("total", "total"),
+            }[by]
+            return sums.setdefault(key, _CostSum(name))
 
-        A batcher's ban never makes an operator's shorter.
+        for row in paid:
+            sum_of(row["agreement_id"], row["settled_at"][:10]).paid.append(Decimal(row["amount"]))
+        for row in refused:
+            sum_of(row["agreement_id"], row["settled_at"][:10]).refused.append(Decimal(row["amount"]))
+        for agreement_id, amount in unsettled.items():
+            sum_of(agreement_id, OPEN).open.append(amount)
+        for agreement_id, row in work.items():
+            found = sum_of(agreement_id, days.get(agreement_id, OPEN))
+            found.chunks += row["chunks"]
+            found.images += row["images"]
+        return [
+            CostRow(
+                key=key,
+                name=found.name,
+                images=found.images,
+                chunks=found.chunks,
+                paid=total(found.paid),
+                open=total(found.open),
+                refused=total(found.refused),
+            )
+            for key, found in sorted(sums.items())
+        ]
 
-        :param id_or_name: the address, its unambiguous beginning, or an unambiguous name.
-        :raises UnknownProvider: none or several are meant.
-        """
-
-    def unban_provider(self, id_or_name: str) -> ProviderRecord:
-        """Lift a ban. :raises UnknownProvider:"""
-
-    def list_providers(self) -> list[ProviderRecord]:
-        """List the providers, those seen last first."""
-
-    def banned(self, now: datetime) -> dict[str, str]:
-        """Tell who is banned now: address -> reason."""
-
-    def speed(self, model: str) -> dict[str, float]:
-        """Tell how many images a second each provider answered lately: address -> speed."""
-
-    def speeds(self) -> list[SpeedRecord]:
-        """List the speeds of all providers with all models."""
+    @staticmethod
+    def _unsettled_costs(connection: sqlite3.Connection, batcher_id: str | None) -> dict[str, Decimal]:
+        """Estimate the cost of every agreement without a decided invoice."""
+        which = {"batcher_id": batcher_id}
+        estimates: dict[str, list[Decimal]] = defaultdict(list)
+        for row in connection.execute(_ESTIMATES, which):
+            estimates[row["agreement_id"]].append(Decimal(row["cost"]))
+        activities: dict[str, dict[str, Decimal]] = defaultdict(dict)
+        for row in connection.execute(_DEBITS, which):
+            # Each note includes the earlier ones of its activity, so the latest is the largest.
+            known = activities[row["agreement_id"]]
+            known[row["activity_id"]] = max(Decimal(row["amount"]), known.get(row["activity_id"], ZERO))
+        return {
+            id: max(total(estimates.get(id, [])), total(activities.get(id, {}).values()))
+            for id in (*estimates, *(id for id in activities if id not in estimates))
+        }

@@ -1,9 +1,10 @@
-"""Brings a database to the present schema, one numbered step after the other.
+"""Migrations: bring a database to the current schema, one numbered step after another.
 
-A step is never edited once released: a later change is a later step. All pending steps run inside one BEGIN IMMEDIATE,
-so that any number of processes may start at once on an empty home.
+`SqliteStore.migrate` calls it. A step is never edited once released: a later change is a later step, and the names of
+the steps are stored in the database. All pending steps run inside one BEGIN IMMEDIATE, so that any number of processes
+may start at once on an empty home.
 
-Long because a step, once released, stays as it is.
+Long because a released step is never edited.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from datetime import UTC, datetime
 import sqlite_utils
 
 from provider_image.errors import ConfigError
-from store.ledger_records import BillState
+from store.ledger import BillState
 from store.records import RequestState, to_text
 from store.webhooks import new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
 
-#: Until when the owner of a finished request wants it kept, as `to_text` would write it; an index has this very text.
+#: Until when a finished request with its own retention time is kept, as `to_text` formats it; an index has this text.
 KEEP_UNTIL_SQL = "strftime('%Y-%m-%dT%H:%M:%fZ', finished_at, keep_seconds || ' seconds')"
 
 
 def m001_requests(db: sqlite_utils.Database) -> None:
-    """The requests and their queue. States and the times that go with them are checked by the table itself."""
+    """Requests and their queue. The table itself checks states and the times that belong to them."""
     states = ", ".join(f"'{state}'" for state in RequestState)
     final = ", ".join(f"'{state}'" for state in RequestState if state.is_final)
     db.execute(
@@ -68,7 +69,7 @@ def m001_requests(db: sqlite_utils.Database) -> None:
     )
     # The queue: partial, so that it stays small however many answers are kept.
     db.execute("CREATE INDEX requests_queued ON requests (model, number, service) WHERE state = 'queued'")
-    # What was claimed before does not wait for a full chunk again.
+    # Requests that were claimed before do not wait for a full chunk again.
     db.execute(
         "CREATE INDEX requests_again ON requests (model, due_at) WHERE state = 'queued' AND claimed_at IS NOT NULL"
     )
@@ -76,12 +77,12 @@ def m001_requests(db: sqlite_utils.Database) -> None:
     db.execute("CREATE INDEX requests_failed ON requests (number) WHERE state = 'failed'")
     db.execute("CREATE INDEX requests_cancelled ON requests (number) WHERE state = 'cancelled'")
     db.execute("CREATE INDEX requests_finished ON requests (finished_at) WHERE finished_at IS NOT NULL")
-    # Equal pictures: for earlier answers, and for whether a file is still referred to.
+    # Equal images: for earlier answers, and for whether a file is still referenced.
     db.execute("CREATE INDEX requests_image ON requests (image_sha256, model)")
 
 
 def m002_journal(db: sqlite_utils.Database) -> None:
-    """One row per dispatch, and who is alive."""
+    """One row for each chunk, and the batchers that are alive."""
     chunks = db["chunks"]
     assert isinstance(chunks, sqlite_utils.db.Table)
     chunks.create(
@@ -128,13 +129,13 @@ def m002_journal(db: sqlite_utils.Database) -> None:
 
 
 def m003_money(db: sqlite_utils.Database) -> None:
-    """What the work costs, and what is known about those who do it. Amounts are decimal text: a REAL would round."""
+    """The ledger and the providers. Amounts are decimal text: a REAL would round."""
 
     def amount(column: str) -> str:
         return f"{column} TEXT NOT NULL CHECK ({column} GLOB '[0-9]*' AND {column} NOT GLOB '*[^0-9.]*')"
 
     states = ", ".join(f"'{state}'" for state in BillState)
-    # No foreign keys between these: an invoice may come before the agreement is noted, and it is money all the same.
+    # No foreign keys between these: an invoice may be recorded before its agreement.
     for statement in (
         f"""
         CREATE TABLE allocations (
@@ -236,7 +237,7 @@ def m003_money(db: sqlite_utils.Database) -> None:
         "ALTER TABLE chunks ADD COLUMN answers INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE chunks ADD COLUMN is_cost_final INTEGER NOT NULL DEFAULT 0 CHECK (is_cost_final IN (0, 1))",
         "CREATE INDEX chunks_agreement ON chunks (agreement_id) WHERE agreement_id IS NOT NULL",
-        # What has no bill yet: few, however long the history.
+        # Chunks without a decided invoice: few, however long the history.
         "CREATE INDEX chunks_open ON chunks (agreement_id) WHERE agreement_id IS NOT NULL AND is_cost_final = 0",
         "ALTER TABLE requests ADD COLUMN share INTEGER",
         "ALTER TABLE batchers ADD COLUMN notices TEXT NOT NULL DEFAULT '{}'",
@@ -245,7 +246,7 @@ def m003_money(db: sqlite_utils.Database) -> None:
 
 
 def m004_belonging(db: sqlite_utils.Database) -> None:
-    """What a request belongs to: a batch, a key, the client's own id and labels, and how long its owner wants it."""
+    """A request's batch, key, client id, labels, retention time and deadline."""
     for column in (
         "batch_id TEXT",
         "client_id TEXT",
@@ -264,7 +265,7 @@ def m004_belonging(db: sqlite_utils.Database) -> None:
 
 
 def m005_batches(db: sqlite_utils.Database) -> None:
-    """Batches, what they could not take, answers to repeated requests, indexes for looking through many requests."""
+    """Batches, their refused items, idempotency keys, and indexes for searching many requests."""
     for statement in (
         """
         CREATE TABLE batches (
@@ -297,8 +298,8 @@ def m005_batches(db: sqlite_utils.Database) -> None:
             PRIMARY KEY (batch_id, position)
         ) WITHOUT ROWID
         """,
-        # Where a request of a batch stands among those that ended, in the order of the commits: a reader that has seen
-        # everything up to a number misses nothing. Set by the table itself, because requests end in many statements.
+        # Position of a batch's request among those that ended, in the order of the commits: a reader that has seen
+        # everything up to a number misses nothing. Set by triggers, because requests end in many statements.
         "ALTER TABLE requests ADD COLUMN ended_number INTEGER",
         """
         CREATE TRIGGER requests_batch_ended AFTER UPDATE OF state ON requests
@@ -319,10 +320,10 @@ def m005_batches(db: sqlite_utils.Database) -> None:
         END
         """,
         "CREATE INDEX requests_batch_order ON requests (batch_id, ended_number) WHERE ended_number IS NOT NULL",
-        # All that the progress of a batch is made of.
+        # Covers the progress of a batch.
         "CREATE INDEX requests_batch_progress ON requests (batch_id, state, code, chunk_id, share) "
         "WHERE batch_id IS NOT NULL",
-        # The labels of requests, filled by the table itself from the column of that name.
+        # The labels of requests, filled by triggers from the column of that name.
         """
         CREATE TABLE request_labels (
             name TEXT NOT NULL,
@@ -344,14 +345,14 @@ def m005_batches(db: sqlite_utils.Database) -> None:
             WHERE (name, value, number) IN (SELECT key, value, OLD.number FROM json_each(OLD.labels));
         END
         """,
-        # Pages of a list, newest first, by what it is filtered by. The idle condition keeps them out of all statements
-        # that do not say it too: SQLite must not come to prefer them to those that the queue has.
+        # Pages of a list, newest first, by filter. The condition `number > 0`, always true, keeps these indexes out of
+        # all statements that do not repeat it: SQLite must not prefer them to the indexes of the queue.
         "CREATE INDEX requests_waiting ON requests (number) WHERE state = 'queued' AND number > 0",
         "CREATE INDEX requests_done ON requests (number) WHERE state = 'done' AND number > 0",
         "CREATE INDEX requests_model ON requests (model, number) WHERE number > 0",
         "CREATE INDEX requests_name ON requests (number, name) WHERE name IS NOT NULL",
         "CREATE INDEX requests_created ON requests (created_at)",
-        # When the owner's own time to keep is over.
+        # When a request's own retention time is over.
         "DROP INDEX requests_keep",
         f"CREATE INDEX requests_keep ON requests ({KEEP_UNTIL_SQL}) "
         "WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL",
@@ -377,7 +378,7 @@ def m005_batches(db: sqlite_utils.Database) -> None:
 
 
 def m006_keys(db: sqlite_utils.Database) -> None:
-    """API keys, of which only a hash is kept, and the pictures that were sent with each by day (UTC)."""
+    """API keys, of which only a hash is stored, and the images sent with each key by day (UTC)."""
     for statement in (
         """
         CREATE TABLE api_keys (
@@ -409,12 +410,12 @@ def m006_keys(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
-#: Upper ends, in seconds, of the classes that the time from a request's arrival to its end is counted in.
+#: Upper bounds, in seconds, of the histogram of the time from a request's arrival to its end.
 _DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
 
 
 def m008_controls(db: sqlite_utils.Database) -> None:
-    """What the operator says, and figures for the operator: totals that retention does not touch, and their indexes."""
+    """Controls, and statistics for operators: totals that retention does not change, and indexes of chunks."""
     for statement in (
         """
         CREATE TABLE controls (
@@ -424,8 +425,8 @@ def m008_controls(db: sqlite_utils.Database) -> None:
             changed_by TEXT NOT NULL
         )
         """,
-        # How many requests ended how. Kept by triggers, because requests end in many statements, and because counting
-        # the requests themselves would be slow and would fall when old ones are deleted.
+        # Number of requests by outcome. Kept by triggers, because requests end in many statements; counting the
+        # requests themselves would be slow, and the count would fall when old ones are deleted.
         """
         CREATE TABLE totals (
             model TEXT NOT NULL,
@@ -438,7 +439,7 @@ def m008_controls(db: sqlite_utils.Database) -> None:
         ) WITHOUT ROWID
         """,
         "ALTER TABLE batchers ADD COLUMN budget TEXT NOT NULL DEFAULT '{}'",
-        # The throughput of a day, without a look at the table.
+        # Covers the throughput of a day.
         "CREATE INDEX chunks_finished ON chunks (finished_at, model, done, failed, answers, seconds) "
         "WHERE finished_at IS NOT NULL",
         "CREATE INDEX chunks_under_way ON chunks (dispatched_at) WHERE finished_at IS NULL",
@@ -449,7 +450,7 @@ def m008_controls(db: sqlite_utils.Database) -> None:
     classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _DURATION_BUCKETS)
 
     def facts(row: str, source: str = "") -> str:
-        # A subquery with a limit is worked out once and not copied into each place where its column stands.
+        # A subquery with a limit is evaluated once and not copied into each place that uses its column.
         return f"""
             SELECT model, CASE WHEN state = 'done' AND is_cached THEN 'cached'
                                WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END,
@@ -483,7 +484,7 @@ def m008_controls(db: sqlite_utils.Database) -> None:
 
 
 def m007_webhooks(db: sqlite_utils.Database) -> None:
-    """The feed of changes, and the messages to addresses that asked for them; both are filled by the table itself."""
+    """The change feed and the webhook deliveries, both filled by triggers."""
     final = ", ".join(f"'{state}'" for state in RequestState if state.is_final)
     note_change = """
         INSERT INTO changes (number, batch_id, state, at)
@@ -502,7 +503,7 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
     for statement in (
         "ALTER TABLE requests ADD COLUMN webhook TEXT",
         "ALTER TABLE batches ADD COLUMN webhook TEXT",
-        # AUTOINCREMENT: a number is never given twice, also when the last rows were deleted.
+        # AUTOINCREMENT: a number is never reused, also when the last rows were deleted.
         """
         CREATE TABLE changes (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -524,7 +525,7 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
             disabled_reason TEXT
         )
         """,
-        # Signs what goes to addresses that came with requests; one row.
+        # Signs deliveries to URLs that were sent with requests; one row.
         "CREATE TABLE webhook_secret (secret TEXT NOT NULL)",
         """
         CREATE TABLE webhook_deliveries (
@@ -557,12 +558,12 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
         WHEN new.state IN ({final}) AND old.state NOT IN ({final})
         BEGIN {note_end} END
         """,
-        # An equal picture was answered before.
+        # Done at once with an earlier answer.
         f"""
         CREATE TRIGGER requests_answered_at_once AFTER INSERT ON requests WHEN new.state IN ({final})
         BEGIN {note_change} {note_end} END
         """,
-        # `ended` counts every end, so also the one after a retry.
+        # `ended` counts every end, also one after a retry.
         """
         CREATE TRIGGER batches_ended AFTER UPDATE OF ended ON batches
         WHEN new.ended >= new.total AND NOT EXISTS (
@@ -596,7 +597,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def migrate(db: sqlite_utils.Database) -> list[str]:
-    """Apply the pending steps. The caller has begun, and commits, the transaction.
+    """Apply the pending steps. The caller begins and commits the transaction.
 
     :return: the names of the steps applied now.
     :raises ConfigError: the database was made by a newer mlg.

@@ -1,21 +1,23 @@
-"""The rows of requests as frozen records; those of the journal are in `journal_records.py`, money's in `money.py`.
+"""Records of requests, and how records become rows.
 
-Every room above the store reads these; only `sqlite.py` (and its later brothers) makes them from rows.
+The records of every other noun are beside its statements, for example `ChunkRecord` in `chunks.py`.
 """
 
 from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from store.cost_split import to_amount
+
 
 class RequestState(enum.StrEnum):
-    """Where a request stands: `queued -> claimed -> done | failed | cancelled`, and back to `queued`."""
+    """State of a request: `queued -> claimed -> done | failed | cancelled`, and back to `queued`."""
 
     QUEUED = "queued"
     CLAIMED = "claimed"
@@ -25,37 +27,78 @@ class RequestState(enum.StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Tell whether nothing more will happen by itself."""
+        """Tell whether the state changes no more unless somebody retries the request."""
         return self in (RequestState.DONE, RequestState.FAILED, RequestState.CANCELLED)
 
 
 class Blame(enum.Enum):
-    """Whose fault it was that a claim ended without an answer."""
+    """Who is to blame for a claim that ended without an answer."""
 
-    #: Nobody's: the batcher is stopping, the executor refused. Nothing is counted.
+    #: Nobody: the batcher is stopping, the executor refused. Nothing is counted.
     NOBODY = "nobody"
-    #: The chunk's: it failed as a whole, so each item is under suspicion and goes out in a smaller chunk next time.
+    #: The chunk: it failed as a whole, so each item is suspected and is sent in a smaller chunk next time.
     CHUNK = "chunk"
-    #: The item's own: counted as an attempt; after the last one the request fails.
+    #: The item: counted as an attempt; after the last one the request fails.
     ITEM = "item"
 
 
-#: Items in a chunk at most, by how often an item was in a chunk that failed as a whole. The last step is "alone".
+#: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
 
 
 def to_text(moment: datetime) -> str:
-    """Format an aware time as sortable UTC text with milliseconds, as it stands in the database."""
+    """Format an aware time as sortable UTC text with milliseconds, as it is in the database."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
 def from_text(text: str) -> datetime:
-    """Parse what `to_text` wrote."""
+    """Parse a time that `to_text` formatted."""
     return datetime.fromisoformat(text)
 
 
-def _parse_optional_time(text: str | None) -> datetime | None:
+def from_optional_text(text: str | None) -> datetime | None:
+    """Parse a time that may be NULL in the database."""
     return None if text is None else from_text(text)
+
+
+def to_row(record: Any) -> dict[str, Any]:
+    """Turn a record into a row: times and amounts as text, mappings as JSON."""
+    return {name: _to_cell(value) for name, value in asdict(record).items()}
+
+
+def _to_cell(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return to_text(value)
+    if isinstance(value, Decimal):
+        return to_amount(value)
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False)
+    return value
+
+
+def from_row(
+    row: Mapping[str, Any], *, amounts: Collection[str] = (), mappings: Collection[str] = ()
+) -> dict[str, Any]:
+    """Turn a row back into the values of a record. Columns named `*_at` and `*_until` are times, `is_*` are bools.
+
+    :param amounts: columns that are decimals.
+    :param mappings: columns that are JSON.
+    """
+    values: dict[str, Any] = {}
+    for name, value in dict(row).items():
+        if value is None:
+            values[name] = None
+        elif name.endswith(("_at", "_until")):
+            values[name] = from_text(value)
+        elif name.startswith("is_"):
+            values[name] = bool(value)
+        elif name in amounts:
+            values[name] = Decimal(value)
+        elif name in mappings:
+            values[name] = json.loads(value)
+        else:
+            values[name] = value
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,113 +111,113 @@ class NewRequest:
     service: str
     #: The model's canonical name.
     model: str
-    #: What the client chose, already checked by the service.
+    #: Options of the service, already checked by it.
     params: Mapping[str, Any] = field(default_factory=dict)
     #: The client's own file name, cleaned; only shown, never used as a path.
     name: str | None = None
-    #: Digest of the installed artefact. An earlier answer by the same artefact to the same bytes is used again.
+    #: Digest of the installed artefact. An earlier answer of the same artefact for the same bytes is reused.
     digest: str | None = None
     #: True when the client wants a new answer even if there is an earlier one.
     is_fresh: bool = False
-    #: The batch it came in with.
+    #: The batch it belongs to.
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
     client_id: str | None = None
-    #: The client's own words about it.
+    #: The client's labels.
     labels: Mapping[str, str] = field(default_factory=dict)
-    #: The API key it came in with; None where none is asked for.
+    #: The API key it was sent with; None where none is required.
     key_id: str | None = None
-    #: Seconds after its end that its owner wants it kept; None leaves that to the operator.
+    #: Seconds that it is kept after its end; None leaves that to the operator.
     keep_seconds: float | None = None
     #: If it is still queued then, it expires.
     deadline_at: datetime | None = None
-    #: Address that is told when the request is done.
+    #: URL that is notified when the request is done.
     webhook: str | None = None
-    #: When the request came in.
+    #: When it was accepted.
     created_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRecord:
-    """A request as the store knows it."""
+    """One request as it is stored."""
 
     #: Counts up in the order of arrival; the queue's order.
     number: int
-    #: What the client knows it by.
+    #: The id that the client knows.
     id: str
     #: The kind of service.
     service: str
     #: The model's canonical name.
     model: str
-    #: What the client chose.
+    #: Options of the service.
     params: Mapping[str, Any]
-    #: The client's file name.
+    #: The client's file name; only shown.
     name: str | None
-    #: Lower-case hex digest of the picture's bytes.
+    #: Sha256 of the image's bytes, lower-case hex.
     image_sha256: str
-    #: The picture's size.
+    #: Size of the image.
     image_bytes: int
-    #: Where it stands.
+    #: Its state.
     state: RequestState
-    #: Failures of its own so far.
+    #: Failures so far that the item itself was blamed for.
     attempts: int
     #: Index into ISOLATION_STEPS.
     isolation: int
-    #: When it came in.
+    #: When it was accepted.
     created_at: datetime
     #: Not claimed before this time.
     due_at: datetime
-    #: When the present or last claim was made.
+    #: When the current or last claim was made.
     claimed_at: datetime | None
-    #: When the present claim ends unless it is renewed.
+    #: When the current claim ends unless it is renewed.
     lease_ends_at: datetime | None
     #: When it reached a final state.
     finished_at: datetime | None
-    #: The dispatch that answered it.
+    #: The chunk that answered it.
     chunk_id: str | None
     #: The service's answer.
     output: Any
     #: Digest of the artefact that answered.
     digest: str | None
-    #: Who answered.
+    #: The worker or provider that answered.
     provider: str | None
-    #: Seconds the model spent on it.
+    #: Seconds that the model spent on it.
     seconds: float | None
     #: True when the answer was taken from an earlier equal request.
     is_cached: bool
-    #: Why it failed, or why the last attempt did.
+    #: Code of its failure, or of the last attempt's.
     code: str | None
-    #: The same for people.
+    #: Message of that failure.
     reason: str | None
-    #: When retention removed the picture; None while it is kept.
+    #: When retention deleted the image; None while it is kept.
     image_deleted_at: datetime | None
-    #: The batch it came in with.
+    #: The batch it belongs to.
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
     client_id: str | None = None
-    #: The client's own words about it.
+    #: The client's labels.
     labels: Mapping[str, str] = field(default_factory=dict)
-    #: The API key it came in with; None where none is asked for.
+    #: The API key it was sent with; None where none is required.
     key_id: str | None = None
-    #: Seconds after its end that its owner wants it kept; None leaves that to the operator.
+    #: Seconds that it is kept after its end; None leaves that to the operator.
     keep_seconds: float | None = None
     #: If it is still queued then, it expires.
     deadline_at: datetime | None = None
-    #: Its share of what its chunk cost, in GLM; None where nothing is paid, and for an answer that was there already.
+    #: Its share of its chunk's cost, in GLM; None where nothing is paid, and for a reused answer.
     cost: Decimal | None = None
     #: False while the cost is an estimate.
     is_cost_final: bool = False
 
     @property
     def status(self) -> str:
-        """Return what a client is told: the state, or "expired" where the deadline ended it."""
+        """The state as clients see it: "expired" where the deadline ended the request."""
         return "expired" if self.state is RequestState.CANCELLED and self.code == "expired" else str(self.state)
 
     @classmethod
     def from_row(
         cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False
     ) -> RequestRecord:
-        """Build the record from a row of the table `requests`, and from what its chunk's row says of the cost."""
+        """Build the record from a row of the table `requests` and its share of its chunk's cost."""
         return cls(
             number=row["number"],
             id=row["id"],
@@ -189,9 +232,9 @@ class RequestRecord:
             isolation=row["isolation"],
             created_at=from_text(row["created_at"]),
             due_at=from_text(row["due_at"]),
-            claimed_at=_parse_optional_time(row["claimed_at"]),
-            lease_ends_at=_parse_optional_time(row["lease_ends_at"]),
-            finished_at=_parse_optional_time(row["finished_at"]),
+            claimed_at=from_optional_text(row["claimed_at"]),
+            lease_ends_at=from_optional_text(row["lease_ends_at"]),
+            finished_at=from_optional_text(row["finished_at"]),
             chunk_id=row["chunk_id"],
             output=None if row["output"] is None else json.loads(row["output"]),
             digest=row["digest"],
@@ -200,13 +243,13 @@ class RequestRecord:
             is_cached=bool(row["is_cached"]),
             code=row["code"],
             reason=row["reason"],
-            image_deleted_at=_parse_optional_time(row["image_deleted_at"]),
+            image_deleted_at=from_optional_text(row["image_deleted_at"]),
             batch_id=row["batch_id"],
             client_id=row["client_id"],
             labels=json.loads(row["labels"]),
             key_id=row["key_id"],
             keep_seconds=row["keep_seconds"],
-            deadline_at=_parse_optional_time(row["deadline_at"]),
+            deadline_at=from_optional_text(row["deadline_at"]),
             cost=cost,
             is_cost_final=is_cost_final,
         )
@@ -214,29 +257,29 @@ class RequestRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A batcher's hold on one request: what it needs to dispatch it, and the token that proves the hold."""
+    """A batcher's claim on one request: what it needs to dispatch it, and the token that proves the claim."""
 
-    #: The request's place in the queue.
+    #: The request's number, its position in the queue.
     number: int
-    #: The request's id; stays at home.
+    #: The request's id; never sent to a provider.
     id: str
-    #: Fencing token: counts up with every claim of this request; a result with an older one is dropped.
+    #: Fencing token: counts up with every claim of this request; results under an older one are dropped.
     token: int
     #: The kind of service.
     service: str
     #: The model's canonical name.
     model: str
-    #: What the client chose.
+    #: Options of the service.
     params: Mapping[str, Any]
-    #: The picture.
+    #: Sha256 of the image.
     image_sha256: str
-    #: Its size.
+    #: Size of the image.
     image_bytes: int
-    #: Failures of its own so far.
+    #: Failures so far that the item itself was blamed for.
     attempts: int
     #: Index into ISOLATION_STEPS.
     isolation: int
-    #: When the request came in.
+    #: When it was accepted.
     created_at: datetime
 
     @classmethod
@@ -261,24 +304,27 @@ class Claim:
 class Answer:
     """A checked result for one claim."""
 
-    #: The hold under which the answer was made.
+    #: The claim under which the answer was made.
     claim: Claim
     #: The service's output, JSON.
     output: Any
     #: Digest of the artefact that made it.
     digest: str
-    #: The dispatch.
+    #: The chunk.
     chunk_id: str
-    #: Who made it.
+    #: The worker or provider that made it.
     provider: str
-    #: Seconds the model spent.
+    #: Seconds that the model spent.
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PurgeReport:
-    """What a retention sweep removed."""
+    """How much a purge deleted."""
 
+    #: Images whose retention time is over.
     images: int = 0
+    #: Requests whose retention time is over.
     results: int = 0
+    #: Files that killed processes left.
     leftovers: int = 0

@@ -1,83 +1,229 @@
-"""The list: pages of requests, newest first, narrowed by what a client asks for, at any depth of a long history.
+"""Search: pages of requests, newest first, narrowed by a query, at any depth of a long history.
 
-Used by `server/api/views/requests.py` and by the pages. `Store.list` is for operators' commands.
+Used by `server/api/views/requests.py` and by the pages. `Requests.list` is for operators' commands.
 
-A page costs a bounded time: only so many requests are looked at. When few of them fit what is asked for, a page comes
-back short, or empty, and `next_before` says where to go on; only None is the end. What is asked for alone (a state, a
-model, a batch, a label, a key) has an index of its own, so its pages are always full.
+A page takes bounded time: only so many requests are scanned. When few of them match, a page comes back short, or empty,
+and `next_before` tells where to go on; only None is the end. A filter that is used alone (a state, a model, a batch, a
+label, a key) has an index of its own, so its pages are always full.
+
+Each page is one statement: an inner one walks down one index, the best that the query allows, over a bounded number of
+requests; an outer one reads the rows and applies the other filters. Weakness: a filter without an index (a rare name, a
+rare pair of state and model) gives short pages.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from datetime import datetime, timedelta
+from typing import Any
 
-from provider_image.errors import MlgError
+from store.batches import EXPIRED
+from store.database import ReaderPool
+from store.records import RequestRecord, RequestState, to_text
+from store.requests import request_with_cost
 
-if TYPE_CHECKING:
-    from store.chunks import ChunkRecord
-    from store.records import RequestRecord
+#: Requests whose rows are scanned for one page, and names, which an index alone contains.
+MAX_ROWS_SCANNED = 5_000
+MAX_NAMES_SCANNED = 30_000
+#: Requests that arrive at the same time may be numbered in a different order from their times, but within this.
+MAX_ARRIVAL_SKEW_SECONDS = 120.0
 
-
-class NotRemovable(MlgError):
-    """Only a request that has ended can be deleted. Cancel it first, or wait for its answer."""
-
-    code = "not_removable"
-    permanent = True
-
-
-class ImageGone(MlgError):
-    """The picture is not kept any more: its retention time is over."""
-
-    code = "picture_gone"
-    permanent = True
+_FIRST_SINCE = "SELECT number FROM requests WHERE created_at >= ? ORDER BY created_at LIMIT 1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What is looked for; what is None does not narrow."""
+    """The filters of a search; None does not filter."""
 
     #: A state of the store, or "expired"; "cancelled" leaves the expired ones out.
     status: str | None = None
     #: The model's canonical name.
     model: str | None = None
-    #: The batch it came in with.
+    #: The batch that the request belongs to.
     batch_id: str | None = None
-    #: The key it came in with.
+    #: The API key that it was sent with.
     key_id: str | None = None
     #: All of these, as (name, value).
     labels: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    #: Came in at that time or later.
+    #: Accepted at that time or later.
     since: datetime | None = None
-    #: Came in before that time.
+    #: Accepted before that time.
     until: datetime | None = None
-    #: The file name has this in it; case does not matter for ASCII letters.
+    #: Contained in the file name; the case of ASCII letters does not matter.
     text: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Some of what was looked for, newest first."""
+    """One page of matching requests, newest first."""
 
     #: The requests.
     requests: Sequence[RequestRecord]
-    #: The page after this one has numbers below this; None at the end.
+    #: `before` of the next page; None at the end.
     next_before: int | None
 
 
-class Search(Protocol):
-    """Looking through many requests, and the end of one."""
+class _SearchSql:
+    """A query as SQL."""
+
+    def __init__(self, query: Query, before: int | None, limit: int) -> None:
+        self.values: dict[str, Any] = {
+            "batch_id": query.batch_id,
+            "key_id": query.key_id,
+            "model": query.model,
+            "before": before,
+            "limit": limit + 1,
+        }
+        #: Table and index that the inner statement walks down, and the conditions that the index answers.
+        self.source = "requests"
+        self.index_conditions: list[str] = [] if before is None else ["number < :before"]
+        #: Conditions of the outer statement.
+        self.filters: list[str] = []
+        self.scan_limit = MAX_ROWS_SCANNED
+        self._choose_index(query)
+        if not self.filters:
+            self.scan_limit = limit + 1
+        self.values["scan_limit"] = self.scan_limit
+
+    def _choose_index(self, query: Query) -> None:
+        labels = list(query.labels)
+        state = self._state_of(query)
+        if query.batch_id is not None:
+            self._use_index("requests_batch", "batch_id = :batch_id")
+        elif labels:
+            name, value = labels.pop(0)
+            self.values |= {"label_name": name, "label_value": value}
+            self.source = "request_labels"
+            self.index_conditions += ["name = :label_name", "value = :label_value"]
+        elif state is not None and state not in (RequestState.DONE, RequestState.CLAIMED) and query.key_id is None:
+            if state is RequestState.QUEUED and query.model is not None:
+                self._use_index("requests_queued", "model = :model", "state = 'queued'")
+            else:
+                index = "requests_waiting" if state is RequestState.QUEUED else f"requests_{state}"
+                self._use_index(index, f"state = '{state}'")
+        elif state is RequestState.CLAIMED:
+            self._use_index("requests_claimed", "state = 'claimed'")
+        elif query.key_id is not None:
+            self._use_index("requests_key", "key_id = :key_id")
+        elif query.model is not None:
+            self._use_index("requests_model", "model = :model")
+        elif state is not None:
+            self._use_index("requests_done", f"state = '{state}'")
+        elif query.text is not None:
+            # LIKE is evaluated on the index alone, so many more fit into the same time.
+            self._use_index("requests_name", "name IS NOT NULL")
+            self.scan_limit = MAX_NAMES_SCANNED
+        indexed = " ".join(self.index_conditions)
+        for given, condition in (
+            (query.batch_id, "batch_id = :batch_id"),
+            (query.key_id, "key_id = :key_id"),
+            (query.model, "model = :model"),
+        ):
+            if given is not None and condition not in indexed:
+                self.filters.append(condition)
+        if state is not None and f"state = '{state}'" not in indexed:
+            self.filters.append(f"state = '{state}'")
+        if query.status == EXPIRED:
+            self.filters.append(f"code = '{EXPIRED}'")
+        elif state is RequestState.CANCELLED:
+            self.filters.append(f"code IS NOT '{EXPIRED}'")
+        for position, (name, value) in enumerate(labels):
+            self.values |= {f"name_{position}": name, f"value_{position}": value}
+            self.filters.append(
+                f"EXISTS (SELECT 1 FROM request_labels AS also WHERE also.name = :name_{position} "
+                f"AND also.value = :value_{position} AND also.number = found.number)"
+            )
+        if query.text is not None:
+            escaped = query.text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            self.values["text"] = f"%{escaped}%"
+            self.filters.append("requests.name LIKE :text ESCAPE '\\'")
+        for name, moment, sign in (("since", query.since, ">="), ("until", query.until, "<")):
+            if moment is not None:
+                self.values[name] = to_text(moment)
+                self.filters.append(f"created_at {sign} :{name}")
+
+    @staticmethod
+    def _state_of(query: Query) -> RequestState | None:
+        if query.status is None:
+            return None
+        return RequestState.CANCELLED if query.status == EXPIRED else RequestState(query.status)
+
+    def _use_index(self, index: str, *conditions: str) -> None:
+        self.source = f"requests INDEXED BY {index}"
+        self.index_conditions += conditions
+        if index in ("requests_waiting", "requests_done", "requests_model"):
+            self.index_conditions.append("number > 0")  # the indexes require it, see m005_batches
+
+    def add_time_bounds(self, connection: sqlite3.Connection, since: datetime | None, until: datetime | None) -> None:
+        """Turn times into numbers, so that the walk starts and ends near them."""
+        slack = timedelta(seconds=MAX_ARRIVAL_SKEW_SECONDS)
+        if since is not None:
+            row = connection.execute(_FIRST_SINCE, (to_text(since - slack),)).fetchone()
+            self.values["lowest"] = 2**62 if row is None else row[0]
+            self.index_conditions.append("number >= :lowest")
+        if until is not None:
+            row = connection.execute(_FIRST_SINCE, (to_text(until + slack),)).fetchone()
+            if row is not None:
+                # One bound, not two: SQLite would start at the one and skip row by row to the other.
+                before = self.values["before"]
+                self.values["before"] = row[0] if before is None else min(before, row[0])
+                if before is None:
+                    self.index_conditions.append("number < :before")
+
+    @property
+    def scan_sql(self) -> str:
+        """Statement that walks down the index, over at most `scan_limit` rows."""
+        name = ", name" if "requests_name" in self.source else ""
+        where = " AND ".join(self.index_conditions) or "1"
+        return f"SELECT number{name} FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT :scan_limit"
+
+    @property
+    def page_sql(self) -> str:
+        """Statement that reads the matching rows.
+
+        The order is that of the walk: CROSS JOIN keeps the walk as the outer loop. An ORDER BY would have SQLite read
+        and sort everything that was walked over before the first row comes.
+        """
+        filters = " AND ".join(self.filters) or "1"
+        if "requests_name" in self.source:
+            # The index of the walk contains the name: a row is read only when it matches.
+            filters = filters.replace("requests.name LIKE", "found.name LIKE")
+        return (
+            f"SELECT requests.* FROM ({self.scan_sql}) AS found CROSS JOIN requests ON requests.number = found.number "
+            f"WHERE {filters} LIMIT :limit"
+        )
+
+    @property
+    def last_scanned_sql(self) -> str:
+        """Statement that finds the last number that was scanned, if there may be more after it."""
+        where = " AND ".join(self.index_conditions) or "1"
+        return f"SELECT number FROM {self.source} WHERE {where} ORDER BY number DESC LIMIT 1 OFFSET :scan_limit - 1"
+
+
+class Search:
+    """Searching the requests."""
+
+    _readers: ReaderPool
 
     def find(self, query: Query, *, before: int | None = None, limit: int = 50) -> Page:
-        """List requests, newest first. :param before: only numbers below this, as the page before said."""
+        """List matching requests, newest first. :param before: `next_before` of the previous page."""
+        search = _SearchSql(query, before, limit)
+        with self._readers.connection() as connection:
+            search.add_time_bounds(connection, query.since, query.until)
+            rows = connection.execute(search.page_sql, search.values).fetchall()
+            costs: dict[str, Any] = {}
+            requests = [request_with_cost(row, connection, costs) for row in rows[:limit]]
+            if len(rows) > limit:
+                return Page(requests=requests, next_before=requests[-1].number)
+            last_scanned = connection.execute(search.last_scanned_sql, search.values).fetchone()
+        return Page(requests=requests, next_before=None if last_scanned is None else last_scanned[0])
 
-    def get_chunk(self, id: str) -> ChunkRecord | None:
-        """Read one dispatch; None when it is not known."""
-
-    def remove(self, id: str) -> None:
-        """Delete a request that has ended, with its picture unless another needs it.
-
-        :raises UnknownRequest: :raises NotRemovable:
-        """
+    def explain_query_plan(self, query: Query, *, before: int | None = None) -> list[str]:
+        """Return how SQLite would find a page; for tests and debugging."""
+        search = _SearchSql(query, before, 50)
+        with self._readers.connection() as connection:
+            search.add_time_bounds(connection, query.since, query.until)
+            rows = connection.execute(f"EXPLAIN QUERY PLAN {search.page_sql}", search.values).fetchall()
+        return [row["detail"] for row in rows]

@@ -1,6 +1,6 @@
-"""The settings of a home: where it is, and how long things are kept in it.
+"""Settings of a home: where it is, and how long data is kept in it.
 
-Read once by `from_env` in a command and passed on. The server's settings extend them.
+A command reads them once with `from_env` and passes them on. The server's settings extend them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from provider_image.environment import Environment
 
 @dataclass(frozen=True, kw_only=True)
 class HomeSettings:
-    """What every command on a home needs."""
+    """The settings that every command on a home needs."""
 
     #: Folder that holds the database, the images and the models. MLG_HOME. Defaults to ~/.mlg.
     home: Path
@@ -42,7 +42,7 @@ class HomeSettings:
 
     @property
     def work(self) -> Path:
-        """The folder of chunk files under way."""
+        """The folder of chunk files in progress."""
         return self.home / "work"
 
     @classmethod

@@ -1,105 +1,180 @@
-"""Figures for operators: what ended and how, how quickly, what failed, what is under way.
+"""Statistics for operators: what ended and how, how quickly, what failed, what is in progress.
 
-Read by `server/status/dashboard.py` and `server/status/metrics.py`. Every method is quick however many requests are
-kept: none of them counts requests one by one. What became of all requests ever is kept in totals that only grow, also
-when retention deletes the requests.
+Read by `server/status/dashboard.py` and `server/status/metrics.py`. Every statement reads an index, or few rows, so it
+is quick however many requests are kept: none counts requests one by one. The outcomes of all requests ever are in the
+table `totals`, which triggers keep (see `m008_controls`) and which only grows, also when retention deletes requests.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
-if TYPE_CHECKING:
-    from store.chunks import ChunkRecord
+from store.chunks import ChunkRecord
+from store.database import ReaderPool
+from store.records import from_row, to_text
+
+# SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
+_ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
+
+_TOTALS = "SELECT model, outcome, code, up_to, count, seconds FROM totals ORDER BY model, outcome, code, up_to"
+
+_MINUTES = """
+    SELECT substr(finished_at, 1, 16) AS minute, model, count(*) AS chunks, sum(answers) AS answered,
+           coalesce(sum(done), 0) AS images, coalesce(sum(failed), 0) AS failed, coalesce(sum(seconds), 0.0) AS seconds
+    FROM chunks WHERE finished_at >= ? GROUP BY 1, 2 ORDER BY 1, 2
+"""
+
+_AT_OR_AFTER = "SELECT number, created_at FROM requests WHERE number >= ? ORDER BY number LIMIT 1"
+
+# The inner limit bounds the work when most of the latest requests do not match.
+_ANSWERED = """
+    SELECT model, image_bytes, created_at, claimed_at, finished_at, seconds FROM (
+        SELECT * FROM requests WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 2 * :limit
+    ) WHERE state = 'done' AND NOT is_cached AND claimed_at IS NOT NULL LIMIT :limit
+"""
+
+_FAILURES = """
+    SELECT id, model, coalesce(code, 'unknown') AS code, reason, provider, finished_at FROM requests
+    WHERE state = 'failed' ORDER BY number DESC LIMIT ?
+"""
+
+_FAILED_CHUNKS = """
+    SELECT id, model, code, coalesce(reason, '') AS reason, provider, finished_at FROM chunks
+    WHERE code IS NOT NULL AND finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT ?
+"""
+
+_UNFINISHED_CHUNKS = "SELECT * FROM chunks WHERE finished_at IS NULL ORDER BY dispatched_at DESC LIMIT ?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeTotal:
-    """How many requests ended in one way after about one length of time, ever."""
+    """How many requests ever ended with one outcome, in one class of duration."""
 
     model: str
     #: done, cached (done at once with an earlier answer), failed, cancelled or expired.
     outcome: str
-    #: Why it failed; empty for the others.
+    #: Code of the failure; empty for other outcomes.
     code: str
-    #: From arrival to end it took at most so many seconds, and more than in the class below; the last is infinite.
+    #: Upper bound of the class: seconds from arrival to end; infinite for the last.
     up_to: float
     count: int
-    #: From arrival to end, all of them together.
+    #: Sum of the seconds from arrival to end.
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinuteStats:
-    """What chunks that ended in one minute brought."""
+    """Totals of the chunks of one model that ended in one minute."""
 
-    #: Its beginning, as text to the minute: 2026-11-21T10:12.
+    #: Start of the minute as text: 2026-11-21T10:12.
     minute: str
     model: str
     #: Chunks that ended.
     chunks: int
-    #: Requests answered; equal pictures are computed once, so there may be more of them than images.
+    #: Requests answered; equal images are computed once, so this may be more than `images`.
     answered: int
-    #: Pictures computed.
+    #: Images computed.
     images: int
     #: Items that failed.
     failed: int
-    #: Working seconds.
+    #: Sum of the chunks' seconds.
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnsweredRequest:
-    """When one request came, was taken and was answered."""
+    """Size and times of one answered request."""
 
     model: str
     image_bytes: int
     created_at: datetime
     claimed_at: datetime
     finished_at: datetime
-    #: Seconds the model spent on it; None if the worker did not say.
+    #: Seconds that the model spent on it; None if the worker did not report them.
     seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailureRecord:
-    """Something that failed: a request, or a whole chunk."""
+    """A request that failed, or a whole chunk."""
 
     id: str
     model: str
     code: str
     reason: str
-    #: Who worked on it; None if nobody did.
+    #: The worker or provider; None if none worked on it.
     provider: str | None
     finished_at: datetime
 
 
-class Stats(Protocol):
-    """What operators see. Each method may be called often."""
+class Stats:
+    """Statistics of requests and chunks. Each method may be called often."""
+
+    _readers: ReaderPool
 
     def count_accepted(self) -> int:
-        """Count the requests that were ever taken in."""
+        """Count the requests that were ever accepted."""
+        with self._readers.connection() as connection:
+            row = connection.execute(_ACCEPTED).fetchone()
+        return 0 if row is None else int(row[0])
 
     def list_totals(self) -> list[OutcomeTotal]:
-        """List what became of all requests that ever ended."""
+        """List the outcomes of all requests that ever ended."""
+        return [OutcomeTotal(**dict(row)) for row in self._rows(_TOTALS)]
 
     def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
-        """List what chunks brought, minute by minute and model by model."""
+        """List the totals of chunks by minute and model."""
+        return [MinuteStats(**dict(row)) for row in self._rows(_MINUTES, to_text(since))]
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
-        """Count, for each mark, the requests that came in before it. :param times: ascending."""
+        """Count, for each time, the requests that were accepted before it. :param times: ascending."""
+        found = []
+        with self._readers.connection() as connection:
+            row = connection.execute(_ACCEPTED).fetchone()
+            last = 0 if row is None else int(row[0])
+            low = 1
+            for time in times:
+                low = _first_since(connection, to_text(time), low, last + 1)
+                found.append(low - 1)
+        return found
 
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
-        """List the requests answered last, the latest first, without those that were answered from an earlier one."""
+        """List the requests answered last, the latest first, except those answered with an earlier answer."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(_ANSWERED, {"limit": limit}).fetchall()
+        return [AnsweredRequest(**from_row(row)) for row in rows]
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
-        """List the failed requests that came last, the latest first."""
+        """List the failed requests that arrived last, the latest first."""
+        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILURES, limit)]
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
+        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILED_CHUNKS, limit)]
 
     def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""
+        return [ChunkRecord.from_row(row) for row in self._rows(_UNFINISHED_CHUNKS, limit)]
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        with self._readers.connection() as connection:
+            return connection.execute(sql, values).fetchall()
+
+
+def _first_since(connection: sqlite3.Connection, time: str, low: int, high: int) -> int:
+    """Find the number of the first request that was accepted at or after a time; `high` if there is none below that.
+
+    Numbers follow the order of arrival, except for some milliseconds, so a binary search works.
+    """
+    while low < high:
+        middle = (low + high) // 2
+        row = connection.execute(_AT_OR_AFTER, (middle,)).fetchone()
+        if row is None or row["created_at"] >= time:
+            high = middle
+        else:
+            low = row["number"] + 1
+    return low

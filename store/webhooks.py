@@ -1,32 +1,90 @@
-"""Webhooks in the store: who wants messages, and the messages with what became of them.
+"""Webhooks: the tables `webhook_endpoints`, `webhook_deliveries` and `webhook_secret`.
 
-Commands and views manage them, `server/webhooks.py` sends. A message is written in the transaction that makes its
-request final, by the table itself, so there is exactly one for each end and each address. It is delivered at least
-once: a sender that dies with a message in its hands leaves it to another one when its lease has ended.
+Commands and views manage endpoints, `server/webhooks.py` sends. Triggers on the table `requests` add a delivery in the
+transaction that makes a request or batch final, so there is exactly one for each event and URL. A delivery is sent at
+least once: when a sender dies, another one claims its delivery after the lease has ended.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
 
 from provider_image.errors import MlgError
+from store.database import ReaderPool, Transaction, Writer
+from store.records import from_row, to_row, to_text
 
-#: What can be told. A request is done when it is final, well or not; a batch when all of its requests are.
+#: The events. A request is done when it is final, whatever the outcome; a batch when all of its requests are.
 EVENTS = ("request.done", "batch.done")
-#: What shows that a text is such a secret.
+#: Prefix that marks a text as a webhook secret.
 SECRET_PREFIX = "whsec_"
 _SECRET_BYTES = 32
-#: Messages that one claim takes for one address.
+#: Deliveries that one claim takes for one URL.
 MAX_DELIVERIES_PER_URL = 4
+
+#: Deliveries that one commit deletes.
+ROWS_PER_COMMIT = 500
+
+_ADD_ENDPOINT = """
+    INSERT INTO webhook_endpoints (id, url, events, secret, created_at, disabled_at, disabled_reason)
+    VALUES (:id, :url, :events, :secret, :created_at, :disabled_at, :disabled_reason)
+"""
+
+_IS_DUE = """
+    SELECT 1 FROM webhook_deliveries WHERE next_at IS NOT NULL AND next_at <= ? LIMIT 1
+"""
+
+# A few for each URL, so that a URL that does not answer does not delay the others.
+_CLAIM = """
+    UPDATE webhook_deliveries SET attempts = attempts + 1, next_at = :lease_ends_at
+    WHERE id IN (
+        SELECT id FROM (
+            SELECT id, next_at, row_number() OVER (PARTITION BY url ORDER BY next_at, id) AS place
+            FROM webhook_deliveries
+            WHERE next_at IS NOT NULL AND next_at <= :now AND url NOT IN (SELECT value FROM json_each(:except_urls)))
+        WHERE place <= :max_per_url ORDER BY next_at LIMIT :limit)
+    RETURNING *
+"""
+
+# The number of attempts is the fencing token.
+_FINISH_DELIVERY = """
+    UPDATE webhook_deliveries
+    SET next_at = :next_at, delivered_at = :delivered_at, dead_at = :dead_at, last_status = :status, last_error = :error
+    WHERE id = :id AND attempts = :attempts AND next_at IS NOT NULL
+"""
+
+_GIVE_UP = """
+    UPDATE webhook_deliveries SET next_at = NULL, dead_at = :now, last_error = :reason
+    WHERE endpoint_id = :id AND next_at IS NOT NULL
+"""
+
+_REDELIVER = """
+    UPDATE webhook_deliveries SET next_at = :now, delivered_at = NULL, dead_at = NULL, attempts = 0
+    WHERE id = :id RETURNING *
+"""
+
+_PURGE = """
+    DELETE FROM webhook_deliveries WHERE id IN (
+        SELECT id FROM webhook_deliveries WHERE delivered_at < :before
+        UNION ALL
+        SELECT id FROM webhook_deliveries WHERE dead_at < :before
+        LIMIT :rows_per_commit)
+"""
+
+_WHICH = {
+    None: "1",
+    "pending": "next_at IS NOT NULL",
+    "delivered": "delivered_at IS NOT NULL",
+    "dead": "dead_at IS NOT NULL",
+}
 
 
 def new_secret() -> str:
-    """Make a secret for signing."""
+    """Make a secret for signing deliveries."""
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
@@ -39,95 +97,133 @@ class UnknownWebhook(MlgError):
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointRecord:
-    """An address that is told of every end."""
+    """A URL that receives all events of some kinds."""
 
     #: Starts with "we_".
     id: str
-    #: Where messages go.
+    #: Where deliveries go.
     url: str
-    #: Of which events.
+    #: Which of EVENTS it receives.
     events: tuple[str, ...]
-    #: Signs the messages.
+    #: Signs the deliveries.
     secret: str
     #: When it was added.
     created_at: datetime
-    #: Since when it gets no messages any more.
+    #: Since when it receives nothing any more; None while it is enabled.
     disabled_at: datetime | None = None
-    #: Why.
+    #: Why it was disabled.
     disabled_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeliveryRecord:
-    """A message to one address."""
+    """One event for one URL."""
 
-    #: Stays the same however often it is sent: the receiver knows by it what it has had.
+    #: The same however often it is sent: receivers recognise repetitions by it.
     id: str
-    #: The endpoint; None for an address that came with a request.
+    #: The endpoint; None for a URL that was sent with a request or batch.
     endpoint_id: str | None
-    #: Where it goes.
+    #: Where it is sent.
     url: str
-    #: What happened.
+    #: One of EVENTS.
     event: str
     #: The request's or the batch's id.
     subject: str
-    #: The state that it got.
+    #: The final state.
     state: str
-    #: The body; None before the first try.
+    #: The body; None before the first attempt.
     payload: str | None
-    #: When it happened.
+    #: When the event happened.
     created_at: datetime
-    #: Tries so far, the present one included.
+    #: Attempts so far, the current one included.
     attempts: int
-    #: When it is tried next, or when the present try's lease ends; None once it is delivered or dead.
+    #: When it is sent next, or when the lease of the current attempt ends; None once it is delivered or dead.
     next_at: datetime | None
-    #: When it was taken.
+    #: When the receiver accepted it.
     delivered_at: datetime | None
     #: When it was given up.
     dead_at: datetime | None
-    #: HTTP status of the last answer.
+    #: HTTP status of the last response.
     last_status: int | None
-    #: What went wrong last.
+    #: Error of the last attempt.
     last_error: str | None
 
     @property
     def status(self) -> str:
-        """Say where it stands: pending, delivered or dead."""
+        """One of DELIVERY_STATES."""
         return "delivered" if self.delivered_at else "dead" if self.dead_at else "pending"
 
 
-#: What deliveries can be listed by.
+#: Values of `DeliveryRecord.status`.
 DELIVERY_STATES = ("pending", "delivered", "dead")
 
 
-class Webhooks(Protocol):
-    """Who wants messages, and the messages."""
+class Webhooks:
+    """The endpoints and the deliveries."""
+
+    _writer: Writer
+    _readers: ReaderPool
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
-        """Add an address."""
+        """Add an endpoint."""
+        self._writer.execute(_ADD_ENDPOINT, {**to_row(endpoint), "events": ",".join(endpoint.events)})
 
     def remove_endpoint(self, id: str) -> None:
-        """Remove an address and what was still to be sent to it. :raises UnknownWebhook:"""
+        """Remove an endpoint and its pending deliveries. :raises UnknownWebhook:"""
+
+        def write(transaction: Transaction) -> int:
+            transaction.execute("DELETE FROM webhook_deliveries WHERE endpoint_id = ? AND next_at IS NOT NULL", (id,))
+            return transaction.execute("DELETE FROM webhook_endpoints WHERE id = ?", (id,)).rowcount
+
+        if not self._writer.run(write):
+            raise UnknownWebhook(f"There is no webhook {id[:80]}. See: mlg webhooks list")
 
     def list_endpoints(self) -> list[EndpointRecord]:
-        """List the addresses, oldest first."""
+        """List the endpoints, oldest first."""
+        with self._readers.connection() as connection:
+            rows = connection.execute("SELECT * FROM webhook_endpoints ORDER BY created_at, id").fetchall()
+        return [EndpointRecord(**{**from_row(row), "events": tuple(row["events"].split(","))}) for row in rows]
 
     def webhook_secret(self, endpoint_id: str | None) -> str:
-        """Return what signs messages to an endpoint; with None, those to addresses that came with requests.
+        """Return the secret that signs deliveries to an endpoint.
 
+        :param endpoint_id: None for URLs that were sent with requests and batches.
         :raises UnknownWebhook:
         """
+        with self._readers.connection() as connection:
+            if endpoint_id is None:
+                row = connection.execute("SELECT secret FROM webhook_secret").fetchone()
+            else:
+                row = connection.execute("SELECT secret FROM webhook_endpoints WHERE id = ?", (endpoint_id,)).fetchone()
+        if row is None:
+            raise UnknownWebhook()
+        return str(row[0])
 
     def claim_deliveries(
         self, *, now: datetime, lease_ends_at: datetime, limit: int, except_urls: Collection[str]
     ) -> list[DeliveryRecord]:
-        """Claim messages that are due, the longest due first, at most MOST_AN_ADDRESS each."""
+        """Claim due deliveries, the longest due first, at most MAX_DELIVERIES_PER_URL for each URL."""
+        # Reading needs no write lock, and most calls find nothing.
+        with self._readers.connection() as connection:
+            if connection.execute(_IS_DUE, (to_text(now),)).fetchone() is None:
+                return []
+        values = {
+            "now": to_text(now),
+            "lease_ends_at": to_text(lease_ends_at),
+            "limit": limit,
+            "max_per_url": MAX_DELIVERIES_PER_URL,
+            "except_urls": json.dumps(sorted(except_urls)),
+        }
+        rows = self._writer.run(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
+        return [DeliveryRecord(**from_row(row)) for row in rows]
 
     def save_payload(self, id: str, payload: str) -> None:
-        """Keep a message's body, so that every try sends the same. The first one counts."""
+        """Save the body of a delivery, so that every attempt sends the same. The first one counts."""
+        self._writer.execute("UPDATE webhook_deliveries SET payload = coalesce(payload, ?) WHERE id = ?", (payload, id))
 
     def delete_delivery(self, id: str) -> None:
-        """Forget a message whose event was taken back."""
+        """Delete a delivery whose event no longer holds."""
+        self._writer.execute("DELETE FROM webhook_deliveries WHERE id = ?", (id,))
 
     def finish_delivery(
         self,
@@ -138,20 +234,51 @@ class Webhooks(Protocol):
         status: int | None,
         error: str | None,
     ) -> bool:
-        """Note how a try ended.
+        """Record the result of an attempt.
 
-        :param retry_at: when to try again; None with an error gives the message up, without one it is delivered.
-        :return: False when the try's lease had ended and somebody else has the message now.
+        :param retry_at: when to try again; None with an error gives the delivery up, without one it is delivered.
+        :return: False when the lease had ended and another sender has claimed the delivery.
         """
+        row = {
+            "id": delivery.id,
+            "attempts": delivery.attempts,
+            "next_at": None if retry_at is None else to_text(retry_at),
+            "delivered_at": to_text(now) if error is None else None,
+            "dead_at": to_text(now) if error is not None and retry_at is None else None,
+            "status": status,
+            "error": error,
+        }
+        return bool(self._writer.execute(_FINISH_DELIVERY, row))
 
     def disable_endpoint(self, id: str, *, reason: str, now: datetime) -> None:
-        """Send an endpoint nothing any more, and give up what was still to be sent to it."""
+        """Disable an endpoint and give up its pending deliveries."""
+        row = {"id": id, "reason": reason, "now": to_text(now)}
+
+        def write(transaction: Transaction) -> None:
+            transaction.execute(
+                "UPDATE webhook_endpoints SET disabled_at = :now, disabled_reason = :reason WHERE id = :id", row
+            )
+            transaction.execute(_GIVE_UP, row)
+
+        self._writer.run(write)
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
-        """List messages, newest first. :param status: one of DELIVERY_STATES."""
+        """List deliveries, newest first. :param status: one of DELIVERY_STATES; None lists all."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(
+                f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return [DeliveryRecord(**from_row(row)) for row in rows]
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
-        """Have a message sent again from now, its tries forgotten. :raises UnknownWebhook:"""
+        """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""
+        row = {"id": id, "now": to_text(now)}
+        rows = self._writer.run(lambda transaction: transaction.execute(_REDELIVER, row).fetchall())
+        if not rows:
+            raise UnknownWebhook(f"There is no delivery {id[:80]}. See: mlg webhooks dead")
+        return DeliveryRecord(**from_row(rows[0]))
 
     def purge_deliveries(self, *, before: datetime) -> int:
-        """Delete messages that were delivered, or given up, before that time. :return: how many."""
+        """Delete deliveries that were delivered, or given up, before a time. :return: how many."""
+        return self._writer.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)

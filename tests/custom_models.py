@@ -1,4 +1,4 @@
-"""Small classifiers as a user would save them, for tests; and files that no user would."""
+"""Small custom models as users save them, and manipulated files of them, for tests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def labels_file(folder: Path, *labels: str) -> Path:
 
 
 def save(network: Any, path: Path) -> Path:
-    """Save a network as its user would."""
+    """Save a network as a user does."""
     with warnings.catch_warnings():
-        # TensorFlow's tensors do not know numpy 2's `copy` argument; only saving runs into it.
+        # TensorFlow's tensors lack numpy 2's `copy` argument, which is only needed for saving.
         warnings.simplefilter("ignore", DeprecationWarning)
         network.save(path)
     return path
@@ -35,7 +35,7 @@ def save(network: Any, path: Path) -> Path:
 def classifier(
     activation: str | None = "softmax", classes: int = 3, *, side: int | None = SIDE, dtype: str = "float32"
 ) -> Any:
-    """Make a small seeded Sequential: augmentation, scaling, convolution, pooling, and a layer with this ending."""
+    """Make a small seeded Sequential: augmentation, scaling, convolution, pooling, and a layer with this activation."""
     keras = import_keras()
     keras.utils.set_random_seed(3)
     layers = keras.layers
@@ -58,7 +58,7 @@ def classifier(
 def edit_keras_file(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any], **members: bytes) -> Path:
     """Copy a .keras file with an edited config.
 
-    :param edit: changes the config in place, or returns another.
+    :param edit: changes the config in place, or returns a new one.
     :param members: replaces or adds members of the archive; `__` in a name stands for a dot.
     """
     with zipfile.ZipFile(source) as archive:

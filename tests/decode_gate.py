@@ -1,9 +1,9 @@
-"""Code for processes of a test: pictures that say that they were begun, and are held until the test lets them go."""
+"""Code for subprocesses of tests: decoding of marked images that signals its start and blocks until it is released."""
 
 from __future__ import annotations
 
-#: For a `sitecustomize.py`, which every process loads at its start. A picture that ends in HOLD:PATH says that it was
-#: begun, by making PATH.begun with the process's id in it, and is held until PATH is there.
+#: For a `sitecustomize.py`, which every process loads at its start. The decoding of an image that ends in HOLD:PATH
+#: creates PATH.begun with the process id in it, and blocks until PATH exists.
 DECODE_GATE = """
 import os, pathlib, time
 import provider_image.images.decoding as imaging

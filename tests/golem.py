@@ -1,4 +1,4 @@
-"""The golem executor on a devnet, both in the event loop of a test, with a real store between them."""
+"""A harness with the golem executor, a devnet and a real store, in the event loop of a test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
@@ -30,14 +30,14 @@ MODEL = "efficientnet_lite0"
 
 
 def provider(name: str, *faults: Fault, start: str = "0.001", second: str = "0.00002", **fields: Any) -> ProviderPlan:
-    """Make a provider of one core."""
+    """Make a provider with one core."""
     return ProviderPlan(
         name=name, start_price=Decimal(start), price_per_second=Decimal(second), faults=faults, **fields
     )
 
 
 def scenario(*providers: ProviderPlan, faults: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
-    """Make a devnet's plan."""
+    """Make a devnet's scenario."""
     return Scenario(providers=providers, faults=faults, **fields)
 
 
@@ -49,7 +49,7 @@ def make_image(color: int = 40) -> bytes:
 
 
 class GolemHarness:
-    """A devnet, a store and an executor that has been started."""
+    """A devnet, a store and a started executor."""
 
     def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
         self.devnet = devnet
@@ -70,7 +70,7 @@ class GolemHarness:
         data: bytes | None = None,
         model: str = MODEL,
     ) -> Job:
-        """Make a job whose results are checked as the batcher checks them."""
+        """Make a job that checks its results as the batcher does."""
         chunk = self.folder / f"{name}.chunk.zip"
         digest = find_artefact(self.models, model).digest
         items = [ChunkItem(number=number, inputs={"image": data or make_image(number)}) for number in range(images)]
@@ -90,7 +90,7 @@ class GolemHarness:
         )
 
     async def run(self, *names: str, **options: Any) -> list[Outcome]:
-        """Run jobs side by side."""
+        """Run jobs in parallel."""
         return await asyncio.gather(*(self.executor.run(self.job(name, **options)) for name in names))
 
     def next_executor(self, **settings: Any) -> GolemExecutor:
@@ -98,7 +98,7 @@ class GolemHarness:
         return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
 
     def paid(self) -> Decimal:
-        """Return what was paid according to the daemon."""
+        """Return what was paid, according to the daemon."""
         return sum(self.devnet.payment.paid.values(), Decimal(0))
 
 
@@ -106,14 +106,14 @@ class GolemHarness:
 async def devnet_and_store(
     plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
-    """Run a devnet beside a store until the block ends.
+    """Run a devnet and open a store until the block ends.
 
-    :param models: the folder of artefacts, which the providers have.
+    :param models: the folder of artefacts, for the providers.
     """
     providers_home = folder / "providers"
     providers_home.mkdir()
     (providers_home / "models").symlink_to(models)
-    async with run_devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
+    async with Devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
         with gftp_on_path(devnet):
             store = SqliteStore(HomeSettings(home=folder / "home", busy_seconds=5))
             store.migrate()
@@ -135,7 +135,7 @@ async def golem(
 ) -> AsyncIterator[GolemHarness]:
     """Run a devnet and an executor until the block ends.
 
-    :param models: the folder of artefacts, which the providers have too.
+    :param models: the folder of artefacts, for the executor and the providers.
     :param settings: of `GolemSettings`.
     """
     async with devnet_and_store(plan, folder, models, environment=environment) as (devnet, store):
@@ -149,7 +149,7 @@ async def golem(
 
 @contextlib.contextmanager
 def gftp_on_path(devnet: Devnet) -> Any:
-    """Have the devnet's gftp on the PATH, where yapapi looks for it."""
+    """Put the devnet's gftp on the PATH, where yapapi looks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", devnet.variables["PATH"])
         yield
@@ -158,7 +158,7 @@ def gftp_on_path(devnet: Devnet) -> Any:
 def make_executor(
     devnet: Devnet, store: SqliteStore, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
 ) -> GolemExecutor:
-    """Make an executor for a devnet, with waits that are short enough for a test."""
+    """Make an executor for a devnet, with waits short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
     base = BatcherSettings.from_env(variables)
     pace = slowness()

@@ -1,6 +1,6 @@
-"""Weights for tests: seeded, scaled so that answers are neither flat nor certain, in the files that Keras publishes.
+"""Seeded weights for tests and benchmarks, scaled so that results are neither uniform nor certain.
 
-No user ever sees an answer from them: they are written into a test's own folders.
+In the format of the files that Keras publishes. They are only written to folders of a test or benchmark.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from provider_image.images.decoding import decode
 from provider_image.models.catalogue import ModelRow
 from tests import needs_keras  # noqa: F401 - importing it is its use
 
-#: Deviation of the logits over the classes for the photo that deviates most. Random networks are worse conditioned
-#: than trained ones: at 2.5 a ResNet152 turns f32's rounding into differences of 0.0001.
+#: Largest standard deviation of the logits of a photo. Random networks are worse conditioned than trained ones: at 2.5
+#: the rounding of f32 causes differences of 0.0001 in a ResNet152.
 _DEVIATION = 2.0
 
 
 def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None = None) -> Any:
-    """Make a model of the row's class with seeded weights that tell photos apart.
+    """Make a model of the row's class with seeded weights that give different results for different photos.
 
     Batch normalisations get the statistics of photos, as if trained; then the last layer is centred and scaled.
 
@@ -41,8 +41,8 @@ def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None 
         if type(layer).__name__ == "BatchNormalization":
             layer.momentum = 0.0
             if layer.gamma is not None:
-                # A residual branch that ends in a normalisation adds a little only, as in trained networks: fifty that
-                # add much make of f32's rounding, which differs from processor to processor, 0.0002 in the end.
+                # A residual branch that ends in a normalisation adds little, as in trained networks: with fifty that
+                # add much, the rounding of f32, which depends on the processor, causes differences of 0.0002.
                 low, high = (0.1, 0.2) if layer.name.endswith("_3_bn") else (0.3, 0.6)
                 layer.gamma.assign(random.uniform(low, high, layer.gamma.shape))
             layer.beta.assign(random.normal(0, 0.2, layer.beta.shape))

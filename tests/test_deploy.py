@@ -1,4 +1,4 @@
-"""The files in deploy/ fit this program: commands and options exist, metrics are exposed, settings are known."""
+"""The files in deploy/ match this program: their commands, options, metrics and settings exist."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from store.sqlite import SqliteStore
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("mlg*.service"))
-#: What PromQL itself knows, of which the rules and the dashboard make use.
+#: Words of PromQL that the rules and the dashboard use.
 WORDS = {
     *("sum", "max", "min", "avg", "count", "by", "without", "on", "ignoring", "group_left", "and", "or", "unless"),
     *("rate", "increase", "histogram_quantile", "clamp_min"),
 }
-#: Labels that Prometheus puts on every series.
-OWN_LABELS = {"job", "instance"}
+#: Labels that Prometheus adds to every series.
+PROMETHEUS_LABELS = {"job", "instance"}
 
 
 def read_yaml(path: str) -> Any:
@@ -48,7 +48,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
 def check_command(words: list[str]) -> None:
-    """Find each word of an mlg command line in the command line's own tables."""
+    """Check that the commands and options of an mlg command line exist."""
     assert words[0].rsplit("/", 1)[-1] == "mlg"
     command: click.Command = cli
     rest = words[1:]
@@ -92,7 +92,7 @@ def test_the_batchers_health_check_finds_its_own_host_in_the_status() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_every_container_is_shut_in(name: str) -> None:
+def test_every_container_is_restricted(name: str) -> None:
     service = SERVICES[name]
 
     assert service["read_only"] is True
@@ -102,12 +102,12 @@ def test_every_container_is_shut_in(name: str) -> None:
     assert {"cpus", "memory", "pids"} <= service["deploy"]["resources"]["limits"].keys()
     assert "healthcheck" in service or "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()
     for port in service.get("ports", []):
-        assert port.startswith("127.0.0.1:"), "what others may reach is for the operator to say"
+        assert port.startswith("127.0.0.1:"), "only the operator may expose a port to other machines"
     if "build" not in service and name != "batcher":
-        assert re.fullmatch(r"[\w./-]+:v?\d[\w.-]+", service["image"]), "a version, not whatever is newest"
+        assert re.fullmatch(r"[\w./-]+:v?\d[\w.-]+", service["image"]), "a fixed version, not the latest"
 
 
-def test_everything_that_a_container_refers_to_is_there() -> None:
+def test_everything_that_a_container_refers_to_exists() -> None:
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
@@ -121,11 +121,11 @@ def test_everything_that_a_container_refers_to_is_there() -> None:
         assert secret["file"].startswith("./secrets/") and "secrets/" in ignored
 
 
-def test_the_user_of_the_containers_is_that_of_the_image() -> None:
+def test_the_containers_run_as_the_user_of_the_image() -> None:
     assert f"USER {SERVICES['server']['user']}" in (ROOT / "Dockerfile").read_text()
 
 
-def test_every_setting_that_is_named_exists() -> None:
+def test_every_setting_in_the_files_exists() -> None:
     known = set()
     for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py", "cli/logs.py"):
         known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', (ROOT / place).read_text()))
@@ -134,7 +134,7 @@ def test_every_setting_that_is_named_exists() -> None:
             assert name in known, f"{path}: {name}"
 
 
-def test_containers_and_units_get_long_enough_to_stop() -> None:
+def test_containers_and_units_have_enough_time_to_stop() -> None:
     settings = BatcherSettings.from_env({})
     needed = settings.drain_seconds + 5 + settings.golem.settle_seconds
 
@@ -159,7 +159,7 @@ def unit(path: Path) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
-def test_a_unit_runs_a_command_that_exists_and_is_shut_in(path: Path) -> None:
+def test_a_unit_runs_a_command_that_exists_and_is_restricted(path: Path) -> None:
     service = unit(path)["Service"]
 
     check_command(service["ExecStart"][0].split())
@@ -177,13 +177,13 @@ def test_a_unit_runs_a_command_that_exists_and_is_shut_in(path: Path) -> None:
     assert service["User"] not in ([], ["root"])
 
 
-def test_the_timer_starts_the_round() -> None:
+def test_only_the_timer_starts_a_single_run() -> None:
     assert (DEPLOY / "systemd" / "mlg-batch.service").exists()
     assert unit(DEPLOY / "systemd" / "mlg-batch.service")["Service"]["Type"] == ["oneshot"]
     assert "Install" not in unit(DEPLOY / "systemd" / "mlg-batch.service"), "only its timer starts it"
 
 
-def test_systemd_itself_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is not installed")
@@ -211,7 +211,7 @@ def braces(text: str) -> int:
     return depth
 
 
-def test_the_proxy_takes_what_the_server_takes_and_lets_events_pass() -> None:
+def test_the_proxy_accepts_what_the_server_accepts_and_does_not_buffer_events() -> None:
     text = (DEPLOY / "nginx" / "mlg.conf").read_text()
     sizes = [int(size) * 1024**2 for size in re.findall(r"client_max_body_size (\d+)m;", text)]
     settings = ServerSettings.from_env({})
@@ -225,14 +225,13 @@ def test_the_proxy_takes_what_the_server_takes_and_lets_events_pass() -> None:
     assert "proxy_request_buffering on;" in text
     events = re.search(r"location ~ (\S+) \{[^}]*proxy_buffering off;", text)
     assert events is not None
-    app = create_app_rules()
-    for rule in app:
-        is_stream = rule.endswith("/events")
-        assert bool(re.search(events[1], re.sub(r"<[^>]+>", "x", rule))) is is_stream, rule
+    for path in list_paths():
+        is_stream = path.endswith("/events")
+        assert bool(re.search(events[1], re.sub(r"<[^>]+>", "x", path))) is is_stream, path
 
 
-def create_app_rules() -> list[str]:
-    """List the addresses of the application, read from the views' own text."""
+def list_paths() -> list[str]:
+    """List the paths of the application, read from the source of its views."""
     found: list[str] = []
     for path in (ROOT / "server" / "api" / "views").glob("*.py"):
         found += re.findall(r'^\s+(?:app\.add_url_rule\()?\(?"(/[^"]*)"', path.read_text(), re.M)
@@ -240,7 +239,7 @@ def create_app_rules() -> list[str]:
     return found
 
 
-def test_nginx_itself_finds_nothing_wrong(tmp_path: Path) -> None:
+def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
     program = shutil.which("nginx")
     if program is None:
         pytest.skip("nginx is not installed")
@@ -270,10 +269,10 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     store = SqliteStore(settings)
     store.migrate()
     now = datetime.now(UTC)
-    for picture in (b"one", b"two", b"three"):
+    for image in (b"one", b"two", b"three"):
         store.add(
             NewRequest(id=new_id(), service="classification", model="resnet50", created_at=now),
-            store.images.stage(picture),
+            store.images.stage(image),
         )
     claims = store.claim(models=["resnet50"], limit=2, now=now, lease_ends_at=now, oldest_before=None)
     answer = Answer(claim=claims[0], output=[], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
@@ -303,7 +302,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """List every expression of the rules and the dashboard, with where it stands."""
+    """List every expression of the rules and the dashboard, each with the name of its alert or panel."""
     for group in read_yaml("prometheus/alerts.yml")["groups"]:
         for rule in group["rules"]:
             yield rule["alert"], rule["expr"]
@@ -313,7 +312,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def check_expression(text: str, series: dict[str, set[str]]) -> set[str]:
-    """Read an expression word by word. :return: the series that it names."""
+    """Check the words and brackets of an expression. :return: the series that it uses."""
     token = re.compile(
         r'\s+|"(?:[^"\\]|\\.)*"|\d+(?:\.\d+)?[smhd]?|[a-zA-Z_:][\w:]*|=~|!~|!=|==|>=|<=|[-+*/%^<>={}()\[\],]'
     )
@@ -347,23 +346,23 @@ def check_expression(text: str, series: dict[str, set[str]]) -> set[str]:
         last = word
     assert not stack, f"brackets of {text}"
     assert named, text
-    known = set().union(*(series[name] for name in named)) | OWN_LABELS
+    known = set().union(*(series[name] for name in named)) | PROMETHEUS_LABELS
     assert labels <= known, f"{labels - known} in {text}"
     return named
 
 
 @pytest.mark.parametrize(("place", "text"), list(expressions()), ids=lambda value: value if len(value) < 40 else "")
-def test_an_expression_names_only_what_is_exposed(place: str, text: str, series: dict[str, set[str]]) -> None:
+def test_an_expression_uses_only_exposed_metrics(place: str, text: str, series: dict[str, set[str]]) -> None:
     check_expression(text, series)
 
 
 @pytest.mark.parametrize("wrong", ["sum(mlg_batchers", "mlg_nothing", 'mlg_queue_waiting{colour="red"}', "mlg_hold]["])
-def test_a_wrong_expression_is_found(wrong: str, series: dict[str, set[str]]) -> None:
+def test_a_wrong_expression_is_detected(wrong: str, series: dict[str, set[str]]) -> None:
     with pytest.raises(AssertionError):
         check_expression(wrong, series)
 
 
-def test_promtool_itself_finds_nothing_wrong() -> None:
+def test_promtool_accepts_the_rules() -> None:
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("promtool is not installed")
@@ -373,15 +372,15 @@ def test_promtool_itself_finds_nothing_wrong() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_every_metric_is_looked_at_somewhere(series: dict[str, set[str]]) -> None:
-    looked_at = set().union(*(check_expression(text, series) for _, text in expressions()))
+def test_every_metric_is_used_in_a_rule_or_panel(series: dict[str, set[str]]) -> None:
+    used = set().union(*(check_expression(text, series) for _, text in expressions()))
 
-    assert {name for name in series if not name.endswith(("_sum", "_count", "_bucket"))} - looked_at == {
+    assert {name for name in series if not name.endswith(("_sum", "_count", "_bucket"))} - used == {
         "mlg_images_last_hour"
     }
 
 
-def test_alerts_say_what_is_wrong_and_what_to_do() -> None:
+def test_alerts_have_a_severity_a_summary_and_a_description() -> None:
     rules = [rule for group in read_yaml("prometheus/alerts.yml")["groups"] for rule in group["rules"]]
 
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 5
@@ -390,7 +389,7 @@ def test_alerts_say_what_is_wrong_and_what_to_do() -> None:
         assert rule["annotations"].keys() == {"summary", "description"}
 
 
-def test_prometheus_asks_the_server_and_has_its_rules_and_its_key() -> None:
+def test_prometheus_scrapes_the_server_and_has_its_rules_and_key() -> None:
     settings = read_yaml("prometheus/prometheus.yml")
     (job,) = settings["scrape_configs"]
 
@@ -400,7 +399,7 @@ def test_prometheus_asks_the_server_and_has_its_rules_and_its_key() -> None:
     assert "prometheus_key" in SERVICES["prometheus"]["secrets"]
 
 
-def test_grafana_finds_its_source_and_its_dashboard() -> None:
+def test_grafana_finds_its_data_source_and_dashboard() -> None:
     (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yml")["datasources"]
     (provider,) = read_yaml("grafana/provisioning/dashboards/mlg.yml")["providers"]
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "mlg.json").read_text())

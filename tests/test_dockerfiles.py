@@ -1,4 +1,4 @@
-"""What both Dockerfiles promise, as far as it can be read; `scripts/check_image` builds and runs them."""
+"""The Dockerfiles, as far as their text shows; `scripts/check_image` builds and runs the container images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from batcher.image_build.context import SOURCES
 
 ROOT = Path(__file__).parents[1]
 PROVIDER, REQUESTOR = ROOT / "provider_image/Dockerfile", ROOT / "Dockerfile"
-#: Brackets make a pattern of a name, and a pattern may match nothing.
+#: A name with brackets is a pattern, which may match nothing.
 MAY_BE_MISSING = {"weight[s]": "weights", "model[s]": "models"}
 BOTH = pytest.mark.parametrize("file", [PROVIDER, REQUESTOR], ids=["provider", "requestor"])
 
 
 def stages(file: Path) -> dict[str, list[str]]:
-    """Take a Dockerfile apart: stage -> its instructions; "" has those before the first stage."""
+    """Parse a Dockerfile: stage -> its instructions; "" has those before the first stage."""
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     found: dict[str, list[str]] = {"": []}
     name = ""
@@ -42,7 +42,7 @@ def of_kind(kind: str, instructions: list[str]) -> list[str]:
 
 
 @BOTH
-def test_what_is_copied_from_the_context_exists_and_is_let_through_by_dockerignore(file: Path) -> None:
+def test_copied_files_exist_and_are_not_ignored(file: Path) -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in ignore if line.startswith("!")}
     sources = [
@@ -83,7 +83,7 @@ def test_every_install_is_pinned_and_the_base_can_be_chosen(file: Path) -> None:
 
 
 @BOTH
-def test_it_runs_as_a_plain_user_who_owns_the_volumes(file: Path) -> None:
+def test_it_runs_as_an_unprivileged_user_who_owns_the_volumes(file: Path) -> None:
     instructions = final(file)
     volumes = [volume for line in of_kind("VOLUME", instructions) for volume in line.split()[1:]]
 
@@ -105,14 +105,26 @@ def test_it_is_labelled(file: Path) -> None:
         assert {"ARG MODEL=efficientnet_lite0", "ARG DIGEST=", "ARG VERSION="} <= set(instructions)
 
 
-def test_the_provider_has_tensorflow_only_to_compile_with_and_only_for_keras_models() -> None:
+def test_the_provider_build_installs_tensorflow_only_to_compile_keras_models() -> None:
     commands = " ".join(stages(PROVIDER)["builder"])
 
     assert re.search(r"""case .* in \*" keras "\*\) extra='\[compile\]' ;; \*\) extra='' ;; esac""", commands)
     assert "numpy openvino pillow" in commands and "--no-deps" in commands
 
 
-def test_the_provider_checks_the_artefacts_it_is_given_with_its_own_runtime_before_it_installs_or_compiles() -> None:
+def test_the_provider_image_ships_without_the_compiler() -> None:
+    commands = stages(PROVIDER)["builder"][-1]
+    copied = commands.index("cp -R provider_image /image/code/opt/mlg/")
+    removed = commands.index("rm -rf $code/compiler ")
+
+    assert (ROOT / "provider_image/compiler").is_dir()
+    assert "code=/image/code/opt/mlg/provider_image" in commands[copied:removed]
+    # The final stage copies it from nowhere else.
+    sources = [copy.split()[-2] for copy in of_kind("COPY", final(PROVIDER))]
+    assert sources == ["/image/runtime/", "/image/code/", "/image/models/", "/image/golem/"]
+
+
+def test_the_provider_build_checks_given_artefacts_with_its_runtime_before_it_installs_or_compiles() -> None:
     check, compile = of_kind("RUN", stages(PROVIDER)["builder"])[-2:]
 
     assert 'if [ -d "/models/$model" ]; then cp -R' in check
@@ -121,7 +133,7 @@ def test_the_provider_checks_the_artefacts_it_is_given_with_its_own_runtime_befo
     assert compile.index('if [ ! -d "/build/models/$model" ]') < compile.index("pip install")
 
 
-def test_the_requestor_serves_and_is_looked_after() -> None:
+def test_the_requestor_serves_and_has_a_health_check() -> None:
     instructions = final(REQUESTOR)
 
     assert "EXPOSE 5000" in instructions and 'CMD ["mlg", "up"]' in instructions
@@ -129,18 +141,18 @@ def test_the_requestor_serves_and_is_looked_after() -> None:
     assert "MLG_HOME=/var/lib/mlg" in " ".join(of_kind("ENV", instructions))
 
 
-def test_pruning_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_pruning_refuses_a_folder_without_the_packages(tmp_path: Path) -> None:
     (tmp_path / "openvino").mkdir()
 
     result = subprocess.run(
         [ROOT / "scripts/prune_runtime", tmp_path], capture_output=True, text=True, timeout=120, check=False
     )
 
-    assert result.returncode == 1 and "holds no openvino, numpy and PIL" in result.stderr
+    assert result.returncode == 1 and "does not contain openvino, numpy and PIL" in result.stderr
     assert (tmp_path / "openvino").is_dir()
 
 
-def test_the_scripts_are_programs() -> None:
+def test_the_scripts_are_executable_and_valid() -> None:
     for name in ("scripts/check_image", "scripts/prune_runtime", "provider_image/mlg-provider"):
         assert (ROOT / name).stat().st_mode & 0o111 == 0o111, name
         shell = "bash" if name.endswith("check_image") else "sh"

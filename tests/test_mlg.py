@@ -1,4 +1,4 @@
-"""The command line itself: quick to start, one line an error, the right exit status."""
+"""The command line itself: it starts fast, an error is one line, and the exit status is right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_lists_every_command_and_loads_none() -> None:
+def test_help_lists_every_command_and_imports_none() -> None:
     code = "import sys, mlg\ntry:\n    mlg.main(['--help'])\nexcept SystemExit:\n    print(*sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -40,7 +40,7 @@ def test_help_lists_every_command_and_loads_none() -> None:
     assert not {"flask", "openvino", "granian", "rich", "httpx", "numpy", "server", "batcher"} & set(modules.split())
 
 
-def test_help_is_quick() -> None:
+def test_help_is_fast() -> None:
     def once() -> float:
         began = time.perf_counter()
         run("--help")
@@ -51,20 +51,20 @@ def test_help_is_quick() -> None:
 
 
 @pytest.mark.parametrize("name", list(mlg.COMMANDS))
-def test_every_command_of_the_table_is_there(name: str) -> None:
+def test_every_command_of_the_table_exists(name: str) -> None:
     done = run(name, "--help")
 
     assert done.returncode == 0, done.stderr
     assert "xample" in done.stdout
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     done = run("--version")
 
     assert (done.returncode, done.stdout.startswith("mlg ")) == (0, True)
 
 
-def test_a_mistyped_command_names_the_nearest() -> None:
+def test_the_error_for_a_mistyped_command_suggests_the_nearest() -> None:
     done = run("sevre")
 
     assert done.returncode == 2
@@ -98,23 +98,23 @@ def test_an_error_is_one_line_and_an_exit_status(
 
     monkeypatch.setattr(mlg.LazyGroup, "get_command", lambda *_: failing)
     monkeypatch.setenv("MLG_DEBUG", debug)
-    # The broken pipe puts /dev/null in the place of stdout.
-    kept = os.dup(1)
+    # On a broken pipe the command replaces stdout by /dev/null.
+    saved_stdout = os.dup(1)
 
     with pytest.raises(SystemExit) as end:
         mlg.main(["serve"])
 
-    os.dup2(kept, 1)
-    os.close(kept)
-    said = capfd.readouterr().err
+    os.dup2(saved_stdout, 1)
+    os.close(saved_stdout)
+    errors = capfd.readouterr().err
     assert end.value.code == status
-    assert said.strip().endswith(line.strip())
+    assert errors.strip().endswith(line.strip())
     has_traceback = debug == "1" and isinstance(error, DiskFull | ConfigError | KeyboardInterrupt)
-    assert ("Traceback" in said) == has_traceback
-    assert has_traceback or said.strip().count("\n") == (3 if isinstance(error, click.UsageError) else 0)
+    assert ("Traceback" in errors) == has_traceback
+    assert has_traceback or errors.strip().count("\n") == (3 if isinstance(error, click.UsageError) else 0)
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+def test_a_reader_that_closes_the_pipe_causes_no_error(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m mlg models --json | head -n 1"],
         cwd=ROOT,

@@ -192,8 +192,8 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = loaded_by(
-        "import mlg, cli.serve, cli.submit, cli.models, cli.keys, cli.costs,"
-        " cli.providers, cli.webhooks, cli.operate, cli.batch,"
+        "import mlg, cli.serve, cli.submit, cli.requests, cli.models, cli.compile, cli.image, cli.keys, cli.costs,"
+        " cli.providers, cli.webhooks, cli.operate, cli.batch, cli.up,"
         " cli.devnet"
     )
 

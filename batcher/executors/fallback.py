@@ -1,7 +1,7 @@
-"""Several executors as one: what has waited too long for the first goes to the next.
+"""Several executors as one: a job that waits too long for the first goes to the next.
 
-Made by `load_executor` for settings such as `golem,local`. Weakness: the last one takes whatever comes, so that its
-queue is the longest when all others are out of order.
+Made by `load_executor` for settings such as `golem,local`. Weakness: the last executor takes every job that the others
+refuse, so its queue is the longest when all others are unavailable.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 class FallbackExecutor:
     """See `batcher.executors.Executor`.
 
-    :param members: in the order in which they are asked.
-    :param fallback_seconds: a job that nobody has begun within this time goes to the next.
+    :param members: in order of preference.
+    :param fallback_seconds: a job that has not begun within this time goes to the next member.
     """
 
     def __init__(self, members: Sequence[Executor], *, fallback_seconds: float) -> None:
         self._members = list(members)
         self._fallback_seconds = fallback_seconds
         self.name = ",".join(member.name for member in members)
-        # Which of them will get a chunk is not known when it is packed.
+        # Which member gets a chunk is not known when it is packed.
         self.is_remote = any(member.is_remote for member in members)
 
     async def start(self) -> None:
-        """Start all. :raises MlgError: one of them never will; the others are closed."""
+        """See Executor.start. If one member fails, all are closed."""
         try:
             for member in self._members:
                 await member.start()
@@ -49,7 +49,7 @@ class FallbackExecutor:
         return sum(member.workers() for member in self._members)
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.obstacle: only what stands in the way of all."""
+        """See Executor.unavailable_reason: None as soon as one member is available."""
         reasons = [member.unavailable_reason(model) for member in self._members]
         return None if None in reasons else " ".join(reason for reason in reasons if reason)
 
@@ -62,11 +62,11 @@ class FallbackExecutor:
                 if outcome is not None:
                     return outcome
                 job.results.unlink(missing_ok=True)
-            log.info("a chunk goes from %s to the next", member.name, extra={"chunk_id": job.chunk_id})
+            log.info("executor %s did not take a chunk, trying the next", member.name, extra={"chunk_id": job.chunk_id})
         return await last.run(job)
 
     async def _run_or_pass_on(self, member: Executor, job: Job) -> Outcome | None:
-        """Run a job; None if it has to go to the next."""
+        """Run a job; return None if it has to go to the next member."""
         begun = asyncio.Event()
 
         def on_start() -> None:

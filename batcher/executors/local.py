@@ -1,9 +1,9 @@
 """The local executor: warm worker processes on this machine.
 
-Made by the registry. Each worker is the door that every provider has, kept open, so that a model is loaded once and
-not per chunk. A worker that dies takes only its own chunk with it and is replaced at once.
+Made by the registry. Each worker runs the same program as a provider and keeps running, so that a model is loaded once
+and not per chunk. A worker that dies fails only its own chunk and is replaced immediately.
 
-Weaknesses compared with others: it is as fast as this machine, and a worker may use all of this machine's memory.
+Weaknesses compared with other executors: it is as fast as this machine, and a worker may use all of its memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from batcher.executors import Job, Outcome
-from batcher.executors.worker import WorkerProcess
+from batcher.executors.worker_process import WorkerProcess
 from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
@@ -33,16 +33,16 @@ from provider_image.models.registry import list_rows
 
 log = logging.getLogger(__name__)
 
-#: Jobs under way for each worker: one that it works on and one that is packed and waits, so that it never waits itself.
+#: Jobs under way for each worker: one that it runs and one that is packed and queued, so that it never waits.
 JOBS_PER_WORKER = 2
-#: Pause before a process that died at its start, without having done anything, is started again; doubles to the last.
+#: Pause before a process that died without running a job is started again; doubles up to the maximum.
 INITIAL_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 5.0
-#: After so many starts in a row that failed, and with no other worker alive, the jobs that wait are refused.
+#: After this many failed starts in a row, and with no other worker running, queued jobs are ended.
 MAX_FAILED_STARTS = 3
-#: A worker that lived this long was well, even if it had nothing to do.
+#: A worker that ran for this long started successfully, even if it had no job.
 STABLE_SECONDS = 5.0
-#: One grey pixel, to load everything with before the first request comes.
+#: A grey image of one pixel, to load libraries and a model before the first request comes.
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
@@ -50,18 +50,18 @@ _PIXEL = base64.b64decode(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _LocalQueuedJob:
-    """A job on its way to a worker."""
+    """A job that waits for a worker."""
 
     job: Job
-    #: Set when it is over; cancelled when the caller has lost interest.
+    #: Set when the job is over; cancelled when the caller no longer waits.
     outcome: asyncio.Future[Outcome]
 
 
 class LocalExecutor:
     """See `batcher.executors.Executor`.
 
-    :param ledger: not used: nothing is paid here.
-    :param environment: variables that the workers get beside those of this process.
+    :param ledger: not used, since this executor costs nothing.
+    :param environment: variables for the workers, in addition to those of this process.
     """
 
     name = "local"
@@ -73,7 +73,7 @@ class LocalExecutor:
         self._settings = settings
         self._extra = dict(environment or {})
         self._provider = f"local/{socket.gethostname()}"
-        # A name of its own: several executors may work in one folder.
+        # A unique name: several executors may share one folder.
         self._folder = settings.work / f"local-{secrets.token_hex(3)}"
         self._queued_jobs: asyncio.Queue[_LocalQueuedJob] = asyncio.Queue()
         self._worker_loops: list[asyncio.Task[None]] = []
@@ -81,7 +81,7 @@ class LocalExecutor:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the workers, without waiting for them: the first jobs do."""
+        """Start the workers without waiting until they are ready."""
         self._folder.mkdir(parents=True, mode=0o700)
         self._worker_loops = [
             asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.workers)
@@ -96,17 +96,17 @@ class LocalExecutor:
         return self._settings.workers
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.obstacle: there never is one."""
+        """See Executor.unavailable_reason: always None."""
         return None
 
     def pids(self) -> list[int]:
-        """List the processes of the workers that are ready."""
+        """List the process ids of the workers that are ready."""
         return [worker.pid for worker in self._workers.values() if worker.pid is not None]
 
     async def run(self, job: Job) -> Outcome:
         """See Executor.run."""
         if self._is_closed:
-            return self._blameless_outcome("The executor is closed.")
+            return Outcome.not_run(WorkerDied("The executor is closed."))
         queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
         self._queued_jobs.put_nowait(queued_job)
         return await queued_job.outcome
@@ -121,10 +121,10 @@ class LocalExecutor:
         self._fail_waiting("The executor is closed.")
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    # One keeper per worker
+    # One loop per worker
 
     async def _worker_loop(self, number: int) -> None:
-        """Keep one worker alive and busy until cancelled."""
+        """Run one worker, and replace it when it ends, until cancelled."""
         loop = asyncio.get_running_loop()
         pause, failed_starts = INITIAL_BACKOFF_SECONDS, 0
         while not self._is_closed:
@@ -137,12 +137,12 @@ class LocalExecutor:
                 await self._warm_up(worker)
                 while await self._work_once(worker):
                     was_useful = True
-                was_useful = True  # a chunk ended it; the next one shall not wait
+                was_useful = True  # a chunk ended it, so the next start needs no pause
             except WorkerDied as error:
                 log.warning("worker %d: %s", number, error)
                 failed_starts += number not in self._workers
                 if failed_starts >= MAX_FAILED_STARTS and not self._workers:
-                    self._fail_waiting(f"No worker process can be started. {error}")
+                    self._fail_waiting(f"No worker process can be started, see the batcher's log. {error}")
             finally:
                 self._workers.pop(number, None)
                 await worker.stop(is_forced=not self._is_closed)
@@ -163,10 +163,10 @@ class LocalExecutor:
         )
 
     async def _work_once(self, worker: WorkerProcess) -> bool:
-        """Wait for an errand and do it.
+        """Wait for a job and run it.
 
         :return: whether the worker can go on.
-        :raises WorkerDied: it ended while it had nothing to do.
+        :raises WorkerDied: it ended while it was idle.
         """
         get_job = asyncio.create_task(self._queued_jobs.get())
         worker_exit = asyncio.create_task(worker.wait())
@@ -179,12 +179,12 @@ class LocalExecutor:
             raise
         finally:
             for task in (get_job, worker_exit):
-                task.cancel()  # nothing happens to one that is done
+                task.cancel()  # no effect on a task that is done
             await asyncio.gather(get_job, worker_exit, return_exceptions=True)
             if is_over and not get_job.cancelled():
                 self._queued_jobs.put_nowait(get_job.result())
         if is_over:
-            raise WorkerDied("It ended while it had nothing to do.")
+            raise WorkerDied("It ended while it was idle.")
         queued_job = get_job.result()
         if queued_job.outcome.done():
             return True
@@ -192,10 +192,10 @@ class LocalExecutor:
             return await self._run_job(worker, queued_job)
         finally:
             if not queued_job.outcome.done():
-                queued_job.outcome.set_result(self._blameless_outcome("The executor was closed."))
+                queued_job.outcome.set_result(Outcome.not_run(WorkerDied("The executor was closed.")))
 
     async def _run_job(self, worker: WorkerProcess, queued_job: _LocalQueuedJob) -> bool:
-        """Do one errand. :return: whether the worker can go on."""
+        """Run one job. :return: whether the worker can go on."""
         job, loop = queued_job.job, asyncio.get_running_loop()
         if job.on_start is not None:
             job.on_start()
@@ -222,9 +222,9 @@ class LocalExecutor:
         else:
             error = ChunkTimeout(f"The chunk took longer than {job.timeout_seconds:g} s, so its worker was stopped.")
         if queued_job.outcome.done():
-            log.info("worker %d: its chunk was called back", worker.number, extra={"chunk_id": job.chunk_id})
+            log.info("worker %d: its chunk was cancelled", worker.number, extra={"chunk_id": job.chunk_id})
             return can_go_on
-        # A worker that was told to stop says so itself; only one that died in mid-chunk makes its items suspicious.
+        # A worker that was asked to stop replies so; only one that died during a chunk makes its items suspicious.
         is_blameless = can_go_on and isinstance(error, WorkerDied)
         if not can_go_on:
             log.warning("worker %d: %s", worker.number, error, extra={"chunk_id": job.chunk_id})
@@ -233,10 +233,10 @@ class LocalExecutor:
         )
         return can_go_on
 
-    # Odds and ends
+    # Warming up, ending queued jobs
 
     async def _warm_up(self, worker: WorkerProcess) -> None:
-        """Have one pixel classified, so that libraries and a model are loaded when the first request comes."""
+        """Classify one pixel, so that libraries and a model are loaded when the first request comes."""
         row = _guess_first_model(self._settings.models)
         if row is None or not self._queued_jobs.empty():
             return
@@ -244,16 +244,16 @@ class LocalExecutor:
         item = ChunkItem(number=0, inputs={"image": _PIXEL})
         try:
             await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
-            # Not wait_for: before Python 3.12 it can swallow a cancellation that comes at the wrong moment.
+            # Not wait_for: before Python 3.12 it can swallow a cancellation.
             async with asyncio.timeout(self._settings.chunk_timeout_seconds):
                 reply = await worker.run_chunk(chunk, results)
         except TimeoutError as error:
             raise WorkerDied("It did not warm up in time.") from error
         except OSError as error:
-            log.warning("worker %d was not warmed up: %s", worker.number, error)
+            log.warning("worker %d could not warm up: %s", worker.number, error)
         else:
             if reply.get("ok") is not True:
-                log.warning("worker %d was not warmed up: %s", worker.number, reply.get("reason"))
+                log.warning("worker %d could not warm up: %s", worker.number, reply.get("reason"))
         finally:
             for path in (chunk, results):
                 path.unlink(missing_ok=True)
@@ -263,14 +263,11 @@ class LocalExecutor:
             while True:
                 queued_job = self._queued_jobs.get_nowait()
                 if not queued_job.outcome.done():
-                    queued_job.outcome.set_result(self._blameless_outcome(reason))
-
-    def _blameless_outcome(self, reason: str) -> Outcome:
-        return Outcome(provider=None, seconds=0.0, error=WorkerDied(reason), is_blameless=True)
+                    queued_job.outcome.set_result(Outcome.not_run(WorkerDied(reason)))
 
 
 def _guess_first_model(models: Path) -> ModelRow | None:
-    """Guess which model is asked for first: one that is installed, else one that can be built."""
+    """Guess which model is used first: an installed one, else one that can be built."""
     known = list_rows(models)
     installed = (row for row in known if installed_digest(models, row.name) is not None)
     return next(installed, next((row for row in known if can_build_now(row)), None))

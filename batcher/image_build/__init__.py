@@ -1,1 +1,1 @@
-"""Builds and publishes the provider's image."""
+"""Builds and publishes the provider image."""

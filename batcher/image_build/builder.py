@@ -1,7 +1,7 @@
-"""Builds the provider's image with a container engine, and publishes it for Golem.
+"""Builds the provider image with a container engine, and publishes it for Golem.
 
-Called by `mlg image`. Building needs a source checkout: the Dockerfile installs mlg from its source, at the versions in
-constraints.txt, and an installed wheel carries neither. Publishing is the work of Golem's own program `gvmkit-build`.
+Called by `cli/image.py`. Building needs a source checkout: the Dockerfile installs mlg from its source at the versions
+in constraints.txt, and an installed wheel contains neither. Golem's program `gvmkit-build` publishes the image.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from batcher.errors import ContainerImageError
+from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
-from batcher.image_build.engine import find_engine
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError
@@ -30,16 +30,16 @@ from provider_image.models.catalogue import CATALOGUE, look_up
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-#: What gvmkit-build says when it is not let in, or has no place to keep a token.
+#: Messages of gvmkit-build when it is not logged in, or cannot store a token.
 _NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|\b401\b", re.IGNORECASE)
 _NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """What `mlg image` needs."""
+    """Settings of `mlg image`."""
 
-    #: Folder of the artefacts that are installed here; in the home.
+    #: Folder of the installed artefacts; in the home.
     models: Path
     #: The container engine, a name or a path; empty takes the first that works. MLG_IMAGE_ENGINE. Defaults to empty.
     engine: str = ""
@@ -52,7 +52,7 @@ class ImageSettings:
         env = Environment(variables)
         registry = env.text("MLG_IMAGE_REGISTRY", cls.registry)
         if registry and not REPOSITORY.fullmatch(registry):
-            raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} is not like user/repository, in lower case.")
+            raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} does not have the form user/repository, in lower case.")
         return cls(
             models=env.path("MLG_HOME", "~/.mlg") / "models",
             engine=env.text("MLG_IMAGE_ENGINE", cls.engine),
@@ -61,10 +61,10 @@ class ImageSettings:
 
 
 def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
-    """Return the canonical names of models of the catalogue and users' own, each once, in order.
+    """Return the canonical names of catalogue and custom models, each once, in order.
 
-    :param models: where users' own are installed. Whether they are sound is not looked at.
-    :raises UnknownModel: there is no such model; names the nearest.
+    :param models: the folder of artefacts, where custom models are installed; they are not checked.
+    :raises UnknownModel: there is no such model; names the most similar.
     """
     names = []
     for spelling in spellings:
@@ -75,17 +75,21 @@ def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
 
 
 def image_tag(models: Sequence[str], tag: str | None = None) -> str:
-    """Return the name of the image that holds these models.
+    """Return the name of the container image for these models.
 
-    :param tag: what was asked for; without a `:` it gets `:latest`.
-    :raises ConfigError: no engine would take it.
+    :param tag: the requested name; without a `:` it gets `:latest`.
+    :raises ConfigError: it is not a valid name.
     """
     chosen = tag or f"mlg-provider:{'-'.join(models)}"
     if ":" not in chosen.rpartition("/")[2]:
         chosen += ":latest"
     if not _TAG.fullmatch(chosen):
-        wrong = "The names of these models make too long a tag" if tag is None else f"{tag!r} is not an image's name"
-        raise ConfigError(f"{wrong}. Give one in lower case: --tag NAME:TAG")
+        problem = (
+            "The names of these models are too long for a tag"
+            if tag is None
+            else f"{tag!r} is not a valid name of a container image"
+        )
+        raise ConfigError(f"{problem}. Set one in lower case: --tag NAME:TAG")
     return chosen
 
 
@@ -98,26 +102,26 @@ def build_image(
     base: str | None = None,
     tag: str | None = None,
 ) -> tuple[str, dict[str, str]]:
-    """Build the image that holds these models.
+    """Build the provider image with these models.
 
-    Models of the catalogue are compiled in the build; users' own, which nothing there could compile, are copied from
-    the models folder.
+    Catalogue models are compiled in the build. Custom models, which cannot be compiled there, are copied from the
+    folder of artefacts.
 
-    It takes two runs of the engine: the first exports the compiled artefacts, whose digests the second, which finds
-    everything else cached, puts into the labels. The digests are thus those of the files in the image.
+    The engine runs twice: the first run exports the compiled artefacts, and the second, which has everything cached,
+    puts their digests into the labels. So the digests are those of the files in the image.
 
-    :param weights: folder of weights files; None leaves it to Keras' published address.
-    :param installed: copy the models of the catalogue as well, instead of compiling them.
-    :param base: image to build on; None takes the Dockerfile's.
+    :param weights: folder of weights files; None downloads those that Keras publishes.
+    :param installed: copy the installed artefacts of catalogue models too, instead of compiling them.
+    :param base: base image; None takes the Dockerfile's.
     :return: the image's name, and each model's digest.
     :raises MlgError: it cannot be built; says what to do.
     """
     names = canonical_names(settings.models, models)
     name = image_tag(names, tag)
     if installed and weights is not None:
-        raise ConfigError("--installed compiles nothing, so there is no use for --weights. Leave one of them out.")
+        raise ConfigError("--installed compiles nothing, so --weights has no effect. Use only one of them.")
     if weights is not None and not weights.is_dir():
-        raise ContainerImageError(f"There is no folder of weights {weights}. Make it and put the weights files there.")
+        raise ContainerImageError(f"There is no folder of weights {weights}. Create it with the weights files.")
     check_checkout()
     copied_artefacts = [
         find_intact_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE
@@ -144,25 +148,25 @@ def push_image(
     lock: Path = LOCK_FILE,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> dict[str, PublishedImage]:
-    """Publish the image that holds these models on Golem's registry, and record it in the lock file.
+    """Publish the image with these models in Golem's registry, and record it in the lock file.
 
-    :return: what was published, by model.
-    :raises MlgError: it was not published, and the lock file is as it was; says what to do.
+    :return: the published image, by model.
+    :raises MlgError: it was not published and the lock file is unchanged; says what to do.
     """
     names = canonical_names(settings.models, models)
     name = image_tag(names, tag)
     if not settings.registry:
-        raise ConfigError("Say where to publish: MLG_IMAGE_REGISTRY=user/repository, as on Golem's registry.")
-    read_lock(lock)  # a damaged one is found before anything is uploaded
+        raise ConfigError("Set where to publish, a repository in Golem's registry: MLG_IMAGE_REGISTRY=user/repository.")
+    read_lock(lock)  # so that a damaged file is reported before the upload
     program = shutil.which("gvmkit-build")
     if program is None:
         raise ContainerImageError(
-            "gvmkit-build, which publishes images for Golem, is missing. pip install gvmkit-build"
+            "gvmkit-build, which publishes images for Golem, is not installed. Install it: pip install gvmkit-build"
         )
     engine = find_engine(settings.engine)
     if engine.name == "buildah":
         raise ContainerImageError(
-            f"gvmkit-build takes images from docker only. Hand it over: buildah push {name} docker-daemon:{name}, "
+            f"gvmkit-build takes images from docker only. Copy it: buildah push {name} docker-daemon:{name}, "
             "then push with MLG_IMAGE_ENGINE=docker"
         )
     digests = _labelled_digests(engine.labels(name), name, names)
@@ -175,10 +179,10 @@ def push_image(
             with file.open("rb") as handle:
                 found = hashlib.file_digest(handle, "sha3_224").hexdigest()
         except OSError as error:
-            raise ContainerImageError(f"gvmkit-build ended well but left no image file: {error}") from error
+            raise ContainerImageError(f"gvmkit-build succeeded but wrote no image file: {error}") from error
     if found not in HASH.findall(output):
         raise ContainerImageError(
-            f"gvmkit-build did not say that it has published {found}, the hash of the image it has made. "
+            f"gvmkit-build did not report that it published {found}, the hash of the image it made. "
             "Nothing was recorded. Update it (pip install --upgrade gvmkit-build) and push again."
         )
     now = clock().replace(microsecond=0)
@@ -203,25 +207,25 @@ def _digest(folder: Path) -> str:
         check_files(artefact)
     except MlgError as error:
         raise ContainerImageError(
-            f"The build ended well but gave no sound artefact of {folder.name}: {error}"
+            f"The build succeeded but produced no valid artefact of {folder.name}: {error}"
         ) from error
     return artefact.digest
 
 
 def _labelled_digests(labels: Mapping[str, str], name: str, models: Sequence[str]) -> dict[str, str]:
-    """Read which models an image holds, under which digests, from its labels; keep those that are asked for."""
+    """Return the digests of these models from an image's labels. :raises ContainerImageError: one is not in it."""
     digests = dict(zip(labels.get("mlg.model", "").split(","), labels.get("mlg.digest", "").split(","), strict=False))
     absent = [model for model in models if not re.fullmatch(r"[0-9a-f]{64}", digests.get(model, ""))]
     if absent:
         raise ContainerImageError(
-            f"The image {name} is not labelled as holding {absent[0]}. "
+            f"The labels of the image {name} do not name the model {absent[0]}. "
             f"Build it again: mlg image build {' '.join(models)} --tag {name}"
         )
     return {model: digests[model] for model in models}
 
 
 def _run_and_tee(command: list[str], target: str) -> str:
-    """Run gvmkit-build, pass on what it says as it comes, questions without an end of line included, and return it."""
+    """Run gvmkit-build, copy its output to standard error as it comes, prompts included, and return the output."""
     output = bytearray()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
@@ -234,10 +238,10 @@ def _run_and_tee(command: list[str], target: str) -> str:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if line.startswith("Error:")), lines[-1] if lines else "")
         if _NO_ENGINE.search(reason):
-            cure = "It needs docker's service: start docker, or podman's (podman system service) with DOCKER_HOST set."
+            remedy = "It needs a docker service: start docker, or podman (podman system service) with DOCKER_HOST set."
         elif _NOT_LOGGED_IN.search(reason):
-            cure = "Log in: gvmkit-build --login, or set REGISTRY_USER and REGISTRY_TOKEN."
+            remedy = "Log in: gvmkit-build --login, or set REGISTRY_USER and REGISTRY_TOKEN."
         else:
-            cure = "Nothing was recorded; push again."
-        raise ContainerImageError(f"gvmkit-build did not publish {target}. {cure} It said: {reason}")
+            remedy = "Nothing was recorded; push again."
+        raise ContainerImageError(f"gvmkit-build did not publish {target}. {remedy} Its output: {reason}")
     return text

@@ -1,7 +1,7 @@
-"""The build context of the provider's image: all that its Dockerfile takes, and nothing else.
+"""The build context of the provider image: all that its Dockerfile copies, and nothing else.
 
-Made by `images.py` in a temporary folder, so that edits and installations meanwhile do not matter. Must not change
-what it copies: large files are hard links.
+Made by `builder.py` in a temporary folder, so that edits and installations during the build have no effect. Must not
+change the files in it: large ones are hard links.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from batcher.errors import ContainerImageError
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import GRAPH_FILES, Artefact, check_files, read_artefact
 
-#: What the Dockerfile copies from a source checkout. `weights` and `models` come from elsewhere and may be missing.
+#: What the Dockerfile copies from a source checkout. `weights` and `models` come from elsewhere and are optional.
 SOURCES = (
     "constraints.txt",
     "setup.cfg",
@@ -34,39 +34,39 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def check_checkout() -> None:
-    """See that mlg runs from a source checkout. :raises ContainerImageError: it does not; says what to do."""
+    """Check that mlg runs from a source checkout. :raises ContainerImageError: it does not; says what to do."""
     missing = [source for source in (*SOURCES, "provider_image/Dockerfile") if not (_CHECKOUT / source).exists()]
     if missing:
         raise ContainerImageError(
-            f"Images are built from a source checkout of mlg, and {_CHECKOUT} is none ({missing[0]} is missing). "
-            "Clone the repository, then scripts/setup and .venv/bin/mlg image build there."
+            f"Images are built from a source checkout of mlg. {_CHECKOUT} is not one: {missing[0]} is missing. "
+            "Clone the repository, and run scripts/setup and .venv/bin/mlg image build there."
         )
 
 
 def find_intact_artefact(models: Path, name: str) -> Artefact:
-    """Read an installed artefact whose files are as they were made.
+    """Read an installed artefact and check its files.
 
     :param name: canonical.
-    :raises NotInstalled: it is not there; names the command that installs it.
-    :raises BrokenArtefact: it is damaged, or another model's.
+    :raises NotInstalled: it is not installed; names the command that installs it.
+    :raises BrokenArtefact: it is damaged, or belongs to another model.
     """
     artefact = read_artefact(models / name)
     if artefact.name != name:
-        raise BrokenArtefact(f"{models / name} holds the model {artefact.name[:64]!r}. Rename it to that.")
+        raise BrokenArtefact(f"{models / name} contains the model {artefact.name[:64]!r}. Rename the folder to that.")
     check_files(artefact)
     absent = [sample.file for sample in artefact.samples if not (artefact.folder / sample.file).is_file()]
     if absent:
-        raise BrokenArtefact(f"{artefact.folder / absent[0]} is missing. What to do says: mlg models check {name}")
+        raise BrokenArtefact(f"{artefact.folder / absent[0]} is missing. For the remedy run: mlg models check {name}")
     return artefact
 
 
 def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Artefact]) -> None:
-    """Make the folder.
+    """Create the build context.
 
-    :param context: does not exist yet.
-    :param weights: folder of weights files, all of which are taken.
-    :param artefacts: what is not to be compiled in the build.
-    :raises ContainerImageError: something cannot be copied.
+    :param context: the folder; does not exist yet.
+    :param weights: folder of weights files; all are included.
+    :param artefacts: models that are copied, not compiled in the build.
+    :raises ContainerImageError: a file cannot be copied.
     """
     try:
         for source in SOURCES:
@@ -86,7 +86,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
             for name in ("model.json", *GRAPH_FILES, *(sample.file for sample in artefact.samples)):
                 _link_or_copy(artefact.folder / name, target / name)
     except OSError as error:
-        raise ContainerImageError(f"The build context cannot be made: {error}") from error
+        raise ContainerImageError(f"The build context cannot be created: {error}") from error
 
 
 def _link_or_copy(file: Path, target: Path) -> None:

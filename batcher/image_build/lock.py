@@ -1,7 +1,7 @@
-"""The lock file of published images: which image on Golem's registry holds which model.
+"""The lock file of published provider images: which image in Golem's registry contains which model.
 
-`provider_image/images.lock` is JSON, sorted, and meant to be committed: model -> what was published. Written by
-`mlg image push`; read by whoever rents computers, so that all of them run the very image that was published here.
+`provider_image/images.lock` is sorted JSON, to be committed: model -> published image. `mlg image push` writes it; the
+golem executor reads it, so that all providers run exactly the published image.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from batcher.errors import ContainerImageError
 from provider_image.models.artefact import is_model_name
 
-#: Where it lies in a source checkout.
+#: Its place in a source checkout.
 LOCK_FILE = Path(__file__).resolve().parents[2] / "provider_image" / "images.lock"
-#: user/repository on Golem's registry.
+#: user/repository in Golem's registry.
 REPOSITORY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
-#: SHA3-224 of the published file: the name by which Golem finds it.
+#: SHA3-224 of the published file, by which Golem finds it.
 HASH = re.compile(r"[0-9a-f]{56}")
 
 _IMAGE = re.compile(rf"{REPOSITORY.pattern}:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}")
@@ -32,24 +32,24 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedImage:
-    """An image on Golem's registry, as one model sees it."""
+    """The entry of one model: its image in Golem's registry."""
 
-    #: user/repository:tag. A tag may be moved to another image later; the hash cannot.
+    #: user/repository:tag. A tag can be moved to another image later; the hash cannot.
     image: str
     #: SHA3-224 of the published file, 56 hexadecimal digits.
     hash: str
-    #: Digest of the model's artefact in the image; answers come under it.
+    #: Digest of the model's artefact in the image; results carry it.
     digest: str
-    #: What a provider downloads, once.
+    #: Size of the download.
     size_bytes: int
     #: When it was published.
     pushed_at: datetime
 
     @classmethod
     def from_row(cls, row: Any) -> PublishedImage:
-        """Read an entry of the file. :raises ValueError: names the field that cannot be used."""
+        """Read an entry of the file. :raises ValueError: names the invalid field."""
         if not isinstance(row, dict) or row.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError(f"an entry must have just the fields {', '.join(cls.__dataclass_fields__)}")
+            raise ValueError(f"an entry must have exactly the fields {', '.join(cls.__dataclass_fields__)}")
         for name, pattern in (("image", _IMAGE), ("hash", HASH), ("digest", _DIGEST)):
             if not isinstance(row[name], str) or not pattern.fullmatch(row[name]):
                 raise ValueError(f"{name} is {row[name]!r}")
@@ -65,9 +65,9 @@ class PublishedImage:
 
 
 def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
-    """Read the lock file: model -> what was published; empty if there is no file yet.
+    """Read the lock file: model -> published image; empty if there is no file yet.
 
-    :raises ContainerImageError: it cannot be read, or an entry cannot be used.
+    :raises ContainerImageError: it cannot be read, or an entry is invalid.
     """
     try:
         text = path.read_text()
@@ -79,26 +79,26 @@ def read_lock(path: Path = LOCK_FILE) -> dict[str, PublishedImage]:
     try:
         found = {}
         for model, row in json.loads(text).items():
-            if not is_model_name(model):  # users' own may be installed elsewhere only
-                raise ValueError("that is not a model's name")
+            if not is_model_name(model):  # it may be a custom model that is not installed here
+                raise ValueError("that is not a valid name of a model")
             found[model] = PublishedImage.from_row(row)
     except (ValueError, AttributeError, RecursionError) as error:
         where = f" at {model}" if model else ""
         raise ContainerImageError(
-            f"{path} is damaged{where}: {error}. Mend it, or delete it and push the images again."
+            f"{path} is damaged{where}: {error}. Fix it, or delete it and push the images again."
         ) from error
     return found
 
 
 def add_to_lock(new: Mapping[str, PublishedImage], path: Path = LOCK_FILE) -> None:
-    """Add or replace entries and keep the others; a reader sees the old file or the new one, never half of one.
+    """Add or replace entries, and keep the others; the file is replaced atomically.
 
-    :raises ContainerImageError: the file that is there cannot be read, or the new one cannot be written.
+    :raises ContainerImageError: the existing file cannot be read, or the new one cannot be written.
     """
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # two pushes at once must not forget each other's entries
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two pushes at once must not lose each other's entries
             entries = {**read_lock(path), **new}
             rows = {model: {**asdict(each), "pushed_at": each.pushed_at.isoformat()} for model, each in entries.items()}
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,46 +1,79 @@
-"""Shrinks pictures to what a model sees of them, before they are packed.
+"""Resizes images to a model's input before they are packed, in separate processes.
 
-Made by `batcher.scheduler`, called by `batcher.packing` in threads. Decoding a stranger's picture may crash or hang the
-process that does it, so none is decoded here: warm processes do it (`process.py`, and `__main__.py` on the other side),
-as many as MLG_WORKERS, started when the first picture comes. Each has one picture at a time, so whoever kills it is
-known at once. Not a `ProcessPoolExecutor`: that one cannot tell which of its jobs broke it, and leaves its processes
-behind when the batcher is killed.
+Made by `batcher.scheduler`, called by `batcher.packing` in threads. Decoding an untrusted image may crash or hang its
+process, so `__main__.py` does it in warm processes, up to MLG_WORKERS of them, started when the first image comes. Each
+has one image at a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell
+which job broke it and leaves its processes behind when the batcher is killed.
+
+A process and the batcher talk over a Unix socket, the process's standard input: one line of JSON for each job, and one
+line of JSON for each reply, followed by the resized inputs' bytes. The process reads the files itself, so the originals
+do not pass through the batcher. It ends when the batcher's end of the socket closes, for whatever reason.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import queue
+import signal
+import socket
+import subprocess
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batcher.errors import ResizingUnavailable
-from batcher.resizing.process import Decoder, DecoderExited, ResizeJob
-from batcher.subprocesses import child_environment
-from provider_image.errors import ChunkTimeout, MlgError, WorkerDied
+from batcher.subprocesses import child_environment, exit_description, module_command
+from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
+from provider_image.schemas import MAX_BYTES
 
 if TYPE_CHECKING:
     from batcher.executors import Executor
     from batcher.settings import BatcherSettings
     from provider_image.service import ModelInput
 
-#: An item may take this long; the largest picture that is taken needs two seconds on a quiet machine.
+#: Limit for an item; the largest accepted image needs two seconds on an idle machine.
 ITEM_TIMEOUT_SECONDS = 30.0
-#: Starts in a row that may end before the item was begun; somebody may kill idle processes, but not for ever.
+#: A process must be ready within this time after its start; importing takes a tenth of a second.
+START_SECONDS = 60.0
+#: What a process sends when it is ready.
+READY = b"ready\n"
+#: Longest line in both directions: names, sizes, a reason.
+MAX_LINE_BYTES = 64 * 1024
+#: The kernel ends a process this long after the timeout of its item: a process that hangs while it holds the GIL would
+#: not notice that its batcher has ended.
+KILL_MARGIN_SECONDS = 5.0
+#: A process that has closed its socket is killed if it does not end within this time.
+EXIT_GRACE_SECONDS = 2.0
+#: Starts in a row that may end before the item begins: idle processes may be killed, but not endlessly.
 _MAX_STARTS = 3
 
-#: What became of an item: its inputs shrunk; or why there are none; or that one of its files is gone.
+#: The result for an item: its resized inputs; why there are none; or that one of its files is missing.
 ResizeResult = dict[str, bytes] | MlgError | FileNotFoundError
 
 
-class Resizer:
-    """A few warm processes that shrink items. Threads may share it.
+@dataclass(frozen=True, kw_only=True)
+class ResizeJob:
+    """One item to resize."""
 
-    :param workers: processes at most.
-    :param environment: variables that they get beside those of this process.
+    #: The kind of service.
+    service: str
+    #: The fields of `ModelInput`.
+    model_input: dict[str, Any]
+    #: Input name -> path of the file.
+    inputs: dict[str, str]
+
+
+class Resizer:
+    """A pool of warm processes that resize items; safe to use from several threads.
+
+    :param workers: maximum number of processes.
+    :param environment: variables for them, in addition to those of this process.
     """
 
     def __init__(
@@ -50,20 +83,20 @@ class Resizer:
         self._is_closed = False
         variables = child_environment(os.environ, environment)
         self._decoders = [Decoder(variables) for _ in range(workers)]
-        # The last one used comes first, so that there are no more processes than are needed at the same time.
+        # Last in, first out, so that no more processes are started than are needed at the same time.
         self._free: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for decoder in self._decoders:
             self._free.put(decoder)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shrink")
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="resize")
 
     def resize(self, service: str, model_input: ModelInput, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
-        """Shrink items side by side; waits for all of them.
+        """Resize items in parallel, and wait for all of them.
 
-        :param items: input name -> file, for each.
-        :return: what became of each, in their order. A BadInput is in the words that a provider would have used;
-            WorkerDied and ChunkTimeout mean that this very item killed its process or hung.
-        :raises ResizingUnavailable: no process can be started, or this is closed; says nothing about the items.
-        :raises OSError: a file that is there cannot be read.
+        :param items: input name -> file, for each item.
+        :return: a result for each item, in their order. A BadInput has the text that a provider would have returned;
+            WorkerDied and ChunkTimeout mean that this item killed its process or hung.
+        :raises ResizingUnavailable: no process can be started, or this is closed; no item is at fault.
+        :raises OSError: an existing file cannot be read.
         """
         model_input_fields = asdict(model_input)
         jobs = [
@@ -80,11 +113,11 @@ class Resizer:
             raise _closed_error() from error
 
     def pids(self) -> list[int]:
-        """List the processes that run."""
+        """List the running processes."""
         return [decoder.pid for decoder in self._decoders if decoder.pid is not None]
 
     def close(self) -> None:
-        """Kill the processes, at once, and wait for them; who waits for an item is told. May be called twice."""
+        """Kill the processes and wait for them; calls of `resize` raise. May be called twice."""
         self._is_closed = True
         for decoder in self._decoders:
             decoder.retire()
@@ -111,11 +144,162 @@ class Resizer:
 
 
 def make_resizer(settings: BatcherSettings, executor: Executor) -> Resizer | None:
-    """Return what shrinks pictures for this executor; None if it is to get the originals."""
+    """Return the resizer for an executor; None if it gets the originals."""
     if settings.shrink == "off" or (settings.shrink == "auto" and not executor.is_remote):
         return None
     return Resizer(settings.workers)
 
 
+class DecoderExited(Exception):
+    """The process ended before it began the item, so the item is not at fault."""
+
+
+class Decoder:
+    """A process that decodes and resizes, started when needed and again after it ended; for one thread at a time.
+
+    :param variables: its environment.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._stream: io.BufferedRWPair | None = None
+        self._is_retired = False
+        #: Prevents a start after `retire`.
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None if none runs."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    def run(self, job: ResizeJob, limit_seconds: float) -> ResizeResult:
+        """Resize one item, in a new process if none runs.
+
+        :raises DecoderExited: the process had ended before; call again.
+        :raises WorkerDied: the process ended during this item.
+        :raises ChunkTimeout: it took too long.
+        :raises ResizingUnavailable: no process can be started.
+        :raises OSError: a file cannot be read.
+        """
+        if self.pid is None:
+            self.stop()
+            self._start()
+        assert self._socket is not None and self._stream is not None
+        try:
+            self._socket.settimeout(limit_seconds)
+            self._stream.write(json.dumps({**asdict(job), "limit_seconds": limit_seconds}).encode() + b"\n")
+            self._stream.flush()
+            reply, data = self._read_reply()
+        except TimeoutError as error:
+            self.stop()
+            raise _timeout_error(limit_seconds) from error
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # The kernel raises these only if the job was never read: this item did not end the process.
+            self.stop()
+            raise DecoderExited() from error
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            status = self._exit_status()
+            if status == -signal.SIGALRM:
+                raise _timeout_error(limit_seconds) from error
+            raise WorkerDied(
+                f"The process that decodes images {exit_description(status)} at this one. "
+                "Save it again in an image program and send that file."
+            ) from error
+        if "errno" in reply:
+            missing_or_unreadable = OSError(reply["errno"], reply["text"])
+            if isinstance(missing_or_unreadable, FileNotFoundError):
+                return missing_or_unreadable
+            raise missing_or_unreadable
+        return error_from_reply(reply) if "code" in reply else data
+
+    def retire(self) -> None:
+        """Kill the process permanently, from any thread; a running `run` raises WorkerDied."""
+        with self._lock:
+            self._is_retired = True
+            if self._process is not None:
+                self._process.kill()
+
+    def stop(self) -> int | None:
+        """Kill the process, wait for it, and close its socket. :return: its exit status; None if none ran."""
+        with self._lock:
+            process, self._process = self._process, None
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # unsent data is not needed
+                self._stream.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._stream = None
+        if process is None:
+            return None
+        process.kill()
+        return process.wait()
+
+    def _exit_status(self) -> int:
+        """Return the exit status of a process that has closed its socket; kill it if it does not end."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # The socket closes a moment before the system has the status.
+                process.wait(EXIT_GRACE_SECONDS)
+        return self.stop() or 0
+
+    def _read_reply(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Read a reply and the inputs behind it. :raises EOFError: it is incomplete."""
+        assert self._stream is not None
+        line = self._stream.readline(MAX_LINE_BYTES)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        reply: dict[str, Any] = json.loads(line)
+        data = {}
+        for name, size in reply.get("sizes", {}).items():
+            if not 0 <= size <= MAX_BYTES:
+                raise ValueError(size)
+            data[name] = self._stream.read(size)
+            if len(data[name]) != size:
+                raise EOFError
+        return reply, data
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            with self._lock:
+                if self._is_retired:
+                    raise _closed_error()
+                self._process = subprocess.Popen(
+                    module_command("batcher.resizing"),
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env=dict(self._variables),
+                    # Ctrl-C reaches every process of the terminal's group; only the batcher must handle it.
+                    start_new_session=True,
+                )
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise ResizingUnavailable(f"A process that resizes images cannot be started: {error}") from error
+            raise
+        finally:
+            theirs.close()
+        self._socket, self._stream = ours, (stream := ours.makefile("rwb"))
+        ours.settimeout(START_SECONDS)
+        try:
+            is_ready = stream.readline(MAX_LINE_BYTES) == READY
+        except OSError:
+            is_ready = False
+        if not is_ready:
+            how = exit_description(self._exit_status())
+            raise ResizingUnavailable(f"A process that resizes images {how} at its start. See the batcher's log.")
+
+
 def _closed_error() -> ResizingUnavailable:
-    return ResizingUnavailable("The batcher was stopped before the pictures were shrunk.")
+    return ResizingUnavailable("The batcher was stopped before the images were resized.")
+
+
+def _timeout_error(limit_seconds: float) -> ChunkTimeout:
+    return ChunkTimeout(
+        f"The image could not be decoded within {limit_seconds:g} s. "
+        "Save it again in an image program and send that file."
+    )

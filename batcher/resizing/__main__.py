@@ -1,7 +1,7 @@
-"""What a process that shrinks items does: `python -m batcher.resizing`.
+"""The main program of a process that resizes items: `python -m batcher.resizing`.
 
-Started by `process.py`, which says how the two talk. It must not open the store nor know of requests: a picture may
-take it over.
+Started by `batcher.resizing.Decoder`; the package's docstring describes the protocol. It must not open the store or
+know of requests: a malicious image may take control of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from batcher.resizing.process import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
+from batcher.resizing import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
 from provider_image.chunk import ItemError
 from provider_image.errors import MlgError
 from provider_image.schemas import MAX_REASON
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Shrink items until the batcher's end of the socket closes."""
+    """Resize items until the batcher's end of the socket closes."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    # Pillow warns of odd metadata in pictures, which nobody here can mend.
+    # Pillow warns of odd metadata in images, which cannot be fixed here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     threading.Thread(target=_exit_with_batcher, daemon=True).start()
     with socket.socket(fileno=sys.stdin.fileno()) as batcher, batcher.makefile("rwb") as stream:
@@ -52,9 +52,9 @@ def main() -> int:
 
 def _exit_with_batcher() -> None:
     hang_up = select.poll()
-    hang_up.register(0, 0)  # no event is asked for: a hang-up is told anyway
+    hang_up.register(0, 0)  # a hang-up is reported without being requested
     hang_up.poll()
-    os._exit(0)  # from a thread, in the middle of a picture: nobody waits for it
+    os._exit(0)  # from a thread, during an image whose result is not needed
 
 
 def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -68,7 +68,7 @@ def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
         if not isinstance(error, MlgError):
             log.exception("item failed")
         failure = ItemError.from_exception(error)
-        # Cut like a reason in a results file, so that a client reads the same.
+        # Truncated like a reason in a results file, so that clients see the same text.
         return {"code": failure.code, "reason": failure.reason[:MAX_REASON]}, {}
     return {"sizes": {name: len(each) for name, each in data.items()}}, data
 

@@ -1,21 +1,21 @@
-"""/market-api/v1 for a requestor."""
+"""The calls of /market-api/v1 that a requestor makes."""
 
 from __future__ import annotations
 
 from aiohttp import web
 
 from devnet.agreements import STATES
-from devnet.api import request_parsing
-from devnet.api_errors import ApiError, NotFound
+from devnet.api import read_max_items, read_object, read_reason, read_time, read_timeout_seconds
+from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.provider.agent import Provider
-from devnet.waiting import parse_time
+from devnet.timing import parse_time
 
 _ROOT = "/market-api/v1"
 
 
 class MarketRoutes:
-    """The handlers.
+    """The handlers of the market API.
 
     :param providers: node id -> provider.
     """
@@ -62,10 +62,8 @@ class MarketRoutes:
         return web.Response(status=204)
 
     async def _demand_events(self, request: web.Request) -> web.Response:
-        max_items = request_parsing.max_items(request, "maxEvents")
-        events = await self._market.poll(
-            request.match_info["demand_id"], request_parsing.timeout_seconds(request), max_items
-        )
+        max_items = read_max_items(request, "maxEvents")
+        events = await self._market.poll(request.match_info["demand_id"], read_timeout_seconds(request), max_items)
         return web.json_response(events)
 
     async def _proposal(self, request: web.Request) -> web.Response:
@@ -77,7 +75,7 @@ class MarketRoutes:
         return web.json_response(proposal.proposal_id, status=201)
 
     async def _reject(self, request: web.Request) -> web.Response:
-        await request_parsing.reason(request)
+        await read_reason(request)
         self._market.reject(*_proposal_ids(request))
         return web.Response(status=204)
 
@@ -86,21 +84,21 @@ class MarketRoutes:
     async def _list_agreements(self, request: web.Request) -> web.Response:
         state = request.query.get("state")
         if state is not None and state not in STATES:
-            raise ApiError(f"state is one of {', '.join(STATES)}, not {state!r}.")
+            raise ApiError(f"state must be one of {', '.join(STATES)}, not {state!r}.")
         agreements = self._market.agreements.search(
             state=state,
-            after=request_parsing.timestamp(request, "afterDate"),
-            before=request_parsing.timestamp(request, "beforeDate"),
+            after=read_time(request, "afterDate"),
+            before=read_time(request, "beforeDate"),
             session_id=request.query.get("appSessionId"),
         )
         return web.json_response([agreement.to_api_summary() for agreement in agreements])
 
     async def _create_agreement(self, request: web.Request) -> web.Response:
-        body = await request_parsing.json_object(request, "proposalId", "validTo")
+        body = await read_object(request, "proposalId", "validTo")
         try:
             valid_to = parse_time(str(body["validTo"]))
         except ValueError as error:
-            raise ApiError(f"validTo is no date in ISO 8601: {body['validTo']!r}.") from error
+            raise ApiError(f"validTo must be a time in ISO 8601, not {body['validTo']!r}.") from error
         agreement = self._market.create_agreement(str(body["proposalId"]), valid_to)
         return web.json_response(agreement.agreement_id, status=201)
 
@@ -112,19 +110,17 @@ class MarketRoutes:
         return web.Response(status=204)
 
     async def _wait(self, request: web.Request) -> web.Response:
-        timeout_seconds = request_parsing.timeout_seconds(request)
-        # As published: 0 waits as long as it takes.
+        timeout_seconds = read_timeout_seconds(request)
+        # As published: 0 waits without a limit.
         await self._market.agreements.wait_for_approval(self._agreement_id(request), timeout_seconds or None)
         return web.Response(status=204)
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        self._market.agreements.cancel(self._agreement_id(request), await request_parsing.reason(request))
+        self._market.agreements.cancel(self._agreement_id(request), await read_reason(request))
         return web.Response(status=204)
 
     async def _terminate(self, request: web.Request) -> web.Response:
-        self._market.agreements.terminate(
-            self._agreement_id(request), "Requestor", await request_parsing.reason(request)
-        )
+        self._market.agreements.terminate(self._agreement_id(request), "Requestor", await read_reason(request))
         return web.Response(status=204)
 
     async def _termination(self, request: web.Request) -> web.Response:
@@ -137,15 +133,15 @@ class MarketRoutes:
 
     async def _agreement_events(self, request: web.Request) -> web.Response:
         events = await self._market.agreements.poll(
-            request_parsing.timestamp(request, "afterTimestamp"),
-            request_parsing.timeout_seconds(request),
-            request_parsing.max_items(request, "maxEvents"),
+            read_time(request, "afterTimestamp"),
+            read_timeout_seconds(request),
+            read_max_items(request, "maxEvents"),
             request.query.get("appSessionId"),
         )
         return web.json_response(events)
 
     def _agreement_id(self, request: web.Request) -> str:
-        """Return the agreement's id, having its provider know that the requestor is alive."""
+        """Return the agreement's id, and record the contact with its provider."""
         agreement_id = request.match_info["agreement_id"]
         agreement = self._market.agreements.get(agreement_id)
         provider = self._providers.get(agreement.provider_id) if agreement is not None else None
@@ -159,7 +155,7 @@ def _proposal_ids(request: web.Request) -> tuple[str, str]:
 
 
 async def _properties_and_constraints(request: web.Request) -> tuple[dict[str, object], str]:
-    body = await request_parsing.json_object(request, "properties", "constraints")
+    body = await read_object(request, "properties", "constraints")
     if not isinstance(body["properties"], dict) or not isinstance(body["constraints"], str):
-        raise ApiError("properties is an object and constraints a text.")
+        raise ApiError("properties must be an object, and constraints a string.")
     return body["properties"], body["constraints"]

@@ -1,1 +1,1 @@
-"""A simulated provider: its offer, its activities as processes, its invoices and its faults."""
+"""A simulated provider: its offers, its activities as processes, its invoices and its faults."""

@@ -1,7 +1,7 @@
-"""A provider: offers itself, agrees with one requestor at a time, does its work and bills it.
+"""The provider agent: makes offers, has one agreement at a time, runs its activities and bills them.
 
-The market tells it what happens (see `market.ProviderSide`), the activities tell it what ends. It misbehaves as its
-plan says. What it does by itself runs in tasks of its own, which die with the daemon.
+Made by `Devnet`. The market calls it as `ProviderListener`, activities as `ActivityOwner`. It injects the faults of its
+plan. What it does on its own initiative runs in asyncio tasks, which end with the daemon.
 """
 
 from __future__ import annotations
@@ -12,30 +12,27 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
-from devnet.activities import Activities
-from devnet.api_errors import ApiError, InternalError
 from devnet.constraints import parse
-from devnet.faults import Faults
+from devnet.errors import ApiError, InternalError
 from devnet.market import MarketService, expiration
-from devnet.payment import PaymentService
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities
 from devnet.provider.invoicing import Invoicer
 from devnet.provider.offers import make_offers
 from devnet.records import Agreement, Demand, Proposal
-from devnet.scenario import ProviderPlan, Scenario
-from devnet.waiting import ChangeNotifier
+from devnet.scenario import FaultSchedule, ProviderPlan, Scenario
+from devnet.timing import ChangeNotifier
 
 log = logging.getLogger(__name__)
 
 _MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 
-Report = Callable[[str], None]
-
 
 class Provider:
-    """See the module.
+    """A simulated provider.
 
-    :param cpus: where its processes run.
-    :param report: gets a line for people about what is important.
+    :param cpus: processor cores on which its processes run.
+    :param report: receives a line of text about each important event.
     """
 
     def __init__(
@@ -46,14 +43,14 @@ class Provider:
         market: MarketService,
         payment: PaymentService,
         activities: Activities,
-        faults: Faults,
+        faults: FaultSchedule,
         cpus: frozenset[int] | None,
-        report: Report,
+        report: Callable[[str], None],
     ) -> None:
         self.plan = plan
         self.node_id = plan.node_id
         self.cpus = cpus
-        #: What it works on, from the requestor's signature until the last process has ended.
+        #: Set from the start of an agreement until its last process has ended.
         self.agreement: Agreement | None = None
         self._scenario = scenario
         self._market = market
@@ -68,7 +65,7 @@ class Provider:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Take part in the market, and go on with what was under way before a restart."""
+        """Join the market and resume the agreements from before a restart."""
         self._market.providers[self.node_id] = self
         for agreement in list(self._market.agreements.values()):
             if agreement.provider_id != self.node_id:
@@ -83,20 +80,20 @@ class Provider:
             self._propose_to_all()
 
     async def close(self) -> None:
-        """Stop at once, in the middle of whatever it does."""
+        """Cancel all tasks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # The market's side
+    # ProviderListener
 
     def demand_opened(self, demand: Demand) -> None:
-        """See ProviderSide."""
+        """See ProviderListener."""
         if self.agreement is None:
             self._propose_to(demand)
 
     def proposal_countered(self, proposal: Proposal) -> None:
-        """See ProviderSide. Whoever is busy does not answer; the requestor hears of it again later."""
+        """See ProviderListener. A busy provider does not answer; it makes a new proposal when it is free."""
         if self.agreement is not None or self._faults.triggers(self.plan.name, "no-answer"):
             return
         offer = self._offers.get(proposal.offer_id)
@@ -118,21 +115,21 @@ class Provider:
         )
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
-        """See ProviderSide."""
+        """See ProviderListener."""
         if self.agreement is not None:
-            self._market.agreements.refuse(agreement, f"{self.plan.name} is busy with another agreement.")
+            self._market.agreements.reject(agreement, f"{self.plan.name} is busy with another agreement.")
         elif self._faults.triggers(self.plan.name, "reject"):
-            self._report(f"{self.plan.name} refuses an agreement")
-            self._market.agreements.refuse(agreement, f"{self.plan.name} does not want to.")
+            self._report(f"{self.plan.name} rejects an agreement")
+            self._market.agreements.reject(agreement, f"{self.plan.name} rejects the agreement.")
         elif not self._faults.triggers(self.plan.name, "never-approve"):
             self._start_agreement(agreement)
 
     def agreement_ended(self, agreement: Agreement) -> None:
-        """See ProviderSide."""
+        """See ProviderListener."""
         if agreement is self.agreement:
             self._notifier.notify()
 
-    # The activities' side
+    # ActivityOwner, and calls of the API
 
     def record_contact(self) -> None:
         """See ActivityOwner."""
@@ -141,13 +138,13 @@ class Provider:
     def create_activity(self, agreement: Agreement) -> str:
         """Start an activity for an agreement.
 
-        :raises ApiError: the agreement does not allow it.
+        :raises ApiError: the agreement does not allow it, or the fault no-activity occurs.
         """
         self.record_contact()
         if agreement.state != "Approved" or agreement is not self.agreement:
-            raise ApiError(f"The agreement is {agreement.state}; it allows no activity.")
+            raise ApiError(f"The agreement is {agreement.state}; it does not allow an activity.")
         if agreement.usage and not is_multi_activity(agreement):
-            raise ApiError("The agreement is for one activity, and had it.")
+            raise ApiError("The agreement allows only one activity, which was already created.")
         if self._faults.triggers(self.plan.name, "no-activity"):
             raise InternalError(f"{self.plan.name} cannot start an exe-unit.")
         activity_id = self._activities.create(agreement, self)
@@ -157,22 +154,22 @@ class Provider:
         return activity_id
 
     def batch_started(self, agreement: Agreement, commands: list[dict[str, Any]]) -> None:
-        """Take note that a batch runs: the moment for dropping the agreement."""
+        """Handle the start of a batch: the occasion of the fault drop-agreement."""
         if not any("run" in command for command in commands):
             return
         fault = self._faults.triggers(self.plan.name, "drop-agreement")
         if fault is not None:
-            self._spawn(self._drop(agreement, fault.seconds))
+            self._spawn(self._terminate_after(agreement, fault.seconds))
 
     def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
         """See ActivityOwner."""
         self._idle_since = asyncio.get_running_loop().time()
         self._invoicer.send_debit_note(agreement, activity_id)
         if agreement.state == "Approved" and not is_multi_activity(agreement):
-            self._terminate(agreement, "The only activity is over.")
+            self._terminate(agreement, "Its only activity has ended.")
         self._notifier.notify()
 
-    # An agreement's life
+    # Agreements
 
     def _start_agreement(self, agreement: Agreement) -> None:
         self.agreement = agreement
@@ -186,40 +183,40 @@ class Provider:
             if not self._market.agreements.approve(agreement):
                 self._release()
                 return
-            self._report(f"{self.plan.name} agreed to work: {agreement.short_name}")
+            self._report(f"{self.plan.name} approves an agreement: {agreement.short_name}")
         self._invoicer.decide_overbilling(agreement)
         self.record_contact()
         self._idle_since = self._last_contact_at
         await self._watch(agreement)
-        for activity_id in self._activities.live_ids(agreement):
+        for activity_id in self._activities.running_ids(agreement):
             await self._activities.destroy(activity_id, f"The agreement is {agreement.state}.")
         self._spawn(self._invoicer.send_invoice(agreement))
         self._release()
 
     async def _watch(self, agreement: Agreement) -> None:
-        """Return when the agreement is over; end it when it is time."""
+        """Wait for the end of the agreement; terminate it at a timeout."""
         loop = asyncio.get_running_loop()
         expires_at = expiration(agreement.demand["properties"])
         while agreement.state == "Approved":
-            ends = [(self._last_contact_at + self._scenario.silent_seconds, "The requestor is silent.")]
-            if not self._activities.live_ids(agreement):
-                ends.append((self._idle_since + self._scenario.idle_seconds, "There is no activity."))
+            deadlines = [(self._last_contact_at + self._scenario.silent_seconds, "The requestor is inactive.")]
+            if not self._activities.running_ids(agreement):
+                deadlines.append((self._idle_since + self._scenario.idle_seconds, "It has no activity."))
             if expires_at is not None:
                 left = (expires_at - datetime.now(UTC)).total_seconds()
-                ends.append((loop.time() + left, "The demand has expired."))
-            end, reason = min(ends)
-            if end <= loop.time():
+                deadlines.append((loop.time() + left, "The demand has expired."))
+            deadline, reason = min(deadlines)
+            if deadline <= loop.time():
                 self._terminate(agreement, reason)
                 return
-            await self._notifier.wait_until(lambda: agreement.state != "Approved", end - loop.time())
+            await self._notifier.wait_until(lambda: agreement.state != "Approved", deadline - loop.time())
 
-    async def _drop(self, agreement: Agreement, seconds: float) -> None:
+    async def _terminate_after(self, agreement: Agreement, seconds: float) -> None:
         await asyncio.sleep(seconds)
         if agreement.state == "Approved":
-            self._terminate(agreement, "The provider needs its computer for something else.")
+            self._terminate(agreement, "Fault of the scenario: drop-agreement.")
 
     def _terminate(self, agreement: Agreement, reason: str) -> None:
-        self._report(f"{self.plan.name} ends its agreement: {reason}")
+        self._report(f"{self.plan.name} terminates {agreement.short_name}: {reason}")
         self._market.agreements.terminate(agreement.agreement_id, "Provider", {"message": reason})
 
     def _release(self) -> None:
@@ -254,10 +251,10 @@ class Provider:
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("%s: a task of its failed", self.plan.name, exc_info=task.exception())
+            log.error("%s: a task failed", self.plan.name, exc_info=task.exception())
 
 
 def is_multi_activity(agreement: Agreement) -> bool:
-    """Tell whether both sides agreed to have several activities, one after the other."""
+    """Return whether both sides agreed to more than one activity."""
     sides = (agreement.demand["properties"], agreement.offer["properties"])
     return all(side.get(_MULTI_ACTIVITY) is True for side in sides)

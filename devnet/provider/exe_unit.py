@@ -1,7 +1,7 @@
-"""One activity on one provider: takes batches of commands, runs them in order and tells how it went.
+"""The exe-unit: runs the batches of an activity in order and keeps their results.
 
-Made by the market's side for each activity and asked by the API. It does what Golem's exe-unit does with a script, in
-a sandbox instead of a virtual machine, and misbehaves where its provider's faults say so.
+Made by `Activities`, one per activity; called by the API. It executes scripts as Golem's exe-unit does, in a sandbox
+instead of a virtual machine, and injects its provider's faults.
 
     Initialized -- deploy --> Deployed -- start --> Ready -- terminate, destroy, a fault --> Terminated
 """
@@ -15,44 +15,39 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from devnet.api_errors import Gone, NotFound, TimedOut
-from devnet.provider.batch import ScriptBatch
+from devnet.errors import Gone, NotFound, TimedOut
+from devnet.gftp import TransferFailed, deliver, fetch
 from devnet.provider.fault_injection import FaultInjector
-from devnet.provider.output_capture import Capture
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
-from devnet.provider.script import Command, CommandFailed, parse_script
-from devnet.transfers import TransferFailed, Transfers
-
-if TYPE_CHECKING:
-    from devnet.faults import Faults
-    from devnet.scenario import Fault, ProviderPlan
+from devnet.provider.script import Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
+from devnet.scenario import Fault, FaultSchedule, ProviderPlan
 
 log = logging.getLogger(__name__)
 
-#: Batches that can still be asked about after they are over.
+#: Number of finished batches whose results are kept.
 MAX_FINISHED_BATCHES = 100
-#: A call for an activity that vanished is held as long, unless its fault says otherwise.
+#: How long a call for an activity with the fault vanish-http hangs, if the fault has no `seconds`.
 DEFAULT_VANISH_SECONDS = 300.0
 _EXIT_STATUS = 7
 _CONTAINER = "container:"
 
 
 class ScriptBatchNotFound(NotFound):
-    """The activity has no such batch, or its events were streamed already."""
+    """The activity has no such batch, or its events have already been streamed."""
 
 
 class ActivityEnded(Gone):
-    """The activity is terminated; its state says why."""
+    """The activity has terminated."""
 
 
 class ActivityVanished(TimedOut):
-    """The provider does not answer."""
+    """The provider does not respond."""
 
 
-class _ActivityOver(Exception):
-    """The activity ends of its own accord."""
+class _ActivityTerminated(Exception):
+    """The activity terminates by a command or a fault."""
 
     def __init__(self, reason: str, *, is_crash: bool) -> None:
         super().__init__(reason)
@@ -60,12 +55,13 @@ class _ActivityOver(Exception):
 
 
 class ExeUnit:
-    """See above. Must be made inside a running loop.
+    """The exe-unit of an activity. Must be made in a running event loop.
 
-    :param folder: the activity's own; made here, removed at its end. Beside it all activities remember answers.
-    :param environment: all that programs get.
-    :param cpus: the processor cores that programs may use; None does not choose.
-    :param on_crash: called with the activity's id when it dies of its own accord, not when it is destroyed.
+    :param folder: the activity's folder; made here, removed at its end. All activities save results files beside it.
+    :param exchange: the folder that the `gftp` program shares with the daemon.
+    :param environment: the environment of programs.
+    :param cpus: the processor cores that programs may use; all if None.
+    :param on_crash: called with the activity's id when it crashes, not when it is destroyed.
     """
 
     def __init__(
@@ -74,17 +70,17 @@ class ExeUnit:
         *,
         plan: ProviderPlan,
         folder: Path,
-        transfers: Transfers,
-        faults: Faults,
+        exchange: Path,
+        faults: FaultSchedule,
         environment: Mapping[str, str],
         cpus: frozenset[int] | None,
         on_crash: Callable[[str], None] | None = None,
     ) -> None:
         self.activity_id = activity_id
         self._speed = min(1.0, plan.speed)
-        self._transfers = transfers
+        self._exchange = exchange
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
-        self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "answers")
+        self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "results")
         self._on_crash = on_crash
         self._state, self._next_state, self._reason = "Initialized", "", ""
         self._batches: dict[str, ScriptBatch] = {}
@@ -95,32 +91,33 @@ class ExeUnit:
         self._created_at = time.monotonic()
         self._seconds: float | None = None
 
-    # Asked by the API
+    # Called by the API
 
     @property
     def state(self) -> tuple[str, str | None]:
-        """What the activity is, and what it is about to be."""
+        """Return the state of the activity, and the one to which it is changing."""
         return self._state, self._next_state or None
 
     @property
     def reason(self) -> str | None:
-        """Why it was terminated; None as long as it was not."""
+        """Return why the activity was terminated; None if it was not."""
         return self._reason or None
 
     @property
     def is_vanished(self) -> bool:
-        """Calls for it are not answered."""
+        """Return whether calls for the activity hang."""
         return self._vanished is not None
 
     def usage(self) -> list[float]:
-        """Return processor seconds and seconds of life. A slow provider's processor works longer for the same."""
+        """Return seconds of processor time, longer on a slow provider, and seconds since the activity was created."""
         seconds = time.monotonic() - self._created_at if self._seconds is None else self._seconds
         return [self._sandbox.processes.cpu_seconds() / self._speed, seconds]
 
     async def execute(self, commands: list[dict[str, Any]]) -> str:
-        """Queue a batch behind those before and return its id.
+        """Queue a batch and return its id.
 
-        :raises BadScript: a command that there is not, or with other fields than it has.
+        :raises BadScript: the script is invalid.
+        :raises ActivityEnded: the activity has terminated.
         """
         await self.block_if_vanished()
         self._raise_if_ended()
@@ -132,10 +129,11 @@ class ExeUnit:
         return batch.id
 
     async def results(self, batch_id: str, timeout: float) -> list[dict[str, Any]]:
-        """Return all results of a batch so far, as soon as it is finished or the time is over.
+        """Return the results of a batch so far, as soon as it is finished or after the timeout.
 
-        :raises ScriptBatchNotFound: there is none.
-        :raises ActivityEnded: it will never be finished.
+        :param timeout: in seconds.
+        :raises ScriptBatchNotFound: there is no such batch.
+        :raises ActivityEnded: the activity has terminated before the end of the batch.
         """
         await self.block_if_vanished()
         batch = self._batch(batch_id)
@@ -144,39 +142,39 @@ class ExeUnit:
         if not batch.is_finished:
             self._raise_if_ended()
         elif not batch.is_streamed:
-            batch.events.clear()  # whoever polls does not stream
+            batch.events.clear()  # a requestor that polls does not stream
         return list(batch.results)
 
     def stream(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Give a batch's runtime events as they come; they just stop when the activity ends.
+        """Yield the runtime events of a batch as they occur, until the batch or the activity ends.
 
-        :raises ScriptBatchNotFound: there is none, or it was streamed already: yapapi cannot bear to see events twice.
+        :raises ScriptBatchNotFound: there is no such batch, or it was streamed before: yapapi fails on repeated events.
         """
         batch = self._batch(batch_id)
         if batch.is_streamed:
-            raise ScriptBatchNotFound(f"The events of batch {batch_id} were streamed already.")
+            raise ScriptBatchNotFound(f"The events of batch {batch_id} have already been streamed.")
         batch.is_streamed = True
         return self._events(batch)
 
     async def destroy(self) -> None:
-        """End the activity: kill its processes and remove its folder. Harmless when called twice."""
+        """End the activity for the requestor: kill its processes and remove its folder. May be called twice."""
         await self.end()
         await self.block_if_vanished()
 
     async def block_if_vanished(self) -> None:
-        """Keep the caller waiting if the activity has vanished. :raises ActivityVanished: after a long time."""
+        """Block if the fault vanish-http has occurred. :raises ActivityVanished: at the end of the fault's time."""
         if self._vanished is not None:
             await asyncio.sleep(self._vanished.seconds or DEFAULT_VANISH_SECONDS)
-            raise ActivityVanished("The provider does not answer.")
+            raise ActivityVanished("The provider does not respond.")
 
-    # The end
+    # Termination
 
     async def end(self, reason: str = "The activity was destroyed.") -> None:
-        """End the activity, also one that has vanished: for the daemon itself."""
+        """End the activity for the daemon, without blocking if the fault vanish-http has occurred."""
         await asyncio.shield(self._terminate(reason, is_crash=False))
 
     def _terminate(self, reason: str, *, is_crash: bool) -> asyncio.Task[None]:
-        """Terminate it for everybody who asks, and give the task that cleans up."""
+        """Terminate the activity, once. :return: the task that cleans up."""
         if self._cleanup_task is None:
             self._state, self._next_state, self._reason = "Terminated", "", reason
             self._seconds = time.monotonic() - self._created_at
@@ -188,7 +186,7 @@ class ExeUnit:
     async def _clean_up(self, *, is_crash: bool) -> None:
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
-        self._sandbox.processes.cpu_seconds()  # once more before they are gone
+        self._sandbox.processes.cpu_seconds()  # measures them for the last time
         await self._sandbox.remove()
         if is_crash and self._on_crash is not None:
             self._on_crash(self.activity_id)
@@ -201,7 +199,7 @@ class ExeUnit:
 
     def _raise_if_ended(self) -> None:
         if self._state == "Terminated":
-            raise ActivityEnded(f"The activity is terminated. {self._reason}")
+            raise ActivityEnded(f"The activity has terminated. {self._reason}")
 
     async def _events(self, batch: ScriptBatch) -> AsyncIterator[dict[str, Any]]:
         def is_over() -> bool:
@@ -215,18 +213,18 @@ class ExeUnit:
             if not batch.events and is_over():
                 return
 
-    # The work
+    # Execution
 
     async def _run_batches(self) -> None:
         try:
             while True:
                 await self._run_batch(await self._queue.get())
-        except _ActivityOver as over:
-            log.info("activity %s: %s", self.activity_id, over)
-            self._terminate(str(over), is_crash=over.is_crash)
+        except _ActivityTerminated as end:
+            log.info("activity %s: %s", self.activity_id, end)
+            self._terminate(str(end), is_crash=end.is_crash)
         except Exception:
             log.exception("activity %s failed", self.activity_id)
-            self._terminate("The devnet has a bug; see its log.", is_crash=True)
+            self._terminate("Internal error of the devnet; see its log.", is_crash=True)
 
     async def _run_batch(self, batch: ScriptBatch) -> None:
         for index, command in enumerate(batch.commands):
@@ -246,19 +244,19 @@ class ExeUnit:
             if error is not None:
                 return
             if command.ends_activity:
-                raise _ActivityOver("The script terminated the activity.", is_crash=False)
+                raise _ActivityTerminated("The script terminated the activity.", is_crash=False)
 
     async def _run_command(
-        self, command: Command, streams: Mapping[str, Capture], add_event: Callable[[dict[str, Any]], None]
+        self, command: Command, streams: Mapping[str, OutputCapture], add_event: Callable[[dict[str, Any]], None]
     ) -> None:
         if self._state not in command.allowed_states:
-            raise CommandFailed(f"{command.name} is not possible in the state {self._state}.")
+            raise CommandFailed(f"{command.name} is not allowed in the state {self._state}.")
         body = command.body
         if command.name == "deploy":
             self._next_state = "Deployed"
             if self._fault_injector.deploy_fails():
                 self._next_state = ""
-                raise CommandFailed("Deploying failed: the image cannot be unpacked.")
+                raise CommandFailed("Fault of the scenario: fail-deploy.")
             self._state, self._next_state = "Deployed", ""
         elif command.name == "start":
             self._state = "Ready"
@@ -269,18 +267,19 @@ class ExeUnit:
         elif command.name == "run":
             await self._run(body["entry_point"], body.get("args") or [], streams)
         elif command.name == "sign":
-            raise CommandFailed("There is no key to sign with.")
+            raise CommandFailed("The devnet does not support the command sign.")
 
     async def _transfer(self, source: str, target: str) -> int:
         if target.startswith(_CONTAINER) and not source.startswith(_CONTAINER):
             path = self._sandbox.host_path(target.removeprefix(_CONTAINER))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return await self._transfers.fetch(source, path)
+            return await asyncio.to_thread(fetch, self._exchange, source, path)
         if source.startswith(_CONTAINER) and not target.startswith(_CONTAINER):
-            return await self._transfers.deliver(self._sandbox.host_path(source.removeprefix(_CONTAINER)), target)
-        raise CommandFailed(f"A transfer has one side in the container, unlike {source} -> {target}")
+            path = self._sandbox.host_path(source.removeprefix(_CONTAINER))
+            return await asyncio.to_thread(deliver, self._exchange, path, target)
+        raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
 
-    async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, Capture]) -> None:
+    async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         fault = self._fault_injector.fault_before_run()
         if fault is not None:
             log.info("activity %s: %s", self.activity_id, fault.kind)
@@ -301,15 +300,15 @@ class ExeUnit:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        raise _ActivityOver("The exe-unit was killed.", is_crash=True)
+        raise _ActivityTerminated("The exe-unit was killed.", is_crash=True)
 
-    async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, Capture]) -> None:
+    async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         before = self._sandbox.list_outputs()
         started_at = time.monotonic()
         status = await self._sandbox.run(
             entry_point, arguments, on_stdout=streams["stdout"].write, on_stderr=streams["stderr"].write
         )
-        # Its program had the same processor as everybody's; a slow provider just is not done yet.
+        # All providers have the same processors; a slow one waits before it reports the end of the program.
         await asyncio.sleep((time.monotonic() - started_at) * (1 / self._speed - 1))
         if status != 0:
             raise CommandFailed.from_exit_status(status)
@@ -317,5 +316,5 @@ class ExeUnit:
         self._fault_injector.corrupt(changed)
 
 
-def _capture(name: str, command: Command, add_event: Callable[[dict[str, Any]], None]) -> Capture:
-    return Capture(command.capture.get(name), lambda text: add_event({name: text}))
+def _capture(name: str, command: Command, add_event: Callable[[dict[str, Any]], None]) -> OutputCapture:
+    return OutputCapture(command.capture.get(name), lambda text: add_event({name: text}))

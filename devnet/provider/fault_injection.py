@@ -1,7 +1,7 @@
-"""What a provider that misbehaves does to an activity: which faults strike a command, and spoilt results files.
+"""Faults of a provider in an activity: failing commands and corrupted output files.
 
-Used by `exe_unit.py`, which asks before each deploy and around each run. Results files that are spoilt stay well
-formed where a lie is meant and not an accident, so that only whoever compares what they say notices.
+Used by `exe_unit.py` before each deploy, and before and after each run. The faults wrong-digest and swap-results leave
+the results file well-formed, so that only a check of its content detects them.
 """
 
 from __future__ import annotations
@@ -13,53 +13,50 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from devnet.scenario import Fault, FaultSchedule
 from provider_image.archive import add, add_json, atomic_zip
 from provider_image.errors import MalformedResults
 from provider_image.schemas import check_results
 
-if TYPE_CHECKING:
-    from devnet.faults import Faults
-    from devnet.scenario import Fault
-
 log = logging.getLogger(__name__)
 
-#: Instead of a run, the first that strikes; not even asked about the others then.
+#: Kinds that replace a run. The first that occurs ends the search, so the others do not count an occasion.
 FAULTS_BEFORE_RUN = ("die", "vanish-http", "hang", "exit-nonzero")
-#: Done to the files that a run has written.
+#: Kinds that corrupt the files that a run has written.
 FAULTS_AFTER_RUN = ("swap-results", "wrong-digest", "garbage", "truncate", "oversize")
-#: What an oversized file has; only on paper, because the rest is a hole.
+#: Size of an oversized file; most of it is a hole.
 OVERSIZE_BYTES = 200_000_000
-#: Answers that are remembered, to be given again where they do not belong.
-_MAX_SAVED_ANSWERS = 4
+#: Number of correct results files that are saved for the fault swap-results.
+_MAX_SAVED_RESULTS = 4
 _MAX_GARBAGE_BYTES = 1024 * 1024
 
 
 class FaultInjector:
-    """The faults of one provider, as far as its activities have them.
+    """Injects the faults of one provider into its activities.
 
-    :param provider_name: the provider's name.
-    :param answers: a folder in which all providers remember what they answered; must be on the activities' disk.
+    :param saved_results: a folder in which all providers save correct results files; must be on the file system of the
+        activities.
     """
 
-    def __init__(self, provider_name: str, faults: Faults, answers: Path) -> None:
-        self._provider_name, self._faults, self._answers = provider_name, faults, answers
+    def __init__(self, provider_name: str, faults: FaultSchedule, saved_results: Path) -> None:
+        self._provider_name, self._faults, self._saved_results = provider_name, faults, saved_results
 
     def deploy_fails(self) -> bool:
-        """Tell whether this deploy fails."""
+        """Return whether this deploy fails."""
         return self._faults.triggers(self._provider_name, "fail-deploy") is not None
 
     def fault_before_run(self) -> Fault | None:
-        """Return what happens instead of this run, if anything."""
+        """Return the fault that replaces this run, if any."""
         return self._first_triggered(FAULTS_BEFORE_RUN)
 
     def corrupt(self, files: Iterable[Path]) -> None:
-        """Do to the files that a run has written what is due; remember them otherwise."""
+        """Corrupt the files that a run has written if a fault occurs; save correct results files otherwise."""
         fault = self._first_triggered(FAULTS_AFTER_RUN)
         for file in files:
             if fault is None:
-                self._save_answer(file)
+                self._save_results(file)
             else:
                 log.info("%s: %s of %s", self._provider_name, fault.kind, file.name)
                 _CORRUPTIONS.get(fault.kind, self._swap)(file)
@@ -71,24 +68,24 @@ class FaultInjector:
                 return fault
         return None
 
-    def _save_answer(self, file: Path) -> None:
+    def _save_results(self, file: Path) -> None:
         document = _read_results(file)
         if document is None:
             return
-        self._answers.mkdir(exist_ok=True)
-        saved = self._answers / f"{document['chunk_id']}.zip"
+        self._saved_results.mkdir(exist_ok=True)
+        saved = self._saved_results / f"{document['chunk_id']}.zip"
         saved.unlink(missing_ok=True)
-        # The file will be replaced and never changed, so a second name for it keeps it without a copy.
+        # A hard link is enough, because files are replaced and never changed.
         os.link(file, saved)
-        by_age = sorted(self._answers.glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
-        for path in by_age[:-_MAX_SAVED_ANSWERS]:
+        by_age = sorted(self._saved_results.glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
+        for path in by_age[:-_MAX_SAVED_RESULTS]:
             path.unlink(missing_ok=True)
 
     def _swap(self, file: Path) -> None:
-        """Put another chunk's answers in the place of these; if there are none, say that these are another's."""
+        """Replace results by those of another chunk; if there are none, change the chunk's id in them."""
         document = _read_results(file)
         chunk_id = document["chunk_id"] if document is not None else ""
-        for other in self._answers.glob("*.zip"):
+        for other in self._saved_results.glob("*.zip"):
             if other.stem != chunk_id:
                 _replace(file, other.read_bytes())
                 return
@@ -96,7 +93,7 @@ class FaultInjector:
 
 
 def _read_results(file: Path) -> dict[str, Any] | None:
-    """Read a file's results.json; None if it is no results file."""
+    """Return results.json of a results file; None if the file is not one."""
     try:
         with zipfile.ZipFile(file) as archive:
             document: dict[str, Any] = json.loads(archive.read("results.json"))
@@ -107,7 +104,7 @@ def _read_results(file: Path) -> dict[str, Any] | None:
 
 
 def _rewrite_results(file: Path, **changes: str) -> None:
-    """Say something else in a results file; nothing happens to other files."""
+    """Change fields of results.json in a results file; other files stay as they are."""
     document = _read_results(file)
     if document is None:
         return
@@ -120,7 +117,7 @@ def _rewrite_results(file: Path, **changes: str) -> None:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Write a file anew: under its other names, if it has any, the old one stays."""
+    """Write a new file in the place of one; hard links keep the old one."""
     file.unlink()
     file.write_bytes(data)
 

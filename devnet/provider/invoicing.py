@@ -1,31 +1,50 @@
-"""What a provider asks for: writes its invoices and debit notes, and does it wrongly where its faults say so.
+"""A provider's bills: the amounts, its invoices and debit notes, and the faults in them.
 
-Made by `providers.Provider`, which says when. The amounts are those of `billing.py`.
+Made by `Provider`, which decides when to bill.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 
-from devnet.activities import Activities
-from devnet.faults import Faults
-from devnet.payment import PaymentService
-from devnet.provider.billing import activity_amount, agreement_amount
+from devnet.payments import PaymentService
+from devnet.provider.activities import Activities
 from devnet.records import Agreement, format_amount
-from devnet.scenario import ProviderPlan
+from devnet.scenario import FaultSchedule, ProviderPlan
 
-#: How long a requestor may take to pay.
+#: The smallest amount of GLM.
+UNIT = Decimal("1e-18")
+#: Due date of invoices.
 PAYMENT_DAYS = 1
-#: Of the fault frequent-debit-notes, if it does not say.
+#: Interval of the fault frequent-debit-notes, if it has none.
 DEFAULT_FREQUENT_SECONDS = 0.5
 
 
-class Invoicer:
-    """One provider's.
+def activity_amount(plan: ProviderPlan, usage: Sequence[float], factor: float = 1.0) -> Decimal:
+    """Compute the price of an activity.
 
-    :param report: gets a line for people about every invoice.
+    :param usage: seconds of processor time, and seconds that it existed.
+    :param factor: of the fault overbill.
+    """
+    processor, duration = (Decimal(repr(float(each))) for each in usage)
+    with localcontext() as context:
+        context.prec = 60
+        amount = plan.start_price + processor * plan.price_per_cpu_second + duration * plan.price_per_second
+        return (amount * Decimal(repr(float(factor)))).quantize(UNIT, rounding=ROUND_HALF_UP)
+
+
+def agreement_amount(plan: ProviderPlan, usages: Iterable[Sequence[float]], factor: float = 1.0) -> Decimal:
+    """Compute the price of an agreement: the sum over its activities."""
+    return sum((activity_amount(plan, usage, factor) for usage in usages), Decimal(0))
+
+
+class Invoicer:
+    """Sends the bills of one provider.
+
+    :param report: receives a line of text about each invoice.
     """
 
     def __init__(
@@ -34,7 +53,7 @@ class Invoicer:
         *,
         payment: PaymentService,
         activities: Activities,
-        faults: Faults,
+        faults: FaultSchedule,
         report: Callable[[str], None],
     ) -> None:
         self._plan = plan
@@ -42,22 +61,22 @@ class Invoicer:
         self._activities = activities
         self._faults = faults
         self._report = report
-        #: Agreement id -> how many times too much is asked for.
+        #: Agreement id -> factor of the fault overbill.
         self._overbill_factors: dict[str, float] = {}
 
     def decide_overbilling(self, agreement: Agreement) -> None:
-        """Decide at the beginning of an agreement how honest to be in it."""
+        """Decide at the start of an agreement whether to overbill it."""
         overbill = self._faults.triggers(self._plan.name, "overbill")
         if overbill is not None:
             self._overbill_factors[agreement.agreement_id] = overbill.factor
 
     def debit_note_interval_seconds(self) -> float:
-        """Return the time between two debit notes of a new activity; 0 if there is only one, at its end."""
+        """Return the time between two debit notes of a new activity; 0 for a single one at its end."""
         frequent = self._faults.triggers(self._plan.name, "frequent-debit-notes")
         return self._plan.debit_note_seconds if frequent is None else frequent.seconds or DEFAULT_FREQUENT_SECONDS
 
     async def send_debit_notes(self, agreement: Agreement, activity_id: str, seconds: float) -> None:
-        """Send a debit note again and again until the activity is over."""
+        """Send debit notes at an interval until the activity has ended."""
         while True:
             await asyncio.sleep(seconds)
             if self._activities.reason(activity_id) is not None:
@@ -65,7 +84,7 @@ class Invoicer:
             self.send_debit_note(agreement, activity_id)
 
     def send_debit_note(self, agreement: Agreement, activity_id: str) -> None:
-        """Send a debit note over what an activity has cost until now; none after the invoice."""
+        """Send a debit note for the cost of an activity so far; none after the invoice."""
         if agreement.is_billed:
             return
         usage = list(self._activities.usage(activity_id))
@@ -74,7 +93,7 @@ class Invoicer:
         self._payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
 
     async def send_invoice(self, agreement: Agreement) -> None:
-        """Send the invoice of an agreement that is over."""
+        """Send the invoice of an agreement that has ended."""
         if self._faults.triggers(self._plan.name, "never-bill"):
             agreement.is_billed = True
             return
@@ -85,7 +104,7 @@ class Invoicer:
         amount = agreement_amount(self._plan, agreement.usage.values(), factor)
         agreement.is_billed = True
         self._payment.send_invoice(agreement, amount, _due_at())
-        self._report(f"{self._plan.name} sends an invoice over {format_amount(amount)} GLM: {agreement.short_name}")
+        self._report(f"{self._plan.name} sends an invoice for {format_amount(amount)} GLM: {agreement.short_name}")
 
 
 def _due_at() -> datetime:

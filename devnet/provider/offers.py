@@ -1,4 +1,4 @@
-"""What a provider publishes of itself, in Golem's property names."""
+"""The offers that a provider makes on the market, in Golem's properties."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from devnet.constraints import Constraint, parse
 from devnet.scenario import ProviderPlan
 from devnet.wallet import PLATFORMS
 
-#: The order in which an exe-unit counts.
+#: The order of an activity's usage counters.
 USAGE_VECTOR = ["golem.usage.cpu_sec", "golem.usage.duration_sec"]
 _CAPABILITIES = {"vm": ["inet", "manifest-support", "start-entrypoint"]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """One runtime of one provider."""
+    """An offer of a provider, for one runtime."""
 
     offer_id: str
     properties: dict[str, Any]
     constraints: str
-    #: The constraints, read.
     parsed_constraints: Constraint
 
 
 def make_offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
-    """Make a provider's offers, one a runtime."""
+    """Make the offers of a provider, one per runtime."""
     constraints = f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
     parsed_constraints = parse(constraints)
     return [
@@ -61,7 +60,7 @@ def _properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str, Any]
         "golem.com.scheme.payu.payment-timeout-sec?": 18000,
         "golem.com.payment.debit-notes.accept-timeout?": 240,
         "golem.com.pricing.model": "linear",
-        # yapapi wants floats: a whole number is a mistake to it.
+        # yapapi rejects integers.
         "golem.com.pricing.model.linear.coeffs": [
             float(plan.price_per_cpu_second),
             float(plan.price_per_second),

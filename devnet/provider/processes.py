@@ -1,10 +1,10 @@
-"""All processes of one activity: who they are, the processor time they used, and their end.
+"""The processes of one activity: finding them, measuring their processor time, and killing them.
 
-Used by `sandbox.py`. A program may leave others behind in sessions of their own (`mlg-provider run` leaves its
-warm process, which does the real work), so they are known by a variable that each inherits, not by their parents.
+Used by `sandbox.py`. A program may leave processes behind in other sessions (`mlg-provider run` leaves its warm
+process, which does the inference), so an inherited environment variable identifies processes, not their parents.
 
-Weaknesses: what empties its environment is lost sight of once the command that started it is over, and of a process
-that ended by itself only the time up to the last look is known. Linux only.
+Limitations: a process that clears its environment is not found after the command that started it has ended. If a
+process ends that is not a child of this one, its time since the last scan is lost. Linux only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-#: The variable that marks an activity's processes.
+#: The environment variable that marks the processes of an activity.
 ACTIVITY_VARIABLE = "GOLEM_DEVNET_ACTIVITY"
-#: A process that is still there so long after SIGKILL hangs in the kernel; nothing can be done about it.
+#: A process that still exists this long after SIGKILL hangs in the kernel.
 _KILL_SECONDS = 10.0
 _SCAN_SECONDS = 0.01
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -30,13 +30,13 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, kw_only=True)
 class _ProcessInfo:
-    """A living process as it was at the last look."""
+    """A running process at the last scan."""
 
     pid: int
     parent: int
-    #: A pid is used again, but not with the same start.
+    #: Start time in clock ticks; it tells processes with the same pid apart.
     started: int
-    #: Processor time of its own and of those of its children that it has waited for.
+    #: Processor time of the process and of the children that it has waited for.
     seconds: float
 
 
@@ -44,38 +44,41 @@ class Processes:
     """The processes of one activity."""
 
     def __init__(self, activity_id: str) -> None:
-        # Ids need not be unique among all devnets of a machine, and one must not kill for the other.
+        # Ids need not be unique among the devnets of a machine, and one must not kill the processes of another.
         self.mark = f"{activity_id}-{secrets.token_hex(6)}"
         self._environment_entry = f"\0{ACTIVITY_VARIABLE}={self.mark}\0".encode()
         self._children: set[int] = set()
-        #: Children that were waited for since the last look.
+        #: Children that were waited for since the last scan.
         self._reaped: set[int] = set()
         self._processes: dict[tuple[int, int], _ProcessInfo] = {}
         self._reaped_seconds = 0.0
         self._max_seconds = 0.0
 
     def add_child(self, pid: int) -> None:
-        """Note a process that this one started as the leader of a new session."""
+        """Add a child of this process that leads a new session."""
         self._children.add(pid)
 
     def child_reaped(self, pid: int, seconds: float) -> None:
-        """Note that a child was waited for. :param seconds: its processor time, with all that it waited for."""
+        """Remove a child that was waited for.
+
+        :param seconds: its processor time, including the children that it waited for.
+        """
         self._children.discard(pid)
         self._reaped.add(pid)
         self._reaped_seconds += seconds
         self._processes = {key: process for key, process in self._processes.items() if process.pid != pid}
 
     def pids(self) -> list[int]:
-        """List the living processes of the activity."""
+        """Return the running processes of the activity."""
         return sorted(process.pid for process in self._scan().values())
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that all processes have used so far; never less than at the call before."""
+        """Return the processor time that all processes have used so far; never less than at the previous call."""
         found = self._scan()
         known_parents = {process.pid for process in self._processes.values()} | self._reaped
         for key in self._processes.keys() - found.keys():
             ended_process = self._processes[key]
-            # Whoever had a parent among us was waited for by it and is in its time; children are settled when reaped.
+            # A process whose parent was known is in its parent's time; children are added when they are reaped.
             if ended_process.parent not in known_parents and ended_process.pid not in self._children:
                 self._reaped_seconds += ended_process.seconds
         self._processes, self._reaped = found, set()
@@ -84,12 +87,12 @@ class Processes:
         return self._max_seconds
 
     async def kill_all(self) -> None:
-        """Kill every process of the activity, again and again until none is left."""
+        """Kill every process of the activity, repeatedly until none is left."""
         deadline, empty_scans = time.monotonic() + _KILL_SECONDS, 0
-        # In the middle of an exec a process has no environment for a moment, hence the second look.
+        # During an exec a process has no environment for a moment, hence the second scan.
         while empty_scans < 2:
             for pid in self._children:
-                _kill(-pid)  # not waited for, so the number is still its own
+                _kill(-pid)  # not waited for, so its pid has not been reused
             pids = self.pids()
             for pid in pids:
                 _kill(pid)
@@ -112,9 +115,9 @@ class Processes:
         try:
             if self._environment_entry not in b"\0" + (entry / "environ").read_bytes():
                 return None
-            # The name in brackets may hold anything; from the state on, see proc(5).
+            # The name in brackets may contain any character. The fields after it: see proc(5).
             fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # gone, or somebody else's
+        except OSError:  # it has ended, or belongs to another user
             return None
         if fields[0] in "ZX":
             return None
@@ -127,5 +130,5 @@ class Processes:
 def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # a group whose last member is dying gives the latter
+    except (ProcessLookupError, PermissionError):  # the latter for a group whose last member is ending
         return

@@ -1,10 +1,10 @@
-"""A folder that stands for a provider's virtual machine, and programs run in it.
+"""The sandbox of an activity: a folder in the place of a provider's virtual machine, and the programs run in it.
 
-Used by `exe_unit.py`. It has the three volumes of the provider's image; what a script calls /golem is a folder of
-the activity's own here, and so are the paths in a command's words. Paths inside files that were sent are not touched:
-they find the folder in GOLEM_DEVNET_ROOT.
+Used by `exe_unit.py`. It has the three volumes of the provider image. /golem is a folder of the activity: paths below
+it are rewritten in the arguments of a command, but not in files that were transferred; programs find the folder in
+GOLEM_DEVNET_ROOT.
 
-It keeps honest programs apart and no dishonest one in: they run as this user, with this user's rights.
+It separates activities, but gives no security: programs run as this user, with this user's rights.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from devnet.provider.processes import ACTIVITY_VARIABLE, Processes
 
 log = logging.getLogger(__name__)
 
-#: The variable that names the folder which stands for /golem.
+#: The environment variable with the path of the folder that replaces /golem.
 ROOT_VARIABLE = "GOLEM_DEVNET_ROOT"
 VOLUMES = ("input", "output", "work")
-#: Exit statuses as shells give them.
+#: Exit statuses as in shells.
 CANNOT_RUN, NOT_FOUND = 126, 127
 
-#: /golem where it begins a path, on its own or in the text of a shell's command, and the rest of that path.
-_GOLEM = re.compile(r"""(?<![\w./-])/golem(?![\w.-])((?:/[^\s'"`;:,|&<>()]*)?)""")
+#: A path that is /golem or below it, in a shell command too, and the part after /golem.
+_GOLEM_PATH = re.compile(r"""(?<![\w./-])/golem(?![\w.-])((?:/[^\s'"`;:,|&<>()]*)?)""")
 _READ_BYTES = 64 * 1024
-#: What waits in a pipe when its program has ended; one that was left behind may go on writing for ever.
+#: Limit on the reads from a pipe after its program has ended, because a process left behind may never stop writing.
 _MAX_FINAL_READS = 16
 _REAP_SECONDS = 5.0
-#: A transfer that was interrupted may still write its last block into a folder that is being removed.
+#: An interrupted transfer may still write its last block into a folder that is being removed.
 _REMOVAL_ATTEMPTS, _REMOVAL_RETRY_SECONDS = 20, 0.1
 
 
 class PathOutsideSandbox(Exception):
-    """A path leads out of the folder."""
+    """A path is outside the sandbox."""
 
 
 class Sandbox:
-    """One activity's folder and its programs.
+    """The folder and the programs of an activity.
 
     :param folder: made here, and removed at the end.
-    :param environment: all that programs get, beside where they are.
-    :param cpus: the processor cores that programs may use; all of this process's if None.
+    :param environment: the environment of programs, to which variables for the sandbox are added.
+    :param cpus: the processor cores that programs may use; those of this process if None.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Sandbox:
         self._cpus = set(cpus or ()) & os.sched_getaffinity(0)
         self._environment = {
             "TMPDIR": str(self._folder / "tmp"),
-            # A warm process belongs to the activity that started it, as it does in a machine of one's own.
+            # Each activity has its own warm process, as it would in its own virtual machine.
             "MLG_PLACE": str(self._folder / "warm"),
             **environment,
             ACTIVITY_VARIABLE: self.processes.mark,
@@ -74,49 +74,49 @@ class Sandbox:
     # Paths
 
     def host_path(self, text: str) -> Path:
-        """Turn a path in one of the volumes into where it is here.
+        """Return the real path of a path in one of the volumes.
 
-        :raises PathOutsideSandbox: it is in none of them, or a link leads out of them.
+        :raises PathOutsideSandbox: it is not in a volume, or is outside through a symbolic link.
         """
         normalized = posixpath.normpath(text)
         volume = next((name for name in VOLUMES if normalized.startswith(f"/golem/{name}/")), None)
         if volume is None or "\0" in text:
             raise PathOutsideSandbox(
-                f"{text} is in none of the volumes {', '.join(f'/golem/{name}' for name in VOLUMES)}."
+                f"{text} is not in one of the volumes {', '.join(f'/golem/{name}' for name in VOLUMES)}."
             )
         path = self.golem_folder / normalized.removeprefix("/golem/")
         try:
             is_inside = path.resolve().is_relative_to(self.golem_folder)
-        except (OSError, RuntimeError):  # links in a circle
+        except (OSError, RuntimeError):  # a cycle of links
             is_inside = False
         if not is_inside:
-            raise PathOutsideSandbox(f"{text} leads out of the sandbox.")
+            raise PathOutsideSandbox(f"{text} is outside the sandbox.")
         return path
 
-    def rewrite_paths(self, word: str) -> str:
-        """Put the folder's path in the place of every /golem in a word of a command.
+    def rewrite_paths(self, argument: str) -> str:
+        """Replace /golem by the real folder in an argument of a command.
 
-        :raises PathOutsideSandbox: a path leads out of the folder.
+        :raises PathOutsideSandbox: a path in it is outside the folder.
         """
 
-        def moved(match: re.Match[str]) -> str:
+        def rewrite(match: re.Match[str]) -> str:
             normalized = posixpath.normpath(match[0])
             if normalized != "/golem" and not normalized.startswith("/golem/"):
-                raise PathOutsideSandbox(f"{match[0]} leads out of the sandbox.")
+                raise PathOutsideSandbox(f"{match[0]} is outside the sandbox.")
             return f"{self.golem_folder}{match[1]}"
 
-        return _GOLEM.sub(moved, word)
+        return _GOLEM_PATH.sub(rewrite, argument)
 
     def find_program(self, entry_point: str) -> str | None:
-        """Find a program: one that was sent, one of this machine's, or one by its base name on the PATH."""
-        moved = self.rewrite_paths(entry_point)
-        if moved != entry_point or (entry_point.startswith("/") and Path(entry_point).exists()):
-            return moved if Path(moved).exists() else None
-        # What the image has in /usr/local/bin may be anywhere on this machine.
+        """Find a program: one that was transferred, one by its path on this machine, or one by its name on the PATH."""
+        path = self.rewrite_paths(entry_point)
+        if path != entry_point or (entry_point.startswith("/") and Path(entry_point).exists()):
+            return path if Path(path).exists() else None
+        # A program of the provider image, in /usr/local/bin, may be anywhere on this machine.
         return shutil.which(posixpath.basename(entry_point), path=self._environment.get("PATH"))
 
     def list_outputs(self) -> dict[Path, tuple[int, int, int]]:
-        """List the plain files in the output volume, each with what changes when it is written anew."""
+        """Return the regular files in the output volume -> inode, time of modification and size."""
         found = {}
         for path in (self.golem_folder / "output").rglob("*"):
             if path.is_file() and not path.is_symlink():
@@ -134,20 +134,20 @@ class Sandbox:
         on_stdout: Callable[[bytes], None],
         on_stderr: Callable[[bytes], None],
     ) -> int:
-        """Run a program to its end; it is killed with its whole session if this is cancelled.
+        """Run a program to its end. If cancelled, kill its whole session.
 
-        :return: its exit status, 128 and more if a signal ended it, 126 or 127 if it could not be started.
-        :raises PathOutsideSandbox: a word leads out of the folder.
+        :return: its exit status; 128 + N if signal N ended it, 126 or 127 if it could not be started.
+        :raises PathOutsideSandbox: an argument contains a path outside the folder.
         """
         program = self.find_program(entry_point)
-        words = [self.rewrite_paths(word) for word in arguments]
+        arguments = [self.rewrite_paths(argument) for argument in arguments]
         if program is None:
             on_stderr(f"{entry_point}: not found\n".encode())
             return NOT_FOUND
         loop = asyncio.get_running_loop()
         with _pipe() as (out, out_end), _pipe() as (err, err_end):
             try:
-                process = self._start_process([program, *words], out_end, err_end)
+                process = self._start_process([program, *arguments], out_end, err_end)
             except (OSError, ValueError) as error:  # no interpreter, no rights, a NUL, too long
                 on_stderr(f"{entry_point}: {error}\n".encode())
                 return CANNOT_RUN
@@ -165,23 +165,23 @@ class Sandbox:
                 for stream in streams:
                     loop.remove_reader(stream)
                 if not exited.done():
-                    # What dies with its parent was waited for by nobody, so its time is never told again.
+                    # Processes that are killed with their parent are not waited for, so their time is read before.
                     self.processes.cpu_seconds()
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(process.pid, 9)
                     await asyncio.wait({exited}, timeout=_REAP_SECONDS)
-        # Those it left behind have another parent from now on, and their time is theirs alone.
+        # Processes left behind have a new parent from now on, so their time is read now.
         self.processes.cpu_seconds()
         return status if status >= 0 else 128 - status
 
-    def _start_process(self, words: list[str], out_end: int, err_end: int) -> subprocess.Popen[bytes]:
+    def _start_process(self, command: list[str], out_end: int, err_end: int) -> subprocess.Popen[bytes]:
         own_cpus = os.sched_getaffinity(0)
         try:
-            # A child has its parent's cores from its first moment; only this thread's are changed, and only for now.
+            # A child inherits the cores of the thread that starts it, so they are changed for that moment.
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)
             process = subprocess.Popen(
-                words,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out_end,
                 stderr=err_end,
@@ -197,7 +197,7 @@ class Sandbox:
         return process
 
     def _exit_status(self, process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
-        """Give a future of the exit status; the process is waited for even when nobody awaits that any more."""
+        """Return a future of the exit status. The process is waited for even if the future is not."""
         loop = asyncio.get_running_loop()
         exited: asyncio.Future[int] = loop.create_future()
         descriptor = os.pidfd_open(process.pid)
@@ -205,7 +205,7 @@ class Sandbox:
         def reap() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            # Not Popen.wait: only this tells the processor time of this child and no other.
+            # Not Popen.wait, because only wait4 returns the processor time of this child.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             self.processes.child_reaped(process.pid, usage.ru_utime + usage.ru_stime)
@@ -228,7 +228,7 @@ class Sandbox:
 
 @contextlib.contextmanager
 def _pipe() -> Iterator[tuple[int, int]]:
-    """Give a pipe: an end that is read without waiting and closed here, and one for a child, closed by its start."""
+    """Open a pipe: a non-blocking read end, closed here, and a write end, closed by `_start_process`."""
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
     try:
@@ -238,7 +238,7 @@ def _pipe() -> Iterator[tuple[int, int]]:
 
 
 def _read(loop: asyncio.AbstractEventLoop, stream: int, on_data: Callable[[bytes], None]) -> bool:
-    """Read what is there. :return: whether there was something."""
+    """Read the data that is available. :return: whether there was any."""
     try:
         data = os.read(stream, _READ_BYTES)
     except BlockingIOError:
@@ -246,5 +246,5 @@ def _read(loop: asyncio.AbstractEventLoop, stream: int, on_data: Callable[[bytes
     if data:
         on_data(data)
     else:
-        loop.remove_reader(stream)  # its end is ready for reading for ever
+        loop.remove_reader(stream)  # a closed pipe is always ready for reading
     return bool(data)

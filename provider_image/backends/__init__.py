@@ -1,1 +1,1 @@
-"""Backends: each loads an artefact and runs it."""
+"""Backends: each loads artefacts of one kind and runs them."""

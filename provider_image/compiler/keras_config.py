@@ -1,9 +1,9 @@
-"""The config.json of a `.keras` file: what it may ask Keras to make, decided before Keras sees it.
+"""The config.json of a `.keras` file: the check of what it makes Keras create, before Keras reads it.
 
-Called by `keras_file.py`. Keras' own `safe_mode` is not relied on: it has been passed by more than once (CVE-2025-1550
-imported any module, CVE-2025-8747 called get_file, CVE-2025-9906 switched it off from the config, CVE-2025-12058 read
-files and addresses through lookup layers). Everything here is a list of what is allowed, never of what is forbidden.
-How much memory an allowed layer takes is not looked at. Must not import keras.
+Called by `keras_file.py`. Keras' own `safe_mode` is not relied on, because it was bypassed more than once:
+CVE-2025-1550 imported any module, CVE-2025-8747 called get_file, CVE-2025-9906 disabled it in the config,
+CVE-2025-12058 read files and URLs through lookup layers. All lists are of what is allowed, never of what is forbidden.
+Weakness: the memory that an allowed layer takes is not limited. Must not import keras.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from provider_image.errors import UnsafeModelFile
 
-#: Levels of lists and objects at most; a network in a network takes some eight.
+#: Most levels of lists and objects; a nested network takes some eight.
 MAX_DEPTH = 64
-#: Values at most; DenseNet-201 has some 60 000.
+#: Most values; DenseNet-201 has some 60,000.
 MAX_VALUES = 1_000_000
 
 
@@ -23,13 +23,12 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Keys of a serialized object. compile_config is dropped unread: it may name losses of the user's own, and nothing here
-#: trains.
+#: Keys of a serialized object. compile_config is dropped unread: it is only for training and may name custom losses.
 _KEYS = _words(
     "module class_name config registered_name build_config compile_config name inbound_nodes shared_object_id"
 )
 _DTYPES = _words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64")
-#: Computed in f32 instead, as everything is: graph and reference then agree.
+#: Replaced by f32, so that graph and reference agree.
 _HALF_DTYPES = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
 _POLICIES = frozenset({"float32", "float64", *_HALF_DTYPES})
 
@@ -49,7 +48,7 @@ _LAYERS = _words(
     ZeroPadding1D ZeroPadding2D
     """
 )
-# What `x / 127.5 - 1` and the like become when they stand between two layers.
+# What expressions between layers like `x / 127.5 - 1` are saved as.
 _NUMPY_OPERATIONS = _words(
     """
     Abs Absolute Add Amax Amin Average BroadcastTo Clip Concatenate Divide Einsum Exp ExpandDims Flip GetItem Log
@@ -70,7 +69,7 @@ _INITIALIZERS = _words(
     """
 )
 _MODELS = frozenset({"Functional", "Model", "Sequential"})
-#: Module -> the classes of it that a config may name.
+#: Module -> its classes that a config may name.
 _ALLOWED: dict[str, frozenset[str]] = {
     "keras": _MODELS | {"DTypePolicy"},
     "keras.models": _MODELS,
@@ -86,7 +85,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "keras.src.ops.nn": _NN_OPERATIONS,
     "keras.src.ops.core": frozenset({"Cast", "StopGradient"}),
     "keras.src.activations.activations": frozenset({"Mish", "ReLU"}),
-    # The only two of keras.applications that bring layers which are not public.
+    # The only two models of keras.applications with layers that are not public.
     "keras.src.applications.convnext": frozenset({"LayerScale"}),
     "keras.src.applications.inception_resnet_v2": frozenset({"CustomScaleLayer"}),
 }
@@ -97,14 +96,14 @@ _ACTIVATIONS = _words(
     sparsemax squareplus swish tanh tanh_shrink threshold
     """
 )
-#: Serialized values that are only data.
+#: Classes of serialized values that are only data.
 _DATA_CLASSES = frozenset({"__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__"})
 
 
 def check_config(raw: bytes) -> dict[str, Any]:
-    """Check a config.json and return what of it Keras is to see.
+    """Check a config.json and return the config for Keras.
 
-    :raises UnsafeModelFile: it asks for something that is not on the list; names it and where it stands.
+    :raises UnsafeModelFile: it has something that is not on the lists; names it and its location.
     """
     try:
         config = json.loads(raw)
@@ -123,13 +122,13 @@ _REBUILD_HINT = (
 
 
 class _ConfigChecker:
-    """One walk over a config."""
+    """A recursive check of one config."""
 
     def __init__(self) -> None:
         self._remaining = MAX_VALUES
 
     def value(self, value: Any, location: str, depth: int) -> Any:
-        """Check any value and return it as Keras is to see it."""
+        """Check a value and return it as Keras gets it."""
         self._remaining -= 1
         if depth > MAX_DEPTH or self._remaining < 0:
             raise UnsafeModelFile(f"Its config.json is nested too deep or too large at {location}. {_REBUILD_HINT}")
@@ -154,7 +153,7 @@ class _ConfigChecker:
             raise UnsafeModelFile(_refusal_message(module, name, location))
         if value.get("registered_name") not in (None, name):
             raise UnsafeModelFile(
-                f"{location} names {str(value['registered_name'])[:80]!r}, a class of the user's own. {_REBUILD_HINT}"
+                f"{location} names {str(value['registered_name'])[:80]!r}, which is a custom class. {_REBUILD_HINT}"
             )
         if not isinstance(config, dict) or not value.keys() <= _KEYS:
             raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
@@ -164,13 +163,15 @@ class _ConfigChecker:
             _check_layers(config, name, location)
         if name == "DTypePolicy":
             if config.get("name") not in _POLICIES:
-                raise UnsafeModelFile(f"{location} has the odd dtype {str(config.get('name'))[:40]!r}. {_RESAVE_HINT}")
+                raise UnsafeModelFile(
+                    f"{location} has the unknown dtype {str(config.get('name'))[:40]!r}. {_RESAVE_HINT}"
+                )
             config = {"name": _as_f32(config["name"])}
         nodes = value.get("inbound_nodes", [])
         if not isinstance(nodes, list) or not all(
             isinstance(node, dict) and node.keys() == {"args", "kwargs"} for node in nodes
         ):
-            raise UnsafeModelFile(f"{location} is wired in the way of Keras 2. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"{location} is connected in the format of Keras 2. {_RESAVE_HINT}")
         rest = {key: each for key, each in value.items() if key not in ("config", "compile_config")}
         return {
             **{key: self.value(each, location, depth + 1) for key, each in rest.items()},
@@ -179,13 +180,13 @@ class _ConfigChecker:
 
     def _check_plain(self, value: dict[str, Any], location: str, depth: int) -> dict[str, Any]:
         if value.keys() & {"class_name", "module", "registered_name"}:
-            raise UnsafeModelFile(f"Its config.json has half of a serialized object at {location}. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"Its config.json has an incomplete serialized object at {location}. {_RESAVE_HINT}")
         checked = {key: self.value(each, location, depth + 1) for key, each in value.items()}
         dtype = checked.get("dtype")
         if not isinstance(dtype, str):
             return checked
         if dtype not in _DTYPES | _POLICIES:
-            raise UnsafeModelFile(f"{location} has the odd dtype {dtype[:40]!r}. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"{location} has the unknown dtype {dtype[:40]!r}. {_RESAVE_HINT}")
         return {**checked, "dtype": _as_f32(dtype)}
 
     def _check_data(self, value: dict[str, Any], name: str, location: str, depth: int) -> dict[str, Any]:
@@ -193,11 +194,11 @@ class _ConfigChecker:
         if value.keys() != {"class_name", "config"} or not isinstance(config, dict):
             raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
         if name in ("__tensor__", "__numpy__", "__keras_tensor__") and config.get("dtype") not in _DTYPES:
-            raise UnsafeModelFile(f"{location} holds values that are no numbers. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"{location} holds values that are not numbers. {_RESAVE_HINT}")
         return {"class_name": name, "config": self._check_plain(config, location, depth + 1)}
 
     def _check_function(self, value: dict[str, Any], location: str) -> dict[str, Any]:
-        """Check a function by name: an activation of Keras, nothing else."""
+        """Check that a function is one of Keras' activations."""
         module, name = value.get("module"), value.get("config")
         if (
             module not in ("keras.activations", "builtins")
@@ -210,12 +211,12 @@ class _ConfigChecker:
 
 
 def _check_layers(config: dict[str, Any], name: str, location: str) -> None:
-    """Check that a model lists its layers as Keras 3 does; it reads any other form by an older, laxer way."""
+    """Check that a model lists its layers in the format of Keras 3; for others it has an older, less strict reader."""
     layers = config.get("layers")
     if not isinstance(layers, list) or not all(isinstance(each, dict) and "class_name" in each for each in layers):
         raise UnsafeModelFile(f"{location} does not list its layers. {_RESAVE_HINT}")
     if name != "Sequential" and not {"name", "input_layers", "output_layers"} <= config.keys():
-        raise UnsafeModelFile(f"{location} is a model class of the user's own. {_REBUILD_HINT}")
+        raise UnsafeModelFile(f"{location} is a custom model class. {_REBUILD_HINT}")
 
 
 def _refusal_message(module: Any, name: str, location: str) -> str:
@@ -226,11 +227,8 @@ def _refusal_message(module: Any, name: str, location: str) -> str:
             "between two layers works as well) and save it again."
         )
     if isinstance(module, str) and (module == "keras" or module.startswith("keras.")):
-        return (
-            f"{location} holds {shown}, which is not among what a classifier of pictures may "
-            f"consist of. {_REBUILD_HINT}"
-        )
-    return f"{location} holds {shown}, which is not Keras' own. {_REBUILD_HINT}"
+        return f"{location} holds {shown}, which is not allowed in an image classifier. {_REBUILD_HINT}"
+    return f"{location} holds {shown}, which is not part of Keras. {_REBUILD_HINT}"
 
 
 def _as_f32(dtype: str) -> str:

@@ -1,8 +1,9 @@
-"""A `.keras` file of a user's own: checked by us, written anew from what was checked, and only then given to Keras.
+"""The `.keras` file of a custom model: checked, and copied for Keras from what was checked.
 
-Called by `own.py`. No code of the file is run and no file that it names is read: the config is compared with a list
-(`keras_config.py`), and weights that refer to other files are refused. What Keras loads is a copy that holds nothing
-else, so that two readers cannot see two things in one archive. Trusts the HDF5 library to survive damaged files.
+Called by `custom.py`. No code of the file is run and no file that it names is read: the config is compared with lists
+of what is allowed (`keras_config.py`), and weights that refer to other files are refused. Keras loads a copy with
+nothing else in it, so that two readers cannot see different things in one archive. Weakness: the HDF5 library is
+trusted with damaged files.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from provider_image.compiler.keras_config import check_config
 from provider_image.errors import CompilerMissing, UnsafeModelFile, UnsuitableModel, WeightsMissing
 
 _WEIGHTS_FILE = "model.weights.h5"
-#: Each member of the archive and its largest size in bytes.
+#: Members of the archive -> their largest sizes in bytes.
 _MEMBERS = {"metadata.json": 65_536, "config.json": 16 * 1024 * 1024, _WEIGHTS_FILE: 4 * 1024**3}
-#: A part may be at most this many times larger than it is stored, beyond the first megabyte.
+#: Largest ratio of the size of a member to its stored size, above the first megabyte.
 _MAX_EXPANSION = 100
 _BOMB_ALLOWANCE_BYTES = 1024 * 1024
-#: Groups and arrays in the weights at most.
+#: Most groups and arrays in the weights.
 _MAX_OBJECTS = 200_000
-#: gzip, shuffle, fletcher32: built into HDF5. Any other filter would be a library that it looks for on this machine.
+#: gzip, shuffle, fletcher32, which are part of HDF5. For any other filter it would load a plug-in library.
 _FILTERS = frozenset({1, 2, 3})
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _RESAVE_HINT = 'Load it where it was made and save it with Keras 3: model.save("model.keras")'
@@ -36,9 +37,9 @@ _RESAVE_HINT = 'Load it where it was made and save it with Keras 3: model.save("
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedFile:
-    """A file that may be given to Keras."""
+    """A file that Keras may load."""
 
-    #: The copy that holds only what was checked.
+    #: The copy with only what was checked.
     copy: Path
     #: Digest of the file as the user gave it.
     sha256: str
@@ -49,20 +50,20 @@ class CheckedFile:
 def check_keras_file(path: Path, folder: Path) -> CheckedFile:
     """Check a `.keras` file and write a copy of what was checked.
 
-    :param folder: private to the caller; the copy and, for a while, the unpacked weights stand there.
+    :param folder: private folder for the copy and, temporarily, the unpacked weights.
     :raises WeightsMissing: there is no such file.
-    :raises UnsafeModelFile: it could run code or read files, or cannot be checked; says what it holds.
+    :raises UnsafeModelFile: it could run code or read files, or cannot be checked; names the part.
     :raises OSError: the folder cannot be written.
     """
     if path.is_dir():
-        raise UnsafeModelFile(f"{path} is a folder; a SavedModel holds code. {_RESAVE_HINT}")
+        raise UnsafeModelFile(f"{path} is a folder; a SavedModel contains code. {_RESAVE_HINT}")
     try:
         source = path.open("rb")
     except OSError as error:
         raise WeightsMissing(f"The model file {path} cannot be read: {error.strerror or error}") from error
     with source:
         if source.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC:
-            raise UnsafeModelFile(f"{path.name} is a legacy HDF5 file, in which code can hide. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"{path.name} is a legacy HDF5 file, which can contain code. {_RESAVE_HINT}")
         source.seek(0)
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
         try:
@@ -70,7 +71,7 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
         except UnsafeModelFile as error:
             raise UnsafeModelFile(f"{path.name} is refused. {error.reason}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UnsafeModelFile(f"{path.name} is not a sound .keras file ({error}). {_RESAVE_HINT}") from error
+            raise UnsafeModelFile(f"{path.name} is not a valid .keras file ({error}). {_RESAVE_HINT}") from error
     weights, copy = folder / _WEIGHTS_FILE, folder / "checked.keras"
     try:
         _check_weights(weights)
@@ -85,10 +86,10 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
 
 
 def load_checked(keras: Any, checked: CheckedFile) -> Any:
-    """Load a checked file. :raises UnsuitableModel: this version of Keras cannot make a model of it."""
+    """Load a checked file. :raises UnsuitableModel: this version of Keras cannot load it."""
     try:
         return keras.models.load_model(str(checked.copy), compile=False, safe_mode=True)
-    except Exception as error:  # whatever values that do not fit together make Keras raise
+    except Exception as error:  # inconsistent values can make Keras raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsuitableModel(
             f"Keras {keras.__version__} cannot load {checked.display_name}: {first_line[:300]} {_RESAVE_HINT}"
@@ -102,18 +103,19 @@ def _unpack(source: IO[bytes], path: Path, folder: Path) -> dict[str, Any]:
         unexpected = sorted({info.filename for info in members} - _MEMBERS.keys())
         if unexpected:
             raise UnsafeModelFile(
-                f"It holds {unexpected[0][:80]!r}. A classifier's file holds only "
-                f"{', '.join(sorted(_MEMBERS))}; layers that "
-                "keep files of their own (vocabularies, lookup tables) are not taken."
+                f"It contains {unexpected[0][:80]!r}. Only {', '.join(sorted(_MEMBERS))} are allowed; layers with "
+                "further files (vocabularies, lookup tables) are not supported."
             )
         if sorted(info.filename for info in members) != sorted(_MEMBERS):
-            raise UnsafeModelFile(f"It must hold {', '.join(sorted(_MEMBERS))}, each once. {_RESAVE_HINT}")
+            raise UnsafeModelFile(f"It must contain {', '.join(sorted(_MEMBERS))}, each once. {_RESAVE_HINT}")
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise UnsafeModelFile(f"Its {info.filename} is encrypted or packed in an odd way. {_RESAVE_HINT}")
+                raise UnsafeModelFile(
+                    f"Its {info.filename} is encrypted or has an unsupported compression. {_RESAVE_HINT}"
+                )
             if info.file_size > _MEMBERS[info.filename] or _is_bomb(info.file_size, info.compress_size):
                 raise UnsafeModelFile(
-                    f"Its {info.filename} would unpack to {info.file_size} bytes, which is more than is taken. "
+                    f"Its {info.filename} would unpack to {info.file_size} bytes, which is more than allowed. "
                     f"{_RESAVE_HINT}"
                 )
         config = check_config(archive.read("config.json"))
@@ -123,9 +125,9 @@ def _unpack(source: IO[bytes], path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(path: Path) -> None:
-    """Check that an HDF5 file holds plain numbers and refers to nothing outside of itself.
+    """Check that an HDF5 file contains only numbers and no references to other files.
 
-    :raises UnsafeModelFile: names the entry.
+    :raises UnsafeModelFile: it does not; names the entry.
     """
     try:
         h5py = importlib.import_module("h5py")
@@ -140,7 +142,7 @@ def _check_weights(path: Path) -> None:
                 group = groups.pop()
                 for name in group:
                     location = f"{group.name.rstrip('/')}/{name}"[:200]
-                    # Asked of the link itself: to look at what it leads to would open the other file.
+                    # Reads the link, not its target, which would open the other file.
                     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                         raise UnsafeModelFile(
                             f"Its weights refer to another file or place at {location}. {_RESAVE_HINT}"
@@ -163,7 +165,7 @@ def _check_weights(path: Path) -> None:
 def _check_array(h5py: Any, entry: Any, location: str) -> int:
     """Check one array of the weights and return its size in bytes. :raises UnsafeModelFile:"""
     if not isinstance(entry, h5py.Dataset):
-        raise UnsafeModelFile(f"Its weights hold something else than numbers at {location}. {_RESAVE_HINT}")
+        raise UnsafeModelFile(f"Its weights contain something other than numbers at {location}. {_RESAVE_HINT}")
     if entry.is_virtual or entry.external:
         raise UnsafeModelFile(f"Its weights take {location} from another file. {_RESAVE_HINT}")
     creation = entry.id.get_create_plist()
@@ -171,7 +173,7 @@ def _check_array(h5py: Any, entry: Any, location: str) -> int:
         raise UnsafeModelFile(f"Its weights need a plug-in to unpack {location}. {_RESAVE_HINT}")
     # bfloat16 is stored as two opaque bytes.
     if entry.dtype.kind not in "fiub" and entry.dtype.str != "|V2":
-        raise UnsafeModelFile(f"Its weights hold something else than numbers at {location}. {_RESAVE_HINT}")
+        raise UnsafeModelFile(f"Its weights contain something other than numbers at {location}. {_RESAVE_HINT}")
     size_bytes = int(entry.dtype.itemsize) * int(entry.size or 0)
     if _is_bomb(size_bytes, entry.id.get_storage_size()):
         raise UnsafeModelFile(f"Its weights would unpack {location} to {size_bytes} bytes. {_RESAVE_HINT}")

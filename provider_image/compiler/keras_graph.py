@@ -1,7 +1,7 @@
-"""Keras: the one place that imports it, and the way from a Keras network to an OpenVINO graph.
+"""The conversion of a Keras network to an OpenVINO graph, and the only import of Keras.
 
-Used by the builders only; needs the extra `[compile]`. The preprocessing that a model's row names and the head become
-part of the graph, so that every model takes uint8 RGB and gives probabilities.
+Called by the builders of Keras models; needs the extra `[compile]`. The preprocessing and the head become part of the
+graph, so that every model takes uint8 RGB and returns probabilities.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from provider_image.errors import CompilationFailed, CompilerMissing
 if TYPE_CHECKING:
     from provider_image.models.catalogue import ModelRow
 
-#: What comes after the network: nothing, a softmax over its logits, or the complement of a single probability, so that
-#: there are two that sum to one.
+#: What is added after the network: nothing, a softmax over its logits, or the complement of a single probability, which
+#: gives two that sum to one.
 HEADS = ("none", "softmax", "complement")
-#: Means of the blue, green and red values in ImageNet as Caffe's models subtract them.
+#: Means of blue, green and red in ImageNet, which Caffe's models subtract.
 _CAFFE_MEANS = (103.939, 116.779, 123.68)
-#: Means and deviations of the red, green and blue values, scaled to 0-1, as PyTorch's models take them.
+#: Means and deviations of red, green and blue in ImageNet, scaled to 0-1, as in PyTorch's models.
 _TORCH_MEANS = (0.485, 0.456, 0.406)
 _TORCH_DEVIATIONS = (0.229, 0.224, 0.225)
 
 
 def import_keras() -> Any:
-    """Import keras on tensorflow, whatever this machine's own Keras settings are.
+    """Import keras with the tensorflow backend, regardless of the user's Keras settings.
 
     :raises CompilerMissing: keras or tensorflow is not installed; says how to install them.
     """
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Looks for graphics cards otherwise, and takes all of their memory for a job that never uses them.
+    # Otherwise tensorflow allocates all memory of the GPUs, which are not used.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     try:
         with _silenced_stderr():
@@ -59,7 +59,7 @@ def import_keras() -> Any:
 
 @contextlib.contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """Drop what native libraries write to standard error: tensorflow greets there before its log level counts."""
+    """Discard what native libraries write to standard error: tensorflow does before it applies its log level."""
     sys.stderr.flush()
     saved_stderr = os.dup(2)
     try:
@@ -72,12 +72,12 @@ def _silenced_stderr() -> Iterator[None]:
 
 
 def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
-    """Turn a Keras network into an OpenVINO graph: uint8 RGB (1, height, width, 3) in, probabilities (1, n) out.
+    """Convert a Keras network to an OpenVINO graph: uint8 RGB (1, height, width, 3) in, probabilities (1, n) out.
 
-    :param network: a keras.Model that takes float32 (n, height, width, 3) and gives (n, classes).
-    :param row: its size and preprocessing.
+    :param network: a keras.Model that takes float32 (n, height, width, 3) and returns (n, classes).
+    :param row: gives its size and preprocessing.
     :param head: one of HEADS.
-    :raises CompilationFailed: OpenVINO has no operation for something in it.
+    :raises CompilationFailed: OpenVINO cannot convert it.
     """
     tensorflow = importlib.import_module("tensorflow")
 
@@ -91,14 +91,14 @@ def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
         convert = _import_converter()
         with _remembered_variables():
             graph = convert(function)
-    except Exception as error:  # whatever an unknown layer makes tensorflow or OpenVINO raise
+    except Exception as error:  # an unsupported layer can make tensorflow or OpenVINO raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CompilationFailed(f"{row.title} cannot be turned into an OpenVINO graph: {first_line}") from error
+        raise CompilationFailed(f"{row.title} cannot be converted to an OpenVINO graph: {first_line}") from error
     return graph
 
 
 def preprocess(pixels: Any, preprocessing: str) -> Any:
-    """Turn float32 RGB values 0-255 into a network's input, by the name of a way in `ModelRow.preprocessing`."""
+    """Convert float32 RGB values 0-255 to a network's input, by a name from `ModelRow.preprocessing`."""
     match preprocessing:
         case "caffe":
             return pixels[..., ::-1] - _CAFFE_MEANS
@@ -116,7 +116,7 @@ def preprocess(pixels: Any, preprocessing: str) -> Any:
 
 
 def apply_head(output: Any, head: str) -> Any:
-    """Put a head of HEADS on a network's output, a tensor of shape (n, classes)."""
+    """Apply a head of HEADS to a network's output, a tensor of shape (n, classes)."""
     tensorflow = importlib.import_module("tensorflow")
     if head == "softmax":
         return tensorflow.nn.softmax(output)
@@ -142,7 +142,7 @@ def _remembered_variables() -> Iterator[None]:
 
 
 def _import_converter() -> Any:
-    """Import OpenVINO's converter without its telemetry, which would send usage data home."""
+    """Import OpenVINO's converter without its telemetry, which would send usage data."""
     import_openvino()
     name = "openvino_telemetry"
     hidden = {module: sys.modules.pop(module) for module in list(sys.modules) if module.partition(".")[0] == name}

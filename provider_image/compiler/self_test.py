@@ -1,8 +1,7 @@
-"""The self-test's pictures: what an artefact is tried with when it is built and whenever it is checked.
+"""The images of the self-test, which verifies an artefact when it is built and whenever it is checked.
 
-Called by `finishing.py`. Photos where scikit-image is installed, whose wheel carries some (the extra `[compile]` brings
-it); drawn pictures elsewhere, so that a first use without that extra records a self-test as well. They are kept in the
-artefact, so it does not matter which of them another machine would take.
+Called by `verification.py` and `custom.py`. Photos if scikit-image is installed, whose wheel contains some (part of the
+extra `[compile]`), otherwise drawn images. They are stored in the artefact, so that all machines use the same.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ if TYPE_CHECKING:
 
 #: Public-domain photos in scikit-image's wheel: a cat, a cup, a rocket, a person, a garage, and one in grey.
 _PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png", "camera.png")
-#: Longest side in pixels; larger ones are scaled down so that an artefact does not grow by them.
+#: Longest side in pixels; larger photos are scaled down to keep artefacts small.
 _MAX_SIDE = 400
-#: Width and height of the drawn pictures.
+#: Width and height of the drawn images.
 _DRAWN_SIZES = ((320, 240), (240, 320), (400, 225), (224, 224))
 
 
 def self_test_images() -> dict[str, bytes]:
-    """Return the self-test's pictures, JPEG, by file name."""
+    """Return file name -> JPEG of the self-test images."""
     found = _photos() or [_draw(number, *size) for number, size in enumerate(_DRAWN_SIZES)]
     return {f"selftest-{number}.jpg": _jpeg(image) for number, image in enumerate(found)}
 
 
 def _photos() -> list[PIL.Image.Image]:
-    spec = importlib.util.find_spec("skimage")  # scikit-image itself takes seconds to import and is not needed
+    spec = importlib.util.find_spec("skimage")  # finds the folder without importing scikit-image, which takes seconds
     if spec is None or spec.origin is None:
         return []
     import PIL.Image
@@ -40,7 +39,7 @@ def _photos() -> list[PIL.Image.Image]:
 
 
 def _draw(number: int, width: int, height: int) -> PIL.Image.Image:
-    """Draw coloured noise with the spectrum of photos, and three discs on it."""
+    """Draw three discs on coloured noise with the spectrum of photos."""
     import numpy as np
     import PIL.Image
     import PIL.ImageDraw

@@ -1,8 +1,8 @@
-"""Reads torch's legacy weight files without torch.
+"""Torch's legacy weights files, read without torch.
 
-Used by the builders. The file is five pickles and then the raw numbers. Unpickling runs what the file names, so only
-the few names that such files need are allowed, and each stands for a small function of this module. Check the file's
-sha256 first all the same: nothing here bounds the memory that a hostile pickle could ask for.
+Called by `lite0.py`. The file consists of five pickles and the raw numbers. Unpickling calls what the file names, so
+only the few names that such files need are allowed, and each is mapped to a function of this module. Weakness: the
+memory that a malicious pickle requests is not limited, so check the file's sha256 first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-#: Storage class in torch -> (numpy type, bytes an element).
+#: Torch's storage class -> (numpy type, bytes per element).
 _STORAGES = {"FloatStorage": ("<f4", 4), "LongStorage": ("<i8", 8)}
 _READ_ERRORS = (
     pickle.UnpicklingError,
@@ -38,7 +38,7 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """A view into a storage that is read later."""
+    """A view of a storage that is read later."""
 
     key: str
     offset: int
@@ -66,20 +66,20 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
-            raise WeightsMismatch(f"The weights file asks for {module}.{name}, which no weights need. It is not used.")
+            raise WeightsMismatch(f"The weights file names {module}.{name}, which is not allowed. It was not loaded.")
         return self._allowed[module, name]
 
     def persistent_load(self, reference: Any) -> Any:
         if not (isinstance(reference, tuple) and len(reference) >= 5 and reference[0] == "storage"):
-            raise WeightsMismatch("The weights file refers to something that is no storage.")
+            raise WeightsMismatch("The weights file refers to something other than a storage.")
         return reference[:5]
 
 
 def read_tensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
-    """Read every tensor of a legacy torch file.
+    """Read all tensors of a legacy torch file.
 
-    :return: name -> array of its own, in C order whatever the strides in the file were.
-    :raises WeightsMismatch: the file is not such a file, is cut short, or asks for anything but tensors.
+    :return: name -> a copy, in C order regardless of the strides in the file.
+    :raises WeightsMismatch: the file has another format, is cut short, or contains anything but tensors.
     """
     import numpy as np
 
@@ -96,7 +96,7 @@ def read_tensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
     try:
         if [Unpickler(stream).load(), Unpickler(stream).load()] != [_MAGIC, _PROTOCOL]:
             raise WeightsMismatch("The weights file is not in torch's legacy format.")
-        Unpickler(stream).load()  # the system's facts
+        Unpickler(stream).load()  # facts about the system
         state = Unpickler(stream).load()
         keys = Unpickler(stream).load()
         position = stream.tell()
@@ -113,7 +113,7 @@ def read_tensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _array(tensor: _Tensor, storage: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Copy a strided view; a plain reshape would give wrong weights, the tensors lie in another framework's order."""
+    """Copy a strided view; a reshape would give wrong weights, because some tensors are not in C order."""
     import numpy as np
 
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))

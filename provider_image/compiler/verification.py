@@ -1,6 +1,7 @@
-"""Finishes a graph that a builder has made: proves it, chooses how its weights are stored, records a self-test.
+"""Verification of a new graph: compares it with its reference, chooses the storage of its weights, records a self-test.
 
-Called by every builder, inside `installing.building`. Nothing is installed that does not answer as its reference does.
+Called by every builder, inside `installing.build_folder`. No graph is installed whose results differ from those of its
+reference.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from provider_image.errors import CompilationFailed
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
 from provider_image.models.catalogue import ModelRow
+from provider_image.precision import TOLERANCE
 from provider_image.service import Difference
 from provider_image.services.classification import Classification, top_labels
 
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
 
     Arrays = Sequence[np.ndarray[Any, Any]]
 
-#: A probability may differ by this much from the reference's. Two honest machines differ by some 1e-6. Also the most
-#: that f16 weights may cost unless whoever compiles allows more; those of EfficientNet-Lite0 cost 0.004.
-TOLERANCE = 1e-4
 #: Weights are stored as f16 only if that makes the artefact smaller by at least this share.
 _MIN_SAVING = 0.1
 
@@ -46,14 +45,14 @@ def verify_and_install(
     f16_within: float = TOLERANCE,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Artefact:
-    """Prove, store and install a graph.
+    """Verify, store and install a graph.
 
     :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
-    :param folder: as `installing.building` gave it.
-    :param reference: gives the right probabilities for decoded pictures, uint8 (height, width, 3); None takes the
-        graph's own in f32, where there is nothing else to compare with.
+    :param folder: the folder from `installing.build_folder`.
+    :param reference: returns the right probabilities for decoded images, uint8 (height, width, 3); None takes those of
+        the graph itself in f32, if there is nothing else to compare with.
     :param f16_within: weights are stored as f16 if no probability differs by more than this from the reference's.
-    :param on_step: called with what is being done.
+    :param on_step: called with the name of each step.
     :raises CompilationFailed: the graph differs from the reference.
     """
     on_step("comparing")
@@ -67,7 +66,7 @@ def verify_and_install(
     difference = _compare(outputs, expected, actual, provenance)
     if not difference.largest <= TOLERANCE or not difference.is_same_order:
         raise CompilationFailed(
-            f"The compiled graph of {row.name} answers otherwise than {provenance.reference}: "
+            f"The compiled graph of {row.name} gives other results than {provenance.reference}: "
             "probabilities differ by up "
             f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
         )
@@ -83,7 +82,7 @@ def verify_and_install(
 
 
 def f16_recipe(recipe: str) -> str:
-    """Return the recipe of the same graph with f16 weights: its answers differ a little, so its digest must."""
+    """Return the recipe of the same graph with f16 weights: its results differ slightly, so its digest must differ."""
     return f"{recipe}-f16"
 
 
@@ -97,7 +96,7 @@ def _choose_storage(
     provenance: Provenance,
     f16_within: float,
 ) -> Storage:
-    """Store f16 weights beside the f32 ones, compare their answers, and keep those that deserve it."""
+    """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files."""
     f16_folder = folder / "f16"
     f16_folder.mkdir()
     openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
@@ -125,7 +124,7 @@ def _choose_storage(
 def _compare(
     outputs: list[Any], expected: Arrays, actual: Arrays, provenance: Provenance, tolerance: float = TOLERANCE
 ) -> Difference:
-    """Compare all probabilities and the order of the likeliest; numbers that are none differ by as much as can be."""
+    """Compare all probabilities and the order of the top labels. Non-finite numbers give the largest difference."""
     import numpy as np
 
     largest = max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))

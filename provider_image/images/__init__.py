@@ -1,1 +1,1 @@
-"""Images: the check of a header, decoding, resizing."""
+"""Images: the check of their headers, decoding, and the format of resized ones."""

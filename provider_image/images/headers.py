@@ -1,8 +1,8 @@
-"""What a picture's bytes say about themselves, read without decoding and without Pillow.
+"""The header of an image file: format, declared size, and whether the end of the file is missing.
 
-Called through `imaging.check_upload` at the server's door, some two thousand times a second, and before every decode.
-It finds the format, the declared size, and whether the file's end is there. Whether the pixels can be decoded only a
-decoder knows. Every length in a file is somebody's claim: nothing is sliced or looped over without a bound.
+Called by the server for every upload, some two thousand times a second, and before every decode. Must not decode or
+import Pillow, so it cannot tell whether the pixels are valid. Lengths in a file are not trusted: every slice and loop
+has a limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from provider_image.errors import BrokenImage, EmptyImage, ImageTooLarge, NotAnImage, UnsupportedFormat
 
-#: Steps through a file's segments or blocks before it counts as damaged; real files have some dozens.
+#: The formats that are supported, by Pillow's names.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+#: Most segments or blocks in a file; real files have some dozens.
 _MAX_STEPS = 20_000
 #: Called by a reader with width and height as soon as it knows them.
 _SizeCheck = Callable[[int, int], None]
@@ -21,25 +23,25 @@ _SizeCheck = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageHeader:
-    """What the header says."""
+    """The contents of a header."""
 
-    #: One of imaging.FORMATS.
+    #: One of FORMATS.
     format: str
-    #: Declared size in pixels, as stored: before any turning by an EXIF tag.
+    #: Declared size in pixels as stored, before any rotation by an EXIF tag.
     width: int
     height: int
 
 
 def read_header(data: bytes, max_pixels: int) -> ImageHeader:
-    """Read format and size, and check that the file is whole as far as its structure tells.
+    """Read format and size, and check as far as the structure shows that the file is complete.
 
-    :param max_pixels: of width x height; compared as soon as the size is known, so that a bomb is called a bomb even
-        when the rest of the file is missing.
-    :raises EmptyImage: no bytes.
-    :raises UnsupportedFormat: a format that is recognised but not taken; names it.
-    :raises NotAnImage: not recognised.
+    :param max_pixels: limit for width x height. Checked as soon as the size is known, so that a decompression bomb is
+        reported as too large even when the rest of the file is missing.
+    :raises EmptyImage: there are no bytes.
+    :raises UnsupportedFormat: the format is recognised but not supported; names it.
+    :raises NotAnImage: the format is not recognised.
     :raises ImageTooLarge: it declares more than max_pixels.
-    :raises BrokenImage: the header makes no sense, or the file's end is missing.
+    :raises BrokenImage: the header is invalid, or the end of the file is missing.
     """
     if not data:
         raise EmptyImage()
@@ -47,7 +49,7 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     def check_size(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise ImageTooLarge(
-                f"The image declares {width} x {height} pixels; at most {max_pixels / 1e6:g} million are taken. "
+                f"The image declares {width} x {height} pixels; at most {max_pixels / 1e6:g} million are allowed. "
                 "Scale it down and send it again."
             )
 
@@ -70,9 +72,9 @@ def _cut_short(name: str) -> BrokenImage:
 
 
 def _jpeg(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
-    """Walk the segments to the frame header, then to the first scan, behind which an end marker must stand.
+    """Follow the segments to the frame header, then to the first scan, after which there must be an end marker.
 
-    The walk steps over the EXIF segment as a whole, so that the end marker of a thumbnail inside it does not count.
+    The EXIF segment is skipped as a whole, so that the end marker of a thumbnail in it does not count.
     """
     position, size = 2, None
     for _ in range(_MAX_STEPS):
@@ -104,7 +106,7 @@ def _jpeg(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
                 raise _cut_short("JPEG")
             return size[1], size[0]
         position += 2 + length
-    raise BrokenImage("The JPEG file is damaged: it has no picture data.")
+    raise BrokenImage("The JPEG file is damaged: it has no image data.")
 
 
 def _png(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
@@ -137,11 +139,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
         return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
-    raise BrokenImage("The WEBP file is damaged: it does not start with a picture.")
+    raise BrokenImage("The WEBP file is damaged: it does not start with an image.")
 
 
 def _gif(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
-    """Walk to the end of the first frame, the only one used. A frame may be larger than the screen: Pillow grows it."""
+    """Follow the blocks to the end of the first frame, the only one used. It may be larger than the declared size."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     check_size(width, height)
     position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
@@ -167,7 +169,7 @@ def _gif(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
             break
         if has_frame:
             return width, height
-    raise BrokenImage("The GIF file is damaged: it has no picture.")
+    raise BrokenImage("The GIF file is damaged: it has no image.")
 
 
 def _bmp(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
@@ -177,14 +179,14 @@ def _bmp(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
         compression = 0
     elif header >= 40:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
-        height = abs(height)  # negative: stored from the top down
+        height = abs(height)  # negative for rows that are stored from the top down
     else:
         raise BrokenImage("The BMP file is damaged: its header has an impossible length.")
     if bits not in (1, 2, 4, 8, 16, 24, 32):
         raise BrokenImage(f"The BMP file is damaged: it declares {bits} bits a pixel.")
     check_size(width, height)
     if compression in (0, 3) and width > 0:
-        # The size field is wrong in many files, so the end is computed from the declared picture.
+        # The size field is wrong in many files, so the end is computed from the declared size of the image.
         if start + (width * bits + 31) // 32 * 4 * height > len(data):
             raise _cut_short("BMP")
     elif compression not in (1, 2) and width > 0:
@@ -193,7 +195,7 @@ def _bmp(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
 
 
 def _tiff(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
-    """Read the first directory; a file that is cut short has lost the directory or the end of its strips."""
+    """Read the first directory; a truncated file lacks the directory or the end of its strips."""
     order = "<" if data[:2] == b"II" else ">"
     (position,) = struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + "H", data, position)
@@ -210,7 +212,7 @@ def _tiff(data: bytes, check_size: _SizeCheck) -> tuple[int, int]:
             raise BrokenImage("The TIFF file is damaged: it does not declare its size.")
         size.append(numbers[0])
     check_size(size[0], size[1])
-    # A tile is decoded as a whole, however small the picture is said to be.
+    # A tile is decoded as a whole, however small the declared image.
     check_size(*(max(_tiff_numbers(data, order, values.get(tag), 1), default=0) for tag in (322, 323)))
     for starts, lengths in ((273, 279), (324, 325)):
         if starts in values and lengths in values:
@@ -245,7 +247,7 @@ _READERS: tuple[tuple[bytes, str, Callable[[bytes, _SizeCheck], tuple[int, int]]
     (b"MM\x00*", "TIFF", _tiff),
 )
 
-#: Formats that are worth naming to whoever sends them: (offset, magic, name).
+#: Unsupported formats that error messages name: (offset, magic, name).
 _UNSUPPORTED_FORMATS = (
     (0, b"%PDF-", "PDF"),
     (0, b"8BPS", "PSD"),

@@ -1,1 +1,1 @@
-"""The models: a catalogue (data), the artefacts on disk, and what builds them."""
+"""Models: the catalogue (data), installed artefacts, and the registry of both."""

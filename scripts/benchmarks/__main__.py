@@ -1,4 +1,4 @@
-"""The table of measurements: `python -m scripts.benchmarks NAME [OPTION ...]`."""
+"""The command of the benchmarks: `python -m scripts.benchmarks NAME [OPTION ...]`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import importlib
 import sys
 
 NAMES = (
-    "uploads",
-    "drain",
-    "chunk",
     "backlog",
-    "start",
-    "door",
-    "scale",
-    "shrink",
-    "models",
-    "overlap",
+    "chunk",
+    "dashboard",
+    "decode_overlap",
+    "drain",
     "golem",
-    "operator",
-    "streams",
+    "models",
+    "reduced_scale",
+    "resize",
+    "sse",
+    "startup",
+    "upload_checks",
+    "uploads",
 )
 
 
 def main() -> int:
-    """Run the measurement that is named first."""
+    """Run the benchmark that the first argument names."""
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(f"Usage: scripts/bench {'|'.join(NAMES)} [--help]", file=sys.stderr)
         return 2

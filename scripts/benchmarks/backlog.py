@@ -1,4 +1,4 @@
-"""A hundred thousand waiting requests: what a claim with its plan takes, and what reading an answer takes meanwhile."""
+"""A backlog of 100,000 requests: the time to claim and plan it, and to read a result meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FILL = """
 
 
 def fill(home: Path, count: int) -> list[str]:
-    """Put waiting requests into a new home, without their pictures. :return: some of the ids."""
+    """Add queued requests without images to a new home. :return: some of their ids."""
     store = SqliteStore(HomeSettings(home=home))
     store.migrate()
     ids = [new_id() for _ in range(count)]
@@ -61,11 +61,11 @@ def claim_and_plan(home: Path, limit: int) -> None:
 
 
 @click.command()
-@click.option("--waiting", default=100_000, show_default=True, help="Requests that wait.")
-@click.option("--limit", default=None, type=int, help="Claims in one go.  [default: all that wait]")
+@click.option("--waiting", default=100_000, show_default=True, help="Number of queued requests.")
+@click.option("--limit", default=None, type=int, help="Claims at once.  [default: all queued requests]")
 @click.option("--home", default=None, hidden=True)
 def main(waiting: int, limit: int | None, home: str | None) -> None:
-    """Measure a long backlog. Example: scripts/bench backlog"""
+    """Measure a large backlog. Example: scripts/bench backlog"""
     if home is not None:
         claim_and_plan(Path(home), limit or waiting)
         return

@@ -1,7 +1,7 @@
-"""Pictures a second from the first POST to the last recorded answer, against the limit of the machine.
+"""Images per second from the first POST to the last recorded result, against the limit of the machine.
 
-The limit: one process, two threads that decode and infer, no HTTP, no store. It is measured twice, with JPEGs decoded
-whole and decoded at reduced scale as the provider room does.
+The limit is one process with two threads that decode and infer, without HTTP and store. It is measured twice, with
+JPEGs decoded at full scale and at reduced scale like in the runtime.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rich.table import Table
 
 from provider_image.compiler import ensure_installed
 from provider_image.images import decoding
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 
 MODEL = "efficientnet_lite0"
 
 
 def plain_limit(models: Path, jpegs: list[bytes], *, is_reduced: bool) -> float:
-    """Decode and infer in two threads, nothing else. :return: pictures a second."""
+    """Decode and infer in two threads. :return: images per second."""
     import numpy as np
     import openvino as ov
     from PIL import Image
@@ -74,7 +74,7 @@ def plain_limit(models: Path, jpegs: list[bytes], *, is_reduced: bool) -> float:
 
 
 def post(port: int, jpegs: list[bytes]) -> list[str]:
-    """Post pictures over one connection. The plainest client there is, because it shares the cores. :return: ids."""
+    """Post images over one connection. A minimal client, because it shares the cores. :return: ids."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     ids = []
     for jpeg in jpegs:
@@ -89,7 +89,7 @@ def post(port: int, jpegs: list[bytes]) -> list[str]:
 
 
 def drain(home: Path, jpegs: list[bytes], log: Path) -> float:
-    """Post everything to a running system and wait for the last answer. :return: pictures a second."""
+    """Post all images to a running system and wait for the last result. :return: images per second."""
     port = processes.free_port()
     base = f"http://127.0.0.1:{port}"
     with processes.running(
@@ -116,17 +116,17 @@ def drain(home: Path, jpegs: list[bytes], log: Path) -> float:
 
 
 @click.command()
-@click.option("--pictures", "count", default=2000, show_default=True, help="How many pictures.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
+@click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
 def main(count: int, rounds: int) -> None:
-    """Measure draining. Example: scripts/bench drain --pictures 1000"""
-    base = pictures.photo_jpegs()
+    """Measure draining. Example: scripts/bench drain --images 1000"""
+    base = photos.photo_jpegs()
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
         for turn in range(rounds):
-            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
-            seen.setdefault("limit, JPEGs decoded whole", []).append(
+            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
+            seen.setdefault("limit, JPEGs at full scale", []).append(
                 plain_limit(work / "models", jpegs, is_reduced=False)
             )
             seen.setdefault("limit, JPEGs at reduced scale", []).append(
@@ -134,7 +134,7 @@ def main(count: int, rounds: int) -> None:
             )
             seen.setdefault("mlg up, end to end", []).append(drain(work / f"home-{turn}", jpegs, work / "log"))
     median = {name: statistics.median(figures) for name, figures in seen.items()}
-    table = Table("what", "pictures/s", "runs", title=f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}")
+    table = Table("what", "images/s", "runs", title=f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}")
     for name, figures in seen.items():
         table.add_row(name, f"{median[name]:.0f}", " ".join(f"{figure:.0f}" for figure in figures))
     console = Console()

@@ -1,7 +1,7 @@
-"""The golem executor on a devnet of this machine: its rate beside the local one's, its first answer, its end, and what
-misbehaving providers and kills do to it.
+"""Benchmark of the golem executor on a devnet: throughput compared with the local executor, time to the first result,
+time to the end, and the effect of faulty providers and of killed batchers.
 
-Everything runs as a user would run it: `mlg devnet` in one process, `mlg batch` in another, a home between them.
+Everything runs as a user runs it: `mlg devnet` in one process, `mlg batch` in another, with a shared home.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ from rich.table import Table
 
 from provider_image.compiler import ensure_installed
 from provider_image.models.catalogue import CATALOGUE
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 from scripts.benchmarks.keras_models import compiled_model
 from store import new_id
 from store.records import NewRequest
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
-#: Three of eight misbehave, each in its own way.
+#: Provider -> fault: three of eight providers are faulty.
 FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRun:
-    """What one `mlg batch --once` did."""
+    """The measurements of one `mlg batch --once`."""
 
-    #: Pictures.
+    #: Number of images.
     count: int
-    #: From the start of the process to the first and the last recorded answer, and to its end.
+    #: From the start of the process to the first and the last recorded result, and to its end.
     first_seconds: float
     last_seconds: float
     end_seconds: float
-    #: GLM that was paid.
+    #: GLM paid.
     cost: Decimal
 
     @property
     def rate(self) -> float:
-        """Pictures a second from the start of the process to the last answer."""
+        """Return images per second from the start of the process to the last result."""
         return self.count / self.last_seconds
 
     @property
     def steady_rate(self) -> float:
-        """The same from the first answer on."""
+        """Return images per second from the first result on."""
         return self.count / max(1e-9, self.last_seconds - self.first_seconds)
 
 
 def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
-    """Put requests into a home's store."""
+    """Add requests to the store of a home."""
     store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
     store.migrate()
     for jpeg in jpegs:
@@ -78,7 +78,7 @@ def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> N
 
 
 def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
-    """Write a scenario file: equal prices, one core each; some misbehave now and then."""
+    """Write a scenario file: providers with equal prices and one core each, some with a fault after two occasions."""
     from devnet.scenario import PROVIDER_NAMES
 
     lines = []
@@ -99,7 +99,7 @@ def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
 
 @contextlib.contextmanager
 def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
-    """Run a devnet. :return: the variables that it prints."""
+    """Run a devnet during the block. :return: the environment variables that it prints."""
     variables = folder / f"devnet-{time.monotonic_ns()}.env"
     command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
     with (folder / "devnet.log").open("ab") as log:
@@ -119,7 +119,7 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
 
 
 def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
-    """Run `mlg batch --once` on a filled home, and read from its store what happened."""
+    """Run `mlg batch --once` on a home with requests, and read the measurements from its store."""
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
     started = time.time()
     with log.open("ab") as output:
@@ -133,7 +133,7 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
         ]
         (total,) = database.execute("SELECT count(*) FROM requests").fetchone()
         if status or len(times) < total:
-            raise RuntimeError(f"{len(times)} of {total} answered:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"{len(times)} of {total} finished:\n{log.read_text()[-3000:]}")
     finally:
         database.close()
     costs = subprocess.run(
@@ -151,29 +151,29 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
-    """Ask the daemon."""
+    """Return the JSON response of a GET call of the daemon."""
     request = urllib.request.Request(
         variables["YAGNA_API_URL"] + path, headers={"Authorization": f"Bearer {variables['YAGNA_APPKEY']}"}
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
 
 
 def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: int) -> dict[str, int]:
-    """Kill a batcher at random moments, then let one finish, and count what went wrong."""
-    moments = random.Random(seed)
-    base = pictures.photo_jpegs()
+    """Kill batchers at random times, let one finish, and count lost requests, duplicate answers and open agreements."""
+    generator = random.Random(seed)
+    base = photos.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
     for turn in range(kills):
-        fill(home, [pictures.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
+        fill(home, [photos.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
         with (folder / "killed.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, **variables, "MLG_LEASE_SECONDS": "2"}
             )
-        time.sleep(moments.uniform(0.2, 6.0))
+        time.sleep(generator.uniform(0.2, 6.0))
         process.kill()
         process.wait()
-    time.sleep(2.5)  # the last lease ends
+    time.sleep(2.5)  # the last lease expires
     batch(home, "golem", folder / "batch.log", **variables, MLG_LEASE_SECONDS="2")
     database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
     try:
@@ -194,17 +194,17 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 
 
 @click.command()
-@click.option("--pictures", "count", default=2000, show_default=True, help="How many pictures.")
-@click.option("--providers", default=8, show_default=True, help="How many providers, of one core each.")
+@click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
+@click.option("--providers", default=8, show_default=True, help="Number of providers with one core each.")
 @click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
 @click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
-@click.option("--kills", default=50, show_default=True, help="How often a batcher is killed with -9.")
-@click.option("--seed", default=1, show_default=True, help="Of the moments of the kills.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each kind; the median is printed.")
+@click.option("--kills", default=50, show_default=True, help="Number of batchers to kill with SIGKILL.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the times of the kills.")
 def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
-    """Measure the golem executor on a devnet. Example: scripts/bench golem --pictures 500 --kills 5"""
+    """Measure the golem executor on a devnet. Example: scripts/bench golem --images 500 --kills 5"""
     console = Console()
-    base = pictures.photo_jpegs()
+    base = photos.photo_jpegs()
     runs: dict[str, list[BatchRun]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
@@ -214,14 +214,14 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
             (models / "models").symlink_to(compiled_model(model).artefact.folder.parent)
         else:
             ensure_installed(models / "models", model)
-        more = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
+        settings = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
         kinds = {
             "local": ("local", {}),
-            "golem, all honest": ("golem", {}),
-            "golem, 3 of 8 misbehave": ("golem", FAULTS),
+            "golem, no faults": ("golem", {}),
+            "golem, 3 of 8 faulty": ("golem", FAULTS),
         }
         for turn in range(rounds if count else 0):
-            jpegs = [pictures.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
+            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
             for kind, (executor, faults) in kinds.items():
                 home = folder / f"home-{turn}-{executor}-{len(faults)}"
                 home.mkdir()
@@ -232,27 +232,27 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
                 else:
                     with devnet(folder, models, scenario(folder, providers, faults)) as variables:
                         limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "60"}
-                        run = batch(home, executor, folder / "batch.log", **variables, **more, **limits)
+                        run = batch(home, executor, folder / "batch.log", **variables, **settings, **limits)
                 runs.setdefault(kind, []).append(run)
                 console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
         if runs:
-            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, shrinking {shrink}")
+            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}")
         if kills:
             home = folder / "home-kills"
             home.mkdir()
             (home / "models").symlink_to(models / "models")
             with devnet(folder, models, scenario(folder, providers, {})) as variables:
-                found = kill(folder, home, {**variables, **more}, kills, seed)
+                found = kill(folder, home, {**variables, **settings}, kills, seed)
             console.print(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
 def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) -> None:
     table = Table(
-        "what",
-        "pictures/s",
-        "from the first answer on",
-        "first answer s",
-        "last answer to end s",
+        "kind",
+        "images/s",
+        "images/s from the first result on",
+        "first result s",
+        "last result to end s",
         "GLM",
         title=f"{what}; medians of {len(next(iter(runs.values())))}",
     )
@@ -267,10 +267,10 @@ def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) ->
             f"{median(run.cost for run in each):.6f}",
         )
     console.print(table)
-    local, honest, misbehaving = runs.values()
-    rate = median(a.rate / b.rate for a, b in zip(honest, local, strict=True))
-    steady = median(a.steady_rate / b.steady_rate for a, b in zip(honest, local, strict=True))
-    seconds = median(a.last_seconds / b.last_seconds for a, b in zip(misbehaving, honest, strict=True))
-    cost = median(a.cost / b.cost for a, b in zip(misbehaving, honest, strict=True))
-    console.print(f"golem has {rate:.0%} of the local rate, {steady:.0%} from the first answer on")
-    console.print(f"with misbehaving providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")
+    local, no_faults, faulty = runs.values()
+    rate = median(a.rate / b.rate for a, b in zip(no_faults, local, strict=True))
+    steady = median(a.steady_rate / b.steady_rate for a, b in zip(no_faults, local, strict=True))
+    seconds = median(a.last_seconds / b.last_seconds for a, b in zip(faulty, no_faults, strict=True))
+    cost = median(a.cost / b.cost for a, b in zip(faulty, no_faults, strict=True))
+    console.print(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
+    console.print(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

@@ -1,8 +1,8 @@
 """The sixteen Keras models of the original service, with seeded weights, compiled once and kept for later measurements.
 
 Speed and memory do not depend on what the weights are, and no measurement may need a download of gigabytes. Run as
-`python -m scripts.benchmarks.keras_models FOLDER MODEL` it compiles one: in a process of its own, so that the memory
-that tensorflow takes for it goes back.
+`python -m scripts.benchmarks.keras_models FOLDER MODEL` it compiles one: in a separate process, so that the memory
+that tensorflow takes for it is released.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ ORIGINAL_MODELS = (
     "resnet152v2", "vgg16", "vgg19", "nasnet_large", "nasnet_mobile", "xception", "inception_v3",
     "inception_resnet_v2",
 )  # fmt: skip
-#: A light, a middling and a deep one, for a first look.
+#: A small, a medium and a deep one, for a quick run.
 QUICK_MODELS = ("nasnet_mobile", "resnet50", "densenet121")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledModel:
-    """A model as both sides take it."""
+    """A model for both sides."""
 
     #: Its row in the catalogue.
     row: ModelRow
-    #: What this project runs.
+    #: The artefact that mlg runs.
     artefact: Artefact
-    #: What Keras loads.
+    #: The weights that Keras loads.
     weights: Path
 
 
@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 
 
 def compiled_model(name: str) -> CompiledModel:
-    """Return a model that is ready to be measured, compiling it first if need be: some ten seconds to two minutes."""
+    """Return a model that is ready to be measured, compiling it first if necessary: some ten seconds to two minutes."""
     folder = cache_folder()
     weights = _weights(folder, name)
     if not weights.exists() or not _is_installed(folder / "models", name):

@@ -1,8 +1,8 @@
-"""Keras in a process of its own, as a plain script would use it: what this project's runtime is measured against.
+"""Keras in a separate process, as a simple script would use it: the comparison for mlg's runtime.
 
-`cold CLASS WEIGHTS CHUNK OUT` does one chunk of pictures from the import on and writes the five likeliest labels of
+`cold CLASS WEIGHTS CHUNK OUT` does one chunk of images including the import and writes the top five labels of
 each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line `{"seconds": S}` on standard input with the
-pictures a second of `predict` on ready arrays, in batches as large as the chunk.
+images per second of `predict` on ready arrays, in batches as large as the chunk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load(keras_class: str, weights: Path) -> tuple[Any, Any]:
 
 
 def batch_of(chunk: Path, side: int) -> Any:
-    """Decode a chunk's pictures as `keras.utils.load_img` does: to the model's size, proportions let go."""
+    """Decode a chunk's images as `keras.utils.load_img` does: to the model's size, without keeping proportions."""
     import numpy as np
     from PIL import Image
 
@@ -46,7 +46,7 @@ def batch_of(chunk: Path, side: int) -> Any:
 
 
 def main() -> None:
-    """Do what the first argument says."""
+    """Run the mode that the first argument names."""
     way, keras_class, weights, chunk = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     network, module = load(keras_class, weights)
     arrays = module.preprocess_input(batch_of(chunk, network.input_shape[1]))

@@ -1,4 +1,4 @@
-"""What the machine can do at most, and how much a graph asks of it."""
+"""The limits of the machine, and the operations of a graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _best(work: Callable[[], Any], flops: float, seconds: float) -> float:
 
 
 def gigaflops_of(graph: Path) -> float:
-    """Count what one picture costs: two operations for each multiply-add of the convolutions and matrix products."""
+    """Count the GFLOP per image: two operations for each multiply-add of the convolutions and matrix products."""
     total = 0.0
     for node in import_openvino().Core().read_model(str(graph)).get_ordered_ops():
         kind = node.get_type_name()
@@ -81,7 +81,7 @@ def gigaflops_of(graph: Path) -> float:
 
 
 def decoding_rate(jpegs: list[bytes], decode: Callable[[bytes], Any], seconds: float = 3.0) -> float:
-    """Decode pictures on all cores and do nothing else. :return: pictures a second."""
+    """Decode images on all cores, without inference. :return: images per second."""
     cores = available_cores()
 
     def work(first: int) -> int:

@@ -1,7 +1,7 @@
 """The compiled Keras models against Keras itself: a cold chunk of 16, warm throughput, memory, and the machine's limit.
 
-Both sides get the same photos and the same seeded weights, in turns in one run. Compiling happens before the clock
-starts and only once, in the folder of `keras_models.cache_folder`.
+Both sides get the same photos and the same seeded weights and alternate in one run. Models are compiled before the
+measurement and only once, in the folder of `keras_models.cache_folder`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from pathlib import Path
 import click
 
 from provider_image.chunk import ChunkItem, read_results, write_chunk
-from scripts.benchmarks import pictures
+from scripts.benchmarks import photos
 from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, CompiledModel, cache_folder, compiled_model
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
 from scripts.benchmarks.processes import JsonLineProcess
 
 ITEMS = 16
-#: What is wanted of the geometric means over the models.
+#: Required geometric means over the models.
 MIN_WARM_RATIO, MIN_COLD_RATIO, MAX_MEMORY_RATIO = 1.9, 5.0, 0.40
 
 
 @dataclass
 class Measurements:
-    """What was seen of one model, a number for each turn."""
+    """The measurements of one model, a number for each round."""
 
     #: Seconds and megabytes of a cold chunk.
     cold: list[float] = field(default_factory=list)
     keras_cold: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     keras_memory: list[float] = field(default_factory=list)
-    #: Pictures a second, warm: whole chunks, the bare net, the bare net in bf16, and Keras' predict.
+    #: Images per second, warm: whole chunks, the bare net, the bare net in bf16, and Keras' predict.
     chunk: list[float] = field(default_factory=list)
     net: list[float] = field(default_factory=list)
     bf16: list[float] = field(default_factory=list)
     keras: list[float] = field(default_factory=list)
-    #: Pictures of a chunk for which both sides name the same label first.
+    #: Images of a chunk with the same first label on both sides.
     same_first: int = 0
 
     def ratio(self, one: str, other: str) -> float:
@@ -57,9 +57,9 @@ def has_bf16() -> bool:
 
 
 def make_chunk(path: Path, model: str, base: list[bytes]) -> Path:
-    """Write a chunk of ITEMS pictures, made from JPEGs of `pictures`."""
+    """Write a chunk of ITEMS images, made from JPEGs of `images`."""
     items = [
-        ChunkItem(number=n, inputs={"image": pictures.make_unique(base[n % len(base)], n)}, params={})
+        ChunkItem(number=n, inputs={"image": photos.make_unique(base[n % len(base)], n)}, params={})
         for n in range(ITEMS)
     ]
     write_chunk(path, "measured", "classification", model, None, items)
@@ -86,7 +86,7 @@ def measure_cold(model: CompiledModel, chunk: Path, work: Path, rounds: int, fig
 
 
 def measure_warm(model: CompiledModel, chunk: Path, rounds: int, seconds: float, figures: Measurements) -> None:
-    """Keep a warm process of each side and ask them in turns; a first turn of each does not count."""
+    """Measure a warm process of each side alternately, after one round for warming up."""
     with (
         JsonLineProcess(
             *_module("scripts.benchmarks.runtime_side", str(cache_folder() / "models"), model.row.name)
@@ -150,10 +150,10 @@ _HEAD = (
 
 
 @click.command()
-@click.option("--models", help="Names, with commas between; all sixteen if not given.")
+@click.option("--models", help="Names, separated by commas; all sixteen if not given.")
 @click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_MODELS)}.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
-@click.option("--seconds", default=2.0, show_default=True, help="Least length of a warm turn.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
+@click.option("--seconds", default=2.0, show_default=True, help="Minimum length of a warm round.")
 def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
     """Measure the compiled Keras models. Example: scripts/bench models --quick
 
@@ -164,7 +164,7 @@ def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
     all_figures: list[Measurements] = []
     rows = []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
-        work, spent, base = Path(folder), 0.0, pictures.jpegs_of_quality(500, 375, 90)
+        work, spent, base = Path(folder), 0.0, photos.jpegs_of_quality(500, 375, 90)
         for name in names:
             model = compiled_model(name)
             started = time.perf_counter()
@@ -190,6 +190,6 @@ def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
         mean = statistics.geometric_mean(figures.ratio(one, other) for figures in all_figures)
         is_met = mean >= wanted if is_least else mean <= wanted
         click.echo(
-            f"{what}: geometric mean {mean:.2f}, wanted {'at least' if is_least else 'at most'} {wanted:g}: "
+            f"{what}: geometric mean {mean:.2f}, required {'at least' if is_least else 'at most'} {wanted:g}: "
             f"{'met' if is_met else 'missed'}"
         )

@@ -1,4 +1,4 @@
-"""The simplest server that does the job, for comparison: Flask's own, the picture in the row, a commit a request."""
+"""The simplest possible server, for comparison: Flask's own, the image in the row, one commit per request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts the programs that are measured, each in its own process group, and surely ends them."""
+"""The programs that are measured: each is started in its own process group and ended with the benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def free_port() -> int:
-    """Find a port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], *, url: str, log: Path, env: dict[str, str] | None = None) -> Iterator[int]:
-    """Run a program until the block ends; enter it when the address answers. :return: its process id."""
+    """Run a program until the block ends; enter it when the URL responds. :return: its process id."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(env or {})}
@@ -77,7 +77,7 @@ class JsonLineProcess:
 
     def __init__(self, *command: str) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._receive()  # it says when it is ready
+        self._receive()  # the first line says that it is ready
 
     def request(self, **question: Any) -> Any:
         """Send a question. :return: the answer."""
@@ -90,7 +90,7 @@ class JsonLineProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args!r} ended with {self._process.wait()}")
+            raise RuntimeError(f"{self._process.args!r} exited with status {self._process.wait()}")
         return json.loads(line)
 
     def __enter__(self) -> JsonLineProcess:

@@ -1,11 +1,11 @@
-"""This project's runtime in a warm process of its own, measured on demand: `runtime_side MODELS MODEL`.
+"""The runtime of mlg in a separate warm process, measured on request: `runtime_side MODELS MODEL`.
 
-Answers each line `{"way": WAY, "seconds": S, "chunk": PATH}` on standard input with pictures a second:
+Answers each line `{"way": WAY, "seconds": S, "chunk": PATH}` on standard input with images per second:
 
-- chunk: whole chunks as a worker does them, file to file, so decoding is included
+- chunk: whole chunks from file to file as in a worker, including decoding
 - net, bf16: the bare net on ready arrays, as many threads as cores, in f32 and in bf16
 - queue: OpenVINO's own AsyncInferQueue on ready arrays, same options
-- decode, pillow: decoding alone on all cores, as the runtime does it and by Pillow whole
+- decode, pillow: decoding alone on all cores, as in the runtime and by Pillow at full scale
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scripts.benchmarks.limits import decoding_rate
 
 
 class RuntimeBenchmark:
-    """The nets of one model, loaded when a way first needs them."""
+    """The nets of one model, loaded when they are first needed."""
 
     def __init__(self, models: Path, model: str) -> None:
         self._model = model
@@ -35,7 +35,7 @@ class RuntimeBenchmark:
         self._queue: Any = None
 
     def rate(self, way: str, seconds: float, chunk: Path) -> float:
-        """Work in one way for about so many seconds. :return: pictures a second."""
+        """Run one of the ways for about this many seconds. :return: images per second."""
         images = _images(chunk)
         if way == "pillow":
             return decoding_rate(images, _decode_whole, seconds)
@@ -91,8 +91,8 @@ def main() -> None:
     side = RuntimeBenchmark(Path(sys.argv[1]), sys.argv[2])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(side.rate(asked["way"], asked["seconds"], Path(asked["chunk"]))), flush=True)
+        request = json.loads(line)
+        print(json.dumps(side.rate(request["way"], request["seconds"], Path(request["chunk"]))), flush=True)
 
 
 if __name__ == "__main__":

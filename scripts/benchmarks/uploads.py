@@ -1,4 +1,4 @@
-"""Uploads a second: `mlg serve` against the naive server, in turns, driven by wrk with pictures that all differ."""
+"""Uploads per second: `mlg serve` and the naive server alternately, driven by wrk with images that all differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from scripts.benchmarks import pictures, processes
+from scripts.benchmarks import photos, processes
 
-#: What wrk sends: pictures that all differ.
+#: What wrk sends: images that all differ.
 LUA = """
 local file = io.open("{jpeg}", "rb"); local jpeg = file:read("*a"); file:close()
 local head, tail = jpeg:sub(1, 6), jpeg:sub(7 + {mark})
@@ -42,7 +42,7 @@ _UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
 
 
 def measure(port: int, lua: Path, kind: str, seed: str, seconds: int) -> tuple[float, float]:
-    """Drive one server. :return: uploads a second, 99th percentile in milliseconds."""
+    """Drive one server. :return: uploads per second, 99th percentile in milliseconds."""
     printed = subprocess.run(
         [
             "wrk",
@@ -71,7 +71,7 @@ def measure(port: int, lua: Path, kind: str, seed: str, seconds: int) -> tuple[f
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Turns of each; the median counts.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
 @click.option("--seconds", default=5, show_default=True, help="Length of one measurement.")
 @click.option("--processes", "server_processes", default=None, help="MLG_SERVER_PROCESSES for mlg serve.")
 def main(rounds: int, seconds: int, server_processes: str | None) -> None:
@@ -79,12 +79,12 @@ def main(rounds: int, seconds: int, server_processes: str | None) -> None:
     if shutil.which("wrk") is None:
         raise click.ClickException("wrk is missing. Install it (Debian: apt-get install wrk).")
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    # Not in /tmp: that may be memory, and durability is what is measured.
+    # Not in /tmp, which may be in memory: durable writes are measured.
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         work = Path(folder)
-        (work / "picture.jpg").write_bytes(pictures.photo_jpegs()[2])
+        (work / "image.jpg").write_bytes(photos.photo_jpegs()[2])
         lua = work / "uploads.lua"
-        lua.write_text(LUA.format(jpeg=work / "picture.jpg", mark=pictures.UNIQUE_BYTES))
+        lua.write_text(LUA.format(jpeg=work / "image.jpg", mark=photos.UNIQUE_BYTES))
         env = {"MLG_SERVER_PROCESSES": server_processes} if server_processes else {}
         for turn in range(rounds):
             for kind in ("form", "raw"):
@@ -98,7 +98,7 @@ def main(rounds: int, seconds: int, server_processes: str | None) -> None:
                         else processes.mlg("serve", "--home", str(home), "--port", str(port))
                     )
                     url = f"http://127.0.0.1:{port}/healthz"
-                    # What the one before has left to write, here or in the host's disk, must not slow this one down.
+                    # Pending writes of the previous server, here or on the host, must not slow this one down.
                     os.sync()
                     time.sleep(SETTLE_SECONDS)
                     with processes.running(command, url=url, log=work / "log", env=env):

@@ -1,1 +1,1 @@
-"""The HTTP API: endpoints, their answers as JSON, and the description made from them."""
+"""The HTTP API: the views, their responses as JSON, and the API description."""

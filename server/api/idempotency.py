@@ -1,9 +1,9 @@
-"""`Idempotency-Key`: a POST that is sent again under the same key is answered as the first time, and done once.
+"""`Idempotency-Key`: a POST that is sent again under the same key gets the first response, and is done once.
 
-Registered by `api.py` after the guard of keys, because every key of a client's is its owner's own. What counts as the
-same request is method, address and body; the body is hashed while the view reads it, without a form's boundary, which
-clients draw anew for each sending. Errors of the server, and those that pass by themselves, are not kept: whoever
-repeats after one has it tried again. A POST that only reads is never kept.
+Installed by `server/app.py` after the guard, because keys are separate for each API key. Two requests are the same if
+method, path, query and body are; the body is hashed while the view reads it, without a form's boundary, which clients
+choose anew each time. Errors of the server, and temporary ones, are not stored: a repetition is then tried again. A
+POST that only reads is never stored.
 
 It must not decide anything about the request itself; see `store/idempotency.py` for what a killed server leaves.
 """
@@ -21,10 +21,10 @@ import flask
 from werkzeug.http import parse_options_header
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import get_operation
 from server.api.responses import json_response
 from server.auth.guard import current_key_id
 from server.context import Context
+from server.endpoint import get_operation
 from store.errors import StoreError
 from store.idempotency import EarlierRequest, IdempotencyKeyReused, SavedResponse
 from store.keys import Scope
@@ -35,29 +35,29 @@ HEADER = "Idempotency-Key"
 REPLAYED = "Idempotent-Replayed"
 #: Longest key, in characters.
 MAX_KEY_LENGTH = 255
-#: Answers are kept this long.
+#: Responses are kept this long.
 RETENTION_SECONDS = 86400.0
-#: What is under way is held this long; reading the body renews it.
+#: A running request holds its key this long; reading the body renews it.
 LEASE_SECONDS = 600.0
 _RENEW_AFTER_SECONDS = 60.0
-#: Body of a refused request that is read to its end for the sake of the fingerprint.
+#: Bytes of the rest of a refused request's body that are read for the fingerprint.
 _MAX_UNREAD_BYTES = 64 * 1024
 _BUFFER_BYTES = 1024 * 1024
-#: Headers that an answer is not whole without.
+#: Headers that are stored with a response.
 _HEADERS = ("Content-Type", "Location", "Cache-Control")
-#: Refusals that pass by themselves.
+#: Client errors that are temporary.
 _RETRYABLE_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
 
 
 def install_idempotency(app: flask.Flask, context: Context) -> None:
-    """Have repeated requests answered as the first time."""
+    """Answer repeated requests of an application with their first response."""
     handler = _IdempotencyHandler(app, context)
     app.before_request(handler.before_request)
     app.after_request(handler.after_request)
 
 
 class _PendingRequest:
-    """One request under a key, while it is under way."""
+    """One request under a key, while it runs."""
 
     def __init__(self, owner: str, key: str, body: _HashingBody, renewed_at: datetime) -> None:
         self.owner = owner
@@ -73,7 +73,7 @@ class _IdempotencyHandler:
         self._context = context
 
     def before_request(self) -> flask.Response | None:
-        """Begin a request under its key, or answer it as the first time."""
+        """Reserve the key of a request, or answer with the first response."""
         request = flask.request
         key = request.headers.get(HEADER)
         view = self._app.view_functions.get(request.endpoint or "")
@@ -104,7 +104,7 @@ class _IdempotencyHandler:
         return None
 
     def after_request(self, response: flask.Response) -> flask.Response:
-        """Keep the answer of a request under a key, or forget that it was asked."""
+        """Store the response of a request under its key, or release the key."""
         pending: _PendingRequest | None = flask.g.pop("pending", None)
         if pending is None:
             return response
@@ -112,7 +112,7 @@ class _IdempotencyHandler:
         try:
             status = response.status_code
             is_storable = status < 500 and status not in _RETRYABLE_STATUSES and not response.is_streamed
-            # A body that was cut short is no request of the client's: the whole one comes under the same key.
+            # A body that was cut short is not the client's request: the whole one comes under the same key.
             max_bytes = self._context.settings.max_batch_bytes if status < 400 else _MAX_UNREAD_BYTES
             if is_storable and pending.body.read_rest(max_bytes) and not pending.body.is_cut_short:
                 stored = SavedResponse(
@@ -125,8 +125,8 @@ class _IdempotencyHandler:
             else:
                 store.release_idempotency_key(pending.owner, pending.key, pending.token)
         except (StoreError, OSError) as error:
-            # The work is done and its answer is right; only a repetition will have to wait for the lease.
-            log.warning("cannot keep the answer for repetitions of a request: %s", error)
+            # The work is done and the response is right; only a repetition has to wait for the lease.
+            log.warning("cannot store the response for repetitions of a request: %s", error)
         return response
 
     def _replay(self, body: _HashingBody, earlier: EarlierRequest, operation: str, now: datetime) -> flask.Response:
@@ -135,7 +135,7 @@ class _IdempotencyHandler:
                 f"This {HEADER} was used for another request: {earlier.operation.rstrip('?')[:200]}"
             )
         if earlier.answer is None:
-            reason = "The first request under this key is still under way. Ask again in a moment."
+            reason = "The first request under this key is still running. Send it again in a moment."
             seconds = max(1, min(5, int((earlier.lease_ends_at - now).total_seconds())))
             return json_response(
                 {"success": False, "reason": reason, "code": "key_under_way"}, 409, {"Retry-After": str(seconds)}
@@ -177,7 +177,7 @@ class _HashingBody:
         self.on_read: Callable[[], None] = lambda: None
 
     def read(self, size: int = -1) -> bytes:
-        """Read as the server's own stream does."""
+        """Read like the server's stream."""
         return self._record(self._stream.read(size) if size is not None and size >= 0 else self._stream.read(), size)
 
     def readline(self, size: int = -1) -> bytes:
@@ -193,7 +193,7 @@ class _HashingBody:
             yield line
 
     def read_rest(self, max_bytes: int) -> bool:
-        """Read what is left, at most so many bytes. :return: whether that was all."""
+        """Read the rest, at most `max_bytes`. :return: whether the end was reached."""
         while not self._is_at_end and max_bytes > 0:
             step = min(_BUFFER_BYTES, max_bytes)
             if self._declared is not None:
@@ -205,11 +205,11 @@ class _HashingBody:
 
     @property
     def is_cut_short(self) -> bool:
-        """Tell whether it ended before all that was declared had come."""
+        """Tell whether it ended before the declared length."""
         return self._is_at_end and self._declared is not None and self._size < self._declared
 
     def fingerprint(self) -> str:
-        """Say which body it was; right after its end only."""
+        """Return the hash of the body; valid only after its end."""
         final = self._hash.copy()
         final.update(self._carry)
         return final.hexdigest()
@@ -224,7 +224,7 @@ class _HashingBody:
         return piece
 
     def _update(self, piece: bytes) -> None:
-        """Hash what was read, leaving out a form's boundary wherever it stands, also across two readings."""
+        """Hash what was read without a form's boundaries, also those across two reads."""
         if not self._boundary:
             self._hash.update(piece)
             return

@@ -1,8 +1,8 @@
-"""The description of the HTTP API (OpenAPI 3.1), made from the application itself.
+"""The description of the HTTP API (OpenAPI 3.1), built from the application itself.
 
-Called by `views/api_page.py` once a process. Addresses come from the application's map, what a view does from its
-operation, parameters from the services, models from the catalogue, errors from the table of status codes. Nothing is
-said here that is said there.
+Built once per process; `GET /openapi.json` and the API reference page show it. Paths come from the application's URL
+map, what a view does from its operation, parameters from the services, models from the catalogue, errors from the table
+in `server/errors.py`. Nothing of that is repeated here.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from werkzeug.routing import Rule
 
 from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
-from server.api.endpoint import Field, Operation, get_operation
 from server.api.idempotency import HEADER, MAX_KEY_LENGTH
-from server.api.responses import HTTP_STATUS
 from server.api.schemas import ref, schemas
+from server.endpoint import Field, Operation, get_operation
+from server.errors import HTTP_STATUS, http_status
 from store.keys import Scope
 
 VERSION = "3.1.0"
-#: Tag of what is there for people with a browser.
+_EXTENSION = "mlg_openapi"
+#: Tag of the pages for browsers.
 PAGES = "pages"
 #: The order of the headings; others come last.
 _TAGS = ("predictions", "batches", "requests", "events", "models", "server")
-#: What stands in examples.
+#: Used in examples.
 EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"
 #: Methods whose requests carry a body.
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
-#: Arguments of addresses; a view's own field of the same name says it better.
+#: Path parameters; a field of the same name in the view's query takes precedence.
 _PATH_PARAMETERS = {
     "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [EXAMPLE_MODEL]}),
-    "id": Field(name="id", help="An id that the server gave."),
+    "id": Field(name="id", help="An id from the server."),
 }
-#: Says that a POST is the same as an earlier one.
 _IDEMPOTENCY_KEY = Field(
     name=HEADER,
-    help="Any text of your own: sent again under it, the same gets the first answer, and nothing is done twice.",
+    help="Any text: sent again under the same key, a request gets the first response, and nothing is done twice.",
     schema={"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH},
 )
-#: View -> what does the same with the Python client.
+#: View -> the same call with the Python client.
 _CLIENT_CALLS = {
     "request_prediction": f'print(client.wait(client.submit("kitten.jpg", "{EXAMPLE_MODEL}")).preds)',
     "read_prediction": 'print(client.read("ID").preds)',
@@ -60,7 +60,7 @@ _CLIENT_CALLS = {
 
 
 def build_document(app: flask.Flask) -> dict[str, Any]:
-    """Describe every address of an application whose view has an operation."""
+    """Describe every path of an application whose view has an operation."""
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, None] = {}
     for rule, method, operation in operations(app):
@@ -73,11 +73,11 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
             "version": _version(),
             "summary": "Image models on other people's computers, or on this one.",
             "description": (
-                "Send pictures, get an id at once, read the answer by the id. Every error is JSON with a `reason` "
-                "that says what to do and a `code` for programs. Keys are asked for only where the operator wants them."
+                "Send images, get an id at once, read the answer by the id. Every error is JSON with a `reason` "
+                "that tells what to do and a `code` for programs. Keys are required only if the operator created one."
             ),
         },
-        "servers": [{"url": "/", "description": "The server that this document came from."}],
+        "servers": [{"url": "/", "description": "The server that returned this document."}],
         "tags": [{"name": tag} for tag in sorted(tags, key=_tag_order)],
         "paths": paths,
         "components": {
@@ -86,11 +86,19 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "An API key, as `Authorization: Bearer KEY`, where the operator asks for one.",
+                    "description": "An API key, as `Authorization: Bearer KEY`, if the server requires one.",
                 }
             },
         },
     }
+
+
+def get_document(app: flask.Flask) -> dict[str, Any]:
+    """Return the description of an application, built by the first request: every view is registered by then."""
+    if _EXTENSION not in app.extensions:
+        app.extensions[_EXTENSION] = build_document(app)
+    document: dict[str, Any] = app.extensions[_EXTENSION]
+    return document
 
 
 def _tag_order(tag: str) -> int:
@@ -98,7 +106,7 @@ def _tag_order(tag: str) -> int:
 
 
 def operations(app: flask.Flask) -> Iterator[tuple[Rule, str, Operation]]:
-    """List what programs can ask for: address, method, operation. Pages, and views that say nothing, are left out."""
+    """List path, method and operation. Pages, and views without an operation, are left out."""
     for rule in app.url_map.iter_rules():
         operation = get_operation(app.view_functions[rule.endpoint])
         if operation is not None and operation.tag != PAGES:
@@ -107,7 +115,7 @@ def operations(app: flask.Flask) -> Iterator[tuple[Rule, str, Operation]]:
 
 
 def openapi_path(rule: Rule) -> str:
-    """Write an address as OpenAPI does: /requests/{id}."""
+    """Write a path as OpenAPI does: /requests/{id}."""
     return re.sub(r"<(?:[^:<>]+:)?(\w+)>", r"{\1}", rule.rule)
 
 
@@ -137,7 +145,7 @@ def _describe(app: flask.Flask, rule: Rule, method: str, operation: Operation) -
 
 
 def _view_description(view: Callable[..., Any]) -> str:
-    """Return what a view's docstring says to people, without its notes on parameters and errors."""
+    """Return a view's docstring without its `:param:` and `:raises:` lines."""
     return re.split(r"\n?(?<!\w):(?:param|return|raises)\b", inspect.getdoc(view) or "")[0].strip()
 
 
@@ -181,7 +189,7 @@ def _responses(rule: Rule, method: str, operation: Operation) -> dict[str, Any]:
 
 
 def _errors_of(rule: Rule, method: str, operation: Operation) -> list[int]:
-    """List the statuses of the errors that views of this kind have."""
+    """List the statuses of the errors that a view of this kind can return."""
     known = set(HTTP_STATUS.values())
     has_body = bool(operation.body) and method in _WITH_BODY
     found = [500, 503]
@@ -197,7 +205,7 @@ def _errors_of(rule: Rule, method: str, operation: Operation) -> list[int]:
 
 
 def _takes_idempotency_key(method: str, operation: Operation) -> bool:
-    """Tell whether a repetition under the same key is answered as the first time; see `idempotency.py`."""
+    """Tell whether a view accepts an idempotency key; see `idempotency.py`."""
     return method == "POST" and operation.scope not in (None, Scope.READ)
 
 
@@ -213,10 +221,10 @@ def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -
     if not kind.endswith("json"):
         content_schema = {"type": "string"}
     if 300 <= status < 400:
-        described["headers"] = {"Location": {"description": "Where to go.", "schema": {"type": "string"}}}
+        described["headers"] = {"Location": {"description": "The next page.", "schema": {"type": "string"}}}
     described["content"] = {kind: {"schema": content_schema}}
     if status == 202:
-        described["headers"] = {"Location": {"description": "Where the answer is.", "schema": {"type": "string"}}}
+        described["headers"] = {"Location": {"description": "Path of the answer.", "schema": {"type": "string"}}}
     if status in (429, 503, 507):
         described["headers"] = {
             "Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
@@ -224,7 +232,13 @@ def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -
     return described
 
 
-_SUCCESS_TEXTS = {200: "The answer.", 201: "Made.", 202: "Taken; it is safe.", 204: "Done.", 303: "See there."}
+_SUCCESS_TEXTS = {
+    200: "Success.",
+    201: "Created.",
+    202: "Accepted; it is durable.",
+    204: "Done.",
+    303: "Redirect to the next page.",
+}
 
 
 def _error_text(status: int) -> str:
@@ -234,19 +248,19 @@ def _error_text(status: int) -> str:
 
 
 def _codes() -> dict[int, list[str]]:
-    """List the codes of the errors that each status stands for, as far as the table names their kind."""
+    """List the codes of the errors by their status."""
     found: dict[int, list[str]] = {}
     kinds: list[type[errors.MlgError]] = list(HTTP_STATUS)
     for kind in kinds:
         kinds.extend(below for below in kind.__subclasses__() if below not in kinds)
-        status = next(HTTP_STATUS[base] for base in kind.__mro__ if base in HTTP_STATUS)
+        status = http_status(kind)
         if kind.code not in found.setdefault(status, []):
             found[status].append(kind.code)
     return {status: sorted(codes) for status, codes in found.items()}
 
 
 def _samples(rule: Rule, method: str, operation: Operation) -> list[dict[str, str]]:
-    """Write the call as a person would type it."""
+    """Write the call with curl and in Python."""
     address = re.sub(
         r"<(?:[^:<>]+:)?(\w+)>", lambda match: EXAMPLE_MODEL if match[1] == "model" else match[1].upper(), rule.rule
     )
@@ -303,7 +317,7 @@ def _file_name(field: str) -> str:
 
 
 def example_of(schema: Mapping[str, Any]) -> Any:
-    """Make a small value that fits a schema."""
+    """Build a small value that fits a schema."""
     if schema.get("examples"):
         return schema["examples"][0]
     if "default" in schema:

@@ -1,7 +1,7 @@
-"""What the HTTP API's answers look like, as JSON Schema: one entry for each name that a view's operation may use.
+"""The JSON Schemas of the HTTP API's responses: one entry for each name that a view's operation may use.
 
-Used by `openapi.py` only. The shapes themselves are made in `answers.py` and in the views; tests hold real answers
-against these, closed, so that a field that is added there and not here is found.
+Used by `openapi.py` only. The JSON itself is built in `server/serializers.py` and in the views; tests check real
+responses against these schemas, closed, so that a field that is added there and not here is found.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from provider_image.services import REGISTRY, load_service
 from store.records import RequestState
 
 Schema = dict[str, Any]
-#: Shown of a request beside its states in the store: a cancelled one whose deadline was the reason.
+#: A status beside the states in the store: cancelled because of the deadline.
 _EXPIRED = "expired"
 
 
@@ -33,27 +33,27 @@ def number(help: str, **more: Any) -> Schema:
 
 
 def integer(help: str, **more: Any) -> Schema:
-    """Describe a number of things."""
+    """Describe a count."""
     return {"type": "integer", "minimum": 0, "description": help, **more}
 
 
 def boolean(help: str) -> Schema:
-    """Describe a yes or no."""
+    """Describe a boolean."""
     return {"type": "boolean", "description": help}
 
 
 def nullable(schema: Schema) -> Schema:
-    """Let a value be null too."""
+    """Allow null too."""
     return {**schema, "type": [schema["type"], "null"]}
 
 
 def object_schema(required: str, **properties: Schema) -> Schema:
-    """Describe an object. :param required: the names that are always there, with spaces between."""
+    """Describe an object. :param required: the names of the required properties, separated by spaces."""
     return {"type": "object", "required": required.split(), "properties": properties}
 
 
 def success(required: str, **properties: Schema) -> Schema:
-    """Describe an answer that is no error."""
+    """Describe a response that is not an error."""
     return object_schema(f"success {required}", success={"const": True}, **properties)
 
 
@@ -79,8 +79,12 @@ def schemas() -> Mapping[str, Schema]:
         "Models": success("models", models={"type": "array", "items": ref("Model")}),
         "Index": success(
             "name routes try",
-            name=string("The program."),
-            routes={"type": "object", "additionalProperties": {"type": "string"}, "description": "What is where."},
+            name=string("The name of the program."),
+            routes={
+                "type": "object",
+                "additionalProperties": {"type": "string"},
+                "description": "Summaries.",
+            },
             **{"try": {"type": "array", "items": {"type": "string"}, "description": "Commands to copy."}},
         ),
         "Health": success("status", status={"const": "alive"}),
@@ -107,7 +111,7 @@ def _error() -> Schema:
             "success reason code",
             success={"const": False},
             reason=string("What happened and what to do, for people."),
-            code=string("The same in one word, for programs; it stays when the sentence is improved."),
+            code=string("The same in one word, for programs; it is stable, the reason is not."),
         ),
         "examples": [{"success": False, "reason": "There is no request with this id.", "code": "unknown_request"}],
     }
@@ -121,12 +125,12 @@ def _submitted() -> Schema:
     return success(
         "req_id status status_url model cached",
         req_id=string("Reads the answer."),
-        status=_status("`done` at once if an equal picture was answered before."),
-        status_url=string("Where the answer will be, on this server."),
-        model=string("The model's own name."),
-        cached=boolean("Whether the answer is an earlier one."),
-        batch_id=string("The batch it came in with."),
-        client_id=string("The client's own id."),
+        status=_status("`done` at once if an equal image was answered before."),
+        status_url=string("Path of the answer."),
+        model=string("The model's canonical name."),
+        cached=boolean("Whether the answer is reused from an equal image."),
+        batch_id=string("Its batch."),
+        client_id=string("The client's id for it."),
     )
 
 
@@ -134,30 +138,30 @@ def _request(outputs: list[str]) -> Schema:
     return success(
         "req_id status preds model service name created_at attempts",
         req_id=string("Its id."),
-        status=_status("Where it stands; done, failed, cancelled and expired are final."),
+        status=_status("Its state; done, failed, cancelled and expired are final."),
         preds={"anyOf": [{"type": "null"}, *map(ref, outputs)], "description": "The answer; null while there is none."},
-        model=string("The model's own name."),
+        model=string("The model's canonical name."),
         service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it is."},
         name=nullable(string("The client's file name.")),
-        created_at=timestamp("When it came in."),
+        created_at=timestamp("When it was created."),
         finished_at=timestamp("When it reached a final status."),
-        attempts=integer("Failures of its own so far."),
-        batch_id=string("The batch it came in with."),
-        client_id=string("The client's own id, unique in its batch."),
+        attempts=integer("Failed attempts that were its own fault."),
+        batch_id=string("Its batch."),
+        client_id=string("The client's id for it, unique in its batch."),
         labels={
             "type": "object",
             "additionalProperties": {"type": "string"},
-            "description": "The client's own words about it.",
+            "description": "The client's labels.",
         },
         waiting_for=string("Why there is no answer yet, for people."),
-        eta_seconds=nullable(number("Seconds until there likely is one; null when nobody knows.", minimum=0)),
+        eta_seconds=nullable(number("Estimated seconds until the answer; null when unknown.", minimum=0)),
         ahead=integer("Requests of the same model before it."),
-        cached=boolean("Whether the answer is an earlier one."),
-        provider=nullable(string("Who answered.")),
+        cached=boolean("Whether the answer is reused from an equal image."),
+        provider=nullable(string("The provider that computed it.")),
         seconds=nullable(number("Seconds the model spent on it.", minimum=0)),
-        digest=nullable(string("Which artefact of the model answered.")),
-        cost=nullable(string("Its share of what was paid, in GLM; null where nothing is paid.")),
-        cost_is_final=boolean("Whether the bill was settled."),
+        digest=nullable(string("Digest of the artefact that computed it.")),
+        cost=nullable(string("Its share of the cost, in GLM; null where nothing is paid.")),
+        cost_is_final=boolean("Whether the invoice was settled."),
         reason=string("Why it failed, or why the last attempt did, for people."),
         code=nullable(string("The same in one word, for programs.")),
     )
@@ -166,9 +170,9 @@ def _request(outputs: list[str]) -> Schema:
 def _detail(outputs: list[str]) -> Schema:
     more = {
         "params": {"type": "object", "description": "What the client chose."},
-        "image_sha256": string("Hash of the picture's bytes."),
-        "image_bytes": integer("The picture's size."),
-        "picture_url": nullable(string("Where the picture is; null once it was deleted.")),
+        "image_sha256": string("Hash of the image's bytes."),
+        "image_bytes": integer("The image's size."),
+        "picture_url": nullable(string("Path of the image; null after it was deleted.")),
         "timeline": {
             "type": "array",
             "items": {
@@ -178,7 +182,7 @@ def _detail(outputs: list[str]) -> Schema:
             "description": "What happened to it, in order.",
         },
         "deadline_at": timestamp("If it is still queued then, it expires."),
-        "keep_seconds": number("Seconds after its end that it is wanted.", minimum=0),
+        "keep_seconds": number("Seconds that it is kept after its end.", minimum=0),
     }
     whole_request = _request(outputs)
     return {
@@ -191,10 +195,10 @@ def _detail(outputs: list[str]) -> Schema:
 def _refusal(**more: Schema) -> Schema:
     return object_schema(
         " ".join(["client_id position code reason", *more]),
-        client_id=string("The client's own id, else the file's name."),
-        position=integer("Its place in what was sent, from 0."),
-        code=nullable(string("Why it was not taken, for programs.")),
-        reason=nullable(string("Why it was not taken, for people.")),
+        client_id=string("The client's id, else the file's name."),
+        position=integer("Its position in the batch, from 0."),
+        code=nullable(string("Why it was refused, for programs.")),
+        reason=nullable(string("Why it was refused, for people.")),
         **more,
     )
 
@@ -203,16 +207,16 @@ def _batch_submitted() -> Schema:
     status = {
         "type": "string",
         "enum": [*map(str, RequestState), _EXPIRED, "refused"],
-        "description": "Where it stands.",
+        "description": "Its state.",
     }
     return success(
         "batch_id status_url results_url model accepted refused items",
         batch_id=string("Reads the batch."),
-        status_url=string("Where its progress is."),
-        results_url=string("Where its answers are, as they come."),
-        model=string("The model's own name."),
-        accepted=integer("Pictures that are safe."),
-        refused=integer("Pictures that were not taken."),
+        status_url=string("Path of its progress."),
+        results_url=string("Path of its results."),
+        model=string("The model's canonical name."),
+        accepted=integer("Images that were accepted."),
+        refused=integer("Images that were refused."),
         items=_list(_refusal(req_id=nullable(string("Reads the answer; null if it was refused.")), status=status)),
     )
 
@@ -222,31 +226,31 @@ def _batch() -> Schema:
     return success(
         "batch_id status name model service labels created_at total counts progress cost cost_is_final results_url",
         batch_id=string("Its id."),
-        status={"type": "string", "enum": ["queued", "running", "ended"], "description": "How far it is."},
-        name=nullable(string("What the client calls it.")),
-        model=string("The model's own name."),
+        status={"type": "string", "enum": ["queued", "running", "ended"], "description": "Its state."},
+        name=nullable(string("The client's name for it.")),
+        model=string("The model's canonical name."),
         service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it is."},
         labels={
             "type": "object",
             "additionalProperties": {"type": "string"},
-            "description": "The client's own words about it.",
+            "description": "The client's labels.",
         },
-        created_at=timestamp("When it came in."),
-        deadline_at=timestamp("What is still queued then expires."),
+        created_at=timestamp("When it was created."),
+        deadline_at=timestamp("Requests that are still queued then expire."),
         cancelled_at=timestamp("When it was cancelled."),
-        keep_seconds=number("Seconds after its end that each request is wanted.", minimum=0),
-        total=integer("Pictures that were taken."),
+        keep_seconds=number("Seconds that each request is kept after its end.", minimum=0),
+        total=integer("Images that were accepted."),
         counts=object_schema(" ".join(states), **{state: integer("How many.") for state in states}),
-        progress=number("The share that has ended.", minimum=0, maximum=1),
-        cost=nullable(string("What was paid for it, in GLM; null where nothing is.")),
-        cost_is_final=boolean("Whether all bills were settled."),
-        results_url=string("Where its answers are, as they come."),
-        eta_seconds=nullable(number("Seconds until its end, likely; null when nobody knows.", minimum=0)),
+        progress=number("The share of requests that have ended.", minimum=0, maximum=1),
+        cost=nullable(string("Its cost, in GLM; null where nothing is paid.")),
+        cost_is_final=boolean("Whether all invoices were settled."),
+        results_url=string("Path of its results."),
+        eta_seconds=nullable(number("Estimated seconds until its end; null when unknown.", minimum=0)),
         waiting_for=string("Why it has not ended, for people."),
         failures={
             "type": "object",
             "additionalProperties": {"type": "integer"},
-            "description": "Of the failed: code, and how many.",
+            "description": "Code of the failed requests, and how many have it.",
         },
         refused=_list(_refusal()),
         changed=integer("Requests that were cancelled or queued again."),
@@ -258,12 +262,12 @@ def _list(items: Schema) -> Schema:
 
 
 def _without_success(schema: Schema) -> Schema:
-    """The same inside of a list, where nothing says once more that it is no error."""
+    """Return the schema without `success`, for entries of a list."""
     properties = {name: value for name, value in schema["properties"].items() if name != "success"}
     return {**schema, "required": [name for name in schema["required"] if name != "success"], "properties": properties}
 
 
-#: The mark of the next page of a list.
+#: The cursor of the next page of a list.
 _NEXT = nullable(string("The `cursor` of the next page; null on the last."))
 
 
@@ -271,17 +275,17 @@ def _model() -> Schema:
     return object_schema(
         "name title service source height width installed builds_on_first_use digest size_bytes storage "
         "images_per_second install",
-        name=string("The name in addresses; upper and lower case and other separators do as well."),
+        name=string("The name in paths; case and separators do not matter."),
         title=string("The name for people."),
         service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it does."},
-        source=string("Where its weights come from."),
-        height=integer("Pixels."),
-        width=integer("Pixels."),
-        installed=boolean("Whether it answers here."),
-        builds_on_first_use=boolean("Whether the first picture installs it."),
-        digest=nullable(string("Which artefact is installed.")),
-        size_bytes=nullable(integer("What it takes on the disk.")),
-        storage=nullable(string("How its weights are kept.")),
-        images_per_second=nullable(number("What a check measured on this machine.")),
+        source=string("The source of its weights."),
+        height=integer("Pixels of the input."),
+        width=integer("Pixels of the input."),
+        installed=boolean("Whether it is installed."),
+        builds_on_first_use=boolean("Whether the first request installs it."),
+        digest=nullable(string("Digest of the installed artefact.")),
+        size_bytes=nullable(integer("Its size on disk.")),
+        storage=nullable(string("How its weights are stored.")),
+        images_per_second=nullable(number("Measured by a check on this machine.")),
         install=string("The command that installs it."),
     )

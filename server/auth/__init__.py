@@ -1,1 +1,1 @@
-"""Who may call the HTTP API and how much: API keys, sessions, limits, and the guard that every request passes."""
+"""Authentication and limits: API keys, sessions, and the guard that checks every request."""

@@ -1,8 +1,8 @@
-"""The keys as one server process knows them: looked up in the store, and remembered for a few seconds.
+"""A cache of the API keys in one server process.
 
-Used by `access.py` and the view that logs in. Remembering saves a read of the database with every request; in return a
-key that is revoked, or the first key that closes an open server, counts FRESH_SECONDS later at the latest. Only keys
-that exist are remembered, so that guessing fills no memory.
+Used by `guard.py`. It saves a read of the database with every request; in return a key that is revoked, or the first
+key that closes an open server, takes effect FRESH_SECONDS later at the latest. Only keys that exist are cached, so that
+guessing fills no memory. It is not a StaleCache: a key must never be used while it is refreshed.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from collections.abc import Callable
 from datetime import datetime
 
 from store.errors import StoreError
-from store.keys import KeyRecord, Keys, key_id_of, verify_key
-from store.sqlite_keys import TOUCH_SECONDS
+from store.keys import TOUCH_SECONDS, KeyRecord, Keys, key_id_of, verify_key
 
 log = logging.getLogger(__name__)
 
-#: What was looked up is used for this long.
+#: Cached keys are used for this long.
 FRESH_SECONDS = 3.0
 
 
 class KeyCache:
-    """Finds keys. May be used from any thread: at worst two threads look the same thing up.
+    """Finds keys. May be used from any thread: at worst two threads look the same key up.
 
-    :param monotonic: gives seconds that never go back.
+    :param monotonic: returns seconds that never go back.
     """
 
     def __init__(self, keys: Keys, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
         self._monotonic = monotonic
-        #: id -> (when looked up, record)
+        #: id -> (when it was looked up, record)
         self._records: dict[str, tuple[float, KeyRecord]] = {}
-        #: id -> when its use was noted last.
+        #: id -> when its use was last written to the store.
         self._touched: dict[str, float] = {}
-        #: When the store was asked whether there are keys, and what it said.
+        #: When the store was asked whether there are keys, and its answer.
         self._has_keys: tuple[float, bool] | None = None
 
     def has_keys(self) -> bool:
@@ -47,13 +46,13 @@ class KeyCache:
         return cached[1]
 
     def find(self, key: str, now: datetime) -> KeyRecord | None:
-        """Find the record of a key that is good; None if the text is not one. :raises StoreError:"""
+        """Find the record of a valid key; None if it is not valid. :raises StoreError:"""
         id = key_id_of(key)
         record = None if id is None else self._look_up(id)
         return record if verify_key(key, record) and record is not None and record.is_usable(now) else None
 
     def find_by_id(self, id: str, now: datetime) -> KeyRecord | None:
-        """Find a key that is good by its id, for a caller who has proved otherwise that it is theirs.
+        """Find a valid key by its id, for a caller who has proved in another way that it is theirs.
 
         :raises StoreError:
         """
@@ -61,7 +60,7 @@ class KeyCache:
         return record if record is not None and record.is_usable(now) else None
 
     def touch(self, record: KeyRecord, now: datetime) -> None:
-        """Note in the store, once a minute at most, that a key was used. A store that is busy is let off."""
+        """Write to the store, once a minute at most, that a key was used. An error of the store is only logged."""
         monotonic = self._monotonic()
         if monotonic - self._touched.get(record.id, -TOUCH_SECONDS) < TOUCH_SECONDS:
             return
@@ -69,7 +68,7 @@ class KeyCache:
         try:
             self._keys.touch_key(record.id, now=now)
         except StoreError as error:
-            log.warning("cannot note the use of the key %s: %s", record.id, error)
+            log.warning("cannot write the use of the key %s: %s", record.id, error)
 
     def _look_up(self, id: str) -> KeyRecord | None:
         cached = self._records.get(id)

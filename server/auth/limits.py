@@ -1,16 +1,16 @@
-"""What a key may do in a minute and in a day, and the headers that tell its owner.
+"""The limits of a key by the minute and by the day, and the headers that report them.
 
-Used by `access.py`. Two limits:
+Used by `guard.py`. Two limits:
 
-- Pictures a day (UTC). The store counts them in the commit that adds them, so the quota is exact whatever number of
-  server processes there are; here it is looked at early, so that nobody uploads in vain.
-- Requests a minute, in fixed windows that all server processes share. A process takes a slice of the minute from the
-  store, a tenth of it at least, and answers from that without asking: ten small commits a minute instead of one a
-  request. Together the processes never answer more than the limit. Weaknesses: what one process has taken and does
-  not use, no other can use in that minute; and around the turn of a minute twice the limit may pass in a moment.
+- Images per day (UTC). The store counts them in the commit that adds them, so the quota is exact for any number of
+  server processes; here it is checked early, before an upload is read in vain.
+- Requests per minute, in fixed windows that all server processes share. A process takes a grant from the store, a tenth
+  of the minute's limit, and counts against that: ten small commits a minute instead of one per request. Together the
+  processes never exceed the limit. Weaknesses: what one process was granted and does not use, no other can use in
+  that minute; and around the end of a minute twice the limit may pass within moments.
 
 Header names and syntax are those of the IETF's draft-ietf-httpapi-ratelimit-headers. Its registry has no unit for
-pictures, so the names of the limits say what they count.
+images, so the names of the limits contain what they count.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from store.keys import KeyRecord, Keys
 #: Names of the limits in the headers.
 REQUESTS_PER_MINUTE, IMAGES_PER_DAY = "requests-per-minute", "pictures-per-day"
 _MINUTE_SECONDS, _DAY_SECONDS = 60, 86400
-#: A slice is the limit divided by this, and at least one request.
+#: A grant is the limit divided by this, and at least one request.
 GRANTS_PER_MINUTE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """How far one limit of a key is used up."""
+    """The state of one limit of a key."""
 
     #: Its name in the headers.
     name: str
@@ -40,7 +40,7 @@ class Limit:
     quota: int
     #: Length of the window.
     window_seconds: int
-    #: What is left of it.
+    #: What is left of the quota.
     left: int
     #: Until the next window.
     reset_seconds: int
@@ -48,7 +48,7 @@ class Limit:
 
 @dataclass(kw_only=True)
 class _MinuteGrants:
-    """A process' slices of the present minute for one key."""
+    """The grants of a process for one key in the current minute."""
 
     minute: int
     granted_left: int = 0
@@ -64,7 +64,7 @@ class Limits:
         self._grants: dict[str, _MinuteGrants] = {}
 
     def count_request(self, key: KeyRecord, now: datetime) -> Limit | None:
-        """Count a request; None if the key has no limit by the minute. :raises RateLimited: :raises StoreError:"""
+        """Count a request; None if the key has no limit per minute. :raises RateLimited: :raises StoreError:"""
         per_minute = key.requests_per_minute
         if per_minute is None:
             return None
@@ -79,19 +79,19 @@ class Limits:
                     return _minute_limit(per_minute, grants.granted_left + grants.left_elsewhere, now)
                 if not grants.left_elsewhere:
                     raise RateLimited()
-            # Without the lock, so that a busy store holds up nobody else; several threads may take a slice each.
-            most = max(1, per_minute // GRANTS_PER_MINUTE)
-            taken = self._keys.grant_requests(key.id, minute=minute, limit=most, per_minute=per_minute)
+            # Without the lock, so that a busy store blocks no other thread; several threads may take a grant each.
+            grant = max(1, per_minute // GRANTS_PER_MINUTE)
+            taken = self._keys.grant_requests(key.id, minute=minute, limit=grant, per_minute=per_minute)
             with self._lock:
                 grants.granted_left += taken.granted
                 grants.left_elsewhere = taken.left
 
     def exhausted(self, key: KeyRecord, now: datetime) -> Limit | None:
-        """Describe the limit by the minute of a key that has used it up."""
+        """Return the limit per minute of a key that has used it up; None if it has none."""
         return None if key.requests_per_minute is None else _minute_limit(key.requests_per_minute, 0, now)
 
     def daily_limit(self, key: KeyRecord, now: datetime) -> Limit | None:
-        """Tell how far the key's pictures of the day are used up; None if it may send any number.
+        """Return the state of the key's daily quota of images; None if it has none.
 
         :raises StoreError:
         """
@@ -115,7 +115,7 @@ class Limits:
 
 
 def limit_headers(limits: list[Limit], *, refused_by: str | None = None) -> dict[str, str]:
-    """Write limits as headers. :param refused_by: name of the limit that refused the request; adds the time to wait."""
+    """Return limits as headers. :param refused_by: name of the limit that was exceeded; adds Retry-After."""
     if not limits:
         return {}
     headers = {

@@ -1,11 +1,11 @@
-"""Sessions of people in a browser: a signed cookie that says with which key somebody logged in.
+"""Sessions of browsers: a signed cookie with the id of the key that was used to log in.
 
-Used by `access.py` and the view that logs in. The cookie holds the key's id, not the key, and every request looks the
-key up again: when the key ends, so does the session. The signing secret lies in the home, readable by its owner only,
-and is made by the first login; delete the file and start the server again to end all sessions.
+Used by `guard.py` and the view that logs in. The cookie holds the key's id, not the key, and every request looks the
+key up again: when the key ends, so does the session. The signing secret is a file in the home, readable by its owner
+only, created by the first login; delete it and start the server again to end all sessions.
 
-Weakness: a session cannot be ended alone. Logging out deletes the cookie in that browser; a copy of it would be good
-until SESSION_SECONDS have passed or its key is revoked.
+Weakness: a single session cannot be ended. Logging out deletes the cookie in that browser; a copy of it is valid until
+SESSION_SECONDS have passed or its key is revoked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SECRET_FILE = "session.secret"
 
 
 class Sessions:
-    """Makes and reads the cookies of one home."""
+    """Creates and reads the cookies of one home."""
 
     def __init__(self, home: Path) -> None:
         self._file = home / _SECRET_FILE
@@ -49,20 +49,20 @@ class Sessions:
         return id if isinstance(id, str) else None
 
     def start(self, response: Response, key_id: str) -> None:
-        """Give a browser the cookie of a key. :raises StoreError: the secret cannot be made."""
+        """Give a browser the cookie of a key. :raises StoreError: the secret cannot be written."""
         response.set_cookie(
             COOKIE,
             str(self._get_signer().dumps(key_id)),
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="Strict",
-            # A proxy that ends TLS says so in this header; who lies in it makes only their own cookie stricter.
+            # A proxy that terminates TLS sends this header; a forged one only makes the sender's own cookie stricter.
             secure=flask.request.is_secure or flask.request.headers.get("X-Forwarded-Proto", "").lower() == "https",
         )
 
     @staticmethod
     def end(response: Response) -> None:
-        """Have a browser forget its cookie."""
+        """Delete the cookie in a browser."""
         response.delete_cookie(COOKIE, httponly=True, samesite="Strict")
 
     def _get_signer(self) -> URLSafeTimedSerializer:
@@ -74,7 +74,7 @@ class Sessions:
         return self._signer
 
     def _secret(self) -> bytes:
-        """Read the secret; make it if there is none. Of several processes that do, the first one's stays."""
+        """Read the secret; create it if there is none. Of several processes that create one, the first wins."""
         with contextlib.suppress(FileNotFoundError):
             return self._file.read_bytes()
         draft = self._file.with_name(f"{_SECRET_FILE}.{secrets.token_hex(8)}")

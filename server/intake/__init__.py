@@ -1,1 +1,1 @@
-"""How images come in: uploads, batches, images fetched by URL, and the options of a request."""
+"""How images come in: bodies are read, parsed, fetched, checked and staged; `accept.py` is the entry point."""

@@ -1,8 +1,8 @@
-"""The body of a batch: a form with many pictures, a zip, or lines of JSON with addresses, taken apart item by item.
+"""The body of a batch: a form with many images, a zip, or JSON lines of URLs, parsed item by item.
 
-Called by `views/batches.py`. A body is first written to a file without a name in the home, which vanishes with the
-process; then it is walked through with one picture in memory at a time. Every length is bounded before anything is
-read: the body's, a picture's, what a zip unpacks to, the number of items, a line's. Names in a zip are labels; nothing
+Called by `server/intake/accept.py`. A body is first written to an unnamed file in the home, which vanishes with the
+process; then it is parsed with one image in memory at a time. Every length is bounded before anything is read: the
+body's, an image's, the unpacked size of a zip, the number of items, a line's. Names in a zip are only labels; nothing
 is ever unpacked to them.
 """
 
@@ -26,14 +26,15 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart as forms
 
 from provider_image.errors import BrokenImage, EmptyImage, MalformedRequest, MlgError, TooManyBytes
-from server.errors import UnsupportedMediaType
+from server.errors import TooManyItems, UnsupportedMediaType
 from server.intake.uploads import ActiveReads, clean_name, too_many_bytes
+from server.intake.url_fetcher import name_from_url
 from store.batches import DuplicateClientId
 from store.images import as_store_error
 
-#: Pictures of one batch at most.
+#: Images of one batch.
 MAX_ITEMS = 10_000
-#: Longest id that a client gives an item, in characters.
+#: Longest client id of an item, in characters.
 MAX_CLIENT_ID_LENGTH = 200
 _BUFFER_BYTES = 1024 * 1024
 #: Headers of one part of a form, and the text before the first.
@@ -50,15 +51,9 @@ _USAGE = (
 )
 
 
-class TooManyItems(TooManyBytes):
-    """A batch takes at most 10000 pictures. Send several batches."""
-
-    code = "too_many_items"
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchItem:
-    """One picture of a batch, not yet looked at: its bytes, or where it is, or why it cannot be had."""
+    """One image of a batch, not yet checked: its bytes, or its URL, or why it cannot be read."""
 
     #: From 0.
     position: int
@@ -78,7 +73,7 @@ def spool(request: Request, *, folder: Path, max_bytes: int, active_reads: Activ
     """
     declared = request.content_length
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("A body with a Content-Encoding is not taken. Send a zip as application/zip.")
+        raise UnsupportedMediaType("A body with a Content-Encoding is not accepted. Send a zip as application/zip.")
     if declared is not None and declared > max_bytes:
         raise _body_too_large(max_bytes)
     stream = request.environ["wsgi.input"]
@@ -109,7 +104,7 @@ def spool(request: Request, *, folder: Path, max_bytes: int, active_reads: Activ
 
 
 def detect_format(request: Request) -> tuple[str, str]:
-    """Tell what a body is: form, zip or lines. :return: that, and a form's boundary. :raises UnsupportedMediaType:"""
+    """Return whether a body is a form, a zip or lines, and a form's boundary. :raises UnsupportedMediaType:"""
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     kind = kind.lower()
     if kind == "multipart/form-data":
@@ -118,18 +113,18 @@ def detect_format(request: Request) -> tuple[str, str]:
         return "zip", ""
     if kind in ("application/jsonl", "application/x-ndjson", "application/ndjson", "application/x-jsonlines"):
         return "lines", ""
-    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_USAGE}")
+    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {_USAGE}")
 
 
 def parse_items(
     file: IO[bytes], kind: str, boundary: str, *, folder: Path, max_image_bytes: int, max_bytes: int
 ) -> Iterator[BatchItem]:
-    """Walk through a body's items, in order.
+    """Iterate over a body's items, in order.
 
-    :param kind: as `detect_format` says.
-    :param max_bytes: what all pictures of a zip may unpack to.
+    :param kind: as `detect_format` returns it.
+    :param max_bytes: limit for the unpacked size of a zip.
     :raises MalformedRequest: :raises TooManyItems: :raises TooManyBytes: :raises DuplicateClientId:
-        None of the items counts then.
+        The whole batch is invalid then.
     """
     if kind == "form":
         found = _form_items(file, boundary, folder, max_image_bytes, max_bytes)
@@ -144,12 +139,12 @@ def parse_items(
         earlier = positions.setdefault(item.client_id, item.position)
         if earlier != item.position:
             raise DuplicateClientId(
-                f"The client id {item.client_id!r} stands there twice: items {earlier} and {item.position}, counted "
-                "from 0. Give each picture an id of its own."
+                f"The client id {item.client_id!r} is given twice: items {earlier} and {item.position}, counted "
+                "from 0. Give each image its own id."
             )
         yield item
     if not positions:
-        raise MalformedRequest(f"There is no picture in it. {_USAGE}")
+        raise MalformedRequest(f"The batch has no image. {_USAGE}")
 
 
 def _client_id(given: str | None, position: int) -> str:
@@ -182,7 +177,7 @@ def _form_items(
                     yield item
         elif name == "client_id":
             if given is not None:
-                raise MalformedRequest("A field `client_id` stands before the field `image` that it names.")
+                raise MalformedRequest("A field `client_id` must come before the field `image` that it names.")
             given = data.read(_MAX_LINE_BYTES).decode("utf-8", "replace")
         elif name == "image":
             content = data.read(max_image_bytes + 1)
@@ -197,16 +192,18 @@ def _form_items(
             position, given = position + 1, None
         else:
             raise MalformedRequest(
-                f"The form has a field {name[:40]!r}. Fields: image, client_id, archive; all else stands in the URL."
+                f"The form has a field {name[:40]!r}. Fields: image, client_id, archive; parameters go into the URL."
             )
     if given is not None:
-        raise MalformedRequest("A field `client_id` stands before the field `image` that it names; the last has none.")
+        raise MalformedRequest(
+            "A field `client_id` must come before the field `image` that it names; the last one does not."
+        )
 
 
 def _parts(
     file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int
 ) -> Iterator[tuple[str, str | None, IO[bytes]]]:
-    """Walk through the parts of a form: name, file name, and its bytes, of pictures no more than one too many."""
+    """Iterate over the parts of a form: name, file name, and bytes; of an image over the limit only the beginning."""
     if not 0 < len(boundary) <= 200:
         raise MalformedRequest("The Content-Type of a form needs a boundary.")
     decoder = forms.MultipartDecoder(boundary.encode("latin-1", "replace"), max_parts=2 * MAX_ITEMS + 2)
@@ -261,7 +258,7 @@ def _zip_items(file: IO[bytes], max_image_bytes: int, max_bytes: int) -> Iterato
 
 
 def _check_directory(file: IO[bytes]) -> None:
-    """Look at a zip's end before all of its directory is read. :raises MalformedRequest:"""
+    """Check the end of a zip before its directory is read. :raises MalformedRequest: :raises TooManyItems:"""
     size = file.seek(0, io.SEEK_END)
     start = max(0, size - 22 - 65535 - 20)
     file.seek(start)
@@ -270,17 +267,17 @@ def _check_directory(file: IO[bytes]) -> None:
     if tail[offset : offset + 4] != _END_OF_DIRECTORY or tail[-2:] != b"\0\0":
         offset = tail.rfind(_END_OF_DIRECTORY)
     if offset < 0 or len(tail) < offset + 22:
-        raise MalformedRequest("The zip has no end: it is cut short, or no zip.")
+        raise MalformedRequest("The zip has no end: it is cut short, or not a zip.")
     (directory_bytes,) = struct.unpack_from("<L", tail, offset + 12)
     if tail[max(0, offset - 20) : offset].startswith(_ZIP64_LOCATOR):
-        raise MalformedRequest("A zip in the ZIP64 format is not taken. Send several smaller ones.")
+        raise MalformedRequest("A zip in the ZIP64 format is not accepted. Send several smaller ones.")
     if directory_bytes > _MAX_DIRECTORY_BYTES:
         raise TooManyItems("The zip has too many entries, or their names are too long. Send several smaller ones.")
     file.seek(0)
 
 
 def _is_regular_file(entry: zipfile.ZipInfo) -> bool:
-    """Leave out folders, and what systems put beside the files."""
+    """Leave out folders, and the files that operating systems add."""
     names = entry.filename.split("/")
     return not entry.is_dir() and names[0] != "__MACOSX" and names[-1] not in (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -293,7 +290,7 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
     elif entry.flag_bits & 0x1:
         error = BrokenImage("This file of the zip is encrypted.")
     elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        error = BrokenImage("This file of the zip is compressed in a way that is not taken. Use store or deflate.")
+        error = BrokenImage("The compression of this file of the zip is not supported. Use store or deflate.")
     else:
         try:
             with archive.open(entry) as member:
@@ -327,7 +324,7 @@ def _line_item(line: bytes, position: int) -> BatchItem:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise MalformedRequest(f"Line {position + 1} is no JSON.") from error
+        raise MalformedRequest(f"Line {position + 1} is not JSON.") from error
     is_valid = isinstance(found, dict) and found.keys() <= {"client_id", "url"} and isinstance(found.get("url"), str)
     if not is_valid or not isinstance(found.get("client_id", ""), str | int):
         raise MalformedRequest(f'Line {position + 1} is not like {{"client_id": "a", "url": "https://..."}}.')
@@ -336,7 +333,7 @@ def _line_item(line: bytes, position: int) -> BatchItem:
     return BatchItem(
         position=position,
         client_id=_client_id(None if given is None else str(given), position),
-        name=clean_name(url.partition("?")[0]),
+        name=name_from_url(url),
         url=url,
         error=None if url else EmptyImage("The URL is empty."),
     )

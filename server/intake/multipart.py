@@ -1,7 +1,7 @@
-"""A multipart/form-data body that is in memory, taken apart (RFC 2046, RFC 7578).
+"""A parser for a multipart/form-data body in memory (RFC 2046, RFC 7578).
 
-Called by `uploads.py` only, with a body whose size is bounded already. Werkzeug's parser is made for streams: it takes
-250 microseconds for a picture of 113 KB, this 30, and uploads are what a server process spends its time on.
+Called by `server/intake/uploads.py` only, with a body whose size is bounded already. Werkzeug's parser is made for
+streams: it takes 250 microseconds for an image of 113 KB, this one 30, and uploads are most of a server process's work.
 
 Stricter than Werkzeug's: lines end in CRLF, every header has a colon, and the last boundary must be there.
 """
@@ -14,9 +14,9 @@ from werkzeug.http import parse_options_header
 
 from provider_image.errors import MalformedRequest
 
-#: Parts that are looked at; a form for one picture has a handful.
+#: Parts of a form; one with an image has a handful.
 MAX_PARTS = 16
-#: Bytes of headers that one part may have.
+#: Bytes of the headers of one part.
 MAX_HEADER_BYTES = 8192
 #: RFC 2046 allows 70 characters; some clients use more.
 MAX_BOUNDARY_LENGTH = 200
@@ -37,9 +37,9 @@ class Part:
 
 
 def split(body: bytes, boundary: str) -> list[Part]:
-    """Take a body apart.
+    """Split a body into its parts.
 
-    :raises MalformedRequest: it is not what RFC 2046 describes, or has too many parts.
+    :raises MalformedRequest: it does not follow RFC 2046, or has too many parts.
     """
     if not 0 < len(boundary) <= MAX_BOUNDARY_LENGTH:
         raise MalformedRequest(f"The Content-Type of a form needs a boundary. {_HINT}")
@@ -52,12 +52,12 @@ def split(body: bytes, boundary: str) -> list[Part]:
     parts: list[Part] = []
     while found != _LAST:
         if len(parts) == MAX_PARTS:
-            raise MalformedRequest(f"The form has more than {MAX_PARTS} fields. Send one picture a request.")
+            raise MalformedRequest(f"The form has more than {MAX_PARTS} fields. Send one image per request.")
         start = body.index(b"\r\n", after) + 2
         headers_end = body.find(b"\r\n\r\n", start - 2, start + MAX_HEADER_BYTES)
         if headers_end < 0:
             raise MalformedRequest(f"A field of the form has no end of headers. {_HINT}")
-        # The blank line's first CRLF is at the same time the end of the last header, and may be a delimiter's too.
+        # The first CRLF of the blank line also ends the last header, and may belong to a delimiter too.
         end, after, found = _find_delimiter(body, delimiter, headers_end + 2)
         parts.append(_part(body[start:headers_end] if headers_end > start else b"", body[headers_end + 4 : end]))
     return parts
@@ -67,7 +67,7 @@ _MORE, _LAST, _NONE = "more", "last", "none"
 
 
 def _what_follows(body: bytes, position: int) -> str:
-    """Tell what follows a delimiter: another part, the end of the form, or neither, so that it was none."""
+    """Return what follows a delimiter: another part, the end of the form, or neither, so that it is not a delimiter."""
     if body.startswith(b"\r\n", position):
         return _MORE
     if body.startswith(b"--", position):

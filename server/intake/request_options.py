@@ -1,6 +1,7 @@
-"""What a client wishes about its requests beside the service's parameters: labels, a deadline, how long they are kept.
+"""The options of a request beside the service's parameters: fresh, webhook, labels, deadline, keep_seconds.
 
-Read from the query by the views that take pictures. Labels may stand there several times, all other fields once.
+Used by `server/intake/accept.py`, and by the views where they declare their parameters. Labels may be given several
+times, all other parameters once. Labels, deadline and keep_seconds are read from the query only.
 """
 
 from __future__ import annotations
@@ -10,41 +11,53 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from flask import Request
 
-from provider_image.errors import InvalidParams, MalformedRequest
-from server.api.endpoint import Field
+from provider_image.errors import InvalidParams
+from server.endpoint import Field
+from server.http_client import MAX_URL_LENGTH
+from server.intake.uploads import query_fields
 
-#: Labels of one request at most, and characters of a label's name and value.
+#: Labels of one request, and characters of a label's name and value.
 MAX_LABELS = 16
 MAX_LABEL_NAME_LENGTH = 64
 MAX_LABEL_VALUE_LENGTH = 200
-#: Longest time in seconds, a hundred years, that anything is put off or kept.
+#: Longest deadline and retention in seconds, a hundred years.
 MAX_DURATION_SECONDS = 3.2e9
 
+_TRUE_VALUES, _FALSE_VALUES = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+FRESH = Field(
+    name="fresh",
+    help="1 computes a new answer even if an equal image was answered by the same model before.",
+    schema={"type": "string", "enum": sorted((*_TRUE_VALUES, *_FALSE_VALUES)), "default": "0"},
+)
+WEBHOOK = Field(
+    name="webhook",
+    help="An https URL that gets a signed message when the request is done.",
+    schema={"type": "string", "format": "uri", "maxLength": MAX_URL_LENGTH},
+)
 LABEL = Field(
     name="label",
-    help="Your own words about it, as name:value; may stand there several times. GET /requests finds it by them.",
+    help="A label of your own, as name:value; may be given several times. GET /requests finds requests by labels.",
     schema={"type": "array", "items": {"type": "string"}},
 )
 DEADLINE = Field(
     name="deadline",
-    help="Seconds from now, or a time like 2026-12-01T08:00:00Z. What still waits then expires.",
+    help="Seconds from now, or a time like 2026-12-01T08:00:00Z. A request that is still queued then expires.",
 )
 KEEP_SECONDS = Field(
     name="keep_seconds",
-    help="Picture and answer are deleted this long after the end, if the operator does not delete them sooner.",
+    help="Image and answer are deleted this long after the end, if the operator does not delete them sooner.",
     schema={"type": "number", "minimum": 0},
 )
-#: All of them, for the description of an operation.
+#: Those that are read from the query only.
 REQUEST_OPTIONS = (LABEL, DEADLINE, KEEP_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """What a client wishes."""
+    """Labels, deadline and retention that a client requests."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
     deadline_at: datetime | None = None
@@ -52,28 +65,28 @@ class RequestOptions:
 
 
 def read_request_options(request: Request, now: datetime) -> tuple[dict[str, str], RequestOptions]:
-    """Read the query. :return: the fields that are no wishes, and the wishes.
+    """Read the query. :return: the other parameters, and the options.
 
-    :raises InvalidParams: :raises MalformedRequest: a field other than `label` stands there twice.
+    :raises InvalidParams: :raises MalformedRequest: a parameter other than `label` is given twice.
     """
-    fields: dict[str, str] = {}
-    labels: list[str] = []
-    for name, value in request.args.items(multi=True) if request.query_string else ():
-        if name == "label":
-            labels.append(value)
-        elif name in fields:
-            raise MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")
-        else:
-            fields[name] = value
+    fields = query_fields(request, repeatable="label")
     options = RequestOptions(
-        labels=read_labels(labels),
-        deadline_at=_deadline(fields.pop("deadline", None), now),
-        keep_seconds=_seconds("keep_seconds", fields.pop("keep_seconds", None)),
+        labels=parse_labels(request.args.getlist("label")) if request.query_string else {},
+        deadline_at=_parse_deadline(fields.pop("deadline", None), now),
+        keep_seconds=_parse_seconds("keep_seconds", fields.pop("keep_seconds", None)),
     )
     return fields, options
 
 
-def read_labels(texts: Iterable[str]) -> dict[str, str]:
+def parse_fresh(text: str) -> bool:
+    """Read the parameter `fresh`; alone, as in `?fresh`, it is true. :raises InvalidParams:"""
+    word = text.strip().lower()
+    if word not in (*_TRUE_VALUES, *_FALSE_VALUES, ""):
+        raise InvalidParams("fresh takes 1 or 0.")
+    return word not in _FALSE_VALUES
+
+
+def parse_labels(texts: Iterable[str]) -> dict[str, str]:
     """Read labels written name:value. :raises InvalidParams:"""
     labels: dict[str, str] = {}
     for text in texts:
@@ -85,10 +98,10 @@ def read_labels(texts: Iterable[str]) -> dict[str, str]:
         if any(unicodedata.category(character)[0] == "C" for character in text):
             raise InvalidParams("label takes no control characters.")
         if name in labels:
-            raise InvalidParams(f"The label {name!r} stands there twice.")
+            raise InvalidParams(f"The label {name!r} is given twice.")
         labels[name] = value
     if len(labels) > MAX_LABELS:
-        raise InvalidParams(f"At most {MAX_LABELS} labels are taken.")
+        raise InvalidParams(f"A request takes at most {MAX_LABELS} labels.")
     return labels
 
 
@@ -102,7 +115,7 @@ def parse_timestamp(name: str, text: str) -> datetime:
         raise InvalidParams(f"{name} takes a time like 2026-12-01T08:00:00Z.") from error
 
 
-def _deadline(text: str | None, now: datetime) -> datetime | None:
+def _parse_deadline(text: str | None, now: datetime) -> datetime | None:
     if text is None:
         return None
     try:
@@ -112,11 +125,10 @@ def _deadline(text: str | None, now: datetime) -> datetime | None:
         if timestamp <= now:
             raise InvalidParams("The deadline is in the past.") from None
         return timestamp
-    seconds: Any = _seconds("deadline", text)
-    return now + timedelta(seconds=seconds)
+    return now + timedelta(seconds=_parse_seconds("deadline", text) or 0.0)
 
 
-def _seconds(name: str, text: str | None) -> float | None:
+def _parse_seconds(name: str, text: str | None) -> float | None:
     if text is None:
         return None
     try:

@@ -1,8 +1,9 @@
-"""An upload: the picture and the fields beside it, read from a request with every length bounded.
+"""An upload: the image and the fields beside it, read from a request with every length bounded.
 
-Called by the views. Whoever sends too much is told so as soon as can be: a declared length is checked before the first
-byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: a picture is at most a
-few megabytes, and temporary files would cost more than they save. Bytes are not looked at; `imaging.py` does that.
+Called by `server/intake/accept.py` and by views. Too much is refused as early as possible: a declared length is checked
+before the first byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: an image is at
+most a few megabytes, and temporary files would cost more than they save. The image's bytes are not looked at;
+`provider_image/images/headers.py` does that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -23,39 +24,39 @@ from provider_image.errors import EmptyImage, MalformedRequest, TooManyBytes
 from server.errors import UnsupportedMediaType
 from server.intake import multipart
 
-#: What a form may be larger than its picture: boundaries, headers, and the fields beside it.
+#: Bytes of a form beside its image: boundaries, headers, and the other fields.
 FORM_ALLOWANCE_BYTES = 64 * 1024
 #: Longest file name that is kept, in characters.
 MAX_NAME_LENGTH = 200
 #: Largest body of a request that carries only fields.
 MAX_FIELD_BYTES = 8192
 _BUFFER_BYTES = 64 * 1024
-#: What is read and thrown away of a body that is too large and did not say so before.
+#: Bytes that are read and discarded of a body that is too large and has no declared length.
 _MAX_DISCARDED_BYTES = 32 * 1024 * 1024
 
 _RAW_HINT = (
-    "The raw bytes are taken with an image content type, for example: "
+    "Raw bytes need an image content type, for example: "
     "curl -H 'Content-Type: image/jpeg' --data-binary @kitten.jpg URL"
 )
-_FORM_HINT = "Send the picture as a form: curl -F image=@kitten.jpg URL"
+_FORM_HINT = "Send the image as a form: curl -F image=@kitten.jpg URL"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What came in."""
+    """An image as it was received."""
 
-    #: The picture's bytes, not empty, not yet looked at.
+    #: The image's bytes, not empty, not yet checked.
     data: bytes
     #: The client's file name, cleaned; only shown.
     name: str | None = None
     #: The other fields of the form.
     fields: Mapping[str, str] = field(default_factory=dict)
-    #: True when the picture came as a plain field without a file name: most likely a forgotten @.
+    #: True when the image was sent as a plain field without a file name: most likely an @ was forgotten.
     is_plain_field: bool = False
 
 
 class ActiveReads:
-    """Who is at it now, and since when; so that the server can tell that all threads wait for slow clients."""
+    """The threads that are reading now, and since when; shows that all threads wait for slow clients."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +64,7 @@ class ActiveReads:
 
     @contextlib.contextmanager
     def track(self) -> Iterator[None]:
-        """Count the caller while it is inside."""
+        """Count the caller inside of the `with` statement."""
         key = object()
         with self._lock:
             self._since[key] = time.monotonic()
@@ -74,14 +75,14 @@ class ActiveReads:
                 del self._since[key]
 
     def count_older_than(self, seconds: float) -> int:
-        """Count those who have been at it for so long."""
+        """Count those that have been inside for at least so long."""
         limit = time.monotonic() - seconds
         with self._lock:
             return sum(since <= limit for since in self._since.values())
 
 
 def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveReads) -> Upload:
-    """Read the picture from a form's field `image` or from the raw body.
+    """Read the image from a form's field `image` or from the raw body.
 
     :raises TooManyBytes: :raises EmptyImage: :raises MalformedRequest: :raises UnsupportedMediaType:
     """
@@ -89,7 +90,7 @@ def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveR
     kind = kind.lower()
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType(
-            f"A body with a Content-Encoding is not taken: pictures are small already. {_FORM_HINT}"
+            f"A body with a Content-Encoding is not accepted: images are compressed already. {_FORM_HINT}"
         )
     if kind == "multipart/form-data":
         body = _read_body(request, max_image_bytes + FORM_ALLOWANCE_BYTES, max_image_bytes, active_reads)
@@ -103,11 +104,11 @@ def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveR
         return Upload(data=body)
     if kind == "application/x-www-form-urlencoded":
         raise UnsupportedMediaType(f"curl -d and --data send a form without files. {_FORM_HINT} {_RAW_HINT}")
-    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not taken. {_FORM_HINT} {_RAW_HINT}")
+    raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {_FORM_HINT} {_RAW_HINT}")
 
 
 def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
-    """Read the fields of a request that carries no picture: the query, and a urlencoded body if there is one.
+    """Read the fields of a request without an image: the query, and a urlencoded body if there is one.
 
     :raises MalformedRequest: :raises TooManyBytes:
     """
@@ -119,12 +120,12 @@ def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str
             pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELD_BYTES // 16)
         except ValueError as error:
             raise MalformedRequest("The fields cannot be read. Put them into the URL, for example ?top=3") from error
-        _add_fields(fields, pairs)
+        add_fields(fields, pairs)
     return fields
 
 
 def read_json(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
-    """Read the fields of a request whose body is a JSON object of plain values; a number or a yes becomes its text.
+    """Read the fields of a request whose body is a JSON object of plain values; numbers and booleans become text.
 
     :raises MalformedRequest: :raises TooManyBytes:
     """
@@ -138,25 +139,37 @@ def read_json(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
     fields: dict[str, str] = {}
     for name, value in found.items():
         if not isinstance(value, str | int | float):
-            raise MalformedRequest(f"{name[:64]!r} must be a text, a number, true or false.")
+            raise MalformedRequest(f"{name[:64]!r} must be a string, a number, true or false.")
         fields[name] = value if isinstance(value, str) else json.dumps(value)
     return fields
 
 
-def query_fields(request: Request) -> dict[str, str]:
-    """Read the fields of the query string. :raises MalformedRequest: one stands there twice."""
+def query_fields(request: Request, *, repeatable: str | None = None) -> dict[str, str]:
+    """Read the fields of the query string.
+
+    :param repeatable: a field that may be given several times; it is left out.
+    :raises MalformedRequest: another one is given twice.
+    """
     fields: dict[str, str] = {}
     if request.query_string:
-        _add_fields(fields, list(request.args.items(multi=True)))
+        add_fields(fields, (pair for pair in request.args.items(multi=True) if pair[0] != repeatable))
     return fields
 
 
+def add_fields(fields: dict[str, str], pairs: Iterable[tuple[str, str]]) -> None:
+    """Add fields to those of another place, or of the same. :raises MalformedRequest: one is given twice."""
+    for name, value in pairs:
+        if name in fields:
+            raise MalformedRequest(f"{name[:64]!r} is given twice. Send it once, in the URL or in the body.")
+        fields[name] = value
+
+
 def clean_name(name: str | None) -> str | None:
-    """Make a label of a client's file name: no folders, no control characters, at most LONGEST_NAME characters."""
+    """Make a label of a client's file name: no folders, no control characters, at most MAX_NAME_LENGTH characters."""
     if not name:
         return None
     base = name.replace("\\", "/").rpartition("/")[2]
-    # Category C: controls, but also the marks that turn the direction of writing, and lone surrogates.
+    # Category C: controls, but also marks that change the direction of writing, and lone surrogates.
     label = "".join(character for character in base if unicodedata.category(character)[0] != "C").strip()
     return label[:MAX_NAME_LENGTH] or None
 
@@ -166,9 +179,9 @@ def _from_form(parts: list[multipart.Part], max_image_bytes: int) -> Upload:
     others = [part for part in parts if part.name != "image"]
     if not images:
         field_names = ", ".join(repr(part.name[:40]) for part in others) or "none"
-        raise MalformedRequest(f"The form has no field `image` (fields there: {field_names}). {_FORM_HINT}")
+        raise MalformedRequest(f"The form has no field `image` (its fields: {field_names}). {_FORM_HINT}")
     if len(images) > 1:
-        raise MalformedRequest(f"The form has {len(images)} fields `image`. Send one picture a request.")
+        raise MalformedRequest(f"The form has {len(images)} fields `image`. Send one image per request.")
     fields: dict[str, str] = {}
     for part in others:
         if part.filename is not None:
@@ -177,7 +190,7 @@ def _from_form(parts: list[multipart.Part], max_image_bytes: int) -> Upload:
             )
         if len(part.data) > MAX_FIELD_BYTES:
             raise MalformedRequest(f"The field {part.name[:40]!r} is too long.")
-        _add_fields(fields, [(part.name, part.data.decode("utf-8", "replace"))])
+        add_fields(fields, [(part.name, part.data.decode("utf-8", "replace"))])
     image = images[0]
     if not image.data:
         raise EmptyImage()
@@ -192,9 +205,9 @@ def _from_form(parts: list[multipart.Part], max_image_bytes: int) -> Upload:
 
 
 def too_many_bytes(max_image_bytes: int) -> TooManyBytes:
-    """Say how much is taken."""
+    """Build the error for an image over the limit."""
     return TooManyBytes(
-        f"The image file is too large. At most {max_image_bytes / 2**20:g} MB ({max_image_bytes} bytes) are taken: "
+        f"The image file is too large. At most {max_image_bytes / 2**20:g} MB ({max_image_bytes} bytes) are accepted: "
         "a smaller size or a stronger JPEG compression helps."
     )
 
@@ -221,16 +234,9 @@ def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads:
             size += len(piece)
             if size > limit:
                 # A connection that is closed while its client still sends is reset, and the client sees that instead
-                # of the answer. Most are about to end; who is not is not waited for.
+                # of the response. Most are about to end, so some more is read, but not without limit.
                 while size < limit + _MAX_DISCARDED_BYTES and (piece := stream.read(_BUFFER_BYTES)):
                     size += len(piece)
                 raise too_many_bytes(max_image_bytes)
             pieces.append(piece)
     return b"".join(pieces)
-
-
-def _add_fields(fields: dict[str, str], pairs: list[tuple[str, str]]) -> None:
-    for name, value in pairs:
-        if name in fields:
-            raise MalformedRequest(f"{name[:64]!r} stands there twice. Send it once.")
-        fields[name] = value

@@ -1,1 +1,1 @@
-"""Answers as they come: long polling, the change feed of a process, server-sent events."""
+"""Live results: long polling, change notifications, server-sent events."""

@@ -1,8 +1,8 @@
-"""Live events: tells listeners what changes.
+"""Notifies listeners of changes to requests.
 
-Used by `streams.py`, which writes what they hear. One thread per server process looks at the feed for all listeners
-together, many times a second; while nobody listens there is no thread. When a request changes several times between
-two looks, its listeners are told the last state only.
+Used by `sse.py`, which writes them as events. One thread per server process polls the change feed for all listeners;
+without a listener there is no thread. When a request changes several times between two polls, its listeners get the
+last state only.
 """
 
 from __future__ import annotations
@@ -16,28 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from provider_image.errors import MlgError
+from server.errors import StreamsFull
 from store.changes import ChangeFeed, Position
 from store.records import RequestRecord
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two polls.
 POLL_SECONDS = 0.05
-#: Changes that one look reads at most.
+#: Changes that one poll reads.
 MAX_CHANGES_PER_POLL = 1000
-#: Events that wait for a slow listener at most; then it is told from the feed again.
+#: Changes that are pending for a slow listener; beyond that it reads them from the feed again.
 MAX_PENDING_CHANGES = 5000
-
-
-class StreamsFull(MlgError):
-    """Too many listeners already. Try again in a moment, or ask with ?wait=SECONDS instead."""
-
-    code = "streams_full"
 
 
 @dataclass(eq=False)
 class Change:
-    """What listeners are told of one request; the text is made once for all of them."""
+    """One change of a request; the text is built once for all listeners."""
 
     position: Position
     request: RequestRecord
@@ -45,7 +40,7 @@ class Change:
 
 
 class Listener:
-    """What one stream listens to, and what it has not read yet."""
+    """What one stream listens to, and the changes that it has not read yet."""
 
     def __init__(self, *, numbers: Collection[int] = (), batch_id: str | None = None, is_all: bool = False) -> None:
         self.numbers = frozenset(numbers)
@@ -57,7 +52,7 @@ class Listener:
         self._has_overflowed = False
 
     def put(self, update: Change) -> None:
-        """Hand over an event."""
+        """Add a change."""
         with self._condition:
             if len(self._pending) >= MAX_PENDING_CHANGES:
                 self._pending.clear()
@@ -68,13 +63,13 @@ class Listener:
             self._condition.notify()
 
     def wake(self) -> None:
-        """End a wait without an event."""
+        """End a wait without a change."""
         with self._condition:
             self._is_notified = True
             self._condition.notify()
 
     def wait(self, seconds: float) -> list[Change] | None:
-        """Wait for events. :return: those there are; None when too many came, and the feed must be asked."""
+        """Wait for changes. :return: the pending ones; None when there were too many, and the feed must be read."""
         with self._condition:
             if not self._is_notified:
                 self._condition.wait(seconds)
@@ -90,7 +85,7 @@ class Listener:
 class ChangeDispatcher:
     """The listeners of one server process.
 
-    :param capacity: how many there may be.
+    :param capacity: the number of slots.
     """
 
     def __init__(self, feed: ChangeFeed, *, capacity: int) -> None:
@@ -105,19 +100,19 @@ class ChangeDispatcher:
         self.is_stopped = False
 
     def acquire_slot(self) -> None:
-        """Take a listener's place. :raises StreamsFull:"""
+        """Acquire a slot for a listener. :raises StreamsFull:"""
         if self.is_stopped or not self._slots.acquire(blocking=False):
             raise StreamsFull()
 
     def release_slot(self) -> None:
-        """Give a place back."""
+        """Release a slot."""
         self._slots.release()
 
     def add(self, listener: Listener) -> None:
-        """Tell a listener every change that is made from now on. :raises StoreError:"""
+        """Notify a listener of every change from now on. :raises StoreError:"""
         with self._lock:
             if not self._is_running and not self.is_stopped:
-                # Read here and not by the thread: what changes before it starts must be told too.
+                # Read here and not by the thread, so that changes before it starts are included.
                 self._cursor = self._feed.latest_change()
                 self._is_running = True
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
@@ -128,7 +123,7 @@ class ChangeDispatcher:
                 self._by_batch[listener.batch_id].add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Tell a listener nothing any more."""
+        """Remove a listener."""
         with self._lock:
             self._listeners.discard(listener)
             for number in listener.numbers:
@@ -152,21 +147,21 @@ class ChangeDispatcher:
             try:
                 count = self._dispatch_changes()
             except MlgError as error:
-                log.warning("cannot look for changes: %s", error)
+                log.warning("cannot read the changes: %s", error)
                 count = 0
             except Exception:
-                # The thread must outlive any failure: there are listeners.
-                log.exception("cannot look for changes")
+                # The thread must survive any failure: there are listeners.
+                log.exception("cannot read the changes")
                 count = 0
             if count < MAX_CHANGES_PER_POLL:
                 time.sleep(POLL_SECONDS)
 
     def _dispatch_changes(self) -> int:
-        """Hand the changes since the last look to those who listen to them. :return: how many there were."""
+        """Add the changes since the last poll to their listeners. :return: how many there were."""
         changes = self._feed.changes(self._cursor, limit=MAX_CHANGES_PER_POLL)
         if not changes:
             return 0
-        #: number -> its last change, and who wants to know.
+        #: number -> its last change.
         latest = {change.number: change for change in changes}
         interested: dict[int, set[Listener]] = {}
         with self._lock:
@@ -178,7 +173,7 @@ class ChangeDispatcher:
                 if listener.is_all:
                     listener.wake()
         for position, request in self._feed.read_changed(interested) if interested else ():
-            # What changed again meanwhile comes with the next look, under its later number.
+            # A request that changed again meanwhile comes with the next poll, under its later position.
             if position[0] == latest[request.number].seq:
                 update = Change(position, request)
                 for listener in interested[request.number]:

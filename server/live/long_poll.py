@@ -1,7 +1,7 @@
 """Holds reads until their request is done (`?wait=SECONDS`).
 
-One thread per server process looks at the requests that are waited for, many times a second; while nobody waits there
-is no thread. The answers come from other processes, so there is nothing to be notified by but the store itself.
+Used by the views. One thread per server process polls the requests that reads wait for; without a held read there is no
+thread. The answers come from other processes, so the store is the only source of notifications.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass, field
 
 from provider_image.errors import MlgError
-from store import Store
 from store.errors import StoreUnavailable
 from store.records import RequestRecord
+from store.requests import Requests
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two polls.
 POLL_SECONDS = 0.025
 
 
@@ -33,10 +33,10 @@ class _Waiter:
 class LongPoller:
     """The reads that are held by one server process.
 
-    :param capacity: how many may be held at once; others are answered at once.
+    :param capacity: how many are held at once; further ones are answered at once.
     """
 
-    def __init__(self, store: Store, *, capacity: int) -> None:
+    def __init__(self, store: Requests, *, capacity: int) -> None:
         self._store = store
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
@@ -45,9 +45,9 @@ class LongPoller:
         self._is_stopped = False
 
     def wait_until_final(self, request: RequestRecord, seconds: float) -> RequestRecord:
-        """Wait until the request is final, or the time is over, or there is no place; return it as it is then.
+        """Wait until the request is final or the time is over; return its state then. Without a free slot, do not wait.
 
-        :raises UnknownRequest: it was removed meanwhile. :raises StoreError:
+        :raises UnknownRequest: it was deleted meanwhile. :raises StoreError:
         """
         if request.state.is_final or seconds <= 0 or not self._slots.acquire(blocking=False):
             return request
@@ -59,7 +59,7 @@ class LongPoller:
                 self._waiters.add(waiter)
                 if not self._is_running:
                     self._is_running = True
-                    threading.Thread(target=self._poll_loop, name="notifier", daemon=True).start()
+                    threading.Thread(target=self._poll_loop, name="long-poll", daemon=True).start()
             waiter.is_over.wait(seconds)
             with self._lock:
                 self._waiters.discard(waiter)
@@ -70,7 +70,7 @@ class LongPoller:
             self._slots.release()
 
     def stop(self) -> None:
-        """Answer everybody now, and hold nobody any more: the server is stopping."""
+        """End all waits now, and hold no more reads: the server is stopping."""
         with self._lock:
             self._is_stopped = True
             for waiter in self._waiters:
@@ -93,8 +93,8 @@ class LongPoller:
         except MlgError as error:
             waiter.error = error
         except Exception as error:
-            # The thread must outlive any failure; the waiter gets it.
-            log.exception("cannot look at a request that is waited for", extra={"request": waiter.id})
+            # The thread must survive any failure; the waiter raises it.
+            log.exception("cannot read a request that a read waits for", extra={"request": waiter.id})
             waiter.error = StoreUnavailable()
             waiter.error.__cause__ = error
         else:

@@ -1,14 +1,14 @@
-"""Streams of server-sent events: what listeners hear, as text that goes out piece by piece.
+"""Streams of server-sent events, as text that is sent piece by piece.
 
-Used by `views/events.py`. Every stream has a thread of its own, which waits for what `change_dispatcher.py` tells it,
-and writes.
+Used by `server/api/views/events.py`. Every stream has its own thread, which waits for the changes of `changes.py` and
+writes them.
 
-The id of an event is the position in the feed at which its request stands (see `store/feed.py`). Events come in the
-order of the positions, so a client that comes back with the last id it has seen (`Last-Event-ID`) gets what it missed,
-and nothing twice.
+The id of an event is the position of its request in the change feed (see `store/changes.py`). Events come in the order
+of the positions, so a client that reconnects with the last id it has seen (`Last-Event-ID`) gets what it missed, and
+nothing twice.
 
-Weakness: a client that keeps its connection open and reads nothing holds its thread and its place until its connection
-ends. The places are counted (MLG_MAX_STREAMS) and have threads of their own, so uploads do not feel it.
+Weakness: a client that keeps its connection open and reads nothing holds its thread and its slot until its connection
+ends. Slots are limited (MLG_MAX_STREAMS) and have their own threads, so uploads are not affected.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from store.records import RequestRecord, RequestState
 
 log = logging.getLogger(__name__)
 
-#: Marks an answer that goes out piece by piece; see `wsgi.py`.
+#: Marks a response that is sent piece by piece; see `server/process.py`.
 STREAMED = "mlg.streamed"
-#: Seconds after which a silent stream says that it is alive; so a client that has gone is noticed.
+#: Seconds after which an idle stream sends a comment; so a client that has disconnected is noticed.
 HEARTBEAT_SECONDS = 15.0
-#: What a browser waits before it comes back, in milliseconds.
+#: Delay before a browser reconnects.
 RETRY_MILLISECONDS = 2000
-#: Seconds between two messages to a listener that gets counts only.
+#: Seconds between two messages of a stream of counts.
 COUNT_SECONDS = 0.5
-#: Requests that are read at once when a listener comes.
-PAGE = 200
-#: In place of a request's number: the change itself tells all.
+#: Requests that are read in one query when a stream begins.
+PAGE_SIZE = 200
+#: In place of a request's number: after all requests of that change.
 _AFTER_CHANGE = math.inf
 _START: tuple[float, float] = (-1.0, -1.0)
 _END = "end"
 
 
 class Stream:
-    """The body of an answer, piece by piece; gives its place back however it ends."""
+    """The body of a response, piece by piece; releases its slot however it ends."""
 
     def __init__(self, pieces: Generator[bytes, None, None], on_close: Callable[[], None]) -> None:
         self._pieces = pieces
@@ -58,7 +58,7 @@ class Stream:
         return next(self._pieces)
 
     def close(self) -> None:
-        """End it. May be called again."""
+        """End the stream. May be called again."""
         on_close, self._on_close = self._on_close, None
         self._pieces.close()
         if on_close is not None:
@@ -86,19 +86,19 @@ def stream_requests(
         while not change_dispatcher.is_stopped:
             snapshot = feed.snapshot(ids=ids, batch_id=listener.batch_id)
             if not snapshot.floor <= cursor[0] <= snapshot.latest:
-                cursor = _START  # too long ago, or of another database
+                cursor = _START  # too old, or of another database
             states = {position[1]: state for position, state in snapshot.requests}
             missed = [
                 (position, state)
                 for position, state in snapshot.requests
-                # Those of a batch that only wait yet are in its counts.
+                # The queued requests of a batch are in its counts.
                 if position > cursor
                 and (listener.batch_id is None or position[0] > snapshot.floor or state is not RequestState.QUEUED)
             ]
-            for start in range(0, len(missed), PAGE):
-                page = {position[1]: position for position, _ in missed[start : start + PAGE]}
+            for start in range(0, len(missed), PAGE_SIZE):
+                page = {position[1]: position for position, _ in missed[start : start + PAGE_SIZE]}
                 read = {now: request for now, request in feed.read_changed(page) if now[0] <= snapshot.latest}
-                # What has changed meanwhile is told by the thread that looks, in its new place.
+                # Requests that changed meanwhile come from the dispatcher, at their new position.
                 requests = {request.number: request for request in read.values()}
                 for number, position in page.items():
                     if number in requests:
@@ -111,7 +111,7 @@ def stream_requests(
     except MlgError as error:
         log.warning("a stream of events ends: %s", error)
     except Exception:
-        # The answer has begun, so nobody can be told any more but the log; the client comes back.
+        # The response has begun, so the error can only be logged; the client reconnects.
         log.exception("a stream of events ends")
     finally:
         change_dispatcher.remove(listener)
@@ -120,7 +120,7 @@ def stream_requests(
 def stream_counts(
     change_dispatcher: ChangeDispatcher, feed: ChangeFeed, listener: Listener, *, last_id: str | None
 ) -> Generator[bytes, None, None]:
-    """Write how many requests came to which state since the last message, until the client goes."""
+    """Write how many requests changed to which state since the last message, until the client disconnects."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     change_dispatcher.add(listener)
     try:
@@ -144,7 +144,7 @@ def stream_counts(
 
 
 def parse_id(text: str | None) -> tuple[float, float]:
-    """Read where a client stands; anything that is no id of ours is the start."""
+    """Read the position of a client; any text that is not an event id is the start."""
     seq, has_number, number = (text or "").removesuffix(f"-{_END}").partition("-")
     if not (seq.isascii() and seq.isdigit()) or len(seq) > 15:
         return _START
@@ -154,7 +154,7 @@ def parse_id(text: str | None) -> tuple[float, float]:
 
 
 def is_end_id(text: str | None) -> bool:
-    """Tell whether a client has seen the end of its stream already."""
+    """Tell whether a client has received the end of its stream."""
     return text is not None and text.endswith(f"-{_END}")
 
 
@@ -165,11 +165,11 @@ def _stream_changes(
     covered: int,
     serialize: Callable[[RequestRecord], Mapping[str, Any]],
 ) -> Generator[bytes, None, int | None]:
-    """Write events as they come, until all is final, the server stops or the listener fell behind.
+    """Write events as changes arrive, until all requests are final, the server stops or the listener overflows.
 
     :param states: state of each request by number; kept up to date.
-    :param covered: changes up to this one were told.
-    :return: when the listener fell behind the last change that it was told, else None.
+    :param covered: changes up to this one are written already.
+    :return: if the listener has too many pending changes, the last change that was written; else None.
     """
     last = covered
     while not change_dispatcher.is_stopped:
@@ -194,7 +194,7 @@ def _stream_changes(
 
 
 def _progress(listener: Listener, states: Mapping[int, RequestState]) -> Iterator[bytes]:
-    """Write how far a batch is; it has no id, as a client that comes back gets a new one anyway."""
+    """Write the progress of a batch; it has no id, as a client that reconnects gets a new one anyway."""
     if listener.batch_id is not None:
         data = {"batch_id": listener.batch_id, **_counts(states)}
         yield f"event: batch\ndata: {json.dumps(data)}\n\n".encode()

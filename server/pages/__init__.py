@@ -1,1 +1,5 @@
-"""The pages for people with a browser: templates, their style and their little JavaScript; see `render.py`."""
+"""The HTML pages for people with a browser, one module for each kind of thing that they show.
+
+Each view module has `register(app, context)`, which `server/app.py` calls. The pages read and change the same store as
+the API and work without JavaScript. They may import from `server/api/`, which must not import anything from here.
+"""

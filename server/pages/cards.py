@@ -1,6 +1,6 @@
-"""How a request looks on a page: the card in a gallery, and the steps of its life.
+"""What the pages show of a request: its card in a list, its most likely classes, its history.
 
-Made by the views of the pages from the store's records; pure, the clock is not asked.
+Called by the page views. Pure functions of the store's records.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from provider_image.services import load_service
 from server.status.eta import format_duration
 from store.records import RequestRecord, RequestState
 
-#: Bars of an answer on a page.
+#: The states of a request with their labels, in the order of the filter.
+STATE_LABELS = {
+    "queued": "waiting",
+    "claimed": "processing",
+    "done": "done",
+    "failed": "failed",
+    "cancelled": "cancelled",
+    "expired": "expired",
+}
+#: Classes that the page of a request shows.
 TOP_CLASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A request in a gallery."""
+    """A request in a list."""
 
     #: The request's id.
     id: str
@@ -28,29 +37,29 @@ class Card:
     name: str | None
     #: The model's canonical name.
     model: str
-    #: The state's word; "expired" for what was cancelled because its time was over.
+    #: The state, or "expired" for a request that was cancelled because its deadline had passed.
     status: str
-    #: The likeliest class: id, name, probability; None without an answer of that kind.
+    #: The most likely class: id, name, probability; None without a result of a classification.
     best: tuple[str, str, float] | None
-    #: Why it failed.
+    #: Why the request failed.
     reason: str | None
-    #: False when retention has removed the picture.
+    #: False once retention has deleted the image.
     has_image: bool
-    #: When it came in.
+    #: When the request arrived.
     created_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One moment in a request's life."""
+    """One step in the history of a request."""
 
     #: What happened.
     title: str
-    #: When; None for what is still to come.
+    #: When it happened; None for the present step of an unfinished request.
     at: datetime | None = None
-    #: More about it.
+    #: Details.
     text: str = ""
-    #: done, open or bad: how it is drawn.
+    #: done, open or bad; the CSS class.
     kind: str = "done"
 
 
@@ -70,7 +79,7 @@ def card(request: RequestRecord) -> Card:
 
 
 def top_classes(request: RequestRecord, top: int = TOP_CLASSES) -> list[tuple[str, str, float]]:
-    """Return the likeliest classes of an answer; none when there is no answer, or one of another kind."""
+    """Return the most likely classes of a result: id, name, probability; none without a result of a classification."""
     if request.state is not RequestState.DONE or request.service != "classification":
         return []
     payload = load_service(request.service).view(request.output, {**request.params, "top": top})
@@ -78,25 +87,25 @@ def top_classes(request: RequestRecord, top: int = TOP_CLASSES) -> list[tuple[st
 
 
 def timeline(request: RequestRecord, payload: Mapping[str, Any]) -> Sequence[Step]:
-    """Tell a request's life. :param payload: its JSON, which says why it waits."""
+    """List the steps of a request's history. :param payload: its JSON, which has the reason why it waits."""
     steps = [Step(title="Received", at=request.created_at)]
     if request.is_cached:
         steps.append(
             Step(
-                title="Answered at once",
+                title="Answered from an earlier result",
                 at=request.finished_at,
-                text="The same picture was answered by the same model before.",
+                text="The same model has classified the same image before.",
             )
         )
         return steps
     steps.append(Step(title="Queued", at=request.created_at, text=_attempts(request)))
     if request.claimed_at is not None and request.state is not RequestState.QUEUED:
-        who = f"to {request.provider}" if request.provider else ""
-        steps.append(Step(title="Dispatched", at=request.claimed_at, text=who))
+        worker = f"to {request.provider}" if request.provider else ""
+        steps.append(Step(title="Dispatched", at=request.claimed_at, text=worker))
     if request.state is RequestState.QUEUED:
         steps.append(Step(title="Waiting", text=str(payload.get("waiting_for", "")), kind="open"))
     elif request.state is RequestState.CLAIMED:
-        steps.append(Step(title="In work", text=str(payload.get("waiting_for", "")), kind="open"))
+        steps.append(Step(title="Processing", text=str(payload.get("waiting_for", "")), kind="open"))
     elif request.finished_at is not None:
         steps.append(_end(request, request.finished_at))
     return steps
@@ -104,10 +113,10 @@ def timeline(request: RequestRecord, payload: Mapping[str, Any]) -> Sequence[Ste
 
 def _end(request: RequestRecord, at: datetime) -> Step:
     seconds = (at - request.created_at).total_seconds()
-    took = f"{format_duration(seconds) if seconds >= 10 else f'{seconds:.2g} s'} after it came in"
+    duration = format_duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
     if request.state is RequestState.DONE:
-        model = "" if request.seconds is None else f"; the model worked {request.seconds * 1000:.0f} ms on it"
-        return Step(title="Answered", at=at, text=f"{took}{model}")
+        model = "" if request.seconds is None else f", of which {request.seconds * 1000:.0f} ms in the model"
+        return Step(title="Answered", at=at, text=f"{duration} after it was received{model}")
     titles = {"failed": "Failed", "expired": "Expired"}
     kind = "bad" if request.state is RequestState.FAILED else "open"
     return Step(title=titles.get(request.status, "Cancelled"), at=at, text=request.reason or "", kind=kind)
@@ -117,4 +126,4 @@ def _attempts(request: RequestRecord) -> str:
     if not request.attempts or request.state is RequestState.FAILED:
         return ""
     times = "once" if request.attempts == 1 else f"{request.attempts} times"
-    return f"It was tried {times} before."
+    return f"Attempted {times} before."

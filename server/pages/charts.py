@@ -1,6 +1,6 @@
-"""Charts as numbers: where each bar, point and tick of a drawing stands. Templates draw them as SVG.
+"""The charts of the operator's page: positions of bars, points and ticks, which the template draws as SVG.
 
-Called by the views; pure. Every drawing comes with the same figures as a table, for those who do not see it.
+Called by `operator.py`. Pure. Every chart comes with the rows of a table, for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Size of a drawing in its own units, and what is left free for the ticks.
+#: Size of a chart in its own units, and the margins for the tick labels.
 WIDTH, HEIGHT = 640, 180
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 24
-#: Rows of the table beside the points.
-POINT_CLASSES = 5
-#: Minutes that a row of the table beside the bars stands for.
-MINUTES_A_ROW = 10
+#: Rows of the table of the points chart.
+POINT_ROWS = 5
+#: Minutes in a row of the table of the minutes chart.
+MINUTES_PER_ROW = 10
 
 
 def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Draw what came in and what was answered, minute by minute. :param minutes: oldest first."""
+    """Lay out the chart of requests received and answered in each minute. :param minutes: oldest first."""
     maximum = max([1, *(max(each["arrived"], each["answered"]) for each in minutes)])
     ticks = nice_ticks(maximum)
     step = (WIDTH - LEFT - RIGHT) / max(1, len(minutes))
@@ -36,8 +36,8 @@ def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
         line.append(f"{_rounded(LEFT + (index + 0.5) * step)},{_y(each['arrived'], ticks[-1])}")
     rows = []
-    for start in range(0, len(minutes), MINUTES_A_ROW):
-        part = minutes[start : start + MINUTES_A_ROW]
+    for start in range(0, len(minutes), MINUTES_PER_ROW):
+        part = minutes[start : start + MINUTES_PER_ROW]
         row = {name: sum(each[name] for each in part) for name in ("arrived", "answered", "images", "failed")}
         rows.append({"from": part[0]["minute"], **row})
     return {
@@ -58,14 +58,14 @@ def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Draw size against seconds. :return: None without points."""
+    """Lay out the chart of seconds in the model against file size. :return: None without points."""
     if not points:
         return None
     x_ticks = nice_ticks(max(point["bytes"] for point in points))
     y_ticks = nice_ticks(max(point["seconds"] for point in points))
     width = WIDTH - LEFT - RIGHT
     ordered = sorted(points, key=lambda point: int(point["bytes"]))
-    size = math.ceil(len(ordered) / POINT_CLASSES)
+    size = math.ceil(len(ordered) / POINT_ROWS)
     rows = []
     for start in range(0, len(ordered), size):
         part = ordered[start : start + size]
@@ -76,7 +76,7 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "to": part[-1]["bytes"],
                 "count": len(part),
                 "median": seconds[(len(seconds) - 1) // 2],
-                "longest": seconds[-1],
+                "maximum": seconds[-1],
             }
         )
     return {
@@ -92,7 +92,7 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def nice_ticks(maximum: float, *, count: int = 4) -> list[float]:
-    """Choose round numbers from 0 to at least `maximum`: about `count` steps of 1, 2 or 5 times a power of ten."""
+    """Choose tick values from 0 to at least `maximum`, in about `count` steps of 1, 2 or 5 times a power of ten."""
     if maximum <= 0:
         return [0, 1]
     raw = maximum / count
@@ -103,7 +103,7 @@ def nice_ticks(maximum: float, *, count: int = 4) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """Write a number for an axis: 0.05, 250, 12k."""
+    """Format a number for an axis: 0.05, 250, 12k."""
     if value >= 10_000_000:
         return f"{value / 1e6:g}M"
     return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"

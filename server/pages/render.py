@@ -1,10 +1,10 @@
-"""Pages as HTML: templates, the headers that every page has, and the addresses of the files beside them.
+"""What all pages share: HTML from templates, response headers, static files, errors as pages.
 
-Called by the views that answer browsers. Nothing here reads the store. A page is filled in on the server and works
-without JavaScript; the files beside it come from this package only, so that no browser ever asks another host.
+Called by the view modules beside it. It must not read the store. Pages are rendered on the server and work without
+JavaScript; static files come from this package only, so a browser never contacts another host.
 
-The files' addresses hold a hash of the bytes of all of them: browsers keep them for good and never show an old one with
-a new page. One hash for all, because a script imports its neighbour by a relative address.
+The URL of a static file contains a hash of all static files: browsers may cache a file forever and never combine an old
+one with a new page. The hash is common to all files because a script imports another by a relative URL.
 """
 
 from __future__ import annotations
@@ -12,19 +12,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import mimetypes
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import flask
 import jinja2
+from werkzeug.wrappers import Response
 
-from server.auth.guard import get_guard
+from server.api.openapi import PAGES
+from server.api.responses import json_response, wants_page
+from server.auth.guard import current_key, get_guard
+from server.context import Context
+from server.endpoint import View, operation
+from server.pages.cards import STATE_LABELS
 from server.status.eta import format_duration
 from store.errors import StoreError
+from store.keys import Scope
 
 PACKAGE_FOLDER = Path(__file__).parent
-#: No inline script, no inline style, nobody else's host, nobody's frame.
+#: No inline scripts or styles, no other hosts, no framing.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -33,37 +42,49 @@ _HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Addresses hold ids, and an id is all that it takes to read an answer.
+    # A URL contains an id, and on a server without keys an id is enough to read a result.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-#: The file types that are here; the machine's own table may say otherwise.
-_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: Types of the static files; the operating system's table may differ.
+_MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_ERROR_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 429: "Too many requests", 503: "Unavailable"}
+
+
+def register(app: flask.Flask, context: Context) -> None:
+    """Serve the static files, and show errors under /ui/ as pages."""
+    app.add_url_rule("/static/<digest>/<path:name>", "static", _static, methods=["GET"])
+    app.after_request(_render_error)
+
+
+def page_operation(summary: str, *, scope: Scope | None) -> Callable[[View], View]:
+    """Describe the view of a page, as `operation` does for the API, whose description leaves pages out."""
+    return operation(summary=summary, scope=scope, tag=PAGES)
 
 
 def page(template: str, *, status: int = 200, **variables: Any) -> flask.Response:
-    """Fill in a template and answer with it.
+    """Render a template as a response.
 
-    :param template: a file in `templates/`; it extends `base.html` and fills its blocks `title` and `main`.
-    :param variables: what the template names. Everything is escaped.
+    :param template: a file in `templates/` that extends `base.html`.
+    :param variables: the template's variables; the values are escaped.
     """
     html = (
         _environment()
         .get_template(template)
-        .render(here=flask.request.path, key=flask.g.get("key"), asks_for_keys=_is_login_available(), **variables)
+        .render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
     )
     response = flask.Response(html, status, mimetype="text/html")
     response.headers.update(_HEADERS)
     response.headers["Cache-Control"] = "no-store"
-    # The first page of a server looks otherwise to those who ask for JSON.
+    # `/` is a page for browsers and JSON for programs.
     response.headers["Vary"] = "Accept, Cookie"
     return response
 
 
 def static_url(name: str) -> str:
-    """Return the address of a file in `static/`. :raises KeyError: there is none."""
+    """Return the URL of a file in `static/`. :raises KeyError: there is none."""
     digest, files = _static_files()
     if name not in files:
         raise KeyError(name)
@@ -71,26 +92,62 @@ def static_url(name: str) -> str:
 
 
 def static_file(digest: str, name: str) -> flask.Response | None:
-    """Answer with a file in `static/`; None if there is none under that name and hash."""
+    """Return the response with a file in `static/`; None if no file has this name and hash."""
     known, files = _static_files()
     if name not in files or known != digest:
         return None
     suffix = Path(name).suffix
-    kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+    kind = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
     response = flask.Response(files[name], mimetype=kind)
     response.headers.update(_HEADERS)
     response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
     return response
 
 
-def wants_page() -> bool:
-    """Tell whether the client is a browser that wants to see a page, rather than a program that wants JSON."""
-    accept = flask.request.accept_mimetypes
-    return "text/html" in accept.values() and accept["text/html"] >= accept["application/json"]
+def url_with_query(path: str, fields: Mapping[str, str]) -> str:
+    """Return a path with its query."""
+    return f"{path}?{urlencode(fields)}" if fields else path
+
+
+@page_operation("A static file of the pages", scope=None)
+def _static(digest: str, name: str) -> flask.Response:
+    """Return a stylesheet, a script or an icon."""
+    found = static_file(digest, name)
+    if found is None:
+        return json_response({"success": False, "reason": "There is no such file.", "code": "not_found"}, 404)
+    return found
+
+
+def _render_error(response: flask.Response) -> Any:
+    """Turn a JSON error into a page for browsers; a browser that needs a key is redirected to the login page."""
+    path = flask.request.path
+    if response.status_code < 400 or not response.is_json or not (path.startswith("/ui/") and wants_page()):
+        return response
+    if response.status_code == 401 and path != "/ui/login":
+        query = {"next": path} if flask.request.method == "GET" else {}
+        return _with_error_headers(response, flask.redirect(url_with_query("/ui/login", query), 303))
+    body = response.get_json(silent=True) or {}
+    shown = page(
+        "error.html",
+        status=response.status_code,
+        title=_ERROR_TITLES.get(response.status_code, "Something went wrong"),
+        reason="This page does not exist."
+        if body.get("code") == "not_found"
+        else body.get("reason", "The request failed."),
+    )
+    return _with_error_headers(response, shown)
+
+
+def _with_error_headers(old: flask.Response, new: Response) -> Any:
+    """Copy the headers that belong to an error."""
+    for name in ("Retry-After", "WWW-Authenticate", "Allow"):
+        if name in old.headers:
+            new.headers[name] = old.headers[name]
+    return new
 
 
 def _is_login_available() -> bool:
-    """Tell whether there is anything to sign in to."""
+    """Return whether the server requires keys, so that signing in is of use."""
     try:
         return not get_guard(flask.current_app).is_open()
     except StoreError:
@@ -115,6 +172,7 @@ def _environment() -> jinja2.Environment:
         moment=_format_time,
         iso=_format_iso,
         label=_format_label,
+        state=lambda status: STATE_LABELS.get(status, status),
         short=_short_id,
     )
     return environment
@@ -122,7 +180,7 @@ def _environment() -> jinja2.Environment:
 
 @functools.cache
 def _static_files() -> tuple[str, dict[str, bytes]]:
-    """Return the hash of all, and name -> bytes. Some small files, read once."""
+    """Return the hash of all files, and name -> bytes; the files are small and read once."""
     folder = PACKAGE_FOLDER / "static"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     whole = hashlib.sha256()
@@ -132,7 +190,7 @@ def _static_files() -> tuple[str, dict[str, bytes]]:
 
 
 def _format_percent(share: float) -> str:
-    """Write a share of one: 40.8 %; never 0 for what is not nothing, never 100 for what is not all."""
+    """Format a fraction: 40.8 %. Only exactly 0 and 1 become 0 % and 100 %."""
     percent = share * 100
     if 0 < percent < 0.1:
         return "< 0.1 %"
@@ -142,7 +200,7 @@ def _format_percent(share: float) -> str:
 
 
 def _format_bytes(count: float) -> str:
-    """Write a size: 48 KB."""
+    """Format a size: 48 KB."""
     if count < 2**10:
         return f"{count:.0f} bytes"
     if count < 2**20:
@@ -158,20 +216,20 @@ def _as_datetime(moment: datetime | str) -> datetime:
 
 
 def _format_time(moment: datetime | str) -> str:
-    """Write a time for people, in UTC; the script in the page turns it into the reader's own time."""
+    """Format a time for people, in UTC; `page.js` replaces it with the reader's local time."""
     return _as_datetime(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _format_iso(moment: datetime | str) -> str:
-    """Write a time for machines."""
+    """Format a time for programs."""
     return _as_datetime(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _format_label(name: str) -> str:
-    """Write a class's name for people: tiger cat."""
+    """Format a class name for people: tiger cat."""
     return str(name).replace("_", " ")
 
 
 def _short_id(id: str) -> str:
-    """Write an id's last digits, those that differ."""
+    """Return the last characters of an id; the first are the same for ids of the same time."""
     return id[-8:]

@@ -1,97 +1,95 @@
-"""The figures of the operator: everything that the operator's page shows, as one JSON document.
+"""The dashboard: everything that the operator's page shows, as one JSON document.
 
-Made once in each server process by `server/api/views/operator.py`. Each figure is kept for a second or two, those of
-money for longer, so that any number of open pages costs one look at the store. It must not change anything.
+Made once in each server process by `server/app.py`, and read by the operator's views, `metrics.py` and `mlg operate`.
+Each figure is cached for a second or two, the spending for longer, so any number of open pages costs one read of the
+store. The statistics of past minutes are cached for a day; only the latest minutes are read again. It must not change
+the store.
 
-What a minute brought is read once: minutes that are over are remembered, and only the latest are read again.
+Longer than other modules because each figure's query and its JSON belong together.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
-from server.status.dashboard_rows import (
-    MinuteTotals,
-    batcher_row,
-    chunk_row,
-    failure_rows,
-    latency_row,
-    pause_row,
-    provider_row,
-    throughput_row,
-    to_seconds,
-)
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
-from store import Chunks
-from store.amounts import format_amount
-from store.batcher_controls import read_control_state
+from store.amounts import format_amount, price_per_1000_images, price_per_hour
 from store.chunks import BatcherRecord, ChunkRecord
-from store.controls import Controls
+from store.controls import Pause, read_control_state
 from store.cost_split import to_amount
-from store.ledger import Ledger, Providers
-from store.ledger_records import AllocationRecord, CostRow, ProviderRecord
+from store.ledger import AllocationRecord, CostRow
+from store.providers import ProviderRecord
 from store.records import to_text
-from store.stats import MinuteStats, Stats
+from store.sqlite import SqliteStore
+from store.stats import AnsweredRequest, FailureRecord, MinuteStats
 
-#: Minutes that a chart shows.
+#: Minutes in a chart.
 CHART_MINUTES = 60
-#: Minutes that are added up; a day.
+#: Minutes in the daily sums.
 DAY_MINUTES = 1440
-#: A chunk's end may be noted so many minutes late; these are read again.
+#: The end of a chunk may be recorded this many minutes late; these minutes are read again.
 LATE_MINUTES = 5
-#: Requests answered last, of which the latencies are taken; points of the chart of size and seconds; failures.
+#: Latest results for the latencies, points in the chart of size and seconds, latest failures.
 RECENT_ANSWERS = 1000
 MAX_POINTS = 300
 RECENT_FAILURES = 500
-#: Chunks under way that are listed.
+#: Running chunks that are listed.
 MAX_CHUNKS = 200
-#: Providers that are listed, those seen last.
+#: Providers that are listed, the most recently seen first.
 MAX_PROVIDERS = 100
-
-
-class DashboardStore(Chunks, Controls, Stats, Ledger, Providers, Protocol):
-    """What figures are found from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What was spent, and on whom."""
+    """What was spent, in total and by provider."""
 
     total: Decimal
     today: Decimal
     allocations: Sequence[AllocationRecord]
     by_provider: dict[str, CostRow]
     providers: Sequence[ProviderRecord]
-    #: Provider -> model -> images a second.
+    #: Provider -> model -> images per second.
     speeds: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinuteTotals:
+    """The counts of one minute, over all models."""
+
+    minute: str
+    arrived: int
+    answered: int
+    images: int
+    failed: int
 
 
 @dataclass
 class _MinuteCache:
-    """The minutes that were read."""
+    """The minutes read so far."""
 
-    #: minute -> model -> what it brought.
+    #: Minute -> model -> its statistics.
     by_minute: dict[str, dict[str, MinuteStats]] = field(default_factory=dict)
-    #: Beginning of a minute -> requests that came in before it.
+    #: Start of a minute -> requests received before it.
     arrived: dict[datetime, int] = field(default_factory=dict)
     read_at: datetime | None = None
 
 
 class Dashboard:
-    """The figures of one server process.
+    """The dashboard of one server process.
 
-    :param queue_stats: what waits and who works; shared with the other views.
+    :param queue_stats: waiting requests and live batchers; shared with the other views.
     """
 
-    def __init__(self, store: DashboardStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: SqliteStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
-        self._traffic = queue_stats
+        self._queue_stats = queue_stats
         self.clock = clock
         self._minutes = _MinuteCache()
         self._throughput = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
@@ -103,23 +101,23 @@ class Dashboard:
         )
 
     def status(self) -> dict[str, Any]:
-        """Build the JSON of everything. :raises StoreError:"""
+        """Return the whole dashboard as JSON. :raises StoreError:"""
         now = self.clock()
         pause = read_control_state(self.store).pause
-        batchers = self._traffic.batchers()
+        batchers = self._queue_stats.batchers()
         queue = self.queue()
         return {
             "at": to_text(now),
-            "hold": None if pause is None else pause_row(pause),
+            "hold": None if pause is None else _pause_row(pause),
             "queue": queue,
             "waiting": sum(row["waiting"] for row in queue),
             "claimed": sum(row["claimed"] for row in queue),
             "is_idle": not any(row["claimed"] for row in queue),
-            "chunks": [chunk_row(chunk, now) for chunk in self.under_way()],
-            "batchers": [batcher_row(batcher, now) for batcher in batchers],
+            "chunks": [_chunk_row(chunk, now) for chunk in self.running_chunks()],
+            "batchers": [_batcher_row(batcher, now) for batcher in batchers],
             "capacity": sum(batcher.capacity for batcher in batchers),
             "throughput": self._throughput_json(),
-            "latency": latency_row(self._answers.get()),
+            "latency": _latency_row(self._answers.get()),
             "failures": self._failures.get(),
             "providers": self._providers_json(now),
             "money": self._spending_json(batchers),
@@ -131,7 +129,7 @@ class Dashboard:
         }
 
     def queue(self) -> list[dict[str, Any]]:
-        """List what waits and is worked on, by model. :raises StoreError:"""
+        """Return the waiting and claimed requests, by model. :raises StoreError:"""
         now = self.clock()
         return [
             {
@@ -140,36 +138,34 @@ class Dashboard:
                 "waiting": each.waiting,
                 "claimed": each.claimed,
                 "oldest_at": None if each.oldest_at is None else to_text(each.oldest_at),
-                "oldest_seconds": None if each.oldest_at is None else to_seconds(now - each.oldest_at),
+                "oldest_seconds": None if each.oldest_at is None else _to_seconds(now - each.oldest_at),
             }
-            for each in self._traffic.backlog()
+            for each in self._queue_stats.backlog()
         ]
 
     def batchers(self) -> Sequence[BatcherRecord]:
-        """List the batchers that are alive. :raises StoreError:"""
-        return self._traffic.batchers()
+        """Return the live batchers. :raises StoreError:"""
+        return self._queue_stats.batchers()
 
-    def under_way(self) -> list[ChunkRecord]:
-        """List the chunks that live batchers have under way. :raises StoreError:"""
-        alive = {batcher.id for batcher in self._traffic.batchers()}
+    def running_chunks(self) -> list[ChunkRecord]:
+        """Return the running chunks of live batchers. :raises StoreError:"""
+        alive = {batcher.id for batcher in self._queue_stats.batchers()}
         return [chunk for chunk in self._chunks.get() if chunk.batcher_id in alive]
 
     def minutes(self) -> list[MinuteTotals]:
-        """List what each minute of the last day brought, oldest first, the present one last. :raises StoreError:"""
+        """Return the counts of each minute of the last day, oldest first. :raises StoreError:"""
         return self._throughput.get()
 
     def spending(self) -> Spending:
-        """Tell what was spent, as of some seconds ago. :raises StoreError:"""
+        """Return what was spent, as of some seconds ago. :raises StoreError:"""
         return self._spending.get()
 
     def invalidate(self) -> None:
-        """Find anew what an operator has just changed."""
+        """Read again what an operator has just changed."""
         self._spending.invalidate()
 
-    # Finding
-
     def _read_minutes(self) -> list[MinuteTotals]:
-        """Read the latest minutes, all of a day at first, and add up the models."""
+        """Read the latest minutes, at first those of a whole day, and sum over the models."""
         now = self.clock().astimezone(UTC).replace(second=0, microsecond=0)
         first = now - timedelta(minutes=DAY_MINUTES - 1)
         known = self._minutes
@@ -180,7 +176,7 @@ class Dashboard:
         }
         for row in self.store.list_minute_stats(since):
             retained.setdefault(row.minute, {})[row.model] = row
-        # How many came in before the beginning of each minute; that of a past minute never changes.
+        # Requests received before the start of each minute; the count of a past minute never changes.
         marks = [now - timedelta(minutes=back) for back in range(CHART_MINUTES - 1, -1, -1)]
         day_ago = now - timedelta(days=1)
         unknown = sorted(mark for mark in {*marks, day_ago} if mark not in known.arrived)
@@ -206,8 +202,8 @@ class Dashboard:
 
     def _read_failures(self) -> dict[str, Any]:
         return {
-            "requests": failure_rows(self.store.list_failures(limit=RECENT_FAILURES)),
-            "chunks": failure_rows(self.store.list_failed_chunks(limit=RECENT_FAILURES)),
+            "requests": _failure_rows(self.store.list_failures(limit=RECENT_FAILURES)),
+            "chunks": _failure_rows(self.store.list_failed_chunks(limit=RECENT_FAILURES)),
             "of_latest": RECENT_FAILURES,
         }
 
@@ -225,18 +221,16 @@ class Dashboard:
             speeds=dict(speeds),
         )
 
-    # Showing
-
     def _throughput_json(self) -> dict[str, Any]:
         minutes = self._throughput.get()
         chart = minutes[-CHART_MINUTES:]
         seconds_of_last = self.clock().second
         counts = self._minutes.arrived
         return {
-            "hour": throughput_row(
+            "hour": _throughput_row(
                 chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
             ),
-            "day": throughput_row(
+            "day": _throughput_row(
                 minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.count_accepted() - counts[min(counts)]
             ),
             "minutes": [
@@ -254,7 +248,7 @@ class Dashboard:
     def _providers_json(self, now: datetime) -> list[dict[str, Any]]:
         spending = self._spending.get()
         return [
-            provider_row(provider, spending.speeds.get(provider.id, {}), spending.by_provider.get(provider.id), now)
+            _provider_row(provider, spending.speeds.get(provider.id, {}), spending.by_provider.get(provider.id), now)
             for provider in spending.providers[:MAX_PROVIDERS]
         ]
 
@@ -281,7 +275,7 @@ class Dashboard:
 
 
 def smallest_budget(batchers: Iterable[BatcherRecord], name: str) -> Decimal | None:
-    """Return the smallest of what live batchers may spend. :param name: day or total; None when none has one."""
+    """Return the smallest budget of the live batchers. :param name: day or total. :return: None if there is none."""
     return min((Decimal(batcher.budget[name]) for batcher in batchers if name in batcher.budget), default=None)
 
 
@@ -291,3 +285,122 @@ def _remaining_budget(budget: Decimal | None, spent: Decimal) -> Decimal | None:
 
 def _minute_key(minute: datetime) -> str:
     return minute.strftime("%Y-%m-%dT%H:%M")
+
+
+def _to_seconds(length: timedelta) -> float:
+    """Return a duration in seconds, at least 0."""
+    return round(max(0.0, length.total_seconds()), 1)
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the percentile by nearest rank. :param ordered: ascending, not empty. :param share: from 0 to 1."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _pause_row(pause: Pause) -> dict[str, Any]:
+    return {
+        "mode": str(pause.mode),
+        "by": pause.by,
+        "since": to_text(pause.since),
+        "reason": pause.reason,
+        "notice": pause.notice,
+    }
+
+
+def _chunk_row(chunk: ChunkRecord, now: datetime) -> dict[str, Any]:
+    return {
+        "id": chunk.id,
+        "model": chunk.model,
+        "items": chunk.items,
+        "executor": chunk.executor,
+        "seconds": _to_seconds(now - chunk.dispatched_at),
+    }
+
+
+def _batcher_row(batcher: BatcherRecord, now: datetime) -> dict[str, Any]:
+    return {
+        "id": batcher.id,
+        "host": batcher.host,
+        "pid": batcher.pid,
+        "executor": batcher.executor,
+        "capacity": batcher.capacity,
+        "up_seconds": _to_seconds(now - batcher.started_at),
+        "seen_seconds": _to_seconds(now - batcher.seen_at),
+        "notices": sorted(set(batcher.notices.values())),
+    }
+
+
+def _throughput_row(minutes: Sequence[MinuteTotals], length: float, arrived: int) -> dict[str, Any]:
+    """Sum minutes up. :param length: minutes that have passed, including the elapsed part of the present one."""
+    answered, images = sum(each.answered for each in minutes), sum(each.images for each in minutes)
+    return {
+        "arrived": arrived,
+        "answered": answered,
+        "images": images,
+        "failed": sum(each.failed for each in minutes),
+        "answered_per_minute": round(answered / length, 2),
+        "images_per_minute": round(images / length, 2),
+    }
+
+
+def _latency_row(answers: Sequence[AnsweredRequest]) -> dict[str, Any]:
+    """Return percentiles of the latest results: seconds until the last claim, until the result, and in the model."""
+    lengths = {
+        "wait": sorted(max(0.0, (each.claimed_at - each.created_at).total_seconds()) for each in answers),
+        "answer": sorted(max(0.0, (each.finished_at - each.created_at).total_seconds()) for each in answers),
+        "model": sorted(each.seconds for each in answers if each.seconds is not None),
+    }
+    return {
+        "of": len(answers),
+        **{
+            name: {f"p{percent}": round(_percentile(found, percent / 100), 4) for percent in (50, 95, 99)}
+            if found
+            else None
+            for name, found in lengths.items()
+        },
+    }
+
+
+def _failure_rows(failures: Sequence[FailureRecord]) -> list[dict[str, Any]]:
+    """Group failures by code, most frequent first, each with its latest reason."""
+    counts = Counter(failure.code for failure in failures)
+    latest: dict[str, FailureRecord] = {}
+    for failure in failures:
+        latest.setdefault(failure.code, failure)
+    return [
+        {
+            "code": code,
+            "count": count,
+            "model": latest[code].model,
+            "provider": latest[code].provider,
+            "reason": latest[code].reason,
+            "latest_id": latest[code].id,
+            "latest_at": to_text(latest[code].finished_at),
+        }
+        for code, count in counts.most_common()
+    ]
+
+
+def _provider_row(
+    provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
+) -> dict[str, Any]:
+    """Return a provider as JSON. :param speeds: model -> images per second."""
+    is_banned = provider.is_banned(now)
+    spent = Decimal(0) if costs is None else costs.paid + costs.open
+    best = min((price_per_1000_images(provider, speed) for speed in speeds.values()), default=None)
+    return {
+        "id": provider.id,
+        "name": provider.name,
+        "score": round(provider.score, 3),
+        "done": provider.done,
+        "failed": provider.failed,
+        "images": provider.images,
+        "per_hour": format_amount(price_per_hour(provider)),
+        "per_1000_images": None if best is None else format_amount(best),
+        "spent": format_amount(spent),
+        "seen_at": to_text(provider.seen_at),
+        "is_banned": is_banned,
+        "banned_until": to_text(provider.banned_until) if is_banned and provider.banned_until else None,
+        "ban_reason": provider.ban_reason if is_banned else None,
+        "is_banned_by_operator": is_banned and provider.is_banned_by_operator,
+    }

@@ -1,7 +1,7 @@
-"""Why a request waits, and how long it will: pure functions of what the store tells, with the clock as an argument.
+"""Why a request waits, and how long it will: pure functions of the store's figures, with the clock as an argument.
 
-Called by `answers.py`. An estimate is made from the batchers that are alive, what waits before the request, and how
-fast the model was answered lately. It is a promise to nobody: `eta_seconds` is what is likely, not what is certain.
+Called by `server/context.py`. An estimate is computed from the live batchers, the requests ahead of this one and the
+recent throughput of the model. `eta_seconds` is an estimate, not a guarantee.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from store.chunks import BatcherRecord, ModelBacklog, Throughput
 from store.records import ISOLATION_STEPS, RequestRecord, RequestState
 
-#: A batcher that has said nothing for this long counts as gone.
+#: A batcher without a heartbeat for this long counts as gone.
 ALIVE_SECONDS = 20.0
-#: What a chunk is assumed to take while there is no experience with the model.
+#: Assumed duration of a chunk before the model has been used.
 ASSUMED_CHUNK_SECONDS = 5.0
 #: Items of a full chunk.
 FULL_CHUNK_ITEMS = ISOLATION_STEPS[0]
@@ -23,32 +23,32 @@ FULL_CHUNK_ITEMS = ISOLATION_STEPS[0]
 
 @dataclass(frozen=True, kw_only=True)
 class EtaInputs:
-    """What everybody who waits for one model shares."""
+    """What the estimates of all requests for one model have in common."""
 
-    #: The batchers that are alive.
+    #: The live batchers.
     batchers: Sequence[BatcherRecord]
-    #: What waits and is worked on, by model.
+    #: Waiting and claimed requests, by model.
     backlog: Sequence[ModelBacklog]
-    #: How fast the model was answered lately.
+    #: Recent throughput of the model; None if it has not been used.
     throughput: Throughput | None
-    #: Why nobody can work on the model, for example that it is not installed; None if somebody can.
+    #: Why the model cannot be used, for example that it is not installed; None if it can.
     unavailable_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaitEstimate:
-    """Why and how long."""
+    """Why a request waits, and for how long."""
 
-    #: A sentence for people.
+    #: The reason, in whole sentences.
     waiting_for: str
-    #: Seconds from now; None when nobody knows.
+    #: Seconds from now until the result; None if unknown.
     eta_seconds: float | None
-    #: Requests of the same model before it; None once it is worked on.
+    #: Requests for the same model ahead of this one; None once it is claimed.
     ahead: int | None = None
 
 
 def estimate(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEstimate | None:
-    """Say why the request waits and how long it will; None when it waits no more."""
+    """Estimate why and how long a request waits. :return: None if it has ended."""
     if request.state is RequestState.CLAIMED:
         notice = _blocking_notice(request.model, inputs)
         return (
@@ -63,7 +63,7 @@ def estimate(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEs
         return WaitEstimate(waiting_for=inputs.unavailable_reason, eta_seconds=None, ahead=ahead)
     if not inputs.batchers:
         return WaitEstimate(
-            waiting_for="Nobody takes requests now: no batcher is running. Start one: mlg batch (or mlg up).",
+            waiting_for="Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up).",
             eta_seconds=None,
             ahead=ahead,
         )
@@ -76,7 +76,7 @@ def estimate(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEs
 
 
 def _blocking_notice(model: str, inputs: EtaInputs) -> str | None:
-    """Return why no batcher takes any of the model now, in the words of the first; None when one of them does."""
+    """Return the first batcher's reason not to process the model now; None if any batcher processes it."""
     notices = [batcher.notices.get(model) for batcher in inputs.batchers]
     return notices[0] if notices and None not in notices else None
 
@@ -84,41 +84,39 @@ def _blocking_notice(model: str, inputs: EtaInputs) -> str | None:
 def _estimate_claimed(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEstimate:
     elapsed = _seconds(now - (request.claimed_at or now))
     eta = max(0.5, _chunk_seconds(inputs) - elapsed)
-    return WaitEstimate(
-        waiting_for=f"It is being worked on since {format_duration(elapsed)}.", eta_seconds=round(eta, 1)
-    )
+    return WaitEstimate(waiting_for=f"Processing started {format_duration(elapsed)} ago.", eta_seconds=round(eta, 1))
 
 
 def _seconds_until_due(request: RequestRecord, inputs: EtaInputs, ahead: int, now: datetime) -> tuple[float, str]:
-    """Tell in how many seconds a batcher will take the request at the latest, and why not at once."""
+    """Return the most seconds until a batcher claims the request, and the reason for the wait."""
     if request.reason is not None or request.attempts:
         reason = (request.reason or "no reason given").rstrip(".")
-        # Neither its own fault nor its chunk's: nothing was attempted, so nothing failed.
-        is_nobodys_fault = not request.attempts and not request.isolation
-        last = f"{reason}." if is_nobodys_fault else f"The last attempt failed ({reason})."
+        # Without an attempt, nothing failed: the request was released, for example because no provider was found.
+        was_attempted = bool(request.attempts or request.isolation)
+        last = f"The last attempt failed ({reason})." if was_attempted else f"{reason}."
         due_in = _seconds(request.due_at - now)
         if due_in > 0:
-            return due_in, f"{last} It is tried again in {format_duration(due_in)}."
-        return 0.0, f"{last} It is tried again with the next batch."
+            return due_in, f"{last} It will be retried in {format_duration(due_in)}."
+        return 0.0, f"{last} It will be retried with the next chunk."
     before = f"{ahead} {'request is' if ahead == 1 else 'requests are'} ahead of it"
     own_backlog = _find_backlog(request.model, inputs)
     waiting = own_backlog.waiting if own_backlog else 1
     if ahead < waiting - waiting % FULL_CHUNK_ITEMS:
-        # Full chunks are taken at once, so only the work before this one counts.
+        # Full chunks are claimed at once, so only the work ahead of this request counts.
         return 0.0, f"{before}; all are due." if ahead else "It is next: the first free worker takes it."
     oldest_at = own_backlog.oldest_at if own_backlog and own_backlog.oldest_at else request.created_at
     due_in = min(_seconds_until_next_cycle(batcher, oldest_at, now) for batcher in inputs.batchers)
     others = f" {before}." if ahead else ""
     if due_in < 1:
-        return due_in, f"It goes out with the next batch, in a moment.{others}"
+        return due_in, f"It will be processed in a moment.{others}"
     return due_in, (
-        f"It waits for the next batch: as soon as {FULL_CHUNK_ITEMS} pictures for {request.model} are together, "
+        f"It will be processed as soon as {FULL_CHUNK_ITEMS} images for {request.model} are waiting, "
         f"at the latest in {format_duration(due_in)}.{others}"
     )
 
 
 def _seconds_until_next_cycle(batcher: BatcherRecord, oldest_at: datetime, now: datetime) -> float:
-    """Seconds until this batcher takes everything: its timer, or the oldest request's longest wait."""
+    """Return the seconds until this batcher claims everything: at its timer, or when the oldest request is due."""
     running = _seconds(now - batcher.started_at)
     timer = batcher.every_seconds - running % batcher.every_seconds
     remaining_wait = batcher.max_wait_seconds - _seconds(now - oldest_at)
@@ -126,7 +124,7 @@ def _seconds_until_next_cycle(batcher: BatcherRecord, oldest_at: datetime, now: 
 
 
 def _seconds_of_work_ahead(request: RequestRecord, inputs: EtaInputs, ahead: int) -> float:
-    """Seconds of work that is done first: what is under way, and what waits before it, models taking turns."""
+    """Return the seconds of work that is done first: claimed requests and those ahead of it; models alternate."""
     capacity = max(1, sum(batcher.capacity for batcher in inputs.batchers))
     items = ahead
     for backlog in inputs.backlog:
@@ -141,7 +139,7 @@ def _requests_ahead(request: RequestRecord, inputs: EtaInputs) -> int:
     own_backlog = _find_backlog(request.model, inputs)
     if own_backlog is None or own_backlog.oldest_number is None:
         return 0
-    # Numbers are shared by all models, so the difference may be too large; never more than those that wait.
+    # Numbers are common to all models, so the difference may be too large; limit it to the waiting requests.
     return max(0, min(request.number - own_backlog.oldest_number, own_backlog.waiting - 1))
 
 
@@ -158,7 +156,7 @@ def _seconds(length: timedelta) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a length of time for people: 4 s, 5 min 12 s, 2 h 5 min."""
+    """Format a duration: 4 s, 5 min 12 s, 2 h 5 min."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

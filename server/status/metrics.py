@@ -1,9 +1,8 @@
-"""What Prometheus reads: the figures of a home in its text format, version 0.0.4.
+"""The metrics of a home in the Prometheus text format, version 0.0.4.
 
-Called by `server/api/views/operator.py`. Every figure comes from the store, not from this process, so it is the same
-whichever server process answers. What is called `_total`, and the histogram, only ever grows: it stands in the store's
-totals, which retention does not touch. Written by hand, because it is a screenful of text; a library that counts
-inside each process would have nothing to count here.
+Called by `server/api/views/operator.py`. Every value comes from the store, not from this process, so it is the same
+whichever server process answers. Counters and the histogram never decrease: they are the store's totals, which
+retention does not delete. Without a client library, because one would count inside each process.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
-from store.batcher_controls import Mode, read_control_state
+from store.controls import Mode, read_control_state
 from store.stats import OutcomeTotal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: Codes of failures that have a series of their own, the others share one.
+#: Failure codes with a series each; all others share one.
 MAX_CODES = 50
-#: What the series of the other codes is called.
+#: Label of the series of all other codes.
 OTHER = "other"
 
 Labels = Mapping[str, str]
@@ -31,34 +30,33 @@ Labels = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A metric with all its series."""
+    """A metric with all its samples."""
 
     name: str
     #: counter, gauge or histogram.
     kind: str
     help: str
-    #: End of the name, labels, value.
+    #: Suffix of the name, labels, value.
     samples: Sequence[tuple[str, Labels, float]]
 
 
 def exposition(families: Iterable[Family]) -> str:
-    """Write families in the text format."""
+    """Return families in the text format."""
     lines = []
     for family in families:
         lines.append(f"# HELP {family.name} {_escaped(family.help)}")
         lines.append(f"# TYPE {family.name} {family.kind}")
-        for end, labels, value in family.samples:
+        for suffix, labels, value in family.samples:
             inside = ",".join(f'{name}="{_escaped(text, is_label=True)}"' for name, text in labels.items())
-            lines.append(
-                f"{family.name}{end}{{{inside}}} {_number(value)}" if inside else f"{family.name}{end} {_number(value)}"
-            )
+            braces = f"{{{inside}}}" if inside else ""
+            lines.append(f"{family.name}{suffix}{braces} {_number(value)}")
     return "\n".join(lines) + "\n"
 
 
 def families(dashboard: Dashboard) -> Iterator[Family]:
-    """List all metrics. :raises StoreError:"""
+    """Yield all metrics. :raises StoreError:"""
     yield _single_sample(
-        "mlg_build_info", "gauge", "The version that answers; always 1.", 1, version=_version(), python=_python()
+        "mlg_build_info", "gauge", "The version of the server; always 1.", 1, version=_version(), python=_python()
     )
     yield from _request_metrics(dashboard)
     yield from _queue(dashboard)
@@ -82,15 +80,17 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
     yield _single_sample(
         "mlg_requests_accepted_total",
         "counter",
-        "Requests that were ever taken in.",
-        # Read after the totals, so that no more have ended than came in.
+        "Requests accepted since the start of the home.",
+        # Read after the totals, so that never more requests have ended than were accepted.
         dashboard.store.count_accepted(),
     )
     yield Family(
         name="mlg_requests_ended_total",
         kind="counter",
-        help="Requests that ended, by outcome: done, cached (an earlier answer), failed, cancelled, expired.",
-        samples=[("", {"model": model, "outcome": how}, count) for (model, how), count in sorted(ended.items())],
+        help="Requests that ended, by outcome: done, cached (an earlier result), failed, cancelled, expired.",
+        samples=[
+            ("", {"model": model, "outcome": outcome}, count) for (model, outcome), count in sorted(ended.items())
+        ],
     )
     yield Family(
         name="mlg_requests_failed_total",
@@ -101,7 +101,7 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
     yield Family(
         name="mlg_request_seconds",
         kind="histogram",
-        help="Seconds from a request's arrival to its answer; those answered from an earlier one left out.",
+        help="Seconds from the arrival of a request to its result, without those answered from an earlier result.",
         samples=[sample for model in sorted(buckets) for sample in _histogram(model, buckets, seconds, totals)],
     )
 
@@ -109,12 +109,12 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
 def _histogram(
     model: str, buckets: Mapping[str, Mapping[float, int]], seconds: Mapping[str, float], totals: Sequence[OutcomeTotal]
 ) -> Iterator[tuple[str, Labels, float]]:
-    # The classes of all models, so that those of one can be added to those of another.
+    # Every model has the buckets of all models, so that they can be summed.
     bounds = sorted({total.up_to for total in totals} | {math.inf})
     count = 0
-    for end in bounds:
-        count += buckets[model].get(end, 0)
-        yield "_bucket", {"model": model, "le": _number(end)}, count
+    for bound in bounds:
+        count += buckets[model].get(bound, 0)
+        yield "_bucket", {"model": model, "le": _number(bound)}, count
     yield "_sum", {"model": model}, seconds[model]
     yield "_count", {"model": model}, count
 
@@ -126,40 +126,38 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
         samples = [("", {"model": row["model"]}, row[key] or 0) for row in queue]
         return Family(name=name, kind="gauge", help=help, samples=samples)
 
-    yield by_model("mlg_queue_waiting", "Requests that wait.", "waiting")
-    yield by_model("mlg_queue_oldest_seconds", "Age of the oldest request that waits.", "oldest_seconds")
-    yield by_model("mlg_queue_claimed", "Requests that are being worked on.", "claimed")
+    yield by_model("mlg_queue_waiting", "Waiting requests.", "waiting")
+    yield by_model("mlg_queue_oldest_seconds", "Age of the oldest waiting request.", "oldest_seconds")
+    yield by_model("mlg_queue_claimed", "Requests being processed.", "claimed")
     minutes = dashboard.minutes()[-CHART_MINUTES:]
     for name, help, count in (
-        ("mlg_answered_last_hour", "Requests that chunks answered in the last hour.", sum(m.answered for m in minutes)),
-        ("mlg_images_last_hour", "Pictures computed in the last hour.", sum(m.images for m in minutes)),
+        ("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", sum(m.answered for m in minutes)),
+        ("mlg_images_last_hour", "Images processed in the last hour.", sum(m.images for m in minutes)),
     ):
         yield _single_sample(name, "gauge", help, count)
     pause = read_control_state(dashboard.store).pause
     yield Family(
         name="mlg_hold",
         kind="gauge",
-        help="1 while the operator holds work in this way.",
+        help="1 while the operator pauses or drains the batchers.",
         samples=[("", {"mode": str(mode)}, pause is not None and pause.mode is mode) for mode in Mode],
     )
 
 
 def _workers(dashboard: Dashboard) -> Iterator[Family]:
     batchers = dashboard.batchers()
-    yield _single_sample("mlg_batchers", "gauge", "Batchers that are alive.", len(batchers))
+    yield _single_sample("mlg_batchers", "gauge", "Live batchers.", len(batchers))
     yield _single_sample(
-        "mlg_capacity", "gauge", "Chunks that they work on at once.", sum(each.capacity for each in batchers)
+        "mlg_capacity", "gauge", "Chunks that the batchers process at once.", sum(each.capacity for each in batchers)
     )
-    yield _single_sample(
-        "mlg_chunks_under_way", "gauge", "Chunks that are being worked on.", len(dashboard.under_way())
-    )
+    yield _single_sample("mlg_chunks_under_way", "gauge", "Chunks being processed.", len(dashboard.running_chunks()))
     spending = dashboard.spending()
     now = dashboard.clock()
     banned = sum(provider.is_banned(now) for provider in spending.providers)
     yield Family(
         name="mlg_providers",
         kind="gauge",
-        help="Providers that ever made an offer, by whether they get work.",
+        help="Providers that ever made an offer, by state.",
         samples=[
             ("", {"state": "good"}, len(spending.providers) - banned),
             ("", {"state": "banned"}, banned),
@@ -170,26 +168,24 @@ def _workers(dashboard: Dashboard) -> Iterator[Family]:
 def _spending(dashboard: Dashboard) -> Iterator[Family]:
     spending = dashboard.spending()
     yield _single_sample(
-        "mlg_spent_glm", "gauge", "Paid, and an estimate of what is open, in GLM.", float(spending.total)
+        "mlg_spent_glm", "gauge", "Spent in GLM: paid, and an estimate of open bills.", float(spending.total)
     )
-    yield _single_sample("mlg_spent_today_glm", "gauge", "The same since midnight UTC.", float(spending.today))
+    yield _single_sample("mlg_spent_today_glm", "gauge", "Spent since midnight UTC, in GLM.", float(spending.today))
     yield Family(
         name="mlg_budget_glm",
         kind="gauge",
-        help="Most that may be spent, as live batchers say; no series where there is no limit.",
+        help="The smallest budget of the live batchers, in GLM; no series without a budget.",
         samples=[
             ("", {"period": period}, float(amount))
             for period in ("day", "total")
             if (amount := smallest_budget(dashboard.batchers(), period)) is not None
         ],
     )
-    yield _single_sample(
-        "mlg_allocations_open", "gauge", "Allocations whose money is kept ready.", len(spending.allocations)
-    )
+    yield _single_sample("mlg_allocations_open", "gauge", "Open allocations.", len(spending.allocations))
     yield _single_sample(
         "mlg_allocated_glm",
         "gauge",
-        "The money that is kept ready.",
+        "Amount reserved by open allocations, in GLM.",
         float(sum(each.amount for each in spending.allocations)),
     )
 
@@ -199,7 +195,7 @@ def _single_sample(name: str, kind: str, help: str, value: float, **labels: str)
 
 
 def _limit_codes(codes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Keep as many codes as may have a series, in the order of the alphabet."""
+    """Keep the first MAX_CODES codes in alphabetical order and sum up the others."""
     ordered = sorted(codes.items())
     rest = sum(count for _, count in ordered[MAX_CODES:])
     return ordered[:MAX_CODES] + ([(OTHER, rest)] if rest else [])

@@ -1,7 +1,7 @@
-"""A figure that is costly to find, kept for a moment and found anew behind the readers' backs.
+"""A cache for one value that is expensive to load: used for a moment, then reloaded in the background.
 
-Used by `server/status/dashboard.py`, one for each figure of a server process. It must not be used where an old value
-would be wrong rather than old.
+Used by `queue_stats.py` and `dashboard.py`, one for each value of a server process. It must not be used where a stale
+value would be wrong.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 
 
 class StaleCache(Generic[Value]):
-    """One figure.
+    """One value. May be read from any thread.
 
-    :param load: finds it anew; never called twice at once.
-    :param fresh_seconds: so long it is used as it is.
-    :param stale_seconds: so long it is used while it is found anew; beyond that readers wait.
+    :param load: loads it; never called twice at once.
+    :param fresh_seconds: the age up to which it is used without a reload.
+    :param stale_seconds: the age up to which it is used while it is reloaded; beyond that readers wait.
     """
 
     def __init__(self, load: Callable[[], Value], *, fresh_seconds: float, stale_seconds: float) -> None:
@@ -35,12 +35,12 @@ class StaleCache(Generic[Value]):
         self._entry: tuple[float, Value] | None = None
 
     def get(self) -> Value:
-        """Return the figure. :raises StoreError: there is none yet, or none that may still be used."""
+        """Return the value. :raises StoreError: it cannot be loaded, and there is none that may still be used."""
         entry = self._entry
         age = float("inf") if entry is None else time.monotonic() - entry[0]
         if entry is not None and age < self._stale_seconds:
             if age >= self._fresh_seconds and self._lock.acquire(blocking=False):
-                threading.Thread(target=self._refresh_in_background, name="figures", daemon=True).start()
+                threading.Thread(target=self._refresh_in_background, name="refresh", daemon=True).start()
             return entry[1]
         with self._lock:
             if self._entry is entry or self._entry is None:
@@ -48,14 +48,14 @@ class StaleCache(Generic[Value]):
             return self._entry[1]
 
     def invalidate(self) -> None:
-        """Have the figure found anew by the next reader."""
+        """Let the next reader reload the value."""
         self._entry = None
 
     def _refresh_in_background(self) -> None:
-        """Find it anew while readers use the old one; the caller has taken the lock for this."""
+        """Reload while readers use the old value; the caller has acquired the lock."""
         try:
             self._entry = (time.monotonic(), self._load())
         except StoreError as error:
-            log.warning("a figure could not be found anew: %s", error)
+            log.warning("cannot refresh a cached value: %s", error)
         finally:
             self._lock.release()

@@ -1,4 +1,4 @@
-"""A real store, a clock that is turned by hand, and an executor that works in this process."""
+"""A real store, a clock that tests set, and an executor that runs in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL = "efficientnet_lite0"
 
 
 class Clock:
-    """A clock that stands still until it is turned."""
+    """A clock that stands still until it is advanced."""
 
     def __init__(self) -> None:
         self.now = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -41,16 +41,16 @@ class Clock:
 
 
 def output_for(artefact: Artefact, image: bytes) -> list[list[Any]]:
-    """Answer as a classifier that sees nothing but the picture's digest: right in form, and different for each."""
+    """Return a valid classification that depends only on the image's digest, and differs between images."""
     start = int(hashlib.sha256(image).hexdigest(), 16) % (len(artefact.labels) - 20)
     return [[*label, round(0.5 / 2**place, 6)] for place, label in enumerate(artefact.labels[start : start + 20])]
 
 
 class TableExecutor:
-    """Answers real chunk files with real results files, at once and in this process.
+    """Answers real chunk files with real results files, immediately and in this process.
 
-    What a picture's bytes begin with decides: `broken` cannot be decoded, `flaky` fails, `poison` takes the whole
-    chunk with it as a crash does.
+    The first bytes of an image decide: `broken` cannot be decoded, `flaky` fails, `poison` fails the whole chunk as a
+    crash does.
     """
 
     name = "table"
@@ -58,7 +58,7 @@ class TableExecutor:
 
     def __init__(self, models: Path, *, slots: int = 4) -> None:
         self.models = models
-        #: Of each chunk: whether its pictures were shrunk.
+        #: For each chunk: whether its images were resized.
         self.resized_flags: list[bool] = []
         self.slots = slots
         self.jobs: list[Job] = []
@@ -72,13 +72,13 @@ class TableExecutor:
         self.corrupt: Callable[[Results], Results] = lambda results: results
         #: Changes the results file after it was written.
         self.corrupt_file: Callable[[Path], object] = lambda path: None
-        #: Ends every job instead.
+        #: Returned for every job instead.
         self.forced_outcome: Outcome | None = None
-        #: Model -> why no more of it is wanted.
+        #: Model -> why it is unavailable.
         self.unavailable_reasons: dict[str, str] = {}
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def capacity(self) -> int:
         return self.slots
@@ -90,7 +90,7 @@ class TableExecutor:
         return self.unavailable_reasons.get(model)
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
     async def run(self, job: Job) -> Outcome:
         assert job.chunk.exists() and not job.results.exists()
@@ -140,7 +140,7 @@ class TableExecutor:
 
 
 class Harness:
-    """A store, an executor and what a cycle needs besides."""
+    """A store, an executor and everything else that a cycle needs."""
 
     def __init__(self, folder: Path, models: Path) -> None:
         self.models = models
@@ -162,7 +162,7 @@ class Harness:
         new = NewRequest(id=new_id(), service="classification", model=model, is_fresh=is_fresh, created_at=self.clock())
         return self.store.add(new, self.store.images.stage(image))
 
-    def add_many(self, count: int, name: bytes = b"picture") -> list[RequestRecord]:
+    def add_many(self, count: int, name: bytes = b"image") -> list[RequestRecord]:
         return [self.add(b"%s %d" % (name, number)) for number in range(count)]
 
     def reload(self, *requests: RequestRecord) -> list[RequestRecord]:
@@ -184,7 +184,7 @@ class Harness:
         )
 
     def run(self, *, is_flushing: bool = True) -> Any:
-        """Run one cycle in a loop of its own and return its report."""
+        """Run one cycle in a new event loop and return its report."""
 
         async def main() -> Any:
             cycle = self.cycle()

@@ -1,4 +1,4 @@
-"""What the operator says, and what batchers make of it."""
+"""The operator's controls, and how batchers follow them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from batcher.scheduler import Batcher
 from batcher.workspace import Workspace
 from server.status.eta import EtaInputs, estimate
-from store.batcher_controls import Mode, pause, resume, run_now
+from store.controls import Mode, pause, resume, run_now
 from store.records import RequestState
 
 MODEL = "efficientnet_lite0"
@@ -52,15 +52,15 @@ def state(harness: Any, request: Any) -> RequestState:
     return harness.reload(request)[0].state  # type: ignore[no-any-return]
 
 
-def test_a_paused_batcher_claims_nothing_and_says_why_until_work_goes_on(harness: Any, batcher: Any) -> None:
+def test_a_paused_batcher_claims_nothing_and_shows_the_reason_until_it_resumes(harness: Any, batcher: Any) -> None:
     given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
-    request = harness.add(b"picture")
+    request = harness.add(b"image")
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1, max_wait_seconds=0.05, poll_seconds=0.02).run(stop))
         await harness.until(lambda: notices(harness) == {MODEL: given.notice})
-        await asyncio.sleep(0.3)  # several rounds that would have taken it
+        await asyncio.sleep(0.3)  # several cycles that would have processed it
         assert state(harness, request) is RequestState.QUEUED
         resume(harness.store, by="ann", now=now())
         await harness.until(lambda: state(harness, request) is RequestState.DONE)
@@ -71,7 +71,7 @@ def test_a_paused_batcher_claims_nothing_and_says_why_until_work_goes_on(harness
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_what_is_under_way_when_work_is_paused_is_finished(harness: Any, batcher: Any) -> None:
+def test_chunks_under_way_are_finished_after_a_pause(harness: Any, batcher: Any) -> None:
     gate = asyncio.Event()
     harness.executor.before_answer = gate.wait
     first = harness.add(b"first")
@@ -93,15 +93,15 @@ def test_what_is_under_way_when_work_is_paused_is_finished(harness: Any, batcher
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_run_now_takes_what_is_not_due(harness: Any, batcher: Any) -> None:
-    run_now(harness.store, by="ann", now=now())  # said before this batcher began: not meant for it
+def test_run_now_processes_requests_that_are_not_due(harness: Any, batcher: Any) -> None:
+    run_now(harness.store, by="ann", now=now())  # before this batcher's start, so it has no effect
 
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=600, max_wait_seconds=600, poll_seconds=0.02).run(stop))
         early = harness.add(b"early")
-        await harness.until(lambda: state(harness, early) is RequestState.DONE)  # the first round takes everything
-        request = harness.add(b"picture")
+        await harness.until(lambda: state(harness, early) is RequestState.DONE)  # the first cycle processes everything
+        request = harness.add(b"image")
         await asyncio.sleep(0.7)
         assert state(harness, request) is RequestState.QUEUED
         run_now(harness.store, by="ann", now=now())
@@ -112,9 +112,9 @@ def test_run_now_takes_what_is_not_due(harness: Any, batcher: Any) -> None:
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_a_single_round_leaves_what_waits_with_the_reason_while_work_is_paused(harness: Any, batcher: Any) -> None:
+def test_a_single_run_during_a_pause_reports_the_waiting_requests_with_the_reason(harness: Any, batcher: Any) -> None:
     given = pause(harness.store, Mode.PAUSED, by="ann", now=now())
-    harness.add(b"picture")
+    harness.add(b"image")
 
     async def main() -> Any:
         return await batcher().run_once(asyncio.Event())
@@ -124,9 +124,9 @@ def test_a_single_round_leaves_what_waits_with_the_reason_while_work_is_paused(h
     assert (report.done, report.left) == (0, {MODEL: (1, given.notice)})
 
 
-def test_a_request_that_waits_says_who_paused_the_work(harness: Any, batcher: Any) -> None:
+def test_a_waiting_request_shows_who_paused_the_batcher(harness: Any, batcher: Any) -> None:
     given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
-    request = harness.add(b"picture")
+    request = harness.add(b"image")
 
     async def main() -> Any:
         stop = asyncio.Event()
@@ -147,7 +147,7 @@ def test_a_request_that_waits_says_who_paused_the_work(harness: Any, batcher: An
     assert "ann: new kernel" in wait.waiting_for
 
 
-def test_a_batcher_that_pays_says_what_it_may_spend(harness: Any, batcher: Any) -> None:
+def test_a_batcher_with_a_paid_executor_shows_its_budget(harness: Any, batcher: Any) -> None:
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(executor="golem,local").run(stop))

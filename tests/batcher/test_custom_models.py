@@ -1,4 +1,4 @@
-"""A user's own model on the batcher's road: claimed, worked on by a real worker, recorded."""
+"""A custom model in the batcher: claimed, run by a real worker, recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.batcher.conftest import Harness
 from tests.custom_models import classifier
 
 
-def test_own_models_can_be_served_while_they_are_installed(tmp_path: Path, custom_models_folder: Path) -> None:
+def test_custom_models_are_available_while_they_are_installed(tmp_path: Path, custom_models_folder: Path) -> None:
     shutil.copytree(custom_models_folder / "my_pets", tmp_path / "my_pets")
 
     assert "my_pets" in available_models(tmp_path)
@@ -28,7 +28,7 @@ def test_own_models_can_be_served_while_they_are_installed(tmp_path: Path, custo
     assert "my_pets" not in available_models(tmp_path)
 
 
-def test_own_model_is_answered_by_a_real_worker_as_by_keras(
+def test_a_real_worker_answers_for_a_custom_model_as_keras_does(
     tmp_path: Path, custom_models_folder: Path, photos: dict[str, bytes]
 ) -> None:
 
@@ -52,8 +52,8 @@ def test_own_model_is_answered_by_a_real_worker_as_by_keras(
     network = classifier()
     for request, photo in zip(harness.reload(*requests), photos.values(), strict=True):
         assert request.state is RequestState.DONE, request.reason
-        right = np.asarray(network(decode(photo, 32, 32, None)[None].astype(np.float32), training=False))[0]
+        keras_output = np.asarray(network(decode(photo, 32, 32, None)[None].astype(np.float32), training=False))[0]
         found = {name: probability for _, name, probability in request.output or []}
-        expected = dict(zip(("cat", "dog", "parrot"), right.tolist(), strict=True))
+        expected = dict(zip(("cat", "dog", "parrot"), keras_output.tolist(), strict=True))
         assert found == pytest.approx(expected, abs=1e-4)
     harness.store.close()

@@ -1,4 +1,4 @@
-"""The cycle on a real store: what is claimed, what becomes of it, and what happens when things go wrong on the way."""
+"""The cycle on a real store: what is claimed, its outcome, and what happens on failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from batcher.executors import Outcome
 from provider_image.errors import NotInstalled, WorkerDied
 from store.records import Answer, RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL
 from tests.timing import slowness
 
@@ -26,8 +26,8 @@ def states(requests: list[Any]) -> Counter[RequestState]:
     return Counter(request.state for request in requests)
 
 
-def test_a_cycle_answers_everybody_with_the_answer_to_their_own_picture(harness: Any) -> None:
-    images = [b"picture %d" % number for number in range(40)]
+def test_a_cycle_answers_each_request_with_the_result_of_its_own_image(harness: Any) -> None:
+    images = [b"image %d" % number for number in range(40)]
     requests = [harness.add(image) for image in images]
 
     report = harness.run()
@@ -43,7 +43,7 @@ def test_a_cycle_answers_everybody_with_the_answer_to_their_own_picture(harness:
     assert {request.chunk_id for request in found} == {chunk.id for chunk in chunks}
 
 
-def test_a_look_takes_full_chunks_and_what_has_waited_long_enough(harness: Any) -> None:
+def test_a_poll_claims_full_chunks_and_requests_that_have_waited_long_enough(harness: Any) -> None:
     harness.add_many(17)
 
     first = harness.run(is_flushing=False)
@@ -55,8 +55,8 @@ def test_a_look_takes_full_chunks_and_what_has_waited_long_enough(harness: Any) 
     assert (first.claimed, second.claimed, third.claimed) == (16, 0, 1)
 
 
-def test_a_model_that_is_not_installed_is_left_alone(harness: Any) -> None:
-    request = harness.add(b"picture", model="vgg16")
+def test_requests_for_a_model_that_is_not_installed_are_not_claimed(harness: Any) -> None:
+    request = harness.add(b"image", model="vgg16")
 
     report = harness.run()
 
@@ -64,7 +64,7 @@ def test_a_model_that_is_not_installed_is_left_alone(harness: Any) -> None:
     assert harness.reload(request)[0].state is RequestState.QUEUED
 
 
-def test_equal_pictures_that_wait_together_are_worked_on_once(harness: Any) -> None:
+def test_equal_images_that_wait_together_are_processed_once(harness: Any) -> None:
     requests = [harness.add(b"the same", is_fresh=True) for _ in range(20)]
 
     report = harness.run()
@@ -74,7 +74,7 @@ def test_equal_pictures_that_wait_together_are_worked_on_once(harness: Any) -> N
     assert states(harness.reload(*requests)) == {RequestState.DONE: 20}
 
 
-def test_a_picture_that_cannot_be_decoded_fails_alone_and_at_once(harness: Any) -> None:
+def test_an_image_that_cannot_be_decoded_fails_alone_and_immediately(harness: Any) -> None:
     broken = harness.add(b"broken")
     others = harness.add_many(15)
 
@@ -87,7 +87,7 @@ def test_a_picture_that_cannot_be_decoded_fails_alone_and_at_once(harness: Any) 
     assert (report.done, report.failed, report.chunks) == (15, 1, 1)
 
 
-def test_a_picture_whose_file_is_gone_fails_alone_with_a_reason(harness: Any) -> None:
+def test_an_image_whose_file_is_missing_fails_alone_with_a_reason(harness: Any) -> None:
     gone = harness.add(b"gone")
     others = harness.add_many(3)
     harness.store.images.path(gone.image_sha256).unlink()
@@ -96,12 +96,12 @@ def test_a_picture_whose_file_is_gone_fails_alone_with_a_reason(harness: Any) ->
 
     (failed,) = harness.reload(gone)
     assert (failed.state, failed.code) == (RequestState.FAILED, "picture_missing")
-    assert "Send the picture again" in failed.reason
+    assert "Send the image again" in failed.reason
     assert states(harness.reload(*others)) == {RequestState.DONE: 3}
     assert (report.done, report.failed) == (3, 1)
 
 
-def test_nothing_is_dispatched_when_all_pictures_are_gone(harness: Any) -> None:
+def test_nothing_is_dispatched_when_all_image_files_are_missing(harness: Any) -> None:
     requests = harness.add_many(3)
     for request in requests:
         harness.store.images.path(request.image_sha256).unlink()
@@ -111,7 +111,7 @@ def test_nothing_is_dispatched_when_all_pictures_are_gone(harness: Any) -> None:
     assert (report.failed, report.chunks, harness.executor.jobs) == (3, 0, [])
 
 
-def test_an_item_that_fails_is_tried_again_after_a_back_off_that_grows_and_then_fails(harness: Any) -> None:
+def test_an_item_that_fails_is_retried_with_growing_back_offs_and_then_fails(harness: Any) -> None:
     flaky = harness.add(b"flaky")
     others = harness.add_many(5)
 
@@ -130,8 +130,8 @@ def test_an_item_that_fails_is_tried_again_after_a_back_off_that_grows_and_then_
     assert (last.claimed, last.failed, last.released) == (1, 1, 0)
 
 
-def test_an_item_that_takes_its_chunk_along_is_isolated_and_its_neighbours_are_answered(harness: Any) -> None:
-    requests = [harness.add(b"poison" if number == 5 else b"picture %d" % number) for number in range(16)]
+def test_an_item_that_fails_its_chunk_is_isolated_and_the_other_items_are_answered(harness: Any) -> None:
+    requests = [harness.add(b"poison" if number == 5 else b"image %d" % number) for number in range(16)]
 
     for _ in range(MAX_ATTEMPTS):
         harness.run()
@@ -146,7 +146,7 @@ def test_an_item_that_takes_its_chunk_along_is_isolated_and_its_neighbours_are_a
     assert sizes == [16, 4, 1, 1, 1]
 
 
-def test_a_failure_that_is_nobodys_fault_counts_nothing_and_is_not_tried_again_at_once(harness: Any) -> None:
+def test_a_blameless_failure_counts_no_attempt_and_is_not_retried_immediately(harness: Any) -> None:
     requests = harness.add_many(5)
     harness.executor.forced_outcome = Outcome(
         provider=None, seconds=0, error=WorkerDied("No worker process can be started."), is_blameless=True
@@ -165,7 +165,7 @@ def test_a_failure_that_is_nobodys_fault_counts_nothing_and_is_not_tried_again_a
     assert last.done == 5
 
 
-def test_a_model_that_cannot_be_used_is_left_alone_for_a_while_and_its_requests_wait(harness: Any) -> None:
+def test_a_model_that_cannot_be_used_is_not_claimed_for_a_while_and_its_requests_wait(harness: Any) -> None:
     first = harness.add(b"one")
     harness.executor.forced_outcome = Outcome(
         provider="table/1", seconds=0, error=NotInstalled("It is not installed there.")
@@ -187,15 +187,15 @@ def test_a_model_that_cannot_be_used_is_left_alone_for_a_while_and_its_requests_
     assert (found.state, found.attempts, found.code) == (RequestState.QUEUED, 0, "not_installed")
 
 
-def test_nothing_is_claimed_that_the_executor_wants_no_more_of(harness: Any) -> None:
+def test_nothing_is_claimed_for_a_model_that_the_executor_reports_as_unavailable(harness: Any) -> None:
     request = harness.add(b"one")
     harness.executor.unavailable_reasons = {MODEL: "The budget of the day is used up."}
 
-    refused = harness.run()
+    unavailable = harness.run()
     harness.executor.unavailable_reasons = {}
     taken = harness.run()
 
-    assert (refused.claimed, taken.done) == (0, 1)
+    assert (unavailable.claimed, taken.done) == (0, 1)
     assert harness.reload(request)[0].state is RequestState.DONE
 
 
@@ -212,7 +212,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_results_that_answer_something_else_are_not_recorded(harness: Any, what: str) -> None:
+def test_results_for_another_chunk_model_or_artefact_are_not_recorded(harness: Any, what: str) -> None:
     requests = harness.add_many(3)
     harness.executor.corrupt = WRONG[what]
 
@@ -250,7 +250,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("what", OUTPUTS)
-def test_an_output_that_makes_no_sense_is_not_recorded_and_its_neighbours_are(harness: Any, what: str) -> None:
+def test_an_invalid_output_is_not_recorded_but_the_other_outputs_are(harness: Any, what: str) -> None:
     first, *others = harness.add_many(4)
     harness.executor.corrupt = lambda results: replace(
         results,
@@ -259,8 +259,8 @@ def test_an_output_that_makes_no_sense_is_not_recorded_and_its_neighbours_are(ha
 
     harness.run()
 
-    (spoilt,) = harness.reload(first)
-    assert (spoilt.state, spoilt.output, spoilt.attempts, spoilt.code) == (
+    (invalid,) = harness.reload(first)
+    assert (invalid.state, invalid.output, invalid.attempts, invalid.code) == (
         RequestState.QUEUED,
         None,
         1,
@@ -269,7 +269,7 @@ def test_an_output_that_makes_no_sense_is_not_recorded_and_its_neighbours_are(ha
     assert states(harness.reload(*others)) == {RequestState.DONE: 3}
 
 
-def test_results_that_keep_being_wrong_end_in_failure_and_not_in_a_circle(harness: Any) -> None:
+def test_results_that_are_always_wrong_fail_after_the_last_attempt(harness: Any) -> None:
     requests = harness.add_many(4)
     harness.executor.corrupt = WRONG["a digest that is not installed here"]
 
@@ -283,21 +283,21 @@ def test_results_that_keep_being_wrong_end_in_failure_and_not_in_a_circle(harnes
 
 def test_control_characters_in_a_providers_reason_do_not_reach_the_store(harness: Any) -> None:
     harness.add(b"flaky")
-    request = harness.add(b"picture")
+    request = harness.add(b"image")
 
     def corrupt(results: Any) -> Any:
-        error = replace(results.items[0].error, reason="red \x1b[31m text\r\nfaked line")
+        error = replace(results.items[0].error, reason="red \x1b[31m text\r\nfake line")
         return replace(results, items=(replace(results.items[0], error=error), results.items[1]))
 
     harness.executor.corrupt = corrupt
     harness.run()
 
     flaky = next(found for found in harness.store.list() if found.id != request.id)
-    assert flaky.reason == "red  [31m text  faked line"
+    assert flaky.reason == "red  [31m text  fake line"
 
 
 def test_a_result_that_comes_after_its_claim_was_lost_is_dropped(harness: Any) -> None:
-    request = harness.add(b"picture")
+    request = harness.add(b"image")
 
     async def main() -> Any:
         gate = asyncio.Event()
@@ -329,10 +329,10 @@ def test_a_result_that_comes_after_its_claim_was_lost_is_dropped(harness: Any) -
     assert report.done == 0
 
 
-def test_leases_are_renewed_while_a_long_chunk_is_under_way(harness: Any) -> None:
+def test_leases_are_renewed_during_a_long_chunk(harness: Any) -> None:
     harness.clock = lambda: datetime.now(UTC)
     harness.change_settings(lease_seconds=0.6)
-    request = harness.add(b"picture")
+    request = harness.add(b"image")
     released = []
 
     async def main() -> Any:
@@ -354,9 +354,9 @@ def test_leases_are_renewed_while_a_long_chunk_is_under_way(harness: Any) -> Non
     assert report.done == 1
 
 
-def test_a_claim_that_is_lost_is_noticed_and_logged_once(harness: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_claim_is_logged_once(harness: Any, caplog: pytest.LogCaptureFixture) -> None:
     harness.change_settings(lease_seconds=0.3)
-    harness.add(b"picture")
+    harness.add(b"image")
 
     async def main() -> None:
         gate = asyncio.Event()
@@ -375,11 +375,11 @@ def test_a_claim_that_is_lost_is_noticed_and_logged_once(harness: Any, caplog: p
         asyncio.run(main())
 
     assert [message for message in caplog.messages if "lost" in message] == [
-        "1 claims were lost, their results will be dropped"
+        "1 claims were lost, their results are dropped"
     ]
 
 
-def test_stopping_lets_chunks_finish_and_gives_the_rest_back_untouched(harness: Any) -> None:
+def test_stopping_lets_chunks_finish_and_releases_the_rest_unchanged(harness: Any) -> None:
     requests = harness.add_many(16 * 6)
     harness.executor.slots = 2
 
@@ -404,7 +404,7 @@ def test_stopping_lets_chunks_finish_and_gives_the_rest_back_untouched(harness: 
     assert len(harness.executor.jobs) == 2
 
 
-def test_stopping_calls_back_what_does_not_finish_in_time_without_blame(harness: Any) -> None:
+def test_stopping_cancels_and_releases_without_blame_what_does_not_finish_in_time(harness: Any) -> None:
     requests = harness.add_many(20)
     harness.change_settings(drain_seconds=0.1)
 
@@ -428,12 +428,12 @@ def test_stopping_calls_back_what_does_not_finish_in_time_without_blame(harness:
     assert list(harness.settings.work.iterdir()) == []
 
 
-def test_a_long_backlog_keeps_all_places_taken_and_no_more(harness: Any) -> None:
+def test_a_long_backlog_uses_all_slots_and_no_more(harness: Any) -> None:
     harness.add_many(16 * 12)
     harness.executor.slots = 3
 
     async def before_answer() -> None:
-        # No chunk ends before the other places are taken again, so a cycle that left one free would stand still.
+        # No chunk ends before all slots are used again, so a cycle that leaves one free would time out.
         await harness.until(lambda: harness.executor.in_flight == 3 or len(harness.executor.jobs) == 12)
 
     harness.executor.before_answer = before_answer
@@ -444,7 +444,7 @@ def test_a_long_backlog_keeps_all_places_taken_and_no_more(harness: Any) -> None
     assert harness.executor.max_in_flight == 3
 
 
-def test_requests_that_come_in_while_a_chunk_is_under_way_are_taken_too(harness: Any) -> None:
+def test_requests_that_arrive_during_a_chunk_are_processed_in_the_same_cycle(harness: Any) -> None:
     first = harness.add(b"first")
 
     async def main() -> Any:
@@ -466,7 +466,7 @@ def test_requests_that_come_in_while_a_chunk_is_under_way_are_taken_too(harness:
     assert harness.reload(first)[0].state is RequestState.DONE
 
 
-def test_results_are_kept_until_a_locked_store_takes_them(harness: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_are_kept_until_a_locked_store_accepts_them(harness: Any, caplog: pytest.LogCaptureFixture) -> None:
     harness.store.close()
     home_settings = replace(harness.home_settings, busy_seconds=0.05)
     harness.store = type(harness.store)(home_settings)
@@ -489,13 +489,11 @@ def test_results_are_kept_until_a_locked_store_takes_them(harness: Any, caplog: 
     assert any("cannot record results" in message for message in caplog.messages)
 
 
-def test_a_store_that_cannot_be_claimed_from_is_tried_again_later(
-    harness: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_claiming_from_a_locked_store_is_retried(harness: Any, caplog: pytest.LogCaptureFixture) -> None:
     harness.store.close()
     home_settings = replace(harness.home_settings, busy_seconds=0.02)
     harness.store = type(harness.store)(home_settings)
-    harness.add(b"picture")
+    harness.add(b"image")
     other = sqlite3.connect(home_settings.database, isolation_level=None)
 
     async def main() -> list[int]:
@@ -520,7 +518,7 @@ def test_a_store_that_cannot_be_claimed_from_is_tried_again_later(
     assert sum("cannot claim" in message for message in caplog.messages) == 1
 
 
-def test_what_a_dead_batcher_had_claimed_is_taken_when_its_leases_end(harness: Any) -> None:
+def test_claims_of_a_dead_batcher_are_processed_when_their_leases_end(harness: Any) -> None:
     requests = harness.add_many(16)
     harness.store.claim(
         models={"efficientnet_lite0"},
@@ -541,10 +539,10 @@ def test_what_a_dead_batcher_had_claimed_is_taken_when_its_leases_end(harness: A
 def test_an_executor_that_raises_does_not_end_the_cycle(harness: Any) -> None:
     requests = harness.add_many(2)
 
-    async def fall() -> None:
+    async def fail() -> None:
         raise RuntimeError("a bug in an executor")
 
-    harness.executor.before_answer = fall
+    harness.executor.before_answer = fail
     harness.run()
     harness.executor.before_answer = None
     harness.clock.advance(10)
@@ -553,7 +551,7 @@ def test_an_executor_that_raises_does_not_end_the_cycle(harness: Any) -> None:
     assert states(harness.reload(*requests)) == {RequestState.DONE: 2}
 
 
-def test_a_small_chunk_setting_is_kept(harness: Any) -> None:
+def test_the_setting_for_items_per_chunk_is_respected(harness: Any) -> None:
     harness.change_settings(chunk_items=3)
     harness.add_many(8)
 
@@ -563,8 +561,8 @@ def test_a_small_chunk_setting_is_kept(harness: Any) -> None:
     assert sorted(job.items for job in harness.executor.jobs) == [2, 3, 3]
 
 
-def test_of_a_hundred_thousand_that_wait_only_a_window_is_claimed_and_quickly(harness: Any) -> None:
-    template = harness.add(b"picture")
+def test_with_a_backlog_of_100000_requests_only_a_window_is_claimed_within_a_second(harness: Any) -> None:
+    template = harness.add(b"image")
     with sqlite3.connect(harness.home_settings.database) as database:
         columns = [row[1] for row in database.execute("PRAGMA table_info(requests)") if row[1] not in ("number", "id")]
         names = ", ".join(columns)
@@ -591,6 +589,6 @@ def test_of_a_hundred_thousand_that_wait_only_a_window_is_claimed_and_quickly(ha
 
     seconds = asyncio.run(main())
 
-    # All are one picture, so each window is one item; four chunks take four windows.
+    # All have the same image, so each window is one item; four chunks need four windows.
     assert seconds < 1.0 * slowness()
     assert states(harness.store.list(limit=100_000)) == {RequestState.QUEUED: 100_000}

@@ -1,4 +1,4 @@
-"""`mlg image` against a small engine and a small gvmkit-build: real programs on PATH that note what they are told."""
+"""`mlg image` with a fake engine and a fake gvmkit-build: programs on PATH that record their arguments."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from provider_image.models.artefact import GRAPH_FILES, find_artefact, read_arte
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"
-#: It "builds" by copying artefacts, from the context or from where they are there already, and keeps an image as the
-#: labels that it was given.
+#: "Builds" by copying artefacts, from the context or from a folder of artefacts, and stores an image as its labels.
 ENGINE = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -64,7 +63,7 @@ elif "inspect" in words:
     config = {"Labels": labels}
     print(json.dumps({"OCIv1": {"config": config}} if name == "buildah" else [{"Config": config}]))
 """
-#: It says what gvmkit-build 0.3.19 says.
+#: Prints what gvmkit-build 0.3.19 prints.
 GVMKIT = """
 import hashlib, os, sys
 from pathlib import Path
@@ -89,7 +88,7 @@ if problem != "no_file":
 
 @dataclass
 class Machine:
-    """A machine with just the programs that a test has put there."""
+    """A machine that has only the programs that a test adds."""
 
     folder: Path
     models: Path
@@ -133,8 +132,8 @@ class Machine:
         shutil.copytree(folder, target)
         return target
 
-    def allow(self, patch: pytest.MonkeyPatch, **changes: str) -> None:
-        """Make this machine the one that code in this process sees."""
+    def activate(self, patch: pytest.MonkeyPatch, **changes: str) -> None:
+        """Make code in this process use this machine."""
         for name, value in self.variables(changes).items():
             patch.setenv(name, value)
 
@@ -183,7 +182,7 @@ def test_the_context_holds_what_the_dockerfile_copies_and_the_weights_and_nothin
 
 
 @pytest.mark.parametrize(("engine", "command"), [("podman", ["build"]), ("buildah", ["bud", "--layers"])])
-def test_any_engine_will_do(machine: Machine, engine: str, command: list[str]) -> None:
+def test_podman_and_buildah_build_too(machine: Machine, engine: str, command: list[str]) -> None:
     machine.add(engine, ENGINE)
 
     result = machine.mlg("build", MODEL, "--tag", "mine:1")
@@ -193,7 +192,7 @@ def test_any_engine_will_do(machine: Machine, engine: str, command: list[str]) -
     assert result.stdout.startswith("mine:1 holds ")
 
 
-def test_an_engine_that_does_not_work_is_passed_over(machine: Machine) -> None:
+def test_an_engine_that_does_not_work_is_skipped(machine: Machine) -> None:
     machine.add("docker", "import sys\nsys.exit('Cannot connect')")
     machine.add("podman", ENGINE)
 
@@ -203,7 +202,7 @@ def test_an_engine_that_does_not_work_is_passed_over(machine: Machine) -> None:
     assert machine.calls()[-1][0] == "podman"
 
 
-def test_the_engine_that_the_setting_names_is_taken(machine: Machine) -> None:
+def test_the_engine_of_the_setting_is_used(machine: Machine) -> None:
     machine.add("docker", ENGINE)
     machine.add("podman", ENGINE)
 
@@ -214,22 +213,22 @@ def test_the_engine_that_the_setting_names_is_taken(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "changes", "engines", "status", "said"),
+    ("words", "changes", "engines", "status", "expected"),
     [
-        ([MODEL], {}, [], 1, "There is no container engine here. Install docker, podman or buildah."),
+        ([MODEL], {}, [], 1, "No container engine is installed. Install docker, podman or buildah."),
         ([MODEL], {"FAKE_ENGINE_DOWN": "1"}, ["docker"], 1, "docker is installed but does not work (Cannot connect"),
         ([MODEL], {"MLG_IMAGE_ENGINE": "podman"}, ["docker"], 1, "no program podman"),
         ([MODEL], {"MLG_IMAGE_ENGINE": "kaniko"}, ["docker"], 2, "MLG_IMAGE_ENGINE='kaniko' is none of docker"),
         (["efficientnet_lite9"], {}, ["docker"], 1, "Did you mean efficientnet_lite0?"),
         ([MODEL, "--weights", "nowhere"], {}, ["docker"], 1, "There is no folder of weights nowhere"),
         ([MODEL, "--base", "nowhere"], {}, ["docker"], 1, "docker could not build the image (exit status 1)"),
-        ([MODEL], {"FAKE_NOTHING_BUILT": "1"}, ["docker"], 1, f"gave no sound artefact of {MODEL}"),
-        ([MODEL, "--tag", "No Good"], {}, ["docker"], 2, "'No Good' is not an image's name"),
+        ([MODEL], {"FAKE_NOTHING_BUILT": "1"}, ["docker"], 1, f"produced no valid artefact of {MODEL}"),
+        ([MODEL, "--tag", "No Good"], {}, ["docker"], 2, "'No Good' is not a valid name of a container image"),
         ([], {}, ["docker"], 2, "Missing argument 'MODEL...'"),
     ],
 )
-def test_a_build_that_cannot_be_says_so_in_one_line(
-    machine: Machine, words: list[str], changes: dict[str, str], engines: list[str], status: int, said: str
+def test_a_failed_build_is_one_line_with_the_reason(
+    machine: Machine, words: list[str], changes: dict[str, str], engines: list[str], status: int, expected: str
 ) -> None:
     for engine in engines:
         machine.add(engine, ENGINE)
@@ -237,15 +236,15 @@ def test_a_build_that_cannot_be_says_so_in_one_line(
     result = machine.mlg("build", *words, **changes)
 
     assert result.returncode == status
-    assert said in last_line(result)
+    assert expected in last_line(result)
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
-def test_building_needs_a_source_checkout_and_says_so(machine: Machine) -> None:
+def test_building_without_a_source_checkout_is_an_error(machine: Machine) -> None:
     machine.add("docker", ENGINE)
     site = machine.folder / "site"
-    for room in ("provider_image", "server", "batcher"):
-        shutil.copytree(ROOT / room, site / room, ignore=shutil.ignore_patterns("Dockerfile", "__pycache__"))
+    for package in ("provider_image", "server", "batcher"):
+        shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("Dockerfile", "__pycache__"))
     shutil.copy(ROOT / "mlg.py", site)
 
     result = subprocess.run(
@@ -266,17 +265,17 @@ def test_building_needs_a_source_checkout_and_says_so(machine: Machine) -> None:
 
 
 def in_context(machine: Machine) -> set[str]:
-    """Return what the last build found of artefacts."""
+    """Return the artefact files in the context of the last build."""
     return {name.removeprefix("models/") for name in machine.context() if name.startswith("models/")}
 
 
 def files_of(folder: Path) -> set[str]:
-    """Return what a context must hold of this artefact."""
+    """Return the files of an artefact that belong in a context."""
     names = ("model.json", *GRAPH_FILES, *(sample.file for sample in read_artefact(folder).samples))
     return {f"{folder.name}/{name}" for name in names}
 
 
-def test_an_own_model_is_taken_from_the_home_and_the_others_are_compiled(
+def test_a_custom_model_is_copied_from_the_home_and_the_others_are_compiled(
     machine: Machine, custom_models_folder: Path
 ) -> None:
     machine.add("docker", ENGINE)
@@ -293,9 +292,7 @@ def test_an_own_model_is_taken_from_the_home_and_the_others_are_compiled(
     assert f"MODEL=my_pets,{MODEL}" in machine.calls()[-1] and f"DIGEST={own},{lite0}" in machine.calls()[-1]
 
 
-def test_installed_models_of_the_catalogue_are_taken_when_that_is_asked_for(
-    machine: Machine, custom_models_folder: Path
-) -> None:
+def test_installed_catalogue_models_are_copied_with_the_option(machine: Machine, custom_models_folder: Path) -> None:
     machine.add("docker", ENGINE)
     folders = [machine.install(machine.models / MODEL), machine.install(custom_models_folder / "my_pets")]
 
@@ -307,7 +304,7 @@ def test_installed_models_of_the_catalogue_are_taken_when_that_is_asked_for(
     assert all((folder / "model.bin").stat().st_nlink == 1 for folder in folders)
 
 
-def test_the_home_can_be_named_and_is_left_as_it_was(machine: Machine, custom_models_folder: Path) -> None:
+def test_the_home_can_be_an_option_and_is_not_changed(machine: Machine, custom_models_folder: Path) -> None:
     machine.add("docker", ENGINE)
     folder = machine.install(custom_models_folder / "my_pets")
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -324,35 +321,35 @@ def flip_a_bit(folder: Path) -> None:
     (folder / "model.bin").write_bytes(data)
 
 
-def cut_short(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     (folder / "model.bin").write_bytes(b"")
 
 
-def lose_the_description(folder: Path) -> None:
+def remove_the_description(folder: Path) -> None:
     (folder / "model.json").unlink()
 
 
-def lose_a_picture(folder: Path) -> None:
+def remove_a_sample(folder: Path) -> None:
     (folder / read_artefact(folder).samples[0].file).unlink()
 
 
-def become_another(folder: Path) -> None:
+def rename_the_model(folder: Path) -> None:
     text = (folder / "model.json").read_text()
     (folder / "model.json").write_text(text.replace('"name": "my_pets"', '"name": "my_cats"'))
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         (flip_a_bit, "model.bin has changed since it was made"),
-        (cut_short, "model.bin is cut short"),
-        (lose_the_description, "my_pets is not installed here. Install it: mlg models compile my_pets --keras"),
-        (lose_a_picture, "is missing. What to do says: mlg models check my_pets"),
-        (become_another, "holds the model 'my_cats'"),
+        (truncate, "model.bin is cut short"),
+        (remove_the_description, "my_pets is not installed here. Install it: mlg models compile my_pets --keras"),
+        (remove_a_sample, "is missing. For the remedy run: mlg models check my_pets"),
+        (rename_the_model, "contains the model 'my_cats'"),
     ],
 )
-def test_a_damaged_own_model_is_refused_in_one_line_before_anything_is_built(
-    machine: Machine, custom_models_folder: Path, damage: Callable[[Path], None], said: str
+def test_a_damaged_custom_model_is_one_error_line_before_anything_is_built(
+    machine: Machine, custom_models_folder: Path, damage: Callable[[Path], None], expected: str
 ) -> None:
     machine.add("docker", ENGINE)
     damage(machine.install(custom_models_folder / "my_pets"))
@@ -360,28 +357,30 @@ def test_a_damaged_own_model_is_refused_in_one_line_before_anything_is_built(
     result = machine.mlg("build", MODEL, "my_pets")
 
     assert result.returncode == 1
-    assert said in result.stderr and len(result.stderr.splitlines()) == 1 and result.stdout == ""
+    assert expected in result.stderr and len(result.stderr.splitlines()) == 1 and result.stdout == ""
     assert not (machine.folder / "calls").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "expected"),
     [
         (["my_pets"], 1, "There is no model 'my_pets'"),
         ([MODEL, "--installed"], 1, f"{MODEL} is not installed here. Install it: mlg models compile {MODEL}"),
-        ([MODEL, "--installed", "--weights", "bin"], 2, "there is no use for --weights"),
+        ([MODEL, "--installed", "--weights", "bin"], 2, "--weights has no effect"),
     ],
 )
-def test_what_is_not_installed_cannot_be_taken(machine: Machine, words: list[str], status: int, said: str) -> None:
+def test_a_model_that_is_not_installed_cannot_be_copied(
+    machine: Machine, words: list[str], status: int, expected: str
+) -> None:
     machine.add("docker", ENGINE)
 
     result = machine.mlg("build", *words)
 
     assert result.returncode == status
-    assert said in result.stderr and len(result.stderr.splitlines()) == 1
+    assert expected in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_an_own_model_is_published_and_noted(
+def test_a_custom_model_is_published_and_recorded(
     machine: Machine, custom_models_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine.add("docker", ENGINE)
@@ -389,8 +388,8 @@ def test_an_own_model_is_published_and_noted(
     folder = machine.install(custom_models_folder / "my_pets")
     assert machine.mlg("build", "my_pets").returncode == 0
     digest = read_artefact(folder).digest
-    cut_short(folder)  # what is published is the image; what became of the home since then does not matter
-    machine.allow(monkeypatch)
+    truncate(folder)  # the image is published, so a later change of the home has no effect
+    machine.activate(monkeypatch)
 
     push_image(["My pets"], ImageSettings(models=folder.parent, registry="me/mlg"), lock=tmp_path / "images.lock")
 
@@ -398,7 +397,7 @@ def test_an_own_model_is_published_and_noted(
     assert (entry.image, entry.digest) == ("me/mlg:my_pets", digest)
 
 
-def test_a_family_needs_a_tag_only_when_its_names_are_too_long() -> None:
+def test_a_tag_is_required_only_if_the_names_of_the_models_are_too_long() -> None:
     assert image_tag(["vgg16", "vgg19"]) == "mlg-provider:vgg16-vgg19"
     assert image_tag([MODEL], "mine") == "mine:latest"
     assert image_tag([MODEL], "localhost:5000/mine") == "localhost:5000/mine:latest"
@@ -409,12 +408,12 @@ def test_a_family_needs_a_tag_only_when_its_names_are_too_long() -> None:
 # push
 
 
-def build_and_allow(machine: Machine, patch: pytest.MonkeyPatch, **changes: str) -> str:
-    """Build an image, and let pushes of this process find the programs."""
+def build_and_activate(machine: Machine, patch: pytest.MonkeyPatch, **changes: str) -> str:
+    """Build an image, and let this process use the programs of the machine."""
     machine.add("docker", ENGINE)
     machine.add("gvmkit-build", GVMKIT)
     assert machine.mlg("build", MODEL).returncode == 0
-    machine.allow(patch, **changes)
+    machine.activate(patch, **changes)
     return find_artefact(machine.models, MODEL).digest
 
 
@@ -429,7 +428,7 @@ def published(name: str = "vgg16") -> PublishedImage:
 def test_push_publishes_and_keeps_the_other_entries(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    digest = build_and_allow(machine, monkeypatch)
+    digest = build_and_activate(machine, monkeypatch)
     lock = tmp_path / "images.lock"
     add_to_lock({"vgg16": published()}, lock)
 
@@ -451,45 +450,50 @@ def test_push_publishes_and_keeps_the_other_entries(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"FAKE_GVMKIT": "login"}, "Log in: gvmkit-build --login"),
-        ({"FAKE_GVMKIT": "engine"}, "It needs docker's service"),
-        ({"FAKE_GVMKIT": "upload"}, "push again. It said: Error: Image upload failed with code 500"),
-        ({"FAKE_GVMKIT": "no_file"}, "left no image file"),
-        ({"FAKE_GVMKIT": "other_hash"}, "did not say that it has published"),
+        ({"FAKE_GVMKIT": "engine"}, "It needs a docker service"),
+        ({"FAKE_GVMKIT": "upload"}, "push again. Its output: Error: Image upload failed with code 500"),
+        ({"FAKE_GVMKIT": "no_file"}, "wrote no image file"),
+        ({"FAKE_GVMKIT": "other_hash"}, "did not report that it published"),
     ],
 )
-def test_a_push_that_fails_says_what_to_do_and_leaves_the_lock_file(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, str], said: str
+def test_a_failed_push_names_the_remedy_and_does_not_change_the_lock_file(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, str], expected: str
 ) -> None:
-    build_and_allow(machine, monkeypatch, **changes)
+    build_and_activate(machine, monkeypatch, **changes)
     lock = tmp_path / "images.lock"
     add_to_lock({"vgg16": published()}, lock)
 
-    with pytest.raises(ContainerImageError, match=said):
+    with pytest.raises(ContainerImageError, match=expected):
         push_image([MODEL], SETTINGS, lock=lock)
 
     assert read_lock(lock) == {"vgg16": published()}
 
 
-def test_push_of_an_image_that_was_not_built_names_the_command(
+def test_pushing_an_image_that_was_not_built_names_the_build_command(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    build_and_allow(machine, monkeypatch)
+    build_and_activate(machine, monkeypatch)
 
     with pytest.raises(ContainerImageError, match=r"no image mlg-provider:vgg16\. Build it first: mlg image build"):
         push_image(["vgg16"], SETTINGS, lock=tmp_path / "images.lock")
-    with pytest.raises(ContainerImageError, match="not labelled as holding vgg16"):
+    with pytest.raises(ContainerImageError, match="do not name the model vgg16"):
         push_image(["vgg16"], SETTINGS, tag=f"mlg-provider:{MODEL}", lock=tmp_path / "images.lock")
 
 
 @pytest.mark.parametrize(
-    ("programs", "changes", "status", "said"),
+    ("programs", "changes", "status", "expected"),
     [
         (["docker"], {"MLG_IMAGE_REGISTRY": "me/mlg"}, 1, "pip install gvmkit-build"),
         (["docker", "gvmkit-build"], {}, 2, "MLG_IMAGE_REGISTRY=user/repository"),
-        (["docker", "gvmkit-build"], {"MLG_IMAGE_REGISTRY": "Just Me"}, 2, "MLG_IMAGE_REGISTRY='Just Me' is not like"),
+        (
+            ["docker", "gvmkit-build"],
+            {"MLG_IMAGE_REGISTRY": "Just Me"},
+            2,
+            "MLG_IMAGE_REGISTRY='Just Me' does not have the form",
+        ),
         (
             ["buildah", "gvmkit-build"],
             {"MLG_IMAGE_REGISTRY": "me/mlg"},
@@ -498,8 +502,8 @@ def test_push_of_an_image_that_was_not_built_names_the_command(
         ),
     ],
 )
-def test_a_push_that_cannot_begin_says_so_in_one_line(
-    machine: Machine, programs: list[str], changes: dict[str, str], status: int, said: str
+def test_a_push_that_cannot_begin_is_one_error_line(
+    machine: Machine, programs: list[str], changes: dict[str, str], status: int, expected: str
 ) -> None:
     for program in programs:
         machine.add(program, GVMKIT if program == "gvmkit-build" else ENGINE)
@@ -507,7 +511,7 @@ def test_a_push_that_cannot_begin_says_so_in_one_line(
     result = machine.mlg("push", MODEL, **changes)
 
     assert result.returncode == status
-    assert said in last_line(result) and "Traceback" not in result.stderr
+    assert expected in last_line(result) and "Traceback" not in result.stderr
 
 
 # the lock file
@@ -518,7 +522,7 @@ def test_there_is_no_lock_file_before_the_first_push(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"hash": "a" * 55}, "hash is"),
         ({"digest": None}, "digest is"),
@@ -526,20 +530,20 @@ def test_there_is_no_lock_file_before_the_first_push(tmp_path: Path) -> None:
         ({"size_bytes": True}, "size_bytes is"),
         ({"pushed_at": "yesterday"}, "yesterday"),
         ({"pushed_at": "2026-11-20T12:00:00"}, "no time zone"),
-        ({"more": 1}, "just the fields"),
+        ({"more": 1}, "exactly the fields"),
     ],
 )
-def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_a_damaged_entry_is_an_error_with_its_name(tmp_path: Path, change: dict[str, object], expected: str) -> None:
     lock = tmp_path / "images.lock"
     add_to_lock({"vgg16": published()}, lock)
     lock.write_text(json.dumps({"vgg16": {**json.loads(lock.read_text())["vgg16"], **change}}))
 
-    with pytest.raises(ContainerImageError, match=f"damaged at vgg16: .*{said}"):
+    with pytest.raises(ContainerImageError, match=f"damaged at vgg16: .*{expected}"):
         read_lock(lock)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"No model\'s name": {}}', '{"vgg16": {}}', "{"])
-def test_a_damaged_lock_file_is_refused_and_never_overwritten(tmp_path: Path, text: str) -> None:
+def test_a_damaged_lock_file_is_an_error_and_is_never_overwritten(tmp_path: Path, text: str) -> None:
     lock = tmp_path / "images.lock"
     lock.write_text(text)
 

@@ -1,4 +1,4 @@
-"""The planner, as properties that hold for any mix of models, sizes, equal pictures and suspicions."""
+"""The planner, as properties for any mix of models, sizes, equal images and isolation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def claim(
     )
 
 
-#: Few models, pictures and parameters, so that equal ones meet; the size belongs to the picture.
+#: Few models, images and parameters, so that some are equal; equal images have the same size.
 parts = st.tuples(
     st.sampled_from(["resnet50", "vgg16", "densenet121"]),
     st.sampled_from(["classification", "style"]),
@@ -60,7 +60,7 @@ def waiting(draw: st.DrawFn) -> list[Claim]:
             number,
             model=model,
             service=service,
-            image=None if image is None else f"picture{image}",
+            image=None if image is None else f"image{image}",
             image_bytes=size if image is None else 50 + image,
             isolation=isolation,
             params=params,
@@ -85,7 +85,7 @@ def test_no_claim_is_lost_or_planned_twice(claims: list[Claim], max_items: int, 
 
 
 @given(claims=waiting(), **limits)
-def test_limits_are_kept_and_only_a_lone_item_may_exceed_the_bytes(
+def test_limits_are_respected_and_only_a_single_item_may_exceed_the_bytes(
     claims: list[Claim], max_items: int, max_bytes: int
 ) -> None:
     chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
@@ -109,7 +109,9 @@ def test_a_chunk_has_one_service_one_model_and_one_degree_of_isolation(
 
 
 @given(claims=waiting(), **limits)
-def test_chunks_and_the_items_of_a_model_go_oldest_first(claims: list[Claim], max_items: int, max_bytes: int) -> None:
+def test_chunks_and_the_items_of_a_model_are_ordered_oldest_first(
+    claims: list[Claim], max_items: int, max_bytes: int
+) -> None:
     chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
 
     starts = [chunk.items[0].first.number for chunk in chunks]
@@ -120,7 +122,7 @@ def test_chunks_and_the_items_of_a_model_go_oldest_first(claims: list[Claim], ma
 
 
 @given(claims=waiting(), **limits)
-def test_claims_share_an_item_exactly_when_they_are_equal_and_above_suspicion(
+def test_claims_share_an_item_exactly_when_they_are_equal_and_not_isolated(
     claims: list[Claim], max_items: int, max_bytes: int
 ) -> None:
     chunks = plan(claims, max_items=max_items, max_bytes=max_bytes)
@@ -132,8 +134,8 @@ def test_claims_share_an_item_exactly_when_they_are_equal_and_above_suspicion(
     for item in items:
         assert len({key(claim) for claim in item.claims}) == 1
         assert len(item.claims) == 1 or all(claim.isolation == 0 for claim in item.claims)
-    unsuspected = [key(item.first) for item in items if item.first.isolation == 0]
-    assert len(unsuspected) == len(set(unsuspected))
+    not_isolated = [key(item.first) for item in items if item.first.isolation == 0]
+    assert len(not_isolated) == len(set(not_isolated))
 
 
 @given(claims=waiting(), seed=st.integers(0, 1000), **limits)
@@ -155,7 +157,7 @@ def test_no_more_chunks_are_made_than_the_items_need(count: int) -> None:
     assert len(chunks) == -(-count // 16)
 
 
-def test_equal_pictures_count_their_bytes_once() -> None:
+def test_the_bytes_of_equal_images_count_once() -> None:
     claims = [claim(number, image="same", image_bytes=900) for number in range(40)]
 
     (chunk,) = plan(claims, max_bytes=1000)
@@ -163,7 +165,7 @@ def test_equal_pictures_count_their_bytes_once() -> None:
     assert (len(chunk.items), len(chunk.claims), chunk.image_bytes) == (1, 40, 900)
 
 
-def test_an_item_over_the_byte_limit_goes_alone_between_its_neighbours() -> None:
+def test_an_item_over_the_byte_limit_gets_its_own_chunk() -> None:
     sizes = [10, 5000, 10, 10]
 
     chunks = plan([claim(n, image_bytes=size) for n, size in enumerate(sizes)], max_bytes=1000)
@@ -171,5 +173,5 @@ def test_an_item_over_the_byte_limit_goes_alone_between_its_neighbours() -> None
     assert [[item.first.number for item in chunk.items] for chunk in chunks] == [[0], [1], [2, 3]]
 
 
-def test_nothing_waiting_gives_no_chunks() -> None:
+def test_no_claims_give_no_chunks() -> None:
     assert plan([]) == []

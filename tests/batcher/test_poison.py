@@ -1,4 +1,4 @@
-"""A picture that kills the process which decodes it, with real workers: it harms nobody else."""
+"""An image that kills the process that decodes it, with real workers: it affects no other request."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 
 from batcher.executors.local import LocalExecutor
 from store.records import RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 
-#: Bytes after the end of a picture do not bother a decoder; here they end its process, as a bug in one may.
+#: Decoders ignore bytes after the end of an image; here they end the process, as a bug in a decoder may.
 PLUGIN = """
 import os
 import provider_image.images.decoding as imaging
@@ -26,18 +26,18 @@ imaging.decode = decode
 """
 
 
-def picture(number: int) -> bytes:
+def small_image(number: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), (number * 15, 255 - number * 15, 90)).save(file, "PNG")
     return file.getvalue()
 
 
-def test_a_picture_that_kills_its_worker_every_time_fails_alone(harness: Any, tmp_path: Any) -> None:
+def test_an_image_that_always_kills_its_worker_fails_alone(harness: Any, tmp_path: Any) -> None:
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "sitecustomize.py").write_text(PLUGIN)
     harness.change_settings(workers=2)
-    requests = [harness.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
+    requests = [harness.add(small_image(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
     poison = requests.pop(7)
 
     async def main() -> None:
@@ -55,6 +55,6 @@ def test_a_picture_that_kills_its_worker_every_time_fails_alone(harness: Any, tm
     (failed,) = harness.reload(poison)
     assert (failed.attempts, failed.code) == (MAX_ATTEMPTS, "worker_died")
     assert "status 139" in failed.reason
-    neighbours = harness.reload(*requests)
-    assert {(request.state, request.attempts) for request in neighbours} == {(RequestState.DONE, 0)}
-    assert all(len(request.output) == 20 for request in neighbours)
+    others = harness.reload(*requests)
+    assert {(request.state, request.attempts) for request in others} == {(RequestState.DONE, 0)}
+    assert all(len(request.output) == 20 for request in others)

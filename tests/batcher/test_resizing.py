@@ -1,4 +1,4 @@
-"""Shrinking: the same answers from smaller chunks, and decoders that may die without anybody else noticing."""
+"""Resizing: the same results from smaller chunks, and decoders that may die without affecting other items."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from provider_image.models.artefact import find_artefact
 from provider_image.service import ModelInput
 from provider_image.services import load_service
 from store.records import RequestState
-from store.sqlite import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
@@ -42,9 +42,9 @@ from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
 INPUT = ModelInput(height=224, width=224, crop=0.875)
-#: Loaded by every decoder. A picture that ends in POISON ends its process, as a bug in a decoder may; one in HOLD:PATH
-#: says that it was begun, by making PATH.begun with the process's id in it, and is held until PATH is there; one in
-#: LOCK hangs and never lets go of Python's lock.
+#: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
+#: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
+#: hangs and holds the GIL.
 PLUGIN = (
     DECODE_GATE
     + """
@@ -69,7 +69,7 @@ def encode_image(image: Image.Image, form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def picture(number: int = 0) -> bytes:
+def small_image(number: int = 0) -> bytes:
     return encode_image(Image.new("RGB", (40, 30), (number * 15, 255 - number * 15, 90)), "PNG")
 
 
@@ -85,8 +85,8 @@ def with_orientation(image: Image.Image, value: int) -> bytes:
     return encode_image(image, "JPEG", quality=90, exif=exif)
 
 
-def many_pictures() -> dict[str, bytes]:
-    """Every format, mode and orientation, in sizes below, at and above the model's input, and in odd proportions."""
+def many_images() -> dict[str, bytes]:
+    """Make images of every format, mode and orientation, below, at and above the model's input, of odd proportions."""
     plain = photo(300, 200)
     grey = plain.convert("L")
     faded = plain.convert("RGBA")
@@ -116,16 +116,16 @@ def many_pictures() -> dict[str, bytes]:
     return found
 
 
-PICTURES = many_pictures()
-GOOD = PICTURES["JPEG 500x375"]
+IMAGES = many_images()
+GOOD = IMAGES["JPEG 500x375"]
 DEFLATED = encode_image(photo(200, 150), "TIFF", compression="tiff_adobe_deflate")
-#: Those that cannot be decoded, each for another reason.
+#: Images that cannot be decoded, each for another reason.
 BAD = {
-    "text": b"no picture at all",
+    "text": b"not an image at all",
     "a header": GOOD[:300],
     "cut short": GOOD[:9000],
     "a damaged TIFF": DEFLATED[:200] + b"\xff" * 2000 + DEFLATED[2200:],
-    "a damaged PNG": picture()[:50] + b"\0\0\0\0" + picture()[54:],
+    "a damaged PNG": small_image()[:50] + b"\0\0\0\0" + small_image()[54:],
     "too many pixels": encode_image(Image.new("1", (7000, 6000)), "PNG"),
     "another format": b"\0\0\0\x18ftypheic" + bytes(100),
 }
@@ -141,7 +141,7 @@ def plugin(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
-    """Make shrinkers that are closed in the end."""
+    """Make resizers that are closed at the end."""
     made = []
 
     def make(workers: int = 2, **options: Any) -> Resizer:
@@ -153,34 +153,36 @@ def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
         each.close()
 
 
-def shrink(resizer: Resizer, folder: Path, *images: bytes, model_input: ModelInput = INPUT) -> list[Any]:
+def resize(resizer: Resizer, folder: Path, *images: bytes, model_input: ModelInput = INPUT) -> list[Any]:
     paths = []
     for number, data in enumerate(images):
-        paths.append(folder / f"picture-{number}")
+        paths.append(folder / f"image-{number}")
         paths[-1].write_bytes(data)
     return list(resizer.resize("classification", model_input, [{"image": path} for path in paths]))
 
 
-# Equal answers
+# Equal results
 
 
 @pytest.mark.parametrize("crop", [None, 0.875])
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (299, 331)])
-def test_the_same_pixels_reach_the_net(tmp_path: Path, height: int, width: int, crop: float | None) -> None:
+def test_the_model_gets_the_same_pixels_as_without_resizing(
+    tmp_path: Path, height: int, width: int, crop: float | None
+) -> None:
     service = load_service("classification")
     model: Any = SimpleNamespace(height=height, width=width, crop=crop)
-    for name, data in PICTURES.items():
-        shrunk = service.resize(ModelInput(height=height, width=width, crop=crop), {"image": data})
+    for name, data in IMAGES.items():
+        resized = service.resize(ModelInput(height=height, width=width, crop=crop), {"image": data})
 
-        ours = service.prepare(model, shrunk, is_resized=True)
+        ours = service.prepare(model, resized, is_resized=True)
         plain = service.prepare(model, {"image": data})
         assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype), name
         assert np.array_equal(ours, plain), name
 
 
-def answers(harness: Any, choice: str) -> dict[str, Any]:
-    """Send all pictures, good and bad, through a real cycle and real workers."""
-    requests = {name: harness.add(data, is_fresh=True) for name, data in (PICTURES | BAD).items()}
+def process_all(harness: Any, choice: str) -> dict[str, Any]:
+    """Process all images, good and bad, with a real cycle and real workers."""
+    requests = {name: harness.add(data, is_fresh=True) for name, data in (IMAGES | BAD).items()}
 
     async def main() -> None:
         harness.change_settings(shrink=choice, workers=2)
@@ -195,16 +197,16 @@ def answers(harness: Any, choice: str) -> dict[str, Any]:
             harness.resizer.close()
 
     asyncio.run(asyncio.wait_for(main(), 300))
-    seen = {name: harness.reload(request)[0] for name, request in requests.items()}
-    return {name: (it.state, it.output, it.code, it.reason, it.attempts) for name, it in seen.items()}
+    found = {name: harness.reload(request)[0] for name, request in requests.items()}
+    return {name: (each.state, each.output, each.code, each.reason, each.attempts) for name, each in found.items()}
 
 
-def test_answers_and_refusals_are_the_same_with_and_without(harness: Any) -> None:
-    plain = answers(harness, "off")
-    shrunk = answers(harness, "on")
+def test_results_and_errors_are_the_same_with_and_without_resizing(harness: Any) -> None:
+    plain = process_all(harness, "off")
+    resized = process_all(harness, "on")
 
-    assert shrunk == plain
-    assert {plain[name][0] for name in PICTURES} == {RequestState.DONE}
+    assert resized == plain
+    assert {plain[name][0] for name in IMAGES} == {RequestState.DONE}
     assert {plain[name][0] for name in BAD} == {RequestState.FAILED}
     assert len({plain[name][2:4] for name in BAD}) >= 6
 
@@ -213,10 +215,10 @@ def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, t
     harness.add(GOOD)
     now = harness.clock.now
     claims = harness.store.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
-    facts = {"folder": tmp_path, "image_path": harness.store.images.path, "resizer": resizer()}
+    options = {"folder": tmp_path, "image_path": harness.store.images.path, "resizer": resizer()}
     found = []
     for models in (harness.models, tmp_path / "nothing-installed"):
-        packed = pack(plan(claims)[0], models=models, **facts)
+        packed = pack(plan(claims)[0], models=models, **options)
         with open_chunk(packed.chunk) as reader:
             found.append((reader.digest, reader.read_inputs(reader.items[0])))
 
@@ -227,7 +229,7 @@ def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, t
 # What is sent
 
 
-class Keeping(TableExecutor):
+class ChunkKeepingExecutor(TableExecutor):
     """Keeps the bytes of the chunk files."""
 
     def __init__(self, models: Path) -> None:
@@ -239,7 +241,7 @@ class Keeping(TableExecutor):
         return await super().run(job)
 
 
-def test_a_chunk_is_small_and_holds_nothing_of_the_original_but_its_pixels(harness: Any, resizer: Any) -> None:
+def test_a_chunk_is_small_and_contains_nothing_of_the_original_but_pixels(harness: Any, resizer: Any) -> None:
     exif = Image.Exif()
     exif[0x010F] = "SECRETCAMERA"
     exif[0x8298] = "SECRETOWNER"
@@ -247,7 +249,7 @@ def test_a_chunk_is_small_and_holds_nothing_of_the_original_but_its_pixels(harne
         photo(3000, 2000), "JPEG", quality=90, exif=exif, comment=b"SECRETCOMMENT", icc_profile=b"SECRETPROFILE"
     )
     assert data.count(b"SECRET") == 4
-    harness.executor = Keeping(harness.models)
+    harness.executor = ChunkKeepingExecutor(harness.models)
     harness.resizer = resizer()
     request = harness.add(data)
 
@@ -263,12 +265,10 @@ def test_a_chunk_is_small_and_holds_nothing_of_the_original_but_its_pixels(harne
     assert [record.bytes_sent for record in harness.store.list_chunks()] == [len(chunk)]
 
 
-def test_a_picture_that_is_no_picture_is_not_sent_and_failed_before_the_others_are_answered(
-    harness: Any, resizer: Any
-) -> None:
+def test_an_invalid_image_is_not_sent_and_fails_before_the_others_are_answered(harness: Any, resizer: Any) -> None:
     harness.resizer = resizer()
     bad = harness.add(BAD["a damaged PNG"])
-    good = harness.add(picture())
+    good = harness.add(small_image())
     seen: list[RequestState] = []
 
     async def before_answer() -> None:
@@ -283,7 +283,7 @@ def test_a_picture_that_is_no_picture_is_not_sent_and_failed_before_the_others_a
     assert harness.reload(good)[0].state is RequestState.DONE
 
 
-def test_a_chunk_of_bad_pictures_is_not_sent_at_all(harness: Any, resizer: Any) -> None:
+def test_a_chunk_of_invalid_images_is_not_sent(harness: Any, resizer: Any) -> None:
     harness.resizer = resizer()
     requests = [harness.add(data) for data in BAD.values()]
 
@@ -293,31 +293,31 @@ def test_a_chunk_of_bad_pictures_is_not_sent_at_all(harness: Any, resizer: Any) 
     assert {request.state for request in harness.reload(*requests)} == {RequestState.FAILED}
 
 
-def test_a_picture_whose_file_is_gone_harms_nobody_else(harness: Any, resizer: Any, tmp_path: Path) -> None:
+def test_a_missing_image_file_does_not_affect_the_other_images(harness: Any, resizer: Any, tmp_path: Path) -> None:
     results = resizer().resize("classification", INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
 
     assert isinstance(results[0], FileNotFoundError)
     assert results[1].keys() == {"image"}
 
 
-def test_a_file_that_cannot_be_read_is_an_error_of_the_disk(resizer: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_raises_its_os_error(resizer: Any, tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         resizer().resize("classification", INPUT, [{"image": tmp_path}])
 
 
 def _written(folder: Path) -> Path:
-    (folder / "picture").write_bytes(picture())
-    return folder / "picture"
+    (folder / "image").write_bytes(small_image())
+    return folder / "image"
 
 
-# When
+# The setting MLG_SHRINK
 
 
 @pytest.mark.parametrize(
     ("choice", "is_remote", "is_resized"),
     [("auto", False, False), ("auto", True, True), ("on", False, True), ("on", True, True), ("off", True, False)],
 )
-def test_auto_shrinks_where_chunks_leave_this_machine(
+def test_auto_resizes_if_chunks_leave_this_machine(
     harness: Any, choice: str, is_remote: bool, is_resized: bool
 ) -> None:
     harness.clock = lambda: datetime.now(UTC)
@@ -346,11 +346,11 @@ def test_auto_shrinks_where_chunks_leave_this_machine(
     assert not [pid for pid in children(os.getpid()) if "batcher.resizing" in command_line(pid)]
 
 
-def test_the_local_executor_keeps_chunks_here() -> None:
+def test_the_local_executor_is_not_remote() -> None:
     assert LocalExecutor.is_remote is False
 
 
-def test_a_word_that_shrink_does_not_know_is_refused_with_those_it_does() -> None:
+def test_an_unknown_value_of_the_setting_is_rejected_with_the_known_ones() -> None:
     assert BatcherSettings.from_env({"MLG_SHRINK": "ON"}).shrink == "on"
     with pytest.raises(ConfigError, match=r"MLG_SHRINK.*auto, on, off"):
         BatcherSettings.from_env({"MLG_SHRINK": "perhaps"})
@@ -359,42 +359,42 @@ def test_a_word_that_shrink_does_not_know_is_refused_with_those_it_does() -> Non
 # Processes
 
 
-def test_processes_are_started_when_the_first_picture_comes_and_kept(resizer: Any, tmp_path: Path) -> None:
+def test_processes_are_started_with_the_first_image_and_kept(resizer: Any, tmp_path: Path) -> None:
     made = resizer(workers=1)
     assert made.pids() == []
 
-    shrink(made, tmp_path, picture(1), picture(2))
+    resize(made, tmp_path, small_image(1), small_image(2))
     (first,) = made.pids()
-    shrink(made, tmp_path, picture(3))
+    resize(made, tmp_path, small_image(3))
 
     assert made.pids() == [first]
 
 
-def test_a_bad_picture_does_not_cost_its_process(resizer: Any, tmp_path: Path) -> None:
+def test_an_invalid_image_does_not_end_its_process(resizer: Any, tmp_path: Path) -> None:
     made = resizer(workers=1)
-    results = shrink(made, tmp_path, picture(), *BAD.values())
+    results = resize(made, tmp_path, small_image(), *BAD.values())
     (pid,) = made.pids()
 
     assert all(isinstance(result, BadInput) for result in results[1:])
-    shrink(made, tmp_path, picture())
+    resize(made, tmp_path, small_image())
     assert made.pids() == [pid]
 
 
-def test_a_process_killed_while_idle_is_nobodys_fault(resizer: Any, tmp_path: Path) -> None:
+def test_a_process_killed_while_idle_blames_no_image(resizer: Any, tmp_path: Path) -> None:
     made = resizer(workers=1)
-    shrink(made, tmp_path, picture())
+    resize(made, tmp_path, small_image())
     (pid,) = made.pids()
     os.kill(pid, signal.SIGKILL)
 
-    (result,) = shrink(made, tmp_path, picture())
+    (result,) = resize(made, tmp_path, small_image())
 
     assert result.keys() == {"image"}
     assert made.pids() != [pid]
 
 
-def test_a_picture_that_kills_its_process_fails_alone(harness: Any, resizer: Any) -> None:
+def test_an_image_that_kills_its_process_fails_alone(harness: Any, resizer: Any) -> None:
     harness.resizer = resizer()
-    requests = [harness.add(picture(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
+    requests = [harness.add(small_image(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
     poison = requests.pop(7)
 
     for _ in range(MAX_ATTEMPTS):
@@ -408,11 +408,11 @@ def test_a_picture_that_kills_its_process_fails_alone(harness: Any, resizer: Any
     assert [len(images) for images in harness.executor.images] == [15]
 
 
-def test_a_process_killed_in_mid_picture_loses_nothing(harness: Any, resizer: Any, tmp_path: Path) -> None:
+def test_an_image_whose_process_is_killed_is_tried_again(harness: Any, resizer: Any, tmp_path: Path) -> None:
     harness.resizer = resizer()
     gate = tmp_path / "gate"
-    requests = [harness.add(picture(number)) for number in range(8)]
-    requests.append(harness.add(picture(8) + b"HOLD:" + os.fsencode(gate)))
+    requests = [harness.add(small_image(number)) for number in range(8)]
+    requests.append(harness.add(small_image(8) + b"HOLD:" + os.fsencode(gate)))
     killer = threading.Thread(target=lambda: os.kill(_begun(gate), signal.SIGKILL))
     killer.start()
 
@@ -432,22 +432,22 @@ def _begun(gate: Path) -> int:
 
 
 @pytest.mark.parametrize("tail", [b"HOLD:", b"LOCK"])
-def test_a_picture_that_hangs_is_given_up_and_the_others_are_done(resizer: Any, tmp_path: Path, tail: bytes) -> None:
+def test_an_image_that_hangs_times_out_and_the_others_are_resized(resizer: Any, tmp_path: Path, tail: bytes) -> None:
     made = resizer(workers=1, limit_seconds=1)
     end = tail + (os.fsencode(tmp_path / "gate") if tail == b"HOLD:" else b"")
 
-    results = shrink(made, tmp_path, picture(1), picture(2) + end, picture(3))
+    results = resize(made, tmp_path, small_image(1), small_image(2) + end, small_image(3))
 
     assert isinstance(results[1], ChunkTimeout) and "1 s" in results[1].reason
     assert [results[0].keys(), results[2].keys()] == [{"image"}, {"image"}]
 
 
-def test_when_no_process_can_be_started_nobody_is_blamed_and_nothing_is_sent(
+def test_if_no_process_can_be_started_no_image_is_blamed_and_nothing_is_sent(
     harness: Any, resizer: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "plugin" / "sitecustomize.py").write_text("import os; os._exit(3)")
     harness.resizer = resizer()
-    request = harness.add(picture())
+    request = harness.add(small_image())
 
     harness.run()
 
@@ -462,13 +462,11 @@ def test_when_no_process_can_be_started_nobody_is_blamed_and_nothing_is_sent(
     assert harness.executor.jobs == []
 
 
-def test_stopping_kills_a_decoder_that_hangs_and_gives_the_picture_back(
-    harness: Any, resizer: Any, tmp_path: Path
-) -> None:
+def test_stopping_kills_a_decoder_that_hangs_and_releases_the_image(harness: Any, resizer: Any, tmp_path: Path) -> None:
     harness.resizer = resizer()
     harness.change_settings(drain_seconds=0.05)
     gate = tmp_path / "gate"
-    request = harness.add(picture() + b"HOLD:" + os.fsencode(gate))
+    request = harness.add(small_image() + b"HOLD:" + os.fsencode(gate))
 
     async def main() -> int:
         stop = asyncio.Event()
@@ -487,9 +485,9 @@ def test_stopping_kills_a_decoder_that_hangs_and_gives_the_picture_back(
     assert not is_alive(pid)
 
 
-def test_a_closed_shrinker_refuses_and_has_no_processes(resizer: Any, tmp_path: Path) -> None:
+def test_a_closed_resizer_raises_and_has_no_processes(resizer: Any, tmp_path: Path) -> None:
     made = resizer()
-    shrink(made, tmp_path, picture())
+    resize(made, tmp_path, small_image())
     pids = made.pids()
 
     made.close()
@@ -497,38 +495,38 @@ def test_a_closed_shrinker_refuses_and_has_no_processes(resizer: Any, tmp_path: 
 
     assert pids and not any(map(is_alive, pids)) and made.pids() == []
     with pytest.raises(ResizingUnavailable):
-        shrink(made, tmp_path, picture())
+        resize(made, tmp_path, small_image())
 
 
 @pytest.mark.parametrize("tail", ["", "HOLD:{gate}", "LOCK"])
 def test_killing_the_batcher_leaves_no_process(tmp_path: Path, plugin: dict[str, str], tail: str) -> None:
-    path = tmp_path / "picture"
-    path.write_bytes(picture() + tail.format(gate=tmp_path / "gate").encode())
-    (tmp_path / "sound").write_bytes(picture())
+    path = tmp_path / "image"
+    path.write_bytes(small_image() + tail.format(gate=tmp_path / "gate").encode())
+    (tmp_path / "valid").write_bytes(small_image())
     code = f"""
 import pathlib, threading, time
 from batcher.resizing import Resizer
 from provider_image.service import ModelInput
 
 resizer = Resizer(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
-facts = ModelInput(height=32, width=32, crop=None)
-resizer.resize("classification", facts, [{{"image": pathlib.Path({str(tmp_path / "sound")!r})}}])
-print("shrunk", flush=True)
-resizer.resize("classification", facts, [{{"image": pathlib.Path({str(path)!r})}}])
-print("shrunk", flush=True)
+model_input = ModelInput(height=32, width=32, crop=None)
+resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
+print("resized", flush=True)
+resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(path)!r})}}])
+print("resized", flush=True)
 time.sleep(1000)
 """
     batcher = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert batcher.stdout is not None and batcher.stderr is not None
-    assert batcher.stdout.readline() == "shrunk\n"
+    assert batcher.stdout.readline() == "resized\n"
     if tail == "LOCK":
         assert batcher.stderr.readline() == "locked\n"
     elif tail:
         _begun(tmp_path / "gate")
     else:
-        assert batcher.stdout.readline() == "shrunk\n"
+        assert batcher.stdout.readline() == "resized\n"
     pids = children(batcher.pid)
 
     batcher.kill()
@@ -540,12 +538,12 @@ time.sleep(1000)
     wait_until(lambda: not any(map(is_alive, pids)))
 
 
-def test_what_a_decoder_died_of_is_told(resizer: Any, tmp_path: Path) -> None:
+def test_the_signal_that_killed_a_decoder_is_in_the_error(resizer: Any, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     killer = threading.Thread(target=lambda: os.kill(_begun(gate), signal.SIGSEGV))
     killer.start()
 
-    (result,) = shrink(resizer(), tmp_path, picture() + b"HOLD:" + os.fsencode(gate))
+    (result,) = resize(resizer(), tmp_path, small_image() + b"HOLD:" + os.fsencode(gate))
     killer.join()
 
     assert isinstance(result, WorkerDied)

@@ -1,4 +1,4 @@
-"""What becomes of each claim, decided without a store."""
+"""The outcome of each claim, decided without a store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def failed(error: Any, *, is_blameless: bool = False) -> Outcome:
     return Outcome(provider="p", seconds=1.0, error=error, is_blameless=is_blameless)
 
 
-def test_several_items_share_the_blame_of_their_chunk_and_are_due_at_once(claims: list[Claim]) -> None:
+def test_several_items_of_a_failed_chunk_share_the_blame_and_are_due_immediately(claims: list[Claim]) -> None:
     chunk_outcome = resolve_failed_chunk(map(item, claims), failed(WorkerDied()))
 
     (failure,) = chunk_outcome.failures
@@ -39,7 +39,7 @@ def test_several_items_share_the_blame_of_their_chunk_and_are_due_at_once(claims
     assert list(failure.claims) == claims
 
 
-def test_a_lone_item_has_itself_to_blame_whoever_waits_for_it(claims: list[Claim]) -> None:
+def test_a_single_item_is_to_blame_for_its_chunk_for_all_its_claims(claims: list[Claim]) -> None:
     chunk_outcome = resolve_failed_chunk([item(*claims)], failed(ChunkTimeout()))
 
     (failure,) = chunk_outcome.failures
@@ -48,7 +48,7 @@ def test_a_lone_item_has_itself_to_blame_whoever_waits_for_it(claims: list[Claim
 
 
 @pytest.mark.parametrize("error", [NotInstalled(), BrokenArtefact()])
-def test_the_models_failure_is_nobodys_fault(claims: list[Claim], error: Any) -> None:
+def test_a_failure_of_the_model_blames_no_item(claims: list[Claim], error: Any) -> None:
     chunk_outcome = resolve_failed_chunk(map(item, claims), failed(error))
 
     assert {(failure.blame, failure.delay_seconds) for failure in chunk_outcome.failures} == {
@@ -57,7 +57,7 @@ def test_the_models_failure_is_nobodys_fault(claims: list[Claim], error: Any) ->
     assert chunk_outcome.is_model_unusable
 
 
-def test_what_is_given_back_at_a_stop_is_due_at_once(claims: list[Claim]) -> None:
+def test_items_released_at_a_stop_are_due_immediately(claims: list[Claim]) -> None:
     outcome = failed(WorkerDied("closed"), is_blameless=True)
 
     chunk_outcome = resolve_failed_chunk(map(item, claims), outcome, is_stopping=True)

@@ -1,4 +1,4 @@
-"""The timer, and the single round."""
+"""The timer, and the single run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def alive(harness: Any) -> list[Any]:
     return found
 
 
-def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(harness: Any, batcher: Any) -> None:
+def test_a_batcher_writes_heartbeats_and_deregisters_at_its_end(harness: Any, batcher: Any) -> None:
     async def main() -> list[Any]:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher().run(stop))
@@ -72,10 +72,10 @@ def test_a_batcher_says_that_it_is_alive_and_that_it_leaves(harness: Any, batche
     assert alive(harness) == []
 
 
-def test_a_batcher_says_why_it_takes_none_of_a_model_and_once_leaves_it_with_that_reason(
+def test_the_reason_for_an_unavailable_model_is_in_the_heartbeat_and_in_the_report_of_a_single_run(
     harness: Any, batcher: Any
 ) -> None:
-    harness.add(b"picture")
+    harness.add(b"image")
     harness.executor.unavailable_reasons = {"efficientnet_lite0": "The budget of the day is used up."}
 
     async def main() -> Any:
@@ -94,7 +94,7 @@ def test_a_batcher_says_why_it_takes_none_of_a_model_and_once_leaves_it_with_tha
     assert report.left == {"efficientnet_lite0": (1, "The budget of the day is used up.")}
 
 
-def test_requests_are_taken_when_they_have_waited_long_enough(
+def test_requests_are_processed_when_they_have_waited_long_enough(
     harness: Any, batcher: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "batcher.scheduler")
@@ -103,9 +103,9 @@ def test_requests_are_taken_when_they_have_waited_long_enough(
     async def main() -> None:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(max_wait_seconds=0.3, poll_seconds=0.02).run(stop))
-        await harness.until(lambda: "cycle ended" in caplog.messages)  # the first round, which takes everything
+        await harness.until(lambda: "cycle ended" in caplog.messages)  # the first cycle, which processes everything
         for number in range(3):
-            request = harness.add(b"picture %d" % number)
+            request = harness.add(b"image %d" % number)
             await harness.until(lambda request=request: harness.reload(request)[0].state is RequestState.DONE)
             waited = harness.reload(request)[0].finished_at - request.created_at
             assert waited > timedelta(seconds=0.3)
@@ -115,11 +115,13 @@ def test_requests_are_taken_when_they_have_waited_long_enough(
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_every_so_often_everything_that_waits_is_taken_and_rounds_do_not_overlap(harness: Any, batcher: Any) -> None:
-    rounds = []
+def test_at_each_interval_all_waiting_requests_are_processed_and_cycles_do_not_overlap(
+    harness: Any, batcher: Any
+) -> None:
+    in_flight = []
 
     async def before_answer() -> None:
-        rounds.append(harness.executor.in_flight)
+        in_flight.append(harness.executor.in_flight)
         await asyncio.sleep(0.3)  # longer than the timer's interval
 
     harness.executor.before_answer = before_answer
@@ -129,20 +131,20 @@ def test_every_so_often_everything_that_waits_is_taken_and_rounds_do_not_overlap
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1).run(stop))
         for number in range(3):
-            request = harness.add(b"picture %d" % number)
+            request = harness.add(b"image %d" % number)
             await harness.until(lambda request=request: harness.reload(request)[0].state is RequestState.DONE)
         stop.set()
         await run
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
-    assert rounds == [1, 1, 1]
+    assert in_flight == [1, 1, 1]
 
 
-def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(harness: Any, batcher: Any) -> None:
+def test_an_idle_batcher_writes_only_its_heartbeat(harness: Any, batcher: Any) -> None:
     log = harness.home_settings.database.with_name("mlg.db-wal")
 
-    def look() -> tuple[Any, int]:
+    def read() -> tuple[Any, int]:
         return alive(harness)[0].seen_at, log.stat().st_mtime_ns
 
     async def main() -> None:
@@ -151,9 +153,9 @@ def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(harness: 
         await harness.until(lambda: alive(harness) != [])
         await asyncio.sleep(0.3)
         while True:
-            before = look()
+            before = read()
             await asyncio.sleep(0.5)
-            after = look()
+            after = read()
             if before[0] == after[0]:  # no heartbeat came in between
                 break
         stop.set()
@@ -163,7 +165,7 @@ def test_a_batcher_with_nothing_to_do_writes_nothing_but_its_heartbeat(harness: 
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_once_takes_everything_and_ends_clean(harness: Any, batcher: Any) -> None:
+def test_once_processes_everything_and_is_clean(harness: Any, batcher: Any) -> None:
     requests = harness.add_many(40)
 
     report = run_once(batcher)
@@ -175,10 +177,10 @@ def test_once_takes_everything_and_ends_clean(harness: Any, batcher: Any) -> Non
 
 def test_once_waits_for_back_offs_and_reports_what_failed(harness: Any, batcher: Any) -> None:
     flaky = harness.add(b"flaky")
-    harness.add(b"picture")
+    harness.add(b"image")
     fails = iter([True, False])
 
-    def mend(results: Any) -> Any:
+    def repair(results: Any) -> Any:
         from dataclasses import replace
 
         if next(fails, False):
@@ -189,7 +191,7 @@ def test_once_waits_for_back_offs_and_reports_what_failed(harness: Any, batcher:
         ]
         return replace(results, items=tuple(good))
 
-    harness.executor.corrupt = mend
+    harness.executor.corrupt = repair
 
     report = run_once(batcher)
 
@@ -206,9 +208,9 @@ def test_once_is_not_clean_when_a_request_failed(harness: Any, batcher: Any) -> 
     assert (report.failed, report.is_clean) == (1, False)
 
 
-def test_once_leaves_what_cannot_be_worked_on_and_says_why(harness: Any, batcher: Any) -> None:
-    harness.add(b"picture", model="vgg16")
-    harness.add(b"picture")
+def test_once_reports_the_requests_that_cannot_be_processed_with_the_reason(harness: Any, batcher: Any) -> None:
+    harness.add(b"image", model="vgg16")
+    harness.add(b"image")
     harness.executor.forced_outcome = Outcome(
         provider="table/1", seconds=0, error=BrokenArtefact("The model is damaged.")
     )
@@ -220,7 +222,7 @@ def test_once_leaves_what_cannot_be_worked_on_and_says_why(harness: Any, batcher
     assert report.left["efficientnet_lite0"] == (1, "The model is damaged.")
 
 
-def test_once_ends_though_new_requests_keep_coming(harness: Any, batcher: Any) -> None:
+def test_once_ends_even_if_new_requests_keep_coming(harness: Any, batcher: Any) -> None:
     harness.add_many(20)
     added = []
 
@@ -235,9 +237,9 @@ def test_once_ends_though_new_requests_keep_coming(harness: Any, batcher: Any) -
     assert report.left == {}
 
 
-def test_retention_is_swept_at_the_start(harness: Any, batcher: Any) -> None:
+def test_expired_data_is_deleted_at_the_start(harness: Any, batcher: Any) -> None:
     harness.clock = lambda: now() - timedelta(days=8)
-    old = harness.add(b"picture")
+    old = harness.add(b"image")
     harness.run()
     assert harness.reload(old)[0].state is RequestState.DONE
 

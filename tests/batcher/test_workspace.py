@@ -1,4 +1,4 @@
-"""The folder of files under way: whose is it, and is its owner alive?"""
+"""A batcher's folder of temporary files, and the lock that shows whether the batcher runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batcher.workspace import Workspace
 workspace = Workspace(pathlib.Path(sys.argv[1]), sys.argv[2])
 workspace.create()
 (workspace.folder / "chunk.zip").write_bytes(b"half a chunk")
-print("held", flush=True)
+print("locked", flush=True)
 time.sleep(600)
 """
 
@@ -32,7 +32,7 @@ def test_only_the_folders_of_dead_batchers_are_removed(tmp_path: Path) -> None:
     ]
     for holder in holders:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
+        assert holder.stdout.readline() == b"locked\n"
     os.kill(holders[1].pid, signal.SIGKILL)
     holders[1].wait()
 
@@ -50,7 +50,7 @@ def test_only_the_folders_of_dead_batchers_are_removed(tmp_path: Path) -> None:
     assert found == ["living00", "mine0000"]
 
 
-def test_removing_twice_is_harmless_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_workspace_may_be_removed_twice_and_leaves_nothing(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "work", "0123456789abcdef")
     workspace.create()
     (workspace.folder / "left.zip").write_bytes(b"x")
@@ -61,7 +61,7 @@ def test_removing_twice_is_harmless_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "work").iterdir()] == [".lock"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("a file is in the way")
 
     with pytest.raises(StoreUnavailable, match="cannot be used"):

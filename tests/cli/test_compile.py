@@ -1,4 +1,4 @@
-"""`mlg models compile`, as it is typed: weights from everywhere, progress, one clear line for what cannot be had."""
+"""`mlg models compile` as a user runs it: sources of weights, progress, and error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from provider_image.models.artefact import read_artefact
 from provider_image.models.catalogue import CATALOGUE
-from tests.cli.test_commands import mlg
+from tests.cli.run_mlg import mlg
 from tests.seeded_weights import seeded_network, write_weights
 
 ROW = CATALOGUE["mobilenet_v2"]
@@ -19,13 +19,13 @@ ROW = CATALOGUE["mobilenet_v2"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with seeded weights of a small model under Keras' own file name."""
+    """A folder with seeded weights of a small model, under the file name that Keras uses."""
     folder = tmp_path_factory.mktemp("weights")
     write_weights(seeded_network(ROW), folder / ROW.weights.file)
     return folder
 
 
-def test_the_starter_needs_nothing(tmp_path: Path) -> None:
+def test_efficientnet_lite0_needs_no_weights(tmp_path: Path) -> None:
     done = mlg("models", "compile", "EfficientNet-Lite0", home=tmp_path)
 
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def test_the_starter_needs_nothing(tmp_path: Path) -> None:
     assert f"digest {artefact.digest[:12]}, 18.7 MB as f32; 9.4 MB as f16" in done.stdout
 
 
-def test_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, weights: Path) -> None:
+def test_a_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, weights: Path) -> None:
     by_option = mlg("models", "compile", "MobileNetV2", "--weights", str(weights), home=tmp_path / "one")
     by_variable = mlg(
         "models", "compile", "MobileNetV2", "--out", str(tmp_path / "out"), home=tmp_path, MLG_WEIGHTS_DIR=str(weights)
@@ -51,7 +51,7 @@ def test_keras_model_is_installed_from_a_folder_with_progress(tmp_path: Path, we
     assert not (tmp_path / "models").exists()
 
 
-def test_several_models_go_on_after_one_that_cannot_be_had(tmp_path: Path, weights: Path) -> None:
+def test_other_models_are_installed_after_one_that_fails(tmp_path: Path, weights: Path) -> None:
     done = mlg("models", "compile", "vgg16", "lite0", "--weights", str(weights), home=tmp_path)
 
     assert done.returncode == 1
@@ -60,7 +60,7 @@ def test_several_models_go_on_after_one_that_cannot_be_had(tmp_path: Path, weigh
     assert "efficientnet_lite0 is installed" in done.stdout
 
 
-def test_missing_tensorflow_is_one_line(tmp_path: Path, weights: Path) -> None:
+def test_missing_tensorflow_is_one_error_line(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "tensorflow.py").write_text("raise ImportError('No module named tensorflow')")
 
     done = mlg("models", "compile", "all", "--weights", str(weights), home=tmp_path, PYTHONPATH=str(tmp_path))
@@ -75,12 +75,12 @@ def test_missing_tensorflow_is_one_line(tmp_path: Path, weights: Path) -> None:
         (["densenet12"], 1, "densenet121"),
         (["vgg16", "vgg19", "--weights", "{weights}"], 2, "for several give a folder"),
         (["vgg16", "--weights", "/nowhere"], 1, "There is no weights file /nowhere"),
-        (["vgg16", "--weights", "{weights}"], 1, "does not hold the weights of VGG16"),
+        (["vgg16", "--weights", "{weights}"], 1, "does not contain the weights of VGG16"),
         (["vgg16", "--f16-within", "2"], 2, "--f16-within"),
         ([], 2, "MODEL|all"),
     ],
 )
-def test_mistakes_are_one_clear_line(
+def test_mistakes_are_one_error_line(
     tmp_path: Path, weights: Path, arguments: list[str], status: int, words: str
 ) -> None:
     file = str(weights / ROW.weights.file)
@@ -91,7 +91,7 @@ def test_mistakes_are_one_clear_line(
     assert "Traceback" not in done.stderr
 
 
-def test_f16_is_a_choice(tmp_path: Path, weights: Path) -> None:
+def test_weights_are_stored_as_f16_within_the_given_tolerance(tmp_path: Path, weights: Path) -> None:
     done = mlg("models", "compile", ROW.name, "--weights", str(weights), "--f16-within", "1", home=tmp_path)
 
     facts = json.loads((tmp_path / "models" / ROW.name / "model.json").read_text())

@@ -1,4 +1,4 @@
-"""The commands costs and providers, as they are typed, and what `mlg requests show` says of the cost."""
+"""The commands `mlg costs` and `mlg providers`, and the cost in `mlg requests show`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from provider_image.errors import ConfigError
 from store import new_id
 from store.amounts import format_amount
 from store.chunks import ChunkRecord
-from store.ledger import UnknownProvider
-from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.providers import UnknownProvider
 from store.records import Answer, NewRequest
 from store.sqlite import SqliteStore
 
@@ -42,17 +42,17 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command on the home. Errors of mlg come through; `mlg.py` turns them into one line."""
+    """Run a command on the home. Errors of mlg are raised; `mlg.py` turns them into one line."""
     monkeypatch.setenv("MLG_HOME", str(home))
 
-    def type_in(command: click.Command, *arguments: str, status: int = 0) -> str:
+    def invoke(command: click.Command, *arguments: str, status: int = 0) -> str:
         result = CliRunner().invoke(command, list(arguments))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == status, result.output
         return result.output
 
-    return type_in
+    return invoke
 
 
 def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: int, *, cost: str) -> list[str]:
@@ -65,7 +65,7 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
     )  # fmt: skip
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.images.stage(b"picture"))
+        store.add(new, store.images.stage(b"image"))
     claims = store.claim(
         models=["resnet50"], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
     )
@@ -85,7 +85,7 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
 
 @pytest.fixture
 def history(store: SqliteStore) -> list[str]:
-    """Two providers, an invoice that was paid, an open one and a refused one; the ids of the requests."""
+    """Two providers, with a paid, an open and a refused invoice. :return: the ids of the requests."""
     store.record_offer(ALPHA, name="alpha", now=NOW, **PRICES)
     store.record_offer(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
     store.record_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
@@ -121,7 +121,7 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_costs_by_day_have_a_total_and_the_open_allocations(run: Callable[..., str], history: list[str]) -> None:
+def test_costs_by_day_include_a_total_and_the_open_allocations(run: Callable[..., str], history: list[str]) -> None:
     shown = run(costs)
 
     rows = [line.split() for line in shown.splitlines()]
@@ -148,20 +148,20 @@ def test_costs_of_a_home_without_any_are_zero(run: Callable[..., str], store: Sq
     assert "total" in run(costs)
 
 
-def test_costs_of_a_home_that_is_not_there_make_none(run: Callable[..., str], home: Path) -> None:
+def test_costs_do_not_create_a_home(run: Callable[..., str], home: Path) -> None:
     with pytest.raises(ConfigError, match="mlg migrate"):
         run(costs)
 
     assert not home.exists()
 
 
-def test_a_small_amount_does_not_look_like_nothing() -> None:
+def test_a_small_amount_is_not_shown_as_zero() -> None:
     assert format_amount(Decimal("1e-18")) == "<0.000001"
     assert format_amount(Decimal(0)) == "0.000000"
     assert format_amount(Decimal(10) ** 40) == "1" + "0" * 40 + ".000000"
 
 
-def test_providers_are_listed_with_prices_work_and_spend(run: Callable[..., str], history: list[str]) -> None:
+def test_providers_are_listed_with_prices_work_and_cost(run: Callable[..., str], history: list[str]) -> None:
     shown = run(providers, "list")
     beta, alpha = lines(run(providers, "list", "--json"))
 
@@ -174,18 +174,18 @@ def test_providers_are_listed_with_prices_work_and_spend(run: Callable[..., str]
     assert "\x1b" not in shown
 
 
-def test_a_provider_is_banned_for_a_while_or_for_good_and_unbanned(
+def test_a_provider_is_banned_with_or_without_an_end_and_unbanned(
     run: Callable[..., str], store: SqliteStore, history: list[str]
 ) -> None:
     before = datetime.now(UTC)
 
-    said = run(providers, "ban", "alpha", "--for", "2h", "--reason", "too slow")
+    output = run(providers, "ban", "alpha", "--for", "2h", "--reason", "too slow")
     run(providers, "ban", BETA[:10] + "…")  # copied from the list
 
     alpha, beta = sorted(store.list_providers(), key=lambda provider: provider.id)
-    assert ALPHA in said
+    assert ALPHA in output
     assert alpha.banned_until is not None
-    # A clock of the store's milliseconds may be a little behind.
+    # The store rounds times to milliseconds.
     assert timedelta(hours=2, seconds=-1) < alpha.banned_until - before < timedelta(hours=2, seconds=60)
     assert alpha.is_banned_by_operator
     assert beta.banned_until is None
@@ -195,14 +195,14 @@ def test_a_provider_is_banned_for_a_while_or_for_good_and_unbanned(
     assert store.banned(before) == {BETA: "An operator banned it."}
 
 
-def test_an_unknown_provider_and_a_strange_length_are_refused(run: Callable[..., str], store: SqliteStore) -> None:
+def test_an_unknown_provider_and_an_invalid_duration_are_rejected(run: Callable[..., str], store: SqliteStore) -> None:
     with pytest.raises(UnknownProvider, match="mlg providers list"):
         run(providers, "ban", "nobody")
-    for length in ("2", "h", "-2h", "0h", "2 weeks", "1e9h"):
-        assert "not a length of time" in run(providers, "ban", "nobody", "--for", length, status=2)
+    for duration in ("2", "h", "-2h", "0h", "2 weeks", "1e9h"):
+        assert "not a duration" in run(providers, "ban", "nobody", "--for", duration, status=2)
 
 
-def test_the_cost_stands_in_requests_show(run: Callable[..., str], history: list[str]) -> None:
+def test_requests_show_and_list_include_the_cost(run: Callable[..., str], history: list[str]) -> None:
     table = run(requests, "show", history[0])
     (paid,) = lines(run(requests, "show", history[0], "--json"))
     listed = {line["req_id"]: line["cost"] for line in lines(run(requests, "list", "--json"))}

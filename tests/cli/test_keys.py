@@ -1,4 +1,4 @@
-"""The commands of `mlg keys`, and servers that want keys before they serve other machines."""
+"""The commands of `mlg keys`, and servers that need a key before they listen for other machines."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def rows(home: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in run(home, "list", "--json").stdout.splitlines()]
 
 
-def test_a_key_is_written_to_stdout_alone_and_kept_as_a_hash(tmp_path: Path) -> None:
-    made = run(tmp_path / "home", "create", "alice")
+def test_only_the_key_is_written_to_stdout_and_only_its_hash_is_stored(tmp_path: Path) -> None:
+    created = run(tmp_path / "home", "create", "alice")
 
-    key = made.stdout.strip()
-    assert made.exit_code == 0
-    assert made.stdout == f"{key}\n"
-    assert "first key" in made.stderr
-    assert key not in made.stderr
+    key = created.stdout.strip()
+    assert created.exit_code == 0
+    assert created.stdout == f"{key}\n"
+    assert "first key" in created.stderr
+    assert key not in created.stderr
     database = b"".join(path.read_bytes() for path in (tmp_path / "home").glob("mlg.db*"))
     assert hash_key(key).encode() in database
     assert key[17:].encode() not in database
@@ -77,7 +77,7 @@ def test_a_key_is_revoked_by_name_or_id(tmp_path: Path, by: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "word"),
     [
         (("create", ""), "printable"),
         (("create", "a\nb"), "printable"),
@@ -85,21 +85,21 @@ def test_a_key_is_revoked_by_name_or_id(tmp_path: Path, by: str) -> None:
         (("create", "bob", "--quota", "0"), "quota"),
         (("create", "bob", "--rate", "-1"), "rate"),
         (("create", "bob", "--scope", "everything"), "scope"),
-        (("create", "bob", "--expires", "soon"), "length of time"),
-        (("create", "bob", "--expires", "0d"), "length of time"),
+        (("create", "bob", "--expires", "soon"), "duration"),
+        (("create", "bob", "--expires", "0d"), "duration"),
     ],
 )
-def test_a_bad_argument_is_said_so_and_makes_no_key(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_a_bad_argument_is_an_error_and_creates_no_key(tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
     run(tmp_path, "create", "alice")
 
     done = run(tmp_path, *arguments)
 
     assert (done.exit_code, done.stdout) == (2, "")
-    assert says in done.stderr
+    assert word in done.stderr
     assert len(rows(tmp_path)) == 1
 
 
-def test_a_name_is_taken_once(tmp_path: Path) -> None:
+def test_a_name_can_be_used_once(tmp_path: Path) -> None:
     run(tmp_path, "create", "alice")
 
     again = run(tmp_path, "create", "alice")
@@ -108,7 +108,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 1
 
 
-def test_a_server_for_other_machines_starts_with_a_key_only(
+def test_a_server_for_other_machines_starts_only_with_a_key(
     start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
@@ -135,7 +135,7 @@ def test_a_server_for_other_machines_starts_with_a_key_only(
     assert statuses == [401, 404, 200]
 
 
-def test_up_refuses_like_serve_before_it_starts_anything(tmp_path: Path) -> None:
+def test_up_fails_like_serve_before_it_starts_anything(tmp_path: Path) -> None:
     refused = subprocess.run(
         [sys.executable, "-m", "mlg", "up", "--home", str(tmp_path), "--port", "0", "--host", "0.0.0.0"],
         cwd=ROOT,
@@ -149,7 +149,7 @@ def test_up_refuses_like_serve_before_it_starts_anything(tmp_path: Path) -> None
     assert "--open" in refused.stderr
 
 
-def test_told_to_be_open_a_server_for_other_machines_starts_without_keys(
+def test_an_open_server_for_other_machines_starts_without_keys(
     start_server: Callable[..., RunningServer],
 ) -> None:
     base = start_server("--host", "0.0.0.0", "--open").base.replace("0.0.0.0", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""One event is one line, with the ids at its end."""
+"""Logging: one event is one line, with its ids at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_record_is_one_line_with_its_extras_even_with_a_traceback() -> None:
     assert "ValueError: odd" in line
 
 
-def test_events_go_to_stderr_from_the_level_that_is_set() -> None:
+def test_events_of_the_configured_level_go_to_stderr() -> None:
     code = (
         "import logging; from cli.logs import configure_logging; configure_logging()\n"
         "logging.getLogger('a').info('quiet'); logging.getLogger('a').warning('loud')"
@@ -45,6 +45,6 @@ def test_events_go_to_stderr_from_the_level_that_is_set() -> None:
     assert [line.partition(" ")[2] for line in result.stderr.splitlines()] == ["WARNING a loud"]
 
 
-def test_a_level_that_does_not_exist_names_its_variable() -> None:
+def test_the_error_for_an_unknown_level_names_the_variable() -> None:
     with pytest.raises(ConfigError, match="MLG_LOG_LEVEL"):
         configure_logging("chatty")

@@ -1,4 +1,4 @@
-"""`mlg submit` against a real server: what is sent, what is written, and how it goes on after a break."""
+"""`mlg submit` against a real server: what is sent, what is written, and how it continues after an interruption."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(number: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five images in two levels, and a file that is none."""
+    """Five images in two folders, and a file that is no image."""
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     for number, name in enumerate(["b.png", "a.PNG", "more/d.jpg", "more/c e.png", "kätzchen.png"]):
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Submit:
-    """Runs `mlg submit` with one home of the client's own."""
+    """Runs `mlg submit` with a home that is not the server's."""
 
     def __init__(self, home: Path, url: str) -> None:
         self.home = home
@@ -84,7 +84,7 @@ def submit(tmp_path: Path, server: RunningServer) -> Submit:
 
 @pytest.fixture
 def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
-    """Answers whatever is queued, as soon as it is started."""
+    """A thread that answers all queued requests once it is started."""
     stop = threading.Event()
 
     def loop() -> None:
@@ -107,7 +107,7 @@ def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-def everything(store: SqliteStore) -> list[RequestRecord]:
+def all_requests(store: SqliteStore) -> list[RequestRecord]:
     return store.list(limit=10_000)
 
 
@@ -146,10 +146,12 @@ def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
     assert all(store.get(id).name == Path(file).name for file, id in lines(first))
     assert second.stdout == first.stdout
     assert set(first.stdout.splitlines()) < set(third.stdout.splitlines())
-    assert len(everything(store)) == 6
+    assert len(all_requests(store)) == 6
 
 
-def test_moved_files_are_known_and_equal_ones_are_sent_once(submit: Submit, store: SqliteStore, folder: Path) -> None:
+def test_moved_files_are_known_and_identical_ones_are_sent_once(
+    submit: Submit, store: SqliteStore, folder: Path
+) -> None:
     for copy in range(20):
         (folder / f"copy{copy}.png").write_bytes(image(0))
     submit(folder)
@@ -158,7 +160,7 @@ def test_moved_files_are_known_and_equal_ones_are_sent_once(submit: Submit, stor
     again = submit(folder.with_name("moved"))
 
     assert len(lines(again)) == 25
-    assert len(everything(store)) == 5
+    assert len(all_requests(store)) == 5
 
 
 def test_waiting_prints_the_best_label(submit: Submit, folder: Path, batcher: Callable[[], None]) -> None:
@@ -170,7 +172,7 @@ def test_waiting_prints_the_best_label(submit: Submit, folder: Path, batcher: Ca
     assert [line[2:] for line in lines(done)] == [["done", "label_0 0.095"]]
 
 
-def test_answers_are_written_as_jsonl_and_csv(
+def test_results_are_written_as_jsonl_and_csv(
     submit: Submit, folder: Path, tmp_path: Path, batcher: Callable[[], None]
 ) -> None:
     batcher()
@@ -211,40 +213,40 @@ def test_a_file_that_is_refused_does_not_stop_the_others(
     assert sum(row["status"] == "done" for row in rows.values()) == 5
     assert done.stderr.count("\n") == 3
     assert f"mlg: {folder / 'letter.jpg'}: " in done.stderr
-    assert len(everything(store)) == 5
+    assert len(all_requests(store)) == 5
 
 
-def test_a_killed_run_goes_on_where_it_was(submit: Submit, store: SqliteStore, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_stopped(submit: Submit, store: SqliteStore, tmp_path: Path) -> None:
     many = tmp_path / "many"
     many.mkdir()
     for number in range(400):
         (many / f"{number:03d}.png").write_bytes(image(number))
     process = submit.start(many)
 
-    wait_until(lambda: len(everything(store)) >= 40)
+    wait_until(lambda: len(all_requests(store)) >= 40)
     process.kill()
     process.communicate()
-    sent_before = len(everything(store))
+    sent_before = len(all_requests(store))
     with submit.journal.open("ab") as journal:
         journal.write(b'{"sha256": "torn')
     again = submit(many)
 
     assert sent_before < 400
     assert (again.returncode, len(lines(again))) == (0, 400), again.stderr
-    assert len({request.image_sha256 for request in everything(store)}) == 400
-    # The batch under way at the kill was sent again under its key.
-    assert len(everything(store)) == 400
+    assert len({request.image_sha256 for request in all_requests(store)}) == 400
+    # The batch that was being sent at the kill was sent again with its key.
+    assert len(all_requests(store)) == 400
     with SubmitJournal(submit.home, submit.url, MODEL) as journal:
-        assert all(journal.find(request.image_sha256) for request in everything(store))
+        assert all(journal.find(request.image_sha256) for request in all_requests(store))
 
 
 @pytest.mark.parametrize("is_key_used", [False, True])
-def test_a_batch_without_a_noted_answer_is_sent_again_and_accepted_once(
+def test_a_batch_without_a_recorded_answer_is_sent_again_and_accepted_once(
     submit: Submit, store: SqliteStore, folder: Path, is_key_used: bool
 ) -> None:
     first = submit(folder)
     heading, batch, *_ = submit.journal.read_text().splitlines()
-    if is_key_used:  # for another body, as when the server got only part of it
+    if is_key_used:  # with another body, as if the server had received only a part of it
         batch = json.dumps({**json.loads(batch), "key": "used"})
         with Client(submit.url) as client:
             client.submit_many([image(7), image(8)], MODEL, idempotency_key="used")
@@ -254,10 +256,10 @@ def test_a_batch_without_a_noted_answer_is_sent_again_and_accepted_once(
 
     assert again.returncode == 0, again.stderr
     assert (again.stdout == first.stdout) is not is_key_used
-    assert len(everything(store)) == (5 + 2 + 5 if is_key_used else 5)
+    assert len(all_requests(store)) == (5 + 2 + 5 if is_key_used else 5)
 
 
-def test_a_changed_file_ends_the_batch_that_was_under_way(submit: Submit, store: SqliteStore, folder: Path) -> None:
+def test_an_interrupted_batch_with_a_changed_file_is_dropped(submit: Submit, store: SqliteStore, folder: Path) -> None:
     submit(folder)
     heading, batch, *_ = submit.journal.read_text().splitlines()
     submit.journal.write_text(f"{heading}\n{batch}\n")
@@ -266,7 +268,7 @@ def test_a_changed_file_ends_the_batch_that_was_under_way(submit: Submit, store:
     again = submit(folder)
 
     assert again.returncode == 0, again.stderr
-    assert {request.image_sha256 for request in everything(store)} >= {hashlib.sha256(image(999)).hexdigest()}
+    assert {request.image_sha256 for request in all_requests(store)} >= {hashlib.sha256(image(999)).hexdigest()}
 
 
 def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: SqliteStore, folder: Path) -> None:
@@ -278,7 +280,7 @@ def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: Sqlite
 
     assert [sorted(json.loads(line)) for line in kept] == [["model", "url"], *[["req_id", "sha256"]] * 5]
     assert again.stdout == first.stdout
-    assert len(everything(store)) == 5
+    assert len(all_requests(store)) == 5
 
 
 def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: SqliteStore, folder: Path) -> None:
@@ -290,49 +292,49 @@ def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store:
     again = submit(folder)
 
     assert again.returncode == 0
-    assert len(everything(store)) == 6
+    assert len(all_requests(store)) == 6
     assert dict(lines(again))[str(folder / "b.png")] != "forgotten"
 
 
-def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(
+def test_ctrl_c_saves_the_state_and_explains_how_to_continue(
     submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, batcher: Callable[[], None]
 ) -> None:
     out = tmp_path / "results.jsonl"
     process = submit.start("--out", out, folder)
-    # All are sent and it waits for answers, which nobody gives.
+    # All are sent and the command waits for results that do not come.
     journals = submit.home / "submissions"
     wait_until(lambda: sum(path.read_bytes().count(b'"req_id"') for path in journals.glob("*")) == 5)
 
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=DEADLINE_SECONDS)
+        _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # faulthandler then says where each thread stands
-        _, said = process.communicate()
+        process.send_signal(signal.SIGABRT)  # faulthandler then prints the stack of each thread
+        _, errors = process.communicate()
     took = time.monotonic() - began
     partly = [json.loads(line) for line in out.read_text().splitlines()]
     batcher()
     again = submit("--out", out, folder)
 
-    assert (process.returncode, took < 4 * slowness()) == (130, True), said
-    assert "same command" in said.decode()
+    assert (process.returncode, took < 4 * slowness()) == (130, True), errors
+    assert "same command" in errors.decode()
     assert {row["status"] for row in partly} == {"queued"}
     assert all(row["req_id"] for row in partly)
     assert again.returncode == 0
     assert {json.loads(line)["status"] for line in out.read_text().splitlines()} == {"done"}
-    assert len(everything(store)) == 5
+    assert len(all_requests(store)) == 5
 
 
-class Moody(http.server.BaseHTTPRequestHandler):
-    """A server that is busy twice before it takes an image."""
+class BusyTwice(http.server.BaseHTTPRequestHandler):
+    """A server that is busy twice before it accepts an image."""
 
-    asked: list[float]
+    received: list[float]
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(time.monotonic())
-        busy = len(self.asked) <= 2
+        self.received.append(time.monotonic())
+        busy = len(self.received) <= 2
         self.send_response(503 if busy else 202)
         self.send_header("Retry-After", "1")
         self.end_headers()
@@ -340,34 +342,34 @@ class Moody(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def moody() -> Iterator[tuple[str, list[float]]]:
-    asked: list[float] = []
-    handler = type("Handler", (Moody,), {"asked": asked})
+def busy_server() -> Iterator[tuple[str, list[float]]]:
+    received: list[float] = []
+    handler = type("Handler", (BusyTwice,), {"received": received})
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", received
         server.shutdown()
         thread.join()
 
 
-def test_a_busy_server_is_asked_again_as_late_as_it_wants(
-    moody: tuple[str, list[float]], folder: Path, tmp_path: Path
+def test_a_busy_server_is_retried_after_its_retry_after(
+    busy_server: tuple[str, list[float]], folder: Path, tmp_path: Path
 ) -> None:
-    url, asked = moody
+    url, received = busy_server
 
     done = Submit(tmp_path / "client", url)(folder / "b.png")
 
     assert (done.returncode, lines(done)) == (0, [[str(folder / "b.png"), "r1"]]), done.stderr
-    assert len(asked) == 3
-    assert asked[1] - asked[0] >= 1.0
+    assert len(received) == 3
+    assert received[1] - received[0] >= 1.0
 
 
-def test_a_server_that_is_away_is_given_up_after_the_retry_timeout(folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_given_up_after_the_retry_timeout(folder: Path, tmp_path: Path) -> None:
     began = time.monotonic()
 
     done = Submit(tmp_path / "client", "http://127.0.0.1:9")("--retry-timeout", "1", folder)
@@ -380,7 +382,7 @@ def test_a_server_that_is_away_is_given_up_after_the_retry_timeout(folder: Path,
 
 
 @pytest.mark.parametrize(("model", "word"), [("densenet12", "densenet121"), ("vgg16", "mlg models compile vgg16")])
-def test_a_model_that_nobody_can_serve_ends_the_run_at_once(
+def test_a_model_that_the_server_cannot_run_ends_the_command_at_once(
     server: RunningServer, folder: Path, tmp_path: Path, model: str, word: str
 ) -> None:
     submit = Submit(tmp_path / "client", server.base)
@@ -393,16 +395,16 @@ def test_a_model_that_nobody_can_serve_ends_the_run_at_once(
 
 
 @pytest.mark.parametrize("out", ["results.txt", "nowhere/results.csv"])
-def test_a_results_file_that_cannot_be_written_is_told_before_anything_is_sent(
+def test_a_results_file_that_cannot_be_written_is_an_error_before_anything_is_sent(
     submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, out: str
 ) -> None:
     done = submit("--out", tmp_path / out, folder)
 
     assert (done.returncode, "--out" in done.stderr) == (2, True)
-    assert everything(store) == []
+    assert all_requests(store) == []
 
 
-def test_a_name_that_is_not_utf8_is_no_trouble(submit: Submit, tmp_path: Path, batcher: Callable[[], None]) -> None:
+def test_a_file_name_need_not_be_utf8(submit: Submit, tmp_path: Path, batcher: Callable[[], None]) -> None:
     batcher()
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(image(5))

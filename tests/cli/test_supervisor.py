@@ -1,4 +1,4 @@
-"""`mlg up` and `mlg batch` as processes: they come up, stay up, and leave nobody behind."""
+"""`mlg up` and `mlg batch` as processes: they start, recover from crashes, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Up:
                 text=True,
             )
 
-    def welcome(self) -> str:
+    def read_startup_message(self) -> str:
         assert self.process.stdout is not None
         lines = []
         while not lines or not lines[-1].startswith("Ctrl-C"):
@@ -78,8 +78,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         each.end()
 
 
-def address(welcome: str) -> str:
-    return next(word for word in welcome.split() if word.startswith("http://"))
+def address(message: str) -> str:
+    return next(word for word in message.split() if word.startswith("http://"))
 
 
 def ask(url: str, data: bytes | None = None) -> dict[str, Any]:
@@ -94,12 +94,10 @@ def classify(base: str, photo: bytes) -> dict[str, Any]:
     return wait_until(lambda: (found := ask(f"{base}/readPrediction/{id}?wait=5"))["preds"] and found)
 
 
-def test_up_answers_survives_the_death_of_its_children_and_stops_clean(
-    start: Callable[..., Up], photos: dict[str, bytes]
-) -> None:
+def test_up_restarts_killed_children_and_stops_cleanly(start: Callable[..., Up], photos: dict[str, bytes]) -> None:
     up = start("--port", "0", "--workers", "1")
-    welcome = up.welcome()
-    base = address(welcome)
+    message = up.read_startup_message()
+    base = address(message)
 
     first = classify(base, photos["chelsea"])
     batcher, server = up.child("batch"), up.child("serve")
@@ -115,14 +113,14 @@ def test_up_answers_survives_the_death_of_its_children_and_stops_clean(
 
     wait_until(is_back)
     second = classify(base, photos["coffee"])
-    everybody = descendants(up.process.pid)
+    processes = descendants(up.process.pid)
     up.process.send_signal(signal.SIGINT)
     status = up.process.wait(120)
 
-    assert str(up.home) in welcome and "1 worker" in welcome and "curl -F image=@" in welcome
+    assert str(up.home) in message and "1 worker" in message and "curl -F image=@" in message
     assert (first["preds"][0][1], second["preds"][0][1]) == ("tiger_cat", "espresso")
     assert status == 0
-    assert not any(is_alive(pid) for pid in everybody)
+    assert not any(is_alive(pid) for pid in processes)
     assert [path.name for path in (up.home / "work").iterdir()] == [".lock"]
     errors = up.errors.read_text()
     assert errors.count("the batcher was killed by signal 9; starting it again") == 1
@@ -130,21 +128,21 @@ def test_up_answers_survives_the_death_of_its_children_and_stops_clean(
     assert "Traceback" not in errors
 
 
-def test_nobody_outlives_a_supervisor_that_is_killed(start: Callable[..., Up]) -> None:
+def test_no_process_outlives_a_killed_supervisor(start: Callable[..., Up]) -> None:
     up = start("--port", "0", "--workers", "1")
-    up.welcome()
-    everybody = descendants(up.process.pid)
+    up.read_startup_message()
+    processes = descendants(up.process.pid)
 
     up.process.kill()
     up.process.wait()
 
-    assert len(everybody) >= 3
-    wait_until(lambda: not any(is_alive(pid) for pid in everybody))
+    assert len(processes) >= 3
+    wait_until(lambda: not any(is_alive(pid) for pid in processes))
 
 
-def test_a_taken_port_is_one_clear_line_and_no_circle_of_restarts(start: Callable[..., Up]) -> None:
+def test_a_taken_port_is_one_error_line_without_restarts(start: Callable[..., Up]) -> None:
     first = start("--port", "0", "--workers", "1")
-    port = address(first.welcome()).rpartition(":")[2]
+    port = address(first.read_startup_message()).rpartition(":")[2]
 
     second = subprocess.run(
         [sys.executable, "-m", "mlg", "up", "--home", str(first.home), "--port", port],
@@ -159,8 +157,8 @@ def test_a_taken_port_is_one_clear_line_and_no_circle_of_restarts(start: Callabl
     assert line.startswith(f"mlg: Port {port}") and "--port" in line
 
 
-def test_a_home_that_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("a file is in the way")
+def test_a_home_that_cannot_be_used_is_one_error_line(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file, not a folder")
 
     result = subprocess.run(
         [sys.executable, "-m", "mlg", "up", "--home", str(tmp_path / "home"), "--port", "0"],
@@ -174,7 +172,7 @@ def test_a_home_that_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_options_override_variables_and_bad_ones_are_named(tmp_path: Path) -> None:
+def test_options_override_variables_and_errors_name_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlg", "batch", "--once", "--home", str(tmp_path / "home")]
     environment = {**os.environ, "MLG_EXECUTOR": "nowhere"}
 
@@ -194,7 +192,7 @@ def test_options_override_variables_and_bad_ones_are_named(tmp_path: Path) -> No
     assert json.loads(right.stdout)["left"] == []
 
 
-def test_a_batcher_told_to_stop_by_its_parents_end_stops(tmp_path: Path) -> None:
+def test_the_batcher_stops_when_its_parent_exits(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "mlg", "batch", "--home", str(tmp_path / "home"), "--parent-fd", str(reader)],
@@ -210,7 +208,7 @@ def test_a_batcher_told_to_stop_by_its_parents_end_stops(tmp_path: Path) -> None
     assert process.wait(120) == 0
 
 
-def test_up_waits_shortly_unless_told_otherwise() -> None:
+def test_up_waits_briefly_unless_configured_otherwise() -> None:
     assert with_short_waits({})["MLG_MAX_WAIT_SECONDS"] == "0.2"
     assert with_short_waits({"MLG_MAX_WAIT_SECONDS": ""})["MLG_MAX_WAIT_SECONDS"] == "0.2"
     assert with_short_waits({"MLG_MAX_WAIT_SECONDS": "3"})["MLG_MAX_WAIT_SECONDS"] == "3"

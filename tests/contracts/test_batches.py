@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from store import new_id
 from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
-from store.errors import StoreUnavailable, UnknownRequest
+from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
 from store.idempotency import SavedResponse
 from store.images import StagedImage
 from store.records import Answer, Claim, NewRequest, RequestRecord, RequestState
-from store.search import NotRemovable, Query
+from store.search import Query
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
@@ -38,7 +38,7 @@ def new_request(**changes: object) -> NewRequest:
     return NewRequest(**facts)  # type: ignore[arg-type]
 
 
-def add(store: SqliteStore, data: bytes = b"picture", **changes: object) -> RequestRecord:
+def add(store: SqliteStore, data: bytes = b"image", **changes: object) -> RequestRecord:
     return store.add(new_request(**changes), store.images.stage(data))
 
 
@@ -64,7 +64,7 @@ def answer(one: Claim, chunk_id: str = "c1") -> Answer:
 # Batches
 
 
-def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refusals(store: SqliteStore) -> None:
+def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refused_items(store: SqliteStore) -> None:
     batch, added = batch_of(store, 3)
 
     found = store.get_batch(batch.id)
@@ -96,7 +96,7 @@ def test_a_batch_that_cannot_be_added_leaves_nothing(store: SqliteStore) -> None
     assert [path for path in store.images.folder.rglob("*") if path.is_file()] == []
 
 
-def test_progress_counts_where_the_requests_stand(store: SqliteStore) -> None:
+def test_progress_counts_requests_by_state(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 8)
     claims = claim(store, 4)
     store.finish([answer(claims[0])], now=after(1))
@@ -155,14 +155,14 @@ def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: SqliteStore) 
     assert not progress.is_cost_final
 
 
-def test_results_come_in_the_order_in_which_they_ended_and_none_is_missed(store: SqliteStore) -> None:
+def test_results_are_in_the_order_in_which_they_ended_and_none_is_missed(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 6)
     claims = claim(store)
     seen: list[str | None] = []
     mark = 0
 
     for one in reversed(claims):
-        # The times tell nothing about the order of the commits.
+        # The times are not in the order of the commits.
         store.finish([answer(one)], now=after(100 - one.number))
         for number, request in store.batch_results(batch.id, after=mark):
             mark = number
@@ -171,7 +171,7 @@ def test_results_come_in_the_order_in_which_they_ended_and_none_is_missed(store:
     assert seen == [f"item {n}" for n in reversed(range(6))]
 
 
-def test_what_was_answered_before_is_a_result_at_once(store: SqliteStore) -> None:
+def test_a_reused_answer_is_a_result_at_once(store: SqliteStore) -> None:
     add(store, b"0")
     store.finish([answer(one) for one in claim(store)], now=after(1))
 
@@ -181,7 +181,7 @@ def test_what_was_answered_before_is_a_result_at_once(store: SqliteStore) -> Non
     assert [request.client_id for _, request in store.batch_results(batch.id)] == ["item 0"]
 
 
-def test_cancelling_a_batch_cancels_what_is_queued_only(store: SqliteStore) -> None:
+def test_cancelling_a_batch_cancels_only_queued_requests(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 20)
     claimed = claim(store, 16)
 
@@ -193,7 +193,7 @@ def test_cancelling_a_batch_cancels_what_is_queued_only(store: SqliteStore) -> N
     assert store.get_batch(batch.id).cancelled_at == after(1)
 
 
-def test_retrying_a_batch_queues_the_failed_only_and_they_end_anew(store: SqliteStore) -> None:
+def test_retrying_a_batch_queues_only_failed_requests_and_they_end_again(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 3)
     claims = claim(store)
     store.fail(claims[:2], code="c", reason="r", now=after(1))
@@ -207,7 +207,7 @@ def test_retrying_a_batch_queues_the_failed_only_and_they_end_anew(store: Sqlite
     assert [request.client_id for _, request in store.batch_results(batch.id, after=mark)] == ["item 0", "item 1"]
 
 
-def test_a_batch_under_way_is_not_removed(store: SqliteStore) -> None:
+def test_a_batch_in_progress_is_not_removed(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 2)
 
     with pytest.raises(BatchInProgress):
@@ -219,10 +219,10 @@ def test_a_batch_under_way_is_not_removed(store: SqliteStore) -> None:
     assert list(store.images.list_digests()) == []
 
 
-# Deadlines and keeping
+# Deadlines and retention
 
 
-def test_what_is_queued_at_its_deadline_expires_and_what_is_claimed_is_finished(store: SqliteStore) -> None:
+def test_queued_requests_expire_at_their_deadline_and_claimed_ones_are_finished(store: SqliteStore) -> None:
     late = add(store, b"1", deadline_at=after(10))
     held = claim(store)
     early, never = add(store, b"2", deadline_at=after(10)), add(store, b"3")
@@ -237,7 +237,7 @@ def test_what_is_queued_at_its_deadline_expires_and_what_is_claimed_is_finished(
     assert store.get(late.id).state is RequestState.DONE
 
 
-def test_an_expired_request_that_is_tried_again_has_no_deadline_any_more(store: SqliteStore) -> None:
+def test_an_expired_request_that_is_retried_has_no_deadline(store: SqliteStore) -> None:
     request = add(store, deadline_at=after(10))
     store.expire(after(10))
 
@@ -247,7 +247,7 @@ def test_an_expired_request_that_is_tried_again_has_no_deadline_any_more(store: 
     assert store.expire(after(30)) == 0
 
 
-def test_the_owners_own_time_to_keep_counts_when_it_is_shorter(store: SqliteStore) -> None:
+def test_a_shorter_retention_time_of_a_request_applies(store: SqliteStore) -> None:
     short, usual = add(store, b"1", keep_seconds=60), add(store, b"2")
     store.finish([answer(one) for one in claim(store)], now=NOW)
     long_ago = NOW - timedelta(days=30)
@@ -260,7 +260,7 @@ def test_the_owners_own_time_to_keep_counts_when_it_is_shorter(store: SqliteStor
     assert not store.images.path(short.image_sha256).exists()
 
 
-def test_a_batch_is_forgotten_when_its_last_request_is(store: SqliteStore) -> None:
+def test_a_batch_is_deleted_with_its_last_request(store: SqliteStore) -> None:
     batch, _ = batch_of(store, 2)
     store.finish([answer(one) for one in claim(store)], now=NOW)
 
@@ -270,10 +270,10 @@ def test_a_batch_is_forgotten_when_its_last_request_is(store: SqliteStore) -> No
     assert store.refused_items(batch.id) == []
 
 
-# The list
+# Search
 
 
-def test_the_list_is_narrowed_by_each_filter(store: SqliteStore) -> None:
+def test_each_filter_narrows_a_search(store: SqliteStore) -> None:
     batch, items = batch_of(store, 2)
     named = add(store, b"a", name="Summer_100%.JPG", model="vgg16", created_at=after(10))
     labelled = add(store, b"b", labels={"place": "attic", "year": "1999"}, key_id="k", created_at=after(20))
@@ -301,7 +301,7 @@ def test_the_list_is_narrowed_by_each_filter(store: SqliteStore) -> None:
     assert found(status="claimed") == []
 
 
-def test_labels_are_forgotten_with_their_request(store: SqliteStore) -> None:
+def test_labels_are_deleted_with_their_request(store: SqliteStore) -> None:
     request = add(store, labels={"a": "b"})
     store.cancel(request.id, now=NOW)
 
@@ -321,8 +321,8 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     before: int, steps: list[tuple[int, int]], most: int, query: Query
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("store.sqlite_search.MAX_ROWS_SCANNED", most)
-        patch.setattr("store.sqlite_search.MAX_NAMES_SCANNED", most)
+        patch.setattr("store.search.MAX_ROWS_SCANNED", most)
+        patch.setattr("store.search.MAX_NAMES_SCANNED", most)
         store = SqliteStore(HomeSettings(home=Path(folder) / "home"))
         store.migrate()
 
@@ -356,7 +356,7 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     assert set(seen) == fitting
 
 
-def test_only_what_has_ended_is_removed_and_its_picture_stays_while_another_needs_it(store: SqliteStore) -> None:
+def test_only_ended_requests_are_removed_and_an_image_stays_while_another_request_needs_it(store: SqliteStore) -> None:
     first, second = add(store, b"same"), add(store, b"same")
     with pytest.raises(NotRemovable):
         store.remove(first.id)
@@ -372,10 +372,10 @@ def test_only_what_has_ended_is_removed_and_its_picture_stays_while_another_need
     assert list(store.images.list_digests()) == []
 
 
-# Repeated requests
+# Idempotency keys
 
 
-def begin(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW) -> object:
+def reserve(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW) -> object:
     return store.reserve_idempotency_key(
         owner,
         "key",
@@ -387,45 +387,47 @@ def begin(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW
     )
 
 
-def test_of_many_at_once_under_one_key_one_begins(store: SqliteStore) -> None:
-    begun: list[object] = []
-    threads = [threading.Thread(target=lambda n=n: begun.append(begin(store, f"t{n}"))) for n in range(8)]
+def test_of_many_simultaneous_reservations_of_a_key_one_succeeds(store: SqliteStore) -> None:
+    results: list[object] = []
+    threads = [threading.Thread(target=lambda n=n: results.append(reserve(store, f"t{n}"))) for n in range(8)]
 
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
 
-    assert sum(found is None for found in begun) == 1
-    assert len(begun) == 8
+    assert sum(found is None for found in results) == 1
+    assert len(results) == 8
 
 
-def test_an_answer_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -> None:
+def test_a_response_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -> None:
     kept = SavedResponse(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
-    begin(store, "t1")
+    reserve(store, "t1")
 
     assert store.save_response("", "key", "t1", kept)
 
-    found = begin(store, "t2", at=after(3600))
+    found = reserve(store, "t2", at=after(3600))
     assert found is not None and found.answer == kept  # type: ignore[attr-defined]
-    assert begin(store, "t3", owner="another") is None
-    assert begin(store, "t4", at=after(86_401)) is None
+    assert reserve(store, "t3", owner="another") is None
+    assert reserve(store, "t4", at=after(86_401)) is None
 
 
-def test_what_a_killed_server_left_ends_with_its_lease_and_its_token_is_worth_nothing_then(store: SqliteStore) -> None:
-    begin(store, "t1")
+def test_a_reservation_of_a_killed_server_ends_with_its_lease_and_its_token_no_longer_counts(
+    store: SqliteStore,
+) -> None:
+    reserve(store, "t1")
 
-    assert begin(store, "t2", at=after(59)) is not None
-    assert begin(store, "t2", at=after(61)) is None
+    assert reserve(store, "t2", at=after(59)) is not None
+    assert reserve(store, "t2", at=after(61)) is None
 
     assert not store.save_response("", "key", "t1", SavedResponse(fingerprint="f", status=200))
     assert not store.release_idempotency_key("", "key", "t1")
     assert store.renew_idempotency_key("", "key", "t2", lease_ends_at=after(500))
-    assert begin(store, "t3", at=after(400)) is not None
+    assert reserve(store, "t3", at=after(400)) is not None
 
 
-def test_keys_that_are_over_are_purged(store: SqliteStore) -> None:
-    begin(store, "t1")
+def test_expired_idempotency_keys_are_purged(store: SqliteStore) -> None:
+    reserve(store, "t1")
     long_ago = NOW - timedelta(days=30)
 
     store.purge(images_before=long_ago, results_before=long_ago, now=after(90_000))

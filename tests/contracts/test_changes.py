@@ -1,4 +1,4 @@
-"""What every feed promises: each change is told exactly once, in order, to whoever comes back at any time."""
+"""Contract of the change feed: a reader that resumes at any time gets each change exactly once, in order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answer_of(claimed: Claim) -> Answer:
     return Answer(claim=claimed, output=[1], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
 
 
-def test_coming_in_is_no_change_and_every_other_one_is_told(store: SqliteStore) -> None:
+def test_being_added_is_no_change_and_every_other_transition_is_one(store: SqliteStore) -> None:
     id = add(store)
     number = store.get(id).number
     before = store.latest_change()
@@ -74,7 +74,7 @@ def test_coming_in_is_no_change_and_every_other_one_is_told(store: SqliteStore) 
     )
 
 
-def test_an_answer_that_was_there_already_is_a_change(store: SqliteStore) -> None:
+def test_a_reused_answer_is_a_change(store: SqliteStore) -> None:
     new = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
     store.add(new, store.images.stage(b"x"))
     store.finish([answer_of(one) for one in claim(store)], now=NOW)
@@ -86,7 +86,7 @@ def test_an_answer_that_was_there_already_is_a_change(store: SqliteStore) -> Non
     assert [(change.number, change.state) for change in store.changes(last)] == [(added.number, RequestState.DONE)]
 
 
-def test_a_write_that_is_taken_back_is_no_change(store: SqliteStore) -> None:
+def test_a_write_that_is_rolled_back_is_no_change(store: SqliteStore) -> None:
     add(store)
 
     def fail(transaction: object) -> None:
@@ -99,12 +99,12 @@ def test_a_write_that_is_taken_back_is_no_change(store: SqliteStore) -> None:
     assert store.changes(0) == []
 
 
-def test_requests_stand_where_their_last_change_is(store: SqliteStore) -> None:
+def test_the_position_of_a_request_is_its_last_change(store: SqliteStore) -> None:
     ids = [add(store) for _ in range(3)]
     store.cancel(ids[1], now=NOW)
     store.cancel(ids[0], now=NOW)
 
-    snapshot = store.snapshot(ids=[*ids, "nobody"])
+    snapshot = store.snapshot(ids=[*ids, "unknown"])
     read = store.read_changed([number for (_, number), _ in snapshot.requests] + [99])
 
     assert (snapshot.latest, snapshot.floor) == (2, 0)
@@ -117,7 +117,7 @@ def test_requests_stand_where_their_last_change_is(store: SqliteStore) -> None:
     assert found == [((0, 3), ids[2]), ((1, 2), ids[1]), ((2, 1), ids[0])]
 
 
-def test_old_changes_are_deleted_but_the_last(store: SqliteStore) -> None:
+def test_old_changes_are_deleted_except_the_last(store: SqliteStore) -> None:
     ids = [add(store) for _ in range(3)]
     for id in ids:
         store.cancel(id, now=NOW)
@@ -131,8 +131,8 @@ def test_old_changes_are_deleted_but_the_last(store: SqliteStore) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(writes=st.lists(st.sampled_from("carf"), max_size=25), seed=st.integers(0, 2**32))
-def test_who_comes_back_at_any_time_misses_nothing_and_gets_nothing_twice(writes: list[str], seed: int) -> None:
-    """Several processes write while a reader reads in pages of any size and starts anew from where it was."""
+def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(writes: list[str], seed: int) -> None:
+    """Two stores write while a reader reads pages of any size and resumes from where it stopped."""
     with tempfile.TemporaryDirectory() as folder:
         stores = [make_store(Path(folder)) for _ in range(2)]
         ids = [add(stores[0]) for _ in range(12)]
@@ -177,7 +177,7 @@ def test_who_comes_back_at_any_time_misses_nothing_and_gets_nothing_twice(writes
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) -> None:
+def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(seed: int) -> None:
     choose = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder))
@@ -190,7 +190,7 @@ def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) ->
                 store.finish([answer_of(one) for one in claim(store, limit=size)], now=NOW)
 
         worker = threading.Thread(target=work)
-        told: list[tuple[str, str]] = []
+        received: list[tuple[str, str]] = []
         last_id: str | None = None
         is_over = False
         worker.start()
@@ -208,13 +208,13 @@ def test_a_stream_that_is_cut_anywhere_tells_every_last_state_once(seed: int) ->
                 text = next(pieces, b"event: end").decode()
                 if "event: request" in text:
                     last_id = text.split("id: ", 1)[1].split("\n", 1)[0]
-                    told.append((text.split('"id":"', 1)[1][:32], text.split('"state":"', 1)[1].split('"', 1)[0]))
+                    received.append((text.split('"id":"', 1)[1][:32], text.split('"state":"', 1)[1].split('"', 1)[0]))
                 is_over = is_over or "event: end" in text
             pieces.close()
         worker.join()
 
-        done = Counter(id for id, state in told if state == "done")
+        done = Counter(id for id, state in received if state == "done")
         assert done == Counter(ids)
-        assert max(Counter(told).values()) == 1
+        assert max(Counter(received).values()) == 1
         assert parse_id(last_id)[0] == store.latest_change()
         store.close()

@@ -1,23 +1,23 @@
-"""What every Controls must do, and what steering makes of it. A new implementation adds a parameter to `store`."""
+"""Contract of controls, pauses and runs. A new backend adds a parameter to `store`."""
 
 from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime, timedelta
 
-from store.batcher_controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
+from store.controls import PAUSE, ControlState, Mode, pause, read_control_state, resume, run_now
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
 
-def test_nothing_was_said_at_first(store: SqliteStore) -> None:
+def test_there_are_no_controls_at_first(store: SqliteStore) -> None:
     assert store.controls() == {}
     assert read_control_state(store) == ControlState(pause=None, run_token=None)
 
 
-def test_a_control_says_its_latest_value_and_who_gave_it(store: SqliteStore) -> None:
+def test_a_control_has_its_latest_value_and_who_set_it(store: SqliteStore) -> None:
     store.set_control("light", {"colour": "red"}, by="ann", now=NOW)
     later = NOW + timedelta(seconds=1)
     changed = store.set_control("light", {"colour": "grün"}, by="bob", now=later)
@@ -34,7 +34,7 @@ def test_controls_are_seen_by_other_processes(store: SqliteStore, settings: Home
     other.close()
 
 
-def test_many_may_change_a_control_at_once(store: SqliteStore) -> None:
+def test_many_threads_may_change_a_control_at_once(store: SqliteStore) -> None:
     threads = [
         threading.Thread(target=store.set_control, args=("n", {"n": n}), kwargs={"by": str(n), "now": NOW})
         for n in range(8)
@@ -48,13 +48,13 @@ def test_many_may_change_a_control_at_once(store: SqliteStore) -> None:
     assert control.value == {"n": int(control.changed_by)}
 
 
-def test_a_hold_says_who_when_and_why_until_work_goes_on(store: SqliteStore) -> None:
-    given = pause(store, Mode.PAUSED, by="ann", now=NOW, reason="new\nkernel")
+def test_a_pause_tells_who_when_and_why_until_work_is_resumed(store: SqliteStore) -> None:
+    paused = pause(store, Mode.PAUSED, by="ann", now=NOW, reason="new\nkernel")
 
-    assert read_control_state(store).pause == given
-    assert (given.mode, given.by, given.since, given.reason) == (Mode.PAUSED, "ann", NOW, "new kernel")
+    assert read_control_state(store).pause == paused
+    assert (paused.mode, paused.by, paused.since, paused.reason) == (Mode.PAUSED, "ann", NOW, "new kernel")
     for words in ("paused", "ann", "2026-11-21 12:00:00 UTC", "new kernel"):
-        assert words in given.notice
+        assert words in paused.notice
 
     pause(store, Mode.DRAINING, by="bob", now=NOW)
     draining = read_control_state(store).pause
@@ -72,7 +72,7 @@ def test_each_run_now_is_a_new_one(store: SqliteStore) -> None:
     assert read_control_state(store).run_token in tokens
 
 
-def test_a_value_that_makes_no_sense_holds_nobody(store: SqliteStore) -> None:
+def test_an_invalid_value_pauses_nothing(store: SqliteStore) -> None:
     store.set_control(PAUSE, {"mode": "sideways"}, by="ann", now=NOW)
 
     assert read_control_state(store).pause is None

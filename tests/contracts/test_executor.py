@@ -1,4 +1,4 @@
-"""What every Executor must do. A new executor adds a parameter to `kind`, not tests."""
+"""The contract of Executor. A new executor adds a parameter to `kind`, not tests."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ WORKERS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the outcomes of one executor look like, where that is its own affair."""
+    """Details of outcomes in which executors may differ."""
 
-    #: How the names of those who work begin.
+    #: Prefixes of the names of its workers.
     providers: tuple[str, ...]
-    #: What becomes of a chunk file that cannot be read: known only where the reader is near.
+    #: The error for a chunk file that cannot be read; a remote worker reports less detail.
     malformed: type[MlgError]
     #: A word of the reason when a worker was killed.
     killed: str
@@ -57,15 +57,15 @@ class ExecutorHarness:
         self.work = work
         self.expected = EXPECTED[executor.name]
 
-    def job(self, name: str, *, pictures: int = 1, timeout_seconds: float = 120, is_held: bool = False) -> Job:
-        data = picture() + (b"HOLD:" + os.fsencode(self.gate(name)) if is_held else b"")
+    def job(self, name: str, *, images: int = 1, timeout_seconds: float = 120, is_held: bool = False) -> Job:
+        data = small_image() + (b"HOLD:" + os.fsencode(self.gate(name)) if is_held else b"")
         chunk = self.folder / f"{name}.chunk.zip"
-        items = [ChunkItem(number=number, inputs={"image": data}) for number in range(pictures)]
+        items = [ChunkItem(number=number, inputs={"image": data}) for number in range(images)]
         write_chunk(chunk, name, "classification", MODEL, None, items)
         return Job(
             chunk_id=name,
             model=MODEL,
-            items=pictures,
+            items=images,
             chunk=chunk,
             results=self.folder / f"{name}.results.zip",
             timeout_seconds=timeout_seconds,
@@ -78,7 +78,7 @@ class ExecutorHarness:
         self.gate(name).touch()
 
     async def begun(self, name: str) -> int:
-        """Wait until a held job is being worked on, and return the id of the process that does."""
+        """Wait until a held job runs, and return the id of its process."""
         path = self.gate(name).with_suffix(".begun")
         await until(path.exists)
         return int(path.read_text())
@@ -90,7 +90,7 @@ class ExecutorHarness:
         assert read_results(job.results, name, MODEL, [0]).items[0].error is None
 
 
-def picture() -> bytes:
+def small_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 24), (200, 120, 40)).save(file, "PNG")
     return file.getvalue()
@@ -124,9 +124,9 @@ def harness(
             await executor.close()
 
     @contextlib.asynccontextmanager
-    async def rented() -> AsyncIterator[ExecutorHarness]:
+    async def golem_devnet() -> AsyncIterator[ExecutorHarness]:
         plan = scenario(*(provider(name) for name in EXPECTED["golem"].providers[:WORKERS]))
-        # One attempt, so that what goes wrong is seen; whoever failed may work again soon.
+        # One attempt, so that a failure is the outcome; a short ban, so that the provider works again soon.
         made = golem(
             plan,
             tmp_path,
@@ -141,7 +141,7 @@ def harness(
 
     def run(body: Callable[[ExecutorHarness], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            async with {"local": local, "golem": rented}[kind]() as made:
+            async with {"local": local, "golem": golem_devnet}[kind]() as made:
                 await asyncio.wait_for(body(made), 300)
 
         asyncio.run(main())
@@ -151,7 +151,7 @@ def harness(
 
 def test_a_chunk_is_answered(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
-        job = harness.job("chunk", pictures=3)
+        job = harness.job("chunk", images=3)
 
         outcome = await harness.executor.run(job)
 
@@ -164,7 +164,7 @@ def test_a_chunk_is_answered(harness: Any) -> None:
     harness(body)
 
 
-def test_as_many_jobs_as_it_has_workers_run_side_by_side_and_the_rest_of_its_capacity_waits(harness: Any) -> None:
+def test_as_many_jobs_as_workers_run_in_parallel_and_the_rest_of_the_capacity_is_queued(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
         names = [f"job{number}" for number in range(harness.executor.capacity())]
 
@@ -194,7 +194,7 @@ def test_a_malformed_chunk_file_is_an_error_and_the_next_job_works(harness: Any)
     harness(body)
 
 
-def test_a_worker_killed_in_mid_job_fails_that_job_only(harness: Any) -> None:
+def test_a_worker_killed_during_a_job_fails_only_that_job(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
         run = asyncio.create_task(harness.executor.run(harness.job("killed", is_held=True)))
         os.kill(await harness.begun("killed"), signal.SIGKILL)
@@ -209,9 +209,9 @@ def test_a_worker_killed_in_mid_job_fails_that_job_only(harness: Any) -> None:
     harness(body)
 
 
-def test_a_job_over_its_time_limit_is_stopped_and_the_next_job_works(harness: Any) -> None:
+def test_a_job_over_its_timeout_is_stopped_and_the_next_job_works(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
-        await harness.assert_works("first")  # so that the limit is not spent on the start
+        await harness.assert_works("first")  # so that the timeout does not include the start
 
         run = asyncio.create_task(harness.executor.run(harness.job("slow", is_held=True, timeout_seconds=1)))
         pid = await harness.begun("slow")
@@ -239,7 +239,7 @@ def test_cancelling_a_run_stops_the_work_and_the_next_job_works(harness: Any) ->
     harness(body)
 
 
-def test_closing_leaves_no_process_and_no_file_and_blames_nobody(harness: Any) -> None:
+def test_closing_leaves_no_process_and_no_file_and_blames_no_item(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
         jobs = [harness.job(f"job{number}", is_held=True) for number in range(harness.executor.capacity())]
         runs = [asyncio.create_task(harness.executor.run(job)) for job in jobs]

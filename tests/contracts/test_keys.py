@@ -1,4 +1,4 @@
-"""What every Keys must do. A new implementation adds a parameter to `store`, not tests."""
+"""Contract of API keys. A new backend adds a parameter to `store`, not tests."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def send(store: SqliteStore, key_id: str | None, *, now: datetime = NOW) -> Requ
     return store.add(new, store.images.stage(new.id.encode()))
 
 
-# What a key is
+# Key format
 
 
-def test_a_made_key_is_recognised_by_its_hash_only() -> None:
+def test_a_key_is_recognised_by_its_hash_only() -> None:
     id, key = make_key()
     kept = record(id=id, sha256=hash_key(key))
 
@@ -52,7 +52,7 @@ def test_two_keys_share_nothing() -> None:
 @pytest.mark.parametrize(
     "text", ["", "mlg_", "mlg_short_x", "MLG_abcdefghijkl_" + "x" * 43, "mlg_abcdefghijkl_" + "x" * 31, "é" * 60]
 )
-def test_what_does_not_look_like_a_key_has_no_id(text: str) -> None:
+def test_text_that_is_not_a_key_has_no_id(text: str) -> None:
     assert key_id_of(text) is None
     assert not verify_key(text, record())
 
@@ -70,14 +70,14 @@ def test_a_key_is_usable_until_it_expires_or_is_revoked(changes: dict[str, objec
     assert record(**changes).is_usable(NOW) is is_usable
 
 
-def test_to_operate_includes_every_scope_and_nothing_else_does() -> None:
+def test_the_operator_scope_includes_every_other_and_no_other_scope_does() -> None:
     operator, reader = record(scopes=frozenset({Scope.OPERATE})), record(scopes=frozenset({Scope.READ}))
 
     assert all(operator.has_scope(scope) for scope in Scope)
     assert [scope for scope in Scope if reader.has_scope(scope)] == [Scope.READ]
 
 
-# Keeping keys
+# Storing keys
 
 
 def test_a_key_is_found_as_it_was_added(store: SqliteStore) -> None:
@@ -86,11 +86,11 @@ def test_a_key_is_found_as_it_was_added(store: SqliteStore) -> None:
     store.add_key(key)
 
     assert store.find_key(key.id) == key
-    assert store.find_key("nobody000000") is None
+    assert store.find_key("unknown00000") is None
     assert store.list_keys() == [key]
 
 
-def test_keys_are_listed_oldest_first_the_ended_ones_too(store: SqliteStore) -> None:
+def test_keys_are_listed_oldest_first_revoked_ones_too(store: SqliteStore) -> None:
     store.add_key(record("late", "late00000000", created_at=NOW + timedelta(days=1)))
     store.add_key(record("early", "early0000000"))
     store.revoke_key("early", now=NOW)
@@ -122,7 +122,7 @@ def test_a_key_is_revoked_once_by_name_or_id(store: SqliteStore, named: str) -> 
         store.revoke_key(named, now=NOW)
 
 
-def test_who_calls_a_key_by_the_id_of_another_does_not_get_that_one_revoked_in_its_place(store: SqliteStore) -> None:
+def test_revoking_prefers_an_id_to_an_equal_name_of_another_key(store: SqliteStore) -> None:
     store.add_key(record("alice", "alice0000000"))
     store.add_key(record("alice0000000", "mallory00000"))
 
@@ -137,7 +137,7 @@ def test_there_were_keys_even_after_the_last_one_is_revoked(store: SqliteStore) 
     assert (before, store.has_keys()) == (False, True)
 
 
-def test_the_last_use_is_noted_once_a_minute(store: SqliteStore) -> None:
+def test_the_last_use_is_recorded_once_a_minute(store: SqliteStore) -> None:
     store.add_key(record())
     seen = []
 
@@ -150,10 +150,10 @@ def test_the_last_use_is_noted_once_a_minute(store: SqliteStore) -> None:
     assert seen == [0, 0, 0, 61]
 
 
-# Pictures a day
+# Images a day
 
 
-def test_a_quota_is_exact_and_begins_anew_each_day(store: SqliteStore) -> None:
+def test_a_quota_is_exact_and_starts_again_each_day(store: SqliteStore) -> None:
     store.add_key(record(images_per_day=2))
     send(store, "alice0000000")
     send(store, "alice0000000")
@@ -166,7 +166,7 @@ def test_a_quota_is_exact_and_begins_anew_each_day(store: SqliteStore) -> None:
     assert store.images_used_by_key(now=NOW + timedelta(days=1)) == {"alice0000000": 1}
 
 
-def test_what_the_quota_refuses_leaves_neither_row_nor_picture(store: SqliteStore) -> None:
+def test_a_request_over_the_quota_leaves_neither_row_nor_image(store: SqliteStore) -> None:
     store.add_key(record(images_per_day=1))
     send(store, "alice0000000")
 
@@ -177,7 +177,7 @@ def test_what_the_quota_refuses_leaves_neither_row_nor_picture(store: SqliteStor
     assert len([path for path in store.images.folder.rglob("*") if path.is_file()]) == 1
 
 
-def test_many_threads_together_send_no_more_than_the_quota(store: SqliteStore) -> None:
+def test_many_threads_together_cannot_exceed_the_quota(store: SqliteStore) -> None:
     store.add_key(record(images_per_day=10))
     refused = []
 
@@ -198,7 +198,7 @@ def test_many_threads_together_send_no_more_than_the_quota(store: SqliteStore) -
     assert store.images_used("alice0000000", now=NOW) == 10
 
 
-def test_a_key_without_a_quota_is_counted_all_the_same_and_nobody_is_not(store: SqliteStore) -> None:
+def test_images_are_counted_for_keys_without_a_quota_and_not_without_a_key(store: SqliteStore) -> None:
     store.add_key(record())
     for _ in range(3):
         send(store, "alice0000000")
@@ -210,7 +210,7 @@ def test_a_key_without_a_quota_is_counted_all_the_same_and_nobody_is_not(store: 
 # Requests a minute
 
 
-def test_slices_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
+def test_grants_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
 
     def take(minute: int = MINUTE) -> tuple[int, int]:
@@ -221,7 +221,7 @@ def test_slices_of_a_minute_add_up_to_the_limit(store: SqliteStore) -> None:
     assert take(MINUTE + 1) == (4, 6)
 
 
-def test_a_process_that_is_late_takes_from_the_present_minute(store: SqliteStore) -> None:
+def test_a_late_process_is_granted_requests_of_the_current_minute(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
     store.grant_requests("alice0000000", minute=MINUTE + 1, limit=9, per_minute=10)
 
@@ -230,12 +230,12 @@ def test_a_process_that_is_late_takes_from_the_present_minute(store: SqliteStore
     assert (late.granted, late.left) == (1, 0)
 
 
-def test_a_clock_that_was_set_back_begins_anew(store: SqliteStore) -> None:
+def test_a_clock_that_was_set_back_starts_again(store: SqliteStore) -> None:
     store.add_key(record(requests_per_minute=10))
     store.grant_requests("alice0000000", minute=MINUTE + 500, limit=10, per_minute=10)
 
     assert store.grant_requests("alice0000000", minute=MINUTE, limit=4, per_minute=10).granted == 4
 
 
-def test_a_key_that_is_not_there_gets_nothing(store: SqliteStore) -> None:
-    assert store.grant_requests("nobody000000", minute=MINUTE, limit=4, per_minute=10).granted == 0
+def test_an_unknown_key_is_granted_nothing(store: SqliteStore) -> None:
+    assert store.grant_requests("unknown00000", minute=MINUTE, limit=4, per_minute=10).granted == 0

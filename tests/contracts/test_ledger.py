@@ -1,4 +1,4 @@
-"""What every Ledger and Providers must do. A new implementation adds a parameter to `store`, not tests."""
+"""Contract of the ledger and the providers. A new backend adds a parameter to `store`, not tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from store import new_id
 from store.chunks import ChunkRecord
 from store.cost_split import total
-from store.ledger import COSTS_BY, UnknownProvider
-from store.ledger_records import (
+from store.ledger import (
+    COSTS_BY,
     ActivityRecord,
     AgreementRecord,
     AllocationRecord,
@@ -28,6 +28,7 @@ from store.ledger_records import (
     DebitNoteRecord,
     InvoiceRecord,
 )
+from store.providers import UnknownProvider
 from store.records import Answer, NewRequest, RequestRecord
 from store.settings import HomeSettings
 from store.sqlite import SqliteStore
@@ -111,10 +112,10 @@ def work(store: SqliteStore, id: str, **how: object) -> None:
 
 
 def answer_requests(store: SqliteStore, chunk_id: str, count: int) -> list[str]:
-    """Add requests and answer all that wait with this chunk."""
+    """Add requests and answer all queued ones with this chunk."""
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.images.stage(b"picture"))
+        store.add(new, store.images.stage(b"image"))
     claims = store.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
     answers = [
         Answer(
@@ -123,7 +124,7 @@ def answer_requests(store: SqliteStore, chunk_id: str, count: int) -> list[str]:
         for claim in claims
     ]
     assert store.finish(answers, now=after(1)) == count
-    assert store.finish(answers, now=after(1)) == 0  # said twice
+    assert store.finish(answers, now=after(1)) == 0  # repeated
     return [claim.id for claim in claims]
 
 
@@ -166,7 +167,7 @@ def test_the_first_end_of_an_agreement_counts(store: SqliteStore) -> None:
     assert store.agreements(is_open=False) == [agreement(ended_at=after(5), reason="no more work")]
 
 
-def test_an_agreement_is_settled_when_it_ended_and_its_bill_was_decided(store: SqliteStore) -> None:
+def test_an_agreement_is_settled_when_it_ended_and_its_invoice_was_decided(store: SqliteStore) -> None:
     for id in ("ended", "billed", "settled", "refused"):
         store.record_agreement(agreement(id))
     for id in ("ended", "settled", "refused"):
@@ -189,14 +190,14 @@ def test_prices_keep_their_last_digit(store: SqliteStore) -> None:
     assert store.agreements() == [exact]
 
 
-def test_an_activity_may_be_noted_again_with_its_end(store: SqliteStore) -> None:
+def test_an_activity_may_be_recorded_again_with_its_end(store: SqliteStore) -> None:
     begun = ActivityRecord(id="ac1", agreement_id="ag1", created_at=NOW)
 
     for activity in (begun, replace(begun, ended_at=after(9), cpu_seconds=3.5, seconds=9.0), begun):
         store.record_activity(activity)
 
 
-# Money
+# Costs
 
 
 def test_an_estimate_counts_until_the_invoice_is_accepted(store: SqliteStore) -> None:
@@ -213,7 +214,7 @@ def test_an_estimate_counts_until_the_invoice_is_accepted(store: SqliteStore) ->
     assert (total_row(store).paid, total_row(store).open) == (Decimal("0.3"), 0)
 
 
-def test_debit_notes_count_when_they_say_more_than_the_estimate(store: SqliteStore) -> None:
+def test_debit_notes_count_when_they_are_more_than_the_estimate(store: SqliteStore) -> None:
     work(store, "c1", cost="0.1")
     store.record_debit_note(debit("0.05"))
     assert store.spent() == Decimal("0.1")
@@ -238,7 +239,7 @@ def test_a_refused_invoice_costs_nothing(store: SqliteStore) -> None:
     assert (total_row(store).refused, total_row(store).open, total_row(store).paid) == (7, 0, 0)
 
 
-def test_what_was_accepted_stays_and_what_was_refused_may_still_be_accepted(store: SqliteStore) -> None:
+def test_an_accepted_invoice_stays_and_a_refused_one_may_still_be_accepted(store: SqliteStore) -> None:
     work(store, "c1")
     store.record_invoice(invoice("7", BillState.REFUSED))
     store.record_invoice(invoice("0.7"))
@@ -259,7 +260,7 @@ def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) ->
 
     costs = chunk_costs(store)
     assert costs["under way"] == (None, False)
-    # 0.1 by 1 : 2 : 4 in units of 1e-18: the sevenths leave .29, .57 and .14, so the second gets the one that is left.
+    # 0.1 by 1 : 2 : 4 in units of 1e-18: the sevenths leave .29, .57 and .14, so the second gets the remaining one.
     assert [costs[id] for id in ("c1", "c2", "c3")] == [
         ("0.014285714285714286", True),
         ("0.028571428571428571", True),
@@ -287,14 +288,14 @@ def test_an_invoice_without_chunks_stays_with_its_agreement(store: SqliteStore) 
     assert (row.key, row.paid, row.chunks) == ("resnet50", Decimal("0.2"), 0)
 
 
-def test_the_money_of_an_agreement_that_nobody_noted_is_not_lost(store: SqliteStore) -> None:
+def test_costs_of_an_unknown_agreement_are_not_lost(store: SqliteStore) -> None:
     store.record_invoice(invoice("0.2", agreement_id="never seen"))
 
     assert store.spent() == Decimal("0.2")
     assert [row.key for row in store.costs("provider")] == ["unknown"]
 
 
-def test_money_counts_on_the_day_of_its_settlement_and_open_money_always(store: SqliteStore) -> None:
+def test_an_amount_counts_on_the_day_of_its_settlement_and_open_amounts_always(store: SqliteStore) -> None:
     tomorrow = NOW.replace(hour=0) + timedelta(days=1)
     store.record_invoice(invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1)))
     store.record_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
@@ -308,7 +309,7 @@ def test_money_counts_on_the_day_of_its_settlement_and_open_money_always(store: 
     ]
 
 
-def test_what_one_batcher_spent_is_told_by_its_allocations(store: SqliteStore) -> None:
+def test_the_spending_of_one_batcher_follows_from_its_allocations(store: SqliteStore) -> None:
     store.record_allocation(allocation("al1", batcher_id="b1"))
     store.record_allocation(allocation("al2", batcher_id="b2"))
     for id, allocation_id in (("a", "al1"), ("b", "al1"), ("c", "al2")):
@@ -320,7 +321,7 @@ def test_what_one_batcher_spent_is_told_by_its_allocations(store: SqliteStore) -
     assert [store.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
 
 
-def test_costs_tell_images_chunks_and_names(store: SqliteStore) -> None:
+def test_costs_have_images_chunks_and_names(store: SqliteStore) -> None:
     store.record_agreement(agreement())
     store.record_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
     start_chunk(store, "c1")
@@ -337,11 +338,11 @@ def test_costs_tell_images_chunks_and_names(store: SqliteStore) -> None:
     assert (total_row(store).images, total_row(store).chunks) == (3, 2)
 
 
-def test_the_total_of_nothing_is_zero(store: SqliteStore) -> None:
+def test_the_total_of_an_empty_ledger_is_zero(store: SqliteStore) -> None:
     assert store.spent() == 0
     assert total_row(store).paid == total_row(store).open == total_row(store).refused == 0
     assert store.costs("day") == []
-    with pytest.raises(ValueError, match="added up by"):
+    with pytest.raises(ValueError, match="grouped by"):
         store.costs("colour")
 
 
@@ -381,19 +382,19 @@ def test_late_answers_of_a_chunk_get_the_next_shares(store: SqliteStore) -> None
     assert chunk.answers == 4
 
 
-def test_an_answer_that_was_there_already_costs_nothing(store: SqliteStore) -> None:
+def test_a_reused_answer_costs_nothing(store: SqliteStore) -> None:
     start_chunk(store, "c1")
     answer_requests(store, "c1", 1)
     end_chunk(store, "c1", cost="1")
     new = NewRequest(id=new_id(), service="classification", model="resnet50", digest="d" * 64, created_at=NOW)
 
-    cached = store.add(new, store.images.stage(b"picture"))
+    cached = store.add(new, store.images.stage(b"image"))
 
     assert cached.is_cached
     assert store.get(cached.id).cost is None
 
 
-def test_the_answers_of_a_chunk_that_could_not_be_noted_have_no_cost(store: SqliteStore) -> None:
+def test_answers_of_an_unrecorded_chunk_have_no_cost(store: SqliteStore) -> None:
     (id,) = answer_requests(store, "never noted", 1)
     end_chunk(store, "never noted")
 
@@ -452,14 +453,14 @@ def test_the_speed_is_that_of_the_latest_work_by_model(store: SqliteStore) -> No
     assert [(speed.provider_id, speed.model) for speed in store.speeds()] == [(ALPHA, "resnet50")]
 
 
-def test_work_of_a_provider_that_nobody_noted_is_passed_over(store: SqliteStore) -> None:
+def test_work_of_an_unknown_provider_is_ignored(store: SqliteStore) -> None:
     did(store, 16, 1.0)
 
     assert store.list_providers() == []
     assert store.speeds() == []
 
 
-def test_a_ban_ends_by_itself_or_never(store: SqliteStore) -> None:
+def test_a_ban_ends_at_its_time_or_never(store: SqliteStore) -> None:
     note(store)
     note(store, BETA, "beta")
 
@@ -486,7 +487,7 @@ def test_a_new_offer_does_not_lift_a_ban(store: SqliteStore) -> None:
     ("operators", "batchers", "kept"),
     [(None, 60, "operator"), (60, 30, "operator"), (60, 90, "batcher"), (60, None, "batcher")],
 )
-def test_a_batcher_never_makes_the_ban_of_an_operator_shorter(
+def test_a_batcher_never_shortens_the_ban_of_an_operator(
     store: SqliteStore, operators: float | None, batchers: float | None, kept: str
 ) -> None:
     note(store)
@@ -499,10 +500,10 @@ def test_a_batcher_never_makes_the_ban_of_an_operator_shorter(
     assert banned.is_banned_by_operator == (kept == "operator")
 
 
-def test_a_name_must_mean_one_provider(store: SqliteStore) -> None:
+def test_a_name_must_match_one_provider(store: SqliteStore) -> None:
     note(store, ALPHA, "same")
     note(store, BETA, "same")
-    note(store, "0xcccc01", BETA)  # whoever calls itself like another's address is not taken for it
+    note(store, "0xcccc01", BETA)  # a name that equals another's address does not match it
 
     for unclear in ("nobody", "0x", "same", ""):
         with pytest.raises(UnknownProvider):
@@ -512,7 +513,7 @@ def test_a_name_must_mean_one_provider(store: SqliteStore) -> None:
     assert store.ban_provider(BETA, until=None, reason="x", by_operator=True).id == BETA
 
 
-def test_everything_may_be_noted_from_many_threads_at_once(store: SqliteStore) -> None:
+def test_many_threads_may_record_at_once(store: SqliteStore) -> None:
     note(store)
 
     def one(number: int) -> None:
@@ -551,7 +552,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.store.migrate()
         self.store.record_allocation(allocation())
         self.clock = 0.0
-        #: id -> the bill as it stands.
+        #: id -> the invoice in its current state.
         self.invoices: dict[str, InvoiceRecord] = {}
         self.debits: dict[str, DebitNoteRecord] = {}
         #: chunk -> (agreement, estimate) of those that ended.
@@ -600,7 +601,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @precondition(lambda self: self.invoices)
     @rule(pick=st.integers(0, 10))
-    def say_a_bill_again(self, pick: int) -> None:
+    def repeat_an_invoice(self, pick: int) -> None:
         known = sorted(self.invoices)[pick % len(self.invoices)]
         self.store.record_invoice(self.invoices[known])
         self.store.record_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
@@ -643,7 +644,7 @@ class AnyHistory(RuleBasedStateMachine):
         return [bill for bill in self.invoices.values() if bill.agreement_id == id and bill.state != BillState.RECEIVED]
 
     def expected(self, *, since: datetime | None = None) -> Decimal:
-        """Add up what the machine's own books say."""
+        """Add up the costs that the model of the test has recorded."""
         parts = [
             bill.amount
             for bill in self.invoices.values()

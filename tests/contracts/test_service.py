@@ -1,6 +1,6 @@
-"""What every service must keep, with every model of it that can be installed here without a download.
+"""The contract of services, tested with every model that can be built without a download.
 
-A new service or model needs no test of its own to be held to this: both come from the registries.
+Services and models come from the registries, so a new one is tested without a change here.
 """
 
 import json
@@ -48,7 +48,7 @@ def test_service_describes_itself(service):
     assert json.dumps(service.example)
 
 
-def test_unknown_service_is_refused_and_the_known_are_named(service):
+def test_error_for_an_unknown_service_names_the_known_ones(service):
     with pytest.raises(MalformedChunk, match=service.name):
         load_service("no_such_service")
 
@@ -61,7 +61,7 @@ def test_params_have_help_and_defaults_within_their_range(service):
     assert service.check_params({}) == {param.name: param.default for param in service.params}
 
 
-def test_unknown_param_is_refused_and_the_known_are_named(service):
+def test_error_for_an_unknown_param_names_the_known_ones(service):
     with pytest.raises(InvalidParams) as caught:
         service.check_params({"no_such_param": 1})
 
@@ -71,7 +71,7 @@ def test_unknown_param_is_refused_and_the_known_are_named(service):
 @pytest.mark.parametrize(
     "value", [None, True, [], {}, "", "x", "nan", float("nan"), 1e300, -1e300, 10**400, "9" * 5000]
 )
-def test_value_that_makes_no_sense_is_refused(service, value):
+def test_invalid_value_is_refused(service, value):
     for param in service.params:
         with pytest.raises(InvalidParams, match=param.name):
             service.check_params({param.name: value})
@@ -121,20 +121,20 @@ def test_same_item_gives_the_same_output(answered, photos):
     assert service.run(net, service.prepare(artefact, inputs)) == output
 
 
-def test_shrunk_item_gives_the_same_output_and_is_smaller(answered, photos):
+def test_resized_item_gives_the_same_output_and_is_smaller(answered, photos):
     service, artefact, net, output = answered
     originals = dict.fromkeys(service.inputs, photos["coffee"])
     model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
 
-    shrunk = service.resize(model_input, originals)
+    resized = service.resize(model_input, originals)
 
-    assert shrunk.keys() == service.inputs.keys()
-    assert sum(map(len, shrunk.values())) < sum(map(len, originals.values()))
-    assert service.run(net, service.prepare(artefact, shrunk, is_resized=True)) == output
+    assert resized.keys() == service.inputs.keys()
+    assert sum(map(len, resized.values())) < sum(map(len, originals.values()))
+    assert service.run(net, service.prepare(artefact, resized, is_resized=True)) == output
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_input_that_is_no_picture_is_refused_in_the_same_words_before_it_is_sent(answered, data):
+def test_input_that_is_not_an_image_is_refused_with_the_same_message_before_it_is_sent(answered, data):
     service, artefact, _, _ = answered
     inputs = dict.fromkeys(service.inputs, data)
     model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
@@ -147,7 +147,7 @@ def test_input_that_is_no_picture_is_refused_in_the_same_words_before_it_is_sent
     assert (type(here.value), here.value.reason) == (type(there.value), there.value.reason)
 
 
-def test_original_that_claims_to_be_shrunk_is_bad_input(answered, photos):
+def test_original_that_is_declared_as_resized_is_bad_input(answered, photos):
     service, artefact, _, _ = answered
 
     with pytest.raises(BadInput, match="must be a WebP"):
@@ -164,7 +164,7 @@ def test_view_of_default_params_is_json_and_no_longer_than_the_output(answered):
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_input_that_is_no_picture_is_bad_input(answered, data):
+def test_input_that_is_not_an_image_is_bad_input(answered, data):
     service, artefact, _, _ = answered
 
     with pytest.raises(BadInput):
@@ -180,7 +180,7 @@ def test_output_of_another_kind_is_refused(answered, output):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "forge",
     [
         lambda rows: rows.pop(),
         lambda rows: rows.append(rows[-1]),
@@ -198,12 +198,12 @@ def test_output_of_another_kind_is_refused(answered, output):
         lambda rows: [row.__setitem__(2, 0.9) for row in rows],
     ],
 )
-def test_forged_classification_is_refused(answered, spoil):
+def test_forged_classification_is_refused(answered, forge):
     service, artefact, _, output = answered
     if service.name != "classification":
         pytest.skip("this is how a classification can be forged")
     rows = json.loads(json.dumps(output))
-    spoil(rows)
+    forge(rows)
 
     with pytest.raises(MalformedResults):
         service.check_output(artefact, rows)

@@ -1,4 +1,4 @@
-"""What every Store and Journal must do. A new implementation adds a parameter to `store`, not tests."""
+"""Contract of requests, chunks and batchers. A new backend adds a parameter to `store`, not tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from store import new_id
 from store.chunks import BatcherRecord, ChunkRecord
 from store.errors import NotCancellable, NotRetryable, UnknownRequest
 from store.records import Answer, Blame, Claim, NewRequest, RequestRecord, RequestState
+from store.requests import MAX_ATTEMPTS
 from store.settings import HomeSettings
-from store.sqlite import MAX_ATTEMPTS, SqliteStore
+from store.sqlite import SqliteStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 OUTPUT = [["n02123159", "tiger_cat", 0.408]]
@@ -29,7 +30,7 @@ def after(seconds: float) -> datetime:
 
 def add(
     store: SqliteStore,
-    data: bytes = b"picture",
+    data: bytes = b"image",
     *,
     model: str = "resnet50",
     at: datetime = NOW,
@@ -53,13 +54,13 @@ def answer(claim: Claim) -> Answer:
 
 
 def test_a_request_is_read_back_as_it_was_added(store: SqliteStore) -> None:
-    added = add(store, b"bytes of a picture")
+    added = add(store, b"bytes of an image")
 
     found = store.get(added.id)
 
     assert found == added
     assert (found.state, found.attempts, found.output) == (RequestState.QUEUED, 0, None)
-    assert store.images.read(found.image_sha256) == b"bytes of a picture"
+    assert store.images.read(found.image_sha256) == b"bytes of an image"
 
 
 def test_an_unknown_id_is_an_error(store: SqliteStore) -> None:
@@ -68,14 +69,14 @@ def test_an_unknown_id_is_an_error(store: SqliteStore) -> None:
             store.get(id)
 
 
-def test_equal_pictures_are_kept_once(store: SqliteStore) -> None:
+def test_equal_images_are_stored_once(store: SqliteStore) -> None:
     add(store, b"same")
     add(store, b"same")
 
     assert len(list(store.images.list_digests())) == 1
 
 
-def test_an_answer_is_used_again_for_the_same_bytes_and_the_same_artefact(store: SqliteStore) -> None:
+def test_an_answer_is_reused_for_the_same_bytes_and_the_same_artefact(store: SqliteStore) -> None:
     first = add(store, b"same")
     store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
 
@@ -97,7 +98,7 @@ def test_an_answer_is_used_again_for_the_same_bytes_and_the_same_artefact(store:
     ],
     ids=lambda difference: next(iter(difference)),
 )
-def test_an_answer_is_not_used_again_when_anything_differs(store: SqliteStore, difference: dict[str, object]) -> None:
+def test_an_answer_is_not_reused_when_anything_differs(store: SqliteStore, difference: dict[str, object]) -> None:
     add(store, b"same")
     store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
 
@@ -121,7 +122,7 @@ def test_claim_skips_a_live_lease(store: SqliteStore) -> None:
     assert claim_all(store, at=after(29)) == []
 
 
-def test_claim_takes_only_the_models_it_was_asked_for(store: SqliteStore) -> None:
+def test_claim_takes_only_the_requested_models(store: SqliteStore) -> None:
     add(store, model="vgg16")
 
     claims = store.claim(models={"resnet50"}, limit=10, now=NOW, lease_ends_at=after(30), oldest_before=None)
@@ -129,7 +130,7 @@ def test_claim_takes_only_the_models_it_was_asked_for(store: SqliteStore) -> Non
     assert claims == []
 
 
-def test_a_model_is_due_when_a_full_chunk_waits_and_the_rest_goes_on_waiting(store: SqliteStore) -> None:
+def test_a_model_is_due_when_a_full_chunk_waits_and_the_rest_stays_queued(store: SqliteStore) -> None:
     for n in range(20):
         add(store, bytes([n]))
 
@@ -152,7 +153,7 @@ def test_a_model_is_due_when_its_oldest_request_has_waited_long_enough(store: Sq
     assert len(late) == 3
 
 
-def test_what_was_released_is_due_without_waiting_for_a_full_chunk(store: SqliteStore) -> None:
+def test_a_released_request_is_due_without_waiting_for_a_full_chunk(store: SqliteStore) -> None:
     add(store)
     store.release(claim_all(store), blame=Blame.ITEM, code="x", reason="it failed", now=after(1), due_at=after(3))
     which = {"models": {"resnet50"}, "limit": 10, "oldest_before": after(-600)}
@@ -220,7 +221,7 @@ def test_a_release_that_blames_nobody_counts_nothing(store: SqliteStore) -> None
     assert (found.state, found.attempts, found.isolation) == (RequestState.QUEUED, 0, 0)
 
 
-def test_a_request_fails_after_three_failures_of_its_own_with_the_last_reason(store: SqliteStore) -> None:
+def test_a_request_fails_with_the_last_reason_after_it_was_blamed_three_times(store: SqliteStore) -> None:
     request = add(store)
     for attempt in range(MAX_ATTEMPTS):
         assert store.get(request.id).state is RequestState.QUEUED
@@ -252,7 +253,7 @@ def test_fail_is_final_at_once(store: SqliteStore) -> None:
     assert (found.state, found.code, found.reason) == (RequestState.FAILED, "broken_image", "It is cut short.")
 
 
-def test_cancel_takes_back_what_is_queued_and_nothing_else(store: SqliteStore) -> None:
+def test_only_queued_requests_can_be_cancelled(store: SqliteStore) -> None:
     queued, claimed = add(store, b"1"), add(store, b"2")
     cancelled = store.cancel(queued.id, now=after(1))
     claim_all(store)
@@ -265,7 +266,7 @@ def test_cancel_takes_back_what_is_queued_and_nothing_else(store: SqliteStore) -
         store.cancel("nope", now=after(2))
 
 
-def test_retry_queues_a_failed_request_with_its_attempts_forgotten(store: SqliteStore) -> None:
+def test_retry_queues_a_failed_request_with_its_attempts_reset(store: SqliteStore) -> None:
     request = add(store)
     store.fail(claim_all(store), code="x", reason="y", now=after(1))
 
@@ -290,7 +291,7 @@ def test_list_pages_from_the_newest(store: SqliteStore) -> None:
     assert len(store.list(state=RequestState.QUEUED)) == 6
 
 
-def test_purge_deletes_pictures_first_and_results_later_and_nothing_that_waits(store: SqliteStore) -> None:
+def test_purge_deletes_images_first_and_results_later_and_no_queued_request(store: SqliteStore) -> None:
     waiting, finished = add(store, b"waits"), add(store, b"done")
     claims = [claim for claim in claim_all(store) if claim.id == finished.id]
     store.finish([answer(claims[0])], now=after(1))
@@ -308,7 +309,7 @@ def test_purge_deletes_pictures_first_and_results_later_and_nothing_that_waits(s
     assert store.get(waiting.id).image_sha256 == waiting.image_sha256
 
 
-def test_purge_keeps_a_picture_that_another_request_still_needs(store: SqliteStore) -> None:
+def test_purge_keeps_an_image_that_another_request_still_needs(store: SqliteStore) -> None:
     add(store, b"same")
     store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
     waiting = add(store, b"same", at=after(5))
@@ -318,7 +319,7 @@ def test_purge_keeps_a_picture_that_another_request_still_needs(store: SqliteSto
     assert store.images.read(waiting.image_sha256) == b"same"
 
 
-def test_purge_sweeps_what_a_killed_process_left(store: SqliteStore) -> None:
+def test_purge_deletes_files_that_a_killed_process_left(store: SqliteStore) -> None:
     orphan = store.images.stage(b"its row was never committed")
     store.images.publish(orphan)
     unnamed = store.images.stage(b"never published")
@@ -331,7 +332,7 @@ def test_purge_sweeps_what_a_killed_process_left(store: SqliteStore) -> None:
     assert not unnamed.path.exists()
 
 
-def test_retry_is_refused_when_the_picture_is_gone(store: SqliteStore) -> None:
+def test_a_request_without_its_image_cannot_be_retried(store: SqliteStore) -> None:
     request = add(store)
     store.fail(claim_all(store), code="x", reason="y", now=after(1))
     store.purge(images_before=after(2), results_before=NOW, now=after(3))
@@ -340,7 +341,7 @@ def test_retry_is_refused_when_the_picture_is_gone(store: SqliteStore) -> None:
         store.retry(request.id, now=after(4))
 
 
-def test_many_threads_add_and_claim_without_losing_or_doubling(store: SqliteStore) -> None:
+def test_many_threads_add_and_claim_without_losing_or_duplicating_requests(store: SqliteStore) -> None:
     ids: list[str] = []
     claims: list[Claim] = []
     adding = threading.Event()
@@ -371,7 +372,7 @@ def test_many_threads_add_and_claim_without_losing_or_doubling(store: SqliteStor
     assert len(set(ids)) == 200
 
 
-def test_a_failing_write_takes_nothing_of_its_neighbours_with_it(store: SqliteStore) -> None:
+def test_a_failed_write_leaves_other_requests_unchanged(store: SqliteStore) -> None:
     request = add(store, b"first")
     staged = store.images.stage(b"second")
     same_id = NewRequest(id=request.id, service="classification", model="resnet50", created_at=NOW)
@@ -384,7 +385,7 @@ def test_a_failing_write_takes_nothing_of_its_neighbours_with_it(store: SqliteSt
     assert store.get(request.id) == request
 
 
-def test_the_journal_tells_the_pace_and_the_backlog(store: SqliteStore) -> None:
+def test_chunks_give_the_throughput_and_requests_the_backlog(store: SqliteStore) -> None:
     chunk = ChunkRecord(
         id="c1", batcher_id="b1", executor="local", provider=None, service="classification", model="resnet50",
         items=16, bytes_sent=1000, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
@@ -410,7 +411,7 @@ def test_the_journal_tells_the_pace_and_the_backlog(store: SqliteStore) -> None:
     assert (backlog.waiting, backlog.claimed, backlog.oldest_number, backlog.oldest_at) == (2, 1, 2, after(1))
 
 
-def test_a_batcher_is_listed_while_it_says_that_it_is_alive(store: SqliteStore) -> None:
+def test_a_batcher_is_listed_while_its_heartbeat_is_recent(store: SqliteStore) -> None:
     batcher = BatcherRecord(
         id="b1", host="here", pid=1, executor="local", every_seconds=600, max_wait_seconds=600, capacity=4,
         started_at=NOW, seen_at=NOW,

@@ -1,4 +1,4 @@
-"""What every store promises of webhooks: one message for each end and each address, claimed by one sender at a time."""
+"""Contract of webhooks: one delivery for each event and URL, claimed by one sender at a time."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def answer_all(store: SqliteStore) -> None:
     )
 
 
-def claim(store: SqliteStore, *, now: datetime = NOW, busy: tuple[str, ...] = ()) -> list[DeliveryRecord]:
-    return store.claim_deliveries(now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=busy)
+def claim(store: SqliteStore, *, now: datetime = NOW, excluded: tuple[str, ...] = ()) -> list[DeliveryRecord]:
+    return store.claim_deliveries(now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=excluded)
 
 
-def test_every_end_is_a_message_to_those_who_asked(store: SqliteStore) -> None:
+def test_every_final_state_is_delivered_to_each_subscriber(store: SqliteStore) -> None:
     store.add_endpoint(endpoint())
     store.add_endpoint(endpoint("https://example.org/batches", "batch.done", id="we_2"))
-    plain, own = add(store), add(store, webhook="https://example.net/own")
+    plain, with_url = add(store), add(store, webhook="https://example.net/own")
     assert claim(store) == []
 
     answer_all(store)
 
-    told = {(one.subject, one.url, one.endpoint_id, one.event, one.state) for one in claim(store)}
-    assert told == {
+    delivered = {(one.subject, one.url, one.endpoint_id, one.event, one.state) for one in claim(store)}
+    assert delivered == {
         (plain, URL, "we_1", "request.done", "done"),
-        (own, URL, "we_1", "request.done", "done"),
-        (own, "https://example.net/own", None, "request.done", "done"),
+        (with_url, URL, "we_1", "request.done", "done"),
+        (with_url, "https://example.net/own", None, "request.done", "done"),
     }
 
 
-def test_failing_and_cancelling_are_ends_and_waiting_again_is_not(store: SqliteStore) -> None:
+def test_failing_and_cancelling_are_delivered_and_queueing_again_is_not(store: SqliteStore) -> None:
     store.add_endpoint(endpoint())
     first, second = add(store), add(store)
     store.cancel(first, now=NOW)
@@ -76,7 +76,7 @@ def test_failing_and_cancelling_are_ends_and_waiting_again_is_not(store: SqliteS
     assert {(one.subject, one.state) for one in claim(store)} == {(first, "cancelled"), (second, "failed")}
 
 
-def test_an_answer_that_was_there_already_is_an_end(store: SqliteStore) -> None:
+def test_a_reused_answer_is_delivered(store: SqliteStore) -> None:
     first = new(digest="d" * 64)
     store.add(first, store.images.stage(b"x"))
     answer_all(store)
@@ -88,7 +88,7 @@ def test_an_answer_that_was_there_already_is_an_end(store: SqliteStore) -> None:
 
 
 @pytest.mark.parametrize("are_known", [False, True])
-def test_a_batch_is_told_once_when_all_of_it_has_ended(store: SqliteStore, are_known: bool) -> None:
+def test_a_batch_is_delivered_once_when_all_of_it_has_ended(store: SqliteStore, are_known: bool) -> None:
     if are_known:
         for name in (b"0", b"1"):
             store.add(new(digest="d" * 64), store.images.stage(name))
@@ -112,7 +112,7 @@ def test_a_batch_is_told_once_when_all_of_it_has_ended(store: SqliteStore, are_k
     assert len(after) == 2
 
 
-def test_a_batch_that_was_answered_before_is_told_at_once(store: SqliteStore) -> None:
+def test_a_batch_of_reused_answers_is_delivered_at_once(store: SqliteStore) -> None:
     store.add(new(digest="d" * 64), store.images.stage(b"0"))
     answer_all(store)
     batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook=URL)
@@ -122,7 +122,7 @@ def test_a_batch_that_was_answered_before_is_told_at_once(store: SqliteStore) ->
     assert [one.event for one in claim(store, now=datetime.now(UTC))] == ["batch.done"]
 
 
-def test_a_message_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteStore) -> None:
+def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteStore) -> None:
     add(store, webhook=URL)
     answer_all(store)
     claimed: list[DeliveryRecord] = []
@@ -136,46 +136,46 @@ def test_a_message_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteSt
 
     assert [one.attempts for one in claimed] == [1]
     assert [(one.id, one.attempts) for one in later] == [(claimed[0].id, 2)]
-    # The first sender was too slow; what it says does not count any more.
+    # The first sender was too slow; its result does not count any more.
     assert not store.finish_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
     assert store.finish_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
     assert store.list_deliveries()[0].status == "delivered"
 
 
-def test_an_address_gets_a_few_at_once_and_none_while_it_is_busy(store: SqliteStore) -> None:
+def test_a_url_gets_a_few_at_once_and_none_while_it_is_excluded(store: SqliteStore) -> None:
     for _ in range(9):
         add(store, webhook=URL)
     add(store, webhook="https://example.net/other")
     answer_all(store)
 
-    assert [one.url for one in claim(store, busy=(URL,))] == ["https://example.net/other"]
+    assert [one.url for one in claim(store, excluded=(URL,))] == ["https://example.net/other"]
     assert len(claim(store)) == 4
 
 
-def test_a_dead_message_can_be_sent_again_under_its_id(store: SqliteStore) -> None:
+def test_a_dead_delivery_can_be_sent_again_under_its_id(store: SqliteStore) -> None:
     add(store, webhook=URL)
     answer_all(store)
     (claimed,) = claim(store)
     store.save_payload(claimed.id, "first")
     store.save_payload(claimed.id, "second")
-    store.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It said 500.")
+    store.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It answered 500.")
     (dead,) = store.list_deliveries(status="dead")
 
     redelivered = store.redeliver(dead.id, now=NOW)
 
-    assert (dead.status, dead.last_error, dead.last_status) == ("dead", "It said 500.", 500)
+    assert (dead.status, dead.last_error, dead.last_status) == ("dead", "It answered 500.", 500)
     assert (redelivered.id, redelivered.status, redelivered.attempts) == (dead.id, "pending", 0)
     assert [(one.id, one.payload) for one in claim(store)] == [(dead.id, "first")]
     assert store.list_deliveries(status="dead") == []
 
 
-def test_an_endpoint_that_is_off_or_gone_gets_nothing(store: SqliteStore) -> None:
+def test_a_disabled_or_removed_endpoint_gets_nothing(store: SqliteStore) -> None:
     store.add_endpoint(endpoint())
     store.add_endpoint(endpoint("https://example.org/two", id="we_2"))
     add(store)
     answer_all(store)
 
-    store.disable_endpoint("we_1", reason="It said 410.", now=NOW)
+    store.disable_endpoint("we_1", reason="It answered 410.", now=NOW)
     store.remove_endpoint("we_2")
     add(store)
     answer_all(store)
@@ -183,10 +183,10 @@ def test_an_endpoint_that_is_off_or_gone_gets_nothing(store: SqliteStore) -> Non
     assert claim(store) == []
     assert [one.status for one in store.list_deliveries()] == ["dead"]
     (left,) = store.list_endpoints()
-    assert (left.id, left.disabled_reason) == ("we_1", "It said 410.")
+    assert (left.id, left.disabled_reason) == ("we_1", "It answered 410.")
 
 
-def test_what_is_not_there_is_named(store: SqliteStore) -> None:
+def test_unknown_endpoints_and_deliveries_are_errors(store: SqliteStore) -> None:
     with pytest.raises(UnknownWebhook):
         store.remove_endpoint("we_9")
     with pytest.raises(UnknownWebhook):
@@ -196,7 +196,7 @@ def test_what_is_not_there_is_named(store: SqliteStore) -> None:
     assert store.webhook_secret(None).startswith("whsec_")
 
 
-def test_old_messages_are_deleted_and_waiting_ones_never(store: SqliteStore) -> None:
+def test_old_deliveries_are_deleted_and_pending_ones_never(store: SqliteStore) -> None:
     for _ in range(3):
         add(store, webhook=URL)
     answer_all(store)

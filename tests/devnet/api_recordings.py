@@ -1,6 +1,6 @@
-"""Three requestors of which every call is kept: the executor, the unmodified yapapi, and a walk through all calls.
+"""Recordings of all calls of three requestors: the executor, the unmodified yapapi, and one that makes every call.
 
-For `test_published_api.py`, which looks through what they said and heard.
+For `test_published_api.py`, which checks their requests and responses.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import aiohttp
 
 from batcher.executors.golem.yapapi_adapter import OWNER
-from devnet.devnet import Devnet, run_devnet
-from devnet.journal import Call
+from devnet.api.application import ApiCall
+from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
-from store.ledger_records import AllocationRecord
+from store.ledger import AllocationRecord
 from tests.devnet.requestor import (
     ACTIVITY,
     BOOT_COMMANDS,
@@ -37,27 +37,27 @@ from tests.golem import GolemHarness, devnet_and_store, make_executor, provider,
 
 
 class Recordings:
-    """The calls of each requestor."""
+    """The recorded calls of each requestor."""
 
     def __init__(self) -> None:
-        self.executor: list[Call] = []
-        self.yapapi: list[Call] = []
-        self.walk: list[Call] = []
-        #: "METHOD /path" of every route of the devnet, with braces for what is not fixed.
+        self.executor: list[ApiCall] = []
+        self.yapapi: list[ApiCall] = []
+        self.every_call: list[ApiCall] = []
+        #: "METHOD /path" of every route of the devnet, with {} for parameters.
         self.routes: set[str] = set()
 
     @property
-    def calls(self) -> list[Call]:
-        return [*self.executor, *self.yapapi, *self.walk]
+    def calls(self) -> list[ApiCall]:
+        return [*self.executor, *self.yapapi, *self.every_call]
 
 
 async def record_executor(recordings: Recordings, folder: Path, models: Path) -> None:
-    """Live a whole life, and clean up after somebody else's."""
+    """Record the executor from start to end, and its recovery of a killed batcher's agreement."""
     folder.mkdir()
     plan = scenario(
         provider("alpha", Fault(kind="reject", times=1), debit_note_seconds=0.3),
         provider("beta", start="0.002", debit_note_seconds=0.3),
-        # Too dear: refused when it offers itself.
+        # Too expensive: its proposal is rejected.
         provider("gamma", start="5"),
     )
     async with devnet_and_store(plan, folder, models) as (devnet, store), aiohttp.ClientSession() as session:
@@ -69,7 +69,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
         await first.close()
         assert [outcome.error for outcome in outcomes] == [None] * 4
 
-        # What a batcher that was killed leaves open.
+        # What a killed batcher leaves open.
         tag = (folder / "work" / "golem-home").read_text().strip()
         dead_requestor = Requestor(devnet, session)
         allocation = await dead_requestor.allocate("0.1")
@@ -99,9 +99,9 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
 
 
 async def record_yapapi(recordings: Recordings, folder: Path) -> None:
-    """Have the unmodified yapapi do its tasks, and hear of them in a stream."""
+    """Record the unmodified yapapi, which runs tasks and streams their events."""
     folder.mkdir()
-    async with run_devnet(default_scenario(3), folder=folder / "net") as devnet:
+    async with Devnet(default_scenario(3), folder=folder / "net") as devnet:
         _record_full_bodies(devnet)
         program = await asyncio.create_subprocess_exec(
             *(sys.executable, "-W", "ignore", str(Path(__file__).with_name("yapapi_tasks.py")), str(folder), "stream"),
@@ -116,7 +116,7 @@ async def record_yapapi(recordings: Recordings, folder: Path) -> None:
 
 
 async def record_every_call(recordings: Recordings, folder: Path) -> None:
-    """Make every call that the devnet knows, also those that nobody needs, and some in vain."""
+    """Record a requestor that makes every call of the devnet, and some that fail."""
     async with requestor(single_provider(), folder) as client:
         _record_full_bodies(client.devnet)
         recordings.routes = _routes(client.devnet)
@@ -135,7 +135,7 @@ async def record_every_call(recordings: Recordings, folder: Path) -> None:
         )
         assert (await client.request("POST", f"{MARKET}/agreements/{agreement_id}/confirm"))[0] == 410
         await _call_payment(client)
-        recordings.walk.extend(client.devnet.journal)
+        recordings.every_call.extend(client.devnet.journal)
 
 
 async def _call_market(client: Requestor) -> None:
@@ -154,8 +154,8 @@ async def _call_market(client: Requestor) -> None:
     await client.request_ok("GET", f"{MARKET}/agreements/{agreement_id}")
     await client.request_ok("GET", f"{MARKET}/agreements")
     assert (await client.request("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=0))[0] == 409
-    await client.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/cancel", {"message": "It was a try."})
-    await client.request_ok("POST", f"{path}/reject", {"message": "It was a try."})
+    await client.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/cancel", {"message": "A test."})
+    await client.request_ok("POST", f"{path}/reject", {"message": "A test."})
     assert (await client.request("POST", f"{path}/reject"))[0] == 410
     await client.request_ok("DELETE", f"{MARKET}/demands/{demand_id}")
     assert (await client.request("GET", f"{MARKET}/demands/{demand_id}/events", timeout=0))[0] == 404
@@ -168,10 +168,10 @@ async def _call_activity(client: Requestor, agreement_id: str) -> None:
     await client.request_ok("GET", f"{path}/agreement")
     await client.results(activity_id, await client.execute(activity_id, *BOOT_COMMANDS))
     await client.request_ok("GET", f"{path}/state")
-    said = await client.execute(activity_id, run_command("/bin/sh", "-c", "echo said; echo warned >&2"))
-    await client.results(activity_id, said)
+    command_batch = run_command("/bin/sh", "-c", "echo out; echo err >&2")
+    await client.results(activity_id, await client.execute(activity_id, command_batch))
     streams = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
-    command = {"entry_point": "/bin/sh", "args": ["-c", "echo said; echo warned >&2; exit 1"], "capture": streams}
+    command = {"entry_point": "/bin/sh", "args": ["-c", "echo out; echo err >&2; exit 1"], "capture": streams}
     batch_id = await client.execute(activity_id, {"run": command})
     await client.stream(activity_id, batch_id)
     await client.results(activity_id, batch_id)
@@ -186,13 +186,13 @@ async def _call_payment(client: Requestor) -> None:
     await client.request_ok("GET", f"{PAYMENT}/requestorAccounts")
     await client.request_ok("GET", f"{PAYMENT}/allocations")
     await client.request_ok("PUT", allocation, {"totalAmount": "1.5"})
-    rejection = {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0", "message": "It was a try."}
+    rejection = {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0", "message": "A test."}
     since = in_hours(-1)
     for kind, event, key, amount in (
         ("debitNotes", "debitNoteEvents", "debitNoteId", "totalAmountDue"),
         ("invoices", "invoiceEvents", "invoiceId", "amount"),
     ):
-        # Asked for after the agreement's end, there is one of each.
+        # After the end of the agreement there is one of each.
         first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=60, afterTimestamp=since)
         await client.request_ok("GET", f"{PAYMENT}/{kind}", afterTimestamp=since, maxItems=5)
         bill = await client.request_ok("GET", f"{PAYMENT}/{kind}/{first[key]}")
@@ -221,5 +221,5 @@ def _routes(devnet: Devnet) -> set[str]:
 
 
 def without_parameter_names(path: str) -> str:
-    """Leave out the names of a path's parameters."""
+    """Replace the parameters of a path by {}."""
     return re.sub(r"\{\w+\}", "{}", path)

@@ -1,6 +1,6 @@
-"""Holds recorded calls against the daemon's published API descriptions, as `scripts/distil_api` has distilled them.
+"""Compares recorded calls with the published API descriptions that `scripts/extract_api_schema` extracted.
 
-Stricter than the descriptions are: fields and parameters that they do not name are told of, too.
+Stricter than the descriptions: fields and parameters that they do not name are violations too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 
 from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 
-from devnet.journal import Call
+from devnet.api.application import ApiCall
 
 PUBLISHED_API: dict[str, Any] = json.loads(Path(__file__).with_name("published_api.json").read_text(encoding="utf-8"))
 EXECUTE = "POST /activity-api/v1/activity/{activityId}/exec"
@@ -28,32 +28,31 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """Something in a call that is not as published."""
+    """A difference between a call and its published description."""
 
-    #: "METHOD /path" with the names of the path's parameters.
+    #: "METHOD /path" with the names of the parameters in the path.
     call: str
-    #: request, query, path, status or answer, and where in it: answer[].stderr
+    #: Where in the call: request, query, path, status or answer, and the field, as in answer[].stderr.
     location: str
-    #: A keyword of JSON Schema, or `unknown` for a field that is not published.
+    #: A keyword of JSON Schema, or `unknown` for something that is not published.
     rule: str
-    #: For people.
     message: str
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return what the same misfit of another call has, too."""
+        """Return what identifies the same violation in different calls."""
         return (self.call, self.location, self.rule)
 
 
 def published_name(method: str, path: str) -> str | None:
-    """Find the published name of a call; None if there is none."""
+    """Return the published name of a call; None if it is not published."""
     matching = [name for name in PUBLISHED_API["calls"] if _pattern(name).fullmatch(f"{method} {path}")]
-    # /payments/status is no payment with the id "status".
+    # /payments/status is not the payment with the id "status".
     return min(matching, key=lambda name: name.count("{"), default=None)
 
 
-def find_violations(call: Call) -> list[Violation]:
-    """List what is not as published in a call. An answer that nobody waited for is not looked at."""
+def find_violations(call: ApiCall) -> list[Violation]:
+    """Return the violations in a call. The response of an aborted call is not checked."""
     name = published_name(call.method, call.path)
     if name is None:
         here = f"{call.method} {call.path}"
@@ -67,7 +66,7 @@ def find_violations(call: Call) -> list[Violation]:
 _Violations = Iterator[tuple[str, str, str]]
 
 
-def _query(name: str, call: Call) -> _Violations:
+def _query(name: str, call: ApiCall) -> _Violations:
     schema = PUBLISHED_API["calls"][name].get("query", {"properties": {}})
     parameters: dict[str, Any] = dict(parse_qsl(call.query, keep_blank_values=True, strict_parsing=bool(call.query)))
     parameters.pop("authToken", None)
@@ -76,12 +75,12 @@ def _query(name: str, call: Call) -> _Violations:
     yield from _check(parameters, {"type": "object", **schema}, "query")
 
 
-def _request(name: str, call: Call) -> _Violations:
+def _request(name: str, call: ApiCall) -> _Violations:
     spec = PUBLISHED_API["calls"][name]
     if "body" not in spec:
-        # The client says that there is nothing with an empty object.
+        # The client sends an empty object if there is no body.
         if call.request not in ("", "{}"):
-            yield "request", "unknown", f"No body is published, and this one was sent: {call.request}"
+            yield "request", "unknown", f"No body is published, but there is one: {call.request}"
         return
     if not call.request:
         if not spec.get("body_is_optional"):
@@ -94,7 +93,7 @@ def _request(name: str, call: Call) -> _Violations:
         yield from _check(json.loads(body["text"]), script, "request.text", is_request=True)
 
 
-def _answer(name: str, call: Call) -> _Violations:
+def _answer(name: str, call: ApiCall) -> _Violations:
     spec, status = PUBLISHED_API["calls"][name], str(call.status)
     if call.status is None:
         return
@@ -103,9 +102,9 @@ def _answer(name: str, call: Call) -> _Violations:
     elif status not in spec["answers"]:
         yield f"status {status}", "unknown", f"It is answered with {', '.join([*spec['answers'], *spec['errors']])}."
     elif spec["answers"][status] is None:
-        # Of 204 that is checked by HTTP itself; 200 with nothing to say says null.
+        # HTTP itself ensures it for 204; an empty response with 200 is null.
         if call.answer not in ("", "null"):
-            yield "answer", "unknown", f"No body is published, and this one was sent: {call.answer}"
+            yield "answer", "unknown", f"No body is published, but there is one: {call.answer}"
     elif name == RESULTS and call.answer.startswith("event:"):
         for event in call.answer.strip().split("\n\n"):
             fields = dict(line.split(": ", 1) for line in event.split("\n"))
@@ -136,7 +135,7 @@ def _check(value: Any, schema: dict[str, Any], location: str, *, is_request: boo
 
 
 def _relevant_errors(errors: Any) -> Iterator[ValidationError]:
-    """Of a value with variants, tell what is wrong with the variant that it is most like."""
+    """Yield errors; for a value with variants those of the most similar variant."""
     for error in errors:
         if error.validator != "oneOf" or not error.context:
             yield error
@@ -153,7 +152,7 @@ def _relevant_errors(errors: Any) -> Iterator[ValidationError]:
 
 
 def _mismatch_score(errors: list[ValidationError]) -> tuple[int, int, int]:
-    """Count what says that another variant is meant: another type or event type; fields at the top; all else."""
+    """Count errors, most significant first: another type or event type; errors at the top level; all errors."""
     at_top = [error for error in errors if not error.relative_path]
     is_other = [
         error for error in errors if error.validator == "const" or (error in at_top and error.validator == "type")
@@ -164,7 +163,7 @@ def _mismatch_score(errors: list[ValidationError]) -> tuple[int, int, int]:
 def _strict(schema: Any, is_request: bool) -> Any:
     """Forbid fields that are not named.
 
-    :param is_request: what only the daemon can say is not looked at, and need not be there.
+    :param is_request: fields that only the daemon sets are neither checked nor required.
     """
     if isinstance(schema, list):
         return [_strict(each, is_request) for each in schema]
@@ -177,13 +176,13 @@ def _strict(schema: Any, is_request: bool) -> Any:
     if is_request:
         fields = {key: {} if each.get("readOnly") else each for key, each in fields.items()}
         required = [key for key in required if fields.get(key) != {}]
-    # Some fields must be there, it is published, and nothing else of them.
+    # Some fields are published as required without a description.
     fields = {**{key: {} for key in required}, **fields}
     return {"additionalProperties": False, **schema, "properties": fields, "required": required}
 
 
 def _parse_parameter(text: str, kind: str | None) -> Any:
-    """Read a parameter of a query as what it should be; leave it if it is something else."""
+    """Convert a query parameter to its published type; leave it as it is if that fails."""
     if kind == "array":
         return text.split(",")
     try:

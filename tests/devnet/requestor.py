@@ -1,4 +1,4 @@
-"""A requestor for the tests: plain HTTP, in the steps that yapapi takes."""
+"""A requestor for tests: makes the calls that yapapi makes, with plain HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from devnet.devnet import Devnet, run_devnet
+from devnet.daemon import Devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 
 PLATFORM = "erc20-holesky-tglm"
@@ -26,7 +26,7 @@ def in_hours(hours: float) -> str:
 
 
 def single_provider(*faults: Fault, daemon: tuple[Fault, ...] = (), **fields: Any) -> Scenario:
-    """One provider with these faults; other fields are the provider's or the scenario's."""
+    """Make a scenario of one provider with faults. Other fields belong to the provider or the scenario."""
     scenario_fields = {key: fields.pop(key) for key in ("funds", "idle_seconds", "silent_seconds") if key in fields}
     return Scenario(providers=(ProviderPlan(name="alpha", faults=faults, **fields),), faults=daemon, **scenario_fields)
 
@@ -46,16 +46,16 @@ class Requestor:
     async def request(
         self, method: str, path: str, body: Any = None, *, key: str | None = None, **query: Any
     ) -> tuple[int, Any]:
-        """Return the status and the body, read as JSON."""
+        """Make a call. :return: the status, and the body parsed as JSON."""
         headers = {"Authorization": f"Bearer {self.devnet.app_key if key is None else key}"}
-        url, words = self.devnet.url + path, {name: str(value) for name, value in query.items()}
+        url, parameters = self.devnet.url + path, {name: str(value) for name, value in query.items()}
         data = None if body is None else json.dumps(body)
-        async with self._session.request(method, url, params=words, data=data, headers=headers) as answer:
-            text = await answer.text()
-            return answer.status, json.loads(text) if text else None
+        async with self._session.request(method, url, params=parameters, data=data, headers=headers) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if text else None
 
     async def request_ok(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """Return the body of a call that succeeds."""
+        """Make a call that must succeed. :return: the body parsed as JSON."""
         status, answer = await self.request(method, path, body, **query)
         assert 200 <= status < 300, (method, path, status, answer)
         return answer
@@ -68,7 +68,7 @@ class Requestor:
         return dict(allocation)
 
     async def subscribe(self, constraints: str = "(golem.runtime.name=mlg)", **extra_properties: Any) -> str:
-        """Open a demand, decorated for the allocation."""
+        """Open a demand with the decorations of the allocation."""
         if not self.allocation_id:
             await self.allocate()
         decorations = await self.request_ok("GET", f"{PAYMENT}/demandDecorations", allocationIds=self.allocation_id)
@@ -94,7 +94,7 @@ class Requestor:
         return str(await self.request_ok("POST", path, {"properties": properties, "constraints": demand.constraints}))
 
     async def draft(self, demand_id: str) -> dict[str, Any]:
-        """Negotiate until a provider has answered."""
+        """Negotiate until a provider sends a draft."""
         (initial,) = await self.proposals(demand_id)
         await self.counter(demand_id, initial["proposalId"])
         (draft,) = await self.proposals(demand_id)
@@ -107,7 +107,7 @@ class Requestor:
         return agreement_id
 
     async def agree(self, demand_id: str) -> str:
-        """Negotiate until there is an agreement."""
+        """Negotiate until there is an approved agreement."""
         agreement_id = await self.propose_agreement(await self.draft(demand_id))
         await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/wait", timeout=60)
         return agreement_id
@@ -124,11 +124,11 @@ class Requestor:
         return list(await self.request_ok("GET", path, timeout=60))
 
     async def stream(self, activity_id: str, batch_id: str) -> str:
-        """Return the runtime events of a batch, as they are sent."""
+        """Return the response with the runtime events of a batch."""
         headers = {"Authorization": f"Bearer {self.devnet.app_key}", "Accept": "text/event-stream"}
         url = f"{self.devnet.url}{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        async with self._session.get(url, headers=headers) as answer:
-            return await answer.text()
+        async with self._session.get(url, headers=headers) as response:
+            return await response.text()
 
     async def destroy(self, activity_id: str) -> None:
         await self.request_ok("DELETE", f"{ACTIVITY}/activity/{activity_id}")
@@ -137,7 +137,7 @@ class Requestor:
         await self.request_ok("POST", f"{MARKET}/agreements/{agreement_id}/terminate", {"message": "done"})
 
     async def complete_agreement(self, demand_id: str) -> str:
-        """Have one activity in an agreement, and end both. :return: the agreement's id."""
+        """Make an agreement with one activity, and end both. :return: the agreement's id."""
         agreement_id = await self.agree(demand_id)
         activity_id = await self.activity(agreement_id)
         await self.results(activity_id, await self.execute(activity_id))
@@ -146,7 +146,7 @@ class Requestor:
         return agreement_id
 
     async def invoice(self, after: str | None = None, seconds: float = 60) -> dict[str, Any] | None:
-        """Return the next invoice, if one comes in time."""
+        """Return the next invoice; None if there is none in time."""
         query = {"timeout": seconds} if after is None else {"timeout": seconds, "afterTimestamp": after}
         events = await self.request_ok("GET", f"{PAYMENT}/invoiceEvents", **query)
         return dict(await self.request_ok("GET", f"{PAYMENT}/invoices/{events[0]['invoiceId']}")) if events else None
@@ -161,6 +161,6 @@ class Requestor:
 
 @asynccontextmanager
 async def requestor(scenario: Scenario, folder: Path, **options: Any) -> AsyncIterator[Requestor]:
-    """A running devnet and somebody who asks it."""
-    async with run_devnet(scenario, folder=folder, **options) as devnet, aiohttp.ClientSession() as session:
+    """Run a devnet and a requestor of it."""
+    async with Devnet(scenario, folder=folder, **options) as devnet, aiohttp.ClientSession() as session:
         yield Requestor(devnet, session)

@@ -1,4 +1,4 @@
-"""The constraint language: what it means, and what it refuses."""
+"""The constraint language: matching and syntax errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROPERTIES = {
         "(&(golem.runtime.name=mlg)\n\t(|(golem.inf.mem.gib>100)\n\t(golem.inf.cpu.cores<11)))",
     ],
 )
-def test_a_constraint_is_fulfilled(text: str) -> None:
+def test_a_constraint_matches(text: str) -> None:
     assert parse(text).matches(PROPERTIES)
 
 
@@ -65,7 +65,7 @@ def test_a_constraint_is_fulfilled(text: str) -> None:
         "(&(golem.runtime.name=mlg)(golem.runtime.name=vm))",
     ],
 )
-def test_a_constraint_is_not_fulfilled(text: str) -> None:
+def test_a_constraint_does_not_match(text: str) -> None:
     assert not parse(text).matches(PROPERTIES)
 
 
@@ -85,7 +85,7 @@ def test_a_constraint_is_not_fulfilled(text: str) -> None:
         ("(!" * 1000, "nested"),
     ],
 )
-def test_a_wrong_constraint_says_where(text: str, reason: str) -> None:
+def test_a_syntax_error_has_a_position(text: str, reason: str) -> None:
     with pytest.raises(BadConstraint, match=reason):
         parse(text)
 
@@ -111,7 +111,7 @@ def test_a_negation_is_the_opposite(text: str, given_properties: dict[str, objec
 
 
 @given(constraints, constraints, properties)
-def test_and_and_or_are_what_they_are(left: str, right: str, given_properties: dict[str, object]) -> None:
+def test_and_and_or_combine_their_parts(left: str, right: str, given_properties: dict[str, object]) -> None:
     either, both = [parse(each).matches(given_properties) for each in (left, right)], parse(f"(&{left}{right})")
 
     assert both.matches(given_properties) is all(either)
@@ -119,7 +119,7 @@ def test_and_and_or_are_what_they_are(left: str, right: str, given_properties: d
 
 
 @given(st.text(alphabet="()&|!=<>*ab.1 \\", max_size=30), properties)
-def test_any_text_is_read_or_refused(text: str, given_properties: dict[str, object]) -> None:
+def test_any_text_is_parsed_or_rejected(text: str, given_properties: dict[str, object]) -> None:
     try:
         parse(text).matches(given_properties)
     except BadConstraint as error:

@@ -1,4 +1,4 @@
-"""The gftp program: the protocol as yapapi speaks it, URLs that come and go, and how it ends."""
+"""The gftp program: its protocol, published URLs and its end; and the transfers of the providers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from devnet.gftp import UnknownUrl, copy_file, remove_dead_servers, resolve_url, write_program
-from devnet.transfers import TransferFailed, Transfers
-from tests.devnet.activities import GftpProcess
+from devnet.gftp import (
+    TransferFailed,
+    UnknownUrl,
+    copy_file,
+    deliver,
+    fetch,
+    remove_dead_servers,
+    resolve_url,
+    write_program,
+)
+from tests.devnet.exe_units import GftpProcess
 from tests.timing import slowness, wait_until
 
 
@@ -35,7 +43,7 @@ def exchange(tmp_path: Path) -> Path:
 
 
 def kill(server: GftpProcess, exchange: Path) -> None:
-    """Kill a server and wait until the kernel has dropped its lock: the shell between us may be gone before it."""
+    """Kill a server and wait until the kernel has released its lock; the shell that started it may end first."""
     os.killpg(server.process.pid, signal.SIGKILL)
     server.end()
     [path] = exchange.glob("server-*/lock")
@@ -55,13 +63,13 @@ def make_file(folder: Path, data: bytes = b"some bytes", name: str = "file") -> 
     return path
 
 
-def test_its_version_makes_yapapi_close_urls(gftp: GftpProcess) -> None:
+def test_its_version_is_one_for_which_yapapi_closes_urls(gftp: GftpProcess) -> None:
     number = gftp.call("version").split()[0]
 
     assert tuple(map(int, number.split("."))) >= (0, 7, 3)
 
 
-def test_a_url_ends_with_the_sha3_of_the_contents(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
+def test_a_url_ends_with_the_sha3_of_the_content(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     path = make_file(tmp_path)
 
     url = gftp.publish(path)
@@ -70,7 +78,7 @@ def test_a_url_ends_with_the_sha3_of_the_contents(gftp: GftpProcess, tmp_path: P
     assert resolve_url(exchange, url).file == path
 
 
-def test_methods_are_taken_in_any_order(gftp: GftpProcess, tmp_path: Path) -> None:
+def test_methods_can_be_called_in_any_order(gftp: GftpProcess, tmp_path: Path) -> None:
     target = gftp.receive(tmp_path / "out")
     source = gftp.publish(make_file(tmp_path))
 
@@ -78,13 +86,13 @@ def test_methods_are_taken_in_any_order(gftp: GftpProcess, tmp_path: Path) -> No
     assert gftp.call("version")
 
 
-def test_a_file_to_be_received_exists_at_once(gftp: GftpProcess, tmp_path: Path) -> None:
+def test_a_file_to_receive_is_created_at_once(gftp: GftpProcess, tmp_path: Path) -> None:
     gftp.receive(tmp_path / "out")
 
     assert (tmp_path / "out").read_bytes() == b""
 
 
-def test_equal_contents_have_one_url_and_the_newest_file_counts(
+def test_files_of_equal_content_share_a_url_that_stands_for_the_latest(
     gftp: GftpProcess, tmp_path: Path, exchange: Path
 ) -> None:
     first = gftp.publish(make_file(tmp_path, name="one"))
@@ -94,7 +102,7 @@ def test_equal_contents_have_one_url_and_the_newest_file_counts(
     assert resolve_url(exchange, first).file == tmp_path / "two"
 
 
-def test_closing_forgets_only_what_that_server_published(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
+def test_closing_a_url_leaves_those_of_other_servers(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     other = GftpProcess(tmp_path)
     path = make_file(tmp_path)
     url = gftp.publish(path)
@@ -123,14 +131,14 @@ def test_closing_forgets_only_what_that_server_published(gftp: GftpProcess, tmp_
         ('{"id": 1, "method": "download", "params": {"url": "gftp://x/y", "output_file": "a"}}', -32000),
     ],
 )
-def test_what_it_cannot_do_is_an_error_and_not_its_end(gftp: GftpProcess, line: str, code: int) -> None:
-    answer = gftp.send(line)
+def test_the_server_survives_an_invalid_request(gftp: GftpProcess, line: str, code: int) -> None:
+    response = gftp.send(line)
 
-    assert answer["error"]["code"] == code and answer["error"]["message"]
+    assert response["error"]["code"] == code and response["error"]["message"]
     assert gftp.call("version")
 
 
-def test_files_cross_between_two_servers(gftp: GftpProcess, tmp_path: Path) -> None:
+def test_files_are_transferred_between_two_servers(gftp: GftpProcess, tmp_path: Path) -> None:
     other = GftpProcess(tmp_path)
     source, target = gftp.publish(make_file(tmp_path)), gftp.receive(tmp_path / "received")
 
@@ -141,7 +149,7 @@ def test_files_cross_between_two_servers(gftp: GftpProcess, tmp_path: Path) -> N
     other.end()
 
 
-def test_it_ends_with_its_standard_input_and_leaves_nothing(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
+def test_it_ends_with_its_standard_input_and_leaves_no_files(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     url = gftp.publish(make_file(tmp_path))
 
     assert gftp.end() == 0
@@ -157,15 +165,15 @@ def test_shutdown_ends_it(gftp: GftpProcess) -> None:
     gftp.end()
 
 
-def test_ctrl_c_is_for_the_requestor_alone(gftp: GftpProcess) -> None:
-    gftp.call("version")  # it has come so far
+def test_ctrl_c_does_not_end_the_server(gftp: GftpProcess) -> None:
+    gftp.call("version")  # it has started
 
     os.killpg(gftp.process.pid, signal.SIGINT)
 
     assert gftp.call("version")
 
 
-def test_what_a_killed_server_published_is_forgotten_by_the_next(tmp_path: Path, exchange: Path) -> None:
+def test_a_new_server_removes_the_urls_of_a_killed_one(tmp_path: Path, exchange: Path) -> None:
     killed = GftpProcess(tmp_path)
     url = killed.publish(make_file(tmp_path))
     kill(killed, exchange)
@@ -179,7 +187,7 @@ def test_what_a_killed_server_published_is_forgotten_by_the_next(tmp_path: Path,
     following.end()
 
 
-def test_a_living_servers_urls_are_not_forgotten(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
+def test_the_urls_of_a_running_server_are_kept(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     url = gftp.publish(make_file(tmp_path))
 
     assert remove_dead_servers(exchange) == 0
@@ -187,7 +195,7 @@ def test_a_living_servers_urls_are_not_forgotten(gftp: GftpProcess, tmp_path: Pa
     assert resolve_url(exchange, url)
 
 
-def test_without_the_word_server_it_says_how_it_is_used(gftp: GftpProcess, tmp_path: Path) -> None:
+def test_an_unknown_command_prints_the_usage(gftp: GftpProcess, tmp_path: Path) -> None:
     result = subprocess.run([tmp_path / "bin/gftp", "publish"], capture_output=True, text=True, timeout=120)
 
     assert result.returncode == 2 and result.stderr.startswith("usage: gftp server")
@@ -210,30 +218,29 @@ def test_it_needs_neither_site_packages_nor_the_environment(tmp_path: Path, exch
     server.end()
 
 
-def test_yapapi_itself_gets_along_with_it(tmp_path: Path, exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yapapi_works_with_it(tmp_path: Path, exchange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = pytest.importorskip("yapapi.storage.gftp")
     monkeypatch.setenv("PATH", f"{write_program(tmp_path / 'bin', exchange).parent}:{os.environ['PATH']}")
-    transfers = Transfers(exchange)
 
     async def main() -> None:
         async with storage.provider() as provider:
             sources = [await provider.upload_bytes(b"some bytes") for _ in range(2)]
             assert sources[0].download_url == sources[1].download_url
             await provider.release_source(sources[0])
-            await transfers.fetch(sources[1].download_url, tmp_path / "inside")
+            fetch(exchange, sources[1].download_url, tmp_path / "inside")
             destination = await provider.new_destination(tmp_path / "received")
-            await transfers.deliver(tmp_path / "inside", destination.upload_url)
+            deliver(exchange, tmp_path / "inside", destination.upload_url)
             await destination.download_file(tmp_path / "received")
             assert await (await provider.new_destination()).download_bytes() == b""
 
             await provider.release_source(sources[1])
             with pytest.raises(TransferFailed):
-                await transfers.fetch(sources[1].download_url, tmp_path / "inside")
+                fetch(exchange, sources[1].download_url, tmp_path / "inside")
 
     started_at = time.monotonic()
     asyncio.run(main())
 
-    # So long yapapi would wait for a gftp that does not end.
+    # yapapi waits this long for a gftp that does not end.
     assert time.monotonic() - started_at < 10 * slowness()
     assert (tmp_path / "received").read_bytes() == b"some bytes"
     assert [path.name for path in exchange.iterdir()] == ["lock"]
@@ -242,37 +249,36 @@ def test_yapapi_itself_gets_along_with_it(tmp_path: Path, exchange: Path, monkey
 # Transfers
 
 
-def test_transfers_carry_files_both_ways(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
-    transfers = Transfers(exchange)
+def test_transfers_copy_files_in_both_directions(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     source, target = gftp.publish(make_file(tmp_path)), gftp.receive(tmp_path / "received")
 
-    assert asyncio.run(transfers.fetch(source, tmp_path / "inside")) == 10
-    assert asyncio.run(transfers.deliver(tmp_path / "inside", target)) == 10
+    assert fetch(exchange, source, tmp_path / "inside") == 10
+    assert deliver(exchange, tmp_path / "inside", target) == 10
 
     assert (tmp_path / "received").read_bytes() == b"some bytes"
 
 
-def test_transfers_refuse_what_is_not_known_or_goes_the_wrong_way(
+def test_a_transfer_with_an_unknown_url_or_in_the_wrong_direction_fails(
     gftp: GftpProcess, tmp_path: Path, exchange: Path
 ) -> None:
-    transfers, path = Transfers(exchange), make_file(tmp_path)
+    path = make_file(tmp_path)
     source, target = gftp.publish(path), gftp.receive(tmp_path / "received")
     gone = gftp.publish(make_file(tmp_path, b"others", "gone"))
     (tmp_path / "gone").unlink()
 
     for url in ("gftp://0x/../lock", f"{source}0", gone, target, "https://example.org/x", "file:///etc/passwd", ""):
         with pytest.raises(TransferFailed):
-            asyncio.run(transfers.fetch(url, tmp_path / "inside"))
+            fetch(exchange, url, tmp_path / "inside")
     with pytest.raises(TransferFailed):
-        asyncio.run(transfers.deliver(path, source))
+        deliver(exchange, path, source)
     with pytest.raises(TransferFailed):
-        asyncio.run(transfers.deliver(tmp_path / "missing", target))
+        deliver(exchange, tmp_path / "missing", target)
 
     assert not (tmp_path / "inside").exists()
     assert (tmp_path / "received").read_bytes() == b""
 
 
-def test_a_transfer_is_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_failed_transfer_leaves_the_target_unchanged(tmp_path: Path) -> None:
     target = make_file(tmp_path, b"before", "target")
 
     with pytest.raises(OSError):
@@ -282,7 +288,7 @@ def test_a_transfer_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_file_full_of_nothing_takes_no_room(tmp_path: Path) -> None:
+def test_zeros_are_copied_as_holes(tmp_path: Path) -> None:
     source = make_file(tmp_path, b"begin")
     os.truncate(source, 50_000_000)
 
@@ -292,11 +298,11 @@ def test_a_file_full_of_nothing_takes_no_room(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes()[:6] == b"begin\0"
 
 
-def test_the_daemons_last_act_forgets_killed_servers(tmp_path: Path, exchange: Path) -> None:
+def test_the_urls_of_killed_servers_can_be_removed_without_a_server(tmp_path: Path, exchange: Path) -> None:
     killed = GftpProcess(tmp_path)
     killed.publish(make_file(tmp_path))
     kill(killed, exchange)
 
-    Transfers(exchange).remove_dead_servers()
+    assert remove_dead_servers(exchange) == 1
 
     assert [path.name for path in exchange.iterdir()] == ["lock"]

@@ -1,4 +1,4 @@
-"""The market over HTTP: every step that a requestor takes, and every step out of turn."""
+"""The market over HTTP: demands, negotiation and agreements, valid and invalid steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.timing import until
 TWO = Scenario(providers=(ProviderPlan(name="alpha"), ProviderPlan(name="beta", cores=4, runtimes=("mlg",))))
 
 
-def test_nobody_is_served_without_the_key(tmp_path: Path) -> None:
+def test_a_call_without_the_app_key_is_rejected(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             for key in ("", "wrong", client.devnet.app_key + "x"):
@@ -33,7 +33,7 @@ def test_nobody_is_served_without_the_key(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_only_offers_that_match_are_proposed(tmp_path: Path) -> None:
+def test_only_matching_offers_are_proposed(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(TWO, tmp_path) as client:
             every = await client.proposals(await client.subscribe("(golem.runtime.name=*)"))
@@ -49,7 +49,7 @@ def test_only_offers_that_match_are_proposed(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_events_are_given_once_and_waited_for(tmp_path: Path) -> None:
+def test_events_are_returned_once_and_a_poll_waits_for_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(TWO, tmp_path) as client:
             demand_id = await client.subscribe("(golem.runtime.name=*)")
@@ -63,7 +63,7 @@ def test_events_are_given_once_and_waited_for(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_demand_ends_once(tmp_path: Path) -> None:
+def test_a_demand_is_closed_only_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             demand_id = await client.subscribe("(golem.runtime.name=absent)")
@@ -89,7 +89,7 @@ def test_a_demand_expires(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_agreement_ends_with_its_demand(tmp_path: Path) -> None:
+def test_an_agreement_ends_when_its_demand_expires(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             soon = int((time.time() + 0.5) * 1000)
@@ -118,7 +118,7 @@ def test_an_agreement_ends_with_its_demand(tmp_path: Path) -> None:
         ("agreements", {"proposalId": "R-1", "validTo": "tomorrow"}, "ISO 8601"),
     ],
 )
-def test_a_wrong_body_is_refused(tmp_path: Path, path: str, body: object, reason: str) -> None:
+def test_an_invalid_body_is_rejected(tmp_path: Path, path: str, body: object, reason: str) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             status, answer = await client.request("POST", f"{MARKET}/{path}", body)
@@ -127,7 +127,7 @@ def test_a_wrong_body_is_refused(tmp_path: Path, path: str, body: object, reason
     asyncio.run(main())
 
 
-def test_a_wrong_query_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_query_is_rejected(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             events = f"{MARKET}/demands/{await client.subscribe()}/events"
@@ -139,7 +139,7 @@ def test_a_wrong_query_is_refused(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_steps_out_of_turn_are_refused(tmp_path: Path) -> None:
+def test_steps_in_the_wrong_order_are_rejected(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             demand_id = await client.subscribe()
@@ -169,7 +169,7 @@ def test_steps_out_of_turn_are_refused(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_rejected_proposal_is_over(tmp_path: Path) -> None:
+def test_a_rejected_proposal_cannot_be_used(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             demand_id = await client.subscribe()
@@ -227,11 +227,11 @@ def test_agreements_are_listed_by_state_and_date(tmp_path: Path) -> None:
 # Providers
 
 
-async def is_silent(client: Requestor, demand_id: str) -> bool:
+async def has_no_proposals(client: Requestor, demand_id: str) -> bool:
     return await client.proposals(demand_id, 0) == []
 
 
-def test_a_busy_provider_answers_nobody_and_offers_itself_again_when_free(tmp_path: Path) -> None:
+def test_a_busy_provider_does_not_answer_and_proposes_again_when_free(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(runtimes=("mlg",)), tmp_path) as client:
             first, second = await client.subscribe(), await client.subscribe()
@@ -239,7 +239,7 @@ def test_a_busy_provider_answers_nobody_and_offers_itself_again_when_free(tmp_pa
             agreement_id = await client.agree(first)
             await client.counter(second, waiting["proposalId"])
             third = await client.subscribe()
-            assert await is_silent(client, second) and await is_silent(client, third)
+            assert await has_no_proposals(client, second) and await has_no_proposals(client, third)
             await client.terminate(agreement_id)
             for demand_id in (first, second, third):
                 (again,) = await client.proposals(demand_id)
@@ -248,7 +248,7 @@ def test_a_busy_provider_answers_nobody_and_offers_itself_again_when_free(tmp_pa
     asyncio.run(main())
 
 
-def test_a_draft_can_be_countered_again_after_a_refusal(tmp_path: Path) -> None:
+def test_a_draft_can_be_countered_again_after_a_rejection(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(Fault(kind="reject", times=1)), tmp_path) as client:
             demand_id = await client.subscribe()
@@ -277,7 +277,7 @@ def test_an_agreement_for_one_activity_ends_with_it(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_agreement_for_many_activities_goes_on(tmp_path: Path) -> None:
+def test_an_agreement_for_several_activities_outlives_the_first(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(), tmp_path) as client:
             agreement_id = await client.agree(await client.subscribe())
@@ -295,7 +295,7 @@ def test_an_agreement_for_many_activities_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["idle_seconds", "silent_seconds"])
-def test_a_provider_leaves_a_requestor_that_does_nothing(tmp_path: Path, setting: str) -> None:
+def test_a_provider_terminates_an_agreement_with_an_inactive_requestor(tmp_path: Path, setting: str) -> None:
     async def main() -> None:
         async with requestor(single_provider(**{setting: 0.3}), tmp_path) as client:
             agreement_id = await client.agree(await client.subscribe())
@@ -308,7 +308,7 @@ def test_a_provider_leaves_a_requestor_that_does_nothing(tmp_path: Path, setting
     asyncio.run(main())
 
 
-def test_a_slow_approval_is_waited_for_and_can_be_cancelled(tmp_path: Path) -> None:
+def test_an_agreement_can_be_cancelled_before_a_slow_approval(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(Fault(kind="slow-approval", seconds=0.3)), tmp_path) as client:
             demand_id = await client.subscribe()
@@ -317,21 +317,21 @@ def test_a_slow_approval_is_waited_for_and_can_be_cancelled(tmp_path: Path) -> N
             await client.request_ok("POST", f"{path}/cancel", {"message": "too slow"})
             status, answer = await client.request("POST", f"{path}/wait")
             assert (status, answer["message"]) == (410, "Cancelled")
-            # It is free again, and a wait without a limit lasts until the approval.
+            # The provider is free again. A wait without a limit lasts until the approval.
             path = f"{MARKET}/agreements/{await client.propose_agreement(await client.draft(demand_id))}"
             await client.request_ok("POST", f"{path}/wait", timeout=0)
 
     asyncio.run(main())
 
 
-def test_a_provider_that_never_answers_or_never_starts(tmp_path: Path) -> None:
+def test_a_provider_fails_to_answer_or_to_create_an_activity(tmp_path: Path) -> None:
     async def main() -> None:
         faults = (Fault(kind="no-answer", times=1), Fault(kind="no-activity", times=1))
         async with requestor(single_provider(*faults), tmp_path) as client:
             demand_id = await client.subscribe()
             (initial,) = await client.proposals(demand_id)
             await client.counter(demand_id, initial["proposalId"])
-            assert await is_silent(client, demand_id)
+            assert await has_no_proposals(client, demand_id)
             await client.counter(demand_id, initial["proposalId"])
             (draft,) = await client.proposals(demand_id)
             agreement_id = await client.propose_agreement(draft)
@@ -342,7 +342,7 @@ def test_a_provider_that_never_answers_or_never_starts(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_agreement_is_dropped_in_mid_batch(tmp_path: Path) -> None:
+def test_a_provider_terminates_an_agreement_during_a_batch(tmp_path: Path) -> None:
     async def main() -> None:
         async with requestor(single_provider(Fault(kind="drop-agreement", after=1)), tmp_path) as client:
             agreement_id = await client.agree(await client.subscribe())

@@ -1,4 +1,4 @@
-"""The devnet against the daemon's published API: what yapapi and our executor ask, and what they are answered."""
+"""The devnet against the daemon's published API: requests of yapapi and the executor, and the responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from devnet.journal import Call
+from devnet.api.application import ApiCall
 from tests.devnet.api_recordings import (
     Recordings,
     record_every_call,
@@ -29,8 +29,8 @@ _NULL = "The daemon writes null for what a result or an event does not have."
 _SNAKE = "The daemon's events are in snake_case; yapapi reads them so."
 _VECTOR = "The daemon passes on what the provider sends: a list, in the order of the offer's usage vector."
 _TEXT = "The daemon sends the output as it is; yapapi reads it so."
-#: Where the daemon itself does not keep to its description, and the devnet does as the daemon does:
-#: call, place and rule -> why.
+#: Where the daemon differs from its description, and the devnet follows the daemon:
+#: (call, location, rule) -> reason.
 KNOWN_DEVIATIONS = {
     (RESULTS, "answer[].stdout", "type"): _NULL,
     (RESULTS, "answer[].stderr", "type"): _NULL,
@@ -40,27 +40,27 @@ KNOWN_DEVIATIONS = {
     (RESULTS, "event.batch_id", "unknown"): _SNAKE,
     (RESULTS, "event.kind.finished.returnCode", "required"): _SNAKE,
     (RESULTS, "event.kind.finished.return_code", "unknown"): _SNAKE,
-    (RESULTS, "event.kind.started.command", "unknown"): "The command stands in a field of its own; yapapi reads it so.",
+    (RESULTS, "event.kind.started.command", "unknown"): "The command has its own field; yapapi reads it so.",
     (RESULTS, "event.kind.stdout", "oneOf"): _TEXT,
     (RESULTS, "event.kind.stderr", "oneOf"): _TEXT,
     (f"GET {PAYMENT}/debitNotes", "answer[].usageCounterVector", "type"): _VECTOR,
     (f"GET {PAYMENT}/debitNotes/{{debitNoteId}}", "answer.usageCounterVector", "type"): _VECTOR,
 }
-_SCAN = "For tools that look at the market; neither yapapi nor the executor is one."
-_NOT_THERE = "The description says itself that the daemon does not have it."
-#: Calls that are published for a requestor and that the devnet has not -> why.
+_SCAN = "For tools that inspect the market; neither yapapi nor the executor does."
+_NOT_THERE = "According to the description itself, the daemon does not implement it."
+#: Published calls of a requestor that the devnet does not implement -> reason.
 UNIMPLEMENTED = {
     f"POST {MARKET}/scan": _SCAN,
     f"GET {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
     f"DELETE {MARKET}/scan/{{subscriptionId}}/events": _SCAN,
-    f"POST {MARKET}/demands/{{subscriptionId}}/propertyQuery/{{queryId}}": "Nobody asks for properties later.",
+    f"POST {MARKET}/demands/{{subscriptionId}}/propertyQuery/{{queryId}}": "Providers do not query properties later.",
     f"GET {PAYMENT}/debitNotes/{{debitNoteId}}/payments": _NOT_THERE,
     f"GET {PAYMENT}/invoices/{{invoiceId}}/payments": _NOT_THERE,
-    f"POST {PAYMENT}/invoices": "Providers write invoices; the devnet's do it without HTTP.",
+    f"POST {PAYMENT}/invoices": "For providers; those of the devnet do not use HTTP.",
     f"POST {ACTIVITY}/activity/{{activityId}}/encrypted": "The providers have no enclaves.",
     f"GET {ACTIVITY}/activity/{{activityId}}/command": "Neither yapapi nor the executor asks what is running.",
 }
-#: Answers as published that yapapi's client cannot read -> why that is no matter.
+#: Responses as published that yapapi's client cannot parse -> why it does not matter.
 UNREADABLE = {
     f"GET {MARKET}/agreementEvents": "The client expects another event of a similar name. yapapi does not call it.",
 }
@@ -68,14 +68,14 @@ UNREADABLE = {
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Recordings:
-    """Let all three live at the same time, each on a devnet of its own."""
+    """Record all three requestors at the same time, each on its own devnet."""
     made, folder = Recordings(), tmp_path_factory.mktemp("published")
 
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(record_executor(made, folder / "executor", models_folder))
             group.create_task(record_yapapi(made, folder / "yapapi"))
-            group.create_task(record_every_call(made, folder / "walk"))
+            group.create_task(record_every_call(made, folder / "every-call"))
 
     asyncio.run(asyncio.wait_for(main(), 300))
     return made
@@ -88,7 +88,7 @@ def _format_violations(found: list[Violation]) -> str:
 # The published descriptions
 
 
-def test_every_request_and_every_answer_is_as_published(recordings: Recordings) -> None:
+def test_requests_and_responses_are_as_published(recordings: Recordings) -> None:
     found = [violation for call in recordings.calls for violation in find_violations(call)]
 
     unknown = [violation for violation in found if violation.key not in KNOWN_DEVIATIONS]
@@ -96,13 +96,13 @@ def test_every_request_and_every_answer_is_as_published(recordings: Recordings) 
     assert not unknown, "\n" + _format_violations(unknown)
 
 
-def test_every_known_deviation_still_is_one(recordings: Recordings) -> None:
+def test_every_known_deviation_occurs(recordings: Recordings) -> None:
     found = {violation.key for call in recordings.calls for violation in find_violations(call)}
 
     assert set(KNOWN_DEVIATIONS) - found == set()
 
 
-def test_the_devnet_has_the_published_calls_and_no_others(recordings: Recordings) -> None:
+def test_the_devnet_has_exactly_the_published_calls(recordings: Recordings) -> None:
     published = {without_parameter_names(name) for name in PUBLISHED_API["calls"] if name not in UNIMPLEMENTED}
 
     assert set(UNIMPLEMENTED) <= set(PUBLISHED_API["calls"])
@@ -120,13 +120,13 @@ def test_the_devnet_has_the_published_calls_and_no_others(recordings: Recordings
         (f"DELETE {PAYMENT}/allocations/*", 200),
     ],
 )
-def test_the_executor_met_what_it_should(recordings: Recordings, pattern: str, status: int) -> None:
+def test_the_executors_recording_covers_the_call(recordings: Recordings, pattern: str, status: int) -> None:
     calls = [call for call in recordings.executor if fnmatchcase(f"{call.method} {call.path}", pattern)]
 
     assert status in {call.status for call in calls}
 
 
-def test_every_call_of_the_devnet_was_made_with_success(recordings: Recordings) -> None:
+def test_the_recordings_contain_every_call_with_success(recordings: Recordings) -> None:
     made = {
         without_parameter_names(published_name(call.method, call.path) or "")
         for call in recordings.calls
@@ -163,11 +163,11 @@ def test_every_call_of_the_devnet_was_made_with_success(recordings: Recordings) 
         ),
     ],
 )
-def test_what_is_not_as_published_is_told(
-    method: str, path: str, field: str, value: Any, keys: set[tuple[str, str]]
-) -> None:
+def test_violations_are_found(method: str, path: str, field: str, value: Any, keys: set[tuple[str, str]]) -> None:
     facts: dict[str, Any] = {"query": "", "request": "", "answer": "{}", "status": 200, field: value}
-    call = Call(at=datetime.now(UTC), method=method, path=path, seconds=0.1, request_bytes=0, answer_bytes=0, **facts)
+    call = ApiCall(
+        at=datetime.now(UTC), method=method, path=path, seconds=0.1, request_bytes=0, answer_bytes=0, **facts
+    )
 
     found = {(violation.location, violation.rule) for violation in find_violations(call)}
 
@@ -178,7 +178,7 @@ def test_what_is_not_as_published_is_told(
 
 
 def _response_types() -> dict[str, tuple[Any, str]]:
-    """Read from the source of yapapi's clients what they make of each answer: client and name of a type."""
+    """Read from the source of yapapi's clients the type of each response: client and name of the type."""
     import ya_activity
     import ya_market
     import ya_payment
@@ -203,7 +203,7 @@ def _response_types() -> dict[str, tuple[Any, str]]:
     return found
 
 
-def test_yapapis_models_take_every_answer(recordings: Recordings) -> None:
+def test_yapapis_models_accept_every_response(recordings: Recordings) -> None:
     types = _response_types()
     read = set()
 

@@ -1,4 +1,4 @@
-"""Scenarios: what a file may say, and what it is told when it says something else. When faults strike."""
+"""Scenarios: valid and invalid files, and when faults occur."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from devnet.faults import DAEMON, KINDS, Faults
-from devnet.provider.billing import activity_amount
-from devnet.scenario import Fault, ProviderPlan, default_scenario, read_scenario
+from devnet.provider.invoicing import activity_amount
+from devnet.scenario import (
+    DAEMON,
+    DAEMON_KINDS,
+    PROVIDER_KINDS,
+    Fault,
+    FaultSchedule,
+    ProviderPlan,
+    default_scenario,
+    read_scenario,
+)
 from provider_image.errors import ConfigError
 
 FULL_SCENARIO = """
@@ -33,7 +41,7 @@ start_price = "0.5"
 """
 
 
-def test_a_scenario_is_read_exactly(tmp_path: Path) -> None:
+def test_a_scenario_file_is_read_exactly(tmp_path: Path) -> None:
     file = tmp_path / "scenario.toml"
     file.write_text(FULL_SCENARIO)
 
@@ -55,14 +63,14 @@ def test_a_scenario_is_read_exactly(tmp_path: Path) -> None:
         ("fund = 1", "Did you mean funds"),
         ("[[providers]]\nname = 'a'\nstart_prise = 1", r"providers\[0\].start_prise.*Did you mean start_price"),
         ("[[providers]]\nname = 'a'\n[[providers.faults]]\nkind = 'dye'", "Did you mean die"),
-        ("[[providers]]\nname = 'a'\n[[providers.faults]]\nkind = 'http-500'", "a has no fault"),
+        ("[[providers]]\nname = 'a'\n[[providers.faults]]\nkind = 'http-500'", "a cannot have a fault"),
         ("[[providers]]\nname = 'a'\n[[providers.faults]]\ntimes = 1", r"faults\[0\]: kind is missing"),
         ("[[faults]]\nkind = 'hang'\n[[providers]]\nname = 'a'", "Did you mean http-hang"),
-        ("[[providers]]\nname = 'a'\ncores = 1.5", "cores is a whole number"),
+        ("[[providers]]\nname = 'a'\ncores = 1.5", "cores must be an integer"),
         ("[[providers]]\nname = 'a'\ncores = 0", "cores"),
-        ("[[providers]]\nname = 'a'\nspeed = 'fast'", "speed is a number"),
-        ("[[providers]]\nname = 'a'\nspeed = nan", "speed is a number"),
-        ("[[providers]]\nname = 'a'\nruntimes = 'vm'", "runtimes is a list"),
+        ("[[providers]]\nname = 'a'\nspeed = 'fast'", "speed must be a number"),
+        ("[[providers]]\nname = 'a'\nspeed = nan", "speed must be a number"),
+        ("[[providers]]\nname = 'a'\nruntimes = 'vm'", "runtimes must be a list"),
         ("[[providers]]\nname = 'a'\nstart_price = -1", "prices"),
         ("[[providers]]\nname = 'a'\nnode_id = '0x1'", "node_id"),
         ("[[providers]]\nname = 'a'\n[[providers]]\nname = 'a'", "same name"),
@@ -72,7 +80,7 @@ def test_a_scenario_is_read_exactly(tmp_path: Path) -> None:
         ("name = ", "not TOML"),
     ],
 )
-def test_a_wrong_scenario_names_the_key(tmp_path: Path, text: str, reason: str) -> None:
+def test_an_error_in_a_scenario_names_the_key(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "scenario.toml"
     file.write_text(text)
 
@@ -80,30 +88,30 @@ def test_a_wrong_scenario_names_the_key(tmp_path: Path, text: str, reason: str) 
         read_scenario(file)
 
 
-def test_a_scenario_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_scenario_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         read_scenario(tmp_path / "absent.toml")
 
 
-def test_default_providers_differ() -> None:
+def test_default_providers_have_different_names_and_prices() -> None:
     plans = default_scenario(30).providers
 
     assert len({plan.name for plan in plans}) == len({plan.node_id for plan in plans}) == 30
     assert len({plan.start_price for plan in plans}) == 30
 
 
-def test_a_fault_strikes_when_it_should() -> None:
+def test_a_fault_occurs_as_after_every_and_times_say() -> None:
     fault = Fault(kind="die", after=2, every=3, times=2)
-    faults = Faults({"alpha": (fault,)})
+    faults = FaultSchedule({"alpha": (fault,)})
 
     triggered = [faults.triggers("alpha", "die") is fault for _ in range(12)]
 
     assert [number for number, each in enumerate(triggered) if each] == [2, 5]
 
 
-def test_faults_are_counted_for_each_who_kind_and_path() -> None:
+def test_occasions_are_counted_by_owner_kind_and_path() -> None:
     once = Fault(kind="http-500", path="GET /a/*", times=1)
-    faults = Faults({DAEMON: (once,), "alpha": (Fault(kind="hang", times=1),)})
+    faults = FaultSchedule({DAEMON: (once,), "alpha": (Fault(kind="hang", times=1),)})
 
     assert faults.triggers("beta", "hang") is None
     assert faults.triggers("alpha", "die") is None
@@ -114,11 +122,11 @@ def test_faults_are_counted_for_each_who_kind_and_path() -> None:
     assert faults.triggers(DAEMON, "http-500", "GET /a/b") is None
 
 
-def test_every_kind_has_a_meaning() -> None:
-    assert all(meaning.endswith(".") for meaning in KINDS.values())
+def test_every_kind_has_a_description() -> None:
+    assert all(text.endswith(".") for text in (PROVIDER_KINDS | DAEMON_KINDS).values())
 
 
-def test_amounts_are_exact_to_the_last_unit() -> None:
+def test_amounts_are_exact_to_the_smallest_unit() -> None:
     plan = ProviderPlan(
         name="a",
         start_price=Decimal("0.1"),
@@ -126,6 +134,6 @@ def test_amounts_are_exact_to_the_last_unit() -> None:
         price_per_second=Decimal("0.7"),
     )
 
-    # 0.1 + 1.5 * 3e-18 + 0.1 * 0.7, and half a unit is rounded up
+    # 0.1 + 1.5 * 3e-18 + 0.1 * 0.7, and a half unit is rounded up
     assert activity_amount(plan, [1.5, 0.1]) == Decimal("0.170000000000000005")
     assert activity_amount(plan, [0.0, 0.0], factor=2.5) == Decimal("0.25")

@@ -1,4 +1,4 @@
-"""A requestor with the unmodified yapapi, run as a program of its own: six tasks, answers as a JSON line on stdout."""
+"""A requestor with the unmodified yapapi, run as a program: six tasks, answers as a JSON line on stdout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def main(folder: Path) -> None:
             script = context.new_script(timeout=timedelta(seconds=20))
             target = folder / f"answer-{task.data}"
             script.upload_bytes(f"task {task.data}".encode(), "/golem/input/task")
-            # Long enough that every provider gets some: a worker is started every two seconds.
+            # Long enough for several providers to get tasks: yapapi starts a worker every two seconds.
             script.run("/bin/sh", "-c", "sleep 1; tr a-z A-Z < /golem/input/task > /golem/output/answer")
             script.download_file("/golem/output/answer", str(target))
             yield script

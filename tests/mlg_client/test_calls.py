@@ -1,4 +1,4 @@
-"""The Python client's calls: against the application, against a real server, and against scripted answers."""
+"""The Python client's calls: against the application, against a real server, and against scripted responses."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def calls(client: flask.testing.FlaskClient) -> Iterator[Client]:
 
 
 def scripted(*answers: httpx.Response | Exception) -> tuple[httpx.MockTransport, list[httpx.Request]]:
-    """A transport that gives these answers, one after the other, and the requests that it got."""
-    left, asked = list(answers), []
+    """A transport with these responses, used one after the other, and the requests that it received."""
+    left, received = list(answers), []
 
     def handle(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
+        received.append(request)
         answer = left.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    return httpx.MockTransport(handle), asked
+    return httpx.MockTransport(handle), received
 
 
-def taken(**more: Any) -> httpx.Response:
+def accepted(**more: Any) -> httpx.Response:
     return httpx.Response(202, json={"success": True, "req_id": "r1", "status": "queued", "model": "m", **more})
 
 
@@ -69,7 +69,7 @@ def refused(status: int, code: str, **headers: str) -> httpx.Response:
 # Against the application
 
 
-def test_an_image_goes_out_and_its_answer_comes_back(
+def test_an_image_is_sent_and_its_result_is_returned(
     calls: Client, photos: dict[str, bytes], answer: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "coffee.jpg").write_bytes(photos["coffee"])
@@ -103,14 +103,14 @@ def test_cancelled_requests_can_be_queued_again(calls: Client) -> None:
     assert calls.retry(sent.id).status == "queued"
 
 
-def test_models_say_whether_they_answer(calls: Client) -> None:
+def test_models_tell_whether_they_are_installed(calls: Client) -> None:
     models = {model.name: model for model in calls.models()}
 
     assert models[MODEL].is_installed
     assert not models["vgg16"].is_installed
 
 
-def test_refusals_have_code_reason_and_status(calls: Client) -> None:
+def test_refused_has_code_reason_and_status(calls: Client) -> None:
     with pytest.raises(Refused) as not_an_image:
         calls.submit(b"Dear kitten", MODEL)
     with pytest.raises(Refused) as unknown:
@@ -121,14 +121,14 @@ def test_refusals_have_code_reason_and_status(calls: Client) -> None:
     assert (unknown.value.code, unknown.value.status) == ("unknown_request", 404)
 
 
-def test_a_model_that_is_not_installed_is_not_waited_for(calls: Client) -> None:
+def test_a_model_that_is_not_installed_is_not_retried(calls: Client) -> None:
     with pytest.raises(Unavailable, match="mlg models compile vgg16") as error:
         calls.submit(image(1), "vgg16")
 
     assert (error.value.code, error.value.status) == ("not_installed", 503)
 
 
-def test_waiting_ends_with_its_time(calls: Client) -> None:
+def test_waiting_ends_after_the_timeout(calls: Client) -> None:
     sent = calls.submit(image(1), MODEL)
 
     with pytest.raises(StillWaiting) as error:
@@ -137,7 +137,7 @@ def test_waiting_ends_with_its_time(calls: Client) -> None:
     assert error.value.code == "still_waiting"
 
 
-def test_a_folder_goes_out_in_order_and_what_is_no_image_is_listed(
+def test_a_folder_is_sent_in_order_and_files_that_are_no_images_are_listed(
     calls: Client, tmp_path: Path, answer: Callable[..., list[str]]
 ) -> None:
     (tmp_path / "more").mkdir()
@@ -175,7 +175,7 @@ def test_many_images_are_sent_once_under_one_key_and_each_has_an_outcome(calls: 
         calls.submit_many(images, MODEL, names=["a.png"])
 
 
-def test_many_answers_are_read_and_unknown_ones_are_none(calls: Client, answer: Callable[..., list[str]]) -> None:
+def test_many_requests_are_read_and_unknown_ones_are_none(calls: Client, answer: Callable[..., list[str]]) -> None:
     batch = calls.submit_many([image(number) for number in range(10)], MODEL)
     answer()
 
@@ -190,7 +190,7 @@ def test_many_answers_are_read_and_unknown_ones_are_none(calls: Client, answer: 
 
 @pytest.fixture
 def batcher(start_server: Callable[..., RunningServer]) -> Iterator[tuple[RunningServer, Callable[[], None]]]:
-    """A real server, and a thread that answers one request after the other once it is started."""
+    """A real server, and a thread that answers its requests one by one once it is started."""
     server = start_server()
     store = SqliteStore(ServerSettings(home=server.home))
     stop = threading.Event()
@@ -216,7 +216,7 @@ def batcher(start_server: Callable[..., RunningServer]) -> Iterator[tuple[Runnin
     store.close()
 
 
-def test_requests_come_as_they_end(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
+def test_requests_are_yielded_as_they_end(batcher: tuple[RunningServer, Callable[[], None]]) -> None:
     server, start = batcher
     with Client(server.base) as calls:
         batch = calls.submit_many([image(number) for number in range(6)], MODEL)
@@ -251,31 +251,31 @@ def test_async_code_makes_the_same_calls(batcher: tuple[RunningServer, Callable[
     assert one.status == "done"
 
 
-# Against a script
+# Against scripted responses
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504, 507])
-def test_a_busy_server_is_asked_again_under_the_same_key_with_the_same_bytes(status: int) -> None:
+def test_a_busy_server_is_retried_with_the_same_key_and_bytes(status: int) -> None:
     paused: list[float] = []
-    transport, asked = scripted(
-        refused(status, "store_busy", **{"Retry-After": "3"}), httpx.ConnectError("no"), taken()
+    transport, received = scripted(
+        refused(status, "store_busy", **{"Retry-After": "3"}), httpx.ConnectError("no"), accepted()
     )
 
     with Client(URL, transport=transport, pause=paused.append) as calls:
         sent = calls.submit(image(1), "m", labels={"shelf": "7"}, params={"top": 3, "fresh": True})
 
     assert sent.id == "r1"
-    assert len({request.headers["Idempotency-Key"] for request in asked}) == 1
-    assert len({request.content for request in asked}) == 1
-    assert image(1) in asked[0].content
-    assert asked[0].url.params.multi_items() == [("top", "3"), ("fresh", "1"), ("label", "shelf:7")]
+    assert len({request.headers["Idempotency-Key"] for request in received}) == 1
+    assert len({request.content for request in received}) == 1
+    assert image(1) in received[0].content
+    assert received[0].url.params.multi_items() == [("top", "3"), ("fresh", "1"), ("label", "shelf:7")]
     assert paused[0] >= 3.0
     assert 0 < paused[1] < 1.0
 
 
 def test_pauses_grow_until_the_retry_timeout() -> None:
     paused: list[float] = []
-    transport, asked = scripted(*[httpx.ConnectError("no")] * 50)
+    transport, received = scripted(*[httpx.ConnectError("no")] * 50)
 
     calls = Client(URL, transport=transport, retry_timeout_seconds=8, pause=paused.append)
     with calls, pytest.raises(Unreachable, match="does not answer") as error:
@@ -284,17 +284,17 @@ def test_pauses_grow_until_the_retry_timeout() -> None:
     assert error.value.status is None
     assert paused[3] > paused[0]
     assert max(paused) <= 8
-    assert len(asked) == len(paused) + 1
+    assert len(received) == len(paused) + 1
 
 
-def test_each_post_has_a_key_of_its_own_unless_it_is_given() -> None:
-    transport, asked = scripted(taken(), taken(), taken())
+def test_each_post_has_another_key_unless_it_is_given() -> None:
+    transport, received = scripted(accepted(), accepted(), accepted())
 
     with Client(URL, transport=transport) as calls:
         for key in (None, None, "mine"):
             calls.submit(b"x", "m", idempotency_key=key)
 
-    keys = [request.headers["Idempotency-Key"] for request in asked]
+    keys = [request.headers["Idempotency-Key"] for request in received]
     assert len(set(keys)) == 3
     assert keys[2] == "mine"
 
@@ -302,18 +302,18 @@ def test_each_post_has_a_key_of_its_own_unless_it_is_given() -> None:
 def test_the_key_and_the_address_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLG_API_KEY", "from-there")
     monkeypatch.setenv("MLG_URL", "http://there.example/")
-    transport, asked = scripted(*[httpx.Response(200, json={"success": True, "models": []})] * 2)
+    transport, received = scripted(*[httpx.Response(200, json={"success": True, "models": []})] * 2)
 
     with Client(transport=transport) as calls, Client("http://here.example", "given", transport=transport) as others:
         calls.models()
         others.models()
 
-    assert [str(request.url) for request in asked] == ["http://there.example/models", "http://here.example/models"]
-    assert [request.headers["Authorization"] for request in asked] == ["Bearer from-there", "Bearer given"]
+    assert [str(request.url) for request in received] == ["http://there.example/models", "http://here.example/models"]
+    assert [request.headers["Authorization"] for request in received] == ["Bearer from-there", "Bearer given"]
 
 
 @pytest.mark.parametrize("body", ["<html>", "[]", '{"success": 1}'])
-def test_an_answer_that_is_not_mlgs_is_no_answer(body: str) -> None:
+def test_a_response_that_is_not_from_mlg_is_an_error(body: str) -> None:
     transport, _ = scripted(httpx.Response(200, text=body))
 
     with Client(URL, transport=transport) as calls, pytest.raises(Refused) as error:
@@ -323,21 +323,21 @@ def test_an_answer_that_is_not_mlgs_is_no_answer(body: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://example.com", "http://host:port", "no address"])
-def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
+def test_an_invalid_address_fails_at_once(url: str) -> None:
     with pytest.raises(Unreachable, match="not a server's address"), Client(url) as calls:
         calls.models()
 
 
-def test_a_broken_stream_of_events_goes_on_where_it_was() -> None:
+def test_a_broken_event_stream_is_resumed_at_its_position() -> None:
     def event(id: str, number: int) -> str:
-        said = {"req_id": f"r{number}", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
-        return f"id: {id}\nevent: request\ndata: {json.dumps(said)}\n\n"
+        data = {"req_id": f"r{number}", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
+        return f"id: {id}\nevent: request\ndata: {json.dumps(data)}\n\n"
 
     def stream(*events: str) -> httpx.Response:
         text = "retry: 2000\n\n: alive\n\n" + "".join(events)
         return httpx.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
 
-    transport, asked = scripted(
+    transport, received = scripted(
         stream(event("5", 2)), httpx.ReadError("gone"), refused(503, "streams_full"), stream(event("7", 1))
     )
     waiting = [Request(id=f"r{number}", status="queued", model="m") for number in (1, 2)]
@@ -346,26 +346,26 @@ def test_a_broken_stream_of_events_goes_on_where_it_was() -> None:
         ended = [request.id for request in calls.as_completed(waiting)]
 
     assert ended == ["r2", "r1"]
-    assert [request.headers.get("Last-Event-ID") for request in asked] == [None, "5", "5", "5"]
-    assert [request.url.params["ids"] for request in asked] == ["r1,r2", "r1", "r1", "r1"]
+    assert [request.headers.get("Last-Event-ID") for request in received] == [None, "5", "5", "5"]
+    assert [request.url.params["ids"] for request in received] == ["r1,r2", "r1", "r1", "r1"]
 
 
-def test_the_wanted_labels_come_from_the_event_or_from_a_read() -> None:
+def test_the_requested_number_of_labels_comes_from_the_event_or_a_read() -> None:
     preds = [["n1", "cat", 0.5], ["n2", "dog", 0.2]]
     done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": preds}
     event = httpx.Response(200, text=f"data: {json.dumps(done)}\n\n", headers={"Content-Type": "text/event-stream"})
     more = httpx.Response(200, json={**done, "preds": [*preds, ["n3", "cow", 0.1]]})
-    transport, asked = scripted(event, event, more)
+    transport, received = scripted(event, event, more)
     waiting = [Request(id="r1", status="queued", model="m")]
 
     with Client(URL, transport=transport) as calls:
         found = [list(calls.as_completed(waiting, top=top)) for top in (1, 3)]
 
     assert [len(request.preds or []) for (request,) in found] == [1, 3]
-    assert [request.url.path for request in asked] == ["/events", "/events", "/readPrediction/r1"]
+    assert [request.url.path for request in received] == ["/events", "/events", "/readPrediction/r1"]
 
 
-def test_a_request_that_was_deleted_is_given_as_failed() -> None:
+def test_a_deleted_request_is_yielded_as_failed() -> None:
     transport, _ = scripted(refused(404, "unknown_request"), refused(404, "unknown_request"))
 
     with Client(URL, transport=transport) as calls:
@@ -376,7 +376,7 @@ def test_a_request_that_was_deleted_is_given_as_failed() -> None:
 
 def test_without_events_reads_are_held() -> None:
     done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": [["n1", "cat", 0.5]]}
-    transport, asked = scripted(
+    transport, received = scripted(
         refused(404, "not_found"),
         httpx.Response(200, json={**done, "status": "claimed"}),
         httpx.Response(200, json=done),
@@ -386,21 +386,21 @@ def test_without_events_reads_are_held() -> None:
         (ended,) = calls.as_completed([Request(id="r1", status="queued", model="m")])
 
     assert ended.best == ("cat", 0.5)
-    assert [request.url.path for request in asked] == ["/events", "/readPrediction/r1", "/readPrediction/r1"]
-    assert float(asked[1].url.params["wait"]) > 1
+    assert [request.url.path for request in received] == ["/events", "/readPrediction/r1", "/readPrediction/r1"]
+    assert float(received[1].url.params["wait"]) > 1
 
 
-def test_an_answer_that_is_there_already_is_not_asked_for() -> None:
-    transport, asked = scripted()
+def test_a_result_that_is_known_is_not_requested() -> None:
+    transport, received = scripted()
     done = Request(id="r1", status="done", model="m", preds=[["n1", "cat", 0.5]])
 
     with Client(URL, transport=transport) as calls:
         assert list(calls.as_completed([done])) == [done]
 
-    assert asked == []
+    assert received == []
 
 
-def test_proxies_are_not_asked_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_are_not_used_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     transports = {}
     for url in (URL, "http://localhost:1", "http://example.com"):
@@ -430,7 +430,7 @@ def test_a_table_has_a_row_for_each_label(monkeypatch: pytest.MonkeyPatch) -> No
     assert best[1]["reason"] == "It is damaged."
 
 
-def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_pandas_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
 
     with pytest.raises(ImportError, match="pip install pandas"):
@@ -440,7 +440,7 @@ def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyP
 # The package itself
 
 
-def test_the_client_stands_alone_and_says_what_it_does() -> None:
+def test_the_client_imports_no_other_package_and_has_docstrings() -> None:
     command = [sys.executable, "-c", "import mlg_client, sys; print(*{name.split('.')[0] for name in sys.modules})"]
     loaded = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 

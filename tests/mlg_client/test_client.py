@@ -1,4 +1,4 @@
-"""The Python client and its notebook on the whole system: `mlg up`, real photos, real answers."""
+"""The Python client and its notebook against `mlg up`, with real photos."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Ite
 
 @pytest.fixture
 def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
-    """A folder `photos` with three images and a letter."""
+    """A folder `photos` with three images and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in RIGHT:
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_a_folder_goes_out_and_the_right_labels_come_back(system: System, folder: Path) -> None:
+def test_a_folder_is_sent_and_the_right_labels_are_returned(system: System, folder: Path) -> None:
     with Client(system.base) as client:
         batch = client.submit_dir(folder, MODEL, labels={"shelf": "7"})
         ended = {request.name: request for request in client.as_completed(batch.requests, timeout=60)}
@@ -55,7 +55,7 @@ def test_a_folder_goes_out_and_the_right_labels_come_back(system: System, folder
     assert (counts["done"], counts["refused"]) == (3, 1)
 
 
-def test_the_same_from_async_code(system: System, folder: Path) -> None:
+def test_async_code_gets_the_same_results(system: System, folder: Path) -> None:
     async def classify() -> dict[str | None, Any]:
         async with AsyncClient(system.base) as client:
             batch = await client.submit_dir(folder, MODEL, params={"fresh": True})
@@ -81,7 +81,7 @@ def test_the_notebook_runs_from_top_to_bottom(system: System, folder: Path, monk
     assert notebook["nbformat"] == 4
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert all(not cell.get("outputs") for cell in notebook["cells"])
-    assert "3 taken, 1 refused" in printed.getvalue()
+    assert "3 accepted, 1 refused" in printed.getvalue()
     assert RIGHT["coffee"][0] in printed.getvalue()
     assert len(space["table"]) == 9
     assert space["costs"] == [None]

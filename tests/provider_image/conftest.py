@@ -1,4 +1,4 @@
-"""Fixtures of the ground floor: pictures in every format, chunks, and warm processes."""
+"""Fixtures of the package: images, chunks and warm processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode_image(image, format: str, **options) -> bytes:
 
 
 def make_chunk(path: Path, images: list[bytes], **changes) -> Path:
-    """Write a chunk of pictures for efficientnet_lite0."""
+    """Write a chunk of images for efficientnet_lite0."""
     facts = {
         "chunk_id": "chunk-1",
         "service": "classification",
@@ -39,7 +39,7 @@ def make_chunk(path: Path, images: list[bytes], **changes) -> Path:
 
 
 class WarmProcess:
-    """A `serve` process, and how to talk to it."""
+    """A `serve` process and its client."""
 
     def __init__(self, runtime_folder: Path, models: Path, *options: str) -> None:
         self.runtime_folder = runtime_folder
@@ -72,7 +72,7 @@ class WarmProcess:
             return read_reply(connection)
 
     def wait_for_exit(self) -> int:
-        """Wait for its end and return the exit status."""
+        """Wait until it exits and return the exit status."""
         status = self.process.wait(120)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             stream.close()
@@ -87,7 +87,7 @@ def read_reply(connection: socket.socket) -> dict:
 
 @pytest.fixture
 def start_warm_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[..., WarmProcess]]:
-    """Start warm processes; those that a test leaves are killed."""
+    """Start warm processes, which are killed after the test."""
     started = []
 
     def start(
@@ -104,7 +104,7 @@ def start_warm_server(tmp_path: Path, models_folder: Path) -> Iterator[Callable[
 
 @pytest.fixture(scope="session")
 def slow_chunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chunk that takes several seconds: sixteen pictures of as many pixels as are taken."""
+    """A chunk that takes several seconds: 16 images of the largest size."""
     from PIL import Image
 
     image = encode_image(Image.new("RGB", (6000, 6000), "teal"), "PNG", compress_level=1)

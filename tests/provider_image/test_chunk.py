@@ -25,11 +25,11 @@ DIGEST = "0" * 64
 
 @pytest.fixture
 def chunk(tmp_path):
-    """A sound chunk of two items."""
-    (tmp_path / "picture").write_bytes(b"from a file")
+    """A valid chunk of two items."""
+    (tmp_path / "image").write_bytes(b"from a file")
     items = [
         ChunkItem(number=0, inputs={"image": b"from memory"}, params={"top": 3}),
-        ChunkItem(number=1, inputs={"image": tmp_path / "picture"}),
+        ChunkItem(number=1, inputs={"image": tmp_path / "image"}),
     ]
     size = write_chunk(tmp_path / "chunk.zip", "id-1", "classification", "vgg16", DIGEST, items)
     assert size == (tmp_path / "chunk.zip").stat().st_size
@@ -37,7 +37,7 @@ def chunk(tmp_path):
 
 
 def results(**changes) -> Results:
-    """Sound results for two items."""
+    """Valid results for two items."""
     facts = {
         "chunk_id": "id-1",
         "model": "vgg16",
@@ -81,7 +81,7 @@ def test_chunk_that_was_written_is_read(chunk):
         assert reader.read_inputs(second) == {"image": b"from a file"}
 
 
-def test_chunk_says_that_its_inputs_are_shrunk(tmp_path):
+def test_chunk_records_that_its_inputs_are_resized(tmp_path):
     items = [ChunkItem(number=0, inputs={"image": b"pixels"})]
     write_chunk(tmp_path / "c.zip", "id", "classification", "vgg16", None, items, is_resized=True)
 
@@ -89,7 +89,7 @@ def test_chunk_says_that_its_inputs_are_shrunk(tmp_path):
         assert reader.is_resized
 
 
-def test_pictures_lie_in_the_chunk_as_they_are(chunk):
+def test_images_lie_in_the_chunk_as_they_are(chunk):
     with zipfile.ZipFile(chunk) as found:
         assert sorted(found.namelist()) == ["0-image", "1-image", "chunk.json"]
         assert {info.compress_type for info in found.infolist()} == {zipfile.ZIP_STORED}
@@ -269,11 +269,11 @@ def test_chunk_larger_than_any_may_be_is_refused_unread(tmp_path):
 
 
 def test_every_cut_and_every_flipped_byte_is_refused_or_harmless(chunk):
-    sound = chunk.read_bytes()
+    intact = chunk.read_bytes()
 
-    damaged = [sound[:length] for length in range(len(sound))]
-    for position in range(len(sound)):
-        damaged.append(sound[:position] + bytes([sound[position] ^ 0xFF]) + sound[position + 1 :])
+    damaged = [intact[:length] for length in range(len(intact))]
+    for position in range(len(intact)):
+        damaged.append(intact[:position] + bytes([intact[position] ^ 0xFF]) + intact[position + 1 :])
     for data in damaged:
         chunk.write_bytes(data)
         try:
@@ -349,7 +349,7 @@ def test_results_with_a_bad_document_are_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("numbers", [[], [0], [0, 1, 2], [0, 2], [0, 0, 1]])
-def test_results_must_answer_exactly_the_items_asked_for(tmp_path, numbers):
+def test_results_must_have_exactly_the_items_of_the_chunk(tmp_path, numbers):
     write_results(tmp_path / "r.zip", results())
 
     with pytest.raises(MalformedResults):

@@ -1,4 +1,4 @@
-"""Working on a chunk: right answers, items that fail alone, memory that does not grow."""
+"""A chunk gets the right results, an item fails without affecting the others, and memory does not grow."""
 
 import logging
 import shutil
@@ -9,7 +9,8 @@ from PIL import Image
 
 from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
 from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
-from provider_image.images.decoding import decode, encode_lossless
+from provider_image.images.decoding import decode
+from provider_image.images.resizing import encode_resized
 from provider_image.models.artefact import installed_digest
 from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
 from provider_image.services import load_service
@@ -37,7 +38,7 @@ def test_photos_get_the_right_labels(tmp_path, photos, nets):
     assert [top(item) for item in results.items] == ["tiger_cat", "espresso", "missile"]
 
 
-def test_results_say_how_they_were_made(tmp_path, photos, models_folder):
+def test_results_record_how_they_were_made(tmp_path, photos, models_folder):
     nets = NetCache(models_folder, threads=1)
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
 
@@ -52,9 +53,9 @@ def test_results_say_how_they_were_made(tmp_path, photos, models_folder):
     assert 0 < second.items[0].seconds < 10
 
 
-def test_broken_picture_fails_alone(tmp_path, photos, nets):
-    pictures = [photos["coffee"], photos["coffee"][:5000], b"", b"text", photos["chelsea"]]
-    chunk = make_chunk(tmp_path / "c.zip", pictures)
+def test_broken_image_fails_alone(tmp_path, photos, nets):
+    images = [photos["coffee"], photos["coffee"][:5000], b"", b"text", photos["chelsea"]]
+    chunk = make_chunk(tmp_path / "c.zip", images)
 
     results = run_chunk(chunk, tmp_path / "r.zip", nets)
 
@@ -63,9 +64,9 @@ def test_broken_picture_fails_alone(tmp_path, photos, nets):
     assert all(item.error.permanent for item in results.items if item.error)
 
 
-def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_path, photos, nets):
-    pictures = [encode_lossless(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
-    chunk = make_chunk(tmp_path / "c.zip", [*pictures, photos["chelsea"]], is_resized=True)
+def test_resized_image_is_classified_and_one_of_the_wrong_size_fails_alone(tmp_path, photos, nets):
+    images = [encode_resized(decode(photos["coffee"], side, side, 0.875)) for side in (224, 225)]
+    chunk = make_chunk(tmp_path / "c.zip", [*images, photos["chelsea"]], is_resized=True)
 
     results = run_chunk(chunk, tmp_path / "r.zip", nets)
 
@@ -77,8 +78,8 @@ def test_shrunk_picture_is_answered_and_one_of_the_wrong_size_fails_alone(tmp_pa
     assert all(item.error.permanent for item in results.items if item.error)
 
 
-class Clumsy(Classification):
-    """A service with a bug that some pictures wake."""
+class Buggy(Classification):
+    """A service with a bug that some images trigger."""
 
     def prepare(self, artefact, inputs, *, is_resized=False):
         if inputs["image"] == b"bug":
@@ -89,7 +90,7 @@ class Clumsy(Classification):
 
 
 def test_bug_fails_its_item_only_and_is_logged(tmp_path, photos, models_folder, caplog):
-    nets = NetCache(models_folder, threads=2, find_service=lambda name: Clumsy())
+    nets = NetCache(models_folder, threads=2, find_service=lambda name: Buggy())
     chunk = make_chunk(tmp_path / "c.zip", [b"bug", b"net", photos["coffee"]])
 
     with caplog.at_level(logging.ERROR):
@@ -124,7 +125,7 @@ def test_item_with_bad_params_fails_alone(tmp_path, photos, nets):
         ({"digest": "0" * 64}, NotInstalled),
     ],
 )
-def test_chunk_that_cannot_be_worked_on_leaves_no_results(tmp_path, photos, nets, changes, error):
+def test_chunk_that_cannot_be_processed_leaves_no_results(tmp_path, photos, nets, changes, error):
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]], **changes)
 
     with pytest.raises(error):
@@ -140,7 +141,7 @@ def test_right_digest_is_answered(tmp_path, photos, nets, models_folder):
     assert run_chunk(chunk, tmp_path / "r.zip", nets).digest == digest
 
 
-def test_item_with_other_inputs_than_the_service_takes_spoils_the_chunk(tmp_path, nets):
+def test_item_with_other_inputs_than_those_of_the_service_fails_the_chunk(tmp_path, nets):
     items = [ChunkItem(number=0, inputs={"content": b"", "style": b""})]
     write_chunk(tmp_path / "c.zip", "id", "classification", "efficientnet_lite0", None, items)
 

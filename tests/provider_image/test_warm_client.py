@@ -1,4 +1,4 @@
-"""The provider's door: finds the warm process of its place, starts one if there is none, says when it died."""
+"""The client finds the warm process for its options, starts one if there is none, and reports when it died."""
 
 import os
 import signal
@@ -36,14 +36,14 @@ def chunk(tmp_path, photos):
 
 @pytest.fixture
 def runtime_folder(tmp_path, models_folder):
-    """A place; the warm processes in it are killed afterwards."""
+    """A folder for warm processes, which are killed after the test."""
     yield tmp_path / "place"
     for pid in warm_pids(tmp_path / "place"):
         os.kill(pid, signal.SIGKILL)
 
 
 def warm_pids(runtime_folder) -> list[int]:
-    """Processes that serve somewhere under a place."""
+    """Ids of the processes that serve below a folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -170,7 +170,7 @@ def test_bad_setting_names_its_variable(tmp_path):
 
 
 @pytest.mark.parametrize("option", [("--threads", "0"), ("--threads", "two"), ("--idle-seconds", "nan")])
-def test_bad_option_says_what_is_wrong(tmp_path, option):
+def test_invalid_option_is_explained(tmp_path, option):
     done = command("serve", "--place", tmp_path / "place", *option)
 
     assert done.returncode == 2
@@ -186,13 +186,13 @@ def test_help_has_an_example(arguments):
     assert "mlg-provider " in done.stdout
 
 
-def test_warm_process_that_cannot_start_says_why(tmp_path, chunk, models_folder):
+def test_error_says_why_the_warm_process_cannot_start(tmp_path, chunk, models_folder):
     (tmp_path / "file").write_text("")
 
     done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", tmp_path / "file" / "place")
 
     assert done.returncode == 1
-    assert "cannot be used as a place" in done.stderr
+    assert "cannot be used" in done.stderr
 
 
 def test_cold_chunk_of_sixteen_is_quick_and_small(tmp_path, photos, models_folder):

@@ -179,7 +179,7 @@ def test_of_processes_that_start_at_once_exactly_one_serves(tmp_path, start_warm
     for each in started:
         if each is not served[0]:
             assert each.process.wait() == 1
-            assert "Another process serves" in each.process.stderr.read()
+            assert "Another process already serves" in each.process.stderr.read()
 
 
 def test_process_ends_with_its_standard_input(start_warm_server):
@@ -250,7 +250,7 @@ def test_place_is_private(tmp_path, start_warm_server):
     assert server.runtime_folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_link_is_no_place(tmp_path):
+def test_link_is_not_a_private_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
 
@@ -258,13 +258,13 @@ def test_link_is_no_place(tmp_path):
         make_private_folder(tmp_path / "link")
 
 
-def test_place_of_somebody_else_is_no_place(tmp_path):
+def test_folder_of_another_user_is_not_private(tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("only root can make a folder that belongs to somebody else")
+        pytest.skip("only root can make a folder that belongs to another user")
     (tmp_path / "place").mkdir()
     os.chown(tmp_path / "place", 12345, 12345)
 
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
+    with pytest.raises(ConfigError, match="belongs to another user"):
         make_private_folder(tmp_path / "place")
 
 

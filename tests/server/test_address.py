@@ -1,4 +1,4 @@
-"""How addresses are reached and written."""
+"""Addresses as URLs."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ from server.address import base_url
         ("example.org", "http://example.org:5000"),
     ],
 )
-def test_an_address_that_means_all_is_reached_on_this_machine(host: str, url: str) -> None:
+def test_a_wildcard_address_is_reached_on_this_machine(host: str, url: str) -> None:
     assert base_url(host, 5000) == url

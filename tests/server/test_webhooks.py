@@ -1,4 +1,4 @@
-"""Webhooks: signatures, a receiver that fails and works again, several senders, and the commands."""
+"""Webhooks: signatures, retries, several senders, and the commands."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from PIL import Image
 from cli.webhooks import webhooks
 from provider_image.errors import ConfigError, InvalidParams
 from server.app import create_app
+from server.errors import DeliveryFailed
+from server.http_client import HttpClient
 from server.settings import ServerSettings
-from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, DeliveryFailed, check_webhook, send, sign
+from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
 from store.records import Answer
 from store.sqlite import SqliteStore
 from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
@@ -33,6 +35,8 @@ from tests.conftest import MODEL, OUTPUT, RunningServer
 from tests.timing import DEADLINE_SECONDS
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+#: Sends also to this machine.
+PRIVATE = HttpClient(allows_private=True)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
@@ -91,14 +95,14 @@ def client(private: ServerSettings, store: SqliteStore) -> flask.testing.FlaskCl
     return create_app(private, store).test_client()
 
 
-def picture() -> bytes:
+def make_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), "olive").save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient, webhook: str | None = None) -> str:
-    fields = {"image": (io.BytesIO(picture()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
+    fields = {"image": (io.BytesIO(make_image()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
     response = client.post(f"/requestPrediction/{MODEL}", data=fields)
     assert response.status_code == 202, response.text
     id: str = response.json["req_id"]
@@ -122,7 +126,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def deliverer(store: SqliteStore, clock: Clock) -> Deliverer:
-    return Deliverer(store, is_private_allowed=True, clock=clock)
+    return Deliverer(store, http_client=PRIVATE, clock=clock)
 
 
 def send_due(deliverer: Deliverer) -> None:
@@ -143,7 +147,7 @@ def test_a_signature_is_the_hmac_of_id_time_and_body() -> None:
     assert sign(SECRET, "msg_2", 1674087231, body) != f"v1,{expected}"
 
 
-def test_what_is_no_secret_signs_nothing() -> None:
+def test_an_invalid_secret_signs_nothing() -> None:
     with pytest.raises(ValueError, match="base64"):
         sign("whsec_???", "msg_1", 1, b"")
 
@@ -154,7 +158,7 @@ def test_a_new_secret_has_256_bits() -> None:
 
 
 def test_a_message_carries_what_a_receiver_checks(receiver: Receiver) -> None:
-    status, _ = send(receiver.url, id="msg_1", body=b"{}", secret=SECRET, is_private_allowed=True, now=NOW)
+    status, _ = send(receiver.url, id="msg_1", body=b"{}", secret=SECRET, http_client=PRIVATE, now=NOW)
 
     ((headers, body),) = receiver.got
     assert (status, body) == (200, b"{}")
@@ -181,30 +185,30 @@ def test_a_message_carries_what_a_receiver_checks(receiver: Receiver) -> None:
         "",
     ],
 )
-def test_only_public_https_addresses_are_taken(url: str) -> None:
+def test_only_public_https_urls_are_accepted(url: str) -> None:
     with pytest.raises(InvalidParams, match="webhook"):
-        check_webhook(url, is_private_allowed=False)
+        check_webhook(url, allows_private=False)
 
 
 @pytest.mark.parametrize("url", ["http://", "https://a:b@c/", "ftp://x/", "http://x:0/", "http://a b/", "http://[::1/"])
-def test_what_is_no_address_is_refused_even_where_private_ones_are_taken(url: str) -> None:
+def test_an_invalid_url_is_refused_even_where_private_ones_are_accepted(url: str) -> None:
     with pytest.raises(InvalidParams, match="webhook"):
-        check_webhook(url, is_private_allowed=True)
+        check_webhook(url, allows_private=True)
 
 
-def test_addresses_that_are_taken() -> None:
-    assert check_webhook(None, is_private_allowed=False) is None
-    assert check_webhook("https://example.org/x?y", is_private_allowed=False) == "https://example.org/x?y"
-    assert check_webhook("http://10.0.0.5:8080/x", is_private_allowed=True) == "http://10.0.0.5:8080/x"
+def test_accepted_urls() -> None:
+    assert check_webhook(None, allows_private=False) is None
+    assert check_webhook("https://example.org/x?y", allows_private=False) == "https://example.org/x?y"
+    assert check_webhook("http://10.0.0.5:8080/x", allows_private=True) == "http://10.0.0.5:8080/x"
 
 
-def test_a_private_address_is_not_asked(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.webhooks.resolve_host", lambda host, seconds: ["127.0.0.1"])
+def test_a_private_address_is_not_connected_to(receiver: Receiver) -> None:
+    public = HttpClient(resolve=lambda host, seconds: ["127.0.0.1"])
 
     with pytest.raises(DeliveryFailed, match="not public"):
-        send("https://example.org/", id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+        send("https://example.org/", id="m", body=b"", secret=SECRET, http_client=public, now=NOW)
     with pytest.raises(DeliveryFailed):
-        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=False, now=NOW)
+        send(receiver.url, id="m", body=b"", secret=SECRET, http_client=public, now=NOW)
 
     assert receiver.got == []
 
@@ -213,11 +217,11 @@ def test_a_receiver_that_does_not_answer_is_given_up(receiver: Receiver) -> None
     receiver.may_answer.clear()
 
     with pytest.raises(DeliveryFailed, match=r"did not answer within 0.3 s"):
-        send(receiver.url, id="m", body=b"", secret=SECRET, is_private_allowed=True, now=NOW, seconds=0.3)
+        send(receiver.url, id="m", body=b"", secret=SECRET, http_client=PRIVATE, now=NOW, seconds=0.3)
 
 
-def test_a_bad_address_is_refused_at_the_door(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
-    response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=picture(), content_type="image/png")
+def test_a_request_with_a_bad_webhook_is_refused(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+    response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=make_image(), content_type="image/png")
 
     assert (response.status_code, response.json["code"]) == (400, "invalid_params")
     assert store.list() == []
@@ -226,7 +230,7 @@ def test_a_bad_address_is_refused_at_the_door(client: flask.testing.FlaskClient,
 # Delivering
 
 
-def test_a_request_tells_its_own_address(
+def test_a_request_notifies_its_own_webhook(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -252,7 +256,7 @@ def test_a_request_tells_its_own_address(
     assert (delivery.status, delivery.last_status, delivery.attempts) == ("delivered", 200, 1)
 
 
-def test_a_receiver_that_fails_is_tried_again_with_the_same_message(
+def test_a_failed_delivery_is_retried_with_the_same_message(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -278,7 +282,7 @@ def test_a_receiver_that_fails_is_tried_again_with_the_same_message(
     assert store.list_deliveries()[0].status == "delivered"
 
 
-def test_a_message_is_dead_after_the_last_try_and_can_be_sent_again(
+def test_a_message_is_dead_after_the_last_attempt_and_can_be_sent_again(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -306,7 +310,7 @@ def test_a_message_is_dead_after_the_last_try_and_can_be_sent_again(
     assert client.get("/webhooks/deliveries").json["deliveries"][0]["state"] == "delivered"
 
 
-def test_a_receiver_may_ask_for_a_longer_wait(
+def test_a_receiver_may_ask_for_a_longer_delay(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -325,7 +329,7 @@ def test_a_receiver_may_ask_for_a_longer_wait(
     assert timedelta(seconds=900) < next_at - clock() <= timedelta(seconds=1000)
 
 
-def test_gone_turns_an_endpoint_off(
+def test_status_410_disables_an_endpoint(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -349,7 +353,7 @@ def test_gone_turns_an_endpoint_off(
     assert [one.status for one in store.list_deliveries()] == ["dead"]
 
 
-def test_an_end_that_was_taken_back_is_not_told(
+def test_a_request_that_was_retried_sends_no_message(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -367,7 +371,7 @@ def test_an_end_that_was_taken_back_is_not_told(
     assert [message["data"]["status"] for message in receiver.messages()] == ["done"]
 
 
-def test_a_request_that_is_deleted_is_still_told(
+def test_a_deleted_request_still_sends_its_message(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -384,7 +388,7 @@ def test_a_request_that_is_deleted_is_still_told(
     assert [message["data"] for message in receiver.messages()] == [{"req_id": id, "status": "done"}]
 
 
-def test_a_slow_receiver_holds_up_only_itself(
+def test_a_slow_receiver_delays_only_itself(
     client: flask.testing.FlaskClient,
     store: SqliteStore,
     receiver: Receiver,
@@ -411,7 +415,7 @@ def test_a_slow_receiver_holds_up_only_itself(
     assert sum(one.last_error is not None for one in store.list_deliveries()) >= 4
 
 
-def test_several_servers_deliver_once_and_a_batch_tells_its_end(
+def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     start_server: Callable[..., RunningServer], receiver: Receiver
 ) -> None:
     running = [start_server(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
@@ -422,11 +426,11 @@ def test_several_servers_deliver_once_and_a_batch_tells_its_end(
             made = http_client.post(
                 f"{running[number % 2].base}/requestPrediction/{MODEL}",
                 params={"webhook": receiver.url, "fresh": "1"},
-                content=picture(),
+                content=make_image(),
                 headers={"Content-Type": "image/png"},
             )
             ids.append(made.json()["req_id"])
-        files = [("image", (f"{number}.png", picture())) for number in range(3)]
+        files = [("image", (f"{number}.png", make_image())) for number in range(3)]
         batch = http_client.post(
             f"{running[0].base}/requestPredictions/{MODEL}?webhook={receiver.url}&fresh=1", files=files
         ).json()
@@ -457,7 +461,7 @@ def test_several_servers_deliver_once_and_a_batch_tells_its_end(
 
 
 @pytest.mark.parametrize("query", ["?state=lost", "?limit=0", "?limit=x", "?x=1"])
-def test_a_list_of_messages_names_what_it_does_not_take(client: flask.testing.FlaskClient, query: str) -> None:
+def test_a_list_of_deliveries_refuses_unknown_parameters(client: flask.testing.FlaskClient, query: str) -> None:
     assert client.get(f"/webhooks/deliveries{query}").status_code == 400
 
 
@@ -502,7 +506,7 @@ def test_an_endpoint_is_added_listed_tested_and_removed(
     assert store.list_endpoints() == []
 
 
-def test_secrets_are_shown_when_they_are_asked_for(run: Callable[..., str], store: SqliteStore) -> None:
+def test_secrets_are_shown_on_request(run: Callable[..., str], store: SqliteStore) -> None:
     added = json.loads(run("add", "http://10.0.0.5/x", "--json"))
 
     shown = [json.loads(line) for line in run("list", "--show-secret", "--json").splitlines()]
@@ -511,7 +515,7 @@ def test_secrets_are_shown_when_they_are_asked_for(run: Callable[..., str], stor
     assert added["secret"] in run("list", "--show-secret")
 
 
-def test_the_commands_name_what_is_wrong(run: Callable[..., str], receiver: Receiver) -> None:
+def test_the_commands_report_errors(run: Callable[..., str], receiver: Receiver) -> None:
     with pytest.raises(ConfigError, match=r"request\.done and batch.done"):
         run("add", receiver.url, "--events", "all")
     with pytest.raises(InvalidParams):
@@ -524,7 +528,7 @@ def test_the_commands_name_what_is_wrong(run: Callable[..., str], receiver: Rece
         run("test", id)
 
 
-def test_dead_messages_are_listed_and_sent_again_by_hand(
+def test_dead_messages_are_listed_and_sent_again_by_a_command(
     run: Callable[..., str],
     client: flask.testing.FlaskClient,
     store: SqliteStore,
@@ -534,13 +538,13 @@ def test_dead_messages_are_listed_and_sent_again_by_hand(
     receiver.statuses = [500]
     post(client, receiver.url)
     answer()
-    send_due(Deliverer(store, is_private_allowed=True, retry_seconds=()))
+    send_due(Deliverer(store, http_client=PRIVATE, retry_seconds=()))
 
     (dead,) = [json.loads(line) for line in run("dead", "--json").splitlines()]
     table = run("dead")
     again = run("redeliver", dead["id"])
     receiver.statuses = [200]
-    send_due(Deliverer(store, is_private_allowed=True))
+    send_due(Deliverer(store, http_client=PRIVATE))
 
     assert (dead["state"], dead["last_status"]) == ("dead", 500)
     assert dead["id"] in table

@@ -1,4 +1,4 @@
-"""The arithmetic of money: not the smallest unit is lost, whatever is split."""
+"""Splitting amounts of money: not the smallest unit is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_shares_add_up_to_the_amount_and_are_off_by_less_than_a_unit(amount: Dec
 
 @settings(max_examples=100, deadline=None)
 @given(amount=amounts, count=st.integers(1, 40))
-def test_equal_shares_add_up_and_are_those_of_a_split_by_equal_weights(amount: Decimal, count: int) -> None:
+def test_equal_shares_add_up_and_equal_a_split_by_equal_weights(amount: Decimal, count: int) -> None:
     shares = [equal_share(amount, count, position) for position in range(count)]
 
     assert total(shares) == amount
@@ -62,7 +62,7 @@ def test_a_total_does_not_depend_on_the_order_nor_on_the_context(each: list[Deci
         assert total(each) == total(shuffled)
 
 
-def test_a_third_each_leaves_a_unit_for_the_first() -> None:
+def test_thirds_leave_a_unit_for_the_first() -> None:
     shares = split(Decimal(1), [5.0, 5.0, 5.0])
 
     assert [to_amount(share) for share in shares] == [
@@ -72,23 +72,23 @@ def test_a_third_each_leaves_a_unit_for_the_first() -> None:
     ]
 
 
-def test_the_unit_that_is_left_goes_to_the_one_who_lost_most() -> None:
+def test_the_remaining_unit_goes_to_the_share_that_lost_most() -> None:
     # 10 units by 1 : 2 are 3.33 and 6.67.
     assert split(10 * UNIT, [1.0, 2.0]) == [3 * UNIT, 7 * UNIT]
 
 
 @pytest.mark.parametrize("useless", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_no_positive_number_counts_as_nothing(useless: float) -> None:
+def test_a_weight_that_is_not_a_positive_number_counts_as_zero(useless: float) -> None:
     assert split(Decimal(6), [useless, 2.0, 1.0]) == [0, 4, 2]
     assert split(Decimal(6), [useless, useless]) == [3, 3]
 
 
-def test_nobody_gets_nothing() -> None:
+def test_a_split_without_weights_is_empty() -> None:
     assert split(Decimal(6), []) == []
 
 
 @pytest.mark.parametrize("text", ["-1", "NaN", "Infinity", "-1e-30"])
-def test_what_is_no_amount_is_refused(text: str) -> None:
+def test_a_value_that_is_not_an_amount_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="not an amount"):
         to_amount(Decimal(text))
 
@@ -96,5 +96,5 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("written", "plain"), [("1E-7", "0.0000001"), ("1.500", "1.5"), ("10", "10"), ("1E+2", "100"), ("0E-18", "0")]
 )
-def test_an_amount_is_written_plainly(written: str, plain: str) -> None:
+def test_an_amount_is_written_without_exponent_or_trailing_zeros(written: str, plain: str) -> None:
     assert to_amount(Decimal(written)) == plain

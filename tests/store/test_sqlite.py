@@ -1,4 +1,4 @@
-"""What is particular to the SQLite store: processes, locks, full disks, a schema that checks itself."""
+"""The SQLite store: several processes, locks, full disks, damaged files, and the checks of the schema."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def settings(settings: HomeSettings) -> HomeSettings:
     return replace(settings, busy_seconds=0.2)
 
 
-def add(store: SqliteStore, data: bytes = b"picture") -> RequestRecord:
+def add(store: SqliteStore, data: bytes = b"image") -> RequestRecord:
     new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=datetime.now(UTC))
     return store.add(new, store.images.stage(data))
 
@@ -86,10 +86,10 @@ def test_a_locked_database_is_busy_and_leaves_nothing_behind(store: SqliteStore,
     assert files(store) == []
     holder.execute("ROLLBACK")
     holder.close()
-    assert store.get(add(store).id).image_bytes == 7
+    assert store.get(add(store).id).image_bytes == 5
 
 
-def test_a_full_disk_under_the_pictures_is_said_and_leaves_nothing_behind(
+def test_a_full_disk_of_the_images_is_an_error_and_leaves_nothing_behind(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write
@@ -107,7 +107,7 @@ def test_a_full_disk_under_the_pictures_is_said_and_leaves_nothing_behind(
     assert files(store) == []
 
 
-def test_a_full_disk_under_the_database_is_said_and_leaves_nothing_behind(store: SqliteStore) -> None:
+def test_a_full_disk_of_the_database_is_an_error_and_leaves_nothing_behind(store: SqliteStore) -> None:
     add(store)
     before = files(store)
 
@@ -126,7 +126,7 @@ def test_a_full_disk_under_the_database_is_said_and_leaves_nothing_behind(store:
     assert len(store.list(limit=5000)) == len(before)
 
 
-def test_a_commit_that_fails_takes_its_pictures_back(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_commit_deletes_its_images(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(folder: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -141,7 +141,7 @@ def test_a_commit_that_fails_takes_its_pictures_back(store: SqliteStore, monkeyp
     assert store.get(add(store).id) is not None
 
 
-def test_a_damaged_database_is_said(tmp_path: Path) -> None:
+def test_a_damaged_database_is_an_error(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "mlg.db").write_bytes(b"this is not a database at all" * 100)
@@ -153,7 +153,7 @@ def test_a_damaged_database_is_said(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_home_that_is_a_file_is_said(tmp_path: Path) -> None:
+def test_a_home_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     store = SqliteStore(HomeSettings(home=tmp_path / "home"))
 
@@ -163,7 +163,7 @@ def test_a_home_that_is_a_file_is_said(tmp_path: Path) -> None:
     store.close()
 
 
-def test_check_says_when_the_store_cannot_be_written(store: SqliteStore, tmp_path: Path) -> None:
+def test_check_fails_when_the_store_cannot_be_written(store: SqliteStore, tmp_path: Path) -> None:
     store.check()
     holder = sqlite3.connect(tmp_path / "home" / "mlg.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
@@ -244,7 +244,7 @@ def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -
     store.close()
 
 
-def test_the_oldest_of_a_hundred_thousand_waiting_is_found_by_index(store: SqliteStore, tmp_path: Path) -> None:
+def test_frequent_queries_use_an_index(store: SqliteStore, tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "home" / "mlg.db")
     plans = {
         "SELECT created_at FROM requests WHERE state = 'queued' AND model = 'x' AND due_at <= 'y' "

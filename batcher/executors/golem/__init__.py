@@ -1,7 +1,11 @@
-"""The golem executor: chunks run on rented computers of the Golem Network, through yapapi.
+"""The golem executor: chunks run on providers of the Golem Network, through yapapi.
 
-`executor.py` is the Executor that the registry names. Below it: `session.py` (one connection to the daemon, one
-allocation), `rental.py` (one model's demand and its workers), `hire.py` (one activity), `settling.py` (bills),
-`recovery.py` (what killed batchers left behind). Pure and without any yapapi: `prices.py`, `limits.py`, `purse.py`,
-`market.py`, `backlog.py`.
+`executor.py` implements Executor. It uses `session.py` (one connection to the daemon and its allocation), which uses
+`payments.py` (invoices) and `recovery.py` (closing what killed batchers left open); and `worker_pool.py` (one model's
+demand), which uses `worker.py` (one activity) and `agreement_cleanup.py`. `ledger_writer.py` records all of it.
+Without any yapapi: `settings.py`, `offers.py`, `budget.py`, `timeouts.py`, `job_queue.py`, `provider_bans.py`.
+
+Golem's terms: a requestor (this executor) publishes a *demand*; providers answer with *offers*; both sign an
+*agreement*; within it an *activity* is a running container; it is billed by *debit notes* and one *invoice*, paid from
+an *allocation*. A *worker* here is a provider's activity that runs chunks.
 """

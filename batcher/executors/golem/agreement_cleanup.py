@@ -1,7 +1,7 @@
-"""What is still to be done when a hire is over: its activity destroyed, its agreement ended, whatever the daemon says.
+"""Ends agreements when their worker is done, even if yapapi or the daemon fails to.
 
-Used by `rental.py`, which does not wait for it. yapapi asks for an agreement's end only once, may be kept from asking
-by a call that hangs, and knows nothing of an approval that comes too late; here it is asked again.
+Used by `worker_pool.py`, which does not wait for it. yapapi asks the daemon only once to end an agreement, can be
+blocked by a call that hangs, and misses an approval that arrives too late; this module retries.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from batcher.executors.golem.yapapi_adapter import explain
 
 log = logging.getLogger(__name__)
 
-#: yapapi's calls at a hire's end get this long before nobody waits for them any more.
+#: Limit for yapapi's calls at the end of an activity.
 CLEANUP_SECONDS = 5.0
-#: Pauses between the tries to end an agreement that yapapi did not; whatever is left is ended with the session.
+#: The reason that providers receive.
+DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
+#: Pauses between attempts to end an agreement; those that remain open are ended with the session.
 _TERMINATE_BACKOFF_SECONDS = (0.5, 2.0, 8.0)
-#: What providers are told.
-_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
 
 
 class AgreementCleanup:
-    """Tasks that nobody waits for, until the end.
+    """Background tasks that end the agreements of one worker pool.
 
     :param engine: yapapi's, started.
     :param model: for the log.
@@ -37,12 +37,12 @@ class AgreementCleanup:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def add(self, task: asyncio.Task[Any]) -> None:
-        """Keep a task until it is done, and tell of its failure."""
+        """Keep a task until it is done, and log its failure."""
         self._tasks.add(task)
         task.add_done_callback(self._discard_task)
 
     def terminate_later(self, agreement_id: str, pool: Any) -> None:
-        """See to it that an agreement ends even if yapapi, which should end it now, is kept from it.
+        """Terminate an agreement if yapapi, which should do so now, does not.
 
         :param pool: yapapi's pool of agreements.
         """
@@ -53,25 +53,25 @@ class AgreementCleanup:
                 await asyncio.sleep(0.2)
                 await pool.cycle()
             if agreement_id in pool._agreements:
-                await pool._terminate_agreement(agreement_id, _REASON)
+                await pool._terminate_agreement(agreement_id, DONE_REASON)
 
         self.add(asyncio.create_task(terminate()))
 
     def terminate_with_retries(self, agreement_id: str) -> None:
-        """End an agreement that yapapi only takes for ended."""
+        """Terminate an agreement that yapapi wrongly considers terminated."""
 
         async def terminate() -> None:
             for pause in _TERMINATE_BACKOFF_SECONDS:
                 try:
-                    return await end_agreement(self._engine, agreement_id, _REASON)
+                    return await end_agreement(self._engine, agreement_id, DONE_REASON)
                 except Exception as error:
-                    log.info("an agreement for %s is not ended yet: %s", self._model, explain(error))
+                    log.info("an agreement for %s could not be terminated yet: %s", self._model, explain(error))
                 await asyncio.sleep(pause)
 
         self.add(asyncio.create_task(terminate()))
 
     async def close(self) -> None:
-        """Wait for what is under way, but not for long."""
+        """Wait for the tasks, for a limited time, and cancel the rest."""
         if not self._tasks:
             return
         _, hanging = await asyncio.wait(self._tasks, timeout=CLEANUP_SECONDS)
@@ -81,4 +81,4 @@ class AgreementCleanup:
     def _discard_task(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.info("a hire for %s came to nothing: %s", self._model, explain(task.exception() or Exception()))
+            log.info("a worker for %s failed: %s", self._model, explain(task.exception() or Exception()))

@@ -1,7 +1,7 @@
-"""The purse: caps on what is spent, and what is spent already. Pure, but for the clock it is given; amounts in GLM.
+"""The budget: caps on spending, and what is spent. Pure, except for the clock it is given; amounts in GLM.
 
-Asked before anything that costs. What is under way counts with the most that it can cost, so that a cap is a promise
-and not a hope.
+`executor.py` checks it before anything that costs. Running agreements count with the most that they can still cost, so
+the caps are never exceeded.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class BudgetCaps:
 
 @dataclass
 class _Account:
-    """What one agreement has cost or may come to cost."""
+    """What one agreement has cost or may cost."""
 
-    #: None while it is still running.
+    #: None while it is running.
     amount: Decimal | None
-    #: Tells what it costs at most by now and with what is promised to it.
+    #: Returns the most that it can cost so far, committed work included.
     max_cost: Callable[[], Decimal]
-    #: The day on which it counts: today until it is paid.
+    #: The day to which it counts; None until it is paid, which counts to the current day.
     paid_on: str | None = None
 
 
 class Budget:
-    """One batcher's purse.
+    """One batcher's budget.
 
-    :param clock: gives the time; days are those of UTC.
+    :param clock: returns the current time; days are in UTC.
     """
 
     def __init__(self, caps: BudgetCaps, *, clock: Callable[[], datetime]) -> None:
@@ -48,18 +48,18 @@ class Budget:
         self._others_day = ""
 
     def set_spent_by_others(self, total: Decimal, today: Decimal) -> None:
-        """Say what everybody but this batcher has spent from the same home, ever and today."""
+        """Set what other batchers and earlier runs of the same home have spent, in total and today."""
         self._others_total, self._others_today, self._others_day = total, today, self._today()
 
     def add_agreement(self, agreement_id: str, max_cost: Callable[[], Decimal]) -> None:
-        """Begin to count an agreement.
+        """Count an agreement from now on.
 
-        :param max_cost: tells what it costs at most by now, what is under way on it included.
+        :param max_cost: returns the most that it can cost so far, committed work included.
         """
         self._accounts[agreement_id] = _Account(amount=None, max_cost=max_cost)
 
     def record_payment(self, agreement_id: str, amount: Decimal) -> None:
-        """Say what an agreement has cost in the end; 0 if its bill was refused."""
+        """Set the final cost of an agreement; 0 if its invoice was rejected."""
         if agreement_id in self._accounts:
             account = self._accounts[agreement_id]
             account.amount, account.paid_on = amount, self._today()
@@ -74,26 +74,27 @@ class Budget:
         return max(Decimal(0), min(lefts)) if lefts else None
 
     def over_budget_reason(self, extra: Decimal) -> str | None:
-        """Say why this much more cannot be spent now; None when it can."""
+        """Return, in a sentence, why this much more cannot be spent now; None if it can."""
         for cap, used, name in self._used():
             if cap is not None and used + extra > cap:
+                title, remedy = _MESSAGES[name]
                 return (
-                    f"The budget {name} is used up: {_format_amount(used)} of {_format_amount(cap)} "
-                    "GLM are spent or promised, and the "
-                    f"next step may cost {_format_amount(extra)} GLM. {_CURES[name]}"
+                    f"{title} is used up: {_format_amount(used)} of {_format_amount(cap)} GLM are spent or committed, "
+                    f"and the next step may cost up to {_format_amount(extra)} GLM. {remedy}"
                 )
         return None
 
     def _used(self) -> list[tuple[Decimal | None, Decimal, str]]:
+        """List each cap, what counts against it, and its name."""
         mine, today = self.spent(), self._today()
         mine_today = sum(
             (self._amount(each) for each in self._accounts.values() if each.paid_on in (None, today)), Decimal(0)
         )
         others_today = self._others_today if self._others_day == today else Decimal(0)
         return [
-            (self._caps.run, mine, "of this run"),
-            (self._caps.day, mine_today + others_today, "of the day"),
-            (self._caps.total, mine + self._others_total, "in total"),
+            (self._caps.run, mine, "run"),
+            (self._caps.day, mine_today + others_today, "day"),
+            (self._caps.total, mine + self._others_total, "total"),
         ]
 
     @staticmethod
@@ -104,13 +105,17 @@ class Budget:
         return self._clock().date().isoformat()
 
 
-_CURES = {
-    "of this run": "Raise MLG_BUDGET_RUN, or start another run.",
-    "of the day": "It goes on by itself tomorrow (UTC), or at once with a higher MLG_BUDGET_DAY.",
-    "in total": "Raise MLG_BUDGET_TOTAL.",
+#: Name of a cap -> its title, and what to do when it is reached.
+_MESSAGES = {
+    "run": ("The budget of this run", "Raise MLG_BUDGET_RUN, or start another run."),
+    "day": (
+        "The budget of the day",
+        "Work continues by itself tomorrow (UTC), or immediately with a higher MLG_BUDGET_DAY.",
+    ),
+    "total": ("The total budget", "Raise MLG_BUDGET_TOTAL."),
 }
 
 
 def _format_amount(amount: Decimal) -> str:
-    """Write an amount for people: no exponent, not more digits than tell something."""
+    """Format an amount for people: at most six decimal places, no exponent."""
     return f"{amount:.6f}".rstrip("0").rstrip(".") or "0"

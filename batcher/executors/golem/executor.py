@@ -1,13 +1,13 @@
-"""The golem executor: sees to it that there is a session, rents what the backlog wants, and decides after failures.
+"""The golem executor: keeps a session open, distributes workers among models, and decides what follows a failure.
 
-Made by the registry. Everything that is decided about money, providers and retries is decided here and in the pure
-modules beside it; yapapi negotiates, deploys, transfers and runs.
+Made by the registry. It and the modules without yapapi beside it make all decisions about money, providers and
+retries; yapapi negotiates, deploys, transfers and runs.
 
-Weaknesses compared with others: the first answer takes seconds, because a market is asked first; a provider sees the
-pictures as they are sent (reduced to what the model sees of them, unless that is switched off); and what a stranger
-answers is checked for form and identity, not yet for truth.
+Weaknesses compared with other executors: the first result takes seconds, because offers are collected first. A provider
+sees the images as they are sent (resized to the model's input, unless that is switched off). Its results are checked
+for format and identity, not for correctness.
 
-Longer than other modules, because the backlog, the budget and the hires that are told of here share one state.
+Longer than other modules, because the job queue, the budget and the events of workers share one state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import logging
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -23,13 +24,11 @@ from typing import Any
 from batcher.errors import BudgetReached, ExecutorUnavailable, GolemUnavailable, NoProvider
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.budget import Budget, BudgetCaps
-from batcher.executors.golem.ledger_entries import LedgerEntries
-from batcher.executors.golem.ledger_writer import LedgerStore, LedgerWriter
-from batcher.executors.golem.offers import OfferEvaluator
+from batcher.executors.golem.job_queue import JobQueue, QueuedJob
+from batcher.executors.golem.ledger_writer import LedgerWriter, describe_agreement
+from batcher.executors.golem.offers import BadOffer, OfferEvaluator, Price
 from batcher.executors.golem.payload import make_payload
-from batcher.executors.golem.prices import Price
 from batcher.executors.golem.provider_bans import ProviderBans
-from batcher.executors.golem.queue import JobQueue, QueuedJob
 from batcher.executors.golem.recovery import home_tag
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.worker import AttemptFailure, GolemWorker, WorkerContext
@@ -38,29 +37,30 @@ from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import ConfigError, MlgError, WorkerDied
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: Jobs under way for each computer: one that it works on and one that is packed and waits, so that it never waits.
+#: Jobs under way for each worker: one that it runs and one that is packed and queued, so that it never waits.
 JOBS_PER_WORKER = 2
-#: What is wanted and what is there is compared this often.
+#: Interval at which the number of workers is adjusted to the queue.
 _STEP_SECONDS = 0.2
-#: What the store knows is read this often.
+#: Interval at which bans, scores and spending are read from the store.
 _REFRESH_SECONDS = 5.0
-#: Pause after a session could not be opened; doubles to the last.
+#: Pause after a session could not be opened; doubles up to the maximum.
 _INITIAL_BACKOFF_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 30.0
-#: Requests are told why they wait when nobody has taken a chunk for so long.
+#: Waiting requests show a reason once a chunk has been queued for this long.
 _EXPLAIN_WAIT_SECONDS = 5.0
-#: A demand without work for so long is taken from the market.
+#: A demand without work for this long is withdrawn.
 _UNUSED_POOL_SECONDS = 60.0
-#: A model that had work within this time keeps its minimum of computers.
+#: A model that had work within this time keeps its minimum of workers.
 _MIN_WORKERS_SECONDS = 3600.0
-#: Attempts of any kind; those that fail through our own or the daemon's fault do not count as failures.
+#: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
-#: An allocation without any cap on spending.
+#: Size of an allocation, in GLM, when no budget is set.
 _DEFAULT_ALLOCATION = Decimal(10)
-#: When the executor closes, hires get this long to end by themselves, their chunks having been given back.
+#: When the executor closes, workers get this long to end by themselves; their chunks are released before.
 _CLOSE_SECONDS = 1.0
 
 
@@ -73,19 +73,17 @@ class GolemExecutor:
     name = "golem"
     is_remote = True
 
-    def __init__(self, settings: BatcherSettings, ledger: LedgerStore) -> None:
+    def __init__(self, settings: BatcherSettings, ledger: SqliteStore) -> None:
         self._batcher_settings = settings
         self._settings = settings.golem
         self._ledger_writer = LedgerWriter(ledger)
-        self._ledger = ledger
         self._id = settings.work.name
         self._offer_evaluator = OfferEvaluator(self._settings)
         self._budget = Budget(
             BudgetCaps(run=self._settings.budget_run, day=self._settings.budget_day, total=self._settings.budget_total),
             clock=lambda: datetime.now(UTC),
         )
-        self._ledger_entries = LedgerEntries(self._ledger_writer)
-        self._provider_bans = ProviderBans(self._settings, self._offer_evaluator, self._ledger_entries)
+        self._provider_bans = ProviderBans(self._settings, self._offer_evaluator, self._ledger_writer)
         self._job_queue: JobQueue | None = None
         self._session: Session | None = None
         self._sessions = 0
@@ -94,8 +92,8 @@ class GolemExecutor:
         self._closing_task: asyncio.Task[None] | None = None
         self._is_closed = False
         #: Why there is no session; None when there is one.
-        self._session_error: str | None = "The connection to the Golem daemon is being opened."
-        #: What the last step that the budget forbade would have cost at most.
+        self._session_error: str | None = "The batcher is connecting to the Golem daemon."
+        #: What the last step that the budget did not allow would have cost at most.
         self._denied_cost: Decimal | None = None
         self._refreshed_at = float("-inf")
         self._first_attempt_done = asyncio.Event()
@@ -104,14 +102,16 @@ class GolemExecutor:
     # The Executor protocol
 
     async def start(self) -> None:
-        """Try to open a session; that the daemon is away is no error. :raises ConfigError: it never will work."""
+        """See Executor.start. A daemon that does not respond is no error: the connection is retried."""
         if not self._settings.app_key:
             raise ConfigError(
-                "The golem executor needs a yagna daemon and its app key: set YAGNA_APPKEY (yagna app-key create mlg). "
-                "To try without one: mlg devnet"
+                "The golem executor needs a yagna daemon and an app key. Create one (yagna app-key create mlg) and set "
+                "YAGNA_APPKEY to it. To try without a daemon: mlg devnet"
             )
         if shutil.which("gftp") is None:
-            raise ConfigError("The program gftp is not on the PATH. It comes with yagna; mlg devnet brings its own.")
+            raise ConfigError(
+                "The program gftp is not on the PATH. Install yagna, which includes it; mlg devnet has its own."
+            )
         self._job_queue = JobQueue()
         self._tag = await asyncio.to_thread(home_tag, self._batcher_settings.work.parent / "golem-home")
         await asyncio.to_thread(self._batcher_settings.work.mkdir, parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class GolemExecutor:
         await asyncio.wait({first, self._session_task}, return_when=asyncio.FIRST_COMPLETED)
         first.cancel()
         if self._session_task.done():
-            self._session_task.result()  # a ConfigError, else it does not end
+            self._session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self) -> int:
         """See Executor.capacity."""
@@ -132,7 +132,7 @@ class GolemExecutor:
         return self._settings.max_workers
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.obstacle."""
+        """See Executor.unavailable_reason."""
         if self._session_error is not None:
             return self._session_error
         if self._denied_cost is not None:
@@ -152,7 +152,7 @@ class GolemExecutor:
     async def run(self, job: Job) -> Outcome:
         """See Executor.run."""
         if self._is_closed or self._job_queue is None:
-            return _blameless_outcome(WorkerDied("The executor is closed."))
+            return Outcome.not_run(WorkerDied("The executor is closed."))
         queued_job = QueuedJob(
             job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic()
         )
@@ -160,7 +160,7 @@ class GolemExecutor:
         try:
             return await queued_job.outcome
         finally:
-            # After a cancellation: out of the queue, or stopped where it is worked on.
+            # After a cancellation the job is removed from the queue, or stopped on its worker.
             self._job_queue.remove([queued_job])
             if queued_job.outcome.cancelled():
                 queued_job.cancel()
@@ -183,7 +183,7 @@ class GolemExecutor:
     # Sessions
 
     async def _session_loop(self) -> None:
-        """Keep a session open, and step it."""
+        """Keep a session open, and run its steps."""
         pause = _INITIAL_BACKOFF_SECONDS
         while True:
             try:
@@ -199,7 +199,7 @@ class GolemExecutor:
             except ConfigError:
                 raise
             except Exception as error:
-                # A bug here must not leave everybody waiting for ever.
+                # A bug here must not leave all requests waiting for ever.
                 log.exception("the session with the Golem daemon failed")
                 self._session_error = f"The session with the Golem daemon failed: {explain(error)}."
                 self._first_attempt_done.set()
@@ -212,7 +212,7 @@ class GolemExecutor:
             try:
                 await self._step_session()
             except Exception as error:
-                log.exception("the session with the Golem daemon failed, another is opened")
+                log.exception("the session with the Golem daemon failed, opening another")
                 self._session_error = f"The session with the Golem daemon failed: {explain(error)}."
                 await self._wait_without_session(pause)
             await self._end_session(0.0)
@@ -233,7 +233,7 @@ class GolemExecutor:
             ledger_writer=self._ledger_writer,
             on_paid=self._budget.record_payment,
             on_overbilled=self._provider_bans.record_overbilling,
-            on_offer=self._ledger_entries.record_offer,
+            on_offer=self._ledger_writer.record_offer,
             is_gone=lambda batcher_id: not is_alive(self._batcher_settings.work.parent, batcher_id),
         )
         await session.open()
@@ -246,7 +246,7 @@ class GolemExecutor:
             await asyncio.sleep(min(0.5, seconds))
 
     async def _step_session(self) -> None:
-        """Step until the session has to be replaced."""
+        """Run steps until the session has to be replaced."""
         session = self._session
         assert session is not None and self._job_queue is not None
         while True:
@@ -284,7 +284,7 @@ class GolemExecutor:
                 await pool.close(0.0)
 
     def _distribute_workers(self, waiting: dict[str, int]) -> dict[str, int]:
-        """Share the computers out among the models: those at work stay, the others by turns."""
+        """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
         now = time.monotonic()
         max_workers = self._settings.max_workers
         wanted = {}
@@ -306,7 +306,7 @@ class GolemExecutor:
         return shared
 
     def _release_one_worker(self) -> None:
-        """Let one computer go for a model that has none: an idle one, or one of the model that has most."""
+        """Stop one worker in favour of a model that has none: an idle one, or one of the model that has most."""
         pools = sorted(self._pools.values(), key=lambda pool: len(pool.workers), reverse=True)
         workers = [worker for pool in pools for worker in pool.workers]
         if any(worker.is_stopping for worker in workers):
@@ -320,7 +320,7 @@ class GolemExecutor:
 
     async def _new_pool(self, model: str, session: Session) -> WorkerPool:
         assert self._job_queue is not None
-        speeds = await asyncio.to_thread(self._ledger.speed, model)
+        speeds = await asyncio.to_thread(self._ledger_writer.ledger.speed, model)
         self._offer_evaluator.update_speeds(model, speeds)
         payload = await make_payload(model, session.owner, self._batcher_settings.models, self._settings)
         worker_context = WorkerContext(
@@ -331,18 +331,21 @@ class GolemExecutor:
             over_budget_reason=self._over_budget_reason,
             is_retained=self._is_retained,
             on_ready=lambda worker: log.info(
-                "%s is ready for %s after %.1f s", worker.provider_name, worker.model, worker.start_seconds or 0.0
+                "provider %s is ready for %s after %.1f s",
+                worker.provider_name,
+                worker.model,
+                worker.start_seconds or 0.0,
             ),
             on_done=self._on_chunk_done,
             on_failed=self._on_attempt_failed,
         )
         events = PoolEvents(
             on_agreement=self._on_agreement,
-            on_agreement_ended=self._ledger_entries.record_agreement_end,
+            on_agreement_ended=self._ledger_writer.record_agreement_end,
             on_not_signed=self._on_not_signed,
             on_worker_started=self._on_worker_started,
             on_worker_ended=self._on_worker_ended,
-            over_budget=self._on_over_budget,
+            on_over_budget=self._on_over_budget,
         )
         return WorkerPool(
             model=model,
@@ -356,7 +359,7 @@ class GolemExecutor:
         )
 
     async def _end_session(self, settle_seconds: float) -> None:
-        """End the session, if there is one, to its end: whoever waits for this may be cancelled meanwhile."""
+        """End the session, if there is one; continues even if the caller is cancelled."""
         if self._closing_task is None or self._closing_task.done():
             self._closing_task = asyncio.create_task(self._end_session_now(settle_seconds))
         await asyncio.shield(self._closing_task)
@@ -370,7 +373,7 @@ class GolemExecutor:
             await session.close(settle_seconds)
 
     async def _refresh_providers(self) -> None:
-        """Read what the store knows: bans of operators and other batchers, scores, what others spend."""
+        """Read from the store: bans by operators and other batchers, scores, what other batchers spend."""
         now = time.monotonic()
         if now - self._refreshed_at < _REFRESH_SECONDS:
             return
@@ -379,21 +382,21 @@ class GolemExecutor:
         try:
             await asyncio.to_thread(self._refresh_providers_now)
         except MlgError as error:
-            log.warning("the ledger cannot be read: %s", error)
+            log.warning("cannot read the ledger: %s", error)
         if banned - self._offer_evaluator.banned():
             for pool in self._pools.values():
                 pool.restart_search()
 
     def _refresh_providers_now(self) -> None:
-        now = datetime.now(UTC)
+        now, ledger = datetime.now(UTC), self._ledger_writer.ledger
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         self._offer_evaluator.update_providers(
-            banned=self._ledger.banned(now),
-            reliability={each.id: each.score for each in self._ledger.list_providers()},
+            banned=ledger.banned(now),
+            reliability={each.id: each.score for each in ledger.list_providers()},
         )
         self._budget.set_spent_by_others(
-            self._ledger.spent() - self._ledger.spent(batcher_id=self._id),
-            self._ledger.spent(since=midnight) - self._ledger.spent(since=midnight, batcher_id=self._id),
+            ledger.spent() - ledger.spent(batcher_id=self._id),
+            ledger.spent(since=midnight) - ledger.spent(since=midnight, batcher_id=self._id),
         )
 
     # Money
@@ -416,26 +419,35 @@ class GolemExecutor:
         self._over_budget_reason(self._start_cost(price))
 
     def _start_cost(self, price: Price) -> Decimal:
-        # A start that hangs is paid until it is given up, but no cap should be so tight that nothing could start.
+        # A start that hangs is paid until its timeout; the limit of 60 s lets a small budget start workers at all.
         return price.max_cost(min(60.0, self._settings.start_seconds))
 
     def _on_agreement(self, model: str, agreement: Any) -> None:
         assert self._session is not None
-        self._ledger_entries.record_agreement(model, agreement, self._session.allocation_id)
+        try:
+            record, _ = describe_agreement(agreement.details.raw_details, allocation_id=self._session.allocation_id)
+        except BadOffer:
+            return
+        self._ledger_writer.record_agreement(replace(record, model=model, created_at=datetime.now(UTC)))
 
-    # Hires
+    # Workers
 
     def _on_worker_started(self, worker: GolemWorker) -> None:
-        log.info("%s is hired for %s", worker.provider_name, worker.model, extra={"agreement_id": worker.agreement_id})
+        log.info(
+            "provider %s starts a worker for %s",
+            worker.provider_name,
+            worker.model,
+            extra={"agreement_id": worker.agreement_id},
+        )
         self._denied_cost = None
         self._budget.add_agreement(worker.agreement_id, worker.max_cost)
-        self._ledger_entries.record_activity_start(worker)
+        self._ledger_writer.record_activity_start(worker)
 
     def _on_worker_ended(self, worker: GolemWorker) -> None:
-        log.info("%s is let go after %d chunks", worker.provider_name, worker.chunks)
-        self._ledger_entries.record_activity_end(worker)
+        log.info("the worker of provider %s ended after %d chunks", worker.provider_name, worker.chunks)
+        self._ledger_writer.record_activity_end(worker)
         if self._session is not None and self._session.payment_processor is not None:
-            self._session.payment_processor.expect_bill(worker.agreement_id, worker.seconds())
+            self._session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
 
     def _is_retained(self, worker: GolemWorker) -> bool:
         pool = self._pools.get(worker.model)
@@ -444,7 +456,7 @@ class GolemExecutor:
         return len([each for each in pool.workers if not each.is_stopping]) <= self._settings.min_workers
 
     def _on_not_signed(self, provider_id: str) -> None:
-        log.info("a provider did not sign: %s", provider_id)
+        log.info("provider %s did not sign an agreement", provider_id)
         self._offer_evaluator.record_not_signed(provider_id)
 
     def _on_chunk_done(self, worker: GolemWorker, queued_job: QueuedJob, outcome: Outcome) -> None:
@@ -456,8 +468,10 @@ class GolemExecutor:
     ) -> None:
         is_over = queued_job is not None and queued_job.outcome.done()
         if is_over and not failure.is_provider_fault:
-            return  # called back: that it ended here is no failure
-        log.warning("%s failed: %s", worker.provider_name, failure.error, extra={"agreement_id": worker.agreement_id})
+            return  # stopped because it is no longer needed, which is no failure
+        log.warning(
+            "provider %s failed: %s", worker.provider_name, failure.error, extra={"agreement_id": worker.agreement_id}
+        )
         if failure.is_file_server_fault and self._session is not None and self._session.broken_reason is None:
             self._session.broken_reason = failure.error.reason
         if failure.is_provider_fault:
@@ -475,22 +489,22 @@ class GolemExecutor:
             activity_id=worker.activity_id,
         )
         if self._is_closed:
-            queued_job.complete(_blameless_outcome(WorkerDied("The executor is closed.")))
+            queued_job.complete(Outcome.not_run(WorkerDied("The executor is closed.")))
         elif queued_job.running_attempts:
-            return  # another is at it
+            return  # another attempt is running
         elif queued_job.failures >= self._settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
             self._give_up(queued_job)
         else:
             self._job_queue.put(queued_job, is_retry=True)
 
     def _give_up(self, queued_job: QueuedJob) -> None:
-        """End an errand that failed too often."""
+        """End a job that failed too often."""
         self._provider_bans.lift_bans(queued_job)
         assert queued_job.last_outcome is not None
         queued_job.complete(queued_job.last_outcome)
 
     def _expire_waiting(self) -> None:
-        """Give back what has waited too long for a provider."""
+        """End jobs that have waited too long for a provider."""
         if self._job_queue is None:
             return
         now = time.monotonic()
@@ -499,17 +513,12 @@ class GolemExecutor:
                 continue
             pool = self._pools.get(queued_job.job.model)
             if pool is not None and any(worker.provider_id not in queued_job.failed_on for worker in pool.workers):
-                continue  # its turn will come
+                continue  # one of these workers will take it
             self._job_queue.remove([queued_job])
             if queued_job.last_outcome is not None and not queued_job.last_outcome.is_blameless:
-                self._give_up(queued_job)  # nobody is left who has not failed on it
+                self._give_up(queued_job)  # every available provider has failed on it
             elif self._session_error is not None:
-                queued_job.complete(_blameless_outcome(GolemUnavailable(self._session_error)))
+                queued_job.complete(Outcome.not_run(GolemUnavailable(self._session_error)))
             else:
-                queued_job.complete(
-                    _blameless_outcome(NoProvider(self._offer_evaluator.unavailable_reason(queued_job.job.model)))
-                )
-
-
-def _blameless_outcome(error: MlgError) -> Outcome:
-    return Outcome(provider=None, seconds=0.0, error=error, is_blameless=True)
+                reason = self._offer_evaluator.unavailable_reason(queued_job.job.model)
+                queued_job.complete(Outcome.not_run(NoProvider(reason)))

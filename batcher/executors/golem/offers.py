@@ -1,8 +1,8 @@
-"""The market as this batcher sees it: which offers are acceptable, and which gives the cheapest picture.
+"""Offers of providers: reading their prices, and rating them by the expected cost per image. Amounts in GLM.
 
-Asked by the strategy that yapapi calls for each offer. Not the cheapest hour is looked for but the cheapest picture:
-price divided by the speed that was measured of that very provider, start included, and by how often it lived up to its
-promises. Pure, but for the clock it is given.
+yapapi's market strategy asks `OfferEvaluator` about each offer. An offer is rated by the cost per image, not per hour:
+its price divided by the provider's measured speed, start-up included, weighted by the provider's reliability. Budget,
+payments and the ledger use `Price`. Pure, except for the clock it is given.
 """
 
 from __future__ import annotations
@@ -10,39 +10,111 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-from batcher.executors.golem.prices import BadOffer, Price, provider_name
 from batcher.executors.golem.settings import GolemSettings
+from provider_image.errors import MlgError
 
-#: Speed that a provider is assumed to have as long as nobody was measured, in images a second.
+#: Assumed speed of a provider as long as none was measured, in images per second.
 ASSUMED_SPEED = 5.0
-#: Images that a new activity is expected to get; its start is shared by them.
+#: Images that a new activity is expected to process; they share the price of its start.
 EXPECTED_IMAGES = 160
-#: Of a provider that has failed every time, the score is still this much: bans are another matter.
+#: Lowest reliability in a rating. Providers that fail are excluded by bans, not by their rating.
 _MIN_SCORE = 0.05
-#: Score of a provider that has not worked yet, as the store begins to count.
+#: Reliability of a provider that has not worked yet, the store's initial score.
 _NEW_PROVIDER_SCORE = 0.5
-#: A provider that did not sign is left alone for so long at first; doubles with each time.
+#: A provider that did not sign an agreement is skipped for this long; doubles each time.
 _UNSIGNED_SECONDS = 30.0
-#: Offers that came in longer ago than this are not told of any more.
+#: Older offers do not appear in `unavailable_reason`.
 _RECENT_SECONDS = 120.0
+#: Property names of an offer, from Golem's standards.
+_MODEL = "golem.com.pricing.model"
+_COEFFICIENTS = "golem.com.pricing.model.linear.coeffs"
+_COUNTERS = "golem.com.usage.vector"
+_THREADS = "golem.inf.cpu.threads"
+_NAME = "golem.node.id.name"
+_CPU, _DURATION = "golem.usage.cpu_sec", "golem.usage.duration_sec"
+
+
+class BadOffer(MlgError):
+    """The prices of the offer cannot be read."""
+
+    code = "bad_offer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """A linear price: a fixed amount at the start, and amounts per second."""
+
+    #: GLM for the start of an activity.
+    start: Decimal
+    #: GLM per CPU second.
+    cpu_second: Decimal
+    #: GLM per second of running time, idle or not.
+    second: Decimal
+    #: Threads of the provider: the most CPU seconds that can be billed per second.
+    threads: int = 1
+
+    @classmethod
+    def from_offer(cls, properties: Mapping[str, Any]) -> Price:
+        """Read an offer's properties. :raises BadOffer: not linear, or priced by unknown counters."""
+        try:
+            if properties[_MODEL] != "linear":
+                raise BadOffer(f"The price model is {properties[_MODEL]!r}, not linear.")
+            counters = list(properties[_COUNTERS])
+            *by_counter, start = (Decimal(str(each)) for each in properties[_COEFFICIENTS])
+            prices = dict(zip(counters, by_counter, strict=True))
+            threads = max(1, int(properties.get(_THREADS, 1)))
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise BadOffer(f"The prices of the offer cannot be read: {type(error).__name__} {error}.") from error
+        unknown = [name for name, price in prices.items() if name not in (_CPU, _DURATION) and price]
+        if unknown:
+            raise BadOffer(f"The offer charges for unknown counters: {', '.join(unknown)}.")
+        found = cls(
+            start=start,
+            cpu_second=prices.get(_CPU, Decimal(0)),
+            second=prices.get(_DURATION, Decimal(0)),
+            threads=threads,
+        )
+        if not all(each.is_finite() and each >= 0 for each in (found.start, found.cpu_second, found.second)):
+            raise BadOffer("The offer has negative prices.")
+        return found
+
+    @property
+    def max_cost_per_second(self) -> Decimal:
+        """GLM per second with all threads busy: no correct invoice is higher."""
+        return self.second + self.cpu_second * self.threads
+
+    @property
+    def per_hour(self) -> Decimal:
+        """GLM per hour with all threads busy, the start not counted."""
+        return 3600 * self.max_cost_per_second
+
+    def max_cost(self, seconds: float) -> Decimal:
+        """Return the most that an activity of this length can cost."""
+        # Times are accurate to a microsecond at best, and amounts have at most 18 digits.
+        return self.start + self.max_cost_per_second * Decimal(round(max(0.0, seconds) * 1_000_000)).scaleb(-6)
+
+    def per_image(self, images_per_second: float, images: int) -> Decimal:
+        """Estimate the cost per image for an activity that processes this many images."""
+        return self.start / max(1, images) + self.max_cost_per_second / Decimal(repr(max(1e-6, images_per_second)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfferRating:
-    """What is thought of an offer."""
+    """The rating of an offer."""
 
-    #: The higher the better, below 0 it is refused; as yapapi wants it.
+    #: Higher is better, negative is rejected; the scale that yapapi uses.
     score: float
-    #: Why it is refused, in a few words that fit after "2 providers"; None if it is not.
+    #: Why it is rejected, in a few words that fit after "2 providers"; None if it is not.
     rejection_reason: str | None = None
 
 
 class OfferEvaluator:
-    """One batcher's view of the providers.
+    """Rates offers by what this batcher knows of their providers.
 
-    :param monotonic: gives seconds that only grow.
+    :param monotonic: returns seconds that never decrease.
     """
 
     def __init__(
@@ -57,60 +129,60 @@ class OfferEvaluator:
         self._banned: dict[str, str] = {}
         #: Address -> 0 to 1.
         self._reliability: dict[str, float] = {}
-        #: (model, address) -> images a second.
+        #: (model, address) -> images per second.
         self._speed: dict[tuple[str, str], float] = {}
-        #: Address -> (until, how often).
+        #: Address -> (skipped until, how often it did not sign).
         self._unsigned: dict[str, tuple[float, int]] = {}
-        #: (model, address) -> (when, verdict).
+        #: (model, address) -> (time, rating).
         self._recent_ratings: dict[tuple[str, str], tuple[float, OfferRating]] = {}
 
     def update_providers(self, *, banned: Mapping[str, str], reliability: Mapping[str, float]) -> None:
-        """Take over what the store knows of the providers."""
+        """Replace the bans and reliability scores by those of the store."""
         self._banned = dict(banned)
         self._reliability = dict(reliability)
 
     def update_speeds(self, model: str, speeds: Mapping[str, float]) -> None:
-        """Take over what was measured.
+        """Add measured speeds.
 
-        :param speeds: address -> images a second.
+        :param speeds: address -> images per second.
         """
         for provider_id, speed in speeds.items():
             self._speed[model, provider_id] = speed
 
     def speed(self, model: str, provider_id: str) -> float | None:
-        """Return a provider's images a second; the mean of the others if it is new; None if nobody is known."""
+        """Return a provider's images per second; for a new one the mean of the others; None if none is known."""
         if (model, provider_id) in self._speed:
             return self._speed[model, provider_id]
         others = [speed for (of, _), speed in self._speed.items() if of == model]
         return sum(others) / len(others) if others else None
 
     def ban(self, provider_id: str, reason: str) -> None:
-        """Ban at once, before the store tells it again."""
+        """Ban immediately, before the store has the ban."""
         self._banned[provider_id] = reason
 
     def unban(self, provider_id: str) -> None:
-        """Lift a ban at once."""
+        """Lift a ban immediately."""
         self._banned.pop(provider_id, None)
 
     def is_banned(self, provider_id: str) -> bool:
-        """Tell whether a provider gets nothing now."""
+        """Return whether a provider is banned now."""
         return provider_id in self._banned
 
     def banned(self) -> set[str]:
-        """List the addresses of those who get nothing now."""
+        """Return the addresses of the providers that are banned now."""
         return set(self._banned)
 
     def record_not_signed(self, provider_id: str) -> None:
-        """Note that an agreement was proposed to a provider and not approved."""
+        """Record that a provider did not approve a proposed agreement."""
         times = self._unsigned.get(provider_id, (0.0, 0))[1] + 1
         self._unsigned[provider_id] = (self._now() + min(3600.0, _UNSIGNED_SECONDS * 2 ** (times - 1)), times)
 
     def record_signed(self, provider_id: str) -> None:
-        """Note that a provider approved an agreement."""
+        """Record that a provider approved an agreement."""
         self._unsigned.pop(provider_id, None)
 
     def rate_offer(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> OfferRating:
-        """Judge an offer, and remember the verdict for `unavailable_reason`."""
+        """Rate an offer, and remember the rating for `unavailable_reason`."""
         rating = self._rate_offer(model, provider_id, properties)
         self._recent_ratings[model, provider_id] = (self._now(), rating)
         return rating
@@ -119,29 +191,32 @@ class OfferEvaluator:
         if provider_id in self._banned:
             return _reject("banned")
         if self._unsigned.get(provider_id, (0.0, 0))[0] > self._now():
-            return _reject("did not sign lately")
+            return _reject("did not sign recently")
         try:
             price = Price.from_offer(properties)
         except BadOffer:
-            return _reject("with prices that cannot be understood")
+            return _reject("with unreadable prices")
         settings = self._settings
         if settings.max_price_start is not None and price.start > settings.max_price_start:
-            return _reject(f"dearer than {settings.max_price_start} GLM a start (MLG_MAX_PRICE_START)")
+            return _reject(f"above {settings.max_price_start} GLM per start (MLG_MAX_PRICE_START)")
         if settings.max_price_hour is not None and price.per_hour > settings.max_price_hour:
-            return _reject(f"dearer than {settings.max_price_hour} GLM an hour (MLG_MAX_PRICE_HOUR)")
+            return _reject(f"above {settings.max_price_hour} GLM per hour (MLG_MAX_PRICE_HOUR)")
         speed = self.speed(model, provider_id) or ASSUMED_SPEED
         cost = float(price.per_image(speed, EXPECTED_IMAGES))
         reliability = max(_MIN_SCORE, self._reliability.get(provider_id, _NEW_PROVIDER_SCORE))
-        # yapapi wants a number that is the higher the better; nothing at all to pay would be infinitely good.
+        # yapapi prefers higher scores; a price of zero would be infinite.
         return OfferRating(score=reliability / max(cost, 1e-12))
 
     def unavailable_reason(self, model: str) -> str:
-        """Say in a sentence why nobody works on a model."""
+        """Return, in a sentence, why no provider works on a model, and what to do."""
         recent = [
             rating for (of, _), (at, rating) in self._recent_ratings.items() if of == model and at > self._recent()
         ]
         if not recent:
-            return "No provider on the market offers what the model needs."
+            return (
+                "No provider on the market offers what the model needs. The search continues; "
+                "MLG_EXECUTOR=golem,local uses this machine meanwhile."
+            )
         rejections: dict[str, int] = {}
         for rating in recent:
             if rating.rejection_reason is not None:
@@ -149,16 +224,25 @@ class OfferEvaluator:
         acceptable = len(recent) - sum(rejections.values())
         parts = [f"{count} {reason}" for reason, count in sorted(rejections.items())]
         if acceptable:
-            parts.insert(0, f"{acceptable} busy or not answering")
-        return f"No provider takes it: {len(recent)} offered to, of which {', '.join(parts)}."
+            parts.insert(0, f"{acceptable} busy or not responding")
+        offers = "1 offer" if len(recent) == 1 else f"{len(recent)} offers"
+        return (
+            f"No provider is available: of {offers}, {', '.join(parts)}. The search continues. See: mlg providers list"
+        )
 
     def _recent(self) -> float:
         return self._now() - _RECENT_SECONDS
 
 
 def describe_offer(properties: Mapping[str, Any], provider_id: str) -> tuple[str, Price]:
-    """Return a provider's name and price. :raises BadOffer:"""
+    """Return a provider's name and price. :raises BadOffer: the prices cannot be read."""
     return provider_name(properties, provider_id), Price.from_offer(properties)
+
+
+def provider_name(properties: Mapping[str, Any], provider_id: str) -> str:
+    """Return the name that a provider gives itself, limited to printable characters; its address if it has none."""
+    name = "".join(letter for letter in str(properties.get(_NAME) or "") if letter.isprintable())[:60].strip()
+    return name or provider_id[:10]
 
 
 def _reject(reason: str) -> OfferRating:

@@ -1,6 +1,6 @@
-"""What is asked of a provider for a model: an image or a runtime, and how much of a computer.
+"""Makes a model's demand: a container image or a runtime, and the memory and storage that it needs.
 
-Called by `executor.py` when a model's rental begins.
+Called by `executor.py` when the first chunk of a model is queued.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from provider_image.errors import ModelError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 
 _GIB = 1024**3
-#: What the system and the libraries of the image take, in GiB of memory and of disk.
+#: What the system and the libraries of the container image need, in GiB of memory and of storage.
 _BASE_MEMORY, _BASE_STORAGE = 0.5, 2.0
-#: A loaded model takes so many times its file: the weights, what the compiler makes of them, and what flows between.
+#: A loaded model needs this many times the size of its file: weights, compiled graph and activations.
 _MEMORY_FACTOR = 3.0
-#: Size of a model that is not installed here.
+#: Assumed size of a model that is not installed here.
 _UNKNOWN_BYTES = 64 * 1024 * 1024
 
 
 def requirements_for(size_bytes: int) -> Requirements:
-    """Say what a model with artefacts of this size needs."""
+    """Return what a model with an artefact of this size needs."""
     size = size_bytes / _GIB
     return Requirements(
         memory_gib=round(_BASE_MEMORY + _MEMORY_FACTOR * size, 2), storage_gib=round(_BASE_STORAGE + 2 * size, 2)
@@ -35,10 +35,13 @@ def requirements_for(size_bytes: int) -> Requirements:
 
 
 async def make_payload(model: str, owner: str, models: Path, settings: GolemSettings) -> Any:
-    """Make a model's demand: its published image if there is one, else a runtime that has it built in.
+    """Make a model's demand: its published container image if there is one, else a runtime with built-in models.
 
-    :raises GolemUnavailable: the registry of images does not answer, or has another build than is installed here.
-    :raises ImageError: the lock file cannot be read.
+    :param owner: identifies the demand as ours, see `recovery.py`.
+    :param models: the folder of artefacts.
+    :raises GolemUnavailable: the image registry does not respond, or the published image holds another build of the
+        model than is installed here.
+    :raises ContainerImageError: the lock file cannot be read.
     """
     artefact: Artefact | None = None
     with contextlib.suppress(NotInstalled, ModelError):
@@ -50,9 +53,12 @@ async def make_payload(model: str, owner: str, models: Path, settings: GolemSett
     if artefact is not None and artefact.digest != published.digest:
         raise GolemUnavailable(
             f"The published image of {model} holds another build of it (digest {published.digest[:12]}) than the one "
-            f"installed here ({artefact.digest[:12]}): its answers would not count. Run: mlg image push {model}"
+            f"installed here ({artefact.digest[:12]}), so its results would be rejected. Run: mlg image push {model}"
         )
     try:
         return await image_payload(published.hash, settings.registry, requirements, owner, model)
     except Exception as error:
-        raise GolemUnavailable(f"Golem's registry does not tell where the image is: {explain(error)}.") from error
+        raise GolemUnavailable(
+            f"The image registry {settings.registry} does not return the address of the image of {model}: "
+            f"{explain(error)}. Check MLG_GOLEM_REGISTRY."
+        ) from error

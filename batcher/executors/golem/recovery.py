@@ -1,13 +1,14 @@
-"""Closes what is left open at the daemon: demands, agreements and allocations of batchers of this home that are gone.
+"""Closes what batchers of this home that no longer run left open: demands, agreements and allocations.
 
-Run by `session.py` at its start, and for its own at its end. Ours are recognized by the owner that every demand
-carries, so that even what was agreed in the moment of a kill, before it could be noted, is found; an allocation, which
-carries nothing, by its id in the ledger or by its odd last digits.
+Run by `session.py` at its start, and at its end for its own. Demands and agreements are recognised by the owner
+property of the demand, even if the batcher was killed before it could record them. An allocation has no properties: it
+is recognised by its id in the ledger, or by the last digits of its amount (`tagged`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import secrets
@@ -17,25 +18,27 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.ledger_writer import LedgerStore
-from batcher.executors.golem.offers import describe_offer
-from batcher.executors.golem.prices import BadOffer
+from batcher.executors.golem.ledger_writer import describe_agreement
+from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.ledger_records import AgreementRecord
+from store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
-#: Digits below this are worth nothing, and tell whose allocation it is.
+#: Unit of the last digits of an allocation, which are worth nothing and identify its home.
 _TAG_UNIT = Decimal("1e-18")
 _TAGS = 1_000_000
-#: An allocation that is not in the ledger may be one that a living batcher is about to note.
+#: An allocation younger than this that is not in the ledger may belong to a running batcher about to record it.
 _UNRECORDED_SECONDS = 120.0
-#: States of an agreement that costs something, or may still come to.
+#: States of an agreement that costs something or still can.
 _LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 def home_tag(file: Path) -> str:
-    """Return the random name of a home, made once: providers see it, and it tells them nothing."""
+    """Return the random name of a home, which providers see; created on the first call.
+
+    :param file: where it is kept.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -49,45 +52,45 @@ def home_tag(file: Path) -> str:
 
 
 def tagged(amount: Decimal, tag: str) -> Decimal:
-    """Return an amount whose last digits say whose allocation it is."""
+    """Return an amount whose last digits identify the home of the allocation."""
     return amount.quantize(Decimal("1e-12")) + (int(tag, 16) % (_TAGS - 1) + 1) * _TAG_UNIT
 
 
 def is_tagged(amount: Decimal, tag: str) -> bool:
-    """Tell whether an amount was made by `tagged` with this tag."""
+    """Return whether an amount was made by `tagged` with this tag."""
     return amount % Decimal("1e-12") == (int(tag, 16) % (_TAGS - 1) + 1) * _TAG_UNIT
 
 
 async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) -> None:
-    """End an agreement, also one that is not approved yet. Nothing happens if it is over.
+    """End an agreement, also one that is not approved yet; does nothing if it has ended.
 
     :param engine: yapapi's, started.
-    :raises Exception: the daemon fails, or the provider approved it at this very moment.
+    :raises Exception: the daemon fails, or the provider approves it at the same moment.
     """
     market = engine._market_api._api
     state = str((await market.get_agreement(agreement_id)).state)
     if state == "Approved":
         await market.terminate_agreement(agreement_id, request_body=reason)
     elif state in _LIVE_STATES:
-        # yapapi's client does not know this call.
+        # yapapi's client lacks this call.
         url = f"{engine._api_config.market_url}/agreements/{agreement_id}/cancel"
         async with engine._root_api_session.post(url, json=reason) as response:
             response.raise_for_status()
 
 
 class Recovery:
-    """One clean-up.
+    """One cleanup.
 
     :param engine: yapapi's, started.
-    :param is_gone: tells of an owner whether nobody works under that name any more.
+    :param is_gone: returns whether the session that an owner names no longer runs.
     """
 
-    def __init__(self, engine: Any, ledger: LedgerStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, engine: Any, ledger: SqliteStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
         self._engine = engine
         self._market = engine._market_api._api
-        # yapapi's client knows no list of agreements, so that one call is made without it.
+        # yapapi's client cannot list agreements, so this call is made without it.
         self._http = engine._root_api_session
         self._agreements_url = f"{engine._api_config.market_url}/agreements"
         self._payment = engine._payment_api._api
@@ -96,16 +99,16 @@ class Recovery:
         self._is_gone = is_gone
 
     async def run(self, *, keep_allocations: Iterable[str]) -> int:
-        """Close everything that nobody works with. :return: how many demands, agreements and allocations that were.
+        """Close everything that is left over. :return: how many demands, agreements and allocations were closed.
 
         :param keep_allocations: ids that are in use.
-        :raises Exception: the daemon fails; what is left is closed by the next run.
+        :raises Exception: the daemon fails; the next run closes the rest.
         """
         closed = await self._close_demands()
         closed += await self._end_agreements()
         closed += await self._release_allocations(set(keep_allocations))
         if closed:
-            log.warning("closed %d demands, agreements and allocations of batchers that are gone", closed)
+            log.warning("closed %d demands, agreements and allocations of batchers that no longer run", closed)
         return closed
 
     async def _close_demands(self) -> int:
@@ -127,13 +130,13 @@ class Recovery:
             if self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
                 if agreement.state == "Approved":
                     await asyncio.to_thread(self._record_agreement, agreement)
-                reason = {"message": "The requestor went away", "golem.requestor.code": "Cancelled"}
+                reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
                 is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
                 if is_ended:
                     await asyncio.to_thread(
                         self._ledger.end_agreement,
                         agreement.agreement_id,
-                        reason="The batcher that made it went away.",
+                        reason="The batcher that made it no longer runs.",
                         now=datetime.now(UTC),
                     )
                 ended += is_ended
@@ -163,33 +166,18 @@ class Recovery:
         return tag == self._tag and self._is_gone(batcher)
 
     def _record_agreement(self, agreement: Any) -> None:
-        """Note an agreement that was made in the moment of a kill."""
-        properties = agreement.offer.properties
-        try:
-            name, price = describe_offer(properties, agreement.offer.provider_id)
-        except BadOffer:
-            return
-        self._ledger.record_agreement(
-            AgreementRecord(
-                id=agreement.agreement_id,
-                allocation_id="unknown",
-                provider_id=agreement.offer.provider_id,
-                provider_name=name,
-                model=str(agreement.demand.properties.get("golem.srv.app.mlg.model", "unknown")),
-                start_price=price.start,
-                price_per_cpu_second=price.cpu_second,
-                price_per_second=price.second,
-                created_at=agreement.timestamp,
-            )
-        )
+        """Record an agreement: its batcher may have been killed before it did."""
+        with contextlib.suppress(BadOffer):
+            record, _ = describe_agreement(agreement, allocation_id="unknown")
+            self._ledger.record_agreement(record)
 
     async def _try(self, call: Awaitable[Any], what: str) -> bool:
         try:
             await call
         except Exception as error:
             if getattr(error, "status", None) in (404, 410):
-                return True  # somebody was first
-            log.warning("%s that was left over could not be closed: %s", what, explain(error))
+                return True  # it is closed already
+            log.warning("%s that was left over cannot be closed: %s", what, explain(error))
             self.is_complete = False
             return False
         return True

@@ -1,7 +1,7 @@
-"""One session with the daemon: a connection, an allocation, a file server, and a settler.
+"""One session with the Golem daemon: a connection, an allocation, a file server, and a payment processor.
 
-Opened and closed by `executor.py`, again and again if need be: what cannot be mended within a session (the daemon was
-away, the file server is out of step, the day's money is another) is mended by a new one.
+Opened and closed by `executor.py`. What cannot be repaired within a session (the daemon did not respond, the file
+server failed, a new day has a new budget) is repaired by opening another.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from batcher.executors.golem.yapapi_adapter import (
     shield_file_server,
     temporary_files_in,
 )
-from store.ledger_records import AllocationRecord
+from store.ledger import AllocationRecord
 
 log = logging.getLogger(__name__)
 
-#: The daemon must answer within this time when a session is opened.
+#: The daemon must respond within this time when a session is opened.
 _OPEN_SECONDS = 30.0
-#: The daemon counts as away when it has answered nothing but failures for so long.
+#: The session ends when all calls to the daemon have failed for this long.
 _UNREACHABLE_SECONDS = 8.0
-#: yapapi gets this long to close.
+#: Limit for closing yapapi.
 _CLOSE_SECONDS = 20.0
-#: So often, after such pauses, is tried to close what is still open at the end.
-_SWEEPS, _SWEEP_PAUSE_SECONDS = 3, 0.5
+#: Attempts to close what is still open at the end, and the pause between them.
+_CLEANUP_ATTEMPTS, _CLEANUP_PAUSE_SECONDS = 3, 0.5
 
 
 class Session:
-    """A session, not yet open.
+    """A session; call `open` first.
 
-    :param number: counts the sessions of this batcher.
-    :param amount: GLM to set aside.
-    :param on_paid: see Settler.
-    :param on_overbilled: see Settler.
+    :param number: of the session, counted per batcher.
+    :param amount: size of the allocation, in GLM.
+    :param on_paid: see PaymentProcessor.
+    :param on_overbilled: see PaymentProcessor.
     :param on_offer: called with the provider's address and the properties of each offer.
-    :param is_gone: tells of the batcher part of an owner whether nobody works under it any more.
+    :param is_gone: returns, for the id of another batcher, whether it no longer runs.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Session:
     ) -> None:
         self.owner = f"{tag}.{batcher_id}-{number}"
         self.day = datetime.now(UTC).date()
-        #: Why the session is of no more use; None while it is.
+        #: Why the session can no longer be used; None while it can.
         self.broken_reason: str | None = None
-        #: True when it should be replaced as soon as nothing runs in it.
+        #: True when it should be replaced as soon as it has no workers.
         self.is_stale = False
-        #: Subscription -> model: the strategy is asked about offers without being told what they are for.
+        #: Subscription id -> model: yapapi does not tell the strategy which demand an offer answers.
         self.subscription_models: dict[str, str] = {}
         self._batcher_id = batcher_id
         self._tag = tag
@@ -101,7 +101,7 @@ class Session:
         return self._golem._engine
 
     async def open(self) -> None:
-        """Open. :raises GolemUnavailable: the daemon does not want or cannot; says why."""
+        """Open the session. :raises GolemUnavailable: the daemon cannot be used; says why."""
         import_yapapi()
         from yapapi import Golem
         from yapapi.config import ApiConfig
@@ -129,11 +129,14 @@ class Session:
         except Exception as error:
             url = api_config.api_url
             await self._stop()
-            raise GolemUnavailable(f"The Golem daemon at {url} cannot be used: {explain(error)}.") from error
+            raise GolemUnavailable(
+                f"The Golem daemon at {url} cannot be used: {explain(error)}. "
+                "Check that it runs (yagna service run) and has funds (yagna payment status)."
+            ) from error
         engine = self.engine
         shield_file_server(engine)
         for task in engine._services:
-            task.cancel()  # see settling.py
+            task.cancel()  # see payments.py
         allocation = engine._budget_allocations[0]
         self._allocation_id = allocation.id
         record = AllocationRecord(
@@ -144,7 +147,7 @@ class Session:
             amount=self._amount,
             created_at=datetime.now(UTC),
         )
-        self._ledger_writer.enqueue(lambda: self._ledger_writer.ledger.record_allocation(record))
+        self._ledger_writer.record_allocation(record)
         self.payment_processor = PaymentProcessor(
             engine,
             self._ledger_writer,
@@ -157,52 +160,51 @@ class Session:
             on_insufficient_allocation=self._on_insufficient_allocation,
         )
         self.payment_processor.start()
-        await self.clean_up()
-        log.info("a session with the Golem daemon is open", extra={"allocation": allocation.id})
+        await self._recover(self._is_left_over)
+        log.info("opened a session with the Golem daemon", extra={"allocation": allocation.id})
 
     @property
     def allocation_id(self) -> str:
-        """The allocation that is paid from."""
+        """The id of the session's allocation."""
         return self._allocation_id
 
-    async def clean_up(self) -> None:
-        """Close what batchers that are gone have left; a failure is told, and tried again with the next session."""
-        await self._recover(self._is_left_over)
-
     async def _recover(self, is_gone: Callable[[str], bool]) -> bool:
+        """Close what is left open. :return: whether all of it is closed; the next session retries."""
         recovery = Recovery(self.engine, self._ledger_writer.ledger, tag=self._tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
                 await recovery.run(keep_allocations=[self._allocation_id])
         except Exception as error:
-            log.warning("what was left open could not be closed yet: %s", explain(error))
+            log.warning(
+                "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
+            )
             return False
         return recovery.is_complete
 
-    async def _sweep(self) -> None:
-        """Close what should be closed by now, and is not because a call failed: yapapi tries everything only once."""
-        for _ in range(_SWEEPS):
+    async def _close_own(self) -> None:
+        """Close what this batcher left open because a call failed: yapapi tries each call only once."""
+        for _ in range(_CLEANUP_ATTEMPTS):
             if await self._recover(lambda owner: owner.partition("-")[0] == self._batcher_id):
                 return
-            await asyncio.sleep(_SWEEP_PAUSE_SECONDS)
+            await asyncio.sleep(_CLEANUP_PAUSE_SECONDS)
 
     def _is_left_over(self, owner: str) -> bool:
-        # Of our own, only earlier sessions are over.
+        # Earlier sessions of this batcher are over, the current one is not.
         batcher_id, _, _ = owner.partition("-")
         if batcher_id == self._batcher_id:
             return owner not in (self._batcher_id, self.owner.partition(".")[2])
         return self._is_gone(batcher_id)
 
     async def close(self, settle_seconds: float) -> None:
-        """Wait for bills that are due, release the allocation, close. Never raises."""
+        """Wait for expected invoices, release the allocation, and close. Never raises."""
         if self._golem is None:
             return
         if self.payment_processor is not None:
             if not self.broken_reason:
-                await self._sweep()
+                await self._close_own()
             missing = await self.payment_processor.wait_until_settled(0.0 if self.broken_reason else settle_seconds)
             if missing:
-                log.warning("%d bills have not come yet; the next batcher settles them", missing)
+                log.warning("%d invoices have not arrived; the next batcher pays them", missing)
             await self.payment_processor.close()
         await self._stop()
 
@@ -210,26 +212,23 @@ class Session:
         if self._golem is None:
             return
         stopped = await run_with_timeout(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
-        # What was to come back and did not, as the file server, which ends with yapapi, may have made it at the last.
+        # Partial downloads: the file server ends with yapapi and may have created one until then.
         for file in self._folder.glob("*.part"):
             file.unlink(missing_ok=True)
         if not stopped and self._allocation_id:
             stopped = await run_with_timeout(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
         if stopped and self._allocation_id:
-            id = self._allocation_id
-            self._ledger_writer.enqueue(
-                lambda: self._ledger_writer.ledger.release_allocation(id, now=datetime.now(UTC))
-            )
+            self._ledger_writer.record_allocation_release(self._allocation_id)
 
     async def _stop_golem(self) -> None:
         if self._golem.operative:
             await self._golem.stop(wait_for_payments=False)
-        else:  # half started: what is open must be closed all the same
+        else:  # it started in part; that part must be closed
             with contextlib.suppress(Exception):
                 await self.engine._stack.aclose()
 
     async def _release(self) -> None:
-        """Release the allocation with a connection of its own: yapapi's are closed when its own try has failed."""
+        """Release the allocation over a new connection: yapapi closes its own even if its attempt failed."""
         from ya_payment import RequestorApi
 
         async with self.engine._api_config.payment() as client:
@@ -239,7 +238,7 @@ class Session:
                 if getattr(error, "status", None) not in (404, 410):
                     raise
 
-    # What comes from outside
+    # Callbacks of yapapi and the payment processor
 
     def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> OfferRating:
         self._on_offer(provider_id, properties)
@@ -257,11 +256,14 @@ class Session:
             return
         if self._failing_since is None:
             self._failing_since = now
-            log.warning("the Golem daemon fails, trying again: %s", explain(error))
+            log.warning("a call to the Golem daemon failed, trying again: %s", explain(error))
         elif now - self._failing_since > _UNREACHABLE_SECONDS and self.broken_reason is None:
-            self.broken_reason = f"The Golem daemon is away: {explain(error)}."
+            self.broken_reason = (
+                f"The Golem daemon does not respond: {explain(error)}. The batcher reconnects by itself; "
+                "check that the daemon runs (yagna service run)."
+            )
             log.error("%s", self.broken_reason)
 
 
 def _ignore(event: object) -> None:
-    """Take yapapi's events, which it would log otherwise."""
+    """Consume yapapi's events, which it would log otherwise."""

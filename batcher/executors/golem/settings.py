@@ -1,7 +1,7 @@
-"""The settings of the golem executor: budgets, prices, how many computers, how long.
+"""The settings of the golem executor: budgets, price limits, numbers of workers, timeouts.
 
-Part of `BatcherSettings`. Where the daemon is, in which subnet and on which payment network to look, stands in yagna's
-own variables. They are read here and handed on, because yapapi reads some of them when it is imported, others later.
+Part of `BatcherSettings`. The daemon, subnet and payment network are set by yagna's own variables. They are read here
+and passed on, because yapapi reads some of them at import and others later.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from provider_image.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class GolemSettings:
-    """What the golem executor needs to know. Amounts are in GLM."""
+    """Settings of the golem executor. Amounts are in GLM."""
 
-    #: The daemon's app key, YAGNA_APPKEY; nothing can be rented without.
+    #: The daemon's app key, YAGNA_APPKEY; required.
     app_key: str = ""
-    #: The daemon's address, YAGNA_API_URL; yapapi knows the usual one.
+    #: The daemon's address, YAGNA_API_URL; empty takes yapapi's default.
     api_url: str = ""
-    #: YAGNA_SUBNET: offers come from this part of the network.
+    #: YAGNA_SUBNET: the part of the network whose offers are used.
     subnet: str = "public"
     #: YAGNA_PAYMENT_DRIVER and YAGNA_PAYMENT_NETWORK: how providers are paid.
     payment_driver: str = "erc20"
@@ -30,36 +30,36 @@ class GolemSettings:
     budget_run: Decimal | None = None
     #: Most that all batchers of this home may spend on one day (UTC). MLG_BUDGET_DAY. Defaults to 1.
     budget_day: Decimal | None = Decimal(1)
-    #: Most that all batchers of this home may ever spend. MLG_BUDGET_TOTAL. Defaults to none.
+    #: Most that all batchers of this home may spend in total. MLG_BUDGET_TOTAL. Defaults to none.
     budget_total: Decimal | None = None
-    #: Offers that cost more an hour with all threads busy are refused. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
+    #: Offers above this price per hour, with all threads busy, are rejected. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
     max_price_hour: Decimal | None = Decimal("0.5")
-    #: Offers that cost more for a start are refused. MLG_MAX_PRICE_START. Defaults to 0.01.
+    #: Offers above this price per start are rejected. MLG_MAX_PRICE_START. Defaults to 0.01.
     max_price_start: Decimal | None = Decimal("0.01")
-    #: Computers kept for a model as long as it has had work within the last hour. MLG_GOLEM_MIN_WORKERS. Defaults to 0.
+    #: Workers kept for a model that has had work within the last hour. MLG_GOLEM_MIN_WORKERS. Defaults to 0.
     min_workers: int = 0
-    #: Computers rented at the same time, all models together. MLG_GOLEM_MAX_WORKERS. Defaults to 8.
+    #: Workers at the same time, all models together. MLG_GOLEM_MAX_WORKERS. Defaults to 8.
     max_workers: int = 8
-    #: Seconds that a provider may take to get ready, a download of the image included.
+    #: Seconds that a provider may take to start, including the download of its container image.
     #: MLG_GOLEM_START_SECONDS. Defaults to 300.
     start_seconds: float = 300.0
     #: Seconds after which a demand is renewed; its agreements end with it. MLG_GOLEM_RENTAL_SECONDS. Defaults to 10800.
     rental_seconds: float = 10800.0
-    #: Seconds that a computer with nothing to do is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
+    #: Seconds that an idle worker is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
     idle_seconds: float = 60.0
-    #: Seconds that a chunk waits for a provider before it is given back. MLG_GOLEM_OFFER_SECONDS. Defaults to 120.
+    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 120.
     offer_seconds: float = 120.0
-    #: Seconds that a provider is left alone after its first failure; doubles with each.
+    #: Seconds that a provider is banned after its first failure; doubles with each.
     #: MLG_GOLEM_BAN_SECONDS. Defaults to 900.
     ban_seconds: float = 900.0
-    #: Different providers that a chunk is tried on before it counts as failed. MLG_GOLEM_ATTEMPTS. Defaults to 3.
+    #: Different providers that a chunk is tried on before it fails. MLG_GOLEM_ATTEMPTS. Defaults to 3.
     attempts: int = 3
-    #: Seconds that the end of a batcher waits for the last bills. MLG_GOLEM_SETTLE_SECONDS. Defaults to 8.
+    #: Seconds that a batcher waits for the last invoices when it stops. MLG_GOLEM_SETTLE_SECONDS. Defaults to 8.
     settle_seconds: float = 8.0
-    #: Runtime of providers that have the models built in; used for models without a published image.
+    #: Runtime of providers with built-in models; used for models without a published container image.
     #: MLG_GOLEM_RUNTIME. Defaults to mlg.
     runtime: str = "mlg"
-    #: Where published images are looked up. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
+    #: Registry of published container images. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
     registry: str = "https://registry.golem.network"
 
     @classmethod
@@ -79,7 +79,7 @@ class GolemSettings:
             min_workers=env.integer("MLG_GOLEM_MIN_WORKERS", cls.min_workers, minimum=0, maximum=1000),
             max_workers=env.integer("MLG_GOLEM_MAX_WORKERS", cls.max_workers, minimum=1, maximum=1000),
             start_seconds=env.number("MLG_GOLEM_START_SECONDS", cls.start_seconds, minimum=1, maximum=3600),
-            # From five hours on providers want to be paid in between, which yapapi does not do well.
+            # From five hours on, providers demand interim payments, which yapapi does not handle well.
             rental_seconds=env.number("MLG_GOLEM_RENTAL_SECONDS", cls.rental_seconds, minimum=60, maximum=17000),
             idle_seconds=env.number("MLG_GOLEM_IDLE_SECONDS", cls.idle_seconds, minimum=0, maximum=3600),
             offer_seconds=env.number("MLG_GOLEM_OFFER_SECONDS", cls.offer_seconds, minimum=1, maximum=86400),
@@ -98,7 +98,7 @@ def _amount(env: Environment, name: str, default: Decimal | None) -> Decimal | N
     try:
         amount = Decimal(text)
     except InvalidOperation as error:
-        raise ConfigError(f"{name} is {text!r}, which is not an amount. Say for example 0.5, or none.") from error
+        raise ConfigError(f"{name} is {text!r}, which is not an amount. Use for example 0.5, or none.") from error
     if not amount.is_finite() or amount < 0:
-        raise ConfigError(f"{name} is {text}, which is not an amount. Say for example 0.5, or none.")
+        raise ConfigError(f"{name} is {text}, which is not an amount. Use for example 0.5, or none.")
     return amount

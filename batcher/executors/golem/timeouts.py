@@ -1,25 +1,25 @@
-"""Time limits that follow from measurements: how long a chunk may take, how long an idle activity is kept. Pure."""
+"""Time limits derived from measured speeds and prices: for a chunk, a second attempt, an idle activity. Pure."""
 
 from __future__ import annotations
 
-from batcher.executors.golem.prices import Price
+from batcher.executors.golem.offers import Price
 
-#: A chunk gets this many times what it should take, because other people's computers have other things to do too.
+#: A chunk may take this many times its expected duration, because a provider's machine is shared.
 _TIMEOUT_FACTOR = 5.0
-#: And this much on top, for a model that is not yet loaded and a daemon that is slow.
+#: Added to that, for loading the model and for a slow daemon.
 _GRACE_SECONDS = 30.0
-#: A chunk that takes so many times what it should, and so much longer, is tried by somebody idle as well.
+#: A chunk that takes this many times its expected duration, plus some seconds, gets a second attempt on an idle worker.
 _STRAGGLER_FACTOR = 3.0
 _STRAGGLER_SECONDS = 2.0
-#: The slowest line that is waited for, in bytes a second.
+#: The slowest transfer that is waited for, in bytes per second.
 _MIN_BYTES_PER_SECOND = 200_000
 
 
 def chunk_timeout(*, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float) -> float:
-    """Return how long a chunk may take, sending included.
+    """Return how long a chunk may take, transfer included.
 
-    :param images_per_second: as measured; None when nothing is known, which allows the most.
-    :param max_seconds: the longest that is allowed at all.
+    :param images_per_second: measured; None if unknown, which returns `max_seconds`.
+    :param max_seconds: the upper limit.
     """
     if images_per_second is None or images_per_second <= 0:
         return max_seconds
@@ -29,19 +29,19 @@ def chunk_timeout(*, items: int, size_bytes: int, images_per_second: float | Non
 
 
 def straggler_seconds(*, items: int, images_per_second: float | None) -> float | None:
-    """Return after how long somebody idle may try a chunk too; None as long as nothing is known of the speed."""
+    """Return after how long an idle worker may try a chunk too; None if the speed is unknown."""
     if images_per_second is None or images_per_second <= 0:
         return None
     return _STRAGGLER_SECONDS + _STRAGGLER_FACTOR * items / images_per_second
 
 
 def idle_seconds(price: Price, *, start_seconds: float, max_seconds: float) -> float:
-    """Return how long an activity may have nothing to do before it has cost as much as a new start would.
+    """Return how long an activity may idle before that has cost as much as a new start.
 
-    Whoever knows nothing of the future pays at most twice what the best guess had paid (the ski rental problem).
+    Without knowledge of the future this costs at most twice the optimum (the ski rental problem).
 
-    :param start_seconds: what a start took, as measured here; it is paid for too.
-    :param max_seconds: kept no longer than this even when idling costs next to nothing.
+    :param start_seconds: how long the start took; it is paid for too.
+    :param max_seconds: the upper limit, even if idling is free.
     """
     if price.second <= 0:
         return max_seconds

@@ -1,8 +1,8 @@
-"""One model's rental: its demand on the market, and the hires that work for it.
+"""One model's demand on the market, and the workers that it has found.
 
-Made by `executor.py` for each model that has work, and stepped a few times a second: as many computers are hired as the
-backlog wants and the budget allows. The search for offers is kept alive here, whatever the daemon answers; a hire that
-ends takes its agreement with it.
+Made by `executor.py` for each model that has work. `step`, called a few times per second, starts as many workers as the
+queue needs and the budget allows. The search for offers is restarted whenever the daemon ends it; a worker's agreement
+ends with it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from batcher.executors.golem.agreement_cleanup import CLEANUP_SECONDS, AgreementCleanup
-from batcher.executors.golem.offers import OfferEvaluator, describe_offer
-from batcher.executors.golem.prices import Price
+from batcher.executors.golem.agreement_cleanup import CLEANUP_SECONDS, DONE_REASON, AgreementCleanup
+from batcher.executors.golem.offers import OfferEvaluator, Price, describe_offer
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.worker import GolemWorker, WorkerContext, run_worker
@@ -27,46 +26,46 @@ from provider_image.errors import MlgError
 
 log = logging.getLogger(__name__)
 
-#: Offers get this long to come in after the first, so that the best is taken and not the first.
+#: Time to collect offers after the first, so that the best is taken.
 _OFFERS_SECONDS = 1.0
-#: A demand that brings no new computer for so long, though one is wanted, is made anew: providers that were refused,
-#: for a ban or for being busy, are not heard of again otherwise.
+#: A demand that brings no worker for this long, though one is needed, is published again: otherwise providers that
+#: were rejected, banned or busy make no new offer.
 _STALE_DEMAND_SECONDS = 20.0
-#: Pause after a demand failed; doubles to the last.
+#: Pause after a demand failed; doubles up to the maximum.
 _INITIAL_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 15.0
-#: The demand ends this long before its agreements must.
+#: A demand is replaced this long before its agreements expire.
 _RENEWAL_SECONDS = 120.0
 
-#: yapapi wants names of jobs that it has never seen in this process.
+#: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
 
 
 class _WorkerFinished(Exception):
-    """Tells yapapi to destroy the activity and to end the agreement: an idle one would be kept and paid."""
+    """Makes yapapi destroy the activity and terminate the agreement; it would keep and pay an idle one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolEvents:
-    """Who is told what happens."""
+    """Callbacks for the events of a pool."""
 
-    #: An agreement was approved; yapapi's object.
+    #: An agreement was approved: the model, and yapapi's agreement.
     on_agreement: Callable[[str, Any], None]
     #: An agreement has ended: its id, and why.
     on_agreement_ended: Callable[[str, str], None]
-    #: A provider did not approve, or could not begin.
+    #: A provider did not approve an agreement, or could not create an activity: its address.
     on_not_signed: Callable[[str], None]
-    #: A hire begins, and ends.
+    #: A worker starts, and ends.
     on_worker_started: Callable[[GolemWorker], None]
     on_worker_ended: Callable[[GolemWorker], None]
-    #: Not even the cheapest of the offers, at this price, fits into the budget.
-    over_budget: Callable[[Price], None]
+    #: Even the cheapest of the offers, at this price, exceeds the budget.
+    on_over_budget: Callable[[Price], None]
 
 
 class WorkerPool:
-    """One model's rental within one session.
+    """One model's workers within one session.
 
-    :param is_affordable: tells whether a new hire at this price fits into the budget.
+    :param is_affordable: returns whether a new worker at this price fits into the budget.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class WorkerPool:
         self._settings = settings
         self._events = events
         self._is_affordable = is_affordable
-        #: Those at work.
+        #: The workers that run now.
         self.workers: set[GolemWorker] = set()
         self._cleanup = AgreementCleanup(session.engine, model)
         self._job: Any = None
@@ -97,14 +96,14 @@ class WorkerPool:
         self._start_task: asyncio.Task[Any] | None = None
         self._expires: float = 0.0
         self._first_offer: float | None = None
-        #: Offers of yapapi's pool that are kept out of it for now: address -> what it had there.
+        #: Offers withheld from yapapi's pool, because every queued job failed on their provider: address -> its entry.
         self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
         self.last_wanted = time.monotonic()
         self._is_closing = False
 
     def step(self, wanted: int) -> None:
-        """Move one step towards this many hires; called several times a second."""
+        """Move one step towards this many workers; called several times per second."""
         now = time.monotonic()
         if wanted:
             self.last_wanted = now
@@ -125,24 +124,24 @@ class WorkerPool:
             self._start_task = asyncio.create_task(self._start_worker())
 
     def restart_search(self) -> None:
-        """Make the demand anew if more computers are wanted: whoever was refused before is heard of again."""
+        """Publish the demand again if more workers are needed, so that rejected providers offer again."""
         if self._wanted_since is not None and self._search_task is not None:
             self._wanted_since = time.monotonic()
             self._search_task.cancel()
 
     def abort_workers(self) -> None:
-        """End at once whatever is at work."""
+        """End all workers immediately."""
         for worker in self.workers:
             worker.abort.set()
 
     def drain(self) -> None:
-        """Take nothing more: hires finish the chunk that they work on and end."""
+        """Start nothing more; workers finish their chunk and end."""
         self._is_closing = True
         for worker in self.workers:
             worker.is_stopping = True
 
     async def close(self, seconds: float) -> None:
-        """Wait for hires to end, then end the rest at once, and close the demand. Never raises."""
+        """Wait this long for workers to end, end the rest immediately, and close the demand. Never raises."""
         self.drain()
         deadline = time.monotonic() + seconds
         while self.workers and time.monotonic() < deadline:
@@ -158,7 +157,7 @@ class WorkerPool:
     # The demand
 
     def _renew(self) -> None:
-        """Begin a new demand; hires of the old one finish what they have."""
+        """Make a new demand; workers of the old one finish their chunk."""
         if self._job is not None:
             old = self._job
             for worker in self.workers:
@@ -180,20 +179,22 @@ class WorkerPool:
         )
 
     async def _search_loop(self) -> None:
-        """Keep a demand on the market; ends only when cancelled."""
+        """Keep the demand on the market; ends only when cancelled."""
         pause = _INITIAL_BACKOFF_SECONDS
         while True:
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
                 await self._job.find_offers()
             except Exception as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    # The demand could not be closed in passing, which hides the cancellation; `session.py` closes it.
+                    # Closing the demand failed, which hides the cancellation; the session closes it at its end.
                     return
-                if time.monotonic() - began > _MAX_BACKOFF_SECONDS:
+                if time.monotonic() - started_at > _MAX_BACKOFF_SECONDS:
                     pause = _INITIAL_BACKOFF_SECONDS
-                log.warning("the demand for %s was lost, made anew in %.1f s: %s", self.model, pause, explain(error))
+                log.warning(
+                    "the search for offers for %s failed, trying again in %.1f s: %s", self.model, pause, explain(error)
+                )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
 
@@ -203,7 +204,7 @@ class WorkerPool:
         self._unsuited = {}
         if not pool._offer_buffer:
             return False
-        # What was put there before a ban, or when there was more money, is still there.
+        # The pool may hold offers from before a ban or from when more budget was left.
         over_budget = []
         for provider_id, buffered in list(pool._offer_buffer.items()):
             price = Price.from_offer(buffered.proposal.props)
@@ -216,13 +217,13 @@ class WorkerPool:
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
         if not pool._offer_buffer:
             if over_budget and not self.workers:
-                self._events.over_budget(min(over_budget, key=lambda price: price.max_cost(60.0)))
+                self._events.on_over_budget(min(over_budget, key=lambda price: price.max_cost(60.0)))
             return False
         self._first_offer = self._first_offer or now
         return now - self._first_offer >= _OFFERS_SECONDS
 
     def _has_work_for(self, provider_id: str) -> bool:
-        """Tell whether a provider could do something: of what waits it may not have what it has failed on."""
+        """Return whether this provider may run a queued job; it may not run those that it failed on."""
         job_queue = self._worker_context.job_queue
         return not job_queue.count(self.model) or job_queue.has_job_for(self.model, provider_id)
 
@@ -250,21 +251,20 @@ class WorkerPool:
             return
         if job is self._job:
             self._job = None
-        reason = {"message": "All work is done", "golem.requestor.code": "Success"}
         try:
             async with asyncio.timeout(CLEANUP_SECONDS):
-                await job.agreements_pool.terminate_all(reason=reason)
+                await job.agreements_pool.terminate_all(reason=DONE_REASON)
         except Exception as error:
-            log.warning("agreements for %s could not be ended: %s", self.model, explain(error))
+            log.warning("agreements for %s cannot be terminated: %s", self.model, explain(error))
         job.finished.set()
 
-    # Hires
+    # Workers
 
     def _is_starting(self) -> bool:
         return self._start_task is not None and not self._start_task.done()
 
     async def _start_worker(self) -> None:
-        """Try to get an agreement and an activity; what comes of it is seen in `workers`."""
+        """Try to get an agreement and an activity; `_run_worker` adds the worker to `workers`."""
         job = self._job
         before = len(self.workers)
         try:
@@ -276,15 +276,18 @@ class WorkerPool:
         if task is None:
             return
         self._cleanup.add(task)
-        # The activity is created within the task; a second start before that would hire one too many.
+        # The activity is created within the task; another start before that would be one too many.
         while not task.done() and len(self.workers) == before:
             await asyncio.sleep(0.02)
 
-    async def _run_worker(self, context: Any) -> bool:
-        """Be called by yapapi when an activity is there; it destroys the activity when this ends."""
-        details = context._agreement_details
-        provider_id = context.provider_id
-        pool = self._job.agreements_pool  # a renewed demand has another
+    async def _run_worker(self, yapapi_context: Any) -> bool:
+        """Run a worker. yapapi calls this with an activity, which it destroys at the end.
+
+        :param yapapi_context: yapapi's WorkContext.
+        """
+        details = yapapi_context._agreement_details
+        provider_id = yapapi_context.provider_id
+        pool = self._job.agreements_pool  # kept, because a renewed demand has another
         try:
             name, price = describe_offer(details.provider_view.properties, provider_id)
         except MlgError as error:
@@ -293,8 +296,8 @@ class WorkerPool:
             model=self.model,
             provider_id=provider_id,
             provider_name=name,
-            agreement_id=context._agreement.id,
-            activity_id=context.id,
+            agreement_id=yapapi_context._agreement.id,
+            activity_id=yapapi_context.id,
             price=price,
             created_at=datetime.now(UTC),
             is_stopping=self._is_closing,
@@ -303,14 +306,16 @@ class WorkerPool:
         self._offer_evaluator.record_signed(provider_id)
         self._events.on_worker_started(worker)
         try:
-            await run_worker(self._session.engine, self._job_of(context), context, worker, self._worker_context)
+            await run_worker(
+                self._session.engine, self._job_id(yapapi_context), yapapi_context, worker, self._worker_context
+            )
         finally:
             self.workers.discard(worker)
             self._events.on_worker_ended(worker)
             self._cleanup.terminate_later(worker.agreement_id, pool)
         raise _WorkerFinished
 
-    def _job_of(self, context: Any) -> str:
-        """Return the id of the job that an activity belongs to; a renewed demand has another."""
+    def _job_id(self, yapapi_context: Any) -> str:
+        """Return the id of the yapapi job of an activity; `_job` may be a renewed one."""
         manager = self._session.engine._invoice_manager
-        return str(manager.agreement_job(context._agreement.id).id)
+        return str(manager.agreement_job(yapapi_context._agreement.id).id)

@@ -1,8 +1,8 @@
-"""Everything that is made of yapapi's own parts: demands, the strategy, and one shield around its file server.
+"""Everything that subclasses or patches yapapi: demands, the market strategy, jobs, the file server.
 
-Imported everywhere, so yapapi itself is imported inside the functions. yapapi is driven at the level its own task
-executor stands on (Job, start_worker, process_batches): retries without end, jobs that die of one failed poll and
-agreements kept by idle workers belong to that executor, which is not used.
+Imported early, so yapapi itself is imported inside the functions. yapapi is used below its own task executor (Job,
+start_worker, process_batches), because that executor retries without limit, ends a job after one failed poll and keeps
+agreements of idle workers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 from batcher.executors.golem.offers import OfferRating
 
-#: The property by which demands and agreements of ours are recognized, also those of a batcher that was killed.
+#: The property that identifies our demands and agreements, even those of a batcher that was killed.
 OWNER = "golem.srv.app.mlg.owner"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What a model asks of a computer."""
+    """What a model needs of a provider."""
 
     memory_gib: float
     storage_gib: float
@@ -35,9 +35,9 @@ class Requirements:
 
 
 def import_yapapi() -> None:
-    """Import yapapi, and keep its own log from repeating, with tracebacks, what is told in one line here."""
+    """Import yapapi, and silence its log, which repeats with tracebacks what is logged here in one line."""
     with warnings.catch_warnings():
-        # It is known that pkg_resources goes away; that is why setuptools is pinned.
+        # pkg_resources is deprecated, which is why setuptools is pinned.
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         importlib.import_module("yapapi")
@@ -47,7 +47,7 @@ def import_yapapi() -> None:
 
 
 def builtin_payload(runtime: str, requirements: Requirements, owner: str, model: str) -> Any:
-    """Make the demand for a provider whose runtime has the models built in."""
+    """Make the demand for a provider whose runtime has built-in models."""
     from yapapi.payload import Payload
 
     class BuiltIn(Payload):  # type: ignore[misc, unused-ignore]
@@ -62,7 +62,7 @@ def builtin_payload(runtime: str, requirements: Requirements, owner: str, model:
 
 
 async def image_payload(image_hash: str, registry: str, requirements: Requirements, owner: str, model: str) -> Any:
-    """Make the demand for a provider that runs a published image; asks the registry where the image is."""
+    """Make the demand for a provider that runs a published container image; asks the registry for its address."""
     from yapapi.payload import Payload, vm
 
     package = await vm.repo(
@@ -85,21 +85,21 @@ async def image_payload(image_hash: str, registry: str, requirements: Requiremen
 def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], OfferRating]) -> Any:
     """Make the market strategy.
 
-    :param rate_offer: called with the provider's address, the offer's properties and the id of the subscription.
+    :param rate_offer: called with the provider's address, the offer's properties and the subscription id.
     """
     from yapapi.strategy import MarketStrategy
 
-    class CheapestImage(MarketStrategy):  # type: ignore[misc, unused-ignore]
+    class CheapestPerImage(MarketStrategy):  # type: ignore[misc, unused-ignore]
         async def score_offer(self, offer: Any) -> float:
             return rate_offer(offer.issuer, offer.props, offer._subscription.id).score
 
-    return CheapestImage()
+    return CheapestPerImage()
 
 
 def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_event: Callable[[str, Any], None]) -> Any:
     """Make a yapapi job: one demand, its offers and its agreements.
 
-    :param on_event: called at once with the name of each event and what it is about.
+    :param on_event: called immediately with the class name and the fields of each event.
     """
     from yapapi.engine import Job
 
@@ -114,10 +114,10 @@ def make_job(engine: Any, *, expires_at: datetime, payload: Any, id: str, on_eve
 
 
 def shield_file_server(engine: Any) -> None:
-    """Keep every exchange with gftp whole.
+    """Protect every exchange with gftp from cancellation.
 
-    Its protocol pairs answers with questions by their order alone. A coroutine that is cancelled between the two leaves
-    an answer behind, and from then on every upload gets the address of the file before it.
+    Its protocol matches responses to requests by their order alone. A coroutine cancelled between the two would leave a
+    response unread, and every later upload would receive the address of the file before it.
     """
     process = engine._storage_manager._process
     original = type(process).send_message
@@ -130,7 +130,7 @@ def shield_file_server(engine: Any) -> None:
 
 @contextlib.contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Have yapapi put its temporary folder into ours: it is then removed even if this process is killed."""
+    """Make yapapi use our folder for temporary files, which is removed even if this process is killed."""
     before = tempfile.tempdir
     tempfile.tempdir = str(folder)
     try:
@@ -140,13 +140,16 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 async def run_with_timeout(seconds: float, work: Awaitable[Any], what: str, log: logging.Logger) -> bool:
-    """Await something that may fail or hang, and tell of it in one line. :return: whether it went well."""
+    """Await something that may fail or hang, and log that in one line. :return: whether it succeeded.
+
+    :param what: its name in the log.
+    """
     task = asyncio.ensure_future(work)
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:
         task.cancel()
         await asyncio.wait({task}, timeout=1)
-        log.warning("%s took longer than %g s and was given up", what, seconds)
+        log.warning("%s timed out after %g s", what, seconds)
         return False
     if task.cancelled():
         log.warning("%s was cancelled", what)
@@ -158,7 +161,7 @@ async def run_with_timeout(seconds: float, work: Awaitable[Any], what: str, log:
 
 
 def explain(error: BaseException) -> str:
-    """Say in one line what a failure of yapapi or the daemon means."""
+    """Return a failure of yapapi or the daemon as one line for people."""
     status, body = getattr(error, "status", None), getattr(error, "body", None)
     if status is not None:
         text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
@@ -167,10 +170,10 @@ def explain(error: BaseException) -> str:
 
             text = str(json.loads(text).get("message") or text)
         if status == 401:
-            return "the daemon does not know the app key (YAGNA_APPKEY)"
+            return "the daemon does not accept the app key, see YAGNA_APPKEY"
         return f"the daemon answered {status}: {' '.join(text.split())[:200] or getattr(error, 'reason', '')}"
     if isinstance(error, asyncio.TimeoutError):
-        return "no answer in time"
+        return "it timed out"
     name = type(error).__name__
     text = " ".join(str(error).split())[:300]
     return f"{text} ({name})" if text else name

@@ -1,6 +1,6 @@
-"""Live events over HTTP: streams of what becomes of requests, of a batch, and of everything for whoever operates.
+"""Views of live events: streams of the changes of some requests, of a batch, and of all requests for operators.
 
-Registered by `api.py`. It checks who asks for what; the telling is done by `server/live/sse.py`.
+They check what the caller may see; `server/live/sse.py` writes the streams.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Generator
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
-from server.auth.guard import check_owner
+from server.api.responses import set_headers
+from server.auth.guard import is_owner, owned, visible_key_id
 from server.context import Context
+from server.endpoint import Field, operation
 from server.errors import ScopeMissing
 from server.intake.uploads import query_fields
 from server.live.changes import Listener
@@ -20,12 +21,12 @@ from server.live.sse import STREAMED, Stream, is_end_id, stream_counts, stream_r
 from store.errors import UnknownRequest
 from store.keys import Scope
 
-#: Requests that one stream listens to at most.
+#: Requests of one stream.
 MAX_IDS = 1000
 _IDS = Field(name="ids", help=f"Request ids with commas between, at most {MAX_IDS}.")
 _ALL = Field(
     name="all",
-    help="1: how many requests come to which state, of everybody; needs the scope operate.",
+    help="1: how many requests change to which state, those of all keys; needs the scope operate.",
     schema={"type": "string", "enum": ["1"]},
 )
 
@@ -42,7 +43,7 @@ class _EventViews:
         self._context = context
 
     @operation(
-        summary="Listen to requests: an event whenever one changes, until all are final",
+        summary="Stream requests: an event whenever one changes, until all are final",
         scope=Scope.READ,
         tag="events",
         query=(_IDS, _ALL),
@@ -50,11 +51,11 @@ class _EventViews:
         content_type="text/event-stream",
     )
     def events(self) -> flask.Response:
-        """Stream what becomes of the requests that are named."""
+        """Stream the changes of the requests in `ids`."""
         fields = query_fields(flask.request)
         is_all, ids = fields.pop("all", None), fields.pop("ids", None)
         if fields or (is_all is None) == (ids is None) or is_all not in (None, "1"):
-            raise InvalidParams("Name the requests: /events?ids=ID,ID (or, for whoever operates, /events?all=1).")
+            raise InvalidParams("Name the requests: /events?ids=ID,ID (or, for operators, /events?all=1).")
         if ids is None:
             return self._stream_all()
         wanted = list(dict.fromkeys(id for id in ids.split(",") if id))
@@ -62,30 +63,28 @@ class _EventViews:
             raise InvalidParams(f"ids takes 1 to {MAX_IDS} request ids with commas between.")
         store = self._context.store
         numbers = [position[1] for position, _ in store.snapshot(ids=wanted).requests]
-        requests = [request for _, request in store.read_changed(numbers)]
-        unknown = set(wanted) - {request.id for request in requests}
+        visible = {request.id for _, request in store.read_changed(numbers) if is_owner(request)}
+        unknown = set(wanted) - visible
         if unknown:
             raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
-        for request in requests:
-            check_owner(request)
         return self._stream(Listener(numbers=numbers), ids=wanted)
 
     @operation(
-        summary="Listen to a batch: its progress, and an event for each request that changes",
+        summary="Stream a batch: its progress, and an event whenever one of its requests changes",
         scope=Scope.READ,
         tag="events",
         responses={200: {"type": "string"}, 204: {}},
         content_type="text/event-stream",
     )
     def batch_events(self, id: str) -> flask.Response:
-        """Stream what becomes of a batch."""
-        check_owner(self._context.store.get_batch(id))
+        """Stream the changes of a batch."""
+        owned(self._context.store.get_batch, id)
         return self._stream(Listener(batch_id=id), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
         context, last_id = self._context, flask.request.headers.get("Last-Event-ID")
         if is_end_id(last_id) and self._is_final(listener, ids):
-            # The one answer that tells a browser's EventSource not to come back.
+            # The only response after which a browser's EventSource does not reconnect.
             return flask.Response(status=204)
         pieces = stream_requests(
             context.change_dispatcher,
@@ -95,14 +94,13 @@ class _EventViews:
             last_id=last_id,
             serialize=context.serialize,
         )
-        return self._answer(pieces)
+        return self._response(pieces)
 
     def _stream_all(self) -> flask.Response:
-        key = flask.g.get("key")
-        if key is not None and not key.is_operator:
+        if visible_key_id() is not None:
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
-        return self._answer(
+        return self._response(
             stream_counts(self._context.change_dispatcher, self._context.store, Listener(is_all=True), last_id=last_id)
         )
 
@@ -110,13 +108,12 @@ class _EventViews:
         snapshot = self._context.store.snapshot(ids=ids, batch_id=listener.batch_id)
         return all(state.is_final for _, state in snapshot.requests)
 
-    def _answer(self, pieces: Generator[bytes, None, None]) -> flask.Response:
+    def _response(self, pieces: Generator[bytes, None, None]) -> flask.Response:
         change_dispatcher = self._context.change_dispatcher
         change_dispatcher.acquire_slot()
         flask.request.environ[STREAMED] = True
         response = flask.Response(Stream(pieces, change_dispatcher.release_slot), mimetype="text/event-stream")
-        response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        # A proxy must not gather events.
+        set_headers(response)
+        # A proxy must not buffer events.
         response.headers["X-Accel-Buffering"] = "no"
         return response

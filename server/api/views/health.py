@@ -1,4 +1,7 @@
-"""What is here and whether it is well: the list of routes, the models, and the two checks of health."""
+"""Views of the server itself: the routes, the API description, the models, and the two health checks.
+
+Browsers get a page at `/` instead of the list of routes, see `server/pages/home.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,11 @@ from typing import Any
 
 import flask
 
-from server.api.endpoint import get_operation, operation
+from server.api.openapi import get_document
 from server.api.responses import json_response
-from server.api.serializers import serialize_models
 from server.context import Context
-from server.pages.render import wants_page
-from server.pages.views import home_page
+from server.endpoint import get_operation, operation
+from server.serializers import serialize_models
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -23,6 +25,7 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/models", views.models),
         ("/healthz", views.healthz),
         ("/readyz", views.readyz),
+        ("/openapi.json", views.openapi),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=["GET"])
 
@@ -31,11 +34,9 @@ class _HealthViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    @operation(summary="List the addresses", scope=None, tag="server", responses={200: "Index"})
+    @operation(summary="List the routes", scope=None, tag="server", responses={200: "Index"})
     def index(self) -> flask.Response:
-        """List the routes, with an example to copy; a browser gets the first page."""
-        if wants_page():
-            return home_page(self._context)
+        """List the routes, with examples to copy; browsers get the home page instead."""
         base = flask.request.host_url.rstrip("/")
         return json_response(
             {
@@ -57,17 +58,17 @@ class _HealthViews:
         responses={200: "Models"},
     )
     def models(self) -> flask.Response:
-        """List the catalogue and the models of users' own."""
+        """List the catalogue and the custom models."""
         return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
-    @operation(summary="Tell that the process is alive", scope=None, tag="server", responses={200: "Health"})
+    @operation(summary="Check that the process is alive", scope=None, tag="server", responses={200: "Health"})
     def healthz(self) -> flask.Response:
-        """Say that the process answers; does not touch the store."""
+        """Answer without using the store."""
         return json_response({"success": True, "status": "alive"})
 
-    @operation(summary="Tell whether the store can be written", scope=None, tag="server", responses={200: "Readiness"})
+    @operation(summary="Check that the store can be written", scope=None, tag="server", responses={200: "Readiness"})
     def readyz(self) -> flask.Response:
-        """Say whether the store can be written, and whether a batcher is alive."""
+        """Check that the store can be written, and count the batchers that are alive."""
         self._context.store.check()
         batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
@@ -77,14 +78,20 @@ class _HealthViews:
             )
         return json_response(payload)
 
+    @operation(summary="Describe the API (OpenAPI 3.1)", scope=None, tag="server", responses={200: "Document"})
+    def openapi(self) -> flask.Response:
+        """Return this description."""
+        # It changes only with the server's version.
+        return json_response(get_document(flask.current_app), headers={"Cache-Control": "public, max-age=300"})
+
 
 def _routes(app: flask.Flask) -> dict[str, str]:
-    """Say what each address is for, as the views say it themselves."""
+    """List the summary of each route."""
     found = {}
     for rule in app.url_map.iter_rules():
         declared = get_operation(app.view_functions[rule.endpoint])
-        address = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
+        path = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
             if rule.rule != "/":
-                found[f"{method} {address}"] = "" if declared is None else declared.summary
+                found[f"{method} {path}"] = "" if declared is None else declared.summary
     return found

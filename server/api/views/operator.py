@@ -1,8 +1,7 @@
-"""What operators see and do: the figures as a page and as JSON, Prometheus' metrics, and the few levers there are.
+"""Views for operators: the dashboard's figures as JSON, Prometheus metrics, and the controls.
 
-Registered by `api.py`. The figures come from `server/status/dashboard.py`, what the levers mean stands in
-`server/batcher_controls.py`. The forms of the page and programs use the same addresses; a browser is sent back to the
-page.
+The figures come from `server/status/dashboard.py`, what the controls do is in `store/controls.py`. The forms of
+the operator's page and programs use the same paths; a browser is redirected to the page.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
-from server.api.responses import json_response
+from server.api.query import check_names
+from server.api.responses import json_response, set_headers, wants_page
+from server.auth.guard import current_key
 from server.context import Context
+from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
-from server.pages.charts import minutes_chart, points_chart
-from server.pages.render import page, wants_page
-from server.status.dashboard import Dashboard
 from server.status.metrics import CONTENT_TYPE, exposition, families
-from store import batcher_controls
-from store.batcher_controls import Mode
+from store import controls
+from store.controls import Mode
 from store.keys import Scope
-from store.ledger_records import ProviderRecord
+from store.providers import ProviderRecord
 from store.records import to_text
 
+#: The page that shows the same; see `server/pages/operator.py`.
 PAGE_PATH = "/ui/operator"
-#: Longest ban in seconds that has an end; a hundred years.
+#: Longest temporary ban in seconds; a hundred years.
 MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
 _CONTROL_SCHEMA: dict[str, Any] = {
@@ -51,7 +50,7 @@ _PROVIDER: dict[str, Any] = {
     },
 }
 _STATUS: dict[str, Any] = {"type": "object", "required": ["success", "at", "queue", "batchers", "throughput", "money"]}
-_REASON = Field(name="reason", help="Why; clients whose requests wait read it.")
+_REASON = Field(name="reason", help="Why; shown to clients whose requests wait.")
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -66,7 +65,6 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/operator/providers/<id>/ban", ["POST"], views.ban),
         ("/operator/providers/<id>/unban", ["POST"], views.unban),
         ("/metrics", ["GET"], views.metrics),
-        (PAGE_PATH, ["GET"], views.operator_page),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=methods)
 
@@ -74,36 +72,18 @@ def register(app: flask.Flask, context: Context) -> None:
 class _OperatorViews:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._dashboard = Dashboard(context.store, context.queue_stats, context.clock)
 
-    # Looking
+    # Figures
 
     @operation(
-        summary="Everything that the operator's page shows",
+        summary="Read all figures of the operator's page",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _STATUS},
     )
     def operator_status(self) -> flask.Response:
-        """Show all figures."""
-        return json_response({"success": True, **self._dashboard.status()})
-
-    @operation(
-        summary="The operator's page",
-        scope=Scope.OPERATE,
-        tag="pages",
-        content_type="text/html",
-        responses={200: {"type": "string"}},
-    )
-    def operator_page(self) -> flask.Response:
-        """Show all figures, with the levers."""
-        status = self._dashboard.status()
-        return page(
-            "operator.html",
-            board=status,
-            minutes=minutes_chart(status["throughput"]["minutes"]),
-            points=points_chart(status["points"]),
-        )
+        """Return all figures."""
+        return json_response({"success": True, **self._context.dashboard.status()})
 
     @operation(
         summary="Metrics for Prometheus",
@@ -113,13 +93,10 @@ class _OperatorViews:
         responses={200: {"type": "string"}},
     )
     def metrics(self) -> flask.Response:
-        """Show the metrics in Prometheus' text format."""
-        response = flask.Response(exposition(families(self._dashboard)), content_type=CONTENT_TYPE)
-        response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+        """Return the metrics in Prometheus' text format."""
+        return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))
 
-    # Doing
+    # Controls
 
     @operation(
         summary="Claim nothing new until work is resumed",
@@ -129,37 +106,37 @@ class _OperatorViews:
         responses={200: _CONTROL_SCHEMA},
     )
     def pause(self) -> Response:
-        """Pause: what is under way is finished, everything else waits."""
+        """Pause: claimed requests are finished, all others wait."""
         return self._pause(Mode.PAUSED)
 
     @operation(
-        summary="Claim nothing new because the batchers are to be stopped",
+        summary="Claim nothing new before the batchers are stopped",
         scope=Scope.OPERATE,
         tag="operator",
         query=(_REASON,),
         responses={200: _CONTROL_SCHEMA},
     )
     def drain(self) -> Response:
-        """Drain: as a pause, before an end."""
+        """Drain: a pause before the batchers are stopped."""
         return self._pause(Mode.DRAINING)
 
-    @operation(summary="Let work go on", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
+    @operation(summary="Resume work", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        batcher_controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
+        controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"hold": None})
 
     @operation(
-        summary="Have every batcher take everything that waits now",
+        summary="Make every batcher claim all queued requests now",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _CONTROL_SCHEMA},
     )
     def run_now(self) -> Response:
-        """Run a batch now."""
+        """Run a cycle now."""
         self._fields()
-        token = batcher_controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
+        token = controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
@@ -170,7 +147,7 @@ class _OperatorViews:
             Field(name="reason", help="Why."),
             Field(
                 name="seconds",
-                help="For how long; for good without it.",
+                help="For how long; without it the ban has no end.",
                 schema={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_BAN_SECONDS},
             ),
         ),
@@ -190,41 +167,34 @@ class _OperatorViews:
         return self._provider_response(provider)
 
     @operation(
-        summary="Lift a provider's ban, whoever banned it",
+        summary="Lift a provider's ban",
         scope=Scope.OPERATE,
         tag="operator",
         responses={200: _PROVIDER},
     )
     def unban(self, id: str) -> Response:
-        """Lift a ban."""
+        """Lift a ban, also one that a batcher has set."""
         self._fields()
         return self._provider_response(self._context.store.unban_provider(id))
 
-    # What they are made of
-
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = batcher_controls.pause(
-            self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason
-        )
+        given = controls.pause(self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason)
         pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
         return _respond({"hold": pause})
 
     def _fields(self, *known: str) -> dict[str, str]:
-        """Read the fields of a lever. :raises InvalidParams: one that it does not have."""
+        """Read the fields of a control. :raises InvalidParams: one that it does not have."""
         if flask.request.mimetype not in ("", "application/x-www-form-urlencoded"):
             raise UnsupportedMediaType(
                 "Put the fields into the URL, for example ?reason=update, or send them as a form."
             )
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
-        for name in fields:
-            if name not in known:
-                there = f"It takes: {', '.join(known)}." if known else "It takes none."
-                raise InvalidParams(f"There is no parameter {name[:64]!r} here. {there}")
+        check_names(fields, known)
         return fields
 
     def _provider_response(self, provider: ProviderRecord) -> Response:
-        self._dashboard.invalidate()
+        self._context.dashboard.invalidate()
         is_banned = provider.is_banned(self._context.clock())
         return _respond(
             {
@@ -238,9 +208,9 @@ class _OperatorViews:
 
 
 def _caller_name() -> str:
-    """Name the caller for those who read of it later."""
-    key = flask.g.get("key")
-    return "the operator" if key is None else str(key.name)
+    """Return the name of the caller's key, shown as the author of a control."""
+    key = current_key()
+    return "the operator" if key is None else key.name
 
 
 def _respond(payload: dict[str, Any]) -> Response:
@@ -255,5 +225,5 @@ def _seconds(raw: str) -> float | None:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= MAX_BAN_SECONDS:  # also refuses nan
-        raise InvalidParams("seconds takes a number above 0, or nothing for a ban for good.")
+        raise InvalidParams("seconds takes a number above 0; leave it out for a ban without an end.")
     return seconds

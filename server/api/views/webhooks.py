@@ -1,24 +1,23 @@
-"""Webhooks over HTTP, for whoever operates: what became of the messages, and sending one again.
+"""Views of webhook deliveries, for operators: list them, send one again.
 
-Registered by `api.py`. Addresses are added and removed with `mlg webhooks`; no secret is ever shown here.
+Webhooks are added and removed with `mlg webhooks`; no secret is ever shown here.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.endpoint import Field, operation
+from server.api.query import check_names, parse_limit
 from server.api.responses import json_response
 from server.context import Context
+from server.endpoint import Field, operation
 from server.intake.uploads import query_fields
+from server.serializers import serialize_delivery
 from store.keys import Scope
-from store.records import to_text
-from store.webhooks import DELIVERY_STATES, DeliveryRecord
+from store.webhooks import DELIVERY_STATES
 
-#: Messages that one answer lists at most.
+#: Deliveries in one response.
 MAX_LISTED = 500
 _DELIVERY = {"type": "object", "properties": {"success": {"type": "boolean"}, "delivery": {"type": "object"}}}
 _DELIVERIES = {
@@ -34,42 +33,18 @@ def register(app: flask.Flask, context: Context) -> None:
     app.add_url_rule("/webhooks/deliveries/<id>/redeliver", "redeliver", views.redeliver, methods=["POST"])
 
 
-def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
-    """Build a message's JSON, without its body."""
-    return {
-        "id": delivery.id,
-        "endpoint_id": delivery.endpoint_id,
-        "url": delivery.url,
-        "event": delivery.event,
-        "subject": delivery.subject,
-        "state": delivery.status,
-        "attempts": delivery.attempts,
-        **{
-            name: None if moment is None else to_text(moment)
-            for name, moment in (
-                ("created_at", delivery.created_at),
-                ("next_at", delivery.next_at),
-                ("delivered_at", delivery.delivered_at),
-                ("dead_at", delivery.dead_at),
-            )
-        },
-        "last_status": delivery.last_status,
-        "last_error": delivery.last_error,
-    }
-
-
 class _WebhookViews:
     def __init__(self, context: Context) -> None:
         self._context = context
 
     @operation(
-        summary="List webhook messages, newest first",
+        summary="List webhook deliveries, newest first",
         scope=Scope.OPERATE,
         tag="webhooks",
         query=(
             Field(
                 name="state",
-                help="Only those that stand there.",
+                help="Only those in this state.",
                 schema={"type": "string", "enum": list(DELIVERY_STATES)},
             ),
             Field(
@@ -81,25 +56,22 @@ class _WebhookViews:
         responses={200: _DELIVERIES},
     )
     def deliveries(self) -> flask.Response:
-        """List messages."""
+        """List deliveries."""
         fields = query_fields(flask.request)
-        state, limit = fields.pop("state", None), fields.pop("limit", "50")
-        if fields:
-            raise InvalidParams(f"There is no parameter {min(fields)[:64]!r} here. Parameters: limit, state.")
+        check_names(fields, ("limit", "state"))
+        state, limit = fields.get("state"), parse_limit(fields.get("limit", "50"), MAX_LISTED)
         if state is not None and state not in DELIVERY_STATES:
             raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
-        if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LISTED):
-            raise InvalidParams(f"limit takes 1 to {MAX_LISTED}.")
-        found = self._context.store.list_deliveries(status=state, limit=int(limit))
+        found = self._context.store.list_deliveries(status=state, limit=limit)
         return json_response({"success": True, "deliveries": [serialize_delivery(one) for one in found]})
 
     @operation(
-        summary="Send a webhook message again",
+        summary="Send a webhook delivery again",
         scope=Scope.OPERATE,
         tag="webhooks",
         responses={200: _DELIVERY},
     )
     def redeliver(self, id: str) -> flask.Response:
-        """Have a message sent again."""
+        """Queue a delivery again."""
         delivery = self._context.store.redeliver(id, now=self._context.clock())
         return json_response({"success": True, "delivery": serialize_delivery(delivery)})

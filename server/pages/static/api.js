@@ -1,65 +1,66 @@
-// The forms of the API's page: each sends its call as a program would, and shows what comes back.
+// The forms of the API reference: each sends its call as a program would and shows the response.
 
-import { say } from "./page.js";
+import { announce } from "./page.js";
 
 const key = document.getElementById("key");
-const LONGEST = 200_000;
+const MAX_CHARACTERS = 200_000;
 
-/** Put the fields of a form into an address and a body. */
-function build(form) {
-  let address = form.dataset.path;
+/** Make the URL and the options of `fetch` from the fields of a form. */
+function buildRequest(form) {
+  let url = form.dataset.path;
   const query = new URLSearchParams();
   const files = new FormData();
-  let text = null;
-  for (const field of form.querySelectorAll("[data-place]")) {
-    const { place } = field.dataset;
-    if (place === "json") text = field.value;
-    else if (place === "path") address = address.replace(`{${field.name}}`, encodeURIComponent(field.value));
-    else if (field.type === "file") for (const file of field.files) files.append(field.name, file);
-    else if (field.value === "") continue;
-    else if (place === "query") query.set(field.name, field.value);
-    else files.append(field.name, field.value);
-  }
   const headers = {};
   if (key.value) headers.Authorization = `Bearer ${key.value}`;
+  let text = null;
+  for (const field of form.querySelectorAll("[data-location]")) {
+    const { location } = field.dataset;
+    if (location === "json") text = field.value;
+    else if (location === "path") url = url.replace(`{${field.name}}`, encodeURIComponent(field.value));
+    else if (field.type === "file") for (const file of field.files) files.append(field.name, file);
+    else if (field.value === "") continue;
+    else if (location === "query") query.set(field.name, field.value);
+    else if (location === "header") headers[field.name] = field.value;
+    else files.append(field.name, field.value);
+  }
   let body;
   if (text !== null) {
     headers["Content-Type"] = "application/json";
     body = text;
   } else if (form.dataset.body === "multipart/form-data") body = files;
   else if (form.dataset.body) body = new URLSearchParams([...files]);
-  return { address: query.size ? `${address}?${query}` : address, options: { method: form.dataset.method, headers, body } };
+  return { url: query.size ? `${url}?${query}` : url, options: { method: form.dataset.method, headers, body } };
 }
 
-/** Show an answer as it comes: some have no end. */
-async function show(answer, place) {
-  const kind = answer.headers.get("Content-Type") ?? "";
+/** Show a response while it is received: event streams have no end. */
+async function showResponse(response, output) {
+  const kind = response.headers.get("Content-Type") ?? "";
   if (/^(image|application\/(zip|octet-stream))/.test(kind)) {
-    place.textContent = `${kind}, ${(await answer.blob()).size} bytes`;
+    output.textContent = `${kind}, ${(await response.blob()).size} bytes`;
     return;
   }
   const decoder = new TextDecoder();
-  const reader = answer.body?.getReader();
+  const reader = response.body?.getReader();
   let text = "";
   while (reader) {
     const { done, value } = await reader.read();
     if (done) break;
     text += decoder.decode(value, { stream: true });
-    if (text.length > LONGEST) {
+    if (text.length > MAX_CHARACTERS) {
       reader.cancel();
-      text = `${text.slice(0, LONGEST)}\n… and more`;
+      text = `${text.slice(0, MAX_CHARACTERS)}\n… and more`;
       break;
     }
-    place.textContent = text;
+    output.textContent = text;
   }
   if (kind.startsWith("application/json")) {
     try {
       text = JSON.stringify(JSON.parse(text), null, 2);
     } catch {
-      // Shown as it came.
+      // Not JSON: shown unchanged.
     }
   }
-  place.textContent = text;
+  output.textContent = text;
 }
 
 for (const form of document.querySelectorAll("form.try")) {
@@ -67,22 +68,22 @@ for (const form of document.querySelectorAll("form.try")) {
     event.preventDefault();
     const [send, stop] = form.querySelectorAll("button");
     const outcome = form.querySelector(".outcome");
-    const [line, place] = outcome.children;
-    const { address, options } = build(form);
-    const control = new AbortController();
-    stop.onclick = () => control.abort();
+    const [line, output] = outcome.children;
+    const { url, options } = buildRequest(form);
+    const controller = new AbortController();
+    stop.onclick = () => controller.abort();
     outcome.hidden = false;
     stop.hidden = false;
     send.disabled = true;
-    line.textContent = `${options.method} ${address}`;
-    place.textContent = "";
+    line.textContent = `${options.method} ${url}`;
+    output.textContent = "";
     try {
-      const answer = await fetch(address, { ...options, signal: control.signal });
-      line.textContent = `${options.method} ${address}: ${answer.status} ${answer.statusText}`;
-      say(`Answered with ${answer.status}`);
-      await show(answer, place);
+      const response = await fetch(url, { ...options, signal: controller.signal });
+      line.textContent = `${options.method} ${url}: ${response.status} ${response.statusText}`;
+      announce(`Status ${response.status}`);
+      await showResponse(response, output);
     } catch (error) {
-      if (!control.signal.aborted) place.textContent = `The server does not answer (${error.message}).`;
+      if (!controller.signal.aborted) output.textContent = `The server cannot be reached (${error.message}).`;
     } finally {
       send.disabled = false;
       stop.hidden = true;

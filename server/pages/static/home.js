@@ -1,42 +1,42 @@
-// The first page: pictures by choosing, dropping or pasting; each answer as it comes.
+// The home page: sends images that are chosen, dropped or pasted, and shows each result when it arrives.
 
-import { pause, say } from "./page.js";
+import { announce, pause } from "./page.js";
 
-const AT_ONCE = 4; // uploads; browsers open six connections to a host
-const LONGEST_SIDE = 2048; // pixels of a picture that had to be made smaller: far more than any model looks at
+const MAX_UPLOADS = 4; // at once; browsers open six connections to a host
+const MAX_SIDE = 2048; // pixels of an image that had to be resized; models need far fewer
 
 const form = document.getElementById("send");
-const drop = document.getElementById("drop");
-const picker = document.getElementById("files");
+const dropZone = document.getElementById("drop");
+const fileInput = document.getElementById("files");
 const list = document.getElementById("answers");
 const results = document.getElementById("results");
-const count = document.getElementById("count");
+const counter = document.getElementById("count");
 const curl = document.getElementById("curl");
-const cardOf = document.getElementById("card");
-const barOf = document.getElementById("bar");
-const mostBytes = Number(form.dataset.mostBytes);
+const cardTemplate = document.getElementById("card");
+const barTemplate = document.getElementById("bar");
+const maxBytes = Number(form.dataset.maxBytes);
 
-const waiting = []; // cards to be sent
+const pending = []; // cards to upload
 const watched = new Map(); // request id -> card
-let underWay = 0;
-let made = 0;
-let ended = 0;
+let uploading = 0;
+let added = 0;
+let finished = 0;
 
-picker.multiple = true;
+fileInput.multiple = true;
 
 function chosenModel() {
   return form.querySelector("input[name=model]:checked:enabled")?.value;
 }
 
-// Taking pictures
+// Adding images
 
-picker.addEventListener("change", () => {
-  take(picker.files);
-  picker.value = "";
+fileInput.addEventListener("change", () => {
+  addFiles(fileInput.files);
+  fileInput.value = "";
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  take(picker.files);
+  addFiles(fileInput.files);
 });
 form.addEventListener("change", () => {
   const base = curl.dataset.base;
@@ -45,33 +45,33 @@ form.addEventListener("change", () => {
     `curl '${base}/readPrediction/REQ_ID?wait=30'`;
 });
 
-let depth = 0; // dragenter and dragleave also come from the elements inside
+let dragDepth = 0; // dragenter and dragleave are also fired for the elements inside
 const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
 addEventListener("dragenter", (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
-  depth += 1;
-  drop.classList.add("over");
+  dragDepth += 1;
+  dropZone.classList.add("drag-over");
 });
 addEventListener("dragover", (event) => {
   if (hasFiles(event)) event.preventDefault();
 });
 addEventListener("dragleave", () => {
-  depth = Math.max(0, depth - 1);
-  if (!depth) drop.classList.remove("over");
+  dragDepth = Math.max(0, dragDepth - 1);
+  if (!dragDepth) dropZone.classList.remove("drag-over");
 });
 addEventListener("drop", (event) => {
-  depth = 0;
-  drop.classList.remove("over");
+  dragDepth = 0;
+  dropZone.classList.remove("drag-over");
   if (!hasFiles(event)) return;
-  event.preventDefault(); // the browser would leave the page for the picture
-  take(event.dataTransfer.files);
+  event.preventDefault(); // the browser would open the image instead of the page
+  addFiles(event.dataTransfer.files);
 });
 addEventListener("paste", (event) => {
-  if (event.clipboardData?.files.length) take(event.clipboardData.files);
+  if (event.clipboardData?.files.length) addFiles(event.clipboardData.files);
 });
 
-function take(files) {
+function addFiles(files) {
   const model = chosenModel();
   const all = [...files];
   if (!all.length) return;
@@ -79,64 +79,65 @@ function take(files) {
   for (const file of all) {
     const card = makeCard(file, model);
     list.prepend(card.element);
-    if (!model) refuse(card, "No model is installed. The list beside it says how to install one.");
+    if (!model) reject(card, "No model is installed. The list of models shows how to install one.");
     else {
-      waiting.push(card);
-      made += 1;
+      pending.push(card);
+      added += 1;
     }
   }
-  tell();
-  send();
+  updateCounter();
+  startUploads();
 }
 
 function makeCard(file, model) {
-  const element = cardOf.content.firstElementChild.cloneNode(true);
+  const element = cardTemplate.content.firstElementChild.cloneNode(true);
   const find = (selector) => element.querySelector(selector);
   const card = {
     element, file, model, id: null,
-    name: find(".name"), state: find(".state"), why: find(".why"), bars: find(".bars"), more: find(".more"), act: find(".act"),
+    name: find(".name"), state: find(".state"), reason: find(".reason"), bars: find(".bars"), meta: find(".meta"),
+    buttons: find(".buttons"),
   };
-  card.name.textContent = file.name || "pasted picture";
+  card.name.textContent = file.name || "pasted image";
   card.name.title = card.name.textContent;
-  const address = URL.createObjectURL(file);
-  const picture = find("img");
-  picture.addEventListener("load", () => URL.revokeObjectURL(address));
-  picture.addEventListener("error", () => URL.revokeObjectURL(address));
-  picture.src = address;
-  mark(card, "queued", "to be sent");
+  const url = URL.createObjectURL(file);
+  const image = find("img");
+  image.addEventListener("load", () => URL.revokeObjectURL(url));
+  image.addEventListener("error", () => URL.revokeObjectURL(url));
+  image.src = url;
+  setState(card, "queued", "not sent yet");
   return card;
 }
 
-// Sending
+// Uploading
 
-function send() {
-  while (underWay < AT_ONCE && waiting.length) {
-    underWay += 1;
-    sendOne(waiting.shift()).finally(() => {
-      underWay -= 1;
-      send();
+function startUploads() {
+  while (uploading < MAX_UPLOADS && pending.length) {
+    uploading += 1;
+    upload(pending.shift()).finally(() => {
+      uploading -= 1;
+      startUploads();
     });
   }
 }
 
-async function sendOne(card) {
-  mark(card, "claimed", "sending");
+async function upload(card) {
+  setState(card, "claimed", "uploading");
   let answer;
   try {
     const body = new FormData();
-    body.append("image", await small(card.file), card.file.name || "pasted.png");
+    body.append("image", await resizeIfTooLarge(card.file), card.file.name || "pasted.png");
     const response = await fetch(`/requestPrediction/${encodeURIComponent(card.model)}`, { method: "POST", body });
     answer = await response.json();
   } catch {
     answer = { success: false, reason: "The server cannot be reached. Is it running?" };
   }
   if (!answer.success) {
-    refuse(card, answer.reason);
-    offer(card, "Try again", () => {
-      ended -= 1;
-      waiting.push(card);
-      tell();
-      send();
+    reject(card, answer.reason);
+    showButton(card, "Try again", () => {
+      finished -= 1;
+      pending.push(card);
+      updateCounter();
+      startUploads();
     });
     return;
   }
@@ -147,181 +148,182 @@ async function sendOne(card) {
   refresh(card, 0);
 }
 
-/** Make a picture smaller if it is larger than the server takes: photos of phones are. */
-async function small(file) {
-  if (file.size <= mostBytes) return file;
+/** Resize an image whose file is larger than the server accepts, as photos of phones often are. */
+async function resizeIfTooLarge(file) {
+  if (file.size <= maxBytes) return file;
   try {
-    const picture = await createImageBitmap(file);
-    for (let side = LONGEST_SIDE; side >= 512; side /= 2) {
-      const scale = Math.min(1, side / Math.max(picture.width, picture.height));
+    const image = await createImageBitmap(file);
+    for (let side = MAX_SIDE; side >= 512; side /= 2) {
+      const scale = Math.min(1, side / Math.max(image.width, image.height));
       const canvas = document.createElement("canvas");
-      canvas.width = Math.max(1, Math.round(picture.width * scale));
-      canvas.height = Math.max(1, Math.round(picture.height * scale));
+      canvas.width = Math.max(1, Math.round(image.width * scale));
+      canvas.height = Math.max(1, Math.round(image.height * scale));
       const context = canvas.getContext("2d");
-      context.fillStyle = "#fff"; // as the server does with what is transparent
+      context.fillStyle = "#fff"; // the server replaces transparency by white too
       context.fillRect(0, 0, canvas.width, canvas.height);
-      context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+      context.drawImage(image, 0, 0, canvas.width, canvas.height);
       const blob = await new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
-      if (blob && blob.size <= mostBytes) return blob;
+      if (blob && blob.size <= maxBytes) return blob;
     }
   } catch {
-    return file; // not a picture that this browser knows; the server says what is wrong with it
+    return file; // not an image that this browser can decode; the server's error explains why
   }
   return file;
 }
 
-// Answers
+// Results
 
-const MOST_TOLD = 60; // ids in the address of a stream of events: an address must not get too long
-const WHY_SECONDS = 4; // a request that waits has no events, but why it waits changes
+const MAX_STREAM_IDS = 60; // ids in the URL of an event stream, so that the URL does not get too long
+const REASON_SECONDS = 4; // while a request waits there are no events, but the reason and the estimate change
 let hasEvents = "EventSource" in window;
 let stream = null;
-let told = new Set();
-let isWatching = false;
-let opening = null;
+let streamed = new Set(); // request ids of the stream
+let isPolling = false;
+let openTimer = null;
 
-/** Follow those that wait: told by the server, or asking it where it cannot tell. */
+/** Follow the unfinished requests with an event stream, or by polling where there is none. */
 function watch() {
   if (!hasEvents) {
-    ask();
+    poll();
     return;
   }
-  if (!isWatching && watched.size) explainAll();
-  const fresh = [...watched.keys()].some((id) => !told.has(id));
-  if (!fresh || opening || (stream && told.size >= MOST_TOLD)) return;
-  opening = setTimeout(() => {
-    opening = null;
-    listen();
-  }, 100); // several at once share a stream
+  if (!isPolling && watched.size) refreshReasons();
+  const hasNew = [...watched.keys()].some((id) => !streamed.has(id));
+  if (!hasNew || openTimer || (stream && streamed.size >= MAX_STREAM_IDS)) return;
+  openTimer = setTimeout(() => {
+    openTimer = null;
+    openStream();
+  }, 100); // requests sent together share a stream
 }
 
-// A browser opens six connections to a host, all tabs together: a tab that nobody sees holds none.
+// A browser opens six connections to a host, for all tabs together: hidden tabs use none.
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
     stream?.close();
     stream = null;
-    told = new Set();
+    streamed = new Set();
   } else watch();
 });
 
-function listen() {
+function openStream() {
   stream?.close();
   stream = null;
   if (document.hidden) {
-    told = new Set();
+    streamed = new Set();
     return;
   }
-  told = new Set([...watched.keys()].slice(0, MOST_TOLD));
-  if (!told.size) return;
-  const mine = new EventSource(`/events?ids=${[...told].join(",")}`);
-  stream = mine;
+  streamed = new Set([...watched.keys()].slice(0, MAX_STREAM_IDS));
+  if (!streamed.size) return;
+  const opened = new EventSource(`/events?ids=${[...streamed].join(",")}`);
+  stream = opened;
   const close = () => {
-    mine.close();
-    if (stream !== mine) return false;
+    opened.close();
+    if (stream !== opened) return false;
     stream = null;
-    told = new Set();
+    streamed = new Set();
     return true;
   };
-  mine.addEventListener("request", (event) => {
+  opened.addEventListener("request", (event) => {
     const answer = JSON.parse(event.data);
     const card = watched.get(answer.req_id);
-    if (card) show(card, { success: true, ...answer });
+    if (card) showAnswer(card, { success: true, ...answer });
   });
-  mine.addEventListener("end", () => {
+  opened.addEventListener("end", () => {
     if (close() && watched.size) watch();
   });
-  mine.addEventListener("error", () => {
-    // It comes back by itself after a break; closed it is when the server refused.
-    if (mine.readyState === EventSource.CLOSED && close()) {
+  opened.addEventListener("error", () => {
+    // The browser reconnects by itself, except after the server has refused the stream.
+    if (opened.readyState === EventSource.CLOSED && close()) {
       hasEvents = false;
       watch();
     }
   });
 }
 
-async function explainAll() {
-  isWatching = true;
-  let place = 0;
+async function refreshReasons() {
+  isPolling = true;
+  let next = 0;
   while (hasEvents && watched.size) {
-    await pause(WHY_SECONDS);
+    await pause(REASON_SECONDS);
     const cards = [...watched.values()];
-    for (let asked = 0; asked < Math.min(3, cards.length); asked += 1) {
-      await refresh(cards[place % cards.length], 0);
-      place += 1;
+    for (let count = 0; count < Math.min(3, cards.length); count += 1) {
+      await refresh(cards[next % cards.length], 0);
+      next += 1;
     }
   }
-  isWatching = false;
+  isPolling = false;
   watch();
 }
 
-/** Ask for those that wait, the one that was asked for longest ago first. */
-async function ask() {
-  if (isWatching) return;
-  isWatching = true;
+/** Read the unfinished requests again and again, two at a time, in turn. */
+async function poll() {
+  if (isPolling) return;
+  isPolling = true;
   try {
     while (watched.size) {
-      const few = [...watched.values()].slice(0, 2);
-      // Held until it is there, but no longer than why it waits is worth reading.
-      await Promise.all(few.map((card) => refresh(card, watched.size > 2 ? 1 : 4)));
-      for (const card of few) {
+      const cards = [...watched.values()].slice(0, 2);
+      // The server holds a read until there is a result, but not so long that the shown reason gets old.
+      await Promise.all(cards.map((card) => refresh(card, watched.size > 2 ? 1 : 4)));
+      for (const card of cards) {
         if (watched.delete(card.id)) {
-          if (!card.isFinal) watched.set(card.id, card); // to the end of the line
+          if (!card.isFinal) watched.set(card.id, card); // now the last one
         }
       }
     }
   } finally {
-    isWatching = false;
+    isPolling = false;
   }
 }
 
 async function refresh(card, wait) {
-  const asked = card.id;
+  const { id } = card;
   try {
-    const response = await fetch(`/readPrediction/${card.id}?wait=${wait}`);
+    const response = await fetch(`/readPrediction/${id}?wait=${wait}`);
     const answer = await response.json();
-    if (card.id === asked && !card.isFinal) show(card, answer);
+    if (card.id === id && !card.isFinal) showAnswer(card, answer);
     if (!answer.success) await pause(2);
   } catch {
-    explain(card, "The server cannot be reached. This page keeps trying.");
+    showReason(card, "The server cannot be reached. This page keeps trying.");
     await pause(2);
   }
 }
 
-function show(card, answer) {
+function showAnswer(card, answer) {
   if (!answer.success) {
-    explain(card, answer.reason);
+    showReason(card, answer.reason);
     if (answer.code === "unknown_request") finish(card, "failed", "failed");
     return;
   }
   const isFinal = !["queued", "claimed"].includes(answer.status);
   if (answer.status === "done") {
-    card.why.hidden = true;
+    card.reason.hidden = true;
     showBars(card, answer.preds);
-    const facts = [answer.model];
-    if (answer.cached) facts.push("known already");
-    else if (answer.seconds) facts.push(`${Math.max(1, Math.round(answer.seconds * 1000))} ms`);
-    if (answer.provider && !answer.cached) facts.push(answer.provider);
-    if (answer.cost) facts.push(`${answer.cost} GLM`);
-    card.more.textContent = facts.join(" · ");
-    card.more.hidden = false;
-  } else if (answer.status === "queued" || answer.status === "claimed") {
-    const eta = answer.eta_seconds === null || answer.eta_seconds === undefined ? "" : ` Ready in about ${length(answer.eta_seconds)}.`;
-    explain(card, `${answer.waiting_for ?? "It waits."}${eta}`);
-  } else explain(card, answer.reason ?? "It was cancelled.");
+    const details = [answer.model];
+    if (answer.cached) details.push("from an earlier result");
+    else if (answer.seconds) details.push(`${Math.max(1, Math.round(answer.seconds * 1000))} ms`);
+    if (answer.provider && !answer.cached) details.push(answer.provider);
+    if (answer.cost) details.push(`${answer.cost} GLM`);
+    card.meta.textContent = details.join(" · ");
+    card.meta.hidden = false;
+  } else if (isFinal) showReason(card, answer.reason ?? "Cancelled.");
+  else {
+    const eta = answer.eta_seconds === null || answer.eta_seconds === undefined ? "" : ` Ready in about ${duration(answer.eta_seconds)}.`;
+    showReason(card, `${answer.waiting_for ?? "Waiting."}${eta}`);
+  }
   if (isFinal) finish(card, answer.status, answer.status, answer);
   else {
-    mark(card, answer.status, answer.status === "queued" ? "waiting" : "in work");
-    if (answer.status === "queued") offer(card, "Cancel", () => cancel(card));
-    else card.act.replaceChildren();
+    setState(card, answer.status, answer.status === "queued" ? "waiting" : "processing");
+    if (answer.status === "queued") showButton(card, "Cancel", () => cancel(card));
+    else card.buttons.replaceChildren();
   }
 }
 
 function showBars(card, preds) {
-  card.bars.replaceChildren(...(preds ?? []).map(([, name, share]) => {
-    const bar = barOf.content.firstElementChild.cloneNode(true);
+  card.bars.replaceChildren(...(preds ?? []).map(([, name, probability]) => {
+    const bar = barTemplate.content.firstElementChild.cloneNode(true);
     bar.querySelector(".name").textContent = String(name).replaceAll("_", " ");
-    bar.querySelector(".share").textContent = percent(share);
-    requestAnimationFrame(() => bar.querySelector("rect").setAttribute("width", String(share * 100)));
+    bar.querySelector(".percent").textContent = percent(probability);
+    requestAnimationFrame(() => bar.querySelector("rect").setAttribute("width", String(probability * 100)));
     return bar;
   }));
   card.bars.hidden = false;
@@ -331,72 +333,73 @@ async function cancel(card) {
   try {
     const response = await fetch(`/requests/${card.id}`, { method: "DELETE" });
     const answer = await response.json();
-    if (answer.success) show(card, answer);
-    else explain(card, answer.reason);
+    if (answer.success) showAnswer(card, answer);
+    else showReason(card, answer.reason);
   } catch {
-    explain(card, "The server cannot be reached.");
+    showReason(card, "The server cannot be reached.");
   }
 }
 
-function finish(card, kind, words, answer) {
+function finish(card, state, label, answer) {
   if (card.isFinal) return;
   card.isFinal = true;
   watched.delete(card.id);
-  card.act.replaceChildren();
-  mark(card, kind, words);
-  ended += 1;
-  tell();
+  card.buttons.replaceChildren();
+  setState(card, state, label);
+  finished += 1;
+  updateCounter();
   const best = answer?.preds?.[0];
-  say(best ? `${card.name.textContent}: ${String(best[1]).replaceAll("_", " ")}, ${percent(best[2])}` : `${card.name.textContent}: ${words}`);
+  const outcome = best ? `${String(best[1]).replaceAll("_", " ")}, ${percent(best[2])}` : label;
+  announce(`${card.name.textContent}: ${outcome}`);
 }
 
-function refuse(card, reason) {
-  explain(card, reason ?? "It was not taken.");
-  mark(card, "failed", "not taken");
-  if (card.model) ended += 1;
-  tell();
-  say(`${card.name.textContent}: ${card.why.textContent}`);
+function reject(card, reason) {
+  showReason(card, reason ?? "The image was rejected.");
+  setState(card, "failed", "rejected");
+  if (card.model) finished += 1;
+  updateCounter();
+  announce(`${card.name.textContent}: ${card.reason.textContent}`);
 }
 
-// Showing
+// Parts of a card
 
-function mark(card, kind, words) {
-  card.state.className = `state ${kind}`;
-  card.state.textContent = words;
-  card.element.classList.toggle("failed", kind === "failed");
+function setState(card, state, label) {
+  card.state.className = `state ${state}`;
+  card.state.textContent = label;
+  card.element.classList.toggle("failed", state === "failed");
 }
 
-function explain(card, words) {
-  if (card.why.textContent !== words) card.why.textContent = words;
-  card.why.hidden = false;
+function showReason(card, text) {
+  if (card.reason.textContent !== text) card.reason.textContent = text;
+  card.reason.hidden = false;
 }
 
-function offer(card, words, act) {
-  if (card.act.firstChild?.textContent === words) return;
+function showButton(card, label, onClick) {
+  if (card.buttons.firstChild?.textContent === label) return;
   const button = document.createElement("button");
   button.type = "button";
-  button.textContent = words;
-  button.setAttribute("aria-label", `${words}: ${card.name.textContent}`);
+  button.textContent = label;
+  button.setAttribute("aria-label", `${label}: ${card.name.textContent}`);
   button.addEventListener("click", () => {
-    card.act.replaceChildren();
-    act();
+    card.buttons.replaceChildren();
+    onClick();
   });
-  card.act.replaceChildren(button);
+  card.buttons.replaceChildren(button);
 }
 
-function tell() {
-  count.textContent = made === ended ? `${made} of ${made} ready.` : `${ended} of ${made} ready.`;
-  count.hidden = made < 2;
+function updateCounter() {
+  counter.textContent = `${finished} of ${added} finished.`;
+  counter.hidden = added < 2;
 }
 
-function percent(share) {
-  const hundredths = share * 100;
-  if (hundredths > 0 && hundredths < 0.1) return "< 0.1 %";
-  if (hundredths > 99.9 && hundredths < 100) return "> 99.9 %";
-  return `${hundredths.toFixed(1)} %`;
+function percent(fraction) {
+  const value = fraction * 100;
+  if (value > 0 && value < 0.1) return "< 0.1 %";
+  if (value > 99.9 && value < 100) return "> 99.9 %";
+  return `${value.toFixed(1)} %`;
 }
 
-function length(seconds) {
+function duration(seconds) {
   const whole = Math.round(seconds);
   if (whole < 2) return "a moment";
   if (whole < 60) return `${whole} s`;

@@ -1,44 +1,43 @@
-// What every page has: times in the reader's own time zone, copy buttons, parts that keep themselves up to date, and
-// forms that need no new page. Every page works without this.
+// On every page: local times, copy buttons, live updates, and forms that are sent without loading a new page. All pages
+// work without this script.
 
-const said = document.getElementById("said");
+const announcements = document.getElementById("announcements");
 
-/** Tell those who do not see the page. */
-export function say(words) {
-  said.textContent = words;
+/** Have a screen reader read a text. */
+export function announce(text) {
+  announcements.textContent = text;
 }
 
-const clock = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+const timeFormat = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 
-/** Show the times inside an element in the reader's own way. */
-export function showTimes(inside) {
-  for (const time of inside.querySelectorAll("time[datetime]")) {
+/** Show the times inside an element in the reader's time zone and language. */
+export function showLocalTimes(element) {
+  for (const time of element.querySelectorAll("time[datetime]")) {
     const moment = new Date(time.dateTime);
     if (!isNaN(moment)) {
       time.title = time.textContent;
-      time.textContent = clock.format(moment);
+      time.textContent = timeFormat.format(moment);
     }
   }
 }
 
-/** Let the keyboard reach tables that scroll sideways. */
-function reach(inside) {
-  for (const region of inside.querySelectorAll(".wide")) region.tabIndex = 0;
+/** Make tables that scroll sideways focusable, so that the keyboard can scroll them. */
+function makeTablesFocusable(element) {
+  for (const region of element.querySelectorAll(".table-scroll")) region.tabIndex = 0;
 }
 
-/** Wait. */
 export function pause(seconds) {
   return new Promise((done) => setTimeout(done, seconds * 1000));
 }
 
-showTimes(document);
-reach(document);
+showLocalTimes(document);
+makeTablesFocusable(document);
 
-// A picture that cannot be had leaves its frame.
+// Hide an image that cannot be loaded; its frame stays.
 document.addEventListener("error", (event) => {
   if (!(event.target instanceof HTMLImageElement)) return;
-  const whole = event.target.closest(".picture a") ?? (event.target.closest(".thumb") && event.target);
-  if (whole) whole.hidden = true;
+  const failed = event.target.closest(".image-frame a") ?? (event.target.closest(".thumb") && event.target);
+  if (failed) failed.hidden = true;
 }, true);
 
 document.addEventListener("click", async (event) => {
@@ -48,33 +47,33 @@ document.addEventListener("click", async (event) => {
   try {
     await navigator.clipboard.writeText(source.textContent);
     button.textContent = "Copied";
-    say("Copied");
+    announce("Copied");
   } catch {
-    // Without https the clipboard is closed to scripts on other hosts than this one: select it for the reader.
+    // Without https, scripts may use the clipboard on localhost only: select the text for the reader.
     getSelection().selectAllChildren(source);
-    button.textContent = "Press Ctrl C";
+    button.textContent = "Press Ctrl+C";
   }
   await pause(2);
   button.textContent = "Copy";
 });
 
-/** Take the parts of the page that have ids and changed from another copy of the same page. */
-function takeOver(html, ids) {
+/** Update the elements with these ids from a newer copy of the page. */
+function update(html, ids) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
   for (const id of ids) {
     const old = document.getElementById(id);
     const next = fresh.getElementById(id);
     if (!old || !next) continue;
-    showTimes(next);
-    reach(next);
-    // What the reader opened stays open, and what has the focus keeps it.
-    const open = [...old.querySelectorAll("details")].map((one) => one.open);
-    next.querySelectorAll("details").forEach((one, place) => { one.open = open[place] ?? one.open; });
+    showLocalTimes(next);
+    makeTablesFocusable(next);
+    // What the reader has opened stays open.
+    const open = [...old.querySelectorAll("details")].map((details) => details.open);
+    next.querySelectorAll("details").forEach((details, index) => { details.open = open[index] ?? details.open; });
     merge(old, next);
   }
 }
 
-/** Make one element like another, and touch only what differs: pictures do not flicker, the focus stays. */
+/** Make one element equal to another by changing only the differences: images do not flicker, the focus stays. */
 function merge(old, next) {
   if (old.nodeType !== next.nodeType || old.nodeName !== next.nodeName) {
     old.replaceWith(next);
@@ -87,66 +86,66 @@ function merge(old, next) {
   for (const { name } of [...old.attributes]) if (!next.hasAttribute(name) && name !== "hidden") old.removeAttribute(name);
   for (const { name, value } of [...next.attributes]) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   const children = [...next.childNodes];
-  children.forEach((child, place) => {
-    const there = old.childNodes[place];
-    if (there) merge(there, child);
+  children.forEach((child, index) => {
+    const present = old.childNodes[index];
+    if (present) merge(present, child);
     else old.append(child);
   });
   while (old.childNodes.length > children.length) old.lastChild.remove();
 }
 
-/** Keep a part up to date for as long as the server marks it with data-live, the address of its events if it has any. */
+/** Update an element as long as it has the attribute data-live, whose value is the URL of its events, if it has any. */
 async function keepLive(id) {
-  let news = null; // ends the present pause
-  let isTold = false;
-  const { live: address, liveSeconds } = document.getElementById(id).dataset;
+  let endPause = null;
+  let isConnected = false;
+  const { live: url, liveSeconds } = document.getElementById(id).dataset;
   const seconds = Number(liveSeconds) || 2;
-  const wake = () => news?.();
+  const wake = () => endPause?.();
   let stream = null;
   const close = () => {
     stream?.close();
     stream = null;
-    isTold = false;
+    isConnected = false;
   };
   const open = () => {
-    if (!address || stream || document.hidden || !("EventSource" in window)) return;
-    stream = new EventSource(address);
-    stream.onopen = () => { isTold = true; };
-    stream.onerror = () => { isTold = false; };
+    if (!url || stream || document.hidden || !("EventSource" in window)) return;
+    stream = new EventSource(url);
+    stream.onopen = () => { isConnected = true; };
+    stream.onerror = () => { isConnected = false; };
     for (const kind of ["request", "batch", "message"]) stream.addEventListener(kind, wake);
     stream.addEventListener("end", () => { close(); wake(); });
   };
-  // A browser opens six connections to a host, all tabs together: those that nobody sees hold none.
-  const look = () => {
+  // A browser opens six connections to a host, for all tabs together: hidden tabs use none.
+  const onVisibilityChange = () => {
     if (document.hidden) close();
     else open();
     wake();
   };
-  document.addEventListener("visibilitychange", look);
+  document.addEventListener("visibilitychange", onVisibilityChange);
   open();
   for (;;) {
-    // Also when it is told of changes: why it waits changes without an event.
-    await Promise.race([pause(isTold ? 5 : seconds), new Promise((done) => { news = done; })]);
-    await pause(0.3); // events come in flocks
+    // With events too: the reason why a request waits changes without one.
+    await Promise.race([pause(isConnected ? 5 : seconds), new Promise((done) => { endPause = done; })]);
+    await pause(0.3); // several events often come together
     if (document.hidden) continue;
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-      if (answer.ok) takeOver(await answer.text(), [id]);
+      if (answer.ok) update(await answer.text(), [id]);
       else await pause(5);
     } catch {
-      await pause(5); // the server is away: it may come back
+      await pause(5); // the server cannot be reached now
     }
-    const part = document.getElementById(id);
-    if (!part || !("live" in part.dataset)) {
-      document.removeEventListener("visibilitychange", look);
+    const element = document.getElementById(id);
+    if (!element || !("live" in element.dataset)) {
+      document.removeEventListener("visibilitychange", onVisibilityChange);
       close();
-      if (part) say("It is done.");
+      if (element) announce("Finished.");
       return;
     }
   }
 }
 
-for (const part of document.querySelectorAll("[data-live][id]")) keepLive(part.id);
+for (const element of document.querySelectorAll("[data-live][id]")) keepLive(element.id);
 
 document.addEventListener("submit", async (event) => {
   const form = event.target;
@@ -164,14 +163,14 @@ document.addEventListener("submit", async (event) => {
       location.assign(answer.url);
       return;
     }
-    const live = [...document.querySelectorAll("[data-live][id]")].map((part) => part.id);
-    takeOver(await answer.text(), ["main"]);
-    for (const part of document.querySelectorAll("[data-live][id]")) if (!live.includes(part.id)) keepLive(part.id);
+    const live = [...document.querySelectorAll("[data-live][id]")].map((element) => element.id);
+    update(await answer.text(), ["main"]);
+    for (const { id } of document.querySelectorAll("[data-live][id]")) if (!live.includes(id)) keepLive(id);
     const main = document.getElementById("main");
     if (document.activeElement === document.body) main.focus();
-    say(main.querySelector("[role=alert], .state")?.textContent ?? "Done.");
+    announce(main.querySelector("[role=alert], .state")?.textContent ?? "Done.");
   } catch {
-    form.submit(); // as without this script
+    form.submit(); // as if there were no script
   } finally {
     if (button) button.disabled = false;
   }

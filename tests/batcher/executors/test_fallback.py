@@ -1,4 +1,4 @@
-"""Several executors as one: who gets a job, and when the next may have it."""
+"""The fallback executor: which member gets a job, and when it goes to the next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from provider_image.errors import ConfigError, WorkerDied
 
 
 class Member:
-    """An executor that does as it is told."""
+    """An executor whose behaviour a test sets."""
 
     def __init__(self, name: str, *, is_remote: bool = False) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class Member:
         self.before_answer: Callable[[], Any] | None = None
         #: Awaited after it has begun.
         self.work: Callable[[], Any] | None = None
-        self.got: list[str] = []
+        self.received: list[str] = []
         self.cancelled: list[str] = []
         self.is_started = False
 
@@ -45,7 +45,7 @@ class Member:
         return self.reason
 
     async def run(self, job: Job) -> Outcome:
-        self.got.append(job.chunk_id)
+        self.received.append(job.chunk_id)
         try:
             if self.before_answer is not None:
                 await self.before_answer()
@@ -73,7 +73,7 @@ def local() -> Member:
 
 
 def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60) -> Outcome:
-    several = FallbackExecutor([golem, local], fallback_seconds=fallback_seconds)
+    fallback = FallbackExecutor([golem, local], fallback_seconds=fallback_seconds)
     job = Job(
         chunk_id="job",
         model="vgg16",
@@ -82,24 +82,26 @@ def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float
         results=tmp_path / "results.zip",
         timeout_seconds=9,
     )
-    return asyncio.run(asyncio.wait_for(several.run(job), 300))
+    return asyncio.run(asyncio.wait_for(fallback.run(job), 300))
 
 
-def test_the_first_gets_it_while_it_can(golem: Member, local: Member, tmp_path: Path) -> None:
+def test_the_first_member_gets_a_job_while_it_is_available(golem: Member, local: Member, tmp_path: Path) -> None:
     outcome = run(golem, local, tmp_path)
 
-    assert (outcome.provider, local.got) == ("golem", [])
+    assert (outcome.provider, local.received) == ("golem", [])
 
 
-def test_the_next_gets_at_once_what_the_first_has_an_obstacle_for(golem: Member, local: Member, tmp_path: Path) -> None:
+def test_a_job_goes_to_the_next_member_immediately_if_the_first_is_unavailable(
+    golem: Member, local: Member, tmp_path: Path
+) -> None:
     golem.reason = "The budget of the day is used up."
 
     outcome = run(golem, local, tmp_path)
 
-    assert (outcome.provider, golem.got) == ("local", [])
+    assert (outcome.provider, golem.received) == ("local", [])
 
 
-def test_the_next_gets_what_nobody_has_begun_in_time(golem: Member, local: Member, tmp_path: Path) -> None:
+def test_a_job_that_has_not_begun_in_time_goes_to_the_next_member(golem: Member, local: Member, tmp_path: Path) -> None:
     golem.before_answer = asyncio.Event().wait
 
     outcome = run(golem, local, tmp_path, fallback_seconds=0.05)
@@ -107,15 +109,17 @@ def test_the_next_gets_what_nobody_has_begun_in_time(golem: Member, local: Membe
     assert (outcome.provider, golem.cancelled) == ("local", ["job"])
 
 
-def test_what_was_begun_is_not_taken_away_however_long_it_takes(golem: Member, local: Member, tmp_path: Path) -> None:
+def test_a_job_that_has_begun_stays_with_its_member_however_long_it_takes(
+    golem: Member, local: Member, tmp_path: Path
+) -> None:
     golem.work = lambda: asyncio.sleep(0.3)
 
     outcome = run(golem, local, tmp_path, fallback_seconds=0.01)
 
-    assert (outcome.provider, local.got) == ("golem", [])
+    assert (outcome.provider, local.received) == ("golem", [])
 
 
-def test_the_next_gets_what_the_first_gives_back_for_want_of_providers(
+def test_a_job_released_for_lack_of_providers_goes_to_the_next_member(
     golem: Member, local: Member, tmp_path: Path
 ) -> None:
     golem.outcome = Outcome(provider=None, seconds=0, error=NoProvider(), is_blameless=True)
@@ -123,37 +127,37 @@ def test_the_next_gets_what_the_first_gives_back_for_want_of_providers(
     assert run(golem, local, tmp_path).provider == "local"
 
 
-def test_a_job_that_failed_is_not_tried_by_the_next(golem: Member, local: Member, tmp_path: Path) -> None:
+def test_a_failed_job_does_not_go_to_the_next_member(golem: Member, local: Member, tmp_path: Path) -> None:
     golem.outcome = Outcome(provider="golem", seconds=0, error=WorkerDied())
 
     outcome = run(golem, local, tmp_path)
 
     assert isinstance(outcome.error, WorkerDied)
-    assert local.got == []
+    assert local.received == []
 
 
-def test_only_what_stands_in_the_way_of_all_is_an_obstacle(golem: Member, local: Member) -> None:
-    several = FallbackExecutor([golem, local], fallback_seconds=1)
-    golem.reason = "No money."
-    one = several.unavailable_reason("vgg16")
-    local.reason = "No room."
+def test_it_is_unavailable_only_if_all_members_are(golem: Member, local: Member) -> None:
+    fallback = FallbackExecutor([golem, local], fallback_seconds=1)
+    golem.reason = "No budget."
+    one = fallback.unavailable_reason("vgg16")
+    local.reason = "No capacity."
 
-    assert (one, several.unavailable_reason("vgg16")) == (None, "No money. No room.")
-    assert (several.name, several.is_remote, several.workers()) == ("golem,local", True, 4)
+    assert (one, fallback.unavailable_reason("vgg16")) == (None, "No budget. No capacity.")
+    assert (fallback.name, fallback.is_remote, fallback.workers()) == ("golem,local", True, 4)
 
 
-def test_if_one_never_starts_the_others_are_closed(golem: Member, local: Member) -> None:
-    async def never() -> None:
+def test_if_one_member_cannot_start_the_others_are_closed(golem: Member, local: Member) -> None:
+    async def fail() -> None:
         raise ConfigError("No key.")
 
-    local.start = never  # type: ignore[method-assign]
+    local.start = fail  # type: ignore[method-assign]
 
     with pytest.raises(ConfigError, match="No key"):
         asyncio.run(FallbackExecutor([golem, local], fallback_seconds=1).start())
     assert not golem.is_started
 
 
-def test_executors_are_named_with_commas_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+def test_executors_are_separated_by_commas_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
     settings = BatcherSettings(work=tmp_path / "work", models=tmp_path / "models")
 
     assert load_executor("golem, local", settings, None).name == "golem,local"  # type: ignore[arg-type]

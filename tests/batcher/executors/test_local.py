@@ -1,4 +1,4 @@
-"""What only the local executor has: processes of its own that must start, warm up, and be found from anywhere."""
+"""What is specific to the local executor: its processes start, warm up, and work from any folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_plugin(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def test_workers_start_from_a_folder_that_has_a_server_package_of_its_own(
+def test_workers_start_from_a_folder_with_another_package_named_server(
     tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("provider_image", "server"):
@@ -66,7 +66,7 @@ def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path, models_folder: P
     asyncio.run(main())
 
 
-def test_jobs_are_refused_without_blame_when_no_worker_can_start(
+def test_jobs_fail_without_blame_if_no_worker_can_start(
     tmp_path: Path, models_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment = with_plugin(tmp_path / "plugin", "import os, sys; print('no luck', file=sys.stderr); os._exit(3)")
@@ -87,10 +87,10 @@ def test_jobs_are_refused_without_blame_when_no_worker_can_start(
     assert "worker 0: no luck" in caplog.messages
 
 
-def test_a_flood_on_standard_error_reaches_the_log_and_fills_no_pipe(
+def test_long_output_on_standard_error_is_logged_and_blocks_no_pipe(
     tmp_path: Path, models_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flood = "import sys\nsys.stderr.write('x' * 3_000_000 + '\\n')\nsys.stderr.write('last words\\n')"
+    flood = "import sys\nsys.stderr.write('x' * 3_000_000 + '\\n')\nsys.stderr.write('last line\\n')"
     environment = with_plugin(tmp_path / "plugin", flood)
 
     async def main() -> None:
@@ -104,10 +104,10 @@ def test_a_flood_on_standard_error_reaches_the_log_and_fills_no_pipe(
     with caplog.at_level(logging.WARNING):
         asyncio.run(main())
 
-    assert "worker 0: last words" in caplog.messages
+    assert "worker 0: last line" in caplog.messages
 
 
-def test_workers_warm_up_without_anybody_asking(tmp_path: Path) -> None:
+def test_workers_warm_up_before_the_first_job(tmp_path: Path) -> None:
     artefact = tmp_path / "models" / MODEL / "model.json"
 
     async def main() -> None:
@@ -122,9 +122,7 @@ def test_workers_warm_up_without_anybody_asking(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_workers_compute_in_the_precision_that_was_asked_for(
-    tmp_path: Path, models_folder: Path, precision: str
-) -> None:
+def test_workers_compute_in_the_configured_precision(tmp_path: Path, models_folder: Path, precision: str) -> None:
     async def main() -> None:
         settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1, precision=precision)
         executor = LocalExecutor(settings)

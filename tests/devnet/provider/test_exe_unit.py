@@ -1,4 +1,4 @@
-"""An activity: its states, batches in order, results as they are polled, events as they are streamed, and its end."""
+"""The exe-unit: its states, the execution of batches, polling, streaming, transfers, usage and its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from devnet.provider import exe_unit as module
 from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
-from tests.devnet.activities import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
+from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive
 from tests.timing import DEADLINE_SECONDS, slowness, until
 
@@ -23,11 +23,11 @@ def open_descriptors() -> int:
 
 
 def has_begun(folder: Path) -> Any:
-    """Give the question whether FOREVER has begun."""
+    """Return a function that returns whether FOREVER has begun."""
     return (folder / "activity/golem/work/begun").exists
 
 
-def test_an_activity_goes_through_its_states(tmp_path: Path) -> None:
+def test_the_commands_of_an_activity_change_its_state(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, is_started=False) as unit:
             states = [unit.state]
@@ -46,7 +46,7 @@ def test_an_activity_goes_through_its_states(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_results_are_as_yapapi_reads_them(tmp_path: Path) -> None:
+def test_results_have_the_fields_that_yapapi_reads(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             results = await run_batch(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
@@ -67,7 +67,7 @@ def test_results_are_as_yapapi_reads_them(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_yapapis_own_classes_take_the_results(tmp_path: Path) -> None:
+def test_yapapis_model_accepts_a_result(tmp_path: Path) -> None:
     models = pytest.importorskip("ya_activity.models")
 
     async def main() -> None:
@@ -86,7 +86,7 @@ def test_yapapis_own_classes_take_the_results(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_batch_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
+def test_a_batch_stops_at_the_first_failed_command(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             results = await run_batch(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
@@ -100,7 +100,7 @@ def test_a_batch_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_commands_out_of_order_fail(tmp_path: Path) -> None:
+def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, is_started=False) as unit:
             for command in (sh("true"), {"start": {}}, {"transfer": {"from": "a", "to": "b"}}):
@@ -133,7 +133,7 @@ def test_commands_out_of_order_fail(tmp_path: Path) -> None:
         [{"transfer": {"from": "container:/golem/input/a"}}],
     ],
 )
-def test_what_is_no_script_is_refused_as_a_whole(tmp_path: Path, script: Any) -> None:
+def test_an_invalid_script_is_rejected_as_a_whole(tmp_path: Path, script: Any) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             with pytest.raises(BadScript):
@@ -142,7 +142,7 @@ def test_what_is_no_script_is_refused_as_a_whole(tmp_path: Path, script: Any) ->
     asyncio.run(main())
 
 
-def test_commands_may_have_what_a_network_or_a_progress_bar_adds(tmp_path: Path) -> None:
+def test_fields_for_networks_and_progress_are_accepted(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, is_started=False) as unit:
             deploy = {"net": [], "hosts": {}, "nodes": {}, "progress": {"updateInterval": "1s", "updateStep": None}}
@@ -155,7 +155,7 @@ def test_commands_may_have_what_a_network_or_a_progress_bar_adds(tmp_path: Path)
 # Polling
 
 
-def test_results_grow_and_come_at_the_end_of_the_time(tmp_path: Path) -> None:
+def test_a_poll_returns_the_results_so_far_at_its_timeout(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh("true"), sh(FOREVER)])
@@ -170,7 +170,7 @@ def test_results_grow_and_come_at_the_end_of_the_time(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_batches_run_in_order_and_may_be_sent_at_once(tmp_path: Path) -> None:
+def test_batches_that_are_queued_run_in_order(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             first = await unit.execute([sh("while ! [ -e go ]; do sleep .02; done; echo first >> order")])
@@ -186,7 +186,7 @@ def test_batches_run_in_order_and_may_be_sent_at_once(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_unknown_batches_and_those_of_long_ago_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_latest_finished_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_FINISHED_BATCHES", 2)
 
     async def main() -> None:
@@ -215,7 +215,7 @@ async def kinds(events: AsyncIterator[dict[str, Any]]) -> list[tuple[int, str, A
     return found
 
 
-def test_events_are_streamed_until_the_batch_is_over(tmp_path: Path) -> None:
+def test_events_are_streamed_until_the_batch_is_finished(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             commands = [sh("echo out"), sh("echo err >&2; exit 3"), sh("true")]
@@ -235,7 +235,7 @@ def test_events_are_streamed_until_the_batch_is_over(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_yapapi_understands_every_event(tmp_path: Path) -> None:
+def test_yapapi_parses_every_event(tmp_path: Path) -> None:
     activity = pytest.importorskip("yapapi.rest.activity")
     import json
     from types import SimpleNamespace
@@ -251,7 +251,7 @@ def test_yapapi_understands_every_event(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_events_come_while_the_command_runs(tmp_path: Path) -> None:
+def test_events_are_streamed_while_the_command_runs(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh(f"echo here; {FOREVER}")])
@@ -264,7 +264,7 @@ def test_events_come_while_the_command_runs(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_events_are_streamed_once_only(tmp_path: Path) -> None:
+def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh("true")])
@@ -279,7 +279,7 @@ def test_events_are_streamed_once_only(tmp_path: Path) -> None:
 # Transfers
 
 
-def test_files_cross_both_ways(tmp_path: Path) -> None:
+def test_files_are_transferred_in_both_directions(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"there and back")
     gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
@@ -306,7 +306,7 @@ def test_files_cross_both_ways(tmp_path: Path) -> None:
     assert (tmp_path / "got").read_bytes() == b"there and back"
 
 
-def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
+def test_a_failed_transfer_has_a_message(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"bytes")
     gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
@@ -316,21 +316,21 @@ def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
         async with exe_unit(tmp_path) as unit:
             (tmp_path / "activity/golem/work/link").symlink_to("/etc/passwd")
             (tmp_path / "activity/golem/work/file").touch()
-            for one, other, words in (
+            for source_side, target_side, message in (
                 (unknown, "container:/golem/input/a", "Nothing is published"),
-                (source, "container:/golem/input/../../../a", "in none of the volumes"),
+                (source, "container:/golem/input/../../../a", "not in one of the volumes"),
                 (source, "container:/golem/work/file/a", "exists"),
-                ("container:/golem/work/link", target, "leads out"),
+                ("container:/golem/work/link", target, "outside the sandbox"),
                 ("container:/golem/output/none", target, "No such file"),
                 ("container:/golem/output/none", unknown, "Nothing is published"),
-                (source, target, "one side in the container"),
+                (source, target, "exactly one side in the container"),
             ):
-                [result] = await run_batch(unit, transfer(one, other))
+                [result] = await run_batch(unit, transfer(source_side, target_side))
 
-                assert result["result"] == "Error" and words in result["message"], result
+                assert result["result"] == "Error" and message in result["message"], result
 
             [result] = await run_batch(unit, sh("cat /golem/../../secret"))
-            assert "leads out" in result["message"]
+            assert "outside the sandbox" in result["message"]
 
     asyncio.run(main())
     gftp.end()
@@ -338,24 +338,24 @@ def test_transfers_that_cannot_be_done_fail_and_say_why(tmp_path: Path) -> None:
     assert (tmp_path / "got").read_bytes() == b""
 
 
-# Use
+# Usage
 
 
-def test_usage_counts_processor_time_and_life(tmp_path: Path) -> None:
+def test_usage_is_processor_time_and_duration(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             await run_batch(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
-            processor, life = unit.usage()
+            processor, duration = unit.usage()
             await unit.destroy()
             last = unit.usage()
 
-            assert 0.02 < processor < life < 30
-            assert last == unit.usage() and last[0] >= processor and last[1] >= life
+            assert 0.02 < processor < duration < 30
+            assert last == unit.usage() and last[0] >= processor and last[1] >= duration
 
     asyncio.run(main())
 
 
-def test_a_slow_provider_takes_longer_and_asks_for_more(tmp_path: Path) -> None:
+def test_a_slow_provider_takes_longer_and_has_more_usage(tmp_path: Path) -> None:
     work = run("/bin/sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done")
 
     async def main() -> None:
@@ -363,10 +363,10 @@ def test_a_slow_provider_takes_longer_and_asks_for_more(tmp_path: Path) -> None:
             started_at = time.monotonic()
             await run_batch(unit, work)
             seconds = time.monotonic() - started_at
-            burnt = unit._sandbox.processes.cpu_seconds()
+            cpu_seconds = unit._sandbox.processes.cpu_seconds()
 
-            assert seconds >= 3.9 * burnt > 0
-            assert unit.usage()[0] == pytest.approx(4 * burnt)
+            assert seconds >= 3.9 * cpu_seconds > 0
+            assert unit.usage()[0] == pytest.approx(4 * cpu_seconds)
 
     asyncio.run(main())
 
@@ -374,7 +374,7 @@ def test_a_slow_provider_takes_longer_and_asks_for_more(tmp_path: Path) -> None:
 # The end
 
 
-def test_destroying_kills_everything_and_wakes_who_waits(tmp_path: Path) -> None:
+def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
@@ -400,7 +400,7 @@ def test_destroying_kills_everything_and_wakes_who_waits(tmp_path: Path) -> None
     asyncio.run(main())
 
 
-def test_a_finished_batch_can_still_be_asked_about_after_the_end(tmp_path: Path) -> None:
+def test_the_results_of_a_finished_batch_outlive_the_activity(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh("true"), {"terminate": {}}, sh("true")])
@@ -413,7 +413,7 @@ def test_a_finished_batch_can_still_be_asked_about_after_the_end(tmp_path: Path)
     asyncio.run(main())
 
 
-def test_a_batch_that_waits_in_vain_ends_with_the_activity(tmp_path: Path) -> None:
+def test_a_queued_batch_ends_with_the_activity(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             await unit.execute([sh(FOREVER)])
@@ -427,7 +427,7 @@ def test_a_batch_that_waits_in_vain_ends_with_the_activity(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_activities_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_activities_are_separate(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, activity_id="one") as one, exe_unit(tmp_path, activity_id="two") as two:
             await two.execute([sh(FOREVER)])

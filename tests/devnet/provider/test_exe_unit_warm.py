@@ -1,4 +1,4 @@
-"""The real provider in the sandbox: chunks cross, its warm process stays, is paid for, and goes with the activity."""
+"""The real provider runtime in an activity: its warm process serves several runs, is billed, and ends with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batcher.subprocesses import child_environment
 from devnet.scenario import Fault
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import GftpProcess, exe_unit, run, run_batch, transfer
+from tests.devnet.exe_units import GftpProcess, exe_unit, run, run_batch, transfer
 from tests.process_tree import command_line, is_alive
 
 MODEL = "efficientnet_lite0"
@@ -21,7 +21,7 @@ MODEL = "efficientnet_lite0"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `mlg-provider` is this checkout's."""
+    """An environment in which `mlg-provider` runs this checkout."""
     program = tmp_path / "bin/mlg-provider"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m provider_image "$@"\n')
@@ -36,13 +36,13 @@ def photo_chunk(tmp_path: Path, photos: dict[str, bytes]) -> Path:
     return tmp_path / "chunk.zip"
 
 
-def test_the_warm_process_stays_is_counted_and_ends_with_the_activity(
+def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
     tmp_path: Path, environment: dict[str, str], photo_chunk: Path, models_folder: Path
 ) -> None:
     gftp = GftpProcess(tmp_path)
     source = gftp.publish(photo_chunk)
     targets = [gftp.receive(tmp_path / f"results-{number}.zip") for number in range(2)]
-    # As the image has it; the sandbox finds it on the PATH.
+    # The path in the provider image; the sandbox finds the program on the PATH.
     work = run(
         "/usr/local/bin/mlg-provider",
         *("run", "/golem/input/chunk.zip", "/golem/output/results.zip"),
@@ -65,7 +65,7 @@ def test_the_warm_process_stays_is_counted_and_ends_with_the_activity(
 
             assert unit._sandbox.processes.pids() == [warm] and "serve" in command_line(warm)
             assert os.sched_getaffinity(warm) == core
-            # The command itself only passes paths on; loading a model and answering is the warm process's work.
+            # The command only passes paths on; the warm process loads the model and runs it.
             assert unit.usage()[0] > before > 0.2
 
             await unit.destroy()

@@ -1,4 +1,4 @@
-"""Each misdeed of a provider, as far as it happens inside an activity."""
+"""The faults of a provider inside an activity."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from devnet.faults import Faults
 from devnet.provider.exe_unit import ActivityEnded, ActivityVanished, ExeUnit
-from devnet.scenario import Fault
+from devnet.scenario import Fault, FaultSchedule
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
-from tests.devnet.activities import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
+from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, exe_unit, run_batch, sh
 from tests.process_tree import is_alive
 from tests.timing import until
 
@@ -22,7 +21,7 @@ COPY_RESULTS = sh("cp /golem/input/results.zip /golem/output/")
 
 
 def write_results_file(folder: Path, chunk_id: str = "chunk-1", activity_id: str = "activity") -> Path:
-    """Put a results file where ANSWER takes it from, and return where it puts it."""
+    """Write the results file that COPY_RESULTS copies. :return: the path of the copy."""
     golem = folder / activity_id / "golem"
     write_results(
         golem / "input/results.zip",
@@ -45,22 +44,22 @@ def read(path: Path, chunk_id: str = "chunk-1", digest: str | None = DIGEST) -> 
     return read_results(path, chunk_id, "m", [0], digest)
 
 
-async def answered(unit: ExeUnit) -> None:
+async def copy_results(unit: ExeUnit) -> None:
     assert (await run_batch(unit, COPY_RESULTS))[0]["result"] == "Ok"
 
 
-def test_without_faults_what_was_written_stays_as_it_is(tmp_path: Path) -> None:
+def test_without_faults_output_files_are_unchanged(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             path = write_results_file(tmp_path)
-            await answered(unit)
+            await copy_results(unit)
 
             assert path.read_bytes() == (tmp_path / "activity/golem/input/results.zip").read_bytes()
 
     asyncio.run(main())
 
 
-def test_a_deploy_fails_as_often_as_planned(tmp_path: Path) -> None:
+def test_a_deploy_fails_as_often_as_the_fault_says(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="fail-deploy", times=1), is_started=False) as unit:
             [result] = await run_batch(unit, *BOOT_COMMANDS)
@@ -71,7 +70,7 @@ def test_a_deploy_fails_as_often_as_planned(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_exit_nonzero_does_not_do_the_work(tmp_path: Path) -> None:
+def test_exit_nonzero_does_not_run_the_program(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="exit-nonzero", after=1, times=1)) as unit:
             assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
@@ -102,29 +101,29 @@ def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_garbage_is_as_long_as_the_truth_and_truncated_results_half_as_long(tmp_path: Path) -> None:
+def test_garbage_has_the_original_size_and_truncated_results_half_of_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="garbage", times=1), Fault(kind="truncate", after=0)) as unit:
             path = write_results_file(tmp_path)
-            true = path.parents[1] / "input/results.zip"
+            original = path.parents[1] / "input/results.zip"
             sizes = []
             for _ in range(2):
-                await answered(unit)
+                await copy_results(unit)
                 sizes.append(path.stat().st_size)
                 with pytest.raises(MalformedResults):
                     read(path)
 
-            assert sizes == [true.stat().st_size, true.stat().st_size // 2]
-            assert true.read_bytes().startswith(path.read_bytes())
+            assert sizes == [original.stat().st_size, original.stat().st_size // 2]
+            assert original.read_bytes().startswith(path.read_bytes())
 
     asyncio.run(main())
 
 
-def test_an_oversized_answer_takes_no_room_on_the_disk(tmp_path: Path) -> None:
+def test_an_oversized_file_uses_no_disk_space(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="oversize")) as unit:
             path = write_results_file(tmp_path)
-            await answered(unit)
+            await copy_results(unit)
 
             assert path.stat().st_size > 100_000_000 and path.stat().st_blocks * 512 < 1_000_000
             with pytest.raises(MalformedResults):
@@ -133,31 +132,31 @@ def test_an_oversized_answer_takes_no_room_on_the_disk(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_wrong_digest_is_all_that_is_wrong(tmp_path: Path) -> None:
+def test_wrong_digest_changes_nothing_else(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="wrong-digest")) as unit:
             path = write_results_file(tmp_path)
-            await answered(unit)
+            await copy_results(unit)
 
             with pytest.raises(MalformedResults, match="digest"):
                 read(path)
-            lie = read(path, digest=None)
-            assert lie.digest != DIGEST
-            assert (lie.items[0].output, lie.items[0].files) == (["chunk-1"], {"a.png": b"picture"})
+            results = read(path, digest=None)
+            assert results.digest != DIGEST
+            assert (results.items[0].output, results.items[0].files) == (["chunk-1"], {"a.png": b"picture"})
 
     asyncio.run(main())
 
 
-def test_swapped_results_are_those_of_another_chunk_of_any_provider(tmp_path: Path) -> None:
+def test_swapped_results_are_those_of_another_chunk(tmp_path: Path) -> None:
     async def main() -> None:
-        async with exe_unit(tmp_path, activity_id="honest") as honest:
+        async with exe_unit(tmp_path, activity_id="other") as other:
             for number in range(6):
-                write_results_file(tmp_path, f"chunk-{number}", "honest")
-                await answered(honest)
-            assert len(list((tmp_path / "answers").iterdir())) == 4
+                write_results_file(tmp_path, f"chunk-{number}", "other")
+                await copy_results(other)
+            assert len(list((tmp_path / "results").iterdir())) == 4
         async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
             path = write_results_file(tmp_path, "chunk-4")
-            await answered(unit)
+            await copy_results(unit)
 
             with pytest.raises(MalformedResults, match="chunk_id"):
                 read(path, "chunk-4")
@@ -170,11 +169,11 @@ def test_swapped_results_are_those_of_another_chunk_of_any_provider(tmp_path: Pa
     asyncio.run(main())
 
 
-def test_with_nothing_to_swap_the_results_name_another_chunk(tmp_path: Path) -> None:
+def test_without_other_results_swap_changes_the_chunk_id(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
             path = write_results_file(tmp_path)
-            await answered(unit)
+            await copy_results(unit)
 
             with pytest.raises(MalformedResults, match="chunk_id"):
                 read(path)
@@ -182,9 +181,9 @@ def test_with_nothing_to_swap_the_results_name_another_chunk(tmp_path: Path) -> 
     asyncio.run(main())
 
 
-def test_only_what_this_run_has_written_is_spoilt(tmp_path: Path) -> None:
+def test_only_files_written_by_the_run_are_corrupted(tmp_path: Path) -> None:
     async def main() -> None:
-        faults = Faults({"alpha": [Fault(kind="garbage", after=1)]})
+        faults = FaultSchedule({"alpha": [Fault(kind="garbage", after=1)]})
         async with exe_unit(tmp_path, shared_faults=faults) as unit:
             output = tmp_path / "activity/golem/output"
             await run_batch(unit, sh("echo first > /golem/output/first; mkdir /golem/output/folder"))
@@ -196,7 +195,7 @@ def test_only_what_this_run_has_written_is_spoilt(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_lies_leave_other_files_alone(tmp_path: Path) -> None:
+def test_faults_in_results_leave_other_files_unchanged(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="swap-results", times=1), Fault(kind="wrong-digest")) as unit:
             for _ in range(2):
@@ -208,7 +207,7 @@ def test_lies_leave_other_files_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_an_exe_unit_that_dies_takes_everything_along_and_says_so(tmp_path: Path, seconds: float) -> None:
+def test_an_exe_unit_that_dies_removes_everything_and_reports_it(tmp_path: Path, seconds: float) -> None:
     crashes: list[str] = []
 
     async def main() -> None:
@@ -216,7 +215,7 @@ def test_an_exe_unit_that_dies_takes_everything_along_and_says_so(tmp_path: Path
         async with exe_unit(tmp_path, fault, on_crash=crashes.append) as unit:
             await run_batch(unit, sh("setsid sleep 60 &"))
             [left] = unit._sandbox.processes.pids()
-            # With time left it dies when its program is over, so that no test waits for it.
+            # If the program ends first, the exe-unit dies then, so the test does not wait for `seconds`.
             batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
 
             with pytest.raises(ActivityEnded, match="killed"):
@@ -233,7 +232,7 @@ def test_an_exe_unit_that_dies_takes_everything_along_and_says_so(tmp_path: Path
     asyncio.run(main())
 
 
-def test_destroying_is_no_death(tmp_path: Path) -> None:
+def test_destroying_is_not_a_crash(tmp_path: Path) -> None:
     crashes: list[str] = []
 
     async def main() -> None:
@@ -247,7 +246,7 @@ def test_destroying_is_no_death(tmp_path: Path) -> None:
     assert crashes == []
 
 
-def test_an_activity_that_vanishes_answers_nothing_any_more(tmp_path: Path) -> None:
+def test_calls_for_a_vanished_activity_hang(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="vanish-http")) as unit:
             batch = await unit.execute([sh("true")])
@@ -259,7 +258,7 @@ def test_an_activity_that_vanishes_answers_nothing_any_more(tmp_path: Path) -> N
                     async with asyncio.timeout(0.2):
                         await call
 
-            # It is gone all the same, and the daemon itself need not wait.
+            # It has ended all the same, and the daemon itself does not block.
             assert unit.state[0] == "Terminated"
             await unit.end()
             assert not (tmp_path / "activity").exists()
@@ -267,7 +266,7 @@ def test_an_activity_that_vanishes_answers_nothing_any_more(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_who_waits_for_a_vanished_one_is_let_go_after_its_seconds(tmp_path: Path) -> None:
+def test_a_call_for_a_vanished_activity_fails_after_the_faults_seconds(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="vanish-http", seconds=0.1)) as unit:
             batch = await unit.execute([sh("true")])

@@ -1,4 +1,4 @@
-"""The sandbox: paths that stay inside, programs with their streams and cores, and processes that are left behind."""
+"""The sandbox: paths, programs with their output and cores, processes left behind, and captured output."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from devnet.provider.output_capture import Capture
 from devnet.provider.sandbox import CANNOT_RUN, NOT_FOUND, PathOutsideSandbox, Sandbox
+from devnet.provider.script import OutputCapture
 from tests.process_tree import is_alive
 from tests.timing import wait_until
 
@@ -22,7 +22,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 
 class Output:
-    """What a program wrote."""
+    """The output of a program."""
 
     def __init__(self) -> None:
         self.out, self.err = b"", b""
@@ -42,7 +42,7 @@ async def run(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
 
 
 def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
-    """Run a program, then end the sandbox."""
+    """Run a program, then remove the sandbox."""
 
     async def main() -> tuple[int, Output]:
         try:
@@ -57,7 +57,7 @@ def run_once(sandbox: Sandbox, *words: str) -> tuple[int, Output]:
 
 
 @pytest.mark.parametrize("text", ["/golem/input/a", "/golem/output/a/b", "/golem//work/./a", "/golem/input/../work/a"])
-def test_paths_in_the_volumes_are_inside(sandbox: Sandbox, text: str) -> None:
+def test_paths_in_the_volumes_are_accepted(sandbox: Sandbox, text: str) -> None:
     assert sandbox.host_path(text) == sandbox.golem_folder / os.path.normpath(text).removeprefix("/golem/")
 
 
@@ -74,19 +74,19 @@ def test_paths_in_the_volumes_are_inside(sandbox: Sandbox, text: str) -> None:
         "",
         "/golem/input/a\0b",
         "/golem/input/link/passwd",
-        "/golem/input/circle/x",
+        "/golem/input/cycle/x",
     ],
 )
-def test_paths_that_leave_are_refused(sandbox: Sandbox, text: str) -> None:
+def test_paths_outside_the_volumes_are_rejected(sandbox: Sandbox, text: str) -> None:
     (sandbox.golem_folder / "input/link").symlink_to("/etc")
-    (sandbox.golem_folder / "input/circle").symlink_to("circle")
+    (sandbox.golem_folder / "input/cycle").symlink_to("cycle")
 
     with pytest.raises(PathOutsideSandbox):
         sandbox.host_path(text)
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("argument", "expected"),
     [
         ("/golem", "{}"),
         ("/golem/input/a", "{}/input/a"),
@@ -98,20 +98,20 @@ def test_paths_that_leave_are_refused(sandbox: Sandbox, text: str) -> None:
         ("/golem-1 /golem.txt", "/golem-1 /golem.txt"),
     ],
 )
-def test_golem_in_a_word_becomes_the_folder(sandbox: Sandbox, word: str, expected: str) -> None:
-    assert sandbox.rewrite_paths(word) == expected.replace("{}", str(sandbox.golem_folder))
+def test_golem_paths_in_an_argument_are_rewritten(sandbox: Sandbox, argument: str, expected: str) -> None:
+    assert sandbox.rewrite_paths(argument) == expected.replace("{}", str(sandbox.golem_folder))
 
 
-@pytest.mark.parametrize("word", ["/golem/../etc/passwd", "cat /golem/work/../../etc/passwd", "--x=/golem/.."])
-def test_a_word_that_climbs_out_is_refused(sandbox: Sandbox, word: str) -> None:
+@pytest.mark.parametrize("argument", ["/golem/../etc/passwd", "cat /golem/work/../../etc/passwd", "--x=/golem/.."])
+def test_an_argument_with_a_path_outside_is_rejected(sandbox: Sandbox, argument: str) -> None:
     with pytest.raises(PathOutsideSandbox):
-        sandbox.rewrite_paths(word)
+        sandbox.rewrite_paths(argument)
 
 
 # Programs
 
 
-def test_a_program_gets_no_input_its_folder_and_only_its_own_environment(sandbox: Sandbox) -> None:
+def test_a_program_has_no_input_and_only_the_given_environment(sandbox: Sandbox) -> None:
     status, output = run_once(
         sandbox, "/bin/sh", "-c", "pwd; cat; echo $GOLEM_DEVNET_ROOT; echo ${HOME-none} >&2; exit 3"
     )
@@ -121,7 +121,7 @@ def test_a_program_gets_no_input_its_folder_and_only_its_own_environment(sandbox
     assert output.err == b"none\n"
 
 
-def test_a_program_of_the_image_is_found_by_its_name(tmp_path: Path) -> None:
+def test_a_program_of_the_provider_image_is_found_on_the_path(tmp_path: Path) -> None:
     program = tmp_path / "bin/mlg-something"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho found $1")
@@ -136,7 +136,7 @@ def test_a_program_of_the_image_is_found_by_its_name(tmp_path: Path) -> None:
         assert (status, output.out) == (0, b"found it\n")
 
 
-def test_a_program_that_was_sent_is_run_and_never_looked_up(sandbox: Sandbox) -> None:
+def test_a_transferred_program_is_not_searched_on_the_path(sandbox: Sandbox) -> None:
     async def main() -> None:
         assert (await run(sandbox, "/golem/work/true"))[0] == NOT_FOUND
         (sandbox.golem_folder / "work/true").write_text("#!/bin/sh\necho mine")
@@ -149,44 +149,44 @@ def test_a_program_that_was_sent_is_run_and_never_looked_up(sandbox: Sandbox) ->
     asyncio.run(main())
 
 
-def test_what_cannot_be_started_says_so(sandbox: Sandbox) -> None:
+def test_a_program_that_cannot_be_started_has_an_exit_status(sandbox: Sandbox) -> None:
     assert run_once(sandbox, "/usr/bin/none-such")[0] == NOT_FOUND
     status, output = run_once(sandbox, "/bin/echo", "a\0b")
 
     assert status == CANNOT_RUN and output.err
 
 
-def test_a_program_ended_by_a_signal_has_a_status_as_in_shells(sandbox: Sandbox) -> None:
+def test_a_program_ended_by_a_signal_has_the_exit_status_of_shells(sandbox: Sandbox) -> None:
     assert run_once(sandbox, "/bin/sh", "-c", "kill -9 $$")[0] == 137
 
 
-def test_all_that_a_program_writes_arrives(sandbox: Sandbox) -> None:
+def test_all_output_of_a_program_is_read(sandbox: Sandbox) -> None:
     status, output = run_once(sandbox, "/bin/sh", "-c", "head -c 3000000 /dev/zero; head -c 200000 /dev/zero >&2")
 
     assert (status, len(output.out), len(output.err)) == (0, 3_000_000, 200_000)
 
 
-def test_a_run_ends_with_its_program_and_not_with_what_holds_its_streams(sandbox: Sandbox) -> None:
+def test_a_run_does_not_wait_for_processes_left_behind(sandbox: Sandbox) -> None:
     status, output = run_once(sandbox, "/bin/sh", "-c", "sleep 60 & echo $!")
 
     assert status == 0
     assert not is_alive(int(output.out))
 
 
-def test_programs_have_the_cores_of_their_provider(tmp_path: Path) -> None:
-    mine = os.sched_getaffinity(0)
-    sandbox = Sandbox("activity", tmp_path / "vm", environment={}, cpus={min(mine), 4711})
+def test_programs_use_the_cores_of_their_provider(tmp_path: Path) -> None:
+    own_cores = os.sched_getaffinity(0)
+    sandbox = Sandbox("activity", tmp_path / "vm", environment={}, cpus={min(own_cores), 4711})
 
     _, output = run_once(sandbox, sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
 
-    assert output.out.decode().strip() == str({min(mine)})
-    assert os.sched_getaffinity(0) == mine
+    assert output.out.decode().strip() == str({min(own_cores)})
+    assert os.sched_getaffinity(0) == own_cores
 
 
-# What is left behind
+# Processes left behind
 
-#: Burns 0.3 s of processor time, which the system counts in hundredths, then says so and waits.
-_BURN = "import os,sys,time\nwhile time.process_time()<.3: pass\nopen(sys.argv[1],'w').close()\ntime.sleep(60)"
+#: Uses 0.3 s of processor time (the system counts in hundredths), then creates a file and waits.
+_USE_CPU = "import os,sys,time\nwhile time.process_time()<.3: pass\nopen(sys.argv[1],'w').close()\ntime.sleep(60)"
 
 
 def in_loop(sandbox: Sandbox, steps: Callable[[], Awaitable[None]]) -> None:
@@ -199,7 +199,7 @@ def in_loop(sandbox: Sandbox, steps: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_processor_time_of_programs_is_counted(sandbox: Sandbox) -> None:
+def test_processor_time_of_programs_is_measured(sandbox: Sandbox) -> None:
     async def steps() -> None:
         code = "import time\nwhile time.process_time()<.2: pass"
         before = sandbox.processes.cpu_seconds()
@@ -212,10 +212,10 @@ def test_processor_time_of_programs_is_counted(sandbox: Sandbox) -> None:
     in_loop(sandbox, steps)
 
 
-def test_a_process_left_behind_in_its_own_session_is_counted_and_killed(sandbox: Sandbox) -> None:
+def test_a_process_left_behind_in_another_session_is_measured_and_killed(sandbox: Sandbox) -> None:
     async def steps() -> None:
-        await run(sandbox, "/bin/sh", "-c", f'setsid {sys.executable} -c "$1" $2 &', "sh", _BURN, "/golem/work/burnt")
-        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/burnt").exists, 20)
+        await run(sandbox, "/bin/sh", "-c", f'setsid {sys.executable} -c "$1" $2 &', "sh", _USE_CPU, "/golem/work/used")
+        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/used").exists, 20)
 
         assert sandbox.processes.cpu_seconds() >= 0.25
         left = sandbox.processes.pids()
@@ -229,39 +229,39 @@ def test_a_process_left_behind_in_its_own_session_is_counted_and_killed(sandbox:
     in_loop(sandbox, steps)
 
 
-def test_time_is_not_counted_twice_when_a_parent_waits_for_its_child(sandbox: Sandbox) -> None:
+def test_time_of_a_child_that_was_waited_for_is_not_counted_twice(sandbox: Sandbox) -> None:
     async def steps() -> None:
         work = sandbox.golem_folder / "work"
-        text = f'{sys.executable} -c "$1" /golem/work/burnt & while ! [ -e go ]; do sleep .02; done; kill $!; wait'
-        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
-        await asyncio.to_thread(wait_until, (work / "burnt").exists, 20)
-        seen_alive = sandbox.processes.cpu_seconds()
+        text = f'{sys.executable} -c "$1" /golem/work/used & while ! [ -e go ]; do sleep .02; done; kill $!; wait'
+        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _USE_CPU))
+        await asyncio.to_thread(wait_until, (work / "used").exists, 20)
+        time_while_running = sandbox.processes.cpu_seconds()
         (work / "go").touch()
         await running
 
-        assert 0.25 <= seen_alive <= sandbox.processes.cpu_seconds() < seen_alive + 0.2
+        assert 0.25 <= time_while_running <= sandbox.processes.cpu_seconds() < time_while_running + 0.2
 
     in_loop(sandbox, steps)
 
 
-def test_the_processes_of_another_activity_live_on(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_the_processes_of_another_activity_are_not_killed(sandbox: Sandbox, tmp_path: Path) -> None:
     other = Sandbox("activity", tmp_path / "other", environment={"PATH": os.defpath}, cpus=None)
 
     async def steps() -> None:
         await run(sandbox, "/bin/sh", "-c", "setsid sleep 60 &")
         await run(other, "/bin/sh", "-c", "setsid sleep 60 &")
-        [theirs] = other.processes.pids()
+        [other_pid] = other.processes.pids()
 
         await sandbox.remove()
 
-        assert sandbox.processes.pids() == [] and other.processes.pids() == [theirs]
+        assert sandbox.processes.pids() == [] and other.processes.pids() == [other_pid]
         await other.remove()
-        assert not is_alive(theirs)
+        assert not is_alive(other_pid)
 
     in_loop(sandbox, steps)
 
 
-def test_a_process_that_flees_from_child_to_child_is_caught(sandbox: Sandbox) -> None:
+def test_a_process_that_forks_repeatedly_is_killed(sandbox: Sandbox) -> None:
     text = "import os,time\nfor _ in range(500):\n  if os.fork(): os._exit(0)\n  os.setsid()\n  time.sleep(.005)"
 
     async def steps() -> None:
@@ -273,7 +273,7 @@ def test_a_process_that_flees_from_child_to_child_is_caught(sandbox: Sandbox) ->
     in_loop(sandbox, steps)
 
 
-def test_cancelling_a_run_kills_even_what_has_no_mark(sandbox: Sandbox) -> None:
+def test_cancelling_a_run_kills_a_process_without_the_mark(sandbox: Sandbox) -> None:
     async def steps() -> None:
         mark = sandbox.golem_folder / "work/pid"
         text = f"env -i /bin/sh -c 'echo $$ >{mark}.new; mv {mark}.new {mark}; while :; do sleep 60; done'; true"
@@ -289,11 +289,11 @@ def test_cancelling_a_run_kills_even_what_has_no_mark(sandbox: Sandbox) -> None:
     in_loop(sandbox, steps)
 
 
-def test_the_time_of_what_was_cancelled_is_counted(sandbox: Sandbox) -> None:
+def test_processor_time_of_a_cancelled_run_is_measured(sandbox: Sandbox) -> None:
     async def steps() -> None:
-        text = f'{sys.executable} -c "$1" /golem/work/burnt; true'
-        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _BURN))
-        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/burnt").exists, 20)
+        text = f'{sys.executable} -c "$1" /golem/work/used; true'
+        running = asyncio.create_task(run(sandbox, "/bin/sh", "-c", text, "sh", _USE_CPU))
+        await asyncio.to_thread(wait_until, (sandbox.golem_folder / "work/used").exists, 20)
 
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -303,7 +303,7 @@ def test_the_time_of_what_was_cancelled_is_counted(sandbox: Sandbox) -> None:
     in_loop(sandbox, steps)
 
 
-def test_removing_takes_the_folder_along_and_twice_is_fine(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_removing_the_sandbox_twice_is_allowed(sandbox: Sandbox, tmp_path: Path) -> None:
     async def steps() -> None:
         (sandbox.golem_folder / "work/file").touch()
         await sandbox.remove()
@@ -314,22 +314,22 @@ def test_removing_takes_the_folder_along_and_twice_is_fine(sandbox: Sandbox, tmp
     assert not (tmp_path / "vm").exists()
 
 
-# Streams
+# Captured output
 
 
-def captured(options: dict[str, object] | None, *pieces: bytes) -> tuple[str | None, list[str]]:
-    told: list[str] = []
-    capture = Capture(options, told.append)
+def capture_output(options: dict[str, object] | None, *pieces: bytes) -> tuple[str | None, list[str]]:
+    streamed: list[str] = []
+    capture = OutputCapture(options, streamed.append)
     for piece in pieces:
         capture.write(piece)
     capture.close()
-    return capture.text, told
+    return capture.text, streamed
 
 
-def test_a_stream_is_told_as_it_comes_in_whole_characters() -> None:
-    text, told = captured({"stream": {}}, b"gr\xc3", b"\xbc\xc3\x9fe\xff", b"\xc3")
+def test_output_is_streamed_in_whole_characters() -> None:
+    text, streamed = capture_output({"stream": {}}, b"gr\xc3", b"\xbc\xc3\x9fe\xff", b"\xc3")
 
-    assert text == "".join(told) == "grüße\ufffd\ufffd"
+    assert text == "".join(streamed) == "grüße\ufffd\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -345,13 +345,13 @@ def test_a_stream_is_told_as_it_comes_in_whole_characters() -> None:
         ({"stream": None}, "0123456789"),
     ],
 )
-def test_only_what_was_asked_for_is_kept(options: dict[str, object] | None, expected: str | None) -> None:
-    assert captured(options, b"01234", b"56789")[0] == expected
+def test_output_is_captured_as_the_options_say(options: dict[str, object] | None, expected: str | None) -> None:
+    assert capture_output(options, b"01234", b"56789")[0] == expected
 
 
-def test_of_a_long_stream_the_start_and_the_end_are_kept() -> None:
-    text, told = captured({"stream": {}}, b"start", *[b"x" * 100_000] * 30, b"end")
+def test_the_start_and_the_end_of_long_output_are_captured() -> None:
+    text, streamed = capture_output({"stream": {}}, b"start", *[b"x" * 100_000] * 30, b"end")
 
     assert text is not None and len(text) < 66_000
     assert text.startswith("start") and text.endswith("end") and "[...]" in text
-    assert sum(map(len, told)) < 1_200_000
+    assert sum(map(len, streamed)) < 1_200_000

@@ -60,7 +60,7 @@ def test_damaged_graph_is_named_as_such_although_openvino_cannot_read_it(folder)
 
 
 @pytest.mark.parametrize(("file", "content"), [("model.xml", b"<net/>"), ("model.bin", b""), ("model.bin", b"1234")])
-def test_graph_that_openvino_cannot_load_says_so(folder, file, content):
+def test_graph_that_openvino_cannot_load_is_a_broken_artefact(folder, file, content):
     (folder / file).write_bytes(content)
     facts = json.loads((folder / "model.json").read_text())
     facts["files"][file] = [len(content), hashlib.sha256(content).hexdigest()]
@@ -74,13 +74,13 @@ def make_large_graph(folder) -> tuple[np.ndarray, int]:
     """Write a graph of six matrix products with large weights. :return: what it answers to ones, and their bytes."""
     openvino = import_openvino()
     rows = np.random.default_rng(5).normal(0, 1 / 64, (6, 3072, 3072)).astype(np.float32)
-    picture = openvino.opset8.parameter([1, 32, 32, 3], np.uint8)
-    value = openvino.opset8.reshape(openvino.opset8.convert(picture, "f32"), np.array([1, 3072]), False)
+    image = openvino.opset8.parameter([1, 32, 32, 3], np.uint8)
+    value = openvino.opset8.reshape(openvino.opset8.convert(image, "f32"), np.array([1, 3072]), False)
     expected = np.ones((1, 3072), np.float32)
     for matrix in rows:
         value = openvino.opset8.matmul(value, matrix, False, True)
         expected = expected @ matrix.T
-    openvino.save_model(openvino.Model([value], [picture]), str(folder / "model.xml"), compress_to_fp16=False)
+    openvino.save_model(openvino.Model([value], [image]), str(folder / "model.xml"), compress_to_fp16=False)
     return expected[0], rows.nbytes
 
 
@@ -113,8 +113,8 @@ def test_two_threads_may_come_first_after_loading(models_folder):
         "import sys, threading; from pathlib import Path; import numpy; "
         "from provider_image.backends.openvino import load_net; "
         "from provider_image.models.artefact import read_artefact; "
-        "net = load_net(read_artefact(Path(sys.argv[1])), 2, 'f32'); picture = numpy.zeros((224, 224, 3), 'uint8'); "
-        "together = threading.Barrier(2); work = lambda: (together.wait(), net.infer(picture)); "
+        "net = load_net(read_artefact(Path(sys.argv[1])), 2, 'f32'); image = numpy.zeros((224, 224, 3), 'uint8'); "
+        "together = threading.Barrier(2); work = lambda: (together.wait(), net.infer(image)); "
         "threads = [threading.Thread(target=work) for _ in range(2)]; "
         "[thread.start() for thread in threads]; [thread.join() for thread in threads]"
     )

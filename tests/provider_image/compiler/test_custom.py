@@ -1,4 +1,4 @@
-"""Classifiers that users made and saved: installed, answered as Keras answers, and refused where they do not fit."""
+"""Custom models are installed with the same results as in Keras, and refused if they are not supported."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler.custom import CustomModel, build
 from provider_image.compiler.keras_graph import import_keras, preprocess
+from provider_image.compiler.labels import MAX_LABELS, read_labels
 from provider_image.errors import ConfigError, UnsafeModelFile, UnsuitableModel, WeightsMissing
 from provider_image.images.decoding import decode
-from provider_image.models.labels import MAX_LABELS, read_labels
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.services.classification import Classification
 from tests.custom_models import SIDE, classifier, labels_file, save
@@ -30,8 +30,8 @@ def install(tmp_path):
 
     def install(network, labels=PETS, name="pets", **facts):
         file = save(network, tmp_path / f"{name}.keras")
-        own = CustomModel(name=name, file=file, labels=labels_file(tmp_path, *labels), **facts)
-        return build(tmp_path / "models", own)
+        custom = CustomModel(name=name, file=file, labels=labels_file(tmp_path, *labels), **facts)
+        return build(tmp_path / "models", custom)
 
     return install
 
@@ -48,12 +48,12 @@ def answers(artefact, photos, tmp_path):
     return [{name: probability for _, name, probability in item.output} for item in results.items]
 
 
-def asked_of_keras(network, artefact, photos):
-    """Ask Keras itself."""
+def keras_results(network, artefact, photos):
+    """Return the results of Keras."""
     import numpy as np
 
-    pictures = [decode(photo, artefact.height, artefact.width, artefact.crop) for photo in photos]
-    inputs = [np.asarray(preprocess(each.astype(np.float32), artefact.preprocessing), np.float32) for each in pictures]
+    images = [decode(photo, artefact.height, artefact.width, artefact.crop) for photo in photos]
+    inputs = [np.asarray(preprocess(each.astype(np.float32), artefact.preprocessing), np.float32) for each in images]
     return np.concatenate([np.asarray(network(each[None], training=False)) for each in inputs])
 
 
@@ -66,7 +66,7 @@ def test_sequential_with_softmax_answers_as_keras_does(install, photos, tmp_path
 
     artefact = install(network, title="My pets")
 
-    right = asked_of_keras(network, artefact, photos.values())
+    right = keras_results(network, artefact, photos.values())
     assert (artefact.title, artefact.source, artefact.height) == ("My pets", "own", SIDE)
     assert right.max(axis=1).max() < 0.999
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
@@ -77,19 +77,19 @@ def test_functional_with_operations_between_layers_and_a_network_in_it_answers_a
     keras, install, photos, tmp_path
 ):
     layers = keras.layers
-    picture = keras.Input((SIDE, SIDE, 3))
+    image = keras.Input((SIDE, SIDE, 3))
     inner = keras.Sequential(
         [layers.Conv2D(6, 3), layers.LayerNormalization(), layers.Activation("gelu")], name="inner"
     )
-    x = keras.applications.resnet.preprocess_input(picture) / 128.0
+    x = keras.applications.resnet.preprocess_input(image) / 128.0
     x = inner(layers.RandomRotation(0.2)(x))
     x = layers.Concatenate()([keras.ops.mean(x, axis=(1, 2)), layers.GlobalMaxPooling2D()(x)])
-    network = keras.Model(picture, layers.Softmax()(layers.Dense(3)(layers.Dropout(0.5)(x))))
+    network = keras.Model(image, layers.Softmax()(layers.Dense(3)(layers.Dropout(0.5)(x))))
     network.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
 
     artefact = install(network)
 
-    right = asked_of_keras(network, artefact, photos.values())
+    right = keras_results(network, artefact, photos.values())
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert close(found, PETS, each)
 
@@ -99,7 +99,7 @@ def test_logits_become_probabilities(install, photos, tmp_path):
 
     artefact = install(network)
 
-    right = importlib.import_module("scipy.special").softmax(asked_of_keras(network, artefact, photos.values()), axis=1)
+    right = importlib.import_module("scipy.special").softmax(keras_results(network, artefact, photos.values()), axis=1)
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert close(found, PETS, each)
 
@@ -109,7 +109,7 @@ def test_one_sigmoid_becomes_two_classes(install, photos, tmp_path):
 
     artefact = install(network, ("0\tnot a cat", "1\tcat"))
 
-    right = asked_of_keras(network, artefact, photos.values())[:, 0]
+    right = keras_results(network, artefact, photos.values())[:, 0]
     assert artefact.labels == (("0", "not a cat"), ("1", "cat"))
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert found == pytest.approx({"cat": each, "not a cat": 1 - each}, abs=1e-4)
@@ -130,7 +130,7 @@ def test_preprocessing_is_folded_into_the_graph(keras, install, photos, tmp_path
 
     artefact = install(network, preprocessing=preprocessing)
 
-    logits = asked_of_keras(network, artefact, photos.values())
+    logits = keras_results(network, artefact, photos.values())
     right = importlib.import_module("scipy.special").softmax(logits, axis=1)
     assert (artefact.height, artefact.width) == (20, 30)
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
@@ -140,19 +140,19 @@ def test_preprocessing_is_folded_into_the_graph(keras, install, photos, tmp_path
 def test_mixed_precision_is_computed_in_f32(install, photos, tmp_path):
     artefact = install(classifier(dtype="mixed_float16"))
 
-    right = asked_of_keras(classifier(), artefact, photos.values())
+    right = keras_results(classifier(), artefact, photos.values())
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert close(found, PETS, each)
 
 
-def test_size_is_asked_for_where_the_model_leaves_it_open(install):
+def test_size_is_required_for_a_model_without_a_fixed_size(install):
     with pytest.raises(UnsuitableModel, match="--size HxW"):
         install(classifier(side=None))
 
     artefact = install(classifier(side=None), size=(24, 40))
 
     assert (artefact.height, artefact.width) == (24, 40)
-    with pytest.raises(ConfigError, match="Leave --size away"):
+    with pytest.raises(ConfigError, match="Omit --size"):
         install(classifier(), size=(24, 40))
 
 
@@ -186,7 +186,7 @@ def test_same_file_gives_the_same_digest_and_other_labels_another(install, tmp_p
         (lambda keras: _two_outputs(keras), PETS, "2 outputs"),
     ],
 )
-def test_model_that_is_no_classifier_of_one_picture_is_refused(keras, install, tmp_path, make, labels, reason):
+def test_model_that_is_not_a_classifier_of_one_image_is_refused(keras, install, tmp_path, make, labels, reason):
     with pytest.raises(UnsuitableModel, match=reason):
         install(make(keras), labels)
 
@@ -205,19 +205,19 @@ def _two_outputs(keras):
 
 
 @pytest.mark.parametrize("name", ["Pets", "my-pets", "../pets", "", "x" * 65, "resnet50", "res_net_50", "lite0"])
-def test_name_that_is_not_plain_or_taken_is_refused(tmp_path, name):
+def test_invalid_or_taken_name_is_refused(tmp_path, name):
     with pytest.raises(ConfigError):
         build(tmp_path, CustomModel(name=name, file=tmp_path / "x.keras", labels=tmp_path / "x.txt"))
 
 
-def test_name_that_another_own_model_has_in_another_spelling_is_refused(install):
+def test_name_of_another_custom_model_in_another_spelling_is_refused(install):
     install(classifier(), name="my_pets")
 
     with pytest.raises(ConfigError, match="my_pets"):
         install(classifier(), name="mypets")
 
 
-def test_older_formats_are_refused_with_the_way_out(keras, tmp_path):
+def test_older_formats_are_refused_with_a_remedy(keras, tmp_path):
     (tmp_path / "saved_model").mkdir()
     (tmp_path / "old.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (tmp_path / "noise.keras").write_bytes(b"noise")
@@ -244,7 +244,7 @@ def test_older_formats_are_refused_with_the_way_out(keras, tmp_path):
         ("\n".join(map(str, range(MAX_LABELS + 1))), "20001 lines"),
     ],
 )
-def test_labels_that_cannot_be_told_apart_or_shown_are_refused(tmp_path, text, reason):
+def test_ambiguous_or_unprintable_labels_are_refused(tmp_path, text, reason):
     (tmp_path / "labels").write_text(text)
 
     with pytest.raises(UnsuitableModel, match=reason):

@@ -1,4 +1,4 @@
-"""Files made to run code or to read this machine's files: refused before Keras sees them, and nothing happens."""
+"""Files that try to run code or to read local files are refused before Keras loads them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.custom_models import classifier, edit_keras_file, edit_weights, label
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A saved classifier that would be taken."""
-    return save(classifier(), tmp_path_factory.mktemp("sound") / "sound.keras")
+def intact(tmp_path_factory):
+    """A saved classifier that is accepted."""
+    return save(classifier(), tmp_path_factory.mktemp("intact") / "intact.keras")
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Try to install a file; returns why it was refused, and proves that Keras was never asked to load it."""
+    """Try to install a file; returns why it was refused, and asserts that Keras did not load it."""
 
     def never(keras, checked):
         raise AssertionError("it was given to Keras")
@@ -30,9 +30,9 @@ def refused(tmp_path, monkeypatch):
     monkeypatch.setattr("provider_image.compiler.custom.load_checked", never)
 
     def refused(file):
-        own = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, "cat", "dog", "parrot"))
+        custom = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, "cat", "dog", "parrot"))
         with pytest.raises(UnsafeModelFile) as caught:
-            build(tmp_path / "models", own)
+            build(tmp_path / "models", custom)
         assert {path.name for path in (tmp_path / "models").iterdir()} == {".pets.lock"}
         return caught.value.reason
 
@@ -105,44 +105,49 @@ CONFIGS = {
     ),
     "an array of objects": (
         dense(kernel_initializer={"class_name": "__numpy__", "config": {"value": [1], "dtype": "O"}}),
-        "no numbers",
+        "not numbers",
     ),
     "a quantised policy": (
         dense(dtype=described("keras.dtype_policies", "QuantizedDTypePolicy")),
         "QuantizedDTypePolicy",
     ),
-    "an odd dtype": (dense(dtype="/etc/passwd"), "odd dtype"),
+    "an unknown dtype": (dense(dtype="/etc/passwd"), "unknown dtype"),
     "code in the build config": (
         lambda whole: whole["config"]["layers"][-1].update(build_config={"input_shape": LAMBDA}),
         "Lambda",
     ),
-    "a module without a class": (dense(name={"module": "os", "config": {}}), "half of a serialized object"),
-    "an object where a config belongs": (dense(**described("keras.layers", "Lambda")), "half of a serialized object"),
+    "a module without a class": (dense(name={"module": "os", "config": {}}), "an incomplete serialized object"),
+    "an object where a config belongs": (
+        dense(**described("keras.layers", "Lambda")),
+        "an incomplete serialized object",
+    ),
     "wiring of Keras 2": (
         lambda whole: whole["config"]["layers"][-1].update(inbound_nodes=[["input", 0, 0, LAMBDA]]),
         "Keras 2",
     ),
     "an own model class": (lambda whole: {**whole, "class_name": "Evil", "module": "evil_module"}, "Functional"),
-    "a subclass of Model": (lambda whole: {**whole, "class_name": "Model", "module": "keras"}, "the user's own"),
+    "a subclass of Model": (lambda whole: {**whole, "class_name": "Model", "module": "keras"}, "a custom model class"),
 }
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_config_that_asks_for_more_than_layers_is_refused(sound, refused, tmp_path, monkeypatch, case):
+def test_config_with_anything_but_layers_is_refused(intact, refused, tmp_path, monkeypatch, case):
     edit, reason = CONFIGS[case]
     # Whatever imports this module leaves a trace.
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Layer: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    said = refused(edit_keras_file(sound, tmp_path / "evil.keras", edit))
+    reply = refused(edit_keras_file(intact, tmp_path / "evil.keras", edit))
 
-    assert reason in said and said.startswith("evil.keras is refused.")
+    assert reason in reply and reply.startswith("evil.keras is refused.")
     assert not (tmp_path / "ran").exists() and "evil_module" not in sys.modules
 
 
-def test_training_settings_are_dropped_unread(sound, tmp_path):
+def test_training_settings_are_dropped_unread(intact, tmp_path):
     loss = described("evil_module", "Loss")
-    file = edit_keras_file(sound, tmp_path / "trained.keras", lambda whole: whole.update(compile_config={"loss": loss}))
+    file = edit_keras_file(
+        intact, tmp_path / "trained.keras", lambda whole: whole.update(compile_config={"loss": loss})
+    )
     (tmp_path / "private").mkdir()
 
     checked = keras_file.check_keras_file(file, tmp_path / "private")
@@ -160,32 +165,32 @@ def test_training_settings_are_dropped_unread(sound, tmp_path):
         (b"[]", "does not describe"),
     ],
 )
-def test_config_that_is_none_is_refused(sound, refused, tmp_path, config, reason):
-    file = edit_keras_file(sound, tmp_path / "evil.keras", lambda whole: None, config__json=config)
+def test_invalid_config_is_refused(intact, refused, tmp_path, config, reason):
+    file = edit_keras_file(intact, tmp_path / "evil.keras", lambda whole: None, config__json=config)
 
     assert reason in refused(file)
 
 
-def test_config_that_is_too_deep_is_refused(sound, refused, tmp_path):
+def test_config_that_is_too_deep_is_refused(intact, refused, tmp_path):
     nested: list = []
     for _ in range(100):
         nested = [nested]
 
-    assert "too deep" in refused(edit_keras_file(sound, tmp_path / "evil.keras", dense(name=nested)))
+    assert "too deep" in refused(edit_keras_file(intact, tmp_path / "evil.keras", dense(name=nested)))
 
 
-def test_archive_with_other_members_is_refused(sound, refused, tmp_path):
+def test_archive_with_other_members_is_refused(intact, refused, tmp_path):
     for number, name in enumerate(("assets/vocabulary.txt", "../evil.py", "model.weights.npz")):
-        file = edit_keras_file(sound, tmp_path / f"evil-{number}.keras", lambda whole: None, **{name: b"x"})
+        file = edit_keras_file(intact, tmp_path / f"evil-{number}.keras", lambda whole: None, **{name: b"x"})
 
         assert name in refused(file)
 
 
-def test_archive_with_a_member_twice_or_missing_is_refused(sound, refused, tmp_path):
+def test_archive_with_a_member_twice_or_missing_is_refused(intact, refused, tmp_path):
     twice, missing = tmp_path / "twice.keras", tmp_path / "missing.keras"
-    with zipfile.ZipFile(sound) as archive, zipfile.ZipFile(missing, "w") as other:
+    with zipfile.ZipFile(intact) as archive, zipfile.ZipFile(missing, "w") as other:
         other.writestr("config.json", archive.read("config.json"))
-    twice.write_bytes(sound.read_bytes())
+    twice.write_bytes(intact.read_bytes())
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "a") as archive:
         archive.writestr("config.json", b"{}")
 
@@ -193,20 +198,20 @@ def test_archive_with_a_member_twice_or_missing_is_refused(sound, refused, tmp_p
     assert "each once" in refused(missing)
 
 
-def test_archive_that_unpacks_to_much_more_is_refused(sound, refused, tmp_path):
+def test_archive_that_unpacks_to_much_more_is_refused(intact, refused, tmp_path):
     bomb = tmp_path / "bomb.keras"
-    with zipfile.ZipFile(sound) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as other:
+    with zipfile.ZipFile(intact) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as other:
         for name in archive.namelist():
             other.writestr(name, bytes(8_000_000) if name == "config.json" else archive.read(name))
 
     assert "would unpack to 8000000 bytes" in refused(bomb)
 
 
-def test_archive_that_is_cut_short_is_refused(sound, refused, tmp_path):
+def test_archive_that_is_cut_short_is_refused(intact, refused, tmp_path):
     cut = tmp_path / "cut.keras"
-    cut.write_bytes(sound.read_bytes()[:-3000])
+    cut.write_bytes(intact.read_bytes()[:-3000])
 
-    assert "not a sound .keras file" in refused(cut)
+    assert "not a valid .keras file" in refused(cut)
 
 
 def _external_link(file):
@@ -263,11 +268,11 @@ def _type(file):
         (_virtual, "from another file"),
         (_cycle, "twice"),
         (_bomb, "would unpack"),
-        (_text, "something else than numbers"),
-        (_type, "something else than numbers"),
+        (_text, "something other than numbers"),
+        (_type, "something other than numbers"),
     ],
 )
-def test_weights_that_refer_elsewhere_are_refused_and_nothing_is_read(sound, refused, tmp_path, edit, reason):
+def test_weights_that_refer_elsewhere_are_refused_and_nothing_is_read(intact, refused, tmp_path, edit, reason):
     import h5py
     import numpy as np
 
@@ -279,24 +284,24 @@ def test_weights_that_refer_elsewhere_are_refused_and_nothing_is_read(sound, ref
         with h5py.File(secret, "w") as file:
             file["kernel"] = np.ones((8, 3), "f4")
 
-    def spoil(file):
+    def manipulate(file):
         file.attrs["secret"] = str(secret)
         edit(file)
 
-    assert reason in refused(edit_weights(sound, tmp_path / "evil.keras", spoil))
+    assert reason in refused(edit_weights(intact, tmp_path / "evil.keras", manipulate))
 
 
-def test_damaged_weights_are_refused(sound, refused, tmp_path):
-    file = edit_keras_file(sound, tmp_path / "evil.keras", lambda whole: None, model__weights__h5=b"noise")
+def test_damaged_weights_are_refused(intact, refused, tmp_path):
+    file = edit_keras_file(intact, tmp_path / "evil.keras", lambda whole: None, model__weights__h5=b"noise")
 
     assert "is damaged" in refused(file)
 
 
-def test_weights_of_another_shape_are_told_as_keras_tells_them(sound, tmp_path):
+def test_weights_of_another_shape_are_reported_with_the_message_of_keras(intact, tmp_path):
     from provider_image.errors import UnsuitableModel
 
-    file = edit_keras_file(sound, tmp_path / "odd.keras", dense(units=5))
-    own = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, *"abcde"))
+    file = edit_keras_file(intact, tmp_path / "odd.keras", dense(units=5))
+    custom = CustomModel(name="pets", file=file, labels=labels_file(tmp_path, *"abcde"))
 
     with pytest.raises(UnsuitableModel, match=r"Keras .* cannot load odd\.keras"):
-        build(tmp_path / "models", own)
+        build(tmp_path / "models", custom)

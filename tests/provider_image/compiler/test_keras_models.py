@@ -25,10 +25,10 @@ from PIL import Image
 
 from provider_image.compiler import keras_applications, keras_graph
 from provider_image.compiler.keras_weights import KERAS_WEIGHTS_URL, WeightsFile, WeightsSources, find_weights
-from provider_image.compiler.verification import TOLERANCE
 from provider_image.errors import CompilationFailed, WeightsMismatch
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.precision import TOLERANCE
 from provider_image.services import load_service
 from provider_image.services.classification import top_labels
 from tests.seeded_weights import seeded_network, write_weights
@@ -270,7 +270,7 @@ def test_file_that_holds_no_such_weights_is_refused(tmp_path, weights, content):
     path = tmp_path / "weights.h5"
     path.write_bytes(weights.path.read_bytes()[:100_000] if content is None else content)
 
-    with pytest.raises(WeightsMismatch, match=r"weights\.h5 does not hold the weights of MobileNetV2"):
+    with pytest.raises(WeightsMismatch, match=r"weights\.h5 does not contain the weights of MobileNetV2"):
         keras_applications.build(
             tmp_path / "models", TINY, find_weights(TINY, WeightsSources(given=path, cache=tmp_path))
         )
@@ -279,7 +279,7 @@ def test_file_that_holds_no_such_weights_is_refused(tmp_path, weights, content):
 
 
 def test_weights_of_another_model_are_refused(tmp_path, weights):
-    with pytest.raises(WeightsMismatch, match="does not hold the weights of MobileNetV2"):
+    with pytest.raises(WeightsMismatch, match="does not contain the weights of MobileNetV2"):
         keras_applications.build(tmp_path, SMALL, weights)
 
 
@@ -288,7 +288,7 @@ def test_graph_with_another_preprocessing_than_keras_is_not_installed(tmp_path, 
     # A catalogue that names the preprocessing of another model is noticed.
     row = dataclasses.replace(TINY, preprocessing=wrong)
 
-    with pytest.raises(CompilationFailed, match="answers otherwise than keras"):
+    with pytest.raises(CompilationFailed, match="gives other results than keras"):
         keras_applications.build(tmp_path, row, weights)
 
     assert list(tmp_path.glob("[!.]*")) == []

@@ -27,17 +27,17 @@ def row_of(data: bytes, algorithm: str = "md5", name: str = "nasnet_large") -> M
 
 
 class Mirror:
-    """A small HTTP server in the place of Keras' own."""
+    """A small HTTP server instead of that of Keras."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.cut_at: int | None = None
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                mirror.asked.append(self.path)
+                mirror.requested.append(self.path)
                 data = mirror.files.get(self.path)
                 if data is None:
                     self.send_error(404)
@@ -82,12 +82,12 @@ def test_download_is_checked_and_kept_where_keras_keeps_it(tmp_path, mirror, alg
     assert first.path == tmp_path / "models" / "nasnet_large.h5"
     assert first.path.read_bytes() == DATA and first.is_published
     assert first.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert mirror.asked == ["/published/nasnet/NASNet-large.h5"]
+    assert mirror.requested == ["/published/nasnet/NASNet-large.h5"]
     assert shown[-1] == (len(DATA), len(DATA)) and len(shown) > 2
 
 
 def test_download_with_another_hash_is_thrown_away(tmp_path, mirror):
-    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 gives does not have the hash .*--weights FOLDER"):
+    with pytest.raises(WeightsMismatch, match=r"NASNet-large\.h5 does not have the hash .*--weights FOLDER"):
         find_weights(row_of(b"something else"), WeightsSources(cache=tmp_path, address=mirror.address))
 
     assert list(tmp_path.iterdir()) == []
@@ -103,7 +103,7 @@ def test_download_that_is_cut_short_is_thrown_away(tmp_path, mirror):
 
 
 @pytest.mark.parametrize("address", ["{mirror}wrong/", "http://127.0.0.1:9/", "nonsense", "https://[::1"])
-def test_what_cannot_be_had_says_which_file_to_get_and_where_to_put_it(tmp_path, mirror, address):
+def test_error_for_missing_weights_names_the_file_its_url_and_the_folder(tmp_path, mirror, address):
     sources = WeightsSources(cache=tmp_path, address=address.format(mirror=mirror.address))
 
     with pytest.raises(WeightsMissing) as caught:
@@ -114,7 +114,7 @@ def test_what_cannot_be_had_says_which_file_to_get_and_where_to_put_it(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cache_that_cannot_be_written_says_so(tmp_path, mirror):
+def test_cache_that_cannot_be_written_is_reported(tmp_path, mirror):
     (tmp_path / "file").touch()
 
     with pytest.raises(WeightsMissing, match="Not a directory"):
@@ -137,10 +137,10 @@ def test_folder_may_have_the_file_under_any_of_its_names(tmp_path, mirror, name)
     usual = find_weights(row_of(DATA), WeightsSources(folder=tmp_path, cache=tmp_path / "none", address=mirror.address))
 
     assert given == usual and given.path == tmp_path / name
-    assert not mirror.asked
+    assert not mirror.requested
 
 
-def test_given_folder_without_the_file_says_how_it_must_be_called(tmp_path):
+def test_error_for_a_folder_without_the_file_names_the_file(tmp_path):
     with pytest.raises(WeightsMissing, match=r"no weights of NASNet-Large\. Put nasnet_large\.h5 or"):
         find_weights(row_of(DATA), WeightsSources(given=tmp_path, cache=tmp_path))
 
@@ -170,7 +170,7 @@ def test_file_without_a_published_hash_is_not_downloaded_unseen(tmp_path, mirror
     with pytest.raises(WeightsMissing, match=r"no hash .*mlg models compile mobilenet_v2 --weights FILE"):
         find_weights(CATALOGUE["mobilenet_v2"], WeightsSources(cache=tmp_path, address=mirror.address))
 
-    assert not mirror.asked
+    assert not mirror.requested
 
 
 def test_settings_name_the_places():

@@ -36,9 +36,9 @@ def test_answers_agree_with_the_reference_to_a_tenth_of_a_percent(models_folder,
     service = load_service("classification")
     artefact = ensure_installed(models_folder, "efficientnet_lite0")
     net = service.load(artefact, 1, "f32")
-    picture = encode_image(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
+    image = encode_image(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
 
-    output = service.run(net, service.prepare(artefact, {"image": picture}))
+    output = service.run(net, service.prepare(artefact, {"image": image}))
 
     shown = {name: round(100 * probability, 1) for _, name, probability in output[:5]}
     assert shown == expected
@@ -54,7 +54,7 @@ def test_two_builds_have_the_same_digest(tmp_path, models_folder):
     assert again.digest == ensure_installed(models_folder, "efficientnet_lite0").digest
 
 
-def test_building_again_replaces_a_sound_artefact(tmp_path):
+def test_building_again_replaces_an_intact_artefact(tmp_path):
     row = CATALOGUE["efficientnet_lite0"]
     first = build(tmp_path, row).folder.stat().st_ino
 
@@ -64,7 +64,7 @@ def test_building_again_replaces_a_sound_artefact(tmp_path):
     assert first == kept != replaced
 
 
-def test_graph_is_not_computed_in_bf16_unless_asked(models_folder):
+def test_graph_is_computed_in_bf16_only_on_request(models_folder):
     net = load_net(ensure_installed(models_folder, "efficientnet_lite0"), 1, "f32")
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
 

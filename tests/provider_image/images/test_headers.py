@@ -1,4 +1,4 @@
-"""The check at the door: formats told apart, sizes read, missing ends noticed, all within microseconds."""
+"""The check of headers recognises formats, reads sizes and detects missing ends, all within microseconds."""
 
 import io
 import struct
@@ -15,81 +15,82 @@ from provider_image.errors import (
     NotAnImage,
     UnsupportedFormat,
 )
-from provider_image.images.decoding import FORMATS, MAX_PIXELS, check_upload
+from provider_image.images.decoding import MAX_PIXELS
+from provider_image.images.headers import FORMATS, read_header
 from tests.provider_image.conftest import encode_image
 from tests.timing import cpu_slowness
 
-PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+GRADIENT = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 1
 
 
-def pictures() -> dict[str, bytes]:
-    """A 40 x 30 picture in every format and in the odd variants of some."""
+def images_by_format() -> dict[str, bytes]:
+    """A 40 x 30 image in every format, and in unusual variants of some."""
     return {
-        "JPEG": encode_image(PICTURE, "JPEG"),
-        "JPEG progressive": encode_image(PICTURE, "JPEG", progressive=True),
-        "PNG": encode_image(PICTURE, "PNG"),
-        "WEBP": encode_image(PICTURE, "WEBP"),
-        "WEBP lossless": encode_image(PICTURE, "WEBP", lossless=True),
-        "WEBP extended": encode_image(PICTURE, "WEBP", exif=EXIF),
-        "WEBP animated": encode_image(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "GIF": encode_image(PICTURE, "GIF"),
-        "GIF animated": encode_image(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)]),
-        "BMP": encode_image(PICTURE, "BMP"),
-        "BMP palette": encode_image(PICTURE.convert("P"), "BMP"),
-        "TIFF": encode_image(PICTURE, "TIFF"),
-        "TIFF deflate": encode_image(PICTURE, "TIFF", compression="tiff_adobe_deflate"),
+        "JPEG": encode_image(GRADIENT, "JPEG"),
+        "JPEG progressive": encode_image(GRADIENT, "JPEG", progressive=True),
+        "PNG": encode_image(GRADIENT, "PNG"),
+        "WEBP": encode_image(GRADIENT, "WEBP"),
+        "WEBP lossless": encode_image(GRADIENT, "WEBP", lossless=True),
+        "WEBP extended": encode_image(GRADIENT, "WEBP", exif=EXIF),
+        "WEBP animated": encode_image(GRADIENT, "WEBP", save_all=True, append_images=[GRADIENT.rotate(90)]),
+        "GIF": encode_image(GRADIENT, "GIF"),
+        "GIF animated": encode_image(GRADIENT, "GIF", save_all=True, append_images=[GRADIENT.rotate(90)]),
+        "BMP": encode_image(GRADIENT, "BMP"),
+        "BMP palette": encode_image(GRADIENT.convert("P"), "BMP"),
+        "TIFF": encode_image(GRADIENT, "TIFF"),
+        "TIFF deflate": encode_image(GRADIENT, "TIFF", compression="tiff_adobe_deflate"),
     }
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_format_and_size_are_read(name):
-    facts = check_upload(pictures()[name], MAX_PIXELS)
+    facts = read_header(images_by_format()[name], MAX_PIXELS)
 
     assert (facts.format, facts.width, facts.height) == (name.split()[0], 40, 30)
     assert facts.format in FORMATS
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_no_cut_makes_anything_but_a_refusal(name):
-    data = pictures()[name]
+    data = images_by_format()[name]
 
     outcomes = {"whole": 0, "refused": 0}
     for length in range(len(data)):
         try:
-            check_upload(data[:length], MAX_PIXELS)
+            read_header(data[:length], MAX_PIXELS)
             outcomes["whole"] += 1
         except BadInput:
             outcomes["refused"] += 1
 
-    # What is behind the first frame, or a picture's last byte of padding, may be missing.
+    # What follows the first frame, or the last byte of padding, may be missing.
     assert outcomes["refused"] > 0 if "animated" in name else outcomes["whole"] <= 160
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", images_by_format())
 def test_damaged_bytes_never_make_another_error(name):
-    data = pictures()[name]
+    data = images_by_format()[name]
 
     for position in range(min(len(data), 400)):
         for value in (0, 0x7F, 0xFF):
             damaged = data[:position] + bytes([value]) + data[position + 1 :]
             try:
-                check_upload(damaged, MAX_PIXELS)
+                read_header(damaged, MAX_PIXELS)
             except BadInput as error:
                 assert error.reason
 
 
 def test_empty_upload_is_empty():
     with pytest.raises(EmptyImage):
-        check_upload(b"", MAX_PIXELS)
+        read_header(b"", MAX_PIXELS)
 
 
 @pytest.mark.parametrize("data", [b"hello, I am text\n" * 50, b"\x00" * 100, b"<html><svg", b"RIFF\x10\0\0\0WAVEfmt "])
 def test_what_is_no_image_is_told_so(data):
     with pytest.raises(NotAnImage):
-        check_upload(data, MAX_PIXELS)
+        read_header(data, MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -109,33 +110,33 @@ def test_what_is_no_image_is_told_so(data):
 )
 def test_format_that_is_not_taken_is_named(start, name):
     with pytest.raises(UnsupportedFormat, match=name):
-        check_upload(start + b"\x00" * 100, MAX_PIXELS)
+        read_header(start + b"\x00" * 100, MAX_PIXELS)
 
 
 def test_twelve_bit_jpeg_is_named():
-    data = bytearray(encode_image(PICTURE, "JPEG"))
+    data = bytearray(encode_image(GRADIENT, "JPEG"))
     data[data.index(b"\xff\xc0") + 4] = 12
 
     with pytest.raises(UnsupportedFormat, match="12-bit"):
-        check_upload(bytes(data), MAX_PIXELS)
+        read_header(bytes(data), MAX_PIXELS)
 
 
 def bombs() -> dict[str, bytes]:
     """Small files that declare 50,000 x 50,000 pixels."""
     side = 50_000
-    jpeg = bytearray(encode_image(PICTURE, "JPEG"))
+    jpeg = bytearray(encode_image(GRADIENT, "JPEG"))
     struct.pack_into(">HH", jpeg, jpeg.index(b"\xff\xc0") + 5, side, side)
-    png = bytearray(encode_image(PICTURE, "PNG"))
+    png = bytearray(encode_image(GRADIENT, "PNG"))
     struct.pack_into(">II", png, 16, side, side)
-    webp = bytearray(encode_image(PICTURE, "WEBP", exif=EXIF))
+    webp = bytearray(encode_image(GRADIENT, "WEBP", exif=EXIF))
     webp[24:30] = (side - 1).to_bytes(3, "little") * 2
-    gif = bytearray(encode_image(PICTURE, "GIF"))
+    gif = bytearray(encode_image(GRADIENT, "GIF"))
     struct.pack_into("<HH", gif, 6, side, side)
-    frame = bytearray(encode_image(PICTURE, "GIF"))
+    frame = bytearray(encode_image(GRADIENT, "GIF"))
     struct.pack_into("<HH", frame, frame.index(b"\x2c", 13 + 3) + 5, side, side)
-    bmp = bytearray(encode_image(PICTURE, "BMP"))
+    bmp = bytearray(encode_image(GRADIENT, "BMP"))
     struct.pack_into("<ii", bmp, 18, side, -side)
-    tiff = encode_image(PICTURE, "TIFF")
+    tiff = encode_image(GRADIENT, "TIFF")
     tiff = tiff.replace(struct.pack("<HHIHH", 256, 4, 1, 40, 0), struct.pack("<HHII", 256, 4, 1, side))
     tiff = tiff.replace(struct.pack("<HHIHH", 257, 4, 1, 30, 0), struct.pack("<HHII", 257, 4, 1, side))
     return {
@@ -152,7 +153,7 @@ def bombs() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", bombs())
 def test_bomb_is_refused_by_its_header(name):
     with pytest.raises(ImageTooLarge, match=r"50000 x 50000 pixels; at most 36 million"):
-        check_upload(bombs()[name], MAX_PIXELS)
+        read_header(bombs()[name], MAX_PIXELS)
 
 
 def test_gif_frame_larger_than_its_screen_counts():
@@ -160,7 +161,7 @@ def test_gif_frame_larger_than_its_screen_counts():
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 50_000, 50_000, 0) + b"\x02\x02\x4c\x01\x00;"
 
     with pytest.raises(ImageTooLarge):
-        check_upload(b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + palette + frame, MAX_PIXELS)
+        read_header(b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + palette + frame, MAX_PIXELS)
 
 
 def test_tile_of_a_tiny_tiff_counts():
@@ -169,54 +170,54 @@ def test_tile_of_a_tiny_tiff_counts():
     data += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries) + bytes(4)
 
     with pytest.raises(ImageTooLarge):
-        check_upload(data, MAX_PIXELS)
+        read_header(data, MAX_PIXELS)
 
 
 def test_limit_itself_is_taken():
-    data = encode_image(PICTURE, "PNG")
+    data = encode_image(GRADIENT, "PNG")
 
-    assert check_upload(data, 40 * 30).width == 40
+    assert read_header(data, 40 * 30).width == 40
     with pytest.raises(ImageTooLarge):
-        check_upload(data, 40 * 30 - 1)
+        read_header(data, 40 * 30 - 1)
 
 
 def test_end_of_an_exif_thumbnail_does_not_pass_for_the_end(photos):
-    thumbnail = encode_image(PICTURE, "JPEG")
+    thumbnail = encode_image(GRADIENT, "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
     whole = photos["coffee"][:2] + segment + photos["coffee"][2:]
 
-    assert check_upload(whole, MAX_PIXELS).width == 600
+    assert read_header(whole, MAX_PIXELS).width == 600
     with pytest.raises(BrokenImage, match="cut short"):
-        check_upload(whole[: len(whole) // 2], MAX_PIXELS)
+        read_header(whole[: len(whole) // 2], MAX_PIXELS)
 
 
 def test_size_zero_is_broken():
     gif = b"GIF89a" + struct.pack("<HHBBB", 0, 0, 0, 0, 0) + b"\x2c" + bytes(9) + b"\x02\x02\x4c\x01\x00;"
 
     with pytest.raises(BrokenImage, match="0 x 0"):
-        check_upload(gif, MAX_PIXELS)
+        read_header(gif, MAX_PIXELS)
 
 
 def test_jpeg_of_tiny_segments_is_given_up():
     with pytest.raises(BrokenImage):
-        check_upload(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 500_000, MAX_PIXELS)
+        read_header(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 500_000, MAX_PIXELS)
 
 
 def test_check_of_an_ordinary_upload_takes_microseconds():
-    picture = Image.effect_noise((800, 600), 60).convert("RGB")
-    data = next(d for q in range(90, 10, -2) if len(d := encode_image(picture, "JPEG", quality=q)) < 120_000)
+    image = Image.effect_noise((800, 600), 60).convert("RGB")
+    data = next(d for q in range(90, 10, -2) if len(d := encode_image(image, "JPEG", quality=q)) < 120_000)
     assert len(data) > 100_000
 
     started = time.thread_time()
     for _ in range(200):
-        check_upload(data, MAX_PIXELS)
+        read_header(data, MAX_PIXELS)
 
     assert (time.thread_time() - started) / 200 < 150e-6 * cpu_slowness()
 
 
 def test_pillow_agrees_about_sizes():
-    for data in pictures().values():
+    for data in images_by_format().values():
         with Image.open(io.BytesIO(data)) as image:
-            facts = check_upload(data, MAX_PIXELS)
+            facts = read_header(data, MAX_PIXELS)
 
             assert image.size == (facts.width, facts.height)

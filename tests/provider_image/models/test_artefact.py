@@ -25,7 +25,7 @@ def models(tmp_path, models_folder):
     return shutil.copytree(models_folder, tmp_path / "models")
 
 
-def test_artefact_says_what_the_model_is(models_folder):
+def test_artefact_describes_the_model(models_folder):
     artefact = read_artefact(models_folder / "efficientnet_lite0")
 
     assert (artefact.height, artefact.width, artefact.crop, len(artefact.labels)) == (224, 224, 0.875, 1000)
@@ -118,7 +118,7 @@ def test_model_that_needs_a_download_is_not_installed_by_itself(tmp_path):
         ensure_installed(tmp_path, "densenet121")
 
 
-def test_models_folder_that_cannot_be_written_says_so(tmp_path):
+def test_models_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(NotInstalled, match="could not be written"):

@@ -1,4 +1,4 @@
-"""The shelf: the catalogue and the installed models of users' own, found by any spelling, for next to nothing."""
+"""The registry finds the models of the catalogue and installed custom models by any spelling, and fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.timing import cpu_slowness
 
 @pytest.fixture
 def models(tmp_path, models_folder):
-    """A models folder with the starter model, and the same under a name of a user's own."""
+    """A models folder with the starter model, and a copy of it as a custom model."""
     put(models_folder, tmp_path, "efficientnet_lite0")
     put(models_folder, tmp_path, "my_pets", title="My pets")
     return tmp_path
@@ -36,7 +36,7 @@ def age(models):
     os.utime(models, ns=(0, time.time_ns() - 60_000_000_000))
 
 
-def test_own_models_follow_the_catalogue(models):
+def test_custom_models_follow_the_catalogue(models):
     found = list_rows(models)
 
     assert [row.name for row in found] == [*CATALOGUE, "my_pets"]
@@ -45,7 +45,7 @@ def test_own_models_follow_the_catalogue(models):
 
 
 @pytest.mark.parametrize("spelling", ["my_pets", "My-Pets", "MYPETS", "my pets"])
-def test_own_model_is_found_in_any_spelling(models, spelling):
+def test_custom_model_is_found_in_any_spelling(models, spelling):
     assert find_row(models, spelling).name == "my_pets"
 
 
@@ -83,7 +83,7 @@ def test_change_within_the_same_tick_of_the_clock_is_not_missed(models, models_f
     assert find_row(models, "second").name == "second"
 
 
-def test_damaged_own_model_does_not_break_the_list(models, models_folder):
+def test_damaged_custom_model_does_not_break_the_list(models, models_folder):
     put(models_folder, models, "whole")
     (models / "my_pets" / "model.json").write_text("{")
     put(models_folder, models, "liar", name="resnet50")
@@ -100,14 +100,14 @@ def test_damaged_own_model_does_not_break_the_list(models, models_folder):
             find_row(models, name)
 
 
-def test_folder_with_a_spelling_of_the_catalogue_is_not_an_own_model(models, models_folder):
+def test_folder_with_a_spelling_of_the_catalogue_is_not_an_custom_model(models, models_folder):
     put(models_folder, models, "res_net_50")
 
     assert find_row(models, "res_net_50").name == "resnet50"
     assert [row.name for row in list_rows(models)] == [*CATALOGUE, "my_pets"]
 
 
-def test_finding_an_own_model_costs_microseconds(models):
+def test_finding_an_custom_model_costs_microseconds(models):
     age(models)
     find_row(models, "My-Pets")
     assert str(models) in registry._listing_cache

@@ -1,4 +1,4 @@
-"""Many pictures at once through the API: forms, zips, lines; partial failure, progress, results, the end of a batch."""
+"""Batches through the API: forms, zips, JSON lines; partial failure, progress, results, cancel, retry, delete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def form(*images: tuple[str, bytes], **fields: Any) -> dict[str, Any]:
     return {"image": [(io.BytesIO(data), name) for name, data in images], **fields}
 
 
-def picture(shade: int) -> bytes:
+def make_image(shade: int) -> bytes:
     """A PNG of one pixel."""
     from PIL import Image
 
@@ -48,7 +48,7 @@ def send(client: flask.testing.FlaskClient, body: bytes, kind: str = "applicatio
     return client.post(URL + query, data=body, content_type=kind)
 
 
-def test_a_form_of_pictures_is_one_batch_with_an_id_for_each(
+def test_a_form_of_images_is_one_batch_with_an_id_for_each(
     client: flask.testing.FlaskClient, photos: dict[str, bytes]
 ) -> None:
     reply = client.post(URL, data=form(("a.jpg", photos["chelsea"]), ("b.jpg", photos["coffee"])))
@@ -61,11 +61,13 @@ def test_a_form_of_pictures_is_one_batch_with_an_id_for_each(
     assert (shown["batch_id"], shown["client_id"], shown["name"]) == (body["batch_id"], "b.jpg", "b.jpg")
 
 
-def test_a_client_id_in_a_form_names_the_picture_after_it(client: flask.testing.FlaskClient) -> None:
+def test_a_client_id_in_a_form_names_the_image_after_it(client: flask.testing.FlaskClient) -> None:
     body = (
         b'--x\r\nContent-Disposition: form-data; name="client_id"\r\n\r\nfirst\r\n'
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + picture(1) + b"\r\n"
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="b.png"\r\n\r\n' + picture(2) + b"\r\n--x--\r\n"
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + make_image(1) + b"\r\n"
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="b.png"\r\n\r\n'
+        + make_image(2)
+        + b"\r\n--x--\r\n"
     )
 
     reply = send(client, body, "multipart/form-data; boundary=x")
@@ -73,15 +75,15 @@ def test_a_client_id_in_a_form_names_the_picture_after_it(client: flask.testing.
     assert [item["client_id"] for item in reply.get_json()["items"]] == ["first", "b.png"]
 
 
-def test_bad_items_are_refused_one_by_one_and_the_others_taken(
+def test_bad_items_are_refused_and_the_others_accepted(
     client: flask.testing.FlaskClient, settings: ServerSettings
 ) -> None:
     body = zipped(
-        ("good.png", picture(1)),
-        ("note.txt", b"not a picture"),
+        ("good.png", make_image(1)),
+        ("note.txt", b"not an image"),
         ("large.png", b"\0" * (settings.max_image_bytes + 1)),
-        ("cut.png", picture(2)[:-8]),
-        ("more/good.png", picture(3)),
+        ("cut.png", make_image(2)[:-8]),
+        ("more/good.png", make_image(3)),
         ("__MACOSX/._good.png", b"x"),
     )
 
@@ -100,8 +102,8 @@ def test_bad_items_are_refused_one_by_one_and_the_others_taken(
     assert (shown["total"], shown["counts"]["refused"], shown["counts"]["queued"]) == (2, 3, 2)
 
 
-def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> None:
-    archive = (io.BytesIO(zipped(("a.png", picture(1)))), "all.zip")
+def test_an_archive_may_be_sent_in_a_form(client: flask.testing.FlaskClient) -> None:
+    archive = (io.BytesIO(zipped(("a.png", make_image(1)))), "all.zip")
 
     reply = client.post(URL, data={"archive": archive})
 
@@ -109,12 +111,12 @@ def test_an_archive_may_come_in_a_form(client: flask.testing.FlaskClient) -> Non
 
 
 @pytest.mark.parametrize("position", [1, 25])
-def test_twins_are_refused_by_name_and_nothing_is_kept(
+def test_duplicate_client_ids_are_refused_and_nothing_is_kept(
     client: flask.testing.FlaskClient, stored_state: Callable[[], tuple[list[str], int]], position: int
 ) -> None:
-    images = [(f"{n}.png", picture(n)) for n in range(position)]
+    images = [(f"{n}.png", make_image(n)) for n in range(position)]
 
-    reply = client.post(URL, data=form(*images, ("0.png", picture(99))))
+    reply = client.post(URL, data=form(*images, ("0.png", make_image(99))))
 
     assert (reply.status_code, reply.get_json()["code"]) == (409, "duplicate_client_id")
     assert "'0.png'" in reply.get_json()["reason"]
@@ -176,8 +178,8 @@ def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     assert stored_state() == ([], 0)
 
 
-def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.FlaskClient) -> None:
-    good = zipped(("a.png", picture(1)), ("b.png", picture(2)))
+def test_an_entry_with_a_false_size_fails_alone(client: flask.testing.FlaskClient) -> None:
+    good = zipped(("a.png", make_image(1)), ("b.png", make_image(2)))
     lying = bytearray(good)
     place = lying.index(b"PK\x01\x02")
     lying[place + 16 : place + 20] = b"\1\2\3\4"  # the checksum in the directory
@@ -187,7 +189,7 @@ def test_an_entry_that_lies_about_its_size_fails_alone(client: flask.testing.Fla
     assert [item["code"] for item in reply["items"]] == ["broken_image", None]
 
 
-def test_lines_of_addresses_are_fetched_and_each_fails_alone(
+def test_lines_of_urls_are_fetched_and_each_fails_alone(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dataclasses import replace
@@ -197,9 +199,9 @@ def test_lines_of_addresses_are_fetched_and_each_fails_alone(
     def fetch(url: str, *, max_image_bytes: int, seconds: float) -> bytes:
         if url.endswith("gone"):
             raise FetchFailed("404")
-        return picture(len(url))
+        return make_image(len(url))
 
-    monkeypatch.setattr("server.intake.batch_intake.fetch", fetch)
+    monkeypatch.setattr("server.intake.staging.fetch", fetch)
     client = create_app(replace(settings, fetches_urls=True), store).test_client()
     lines = (
         b'{"client_id": "a", "url": "https://h/a"}\n\n{"url": "https://h/gone"}\n{"client_id": 7, "url": "https://h/c"}'
@@ -219,7 +221,9 @@ def test_lines_of_addresses_are_fetched_and_each_fails_alone(
 def test_a_batch_shows_its_progress_and_then_its_end(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    reply = send(client, zipped(*((f"{n}.png", picture(n)) for n in range(3))), query="?name=holiday&label=year:1999")
+    reply = send(
+        client, zipped(*((f"{n}.png", make_image(n)) for n in range(3))), query="?name=holiday&label=year:1999"
+    )
     url = reply.get_json()["status_url"]
     before = client.get(url).get_json()
 
@@ -233,10 +237,10 @@ def test_a_batch_shows_its_progress_and_then_its_end(
     assert [row["batch_id"] for row in client.get("/batches").get_json()["batches"]] == [ended["batch_id"]]
 
 
-def test_results_are_lines_and_rows_that_can_be_read_on_from_a_mark(
+def test_results_are_lines_and_rows_that_can_be_resumed_from_a_cursor(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    reply = send(client, zipped(*((f"{n}.png", picture(n)) for n in range(3)))).get_json()
+    reply = send(client, zipped(*((f"{n}.png", make_image(n)) for n in range(3)))).get_json()
     url = f"/batches/{reply['batch_id']}"
     assert client.get(f"{url}/results.jsonl").get_data() == b""
 
@@ -254,10 +258,10 @@ def test_results_are_lines_and_rows_that_can_be_read_on_from_a_mark(
     assert client.get(f"{url}/results.jsonl?after=x").status_code == 400
 
 
-def test_a_batch_is_cancelled_tried_again_and_deleted(
+def test_a_batch_is_cancelled_retried_and_deleted(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
 ) -> None:
-    first = send(client, zipped(("a.png", picture(1)))).get_json()["status_url"]
+    first = send(client, zipped(("a.png", make_image(1)))).get_json()["status_url"]
     assert client.delete(first).get_json()["code"] == "batch_under_way"
     answer(fail_with="It is broken.")
 
@@ -270,12 +274,12 @@ def test_a_batch_is_cancelled_tried_again_and_deleted(
     assert client.get(first).get_json()["code"] == "unknown_batch"
 
 
-def test_a_sheet_shows_the_pictures_with_their_labels(
+def test_a_contact_sheet_shows_the_images_with_their_labels(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     from PIL import Image
 
-    url = send(client, zipped(("a.jpg", photos["chelsea"]), ("b.png", picture(1)))).get_json()["status_url"]
+    url = send(client, zipped(("a.jpg", photos["chelsea"]), ("b.png", make_image(1)))).get_json()["status_url"]
     answer()
 
     reply = client.get(f"{url}/contact-sheet.png")
@@ -285,10 +289,10 @@ def test_a_sheet_shows_the_pictures_with_their_labels(
     assert len(sheet.getcolors(100_000) or ()) > 500
 
 
-def test_a_deadline_and_a_time_to_keep_are_taken_and_bad_ones_refused(
+def test_a_deadline_and_keep_seconds_are_accepted_and_bad_ones_refused(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
-    reply = send(client, zipped(("a.png", picture(1))), query="?deadline=30&keep_seconds=60").get_json()
+    reply = send(client, zipped(("a.png", make_image(1))), query="?deadline=30&keep_seconds=60").get_json()
 
     (item,) = store.batch_items(reply["batch_id"])
     assert item.deadline_at is not None and item.keep_seconds == 60
@@ -305,13 +309,11 @@ def test_a_deadline_and_a_time_to_keep_are_taken_and_bad_ones_refused(
         "label=x",
         "label=a:b&label=a:c",
     ):
-        assert send(client, zipped(("a.png", picture(1))), query=f"?{query}").status_code == 400, query
+        assert send(client, zipped(("a.png", make_image(1))), query=f"?{query}").status_code == 400, query
 
 
-def test_a_batch_leaves_no_file_beside_its_pictures(
-    client: flask.testing.FlaskClient, settings: ServerSettings
-) -> None:
-    send(client, zipped(("a.png", picture(1)), ("b.txt", b"no")))
+def test_a_batch_leaves_no_file_beside_its_images(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
+    send(client, zipped(("a.png", make_image(1)), ("b.txt", b"no")))
 
     files = [path for path in settings.home.rglob("*") if path.is_file() and Path("models") not in path.parents]
     assert len([path for path in files if "blobs" in path.parts]) == 1
@@ -320,7 +322,7 @@ def test_a_batch_leaves_no_file_beside_its_pictures(
     }
 
 
-def test_what_belongs_to_another_key_is_not_there(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: SqliteStore) -> None:
     from store.keys import KeyRecord, Scope, hash_key, make_key
 
     client = create_app(settings, store).test_client()
@@ -331,7 +333,7 @@ def test_what_belongs_to_another_key_is_not_there(settings: ServerSettings, stor
         record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC))
         store.add_key(record)
         keys[name] = {"Authorization": f"Bearer {key}", "Idempotency-Key": "the-same"}
-    body = zipped(("a.png", picture(1)))
+    body = zipped(("a.png", make_image(1)))
 
     made = {
         name: client.post(URL, data=body, content_type="application/zip", headers=headers).get_json()

@@ -1,4 +1,4 @@
-"""What a client is told of the cost, and a database that is older than money."""
+"""Costs in responses, and a database from before there were costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from server.settings import ServerSettings
 from store import migrations, new_id
 from store.chunks import BatcherRecord, ChunkRecord
-from store.ledger_records import BillState, InvoiceRecord
+from store.ledger import BillState, InvoiceRecord
 from store.records import Answer, NewRequest
 from store.sqlite import SqliteStore
 from tests.conftest import MODEL, OUTPUT
@@ -32,7 +32,7 @@ def start_chunk(store: SqliteStore, id: str = "c1") -> None:
     )  # fmt: skip
 
 
-def answer_one(store: SqliteStore, data: bytes = b"picture", *, chunk_id: str = "c1") -> str:
+def answer_one(store: SqliteStore, data: bytes = b"image", *, chunk_id: str = "c1") -> str:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
     request = store.add(new, store.images.stage(data))
     (claim,) = store.claim(
@@ -55,7 +55,7 @@ def read(client: flask.testing.FlaskClient, id: str) -> dict[str, Any]:
     return found
 
 
-def test_an_answer_says_its_cost_as_an_estimate_and_then_for_good(
+def test_an_answer_has_its_cost_as_an_estimate_and_then_finally(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     start_chunk(store)
@@ -86,14 +86,14 @@ def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClien
     assert "cost_is_final" not in shown
 
 
-def test_what_waits_has_no_cost(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_waiting_request_has_no_cost(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"image"))
 
     assert "cost" not in read(client, request.id)
 
 
-def test_a_client_is_told_what_every_batcher_says_of_the_model(
+def test_a_client_sees_the_notice_that_every_batcher_has_of_the_model(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     notice = "No provider offers it for that price."
@@ -105,14 +105,14 @@ def test_a_client_is_told_what_every_batcher_says_of_the_model(
         )
     )  # fmt: skip
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"picture"))
+    request = store.add(new, store.images.stage(b"image"))
 
     shown = read(client, request.id)
 
     assert (shown["waiting_for"], shown["eta_seconds"]) == (notice, None)
 
 
-def test_the_notices_of_a_batcher_are_read_back_and_change_with_each_beat(store: SqliteStore) -> None:
+def test_the_notices_of_a_batcher_change_with_each_heartbeat(store: SqliteStore) -> None:
     first = BatcherRecord(
         id="b1", host="h", pid=1, executor="golem", every_seconds=600, max_wait_seconds=600, capacity=4,
         started_at=NOW, seen_at=NOW, notices={"vgg16": "Zu teuer: \N{EURO SIGN} 5."},
@@ -125,7 +125,7 @@ def test_the_notices_of_a_batcher_are_read_back_and_change_with_each_beat(store:
     assert store.list_batchers(seen_since=NOW)[0].notices == {}
 
 
-def test_a_database_that_is_older_than_money_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_from_before_costs_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServerSettings(home=tmp_path / "home")
     with monkeypatch.context() as before:
         before.setattr(migrations, "STEPS", migrations.STEPS[:2])

@@ -1,4 +1,4 @@
-"""Users' own models at the server: installed by a command, asked for in any spelling, listed, and missed when gone."""
+"""Custom models at the server: installed by a command, found in any spelling, listed, and reported when removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
-from tests.cli.test_commands import mlg
+from tests.cli.run_mlg import mlg
 from tests.custom_models import classifier, labels_file, save
 
 
@@ -38,7 +38,7 @@ def post(client: flask.testing.FlaskClient, model: str, photo: bytes) -> Any:
     return client.post(f"/requestPrediction/{model}", data=photo, content_type="image/jpeg")
 
 
-def test_own_model_is_installed_by_a_command_and_listed(tmp_path: Path) -> None:
+def test_a_custom_model_is_installed_by_a_command_and_listed(tmp_path: Path) -> None:
     file = save(classifier("sigmoid", 1), tmp_path / "cats.keras")
     labels = labels_file(tmp_path, "other", "cat")
 
@@ -54,7 +54,7 @@ def test_own_model_is_installed_by_a_command_and_listed(tmp_path: Path) -> None:
     assert own["install"] == "mlg models compile cats --keras FILE --labels FILE"
 
 
-def test_file_that_is_refused_is_one_line(tmp_path: Path) -> None:
+def test_a_refused_file_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "old.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     labels = labels_file(tmp_path, "other", "cat")
 
@@ -70,7 +70,7 @@ def test_file_that_is_refused_is_one_line(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["pets", "--keras", "x.keras"], "needs --labels"),
-        (["pets", "--labels", "x.txt"], "--labels is for a model of your own"),
+        (["pets", "--labels", "x.txt"], "--labels is for custom models"),
         (["pets", "--title", "Pets"], "--title is for"),
         (["vgg16", "--preprocessing", "caffe"], "--preprocessing is for"),
         (["vgg16", "--size", "32x32"], "--size is for"),
@@ -81,19 +81,19 @@ def test_file_that_is_refused_is_one_line(tmp_path: Path) -> None:
         (["pets", "--keras", "x.keras", "--labels", "x.txt", "--preprocessing", "magic"], "magic"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(tmp_path: Path, arguments: list[str], reason: str) -> None:
+def test_conflicting_options_are_reported(tmp_path: Path, arguments: list[str], reason: str) -> None:
     with pytest.raises(click.UsageError, match=reason):
         compile_models.main([*arguments, "--home", str(tmp_path)], standalone_mode=False, obj=None)
 
 
-def test_the_command_offers_what_the_builder_takes() -> None:
+def test_the_command_offers_what_the_builder_accepts() -> None:
     (option,) = (option for option in compile_models.params if option.name == "preprocessing")
 
     assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == PREPROCESSINGS
 
 
 @pytest.mark.parametrize("spelling", ["my_pets", "My-Pets", "MYPETS"])
-def test_own_model_is_asked_for_in_any_spelling(
+def test_a_custom_model_is_found_in_any_spelling(
     settings: ServerSettings, client: flask.testing.FlaskClient, photos: dict[str, bytes], spelling: str
 ) -> None:
     accepted = post(client, spelling, photos["coffee"])
@@ -103,21 +103,25 @@ def test_own_model_is_asked_for_in_any_spelling(
     assert read["status"] == "queued"
 
 
-def test_own_models_are_listed_after_the_catalogue(settings: ServerSettings, client: flask.testing.FlaskClient) -> None:
+def test_custom_models_are_listed_after_the_catalogue(
+    settings: ServerSettings, client: flask.testing.FlaskClient
+) -> None:
     last = client.get("/models").json["models"][-1]
 
     assert (last["name"], last["title"], last["installed"], last["source"]) == ("my_pets", "My pets", True, "own")
     assert last["digest"] == installed_digest(settings.models, "my_pets")
 
 
-def test_unknown_model_is_told_the_nearest_own_one(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
+def test_an_unknown_model_error_names_the_nearest_custom_one(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes]
+) -> None:
     refused = post(client, "my_pet", photos["coffee"])
 
     assert (refused.status_code, refused.json["code"]) == (404, "unknown_model")
     assert "Did you mean my_pets?" in refused.json["reason"]
 
 
-def test_requests_for_a_model_that_was_removed_say_why_they_wait(
+def test_requests_for_a_removed_model_tell_why_they_wait(
     settings: ServerSettings, client: flask.testing.FlaskClient, photos: dict[str, bytes]
 ) -> None:
     status_url = post(client, "my_pets", photos["coffee"]).json["status_url"]
@@ -131,7 +135,7 @@ def test_requests_for_a_model_that_was_removed_say_why_they_wait(
     assert refused.status_code == 404
 
 
-def test_damaged_own_model_is_refused_and_breaks_nothing_else(
+def test_a_damaged_custom_model_is_refused_and_breaks_nothing_else(
     settings: ServerSettings, client: flask.testing.FlaskClient, photos: dict[str, bytes]
 ) -> None:
     (settings.models / "my_pets" / "model.json").write_text("{")
@@ -144,7 +148,7 @@ def test_damaged_own_model_is_refused_and_breaks_nothing_else(
     assert "my_pets" not in {model["name"] for model in others}
 
 
-def test_requests_are_listed_by_an_own_model(
+def test_requests_are_listed_by_a_custom_model(
     settings: ServerSettings, client: flask.testing.FlaskClient, photos: dict[str, bytes]
 ) -> None:
     post(client, "lite0", photos["coffee"])

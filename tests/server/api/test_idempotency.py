@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: what is sent again under the same key is answered as the first time, and done once."""
+"""`Idempotency-Key`: a request that is sent again under the same key gets the first response, and is done once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def post(
     return client.post(URL + query, data=body, content_type=kind, headers={"Idempotency-Key": key})
 
 
-def test_a_repetition_gets_the_first_answer_and_makes_nothing(
+def test_a_repetition_gets_the_first_response_and_creates_nothing(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], tuple[list[str], int]]
 ) -> None:
     first = post(client, photos["rocket"], boundary="first")
@@ -47,7 +47,7 @@ def test_a_repetition_gets_the_first_answer_and_makes_nothing(
     assert stored_state()[1] == 1
 
 
-def test_without_a_key_or_under_another_it_is_done_again(
+def test_without_a_key_or_under_another_a_request_is_done_again(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], stored_state: Callable[[], tuple[list[str], int]]
 ) -> None:
     post(client, photos["rocket"])
@@ -68,7 +68,7 @@ def test_the_same_key_with_another_request_is_refused(
     assert (reply.status_code, reply.get_json()["code"]) == (422, "key_reused")
 
 
-def test_what_is_still_under_way_is_a_conflict_that_says_when_to_ask_again(
+def test_a_running_request_is_a_conflict_with_retry_after(
     settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, entered, leave = create_app(settings, store).test_client(), threading.Event(), threading.Event()
@@ -95,7 +95,7 @@ def test_what_is_still_under_way_is_a_conflict_that_says_when_to_ask_again(
     assert post(client, photos["rocket"]).headers["Idempotent-Replayed"] == "true"
 
 
-def test_an_error_of_the_server_is_not_kept_and_one_of_the_client_is(
+def test_a_server_error_is_not_stored_and_a_client_error_is(
     client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
@@ -106,8 +106,8 @@ def test_an_error_of_the_server_is_not_kept_and_one_of_the_client_is(
     monkeypatch.undo()
 
     assert post(client, photos["rocket"]).status_code == 202
-    assert post(client, b"no picture", key="bad").status_code == 400
-    again = post(client, b"no picture", key="bad")
+    assert post(client, b"not an image", key="bad").status_code == 400
+    again = post(client, b"not an image", key="bad")
     assert (again.status_code, again.headers["Idempotent-Replayed"]) == (400, "true")
 
 
@@ -126,7 +126,7 @@ def test_a_body_that_was_cut_short_may_be_sent_again_under_its_key(
     assert stored_state()[1] == 1
 
 
-def test_what_a_killed_server_left_under_way_ends_and_answers_end_after_a_day(
+def test_a_killed_servers_reservation_expires_and_responses_after_a_day(
     settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
 ) -> None:
     now = datetime.now(UTC)
@@ -199,7 +199,7 @@ def test_every_post_that_changes_something_may_be_repeated(
     assert again.get_json() == made.get_json()
 
 
-def test_a_read_is_never_kept(
+def test_a_read_is_never_stored(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     id = post(client, photos["rocket"]).get_json()["req_id"]
@@ -213,7 +213,7 @@ def test_a_key_that_is_too_long_is_refused(client: flask.testing.FlaskClient, ph
     assert post(client, photos["rocket"], key="k" * 256).status_code == 400
 
 
-def test_a_repetition_that_is_larger_than_a_batch_may_be_is_not_read(
+def test_a_repetition_over_the_batch_limit_is_not_read(
     settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
 ) -> None:
     client = create_app(replace(settings, max_batch_bytes=300_000), store).test_client()

@@ -1,4 +1,4 @@
-"""The API's description: it is complete and valid, real answers fit it, and requests made from it get what it says."""
+"""The API description: complete, valid, and matched by real responses and by requests generated from it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from jsonschema import Draft202012Validator
 
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import REGISTRY, load_service
-from server.api.endpoint import get_operation
 from server.api.openapi import PAGES, build_document, openapi_path, operations
 from server.api.schemas import schemas
 from server.app import create_app
+from server.endpoint import get_operation
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
 
@@ -65,7 +65,7 @@ def references(inside: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> None:
+def test_every_view_has_an_operation(client: flask.testing.FlaskClient) -> None:
     app = client.application
 
     silent = [
@@ -75,7 +75,7 @@ def test_every_view_says_what_it_is_for(client: flask.testing.FlaskClient) -> No
     assert silent == []
 
 
-def test_every_address_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
+def test_every_path_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     app = client.application
     expected = {
         openapi_path(rule)
@@ -84,11 +84,11 @@ def test_every_address_for_programs_is_described(client: flask.testing.FlaskClie
     }
 
     assert document["paths"].keys() == expected
-    ids = [said["operationId"] for item in document["paths"].values() for said in item.values()]
+    ids = [described["operationId"] for item in document["paths"].values() for described in item.values()]
     assert len(ids) == len(set(ids))
 
 
-def test_the_document_is_valid_and_its_references_lead_somewhere(document: dict[str, Any]) -> None:
+def test_the_document_is_valid_and_its_references_resolve(document: dict[str, Any]) -> None:
     from openapi_spec_validator import validate
 
     validate(document)
@@ -101,7 +101,7 @@ def test_the_document_is_valid_and_its_references_lead_somewhere(document: dict[
             check(example, name)
 
 
-def test_the_document_is_served_as_it_is_made(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
+def test_the_document_is_served_as_it_is_built(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     response = client.get("/openapi.json")
 
     assert (response.status_code, response.mimetype) == (200, "application/json")
@@ -110,8 +110,8 @@ def test_the_document_is_served_as_it_is_made(client: flask.testing.FlaskClient,
 
 
 def test_parameters_come_from_the_services_and_models_from_the_catalogue(document: dict[str, Any]) -> None:
-    said = document["paths"]["/requestPrediction/{model}"]["post"]
-    fields = {one["name"]: one for one in said["parameters"]}
+    described = document["paths"]["/requestPrediction/{model}"]["post"]
+    fields = {one["name"]: one for one in described["parameters"]}
 
     assert set(fields["model"]["schema"]["examples"]) == set(CATALOGUE)
     for name in REGISTRY:
@@ -122,15 +122,17 @@ def test_parameters_come_from_the_services_and_models_from_the_catalogue(documen
     assert {"200", "400", "404", "500", "503"} <= document["paths"]["/readPrediction/{id}"]["get"]["responses"].keys()
 
 
-def test_examples_can_be_typed_as_they_stand(document: dict[str, Any]) -> None:
+def test_examples_run_as_they_are(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
-        for method, said in item.items():
-            curl, python = (sample["source"] for sample in said["x-codeSamples"])
+        for method, described in item.items():
+            curl, python = (sample["source"] for sample in described["x-codeSamples"])
 
             words = shlex.split(curl)
             assert words[0] == "curl"
-            asked = words[words.index("-X") + 1] if "-X" in words else "POST" if {"-F", "-d"} & set(words) else "GET"
-            assert asked == method.upper()
+            used_method = (
+                words[words.index("-X") + 1] if "-X" in words else "POST" if {"-F", "-d"} & set(words) else "GET"
+            )
+            assert used_method == method.upper()
             assert re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), words[-1].removeprefix("http://127.0.0.1:5000"))
             ast.parse(python)
 
@@ -142,7 +144,7 @@ def form(data: bytes) -> dict[str, Any]:
     return {"image": (io.BytesIO(data), "kitten.jpg")}
 
 
-def test_answers_about_a_request_fit_whatever_its_status(
+def test_responses_about_a_request_match_the_schemas_for_every_status(
     client: flask.testing.FlaskClient,
     photos: dict[str, bytes],
     answer: Callable[..., list[str]],
@@ -178,12 +180,12 @@ def test_answers_about_a_request_fit_whatever_its_status(
         check(shown, "Request")
 
 
-def test_answers_about_the_server_fit(client: flask.testing.FlaskClient) -> None:
+def test_responses_about_the_server_match_the_schemas(client: flask.testing.FlaskClient) -> None:
     for address, name in (("/", "Index"), ("/models", "Models"), ("/healthz", "Health"), ("/readyz", "Readiness")):
         check(client.get(address).json, name)
 
 
-def test_answers_about_batches_and_lists_fit(
+def test_responses_about_batches_and_lists_match_the_schemas(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     files = [(io.BytesIO(photos["rocket"]), "a.jpg"), (io.BytesIO(b"Dear kitten"), "letter.jpg")]
@@ -208,7 +210,7 @@ def test_answers_about_batches_and_lists_fit(
 
 
 @pytest.mark.parametrize("address", ["/nowhere", "/readPrediction/unknown", "/readPrediction/unknown?wait=x"])
-def test_errors_fit(client: flask.testing.FlaskClient, address: str) -> None:
+def test_errors_match_the_schema(client: flask.testing.FlaskClient, address: str) -> None:
     check(client.get(address).json, "Error")
 
 
@@ -219,7 +221,7 @@ NOT_CALLED = re.compile(r"events|webhook", re.IGNORECASE)
 
 
 @pytest.mark.timeout(120)
-def test_requests_made_from_the_document_are_answered_as_it_says(
+def test_requests_generated_from_the_document_get_the_documented_responses(
     settings: ServerSettings, store: SqliteStore, document: dict[str, Any], photos: dict[str, bytes]
 ) -> None:
     import schemathesis
@@ -236,8 +238,8 @@ def test_requests_made_from_the_document_are_answered_as_it_says(
     for path in [path for path in described["paths"] if NOT_CALLED.search(path)]:
         del described["paths"][path]
     for item in described["paths"].values():
-        for said in item.values():
-            for one in said["parameters"]:
+        for call in item.values():
+            for one in call["parameters"]:
                 if one["in"] == "path":
                     choices = [MODEL] if one["name"] == "model" else [known, "unknown"]
                     one["schema"] = {"type": "string", "enum": choices}
@@ -245,13 +247,13 @@ def test_requests_made_from_the_document_are_answered_as_it_says(
     schema = schemathesis.openapi.from_dict(described)
     schema.app = client.application
     checks = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
-    asked = 0
+    calls_made = 0
     for found in schema.get_all_operations():
         one = found.ok()
 
-        def ask(case: Any) -> None:
-            nonlocal asked
-            asked += 1
+        def call(case: Any) -> None:
+            nonlocal calls_made
+            calls_made += 1
             response = case.call()
             case.validate_response(response, checks=checks)
 
@@ -262,8 +264,8 @@ def test_requests_made_from_the_document_are_answered_as_it_says(
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
-        bounded(given(case=one.as_strategy())(ask))()
-    assert asked > 20
+        bounded(given(case=one.as_strategy())(call))()
+    assert calls_made > 20
 
 
 def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:
@@ -282,7 +284,7 @@ def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:
         assert client.get(address).status_code == 200, address
 
 
-def test_the_script_of_the_page_sends_what_the_forms_say() -> None:
+def test_the_script_of_the_page_sends_the_forms_fields() -> None:
     script = (Path(__file__).parents[3] / "server/pages/static/api.js").read_text()
 
     for word in ("path", "query", "json"):

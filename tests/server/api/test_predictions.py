@@ -1,4 +1,4 @@
-"""The HTTP API as a client sees it when all goes well."""
+"""The HTTP API without errors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from PIL import Image
 
 from provider_image import errors
 from provider_image.models.artefact import find_artefact
-from provider_image.models.benchmarks import Speed, write_speed
 from provider_image.models.catalogue import CATALOGUE
-from server.api.responses import HTTP_STATUS
+from provider_image.models.speed import Speed, write_speed
 from server.app import create_app
+from server.errors import HTTP_STATUS
 from server.settings import ServerSettings
 from store.records import RequestState
 from store.sqlite import SqliteStore
@@ -55,7 +55,7 @@ def test_a_form_is_acknowledged_with_an_id_and_is_durable(
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/x-whatever", "application/octet-stream", None])
-def test_raw_bytes_are_taken_too(
+def test_raw_bytes_are_accepted(
     client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes], content_type: str | None
 ) -> None:
     response = client.post(URL, data=photos["rocket"], content_type=content_type)
@@ -64,7 +64,9 @@ def test_raw_bytes_are_taken_too(
     assert store.images.read(store.get(response.json["req_id"]).image_sha256) == photos["rocket"]
 
 
-def test_a_body_without_a_declared_length_is_taken(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
+def test_a_body_without_a_declared_length_is_accepted(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes]
+) -> None:
     chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
 
     response = client.post(
@@ -75,7 +77,7 @@ def test_a_body_without_a_declared_length_is_taken(client: flask.testing.FlaskCl
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_every_format_is_taken(client: flask.testing.FlaskClient, image_format: str) -> None:
+def test_every_format_is_accepted(client: flask.testing.FlaskClient, image_format: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), "teal").save(file, image_format)
 
@@ -91,9 +93,7 @@ def test_a_model_is_found_in_any_case(client: flask.testing.FlaskClient, photos:
     assert response.json["model"] == "efficientnet_lite0"
 
 
-def test_a_read_shows_what_a_waiting_request_waits_for(
-    client: flask.testing.FlaskClient, photos: dict[str, bytes]
-) -> None:
+def test_a_read_shows_why_a_request_waits(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
     id = client.post(URL, data=form(photos["rocket"])).json["req_id"]
 
     for response in (client.get(f"/readPrediction/{id}"), client.post(f"/readPrediction/{id}")):
@@ -107,7 +107,7 @@ def test_a_read_shows_what_a_waiting_request_waits_for(
         assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_an_answer_is_a_json_array_of_five_unless_asked_otherwise(
+def test_an_answer_has_five_rows_by_default(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     id = client.post(URL, data=form(photos["rocket"])).json["req_id"]
@@ -123,7 +123,7 @@ def test_an_answer_is_a_json_array_of_five_unless_asked_otherwise(
     assert len(client.post(f"/readPrediction/{id}", data={"top": "1"}).json["preds"]) == 1
 
 
-def test_top_at_the_request_travels_in_the_status_url(
+def test_top_of_the_request_is_in_the_status_url(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]], store: SqliteStore
 ) -> None:
     in_query = client.post(URL + "?top=3", data=form(photos["rocket"])).json
@@ -135,7 +135,7 @@ def test_top_at_the_request_travels_in_the_status_url(
     assert store.get(in_query["req_id"]).params == {}
 
 
-def test_a_failed_request_says_why(
+def test_a_failed_request_has_a_reason(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     id = client.post(URL, data=form(photos["rocket"])).json["req_id"]
@@ -147,7 +147,7 @@ def test_a_failed_request_says_why(
     assert (read["reason"], read["code"], read["attempts"]) == ("The image is damaged.", "broken_image", 1)
 
 
-def test_an_equal_picture_is_answered_at_once_unless_asked_fresh(
+def test_an_equal_image_is_answered_at_once_unless_fresh(
     settings: ServerSettings, client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes]
 ) -> None:
     from datetime import UTC, timedelta
@@ -242,7 +242,7 @@ def test_a_model_that_builds_on_first_use_is_accepted_before(tmp_path: Path, pho
     store.close()
 
 
-def test_health_and_readiness_are_told_apart(
+def test_health_and_readiness_differ(
     settings: ServerSettings, client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     ready = client.get("/readyz")
@@ -281,7 +281,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
     assert set(HTTP_STATUS) <= set(walk(errors.MlgError))
 
 
-def test_an_unexpected_error_is_logged_with_its_id_and_told_without_details(
+def test_an_unexpected_error_is_logged_with_its_id_and_answered_without_details(
     client: flask.testing.FlaskClient, store: SqliteStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     def burst(id: str) -> None:

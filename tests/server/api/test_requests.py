@@ -1,4 +1,4 @@
-"""Looking through requests with the API: filters, pages, the facts of one, its picture, its end."""
+"""Requests through the API: filters, pages, details, the image, delete."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_query_that_cannot_be_read_is_refused(client: flask.testing.FlaskClien
     assert client.get(f"/requests?{query}").status_code == 400
 
 
-def test_the_facts_of_a_request_tell_its_way(
+def test_the_details_of_a_request_have_its_timeline(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]]
 ) -> None:
     id = send(client, photos["rocket"], query="?deadline=2999-01-01T00:00:00Z")
@@ -76,7 +76,9 @@ def test_the_facts_of_a_request_tell_its_way(
     assert client.get("/requests/nope").status_code == 404
 
 
-def test_a_picture_is_shown_as_it_came_and_small(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
+def test_an_image_is_returned_as_sent_and_as_a_thumbnail(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes]
+) -> None:
     from PIL import Image
 
     id = send(client, photos["chelsea"])
@@ -90,7 +92,7 @@ def test_a_picture_is_shown_as_it_came_and_small(client: flask.testing.FlaskClie
     assert client.get(f"/requests/{id}/picture?size=9999").status_code == 400
 
 
-def test_a_picture_that_is_not_kept_any_more_is_gone(
+def test_a_deleted_image_is_gone(
     client: flask.testing.FlaskClient, photos: dict[str, bytes], store: SqliteStore
 ) -> None:
     id = send(client, photos["rocket"])
@@ -102,11 +104,11 @@ def test_a_picture_that_is_not_kept_any_more_is_gone(
 
 
 @pytest.mark.parametrize("kind", ["transparent", "palette", "sixteen", "cut"])
-def test_a_thumbnail_is_made_of_anything_or_says_why_not(kind: str) -> None:
+def test_a_thumbnail_is_made_of_any_image_or_fails_with_a_reason(kind: str) -> None:
     from PIL import Image
 
     from provider_image.errors import BrokenImage
-    from server.pages.thumbnails import thumbnail
+    from server.api.thumbnails import thumbnail
 
     modes = {"transparent": "RGBA", "palette": "P", "sixteen": "I;16", "cut": "RGB"}
     buffer = io.BytesIO()
@@ -120,7 +122,7 @@ def test_a_thumbnail_is_made_of_anything_or_says_why_not(kind: str) -> None:
         assert Image.open(io.BytesIO(thumbnail(data, 16, 10_000))).size == (16, 16)
 
 
-def test_a_request_that_has_ended_is_deleted_for_good(
+def test_a_request_that_has_ended_can_be_deleted(
     client: flask.testing.FlaskClient,
     photos: dict[str, bytes],
     answer: Callable[..., list[str]],
@@ -188,7 +190,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqliteStore]:
     ],
 )
 @pytest.mark.parametrize("before", [None, 20_000])
-def test_a_page_walks_down_one_index_and_sorts_nothing(
+def test_a_page_uses_one_index_and_sorts_nothing(
     crowded: SqliteStore, wanted: Query, index: str | None, before: int | None
 ) -> None:
     plan = crowded.explain_query_plan(wanted, before=before)
@@ -201,7 +203,7 @@ def test_a_page_walks_down_one_index_and_sorts_nothing(
     assert time.perf_counter() - started_at < 1 * slowness()
 
 
-def test_labels_and_times_lead_straight_to_what_is_rare(crowded: SqliteStore) -> None:
+def test_labels_and_times_use_an_index(crowded: SqliteStore) -> None:
     from datetime import UTC, datetime
 
     rare = crowded.find(Query(labels=(("rare", "yes"),)), limit=200)

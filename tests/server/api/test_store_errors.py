@@ -1,4 +1,4 @@
-"""A full disk, a locked or read-only database: the client is told, and nothing half is left."""
+"""A full disk, a locked or read-only database: the client gets an error, and nothing incomplete is left."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def noise(side: int) -> bytes:
 
 @contextlib.contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """Let every write beyond this size fail as on a full disk (Python ignores SIGXFSZ, so write says EFBIG)."""
+    """Let every write beyond this size fail as on a full disk (Python ignores SIGXFSZ, so write fails with EFBIG)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -51,12 +51,12 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
-    picture = noise(200)
+def test_a_full_disk_for_the_image_is_507(client: flask.testing.FlaskClient, stored_state: Traces) -> None:
+    image = noise(200)
 
     with files_no_larger_than(50_000):
-        response = client.post(URL, data=picture, **RAW)
-    afterwards = client.post(URL, data=picture, **RAW)
+        response = client.post(URL, data=image, **RAW)
+    afterwards = client.post(URL, data=image, **RAW)
 
     assert (response.status_code, response.json["code"]) == (507, "disk_full")
     assert response.headers["Retry-After"]
@@ -65,7 +65,7 @@ def test_a_disk_that_is_full_for_the_picture_is_507(client: flask.testing.FlaskC
     assert [len(left) if isinstance(left, list) else left for left in stored_state()] == [1, 1]
 
 
-def test_a_disk_that_is_full_for_the_row_leaves_no_row_and_nothing_that_the_sweep_would_not_take(
+def test_a_full_disk_for_the_row_leaves_no_row_and_only_what_the_sweep_removes(
     client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
 ) -> None:
     client.post(URL, data=noise(8), **RAW)
@@ -99,7 +99,7 @@ def test_a_locked_database_is_503_with_retry_after(
     assert client.post(URL, data=noise(8), **RAW).status_code == 202
 
 
-def test_reads_go_on_while_the_database_is_locked(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
+def test_reads_work_while_the_database_is_locked(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
     id = client.post(URL, data=noise(8), **RAW).json["req_id"]
 
     with contextlib.closing(sqlite3.connect(settings.database, isolation_level=None)) as other:
@@ -140,12 +140,12 @@ def frozen_home(models_folder: Path) -> Iterator[ServerSettings]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("writable", ["nothing", "the pictures only"])
+@pytest.mark.parametrize("writable", ["nothing", "the images only"])
 def test_a_read_only_home_is_503_and_leaves_nothing(
     frozen_home: ServerSettings, client: flask.testing.FlaskClient, writable: str
 ) -> None:
     client.post(URL, data=noise(8), **RAW)  # everything is imported now, also what only root may read
-    if writable == "the pictures only":
+    if writable == "the images only":
         for path in [frozen_home.images, *frozen_home.images.rglob("*")]:
             path.chmod(0o777)
     store = SqliteStore(frozen_home)

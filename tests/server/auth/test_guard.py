@@ -1,4 +1,4 @@
-"""Who may do what on the HTTP API: keys, scopes, owners, limits, and the guards of an open server."""
+"""Authentication and authorisation: keys, scopes, owners, limits, and the checks of an open server."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import ConfigError
-from server.api.endpoint import get_operation
 from server.app import create_app
 from server.auth.guard import check_exposure
 from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.auth.limits import Limits
+from server.endpoint import get_operation
 from server.errors import RateLimited
 from server.settings import ServerSettings
 from store.errors import StoreBusy
@@ -75,7 +75,7 @@ def client(settings: ServerSettings, store: SqliteStore, clock: Clock) -> flask.
 
 
 @pytest.fixture
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 24), "navy").save(file, "PNG")
     return file.getvalue()
@@ -85,48 +85,48 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def send(client: flask.testing.FlaskClient, picture: bytes, key: str | None = None, **headers: str) -> Any:
+def send(client: flask.testing.FlaskClient, image: bytes, key: str | None = None, **headers: str) -> Any:
     known = {} if key is None else bearer(key)
-    return client.post(URL, data=picture, content_type="image/png", headers={**known, **headers})
+    return client.post(URL, data=image, content_type="image/png", headers={**known, **headers})
 
 
 # Keys
 
 
-def test_without_any_key_in_the_store_everybody_may(client: flask.testing.FlaskClient, picture: bytes) -> None:
-    sent = send(client, picture)
+def test_without_any_key_in_the_store_everybody_may_do_everything(
+    client: flask.testing.FlaskClient, image: bytes
+) -> None:
+    sent = send(client, image)
 
     assert sent.status_code == 202
     assert client.get(sent.json["status_url"]).status_code == 200
 
 
-def test_from_the_first_key_on_nobody_may_without(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
-) -> None:
+def test_from_the_first_key_on_a_key_is_required(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make()
 
-    refused, taken = send(client, picture), send(client, picture, key)
+    refused, accepted = send(client, image), send(client, image, key)
 
     assert (refused.status_code, refused.json["code"]) == (401, "key_missing")
     assert refused.headers["WWW-Authenticate"] == 'Bearer realm="mlg"'
     assert "mlg keys create" in refused.json["reason"]
-    assert taken.status_code == 202
+    assert accepted.status_code == 202
 
 
-def test_revoking_the_last_key_does_not_open_the_door(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+def test_revoking_the_last_key_does_not_open_the_server(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
 ) -> None:
     make("alice")
     store.revoke_key("alice", now=NOW)
 
-    assert send(client, picture).status_code == 401
+    assert send(client, image).status_code == 401
 
 
-def test_a_key_may_stand_in_either_header(client: flask.testing.FlaskClient, make: Make, picture: bytes) -> None:
+def test_a_key_may_be_in_either_header(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make()
 
     answers = [
-        client.post(URL, data=picture, content_type="image/png", headers=headers)
+        client.post(URL, data=image, content_type="image/png", headers=headers)
         for headers in (
             {"Authorization": f"bearer {key}"},
             {"X-API-Key": key},
@@ -138,8 +138,8 @@ def test_a_key_may_stand_in_either_header(client: flask.testing.FlaskClient, mak
     assert [answer.status_code for answer in answers] == [202, 202, 202]
 
 
-def test_a_key_that_is_not_right_is_refused_and_appears_nowhere(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, caplog: pytest.LogCaptureFixture
+def test_a_wrong_key_is_refused_and_appears_nowhere(
+    client: flask.testing.FlaskClient, make: Make, image: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     key = make()
@@ -186,7 +186,7 @@ def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStor
     assert key_cache.has_keys()
 
 
-def test_the_use_of_a_key_is_noted_in_the_store(
+def test_the_use_of_a_key_is_written_to_the_store(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make
 ) -> None:
     client.get("/readPrediction/x", headers=bearer(make()))
@@ -194,7 +194,7 @@ def test_the_use_of_a_key_is_noted_in_the_store(
     assert [key.last_used_at for key in store.list_keys()] == [NOW]
 
 
-def test_a_store_that_cannot_note_the_use_of_a_key_refuses_nobody(
+def test_a_failure_to_write_the_use_of_a_key_refuses_nobody(
     client: flask.testing.FlaskClient, store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -222,11 +222,11 @@ def test_health_and_the_first_page_are_open_to_everybody(
     ("scope", "sends", "reads", "cancels"),
     [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
 )
-def test_a_key_is_good_for_its_scopes_only(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, scope: Scope, sends: int, reads: int, cancels: int
+def test_a_key_is_limited_to_its_scopes(
+    client: flask.testing.FlaskClient, make: Make, image: bytes, scope: Scope, sends: int, reads: int, cancels: int
 ) -> None:
     key = make("one", scope)
-    sent = send(client, picture, key)
+    sent = send(client, image, key)
     id = sent.json.get("req_id", "x")
 
     read = client.get(f"/readPrediction/{id}", headers=bearer(key))
@@ -237,9 +237,7 @@ def test_a_key_is_good_for_its_scopes_only(
         assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
 
 
-def test_a_view_that_says_nothing_of_itself_is_for_operators(
-    settings: ServerSettings, store: SqliteStore, make: Make
-) -> None:
+def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, store: SqliteStore, make: Make) -> None:
     app = create_app(settings, store)
     app.add_url_rule("/quiet", "quiet", lambda: "something")
     alice, operator = make("alice"), make("operator", Scope.OPERATE)
@@ -252,11 +250,11 @@ def test_a_view_that_says_nothing_of_itself_is_for_operators(
 # Owners
 
 
-def test_a_request_is_seen_with_its_own_key_or_an_operators_only(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, picture: bytes
+def test_a_request_is_visible_to_its_own_key_and_to_operators(
+    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
 ) -> None:
     alice, bob, operator = make("alice"), make("bob"), make("operator", Scope.OPERATE)
-    id = send(client, picture, alice).json["req_id"]
+    id = send(client, image, alice).json["req_id"]
 
     def ask(key: str) -> list[int]:
         return [
@@ -276,10 +274,10 @@ def test_a_request_is_seen_with_its_own_key_or_an_operators_only(
     assert store.get(id).key_id == next(key.id for key in store.list_keys() if key.name == "alice")
 
 
-def test_what_was_sent_before_there_were_keys_is_for_operators(
-    settings: ServerSettings, store: SqliteStore, make: Make, picture: bytes
+def test_requests_from_before_the_first_key_are_for_operators(
+    settings: ServerSettings, store: SqliteStore, make: Make, image: bytes
 ) -> None:
-    id = send(create_app(settings, store).test_client(), picture).json["req_id"]
+    id = send(create_app(settings, store).test_client(), image).json["req_id"]
     client = create_app(settings, store).test_client()
     alice, operator = make("alice"), make("operator", Scope.OPERATE)
 
@@ -288,11 +286,11 @@ def test_what_was_sent_before_there_were_keys_is_for_operators(
     assert statuses == [404, 200]
 
 
-def test_a_foreign_request_looks_like_one_that_was_never_there(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
+def test_a_request_of_another_key_looks_like_an_unknown_one(
+    client: flask.testing.FlaskClient, make: Make, image: bytes
 ) -> None:
     alice, bob = make("alice"), make("bob")
-    id = send(client, picture, alice).json["req_id"]
+    id = send(client, image, alice).json["req_id"]
 
     foreign = client.get(f"/readPrediction/{id}", headers=bearer(bob))
     absent = client.get(f"/readPrediction/{'0' * 32}", headers=bearer(bob))
@@ -303,15 +301,15 @@ def test_a_foreign_request_looks_like_one_that_was_never_there(
 # Limits
 
 
-def test_a_quota_is_told_with_every_answer_and_ends_with_429(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes, clock: Clock
+def test_a_quota_is_in_every_response_and_ends_with_429(
+    client: flask.testing.FlaskClient, make: Make, image: bytes, clock: Clock
 ) -> None:
     key = make(images_per_day=2)
 
-    answers = [send(client, picture, key) for _ in range(3)]
+    answers = [send(client, image, key) for _ in range(3)]
     read = client.get("/readPrediction/x", headers=bearer(key))
     clock.now += timedelta(hours=12)
-    tomorrow = send(client, picture, key)
+    tomorrow = send(client, image, key)
 
     assert [answer.status_code for answer in answers] == [202, 202, 429]
     assert answers[2].json["code"] == "quota_reached"
@@ -327,18 +325,16 @@ def test_a_quota_is_told_with_every_answer_and_ends_with_429(
     assert tomorrow.status_code == 202
 
 
-def test_a_quota_refuses_before_the_picture_is_read(
-    client: flask.testing.FlaskClient, make: Make, picture: bytes
-) -> None:
+def test_a_quota_refuses_before_the_image_is_read(client: flask.testing.FlaskClient, make: Make, image: bytes) -> None:
     key = make(images_per_day=1)
-    send(client, picture, key)
+    send(client, image, key)
 
     answer = client.post(URL, data=b"x" * 100_000_000, content_type="image/png", headers=bearer(key))
 
     assert answer.status_code == 429
 
 
-def test_a_rate_is_told_with_every_answer_and_ends_with_429(
+def test_a_rate_is_in_every_response_and_ends_with_429(
     client: flask.testing.FlaskClient, make: Make, clock: Clock
 ) -> None:
     key = make(requests_per_minute=3)
@@ -357,21 +353,21 @@ def test_a_rate_is_told_with_every_answer_and_ends_with_429(
     assert next_minute.status_code == 404
 
 
-def test_both_limits_stand_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_both_limits_are_in_one_header(client: flask.testing.FlaskClient, make: Make) -> None:
     answer = client.get("/readPrediction/x", headers=bearer(make(requests_per_minute=10, images_per_day=5)))
 
     assert answer.headers["RateLimit-Policy"] == '"requests-per-minute";q=10;w=60, "pictures-per-day";q=5;w=86400'
     assert answer.headers["RateLimit"] == '"requests-per-minute";r=9;t=45, "pictures-per-day";r=5;t=43185'
 
 
-def test_a_key_without_limits_is_told_of_none(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_a_key_without_limits_gets_no_headers(client: flask.testing.FlaskClient, make: Make) -> None:
     answer = client.get("/readPrediction/x", headers=bearer(make()))
 
     assert not [name for name, _ in answer.headers if name.startswith("RateLimit")]
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 100])
-def test_several_processes_together_keep_to_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
+def test_several_processes_together_keep_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
     make(requests_per_minute=per_minute)
     (key,) = store.list_keys()
     processes = [Limits(store) for _ in range(3)]
@@ -409,7 +405,7 @@ def test_a_process_asks_the_store_ten_times_a_minute_at_most(
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:5000", "127.0.0.1:5000", "127.0.0.2", "[::1]:5000", "LOCALHOST", "photos.lan:80"]
 )
-def test_an_open_server_answers_to_the_names_of_this_machine(
+def test_an_open_server_accepts_the_names_of_this_machine(
     settings: ServerSettings, store: SqliteStore, host: str
 ) -> None:
     app = create_app(replace(settings, allowed_hosts=frozenset({"photos.lan"})), store)
@@ -421,13 +417,13 @@ def test_an_open_server_answers_to_the_names_of_this_machine(
     "host",
     ["evil.example", "evil.example:5000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]"],
 )
-def test_a_name_that_leads_here_by_a_trick_is_refused(client: flask.testing.FlaskClient, host: str) -> None:
+def test_a_rebound_host_name_is_refused(client: flask.testing.FlaskClient, host: str) -> None:
     answer = client.get("/readPrediction/x", headers={"Host": host})
 
     assert (answer.status_code, answer.json["code"]) == (421, "wrong_host")
 
 
-def test_with_keys_any_name_will_do(client: flask.testing.FlaskClient, make: Make) -> None:
+def test_with_keys_any_host_name_is_accepted(client: flask.testing.FlaskClient, make: Make) -> None:
     assert client.get("/readPrediction/x", headers={**bearer(make()), "Host": "mlg.example"}).status_code == 404
 
 
@@ -442,9 +438,9 @@ def test_with_keys_any_name_will_do(client: flask.testing.FlaskClient, make: Mak
     ],
 )
 def test_a_page_of_another_site_changes_nothing_on_an_open_server(
-    client: flask.testing.FlaskClient, store: SqliteStore, picture: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, store: SqliteStore, image: bytes, headers: dict[str, str]
 ) -> None:
-    answer = send(client, picture, **headers)
+    answer = send(client, image, **headers)
 
     assert (answer.status_code, answer.json["code"]) == (403, "cross_site")
     assert not store.list()
@@ -454,16 +450,16 @@ def test_a_page_of_another_site_changes_nothing_on_an_open_server(
     "headers", [{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": "http://localhost"}, {}]
 )
 def test_own_pages_and_programs_may_send_to_an_open_server(
-    client: flask.testing.FlaskClient, picture: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, image: bytes, headers: dict[str, str]
 ) -> None:
-    assert send(client, picture, **headers).status_code == 202
+    assert send(client, image, **headers).status_code == 202
 
 
 # Other machines
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "mlg.example"])
-def test_a_server_for_other_machines_wants_keys_or_a_word(
+def test_a_server_for_other_machines_needs_keys_or_a_setting(
     settings: ServerSettings, store: SqliteStore, make: Make, host: str
 ) -> None:
     exposed = replace(settings, host=host)
@@ -476,12 +472,12 @@ def test_a_server_for_other_machines_wants_keys_or_a_word(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_a_server_for_this_machine_wants_none(settings: ServerSettings, store: SqliteStore, host: str) -> None:
+def test_a_server_for_this_machine_needs_no_keys(settings: ServerSettings, store: SqliteStore, host: str) -> None:
     check_exposure(replace(settings, host=host), store)
 
 
 @pytest.mark.parametrize(("is_open", "status"), [(False, 401), (True, 404)])
-def test_on_another_address_a_server_without_keys_is_open_only_if_told(
+def test_on_another_address_a_server_without_keys_is_open_only_by_setting(
     settings: ServerSettings, store: SqliteStore, is_open: bool, status: int
 ) -> None:
     app = create_app(replace(settings, host="0.0.0.0", is_open=is_open), store)
@@ -489,7 +485,7 @@ def test_on_another_address_a_server_without_keys_is_open_only_if_told(
     assert app.test_client().get("/readPrediction/x", headers={"Host": "mlg.example"}).status_code == status
 
 
-def test_keys_are_asked_for_even_if_the_server_was_told_to_be_open(
+def test_keys_are_required_even_if_the_server_is_set_to_be_open(
     settings: ServerSettings, store: SqliteStore, make: Make
 ) -> None:
     make()
@@ -512,7 +508,7 @@ def test_host_names_are_read_with_commas_between() -> None:
 # Every view
 
 
-def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_everybody(
+def test_every_view_requires_a_key_unless_it_is_open_to_everybody(
     settings: ServerSettings, store: SqliteStore, make: Make
 ) -> None:
     app = create_app(settings, store)
@@ -520,14 +516,14 @@ def test_every_view_says_what_it_is_for_and_asks_for_a_key_unless_it_is_open_to_
     client = app.test_client()
 
     for rule in app.url_map.iter_rules():
-        said = get_operation(app.view_functions[rule.endpoint])
-        assert said is not None, rule
+        described = get_operation(app.view_functions[rule.endpoint])
+        assert described is not None, rule
         path = re.sub("<.*?>", "x", rule.rule)
         for method in sorted((rule.methods or set()) - {"OPTIONS"}):
             status = client.open(path, method=method).status_code
 
-            assert (status == 401) is (said.scope is not None or path == "/login"), f"{method} {path}: {status}"
+            assert (status == 401) is (described.scope is not None or path == "/login"), f"{method} {path}: {status}"
 
 
-def test_a_program_that_names_no_host_is_let_in(client: flask.testing.FlaskClient) -> None:
+def test_a_program_without_a_host_header_is_accepted(client: flask.testing.FlaskClient) -> None:
     assert client.get("/readPrediction/x", environ_overrides={"HTTP_HOST": ""}).status_code == 404

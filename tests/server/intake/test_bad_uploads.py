@@ -96,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "2 MB",
     ),
     "over 2 MB raw": ({"data": JPEG + bytes(2 * 1024 * 1024), "content_type": "image/jpeg"}, 413, "too_large", "2 MB"),
-    "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the picture itself"),
+    "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the image itself"),
     "text": ({"data": b"hello", "content_type": "text/plain"}, 415, "unsupported_media_type", "curl -F"),
     "curl -d": ({"data": {"image": "x"}}, 415, "unsupported_media_type", "curl -F"),
     "a compressed body": (
@@ -200,13 +200,13 @@ def rewind(fields: dict[str, Any]) -> None:
 
 
 class Watched(io.BytesIO):
-    """A body that counts what was taken of it."""
+    """A body that counts the bytes that were read."""
 
-    taken = 0
+    bytes_read = 0
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         data = super().read(size)
-        self.taken += len(data)
+        self.bytes_read += len(data)
         return data
 
 
@@ -219,13 +219,13 @@ def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
     response = client.post(URL, input_stream=body, content_length=5_000_000, content_type=content_type)
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
-    assert body.taken == 0
+    assert body.bytes_read == 0
     assert stored_state() == ([], 0)
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
 @pytest.mark.parametrize("size", [10_000_000, 50_000_000])
-def test_an_undeclared_length_is_refused_after_what_a_client_has_under_way(
+def test_an_undeclared_length_is_refused_while_reading(
     client: flask.testing.FlaskClient, stored_state: Traces, content_type: str, size: int
 ) -> None:
     body = Watched(bytes(size))
@@ -235,11 +235,11 @@ def test_an_undeclared_length_is_refused_after_what_a_client_has_under_way(
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     # To its end, so that the client has sent all and reads the answer; but not for ever.
-    assert min(size, 35_000_000) <= body.taken < 36_000_000
+    assert min(size, 35_000_000) <= body.bytes_read < 36_000_000
     assert stored_state() == ([], 0)
 
 
-def test_a_picture_of_exactly_the_limit_is_taken(settings: ServerSettings, store: SqliteStore) -> None:
+def test_an_image_of_exactly_the_limit_is_accepted(settings: ServerSettings, store: SqliteStore) -> None:
     # A comment segment makes the file as long as wanted.
     filler = 4000 - len(JPEG) - 4
     data = JPEG[:2] + b"\xff\xfe" + struct.pack(">H", filler + 2) + bytes(filler) + JPEG[2:]
@@ -266,7 +266,7 @@ def test_a_body_that_ends_early_is_refused(client: flask.testing.FlaskClient, st
 @pytest.mark.parametrize(
     ("name", "hint"), [("densenet12", "densenet121"), ("xxceptionn", "xception"), ("zzzz", "mlg models")]
 )
-def test_an_unknown_model_is_named_with_its_nearest(
+def test_an_unknown_model_error_names_the_nearest(
     client: flask.testing.FlaskClient, stored_state: Traces, name: str, hint: str
 ) -> None:
     response = client.post(f"/requestPrediction/{name}", data=form(JPEG))
@@ -341,7 +341,7 @@ def test_a_bad_parameter_of_a_read_is_refused(client: flask.testing.FlaskClient,
         ("POST", "/models", "GET"),
     ],
 )
-def test_a_wrong_method_is_answered_with_the_right_ones(
+def test_a_wrong_method_error_names_the_right_ones(
     client: flask.testing.FlaskClient, method: str, path: str, allowed: str
 ) -> None:
     response = client.open(path, method=method)
@@ -377,7 +377,7 @@ def test_a_file_name_is_only_a_label(sent: str, kept: str | None) -> None:
     assert clean_name(sent) == kept
 
 
-def test_a_path_in_the_file_name_leads_nowhere(
+def test_a_path_in_the_file_name_is_ignored(
     client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
 ) -> None:
     id = client.post(URL, data=form(JPEG, "../../../evil%0d%0a.jpg")).json["req_id"]

@@ -1,4 +1,4 @@
-"""Forms are taken apart as Werkzeug and RFC 2046 do it."""
+"""Forms are parsed as by Werkzeug and RFC 2046."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECES = st.lists(st.sampled_from([b"\r\n", b"--", b"b", b"--b", b"\r\n--bX", b"
 
 @given(data=PIECES.map(b"".join), other=PIECES.map(b"".join))
 @settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-def test_whatever_is_in_a_field_comes_out_again(data: bytes, other: bytes) -> None:
+def test_any_bytes_in_a_field_are_preserved(data: bytes, other: bytes) -> None:
     body = b"".join(
         b'--b\r\nContent-Disposition: form-data; name="%s"; filename="f"\r\n\r\n%s\r\n' % (name, content)
         for name, content in ((b"image", data), (b"other", other))
@@ -35,7 +35,7 @@ def test_whatever_is_in_a_field_comes_out_again(data: bytes, other: bytes) -> No
 
 @given(junk=st.binary(max_size=200))
 @settings(deadline=None)
-def test_junk_is_refused_or_understood_but_never_a_crash(junk: bytes) -> None:
+def test_random_bytes_are_refused_or_parsed_but_never_crash(junk: bytes) -> None:
     for body in (junk, b"--b\r\n" + junk + b"\r\n--b--", b"--b" + junk):
         try:
             assert all(isinstance(part, Part) for part in split(body, "b"))
@@ -67,7 +67,7 @@ def test_file_names_are_read_in_every_spelling(disposition: bytes, filename: str
     assert (part.name, part.filename) == ("image", filename)
 
 
-def test_it_agrees_with_werkzeug_on_what_curl_sends() -> None:
+def test_it_agrees_with_werkzeug_on_curls_forms() -> None:
     boundary = "------------------------d74496d66958873e"
     body = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="top"\r\n\r\n3\r\n'

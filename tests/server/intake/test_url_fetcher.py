@@ -1,4 +1,4 @@
-"""Fetching pictures by URL: what is refused by its spelling or its address, and what a hostile host may try."""
+"""Fetching images by URL: what is refused by its notation or its address, and what a hostile host may try."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flask.testing
 import pytest
 
 from provider_image.errors import MlgError, TooManyBytes
+from server import http_client
 from server.app import create_app
 from server.errors import FetchFailed, UrlRefused
-from server.intake import url_fetcher
-from server.intake.url_fetcher import check_url, fetch, is_public, resolve_host
+from server.http_client import HttpClient, check_url, is_public, resolve_host
+from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.sqlite import SqliteStore
 from tests.timing import slowness
@@ -45,8 +47,10 @@ URL = f"https://{HOST}/kitten.jpg"
         ("https://example.com?q", "example.com", "/?q"),
     ],
 )
-def test_a_plain_https_url_is_taken(url: str, host: str, target: str) -> None:
-    assert check_url(url) == (host, target)
+def test_a_plain_https_url_is_accepted(url: str, host: str, target: str) -> None:
+    checked = check_url(url)
+
+    assert (checked.host, checked.path) == (host, target)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_a_public_address_is_public(address: str) -> None:
         "::ffff:0:127.0.0.1",  # IPv4-translated
         "64:ff9b::7f00:1",
         "64:ff9b::169.254.169.254",
-        "64:ff9b:1::1",  # NAT64 of one's own network
+        "64:ff9b:1::1",  # NAT64 of a private network
         "100::1",
         "2001::1",  # Teredo
         "2001:2::1",
@@ -222,42 +226,47 @@ def test_a_public_address_is_public(address: str) -> None:
         "0177.0.0.1",
     ],
 )
-def test_every_other_address_is_not(address: str) -> None:
+def test_every_other_address_is_not_public(address: str) -> None:
     assert not is_public(address)
 
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], [PUBLIC, "10.0.0.1"], ["::ffff:169.254.169.254"], ["fe80::1%lo"]])
 def test_a_name_with_an_address_that_is_not_public_is_never_connected_to(addresses: list[str]) -> None:
     with pytest.raises(UrlRefused) as refusal:
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=lambda *_: addresses, connect=no_connection)
+        fetch_with(resolve=lambda *_: addresses, connect=no_connection)
 
     assert not any(address in refusal.value.reason for address in addresses)
 
 
-def test_a_name_without_an_address_is_said_so() -> None:
+def test_a_name_without_an_address_is_reported() -> None:
     def resolve(host: str, seconds: float) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
     with pytest.raises(FetchFailed, match="no address"):
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=resolve, connect=no_connection)
+        fetch_with(resolve=resolve, connect=no_connection)
 
 
-def test_a_resolver_that_does_not_answer_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_that_does_not_answer_is_abandoned_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(120) and [])
 
     with pytest.raises(FetchFailed, match="too long"):
-        fetch(URL, max_image_bytes=100, seconds=0.1, connect=no_connection)
+        fetch_with(seconds=0.1, connect=no_connection)
 
     release.set()
 
 
-def test_the_systems_resolver_is_asked() -> None:
+def test_the_systems_resolver_is_used() -> None:
     assert set(resolve_host("localhost", 10)) <= {"127.0.0.1", "::1"}
 
 
-def no_connection(address: str, seconds: float) -> socket.socket:
+def no_connection(address: str, port: int, seconds: float) -> socket.socket:
     raise AssertionError(f"connected to {address}")
+
+
+def fetch_with(*, seconds: float = 5, **network: Any) -> bytes:
+    """Fetch with another resolver, connection or trust store."""
+    return fetch(URL, max_image_bytes=100, seconds=seconds, http_client=HttpClient(**network))
 
 
 # A host that answers
@@ -276,20 +285,29 @@ class Host:
         self.tls_context = ssl.create_default_context(cafile=str(certificate))
         self._listener = socket.create_server(("127.0.0.1", 0))
         #: What each connection asked for: request line and headers.
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         #: Addresses that were connected to.
         self.addresses: list[str] = []
         self._answers: list[bytes | Callable[[ssl.SSLSocket], None]] = []
         self.is_over = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def fetch(self, *answers: bytes | Callable[[ssl.SSLSocket], None], url: str = URL, **facts: object) -> bytes:
+    def fetch(
+        self,
+        *answers: bytes | Callable[[ssl.SSLSocket], None],
+        url: str = URL,
+        seconds: float = 10,
+        is_trusted: bool = True,
+    ) -> bytes:
         """Fetch a URL from this host, whatever address the name has."""
         self._answers += answers
-        options: dict[str, object] = {"max_image_bytes": 1000, "seconds": 10, "tls_context": self.tls_context, **facts}
-        return fetch(url, resolve=lambda *_: [PUBLIC], connect=self.connect, **options)  # type: ignore[arg-type]
+        client = HttpClient(
+            resolve=lambda *_: [PUBLIC], connect=self.connect, tls_context=self.tls_context if is_trusted else None
+        )
+        return fetch(url, max_image_bytes=1000, seconds=seconds, http_client=client)
 
-    def connect(self, address: str, seconds: float) -> socket.socket:
+    def connect(self, address: str, port: int, seconds: float) -> socket.socket:
+        assert port == 443
         self.addresses.append(address)
         return socket.create_connection(self._listener.getsockname(), timeout=seconds)
 
@@ -308,7 +326,7 @@ class Host:
                     request = b""
                     while b"\r\n\r\n" not in request and (piece := secure.recv(4096)):
                         request += piece
-                    self.asked.append(request.decode())
+                    self.requests.append(request.decode())
                     answer = self._answers.pop(0)
                     if isinstance(answer, bytes):
                         secure.sendall(answer)
@@ -354,11 +372,11 @@ def redirect(where: str, status: int = 302) -> bytes:
     return f"HTTP/1.1 {status} Moved\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-def test_a_picture_is_fetched_from_the_very_address_that_was_checked(host: Host) -> None:
-    data = host.fetch(ok(b"a picture"), url=f"{URL}?size=1#part")
+def test_an_image_is_fetched_from_the_address_that_was_checked(host: Host) -> None:
+    data = host.fetch(ok(b"an image"), url=f"{URL}?size=1#part")
 
-    lines = host.asked[0].split("\r\n")
-    assert data == b"a picture"
+    lines = host.requests[0].split("\r\n")
+    assert data == b"an image"
     assert host.addresses == [PUBLIC]
     assert lines[0] == "GET /kitten.jpg?size=1 HTTP/1.1"
     assert f"Host: {HOST}" in lines
@@ -381,7 +399,7 @@ def test_the_environments_proxy_is_not_used(host: Host, monkeypatch: pytest.Monk
         ok(b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
     ],
 )
-def test_a_picture_of_exactly_the_limit_is_fetched(host: Host, answer: bytes) -> None:
+def test_an_image_of_exactly_the_limit_is_fetched(host: Host, answer: bytes) -> None:
     assert host.fetch(answer) == b"x" * 1000
 
 
@@ -423,7 +441,7 @@ def test_a_body_without_end_is_refused_at_the_limit(host: Host) -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", "HTTP"),
     ],
 )
-def test_an_answer_that_is_no_picture_is_said_so(host: Host, answer: bytes, reason: str) -> None:
+def test_a_response_without_an_image_is_reported(host: Host, answer: bytes, reason: str) -> None:
     with pytest.raises(FetchFailed, match=reason):
         host.fetch(answer)
 
@@ -438,7 +456,7 @@ def test_an_answer_that_is_no_picture_is_said_so(host: Host, answer: bytes, reas
         pytest.param((b"", b""), id="nothing"),
     ],
 )
-def test_a_host_that_drips_is_cut_off_in_time(host: Host, pieces: tuple[bytes, bytes]) -> None:
+def test_a_slow_host_is_cut_off_in_time(host: Host, pieces: tuple[bytes, bytes]) -> None:
     def drip(secure: ssl.SSLSocket) -> None:
         first, again = pieces
         secure.sendall(first or b"")
@@ -453,28 +471,26 @@ def test_a_host_that_drips_is_cut_off_in_time(host: Host, pieces: tuple[bytes, b
     assert time.monotonic() - started_at < 5 * slowness()
 
 
-def test_a_host_that_never_shakes_hands_is_cut_off_in_time() -> None:
+def test_a_host_without_a_tls_handshake_is_cut_off_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FetchFailed, match="too long"):
-        fetch(
-            URL,
-            max_image_bytes=100,
+        fetch_with(
             seconds=0.3,
             resolve=lambda *_: [PUBLIC],
-            connect=lambda _, seconds: socket.create_connection(silent.getsockname(), timeout=seconds),
+            connect=lambda _, port, seconds: socket.create_connection(silent.getsockname(), timeout=seconds),
         )
 
 
-def test_a_host_that_refuses_the_connection_is_said_so() -> None:
-    def refuse(address: str, seconds: float) -> socket.socket:
+def test_a_host_that_refuses_the_connection_is_reported() -> None:
+    def refuse(address: str, port: int, seconds: float) -> socket.socket:
         raise ConnectionRefusedError
 
     with pytest.raises(FetchFailed, match="does not answer"):
-        fetch(URL, max_image_bytes=100, seconds=5, resolve=lambda *_: [PUBLIC], connect=refuse)
+        fetch_with(resolve=lambda *_: [PUBLIC], connect=refuse)
 
 
 def test_a_certificate_that_the_system_does_not_trust_is_refused(host: Host) -> None:
     with pytest.raises(FetchFailed, match="certificate"):
-        host.fetch(ok(b"x"), tls_context=None)
+        host.fetch(ok(b"x"), is_trusted=False)
 
 
 def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
@@ -482,11 +498,11 @@ def test_a_certificate_for_another_name_is_refused(host: Host) -> None:
         host.fetch(ok(b"x"), url="https://other.example.com/kitten.jpg")
 
 
-def test_this_very_machine_is_not_asked_by_its_public_address(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_fetcher, "is_public", lambda address: True)
+def test_this_machine_is_not_connected_to_by_its_public_address(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "is_public", lambda address: True)
 
     with pytest.raises(UrlRefused):
-        fetch(URL, max_image_bytes=9, seconds=5, resolve=lambda *_: ["127.0.0.1"], connect=host.connect)
+        fetch_with(resolve=lambda *_: ["127.0.0.1"], connect=host.connect)
 
 
 # Redirects
@@ -495,10 +511,10 @@ def test_this_very_machine_is_not_asked_by_its_public_address(host: Host, monkey
 @pytest.mark.parametrize("where", ["/b.jpg", f"https://{HOST}/b.jpg", f"https://{HOST}:443/b.jpg", "b.jpg", "?b.jpg"])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_on_the_same_host_is_followed(host: Host, where: str, status: int) -> None:
-    data = host.fetch(redirect(where, status), ok(b"a picture"))
+    data = host.fetch(redirect(where, status), ok(b"an image"))
 
-    assert data == b"a picture"
-    assert "b.jpg HTTP/1.1" in host.asked[1]
+    assert data == b"an image"
+    assert "b.jpg HTTP/1.1" in host.requests[1]
     assert host.addresses == [PUBLIC, PUBLIC]
 
 
@@ -523,7 +539,7 @@ def test_a_redirect_elsewhere_is_refused(host: Host, where: str) -> None:
     with pytest.raises(UrlRefused):
         host.fetch(redirect(where))
 
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
 
 
 def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:
@@ -531,14 +547,7 @@ def test_the_address_is_checked_again_at_each_redirect(host: Host) -> None:
     addresses = [[PUBLIC], ["127.0.0.1"]]
 
     with pytest.raises(UrlRefused):
-        fetch(
-            URL,
-            max_image_bytes=9,
-            seconds=5,
-            resolve=lambda *_: addresses.pop(0),
-            connect=host.connect,
-            tls_context=host.tls_context,
-        )
+        fetch_with(resolve=lambda *_: addresses.pop(0), connect=host.connect, tls_context=host.tls_context)
 
     assert host.addresses == [PUBLIC]
 
@@ -574,7 +583,7 @@ def test_fetching_is_off_unless_the_operator_allows_it(client: flask.testing.Fla
     assert not store.list()
 
 
-def test_a_picture_by_its_url_is_kept_like_any_other(
+def test_an_image_by_its_url_is_kept_like_any_other(
     settings: ServerSettings,
     store: SqliteStore,
     photos: dict[str, bytes],
@@ -586,7 +595,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
         asked.append((url, facts))
         return photos["rocket"]
 
-    monkeypatch.setattr("server.api.views.predictions.fetch", fetch_here)
+    monkeypatch.setattr("server.intake.staging.fetch", fetch_here)
 
     answer = api(settings, store).post(
         "/requestPrediction/efficientnet_lite0", json={"url": f"{URL}?a=%2F", "fresh": True, "top": 3}
@@ -616,7 +625,7 @@ def test_a_picture_by_its_url_is_kept_like_any_other(
         (b'{"url": "https://example.com/", "x": "' + b"x" * 9000 + b'"}', "too_large"),
     ],
 )
-def test_a_body_that_names_no_good_url_is_refused(
+def test_a_body_without_a_valid_url_is_refused(
     settings: ServerSettings, store: SqliteStore, body: bytes, code: str
 ) -> None:
     answer = api(settings, store).post(
@@ -631,7 +640,7 @@ def test_a_body_that_names_no_good_url_is_refused(
     ("error", "status", "code"),
     [(FetchFailed("It took too long."), 502, "fetch_failed"), (UrlRefused(), 400, "url_refused")],
 )
-def test_a_fetch_that_fails_is_said_so(
+def test_a_failed_fetch_is_reported(
     settings: ServerSettings,
     store: SqliteStore,
     monkeypatch: pytest.MonkeyPatch,
@@ -642,17 +651,17 @@ def test_a_fetch_that_fails_is_said_so(
     def fail(url: str, **facts: object) -> bytes:
         raise error
 
-    monkeypatch.setattr("server.api.views.predictions.fetch", fail)
+    monkeypatch.setattr("server.intake.staging.fetch", fail)
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 
     assert (answer.status_code, answer.json) == (status, {"success": False, "reason": error.reason, "code": code})
 
 
-def test_something_else_than_a_picture_is_refused_as_from_anywhere(
+def test_a_fetched_file_that_is_not_an_image_is_refused(
     settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.views.predictions.fetch", lambda url, **facts: b"<html>secrets</html>")
+    monkeypatch.setattr("server.intake.staging.fetch", lambda url, **facts: b"<html>secrets</html>")
 
     answer = api(settings, store).post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 

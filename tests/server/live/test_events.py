@@ -1,4 +1,4 @@
-"""Live events: what a listener is told, what it is told again, and streams through a real server."""
+"""Live events: what a listener gets, what it gets after a reconnect, and streams through a real server."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 URL = f"/requestPrediction/{MODEL}"
 
 
-def picture(color: str = "olive") -> bytes:
+def make_image(color: str = "olive") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), color).save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient, *, fresh: bool = True) -> str:
-    id: str = client.post(f"{URL}?fresh={int(fresh)}", data=picture(), content_type="image/png").json["req_id"]
+    id: str = client.post(f"{URL}?fresh={int(fresh)}", data=make_image(), content_type="image/png").json["req_id"]
     return id
 
 
@@ -63,11 +63,11 @@ def read(client: flask.testing.FlaskClient, path: str, last_id: str | None = Non
     return parse(response.text)
 
 
-def told(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def states_of(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(event["data"]["req_id"], event["data"]["status"]) for event in events if event["event"] == "request"]
 
 
-def test_a_stream_tells_what_is_and_ends_when_all_is_final(
+def test_a_stream_sends_the_current_states_and_ends_when_all_are_final(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     ids = [post(client) for _ in range(3)]
@@ -75,13 +75,13 @@ def test_a_stream_tells_what_is_and_ends_when_all_is_final(
 
     events = read(client, f"/events?ids={','.join(ids)}")
 
-    assert told(events) == [(id, "done") for id in ids]
+    assert states_of(events) == [(id, "done") for id in ids]
     assert events[0]["data"]["preds"][0][1] == "label_0"
     assert events[-1]["event"] == "end"
     assert events[-1]["data"]["done"] == 3
 
 
-def test_a_stream_tells_an_answer_while_it_is_open(
+def test_a_stream_sends_an_answer_while_it_is_open(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post(client)
@@ -89,12 +89,12 @@ def test_a_stream_tells_an_answer_while_it_is_open(
 
     events = read(client, f"/events?ids={id}")
 
-    assert told(events)[0] == (id, "queued")
-    assert told(events)[-1] == (id, "done")
-    assert sum(status == "done" for _, status in told(events)) == 1
+    assert states_of(events)[0] == (id, "queued")
+    assert states_of(events)[-1] == (id, "done")
+    assert sum(status == "done" for _, status in states_of(events)) == 1
 
 
-def test_who_comes_back_is_told_what_was_missed_and_nothing_twice(
+def test_a_reconnecting_client_gets_what_it_missed_and_nothing_twice(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     ids = []
@@ -105,10 +105,10 @@ def test_who_comes_back_is_told_what_was_missed_and_nothing_twice(
 
     again = read(client, f"/events?ids={','.join(ids)}", last_id=first[1]["id"])
 
-    assert told(again) == [(id, "done") for id in ids[2:]]
+    assert states_of(again) == [(id, "done") for id in ids[2:]]
 
 
-def test_who_comes_back_after_the_end_is_told_to_stay_away(
+def test_a_client_that_reconnects_after_the_end_gets_204(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     id = post(client)
@@ -120,7 +120,7 @@ def test_who_comes_back_after_the_end_is_told_to_stay_away(
     assert response.status_code == 204
 
 
-def test_who_comes_back_after_hours_is_told_everything_again(
+def test_a_client_that_reconnects_after_hours_gets_everything_again(
     client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
 ) -> None:
     id = post(client)
@@ -132,7 +132,7 @@ def test_who_comes_back_after_hours_is_told_everything_again(
 
     again = read(client, f"/events?ids={id}", last_id=last)
 
-    assert told(again) == [(id, "done")]
+    assert states_of(again) == [(id, "done")]
 
 
 def test_a_retried_request_keeps_its_stream_open(
@@ -152,8 +152,8 @@ def test_a_retried_request_keeps_its_stream_open(
     text += "".join(piece.decode() for piece in pieces)
     stream.close()
 
-    assert told(parse(text))[:2] == [(waiting, "queued"), (failed, "failed")]
-    assert {(failed, "done"), (waiting, "done")} <= set(told(parse(text)))
+    assert states_of(parse(text))[:2] == [(waiting, "queued"), (failed, "failed")]
+    assert {(failed, "done"), (waiting, "done")} <= set(states_of(parse(text)))
 
 
 @pytest.mark.parametrize("query", ["", "?ids=", "?ids=a&all=1", "?all=2", "?ids=a&x=1", "?ids=" + "a," * 1001 + "b"])
@@ -174,7 +174,7 @@ def test_an_unknown_request_has_no_stream(client: flask.testing.FlaskClient) -> 
     assert "nobody" in response.json["reason"]
 
 
-def test_a_listener_beyond_the_places_is_told_when_to_come_back(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_listener_without_a_free_slot_gets_retry_after(settings: ServerSettings, store: SqliteStore) -> None:
     client = create_app(replace(settings, max_streams=1), store).test_client()
     id = post(client)
     first = client.get(f"/events?ids={id}")
@@ -189,7 +189,7 @@ def test_a_listener_beyond_the_places_is_told_when_to_come_back(settings: Server
     later.close()
 
 
-def test_whoever_operates_hears_how_many_came_to_which_state(
+def test_an_operator_gets_how_many_changed_to_which_state(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
     stream = client.get("/events?all=1")
@@ -210,10 +210,10 @@ def test_whoever_operates_hears_how_many_came_to_which_state(
     stream.close()
 
 
-def test_a_batch_tells_its_progress_and_each_of_its_requests(
+def test_a_batch_streams_its_progress_and_each_of_its_requests(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    files = [(io.BytesIO(picture(color)), f"{color}.png") for color in ("red", "green", "blue")]
+    files = [(io.BytesIO(make_image(color)), f"{color}.png") for color in ("red", "green", "blue")]
     batch = client.post(f"/requestPredictions/{MODEL}?fresh=1", data={"image": files}).json
     ids = {item["req_id"] for item in batch["items"]}
     post(client)
@@ -229,11 +229,11 @@ def test_a_batch_tells_its_progress_and_each_of_its_requests(
     progress = [event["data"] for event in events if event["event"] == "batch"]
     assert (progress[0]["items"], progress[0]["queued"], progress[0]["done"]) == (3, 3, 0)
     assert (progress[-1]["queued"], progress[-1]["done"]) == (0, 3)
-    assert {id for id, status in told(events) if status == "done"} == ids
+    assert {id for id, status in states_of(events) if status == "done"} == ids
     assert events[-1]["event"] == "end"
-    # Who comes late is told what has ended, in the same order.
+    # A client that connects late gets what has ended, in the same order.
     late = read(client, f"/batches/{batch['batch_id']}/events")
-    assert told(late) == [one for one in told(events) if one[1] == "done"]
+    assert states_of(late) == [one for one in states_of(events) if one[1] == "done"]
 
 
 def test_an_unknown_batch_has_no_stream(client: flask.testing.FlaskClient) -> None:
@@ -247,13 +247,13 @@ def make_key(store: SqliteStore, name: str, *scopes: Scope) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_nobody_listens_to_what_is_not_theirs(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     mine = make_key(store, "mine", Scope.SUBMIT, Scope.READ)
     other = make_key(store, "other", Scope.SUBMIT, Scope.READ)
     operator = make_key(store, "operator", Scope.OPERATE)
-    id = client.post(URL, data=picture(), content_type="image/png", headers=mine).json["req_id"]
+    id = client.post(URL, data=make_image(), content_type="image/png", headers=mine).json["req_id"]
     batch = client.post(
-        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(picture()), "k.png")]}, headers=mine
+        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(make_image()), "k.png")]}, headers=mine
     ).json["batch_id"]
 
     def status(path: str, headers: dict[str, str]) -> int:
@@ -265,9 +265,7 @@ def test_nobody_listens_to_what_is_not_theirs(client: flask.testing.FlaskClient,
     assert [status("/events?all=1", who) for who in (mine, operator)] == [403, 200]
 
 
-def test_a_silent_stream_says_that_it_is_alive(
-    client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_stream_sends_heartbeats(client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.live.sse.HEARTBEAT_SECONDS", 0.05)
     for path in (f"/events?ids={post(client)}", "/events?all=1"):
         stream = client.get(path)
@@ -276,7 +274,7 @@ def test_a_silent_stream_says_that_it_is_alive(
         stream.close()
 
 
-def test_asking_for_the_head_only_takes_no_place(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_head_request_takes_no_slot(settings: ServerSettings, store: SqliteStore) -> None:
     client = create_app(replace(settings, max_streams=1), store).test_client()
     id = post(client)
 
@@ -285,7 +283,7 @@ def test_asking_for_the_head_only_takes_no_place(settings: ServerSettings, store
             assert response.status_code == 200
 
 
-def test_a_slow_listener_is_told_from_the_feed_again(
+def test_a_slow_listener_reads_from_the_feed_again(
     client: flask.testing.FlaskClient, answer: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.live.changes.MAX_PENDING_CHANGES", 2)
@@ -298,7 +296,7 @@ def test_a_slow_listener_is_told_from_the_feed_again(
     text += "".join(piece.decode() for piece in pieces)
     stream.close()
 
-    done = [id for id, status in told(parse(text)) if status == "done"]
+    done = [id for id, status in states_of(parse(text)) if status == "done"]
     assert sorted(done) == sorted(ids)
 
 
@@ -306,7 +304,7 @@ def has_event_thread() -> bool:
     return any(thread.name == "events" for thread in threading.enumerate())
 
 
-def test_nobody_looks_while_nobody_listens(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
+def test_nothing_polls_without_a_listener(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
     id = post(client)
     answer()
     read(client, f"/events?ids={id}")
@@ -322,7 +320,7 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore)
 
     stream = read(client, f"/events?ids={id}")
 
-    assert told(stream) == [(id, "queued")]
+    assert states_of(stream) == [(id, "queued")]
     assert client.get(f"/events?ids={id}").status_code == 503
 
 
@@ -340,12 +338,12 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore)
         ("7-12", (7, 12)),
     ],
 )
-def test_an_id_says_where_a_client_stands(text: str | None, position: tuple[float, float]) -> None:
+def test_an_event_id_is_a_position_in_the_feed(text: str | None, position: tuple[float, float]) -> None:
     assert parse_id(text) == position
     assert is_end_id(text) == (text == "7-end")
 
 
-def test_a_watcher_that_cannot_read_looks_again(store: SqliteStore, client: flask.testing.FlaskClient) -> None:
+def test_a_dispatcher_that_cannot_read_polls_again(store: SqliteStore, client: flask.testing.FlaskClient) -> None:
     failures = iter([RuntimeError("once"), None])
 
     class Failing:
@@ -417,12 +415,12 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 def send(running: RunningServer, count: int) -> list[str]:
     with httpx.Client(base_url=running.base, timeout=120) as client:
         return [
-            client.post(f"{URL}?fresh=1", content=picture(), headers={"Content-Type": "image/png"}).json()["req_id"]
+            client.post(f"{URL}?fresh=1", content=make_image(), headers={"Content-Type": "image/png"}).json()["req_id"]
             for _ in range(count)
         ]
 
 
-def test_two_hundred_streams_leave_room_for_uploads_and_for_a_quick_end(server: RunningServer) -> None:
+def test_two_hundred_streams_leave_threads_for_uploads_and_a_quick_stop(server: RunningServer) -> None:
     (id,) = send(server, 1)
     streams = [open_stream(server, f"/events?ids={id}") for _ in range(200)]
     for stream in streams:
@@ -468,7 +466,7 @@ def test_an_answer_reaches_a_listener_at_once(server: RunningServer) -> None:
     assert min(seconds) < 0.2 * slowness(), seconds
 
 
-def test_a_client_that_has_gone_frees_its_place(start_server: Callable[..., RunningServer]) -> None:
+def test_a_disconnected_client_frees_its_slot(start_server: Callable[..., RunningServer]) -> None:
     server = start_server(MLG_MAX_STREAMS="1")
     ids = send(server, 2)
     gone = open_stream(server, f"/events?ids={ids[0]}")
@@ -490,7 +488,7 @@ def test_a_client_that_has_gone_frees_its_place(start_server: Callable[..., Runn
             time.sleep(0.05)
 
 
-def test_a_stream_that_was_cut_off_goes_on_at_another_server(start_server: Callable[..., RunningServer]) -> None:
+def test_a_stream_that_was_cut_off_resumes_at_another_server(start_server: Callable[..., RunningServer]) -> None:
     first = start_server()
     ids = send(first, 3)
     stream = open_stream(first, f"/events?ids={','.join(ids)}")
@@ -504,4 +502,4 @@ def test_a_stream_that_was_cut_off_goes_on_at_another_server(start_server: Calla
     with httpx.Client(base_url=second.base, timeout=120) as client:
         text = client.get(f"/events?ids={','.join(ids)}", headers={"Last-Event-ID": seen[-1]["id"]}).text
 
-    assert told(parse(text)) == [(id, "done") for id in ids]
+    assert states_of(parse(text)) == [(id, "done") for id in ids]

@@ -1,4 +1,4 @@
-"""Why a request waits and how long: estimates as functions, and reads that are held."""
+"""Estimates of why a request waits and how long, and held reads."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def outlook(*counts: ModelBacklog, batchers: list[BatcherRecord] | None = None, 
     )
 
 
-def test_without_a_batcher_nobody_knows_when() -> None:
+def test_without_a_batcher_there_is_no_estimate() -> None:
     wait = estimate(request(), outlook(backlog(1), batchers=[]), NOW)
 
     assert wait is not None
@@ -114,7 +114,7 @@ def test_without_a_batcher_nobody_knows_when() -> None:
     assert "mlg up" in wait.waiting_for
 
 
-def test_an_obstacle_is_told_before_anything_else() -> None:
+def test_an_unavailable_reason_comes_first() -> None:
     wait = estimate(request(), outlook(backlog(1), unavailable_reason="The model m is not installed any more."), NOW)
 
     assert wait is not None
@@ -127,7 +127,7 @@ def test_a_lone_request_waits_for_the_timer_or_a_full_chunk() -> None:
 
     assert wait is not None
     assert "at the latest in 5 min." in wait.waiting_for
-    assert "16 pictures for m" in wait.waiting_for
+    assert "16 images for m" in wait.waiting_for
     assert wait.eta_seconds == pytest.approx(302)
     assert wait.ahead == 0
 
@@ -158,7 +158,7 @@ def test_the_rest_of_the_last_chunk_waits_for_the_timer() -> None:
     assert "at the latest in" in wait.waiting_for
 
 
-def test_other_models_and_what_is_under_way_come_into_it() -> None:
+def test_other_models_and_claimed_requests_count() -> None:
     alone = estimate(request(1), outlook(backlog(16)), NOW)
     crowded = estimate(request(1), outlook(backlog(16, claimed=32), backlog(500, model="n", oldest=3)), NOW)
 
@@ -175,18 +175,18 @@ def test_a_position_is_never_beyond_those_that_wait() -> None:
     assert wait.ahead == 2
 
 
-def test_a_request_in_work_says_since_when() -> None:
+def test_a_claimed_request_tells_since_when() -> None:
     under_way = request(state=RequestState.CLAIMED, claimed_at=NOW - seconds(1.4), lease_ends_at=NOW + seconds(30))
 
     wait = estimate(under_way, outlook(backlog(0, claimed=1)), NOW)
 
     assert wait is not None
-    assert "worked on since 1 s" in wait.waiting_for
+    assert "started 1 s ago" in wait.waiting_for
     assert wait.eta_seconds == pytest.approx(0.6)
     assert wait.ahead is None
 
 
-def test_a_failed_attempt_says_why_and_when_it_is_tried_again() -> None:
+def test_a_failed_attempt_tells_why_and_when_it_is_retried() -> None:
     later = request(attempts=1, reason="The worker died.", code="worker_died", due_at=NOW + seconds(30))
     now = replace(later, due_at=NOW)
 
@@ -194,12 +194,12 @@ def test_a_failed_attempt_says_why_and_when_it_is_tried_again() -> None:
 
     assert waits[0] is not None
     assert waits[1] is not None
-    assert waits[0].waiting_for == "The last attempt failed (The worker died). It is tried again in 30 s."
+    assert waits[0].waiting_for == "The last attempt failed (The worker died). It will be retried in 30 s."
     assert waits[0].eta_seconds == pytest.approx(32)
-    assert "with the next batch" in waits[1].waiting_for
+    assert "with the next chunk" in waits[1].waiting_for
 
 
-def test_what_was_nobodys_fault_did_not_fail() -> None:
+def test_a_released_request_did_not_fail() -> None:
     later = request(reason="No provider offers it for that price", code="x", due_at=NOW + seconds(20))
     in_a_bad_chunk = replace(later, isolation=1)
 
@@ -207,7 +207,7 @@ def test_what_was_nobodys_fault_did_not_fail() -> None:
 
     assert waits[0] is not None
     assert waits[1] is not None
-    assert waits[0].waiting_for == "No provider offers it for that price. It is tried again in 20 s."
+    assert waits[0].waiting_for == "No provider offers it for that price. It will be retried in 20 s."
     assert "The last attempt failed" in waits[1].waiting_for
 
 
@@ -232,7 +232,7 @@ def test_a_notice_counts_when_every_batcher_has_one(state: RequestState) -> None
     assert one_works.eta_seconds is not None
 
 
-def test_without_experience_an_estimate_is_still_given() -> None:
+def test_without_a_throughput_there_is_still_an_estimate() -> None:
     wait = estimate(request(1), outlook(backlog(16), throughput=None), NOW)
 
     assert wait is not None
@@ -248,26 +248,26 @@ def test_a_final_request_waits_for_nothing(state: RequestState) -> None:
     ("length", "text"),
     [(0, "0 s"), (59.4, "59 s"), (60, "1 min"), (312, "5 min 12 s"), (7200, "2 h"), (7500, "2 h 5 min")],
 )
-def test_durations_read_well(length: float, text: str) -> None:
+def test_durations_are_formatted(length: float, text: str) -> None:
     assert format_duration(length) == text
 
 
 # Held reads
 
 
-def picture() -> bytes:
+def make_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (32, 32), "olive").save(file, "PNG")
     return file.getvalue()
 
 
 def post(client: flask.testing.FlaskClient) -> str:
-    id: str = client.post(URL, data=picture(), content_type="image/png").json["req_id"]
+    id: str = client.post(URL, data=make_image(), content_type="image/png").json["req_id"]
     return id
 
 
 def notifier_threads() -> int:
-    return sum(thread.name == "notifier" for thread in threading.enumerate())
+    return sum(thread.name == "long-poll" for thread in threading.enumerate())
 
 
 def test_a_held_read_ends_when_the_answer_is_there(
@@ -303,7 +303,7 @@ def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Sqlite
     assert time.monotonic() - began < 5 * slowness()
 
 
-def test_a_read_beyond_the_places_is_answered_at_once(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     queued = store.get(post(client))
     long_poller = LongPoller(store, capacity=1)
     holder = threading.Thread(target=long_poller.wait_until_final, args=(queued, 30))
@@ -323,7 +323,7 @@ def wait_for_no_notifier() -> None:
     wait_until(lambda: notifier_threads() == 0)
 
 
-def test_nobody_looks_while_nobody_waits(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
+def test_nothing_polls_without_a_held_read(client: flask.testing.FlaskClient, answer: Callable[..., list[str]]) -> None:
     wait_for_no_notifier()
     id = post(client)
 
@@ -336,7 +336,7 @@ def test_nobody_looks_while_nobody_waits(client: flask.testing.FlaskClient, answ
     assert notifier_threads() == 0
 
 
-def test_stopping_answers_those_who_wait(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     queued = store.get(post(client))
     long_poller = LongPoller(store, capacity=4)
     threading.Timer(0.2, long_poller.stop).start()
@@ -349,7 +349,7 @@ def test_stopping_answers_those_who_wait(client: flask.testing.FlaskClient, stor
     assert long_poller.wait_until_final(queued, 30) is queued
 
 
-def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
+def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
     client: flask.testing.FlaskClient, store: SqliteStore
 ) -> None:
     queued = store.get(post(client))
@@ -362,7 +362,7 @@ def test_a_request_that_is_removed_while_it_is_waited_for_is_unknown(
 # From the store to the sentence
 
 
-def test_a_live_batcher_shows_in_the_answer(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_live_batcher_is_in_the_response(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     now = datetime.now(UTC)
     store.heartbeat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
     id = post(client)
@@ -375,7 +375,7 @@ def test_a_live_batcher_shows_in_the_answer(client: flask.testing.FlaskClient, s
     assert client.get("/readyz").json["batchers"] == 1
 
 
-def test_a_batcher_that_fell_silent_does_not_count(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_batcher_without_heartbeats_does_not_count(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     long_ago = datetime.now(UTC) - timedelta(minutes=5)
     store.heartbeat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
 
@@ -384,7 +384,7 @@ def test_a_batcher_that_fell_silent_does_not_count(client: flask.testing.FlaskCl
     assert "no batcher is running" in read["waiting_for"]
 
 
-def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> None:
+def test_the_queue_is_counted_once_a_second_by_one_thread(store: SqliteStore) -> None:
     counted = []
 
     class Counting:
@@ -408,7 +408,7 @@ def test_figures_are_counted_once_a_second_by_one_thread(store: SqliteStore) -> 
     assert len(counted) == 1
 
 
-def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteStore) -> None:
+def test_readers_use_the_old_counts_while_new_ones_are_loaded(store: SqliteStore) -> None:
     may_count = threading.Event()
     may_count.set()
     counted = []
@@ -432,4 +432,4 @@ def test_readers_use_the_old_figures_while_new_ones_are_counted(store: SqliteSto
 
     may_count.set()
     wait_until(lambda: len(counted) == 2)
-    assert counted == [threading.current_thread().name, "count"]
+    assert counted == [threading.current_thread().name, "refresh"]

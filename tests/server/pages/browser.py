@@ -1,4 +1,4 @@
-"""A real browser for the tests of the pages: Debian's chromium, driven by playwright."""
+"""A browser for the tests of the pages: Debian's chromium, driven by playwright."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 import pytest
 
 SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
-#: Parts of messages that the browser logs about error responses that the tests provoke.
+#: Messages of the browser about errors that the tests provoke.
 EXPECTED_MESSAGES = ("the server responded with a status of 4", "the server responded with a status of 5")
 
 
 def find_chromium() -> str:
-    """Return the browser; skip the test without one, or fail it where all tests must run."""
+    """Return the path of the browser. Without one, the test is skipped, or fails in CI."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
         reason = "no chromium here: apt-get install chromium"
@@ -29,7 +29,7 @@ def find_chromium() -> str:
 
 
 class BrowserSession:
-    """One browser context that records what the pages do: hosts contacted, errors logged."""
+    """A browser context that records requests to other hosts and errors in the console."""
 
     def __init__(self, browser: Any, base: str, **options: Any) -> None:
         self.base = base
@@ -52,18 +52,18 @@ class BrowserSession:
             self.errors.append(message.text)
 
     def save_screenshot(self, name: str, *, is_full_page: bool = True) -> None:
-        """Save a screenshot of the page for people to look at. :param is_full_page: also what is below the screen."""
+        """Save a screenshot of the page. :param is_full_page: include what is below the viewport."""
         SCREENSHOTS.mkdir(exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=is_full_page, animations="disabled")
 
 
 @contextmanager
 def browser_session(browser: Any, base: str, **options: Any) -> Iterator[BrowserSession]:
-    """Open a page of its own, and check at the end that it contacted no other host and logged no error."""
-    one = BrowserSession(browser, base, **options)
+    """Open a page; check at the end that it contacted no other host and logged no error."""
+    session = BrowserSession(browser, base, **options)
     try:
-        yield one
+        yield session
     finally:
-        one.context.close()
-    assert not one.foreign_urls, one.foreign_urls
-    assert not one.errors, one.errors
+        session.context.close()
+    assert not session.foreign_urls, session.foreign_urls
+    assert not session.errors, session.errors

@@ -1,4 +1,4 @@
-"""Logging in to the pages with a key: the cookie, and what may be done with it."""
+"""Signing in to the pages with an API key: the cookie and what it permits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def key(store: SqliteStore) -> str:
 
 
 @pytest.fixture
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 24), "navy").save(file, "PNG")
     return file.getvalue()
@@ -50,10 +50,10 @@ def log_in(client: flask.testing.FlaskClient, key: str) -> None:
 def test_a_key_is_exchanged_for_a_cookie_that_scripts_and_other_sites_do_not_get(
     client: flask.testing.FlaskClient, key: str
 ) -> None:
-    answer = client.post("/login", data={"key": f" {key} ", "next": "/ui/requests"}, headers=BROWSER)
+    response = client.post("/login", data={"key": f" {key} ", "next": "/ui/requests"}, headers=BROWSER)
 
-    cookie = answer.headers["Set-Cookie"]
-    assert (answer.status_code, answer.headers["Location"]) == (303, "/ui/requests")
+    cookie = response.headers["Set-Cookie"]
+    assert (response.status_code, response.headers["Location"]) == (303, "/ui/requests")
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
     assert f"Max-Age={SESSION_SECONDS}" in cookie
@@ -62,16 +62,16 @@ def test_a_key_is_exchanged_for_a_cookie_that_scripts_and_other_sites_do_not_get
 
 
 def test_behind_a_proxy_that_ends_tls_the_cookie_is_secure(client: flask.testing.FlaskClient, key: str) -> None:
-    answer = client.post("/login", json={"key": key}, headers={"X-Forwarded-Proto": "https"})
+    response = client.post("/login", json={"key": key}, headers={"X-Forwarded-Proto": "https"})
 
-    assert "Secure" in answer.headers["Set-Cookie"]
+    assert "Secure" in response.headers["Set-Cookie"]
 
 
-def test_with_the_cookie_one_reads_and_sends(client: flask.testing.FlaskClient, key: str, picture: bytes) -> None:
+def test_the_cookie_permits_reading_and_sending(client: flask.testing.FlaskClient, key: str, image: bytes) -> None:
     before = client.get("/readPrediction/x").status_code
 
     log_in(client, key)
-    sent = client.post(URL, data=picture, content_type="image/png", headers=OWN)
+    sent = client.post(URL, data=image, content_type="image/png", headers=OWN)
 
     assert (before, sent.status_code) == (401, 202)
     assert client.get(sent.json["status_url"]).status_code == 200
@@ -81,71 +81,78 @@ def test_with_the_cookie_one_reads_and_sends(client: flask.testing.FlaskClient, 
     "headers",
     [{}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "none"}, {"Origin": "https://evil.example"}],
 )
-def test_with_the_cookie_only_own_pages_change_something(
-    client: flask.testing.FlaskClient, store: SqliteStore, key: str, picture: bytes, headers: dict[str, str]
+def test_with_the_cookie_only_pages_of_this_server_may_change_something(
+    client: flask.testing.FlaskClient, store: SqliteStore, key: str, image: bytes, headers: dict[str, str]
 ) -> None:
     log_in(client, key)
 
-    answer = client.post(URL, data=picture, content_type="image/png", headers=headers)
+    response = client.post(URL, data=image, content_type="image/png", headers=headers)
 
-    assert (answer.status_code, answer.json["code"]) == (403, "cross_site")
+    assert (response.status_code, response.json["code"]) == (403, "cross_site")
     assert not store.list()
 
 
-def test_browsers_that_say_only_the_origin_are_taken_too(
-    client: flask.testing.FlaskClient, key: str, picture: bytes
+def test_browsers_that_send_only_the_origin_are_accepted(
+    client: flask.testing.FlaskClient, key: str, image: bytes
 ) -> None:
     log_in(client, key)
 
-    answer = client.post(URL, data=picture, content_type="image/png", headers={"Origin": "https://localhost"})
+    response = client.post(URL, data=image, content_type="image/png", headers={"Origin": "https://localhost"})
 
-    assert answer.status_code == 202
+    assert response.status_code == 202
 
 
-def test_a_key_in_a_header_needs_no_own_page(client: flask.testing.FlaskClient, key: str, picture: bytes) -> None:
+def test_a_key_in_a_header_may_come_from_another_origin(
+    client: flask.testing.FlaskClient, key: str, image: bytes
+) -> None:
     log_in(client, key)
     headers = {"X-API-Key": key, "Origin": "https://elsewhere.example"}
 
-    assert client.post(URL, data=picture, content_type="image/png", headers=headers).status_code == 202
+    assert client.post(URL, data=image, content_type="image/png", headers=headers).status_code == 202
 
 
 def test_a_wrong_key_is_refused_with_json_or_a_page(client: flask.testing.FlaskClient, key: str) -> None:
-    for_programs = client.post("/login", json={"key": "wrong"})
-    for_people = client.post("/login", data={"key": "wrong", "next": "/ui/requests"}, headers=BROWSER)
+    for_program = client.post("/login", json={"key": "wrong"})
+    for_browser = client.post("/login", data={"key": "wrong", "next": "/ui/requests"}, headers=BROWSER)
 
-    assert (for_programs.status_code, for_programs.json["code"]) == (401, "key_refused")
-    assert (for_people.status_code, for_people.mimetype) == (401, "text/html")
-    assert 'value="/ui/requests"' in for_people.text
-    assert "wrong" not in for_people.text
-    assert "Set-Cookie" not in for_people.headers
+    assert (for_program.status_code, for_program.json["code"]) == (401, "key_refused")
+    assert (for_browser.status_code, for_browser.mimetype) == (401, "text/html")
+    assert 'value="/ui/requests"' in for_browser.text
+    assert "wrong" not in for_browser.text
+    assert "Set-Cookie" not in for_browser.headers
 
 
 def test_a_key_in_the_url_is_refused(client: flask.testing.FlaskClient, key: str) -> None:
-    answer = client.post(f"/login?key={key}")
+    response = client.post(f"/login?key={key}")
 
-    assert answer.status_code == 400
-    assert key not in answer.text
-
-
-@pytest.mark.parametrize("next_page", ["https://evil.example", "//evil.example", "/\\evil.example", "", "/a\nb"])
-def test_after_logging_in_nobody_is_sent_elsewhere(client: flask.testing.FlaskClient, key: str, next_page: str) -> None:
-    answer = client.post("/login", data={"key": key, "next": next_page}, headers=BROWSER)
-
-    assert answer.headers["Location"] == "/"
+    assert response.status_code == 400
+    assert key not in response.text
 
 
-def test_another_site_cannot_log_anybody_in(client: flask.testing.FlaskClient, key: str) -> None:
-    answer = client.post("/login", data={"key": key}, headers={"Sec-Fetch-Site": "cross-site"})
+@pytest.mark.parametrize(
+    "next_page",
+    ["https://evil.example", "//evil.example", "/\\evil.example", "", "/a\nb", "/ui//evil.example", "/models"],
+)
+def test_signing_in_redirects_to_pages_of_this_server_only(
+    client: flask.testing.FlaskClient, key: str, next_page: str
+) -> None:
+    response = client.post("/login", data={"key": key, "next": next_page}, headers=BROWSER)
 
-    assert (answer.status_code, "Set-Cookie" in answer.headers) == (403, False)
+    assert response.headers["Location"] == "/"
 
 
-def test_logging_out_forgets_the_cookie(client: flask.testing.FlaskClient, key: str) -> None:
+def test_another_site_cannot_sign_a_browser_in(client: flask.testing.FlaskClient, key: str) -> None:
+    response = client.post("/login", data={"key": key}, headers={"Sec-Fetch-Site": "cross-site"})
+
+    assert (response.status_code, "Set-Cookie" in response.headers) == (403, False)
+
+
+def test_signing_out_deletes_the_cookie(client: flask.testing.FlaskClient, key: str) -> None:
     log_in(client, key)
 
-    answer = client.post("/logout", headers=BROWSER)
+    response = client.post("/logout", headers=BROWSER)
 
-    assert (answer.status_code, answer.headers["Location"]) == (303, "/ui/login")
+    assert (response.status_code, response.headers["Location"]) == (303, "/ui/login")
     assert client.get("/readPrediction/x").status_code == 401
 
 
@@ -157,23 +164,21 @@ def test_a_session_ends_with_its_key(
     assert cookie is not None
     store.revoke_key("alice", now=datetime.now(UTC))
 
-    # A process that has not looked the key up before; one that has does so again within seconds.
+    # A new process has the key not cached yet; others see the revocation within seconds.
     other = create_app(settings, store).test_client()
     other.set_cookie(COOKIE, cookie.value)
 
     assert other.get("/readPrediction/x").status_code == 401
 
 
-def test_a_session_ends_after_its_time(
-    client: flask.testing.FlaskClient, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_expires(client: flask.testing.FlaskClient, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     log_in(client, key)
     monkeypatch.setattr("server.auth.sessions.SESSION_SECONDS", -1)
 
     assert client.get("/readPrediction/x").status_code == 401
 
 
-def test_a_cookie_of_another_home_or_a_changed_one_is_refused(
+def test_a_cookie_of_another_home_or_a_modified_one_is_rejected(
     client: flask.testing.FlaskClient, key: str, tmp_path: Path
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -190,7 +195,7 @@ def test_a_cookie_of_another_home_or_a_changed_one_is_refused(
         assert client.get("/readPrediction/x").status_code == 401
 
 
-def test_the_secret_is_made_once_for_all_processes_and_for_its_owner_only(
+def test_all_processes_share_one_secret_that_only_its_owner_can_read(
     settings: ServerSettings, store: SqliteStore, key: str
 ) -> None:
     first, second = create_app(settings, store).test_client(), create_app(settings, store).test_client()
@@ -206,7 +211,9 @@ def test_the_secret_is_made_once_for_all_processes_and_for_its_owner_only(
     assert (settings.home / "session.secret").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_server_without_logins_makes_no_secret(client: flask.testing.FlaskClient, settings: ServerSettings) -> None:
+def test_a_server_without_sessions_creates_no_secret(
+    client: flask.testing.FlaskClient, settings: ServerSettings
+) -> None:
     client.set_cookie(COOKIE, "nonsense")
 
     client.get("/readPrediction/x")
@@ -214,7 +221,7 @@ def test_a_server_without_logins_makes_no_secret(client: flask.testing.FlaskClie
     assert not list(settings.home.glob("session*"))
 
 
-def test_a_page_open_to_everybody_knows_who_logged_in(client: flask.testing.FlaskClient, key: str) -> None:
+def test_a_public_page_knows_who_is_signed_in(client: flask.testing.FlaskClient, key: str) -> None:
     log_in(client, key)
 
     with client:

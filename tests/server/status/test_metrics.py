@@ -1,4 +1,4 @@
-"""What Prometheus reads: every line is valid, and what is called a total never falls."""
+"""The metrics for Prometheus: every line is valid, and counters never decrease."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
 
 class MetricsHarness:
-    """A store whose requests end in every way."""
+    """A store with a clock, and methods to end requests in every way."""
 
     def __init__(self, settings: ServerSettings, store: SqliteStore) -> None:
         self.store = store
         self.now = START
         self.client: flask.testing.FlaskClient = create_app(settings, store, clock=lambda: self.now).test_client()
 
-    def add(self, picture: bytes, **facts: Any) -> str:
+    def add(self, image: bytes, **facts: Any) -> str:
         return self.store.add(
             NewRequest(
                 **{"id": new_id(), "service": "classification", "model": MODEL, "created_at": self.now, **facts}
             ),
-            self.store.images.stage(picture),
+            self.store.images.stage(image),
         ).id
 
     def claim(self, limit: int = 100) -> list[Claim]:
@@ -55,7 +55,7 @@ class MetricsHarness:
         self.store.fail(claims, code=code, reason="It broke.", now=self.now)
 
     def read(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        """Read every sample: its name, its labels -> its value."""
+        """Return all samples: name and labels -> value."""
         answer = self.client.get("/metrics")
         assert answer.status_code == 200
         return {
@@ -73,7 +73,7 @@ def harness(settings: ServerSettings, store: SqliteStore) -> MetricsHarness:
     return MetricsHarness(settings, store)
 
 
-def lives(harness: MetricsHarness) -> None:
+def end_requests(harness: MetricsHarness) -> None:
     """Have one request end in each way."""
     harness.add(b"one")
     harness.answer(harness.claim())
@@ -83,8 +83,8 @@ def lives(harness: MetricsHarness) -> None:
     harness.store.cancel(harness.add(b"three"), now=harness.now)
 
 
-def test_every_line_is_valid_and_every_metric_says_what_it_is(harness: MetricsHarness) -> None:
-    lives(harness)
+def test_every_line_is_valid_and_every_metric_has_help_and_type(harness: MetricsHarness) -> None:
+    end_requests(harness)
     harness.add(b"four")
     answer = harness.client.get("/metrics")
 
@@ -98,15 +98,15 @@ def test_every_line_is_valid_and_every_metric_says_what_it_is(harness: MetricsHa
         assert family.type in ("counter", "gauge", "histogram")
     lines = answer.text.splitlines()
     for kind in ("HELP", "TYPE"):
-        said = [line.split()[2] for line in lines if line.startswith(f"# {kind} ")]
-        assert len(said) == len(names)
-        assert {name.removesuffix("_total") for name in said} == {name.removesuffix("_total") for name in names}
+        listed = [line.split()[2] for line in lines if line.startswith(f"# {kind} ")]
+        assert len(listed) == len(names)
+        assert {name.removesuffix("_total") for name in listed} == {name.removesuffix("_total") for name in names}
     assert answer.text.endswith("\n")
     assert len({line.rsplit(" ", 1)[0] for line in lines}) == len(lines)
 
 
-def test_requests_are_counted_by_how_they_ended(harness: MetricsHarness) -> None:
-    lives(harness)
+def test_requests_are_counted_by_outcome(harness: MetricsHarness) -> None:
+    end_requests(harness)
 
     read = harness.read()
 
@@ -116,10 +116,10 @@ def test_requests_are_counted_by_how_they_ended(harness: MetricsHarness) -> None
     assert read["mlg_requests_accepted_total", ()] == 4
 
 
-def test_totals_do_not_fall_when_retention_deletes_requests_or_a_request_is_tried_again(
+def test_totals_do_not_decrease_when_retention_deletes_requests_or_a_request_is_tried_again(
     harness: MetricsHarness,
 ) -> None:
-    lives(harness)
+    end_requests(harness)
     before = harness.read()
     (failed,) = [request for request in harness.store.list() if request.state == "failed"]
     harness.store.retry(failed.id, now=harness.now)
@@ -169,7 +169,7 @@ def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(harness: Met
     assert harness.value("mlg_requests_ended_total", model=MODEL, outcome="expired") == 1
 
 
-def test_the_queue_the_workers_and_the_money_are_told(harness: MetricsHarness) -> None:
+def test_queue_batchers_providers_and_spending_have_gauges(harness: MetricsHarness) -> None:
     harness.add(b"one")
     harness.add(b"two")
     harness.claim(1)
@@ -221,7 +221,7 @@ def test_the_queue_the_workers_and_the_money_are_told(harness: MetricsHarness) -
     assert ("mlg_budget_glm", (("period", "total"),)) not in read
 
 
-def test_codes_beyond_the_most_share_one_series(harness: MetricsHarness) -> None:
+def test_codes_beyond_the_maximum_share_one_series(harness: MetricsHarness) -> None:
     for number in range(MAX_CODES + 5):
         harness.add(b"%d" % number)
         harness.fail(harness.claim(), f"code{number:03d}")
@@ -231,7 +231,7 @@ def test_codes_beyond_the_most_share_one_series(harness: MetricsHarness) -> None
     assert len(codes) == MAX_CODES + 1 and codes["other"] == 5
 
 
-def test_whatever_stands_in_a_label_is_written_so_that_it_is_read_again() -> None:
+def test_labels_with_special_characters_are_escaped() -> None:
     awkward = 'a "quoted" \\ back\nslash, {braces} = ünïcode'
     family = Family(name="mlg_x", kind="gauge", help="Back\\slash\nand line.", samples=[("", {"code": awkward}, 1.5)])
 
@@ -241,10 +241,10 @@ def test_whatever_stands_in_a_label_is_written_so_that_it_is_read_again() -> Non
     assert read.documentation == "Back\\slash\nand line."
 
 
-def test_a_database_from_before_is_counted_when_it_is_brought_up_to_date(
+def test_the_migration_counts_the_requests_of_an_older_database(
     settings: ServerSettings, store: SqliteStore, harness: MetricsHarness
 ) -> None:
-    lives(harness)
+    end_requests(harness)
 
     def undo(transaction: Any) -> None:
         for statement in (

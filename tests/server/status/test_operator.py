@@ -1,4 +1,4 @@
-"""What operators see and do: figures, levers, page, commands."""
+"""The operator's dashboard, controls, page and commands."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store import new_id
-from store.batcher_controls import read_control_state, run_now
 from store.chunks import BatcherRecord, ChunkRecord
-from store.ledger_records import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.controls import read_control_state, run_now
+from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.records import Answer, Claim, NewRequest, RequestRecord
 from store.sqlite import SqliteStore
 
@@ -33,8 +33,8 @@ MODEL = "efficientnet_lite0"
 ADDRESS = "0xa1fa000000000000000000000000000000000001"
 
 
-class Day:
-    """A store with a clock, and what happens in it."""
+class OperatorHarness:
+    """A store with a clock, and methods to make requests and chunks in it."""
 
     def __init__(self, store: SqliteStore) -> None:
         self.store = store
@@ -44,14 +44,14 @@ class Day:
     def clock(self) -> datetime:
         return self.now
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
     def add(self, count: int = 1, *, model: str = MODEL) -> list[RequestRecord]:
         return [
             self.store.add(
                 NewRequest(id=new_id(), service="classification", model=model, is_fresh=True, created_at=self.now),
-                self.store.images.stage(b"picture"),
+                self.store.images.stage(b"image"),
             )
             for _ in range(count)
         ]
@@ -127,7 +127,7 @@ class Day:
         self.end_chunk(id, done=len(claims))
 
     def heartbeat(self, **facts: Any) -> None:
-        """Have a batcher be alive."""
+        """Record the heartbeat of a batcher."""
         self.store.heartbeat(
             BatcherRecord(
                 **{
@@ -151,13 +151,13 @@ class Day:
 
 
 @pytest.fixture
-def day(store: SqliteStore) -> Day:
-    return Day(store)
+def harness(store: SqliteStore) -> OperatorHarness:
+    return OperatorHarness(store)
 
 
 @pytest.fixture
-def client(settings: ServerSettings, store: SqliteStore, day: Day) -> flask.testing.FlaskClient:
-    return create_app(settings, store, clock=day.clock).test_client()
+def client(settings: ServerSettings, store: SqliteStore, harness: OperatorHarness) -> flask.testing.FlaskClient:
+    return create_app(settings, store, clock=harness.clock).test_client()
 
 
 @pytest.fixture
@@ -170,16 +170,16 @@ def command(settings: ServerSettings, store: SqliteStore) -> Callable[..., Any]:
     return run
 
 
-# Figures
+# Dashboard
 
 
-def test_the_queue_says_how_much_waits_and_since_when(day: Day) -> None:
-    day.add(2)
-    day.pass_by(30)
-    day.add()
-    (claim,) = day.claim(1)
+def test_the_queue_shows_how_many_requests_wait_and_for_how_long(harness: OperatorHarness) -> None:
+    harness.add(2)
+    harness.advance(30)
+    harness.add()
+    (claim,) = harness.claim(1)
 
-    status = day.status()
+    status = harness.status()
 
     (row,) = status["queue"]
     assert (row["model"], row["waiting"], row["claimed"], row["oldest_seconds"]) == (MODEL, 2, 1, 30)
@@ -187,60 +187,62 @@ def test_the_queue_says_how_much_waits_and_since_when(day: Day) -> None:
     assert claim.model == MODEL
 
 
-def test_throughput_counts_what_came_and_what_was_answered_by_minute(day: Day) -> None:
-    day.now = day.now.replace(second=30)
-    day.add(5)
-    day.answer(day.claim())
-    day.pass_by(60)
-    day.add(3)
-    day.answer(day.claim(2))
+def test_throughput_counts_requests_received_and_answered_per_minute(harness: OperatorHarness) -> None:
+    harness.now = harness.now.replace(second=30)
+    harness.add(5)
+    harness.answer(harness.claim())
+    harness.advance(60)
+    harness.add(3)
+    harness.answer(harness.claim(2))
 
-    throughput = day.status()["throughput"]
+    throughput = harness.status()["throughput"]
 
     assert [(each["arrived"], each["answered"], each["images"]) for each in throughput["minutes"][-2:]] == [
         (5, 5, 5),
         (3, 2, 2),
     ]
     assert len(throughput["minutes"]) == 60
-    assert throughput["minutes"][-1]["minute"] == day.now.strftime("%Y-%m-%dT%H:%MZ")
+    assert throughput["minutes"][-1]["minute"] == harness.now.strftime("%Y-%m-%dT%H:%MZ")
     for period, length in (("hour", 59.5), ("day", 1439.5)):
         found = throughput[period]
         assert (found["arrived"], found["answered"], found["images"]) == (8, 7, 7)
         assert found["answered_per_minute"] == round(7 / length, 2)
 
 
-def test_minutes_that_are_over_are_not_read_again_but_late_ends_are_seen(day: Day, monkeypatch: Any) -> None:
-    figures = Dashboard(day.store, QueueStats(day.store), day.clock)
-    asked = []
-    read = day.store.list_minute_stats
-    monkeypatch.setattr(day.store, "list_minute_stats", lambda since: asked.append(since) or read(since))
-    late = day.start_chunk(4)
-    day.add(3)
-    day.answer(day.claim())
-    figures._read_minutes()
-    ended_at = day.now
-    day.pass_by(180)
-    now, day.now = day.now, ended_at
-    day.end_chunk(late, done=4)  # noted three minutes after it ended
-    day.now = now
+def test_past_minutes_are_not_read_again_except_for_chunks_that_end_late(
+    harness: OperatorHarness, monkeypatch: Any
+) -> None:
+    dashboard = Dashboard(harness.store, QueueStats(harness.store), harness.clock)
+    starts = []
+    read = harness.store.list_minute_stats
+    monkeypatch.setattr(harness.store, "list_minute_stats", lambda since: starts.append(since) or read(since))
+    late = harness.start_chunk(4)
+    harness.add(3)
+    harness.answer(harness.claim())
+    dashboard._read_minutes()
+    ended_at = harness.now
+    harness.advance(180)
+    now, harness.now = harness.now, ended_at
+    harness.end_chunk(late, done=4)  # recorded three minutes after it ended
+    harness.now = now
 
-    minutes = figures._read_minutes()
+    minutes = dashboard._read_minutes()
 
     assert sum(each.images for each in minutes) == 7
-    assert asked[1] - asked[0] > timedelta(hours=23)
-    day.pass_by(25 * 3600)
-    assert sum(each.images for each in figures._read_minutes()) == 0
+    assert starts[1] - starts[0] > timedelta(hours=23)
+    harness.advance(25 * 3600)
+    assert sum(each.images for each in dashboard._read_minutes()) == 0
 
 
-def test_latencies_are_those_of_the_latest_answers(day: Day) -> None:
+def test_latencies_are_percentiles_of_the_latest_results(harness: OperatorHarness) -> None:
     for seconds in range(1, 101):
-        day.add()
-        day.pass_by(seconds)
-        claims = day.claim()
-        day.pass_by(1)
-        day.answer(claims)
+        harness.add()
+        harness.advance(seconds)
+        claims = harness.claim()
+        harness.advance(1)
+        harness.answer(claims)
 
-    latency = day.status()["latency"]
+    latency = harness.status()["latency"]
 
     assert latency["of"] == 100
     assert latency["wait"] == {"p50": 50, "p95": 95, "p99": 99}
@@ -248,15 +250,15 @@ def test_latencies_are_those_of_the_latest_answers(day: Day) -> None:
     assert latency["model"] == {"p50": 0.25, "p95": 0.25, "p99": 0.25}
 
 
-def test_failures_are_grouped_by_code_with_the_latest_reason(day: Day) -> None:
-    day.add(3)
-    claims = day.claim()
+def test_failures_are_grouped_by_code_with_the_latest_reason(harness: OperatorHarness) -> None:
+    harness.add(3)
+    claims = harness.claim()
     for claim, code in zip(claims, ("broken_image", "timeout", "broken_image"), strict=True):
-        day.pass_by(1)
-        day.store.fail([claim], code=code, reason=f"{code} of {claim.number}", now=day.now)
-    day.end_chunk(day.start_chunk(2), done=0, failed=2, code="worker_died")
+        harness.advance(1)
+        harness.store.fail([claim], code=code, reason=f"{code} of {claim.number}", now=harness.now)
+    harness.end_chunk(harness.start_chunk(2), done=0, failed=2, code="worker_died")
 
-    failures = day.status()["failures"]
+    failures = harness.status()["failures"]
 
     assert [(row["code"], row["count"], row["reason"]) for row in failures["requests"]] == [
         ("broken_image", 2, f"broken_image of {claims[2].number}"),
@@ -265,23 +267,23 @@ def test_failures_are_grouped_by_code_with_the_latest_reason(day: Day) -> None:
     assert [(row["code"], row["count"]) for row in failures["chunks"]] == [("worker_died", 1)]
 
 
-def test_only_chunks_of_live_batchers_are_under_way(day: Day) -> None:
-    day.heartbeat()
-    day.start_chunk(16)
-    day.start_chunk(16, batcher_id="one that was killed")
-    day.pass_by(5)
+def test_only_chunks_of_live_batchers_are_running(harness: OperatorHarness) -> None:
+    harness.heartbeat()
+    harness.start_chunk(16)
+    harness.start_chunk(16, batcher_id="one that was killed")
+    harness.advance(5)
 
-    status = day.status()
+    status = harness.status()
 
     assert [(row["id"], row["items"], row["seconds"]) for row in status["chunks"]] == [("chunk1", 16, 5)]
     assert (len(status["batchers"]), status["capacity"]) == (1, 4)
 
 
-def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
-    day.heartbeat(executor="golem", budget={"day": "1", "total": "5.5"})
-    day.heartbeat(id="b2", executor="golem", budget={"day": "0.5"})
-    for id, settled_at in (("ag1", day.now), ("ag2", day.now - timedelta(days=2))):
-        day.store.record_agreement(
+def test_spending_shows_what_was_spent_today_and_what_is_left(harness: OperatorHarness) -> None:
+    harness.heartbeat(executor="golem", budget={"day": "1", "total": "5.5"})
+    harness.heartbeat(id="b2", executor="golem", budget={"day": "0.5"})
+    for id, settled_at in (("ag1", harness.now), ("ag2", harness.now - timedelta(days=2))):
+        harness.store.record_agreement(
             AgreementRecord(
                 id=id,
                 allocation_id="al1",
@@ -294,7 +296,7 @@ def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
                 created_at=settled_at,
             )
         )
-        day.store.record_invoice(
+        harness.store.record_invoice(
             InvoiceRecord(
                 id=f"of {id}",
                 agreement_id=id,
@@ -304,13 +306,13 @@ def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
                 settled_at=settled_at,
             )
         )
-    day.store.record_allocation(
+    harness.store.record_allocation(
         AllocationRecord(
-            id="al1", batcher_id="b1", platform="erc20", address="0x1", amount=Decimal("0.7"), created_at=day.now
+            id="al1", batcher_id="b1", platform="erc20", address="0x1", amount=Decimal("0.7"), created_at=harness.now
         )
     )
 
-    money = day.status()["money"]
+    money = harness.status()["money"]
 
     assert (Decimal(money["today"]), Decimal(money["total"])) == (Decimal("0.2"), Decimal("0.4"))
     assert (Decimal(money["budget_day"]), Decimal(money["left_day"])) == (Decimal("0.5"), Decimal("0.3"))
@@ -318,35 +320,35 @@ def test_money_says_what_was_spent_today_and_what_is_left(day: Day) -> None:
     assert [Decimal(each["amount"]) for each in money["allocations"]] == [Decimal("0.7")]
 
 
-def test_a_kept_figure_is_found_anew_when_it_is_stale_or_forgotten(monkeypatch: Any) -> None:
+def test_a_cached_figure_is_loaded_again_when_it_is_stale_or_invalidated(monkeypatch: Any) -> None:
     clock = iter(range(100))
     monkeypatch.setattr("server.status.stale_cache.time.monotonic", lambda: now[0])
     now = [0.0]
-    kept = StaleCache(lambda: next(clock), fresh_seconds=1, stale_seconds=5)
+    cache = StaleCache(lambda: next(clock), fresh_seconds=1, stale_seconds=5)
 
-    assert (kept.get(), kept.get()) == (0, 0)
+    assert (cache.get(), cache.get()) == (0, 0)
     now[0] = 5.0
-    assert kept.get() == 1
-    kept.invalidate()
-    assert kept.get() == 2
+    assert cache.get() == 1
+    cache.invalidate()
+    assert cache.get() == 2
 
 
 @pytest.mark.parametrize(
     ("name", "indexes"),
     [
-        ("sqlite:_QUEUED_MODELS", {"requests_queued"}),
-        ("sqlite:_OLDEST_DUE", {"requests_queued"}),
-        ("sqlite:_COUNT_DUE", {"requests_queued"}),
-        ("sqlite:_CLAIM", {"requests_queued"}),
-        ("sqlite_chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
-        ("sqlite_stats:_MINUTES", {"chunks_finished"}),
-        ("sqlite_stats:_ANSWERED", {"requests_finished"}),
-        ("sqlite_stats:_FAILURES", {"requests_failed"}),
-        ("sqlite_stats:_FAILED_CHUNKS", {"chunks_failed"}),
-        ("sqlite_stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
+        ("requests:_QUEUED_MODELS", {"requests_queued"}),
+        ("requests:_OLDEST_DUE", {"requests_queued"}),
+        ("requests:_COUNT_DUE", {"requests_queued"}),
+        ("requests:_CLAIM", {"requests_queued"}),
+        ("chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
+        ("stats:_MINUTES", {"chunks_finished"}),
+        ("stats:_ANSWERED", {"requests_finished"}),
+        ("stats:_FAILURES", {"requests_failed"}),
+        ("stats:_FAILED_CHUNKS", {"chunks_failed"}),
+        ("stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
     ],
 )
-def test_what_is_asked_often_reads_an_index_that_stays_small(store: SqliteStore, name: str, indexes: set[str]) -> None:
+def test_frequent_queries_use_an_index_that_stays_small(store: SqliteStore, name: str, indexes: set[str]) -> None:
     module, _, attribute = name.partition(":")
     statement = getattr(importlib.import_module(f"store.{module}"), attribute)
     values: Any = dict.fromkeys(re.findall(r":(\w+)", statement), 1) or [1] * statement.count("?")
@@ -358,11 +360,11 @@ def test_what_is_asked_often_reads_an_index_that_stays_small(store: SqliteStore,
     assert not [line for line in plan if re.fullmatch(r"SCAN (requests|chunks)", line)], plan
 
 
-# Levers
+# Controls
 
 
-def test_pausing_resuming_and_running_change_what_batchers_are_told(
-    client: flask.testing.FlaskClient, store: SqliteStore, day: Day
+def test_pausing_resuming_and_running_change_the_control_state(
+    client: flask.testing.FlaskClient, store: SqliteStore, harness: OperatorHarness
 ) -> None:
     paused = client.post("/operator/pause", data={"reason": "new kernel"})
     pause = read_control_state(store).pause
@@ -372,7 +374,7 @@ def test_pausing_resuming_and_running_change_what_batchers_are_told(
     assert paused.json["hold"] == {
         "mode": "paused",
         "by": "the operator",
-        "since": day.now.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
+        "since": harness.now.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
         "reason": "new kernel",
     }
     assert client.get("/operator/status").json["hold"]["notice"] == pause.notice  # type: ignore[index]
@@ -396,10 +398,15 @@ def test_pausing_resuming_and_running_change_what_batchers_are_told(
         ("/operator/providers/alpha/ban", {"data": {"seconds": "nan"}}, 400, "seconds"),
     ],
 )
-def test_a_lever_says_what_it_does_not_take(
-    client: flask.testing.FlaskClient, day: Day, address: str, arguments: dict[str, Any], status: int, word: str
+def test_a_control_rejects_fields_that_it_does_not_have(
+    client: flask.testing.FlaskClient,
+    harness: OperatorHarness,
+    address: str,
+    arguments: dict[str, Any],
+    status: int,
+    word: str,
 ) -> None:
-    record_offer(day)
+    record_offer(harness)
 
     refused = client.post(address, **arguments)
 
@@ -407,22 +414,22 @@ def test_a_lever_says_what_it_does_not_take(
     assert word in refused.json["reason"]
 
 
-def record_offer(day: Day) -> None:
-    day.store.record_offer(
+def record_offer(harness: OperatorHarness) -> None:
+    harness.store.record_offer(
         ADDRESS,
         name="alpha",
         start_price=Decimal("0.01"),
         price_per_cpu_second=Decimal("0.0001"),
         price_per_second=Decimal(0),
-        now=day.now,
+        now=harness.now,
     )
-    day.store.record_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=day.now)
+    harness.store.record_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=harness.now)
 
 
-def test_a_provider_is_banned_for_a_while_or_for_good_and_let_in_again(
-    client: flask.testing.FlaskClient, day: Day
+def test_a_provider_is_banned_temporarily_or_permanently_and_unbanned(
+    client: flask.testing.FlaskClient, harness: OperatorHarness
 ) -> None:
-    record_offer(day)
+    record_offer(harness)
 
     banned = client.post("/operator/providers/alpha/ban", data={"seconds": "60", "reason": "too slow"})
     assert banned.json == {
@@ -430,7 +437,7 @@ def test_a_provider_is_banned_for_a_while_or_for_good_and_let_in_again(
         "id": ADDRESS,
         "name": "alpha",
         "is_banned": True,
-        "banned_until": (day.now + timedelta(seconds=60)).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
+        "banned_until": (harness.now + timedelta(seconds=60)).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
         "ban_reason": "too slow",
     }
     (shown,) = client.get("/operator/status").json["providers"]  # type: ignore[index]
@@ -439,10 +446,10 @@ def test_a_provider_is_banned_for_a_while_or_for_good_and_let_in_again(
 
     assert client.post(f"/operator/providers/{ADDRESS}/unban").json["is_banned"] is False  # type: ignore[index]
     assert client.post(f"/operator/providers/{ADDRESS}/ban").json["banned_until"] is None  # type: ignore[index]
-    assert set(day.store.banned(day.now + timedelta(days=9999))) == {ADDRESS}
+    assert set(harness.store.banned(harness.now + timedelta(days=9999))) == {ADDRESS}
 
 
-def test_a_page_of_another_site_cannot_pull_a_lever(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_page_of_another_site_cannot_use_a_control(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
     refused = client.post("/operator/pause", headers={"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"})
 
     assert refused.status_code == 403
@@ -450,7 +457,7 @@ def test_a_page_of_another_site_cannot_pull_a_lever(client: flask.testing.FlaskC
 
 
 @pytest.mark.parametrize("address", ["/operator/status", "/ui/operator", "/metrics"])
-def test_with_keys_an_operator_is_asked_for_one(
+def test_with_keys_the_operator_endpoints_require_the_operate_scope(
     client: flask.testing.FlaskClient, store: SqliteStore, address: str
 ) -> None:
     from store.keys import KeyRecord, Scope, hash_key, make_key
@@ -476,24 +483,26 @@ def test_with_keys_an_operator_is_asked_for_one(
 
 
 @pytest.fixture
-def busy(day: Day) -> Iterator[Day]:
-    """A store in which there is something of everything."""
-    day.heartbeat(notices={MODEL: "<b>The budget is used up.</b>"}, budget={"day": "1"})
-    record_offer(day)
-    day.add(6)
-    claims = day.claim(5)
-    day.pass_by(2)
-    day.answer(claims[:3])
-    day.store.fail(claims[3:4], code="broken_image", reason="<script>alert(1)</script>", now=day.now)
-    day.start_chunk(16)
-    yield day
+def busy(harness: OperatorHarness) -> Iterator[OperatorHarness]:
+    """A store with some of everything that the page shows."""
+    harness.heartbeat(notices={MODEL: "<b>The budget is used up.</b>"}, budget={"day": "1"})
+    record_offer(harness)
+    harness.add(6)
+    claims = harness.claim(5)
+    harness.advance(2)
+    harness.answer(claims[:3])
+    harness.store.fail(claims[3:4], code="broken_image", reason="<script>alert(1)</script>", now=harness.now)
+    harness.start_chunk(16)
+    yield harness
 
 
-def test_the_page_shows_everything_and_escapes_what_others_wrote(client: flask.testing.FlaskClient, busy: Day) -> None:
+def test_the_page_shows_everything_and_escapes_text_from_outside(
+    client: flask.testing.FlaskClient, busy: OperatorHarness
+) -> None:
     shown = client.get("/ui/operator", headers={"Accept": "text/html"})
 
     assert shown.status_code == 200
-    for words in (MODEL, "alpha", "broken_image", "Size and seconds", "here (1)", "/ui/requests/"):
+    for words in (MODEL, "alpha", "broken_image", "Model time by file size", "here (1)", "/ui/requests/"):
         assert words in shown.text
     assert "<script>alert" not in shown.text and "<b>The budget" not in shown.text
     assert "'unsafe" not in shown.headers["Content-Security-Policy"]
@@ -501,7 +510,9 @@ def test_the_page_shows_everything_and_escapes_what_others_wrote(client: flask.t
     assert "<style" not in shown.text
 
 
-def test_each_chart_of_the_page_has_words_and_a_table(client: flask.testing.FlaskClient, busy: Day) -> None:
+def test_each_chart_has_a_text_alternative_and_a_table(
+    client: flask.testing.FlaskClient, busy: OperatorHarness
+) -> None:
     html = client.get("/ui/operator", headers={"Accept": "text/html"}).text
 
     figures = re.findall(r"<figure.*?</figure>", html, re.S)
@@ -517,33 +528,33 @@ def test_each_chart_of_the_page_has_words_and_a_table(client: flask.testing.Flas
         assert name in ids
 
 
-def test_the_page_of_an_empty_home_says_so(client: flask.testing.FlaskClient) -> None:
+def test_the_page_of_an_empty_home_has_a_text_for_each_empty_table(client: flask.testing.FlaskClient) -> None:
     html = client.get("/ui/operator", headers={"Accept": "text/html"}).text
 
-    for words in ("No batcher is running", "Nothing waits", "Nothing failed", "Nobody has made an offer"):
+    for words in ("No batcher is running", "The queue is empty", "No failures", "No provider has made an offer"):
         assert words in html
 
 
-def test_a_button_of_the_page_leads_back_to_it_and_the_page_says_what_was_done(
+def test_a_control_redirects_browsers_to_the_page_which_shows_the_pause(
     client: flask.testing.FlaskClient,
 ) -> None:
     done = client.post("/operator/drain", data={"reason": "an <update>"}, headers={"Accept": "text/html"})
 
     assert (done.status_code, done.headers["Location"]) == (303, "/ui/operator")
     html = client.get("/ui/operator", headers={"Accept": "text/html"}).text
-    assert "being brought to an end" in html and "an &lt;update&gt;" in html
-    assert "Nothing is under way: batchers may be stopped" in html
+    assert "being drained" in html and "an &lt;update&gt;" in html
+    assert "Nothing is being processed: the batchers may be stopped" in html
 
 
-def test_ticks_are_round_and_reach_the_largest_value() -> None:
-    for most in (0.0003, 0.07, 1, 3, 7, 99, 100, 101, 12345, 4e9):
-        ticks = nice_ticks(most)
+def test_ticks_are_round_and_reach_the_maximum() -> None:
+    for maximum in (0.0003, 0.07, 1, 3, 7, 99, 100, 101, 12345, 4e9):
+        ticks = nice_ticks(maximum)
 
-        assert ticks[0] == 0 and ticks[-1] >= most * (1 - 1e-9) and 2 <= len(ticks) <= 6
+        assert ticks[0] == 0 and ticks[-1] >= maximum * (1 - 1e-9) and 2 <= len(ticks) <= 6
     assert nice_ticks(0) == [0, 1]
 
 
-def test_everything_in_a_chart_lies_inside_its_frame() -> None:
+def test_everything_in_a_chart_is_inside_its_frame() -> None:
     minutes = [
         {"minute": f"2026-11-21T10:{n:02d}Z", "arrived": n * 7 % 50, "answered": n * 3 % 90, "images": n, "failed": 0}
         for n in range(60)
@@ -563,46 +574,48 @@ def test_everything_in_a_chart_lies_inside_its_frame() -> None:
 # Commands
 
 
-def test_the_commands_hold_work_and_let_it_go_on(command: Callable[..., Any], store: SqliteStore) -> None:
+def test_the_commands_pause_and_resume(command: Callable[..., Any], store: SqliteStore) -> None:
     paused = command("pause", "--reason", "the line is down")
     pause = read_control_state(store).pause
 
     assert paused.exit_code == 0 and pause is not None
     assert paused.output.strip() == pause.notice and "the line is down" in pause.notice
-    assert command("resume").output == "work goes on\n"
+    assert command("resume").output == "batchers continue\n"
     assert read_control_state(store).pause is None
 
 
-def test_drain_waits_until_nothing_is_under_way(command: Callable[..., Any], day: Day) -> None:
-    assert command("drain", "--wait").output.endswith("nothing is under way\n")
-    day.add(2)
-    day.claim()
+def test_drain_waits_until_nothing_is_claimed(command: Callable[..., Any], harness: OperatorHarness) -> None:
+    assert command("drain", "--wait").output.endswith("no request is being processed\n")
+    harness.add(2)
+    harness.claim()
 
-    assert command("drain").output.endswith("2 requests are under way\n")
+    assert command("drain").output.endswith("2 requests are being processed\n")
     waited = command("drain", "--wait", "--patience", "0")
-    assert waited.exit_code == 1 and "2 requests are still under way" in str(waited.exception)
+    assert waited.exit_code == 1 and "2 requests are still being processed" in str(waited.exception)
 
 
-def test_run_says_whether_anybody_listens(command: Callable[..., Any], day: Day, store: SqliteStore) -> None:
-    before = run_now(store, by="me", now=day.now)
+def test_run_reports_how_many_batchers_there_are(
+    command: Callable[..., Any], harness: OperatorHarness, store: SqliteStore
+) -> None:
+    before = run_now(store, by="me", now=harness.now)
     alone = command("run")
-    day.heartbeat()
+    harness.heartbeat()
 
     assert alone.exit_code == 1 and "No batcher is running" in str(alone.exception)
-    assert command("run").output == "1 batcher takes everything that waits\n"
+    assert command("run").output == "1 batcher processes all queued requests\n"
     assert read_control_state(store).run_token != before
     command("pause")
     assert "mlg operate resume" in str(command("run").exception)
 
 
-def test_status_is_a_table_or_json(command: Callable[..., Any], busy: Day) -> None:
+def test_status_is_a_table_or_json(command: Callable[..., Any], busy: OperatorHarness) -> None:
     text, found = command("status").output, json.loads(command("status", "--json").output)
 
     assert MODEL in text and "1 broken_image" in text and "1, 4 chunks at once" in text
     assert found["queue"][0]["waiting"] == 1
 
 
-def test_the_commands_are_lazy() -> None:
+def test_the_commands_import_nothing_heavy() -> None:
     source = (Path(__file__).parents[3] / "cli" / "operate.py").read_text()
 
     assert not re.search(r"^(import|from) (flask|rich|sqlite_utils)", source, re.M)

@@ -1,4 +1,4 @@
-"""The purse: no cap is passed, whatever happens in whatever order."""
+"""The budget: no cap is ever exceeded, in any order of events."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def budget(clock: Clock | None = None, **caps: str) -> Budget:
     return Budget(BudgetCaps(**{name: Decimal(cap) for name, cap in caps.items()}), clock=clock or Clock())
 
 
-def test_without_caps_everything_may_be_spent() -> None:
+def test_without_caps_any_amount_may_be_spent() -> None:
     assert budget().over_budget_reason(Decimal(10**9)) is None
     assert budget().left() is None
 
 
-def test_what_is_under_way_counts_with_the_most_it_can_cost_and_what_is_over_with_what_it_cost() -> None:
+def test_a_running_agreement_counts_with_its_maximum_cost_and_an_ended_one_with_its_actual_cost() -> None:
     mine = budget(run="1")
     mine.add_agreement("a", lambda: Decimal("0.9"))
 
@@ -41,16 +41,16 @@ def test_what_is_under_way_counts_with_the_most_it_can_cost_and_what_is_over_wit
     assert mine.left() == Decimal("0.7")
 
 
-def test_what_others_spent_counts_for_the_day_and_in_total_but_not_for_the_run() -> None:
+def test_spending_of_other_batchers_counts_for_the_day_and_the_total_but_not_for_the_run() -> None:
     mine = budget(run="1", day="2", total="10")
     mine.set_spent_by_others(Decimal("9.5"), Decimal("1.2"))
 
     assert mine.left() == Decimal("0.5")
-    assert "in total" in str(mine.over_budget_reason(Decimal("0.6")))
+    assert "The total budget is used up" in str(mine.over_budget_reason(Decimal("0.6")))
     assert "MLG_BUDGET_TOTAL" in str(mine.over_budget_reason(Decimal("0.6")))
 
 
-def test_the_next_day_has_its_own_budget() -> None:
+def test_the_next_day_has_a_new_budget() -> None:
     clock = Clock()
     mine = budget(clock, day="1")
     mine.add_agreement("a", lambda: Decimal(1))
@@ -64,7 +64,7 @@ def test_the_next_day_has_its_own_budget() -> None:
     assert mine.over_budget_reason(Decimal(1)) is None
 
 
-def test_what_runs_over_midnight_counts_for_the_day_it_is_paid_on() -> None:
+def test_an_agreement_over_midnight_counts_for_the_day_it_is_paid_on() -> None:
     clock = Clock()
     mine = budget(clock, day="1")
     mine.add_agreement("a", lambda: Decimal("0.8"))
@@ -73,7 +73,7 @@ def test_what_runs_over_midnight_counts_for_the_day_it_is_paid_on() -> None:
     assert mine.over_budget_reason(Decimal("0.3")) is not None
 
 
-def test_a_refused_bill_costs_nothing() -> None:
+def test_a_rejected_invoice_costs_nothing() -> None:
     mine = budget(day="1")
     mine.add_agreement("a", lambda: Decimal("0.8"))
     mine.record_payment("a", Decimal(0))
@@ -86,12 +86,12 @@ amounts = st.decimals(min_value=0, max_value=1, places=4)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(amounts, amounts), max_size=20), st.decimals(min_value=0, max_value=3, places=3))
-def test_whoever_asks_first_never_passes_a_cap(steps: list[tuple[Decimal, Decimal]], cap: Decimal) -> None:
+def test_spending_that_is_checked_first_never_exceeds_a_cap(steps: list[tuple[Decimal, Decimal]], cap: Decimal) -> None:
     mine = budget(run=str(cap))
-    for number, (most, share) in enumerate(steps):
-        if mine.over_budget_reason(most) is None:
-            mine.add_agreement(str(number), lambda most=most: most)  # type: ignore[misc]
+    for number, (max_cost, share) in enumerate(steps):
+        if mine.over_budget_reason(max_cost) is None:
+            mine.add_agreement(str(number), lambda max_cost=max_cost: max_cost)  # type: ignore[misc]
             if number % 2:
-                mine.record_payment(str(number), most * share)
+                mine.record_payment(str(number), max_cost * share)
 
         assert mine.spent() <= cap

@@ -1,4 +1,4 @@
-"""The golem executor on a devnet: what it promises when everybody behaves."""
+"""The golem executor on a devnet without faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.timing import until
 HASH = "ab" * 28
 
 
-def test_chunks_are_answered_and_every_coin_is_accounted_for(tmp_path: Path, models_folder: Path) -> None:
+def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with golem(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as harness:
             outcomes = await harness.run("one", "two", "three", images=2)
@@ -44,9 +44,7 @@ def test_chunks_are_answered_and_every_coin_is_accounted_for(tmp_path: Path, mod
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_go(
-    tmp_path: Path, models_folder: Path
-) -> None:
+def test_a_worker_runs_many_chunks_and_ends_when_idle(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with golem(scenario(provider("alpha")), tmp_path, models_folder, idle_seconds=0.5) as harness:
             outcomes = [(await harness.run(f"job{number}"))[0] for number in range(3)]
@@ -60,9 +58,9 @@ def test_a_model_stays_with_its_provider_for_many_chunks_and_an_idle_one_is_let_
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, models_folder: Path) -> None:
+def test_the_provider_with_the_higher_measured_speed_gets_the_work(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        plan = scenario(provider("cheap", second="0.00001"), provider("quick", second="0.00002"))
+        plan = scenario(provider("cheap", second="0.00001"), provider("fast", second="0.00002"))
         async with golem(plan, tmp_path, models_folder, max_workers=1) as harness:
             now = datetime.now(UTC)
             for each, seconds in zip(plan.providers, (10.0, 1.0), strict=True):
@@ -80,17 +78,17 @@ def test_the_provider_that_is_known_to_be_quicker_gets_the_work(tmp_path: Path, 
 
             (outcome,) = await harness.run("job")
 
-            assert outcome.provider == "quick"
+            assert outcome.provider == "fast"
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: Path, models_folder: Path) -> None:
+def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with golem(scenario(provider("alpha")), tmp_path, models_folder) as harness:
             await harness.run("first")
             harness.store.ban_provider("alpha", until=None, reason="Too slow.", by_operator=True)
-            harness.executor._refreshed_at = float("-inf")  # what is read every few seconds is read now
+            harness.executor._refreshed_at = float("-inf")  # forces the periodic read from the store
             await until(lambda: harness.executor._offer_evaluator.is_banned(provider("alpha").node_id))
             for pool in harness.executor._pools.values():
                 pool.abort_workers()
@@ -107,7 +105,7 @@ def test_a_banned_provider_gets_nothing_and_the_operator_may_unban_it(tmp_path: 
 
 @contextlib.asynccontextmanager
 async def registry(status: int = 200) -> AsyncIterator[str]:
-    """Run something that knows where images are, as Golem's registry does."""
+    """Run an image registry that returns the address of an image, as Golem's does."""
     from aiohttp import web
 
     async def info(request: web.Request) -> web.Response:
@@ -139,7 +137,7 @@ def published(models: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     monkeypatch.setattr(payload, "read_lock", lambda: {MODEL: replace(image, **changes)})
 
 
-def test_a_published_image_is_asked_for_by_its_hash_and_address(
+def test_the_demand_names_a_published_image_by_its_hash_and_address(
     tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(models_folder, monkeypatch)
@@ -150,20 +148,20 @@ def test_a_published_image_is_asked_for_by_its_hash_and_address(
             golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
         ):
             (outcome,) = await harness.run("job")
-            (asked,) = harness.devnet.market.demands.values()
+            (demand,) = harness.devnet.market.demands.values()
 
             assert outcome.error is None
-            assert asked.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
-            assert "(golem.runtime.name=vm)" in asked.constraints
+            assert demand.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
+            assert "(golem.runtime.name=vm)" in demand.constraints
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
 @pytest.mark.parametrize(
     ("status", "changes", "words"),
-    [(500, {}, "registry does not tell"), (200, {"digest": "0" * 64}, "mlg image push efficientnet_lite0")],
+    [(500, {}, "does not return the address"), (200, {"digest": "0" * 64}, "mlg image push efficientnet_lite0")],
 )
-def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
+def test_a_published_image_that_is_missing_or_of_another_build_is_an_error_with_a_remedy(
     status: int, changes: dict[str, Any], words: str, tmp_path: Path, models_folder: Path, monkeypatch: Any
 ) -> None:
     published(models_folder, monkeypatch, **changes)
@@ -181,13 +179,13 @@ def test_an_image_that_is_not_to_be_had_or_of_another_build_is_said_to_be_so(
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path: Path, models_folder: Path) -> None:
+def test_with_golem_and_local_the_local_executor_runs_what_golem_cannot(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with golem(scenario(), tmp_path, models_folder) as harness:
             local = Member("local")
-            several = FallbackExecutor([harness.executor, local], fallback_seconds=0.5)
+            fallback = FallbackExecutor([harness.executor, local], fallback_seconds=0.5)
 
-            outcome = await several.run(harness.job("job"))
+            outcome = await fallback.run(harness.job("job"))
 
             assert outcome.provider == "local"
             assert list(harness.executor._job_queue.queued_jobs()) == []  # type: ignore[union-attr]
@@ -198,7 +196,7 @@ def test_with_golem_and_local_the_local_workers_take_what_golem_cannot(tmp_path:
 @pytest.mark.parametrize(
     ("missing", "words"), [("app_key", "YAGNA_APPKEY"), ("gftp", "gftp is not on the PATH")], ids=lambda each: str(each)
 )
-def test_without_a_key_or_gftp_it_does_not_start_and_says_what_to_do(
+def test_without_an_app_key_or_gftp_it_does_not_start_and_names_the_remedy(
     missing: str, words: str, tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -215,7 +213,7 @@ def test_without_a_key_or_gftp_it_does_not_start_and_says_what_to_do(
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_a_home_keeps_its_tag_and_its_allocations_are_known_by_their_last_digits(tmp_path: Path) -> None:
+def test_a_home_keeps_its_tag_and_its_allocations_are_recognised_by_their_last_digits(tmp_path: Path) -> None:
     tag = home_tag(tmp_path / "work" / "golem-home")
 
     amount = tagged(Decimal("1.5"), tag)

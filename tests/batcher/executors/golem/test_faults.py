@@ -1,4 +1,4 @@
-"""The golem executor on a devnet on which something goes wrong: what it promises all the same."""
+"""The golem executor on a devnet with faults of providers, of the daemon and of this machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
 from batcher.executors.golem import agreement_cleanup, payments, session, worker, worker_pool
 from batcher.executors.golem import executor as executor_module
 from batcher.workspace import Workspace
-from devnet.faults import DAEMON
-from devnet.scenario import Fault, ProviderPlan
+from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
@@ -33,8 +32,8 @@ Play = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten waits that are right for a network of strangers and not for a test."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten waits that suit a public network but not a test."""
     monkeypatch.setattr(executor_module, "_INITIAL_BACKOFF_SECONDS", 0.2)
     monkeypatch.setattr(executor_module, "_REFRESH_SECONDS", 0.2)
     monkeypatch.setattr(executor_module, "_EXPLAIN_WAIT_SECONDS", 0.2)
@@ -54,11 +53,11 @@ def play(tmp_path: Path, models_folder: Path) -> Play:
     """Run a test's body against a devnet of these providers."""
 
     def play(body: Body, *providers: ProviderPlan, faults: tuple[Fault, ...] = (), **settings: Any) -> None:
-        facts = {key: settings.pop(key) for key in ("funds",) if key in settings}
+        devnet_options = {key: settings.pop(key) for key in ("funds",) if key in settings}
         models = settings.pop("models", models_folder)
 
         async def main() -> None:
-            plan = scenario(*providers, faults=faults, **facts)
+            plan = scenario(*providers, faults=faults, **devnet_options)
             async with golem(plan, tmp_path, models, **settings) as harness:
                 await body(harness)
 
@@ -67,18 +66,18 @@ def play(tmp_path: Path, models_folder: Path) -> Play:
     return play
 
 
-def fault(kind: str, **facts: Any) -> Fault:
+def fault(kind: str, **fields: Any) -> Fault:
     """Make a fault."""
-    return Fault(kind=kind, **facts)
+    return Fault(kind=kind, **fields)
 
 
-def dearer(*plans: tuple[str, tuple[Fault, ...]]) -> list[ProviderPlan]:
-    """Make providers of which each is much dearer than the one before, so that they are asked in this order."""
+def increasingly_expensive(*plans: tuple[str, tuple[Fault, ...]]) -> list[ProviderPlan]:
+    """Make providers, each much more expensive than the one before, so that they are used in this order."""
     return [provider(name, *faults, start=f"0.00{number + 1}") for number, (name, faults) in enumerate(plans)]
 
 
-def who(harness: GolemHarness) -> list[str]:
-    """List the providers of all agreements that were approved, in the order of their making."""
+def approved_providers(harness: GolemHarness) -> list[str]:
+    """List the providers of all approved agreements, oldest first."""
     names = {each.node_id: each.name for each in harness.devnet.scenario.providers}
     return [
         names[each.provider_id] for each in harness.devnet.market.agreements.values() if each.approved_at is not None
@@ -86,17 +85,17 @@ def who(harness: GolemHarness) -> list[str]:
 
 
 def banned(harness: GolemHarness) -> dict[str, str]:
-    """Return who is banned in the ledger: name -> reason."""
+    """Return the banned providers in the ledger: name -> reason."""
     return {each.name: each.ban_reason for each in harness.store.list_providers() if each.ban_reason is not None}
 
 
 def has_triggered(harness: GolemHarness, name: str) -> bool:
-    """Tell whether a provider was asked for what it does wrongly."""
+    """Return whether a fault of a provider has been triggered."""
     return any(each == name for each, _, _ in harness.devnet.faults._occasions)
 
 
-def nothing_is_open(harness: GolemHarness) -> None:
-    """Check that nothing at the daemon costs anything any more, and that no file is left."""
+def assert_nothing_is_open(harness: GolemHarness) -> None:
+    """Check that nothing is open at the daemon, and that no file is left."""
     devnet = harness.devnet
     assert [each for each in devnet.market.agreements.values() if each.state == "Approved"] == []
     assert devnet.market.list_open_demands() == []
@@ -107,9 +106,9 @@ def nothing_is_open(harness: GolemHarness) -> None:
 
 
 async def close(harness: GolemHarness, *, unbilled: Iterable[str] = ()) -> None:
-    """Close the executor, and check that everything is paid but what was never billed, and booked as paid."""
+    """Close the executor, and check that all but the unbilled agreements are paid and recorded as paid."""
     await harness.executor.close()
-    nothing_is_open(harness)
+    assert_nothing_is_open(harness)
     assert [each.provider_name for each in harness.store.agreements(is_settled=False)] == list(unbilled)
     if not unbilled:
         assert harness.store.spent() == harness.paid()
@@ -118,7 +117,7 @@ async def close(harness: GolemHarness, *, unbilled: Iterable[str] = ()) -> None:
 # Providers that fail
 
 
-def test_the_cheapest_that_always_fails_is_paid_once_banned_and_replaced(play: Play) -> None:
+def test_the_cheapest_provider_that_always_fails_is_paid_once_banned_and_replaced(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         first = await harness.run("one", "two", "three")
         second = await harness.run("four")
@@ -126,32 +125,32 @@ def test_the_cheapest_that_always_fails_is_paid_once_banned_and_replaced(play: P
 
         outcomes = [*first, *second]
         assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 4
-        assert who(harness) == ["alpha", "beta"]
+        assert approved_providers(harness) == ["alpha", "beta"]
         failed = next(each for each in harness.devnet.market.agreements.values())
         assert harness.devnet.payment.paid[failed.agreement_id] > 0
         assert list(banned(harness)) == ["alpha"]
         assert {row.name: row.paid > 0 for row in harness.store.costs("provider")} == {"alpha": True, "beta": True}
 
-    play(body, *dearer(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
+    play(body, *increasingly_expensive(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
 
 
 def test_a_chunk_never_goes_back_to_a_provider_that_failed_on_it(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
-        hired = who(harness)
+        providers = approved_providers(harness)
         (other,) = await harness.run("two")
         await close(harness)
 
         assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
         assert outcome.provider == "alpha"
-        assert hired == ["alpha"], "not once more for what it may not have"
+        assert providers == ["alpha"], "no second agreement for a chunk that it may not get"
         assert (other.error, other.provider) == (None, "alpha")
 
     faults = (fault("exit-nonzero", times=1),)
     play(body, provider("alpha", *faults), ban_seconds=0.3, offer_seconds=2.0 * slowness())
 
 
-def test_a_chunk_that_fails_everywhere_is_given_up_and_nobody_stays_banned_for_it(play: Play) -> None:
+def test_a_chunk_that_fails_everywhere_fails_and_its_providers_are_unbanned(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("poison")
         (next_one,) = await harness.run("next")
@@ -159,26 +158,26 @@ def test_a_chunk_that_fails_everywhere_is_given_up_and_nobody_stays_banned_for_i
 
         assert isinstance(outcome.error, WorkerDied) and not outcome.is_blameless
         assert next_one.error is None
-        assert sorted(who(harness)[:3]) == ["alpha", "beta", "gamma"]
+        assert sorted(approved_providers(harness)[:3]) == ["alpha", "beta", "gamma"]
         assert banned(harness) == {}
 
     once = (fault("exit-nonzero", times=1),)
-    play(body, *dearer(("alpha", once), ("beta", once), ("gamma", once)), attempts=3)
+    play(body, *increasingly_expensive(("alpha", once), ("beta", once), ("gamma", once)), attempts=3)
 
 
-def test_a_provider_that_hangs_is_given_up_at_the_time_limit_and_its_slot_is_used_again(play: Play) -> None:
+def test_a_provider_that_hangs_is_stopped_at_the_timeout_and_its_slot_is_reused(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         pace = slowness()
-        began = time.monotonic()
+        started_at = time.monotonic()
         (outcome,) = await harness.run("one", timeout_seconds=4 * pace)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started_at
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
         assert seconds < 10 * max(pace, slowness())
         assert "in time" in banned(harness)["alpha"]
 
-    play(body, *dearer(("alpha", (fault("hang"),)), ("beta", ())), max_workers=1)
+    play(body, *increasingly_expensive(("alpha", (fault("hang"),)), ("beta", ())), max_workers=1)
 
 
 def test_a_chunk_that_hangs_everywhere_is_a_timeout(play: Play) -> None:
@@ -192,31 +191,31 @@ def test_a_chunk_that_hangs_everywhere_is_a_timeout(play: Play) -> None:
     play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), attempts=2)
 
 
-def test_calls_that_hang_with_their_provider_keep_neither_the_slot_nor_the_end_waiting(play: Play) -> None:
+def test_calls_that_hang_block_neither_the_slot_nor_closing(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one", timeout_seconds=4 * slowness())
-        began = time.monotonic()
+        started_at = time.monotonic()
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")
-        assert time.monotonic() - began < 5 * slowness()
+        assert time.monotonic() - started_at < 5 * slowness()
         assert list(banned(harness)) == ["alpha"]
 
-    play(body, *dearer(("alpha", (fault("vanish-http"),)), ("beta", ())), max_workers=1)
+    play(body, *increasingly_expensive(("alpha", (fault("vanish-http"),)), ("beta", ())), max_workers=1)
 
 
-def test_whatever_breaks_on_the_way_is_answered_elsewhere(play: Play) -> None:
+def test_a_chunk_is_answered_elsewhere_whatever_step_fails(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "zeta")
-        assert who(harness) == ["alpha", "beta", "gamma", "delta", "zeta"]
-        # Who cannot start an activity did not fail on anything: it is left alone as if it had not signed.
+        assert approved_providers(harness) == ["alpha", "beta", "gamma", "delta", "zeta"]
+        # A provider that cannot create an activity is not banned but skipped, as if it had not signed.
         assert set(banned(harness)) == {"beta", "gamma", "delta"}
         assert outcome.agreement_id == list(harness.devnet.market.agreements)[-1]
 
-    plans = dearer(
+    plans = increasingly_expensive(
         ("alpha", (fault("no-activity"),)),
         ("beta", (fault("fail-deploy"),)),
         ("gamma", (fault("die"),)),
@@ -226,24 +225,24 @@ def test_whatever_breaks_on_the_way_is_answered_elsewhere(play: Play) -> None:
     play(body, *plans, attempts=5, max_workers=1)
 
 
-LIES = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
+WRONG_RESULTS = ("garbage", "truncate", "oversize", "wrong-digest", "swap-results")
 
 
-def test_every_lie_is_noticed_and_answered_elsewhere(play: Play) -> None:
+def test_wrong_results_are_detected_and_the_chunk_is_answered_elsewhere(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
-        # An honest answer, which the liar that exchanges answers then has at hand.
+        # A correct result, which the provider with `swap-results` then has available.
         (outcome,) = await harness.run("one")
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "honest")
-        assert who(harness) == [*LIES, "honest"]
-        assert set(banned(harness)) == set(LIES)
+        assert approved_providers(harness) == [*WRONG_RESULTS, "honest"]
+        assert set(banned(harness)) == set(WRONG_RESULTS)
 
-    plans = dearer(*((kind, (fault(kind),)) for kind in LIES), ("honest", ()))
+    plans = increasingly_expensive(*((kind, (fault(kind),)) for kind in WRONG_RESULTS), ("honest", ()))
     play(body, *plans, attempts=6, max_workers=1)
 
 
-def test_who_does_not_sign_is_passed_over(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_does_not_sign_is_skipped(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     from ya_market import RequestorApi
 
     plain = RequestorApi.wait_for_approval
@@ -260,7 +259,7 @@ def test_who_does_not_sign_is_passed_over(play: Play, monkeypatch: pytest.Monkey
         assert (outcome.error, outcome.provider) == (None, "gamma")
         assert banned(harness) == {}
 
-    plans = dearer(
+    plans = increasingly_expensive(
         ("alpha", (fault("reject"),)),
         ("beta", (fault("never-approve"),)),
         ("gamma", (fault("slow-approval", seconds=0.2),)),
@@ -268,7 +267,7 @@ def test_who_does_not_sign_is_passed_over(play: Play, monkeypatch: pytest.Monkey
     play(body, *plans, max_workers=1)
 
 
-def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agreement_that_is_signed_too_late_is_cancelled(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     from ya_market import RequestorApi
 
     plain = RequestorApi.wait_for_approval
@@ -287,13 +286,13 @@ def test_who_signs_too_late_is_not_left_with_an_agreement(play: Play, monkeypatc
         assert (outcome.error, outcome.provider) == (None, "beta")
         assert alpha.state == "Cancelled"
 
-    play(body, *dearer(("alpha", (fault("slow-approval", seconds=1.2),)), ("beta", ())), max_workers=1)
+    play(body, *increasingly_expensive(("alpha", (fault("slow-approval", seconds=1.2),)), ("beta", ())), max_workers=1)
 
 
 # Bills
 
 
-def test_debit_notes_of_any_kind_do_not_disturb_the_work(play: Play) -> None:
+def test_debit_notes_of_any_kind_do_not_interrupt_the_work(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         outcomes = []
         for number in range(4):
@@ -302,25 +301,25 @@ def test_debit_notes_of_any_kind_do_not_disturb_the_work(play: Play) -> None:
         await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 4
-        assert who(harness) == ["alpha"]
+        assert approved_providers(harness) == ["alpha"]
 
     notes = (fault("payable-debit-note", every=2), fault("frequent-debit-notes", seconds=0.1))
     play(body, provider("alpha", *notes), max_workers=1)
 
 
-def test_a_bill_that_never_comes_is_not_waited_for_long(play: Play) -> None:
+def test_closing_waits_only_for_a_limited_time_for_an_invoice(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
-        began = time.monotonic()
+        started_at = time.monotonic()
         await close(harness, unbilled=["alpha"])
 
         assert outcome.error is None
-        assert 0.4 < time.monotonic() - began < 4 * slowness()
+        assert 0.4 < time.monotonic() - started_at < 4 * slowness()
 
     play(body, provider("alpha", fault("never-bill")), settle_seconds=0.5)
 
 
-def test_a_bill_that_is_too_high_is_refused_and_its_provider_banned(play: Play) -> None:
+def test_an_invoice_that_is_too_high_is_rejected_and_its_provider_banned(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (first,) = await harness.run("one")
         await until(lambda: "alpha" in banned(harness))
@@ -334,10 +333,10 @@ def test_a_bill_that_is_too_high_is_refused_and_its_provider_banned(play: Play) 
         assert "too high" in banned(harness)["alpha"]
 
     greedy = (fault("overbill", factor=20.0),)
-    play(body, *dearer(("alpha", greedy), ("beta", ())), idle_seconds=0.2)
+    play(body, *increasingly_expensive(("alpha", greedy), ("beta", ())), idle_seconds=0.2)
 
 
-def test_a_bill_that_comes_after_the_end_is_settled_by_the_next_batcher(play: Play) -> None:
+def test_an_invoice_that_comes_after_the_end_is_paid_by_the_next_batcher(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         await close(harness, unbilled=["alpha"])
@@ -356,7 +355,7 @@ def test_a_bill_that_comes_after_the_end_is_settled_by_the_next_batcher(play: Pl
     play(body, provider("alpha", fault("late-bill", seconds=0.5)), settle_seconds=0.0)
 
 
-def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> None:
+def test_an_old_invoice_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         await harness.run("one")
         await close(harness, unbilled=["alpha"])
@@ -369,15 +368,15 @@ def test_an_old_bill_is_paid_even_if_the_new_budget_is_smaller(play: Play) -> No
             await next_executor.close()
 
         assert harness.store.spent() == harness.paid() > 0
-        assert len(harness.devnet.payment.wallet.allocations) == 3, "one for that bill alone"
+        assert len(harness.devnet.payment.wallet.allocations) == 3, "one for that invoice alone"
         assert harness.devnet.payment.wallet.list_active() == []
 
-    # Without the interim bill, the acceptance of which has the money set aside already.
+    # Debit notes are not read: accepting one would already reserve the amount.
     unread = (fault("http-500", path="GET /payment-api/v1/debitNoteEvents"),)
     play(body, provider("alpha", fault("late-bill", seconds=0.3)), faults=unread, settle_seconds=0.0)
 
 
-def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_folder: Path) -> None:
+def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with devnet_and_store(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as (
             devnet,
@@ -391,8 +390,8 @@ def test_two_batchers_of_a_home_pay_each_its_own_bills(tmp_path: Path, models_fo
                     workspace.create()
                     executors.append(make_executor(devnet, store, tmp_path, models_folder, name=name, max_workers=1))
                     await executors[-1].start()
-                benches = [GolemHarness(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
-                runs = (harness.run(*(f"{harness.work.name}-{each}" for each in range(3))) for harness in benches)
+                harnesses = [GolemHarness(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
+                runs = (harness.run(*(f"{harness.work.name}-{each}" for each in range(3))) for harness in harnesses)
                 outcomes = await asyncio.gather(*runs)
                 await asyncio.gather(*(each.close() for each in executors))
             finally:
@@ -432,11 +431,11 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
         assert unavailable_reason is not None and "The budget of this run is used up" in unavailable_reason
         assert 0 < harness.paid() <= budget
 
-    dear = provider("alpha", second="0.1")
-    play(body, dear, budget_run=budget, max_price_hour=None, start_seconds=2.0)
+    expensive = provider("alpha", second="0.1")
+    play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=2.0)
 
 
-def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
+def test_a_wallet_without_enough_funds_is_named_as_the_reason(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
@@ -448,10 +447,10 @@ def test_a_wallet_with_too_little_in_it_is_told_of(play: Play) -> None:
     play(body, provider("alpha"), funds=Decimal("0.5"), offer_seconds=0.5)
 
 
-# Nobody there
+# No provider
 
 
-def test_a_market_without_offers_is_told_of_and_blames_nobody(play: Play) -> None:
+def test_a_market_without_offers_is_named_as_the_reason_and_blames_no_chunk(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         run = asyncio.create_task(harness.executor.run(harness.job("one")))
         await until(lambda: harness.executor.unavailable_reason(MODEL) is not None)
@@ -459,25 +458,26 @@ def test_a_market_without_offers_is_told_of_and_blames_nobody(play: Play) -> Non
         outcome = await run
 
         assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
-        assert unavailable_reason == outcome.error.reason == "No provider on the market offers what the model needs."
+        assert unavailable_reason == outcome.error.reason
+        assert "No provider on the market offers what the model needs." in outcome.error.reason
 
     play(body, provider("alpha", runtimes=("vm",)), offer_seconds=1.0)
 
 
-def test_offers_that_are_all_refused_are_told_of_and_blame_nobody(play: Play) -> None:
+def test_rejected_offers_are_named_as_the_reason_and_blame_no_chunk(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         for plan in harness.devnet.scenario.providers[2:]:
             prices = {"start_price": plan.start_price, "price_per_cpu_second": Decimal(0)}
             now = datetime.now(UTC)
             harness.store.record_offer(plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices)
-            harness.store.ban_provider(plan.node_id, until=None, reason="It is a friend's.", by_operator=True)
+            harness.store.ban_provider(plan.node_id, until=None, reason="Under maintenance.", by_operator=True)
         (outcome,) = await harness.run("one")
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
 
         assert isinstance(outcome.error, NoProvider) and outcome.is_blameless
-        for reason in ("3 offered to", "1 banned", "1 dearer than 0.5 GLM an hour", "1 dearer than 0.01 GLM a start"):
+        for reason in ("of 3 offers", "1 banned", "1 above 0.5 GLM per hour", "1 above 0.01 GLM per start"):
             assert reason in outcome.error.reason
-        assert unavailable_reason is None, "nothing waits any more"
+        assert unavailable_reason is None, "nothing is queued any more"
         assert harness.devnet.market.agreements == {}
 
     plans = (provider("alpha", start="0.02"), provider("beta", second="0.001"), provider("gamma"))
@@ -518,7 +518,7 @@ PAYMENT = (
 )
 
 
-#: Of these the daemon does what it is asked for, but nobody hears of it.
+#: The daemon performs these calls, but their responses are lost.
 UNANSWERED = (
     "POST /market-api/v1/demands",
     "POST /market-api/v1/agreements",
@@ -540,7 +540,7 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_daemon_that_fails_once_on_each_path_loses_neither_work_nor_money(play: Play, trouble: str) -> None:
+def test_one_failure_of_the_daemon_on_each_path_loses_neither_work_nor_money(play: Play, trouble: str) -> None:
     kind, paths = TROUBLES[trouble]
 
     async def body(harness: GolemHarness) -> None:
@@ -558,7 +558,7 @@ def test_a_daemon_that_fails_once_on_each_path_loses_neither_work_nor_money(play
 
 
 @pytest.mark.parametrize("is_missed", [False, True], ids=["at once", "later"])
-def test_a_daemon_that_dies_in_mid_work_and_comes_back_costs_no_restart(
+def test_a_daemon_that_restarts_during_the_work_needs_no_restart_of_the_executor(
     play: Play, monkeypatch: pytest.MonkeyPatch, is_missed: bool
 ) -> None:
     monkeypatch.setattr(session, "_UNREACHABLE_SECONDS", 0.5 if is_missed else 30.0)
@@ -574,12 +574,12 @@ def test_a_daemon_that_dies_in_mid_work_and_comes_back_costs_no_restart(
         await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 3
-        assert (len(harness.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if it has to be"
+        assert (len(harness.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if needed"
 
     play(body, provider("alpha", fault("hang", times=1)), provider("beta"), max_workers=2)
 
 
-def test_a_daemon_that_is_away_at_the_start_is_waited_for(tmp_path: Path, models_folder: Path) -> None:
+def test_a_daemon_that_does_not_run_at_the_start_is_waited_for(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with devnet_and_store(scenario(provider("alpha")), tmp_path, models_folder) as (devnet, store):
             await devnet.stop()
@@ -602,7 +602,7 @@ def test_a_daemon_that_is_away_at_the_start_is_waited_for(tmp_path: Path, models
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-# This side
+# This machine
 
 
 def file_servers() -> list[int]:
@@ -624,7 +624,7 @@ def test_a_file_server_that_is_killed_is_replaced(play: Play) -> None:
     play(body, provider("alpha"), provider("beta"), max_workers=2)
 
 
-def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_others(play: Play) -> None:
+def test_jobs_cancelled_at_any_moment_do_not_mix_up_the_files_of_others(play: Play) -> None:
     chance = random.Random(7)
 
     async def cancelled(harness: GolemHarness, name: str) -> None:
@@ -638,7 +638,7 @@ def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_other
                 and session is not None
                 and session.engine._storage_manager._process._lock.locked()
             ):
-                break  # the worst moment: the file server was asked and has not answered
+                break  # the worst moment: the file server has a request and has not responded
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
 
@@ -649,14 +649,14 @@ def test_calls_that_are_cancelled_at_any_moment_do_not_mix_up_the_files_of_other
         outcomes = await harness.run(*(f"wanted{number}" for number in range(6)))
         await close(harness)
 
-        # Each of the answers was checked to be that of its own chunk.
+        # Each job has checked that its results file answers its own chunk.
         assert [each.error for each in outcomes] == [None] * 6
         assert len(harness.devnet.payment.wallet.allocations) == 1, "no new session was needed"
 
     play(body, *(provider(name) for name in ("alpha", "beta", "gamma")), max_workers=2)
 
 
-#: A batcher's executor in a process of its own, to be killed: rents, and says so.
+#: A batcher's executor in a separate process, which a test kills while its workers run.
 BATCHER = """
 import asyncio, os, sys
 from dataclasses import replace
@@ -682,7 +682,7 @@ asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 
 
-def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path: Path, models_folder: Path) -> None:
+def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         plan = scenario(provider("alpha", fault("hang")), provider("beta", fault("hang")))
         async with devnet_and_store(plan, tmp_path, models_folder) as (devnet, store):
@@ -709,13 +709,13 @@ def test_what_a_killed_batcher_left_open_is_closed_and_paid_by_the_next(tmp_path
     asyncio.run(asyncio.wait_for(main(), 300))
 
 
-def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) -> None:
+def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         runs = asyncio.create_task(harness.run("one", "two", "three", "four"))
         await until(lambda: len(harness.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
-        began = time.monotonic()
+        started_at = time.monotonic()
         await close(harness)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started_at
         outcomes = await runs
 
         assert seconds < 10 * slowness()
@@ -727,7 +727,7 @@ def test_closing_in_mid_work_ends_pays_and_releases_everything_soon(play: Play) 
     play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), max_workers=2)
 
 
-def test_two_models_are_rented_for_side_by_side(play: Play, custom_models_folder: Path) -> None:
+def test_two_models_have_workers_at_the_same_time(play: Play, custom_models_folder: Path) -> None:
     async def body(harness: GolemHarness) -> None:
         jobs = [harness.job(f"{model}{number}", model=model) for model in (MODEL, "my_pets") for number in range(2)]
         outcomes = await asyncio.gather(*(harness.executor.run(job) for job in jobs))

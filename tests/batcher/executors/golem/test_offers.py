@@ -1,4 +1,4 @@
-"""Which offers are taken: prices, speeds, bans, caps. Pure, so every case is a table row."""
+"""Rating of offers: prices, speeds, bans, limits. Pure, so each case is a table row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from batcher.executors.golem.offers import EXPECTED_IMAGES, OfferEvaluator
-from batcher.executors.golem.prices import BadOffer, Price, provider_name
+from batcher.executors.golem.offers import EXPECTED_IMAGES, BadOffer, OfferEvaluator, Price, provider_name
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timeouts import chunk_timeout, idle_seconds, straggler_seconds
 
@@ -67,14 +66,14 @@ def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> N
         {"golem.inf.cpu.threads": "many"},
     ],
 )
-def test_an_offer_that_cannot_be_understood_is_refused(change: dict[str, Any], offer_evaluator: OfferEvaluator) -> None:
+def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], offer_evaluator: OfferEvaluator) -> None:
     with pytest.raises(BadOffer):
         Price.from_offer(offer(**change))
 
     assert offer_evaluator.rate_offer(MODEL, "0x1", offer(**change)).score < 0
 
 
-def test_a_counter_that_costs_nothing_may_be_unknown() -> None:
+def test_an_unknown_counter_with_price_zero_is_accepted() -> None:
     properties = offer()
     properties["golem.com.usage.vector"].append("golem.usage.moonlight")
     properties["golem.com.pricing.model.linear.coeffs"] = [0.0001, 0.00002, 0.0, 0.001]
@@ -82,27 +81,27 @@ def test_a_counter_that_costs_nothing_may_be_unknown() -> None:
     assert Price.from_offer(properties) == Price.from_offer(offer())
 
 
-def test_all_threads_count_for_what_an_hour_may_cost(offer_evaluator: OfferEvaluator) -> None:
+def test_the_price_per_hour_counts_all_threads(offer_evaluator: OfferEvaluator) -> None:
     assert offer_evaluator.rate_offer(MODEL, "0x1", offer()).score > 0
     assert offer_evaluator.rate_offer(MODEL, "0x1", offer(**{"golem.inf.cpu.threads": 8})).score < 0
 
 
-def test_the_cheapest_picture_wins_over_the_cheapest_hour(offer_evaluator: OfferEvaluator) -> None:
-    offer_evaluator.update_speeds(MODEL, {"0xquick": 40.0, "0xslow": 4.0})
+def test_the_lowest_cost_per_image_wins_over_the_lowest_price_per_hour(offer_evaluator: OfferEvaluator) -> None:
+    offer_evaluator.update_speeds(MODEL, {"0xfast": 40.0, "0xslow": 4.0})
 
-    quick = offer_evaluator.rate_offer(MODEL, "0xquick", offer(cpu=0.0001))
+    fast = offer_evaluator.rate_offer(MODEL, "0xfast", offer(cpu=0.0001))
     slow = offer_evaluator.rate_offer(MODEL, "0xslow", offer(cpu=0.00005))
 
-    assert quick.score > slow.score > 0
+    assert fast.score > slow.score > 0
 
 
-def test_a_cheap_start_wins_where_few_pictures_come_to_a_start() -> None:
+def test_the_price_of_the_start_is_shared_by_the_images() -> None:
     price = Price.from_offer(offer())
 
     assert price.per_image(40, 1) > price.per_image(40, EXPECTED_IMAGES) > price.per_image(80, EXPECTED_IMAGES)
 
 
-def test_a_provider_that_keeps_its_word_wins_over_an_equal_one_that_does_not(offer_evaluator: OfferEvaluator) -> None:
+def test_a_reliable_provider_wins_over_an_unreliable_one_at_the_same_price(offer_evaluator: OfferEvaluator) -> None:
     offer_evaluator.update_providers(banned={}, reliability={"0xgood": 1.0, "0xbad": 0.2})
 
     assert (
@@ -112,7 +111,7 @@ def test_a_provider_that_keeps_its_word_wins_over_an_equal_one_that_does_not(off
     )
 
 
-def test_a_new_provider_is_taken_to_be_as_quick_as_the_others(offer_evaluator: OfferEvaluator) -> None:
+def test_a_new_provider_is_assumed_to_be_as_fast_as_the_mean_of_the_others(offer_evaluator: OfferEvaluator) -> None:
     offer_evaluator.update_speeds(MODEL, {"0x1": 10.0, "0x2": 30.0})
 
     assert offer_evaluator.speed(MODEL, "0xnew") == 20.0
@@ -122,38 +121,42 @@ def test_a_new_provider_is_taken_to_be_as_quick_as_the_others(offer_evaluator: O
 @pytest.mark.parametrize(
     ("prepare", "properties", "words"),
     [
-        (lambda offer_evaluator: offer_evaluator.ban("0x1", "It lied."), offer(), "1 banned"),
-        (lambda offer_evaluator: offer_evaluator.record_not_signed("0x1"), offer(), "1 did not sign lately"),
-        (lambda offer_evaluator: None, offer(start=0.02), "1 dearer than 0.01 GLM a start (MLG_MAX_PRICE_START)"),
-        (lambda offer_evaluator: None, offer(second=0.001), "1 dearer than 0.5 GLM an hour (MLG_MAX_PRICE_HOUR)"),
+        (lambda offer_evaluator: offer_evaluator.ban("0x1", "It sent wrong results."), offer(), "1 banned"),
+        (lambda offer_evaluator: offer_evaluator.record_not_signed("0x1"), offer(), "1 did not sign recently"),
+        (lambda offer_evaluator: None, offer(start=0.02), "1 above 0.01 GLM per start (MLG_MAX_PRICE_START)"),
+        (lambda offer_evaluator: None, offer(second=0.001), "1 above 0.5 GLM per hour (MLG_MAX_PRICE_HOUR)"),
         (
             lambda offer_evaluator: None,
             offer(**{"golem.com.usage.vector": []}),
-            "1 with prices that cannot be understood",
+            "1 with unreadable prices",
         ),
-        (lambda offer_evaluator: None, offer(), "1 busy or not answering"),
+        (lambda offer_evaluator: None, offer(), "1 busy or not responding"),
     ],
 )
-def test_why_nobody_works_is_said_in_a_sentence(
+def test_the_reason_for_no_provider_is_one_sentence_with_counts(
     prepare: Callable[[OfferEvaluator], object], properties: dict[str, Any], words: str, offer_evaluator: OfferEvaluator
 ) -> None:
     prepare(offer_evaluator)
     offer_evaluator.rate_offer(MODEL, "0x1", properties)
 
-    assert offer_evaluator.unavailable_reason(MODEL) == f"No provider takes it: 1 offered to, of which {words}."
-    assert offer_evaluator.unavailable_reason("vgg16") == "No provider on the market offers what the model needs."
+    reason = offer_evaluator.unavailable_reason(MODEL)
+    assert reason == (f"No provider is available: of 1 offer, {words}. The search continues. See: mlg providers list")
+    assert offer_evaluator.unavailable_reason("vgg16") == (
+        "No provider on the market offers what the model needs. The search continues; "
+        "MLG_EXECUTOR=golem,local uses this machine meanwhile."
+    )
 
 
-def test_who_does_not_sign_is_left_alone_longer_each_time_until_it_signs() -> None:
+def test_a_provider_that_does_not_sign_is_skipped_longer_each_time_until_it_signs() -> None:
     time = Time()
     offer_evaluator = OfferEvaluator(SETTINGS, monotonic=time)
     waits = []
     for _ in range(3):
         offer_evaluator.record_not_signed("0x1")
-        began = time.now
+        started_at = time.now
         while offer_evaluator.rate_offer(MODEL, "0x1", offer()).score < 0:
             time.now += 1
-        waits.append(time.now - began)
+        waits.append(time.now - started_at)
     offer_evaluator.record_signed("0x1")
     offer_evaluator.record_not_signed("0x1")
     time.now += waits[0]
@@ -162,32 +165,34 @@ def test_who_does_not_sign_is_left_alone_longer_each_time_until_it_signs() -> No
     assert offer_evaluator.rate_offer(MODEL, "0x1", offer()).score > 0
 
 
-def test_without_caps_any_price_is_taken() -> None:
+def test_without_price_limits_any_price_is_accepted() -> None:
     offer_evaluator = OfferEvaluator(replace(SETTINGS, max_price_hour=None, max_price_start=None))
 
     assert offer_evaluator.rate_offer(MODEL, "0x1", offer(start=9.0, cpu=1.0)).score > 0
 
 
-def test_a_name_is_made_harmless() -> None:
+def test_a_provider_name_is_limited_to_printable_characters() -> None:
     assert provider_name({"golem.node.id.name": "evil\x1b[2J" + "x" * 100}, "0x1") == "evil[2J" + "x" * 53
     assert provider_name({}, "0x0123456789") == "0x01234567"
 
 
-def test_a_chunk_gets_time_by_its_size_and_the_measured_speed() -> None:
-    def limit(**facts: Any) -> float:
-        return chunk_timeout(**{"items": 16, "size_bytes": 0, "images_per_second": 16.0, "max_seconds": 120.0, **facts})
+def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
+    def limit(**changes: Any) -> float:
+        return chunk_timeout(
+            **{"items": 16, "size_bytes": 0, "images_per_second": 16.0, "max_seconds": 120.0, **changes}
+        )
 
     assert limit() == 35.0
     assert limit(size_bytes=2_000_000) == 45.0
     assert limit(images_per_second=0.1) == limit(images_per_second=None) == 120.0
 
 
-def test_a_chunk_is_late_only_when_it_is_known_how_long_it_should_take() -> None:
+def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:
     assert straggler_seconds(items=16, images_per_second=16.0) == 5.0
     assert straggler_seconds(items=16, images_per_second=None) is None
 
 
-def test_an_idle_computer_is_kept_until_it_has_cost_a_start() -> None:
+def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> None:
     price = Price.from_offer(offer(start=0.001, second=0.0001))
 
     assert idle_seconds(price, start_seconds=2.0, max_seconds=60.0) == 12.0

@@ -1,0 +1,172 @@
+"""One warm worker process on this machine, and the communication with it.
+
+Used by `local.py`. The process is `mlg-provider serve`, the same program as on a provider. Its standard input is a pipe
+from this process, so it ends when this process ends, for whatever reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from batcher.subprocesses import child_environment, exit_description, module_command
+from provider_image.errors import WorkerDied
+from provider_image.runtime_paths import socket_path
+
+log = logging.getLogger(__name__)
+
+#: A process must listen within this time after its start; importing takes a tenth of a second.
+START_SECONDS = 60.0
+#: A process that was asked to end is killed after this time.
+STOP_SECONDS = 2.0
+_MAX_LINE_BYTES = 1024 * 1024
+
+
+class WorkerProcess:
+    """A warm process, from its start to its end; a new object for each process."""
+
+    def __init__(
+        self, number: int, folder: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
+    ) -> None:
+        self.number = number
+        self._folder = folder
+        options = ["--place", str(folder), "--models", str(models), "--threads", str(threads)]
+        options += ["--precision", precision]
+        self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
+        # Not a setting: the child gets our own environment with one folder added.
+        self._environment = child_environment(os.environ, extra)
+        self._process: asyncio.subprocess.Process | None = None
+        self._output_readers: list[asyncio.Task[None]] = []
+        self._is_ready = asyncio.Event()
+        self._last_stderr_line = ""
+
+    async def start(self) -> None:
+        """Start the process and wait until it listens. :raises WorkerDied: it does not; quotes its last output."""
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=self._environment,
+                # Ctrl-C reaches every process of the terminal's group; only the batcher must handle it.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise WorkerDied(f"A worker process cannot be started: {error}") from error
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._output_readers = [
+            asyncio.create_task(self._read_stdout(self._process.stdout)),
+            asyncio.create_task(self._log_stderr(self._process.stderr)),
+        ]
+        waits = {asyncio.create_task(self._is_ready.wait()), asyncio.create_task(self._process.wait())}
+        try:
+            await asyncio.wait(waits, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self._is_ready.is_set():
+            how = await self._exit_description() if self._process.returncode is not None else "was not ready in time"
+            raise WorkerDied(f"A worker process {how} at its start. {self._last_stderr_line}".strip())
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None before `start`."""
+        return self._process.pid if self._process else None
+
+    @property
+    def has_ended(self) -> bool:
+        """True when the process was started and has ended."""
+        return self._process is not None and self._process.returncode is not None
+
+    async def wait(self) -> None:
+        """Wait until the process has ended."""
+        if self._process is not None:
+            await self._process.wait()
+
+    async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
+        """Run one chunk and return the reply. :raises WorkerDied: the process ended before it replied."""
+        received = b""
+        try:
+            reader, writer = await asyncio.open_unix_connection(str(socket_path(self._folder)), limit=_MAX_LINE_BYTES)
+            try:
+                writer.write(json.dumps({"chunk": str(chunk), "results": str(results)}).encode() + b"\n")
+                await writer.drain()
+                received = await reader.readline()
+            finally:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+        except OSError as error:
+            log.debug("the connection to worker %d broke: %s", self.number, error)
+        if received.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                reply = json.loads(received)
+                if isinstance(reply, dict):
+                    return reply
+        raise WorkerDied(f"The worker process {await self._exit_description()} during the chunk.")
+
+    async def stop(self, *, is_forced: bool = False) -> None:
+        """End the process, wait for it, and remove its files."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            if is_forced:
+                self._kill()
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._process.wait()
+            except TimeoutError:
+                self._kill()
+                await self._process.wait()
+            await asyncio.gather(*self._output_readers)
+        socket_path(self._folder).unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def _exit_description(self) -> str:
+        assert self._process is not None
+        try:
+            # The connection breaks a moment before the system has the exit status.
+            async with asyncio.timeout(STOP_SECONDS):
+                status = await self._process.wait()
+        except TimeoutError:
+            return "stopped responding"
+        return exit_description(status)
+
+    async def _read_stdout(self, stream: asyncio.StreamReader) -> None:
+        async for line in _lines(stream):
+            if line == "ready":
+                self._is_ready.set()
+            else:
+                log.info("worker %d: %s", self.number, line)
+
+    async def _log_stderr(self, stream: asyncio.StreamReader) -> None:
+        async for line in _lines(stream):
+            self._last_stderr_line = line
+            log.warning("worker %d: %s", self.number, line)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Iterate over lines of any length; StreamReader.readline fails on long ones, and the pipe would fill up."""
+    buffer = b""
+    while data := await stream.read(65536):
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line.decode(errors="replace").rstrip()
+        if len(buffer) > _MAX_LINE_BYTES:
+            buffer = buffer[-1024:]
+    if buffer.strip():
+        yield buffer.decode(errors="replace").rstrip()

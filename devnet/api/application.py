@@ -1,0 +1,206 @@
+"""The daemon's HTTP application, and the journal of its calls.
+
+Made by `Devnet.start`. Its middlewares record every call, report errors, check the app key, and inject the daemon's
+faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from devnet.api import EventStream
+from devnet.errors import ApiError
+from devnet.scenario import DAEMON, FaultSchedule
+from devnet.timing import format_time, utc_now
+
+log = logging.getLogger(__name__)
+
+#: Scripts can be long; files are not sent this way.
+MAX_BODY_BYTES = 32 * 1024 * 1024
+#: Version of yagna whose API this is.
+VERSION = "0.17.3"
+#: Number of calls kept in memory.
+MAX_CALLS = 20_000
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiCall:
+    """A call of the API, recorded at its end."""
+
+    at: datetime
+    method: str
+    path: str
+    query: str
+    #: None if the caller disconnected before the response.
+    status: int | None
+    seconds: float
+    request_bytes: int
+    answer_bytes: int
+    #: The beginning of each body, as text.
+    request: str
+    answer: str
+
+
+class CallJournal:
+    """The latest calls, in memory and optionally in a file.
+
+    :param path: a file to which each call is appended as a line of JSON.
+    """
+
+    #: Longer bodies are cut.
+    max_body_bytes = 4000
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.calls: deque[ApiCall] = deque(maxlen=MAX_CALLS)
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __iter__(self) -> Iterator[ApiCall]:
+        return iter(tuple(self.calls))
+
+    def add(self, call: ApiCall) -> None:
+        """Record a call."""
+        self.calls.append(call)
+        if self._file is not None:
+            row = {**asdict(call), "at": format_time(call.at), "seconds": round(call.seconds, 4)}
+            self._file.write(json.dumps(row) + "\n")
+
+    def matching(self, pattern: str) -> list[ApiCall]:
+        """Return the calls whose "METHOD /path" matches a glob, oldest first."""
+        return [call for call in self.calls if fnmatchcase(f"{call.method} {call.path}", pattern)]
+
+    def failed(self) -> list[ApiCall]:
+        """Return the calls that were answered with an error, except waits that timed out."""
+        return [call for call in self.calls if call.status is not None and call.status >= 400 and call.status != 408]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def make_application(
+    routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: FaultSchedule
+) -> web.Application:
+    """Make the application.
+
+    :param routes: the routes of the three APIs.
+    :param identity: the requestor's node id.
+    """
+
+    async def me(request: web.Request) -> web.Response:
+        return web.json_response({"identity": identity, "name": "devnet", "role": "manager"})
+
+    middlewares = [_record_calls(journal), _handle_errors, _require_app_key(app_key), _inject_faults(faults)]
+    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
+    app.add_routes([web.get("/me", me), web.get("/version/get", _version), *routes])
+    return app
+
+
+async def _version(request: web.Request) -> web.Response:
+    dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
+    current = {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}
+    return web.json_response({"current": current})
+
+
+def _record_calls(journal: CallJournal) -> Any:
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        at, started_at = utc_now(), time.monotonic()
+        response: web.StreamResponse | None = None
+        body = b""
+        try:
+            try:
+                body = await request.read()
+            except web.HTTPRequestEntityTooLarge:
+                response = _error_response(413, f"The body has more than {MAX_BODY_BYTES} bytes.")
+            else:
+                response = await handler(request)
+            return response
+        finally:
+            answer = response.body if isinstance(response, web.Response) else None
+            answer = bytes(response.sent) if isinstance(response, EventStream) else answer
+            answer = answer if isinstance(answer, bytes) else b""
+            journal.add(
+                ApiCall(
+                    at=at,
+                    method=request.method,
+                    path=request.path,
+                    query=request.query_string,
+                    status=None if response is None else response.status,
+                    seconds=time.monotonic() - started_at,
+                    request_bytes=len(body),
+                    answer_bytes=len(answer),
+                    request=body[: journal.max_body_bytes].decode("utf-8", "replace"),
+                    answer=answer[: journal.max_body_bytes].decode("utf-8", "replace"),
+                )
+            )
+
+    return middleware
+
+
+@web.middleware
+async def _handle_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _error_response(error.status, str(error))
+    except web.HTTPException as error:
+        return _error_response(error.status, f"{request.method} {request.path}: {error.reason}")
+    except ConnectionResetError:
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _error_response(500, "Internal error of the devnet; see its log.")
+
+
+def _require_app_key(app_key: str) -> Any:
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        given = (key.strip() if scheme.lower() == "bearer" else "") or request.query.get("authToken", "")
+        if not secrets.compare_digest(given.encode(), app_key.encode()):
+            return _error_response(
+                401, "The app key is missing or wrong. Set YAGNA_APPKEY to the value that mlg devnet prints."
+            )
+        return await handler(request)
+
+    return middleware
+
+
+def _inject_faults(faults: FaultSchedule) -> Any:
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        call = f"{request.method} {request.path}"
+        if faults.triggers(DAEMON, "http-500", call):
+            return _error_response(500, "Fault of the scenario: http-500.")
+        hang_fault = faults.triggers(DAEMON, "http-hang", call)
+        if hang_fault is not None:
+            # Without `seconds` it hangs until the caller or the daemon ends.
+            await asyncio.sleep(hang_fault.seconds) if hang_fault.seconds else await asyncio.Event().wait()
+        if faults.triggers(DAEMON, "gone", call) and request.transport is not None:
+            request.transport.abort()
+        return await handler(request)
+
+    return middleware
+
+
+def _error_response(status: int, message: str) -> web.Response:
+    return web.json_response({"message": message}, status=status)

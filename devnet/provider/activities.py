@@ -1,0 +1,168 @@
+"""The activities: which exe-unit runs for which agreement, and why others ended.
+
+Made by `Devnet`, called by the API. An activity ends with the daemon; its usage is kept in its agreement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from devnet.errors import NotFound
+from devnet.provider.exe_unit import ExeUnit
+from devnet.records import Agreement
+from devnet.scenario import FaultSchedule, ProviderPlan
+
+
+class ActivityOwner(Protocol):
+    """The provider of an activity."""
+
+    plan: ProviderPlan
+    cpus: frozenset[int] | None
+
+    def record_contact(self) -> None:
+        """Note that the requestor has just made a call."""
+
+    def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
+        """Handle the end of one of the provider's activities. Its usage is in the agreement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """A running activity."""
+
+    activity_id: str
+    agreement: Agreement
+    owner: ActivityOwner
+    unit: ExeUnit
+
+
+class Activities:
+    """All activities of a daemon.
+
+    :param folder: contains a folder per activity; its path must be short, because there are sockets in it.
+    :param exchange: the folder that the `gftp` program shares with the daemon.
+    :param environment: environment of the providers' processes.
+    :param on_change: called after every change of the state that is kept over a restart.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        exchange: Path,
+        faults: FaultSchedule,
+        environment: Mapping[str, str],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._folder = folder
+        self._exchange = exchange
+        self._faults = faults
+        self._environment = dict(environment)
+        self._on_change = on_change
+        self._running: dict[str, Activity] = {}
+        #: Activities that have ended -> reason.
+        self._end_reasons: dict[str, str] = {}
+        self._agreements: dict[str, Agreement] = {}
+
+    def restore(self, agreement: Agreement) -> None:
+        """Restore the activities of an agreement after a restart. All of them have ended."""
+        for activity_id in agreement.usage:
+            self._agreements[activity_id] = agreement
+            self._end_reasons[activity_id] = "The daemon was restarted."
+
+    def create(self, agreement: Agreement, owner: ActivityOwner) -> str:
+        """Start an activity for an agreement. :return: its id."""
+        activity_id = secrets.token_hex(16)
+        short_id = activity_id[:8]
+        environment = {**self._environment, "MLG_PLACE": str(self._folder / f"{short_id}.p")}
+        Path(environment["MLG_PLACE"]).mkdir(mode=0o700)
+        unit = ExeUnit(
+            activity_id,
+            plan=owner.plan,
+            folder=self._folder / short_id,
+            exchange=self._exchange,
+            faults=self._faults,
+            environment=environment,
+            cpus=owner.cpus,
+            on_crash=self._on_crash,
+        )
+        self._running[activity_id] = Activity(activity_id=activity_id, agreement=agreement, owner=owner, unit=unit)
+        self._agreements[activity_id] = agreement
+        agreement.usage[activity_id] = [0.0, 0.0]
+        self._on_change()
+        return activity_id
+
+    def find(self, activity_id: str) -> Activity:
+        """Return a running activity. :raises NotFound: it does not exist or has ended."""
+        activity = self._running.get(activity_id)
+        if activity is None:
+            reason = self._end_reasons.get(activity_id)
+            raise NotFound(
+                f"There is no activity {activity_id}." if reason is None else f"The activity has ended. {reason}"
+            )
+        return activity
+
+    def agreement_of(self, activity_id: str) -> Agreement:
+        """Return the agreement of an activity, running or ended. :raises NotFound: it does not exist."""
+        if activity_id not in self._agreements:
+            raise NotFound(f"There is no activity {activity_id}.")
+        return self._agreements[activity_id]
+
+    def reason(self, activity_id: str) -> str | None:
+        """Return why an activity ended; None if it is running."""
+        self.agreement_of(activity_id)
+        return self._end_reasons.get(activity_id)
+
+    def usage(self, activity_id: str) -> list[float]:
+        """Return the usage counters of an activity; the final ones if it has ended."""
+        agreement = self.agreement_of(activity_id)
+        if activity_id in self._running:
+            agreement.usage[activity_id] = [float(each) for each in self._running[activity_id].unit.usage()]
+        return agreement.usage[activity_id]
+
+    def running_ids(self, agreement: Agreement) -> list[str]:
+        """Return the ids of the running activities of an agreement."""
+        return [each.activity_id for each in self._running.values() if each.agreement is agreement]
+
+    async def destroy(self, activity_id: str, reason: str) -> None:
+        """End an activity and remove its processes and its folder. Does nothing if it has ended."""
+        self.agreement_of(activity_id)
+        activity = self._running.get(activity_id)
+        if activity is None:
+            return
+        self.usage(activity_id)
+        del self._running[activity_id]
+        self._end_reasons[activity_id] = reason
+        await activity.unit.end(reason)
+        await _remove(self._folder / f"{activity_id[:8]}.p")
+        activity.owner.activity_ended(activity.agreement, activity_id)
+        self._on_change()
+
+    async def close(self) -> None:
+        """End all activities without notifying their owners, because the daemon ends."""
+        self.record_usage()
+        units = [each.unit for each in self._running.values()]
+        self._running.clear()
+        for unit in units:
+            await unit.end()
+
+    def record_usage(self) -> None:
+        """Write the usage of running activities into their agreements."""
+        for activity_id in self._running:
+            self.usage(activity_id)
+
+    def _on_crash(self, activity_id: str) -> None:
+        # The unit continues to answer calls until the requestor destroys the activity.
+        if activity_id in self._running:
+            self.usage(activity_id)
+            self._on_change()
+
+
+async def _remove(folder: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

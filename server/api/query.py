@@ -1,0 +1,112 @@
+"""Query parameters that several views share: how long to wait, and which page of a list.
+
+Used by the views. A parameter that a view does not declare is an error, so that a misspelt one is noticed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import flask
+
+from provider_image.errors import InvalidParams
+from server.auth.guard import visible_key_id
+from server.endpoint import Field
+from server.intake.uploads import query_fields
+
+#: Entries on a page of a list.
+MAX_PAGE_SIZE = 200
+DEFAULT_PAGE_SIZE = 50
+WAIT = Field(
+    name="wait",
+    help="Seconds to hold the response until the request has ended; the server has its own limit.",
+    schema={"type": "number", "minimum": 0, "examples": [30]},
+)
+CURSOR = Field(name="cursor", help="The `next` of the previous page.")
+LIMIT = Field(
+    name="limit",
+    help="How many at most.",
+    schema={"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": DEFAULT_PAGE_SIZE},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageQuery:
+    """Which page of a list is requested, and whose entries it may show."""
+
+    #: Only entries of this key; None shows all.
+    key_id: str | None
+    #: Only numbers below this.
+    before: int | None
+    #: How many at most.
+    limit: int
+    #: The other parameters, without those that may be repeated.
+    fields: Mapping[str, str]
+
+    @classmethod
+    def from_request(
+        cls, request: flask.Request, others: Collection[str] = (), *, repeatable: str | None = None
+    ) -> PageQuery:
+        """Read the query. :param others: the other parameters that the list has. :raises InvalidParams:"""
+        fields = query_fields(request, repeatable=repeatable)
+        check_names(fields, (*others, "cursor", "limit"))
+        cursor, limit = fields.pop("cursor", None), fields.pop("limit", str(DEFAULT_PAGE_SIZE))
+        return cls(
+            key_id=visible_key_id(),
+            before=None if cursor is None else _from_cursor(cursor),
+            limit=parse_limit(limit, MAX_PAGE_SIZE),
+            fields=fields,
+        )
+
+
+def check_names(fields: Collection[str], known: Collection[str]) -> None:
+    """Refuse parameters that a view does not have. :raises InvalidParams:"""
+    for name in fields:
+        if name not in known:
+            names = f"Parameters: {', '.join(sorted(known))}." if known else "It takes none."
+            raise InvalidParams(f"There is no parameter {name[:64]!r} here. {names}")
+
+
+def parse_wait_seconds(raw: str | None, max_seconds: float) -> float:
+    """Read how long a response may be held, at most `max_seconds`. :raises InvalidParams:"""
+    if raw is None:
+        return 0.0
+    try:
+        seconds = float(raw)
+    except ValueError as error:
+        raise InvalidParams("wait takes a number of seconds, for example ?wait=30") from error
+    if not 0 <= seconds < float("inf"):  # also refuses nan
+        raise InvalidParams("wait takes a number of seconds from 0.")
+    return min(seconds, max_seconds)
+
+
+def parse_limit(text: str, maximum: int) -> int:
+    """Read how many entries a list may have. :raises InvalidParams:"""
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= maximum):
+        raise InvalidParams(f"limit takes a whole number from 1 to {maximum}.")
+    return int(text)
+
+
+def parse_number(name: str, text: str) -> int:
+    """Read a number that an earlier response contained. :raises InvalidParams:"""
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise InvalidParams(f"{name} takes a value from an earlier response.")
+    return int(text)
+
+
+def to_cursor(number: int | None) -> str | None:
+    """Write a position in a list; None at its end."""
+    return None if number is None else base64.urlsafe_b64encode(f"n{number}".encode()).decode().rstrip("=")
+
+
+def _from_cursor(text: str) -> int:
+    try:
+        plain = base64.urlsafe_b64decode(text[:64] + "=" * (-len(text[:64]) % 4)).decode("ascii")
+    except (binascii.Error, ValueError) as error:
+        raise InvalidParams("cursor takes the `next` of the previous page.") from error
+    if not plain.startswith("n"):
+        raise InvalidParams("cursor takes the `next` of the previous page.")
+    return parse_number("cursor", plain[1:])

@@ -1,0 +1,321 @@
+"""The one way in: a single image, a batch, and the form of the page all become requests here.
+
+Called by the views that take images, one Intake in each server process. In this order: the parameters and options in
+the query, the model and its artefact, the backlog and the key's quota, and only then the body; each image is checked
+by its header and staged; the requests are added to the store. An image that cannot be used is an error, in a batch it
+is refused and the others are accepted. It must not know how a view answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from flask import Request
+
+from provider_image import errors
+from provider_image.compiler import can_build_now
+from provider_image.models.artefact import find_artefact
+from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.registry import find_row
+from provider_image.service import Service
+from provider_image.services import load_service
+from server.auth.guard import check_quota, current_key_id
+from server.errors import BacklogFull, FetchingDisabled
+from server.intake.batch_parser import detect_format, parse_items, spool
+from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
+from server.intake.staging import Stager
+from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, read_json, read_upload
+from server.intake.url_fetcher import name_from_url
+from server.settings import ServerSettings
+from server.status.queue_stats import QueueStats
+from server.webhooks import check_webhook
+from store import new_id
+from store.batches import BatchRecord, RefusedItem
+from store.records import NewRequest, RequestRecord
+from store.sqlite import SqliteStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedImage:
+    """A single image that became a request."""
+
+    request: RequestRecord
+    #: The read-time parameters that the client sent, checked. They are not stored, as equal images share an answer.
+    read_params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedItem:
+    """One item of a batch: a request, or why it was refused."""
+
+    position: int
+    client_id: str
+    request: RequestRecord | None = None
+    refused: RefusedItem | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedBatch:
+    """A batch of which all requests are stored."""
+
+    batch: BatchRecord
+    #: In the order in which they were sent.
+    items: Sequence[AcceptedItem]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Submission:
+    """All that is known of a request apart from its image; a batch's requests share it."""
+
+    row: ModelRow
+    service: Service
+    #: None if the artefact is built on first use.
+    digest: str | None
+    options: RequestOptions
+    params: Mapping[str, Any]
+    #: Those of the read-time parameters that were sent.
+    read_params: Mapping[str, Any]
+    is_fresh: bool
+    webhook: str | None
+    key_id: str | None
+
+    def new_request(self, *, created_at: datetime, name: str | None) -> NewRequest:
+        return NewRequest(
+            id=new_id(),
+            service=self.row.service,
+            model=self.row.name,
+            params=self.params,
+            name=name,
+            digest=self.digest,
+            is_fresh=self.is_fresh,
+            webhook=self.webhook,
+            labels=self.options.labels,
+            key_id=self.key_id,
+            keep_seconds=self.options.keep_seconds,
+            deadline_at=self.options.deadline_at,
+            created_at=created_at,
+        )
+
+    def new_batch(self, *, created_at: datetime, name: str | None) -> BatchRecord:
+        return BatchRecord(
+            id=new_id(),
+            service=self.row.service,
+            model=self.row.name,
+            params=self.params,
+            name=name,
+            labels=self.options.labels,
+            key_id=self.key_id,
+            created_at=created_at,
+            deadline_at=self.options.deadline_at,
+            keep_seconds=self.options.keep_seconds,
+            webhook=self.webhook,
+        )
+
+
+class Intake:
+    """Accepts images in one server process.
+
+    :param work_slots: taken while images are checked and staged. More threads read bodies than work at once.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        store: SqliteStore,
+        *,
+        queue_stats: QueueStats,
+        active_reads: ActiveReads,
+        work_slots: threading.BoundedSemaphore,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._stager = Stager(settings, store.images)
+        self._queue_stats = queue_stats
+        self._active_reads = active_reads
+        self._work_slots = work_slots
+        self._clock = clock
+        # Fetching one image takes seconds and a batch of them minutes, so neither may hold up every thread.
+        self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
+        self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
+
+    def accept_image(self, request: Request, model: str | None) -> AcceptedImage:
+        """Accept one image: the body's, or the one at the URL in its JSON.
+
+        :param model: None when the form's field `model` has it, as on the page.
+        :return: after image and request are durable.
+        :raises MlgError: nothing is kept.
+        """
+        fields, options = read_request_options(request, self._clock())
+        submission = None if model is None else self._check(model, fields, options)
+        is_url = request.mimetype == "application/json"
+        if is_url and not self._settings.fetches_urls:
+            raise FetchingDisabled()
+        self._check_capacity()
+        upload = self._fetch_upload(request) if is_url else self._read_upload(request)
+        add_fields(fields, upload.fields.items())
+        if submission is None:
+            submission = self._check(fields.pop("model", ""), fields, options)
+        elif upload.fields:
+            submission = replace(submission, **self._check_fields(submission.service, fields))
+        # The clock is read only now: a slow upload must not be dated back, lists are in the order of arrival.
+        new = submission.new_request(created_at=self._clock(), name=upload.name)
+        with self._work_slots:
+            try:
+                staged = self._stager.stage(upload.data)
+            except errors.NotAnImage as error:
+                if upload.is_plain_field:
+                    raise errors.MalformedRequest(
+                        "The field `image` holds text, not a file. With curl put an @ before the file's name: "
+                        "curl -F image=@kitten.jpg URL"
+                    ) from error
+                raise
+            return AcceptedImage(request=self._store.add(new, staged), read_params=submission.read_params)
+
+    def accept_batch(self, request: Request, model: str) -> AcceptedBatch:
+        """Accept the images of a batch: a form, a zip, or JSON lines of URLs.
+
+        :return: after all images and requests are durable.
+        :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
+        """
+        fields, options = read_request_options(request, self._clock())
+        name = clean_name(fields.pop("name", None))
+        submission = self._check(model, fields, options)
+        kind, boundary = detect_format(request)
+        is_urls = kind == "lines"
+        if is_urls and not self._settings.fetches_urls:
+            raise FetchingDisabled()
+        self._check_capacity()
+        folder, max_bytes = self._settings.home, self._settings.max_batch_bytes
+        with (
+            spool(request, folder=folder, max_bytes=max_bytes, active_reads=self._active_reads) as file,
+            _slot(self._batch_fetch_slots, "Too many batches of URLs are being fetched already. Send it again later.")
+            if is_urls
+            else self._work_slots,
+        ):
+            outcomes = self._stager.stage_items(
+                parse_items(
+                    file,
+                    kind,
+                    boundary,
+                    folder=folder,
+                    max_image_bytes=self._settings.max_image_bytes,
+                    max_bytes=max_bytes,
+                )
+            )
+        # The clock is read only now, as above.
+        batch = submission.new_batch(created_at=self._clock(), name=name)
+        # A batch's webhook gets one message for all its requests.
+        new = replace(submission.new_request(created_at=batch.created_at, name=None), webhook=None, batch_id=batch.id)
+        staged = [
+            (replace(new, id=new_id(), client_id=one.item.client_id, name=one.item.name), one.staged)
+            for one in outcomes
+            if one.staged is not None
+        ]
+        try:
+            self._check_backlog(len(staged))
+        except errors.MlgError:
+            self._stager.discard(outcomes)
+            raise
+        refused = [one.refused for one in outcomes if one.refused is not None]
+        added = iter(self._store.add_batch(batch, staged, refused))
+        return AcceptedBatch(
+            batch=batch,
+            items=[
+                AcceptedItem(
+                    position=one.item.position,
+                    client_id=one.item.client_id,
+                    request=None if one.staged is None else next(added),
+                    refused=one.refused,
+                )
+                for one in outcomes
+            ],
+        )
+
+    # Checks
+
+    def _check(self, model: str, fields: Mapping[str, str], options: RequestOptions) -> _Submission:
+        row = find_row(self._settings.models, model)
+        service = load_service(row.service)
+        checked = self._check_fields(service, fields)
+        return _Submission(
+            row=row,
+            service=service,
+            digest=self._artefact_digest(row),
+            options=options,
+            key_id=current_key_id(),
+            **checked,
+        )
+
+    def _check_fields(self, service: Service, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Check what comes beside an image. :return: fields of a _Submission. :raises InvalidParams:"""
+        raw = dict(fields)
+        webhook = check_webhook(raw.pop("webhook", None), allows_private=self._settings.allows_private_webhooks)
+        is_fresh = parse_fresh(raw.pop("fresh", "0"))
+        params = service.check_params(raw)
+        read_time = {param.name for param in service.params if param.is_read_time}
+        return {
+            "params": {name: value for name, value in params.items() if name not in read_time},
+            "read_params": {name: value for name, value in params.items() if name in read_time and name in raw},
+            "is_fresh": is_fresh,
+            "webhook": webhook,
+        }
+
+    def _artefact_digest(self, row: ModelRow) -> str | None:
+        """Return the artefact's digest, None if it is built on first use. :raises NotInstalled: :raises ModelError:"""
+        try:
+            return find_artefact(self._settings.models, row.name).digest
+        except (errors.NotInstalled, errors.BrokenArtefact):
+            if not can_build(row.name):
+                raise
+            return None
+
+    def _check_capacity(self) -> None:
+        """Refuse what the backlog or the quota would refuse later, before the body is read.
+
+        :raises BacklogFull: :raises QuotaReached:
+        """
+        self._check_backlog(1)
+        check_quota()
+
+    def _check_backlog(self, new_requests: int) -> None:
+        if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
+            raise BacklogFull()
+
+    def _read_upload(self, request: Request) -> Upload:
+        return read_upload(request, max_image_bytes=self._settings.max_image_bytes, active_reads=self._active_reads)
+
+    def _fetch_upload(self, request: Request) -> Upload:
+        """Fetch the image at the URL in a JSON body."""
+        fields = read_json(request, active_reads=self._active_reads)
+        url = fields.pop("url", None)
+        if url is None:
+            raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
+        with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
+            data = self._stager.fetch(url, self._settings.fetch_seconds)
+        return Upload(data=data, name=name_from_url(url), fields=fields)
+
+
+@functools.cache
+def can_build(model: str) -> bool:
+    """Tell whether a model of the catalogue is built on first use, with the packages that are installed now."""
+    # Cached because looking for a package costs more than all other checks, and packages do not change under a server.
+    row = CATALOGUE.get(model)
+    return row is not None and can_build_now(row)
+
+
+@contextlib.contextmanager
+def _slot(slots: threading.BoundedSemaphore, message: str) -> Iterator[None]:
+    """Take a slot, without waiting for one. :raises BacklogFull: there is none."""
+    if not slots.acquire(blocking=False):
+        raise BacklogFull(message)
+    try:
+        yield
+    finally:
+        slots.release()

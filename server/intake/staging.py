@@ -1,0 +1,101 @@
+"""Stages images: each is fetched if it came as a URL, checked by its header, and written durably.
+
+Used by `accept.py`. The images of a batch are staged several at a time, because most of it is waiting for the disk or
+for other servers; they stay in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from provider_image import errors
+from provider_image.images.headers import read_header
+from server.errors import FetchFailed
+from server.intake.batch_parser import BatchItem
+from server.intake.url_fetcher import fetch
+from server.settings import ServerSettings
+from store.batches import RefusedItem
+from store.images import ImageStore, StagedImage
+
+#: Images of one batch that are staged at the same time.
+MAX_CONCURRENT_ITEMS = 8
+#: Seconds that fetching all images of one batch may take; those that are missing then are refused.
+MAX_FETCH_SECONDS = 240.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedItem:
+    """One item of a batch after its check: staged, or refused."""
+
+    item: BatchItem
+    staged: StagedImage | None = None
+    refused: RefusedItem | None = None
+
+
+class Stager:
+    """Stages images in one server process."""
+
+    def __init__(self, settings: ServerSettings, images: ImageStore) -> None:
+        self._settings = settings
+        self._images = images
+
+    def fetch(self, url: str, seconds: float) -> bytes:
+        """Fetch an image. :raises UrlRefused: :raises FetchFailed: :raises TooManyBytes: :raises EmptyImage:"""
+        data = fetch(url, max_image_bytes=self._settings.max_image_bytes, seconds=seconds)
+        if not data:
+            raise errors.EmptyImage("There is nothing at this URL.")
+        return data
+
+    def stage(self, data: bytes) -> StagedImage:
+        """Check an image by its header and write it durably. :raises BadInput: :raises StoreError:"""
+        read_header(data, self._settings.max_pixels)
+        return self._images.stage(data)
+
+    def stage_items(self, items: Iterator[BatchItem]) -> list[StagedItem]:
+        """Check and stage items, several at a time, in order. :raises MlgError: nothing is left behind."""
+        outcomes: list[StagedItem] = []
+        give_up_at = time.monotonic() + MAX_FETCH_SECONDS
+        with ThreadPoolExecutor(MAX_CONCURRENT_ITEMS, thread_name_prefix="batch") as threads:
+            waiting: deque[Future[StagedItem]] = deque()
+            try:
+                for item in items:
+                    waiting.append(threads.submit(self._stage_item, item, give_up_at))
+                    if len(waiting) > 2 * MAX_CONCURRENT_ITEMS:
+                        outcomes.append(waiting.popleft().result())
+                while waiting:
+                    outcomes.append(waiting.popleft().result())
+            except BaseException:
+                for future in waiting:
+                    if not future.cancel() and future.exception() is None:
+                        outcomes.append(future.result())
+                self.discard(outcomes)
+                raise
+        return outcomes
+
+    def _stage_item(self, item: BatchItem, give_up_at: float) -> StagedItem:
+        without_data = replace(item, data=None)
+        try:
+            if item.error is not None:
+                raise item.error
+            data = item.data or b""
+            if item.url is not None:
+                seconds = min(self._settings.fetch_seconds, give_up_at - time.monotonic())
+                if seconds <= 0:
+                    raise FetchFailed("Fetching the images of the batch took too long. Send the rest as another batch.")
+                data = self.fetch(item.url, seconds)
+            return StagedItem(item=without_data, staged=self.stage(data))
+        except (errors.BadInput, FetchFailed) as error:
+            refused = RefusedItem(
+                position=item.position, client_id=item.client_id, code=error.code, reason=error.reason
+            )
+            return StagedItem(item=without_data, refused=refused)
+
+    def discard(self, outcomes: Sequence[StagedItem]) -> None:
+        """Delete what was staged."""
+        for outcome in outcomes:
+            if outcome.staged is not None:
+                self._images.discard(outcome.staged)

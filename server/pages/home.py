@@ -1,0 +1,53 @@
+"""The home page, where images are sent from a browser.
+
+Registered by `server/app.py`. With JavaScript the page calls the API; without it, its form posts to `/ui/send`.
+"""
+
+from __future__ import annotations
+
+import flask
+from werkzeug.wrappers import Response
+
+from server.api.responses import wants_page
+from server.context import Context
+from server.pages.render import page, page_operation
+from server.serializers import serialize_models
+from store.keys import Scope
+
+
+def register(app: flask.Flask, context: Context) -> None:
+    """Add the views to an application. The home page replaces the list of routes at `/` for browsers."""
+    views = _HomeViews(context)
+    app.add_url_rule("/ui/send", "send_form", views.send_form, methods=["POST"])
+    app.before_request(views.home_for_browsers)
+
+
+class _HomeViews:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def home_for_browsers(self) -> flask.Response | None:
+        """Show the home page if a browser requests `/`."""
+        is_index = flask.request.endpoint == "index" and flask.request.method in ("GET", "HEAD")
+        if not is_index or not wants_page():
+            return None
+        models = serialize_models(self._context.settings.models)
+        ready = sorted(
+            (model for model in models if model["installed"] or model["builds_on_first_use"]),
+            key=lambda model: not model["installed"],
+        )
+        return page(
+            "home.html",
+            ready=ready,
+            missing=[model for model in models if model not in ready],
+            chosen=ready[0]["name"] if ready else "",
+            batchers=self._context.queue_stats.batchers(),
+            max_bytes=self._context.settings.max_image_bytes,
+            base=flask.request.host_url.rstrip("/"),
+        )
+
+    @page_operation("The form that sends an image", scope=Scope.SUBMIT)
+    def send_form(self) -> Response:
+        """Accept an image from a browser without JavaScript and redirect to the request's page."""
+        request = self._context.intake.accept_image(flask.request, model=None).request
+        return flask.redirect(f"/ui/requests/{request.id}", 303)

@@ -1,0 +1,161 @@
+"""The pages of requests: the list with its filter, and one request with its result, history and buttons.
+
+Registered by `server/app.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flask
+from werkzeug.wrappers import Response
+
+from provider_image.errors import InvalidParams, MlgError
+from server.auth.guard import owned, visible_key_id
+from server.context import Context
+from server.pages.cards import STATE_LABELS, card, timeline, top_classes
+from server.pages.render import page, page_operation, url_with_query
+from server.serializers import serialize_models
+from store.keys import Scope
+from store.records import RequestRecord
+from store.search import Query
+
+CARDS_PER_PAGE = 24
+#: Reads of the store for one page of a search; each read may find fewer requests than fit on the page.
+MAX_SEARCH_READS = 4
+
+
+def register(app: flask.Flask, context: Context) -> None:
+    """Add the views to an application."""
+    views = _RequestPageViews(context)
+    for rule, methods, view in (
+        ("/ui/requests", ["GET"], views.requests_page),
+        ("/ui/requests/<id>", ["GET"], views.request_page),
+        ("/ui/requests/<id>/cancel", ["POST"], views.cancel_form),
+        ("/ui/requests/<id>/retry", ["POST"], views.retry_form),
+        ("/ui/requests/<id>/delete", ["POST"], views.delete_form),
+    ):
+        app.add_url_rule(rule, view.__name__, view, methods=methods)
+
+
+class _RequestPageViews:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @page_operation("The list of requests", scope=Scope.READ)
+    def requests_page(self) -> flask.Response:
+        """List the requests that match the filter, newest first."""
+        fields = {name: flask.request.args.get(name, "").strip() for name in ("q", "state", "model", "before")}
+        query = Query(
+            key_id=visible_key_id(),
+            status=check_state(fields["state"]),
+            model=fields["model"] or None,
+            text=fields["q"][:200] or None,
+        )
+        shown, next_before = self._find(query, check_number(fields["before"], "before"))
+        filters = {name: fields[name] for name in ("q", "state", "model") if fields[name]}
+        older = None if next_before is None else url_with_query("/ui/requests", {**filters, "before": str(next_before)})
+        return page(
+            "requests.html",
+            items=[card(request) for request in shown],
+            q=fields["q"],
+            state=fields["state"],
+            model=fields["model"],
+            states=STATE_LABELS.items(),
+            models=sorted(
+                {model["name"] for model in serialize_models(self._context.settings.models)} | {fields["model"]} - {""}
+            ),
+            is_filtered=bool(filters),
+            is_later=bool(fields["before"]),
+            live=[] if fields["before"] else [request.id for request in shown if not request.state.is_final],
+            newest=url_with_query("/ui/requests", filters),
+            older=older,
+        )
+
+    @page_operation("The page of one request", scope=Scope.READ)
+    def request_page(self, id: str) -> flask.Response:
+        """Show the image, the result and the history of a request."""
+        return self._render(owned(self._context.store.get, id))
+
+    @page_operation("The button that cancels a request", scope=Scope.SUBMIT)
+    def cancel_form(self, id: str) -> Response:
+        """Cancel a queued request."""
+        owned(self._context.store.get, id)
+        return self._apply(id, lambda: self._context.store.cancel(id, now=self._context.clock()))
+
+    @page_operation("The button that retries a request", scope=Scope.SUBMIT)
+    def retry_form(self, id: str) -> Response:
+        """Queue a failed or cancelled request again."""
+        owned(self._context.store.get, id)
+        return self._apply(id, lambda: self._context.store.retry(id, now=self._context.clock()))
+
+    @page_operation("The button that deletes a request", scope=Scope.SUBMIT)
+    def delete_form(self, id: str) -> Response:
+        """Delete a finished request and its image, and redirect to the list."""
+        owned(self._context.store.get, id)
+        return self._apply(id, lambda: self._context.store.remove(id), "/ui/requests")
+
+    def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
+        """Find the requests of one page. :return: the requests, and where the next page starts or None."""
+        found: list[RequestRecord] = []
+        for _ in range(MAX_SEARCH_READS):
+            part = self._context.store.find(query, before=before, limit=CARDS_PER_PAGE - len(found))
+            found += part.requests
+            before = part.next_before
+            if before is None or len(found) >= CARDS_PER_PAGE:
+                break
+        return found, before
+
+    def _apply(self, id: str, change: Callable[[], Any], then: str | None = None) -> Response:
+        try:
+            change()
+        except MlgError as error:
+            # For example, the request was dispatched after the page was loaded. Show the error and the present state.
+            return self._render(self._context.store.get(id), notice=error.reason, code=409)
+        return flask.redirect(then or f"/ui/requests/{id}", 303)
+
+    def _render(self, request: RequestRecord, *, notice: str | None = None, code: int = 200) -> flask.Response:
+        shown = self._context.serialize(request)
+        return page(
+            "request.html",
+            status=code,
+            notice=notice,
+            item={
+                "id": request.id,
+                "name": request.name,
+                "model": request.model,
+                "status": request.status,
+                "is_final": request.state.is_final,
+                "preds": top_classes(request),
+                "reason": request.reason,
+                "waiting_for": shown.get("waiting_for", "Waiting."),
+                "eta_seconds": shown.get("eta_seconds"),
+                "batch_id": request.batch_id,
+                "has_image": request.image_deleted_at is None,
+                "bytes": request.image_bytes,
+                "provider": request.provider,
+                "cost": shown.get("cost"),
+                "is_cost_final": request.is_cost_final,
+                "labels": request.labels,
+            },
+            timeline=timeline(request, shown),
+            raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
+        )
+
+
+def check_state(value: str) -> str | None:
+    """Check the state to filter by. :return: None for all states. :raises InvalidParams:"""
+    if value and value not in STATE_LABELS:
+        raise InvalidParams(f"state must be one of: {', '.join(STATE_LABELS)}.")
+    return value or None
+
+
+def check_number(value: str, name: str) -> int | None:
+    """Check the number of the request or batch where a page starts. :raises InvalidParams:"""
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise InvalidParams(f"{name} must be a number as in the link to the next page.")
+    return int(value)

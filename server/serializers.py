@@ -1,0 +1,135 @@
+"""The JSON of a request, of the models and of a webhook delivery.
+
+Used by the views, by webhooks and, for `--json`, by the commands. Images, tokens and leases stay out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from provider_image.compiler import can_build_now
+from provider_image.errors import InvalidParams, ModelError, NotInstalled
+from provider_image.models.artefact import find_artefact
+from provider_image.models.catalogue import ModelRow, install_command
+from provider_image.models.registry import list_rows
+from provider_image.models.speed import read_speed
+from provider_image.services import load_service
+from server.status.eta import WaitEstimate
+from store.cost_split import to_amount
+from store.records import RequestRecord, RequestState, to_text
+from store.webhooks import DeliveryRecord
+
+
+def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: WaitEstimate | None) -> dict[str, Any]:
+    """Build a request's JSON.
+
+    `cost` is in GLM, and a string because a JSON number would lose digits; null where nothing is paid. It is an
+    estimate until `cost_is_final`.
+
+    :param params: the service's read-time parameters, checked.
+    """
+    result: dict[str, Any] = {
+        "req_id": request.id,
+        "status": request.status,
+        "preds": None,
+        "model": request.model,
+        "service": request.service,
+        "name": request.name,
+        "created_at": to_text(request.created_at),
+        "attempts": request.attempts,
+    }
+    for name, value in (("batch_id", request.batch_id), ("client_id", request.client_id), ("labels", request.labels)):
+        if value:
+            result[name] = dict(value) if isinstance(value, Mapping) else value
+    if request.state is RequestState.DONE:
+        result["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
+        result["cached"] = request.is_cached
+        result["provider"] = request.provider
+        result["seconds"] = request.seconds
+        result["digest"] = request.digest
+        result["cost"] = None if request.cost is None else to_amount(request.cost)
+        if request.cost is not None:
+            result["cost_is_final"] = request.is_cost_final
+    if request.finished_at is not None:
+        result["finished_at"] = to_text(request.finished_at)
+    if wait is not None:
+        result["waiting_for"] = wait.waiting_for
+        result["eta_seconds"] = wait.eta_seconds
+        if wait.ahead is not None:
+            result["ahead"] = wait.ahead
+    if request.state is not RequestState.DONE and request.reason is not None:
+        # Also while it is queued again: why the last attempt failed.
+        result["reason"] = request.reason
+        result["code"] = request.code
+    return result
+
+
+def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Check the parameters of a read. :return: all that the service has, with defaults. :raises InvalidParams:"""
+    service = load_service(service_name)
+    read_time = {param.name for param in service.params if param.is_read_time}
+    for name in fields:
+        if name not in read_time:
+            raise InvalidParams(
+                f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
+            )
+    checked = service.check_params(dict(fields))
+    return {name: value for name, value in checked.items() if name in read_time}
+
+
+def serialize_models(models: Path) -> list[dict[str, Any]]:
+    """List the catalogue with what is installed in a models folder, then the installed custom models.
+
+    `images_per_second` is what a check measured of this artefact on this machine; None without a check.
+    """
+    return [_serialize_model(models, row) for row in list_rows(models)]
+
+
+def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
+    try:
+        artefact = find_artefact(models, row.name)
+    except (NotInstalled, ModelError):
+        artefact = None
+    speed = None if artefact is None else read_speed(models, row.name, artefact.digest)
+    return {
+        "name": row.name,
+        "title": row.title,
+        "service": row.service,
+        # Installed with other weights than the published ones, a model of the catalogue is a custom one too.
+        "source": row.source if artefact is None else artefact.source,
+        "height": row.height,
+        "width": row.width,
+        "installed": artefact is not None,
+        "builds_on_first_use": artefact is None and can_build_now(row),
+        "digest": None if artefact is None else artefact.digest,
+        "size_bytes": None if artefact is None else artefact.size_bytes,
+        "storage": None if artefact is None else artefact.storage.kept,
+        "images_per_second": None if speed is None else speed.images_per_second,
+        "install": install_command(row),
+    }
+
+
+def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
+    """Build a webhook delivery's JSON, without its body."""
+    return {
+        "id": delivery.id,
+        "endpoint_id": delivery.endpoint_id,
+        "url": delivery.url,
+        "event": delivery.event,
+        "subject": delivery.subject,
+        "state": delivery.status,
+        "attempts": delivery.attempts,
+        **{
+            name: None if moment is None else to_text(moment)
+            for name, moment in (
+                ("created_at", delivery.created_at),
+                ("next_at", delivery.next_at),
+                ("delivered_at", delivery.delivered_at),
+                ("dead_at", delivery.dead_at),
+            )
+        },
+        "last_status": delivery.last_status,
+        "last_error": delivery.last_error,
+    }

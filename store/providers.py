@@ -1,0 +1,254 @@
+"""Providers: the tables `providers` and `provider_speeds`: prices, scores, speeds and bans.
+
+Executors that pay record offers and work, and ban; operators' commands and views list, ban and unban.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from provider_image.errors import MlgError
+from store.cost_split import to_amount
+from store.database import ReaderPool, Transaction, Writer
+from store.records import from_row, to_text
+
+#: Score of a new provider.
+INITIAL_SCORE = 0.5
+#: Weight of the latest chunk in the score.
+SCORE_WEIGHT = 0.2
+#: Weight of the earlier images and seconds when new ones are added to a speed.
+SPEED_DECAY = 0.8
+#: Shortest prefix by which an address is recognised: "0x" and six digits.
+MIN_ADDRESS_PREFIX_LENGTH = 8
+#: Shorter work is not measured well enough for a speed.
+MIN_MEASURED_SECONDS = 1e-6
+
+_RECORD_OFFER = """
+    INSERT INTO providers (id, name, first_seen_at, seen_at, start_price, price_per_cpu_second, price_per_second, score)
+    VALUES (:id, :name, :now, :now, :start_price, :price_per_cpu_second, :price_per_second, :score)
+    ON CONFLICT (id) DO UPDATE
+    SET name = excluded.name, seen_at = excluded.seen_at, start_price = excluded.start_price,
+        price_per_cpu_second = excluded.price_per_cpu_second, price_per_second = excluded.price_per_second
+"""
+
+_RECORD_WORK = """
+    UPDATE providers
+    SET score = min(1.0, max(0.0, score + :weight * (:is_good - score))), done = done + :is_good,
+        failed = failed + 1 - :is_good, images = images + :images
+    WHERE id = :provider_id
+"""
+
+_RECORD_SPEED = """
+    INSERT INTO provider_speeds (provider_id, model, images, seconds, measured_at)
+    VALUES (:provider_id, :model, :images, :seconds, :now)
+    ON CONFLICT (provider_id, model) DO UPDATE
+    SET images = images * :kept + excluded.images, seconds = seconds * :kept + excluded.seconds,
+        measured_at = excluded.measured_at
+"""
+
+_BAN = """
+    UPDATE providers SET banned_until = :until, ban_reason = :reason, is_banned_by_operator = :by_operator
+    WHERE id = :id AND (:by_operator OR NOT is_banned_by_operator
+                        OR (banned_until IS NOT NULL AND (:until IS NULL OR :until > banned_until)))
+"""
+
+_UNBAN = "UPDATE providers SET banned_until = NULL, ban_reason = NULL, is_banned_by_operator = 0 WHERE id = :id"
+
+_BANNED = """
+    SELECT id, ban_reason FROM providers WHERE ban_reason IS NOT NULL AND (banned_until IS NULL OR banned_until > ?)
+"""
+
+# The whole address takes precedence over names, and names over prefixes: names can be chosen freely.
+_FIND = (
+    "SELECT id FROM providers WHERE id = :id_or_name",
+    "SELECT id FROM providers WHERE name = :id_or_name ORDER BY id LIMIT 3",
+    f"SELECT id FROM providers WHERE length(:id_or_name) >= {MIN_ADDRESS_PREFIX_LENGTH} "
+    "AND substr(id, 1, length(:id_or_name)) = :id_or_name ORDER BY id LIMIT 3",
+)
+
+
+class UnknownProvider(MlgError):
+    """There is no such provider. `mlg providers list` shows those that made offers."""
+
+    code = "unknown_provider"
+    permanent = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderRecord:
+    """One provider: its latest offer, its work and its ban."""
+
+    #: Its address.
+    id: str
+    #: Its own name for itself; not unique.
+    name: str
+    first_seen_at: datetime
+    #: When it made its latest offer.
+    seen_at: datetime
+    #: The prices of that offer in GLM; see AgreementRecord.
+    start_price: Decimal
+    price_per_cpu_second: Decimal
+    price_per_second: Decimal
+    #: Chunks that it answered, and chunks that failed there.
+    done: int
+    failed: int
+    #: Images that it answered.
+    images: int
+    #: Moving average of its success: 0 none, 1 all.
+    score: float
+    #: End of the ban; None without a ban, and for a permanent one.
+    banned_until: datetime | None
+    #: Why it is banned; None without a ban.
+    ban_reason: str | None
+    #: True when an operator banned it, not a batcher.
+    is_banned_by_operator: bool
+
+    def is_banned(self, now: datetime) -> bool:
+        """Tell whether it is banned now."""
+        return self.ban_reason is not None and (self.banned_until is None or self.banned_until > now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRecord:
+    """How fast one provider answered one model recently."""
+
+    provider_id: str
+    model: str
+    #: Decaying sums of images and of the seconds that they took.
+    images: float
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """The speed."""
+        return self.images / self.seconds
+
+
+class Providers:
+    """The providers, their speeds and bans."""
+
+    _writer: Writer
+    _readers: ReaderPool
+
+    def record_offer(
+        self,
+        id: str,
+        *,
+        name: str,
+        start_price: Decimal,
+        price_per_cpu_second: Decimal,
+        price_per_second: Decimal,
+        now: datetime,
+    ) -> None:
+        """Record the prices of a provider's latest offer."""
+        row = {
+            "id": id,
+            "name": name,
+            "start_price": to_amount(start_price),
+            "price_per_cpu_second": to_amount(price_per_cpu_second),
+            "price_per_second": to_amount(price_per_second),
+            "score": INITIAL_SCORE,
+            "now": to_text(now),
+        }
+        self._writer.execute(_RECORD_OFFER, row)
+
+    def record_work(
+        self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
+    ) -> None:
+        """Record how a chunk ended at a provider: changes its score and, unless it failed, its speed.
+
+        Does nothing for an unknown provider.
+        """
+        row = {
+            "provider_id": provider_id,
+            "model": model,
+            "images": 0 if is_failure else images,
+            "seconds": seconds,
+            "is_good": not is_failure,
+            "weight": SCORE_WEIGHT,
+            "kept": SPEED_DECAY,
+            "now": to_text(now),
+        }
+        is_measured = not is_failure and images > 0 and math.isfinite(seconds) and seconds > MIN_MEASURED_SECONDS
+
+        def write(transaction: Transaction) -> None:
+            if transaction.execute(_RECORD_WORK, row).rowcount and is_measured:
+                transaction.execute(_RECORD_SPEED, row)
+
+        self._writer.run(write)
+
+    def ban_provider(
+        self, id_or_name: str, *, until: datetime | None, reason: str, by_operator: bool
+    ) -> ProviderRecord:
+        """Ban a provider from work. A batcher's ban never shortens an operator's.
+
+        :param id_or_name: the address, an unambiguous prefix of it, or an unambiguous name.
+        :param until: end of the ban; None is for good.
+        :raises UnknownProvider: none or several match.
+        """
+        row = {
+            "until": None if until is None else to_text(until),
+            "reason": reason,
+            "by_operator": by_operator,
+        }
+        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
+
+    def unban_provider(self, id_or_name: str) -> ProviderRecord:
+        """Lift a ban. :raises UnknownProvider:"""
+        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
+
+    def list_providers(self) -> list[ProviderRecord]:
+        """List the providers, the last seen first."""
+        with self._readers.connection() as connection:
+            rows = connection.execute("SELECT * FROM providers ORDER BY seen_at DESC, id").fetchall()
+        return [_provider(row) for row in rows]
+
+    def banned(self, now: datetime) -> dict[str, str]:
+        """Return the providers that are banned now: address -> reason."""
+        with self._readers.connection() as connection:
+            return dict(connection.execute(_BANNED, (to_text(now),)).fetchall())
+
+    def speed(self, model: str) -> dict[str, float]:
+        """Return how many images a second of a model each provider answered recently: address -> speed."""
+        return {found.provider_id: found.images_per_second for found in self.speeds() if found.model == model}
+
+    def speeds(self) -> list[SpeedRecord]:
+        """List the speeds of all providers and models."""
+        with self._readers.connection() as connection:
+            rows = connection.execute(
+                "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
+            ).fetchall()
+        return [SpeedRecord(**dict(row)) for row in rows]
+
+    def _change_provider(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
+        def write(transaction: Transaction) -> ProviderRecord:
+            id = _find(transaction, id_or_name)
+            change(transaction, id)
+            (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
+            return _provider(row)
+
+        return self._writer.run(write)
+
+
+def _find(transaction: Transaction, id_or_name: str) -> str:
+    """Find a provider by address, name or prefix. :raises UnknownProvider:"""
+    for statement in _FIND:
+        found: list[str] = [id for (id,) in transaction.execute(statement, {"id_or_name": id_or_name}).fetchall()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UnknownProvider(
+                f"Several providers are called {id_or_name}. Name one by its address: {', '.join(found)}"
+            )
+    raise UnknownProvider(
+        f"There is no provider {id_or_name}. Those that made offers, with addresses: mlg providers list --json"
+    )
+
+
+def _provider(row: Any) -> ProviderRecord:
+    return ProviderRecord(**from_row(row, amounts=("start_price", "price_per_cpu_second", "price_per_second")))
