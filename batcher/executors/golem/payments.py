@@ -96,7 +96,7 @@ class PaymentProcessor:
         :param seconds: how long its activity ran, by the local clock.
         """
         if agreement_id not in self._done:
-            self._expected[agreement_id] = seconds
+            self._expected.setdefault(agreement_id, seconds)
             self._settled.clear()
 
     async def wait_until_settled(self, seconds: float) -> int:

@@ -88,6 +88,8 @@ class Recovery:
     def __init__(self, engine: Any, ledger: SqliteStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
+        #: Agreements that were terminated, so that an invoice follows -> their seconds.
+        self.terminated: dict[str, float] = {}
         self._engine = engine
         self._market = engine._market_api._api
         # yapapi's client cannot list agreements, so this call is made without it.
@@ -133,6 +135,9 @@ class Recovery:
                 reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
                 is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
                 if is_ended:
+                    if agreement.state == "Approved":
+                        age = datetime.now(UTC) - agreement.timestamp
+                        self.terminated[agreement.agreement_id] = age.total_seconds()
                     await asyncio.to_thread(
                         self._ledger.end_agreement,
                         agreement.agreement_id,

@@ -168,8 +168,12 @@ class Session:
         """The id of the session's allocation."""
         return self._allocation_id
 
-    async def _recover(self, is_gone: Callable[[str], bool]) -> bool:
-        """Close what is left open. :return: whether all of it is closed; the next session retries."""
+    async def _recover(self, is_gone: Callable[[str], bool], *, awaits_invoices: bool = False) -> bool:
+        """Close what is left open.
+
+        :param awaits_invoices: whether the end of the session waits for the invoices of what is closed.
+        :return: whether all of it is closed; the next session retries.
+        """
         recovery = Recovery(self.engine, self._ledger_writer.ledger, tag=self._tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(_OPEN_SECONDS):
@@ -179,12 +183,16 @@ class Session:
                 "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
             )
             return False
+        finally:
+            if awaits_invoices and self.payment_processor is not None:
+                for agreement_id, seconds in recovery.terminated.items():
+                    self.payment_processor.expect_invoice(agreement_id, seconds)
         return recovery.is_complete
 
     async def _close_own(self) -> None:
         """Close what this batcher left open because a call failed: yapapi tries each call only once."""
         for _ in range(_CLEANUP_ATTEMPTS):
-            if await self._recover(lambda owner: owner.partition("-")[0] == self._batcher_id):
+            if await self._recover(lambda owner: owner.partition("-")[0] == self._batcher_id, awaits_invoices=True):
                 return
             await asyncio.sleep(_CLEANUP_PAUSE_SECONDS)
 
