@@ -139,7 +139,7 @@ def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chu
     _, errors = process.communicate(timeout=120)
 
     assert process.returncode == 1
-    assert errors.startswith("Error: The warm process exited before it had written the results")
+    assert errors.startswith("Error: The warm process ended before it had written the results")
     assert errors.count("\n") == 1
     assert not (tmp_path / "slow.zip").exists()
     assert command("run", chunk, tmp_path / "after.zip", *options).returncode == 0
