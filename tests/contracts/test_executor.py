@@ -23,7 +23,7 @@ from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, Worker
 from tests.decode_gate import DECODE_GATE
 from tests.golem import golem, provider, scenario
 from tests.process_tree import is_alive
-from tests.timing import until
+from tests.timing import slowness, until
 
 MODEL = "efficientnet_lite0"
 WORKERS = 2
@@ -213,7 +213,8 @@ def test_a_job_over_its_timeout_is_stopped_and_the_next_job_works(harness: Any) 
     async def body(harness: ExecutorHarness) -> None:
         await harness.assert_works("first")  # so that the timeout does not include the start
 
-        run = asyncio.create_task(harness.executor.run(harness.job("slow", is_held=True, timeout_seconds=1)))
+        job = harness.job("slow", is_held=True, timeout_seconds=2 * slowness())
+        run = asyncio.create_task(harness.executor.run(job))
         pid = await harness.begun("slow")
         outcome = await run
 
