@@ -39,9 +39,8 @@ def server_folder(runtime_root: Path | None, models: Path, threads: int | None, 
     """
     code = [(str(path), path.stat().st_mtime_ns) for path in sorted(_PACKAGE.rglob("*.py"))]
     facts = [str(models.absolute()), threads or available_cores(), precision, sys.executable, sys.version, code]
-    return (
-        runtime_root or user_runtime_folder()
-    ) / f"warm-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return (runtime_root or user_runtime_folder()) / f"warm-{digest[:16]}"
 
 
 def run(
