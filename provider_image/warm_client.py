@@ -117,10 +117,10 @@ def _send_job(connection: socket.socket, line: bytes) -> dict[str, Any]:
         while not received.endswith(b"\n"):
             data = connection.recv(65536)
             if not data:
-                raise WorkerDied("The warm process exited before it had written the results. Run the chunk again.")
+                raise WorkerDied("The warm process ended before it had written the results. Run the chunk again.")
             received += data
     except OSError as error:
-        raise WorkerDied(f"The warm process exited before it had written the results: {error}") from error
+        raise WorkerDied(f"The warm process ended before it had written the results: {error}") from error
     reply: dict[str, Any] = json.loads(received)
     return reply
 
