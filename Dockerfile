@@ -19,6 +19,7 @@ COPY server /src/server
 COPY batcher /src/batcher
 COPY mlg_client /src/mlg_client
 COPY cli /src/cli
+COPY devnet /src/devnet
 COPY scripts/prune_runtime /src/
 # Removes pip and the parts of openvino for other devices and formats, which are not needed.
 RUN python3 -m venv /opt/mlg \

@@ -123,7 +123,6 @@ class Devnet:
 
         :raises OSError: the port is in use.
         """
-
         saved = self._state.load()
         if saved is not None:
             # The variables of requestors of the previous daemon stay valid.

@@ -57,7 +57,9 @@ class PublishedFile:
 def resolve_url(exchange: Path, url: str) -> PublishedFile:
     """Look up a URL. :raises UnknownUrl: it is not a gftp URL, was closed, or was never published."""
     name = _entry_name(url)
-    for folder in _folders(exchange) if name else []:
+    if not name:
+        raise UnknownUrl(f"{url} is not a gftp URL, and no other kind is supported.")
+    for folder in _folders(exchange):
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((folder / name).read_text())
             published = PublishedFile(file=Path(entry["file"]), is_target=entry["is_target"])

@@ -180,9 +180,9 @@ class Scenario:
     #: GLM in the requestor's wallet.
     funds: Decimal = Decimal(1000)
     subnet: str = "devnet"
-    #: A provider ends an agreement that has had no activity for this long,
+    #: A provider ends an agreement that has had no activity for this long.
     idle_seconds: float = 90.0
-    #: and one for which the requestor has made no call for this long.
+    #: A provider ends an agreement for which the requestor has made no call for this long.
     silent_seconds: float = 1800.0
 
     def __post_init__(self) -> None:

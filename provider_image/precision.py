@@ -6,9 +6,9 @@ Read by commands and settings, by the check and by the compiler. Must not import
 from __future__ import annotations
 
 #: Name -> OpenVINO's hint. auto leaves the choice to OpenVINO: on a CPU with AVX512_BF16 or AMX it computes in bf16,
-#: two to five times as fast, and two honest machines differ by up to 0.26 in a logit.
+#: two to five times as fast, and two correct machines differ by up to 0.26 in a logit.
 PRECISIONS = {"f32": "f32", "bf16": "bf16", "auto": None}
-#: Largest difference of a probability from the reference in f32. Two honest machines differ by about 1e-6. Also the
+#: Largest difference of a probability from the reference in f32. Two correct machines differ by about 1e-6. Also the
 #: most that f16 weights may change unless the user allows more; those of EfficientNet-Lite0 change 0.004.
 TOLERANCE = 1e-4
 #: The same in bf16, and in auto, which may be bf16. EfficientNet-Lite0 differed by 0.012 in the median and by 0.104 at

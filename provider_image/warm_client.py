@@ -39,9 +39,8 @@ def server_folder(runtime_root: Path | None, models: Path, threads: int | None, 
     """
     code = [(str(path), path.stat().st_mtime_ns) for path in sorted(_PACKAGE.rglob("*.py"))]
     facts = [str(models.absolute()), threads or available_cores(), precision, sys.executable, sys.version, code]
-    return (
-        runtime_root or user_runtime_folder()
-    ) / f"warm-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return (runtime_root or user_runtime_folder()) / f"warm-{digest[:16]}"
 
 
 def run(
@@ -118,10 +117,10 @@ def _send_job(connection: socket.socket, line: bytes) -> dict[str, Any]:
         while not received.endswith(b"\n"):
             data = connection.recv(65536)
             if not data:
-                raise WorkerDied("The warm process exited before it had written the results. Run the chunk again.")
+                raise WorkerDied("The warm process ended before it had written the results. Run the chunk again.")
             received += data
     except OSError as error:
-        raise WorkerDied(f"The warm process exited before it had written the results: {error}") from error
+        raise WorkerDied(f"The warm process ended before it had written the results: {error}") from error
     reply: dict[str, Any] = json.loads(received)
     return reply
 

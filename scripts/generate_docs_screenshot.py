@@ -1,7 +1,7 @@
 """Takes the screenshot of the home page that README.md shows.
 
 Called by `scripts/generate_docs --screenshot`. Starts a whole system on a free port with a temporary home, sends two
-photos through the page, and takes a picture of it with chromium. Everything that it started has ended when it returns.
+photos through the page, and takes the screenshot with chromium. Everything that it started has ended when it returns.
 """
 
 from __future__ import annotations

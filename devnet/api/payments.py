@@ -187,9 +187,6 @@ async def _rejection(request: web.Request) -> dict[str, Any]:
 
 
 def _list_response(request: web.Request, bills: Iterable[Bill]) -> web.Response:
-    after, max_items = (
-        read_time(request, "afterTimestamp"),
-        read_max_items(request, "maxItems"),
-    )
+    after, max_items = read_time(request, "afterTimestamp"), read_max_items(request, "maxItems")
     chosen = [bill.to_api() for bill in bills if after is None or bill.created_at > after]
     return web.json_response(chosen[:max_items])

@@ -34,7 +34,7 @@ class _ProcessInfo:
 
     pid: int
     parent: int
-    #: Start time in clock ticks; it tells processes with the same pid apart.
+    #: Start time in clock ticks; distinguishes processes that had the same pid one after the other.
     started: int
     #: Processor time of the process and of the children that it has waited for.
     seconds: float

@@ -1,7 +1,8 @@
 """The compiler: builds artefacts from weights, one module per source of weights.
 
 Called by the runtime on the first use of a model and by `mlg models compile`. Each builder is imported only when it is
-needed. The provider image has no compiler: nothing outside this package may import it except inside a function.
+needed. The provider image has no compiler, so the rest of `provider_image` imports it only inside a function. Server,
+batcher and commands may import this module, which is light, but not the builders.
 """
 
 from __future__ import annotations

@@ -103,9 +103,8 @@ def install(
         _fsync(path)
     target = models / row.name
     if target.exists():
-        target.rename(
-            folder.with_name(f".{row.name}.old.tmp")
-        )  # if this process is killed here, the next builder removes it
+        # If this process is killed after it, the next builder removes the old folder.
+        target.rename(folder.with_name(f".{row.name}.old.tmp"))
     folder.rename(target)
     shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
     _fsync(models)

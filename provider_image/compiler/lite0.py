@@ -64,14 +64,14 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
                 pass  # the usual case
         openvino = import_openvino()
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
-        origin = Provenance(
+        provenance = Provenance(
             labels=imagenet_labels(),
             weights_sha256=WEIGHTS_SHA256,
             recipe=RECIPE,
             source=row.source,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
-        return verify_and_install(graph, folder, models, row, origin, f16_within=f16_within)
+        return verify_and_install(graph, folder, models, row, provenance, f16_within=f16_within)
 
 
 def _weights() -> bytes:

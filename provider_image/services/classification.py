@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Number of labels in an output; fewer if the model has fewer.
 TOP_LABELS = 20
-#: Probabilities are rounded to this many decimals: two honest machines differ by about 1e-6.
+#: Probabilities are rounded to this many decimals: two correct machines differ by about 1e-6.
 _DECIMALS = 6
 
 

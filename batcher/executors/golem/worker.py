@@ -1,7 +1,7 @@
 """One worker: a provider's activity, from its first command to its last.
 
 Run by `worker_pool.py` when yapapi has an agreement and an activity. Deploys, then runs chunk after chunk from the job
-queue until it is idle for too long, something fails, or it is told to stop. It always stops after a failure: the state
+queue until it is idle for too long, something fails, or it is stopped. It always stops after a failure: the state
 of a failed activity is unknown, and further scripts would only queue behind the failed one.
 """
 
