@@ -89,7 +89,7 @@ def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
     try:
         function = tensorflow.function(predict, input_signature=[image], autograph=False).get_concrete_function()
         convert = _import_converter()
-        with _remembered_variables():
+        with _cached_variable_lookup():
             graph = convert(function)
     except Exception as error:  # an unsupported layer can make tensorflow or OpenVINO raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -126,14 +126,18 @@ def apply_head(output: Any, head: str) -> Any:
 
 
 @contextlib.contextmanager
-def _remembered_variables() -> Iterator[None]:
+def _cached_variable_lookup() -> Iterator[None]:
     """Have OpenVINO's converter look up the variable behind each operation once.
 
     It asks for the same one some ten times, and searches all variables each time: half of a conversion's time where
-    there are many.
+    there are many. The function is private to OpenVINO; a version without it converts as before.
     """
-    decoder: Any = importlib.import_module("openvino.frontend.tensorflow.node_decoder").TFGraphNodeDecoder
-    look_up = decoder.get_variable
+    try:
+        decoder: Any = importlib.import_module("openvino.frontend.tensorflow.node_decoder").TFGraphNodeDecoder
+        look_up = decoder.get_variable
+    except (ImportError, AttributeError):
+        yield
+        return
     decoder.get_variable = staticmethod(functools.cache(look_up))
     try:
         yield
