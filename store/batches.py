@@ -356,6 +356,13 @@ class Batches:
             costs: dict[str, Any] = {}
             return [request_with_cost(row, connection, costs) for row in rows]
 
+    def last_unfinished(self, id: str, progress: BatchProgress) -> RequestRecord | None:
+        """Read the last request of a batch that is queued, else the last that is claimed; None when all have ended."""
+        if progress.last_number is None:
+            return None
+        found = self.batch_items(id, after=progress.last_number - 1, limit=1)
+        return found[0] if found else None
+
     def cancel_batch(self, id: str, *, now: datetime) -> int:
         """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
         return self._change_items(id, now, _CANCEL_BATCH, _CANCEL_ITEMS)

@@ -74,7 +74,7 @@ class EarlierRequest:
     #: Method and path of the earlier request.
     operation: str
     #: Its response; None while it is in progress.
-    answer: SavedResponse | None
+    response: SavedResponse | None
     #: When its lease ends, if it is in progress.
     lease_ends_at: datetime
 
@@ -115,16 +115,16 @@ class Idempotency:
             if transaction.execute(_RESERVE, values).rowcount:
                 return None
             row = transaction.execute(_READ, values).fetchone()
-            answer = None
+            response = None
             if row["status"] is not None:
-                answer = SavedResponse(
+                response = SavedResponse(
                     fingerprint=row["fingerprint"],
                     status=row["status"],
                     headers=json.loads(row["headers"]),
                     body=zlib.decompress(row["body"]),
                 )
             return EarlierRequest(
-                operation=row["operation"], answer=answer, lease_ends_at=from_text(row["lease_ends_at"])
+                operation=row["operation"], response=response, lease_ends_at=from_text(row["lease_ends_at"])
             )
 
         return self._writer.run(write)
@@ -133,17 +133,17 @@ class Idempotency:
         """Extend the lease. :return: whether the key is still reserved by this token."""
         return self._change(_RENEW, owner, key, token, lease_ends_at=to_text(lease_ends_at))
 
-    def save_response(self, owner: str, key: str, token: str, answer: SavedResponse) -> bool:
+    def save_response(self, owner: str, key: str, token: str, response: SavedResponse) -> bool:
         """Save the response for repetitions. :return: whether the key was still reserved by this token."""
         return self._change(
             _SAVE_RESPONSE,
             owner,
             key,
             token,
-            fingerprint=answer.fingerprint,
-            status=answer.status,
-            headers=json.dumps(dict(answer.headers)),
-            body=zlib.compress(answer.body, 1),
+            fingerprint=response.fingerprint,
+            status=response.status,
+            headers=json.dumps(dict(response.headers)),
+            body=zlib.compress(response.body, 1),
         )
 
     def release_idempotency_key(self, owner: str, key: str, token: str) -> bool:

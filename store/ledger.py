@@ -7,8 +7,8 @@ Executors that pay write it; budgets, commands and the dashboard read it. An agr
 - until then the larger of its accepted debit notes (the latest of each activity) and the estimated costs of its chunks.
   An invoice that is neither accepted nor refused yet changes nothing.
 
-An amount counts at the moment when its invoice was accepted; open amounts count now, whatever the period that is asked
-for. So each amount belongs to exactly one day, or is open, and the days and the open amounts add up to the total.
+An amount counts at the moment when its invoice was accepted; open amounts count now, whatever period is
+queried. So each amount belongs to exactly one day, or is open, and the days and the open amounts add up to the total.
 
 An accepted invoice is split over the finished chunks of its agreement, in proportion to their seconds, so that the
 shares add up to it exactly; a chunk that finishes later causes a new split. Without chunks the amount stays with the
@@ -19,8 +19,8 @@ order. An invoice may come before its agreement is known, and an accepted one ne
 
 Amounts are in GLM, as exact decimals: text in the database, `Decimal` here, never floating point. Sums are made here
 and not in SQL, which knows only floating point. Weakness: adding up everything ever paid reads every invoice; with a
-hundred thousand, `spent` takes a tenth of a second and `costs` half a second. A budget asks with `since`, which has an
-index. Long because it has the records, the statements and the rules of one noun.
+hundred thousand, `spent` takes a tenth of a second and `costs` half a second. A budget passes `since`, which
+has an index. Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations

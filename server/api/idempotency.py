@@ -134,7 +134,7 @@ class _IdempotencyHandler:
             raise IdempotencyKeyReused(
                 f"This {HEADER} was used for another request: {earlier.operation.rstrip('?')[:200]}"
             )
-        if earlier.answer is None:
+        if earlier.response is None:
             reason = "The first request under this key is still running. Send it again in a moment."
             seconds = max(1, min(5, int((earlier.lease_ends_at - now).total_seconds())))
             return json_response(
@@ -142,10 +142,10 @@ class _IdempotencyHandler:
             )
         with self._context.active_reads.track():
             is_whole = body.read_rest(self._context.settings.max_batch_bytes)
-        if not is_whole or body.fingerprint() != earlier.answer.fingerprint:
+        if not is_whole or body.fingerprint() != earlier.response.fingerprint:
             raise IdempotencyKeyReused(f"This {HEADER} was used for a request with another body.")
-        response = flask.Response(earlier.answer.body, earlier.answer.status)
-        response.headers.update(dict(earlier.answer.headers))
+        response = flask.Response(earlier.response.body, earlier.response.status)
+        response.headers.update(dict(earlier.response.headers))
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers[REPLAYED] = "true"
         return response

@@ -304,8 +304,8 @@ def _python(rule: Rule, method: str, address: str, operation: Operation, has_bod
         if operation.scope is not None
         else "import httpx\n\n"
     )
-    content_schema = "response.json()" if operation.content_type == "application/json" else "response.text"
-    return f'{key}response = httpx.request("{method}", "{EXAMPLE_URL}{address}"{more})\nprint({content_schema})\n'
+    result = "response.json()" if operation.content_type == "application/json" else "response.text"
+    return f'{key}response = httpx.request("{method}", "{EXAMPLE_URL}{address}"{more})\nprint({result})\n'
 
 
 def _required(schema: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Authentication and authorisation: every request passes here before its view, and views look up by owner here.
+"""Authentication and authorisation: every request is checked here before its view, and views look up records here.
 
 `server/app.py` installs the guard. It reads the scope that the view declares (`server/endpoint.py`):
 

@@ -61,10 +61,10 @@ class KeyCache:
 
     def touch(self, record: KeyRecord, now: datetime) -> None:
         """Write to the store, once a minute at most, that a key was used. An error of the store is only logged."""
-        monotonic = self._monotonic()
-        if monotonic - self._touched.get(record.id, -TOUCH_SECONDS) < TOUCH_SECONDS:
+        now_seconds = self._monotonic()
+        if now_seconds - self._touched.get(record.id, -TOUCH_SECONDS) < TOUCH_SECONDS:
             return
-        self._touched[record.id] = monotonic
+        self._touched[record.id] = now_seconds
         try:
             self._keys.touch_key(record.id, now=now)
         except StoreError as error:

@@ -28,7 +28,6 @@ from werkzeug.sansio import multipart as forms
 from provider_image.errors import BrokenImage, EmptyImage, MalformedRequest, MlgError, TooManyBytes
 from server.errors import TooManyItems, UnsupportedMediaType
 from server.intake.uploads import ActiveReads, clean_name, too_many_bytes
-from server.intake.url_fetcher import name_from_url
 from store.batches import DuplicateClientId
 from store.images import as_store_error
 
@@ -333,7 +332,8 @@ def _line_item(line: bytes, position: int) -> BatchItem:
     return BatchItem(
         position=position,
         client_id=_client_id(None if given is None else str(given), position),
-        name=name_from_url(url),
+        # As it was sent; unlike the name of a single image it is not decoded.
+        name=clean_name(url.partition("?")[0]),
         url=url,
         error=None if url else EmptyImage("The URL is empty."),
     )

@@ -51,14 +51,14 @@ class Listener:
         self._is_notified = False
         self._has_overflowed = False
 
-    def put(self, update: Change) -> None:
+    def put(self, change: Change) -> None:
         """Add a change."""
         with self._condition:
             if len(self._pending) >= MAX_PENDING_CHANGES:
                 self._pending.clear()
                 self._has_overflowed = True
             if not self._has_overflowed:
-                self._pending.append(update)
+                self._pending.append(change)
             self._is_notified = True
             self._condition.notify()
 
@@ -175,9 +175,9 @@ class ChangeDispatcher:
         for position, request in self._feed.read_changed(interested) if interested else ():
             # A request that changed again meanwhile comes with the next poll, under its later position.
             if position[0] == latest[request.number].seq:
-                update = Change(position, request)
+                found_change = Change(position, request)
                 for listener in interested[request.number]:
-                    listener.put(update)
+                    listener.put(found_change)
         self._cursor = changes[-1].seq
         return len(changes)
 

@@ -17,7 +17,6 @@ from server.context import Context
 from server.pages.cards import STATE_LABELS, card
 from server.pages.render import page, page_operation, url_with_query
 from server.pages.requests import CARDS_PER_PAGE, check_number, check_state
-from server.status.eta import WaitEstimate
 from store.batches import BatchProgress, BatchRecord
 from store.cost_split import to_amount
 from store.keys import Scope
@@ -109,7 +108,8 @@ class _BatchPageViews:
             more = None if found.next_before is None else {"state": state, "before": str(found.next_before)}
         progress = store.batch_progress(batch.id)
         counts = [(name, label, getattr(progress, name)) for name, label in STATE_LABELS.items()]
-        wait = self._estimate_last(batch.id, progress)
+        last = store.last_unfinished(batch.id, progress)
+        wait = None if last is None else self._context.estimate_wait(last)
         return page(
             "batch.html",
             status=code,
@@ -126,13 +126,6 @@ class _BatchPageViews:
             first=url_with_query(url, {"state": state} if state else {}),
             is_later=after is not None or before is not None,
         )
-
-    def _estimate_last(self, id: str, progress: BatchProgress) -> WaitEstimate | None:
-        """Estimate the wait for the last request of a batch; None when all have ended."""
-        if progress.last_number is None:
-            return None
-        last = self._context.store.batch_items(id, after=progress.last_number - 1, limit=1)
-        return self._context.estimate_wait(last[0]) if last else None
 
 
 def _batch_summary(batch: BatchRecord, progress: BatchProgress) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""How things stand: dashboard, metrics, estimates."""
+"""The status of a home: dashboard, metrics, estimates of waiting times."""

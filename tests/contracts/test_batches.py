@@ -407,7 +407,7 @@ def test_a_response_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -
     assert store.save_response("", "key", "t1", kept)
 
     found = reserve(store, "t2", at=after(3600))
-    assert found is not None and found.answer == kept  # type: ignore[attr-defined]
+    assert found is not None and found.response == kept  # type: ignore[attr-defined]
     assert reserve(store, "t3", owner="another") is None
     assert reserve(store, "t4", at=after(86_401)) is None
 

@@ -272,9 +272,9 @@ def test_idempotency_keys_keep_their_leases_and_responses(store: SqliteStore) ->
 
     leased, answered, free = reserve("killed", at(1520)), reserve("answered", at(1e6)), reserve("killed", at(1540))
 
-    assert leased is not None and leased.answer is None and leased.lease_ends_at == at(1530)
+    assert leased is not None and leased.response is None and leased.lease_ends_at == at(1530)
     assert answered is not None
-    assert answered.answer == SavedResponse(fingerprint="f", status=202, headers={"A": "b"}, body=b"body")
+    assert answered.response == SavedResponse(fingerprint="f", status=202, headers={"A": "b"}, body=b"body")
     assert free is None
 
 

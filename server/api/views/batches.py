@@ -28,7 +28,7 @@ from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import query_fields
 from server.serializers import parse_read_params
-from store.batches import BatchProgress, BatchRecord, RefusedItem
+from store.batches import BatchRecord, RefusedItem
 from store.cost_split import to_amount
 from store.keys import Scope
 from store.records import RequestRecord, RequestState, to_text
@@ -136,7 +136,7 @@ class _BatchViews:
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
         progress = self._context.store.batch_progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
-            last = self._last_waiting(batch, progress)
+            last = self._context.store.last_unfinished(batch.id, progress)
             if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._context.store.batch_progress(id)
@@ -238,12 +238,6 @@ class _BatchViews:
     def _get_owned(self, id: str) -> BatchRecord:
         return owned(self._context.store.get_batch, id)
 
-    def _last_waiting(self, batch: BatchRecord, progress: BatchProgress) -> RequestRecord | None:
-        if progress.last_number is None:
-            return None
-        found = self._context.store.batch_items(batch.id, after=progress.last_number - 1, limit=1)
-        return found[0] if found else None
-
     def _serialize(self, batch: BatchRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a batch's JSON. :param is_whole: with the refused items, and why it waits."""
         progress = self._context.store.batch_progress(batch.id)
@@ -279,7 +273,7 @@ class _BatchViews:
         if batch.keep_seconds is not None:
             shown["keep_seconds"] = batch.keep_seconds
         if is_whole:
-            last = self._last_waiting(batch, progress)
+            last = self._context.store.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
             shown["eta_seconds"] = 0.0 if not progress.waiting else None if wait is None else wait.eta_seconds
             if wait is not None:
