@@ -5,8 +5,7 @@ that memory stays bounded and several batchers share the queue. Each chunk has i
 meanwhile others are claimed and packed, so that workers do not wait. Leases are renewed throughout; claims of a batcher
 that was killed return to the queue when their leases end.
 
-Longer than other modules, because claiming, dispatching, renewing and stopping share the state of one loop. What is not
-asynchronous (planning, packing, checking results, writing) is in other modules.
+What is not asynchronous (planning, packing, checking results, writing) is in other modules.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Called by `cli/batch.py`. Timed jobs process nothing themselves: they only wake the one loop here, so that cycles cannot
 overlap however long one takes.
 
-Longer than other modules, because the timer, the heartbeat, the operator's controls and the single run share the start
-and the end of one batcher.
 """
 
 from __future__ import annotations

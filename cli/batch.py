@@ -11,8 +11,7 @@ from pathlib import Path
 
 import click
 
-from cli.batcher_options import batcher_options
-from cli.options import environment, home_option, json_option
+from cli.options import batcher_options, environment, home_option, json_option
 from store.settings import HomeSettings
 
 

@@ -87,8 +87,7 @@ def check_models(
       mlg models check ./models/densenet121 --json
     """
     settings = HomeSettings.from_env(environment(home=home or group_home))
-    from provider_image.check import check_in_process
-    from provider_image.check_report import describe
+    from provider_image.check import check_in_process, describe
     from provider_image.models.registry import find_folder
 
     folders = [find_folder(settings.models, name) for name in names]

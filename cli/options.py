@@ -1,12 +1,13 @@
 """The options that commands share, and how an option overrides its MLG_* variable.
 
-Used by every command module. Options that only `mlg batch` and `mlg up` have are in `batcher_options.py`.
+Used by every command module.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,48 @@ def parse_duration(context: click.Context, parameter: click.Parameter, value: st
     if match is None or not float(match[1]):
         raise click.BadParameter(f"{value!r} is not a duration. Write a number and s, m, h or d, for example 2h.")
     return timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2]])
+
+
+def batcher_options(*, default_max_wait: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add --executor, --workers, --max-wait, --shrink and --precision to a command; a decorator.
+
+    :param default_max_wait: what the command's help names as the default of --max-wait.
+    """
+    from batcher.settings import SHRINK_CHOICES
+    from provider_image.precision import PRECISIONS
+
+    options = (
+        click.option(
+            "--executor",
+            metavar="NAMES",
+            help="Where chunks run: local, golem, or golem,local, which prefers golem. [MLG_EXECUTOR; local]",
+        ),
+        click.option(
+            "--workers", type=int, metavar="N", help="Number of local worker processes. [MLG_WORKERS; one per core]"
+        ),
+        click.option(
+            "--max-wait",
+            type=float,
+            metavar="SECONDS",
+            help=f"Maximum time that a request waits for its chunk to fill. [MLG_MAX_WAIT_SECONDS; {default_max_wait}]",
+        ),
+        click.option(
+            "--shrink",
+            type=click.Choice(SHRINK_CHOICES),
+            help="Resize images to the model's input before they are sent; auto does so where chunks leave this "
+            "machine. [MLG_SHRINK; auto]",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(tuple(PRECISIONS)),
+            help="Precision of local workers; bf16 is about twice as fast on processors that support it. "
+            "[MLG_PRECISION; f32]",
+        ),
+    )
+
+    def add_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add_options

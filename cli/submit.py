@@ -3,7 +3,6 @@
 Loaded through the table in `mlg.py`. It talks to the server only through `mlg_client`. A journal (`submit_journal.py`)
 records what the server has acknowledged, so that an interrupted run can be repeated and sends only what is missing.
 httpx and rich are imported in the functions that need them, so that `--help` is fast.
-Longer than other modules because the command and all its steps are easier to follow in one place.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,7 +30,6 @@ from provider_image.errors import ConfigError, MlgError
 from store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from cli.submit_progress import ProgressBars
     from mlg_client import Client, Refused, Request
 
 #: Images and bytes per batch. Less than `mlg_client` sends at once, because an interrupted batch is uploaded again.
@@ -86,7 +85,6 @@ def submit(
       mlg submit --model efficientnet_lite0 --wait kitten.jpg
       mlg submit --model efficientnet_lite0 --out results.csv photos/
     """
-    from cli.submit_progress import ProgressBars
     from mlg_client import Client, ClientError, Unreachable
 
     home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
@@ -389,3 +387,48 @@ def _csv_rows(row: Row) -> Iterator[dict[str, Any]]:
         is_label = isinstance(pred, list) and len(pred) == 3
         labels = dict(zip(("wnid", "label", "probability"), pred, strict=True)) if is_label else {}
         yield {**shared, **labels, "rank": rank if is_label else None}
+
+
+class ProgressBars:
+    """One bar for the images sent and one for the results, on stderr if that is a terminal; a context manager.
+
+    :param on_sent: called with each row that was sent, in the order of the files.
+    """
+
+    def __init__(self, total: int, *, is_waiting: bool, on_sent: Callable[[Row], None] | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._on_sent = on_sent
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._sent = self._progress.add_task("sent", total=total)
+        self._answered = self._progress.add_task("answered", total=total, visible=is_waiting)
+
+    def __enter__(self) -> ProgressBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def sent(self, row: Row) -> None:
+        """Count a file that was acknowledged, now or in an earlier run, or refused."""
+        self._progress.advance(self._sent)
+        if row.request is None:
+            self._progress.advance(self._answered)
+        if self._on_sent is not None:
+            self._on_sent(row)
+
+    def answered(self, row: Row) -> None:
+        """Count a file that has its result."""
+        self._progress.advance(self._answered)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from cli.batcher_options import batcher_options
-from cli.options import environment, home_option, host_option, open_option, port_option
+from cli.options import batcher_options, environment, home_option, host_option, open_option, port_option
 
 
 @click.command()

@@ -1,7 +1,6 @@
 """The calls of both clients, without a transport: requests, retries, and the parsing of responses.
 
 `Client` and `AsyncClient` inherit them; `operations.py` explains how one implementation serves both.
-Longer than other modules because the public calls and their private steps belong to one class.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     import json
 
-    from provider_image.check import check_in_process, check_model, record_speed
-    from provider_image.check_report import describe
+    from provider_image.check import check_in_process, check_model, describe, record_speed
     from provider_image.models.registry import find_folder, installed_folders
 
     folders = [find_folder(options.models, text) for text in options.names] or installed_folders(options.models)

@@ -4,7 +4,6 @@
 the steps are stored in the database. All pending steps run inside one BEGIN IMMEDIATE, so that any number of processes
 may start at once on an empty home.
 
-Long because a released step is never edited.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Every statement that depends on a request's state is named SQL text in this file, save those about whole batches
 (`batches.py`) and those that delete old requests (`retention.py`). The server adds and reads; the batcher claims,
 renews, finishes, fails and releases. `store/__init__.py` draws the states and lists the guarantees.
-Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations

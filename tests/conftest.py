@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import logging
 import os
 import signal
@@ -30,9 +31,28 @@ MODEL = "efficientnet_lite0"
 OUTPUT = [[f"n{20 - i:08d}", f"label_{i}", round((20 - i) / 210, 6)] for i in range(20)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start slow tests first: what is left at the end is short, so the processes end together."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each process its share of the slow tests, at the start of its part: what is left at the end is short.
+
+    xdist's `worksteal` first gives each process an equally long part of the list. Slow tests that share a parameter
+    stay together, because they share what is expensive to make.
+    """
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            parameter = (
+                item.callspec.id if isinstance(item, pytest.Function) and hasattr(item, "callspec") else item.name
+            )
+            groups.setdefault(f"{item.path} {parameter}", []).append(item)
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for number, group in enumerate(groups.values()):
+        parts[number % count].extend(group)
+    others = iter([item for item in items if item.get_closest_marker("slow") is None])
+    length = -(-len(items) // count)
+    for part in parts:
+        part.extend(itertools.islice(others, max(0, length - len(part))))
+    items[:] = [item for part in parts for item in part] + list(others)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Each figure is cached for a second or two, the spending for longer, so any numbe
 store. The statistics of past minutes are cached for a day; only the latest minutes are read again. It must not change
 the store.
 
-Longer than other modules because each figure's query and its JSON belong together.
 """
 
 from __future__ import annotations

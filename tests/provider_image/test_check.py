@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from provider_image.check import check_in_process, check_model, record_speed
-from provider_image.check_report import CheckReport, describe
+from provider_image.check import CheckReport, check_in_process, check_model, describe, record_speed
 from provider_image.cores import available_cores
 from provider_image.errors import ConfigError, NotInstalled, UnknownModel
 from provider_image.models.registry import find_folder, installed_folders

@@ -7,7 +7,6 @@ Weaknesses compared with other executors: the first result takes seconds, becaus
 sees the images as they are sent (resized to the model's input, unless that is switched off). Its results are checked
 for format and identity, not for correctness.
 
-Longer than other modules, because the job queue, the budget and the events of workers share one state.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Each image is checked like a single one. Those that cannot be used are refused and the others accepted; only a body that
 cannot be read is refused as a whole, and then nothing of it is kept.
-Longer than other modules because the JSON of a batch and all views that read it belong together.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> np.ndarr
     module = importlib.import_module(getattr(importlib.import_module("keras").applications, row.keras_class).__module__)
     side = (row.width, row.height)
     arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), np.float32) for image in images]
-    return np.asarray(network(module.preprocess_input(np.stack(arrays)), training=False))
+    # One at a time: the layers of a large network for five images need gigabytes.
+    return np.concatenate([network(module.preprocess_input(array[np.newaxis]), training=False) for array in arrays])
 
 
 @dataclasses.dataclass
@@ -127,7 +128,7 @@ def keras_model(request: pytest.FixtureRequest) -> Iterator[KerasModel]:
     (call,) = get_file.call_args_list
     file, url = (*call.args, call.kwargs.get("origin"))[:2]
     yield KerasModel(row, network, (file, url, call.kwargs.get("file_hash")))
-    # Keras remembers every network, and the allocator keeps what is freed: without this, a process grows to 10 GB.
+    # Keras remembers every network, and the allocator keeps what is freed.
     keras.backend.clear_session()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -312,11 +312,14 @@ def test_home_works_with_the_keyboard_only(browser: Any, running_system: System,
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
         page.keyboard.press("Enter")
+        page.wait_for_function("location.hash != ''")
         for _ in range(8):
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement.id") == "files":
                 break
+        assert page.evaluate("document.activeElement.id") == "files"
         session.save_screenshot("home-focus")
+        page.wait_for_function("document.hasFocus()")
 
         with page.expect_file_chooser() as chooser:
             page.keyboard.press("Enter")
