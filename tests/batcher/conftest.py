@@ -14,7 +14,9 @@ import pytest
 
 from batcher.cycle import Cycle
 from batcher.executors import Job, Outcome
+from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
+from batcher.workspace import Workspace
 from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
@@ -202,3 +204,30 @@ def harness(tmp_path: Path, models_folder: Path) -> Iterator[Harness]:
     made = Harness(tmp_path, models_folder)
     yield made
     made.store.close()
+
+
+def now() -> datetime:
+    """Return the real time."""
+    return datetime.now(UTC)
+
+
+@pytest.fixture
+def batcher(harness: Any) -> Any:
+    """Make a batcher inside the loop that will run it."""
+    harness.clock = now
+    workspace = Workspace(harness.settings.work, "batcher-id")
+    workspace.create()
+
+    def make(**settings: Any) -> Batcher:
+        harness.change_settings(**settings)
+        return Batcher(
+            store=harness.store,
+            executor=harness.executor,
+            settings=harness.settings,
+            home_settings=harness.home_settings,
+            workspace=workspace,
+            batcher_id="batcher-id",
+        )
+
+    yield make
+    workspace.remove()

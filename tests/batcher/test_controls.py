@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-import pytest
-
-from batcher.scheduler import Batcher
-from batcher.workspace import Workspace
 from server.status.eta import EtaInputs, estimate
 from store.controls import Mode, pause, resume, run_now
 from store.records import RequestState
+from tests.batcher.conftest import now
 
 MODEL = "efficientnet_lite0"
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-@pytest.fixture
-def batcher(harness: Any) -> Any:
-    """Make a batcher inside the loop that will run it."""
-    harness.clock = now
-    workspace = Workspace(harness.settings.work, "batcher-id")
-    workspace.create()
-
-    def make(**settings: Any) -> Batcher:
-        harness.change_settings(**settings)
-        return Batcher(
-            store=harness.store,
-            executor=harness.executor,
-            settings=harness.settings,
-            home_settings=harness.home_settings,
-            workspace=workspace,
-            batcher_id="batcher-id",
-        )
-
-    yield make
-    workspace.remove()
 
 
 def notices(harness: Any) -> dict[str, str]:

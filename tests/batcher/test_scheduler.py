@@ -5,42 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from batcher.executors import Outcome
-from batcher.scheduler import Batcher, OnceReport
-from batcher.workspace import Workspace
+from batcher.scheduler import OnceReport
 from provider_image.errors import BrokenArtefact
 from store.records import RequestState
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-@pytest.fixture
-def batcher(harness: Any) -> Any:
-    """Make a batcher inside the loop that will run it."""
-    harness.clock = now
-    workspace = Workspace(harness.settings.work, "batcher-id")
-    workspace.create()
-
-    def make(**settings: Any) -> Batcher:
-        harness.change_settings(**settings)
-        return Batcher(
-            store=harness.store,
-            executor=harness.executor,
-            settings=harness.settings,
-            home_settings=harness.home_settings,
-            workspace=workspace,
-            batcher_id="batcher-id",
-        )
-
-    yield make
-    workspace.remove()
+from tests.batcher.conftest import now
 
 
 def run_once(make: Any) -> OnceReport:
