@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from store.records import ISOLATION_STEPS, Claim
+from store.requests import ISOLATION_STEPS, Claim
 
 #: Maximum number of items in a chunk.
 MAX_ITEMS = 16

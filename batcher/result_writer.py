@@ -14,8 +14,8 @@ from datetime import datetime, timedelta
 
 from batcher.results import ChunkOutcome, ClaimFailure
 from store.errors import UnknownRequest
-from store.records import Blame, Claim, RequestState
-from store.requests import Requests
+from store.requests import Blame, Claim, Requests
+from store.states import RequestState
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Tally:
 class ResultWriter:
     """The pending writes of one chunk's outcome."""
 
-    def __init__(self, store: Requests, chunk_outcome: ChunkOutcome) -> None:
-        self._store = store
+    def __init__(self, requests: Requests, chunk_outcome: ChunkOutcome) -> None:
+        self._requests = requests
         self.tally = Tally()
         self._steps: deque[Callable[[datetime], None]] = deque()
         if chunk_outcome.answers:
@@ -60,15 +60,15 @@ class ResultWriter:
             self._steps.popleft()
 
     def _finish(self, chunk_outcome: ChunkOutcome, now: datetime) -> None:
-        self.tally.done += self._store.finish(chunk_outcome.answers, now=now)
+        self.tally.done += self._requests.finish(chunk_outcome.answers, now=now)
 
     def _fail_or_release(self, failure: ClaimFailure, now: datetime) -> None:
         code, reason = failure.code, failure.reason
         if failure.blame is None:
-            self.tally.failed += self._store.fail(failure.claims, code=code, reason=reason, now=now)
+            self.tally.failed += self._requests.fail(failure.claims, code=code, reason=reason, now=now)
             return
         due_at = now + timedelta(seconds=failure.delay_seconds)
-        released = self._store.release(
+        released = self._requests.release(
             failure.claims, blame=failure.blame, code=code, reason=reason, now=now, due_at=due_at
         )
         # Only the store knows how many attempts are allowed.
@@ -78,5 +78,5 @@ class ResultWriter:
 
     def _has_failed(self, claim: Claim) -> bool:
         with contextlib.suppress(UnknownRequest):
-            return self._store.get(claim.id).state is RequestState.FAILED
+            return self._requests.get(claim.id).state is RequestState.FAILED
         return False

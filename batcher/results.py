@@ -27,7 +27,7 @@ from provider_image.errors import (
 )
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.services import load_service
-from store.records import Answer, Blame, Claim
+from store.requests import Answer, Blame, Claim
 
 #: Seconds before an item that failed alone is tried again, by its failures so far.
 BACKOFF_SECONDS = (1.0, 4.0, 16.0)

@@ -19,7 +19,7 @@ from cli.tables import local_time, make_table, print_json_lines, print_table
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.records import RequestRecord
+    from store.requests import RequestRecord
 
 
 @click.group()
@@ -57,11 +57,11 @@ def list_requests(
       mlg requests list --json | jq .req_id
     """
     from provider_image.models.registry import find_row
-    from store.records import RequestState
+    from store.states import RequestState
 
     opened = open_store(home)
     with opened as store:
-        found = store.list(
+        found = store.requests.list(
             state=RequestState(status) if status else None,
             model=find_row(opened.settings.models, model).name if model else None,
             before=before,
@@ -98,7 +98,7 @@ def show(home: Path | None, id: str, as_json: bool) -> None:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
     with open_store(home) as store:
-        request = store.get(id)
+        request = store.requests.get(id)
     details = _to_json(request)
     if as_json:
         print_json_lines([details])
@@ -122,7 +122,7 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
     with open_store(home) as store:
-        _change_each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.requests.retry(id, now=datetime.now(UTC)))
 
 
 @requests.command()
@@ -136,7 +136,7 @@ def cancel(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
     with open_store(home) as store:
-        _change_each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.requests.cancel(id, now=datetime.now(UTC)))
 
 
 def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> None:

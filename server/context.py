@@ -22,8 +22,8 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
-from store.records import RequestRecord
-from store.sqlite import SqliteStore
+from store.requests import RequestRecord
+from store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Context:
     """What the views of one server process share."""
 
     settings: ServerSettings
-    store: SqliteStore
+    store: Store
     #: Accepts images.
     intake: Intake
     #: Holds reads until their request is final.

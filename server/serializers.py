@@ -18,7 +18,9 @@ from provider_image.models.speed import read_speed
 from provider_image.services import load_service
 from server.status.eta import WaitEstimate
 from store.cost_split import to_amount
-from store.records import RequestRecord, RequestState, to_text
+from store.requests import RequestRecord
+from store.rows import to_text
+from store.states import RequestState
 from store.webhooks import DeliveryRecord
 
 

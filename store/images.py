@@ -27,8 +27,6 @@ from store.errors import DiskFull, StoreError, StoreUnavailable
 if TYPE_CHECKING:
     import sqlite3
 
-    from store.database import Transaction
-
 #: Staged files of killed processes are deleted when they are older than this.
 LEFTOVER_SECONDS = 3600.0
 
@@ -121,11 +119,23 @@ class ImageStore:
         staged.path.unlink(missing_ok=True)
 
     def publish(self, staged: StagedImage) -> None:
-        """Give staged bytes their final name. Only under the store's write lock; the caller syncs the folder.
+        """Give staged bytes their final name. Only under the store's write lock; `sync` makes the name durable.
 
         Equal bytes that were published before are overwritten, which is cheaper than checking first.
+
+        :raises StoreUnavailable:
         """
-        os.rename(staged.path, f"{self._published_path}/{staged.sha256}")  # noqa: PTH104 - half the cost of Path.rename
+        try:
+            os.rename(staged.path, f"{self._published_path}/{staged.sha256}")  # noqa: PTH104 - half of Path.rename
+        except OSError as error:
+            raise as_store_error(error, self.folder) from error
+
+    def sync(self) -> None:
+        """Make the names of published images durable. :raises StoreError:"""
+        try:
+            sync_folder(self.published_folder)
+        except OSError as error:
+            raise as_store_error(error, self.folder) from error
 
     def delete(self, sha256: str) -> bool:
         """Delete an image. Only under the store's write lock. :return: whether it existed."""
@@ -151,13 +161,13 @@ class ImageStore:
         return swept
 
 
-def is_referenced(database: Transaction | sqlite3.Connection, sha256: str) -> bool:
+def is_referenced(connection: sqlite3.Connection, sha256: str) -> bool:
     """Tell whether any request refers to an image. A file without a reference was never acknowledged to a client."""
-    return bool(database.execute(_IS_REFERENCED, (sha256,)).fetchone()[0])
+    return bool(connection.execute(_IS_REFERENCED, (sha256,)).fetchone()[0])
 
 
-def delete_unneeded_images(transaction: Transaction, images: ImageStore, digests: Iterable[str]) -> None:
+def delete_unneeded_images(connection: sqlite3.Connection, images: ImageStore, digests: Iterable[str]) -> None:
     """Delete those images that no request needs any more; call it inside the write that changes the requests."""
     for sha256 in digests:
-        if not transaction.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
+        if not connection.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
             images.delete(sha256)

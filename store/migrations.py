@@ -1,6 +1,6 @@
 """Migrations: bring a database to the current schema, one numbered step after another.
 
-`SqliteStore.migrate` calls it. A step is never edited once released: a later change is a later step, and the names of
+`Store.migrate` calls it. A step is never edited once released: a later change is a later step, and the names of
 the steps are stored in the database. All pending steps run inside one BEGIN IMMEDIATE, so that any number of processes
 may start at once on an empty home.
 
@@ -15,7 +15,8 @@ import sqlite_utils
 
 from provider_image.errors import ConfigError
 from store.ledger import BillState
-from store.records import RequestState, to_text
+from store.rows import to_text
+from store.states import RequestState
 from store.webhooks import new_secret
 
 Step = Callable[[sqlite_utils.Database], None]

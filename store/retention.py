@@ -6,13 +6,14 @@ for the write lock.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from store.changes import ChangeFeed
-from store.database import ReaderPool, Transaction, Writer
+from store.changes import Changes
+from store.database import Database, Transaction
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
-from store.records import PurgeReport, to_text
+from store.rows import to_text
 from store.webhooks import Webhooks
 
 #: How long a listener may be disconnected and still receive only what it missed.
@@ -45,12 +46,26 @@ _RESULTS_TO_PURGE = """
 """
 
 
-class Retention(ChangeFeed, Webhooks):
+@dataclass(frozen=True, kw_only=True)
+class PurgeReport:
+    """How much a purge deleted."""
+
+    #: Images whose retention time is over.
+    images: int = 0
+    #: Requests whose retention time is over.
+    results: int = 0
+    #: Files that killed processes left.
+    leftovers: int = 0
+
+
+class Retention:
     """Deleting what is old, changes and webhook deliveries included."""
 
-    images: ImageStore
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database, images: ImageStore, changes: Changes, webhooks: Webhooks) -> None:
+        self._database = database
+        self._images = images
+        self._changes = changes
+        self._webhooks = webhooks
 
     def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
@@ -66,9 +81,9 @@ class Retention(ChangeFeed, Webhooks):
             images_before,
         )
         self._purge_batches(results_before, now)
-        self.purge_changes(before=now - KEEP_CHANGES)
-        self.purge_deliveries(before=now - KEEP_DELIVERIES)
-        self._writer.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
+        self._changes.purge(before=now - KEEP_CHANGES)
+        self._webhooks.purge(before=now - KEEP_DELIVERIES)
+        self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_rows(self, find: str, change: str, before: datetime) -> int:
@@ -82,10 +97,10 @@ class Retention(ChangeFeed, Webhooks):
                 transaction.execute(change, (number,))
             # The files are deleted before the commit: a crash in between leaves a finished request without its image,
             # which is what retention intends, never a queued one.
-            delete_unneeded_images(transaction, self.images, {row["image_sha256"] for row in found})
+            delete_unneeded_images(transaction.connection, self._images, {row["image_sha256"] for row in found})
             return len(found)
 
-        return self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
     def _purge_batches(self, before: datetime, now: datetime) -> None:
         """Delete batches that have no requests left."""
@@ -98,16 +113,20 @@ class Retention(ChangeFeed, Webhooks):
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
             return len(found)
 
-        self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
     def _sweep(self, now: datetime) -> int:
         """Delete files that killed processes left: staged ones, and images whose row was never committed."""
-        swept = self.images.sweep_staging(now=now.timestamp())
-        with self._readers.connection() as connection:
-            candidates = [sha256 for sha256 in self.images.list_digests() if not is_referenced(connection, sha256)]
+        swept = self._images.sweep_staging(now=now.timestamp())
+        with self._database.read() as connection:
+            candidates = [sha256 for sha256 in self._images.list_digests() if not is_referenced(connection, sha256)]
 
         def write(transaction: Transaction) -> int:
             # Checked again under the lock: a row may have been added since.
-            return sum(self.images.delete(sha256) for sha256 in candidates if not is_referenced(transaction, sha256))
+            return sum(
+                self._images.delete(sha256)
+                for sha256 in candidates
+                if not is_referenced(transaction.connection, sha256)
+            )
 
-        return swept + self._writer.run(write) if candidates else swept
+        return swept + self._database.write(write) if candidates else swept

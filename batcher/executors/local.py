@@ -60,7 +60,7 @@ class _LocalQueuedJob:
 class LocalExecutor:
     """See `batcher.executors.Executor`.
 
-    :param ledger: not used, since this executor costs nothing.
+    :param store: not used, since this executor costs nothing.
     :param environment: variables for the workers, in addition to those of this process.
     """
 
@@ -68,7 +68,7 @@ class LocalExecutor:
     is_remote = False
 
     def __init__(
-        self, settings: BatcherSettings, ledger: object = None, *, environment: Mapping[str, str] | None = None
+        self, settings: BatcherSettings, store: object = None, *, environment: Mapping[str, str] | None = None
     ) -> None:
         self._settings = settings
         self._extra = dict(environment or {})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from provider_image.services import REGISTRY, load_service
-from store.records import RequestState
+from store.states import RequestState
 
 Schema = dict[str, Any]
 #: A status beside the states in the store: cancelled because of the deadline.

@@ -37,8 +37,8 @@ from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
 from store.batches import BatchRecord, RefusedItem
-from store.records import NewRequest, RequestRecord
-from store.sqlite import SqliteStore
+from store.requests import NewRequest, RequestRecord
+from store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Intake:
     def __init__(
         self,
         settings: ServerSettings,
-        store: SqliteStore,
+        store: Store,
         *,
         queue_stats: QueueStats,
         active_reads: ActiveReads,
@@ -176,7 +176,7 @@ class Intake:
                         "curl -F image=@kitten.jpg URL"
                     ) from error
                 raise
-            return AcceptedImage(request=self._store.add(new, staged), read_params=submission.read_params)
+            return AcceptedImage(request=self._store.requests.add(new, staged), read_params=submission.read_params)
 
     def accept_batch(self, request: Request, model: str) -> AcceptedBatch:
         """Accept the images of a batch: a form, a zip, or JSON lines of URLs.
@@ -224,7 +224,7 @@ class Intake:
             self._stager.discard(outcomes)
             raise
         refused = [one.refused for one in outcomes if one.refused is not None]
-        added = iter(self._store.add_batch(batch, staged, refused))
+        added = iter(self._store.batches.add(batch, staged, refused))
         return AcceptedBatch(
             batch=batch,
             items=[

@@ -12,7 +12,8 @@ from typing import Any
 
 from provider_image.services import load_service
 from server.status.eta import format_duration
-from store.records import RequestRecord, RequestState
+from store.requests import RequestRecord
+from store.states import RequestState
 
 #: The states of a request with their labels, in the order of the filter.
 STATE_LABELS = {

@@ -21,9 +21,9 @@ from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, wri
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
 from store import new_id
-from store.records import NewRequest, RequestRecord
+from store.requests import NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.timing import until
 
 MODEL = "efficientnet_lite0"
@@ -147,7 +147,7 @@ class Harness:
     def __init__(self, folder: Path, models: Path) -> None:
         self.models = models
         self.home_settings = HomeSettings(home=folder / "home", busy_seconds=5)
-        self.store = SqliteStore(self.home_settings)
+        self.store = Store(self.home_settings)
         self.store.migrate()
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
@@ -162,14 +162,14 @@ class Harness:
 
     def add(self, image: bytes, *, model: str = MODEL, is_fresh: bool = False) -> RequestRecord:
         new = NewRequest(id=new_id(), service="classification", model=model, is_fresh=is_fresh, created_at=self.clock())
-        return self.store.add(new, self.store.images.stage(image))
+        return self.store.requests.add(new, self.store.images.stage(image))
 
     def add_many(self, count: int, name: bytes = b"image") -> list[RequestRecord]:
         return [self.add(b"%s %d" % (name, number)) for number in range(count)]
 
     def reload(self, *requests: RequestRecord) -> list[RequestRecord]:
         """Read requests as they are now."""
-        return [self.store.get(request.id) for request in requests]
+        return [self.store.requests.get(request.id) for request in requests]
 
     def expected_output(self, image: bytes) -> list[list[Any]]:
         return output_for(find_artefact(self.models, MODEL), image)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.planner import PlannedChunk, plan
-from store.records import ISOLATION_STEPS, Claim
+from store.requests import ISOLATION_STEPS, Claim
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 

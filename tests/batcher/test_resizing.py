@@ -33,8 +33,8 @@ from provider_image.errors import BadInput, ChunkTimeout, ConfigError, WorkerDie
 from provider_image.models.artefact import find_artefact
 from provider_image.service import ModelInput
 from provider_image.services import load_service
-from store.records import RequestState
 from store.requests import MAX_ATTEMPTS
+from store.states import RequestState
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
@@ -214,7 +214,7 @@ def test_results_and_errors_are_the_same_with_and_without_resizing(harness: Any)
 def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, tmp_path: Path, resizer: Any) -> None:
     harness.add(GOOD)
     now = harness.clock.now
-    claims = harness.store.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
+    claims = harness.store.requests.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
     options = {"folder": tmp_path, "image_path": harness.store.images.path, "resizer": resizer()}
     found = []
     for models in (harness.models, tmp_path / "nothing-installed"):
@@ -262,7 +262,7 @@ def test_a_chunk_is_small_and_contains_nothing_of_the_original_but_pixels(harnes
     assert b"SECRET" not in chunk
     assert not any(data[start : start + 64] in chunk for start in range(0, len(data), 1009))
     assert sent.startswith(b"RIFF") and b"EXIF" not in sent and b"ICCP" not in sent
-    assert [record.bytes_sent for record in harness.store.list_chunks()] == [len(chunk)]
+    assert [record.bytes_sent for record in harness.store.chunks.list()] == [len(chunk)]
 
 
 def test_an_invalid_image_is_not_sent_and_fails_before_the_others_are_answered(harness: Any, resizer: Any) -> None:

@@ -22,11 +22,12 @@ from server.context import Context
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name, query_fields
-from store.batches import EXPIRED
 from store.errors import ImageGone
 from store.keys import Scope
-from store.records import RequestRecord, RequestState, to_text
+from store.requests import RequestRecord
+from store.rows import to_text
 from store.search import Query
+from store.states import EXPIRED, RequestState
 
 _STATUSES = (*map(str, RequestState), EXPIRED)
 _FILTERS = (
@@ -85,7 +86,7 @@ class _RequestViews:
             until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
             text=fields.get("q", "")[:200] or None,
         )
-        found = self._context.store.find(query, before=page.before, limit=page.limit)
+        found = self._context.store.search.find(query, before=page.before, limit=page.limit)
         shown = [self._context.serialize(request) for request in found.requests]
         return json_response({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
 
@@ -97,7 +98,7 @@ class _RequestViews:
     )
     def show_request(self, id: str) -> flask.Response:
         """Show a request with its timeline."""
-        request = owned(self._context.store.get, id)
+        request = owned(self._context.store.requests.get, id)
         shown = self._context.serialize(request)
         shown |= {
             "params": dict(request.params),
@@ -124,7 +125,7 @@ class _RequestViews:
         """Return the image as it was sent, or a thumbnail."""
         fields = query_fields(flask.request)
         size = _size(fields)
-        request = owned(self._context.store.get, id)
+        request = owned(self._context.store.requests.get, id)
         try:
             if request.image_deleted_at is not None:
                 raise ImageGone()
@@ -157,8 +158,8 @@ class _RequestViews:
     )
     def delete_request(self, id: str) -> flask.Response:
         """Delete a request."""
-        owned(self._context.store.get, id)
-        self._context.store.remove(id)
+        owned(self._context.store.requests.get, id)
+        self._context.store.requests.remove(id)
         return json_response({"success": True, "req_id": id, "status": "deleted"})
 
     def _model(self, name: str | None) -> str | None:
@@ -180,7 +181,7 @@ class _RequestViews:
         events.append({"event": "queued", "at": to_text(request.created_at)})
         if request.claimed_at is not None:
             events.append({"event": "claimed", "at": to_text(request.claimed_at)})
-        chunk = None if request.chunk_id is None else self._context.store.get_chunk(request.chunk_id)
+        chunk = None if request.chunk_id is None else self._context.store.chunks.get(request.chunk_id)
         if chunk is not None and request.state is RequestState.DONE:
             events.append(
                 {
