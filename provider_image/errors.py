@@ -8,6 +8,7 @@
     │   ├── BrokenImage
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
+    │   ├── NotARow
     │   ├── InvalidParams
     │   └── MalformedRequest
     ├── UnknownModel
@@ -97,6 +98,12 @@ class TooManyBytes(BadInput):
     """The image file is too large. Send at most 2 MB: a smaller size or a stronger JPEG compression helps."""
 
     code = "too_large"
+
+
+class NotARow(BadInput):
+    """The table row cannot be used. Send a JSON object with a plain value for each column, like {"length": 5.1}."""
+
+    code = "not_a_row"
 
 
 class InvalidParams(BadInput):

@@ -15,6 +15,7 @@ from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import ModelRow, install_command
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
+from provider_image.service import check_params
 from provider_image.services import load_service
 from server.status.eta import WaitEstimate
 from store.cost_split import to_amount
@@ -77,7 +78,7 @@ def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str,
             raise InvalidParams(
                 f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
             )
-    checked = service.check_params(dict(fields))
+    checked = check_params(service.params, fields)
     return {name: value for name, value in checked.items() if name in read_time}
 
 
@@ -107,7 +108,7 @@ def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,
         "size_bytes": None if artefact is None else artefact.size_bytes,
-        "storage": None if artefact is None else artefact.storage.kept,
+        "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
         "install": install_command(row),
     }

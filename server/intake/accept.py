@@ -23,7 +23,7 @@ from provider_image.compiler import can_build_now
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelRow
 from provider_image.models.registry import find_row
-from provider_image.service import Service
+from provider_image.service import Service, check_params
 from provider_image.services import load_service
 from server.auth.guard import check_quota, current_key_id
 from server.errors import BacklogFull, FetchingDisabled
@@ -258,7 +258,7 @@ class Intake:
         raw = dict(fields)
         webhook = check_webhook(raw.pop("webhook", None), allows_private=self._settings.allows_private_webhooks)
         is_fresh = parse_fresh(raw.pop("fresh", "0"))
-        params = service.check_params(raw)
+        params = check_params(service.params, raw)
         read_time = {param.name for param in service.params if param.is_read_time}
         return {
             "params": {name: value for name, value in params.items() if name not in read_time},
