@@ -132,7 +132,9 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
         loaded = nets.get(reader.service, reader.model, reader.digest)
         for item in reader.items:
             if not are_inputs(loaded.service, item.sizes):
-                raise MalformedChunk(f"Item {item.number} must have the inputs {describe_inputs(loaded.service)}.")
+                raise MalformedChunk(
+                    f"Item {item.number} must have the inputs {describe_inputs(loaded.service.inputs)}."
+                )
         size = loaded.net.batch_items
         batches = [reader.items[start : start + size] for start in range(0, len(reader.items), size)]
         with ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool:

@@ -191,9 +191,9 @@ def primary_input(service: Service) -> str:
     return next(iter(service.inputs))
 
 
-def describe_inputs(service: Service) -> str:
+def describe_inputs(inputs: Mapping[str, Input]) -> str:
     """Name the inputs of a service and what they are, for messages."""
-    return ", ".join(f"`{name}` ({one.kind}{', optional' * one.is_optional})" for name, one in service.inputs.items())
+    return ", ".join(f"`{name}` ({one.kind}{', optional' * one.is_optional})" for name, one in inputs.items())
 
 
 def are_inputs(service: Service, names: Iterable[str]) -> bool:

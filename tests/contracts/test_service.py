@@ -87,7 +87,7 @@ def test_inputs_and_outputs_are_described(service):
         assert one.media_types and one.max_bytes > 0
     for one in service.outputs.values():
         assert one.help.endswith(".") and one.max_bytes > 0 and "/" in one.media_type
-    assert primary_input(service) in describe_inputs(service)
+    assert primary_input(service) in describe_inputs(service.inputs)
     assert are_inputs(service, service.inputs)
     assert not are_inputs(service, []) and not are_inputs(service, [*service.inputs, "another"])
 
