@@ -17,7 +17,7 @@ from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.images.resizing import ModelInput
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.service import primary_input
 from provider_image.services import load_service
 
@@ -129,7 +129,7 @@ def pack(
     )
 
 
-def _model(models: Path, name: str) -> Artefact | ModelRow | None:
+def _model(models: Path, name: str) -> ModelFacts | None:
     """Return what describes the model's input: its artefact, or its catalogue row if it is built on first use."""
     try:
         return find_artefact(models, name)
@@ -138,7 +138,7 @@ def _model(models: Path, name: str) -> Artefact | ModelRow | None:
 
 
 def _resize_items(
-    resizer: Resizer, model: Artefact | ModelRow | None, images: Collection[str], originals: list[_PackableItem]
+    resizer: Resizer, model: ModelFacts | None, images: Collection[str], originals: list[_PackableItem]
 ) -> tuple[list[_PackableItem], tuple[RejectedItem, ...]]:
     if model is None:
         raise NotInstalled()

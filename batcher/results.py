@@ -23,7 +23,6 @@ from provider_image.errors import (
     ModelError,
     NotInstalled,
     UnknownModel,
-    error_from_reply,
 )
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.service import Output, check_files, check_params
@@ -163,7 +162,7 @@ def _check_output(service_name: str, artefact: Artefact, item: PlannedItem, resu
 
 def _item_error(service: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> MlgError | None:
     if result.error is not None:
-        return error_from_reply({"code": result.error.code, "reason": result.error.reason})
+        return result.error
     try:
         _check_output(service, artefact, item, result)
     except MlgError as error:

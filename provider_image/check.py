@@ -25,7 +25,7 @@ from provider_image.backends import Device, Net
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, compute_digest, read_artefact
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
@@ -159,7 +159,11 @@ def check_model(
     report = CheckReport(name=folder.name, folder=str(folder), precision=precision, threads=threads, cpu=cpu_name())
     try:
         if not (folder / "model.json").exists():
-            raise _no_artefact(folder)
+            if folder.name in CATALOGUE and not folder.exists():
+                raise NotInstalled(
+                    f"It is not installed in {folder.parent}. Install it: {install_command(folder.name)}"
+                )
+            raise NotInstalled(f"{folder} has no artefact: model.json is missing. Name a folder that has one.")
         artefact = read_artefact(folder)
         report = replace(
             report,
@@ -264,13 +268,6 @@ def record_speed(report: CheckReport, models: Path) -> bool:
     return write_speed(models, report.name, speed)
 
 
-def _no_artefact(folder: Path) -> NotInstalled:
-    row = CATALOGUE.get(folder.name)
-    if row is not None and not folder.exists():
-        return NotInstalled(f"It is not installed in {folder.parent}. Install it: {install_command(row)}")
-    return NotInstalled(f"{folder} has no artefact: model.json is missing. Name a folder that has one.")
-
-
 def _tolerance(artefact: Artefact, precision: str) -> float:
     """Return the largest allowed difference of a probability. Results are recorded before weights are stored as f16."""
     if precision != "f32":
@@ -282,15 +279,7 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
 
 def _check_facts(artefact: Artefact) -> None:
     """Check that the digest matches the rest of model.json, and that there is a self-test."""
-    if artefact.digest != compute_digest(
-        artefact.row,
-        artefact.labels,
-        artefact.weights_sha256,
-        artefact.recipe,
-        precision=artefact.precision,
-        backend=artefact.backend,
-        preprocessing_version=artefact.preprocessing_version,
-    ):
+    if artefact.digest != compute_digest(artefact):
         raise BrokenArtefact(f"Its digest does not match its model.json, which was changed. {_repair_hint(artefact)}")
     if not artefact.samples:
         raise BrokenArtefact(f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}")
@@ -325,12 +314,8 @@ def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
 
 
 def _repair_hint(artefact: Artefact) -> str:
-    row = CATALOGUE.get(artefact.name)
-    if row is None:
-        command = custom_install_command(artefact.name)
-    else:
-        command = install_command(row) + (" --weights FILE" if artefact.source == "own" else "")
-    return f"Delete {artefact.folder}, then: {command}"
+    needs_file = artefact.name in CATALOGUE and artefact.source == "own"
+    return f"Delete {artefact.folder}, then: {install_command(artefact.name)}{' --weights FILE' * needs_file}"
 
 
 @dataclass(frozen=True, kw_only=True)

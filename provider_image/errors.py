@@ -56,6 +56,10 @@ class MlgError(Exception):
         """Return the message."""
         return str(self)
 
+    def to_reply(self) -> dict[str, Any]:
+        """Return what crosses the wire; see `error_from_reply`."""
+        return {"code": self.code, "reason": self.reason, "permanent": self.permanent}
+
 
 class BadInput(MlgError):
     """The input cannot be used. Send an image that opens in an image viewer."""
@@ -222,6 +226,11 @@ class InferenceFailed(MlgError):
 
     code = "inference_failed"
 
+    @staticmethod
+    def from_exception(error: Exception) -> MlgError:
+        """Return an MlgError as it is, and one for any other exception, which is a bug in a service or a library."""
+        return error if isinstance(error, MlgError) else InferenceFailed(f"{type(error).__name__}: {error}")
+
 
 class ConfigError(MlgError):
     """A setting has a value that cannot be used."""
@@ -231,7 +240,7 @@ class ConfigError(MlgError):
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Rebuild the error from a reply whose `ok` is false. An unknown code becomes a ChunkError."""
+    """Rebuild the error from what `to_reply` returned, elsewhere. An unknown code becomes a ChunkError."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

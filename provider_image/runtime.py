@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.backends import Device, Net
-from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
+from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
@@ -206,7 +206,7 @@ def _failure(reader: ChunkReader, item: ItemEntry, error: Exception, seconds: fl
     if not isinstance(error, MlgError):
         # A bug in a service or a library fails only this item, and is logged.
         logger.error("item failed", exc_info=error, extra={"chunk": reader.chunk_id, "item": item.number})
-    return ItemResult(number=item.number, error=ItemError.from_exception(error), seconds=seconds)
+    return ItemResult(number=item.number, error=InferenceFailed.from_exception(error), seconds=seconds)
 
 
 def versions() -> dict[str, str]:

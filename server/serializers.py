@@ -12,7 +12,7 @@ from typing import Any
 from provider_image.compiler import can_build_now
 from provider_image.errors import InvalidParams, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
-from provider_image.models.catalogue import ModelRow, install_command
+from provider_image.models.catalogue import ModelFacts, install_command
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
 from provider_image.service import check_params, primary_input
@@ -109,7 +109,7 @@ def serialize_models(models: Path) -> list[dict[str, Any]]:
     return [_serialize_model(models, row) for row in list_rows(models)]
 
 
-def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
+def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
     try:
         artefact = find_artefact(models, row.name)
     except (NotInstalled, ModelError):
@@ -129,7 +129,7 @@ def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "size_bytes": None if artefact is None else artefact.size_bytes,
         "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
-        "install": install_command(row),
+        "install": install_command(row.name),
     }
 
 

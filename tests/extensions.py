@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from provider_image.backends import REGISTRY as BACKENDS
-from provider_image.compiler.installing import Provenance, build_folder, install
+from provider_image.compiler.installing import begin_artefact, build_folder, install
 from provider_image.models.artefact import Artefact, Sample
-from provider_image.models.catalogue import ModelRow
+from provider_image.models.catalogue import ModelFacts
 from provider_image.service import Service
 from provider_image.services import REGISTRY as SERVICES
 
@@ -45,7 +45,7 @@ def install_extension_models(models: Path) -> Path:
     output = {"species": "setosa", "probability": 1.0}
     _install(
         models,
-        ModelRow(
+        ModelFacts(
             name="iris_means",
             title="Iris",
             service="iris",
@@ -63,7 +63,7 @@ def install_extension_models(models: Path) -> Path:
     )
     _install(
         models,
-        ModelRow(
+        ModelFacts(
             name="sepia", title="Sepia", service="posterise", height=64, width=96, preprocessing="none", source="own"
         ),
         matrix=_SEPIA.T,
@@ -86,7 +86,7 @@ def sample_inputs(service: Service, photos: Mapping[str, bytes]) -> dict[str, by
 
 def _install(
     models: Path,
-    row: ModelRow,
+    row: ModelFacts,
     *,
     matrix: Any,
     bias: Any,
@@ -95,17 +95,16 @@ def _install(
 ) -> Artefact:
     with build_folder(models, row.name) as folder:
         np.savez(folder / "affine.npz", matrix=matrix.astype(np.float32), bias=bias.astype(np.float32))
-        provenance = Provenance(
+        artefact = begin_artefact(
+            row,
+            backend="affine",
             labels=labels,
             weights_sha256=hashlib.sha256(matrix.tobytes() + bias.tobytes()).hexdigest(),
             recipe="affine-1",
-            source="own",
             reference="Fisher 1936",
+            samples=tuple(write_samples(folder)),
         )
-        samples = write_samples(folder)
-        return install(
-            folder, models, row, provenance=provenance, backend="affine", files=["affine.npz"], samples=samples
-        )
+        return install(artefact, folder, models, ["affine.npz"])
 
 
 def _sample(folder: Path, file: str, data: bytes, output: Any) -> Sample:

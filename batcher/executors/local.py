@@ -28,7 +28,7 @@ from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import ModelRow
+from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
@@ -268,7 +268,7 @@ class LocalExecutor:
                     queued_job.outcome.set_result(Outcome.not_run(WorkerDied(reason)))
 
 
-def _guess_first_model(models: Path) -> ModelRow | None:
+def _guess_first_model(models: Path) -> ModelFacts | None:
     """Guess which model of an image is used first: an installed one, else one that can be built."""
     known = [row for row in list_rows(models) if _takes_one_image(load_service(row.service))]
     installed = (row for row in known if installed_digest(models, row.name) is not None)

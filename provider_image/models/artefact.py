@@ -14,12 +14,12 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled, UnknownModel
-from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
+from provider_image.models.catalogue import ModelFacts, install_command
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ _TEXTS = (
     "source",
     "weights_sha256",
     "recipe",
+    "reference",
     "digest",
 )
 
@@ -80,66 +81,34 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artefact:
-    """An installed model."""
+class Artefact(ModelFacts):
+    """An installed model, or one that is being built, which has no digest, files and folder yet."""
 
-    #: Canonical name.
-    name: str
-    #: Its name for display.
-    title: str
-    #: The name of the service that runs it.
-    service: str
     #: The name of the backend that loads it.
-    backend: str
+    backend: str = "openvino"
     #: Precision of the stored weights: f32 or f16. Independent of that of the inference: f16 weights become f32 when
     #: they are loaded.
-    precision: str
-    #: Height and width in pixels of the image that it takes; 0 if it takes none, or one of any size.
-    height: int
-    width: int
-    #: Side of the centre square as a share of the shorter side; None takes the whole image.
-    crop: float | None
-    #: The columns of the table row that it takes, in the model's order; empty if it takes none.
-    columns: tuple[str, ...]
+    precision: str = "f32"
     #: (wnid, name) of each output, in the model's order; empty for a model without labels.
-    labels: tuple[tuple[str, str], ...]
-    #: How values become the model's input; part of the graph.
-    preprocessing: str
+    labels: tuple[tuple[str, str], ...] = ()
     #: Version of the service's preparation of inputs, which is not part of the graph.
-    preprocessing_version: int
-    #: Source of the weights: wheel, keras, or own if they are not the published ones.
-    source: str
+    preprocessing_version: int = 1
     #: Digest of the weights file.
     weights_sha256: str
-    #: Identifies how the model was built.
+    #: Identifies how the model is built. Changes whenever its results change.
     recipe: str
     #: Why the weights are stored in this precision; None if nothing was measured.
-    storage: Storage | None
+    storage: Storage | None = None
     #: Self-test inputs with their results.
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] = ()
     #: The program that gave those results, for example `keras 3.15.1`.
     reference: str
     #: Identifies the artefact: equal on every machine that builds the same weights with the same recipe.
-    digest: str
+    digest: str = ""
     #: File name -> (bytes, sha256) of the backend's files.
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     #: Its folder.
-    folder: Path
-
-    @property
-    def row(self) -> ModelRow:
-        """Return the artefact's catalogue row, also for a model that is not in the catalogue."""
-        return ModelRow(
-            name=self.name,
-            title=self.title,
-            service=self.service,
-            height=self.height,
-            width=self.width,
-            preprocessing=self.preprocessing,
-            crop=self.crop,
-            columns=self.columns,
-            source=self.source,
-        )
+    folder: Path = Path()
 
     @property
     def size_bytes(self) -> int:
@@ -147,43 +116,19 @@ class Artefact:
         return sum(size for size, _ in self.files.values())
 
 
-def compute_digest(
-    row: ModelRow,
-    labels: tuple[tuple[str, str], ...],
-    weights_sha256: str,
-    recipe: str,
-    *,
-    precision: str = "f32",
-    backend: str = "openvino",
-    preprocessing_version: int = 1,
-) -> str:
+def compute_digest(artefact: Artefact) -> str:
     """Compute an artefact's digest from everything that can change an answer.
 
     The bytes of the backend's files are not part of it, because OpenVINO may write them differently in another version.
     What format 2 could not say is only part of it where it differs from what format 2 meant: a classifier that is built
     again has the digest of the one that was installed, and answers of providers that have either are accepted.
     """
-    facts: dict[str, Any] = {
-        "format": 2,
-        "recipe": recipe + _F16_SUFFIX * (precision == "f16"),
-        "weights_sha256": weights_sha256,
-        "name": row.name,
-        "service": row.service,
-        "height": row.height,
-        "width": row.width,
-        "preprocessing": row.preprocessing,
-        "crop": row.crop,
-        "labels": labels,
-    }
-    if (row.columns, backend, preprocessing_version) != ((), "openvino", 1):
-        facts |= {
-            "format": 3,
-            "recipe": recipe,
-            "columns": row.columns,
-            "backend": backend,
-            "precision": precision,
-            "preprocessing_version": preprocessing_version,
-        }
+    names = ["weights_sha256", "name", "service", "height", "width", "preprocessing", "crop", "labels"]
+    facts = {"format": 2, "recipe": artefact.recipe + _F16_SUFFIX * (artefact.precision == "f16")}
+    if (artefact.columns, artefact.backend, artefact.preprocessing_version) != ((), "openvino", 1):
+        names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
+        facts = {"format": 3}
+    facts |= {name: getattr(artefact, name) for name in names}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -204,7 +149,7 @@ def read_artefact(folder: Path) -> Artefact:
         if facts["format"] not in _READABLE_VERSIONS:
             raise BrokenArtefact(
                 f"The model {folder.name} has format {facts['format']!r}; this version reads {FORMAT_VERSION}. "
-                f"Install it again: {_install_hint(folder.name)}"
+                f"Install it again: {install_command(folder.name)}"
             )
         artefact = _parse(facts if facts["format"] == FORMAT_VERSION else _from_format_2(facts), folder)
         for file, (size, _) in artefact.files.items():
@@ -213,7 +158,7 @@ def read_artefact(folder: Path) -> Artefact:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
             f"The model {folder.name} is damaged ({type(error).__name__}: {error}). "
-            f"Delete {folder}, then: {_install_hint(folder.name)}"
+            f"Delete {folder}, then: {install_command(folder.name)}"
         ) from error
     return artefact
 
@@ -221,28 +166,21 @@ def read_artefact(folder: Path) -> Artefact:
 def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the facts of format 2 as format 3 does."""
     storage = dict(facts["storage"])
-    return {
-        **facts,
-        "backend": "openvino",
-        "precision": storage.pop("kept"),
-        "input": {name: facts[name] for name in ("height", "width", "crop")},
-        "preprocessing_version": 1,
-        "recipe": str(facts["recipe"]).removesuffix(_F16_SUFFIX),
-        "storage": storage,
-    }
+    new = {"backend": "openvino", "precision": storage.pop("kept"), "columns": (), "preprocessing_version": 1}
+    recipe = str(facts["recipe"]).removesuffix(_F16_SUFFIX)
+    return {**facts, **new, "recipe": recipe, "storage": storage, **facts["self_test"]}
 
 
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
-    taken, storage = facts["input"], facts["storage"]
+    storage = facts["storage"]
+    plain: dict[str, Any] = {name: str(facts[name]) for name in _TEXTS}
+    plain |= {name: int(facts[name]) for name in ("height", "width", "preprocessing_version")}
     return Artefact(
-        **{name: str(facts[name]) for name in _TEXTS},
-        height=int(taken.get("height", 0)),
-        width=int(taken.get("width", 0)),
-        crop=None if taken.get("crop") is None else float(taken["crop"]),
-        columns=tuple(map(str, taken.get("columns", ()))),
+        **plain,
+        crop=None if facts["crop"] is None else float(facts["crop"]),
+        columns=tuple(map(str, facts["columns"])),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
-        preprocessing_version=int(facts["preprocessing_version"]),
         storage=storage
         and Storage(
             f32_bytes=int(storage["f32_bytes"]),
@@ -252,9 +190,8 @@ def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
         ),
         samples=tuple(
             Sample(file=_plain_file_name(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
-            for sample in facts["self_test"]["samples"]
+            for sample in facts["samples"]
         ),
-        reference=str(facts["self_test"]["reference"]),
         files={_plain_file_name(file): (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
@@ -274,7 +211,7 @@ def check_files(artefact: Artefact) -> None:
         if found != sha256:
             raise BrokenArtefact(
                 f"{artefact.folder / file} has changed since it was made. Delete {artefact.folder}, "
-                f"then: {_install_hint(artefact.name)}"
+                f"then: {install_command(artefact.name)}"
             )
 
 
@@ -330,10 +267,5 @@ def _plain_file_name(file: Any) -> str:
     return file
 
 
-def _install_hint(name: str) -> str:
-    row = CATALOGUE.get(name)
-    return install_command(row) if row else custom_install_command(name)
-
-
 def _not_installed(name: str) -> NotInstalled:
-    return NotInstalled(f"The model {name} is not installed here. Install it: {_install_hint(name)}")
+    return NotInstalled(f"The model {name} is not installed here. Install it: {install_command(name)}")

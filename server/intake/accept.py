@@ -21,7 +21,7 @@ from flask import Request
 from provider_image import errors
 from provider_image.compiler import can_build_now
 from provider_image.models.artefact import find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.models.registry import find_row
 from provider_image.service import Input, Service, are_inputs, check_params, primary_input
 from provider_image.services import load_service
@@ -73,7 +73,7 @@ class AcceptedBatch:
 class _Submission:
     """All that is known of a request apart from its inputs; a batch's requests share it."""
 
-    row: ModelRow
+    row: ModelFacts
     service: Service
     #: None if the artefact is built on first use.
     digest: str | None
@@ -280,7 +280,7 @@ class Intake:
             "webhook": webhook,
         }
 
-    def _artefact_digest(self, row: ModelRow) -> str | None:
+    def _artefact_digest(self, row: ModelFacts) -> str | None:
         """Return the artefact's digest, None if it is built on first use. :raises NotInstalled: :raises ModelError:"""
         try:
             return find_artefact(self._settings.models, row.name).digest

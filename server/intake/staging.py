@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from provider_image import errors
 from provider_image.images.headers import MEDIA_TYPES, read_header
-from provider_image.models.catalogue import ModelRow
+from provider_image.models.catalogue import ModelFacts
 from provider_image.rows import check_columns, format_row, parse_row
 from provider_image.service import Input, Service, primary_input
 from server.errors import FetchFailed
@@ -54,7 +54,7 @@ class Stager:
             raise errors.EmptyImage("There is nothing at this URL.")
         return data
 
-    def stage(self, inputs: Mapping[str, bytes], row: ModelRow, service: Service) -> StagedImage:
+    def stage(self, inputs: Mapping[str, bytes], row: ModelFacts, service: Service) -> StagedImage:
         """Check the inputs of a request and write them durably.
 
         :param inputs: by name; only those that the service has.
@@ -74,7 +74,7 @@ class Stager:
             raise
         return replace(staged, others=others) if others else staged
 
-    def _check(self, one: Input, data: bytes, model: ModelRow) -> tuple[bytes, str]:
+    def _check(self, one: Input, data: bytes, model: ModelFacts) -> tuple[bytes, str]:
         """Check one input. :return: the bytes to store, and their media type. :raises BadInput:"""
         if one.kind == "image":
             return data, MEDIA_TYPES[read_header(data, self._settings.max_pixels).format]
@@ -87,7 +87,7 @@ class Stager:
             return format_row(row), "application/json"
         return data, "application/octet-stream"
 
-    def stage_items(self, items: Iterator[BatchItem], row: ModelRow, service: Service) -> list[StagedItem]:
+    def stage_items(self, items: Iterator[BatchItem], row: ModelFacts, service: Service) -> list[StagedItem]:
         """Check and stage items, several at a time, in order. :raises MlgError: nothing is left behind."""
         outcomes: list[StagedItem] = []
         give_up_at = time.monotonic() + MAX_FETCH_SECONDS
@@ -108,7 +108,7 @@ class Stager:
                 raise
         return outcomes
 
-    def _stage_item(self, item: BatchItem, give_up_at: float, row: ModelRow, service: Service) -> StagedItem:
+    def _stage_item(self, item: BatchItem, give_up_at: float, row: ModelFacts, service: Service) -> StagedItem:
         without_data = replace(item, data=None)
         try:
             if item.error is not None:

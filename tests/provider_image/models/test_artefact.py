@@ -14,7 +14,7 @@ from provider_image.backends import Device
 from provider_image.backends.openvino import load_net
 from provider_image.check import check_model
 from provider_image.compiler import can_build_now, ensure_installed, lite0
-from provider_image.compiler.installing import build_folder
+from provider_image.compiler.installing import begin_artefact, build_folder
 from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models.artefact import compute_digest, find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
@@ -40,9 +40,10 @@ def as_format_2(folder):
     """Write an artefact's model.json as mlg 0.1.0 did."""
     facts = json.loads((folder / "model.json").read_text())
     storage = {"kept": facts.pop("precision"), **facts["storage"]}
-    for name in ("backend", "preprocessing_version"):
+    for name in ("backend", "columns", "preprocessing_version"):
         del facts[name]
-    facts = {**facts, **facts.pop("input"), "format": 2, "storage": storage}
+    self_test = {name: facts.pop(name) for name in ("reference", "samples")}
+    facts = {**facts, "format": 2, "storage": storage, "self_test": self_test}
     (folder / "model.json").write_text(json.dumps(facts))
 
 
@@ -66,17 +67,19 @@ def test_artefact_of_version_0_1_0_is_the_same_artefact(models):
         {"labels": (("n1", "cat"),)},
         {"weights_sha256": "0" * 64},
         {"recipe": "lite0-2"},
-        {"row": replace(CATALOGUE["efficientnet_lite0"], preprocessing="tf")},
-        {"row": replace(CATALOGUE["efficientnet_lite0"], columns=("a", "b"))},
-        {"row": replace(CATALOGUE["efficientnet_lite0"], crop=None)},
+        {"preprocessing": "tf"},
+        {"columns": ("a", "b")},
+        {"crop": None},
+        {"name": "another"},
+        {"service": "another"},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_digest_covers_what_can_change_an_answer(change):
-    row = CATALOGUE["efficientnet_lite0"]
-    facts = {"row": row, "labels": (("n1", "dog"),), "weights_sha256": "1" * 64, "recipe": "lite0-1"}
+    facts = {"labels": (("n1", "dog"),), "weights_sha256": "1" * 64, "recipe": "lite0-1", "reference": "openvino"}
+    artefact = begin_artefact(CATALOGUE["efficientnet_lite0"], **facts)
 
-    assert compute_digest(**facts) != compute_digest(**(facts | change))
+    assert compute_digest(artefact) != compute_digest(replace(artefact, **change))
 
 
 def test_file_of_an_artefact_cannot_be_outside_its_folder(models):
