@@ -139,55 +139,49 @@ class ModelError(MlgError):
     """The model cannot be used."""
 
     code = "model_error"
+    permanent = True
 
 
 class WeightsMismatch(ModelError):
     """The weights file does not match its hash or its model. Download it again, then: mlg models compile MODEL"""
 
     code = "weights_mismatch"
-    permanent = True
 
 
 class WeightsMissing(ModelError):
     """The weights file was not found."""
 
     code = "weights_missing"
-    permanent = True
 
 
 class CompilerMissing(ModelError):
     """Compiling Keras models needs tensorflow. Install it: pip install "mlg[compile]" """
 
     code = "compiler_missing"
-    permanent = True
 
 
 class CompilationFailed(ModelError):
     """The compiled graph gives other results than the model that it was made from."""
 
     code = "compilation_failed"
-    permanent = True
 
 
 class UnsafeModelFile(ModelError):
     """The model file tries to run code or to read other files. Save the model with Keras' own layers only."""
 
     code = "unsafe_model_file"
-    permanent = True
 
 
 class UnsuitableModel(ModelError):
     """The model is not a classifier of one RGB image."""
 
     code = "unsuitable_model"
-    permanent = True
 
 
 class BrokenArtefact(ModelError):
     """The model artefact is incomplete or damaged. Delete its folder, then: mlg models compile MODEL"""
 
     code = "broken_artefact"
-    permanent = True
 
 
 class ChunkError(MlgError):

@@ -166,18 +166,18 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
     return Artefact(
-        **_plain_fields(Artefact, facts),
+        **plain_fields(Artefact, facts),
         crop=None if facts["crop"] is None else float(facts["crop"]),
         columns=tuple(map(str, facts["columns"])),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
-        storage=facts["storage"] and Storage(**_plain_fields(Storage, facts["storage"])),
-        samples=tuple(Sample(**_plain_fields(Sample, each), output=each["output"]) for each in facts["samples"]),
+        storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
+        samples=tuple(Sample(**plain_fields(Sample, each), output=each["output"]) for each in facts["samples"]),
         files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
 
 
-def _plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:
+def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the fields of a record that are a text, a number or a bool."""
     return {each.name: _PLAIN_TYPES[each.type](facts[each.name]) for each in fields(kind) if each.type in _PLAIN_TYPES}
 

@@ -13,6 +13,8 @@ import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from provider_image.models.artefact import plain_fields
+
 logger = logging.getLogger(__name__)
 
 #: The folder in a models folder; hidden, so that it is not taken for a model.
@@ -61,13 +63,7 @@ def read_speed(models: Path, name: str, digest: str) -> Speed | None:
     try:
         with (models / _FOLDER / f"{name}.json").open("rb") as file:
             facts = json.loads(file.read(_MAX_BYTES))
-        speed = Speed(
-            digest=str(facts["digest"]),
-            images_per_second=float(facts["images_per_second"]),
-            threads=int(facts["threads"]),
-            precision=str(facts["precision"]),
-            measured_at=str(facts["measured_at"]),
-        )
+        speed = Speed(**plain_fields(Speed, facts))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     is_valid = math.isfinite(speed.images_per_second) and speed.images_per_second > 0
