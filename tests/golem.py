@@ -23,7 +23,7 @@ from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
@@ -51,7 +51,7 @@ def make_image(color: int = 40) -> bytes:
 class GolemHarness:
     """A devnet, a store and a started executor."""
 
-    def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
+    def __init__(self, devnet: Devnet, executor: GolemExecutor, store: Store, folder: Path, models: Path) -> None:
         self.devnet = devnet
         self.executor = executor
         self.store = store
@@ -105,7 +105,7 @@ class GolemHarness:
 @contextlib.asynccontextmanager
 async def devnet_and_store(
     plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
-) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
+) -> AsyncIterator[tuple[Devnet, Store]]:
     """Run a devnet and open a store until the block ends.
 
     :param models: the folder of artefacts, for the providers.
@@ -115,7 +115,7 @@ async def devnet_and_store(
     (providers_home / "models").symlink_to(models)
     async with Devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
         with gftp_on_path(devnet):
-            store = SqliteStore(HomeSettings(home=folder / "home", busy_seconds=5))
+            store = Store(HomeSettings(home=folder / "home", busy_seconds=5))
             store.migrate()
             try:
                 yield devnet, store
@@ -156,7 +156,7 @@ def gftp_on_path(devnet: Devnet) -> Any:
 
 
 def make_executor(
-    devnet: Devnet, store: SqliteStore, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
+    devnet: Devnet, store: Store, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
 ) -> GolemExecutor:
     """Make an executor for a devnet, with waits short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}

@@ -18,9 +18,9 @@ from rich.console import Console
 from batcher.planner import plan
 from scripts.benchmarks import processes
 from store import new_id
-from store.records import to_text
+from store.rows import to_text
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile")
 
@@ -32,7 +32,7 @@ _FILL = """
 
 def fill(home: Path, count: int) -> list[str]:
     """Add queued requests without images to a new home. :return: some of their ids."""
-    store = SqliteStore(HomeSettings(home=home))
+    store = Store(HomeSettings(home=home))
     store.migrate()
     ids = [new_id() for _ in range(count)]
     now = to_text(datetime.now(UTC) - timedelta(hours=1))
@@ -41,17 +41,17 @@ def fill(home: Path, count: int) -> list[str]:
     def write(transaction: object) -> None:
         transaction.connection.executemany(_FILL, rows)  # type: ignore[attr-defined]
 
-    store._writer.run(write)
+    store.database.write(write)
     store.close()
     return ids[:: count // 200]
 
 
 def claim_and_plan(home: Path, limit: int) -> None:
     """Claim and plan once in this process and print the seconds and the peak megabytes."""
-    store = SqliteStore(HomeSettings(home=home))
+    store = Store(HomeSettings(home=home))
     now = datetime.now(UTC)
     started = time.perf_counter()
-    claims = store.claim(
+    claims = store.requests.claim(
         models=MODELS, limit=limit, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=now
     )
     chunks = plan(claims)

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from scripts.benchmarks import processes
 from server.api.query import to_cursor
-from store.records import to_text
+from store.rows import to_text
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
 OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))
@@ -59,7 +59,7 @@ _INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)
 def fill(home: Path, count: int) -> float:
     """Add the requests, chunks and invoices of one day to a new home. :return: seconds that it took."""
     started = time.perf_counter()
-    store = SqliteStore(HomeSettings(home=home))
+    store = Store(HomeSettings(home=home))
     store.migrate()
     store.close()
     now = datetime.now(UTC)

@@ -33,9 +33,9 @@ from provider_image.models.catalogue import CATALOGUE
 from scripts.benchmarks import photos, processes
 from scripts.benchmarks.keras_models import compiled_model
 from store import new_id
-from store.records import NewRequest
+from store.requests import NewRequest
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 #: Provider -> fault: three of eight providers are faulty.
 FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
@@ -67,13 +67,13 @@ class BatchRun:
 
 def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
     """Add requests to the store of a home."""
-    store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
+    store = Store(HomeSettings(home=home, busy_seconds=5))
     store.migrate()
     for jpeg in jpegs:
         new = NewRequest(
             id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
         )
-        store.add(new, store.images.stage(jpeg))
+        store.requests.add(new, store.images.stage(jpeg))
     store.close()
 
 

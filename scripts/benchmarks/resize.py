@@ -30,9 +30,9 @@ from provider_image.images.decoding import decode
 from provider_image.images.resizing import decode_resized, encode_resized
 from scripts.benchmarks import photos
 from store import new_id
-from store.records import NewRequest
+from store.requests import NewRequest
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 SIZES = ((500, 375), (800, 600), (4000, 3000))
@@ -100,7 +100,7 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
     work.mkdir(parents=True)
     workers = available_cores()
     settings = BatcherSettings(work=work, models=models, workers=workers, shrink=choice)
-    store = SqliteStore(HomeSettings(home=home))
+    store = Store(HomeSettings(home=home))
     store.migrate()
     executor = LocalExecutor(settings)
     resizer = make_resizer(settings, executor)
@@ -118,7 +118,7 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
                 request = NewRequest(
                     id=new_id(), service="classification", model=MODEL, is_fresh=True, created_at=datetime.now(UTC)
                 )
-                store.add(request, store.images.stage(jpeg))
+                store.requests.add(request, store.images.stage(jpeg))
             used = processor_seconds(pids())
             started = time.perf_counter()
             cycle.flush()

@@ -20,7 +20,7 @@ from rich.console import Console
 from scripts.benchmarks import golem, photos, processes
 from scripts.benchmarks.uploads import LUA, measure
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 
 @contextlib.contextmanager
@@ -62,8 +62,8 @@ def main(count: int, rounds: int, seconds: int) -> None:
                 port = processes.free_port()
                 home = work / f"home-{turn}-{number}"
                 golem.fill(home, [jpeg])
-                store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
-                (request,) = store.list()
+                store = Store(HomeSettings(home=home, busy_seconds=5))
+                (request,) = store.requests.list()
                 store.close()
                 os.sync()
                 time.sleep(5)
