@@ -4,7 +4,7 @@ The server adds, reads, cancels and retries; the batcher lets requests expire. A
 is no image) is kept beside it, so that a client that sent ten thousand finds the three that were refused.
 
 Guarantees beside those in `store/__init__.py`: a batch is added whole or not at all, in one commit. Requests that ended
-are numbered in the order of the commits (by triggers, see `m005_batches`), so a client that has read the results up to
+are numbered in the order of the commits (see `transition.py`), so a client that has read the results up to
 a number and asks again later misses nothing and reads nothing twice; a request that is retried ends again, under a new
 number.
 
@@ -27,11 +27,21 @@ from provider_image.errors import MlgError
 from store.cost_split import equal_share, total
 from store.database import Database, Transaction
 from store.errors import UnknownRequest
-from store.images import ImageStore, StagedImage, delete_unneeded_images
+from store.images import ImageStore, StagedImage
 from store.keys import count_images
-from store.requests import ROWS_PER_COMMIT, NewRequest, RequestRecord, insert_request, read_requests, request_row
+from store.requests import (
+    RESET,
+    ROWS_PER_COMMIT,
+    NewRequest,
+    RequestRecord,
+    delete_requests,
+    insert_requests,
+    read_requests,
+    request_row,
+)
 from store.rows import from_optional_text, from_text, to_text
 from store.states import EXPIRED, RequestState
+from store.transition import transition
 
 _ADD_BATCH = """
     INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
@@ -64,29 +74,12 @@ _ITEMS = """
     WHERE batch_id = :id AND number > :after ORDER BY number LIMIT :limit
 """
 
-_CANCEL_BATCH = "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id"
-
-_CANCEL_ITEMS = """
-    UPDATE requests SET state = 'cancelled', finished_at = :now, code = NULL, reason = NULL
-    WHERE batch_id = :id AND state = 'queued'
-"""
-
-_RETRY_ITEMS = """
-    UPDATE requests
-    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now,
-        deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
-    WHERE batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL
-"""
-
 _IS_IN_PROGRESS = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
 """
 
-_REMOVE_ITEMS = """
-    DELETE FROM requests
-    WHERE number IN (SELECT number FROM requests
-                     WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
-    RETURNING image_sha256
+_SOME_ITEMS = f"""
+    number IN (SELECT number FROM requests WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
 """
 
 
@@ -242,7 +235,7 @@ class Batches:
             "refused": len(refused_items),
             "webhook": batch.webhook,
         }
-        rows = [request_row(new, staged) for new, staged in items]
+        rows = [(new, staged, request_row(new, staged)) for new, staged in items]
 
         def write(transaction: Transaction) -> list[RequestRecord]:
             if batch.key_id is not None:
@@ -250,9 +243,7 @@ class Batches:
             transaction.execute(_ADD_BATCH, values)
             for one in refused_items:
                 transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
-            return [
-                insert_request(transaction, new, staged, row) for (new, staged), row in zip(items, rows, strict=True)
-            ]
+            return insert_requests(transaction, rows, now=batch.created_at)
 
         try:
             return self._database.write(write)
@@ -328,7 +319,14 @@ class Batches:
 
     def cancel(self, id: str, *, now: datetime) -> int:
         """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
-        return self._change_items(id, now, _CANCEL_BATCH, _CANCEL_ITEMS)
+        return self._change_items(
+            id,
+            "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id",
+            RequestState.CANCELLED,
+            where="batch_id = :id",
+            columns="code = NULL, reason = NULL",
+            now=now,
+        )
 
     def retry(self, id: str, *, now: datetime) -> int:
         """Queue those failed requests of a batch again whose image is kept.
@@ -336,15 +334,22 @@ class Batches:
         :return: how many.
         :raises UnknownBatch:
         """
-        return self._change_items(id, now, "UPDATE batches SET cancelled_at = NULL WHERE id = :id", _RETRY_ITEMS)
+        return self._change_items(
+            id,
+            "UPDATE batches SET cancelled_at = NULL WHERE id = :id",
+            RequestState.QUEUED,
+            where="batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL",
+            columns=RESET,
+            now=now,
+        )
 
-    def _change_items(self, id: str, now: datetime, change_batch: str, change_items: str) -> int:
-        values = {"id": id, "now": to_text(now)}
-
+    def _change_items(
+        self, id: str, change_batch: str, to: RequestState, *, where: str, columns: str, now: datetime
+    ) -> int:
         def write(transaction: Transaction) -> int:
-            if not transaction.execute(change_batch, values).rowcount:
+            if not transaction.execute(change_batch, {"id": id, "now": to_text(now)}).rowcount:
                 raise UnknownBatch()
-            return transaction.execute(change_items, values).rowcount
+            return len(transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now))
 
         return self._database.write(write)
 
@@ -361,12 +366,11 @@ class Batches:
                 raise UnknownBatch()
             if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
-            removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "rows_per_commit": ROWS_PER_COMMIT}).fetchall()
-            delete_unneeded_images(transaction.connection, self._images, {row[0] for row in removed})
-            if len(removed) < ROWS_PER_COMMIT:
+            removed = delete_requests(transaction, self._images, _SOME_ITEMS, {"id": id})
+            if removed < ROWS_PER_COMMIT:
                 transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
-            return len(removed)
+            return removed
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 

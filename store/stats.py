@@ -2,7 +2,7 @@
 
 Read by `server/status/dashboard.py` and `server/status/metrics.py`. Every statement reads an index, or few rows, so it
 is quick however many requests are kept: none counts requests one by one. The outcomes of all requests ever are in the
-table `totals`, which triggers keep (see `m008_controls`) and which only grows, also when retention deletes requests.
+table `totals`, which `transition` keeps and which only grows, also when retention deletes requests.
 """
 
 from __future__ import annotations

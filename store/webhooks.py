@@ -1,6 +1,6 @@
 """Webhooks: the tables `webhook_endpoints`, `webhook_deliveries` and `webhook_secret`.
 
-Commands and views manage endpoints, `server/webhooks.py` sends. Triggers on the table `requests` add a delivery in the
+Commands and views manage endpoints, `server/webhooks.py` sends. `transition` adds a delivery in the
 transaction that makes a request or batch final, so there is exactly one for each event and URL. A delivery is sent at
 least once: when a sender dies, another one claims its delivery after the lease has ended.
 """
