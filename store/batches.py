@@ -39,18 +39,14 @@ from store.requests import (
     read_requests,
     request_row,
 )
-from store.rows import from_optional_text, from_text, to_text
+from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition
 
-_ADD_BATCH = """
-    INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
-                         total, refused, webhook)
-    VALUES (:id, :service, :model, :params, :name, :labels, :key_id, :created_at, :deadline_at, :keep_seconds,
-            :total, :refused, :webhook)
+_ADD_REFUSAL = """
+    INSERT INTO batch_refusals (batch_id, position, client_id, code, reason)
+    VALUES (:batch_id, :position, :client_id, :code, :reason)
 """
-
-_ADD_REFUSAL = "INSERT INTO batch_refusals (batch_id, position, client_id, code, reason) VALUES (?, ?, ?, ?, ?)"
 
 # One index answers it alone, except for the costs of the chunks.
 _PROGRESS = """
@@ -152,27 +148,6 @@ class BatchRecord:
     #: Counts up in the order of arrival; 0 before it is added.
     number: int = 0
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> BatchRecord:
-        """Build the record from a row of the table `batches`."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            name=row["name"],
-            labels=json.loads(row["labels"]),
-            key_id=row["key_id"],
-            created_at=from_text(row["created_at"]),
-            deadline_at=from_optional_text(row["deadline_at"]),
-            keep_seconds=row["keep_seconds"],
-            total=row["total"],
-            refused=row["refused"],
-            cancelled_at=from_optional_text(row["cancelled_at"]),
-            webhook=row["webhook"],
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProgress:
@@ -220,29 +195,16 @@ class Batches:
         :raises StoreError: nothing is left behind, the staged images included.
         :raises QuotaReached: likewise.
         """
-        values = {
-            "id": batch.id,
-            "service": batch.service,
-            "model": batch.model,
-            "params": json.dumps(dict(batch.params), sort_keys=True),
-            "name": batch.name,
-            "labels": json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False),
-            "key_id": batch.key_id,
-            "created_at": to_text(batch.created_at),
-            "deadline_at": None if batch.deadline_at is None else to_text(batch.deadline_at),
-            "keep_seconds": batch.keep_seconds,
-            "total": len(items),
-            "refused": len(refused_items),
-            "webhook": batch.webhook,
-        }
+        labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
+        values = {**to_row(batch), "labels": labels, "total": len(items), "refused": len(refused_items)}
+        del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
 
         def write(transaction: Transaction) -> list[RequestRecord]:
             if batch.key_id is not None:
                 count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
-            transaction.execute(_ADD_BATCH, values)
-            for one in refused_items:
-                transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
+            transaction.execute(f"INSERT INTO {insert_sql('batches', values)}", values)
+            transaction.execute_many(_ADD_REFUSAL, [{**to_row(one), "batch_id": batch.id} for one in refused_items])
             return insert_requests(transaction, rows, now=batch.created_at)
 
         try:
@@ -257,7 +219,7 @@ class Batches:
         row = self._database.row("SELECT * FROM batches WHERE id = ?", (id,))
         if row is None:
             raise UnknownBatch()
-        return BatchRecord.from_row(row)
+        return from_row(BatchRecord, row)
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch refused, in order; empty for an unknown batch."""
@@ -265,7 +227,7 @@ class Batches:
             "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
             (batch_id,),
         )
-        return [RefusedItem(**dict(row)) for row in rows]
+        return [from_row(RefusedItem, row) for row in rows]
 
     def progress(self, id: str) -> BatchProgress:
         """Count the requests of a batch by state; all zero for an unknown batch."""
@@ -388,4 +350,4 @@ class Batches:
             f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
             {"key_id": key_id, "before": before, "limit": limit},
         )
-        return [BatchRecord.from_row(row) for row in rows]
+        return [from_row(BatchRecord, row) for row in rows]

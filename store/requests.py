@@ -23,7 +23,7 @@ from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
-from store.rows import from_optional_text, from_text, to_text
+from store.rows import from_row, from_text, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition, write_what_follows
 
@@ -40,15 +40,6 @@ _FIND_ANSWER = """
     WHERE image_sha256 = :image_sha256 AND model = :model AND service = :service AND params = :params
       AND digest = :digest AND state = 'done'
     LIMIT 1
-"""
-
-_ADD = """
-    INSERT INTO requests (id, service, model, params, name, image_sha256, image_bytes, state, is_fresh, is_cached,
-                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output,
-                          batch_id, client_id, labels, key_id, keep_seconds, deadline_at, webhook)
-    VALUES (:id, :service, :model, :params, :name, :image_sha256, :image_bytes, :state, :is_fresh, :is_cached,
-            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output,
-            :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at, :webhook)
 """
 
 _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
@@ -270,47 +261,6 @@ class RequestRecord:
         """The state as clients see it: "expired" where the deadline ended the request."""
         return "expired" if self.state is RequestState.CANCELLED and self.code == "expired" else str(self.state)
 
-    @classmethod
-    def from_row(
-        cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False
-    ) -> RequestRecord:
-        """Build the record from a row of the table `requests` and its share of its chunk's cost."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            name=row["name"],
-            image_sha256=row["image_sha256"],
-            image_bytes=row["image_bytes"],
-            state=RequestState(row["state"]),
-            attempts=row["attempts"],
-            isolation=row["isolation"],
-            created_at=from_text(row["created_at"]),
-            due_at=from_text(row["due_at"]),
-            claimed_at=from_optional_text(row["claimed_at"]),
-            lease_ends_at=from_optional_text(row["lease_ends_at"]),
-            finished_at=from_optional_text(row["finished_at"]),
-            chunk_id=row["chunk_id"],
-            output=None if row["output"] is None else json.loads(row["output"]),
-            digest=row["digest"],
-            provider=row["provider"],
-            seconds=row["seconds"],
-            is_cached=bool(row["is_cached"]),
-            code=row["code"],
-            reason=row["reason"],
-            image_deleted_at=from_optional_text(row["image_deleted_at"]),
-            batch_id=row["batch_id"],
-            client_id=row["client_id"],
-            labels=json.loads(row["labels"]),
-            key_id=row["key_id"],
-            keep_seconds=row["keep_seconds"],
-            deadline_at=from_optional_text(row["deadline_at"]),
-            cost=cost,
-            is_cost_final=is_cost_final,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -338,23 +288,6 @@ class Claim:
     isolation: int
     #: When it was accepted.
     created_at: datetime
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Claim:
-        """Build the record from a row returned by the claiming statement."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            token=row["token"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            image_sha256=row["image_sha256"],
-            image_bytes=row["image_bytes"],
-            attempts=row["attempts"],
-            isolation=row["isolation"],
-            created_at=from_text(row["created_at"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +346,10 @@ def _to_json(claims: Iterable[Claim]) -> str:
     return json.dumps([(claim.number, claim.token) for claim in claims])
 
 
+def _to_record(row: Any, **cost: Any) -> RequestRecord:
+    return from_row(RequestRecord, row, output=json.loads(row["output"] or "null"), **cost)
+
+
 def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[RequestRecord]:
     """Build request records, each with its share of its chunk's cost."""
     chunks: dict[str, Any] = {}
@@ -423,40 +360,24 @@ def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[R
             chunks[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
         cost, answers, is_final = chunks.get(chunk_id) or (None, 0, 0)
         if share is None or cost is None:
-            requests.append(RequestRecord.from_row(row))
+            requests.append(_to_record(row))
         else:
             own_cost = equal_share(Decimal(cost), answers, share)
-            requests.append(RequestRecord.from_row(row, cost=own_cost, is_cost_final=bool(is_final)))
+            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final)))
     return requests
 
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     """Return the columns of a request that is about to be added."""
     return {
-        "id": new.id,
-        "service": new.service,
-        "model": new.model,
+        **to_row(new),
         "params": json.dumps(new.params, sort_keys=True, separators=(",", ":")),
-        "name": new.name,
+        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
         "image_sha256": staged.sha256,
         "image_bytes": staged.size,
         "state": str(RequestState.QUEUED),
-        "is_fresh": new.is_fresh,
-        "is_cached": False,
-        "created_at": to_text(new.created_at),
-        "finished_at": None,
-        "chunk_id": None,
-        "provider": None,
-        "digest": None,
-        "seconds": None,
-        "output": None,
-        "batch_id": new.batch_id,
-        "client_id": new.client_id,
-        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
-        "key_id": new.key_id,
-        "keep_seconds": new.keep_seconds,
-        "deadline_at": None if new.deadline_at is None else to_text(new.deadline_at),
-        "webhook": new.webhook,
+        "due_at": to_text(new.created_at),
+        "digest": None,  # of the answer
     }
 
 
@@ -478,7 +399,7 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
             done = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
             row = {**row, **dict(earlier), **done}
         transaction.publish(staged)
-        numbers.append(transaction.execute(_ADD, row).lastrowid)
+        numbers.append(transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid)
     if not numbers:
         return []
     # Nobody else writes meanwhile, so the numbers have no gaps.
@@ -488,7 +409,7 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
     write_what_follows(
         transaction, RequestState.DONE, [row for row in added if row["finished_at"] is not None], now=now
     )
-    return [RequestRecord.from_row(row) for row in added]
+    return [_to_record(row) for row in added]
 
 
 def delete_requests(transaction: Transaction, images: ImageStore, which: str, values: Any) -> int:
@@ -598,7 +519,7 @@ class Requests:
             )
             claims: dict[str, deque[Claim]] = defaultdict(deque)
             for row in sorted(rows, key=lambda row: row["number"]):
-                claims[row["model"]].append(Claim.from_row(row))
+                claims[row["model"]].append(from_row(Claim, row))
             return [claims[model].popleft() for model in turns]
 
         # Reading needs no write lock, and most calls find nothing.
@@ -764,7 +685,7 @@ class Requests:
             changed = transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now)
             rows = transaction.execute(_GET, (id,)).fetchall()
             if changed:
-                return RequestRecord.from_row(rows[0])
+                return _to_record(rows[0])
             raise error_type() if rows else UnknownRequest()
 
         return self._database.write(write)
