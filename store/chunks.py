@@ -6,11 +6,9 @@ Batchers write them; the server reads them for operators, for estimates of waiti
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
 
 from store.cost_split import to_amount
 from store.database import Database, Transaction
@@ -81,11 +79,6 @@ class ChunkRecord:
     answers: int = 0
     #: False while the cost is an estimate.
     is_cost_final: bool = False
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> ChunkRecord:
-        """Build the record from a row of the table `chunks`."""
-        return cls(**from_row(row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +153,7 @@ class Chunks:
     def get(self, id: str) -> ChunkRecord | None:
         """Read one chunk; None when it is unknown."""
         row = self._database.row("SELECT * FROM chunks WHERE id = ?", (id,))
-        return None if row is None else ChunkRecord.from_row(row)
+        return None if row is None else from_row(ChunkRecord, row)
 
     def throughput(self, model: str) -> Throughput | None:
         """Measure how fast a model was answered in its latest chunks; None when there were none."""
@@ -172,4 +165,4 @@ class Chunks:
     def list(self, *, limit: int = 50) -> builtins.list[ChunkRecord]:
         """List chunks, newest first."""
         rows = self._database.rows("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))
-        return [ChunkRecord.from_row(row) for row in rows]
+        return [from_row(ChunkRecord, row) for row in rows]

@@ -333,7 +333,7 @@ class Ledger:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
         rows = self._database.rows(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id")
-        return [AllocationRecord(**from_row(row, amounts=("amount",))) for row in rows]
+        return [from_row(AllocationRecord, row) for row in rows]
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -344,8 +344,7 @@ class Ledger:
         which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
         which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
         rows = self._database.rows(f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id")
-        prices = ("start_price", "price_per_cpu_second", "price_per_second")
-        return [AgreementRecord(**from_row(row, amounts=prices)) for row in rows]
+        return [from_row(AgreementRecord, row) for row in rows]
 
     def spent(self, *, since: datetime | None = None, batcher_id: str | None = None) -> Decimal:
         """Add up the amounts paid since a time and all open amounts.

@@ -584,6 +584,23 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
     db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
 
 
+def m009_transition(db: sqlite_utils.Database) -> None:
+    """What triggers wrote before is now written by `transition`, and labels by `requests.py`."""
+    for name in (
+        "requests_batch_ended",
+        "requests_batch_known",
+        "requests_labelled",
+        "requests_unlabelled",
+        "requests_changed",
+        "requests_ended",
+        "requests_answered_at_once",
+        "batches_ended",
+        "totals_of_ended",
+        "totals_of_known",
+    ):
+        db.execute(f"DROP TRIGGER {name}")
+
+
 def m011_files(db: sqlite_utils.Database) -> None:
     """Files of requests beside the image: further inputs, and those of answers."""
     for statement in (
@@ -612,6 +629,7 @@ STEPS: tuple[Step, ...] = (
     m006_keys,
     m007_webhooks,
     m008_controls,
+    m009_transition,
     m011_files,
 )
 
