@@ -75,9 +75,9 @@ def _conversion(hint: Any) -> Callable[[Any], Any] | None:
     if hint is datetime:
         return from_text
     if typing.get_origin(hint) is Mapping:
-        record = hint.__args__[1]
-        if is_dataclass(record):
-            return lambda text: {name: record(**values) for name, values in json.loads(text).items()}
+        item: Any = hint.__args__[1]
+        if is_dataclass(item):
+            return lambda text: {name: item(**values) for name, values in json.loads(text).items()}
         return json.loads
     if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
         return typing.cast("Callable[[Any], Any]", hint)
