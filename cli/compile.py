@@ -133,10 +133,7 @@ def custom_model_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
 @custom_model_options
-@click.pass_obj
 def compile_models(
-    group_home: Path | None,
-    home: Path | None,
     weights: Path | None,
     out: Path | None,
     again: bool,
@@ -156,7 +153,7 @@ def compile_models(
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
     """
-    variables = environment(home=home or group_home)
+    variables = environment()
     settings = HomeSettings.from_env(variables)
     from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.catalogue import CATALOGUE, find_model

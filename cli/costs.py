@@ -5,7 +5,6 @@ Loaded through the table in `mlg.py`. It uses the store directly, so it works wh
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +30,7 @@ _COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
     help="Group by this. Days are in UTC; with day, images without a settled invoice are in the row `open`.",
 )
 @json_option
-def costs(home: Path | None, by: str, as_json: bool) -> None:
+def costs(by: str, as_json: bool) -> None:
     """Show what rented computers cost, in GLM.
 
     The columns: images (requests that got a result), chunks, paid (accepted invoices), open (estimated cost without a
@@ -46,7 +45,7 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
       mlg costs --by provider
       mlg costs --by model --json | jq 'select(.by == "total").paid'
     """
-    with open_store(home) as store:
+    with open_store() as store:
         rows = store.ledger.costs(by)
         (total,) = store.ledger.costs("total")
         allocations = store.ledger.allocations(is_open=True)

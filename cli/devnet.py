@@ -64,7 +64,6 @@ def devnet(
     state: Path | None,
     journal: Path | None,
     subnet: str | None,
-    home: Path | None,
 ) -> None:
     """Run a simulated Golem network on this computer until Ctrl-C or SIGTERM, for trying out and for tests.
 
@@ -77,7 +76,7 @@ def devnet(
       . /tmp/devnet.sh
       mlg batch --once --executor golem
     """
-    settings = HomeSettings.from_env(environment(home=home))
+    settings = HomeSettings.from_env(environment())
     from devnet.scenario import default_scenario, read_scenario
 
     if providers is not None and scenario is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -43,7 +42,7 @@ def operate() -> None:
 @operate.command()
 @home_option
 @reason_option
-def pause(home: Path | None, reason: str | None) -> None:
+def pause(reason: str | None) -> None:
     """Stop all batchers from starting new work. Chunks under way are finished, all other requests wait.
 
     \b
@@ -52,7 +51,7 @@ def pause(home: Path | None, reason: str | None) -> None:
     """
     from store.controls import Mode
 
-    with open_store(home) as store:
+    with open_store() as store:
         _print_pause(store.controls.pause(Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
 
 
@@ -68,7 +67,7 @@ def pause(home: Path | None, reason: str | None) -> None:
     metavar="SECONDS",
     help="With --wait: how long; exit status 1 if requests are being processed even then.",
 )
-def drain(home: Path | None, reason: str | None, wait: bool, patience: float) -> None:
+def drain(reason: str | None, wait: bool, patience: float) -> None:
     """Pause before a shutdown. All batchers stop starting new work.
 
     Unlike after `pause`, clients read that the service is shutting down. The batchers keep running without work; stop
@@ -81,7 +80,7 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
     from store.controls import Mode
 
     deadline = time.monotonic() + patience
-    with open_store(home) as store:
+    with open_store() as store:
         _print_pause(store.controls.pause(Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
         while (claimed := sum(each.claimed for each in store.requests.backlog())) and wait:
             if time.monotonic() > deadline:
@@ -94,7 +93,7 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
 
 @operate.command()
 @home_option
-def resume(home: Path | None) -> None:
+def resume() -> None:
     """Let the batchers continue after a pause or a drain.
 
     \b
@@ -102,14 +101,14 @@ def resume(home: Path | None) -> None:
       mlg operate resume
     """
 
-    with open_store(home) as store:
+    with open_store() as store:
         store.controls.resume(by=_current_user(), now=datetime.now(UTC))
     click.echo("batchers continue")
 
 
 @operate.command()
 @home_option
-def run(home: Path | None) -> None:
+def run() -> None:
     """Process all queued requests now. The running batchers do not wait for full chunks.
 
     This does not end a pause; for that see `mlg operate resume`.
@@ -120,7 +119,7 @@ def run(home: Path | None) -> None:
     """
 
     now = datetime.now(UTC)
-    with open_store(home) as store:
+    with open_store() as store:
         store.controls.run_now(by=_current_user(), now=now)
         control_state, batchers = store.controls.state(), _count_live_batchers(store, now)
     click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
@@ -133,7 +132,7 @@ def run(home: Path | None) -> None:
 @operate.command()
 @home_option
 @json_option
-def status(home: Path | None, as_json: bool) -> None:
+def status(as_json: bool) -> None:
     """Show the queue, the batchers, latency, failures and cost.
 
     \b
@@ -144,7 +143,7 @@ def status(home: Path | None, as_json: bool) -> None:
     from server.status.dashboard import Dashboard
     from server.status.queue_stats import QueueStats
 
-    with open_store(home) as store:
+    with open_store() as store:
         found = Dashboard(store, QueueStats(store), lambda: datetime.now(UTC)).status()
     if as_json:
         print_json_lines([found])

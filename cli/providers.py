@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,7 +37,7 @@ def providers() -> None:
 @providers.command("list")
 @home_option
 @json_option
-def list_providers(home: Path | None, as_json: bool) -> None:
+def list_providers(as_json: bool) -> None:
     """List the providers, the one seen last first. Prices are in GLM.
 
     The columns: per hour (the price of an hour with one core in use), start (the price of a start), done and failed
@@ -50,7 +49,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
       mlg providers list
       mlg providers list --json | jq 'select(.ban_reason != null).id'
     """
-    with open_store(home) as store:
+    with open_store() as store:
         found = store.providers.list()
         costs = {row.key: row for row in store.ledger.costs("provider")}
         speeds: dict[str, dict[str, float]] = defaultdict(dict)
@@ -92,7 +91,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
     help="How long, for example 30m, 2h or 7d. [default: until unbanned]",
 )
 @click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
-def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: str) -> None:
+def ban(name_or_id: str, duration: timedelta | None, reason: str) -> None:
     """Send no more chunks to a provider. It may finish the chunks that it has.
 
     NAME_OR_ID is its address, the beginning of its address, or its name if the name is unique.
@@ -104,7 +103,7 @@ def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: 
     """
     now = datetime.now(UTC)
     until = None if duration is None else now + duration
-    with open_store(home) as store:
+    with open_store() as store:
         provider = store.providers.ban(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
 
@@ -112,14 +111,14 @@ def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: 
 @providers.command()
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
-def unban(home: Path | None, name_or_id: str) -> None:
+def unban(name_or_id: str) -> None:
     """Lift the ban of a provider. It does not matter whether an operator or a batcher banned it.
 
     \b
     Example:
       mlg providers unban slowpoke
     """
-    with open_store(home) as store:
+    with open_store() as store:
         provider = store.providers.unban(_strip_ellipsis(name_or_id))
     click.echo(f"{printable(provider.name)}\t{provider.id}\tnot banned")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
-from cli.options import home_option, json_option
+from cli.options import environment, home_option, json_option
 from cli.tables import local_time, make_table, print_json_lines, print_table
 from provider_image.errors import MlgError
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from store.requests import RequestRecord
@@ -46,9 +46,7 @@ def requests() -> None:
 @click.option("--before", type=int, metavar="NUMBER", help="Only requests with a lower number: the next page.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Maximum number.")
 @json_option
-def list_requests(
-    home: Path | None, status: str | None, model: str | None, before: int | None, limit: int, as_json: bool
-) -> None:
+def list_requests(status: str | None, model: str | None, before: int | None, limit: int, as_json: bool) -> None:
     """List requests, newest first.
 
     \b
@@ -59,11 +57,11 @@ def list_requests(
     from provider_image.models.registry import find_row
     from store.states import RequestState
 
-    opened = open_store(home)
-    with opened as store:
+    settings = HomeSettings.from_env(environment())
+    with open_store() as store:
         found = store.requests.list(
             state=RequestState(status) if status else None,
-            model=find_row(opened.settings.models, model).name if model else None,
+            model=find_row(settings.models, model).name if model else None,
             before=before,
             limit=limit,
         )
@@ -90,14 +88,14 @@ def list_requests(
 @home_option
 @click.argument("id")
 @json_option
-def show(home: Path | None, id: str, as_json: bool) -> None:
+def show(id: str, as_json: bool) -> None:
     """Show all details of one request.
 
     \b
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with open_store(home) as store:
+    with open_store() as store:
         request = store.requests.get(id)
     details = _to_json(request)
     if as_json:
@@ -113,7 +111,7 @@ def show(home: Path | None, id: str, as_json: bool) -> None:
 @requests.command()
 @home_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-def retry(home: Path | None, ids: Sequence[str]) -> None:
+def retry(ids: Sequence[str]) -> None:
     """Queue failed or cancelled requests again. Their attempts are counted from zero.
 
     \b
@@ -121,21 +119,21 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests retry 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
-    with open_store(home) as store:
+    with open_store() as store:
         _change_each(ids, lambda id: store.requests.retry(id, now=datetime.now(UTC)))
 
 
 @requests.command()
 @home_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-def cancel(home: Path | None, ids: Sequence[str]) -> None:
+def cancel(ids: Sequence[str]) -> None:
     """Cancel requests that have not been dispatched yet.
 
     \b
     Example:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with open_store(home) as store:
+    with open_store() as store:
         _change_each(ids, lambda id: store.requests.cancel(id, now=datetime.now(UTC)))
 
 

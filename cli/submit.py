@@ -71,7 +71,6 @@ def submit(
     url: str | None,
     top: int,
     retry_timeout_seconds: float,
-    home: Path | None,
 ) -> None:
     """Send images, or folders of images, to a server.
 
@@ -87,7 +86,7 @@ def submit(
     """
     from mlg_client import Client, ClientError, Unreachable
 
-    home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
+    home = Environment(environment()).path("MLG_HOME", "~/.mlg")
     if out is not None:
         check_out(out)
     rows = [Row(file=file) for file in find_files(paths)]
