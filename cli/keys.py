@@ -13,8 +13,9 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option, parse_duration
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable
+from cli.tables import local_time, print_json_lines, print_records, printable
 from provider_image.errors import ConfigError
+from server.record_json import fields
 from store.keys import Scope
 
 if TYPE_CHECKING:
@@ -120,21 +121,25 @@ def list_keys(as_json: bool) -> None:
     if as_json:
         print_json_lines(_to_json(key, used.get(key.id, 0), now) for key in found)
         return
-    limits = ("images today", "per minute")
-    table = make_table("name", "id", "scopes", *limits, "created", "last used", "state", right=limits)
-    for key in found:
+
+    def images_today(key: KeyRecord) -> str:
         quota = "" if key.images_per_day is None else f" of {key.images_per_day}"
-        table.add_row(
-            printable(key.name),
-            key.id,
-            " ".join(sorted(key.scopes)),
-            f"{used.get(key.id, 0)}{quota}",
-            "" if key.requests_per_minute is None else str(key.requests_per_minute),
-            local_time(key.created_at),
-            "" if key.last_used_at is None else local_time(key.last_used_at),
-            _state(key, now),
-        )
-    print_table(table)
+        return f"{used.get(key.id, 0)}{quota}"
+
+    print_records(
+        found,
+        {
+            "name": lambda key: printable(key.name),
+            "id": "id",
+            "scopes": lambda key: " ".join(sorted(key.scopes)),
+            "images today": images_today,
+            "per minute": "requests_per_minute",
+            "created": "created_at",
+            "last used": "last_used_at",
+            "state": lambda key: _state(key, now),
+        },
+        right=("images today", "per minute"),
+    )
 
 
 @keys.command()
@@ -162,21 +167,11 @@ def _state(key: KeyRecord, now: datetime) -> str:
 
 
 def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:
-    from store.rows import to_text
-
-    def text(moment: datetime | None) -> str | None:
-        return None if moment is None else to_text(moment)
-
     return {
-        "id": key.id,
-        "name": key.name,
+        **fields(key, "id name"),
         "scopes": sorted(key.scopes),
         "pictures_per_day": key.images_per_day,
         "pictures_today": used,
-        "requests_per_minute": key.requests_per_minute,
-        "created_at": to_text(key.created_at),
-        "expires_at": text(key.expires_at),
-        "revoked_at": text(key.revoked_at),
-        "last_used_at": text(key.last_used_at),
+        **fields(key, "requests_per_minute created_at expires_at revoked_at last_used_at"),
         "is_usable": key.is_usable(now),
     }

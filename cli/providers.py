@@ -15,7 +15,8 @@ import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option, parse_duration
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable, short_address
+from cli.tables import local_time, print_json_lines, print_records, printable, short_address
+from server.record_json import fields, to_json
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
@@ -59,25 +60,29 @@ def list_providers(as_json: bool) -> None:
     if as_json:
         print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)
         return
-    columns = ("per hour", "start", "done", "failed", "score", "spent")
-    table = make_table("name", "id", *columns, "images/s (GLM per 1000)", "banned", right=columns)
-    for provider in found:
-        table.add_row(
-            printable(provider.name),
-            short_address(provider.id),
-            format_amount(price_per_hour(provider)),
-            format_amount(provider.start_price),
-            str(provider.done),
-            str(provider.failed),
-            f"{provider.score:.2f}",
-            format_amount(_spent(costs.get(provider.id))),
-            ", ".join(
-                f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
-                for model, speed in speeds[provider.id].items()
-            ),
-            _ban_cell(provider, now),
+
+    def speed_cell(provider: ProviderRecord) -> str:
+        return ", ".join(
+            f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
+            for model, speed in speeds[provider.id].items()
         )
-    print_table(table)
+
+    print_records(
+        found,
+        {
+            "name": lambda provider: printable(provider.name),
+            "id": lambda provider: short_address(provider.id),
+            "per hour": price_per_hour,
+            "start": "start_price",
+            "done": "done",
+            "failed": "failed",
+            "score": lambda provider: f"{provider.score:.2f}",
+            "spent": lambda provider: _spent(costs.get(provider.id)),
+            "images/s (GLM per 1000)": speed_cell,
+            "banned": lambda provider: _ban_cell(provider, now),
+        },
+        right=("per hour", "start", "done", "failed", "score", "spent"),
+    )
 
 
 @providers.command()
@@ -143,30 +148,17 @@ def _ban_cell(provider: ProviderRecord, now: datetime) -> str:
 def _to_json(
     provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
 ) -> dict[str, Any]:
-    from store.cost_split import to_amount
-    from store.rows import to_text
-
     return {
-        "id": provider.id,
-        "name": provider.name,
-        "first_seen_at": to_text(provider.first_seen_at),
-        "seen_at": to_text(provider.seen_at),
-        "start_price": to_amount(provider.start_price),
-        "price_per_cpu_second": to_amount(provider.price_per_cpu_second),
-        "price_per_second": to_amount(provider.price_per_second),
-        "per_hour": to_amount(price_per_hour(provider)),
-        "done": provider.done,
-        "failed": provider.failed,
-        "images": provider.images,
+        **fields(provider, "id name first_seen_at seen_at start_price price_per_cpu_second price_per_second"),
+        "per_hour": to_json(price_per_hour(provider)),
+        **fields(provider, "done failed images"),
         "score": round(provider.score, 4),
         "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
         "per_1000_images": {
-            model: to_amount(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            model: to_json(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
             for model, speed in speeds.items()
         },
-        "spent": to_amount(_spent(costs)),
+        "spent": to_json(_spent(costs)),
         "is_banned": provider.is_banned(now),
-        "banned_until": None if provider.banned_until is None else to_text(provider.banned_until),
-        "ban_reason": provider.ban_reason,
-        "is_banned_by_operator": provider.is_banned_by_operator,
+        **fields(provider, "banned_until ban_reason is_banned_by_operator"),
     }

@@ -14,7 +14,7 @@ import click
 
 from cli.open_store import open_store
 from cli.options import environment, home_option, json_option
-from cli.tables import local_time, make_table, print_json_lines, print_table
+from cli.tables import make_table, print_json_lines, print_records, print_table
 from provider_image.errors import MlgError
 from store.settings import HomeSettings
 
@@ -68,18 +68,18 @@ def list_requests(status: str | None, model: str | None, before: int | None, lim
     if as_json:
         print_json_lines(_to_json(request) for request in found)
         return
-    table = make_table("number", "id", "status", "model", "created", "name", "result or reason")
-    for request in found:
-        table.add_row(
-            str(request.number),
-            request.id,
-            str(request.state),
-            request.model,
-            local_time(request.created_at),
-            request.name or "",
-            _short_result(request),
-        )
-    print_table(table)
+    print_records(
+        found,
+        {
+            "number": "number",
+            "id": "id",
+            "status": "state",
+            "model": "model",
+            "created": "created_at",
+            "name": "name",
+            "result or reason": _short_result,
+        },
+    )
     if len(found) == limit:
         click.echo(f"More: mlg requests list --before {found[-1].number}", err=True)
 
@@ -157,7 +157,5 @@ def _to_json(request: RequestRecord) -> dict[str, Any]:
     return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
 
 
-def _short_result(request: RequestRecord) -> str:
-    if request.output:
-        return f"{request.output[0][1]} {request.output[0][2]:.3f}"
-    return request.reason or ""
+def _short_result(request: RequestRecord) -> str | None:
+    return f"{request.output[0][1]} {request.output[0][2]:.3f}" if request.output else request.reason

@@ -15,8 +15,9 @@ import click
 
 from cli.open_store import open_store
 from cli.options import environment, home_option, json_option
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable
+from cli.tables import local_time, make_table, print_json_lines, print_records, print_table, printable
 from provider_image.errors import ConfigError
+from server.record_json import fields
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -106,13 +107,8 @@ def list_webhooks(show_secret: bool, as_json: bool) -> None:
     table = make_table("id", "url", "events", "state", *(["secret"] if show_secret else []))
     for endpoint in endpoints:
         state = "on" if endpoint.disabled_at is None else f"off: {endpoint.disabled_reason}"
-        table.add_row(
-            endpoint.id,
-            printable(endpoint.url),
-            ", ".join(endpoint.events),
-            state,
-            *([endpoint.secret] if show_secret else []),
-        )
+        secret = [endpoint.secret] if show_secret else []
+        table.add_row(endpoint.id, printable(endpoint.url), ", ".join(endpoint.events), state, *secret)
     if show_secret:
         table.add_row("-", "(addresses given with requests)", "", "on", shared_secret)
     print_table(table)
@@ -221,18 +217,19 @@ def _list_messages(state: str | None, limit: int, as_json: bool) -> None:
 
         print_json_lines(map(serialize_delivery, found))
         return
-    table = make_table("id", "when", "event", "url", "state", "attempts", "last error", right=("attempts",))
-    for delivery in found:
-        table.add_row(
-            delivery.id,
-            local_time(delivery.created_at),
-            delivery.event,
-            printable(delivery.url),
-            _state(delivery),
-            str(delivery.attempts),
-            printable(delivery.last_error or ""),
-        )
-    print_table(table)
+    print_records(
+        found,
+        {
+            "id": "id",
+            "when": "created_at",
+            "event": "event",
+            "url": lambda delivery: printable(delivery.url),
+            "state": _state,
+            "attempts": "attempts",
+            "last error": lambda delivery: printable(delivery.last_error or ""),
+        },
+        right=("attempts",),
+    )
 
 
 def _state(delivery: DeliveryRecord) -> str:
@@ -240,14 +237,5 @@ def _state(delivery: DeliveryRecord) -> str:
 
 
 def _endpoint_to_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
-    from store.rows import to_text
-
-    return {
-        "id": endpoint.id,
-        "url": endpoint.url,
-        "events": list(endpoint.events),
-        "created_at": to_text(endpoint.created_at),
-        "disabled_at": None if endpoint.disabled_at is None else to_text(endpoint.disabled_at),
-        "disabled_reason": endpoint.disabled_reason,
-        **({"secret": endpoint.secret} if has_secret else {}),
-    }
+    secret = " secret" if has_secret else ""
+    return fields(endpoint, f"id url events created_at disabled_at disabled_reason{secret}")
