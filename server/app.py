@@ -6,7 +6,6 @@ Created by `server/process.py` in each server process, and by tests. The views a
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,33 +14,47 @@ import flask
 
 from server.api.idempotency import install_idempotency
 from server.api.responses import install_error_handlers
+from server.api.views.batches import BatchViews
+from server.api.views.events import EventViews
+from server.api.views.health import HealthViews
+from server.api.views.operator import OperatorViews
+from server.api.views.predictions import PredictionViews
+from server.api.views.requests import RequestViews
+from server.api.views.webhooks import WebhookViews
 from server.auth.guard import install_guard
-from server.context import Context
+from server.context import Context, Views
 from server.intake.accept import Intake
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
+from server.pages.api_reference import ApiReferenceViews
+from server.pages.batches import BatchPageViews
+from server.pages.home import HomeViews
+from server.pages.login import LoginViews
+from server.pages.operator import OperatorPageViews
+from server.pages.render import RenderViews
+from server.pages.requests import RequestPageViews
 from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 from store.store import Store
 
-#: "module:function" that adds views to an application; those of the API in the order of its description.
-VIEWS = (
-    "server.api.views.health:register",
-    "server.api.views.predictions:register",
-    "server.api.views.batches:register",
-    "server.api.views.requests:register",
-    "server.api.views.events:register",
-    "server.api.views.webhooks:register",
-    "server.api.views.operator:register",
-    "server.pages.render:register",
-    "server.pages.home:register",
-    "server.pages.requests:register",
-    "server.pages.batches:register",
-    "server.pages.operator:register",
-    "server.pages.api_reference:register",
-    "server.pages.login:register",
+#: All views, those of the API in the order of its description.
+VIEWS: tuple[type[Views], ...] = (
+    HealthViews,
+    PredictionViews,
+    BatchViews,
+    RequestViews,
+    EventViews,
+    WebhookViews,
+    OperatorViews,
+    RenderViews,
+    HomeViews,
+    RequestPageViews,
+    BatchPageViews,
+    OperatorPageViews,
+    ApiReferenceViews,
+    LoginViews,
 )
 
 
@@ -82,8 +95,7 @@ def create_app(
     )
     install_guard(app, settings, store.keys, clock)
     install_idempotency(app, context)
-    for name in VIEWS:
-        module, _, function = name.partition(":")
-        getattr(importlib.import_module(module), function)(app, context)
+    for views in VIEWS:
+        views(context).register(app)
     install_error_handlers(app)
     return app

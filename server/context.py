@@ -1,4 +1,4 @@
-"""What the views of one server process share.
+"""What the views of one server process share, and what every group of views is made of.
 
 Created by `server/app.py`. It must not keep anything between two requests that another server process would need.
 """
@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import flask
+
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
@@ -81,3 +84,21 @@ class Context:
                 f"install it again: {custom_install_command(model)}; else cancel the request."
             )
         return f"The model {model} is not installed any more. Install it: {install_command(row)}"
+
+
+class Views:
+    """Views that share a context: the methods of a subclass that have an operation."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = context.store
+        self._now = context.clock
+
+    def register(self, app: flask.Flask) -> None:
+        """Add the views to an application, in the order in which they are defined."""
+        for name in vars(type(self)):
+            view = getattr(self, name)
+            declared = get_operation(view)
+            if declared is not None:
+                methods, _, path = declared.route.partition(" ")
+                app.add_url_rule(path, name, view, methods=methods.split("|"))

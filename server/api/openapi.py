@@ -20,14 +20,12 @@ from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
 from server.api.idempotency import HEADER, MAX_KEY_LENGTH
 from server.api.schemas import ref, schemas
-from server.endpoint import Field, Operation, get_operation
+from server.endpoint import PAGES, Field, Operation, get_operation
 from server.errors import HTTP_STATUS, http_status
 from store.keys import Scope
 
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
-#: Tag of the pages for browsers.
-PAGES = "pages"
 #: The order of the headings; others come last.
 _TAGS = ("predictions", "batches", "requests", "events", "models", "server")
 #: Used in examples.

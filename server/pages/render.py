@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import mimetypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ import flask
 import jinja2
 from werkzeug.wrappers import Response
 
-from server.api.openapi import PAGES
 from server.api.responses import json_response, wants_page
 from server.auth.guard import current_key, get_guard
-from server.context import Context
-from server.endpoint import View, operation
+from server.context import Views
+from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS
 from server.status.eta import format_duration
 from store.errors import StoreError
-from store.keys import Scope
 
 PACKAGE_FOLDER = Path(__file__).parent
 #: No inline scripts or styles, no other hosts, no framing.
@@ -53,15 +51,24 @@ _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg
 _ERROR_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 429: "Too many requests", 503: "Unavailable"}
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Serve the static files, and show errors under /ui/ as pages."""
-    app.add_url_rule("/static/<digest>/<path:name>", "static", _static, methods=["GET"])
-    app.after_request(_render_error)
+class RenderViews(Views):
+    """The static files; shows errors under /ui/ as pages."""
 
+    def register(self, app: flask.Flask) -> None:
+        """Add the view to an application."""
+        super().register(app)
+        app.after_request(_render_error)
 
-def page_operation(summary: str, *, scope: Scope | None) -> Callable[[View], View]:
-    """Describe the view of a page, as `operation` does for the API, whose description leaves pages out."""
-    return operation(summary=summary, scope=scope, tag=PAGES)
+    @operation("GET /static/<digest>/<path:name>", "A static file of the pages", None, tag=PAGES)
+    def static(self, digest: str, name: str) -> flask.Response:
+        """Return a stylesheet, a script or an icon."""
+        known, files = _static_files()
+        if name not in files or known != digest:
+            return json_response({"success": False, "reason": "There is no such file.", "code": "not_found"}, 404)
+        kind = _MEDIA_TYPES.get(Path(name).suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        response = flask.Response(files[name], mimetype=kind)
+        response.headers.update({**_HEADERS, "Cache-Control": "public, max-age=31536000, immutable"})
+        return response
 
 
 def page(template: str, *, status: int = 200, **variables: Any) -> flask.Response:
@@ -76,10 +83,8 @@ def page(template: str, *, status: int = 200, **variables: Any) -> flask.Respons
         .render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
     )
     response = flask.Response(html, status, mimetype="text/html")
-    response.headers.update(_HEADERS)
-    response.headers["Cache-Control"] = "no-store"
     # `/` is a page for browsers and JSON for programs.
-    response.headers["Vary"] = "Accept, Cookie"
+    response.headers.update({**_HEADERS, "Cache-Control": "no-store", "Vary": "Accept, Cookie"})
     return response
 
 
@@ -91,31 +96,9 @@ def static_url(name: str) -> str:
     return f"/static/{digest}/{name}"
 
 
-def static_file(digest: str, name: str) -> flask.Response | None:
-    """Return the response with a file in `static/`; None if no file has this name and hash."""
-    known, files = _static_files()
-    if name not in files or known != digest:
-        return None
-    suffix = Path(name).suffix
-    kind = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    response = flask.Response(files[name], mimetype=kind)
-    response.headers.update(_HEADERS)
-    response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
-    return response
-
-
 def url_with_query(path: str, fields: Mapping[str, str]) -> str:
     """Return a path with its query."""
     return f"{path}?{urlencode(fields)}" if fields else path
-
-
-@page_operation("A static file of the pages", scope=None)
-def _static(digest: str, name: str) -> flask.Response:
-    """Return a stylesheet, a script or an icon."""
-    found = static_file(digest, name)
-    if found is None:
-        return json_response({"success": False, "reason": "There is no such file.", "code": "not_found"}, 404)
-    return found
 
 
 def _render_error(response: flask.Response) -> Any:

@@ -20,7 +20,7 @@ from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, check_names, parse_
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
 from server.auth.guard import owned
-from server.context import Context
+from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import AcceptedItem
 from server.intake.batch_parser import MAX_ITEMS
@@ -44,33 +44,16 @@ _BATCH = "Batch"
 _NAME = Field(name="name", help="Your name for the batch; only shown.")
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
 _BINARY = {"type": "string", "format": "binary"}
+_operation = functools.partial(operation, tag="batches")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _BatchViews(context)
-    for rule, method, view in (
-        ("/requestPredictions/<model>", "POST", views.request_predictions),
-        ("/batches", "GET", views.list_batches),
-        ("/batches/<id>", "GET", views.show_batch),
-        ("/batches/<id>", "DELETE", views.remove_batch),
-        ("/batches/<id>/results.jsonl", "GET", views.results_jsonl),
-        ("/batches/<id>/results.csv", "GET", views.results_csv),
-        ("/batches/<id>/contact-sheet.png", "GET", views.contact_sheet),
-        ("/batches/<id>/cancel", "POST", views.cancel_batch),
-        ("/batches/<id>/retry", "POST", views.retry_batch),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=[method])
+class BatchViews(Views):
+    """The views of batches."""
 
-
-class _BatchViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(
-        summary="Send many images",
-        scope=Scope.SUBMIT,
-        tag="batches",
+    @_operation(
+        "POST /requestPredictions/<model>",
+        "Send many images",
+        Scope.SUBMIT,
         query=(*service_fields(), FRESH, _NAME, WEBHOOK, *REQUEST_OPTIONS),
         body={
             "multipart/form-data": {
@@ -111,44 +94,47 @@ class _BatchViews:
             {"Location": status_url},
         )
 
-    @operation(
-        summary="List batches, newest first",
-        scope=Scope.READ,
-        tag="batches",
-        query=(CURSOR, LIMIT),
-        responses={200: "Batches"},
-    )
+    @_operation("GET /batches", "List batches, newest first", Scope.READ, returns="Batches", query=(CURSOR, LIMIT))
     def list_batches(self) -> flask.Response:
         """List batches, newest first."""
         page = PageQuery.from_request(flask.request)
-        found = self._context.store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
+        found = self._store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
         shown = [self._serialize(batch) for batch in found[: page.limit]]
         following = to_cursor(found[page.limit - 1].number) if len(found) > page.limit else None
         return json_response({"success": True, "batches": shown, "next": following})
 
-    @operation(
-        summary="Read the progress of a batch", scope=Scope.READ, tag="batches", query=(WAIT,), responses={200: _BATCH}
-    )
+    @_operation("GET /batches/<id>", "Read the progress of a batch", Scope.READ, returns=_BATCH, query=(WAIT,))
     def show_batch(self, id: str) -> flask.Response:
         """Show the progress of a batch, after holding the response until it has ended if the client asks for it."""
         batch = self._get_owned(id)
         fields = query_fields(flask.request)
         check_names(fields, ("wait",))
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
-        progress = self._context.store.batches.progress(id)
+        progress = self._store.batches.progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
-            last = self._context.store.batches.last_unfinished(batch.id, progress)
+            last = self._store.batches.last_unfinished(batch.id, progress)
             if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
                 break  # the time is over, or no more reads are held
-            progress = self._context.store.batches.progress(id)
+            progress = self._store.batches.progress(id)
         return json_response({"success": True, **self._serialize(self._get_owned(id), is_whole=True)})
 
-    @operation(
-        summary="Results of a batch as JSON lines, in the order in which they ended",
-        scope=Scope.READ,
-        tag="batches",
+    @_operation(
+        "DELETE /batches/<id>",
+        "Delete a batch that has ended, with its images and answers",
+        Scope.SUBMIT,
+        returns={"type": "object", "required": ["success", "deleted"]},
+        errors=(409,),
+    )
+    def remove_batch(self, id: str) -> flask.Response:
+        """Delete a batch, unless some of its requests have not ended."""
+        self._get_owned(id)
+        return json_response({"success": True, "deleted": self._store.batches.remove(id)})
+
+    @_operation(
+        "GET /batches/<id>/results.jsonl",
+        "Results of a batch as JSON lines, in the order in which they ended",
+        Scope.READ,
         query=(_AFTER, *service_fields(is_read=True)),
-        responses={200: {"type": "string"}},
         content_type="application/jsonl",
     )
     def results_jsonl(self, id: str) -> flask.Response:
@@ -162,12 +148,11 @@ class _BatchViews:
 
         return _download(lines(), "application/jsonl")
 
-    @operation(
-        summary="Results of a batch as CSV, in the order in which they ended",
-        scope=Scope.READ,
-        tag="batches",
+    @_operation(
+        "GET /batches/<id>/results.csv",
+        "Results of a batch as CSV, in the order in which they ended",
+        Scope.READ,
         query=(_AFTER, *service_fields(is_read=True)),
-        responses={200: {"type": "string"}},
         content_type="text/csv",
     )
     def results_csv(self, id: str) -> flask.Response:
@@ -183,17 +168,16 @@ class _BatchViews:
 
         return _download(lines(), "text/csv; charset=utf-8")
 
-    @operation(
-        summary="A contact sheet of the first hundred images of a batch with their labels",
-        scope=Scope.READ,
-        tag="batches",
-        responses={200: _BINARY},
+    @_operation(
+        "GET /batches/<id>/contact-sheet.png",
+        "A contact sheet of the first hundred images of a batch with their labels",
+        Scope.READ,
         content_type="image/png",
     )
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first images of a batch, with their most likely labels."""
         self._get_owned(id)
-        found = self._context.store.batches.items(id, limit=SHEET_ITEMS)
+        found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
             SheetItem(
                 read=functools.partial(self._read_image, request),
@@ -205,43 +189,28 @@ class _BatchViews:
             sheet = contact_sheet(items, self._context.settings.max_pixels)
         return _download(iter((sheet,)), "image/png")
 
-    @operation(
-        summary="Cancel the queued requests of a batch", scope=Scope.SUBMIT, tag="batches", responses={200: _BATCH}
-    )
+    @_operation("POST /batches/<id>/cancel", "Cancel the queued requests of a batch", Scope.SUBMIT, returns=_BATCH)
     def cancel_batch(self, id: str) -> flask.Response:
         """Cancel the requests that have not been dispatched."""
         self._get_owned(id)
-        count = self._context.store.batches.cancel(id, now=self._context.clock())
+        count = self._store.batches.cancel(id, now=self._now())
         return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
 
-    @operation(
-        summary="Queue the failed requests of a batch again", scope=Scope.SUBMIT, tag="batches", responses={200: _BATCH}
-    )
+    @_operation("POST /batches/<id>/retry", "Queue the failed requests of a batch again", Scope.SUBMIT, returns=_BATCH)
     def retry_batch(self, id: str) -> flask.Response:
         """Queue the failed requests again whose image is still there."""
         self._get_owned(id)
-        count = self._context.store.batches.retry(id, now=self._context.clock())
+        count = self._store.batches.retry(id, now=self._now())
         return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
-
-    @operation(
-        summary="Delete a batch that has ended, with its images and answers",
-        scope=Scope.SUBMIT,
-        tag="batches",
-        responses={200: {"type": "object", "required": ["success", "deleted"]}, 409: "Error"},
-    )
-    def remove_batch(self, id: str) -> flask.Response:
-        """Delete a batch, unless some of its requests have not ended."""
-        self._get_owned(id)
-        return json_response({"success": True, "deleted": self._context.store.batches.remove(id)})
 
     # Serialisation
 
     def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._context.store.batches.get, id)
+        return owned(self._store.batches.get, id)
 
     def _serialize(self, batch: BatchRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a batch's JSON. :param is_whole: with the refused items, and why it waits."""
-        progress = self._context.store.batches.progress(batch.id)
+        progress = self._store.batches.progress(batch.id)
         is_running = bool(progress.claimed or progress.ended)
         shown: dict[str, Any] = {
             "batch_id": batch.id,
@@ -274,13 +243,13 @@ class _BatchViews:
         if batch.keep_seconds is not None:
             shown["keep_seconds"] = batch.keep_seconds
         if is_whole:
-            last = self._context.store.batches.last_unfinished(batch.id, progress)
+            last = self._store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
             shown["eta_seconds"] = 0.0 if not progress.waiting else None if wait is None else wait.eta_seconds
             if wait is not None:
                 shown["waiting_for"] = wait.waiting_for
             shown["failures"] = dict(progress.failures)
-            shown["refused"] = [_show_refused_item(one) for one in self._context.store.batches.refused_items(batch.id)]
+            shown["refused"] = [_show_refused_item(one) for one in self._store.batches.refused_items(batch.id)]
         return shown
 
     def _parse_results_query(self, id: str) -> tuple[BatchRecord, int, dict[str, Any]]:
@@ -290,7 +259,7 @@ class _BatchViews:
         return batch, after, parse_read_params(batch.service, fields)
 
     def _results(self, batch: BatchRecord, after: int) -> Iterator[tuple[int, RequestRecord]]:
-        while found := self._context.store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
+        while found := self._store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
             yield from found
             after = found[-1][0]
 
@@ -298,7 +267,7 @@ class _BatchViews:
         if request.image_deleted_at is not None:
             return None
         try:
-            return self._context.store.images.read(request.image_sha256)
+            return self._store.images.read(request.image_sha256)
         except FileNotFoundError:
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from server.api.thumbnails import (
     thumbnail,
 )
 from server.auth.guard import owned
-from server.context import Context
+from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name, query_fields
@@ -44,30 +45,14 @@ _SIZE = Field(
     help="Returns a JPEG that fits into a square of so many pixels; without it the image is returned as it was sent.",
     schema={"type": "integer", "minimum": MIN_THUMBNAIL_PIXELS, "maximum": MAX_THUMBNAIL_PIXELS},
 )
+_operation = functools.partial(operation, tag="requests")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _RequestViews(context)
-    for rule, method, view in (
-        ("/requests", "GET", views.list_requests),
-        ("/requests/<id>", "GET", views.show_request),
-        ("/requests/<id>/picture", "GET", views.show_picture),
-        ("/requests/<id>/delete", "POST", views.delete_request),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=[method])
+class RequestViews(Views):
+    """The views of requests."""
 
-
-class _RequestViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(
-        summary="List requests, newest first",
-        scope=Scope.READ,
-        tag="requests",
-        query=(*_FILTERS, CURSOR, LIMIT),
-        responses={200: "Requests"},
+    @_operation(
+        "GET /requests", "List requests, newest first", Scope.READ, returns="Requests", query=(*_FILTERS, CURSOR, LIMIT)
     )
     def list_requests(self) -> flask.Response:
         """List requests. A page may be short although more follow: `next` tells whether they do."""
@@ -86,19 +71,16 @@ class _RequestViews:
             until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
             text=fields.get("q", "")[:200] or None,
         )
-        found = self._context.store.search.find(query, before=page.before, limit=page.limit)
+        found = self._store.search.find(query, before=page.before, limit=page.limit)
         shown = [self._context.serialize(request) for request in found.requests]
         return json_response({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
 
-    @operation(
-        summary="Read all details of a request, and what happened to it",
-        scope=Scope.READ,
-        tag="requests",
-        responses={200: "Detail"},
+    @_operation(
+        "GET /requests/<id>", "Read all details of a request, and what happened to it", Scope.READ, returns="Detail"
     )
     def show_request(self, id: str) -> flask.Response:
         """Show a request with its timeline."""
-        request = owned(self._context.store.requests.get, id)
+        request = owned(self._store.requests.get, id)
         shown = self._context.serialize(request)
         shown |= {
             "params": dict(request.params),
@@ -113,23 +95,23 @@ class _RequestViews:
             shown["keep_seconds"] = request.keep_seconds
         return json_response({"success": True, **shown})
 
-    @operation(
-        summary="The image of a request, or a thumbnail of it",
-        scope=Scope.READ,
-        tag="requests",
+    @_operation(
+        "GET /requests/<id>/picture",
+        "The image of a request, or a thumbnail of it",
+        Scope.READ,
         query=(_SIZE,),
-        responses={200: {"type": "string", "format": "binary"}, 410: "Error"},
         content_type="image/*",
+        errors=(410,),
     )
     def show_picture(self, id: str) -> flask.Response:
         """Return the image as it was sent, or a thumbnail."""
         fields = query_fields(flask.request)
         size = _size(fields)
-        request = owned(self._context.store.requests.get, id)
+        request = owned(self._store.requests.get, id)
         try:
             if request.image_deleted_at is not None:
                 raise ImageGone()
-            data = self._context.store.images.read(request.image_sha256)
+            data = self._store.images.read(request.image_sha256)
         except FileNotFoundError as error:
             raise ImageGone() from error
         max_pixels = self._context.settings.max_pixels
@@ -150,16 +132,16 @@ class _RequestViews:
         response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
         return response
 
-    @operation(
-        summary="Delete a request that has ended, with its image and answer",
-        scope=Scope.SUBMIT,
-        tag="requests",
-        responses={200: {"type": "object", "required": ["success", "req_id"]}, 409: "Error"},
+    @_operation(
+        "POST /requests/<id>/delete",
+        "Delete a request that has ended, with its image and answer",
+        Scope.SUBMIT,
+        returns={"type": "object", "required": ["success", "req_id"]},
     )
     def delete_request(self, id: str) -> flask.Response:
         """Delete a request."""
-        owned(self._context.store.requests.get, id)
-        self._context.store.requests.remove(id)
+        owned(self._store.requests.get, id)
+        self._store.requests.remove(id)
         return json_response({"success": True, "req_id": id, "status": "deleted"})
 
     def _model(self, name: str | None) -> str | None:
@@ -181,7 +163,7 @@ class _RequestViews:
         events.append({"event": "queued", "at": to_text(request.created_at)})
         if request.claimed_at is not None:
             events.append({"event": "claimed", "at": to_text(request.claimed_at)})
-        chunk = None if request.chunk_id is None else self._context.store.chunks.get(request.chunk_id)
+        chunk = None if request.chunk_id is None else self._store.chunks.get(request.chunk_id)
         if chunk is not None and request.state is RequestState.DONE:
             events.append(
                 {

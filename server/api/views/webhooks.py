@@ -5,12 +5,14 @@ Webhooks are added and removed with `mlg webhooks`; no secret is ever shown here
 
 from __future__ import annotations
 
+import functools
+
 import flask
 
 from provider_image.errors import InvalidParams
 from server.api.query import check_names, parse_limit
 from server.api.responses import json_response
-from server.context import Context
+from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.uploads import query_fields
 from server.serializers import serialize_delivery
@@ -24,23 +26,17 @@ _DELIVERIES = {
     "type": "object",
     "properties": {"success": {"type": "boolean"}, "deliveries": {"type": "array", "items": {"type": "object"}}},
 }
+_operation = functools.partial(operation, tag="webhooks")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _WebhookViews(context)
-    app.add_url_rule("/webhooks/deliveries", "deliveries", views.deliveries, methods=["GET"])
-    app.add_url_rule("/webhooks/deliveries/<id>/redeliver", "redeliver", views.redeliver, methods=["POST"])
+class WebhookViews(Views):
+    """The views of webhook deliveries."""
 
-
-class _WebhookViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(
-        summary="List webhook deliveries, newest first",
-        scope=Scope.OPERATE,
-        tag="webhooks",
+    @_operation(
+        "GET /webhooks/deliveries",
+        "List webhook deliveries, newest first",
+        Scope.OPERATE,
+        returns=_DELIVERIES,
         query=(
             Field(
                 name="state",
@@ -53,7 +49,6 @@ class _WebhookViews:
                 schema={"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 50},
             ),
         ),
-        responses={200: _DELIVERIES},
     )
     def deliveries(self) -> flask.Response:
         """List deliveries."""
@@ -62,16 +57,13 @@ class _WebhookViews:
         state, limit = fields.get("state"), parse_limit(fields.get("limit", "50"), MAX_LISTED)
         if state is not None and state not in DELIVERY_STATES:
             raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
-        found = self._context.store.webhooks.list_deliveries(status=state, limit=limit)
+        found = self._store.webhooks.list_deliveries(status=state, limit=limit)
         return json_response({"success": True, "deliveries": [serialize_delivery(one) for one in found]})
 
-    @operation(
-        summary="Send a webhook delivery again",
-        scope=Scope.OPERATE,
-        tag="webhooks",
-        responses={200: _DELIVERY},
+    @_operation(
+        "POST /webhooks/deliveries/<id>/redeliver", "Send a webhook delivery again", Scope.OPERATE, returns=_DELIVERY
     )
     def redeliver(self, id: str) -> flask.Response:
         """Queue a delivery again."""
-        delivery = self._context.store.webhooks.redeliver(id, now=self._context.clock())
+        delivery = self._store.webhooks.redeliver(id, now=self._now())
         return json_response({"success": True, "delivery": serialize_delivery(delivery)})
