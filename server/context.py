@@ -52,6 +52,28 @@ class Context:
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore
 
+    @classmethod
+    def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
+        """Create the context of one server process."""
+        active_reads = ActiveReads()
+        queue_stats = QueueStats(store)
+        work_slots = threading.BoundedSemaphore(settings.server_threads)
+        return cls(
+            settings=settings,
+            store=store,
+            intake=Intake(
+                settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
+            ),
+            # Held reads take at most half of the threads.
+            long_poller=LongPoller(store.requests, capacity=settings.server_threads // 2),
+            change_dispatcher=ChangeDispatcher(store.changes, capacity=settings.max_streams),
+            active_reads=active_reads,
+            clock=clock,
+            queue_stats=queue_stats,
+            dashboard=Dashboard(store, queue_stats, clock),
+            work_slots=work_slots,
+        )
+
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Build a request's JSON, with the reason why it waits.
 
@@ -100,5 +122,4 @@ class Views:
             view = getattr(self, name)
             declared = get_operation(view)
             if declared is not None:
-                methods, _, path = declared.route.partition(" ")
-                app.add_url_rule(path, name, view, methods=methods.split("|"))
+                app.add_url_rule(declared.path, name, view, methods=declared.methods)

@@ -7,6 +7,7 @@ comes from the service.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -52,6 +53,21 @@ class Operation:
     responses: Mapping[int, str | Mapping[str, Any]] = field(default_factory=dict)
     #: Content type of the responses.
     content_type: str = "application/json"
+
+    @property
+    def methods(self) -> list[str]:
+        """List the HTTP methods."""
+        return self.route.partition(" ")[0].split("|")
+
+    @property
+    def path(self) -> str:
+        """Return the path as Flask writes it: /requests/<id>."""
+        return self.route.partition(" ")[2]
+
+    @property
+    def template(self) -> str:
+        """Return the path as OpenAPI writes it: /requests/{id}."""
+        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
 
 
 def operation(

@@ -95,7 +95,7 @@ class EventViews(Views):
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
         return self._response(
-            stream_counts(self._context.change_dispatcher, self._store, Listener(is_all=True), last_id=last_id)
+            stream_counts(self._context.change_dispatcher, self._store.changes, Listener(is_all=True), last_id=last_id)
         )
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:

@@ -74,11 +74,10 @@ class HealthViews(Views):
 
 def _routes(app: flask.Flask) -> dict[str, str]:
     """List the summary of each route."""
-    found = {}
-    for rule in app.url_map.iter_rules():
-        declared = get_operation(app.view_functions[rule.endpoint])
-        path = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
-        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            if rule.rule != "/":
-                found[f"{method} {path}"] = "" if declared is None else declared.summary
+    found: dict[str, str] = {}
+    for view in app.view_functions.values():
+        declared = get_operation(view)
+        if declared is not None and declared.path != "/":
+            path = re.sub(r"{(\w+)}", lambda match: match[1].upper(), declared.template)
+            found |= {f"{method} {path}": declared.summary for method in declared.methods}
     return found
