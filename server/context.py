@@ -25,6 +25,7 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
+from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.store import Store
 
@@ -82,6 +83,15 @@ class Context:
         if params is None:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request))
+
+    def read_image(self, request: RequestRecord) -> bytes:
+        """Read the image of a request. :raises ImageGone: it was deleted."""
+        try:
+            if request.image_deleted_at is not None:
+                raise ImageGone()
+            return self.store.images.read(request.image_sha256)
+        except FileNotFoundError as error:
+            raise ImageGone() from error
 
     def estimate_wait(self, request: RequestRecord) -> WaitEstimate | None:
         """Estimate why a request waits and how long; None if it is final."""

@@ -129,7 +129,7 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
     yield by_model("mlg_queue_waiting", "Waiting requests.", "waiting")
     yield by_model("mlg_queue_oldest_seconds", "Age of the oldest waiting request.", "oldest_seconds")
     yield by_model("mlg_queue_claimed", "Requests being processed.", "claimed")
-    minutes = dashboard.minutes()[-CHART_MINUTES:]
+    minutes = dashboard.minutes.get()[-CHART_MINUTES:]
     for name, help, count in (
         ("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", sum(m.answered for m in minutes)),
         ("mlg_images_last_hour", "Images processed in the last hour.", sum(m.images for m in minutes)),
@@ -145,13 +145,13 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
 
 
 def _workers(dashboard: Dashboard) -> Iterator[Family]:
-    batchers = dashboard.batchers()
+    batchers = dashboard.queue_stats.batchers()
     yield _single_sample("mlg_batchers", "gauge", "Live batchers.", len(batchers))
     yield _single_sample(
         "mlg_capacity", "gauge", "Chunks that the batchers process at once.", sum(each.capacity for each in batchers)
     )
     yield _single_sample("mlg_chunks_under_way", "gauge", "Chunks being processed.", len(dashboard.running_chunks()))
-    spending = dashboard.spending()
+    spending = dashboard.spending.get()
     now = dashboard.clock()
     banned = sum(provider.is_banned(now) for provider in spending.providers)
     yield Family(
@@ -166,7 +166,7 @@ def _workers(dashboard: Dashboard) -> Iterator[Family]:
 
 
 def _spending(dashboard: Dashboard) -> Iterator[Family]:
-    spending = dashboard.spending()
+    spending = dashboard.spending.get()
     yield _single_sample(
         "mlg_spent_glm", "gauge", "Spent in GLM: paid, and an estimate of open bills.", float(spending.total)
     )
@@ -178,7 +178,7 @@ def _spending(dashboard: Dashboard) -> Iterator[Family]:
         samples=[
             ("", {"period": period}, float(amount))
             for period in ("day", "total")
-            if (amount := smallest_budget(dashboard.batchers(), period)) is not None
+            if (amount := smallest_budget(dashboard.queue_stats.batchers(), period)) is not None
         ],
     )
     yield _single_sample("mlg_allocations_open", "gauge", "Open allocations.", len(spending.allocations))

@@ -26,12 +26,11 @@ from server.intake.accept import AcceptedItem
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import query_fields
+from server.record_json import fields, to_json
 from server.serializers import parse_read_params
-from store.batches import BatchRecord, RefusedItem
-from store.cost_split import to_amount
+from store.batches import BatchRecord
 from store.keys import Scope
 from store.requests import RequestRecord
-from store.rows import to_text
 from store.states import RequestState
 
 #: Results that are read from the store in one query.
@@ -43,6 +42,8 @@ _CSV_COLUMNS = (
 _BATCH = "Batch"
 _NAME = Field(name="name", help="Your name for the batch; only shown.")
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
+#: Fields of a refused image.
+_REFUSED = "client_id position code reason"
 _BINARY = {"type": "string", "format": "binary"}
 _operation = functools.partial(operation, tag="batches")
 
@@ -180,7 +181,7 @@ class BatchViews(Views):
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
             SheetItem(
-                read=functools.partial(self._read_image, request),
+                read=functools.partial(self._context.read_image, request),
                 lines=_sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
@@ -215,33 +216,20 @@ class BatchViews(Views):
         shown: dict[str, Any] = {
             "batch_id": batch.id,
             "status": "ended" if not progress.waiting else "running" if is_running else "queued",
-            "name": batch.name,
-            "model": batch.model,
-            "service": batch.service,
-            "labels": dict(batch.labels),
-            "created_at": to_text(batch.created_at),
-            "total": batch.total,
+            **fields(batch, "name model service labels created_at total"),
             "counts": {
-                "queued": progress.queued,
-                "claimed": progress.claimed,
-                "done": progress.done,
-                "failed": progress.failed,
-                "cancelled": progress.cancelled,
-                "expired": progress.expired,
+                **fields(progress, "queued claimed done failed cancelled expired"),
                 "refused": batch.refused,
                 # Deleted since by retention, or by its owner.
                 "deleted": max(0, batch.total - progress.waiting - progress.ended),
             },
             "progress": 1.0 if not batch.total else round(1 - progress.waiting / batch.total, 4),
-            "cost": None if progress.cost is None else to_amount(progress.cost),
+            "cost": to_json(progress.cost),
             "cost_is_final": progress.is_cost_final,
             "results_url": f"/batches/{batch.id}/results.jsonl",
         }
-        for name, moment in (("deadline_at", batch.deadline_at), ("cancelled_at", batch.cancelled_at)):
-            if moment is not None:
-                shown[name] = to_text(moment)
-        if batch.keep_seconds is not None:
-            shown["keep_seconds"] = batch.keep_seconds
+        options = fields(batch, "deadline_at cancelled_at keep_seconds")
+        shown |= {name: value for name, value in options.items() if value is not None}
         if is_whole:
             last = self._store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
@@ -249,7 +237,7 @@ class BatchViews(Views):
             if wait is not None:
                 shown["waiting_for"] = wait.waiting_for
             shown["failures"] = dict(progress.failures)
-            shown["refused"] = [_show_refused_item(one) for one in self._store.batches.refused_items(batch.id)]
+            shown["refused"] = [fields(one, _REFUSED) for one in self._store.batches.refused_items(batch.id)]
         return shown
 
     def _parse_results_query(self, id: str) -> tuple[BatchRecord, int, dict[str, Any]]:
@@ -263,36 +251,13 @@ class BatchViews(Views):
             yield from found
             after = found[-1][0]
 
-    def _read_image(self, request: RequestRecord) -> bytes | None:
-        if request.image_deleted_at is not None:
-            return None
-        try:
-            return self._store.images.read(request.image_sha256)
-        except FileNotFoundError:
-            return None
-
 
 def _show_item(item: AcceptedItem) -> dict[str, Any]:
     if item.request is None:
         assert item.refused is not None
-        return {**_show_refused_item(item.refused), "req_id": None, "status": "refused"}
-    return {
-        "client_id": item.client_id,
-        "position": item.position,
-        "req_id": item.request.id,
-        "status": item.request.status,
-        "code": None,
-        "reason": None,
-    }
-
-
-def _show_refused_item(refused_item: RefusedItem) -> dict[str, Any]:
-    return {
-        "client_id": refused_item.client_id,
-        "position": refused_item.position,
-        "code": refused_item.code,
-        "reason": refused_item.reason,
-    }
+        return {**fields(item.refused, _REFUSED), "req_id": None, "status": "refused"}
+    shown = {**fields(item, "client_id position"), "req_id": item.request.id, "status": item.request.status}
+    return {**shown, "code": None, "reason": None}
 
 
 def _top_prediction(preds: Any) -> tuple[Any, Any, Any]:

@@ -21,11 +21,12 @@ from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
+from server.record_json import fields
+from server.status.dashboard import ban_fields
 from server.status.metrics import CONTENT_TYPE, exposition, families
 from store.controls import Mode
 from store.keys import Scope
 from store.providers import ProviderRecord
-from store.rows import to_text
 
 #: The page that shows the same; see `server/pages/operator.py`.
 PAGE_PATH = "/ui/operator"
@@ -145,8 +146,7 @@ class OperatorViews(Views):
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
         given = self._store.controls.pause(mode, by=_caller_name(), now=self._now(), reason=reason)
-        pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
-        return _respond({"hold": pause})
+        return _respond({"hold": fields(given, "mode by since reason")})
 
     def _fields(self, *known: str) -> dict[str, str]:
         """Read the fields of a control. :raises InvalidParams: one that it does not have."""
@@ -159,17 +159,8 @@ class OperatorViews(Views):
         return fields
 
     def _provider_response(self, provider: ProviderRecord) -> Response:
-        self._context.dashboard.invalidate()
-        is_banned = provider.is_banned(self._now())
-        return _respond(
-            {
-                "id": provider.id,
-                "name": provider.name,
-                "is_banned": is_banned,
-                "banned_until": to_text(provider.banned_until) if is_banned and provider.banned_until else None,
-                "ban_reason": provider.ban_reason if is_banned else None,
-            }
-        )
+        self._context.dashboard.spending.invalidate()
+        return _respond({**fields(provider, "id name"), **ban_fields(provider, self._now())})
 
 
 def _caller_name() -> str:

@@ -23,7 +23,7 @@ from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name, query_fields
-from store.errors import ImageGone
+from server.record_json import fields
 from store.keys import Scope
 from store.requests import RequestRecord
 from store.rows import to_text
@@ -83,16 +83,12 @@ class RequestViews(Views):
         request = owned(self._store.requests.get, id)
         shown = self._context.serialize(request)
         shown |= {
-            "params": dict(request.params),
-            "image_sha256": request.image_sha256,
-            "image_bytes": request.image_bytes,
+            **fields(request, "params image_sha256 image_bytes"),
             "picture_url": None if request.image_deleted_at is not None else f"/requests/{request.id}/picture",
             "timeline": self._timeline(request),
         }
-        if request.deadline_at is not None:
-            shown["deadline_at"] = to_text(request.deadline_at)
-        if request.keep_seconds is not None:
-            shown["keep_seconds"] = request.keep_seconds
+        options = fields(request, "deadline_at keep_seconds")
+        shown |= {name: value for name, value in options.items() if value is not None}
         return json_response({"success": True, **shown})
 
     @_operation(
@@ -108,12 +104,7 @@ class RequestViews(Views):
         fields = query_fields(flask.request)
         size = _size(fields)
         request = owned(self._store.requests.get, id)
-        try:
-            if request.image_deleted_at is not None:
-                raise ImageGone()
-            data = self._store.images.read(request.image_sha256)
-        except FileNotFoundError as error:
-            raise ImageGone() from error
+        data = self._context.read_image(request)
         max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
         if etag in flask.request.if_none_match:
