@@ -6,7 +6,6 @@ The files to download are made by `server/api/views/batches.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flask
 from werkzeug.wrappers import Response
@@ -15,11 +14,10 @@ from provider_image.errors import MlgError
 from server.auth.guard import owned, visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.cards import STATE_LABELS, card
+from server.pages.cards import STATE_LABELS
 from server.pages.render import page, url_with_query
 from server.pages.requests import CARDS_PER_PAGE, check_number, check_state
-from store.batches import BatchProgress, BatchRecord
-from store.cost_split import to_amount
+from store.batches import BatchRecord
 from store.keys import Scope
 from store.search import Query
 
@@ -42,11 +40,11 @@ class BatchPageViews(Views):
         before = check_number(flask.request.args.get("before", ""), "before")
         store = self._store
         found = store.batches.list(key_id=visible_key_id(), before=before, limit=CARDS_PER_PAGE + 1)
-        summaries = [_batch_summary(batch, store.batches.progress(batch.id)) for batch in found[:CARDS_PER_PAGE]]
+        shown = [(batch, store.batches.progress(batch.id)) for batch in found[:CARDS_PER_PAGE]]
         return page(
             "batches.html",
-            batches=summaries,
-            is_live=before is None and any(batch["waiting"] for batch in summaries),
+            batches=shown,
+            is_live=before is None and any(progress.waiting for _, progress in shown),
             is_later=before is not None,
             older=url_with_query("/ui/batches", {"before": str(found[CARDS_PER_PAGE - 1].number)})
             if len(found) > CARDS_PER_PAGE
@@ -104,33 +102,16 @@ class BatchPageViews(Views):
             "batch.html",
             status=code,
             notice=notice,
-            batch=_batch_summary(batch, progress),
+            batch=batch,
+            progress=progress,
             waiting_for=None if wait is None else wait.waiting_for,
             eta_seconds=None if wait is None else wait.eta_seconds,
             rejected=store.batches.refused_items(batch.id)[:MAX_REJECTED] if batch.refused else [],
             downloads=[(f"/batches/{batch.id}/{name}", label) for name, label in _DOWNLOADS],
-            items=[card(request) for request in items],
+            items=items,
             state=state or "",
             states=[("", "all", batch.total), *(entry for entry in counts if entry[2] or entry[0] == state)],
             more=None if more is None else url_with_query(url, more),
             first=url_with_query(url, {"state": state} if state else {}),
             is_later=after is not None or before is not None,
         )
-
-
-def _batch_summary(batch: BatchRecord, progress: BatchProgress) -> dict[str, Any]:
-    counts = {name: getattr(progress, name) for name in STATE_LABELS}
-    return {
-        "id": batch.id,
-        "name": batch.name,
-        "model": batch.model,
-        "created_at": batch.created_at,
-        "total": batch.total,
-        "rejected": batch.refused,
-        # Deleted requests have ended too.
-        "ended": batch.total - progress.waiting,
-        "waiting": progress.waiting,
-        "cost": None if progress.cost is None else to_amount(progress.cost),
-        "is_cost_final": progress.is_cost_final,
-        **counts,
-    }

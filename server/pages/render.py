@@ -26,8 +26,9 @@ from server.api.responses import json_response, wants_page
 from server.auth.guard import current_key, get_guard
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.cards import STATE_LABELS
+from server.pages.cards import STATE_LABELS, best_class
 from server.status.eta import format_duration
+from store.cost_split import to_amount
 from store.errors import StoreError
 
 PACKAGE_FOLDER = Path(__file__).parent
@@ -149,6 +150,8 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals["static"] = static_url
     environment.filters.update(
+        amount=to_amount,
+        best=best_class,
         percent=_format_percent,
         duration=format_duration,
         bytes=_format_bytes,

@@ -13,7 +13,7 @@ from provider_image.errors import InvalidParams, MlgError
 from server.auth.guard import owned, visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
-from server.pages.cards import STATE_LABELS, card, timeline, top_classes
+from server.pages.cards import STATE_LABELS, timeline, top_classes
 from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.keys import Scope
@@ -43,7 +43,7 @@ class RequestPageViews(Views):
         older = None if next_before is None else url_with_query("/ui/requests", {**filters, "before": str(next_before)})
         return page(
             "requests.html",
-            items=[card(request) for request in shown],
+            items=shown,
             q=fields["q"],
             state=fields["state"],
             model=fields["model"],
@@ -66,19 +66,16 @@ class RequestPageViews(Views):
     @operation("POST /ui/requests/<id>/cancel", "The button that cancels a request", Scope.SUBMIT, tag=PAGES)
     def cancel_form(self, id: str) -> Response:
         """Cancel a queued request."""
-        owned(self._store.requests.get, id)
         return self._apply(id, lambda: self._store.requests.cancel(id, now=self._now()))
 
     @operation("POST /ui/requests/<id>/retry", "The button that retries a request", Scope.SUBMIT, tag=PAGES)
     def retry_form(self, id: str) -> Response:
         """Queue a failed or cancelled request again."""
-        owned(self._store.requests.get, id)
         return self._apply(id, lambda: self._store.requests.retry(id, now=self._now()))
 
     @operation("POST /ui/requests/<id>/delete", "The button that deletes a request", Scope.SUBMIT, tag=PAGES)
     def delete_form(self, id: str) -> Response:
         """Delete a finished request and its image, and redirect to the list."""
-        owned(self._store.requests.get, id)
         return self._apply(id, lambda: self._store.requests.remove(id), "/ui/requests")
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
@@ -93,6 +90,7 @@ class RequestPageViews(Views):
         return found, before
 
     def _apply(self, id: str, change: Callable[[], Any], then: str | None = None) -> Response:
+        owned(self._store.requests.get, id)
         try:
             change()
         except MlgError as error:
@@ -106,24 +104,10 @@ class RequestPageViews(Views):
             "request.html",
             status=code,
             notice=notice,
-            item={
-                "id": request.id,
-                "name": request.name,
-                "model": request.model,
-                "status": request.status,
-                "is_final": request.state.is_final,
-                "preds": top_classes(request),
-                "reason": request.reason,
-                "waiting_for": shown.get("waiting_for", "Waiting."),
-                "eta_seconds": shown.get("eta_seconds"),
-                "batch_id": request.batch_id,
-                "has_image": request.image_deleted_at is None,
-                "bytes": request.image_bytes,
-                "provider": request.provider,
-                "cost": shown.get("cost"),
-                "is_cost_final": request.is_cost_final,
-                "labels": request.labels,
-            },
+            item=request,
+            preds=top_classes(request),
+            waiting_for=shown.get("waiting_for", "Waiting."),
+            eta_seconds=shown.get("eta_seconds"),
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )
