@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from cli.options import environment, home_option
+from cli.options import environment, file_option, home_option
 
+models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 tag_option = click.option(
     "--tag",
     metavar="NAME",
@@ -31,12 +32,11 @@ def image() -> None:
 
 
 @image.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
+@models_argument
+@file_option(
     "--weights",
-    type=click.Path(path_type=Path),
+    "Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
     metavar="DIR",
-    help="Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
 )
 @click.option(
     "--installed",
@@ -68,7 +68,7 @@ def build(models: Sequence[str], weights: Path | None, installed: bool, base: st
 
 
 @image.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@models_argument
 @tag_option
 @home_option
 def push(models: Sequence[str], tag: str | None) -> None:

@@ -47,6 +47,11 @@ def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], 
     return add_options
 
 
+def file_option(name: str, help: str, *, metavar: str = "FILE", **attributes: Any) -> Callable[[Command], Command]:
+    """Create an option that takes a path; a decorator. :param attributes: those of click.Path."""
+    return click.option(name, type=click.Path(path_type=Path, **attributes), metavar=metavar, help=help)
+
+
 home_option = setting_option(
     "--home",
     "MLG_HOME",
