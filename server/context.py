@@ -40,7 +40,7 @@ class Context:
     intake: Intake
     #: Holds reads until their request is final.
     long_poller: LongPoller
-    #: Notifies event streams of changes.
+    #: Notifies event streams and held reads of changes.
     change_dispatcher: ChangeDispatcher
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
@@ -59,6 +59,7 @@ class Context:
         active_reads = ActiveReads()
         queue_stats = QueueStats(store)
         work_slots = threading.BoundedSemaphore(settings.server_threads)
+        change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
         return cls(
             settings=settings,
             store=store,
@@ -66,8 +67,8 @@ class Context:
                 settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
             ),
             # Held reads take at most half of the threads.
-            long_poller=LongPoller(store.requests, capacity=settings.server_threads // 2),
-            change_dispatcher=ChangeDispatcher(store.changes, capacity=settings.max_streams),
+            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.server_threads // 2),
+            change_dispatcher=change_dispatcher,
             active_reads=active_reads,
             clock=clock,
             queue_stats=queue_stats,

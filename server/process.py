@@ -281,7 +281,6 @@ class _GranianServer(MPServer):
                 log.error("slow clients block every reading thread; this worker is replaced")
                 os._exit(1)
         # Held reads are answered and streams end now, so that they do not delay the stop.
-        context.long_poller.stop()
         context.change_dispatcher.stop()
         deliverer.stop()
         os.kill(os.getpid(), signal.SIGTERM)

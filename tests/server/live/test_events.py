@@ -361,14 +361,13 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
     events = ChangeDispatcher(Failing(), capacity=1)
     number = store.requests.get(post(client)).number
     listener = Listener(numbers=[number])
-    events.add(listener)
 
-    store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
-    found = listener.wait(120)
+    with events.listening(listener):
+        store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
+        found = listener.wait(120)
 
     assert found is not None
     assert [one.request.state for one in found] == [RequestState.CANCELLED]
-    events.remove(listener)
 
 
 # Through a real server
