@@ -15,6 +15,7 @@ import flask
 
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from server.auth.guard import owned
 from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
@@ -25,6 +26,7 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
+from store.batches import BatchRecord
 from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.store import Store
@@ -126,6 +128,14 @@ class Views:
         self._context = context
         self._store = context.store
         self._now = context.clock
+
+    def _get_request(self, id: str) -> RequestRecord:
+        """Return a request of the caller's. :raises UnknownRequest:"""
+        return owned(self._store.requests.get, id)
+
+    def _get_batch(self, id: str) -> BatchRecord:
+        """Return a batch of the caller's. :raises UnknownBatch:"""
+        return owned(self._store.batches.get, id)
 
     def register(self, app: flask.Flask) -> None:
         """Add the views to an application, in the order in which they are defined."""

@@ -103,10 +103,7 @@ def send(
 
 
 class Deliverer:
-    """Sends what is due, in background threads.
-
-    :param retry_seconds: seconds between the attempts.
-    """
+    """Sends what is due, in background threads."""
 
     def __init__(
         self,

@@ -51,8 +51,7 @@ class PageQuery:
         cls, request: flask.Request, others: Collection[str] = (), *, repeatable: str | None = None
     ) -> PageQuery:
         """Read the query. :param others: the other parameters that the list has. :raises InvalidParams:"""
-        fields = query_fields(request, repeatable=repeatable)
-        check_names(fields, (*others, "cursor", "limit"))
+        fields = read_query(request, *others, "cursor", "limit", repeatable=repeatable)
         cursor, limit = fields.pop("cursor", None), fields.pop("limit", str(DEFAULT_PAGE_SIZE))
         return cls(
             key_id=visible_key_id(),
@@ -60,6 +59,13 @@ class PageQuery:
             limit=parse_limit(limit, MAX_PAGE_SIZE),
             fields=fields,
         )
+
+
+def read_query(request: flask.Request, *known: str, repeatable: str | None = None) -> dict[str, str]:
+    """Read the query of a view that has these parameters. :raises InvalidParams:"""
+    fields = query_fields(request, repeatable=repeatable)
+    check_names(fields, known)
+    return fields
 
 
 def check_names(fields: Collection[str], known: Collection[str]) -> None:

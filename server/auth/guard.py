@@ -93,15 +93,15 @@ def owned(look_up: Callable[[str], Record], id: str) -> Record:
     return record
 
 
-def check_quota(images: int = 1) -> None:
-    """Refuse images over the daily quota of the caller's key, before they are read.
+def check_quota() -> None:
+    """Refuse an image over the daily quota of the caller's key, before it is read.
 
-    The store counts them again, exactly, in the commit that adds them.
+    The store counts it again, exactly, in the commit that adds it.
 
     :raises QuotaReached:
     """
     guard = get_guard(flask.current_app)
-    guard.limits.check_images(current_key(), images, guard.now())
+    guard.limits.check_images(current_key(), guard.now())
 
 
 def check_same_origin(*, is_strict: bool) -> None:

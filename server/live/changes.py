@@ -84,10 +84,7 @@ class Listener:
 
 
 class ChangeDispatcher:
-    """The listeners of one server process.
-
-    :param capacity: the number of slots.
-    """
+    """The listeners of one server process; `capacity` of them have a slot."""
 
     def __init__(self, changes: Changes, *, capacity: int) -> None:
         self._changes = changes

@@ -11,7 +11,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MlgError
-from server.auth.guard import owned, visible_key_id
+from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS
@@ -54,7 +54,7 @@ class BatchPageViews(Views):
     @operation("GET /ui/batches/<id>", "The page of one batch", Scope.READ, tag=PAGES)
     def batch_page(self, id: str) -> flask.Response:
         """Show the progress, the rejected images and the requests of a batch."""
-        return self._render(self._get_owned(id))
+        return self._render(self._get_batch(id))
 
     @operation("POST /ui/batches/<id>/cancel", "The button that cancels a batch", Scope.SUBMIT, tag=PAGES)
     def cancel_batch_form(self, id: str) -> Response:
@@ -68,11 +68,8 @@ class BatchPageViews(Views):
         """Queue the failed requests of a batch again."""
         return self._apply(id, lambda: self._store.batches.retry(id, now=self._now()))
 
-    def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._store.batches.get, id)
-
     def _apply(self, id: str, change: Callable[[], int]) -> Response:
-        batch = self._get_owned(id)
+        batch = self._get_batch(id)
         try:
             change()
         except MlgError as error:

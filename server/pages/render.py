@@ -22,7 +22,7 @@ import flask
 import jinja2
 from werkzeug.wrappers import Response
 
-from server.api.responses import json_response, wants_page
+from server.api.responses import error_response, wants_page
 from server.auth.guard import current_key, get_guard
 from server.context import Views
 from server.endpoint import PAGES, operation
@@ -65,7 +65,7 @@ class RenderViews(Views):
         """Return a stylesheet, a script or an icon."""
         known, files = _static_files()
         if name not in files or known != digest:
-            return json_response({"success": False, "reason": "There is no such file.", "code": "not_found"}, 404)
+            return error_response("There is no such file.", "not_found", 404)
         kind = _MEDIA_TYPES.get(Path(name).suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
         response = flask.Response(files[name], mimetype=kind)
         response.headers.update({**_HEADERS, "Cache-Control": "public, max-age=31536000, immutable"})

@@ -10,7 +10,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
-from server.auth.guard import owned, visible_key_id
+from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS, timeline, top_classes
@@ -61,7 +61,7 @@ class RequestPageViews(Views):
     @operation("GET /ui/requests/<id>", "The page of one request", Scope.READ, tag=PAGES)
     def request_page(self, id: str) -> flask.Response:
         """Show the image, the result and the history of a request."""
-        return self._render(owned(self._store.requests.get, id))
+        return self._render(self._get_request(id))
 
     @operation("POST /ui/requests/<id>/cancel", "The button that cancels a request", Scope.SUBMIT, tag=PAGES)
     def cancel_form(self, id: str) -> Response:
@@ -90,7 +90,7 @@ class RequestPageViews(Views):
         return found, before
 
     def _apply(self, id: str, change: Callable[[], Any], then: str | None = None) -> Response:
-        owned(self._store.requests.get, id)
+        self._get_request(id)
         try:
             change()
         except MlgError as error:

@@ -16,10 +16,9 @@ from typing import Any
 
 import flask
 
-from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, check_names, parse_number, parse_wait_seconds, to_cursor
+from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
-from server.auth.guard import owned
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import AcceptedItem
@@ -107,9 +106,8 @@ class BatchViews(Views):
     @_operation("GET /batches/<id>", "Read the progress of a batch", Scope.READ, returns=_BATCH, query=(WAIT,))
     def show_batch(self, id: str) -> flask.Response:
         """Show the progress of a batch, after holding the response until it has ended if the client asks for it."""
-        batch = self._get_owned(id)
-        fields = query_fields(flask.request)
-        check_names(fields, ("wait",))
+        batch = self._get_batch(id)
+        fields = read_query(flask.request, "wait")
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
         progress = self._store.batches.progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
@@ -117,7 +115,7 @@ class BatchViews(Views):
             if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._store.batches.progress(id)
-        return json_response({"success": True, **self._serialize(self._get_owned(id), is_whole=True)})
+        return json_response({"success": True, **self._serialize(self._get_batch(id), is_whole=True)})
 
     @_operation(
         "DELETE /batches/<id>",
@@ -128,7 +126,7 @@ class BatchViews(Views):
     )
     def remove_batch(self, id: str) -> flask.Response:
         """Delete a batch, unless some of its requests have not ended."""
-        self._get_owned(id)
+        self._get_batch(id)
         return json_response({"success": True, "deleted": self._store.batches.remove(id)})
 
     @_operation(
@@ -177,7 +175,7 @@ class BatchViews(Views):
     )
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first images of a batch, with their most likely labels."""
-        self._get_owned(id)
+        self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
             SheetItem(
@@ -193,21 +191,18 @@ class BatchViews(Views):
     @_operation("POST /batches/<id>/cancel", "Cancel the queued requests of a batch", Scope.SUBMIT, returns=_BATCH)
     def cancel_batch(self, id: str) -> flask.Response:
         """Cancel the requests that have not been dispatched."""
-        self._get_owned(id)
+        self._get_batch(id)
         count = self._store.batches.cancel(id, now=self._now())
-        return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
+        return json_response({"success": True, "changed": count, **self._serialize(self._get_batch(id), is_whole=True)})
 
     @_operation("POST /batches/<id>/retry", "Queue the failed requests of a batch again", Scope.SUBMIT, returns=_BATCH)
     def retry_batch(self, id: str) -> flask.Response:
         """Queue the failed requests again whose image is still there."""
-        self._get_owned(id)
+        self._get_batch(id)
         count = self._store.batches.retry(id, now=self._now())
-        return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
+        return json_response({"success": True, "changed": count, **self._serialize(self._get_batch(id), is_whole=True)})
 
     # Serialisation
-
-    def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._store.batches.get, id)
 
     def _serialize(self, batch: BatchRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a batch's JSON. :param is_whole: with the refused items, and why it waits."""
@@ -241,7 +236,7 @@ class BatchViews(Views):
         return shown
 
     def _parse_results_query(self, id: str) -> tuple[BatchRecord, int, dict[str, Any]]:
-        batch = self._get_owned(id)
+        batch = self._get_batch(id)
         fields = query_fields(flask.request)
         after = parse_number("after", fields.pop("after", "0"))
         return batch, after, parse_read_params(batch.service, fields)

@@ -12,7 +12,7 @@ import flask
 
 from provider_image.errors import InvalidParams
 from server.api.responses import set_headers
-from server.auth.guard import is_owner, owned, visible_key_id
+from server.auth.guard import is_owner, visible_key_id
 from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import ScopeMissing
@@ -72,7 +72,7 @@ class EventViews(Views):
     )
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""
-        owned(self._store.batches.get, id)
+        self._get_batch(id)
         return self._stream(Listener(batch_id=id), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:

@@ -10,7 +10,6 @@ import flask
 
 from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
-from server.auth.guard import owned
 from server.context import Views
 from server.endpoint import form_schema, operation, service_fields
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
@@ -75,7 +74,7 @@ class PredictionViews(Views):
         """Show a request, after holding the read if the client asks for it."""
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
-        request = owned(self._store.requests.get, id)
+        request = self._get_request(id)
         params = parse_read_params(request.service, fields)
         return self._response(self._context.long_poller.wait_until_final(request, wait_seconds), params)
 
@@ -88,7 +87,7 @@ class PredictionViews(Views):
     )
     def cancel(self, id: str) -> flask.Response:
         """Cancel a queued request."""
-        owned(self._store.requests.get, id)
+        self._get_request(id)
         return self._response(self._store.requests.cancel(id, now=self._now()))
 
     @operation(
@@ -96,7 +95,7 @@ class PredictionViews(Views):
     )
     def retry(self, id: str) -> flask.Response:
         """Queue a failed or cancelled request again."""
-        owned(self._store.requests.get, id)
+        self._get_request(id)
         return self._response(self._store.requests.retry(id, now=self._now()))
 
     def _response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:

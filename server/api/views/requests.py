@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flask
 
 from provider_image import errors
 from provider_image.models.registry import find_row
-from server.api.query import CURSOR, LIMIT, PageQuery, check_names, to_cursor
+from server.api.query import CURSOR, LIMIT, PageQuery, read_query, to_cursor
 from server.api.responses import json_response
 from server.api.thumbnails import (
     MAX_THUMBNAIL_PIXELS,
@@ -18,11 +17,10 @@ from server.api.thumbnails import (
     media_type,
     thumbnail,
 )
-from server.auth.guard import owned
 from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
-from server.intake.uploads import clean_name, query_fields
+from server.intake.uploads import clean_name
 from server.record_json import fields
 from store.keys import Scope
 from store.requests import RequestRecord
@@ -80,7 +78,7 @@ class RequestViews(Views):
     )
     def show_request(self, id: str) -> flask.Response:
         """Show a request with its timeline."""
-        request = owned(self._store.requests.get, id)
+        request = self._get_request(id)
         shown = self._context.serialize(request)
         shown |= {
             **fields(request, "params image_sha256 image_bytes"),
@@ -101,9 +99,8 @@ class RequestViews(Views):
     )
     def show_picture(self, id: str) -> flask.Response:
         """Return the image as it was sent, or a thumbnail."""
-        fields = query_fields(flask.request)
-        size = _size(fields)
-        request = owned(self._store.requests.get, id)
+        size = _size(read_query(flask.request, "size").get("size"))
+        request = self._get_request(id)
         data = self._context.read_image(request)
         max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
@@ -131,7 +128,7 @@ class RequestViews(Views):
     )
     def delete_request(self, id: str) -> flask.Response:
         """Delete a request."""
-        owned(self._store.requests.get, id)
+        self._get_request(id)
         self._store.requests.remove(id)
         return json_response({"success": True, "req_id": id, "status": "deleted"})
 
@@ -178,9 +175,7 @@ class RequestViews(Views):
         return events
 
 
-def _size(fields: Mapping[str, str]) -> int | None:
-    check_names(fields, ("size",))
-    text = fields.get("size")
+def _size(text: str | None) -> int | None:
     if text is None:
         return None
     smallest, largest = MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS

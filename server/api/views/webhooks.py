@@ -10,11 +10,10 @@ import functools
 import flask
 
 from provider_image.errors import InvalidParams
-from server.api.query import check_names, parse_limit
+from server.api.query import parse_limit, read_query
 from server.api.responses import json_response
 from server.context import Views
 from server.endpoint import Field, operation
-from server.intake.uploads import query_fields
 from server.serializers import serialize_delivery
 from store.keys import Scope
 from store.webhooks import DELIVERY_STATES
@@ -52,8 +51,7 @@ class WebhookViews(Views):
     )
     def deliveries(self) -> flask.Response:
         """List deliveries."""
-        fields = query_fields(flask.request)
-        check_names(fields, ("limit", "state"))
+        fields = read_query(flask.request, "limit", "state")
         state, limit = fields.get("state"), parse_limit(fields.get("limit", "50"), MAX_LISTED)
         if state is not None and state not in DELIVERY_STATES:
             raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
