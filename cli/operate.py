@@ -20,7 +20,6 @@ from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
     from store.controls import Pause
-    from store.store import Store
 
 #: Interval at which `drain --wait` checks the queue.
 POLL_SECONDS = 0.25
@@ -118,15 +117,18 @@ def run() -> None:
       mlg operate run
     """
 
+    from server.status.eta import ALIVE_SECONDS
+
     now = datetime.now(UTC)
     with open_store() as store:
         store.controls.run_now(by=_current_user(), now=now)
-        control_state, batchers = store.controls.state(), _count_live_batchers(store, now)
+        pause = store.controls.state().pause
+        batchers = len(store.batchers.list(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
     click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
-    if control_state.pause is not None:
-        raise MlgError(f"{control_state.pause.notice} To continue: mlg operate resume")
+    if pause is not None:
+        raise MlgError(f"{pause.notice} To continue: mlg operate resume")
 
 
 @operate.command()
@@ -169,12 +171,6 @@ def status(as_json: bool) -> None:
         summary.add_row("failed", f"{row['count']} {printable(row['code'])}: {printable(row['reason'])}")
     click.echo()
     print_table(summary)
-
-
-def _count_live_batchers(store: Store, now: datetime) -> int:
-    from server.status.eta import ALIVE_SECONDS
-
-    return len(store.batchers.list(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
 
 
 def _print_pause(pause: Pause) -> None:

@@ -120,7 +120,9 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
             ),
         },
         "servers": [{"url": "/", "description": "The server that returned this document."}],
-        "tags": [{"name": tag} for tag in sorted(tags, key=_tag_order)],
+        "tags": [
+            {"name": tag} for tag in sorted(tags, key=lambda tag: _TAGS.index(tag) if tag in _TAGS else len(_TAGS))
+        ],
         "paths": paths,
         "components": {
             "schemas": dict(schemas()),
@@ -141,10 +143,6 @@ def get_document(app: flask.Flask) -> dict[str, Any]:
         app.extensions[_EXTENSION] = build_document(app)
     document: dict[str, Any] = app.extensions[_EXTENSION]
     return document
-
-
-def _tag_order(tag: str) -> int:
-    return _TAGS.index(tag) if tag in _TAGS else len(_TAGS)
 
 
 def _describe(call: Call) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from server.pages.cards import STATE_LABELS, best_class
 from server.status.eta import format_duration
 from store.cost_split import to_amount
 from store.errors import StoreError
+from store.rows import to_text
 
 PACKAGE_FOLDER = Path(__file__).parent
 #: No inline scripts or styles, no other hosts, no framing.
@@ -156,10 +157,12 @@ def _environment() -> jinja2.Environment:
         duration=format_duration,
         bytes=_format_bytes,
         moment=_format_time,
-        iso=_format_iso,
-        label=_format_label,
+        iso=lambda moment: to_text(_as_datetime(moment)),
+        # A class name: tiger cat.
+        label=lambda name: str(name).replace("_", " "),
         state=lambda status: STATE_LABELS.get(status, status),
-        short=_short_id,
+        # The first characters of an id are the same for ids of the same time.
+        short=lambda id: id[-8:],
     )
     return environment
 
@@ -204,18 +207,3 @@ def _as_datetime(moment: datetime | str) -> datetime:
 def _format_time(moment: datetime | str) -> str:
     """Format a time for people, in UTC; `page.js` replaces it with the reader's local time."""
     return _as_datetime(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _format_iso(moment: datetime | str) -> str:
-    """Format a time for programs."""
-    return _as_datetime(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _format_label(name: str) -> str:
-    """Format a class name for people: tiger cat."""
-    return str(name).replace("_", " ")
-
-
-def _short_id(id: str) -> str:
-    """Return the last characters of an id; the first are the same for ids of the same time."""
-    return id[-8:]

@@ -120,7 +120,15 @@ class Dashboard:
                 {**fields(chunk, "id model items executor"), "seconds": _to_seconds(now - chunk.dispatched_at)}
                 for chunk in self.running_chunks()
             ],
-            "batchers": [_batcher_row(batcher, now) for batcher in batchers],
+            "batchers": [
+                {
+                    **fields(batcher, "id host pid executor capacity"),
+                    "up_seconds": _to_seconds(now - batcher.started_at),
+                    "seen_seconds": _to_seconds(now - batcher.seen_at),
+                    "notices": sorted(set(batcher.notices.values())),
+                }
+                for batcher in batchers
+            ],
             "capacity": sum(batcher.capacity for batcher in batchers),
             "throughput": self._throughput_json(),
             "latency": _latency_row(self._answers.get()),
@@ -273,15 +281,6 @@ def _to_seconds(length: timedelta) -> float:
 def _percentile(ordered: Sequence[float], share: float) -> float:
     """Return the percentile by nearest rank. :param ordered: ascending, not empty. :param share: from 0 to 1."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def _batcher_row(batcher: BatcherRecord, now: datetime) -> dict[str, Any]:
-    return {
-        **fields(batcher, "id host pid executor capacity"),
-        "up_seconds": _to_seconds(now - batcher.started_at),
-        "seen_seconds": _to_seconds(now - batcher.seen_at),
-        "notices": sorted(set(batcher.notices.values())),
-    }
 
 
 def _throughput_row(minutes: Sequence[MinuteTotals], length: float, arrived: int) -> dict[str, Any]:
