@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import flask
@@ -112,7 +113,7 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
         "openapi": VERSION,
         "info": {
             "title": "mlg",
-            "version": _version(),
+            "version": version("mlg"),
             "summary": "Image models on other people's computers, or on this one.",
             "description": (
                 "Send images, get an id at once, read the answer by the id. Every error is JSON with a `reason` "
@@ -323,12 +324,3 @@ def example_of(schema: Mapping[str, Any]) -> Any:
     if kind == "array":
         return [example_of(schema.get("items", {}))]
     return {"integer": 1, "number": 1.0, "boolean": True}.get(str(kind), "...")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mlg")
-    except PackageNotFoundError:
-        return "0"

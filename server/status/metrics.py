@@ -7,19 +7,19 @@ retention does not delete. Without a client library, because one would count ins
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
 from store.controls import Mode
 from store.stats import OutcomeTotal
 
+_VERSION = version("mlg")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Failure codes with a series each; all others share one.
 MAX_CODES = 50
@@ -56,7 +56,13 @@ def exposition(families: Iterable[Family]) -> str:
 
 def families(dashboard: Dashboard) -> Iterator[Family]:
     """Yield all metrics. :raises StoreError:"""
-    yield _single("mlg_build_info", "The version of the server; always 1.", 1, version=_version(), python=_python())
+    yield _single(
+        "mlg_build_info",
+        "The version of the server; always 1.",
+        1,
+        version=_VERSION,
+        python=platform.python_version(),
+    )
     yield from _request_metrics(dashboard)
     yield from _queue(dashboard)
     yield from _workers(dashboard)
@@ -183,15 +189,3 @@ def _number(value: float) -> str:
 def _escaped(text: str, *, is_label: bool = False) -> str:
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return escaped.replace('"', '\\"') if is_label else escaped
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return version("mlg")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _python() -> str:
-    return platform.python_version()

@@ -141,8 +141,7 @@ class BatchViews(Views):
         batch, after, params = self._parse_results_query(id)
 
         def lines() -> Iterator[str]:
-            for number, request in self._results(batch, after):
-                shown = {**self._context.serialize(request, params), "cursor": number}
+            for shown in self._results(batch, after, params):
                 yield json.dumps(shown, separators=(",", ":"), ensure_ascii=False) + "\n"
 
         return _download(lines(), "application/jsonl")
@@ -160,8 +159,7 @@ class BatchViews(Views):
 
         def lines() -> Iterator[str]:
             yield _csv_line(_CSV_COLUMNS)
-            for number, request in self._results(batch, after):
-                shown = {**self._context.serialize(request, params), "cursor": number}
+            for shown in self._results(batch, after, params):
                 shown |= dict(zip(("label_id", "label", "probability"), _top_prediction(shown["preds"]), strict=True))
                 yield _csv_line(["" if (cell := shown.get(name)) is None else cell for name in _CSV_COLUMNS])
 
@@ -241,10 +239,10 @@ class BatchViews(Views):
         after = parse_number("after", fields.pop("after", "0"))
         return batch, after, parse_read_params(batch.service, fields)
 
-    def _results(self, batch: BatchRecord, after: int) -> Iterator[tuple[int, RequestRecord]]:
+    def _results(self, batch: BatchRecord, after: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while found := self._store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
-            yield from found
-            after = found[-1][0]
+            for after, request in found:
+                yield {**self._context.serialize(request, params), "cursor": after}
 
 
 def _show_item(item: AcceptedItem) -> dict[str, Any]:

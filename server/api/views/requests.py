@@ -9,7 +9,7 @@ import flask
 
 from provider_image import errors
 from provider_image.models.registry import find_row
-from server.api.query import CURSOR, LIMIT, PageQuery, read_query, to_cursor
+from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field, to_cursor
 from server.api.responses import json_response
 from server.api.thumbnails import (
     MAX_THUMBNAIL_PIXELS,
@@ -30,7 +30,7 @@ from store.states import EXPIRED, RequestState
 
 _STATUSES = (*map(str, RequestState), EXPIRED)
 _FILTERS = (
-    Field(name="state", help="Only those in this state.", schema={"type": "string", "enum": list(_STATUSES)}),
+    state_field(_STATUSES),
     Field(name="model", help="Only those for this model."),
     Field(name="batch", help="Only those of this batch."),
     LABEL,
@@ -56,11 +56,8 @@ class RequestViews(Views):
         """List requests. A page may be short although more follow: `next` tells whether they do."""
         page = PageQuery.from_request(flask.request, [field.name for field in _FILTERS], repeatable="label")
         fields = page.fields
-        status = fields.get("state")
-        if status is not None and status not in _STATUSES:
-            raise errors.InvalidParams(f"state takes one of: {', '.join(_STATUSES)}.")
         query = Query(
-            status=status,
+            status=parse_state(fields.get("state"), _STATUSES),
             model=self._model(fields.get("model")),
             batch_id=fields.get("batch"),
             key_id=page.key_id,
@@ -143,31 +140,27 @@ class RequestViews(Views):
 
     def _timeline(self, request: RequestRecord) -> list[dict[str, Any]]:
         """List what happened to a request, in order."""
-        events: list[dict[str, Any]] = [{"event": "received", "at": to_text(request.created_at)}]
         if request.is_cached:
-            events.append({"event": "answered", "at": to_text(request.finished_at or request.created_at), "by": "an "
-                           "earlier answer to the same image"})  # fmt: skip
-            return events
-        events.append({"event": "queued", "at": to_text(request.created_at)})
-        if request.claimed_at is not None:
-            events.append({"event": "claimed", "at": to_text(request.claimed_at)})
-        chunk = None if request.chunk_id is None else self._store.chunks.get(request.chunk_id)
-        if chunk is not None and request.state is RequestState.DONE:
-            events.append(
-                {
-                    "event": "dispatched",
-                    "at": to_text(chunk.dispatched_at),
-                    "to": chunk.provider,
-                    "executor": chunk.executor,
-                    "with": chunk.items - 1,
-                }
-            )
+            answered_at = to_text(request.finished_at or request.created_at)
+            return [
+                {"event": "received", "at": to_text(request.created_at)},
+                {"event": "answered", "at": answered_at, "by": "an earlier answer to the same image"},
+            ]
+        times = {"received": request.created_at, "queued": request.created_at, "claimed": request.claimed_at}
+        events: list[dict[str, Any]] = [
+            {"event": name, "at": to_text(at)} for name, at in times.items() if at is not None
+        ]
+        is_done = request.state is RequestState.DONE
+        chunk = self._store.chunks.get(request.chunk_id) if is_done and request.chunk_id is not None else None
+        if chunk is not None:
+            dispatched = {"at": to_text(chunk.dispatched_at), "to": chunk.provider, "executor": chunk.executor}
+            events.append({"event": "dispatched", **dispatched, "with": chunk.items - 1})
         if request.finished_at is not None:
             ended: dict[str, Any] = {
-                "event": "answered" if request.state is RequestState.DONE else request.status,
+                "event": "answered" if is_done else request.status,
                 "at": to_text(request.finished_at),
             }
-            if request.state is RequestState.DONE:
+            if is_done:
                 ended["by"] = request.provider
             elif request.reason is not None:
                 ended["reason"] = request.reason

@@ -9,11 +9,10 @@ import functools
 
 import flask
 
-from provider_image.errors import InvalidParams
-from server.api.query import parse_limit, read_query
+from server.api.query import limit_field, parse_limit, parse_state, read_query, state_field
 from server.api.responses import json_response
 from server.context import Views
-from server.endpoint import Field, operation
+from server.endpoint import operation
 from server.serializers import serialize_delivery
 from store.keys import Scope
 from store.webhooks import DELIVERY_STATES
@@ -36,25 +35,12 @@ class WebhookViews(Views):
         "List webhook deliveries, newest first",
         Scope.OPERATE,
         returns=_DELIVERIES,
-        query=(
-            Field(
-                name="state",
-                help="Only those in this state.",
-                schema={"type": "string", "enum": list(DELIVERY_STATES)},
-            ),
-            Field(
-                name="limit",
-                help="How many at most.",
-                schema={"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 50},
-            ),
-        ),
+        query=(state_field(DELIVERY_STATES), limit_field(MAX_LISTED)),
     )
     def deliveries(self) -> flask.Response:
         """List deliveries."""
         fields = read_query(flask.request, "limit", "state")
-        state, limit = fields.get("state"), parse_limit(fields.get("limit", "50"), MAX_LISTED)
-        if state is not None and state not in DELIVERY_STATES:
-            raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
+        limit, state = parse_limit(fields.get("limit"), MAX_LISTED), parse_state(fields.get("state"), DELIVERY_STATES)
         found = self._store.webhooks.list_deliveries(status=state, limit=limit)
         return json_response({"success": True, "deliveries": [serialize_delivery(one) for one in found]})
 
