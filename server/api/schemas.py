@@ -1,7 +1,8 @@
 """The JSON Schemas of the HTTP API's responses: one entry for each name that a view's operation may use.
 
-Used by `openapi.py` only. The JSON itself is built in `server/serializers.py` and in the views; tests check real
-responses against these schemas, closed, so that a field that is added there and not here is found.
+Used by `openapi.py`, and by views whose responses have no name. The JSON itself is built in `server/serializers.py` and
+in the views; tests check real responses against these schemas, closed, so that a field that is added there and not here
+is found.
 """
 
 from __future__ import annotations

@@ -6,13 +6,12 @@ programs send the key itself and need none of this.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MalformedRequest
 from server.api.responses import json_response, wants_page
+from server.api.schemas import object_schema, string, success
 from server.auth.guard import check_same_origin, get_guard
 from server.auth.sessions import SESSION_SECONDS
 from server.context import Views
@@ -22,15 +21,8 @@ from server.intake.uploads import read_fields, read_json
 from server.pages.render import page
 
 _HOME_PAGE, _LOGIN_PAGE = "/", "/ui/login"
-_BODY: dict[str, Any] = {
-    "type": "object",
-    "required": ["key"],
-    "properties": {
-        "key": {"type": "string", "format": "password", "description": "An API key."},
-        "next": {"type": "string", "description": "Path of the page to go to."},
-    },
-}
-_ANSWER: dict[str, Any] = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
+_BODY = object_schema("key", key=string("An API key.", format="password"), next=string("Path of the page to go to."))
+_ANSWER = success("")
 
 
 class LoginViews(Views):

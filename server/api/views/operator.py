@@ -16,6 +16,7 @@ from werkzeug.wrappers import Response
 from provider_image.errors import InvalidParams
 from server.api.query import check_names
 from server.api.responses import json_response, set_headers, wants_page
+from server.api.schemas import success
 from server.auth.guard import current_key
 from server.context import Views
 from server.endpoint import Field, operation
@@ -33,23 +34,16 @@ PAGE_PATH = "/ui/operator"
 #: Longest temporary ban in seconds; a hundred years.
 MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
-_CONTROL_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["success"],
-    "properties": {"success": {"const": True}, "hold": {"type": ["object", "null"]}, "token": {"type": "string"}},
-}
-_PROVIDER: dict[str, Any] = {
-    "type": "object",
-    "required": ["success", "id", "name", "is_banned"],
-    "properties": {
-        "success": {"const": True},
-        "id": {"type": "string"},
-        "name": {"type": "string"},
-        "is_banned": {"type": "boolean"},
-        "banned_until": {"type": ["string", "null"]},
-        "ban_reason": {"type": ["string", "null"]},
-    },
-}
+_TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+_CONTROL_SCHEMA = success("", hold={"type": ["object", "null"]}, token=_TEXT)
+_PROVIDER = success(
+    "id name is_banned",
+    id=_TEXT,
+    name=_TEXT,
+    is_banned={"type": "boolean"},
+    banned_until=_TEXT_OR_NULL,
+    ban_reason=_TEXT_OR_NULL,
+)
 _STATUS: dict[str, Any] = {"type": "object", "required": ["success", "at", "queue", "batchers", "throughput", "money"]}
 _REASON = Field(name="reason", help="Why; shown to clients whose requests wait.")
 _operation = functools.partial(operation, tag="operator")
