@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,40 +20,10 @@ from provider_image.errors import CompilerMissing, MlgError, NotInstalled
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
+    from provider_image.compiler.custom import CustomModel
     from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.artefact import Artefact
     from provider_image.models.catalogue import ModelRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomModelOptions:
-    """The options for a custom model; None where an option was not given."""
-
-    #: The model's file, saved by Keras 3.
-    keras: Path | None
-    #: The file with the names of its classes.
-    labels: Path | None
-    #: How pixel values are scaled to its input.
-    preprocessing: str | None
-    #: Its name for people.
-    title: str | None
-    #: Height and width of its input, in pixels.
-    size: tuple[int, int] | None
-
-    def is_given(self, names: Sequence[str], weights: Path | None) -> bool:
-        """Tell whether to install a custom model. :raises click.UsageError: the options contradict each other."""
-        if self.keras is None:
-            given = [name for name in ("labels", "preprocessing", "title", "size") if getattr(self, name) is not None]
-            if given:
-                raise click.UsageError(f"--{given[0]} is for custom models: give its file with --keras FILE.")
-            return False
-        if self.labels is None:
-            raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
-        if weights is not None:
-            raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
-        if len(names) != 1 or names[0].lower() == "all":
-            raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
-        return True
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -122,9 +91,9 @@ def compile_models(
     from provider_image.models.catalogue import CATALOGUE, find_model
 
     models = (out or settings.models).absolute()
-    options = CustomModelOptions(**custom)
-    if options.is_given(names, weights):
-        click.echo(_installed_message(_build_custom(options, names[0], models, f16_within)))
+    custom_model = _custom_model(names, weights, **custom)
+    if custom_model is not None:
+        click.echo(_installed_message(_build_custom(custom_model, models, f16_within)))
         return
     is_all = [name.lower() for name in names] == ["all"]
     rows = list(CATALOGUE.values()) if is_all else [find_model(name) for name in names]
@@ -175,21 +144,33 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
         steps.end()
 
 
-def _build_custom(options: CustomModelOptions, name: str, models: Path, f16_within: float | None) -> Artefact:
-    from provider_image.compiler.custom import CustomModel, build
+def _custom_model(
+    names: Sequence[str], weights: Path | None, *, keras: Path | None, labels: Path | None, **more: Any
+) -> CustomModel | None:
+    """Return the custom model that the options describe, if any. :raises click.UsageError: they do not fit."""
+    given = {name: value for name, value in more.items() if value is not None}
+    if keras is None:
+        unused = [*(["labels"] if labels is not None else []), *given]
+        if unused:
+            raise click.UsageError(f"--{unused[0]} is for custom models: give its file with --keras FILE.")
+        return None
+    if labels is None:
+        raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
+    if weights is not None:
+        raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
+    if len(names) != 1 or names[0].lower() == "all":
+        raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
+    from provider_image.compiler.custom import CustomModel
+
+    return CustomModel(name=names[0], file=keras, labels=labels, **given)
+
+
+def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:
+    from provider_image.compiler.custom import build
     from provider_image.precision import TOLERANCE
 
-    assert options.keras is not None and options.labels is not None
-    custom = CustomModel(
-        name=name,
-        file=options.keras,
-        labels=options.labels,
-        preprocessing=options.preprocessing or "none",
-        title=options.title,
-        size=options.size,
-    )
     tolerance = TOLERANCE if f16_within is None else f16_within
-    return build(models, custom, f16_within=tolerance, on_step=_StepReporter(name[:64]).begin)
+    return build(models, custom, f16_within=tolerance, on_step=_StepReporter(custom.name[:64]).begin)
 
 
 def _installed_message(artefact: Artefact) -> str:
