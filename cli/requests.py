@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
-from cli.options import environment, home_option, json_option
+from cli.options import environment, file_option, home_option, json_option
 from cli.tables import make_table, print_json_lines, print_records, print_table
 from provider_image.errors import MlgError
 from store.settings import HomeSettings
@@ -87,16 +88,22 @@ def list_requests(status: str | None, model: str | None, before: int | None, lim
 @requests.command("show")
 @home_option
 @click.argument("id")
+@file_option("--files", "Write the answer's files to a folder.", metavar="DIR", file_okay=False)
 @json_option
-def show(id: str, as_json: bool) -> None:
+def show(id: str, files: Path | None, as_json: bool) -> None:
     """Show all details of one request.
 
     \b
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+      mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8 --files answer/
     """
     with open_store() as store:
         request = store.requests.get(id)
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
+            for name, file in request.files.items():
+                (files / name).write_bytes(store.images.read(file.sha256))
     details = _to_json(request)
     if as_json:
         print_json_lines([details])
@@ -158,4 +165,6 @@ def _to_json(request: RequestRecord) -> dict[str, Any]:
 
 
 def _short_result(request: RequestRecord) -> str | None:
-    return f"{request.output[0][1]} {request.output[0][2]:.3f}" if request.output else request.reason
+    if request.output and request.service == "classification":
+        return f"{request.output[0][1]} {request.output[0][2]:.3f}"
+    return json.dumps(request.output, ensure_ascii=False)[:60] if request.output else request.reason

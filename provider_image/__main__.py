@@ -11,10 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from provider_image.environment import Environment
 from provider_image.errors import MlgError
 from provider_image.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from provider_image.backends import Device
 
 _DEFAULT_KEEP_WARM_SECONDS = 300.0
 
@@ -60,8 +64,14 @@ def _prepare_for_work() -> None:
 def _run_cold(options: argparse.Namespace) -> None:
     from provider_image.runtime import NetCache, run_chunk
 
-    nets = NetCache(options.models, threads=options.threads, precision=options.precision)
-    run_chunk(options.chunk, options.results, nets)
+    run_chunk(options.chunk, options.results, NetCache(options.models, _device(options)))
+
+
+def _device(options: argparse.Namespace) -> Device:
+    from provider_image.backends import Device
+    from provider_image.cores import available_cores
+
+    return Device(threads=options.threads or available_cores(), precision=options.precision)
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
@@ -87,7 +97,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     serve(
         options.place,
-        NetCache(options.models, threads=options.threads, precision=options.precision),
+        NetCache(options.models, _device(options)),
         idle_seconds=options.idle_seconds,
         exit_with_stdin=options.exit_with_stdin,
         on_ready=lambda: print("ready", flush=True),
@@ -105,7 +115,7 @@ def _check(options: argparse.Namespace) -> int:
     for number, folder in enumerate(folders):
         if len(folders) == 1:
             name = folder.name if folder.parent == options.models else None
-            report = check_model(folder, threads=options.threads, precision=options.precision, installed_as=name)
+            report = check_model(folder, _device(options), installed_as=name)
             record_speed(report, options.models)
         else:
             # One process per model: the memory in a report must not include that of the previous models.

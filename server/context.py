@@ -14,7 +14,7 @@ from typing import Any
 import flask
 
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.catalogue import CATALOGUE, install_command
 from server.auth.guard import owned
 from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
@@ -89,10 +89,14 @@ class Context:
 
     def read_image(self, request: RequestRecord) -> bytes:
         """Read the image of a request. :raises ImageGone: it was deleted."""
+        if request.image_deleted_at is not None:
+            raise ImageGone()
+        return self.read_stored(request.image_sha256)
+
+    def read_stored(self, sha256: str) -> bytes:
+        """Read what is stored under a hash. :raises ImageGone: it was deleted."""
         try:
-            if request.image_deleted_at is not None:
-                raise ImageGone()
-            return self.store.images.read(request.image_sha256)
+            return self.store.images.read(sha256)
         except FileNotFoundError as error:
             raise ImageGone() from error
 
@@ -112,13 +116,12 @@ class Context:
         """Return why no batcher can run a model that requests wait for."""
         if installed_digest(self.settings.models, model) is not None or can_build(model):
             return None
-        row = CATALOGUE.get(model)
-        if row is None:
+        if model not in CATALOGUE:
             return (
                 f"The model {model} is not installed any more and is not in the catalogue. If it is a custom model, "
-                f"install it again: {custom_install_command(model)}; else cancel the request."
+                f"install it again: {install_command(model)}; else cancel the request."
             )
-        return f"The model {model} is not installed any more. Install it: {install_command(row)}"
+        return f"The model {model} is not installed any more. Install it: {install_command(model)}"
 
 
 class Views:

@@ -32,6 +32,10 @@ class NotRemovable(MlgError):
     permanent = True
 
 
+class UnknownFile(UnknownRequest):
+    """The answer has no file with this name."""
+
+
 class ImageGone(MlgError):
     """The image is not kept any more: its retention time is over."""
 

@@ -113,6 +113,16 @@ _REQUEST = success(
     "req_id status preds model service name created_at attempts",
     req_id=string("Its id."),
     status=enum(_STATUSES, "Its state; done, failed, cancelled and expired are final."),
+    files={
+        "type": "object",
+        "additionalProperties": object_schema(
+            "url media_type bytes",
+            url=string("Path of the file."),
+            media_type=string("Its media type."),
+            bytes=integer("Its size."),
+        ),
+        "description": "The files of the answer, by name, if it has any.",
+    },
     preds={"anyOf": [{"type": "null"}], "description": "The answer; null while there is none."},
     model=_MODEL,
     service=enum(REGISTRY, "What kind of work it is."),

@@ -27,6 +27,7 @@ from server.auth.guard import current_key, get_guard
 from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS, best_class
+from server.serializers import is_image
 from server.status.eta import format_duration
 from store.cost_split import to_amount
 from store.errors import StoreError
@@ -153,6 +154,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         amount=to_amount,
         best=best_class,
+        is_image=is_image,
         percent=_format_percent,
         duration=format_duration,
         bytes=_format_bytes,

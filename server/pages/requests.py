@@ -106,6 +106,8 @@ class RequestPageViews(Views):
             notice=notice,
             item=request,
             preds=top_classes(request),
+            output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
+            files=shown.get("files", {}),
             waiting_for=shown.get("waiting_for", "Waiting."),
             eta_seconds=shown.get("eta_seconds"),
             timeline=timeline(request, shown),

@@ -22,6 +22,8 @@ from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name
 from server.record_json import fields
+from server.serializers import is_image
+from store.errors import UnknownFile
 from store.keys import Scope
 from store.requests import RequestRecord
 from store.rows import to_text
@@ -95,27 +97,31 @@ class RequestViews(Views):
         errors=(410,),
     )
     def show_picture(self, id: str) -> flask.Response:
-        """Return the image as it was sent, or a thumbnail."""
+        """Return the image as it was sent, or a thumbnail; for a service without images its first input."""
         size = _size(read_query(flask.request, "size").get("size"))
         request = self._get_request(id)
         data = self._context.read_image(request)
         max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
+        if size is None:
+            kind = media_type(data, max_pixels) if is_image(request) else "application/octet-stream"
+            return _file_response(data, kind, etag=etag, name=clean_name(request.name) or "picture")
         if etag in flask.request.if_none_match:
-            response = flask.Response(status=304)
-        elif size is None:
-            response = flask.Response(data, content_type=media_type(data, max_pixels))
-            name = clean_name(request.name) or "picture"
-            response.headers.set("Content-Disposition", "inline", filename=name.encode("ascii", "replace").decode())
+            data = b""  # not sent
         else:
             with self._context.work_slots:
-                response = flask.Response(thumbnail(data, size, max_pixels), content_type="image/jpeg")
-        response.set_etag(etag)
-        # Its owner's browser may cache it, but validates it each time, because it may be deleted.
-        response.headers["Cache-Control"] = "private, no-cache"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
-        return response
+                data = thumbnail(data, size, max_pixels)
+        return _file_response(data, "image/jpeg", etag=etag)
+
+    @_operation("GET /requests/<id>/files/<name>", "A file of an answer", Scope.READ, errors=(410,), content_type="*/*")
+    def show_file(self, id: str, name: str) -> flask.Response:
+        """Return a file that the answer has beside its JSON."""
+        read_query(flask.request)
+        request = self._get_request(id)
+        if name not in request.files:
+            raise UnknownFile(f"The answer has no file {name[:64]!r}. Its files: {', '.join(request.files) or 'none'}.")
+        file = request.files[name]
+        return _file_response(self._context.read_stored(file.sha256), file.media_type, etag=file.sha256, name=name)
 
     @_operation(
         "POST /requests/<id>/delete",
@@ -166,6 +172,26 @@ class RequestViews(Views):
                 ended["reason"] = request.reason
             events.append(ended)
         return events
+
+
+def _file_response(data: bytes, content_type: str, *, etag: str, name: str | None = None) -> flask.Response:
+    """Respond with bytes of a client or a provider, which a browser must not take for a page.
+
+    :param name: for a browser that saves it; only images are shown.
+    """
+    if etag in flask.request.if_none_match:
+        response = flask.Response(status=304)
+    else:
+        response = flask.Response(data, content_type=content_type + "; charset=utf-8" * (content_type == "text/plain"))
+        if name is not None:
+            disposition = "inline" if content_type.startswith("image/") else "attachment"
+            response.headers.set("Content-Disposition", disposition, filename=name.encode("ascii", "replace").decode())
+    response.set_etag(etag)
+    # Its owner's browser may cache it, but validates it each time, because it may be deleted.
+    response.headers["Cache-Control"] = "private, no-cache"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
+    return response
 
 
 def _size(text: str | None) -> int | None:
