@@ -461,15 +461,13 @@ class Calls(abc.ABC):
         key: str | None = None,
     ) -> dict[str, Any]:
         size_bytes = sum(len(content[1]) for _, content in files)
-        more: dict[str, Any] = {"params": list(query)} if query else {}
-        if files:
-            more["files"] = files
         return await self._send(
             "POST",
             path,
             headers={"Idempotency-Key": key or uuid.uuid4().hex},
             timeout=self._timeout_seconds + size_bytes / _SLOW_BYTES_PER_SECOND,
-            **more,
+            params=list(query) or None,
+            files=files or None,
         )
 
     async def _send(self, method: str, path: str, **more: Any) -> dict[str, Any]:

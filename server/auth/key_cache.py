@@ -45,8 +45,8 @@ class KeyCache:
     def find(self, key: str, now: datetime) -> KeyRecord | None:
         """Find the record of a valid key; None if it is not valid. :raises StoreError:"""
         id = key_id_of(key)
-        record = None if id is None else self._look_up(id)
-        return record if verify_key(key, record) and record is not None and record.is_usable(now) else None
+        record = None if id is None else self.find_by_id(id, now)
+        return record if verify_key(key, record) else None
 
     def find_by_id(self, id: str, now: datetime) -> KeyRecord | None:
         """Find a valid key by its id, for a caller who has proved in another way that it is theirs."""

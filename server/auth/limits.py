@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from server.errors import RateLimited
-from store.errors import QuotaReached
 from store.keys import KeyRecord, Keys
 
 #: Names of the limits in the headers.
@@ -104,12 +103,6 @@ class Limits:
             left=max(0, key.images_per_day - self._keys.images_used(key.id, now=now)),
             reset_seconds=max(1, math.ceil((midnight - now).total_seconds())),
         )
-
-    def check_images(self, key: KeyRecord | None, now: datetime) -> None:
-        """Refuse early what the store would refuse later. :raises QuotaReached: :raises StoreError:"""
-        limit = None if key is None else self.daily_limit(key, now)
-        if limit is not None and not limit.left:
-            raise QuotaReached()
 
 
 def limit_headers(limits: list[Limit], *, refused_by: str | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -69,17 +69,6 @@ class MinuteTotals:
     failed: int
 
 
-@dataclass
-class _MinuteCache:
-    """The minutes read so far."""
-
-    #: Minute -> model -> its statistics.
-    by_minute: dict[str, dict[str, MinuteStats]] = field(default_factory=dict)
-    #: Start of a minute -> requests received before it.
-    arrived: dict[datetime, int] = field(default_factory=dict)
-    read_at: datetime | None = None
-
-
 class Dashboard:
     """The dashboard of one server process.
 
@@ -90,7 +79,11 @@ class Dashboard:
         self.store = store
         self.queue_stats = queue_stats
         self.clock = clock
-        self._minutes = _MinuteCache()
+        #: The minutes read so far: minute -> model -> its statistics.
+        self._by_minute: dict[str, dict[str, MinuteStats]] = {}
+        #: Start of a minute -> requests received before it.
+        self._arrived: dict[datetime, int] = {}
+        self._read_at: datetime | None = None
         #: The counts of each minute of the last day, oldest first.
         self.minutes = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
         #: What was spent.
@@ -162,21 +155,21 @@ class Dashboard:
         """Read the latest minutes, at first those of a whole day, and sum over the models."""
         now = self.clock().astimezone(UTC).replace(second=0, microsecond=0)
         first = now - timedelta(minutes=DAY_MINUTES - 1)
-        known = self._minutes
-        is_known = known.read_at is not None and first <= known.read_at <= now
-        since = known.read_at - timedelta(minutes=LATE_MINUTES) if is_known and known.read_at else first
+        since = first
+        if self._read_at is not None and first <= self._read_at <= now:
+            since = self._read_at - timedelta(minutes=LATE_MINUTES)
         retained = {
-            minute: row for minute, row in known.by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
+            minute: row for minute, row in self._by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
         }
         for row in self.store.stats.list_minute_stats(since):
             retained.setdefault(row.minute, {})[row.model] = row
         # Requests received before the start of each minute; the count of a past minute never changes.
         marks = [now - timedelta(minutes=back) for back in range(CHART_MINUTES - 1, -1, -1)]
         day_ago = now - timedelta(days=1)
-        unknown = sorted(mark for mark in {*marks, day_ago} if mark not in known.arrived)
-        arrived = {mark: count for mark, count in known.arrived.items() if mark >= day_ago}
+        unknown = sorted(mark for mark in {*marks, day_ago} if mark not in self._arrived)
+        arrived = {mark: count for mark, count in self._arrived.items() if mark >= day_ago}
         arrived.update(zip(unknown, self.store.stats.count_accepted_before(unknown), strict=True))
-        self._minutes = _MinuteCache(by_minute=retained, arrived=arrived, read_at=now)
+        self._by_minute, self._arrived, self._read_at = retained, arrived, now
         counts = [*(arrived[mark] for mark in marks), self.store.stats.count_accepted()]
         arrivals = {_minute_key(mark): counts[index + 1] - counts[index] for index, mark in enumerate(marks)}
         sums = []
@@ -219,7 +212,7 @@ class Dashboard:
         minutes = self.minutes.get()
         chart = minutes[-CHART_MINUTES:]
         seconds_of_last = self.clock().second
-        counts = self._minutes.arrived
+        counts = self._arrived
         return {
             "hour": _throughput_row(
                 chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
