@@ -15,7 +15,6 @@ from batcher.planner import PlannedChunk, PlannedItem
 from batcher.resizing import Resizer
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
-from provider_image.images.resizing import ModelInput
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.service import primary_input
@@ -142,13 +141,12 @@ def _resize_items(
 ) -> tuple[list[_PackableItem], tuple[RejectedItem, ...]]:
     if model is None:
         raise NotInstalled()
-    model_input = ModelInput(height=model.height, width=model.width, crop=model.crop)
     paths = [
         {name: path for name, path in each.inputs.items() if name in images and isinstance(path, Path)}
         for each in originals
     ]
     ready, rejected = [], []
-    for each, resized in zip(originals, resizer.resize(model_input, paths), strict=True):
+    for each, resized in zip(originals, resizer.resize(model, paths), strict=True):
         if isinstance(resized, MlgError):
             rejected.append(RejectedItem(item=each.item, error=resized))
         elif not isinstance(resized, FileNotFoundError):

@@ -144,7 +144,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "example:\n  mlg-provider run chunk.zip results.zip --models ~/.mlg/models\n\n"
             "A warm process exits after MLG_KEEP_WARM_SECONDS (default: 300) without work."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("chunk", type=Path, metavar="CHUNK.zip", help="the chunk file")
     run.add_argument("results", type=Path, metavar="RESULTS.zip", help="where to write the results file")
@@ -165,7 +164,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "Prints `ready` when it accepts connections. SIGTERM ends it after the current chunk."
         ),
         epilog="example:\n  mlg-provider serve --place /tmp/warm --models ~/.mlg/models --idle-seconds 60",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument(
         "--place", type=_path, metavar="DIR", required=True, help="private folder for the lock and the socket"
@@ -187,7 +185,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "models pass."
         ),
         epilog="example:\n  mlg-provider check --models ~/.mlg/models\n  mlg-provider check efficientnet_lite0 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
         "names", nargs="*", metavar="MODEL", help="name of a model, or path of its folder (default: all in --models)"
@@ -195,6 +192,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="write JSON, one object per line")
     home = environment.path("MLG_HOME", "~/.mlg")
     for command in (run, serve, check):
+        command.formatter_class = parser.formatter_class
         command.add_argument(
             "--models",
             type=_path,

@@ -24,6 +24,7 @@ from provider_image.schemas import (
     MAX_FILES,
     MAX_ITEMS,
     MAX_REASON,
+    RESULTS_FIELDS,
     VERSION,
     check_chunk,
     check_results,
@@ -201,14 +202,10 @@ def write_results(path: Path, results: Results) -> None:
             entries.append(entry)
         document = {
             "version": VERSION,
-            "chunk_id": results.chunk_id,
-            "model": results.model,
-            "digest": results.digest,
+            **{name: getattr(results, name) for name in RESULTS_FIELDS},
             "versions": dict(results.versions),
-            "precision": results.precision,
             "cpu": results.cpu[:200],
             "load_seconds": round(results.load_seconds, 6),
-            "peak_memory_bytes": results.peak_memory_bytes,
             "items": entries,
         }
         add_json(archive, "results.json", document, MalformedResults)
@@ -233,13 +230,8 @@ def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int]
             raise MalformedResults(f"The results are for the items {sorted(found)}, not {sorted(numbers)}.")
         archive.check_files(_sizes(document, "files"))
         items = tuple(_item_result(archive, item) for item in sorted(document["items"], key=lambda i: int(i["number"])))
-    facts = {name: document[name] for name in ("chunk_id", "model", "digest", "versions", "precision", "cpu")}
-    return Results(
-        **facts,
-        load_seconds=float(document["load_seconds"]),
-        peak_memory_bytes=document["peak_memory_bytes"],
-        items=items,
-    )
+    load_seconds = float(document["load_seconds"])
+    return Results(**{name: document[name] for name in RESULTS_FIELDS} | {"load_seconds": load_seconds, "items": items})
 
 
 def _item_result(archive: Archive, item: Mapping[str, Any]) -> ItemResult:

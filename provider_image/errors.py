@@ -126,47 +126,35 @@ class NotInstalled(MlgError):
 class ModelError(MlgError):
     """The model cannot be used."""
 
+    permanent = True
+
 
 class WeightsMismatch(ModelError):
     """The weights file does not match its hash or its model. Download it again, then: mlg models compile MODEL"""
-
-    permanent = True
 
 
 class WeightsMissing(ModelError):
     """The weights file was not found."""
 
-    permanent = True
-
 
 class CompilerMissing(ModelError):
     """Compiling Keras models needs tensorflow. Install it: pip install "mlg[compile]" """
-
-    permanent = True
 
 
 class CompilationFailed(ModelError):
     """The compiled graph gives other results than the model that it was made from."""
 
-    permanent = True
-
 
 class UnsafeModelFile(ModelError):
     """The model file tries to run code or to read other files. Save the model with Keras' own layers only."""
-
-    permanent = True
 
 
 class UnsuitableModel(ModelError):
     """The model is not a classifier of one RGB image."""
 
-    permanent = True
-
 
 class BrokenArtefact(ModelError):
     """The model artefact is incomplete or damaged. Delete its folder, then: mlg models compile MODEL"""
-
-    permanent = True
 
 
 class ChunkError(MlgError):
@@ -193,7 +181,6 @@ class ChunkTimeout(ChunkError):
 
 class InferenceFailed(MlgError):
     """The model failed on this item."""
-
 
     @staticmethod
     def from_exception(error: Exception) -> MlgError:

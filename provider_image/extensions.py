@@ -20,37 +20,31 @@ class Extensions(Mapping[str, str]):
     """
 
     def __init__(self, group: str, built_in: Mapping[str, str]) -> None:
-        self._group = group
-        self._built_in = built_in
-        self._found: Mapping[str, str] | None = None
-        #: Return the implementation with this name, the same object at every call. :raises KeyError: there is none.
-        self.load = functools.cache(self._load)
+        self._group, self._built_in = group, built_in
+
+    @functools.cached_property
+    def _all(self) -> Mapping[str, str]:
+        from importlib.metadata import entry_points  # imported here because it takes milliseconds
+
+        return {**{point.name: point.value for point in entry_points(group=self._group)}, **self._built_in}
 
     def refresh(self) -> None:
         """Look for installed packages again at the next use."""
-        self._found = None
-        self.load.cache_clear()
+        self.__dict__.pop("_all", None)
 
-    def _all(self) -> Mapping[str, str]:
-        if self._found is None:
-            from importlib.metadata import entry_points  # imported here because it takes milliseconds
-
-            declared = {point.name: point.value for point in entry_points(group=self._group)}
-            self._found = {**declared, **self._built_in}
-        return self._found
-
-    def __getitem__(self, name: str) -> str:
-        return self._built_in[name] if name in self._built_in else self._all()[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._built_in or name in self._all()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def _load(self, name: str) -> Any:
+    def load(self, name: str) -> Any:
+        """Return the implementation with this name. :raises KeyError: there is none."""
         module, _, attribute = self[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+    def __getitem__(self, name: str) -> str:
+        return self._built_in[name] if name in self._built_in else self._all[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self._all
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)

@@ -24,11 +24,13 @@ from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, op
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.service import Service, are_inputs, check_params, describe_inputs
+from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
+#: Number of an item, what the service's `prepare` returned for it, and its parameters.
+_ReadyItem = tuple[int, Any, Mapping[str, Any]]
 #: Number of nets that remain loaded; the least recently used is dropped first.
 MAX_LOADED_NETS = 4
 
@@ -154,19 +156,11 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PreparedItem:
-    """An item that is ready to run."""
-
-    entry: ItemEntry
-    params: Mapping[str, Any]
-    prepared: Any
-    seconds: float
-
-
 def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry]) -> list[ItemResult]:
     """Prepare and run some items. One that fails does not affect the others."""
-    ready, results = [], {}
+    seconds: dict[int, float] = {}
+    outcomes: dict[int, Output | Exception] = {}
+    ready: list[_ReadyItem] = []
     for item in batch:
         started = time.perf_counter()
         try:
@@ -174,39 +168,36 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
             inputs = reader.read_inputs(item)
             prepared = loaded.service.prepare(loaded.artefact, inputs, params, is_resized=reader.is_resized)
             del inputs
+            ready.append((item.number, prepared, params))
         except Exception as error:  # noqa: BLE001 - one item must not affect the others
-            results[item.number] = _failure(reader, item, error, time.perf_counter() - started)
-        else:
-            seconds = time.perf_counter() - started
-            ready.append(_PreparedItem(entry=item, params=params, prepared=prepared, seconds=seconds))
-    results |= {result.number: result for result in _run_prepared(reader, loaded, ready)}
-    return [results[item.number] for item in batch]
-
-
-def _run_prepared(reader: ChunkReader, loaded: LoadedModel, items: Sequence[_PreparedItem]) -> list[ItemResult]:
-    if not items:
-        return []
+            outcomes[item.number] = error
+        seconds[item.number] = time.perf_counter() - started
     started = time.perf_counter()
+    outcomes |= _run_ready(loaded, ready) if ready else {}
+    for number, _, _ in ready:
+        seconds[number] += (time.perf_counter() - started) / len(ready)
+    return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
+
+
+def _run_ready(loaded: LoadedModel, ready: Sequence[_ReadyItem]) -> dict[int, Output | Exception]:
+    """Run items; if several fail, each alone."""
+    numbers = [number for number, _, _ in ready]
     try:
-        outputs = loaded.service.run(loaded.net, [item.prepared for item in items], [item.params for item in items])
-        if len(outputs) != len(items):
-            raise InferenceFailed(f"The service returned {len(outputs)} outputs for {len(items)} items.")
+        outputs = loaded.service.run(loaded.net, [item for _, item, _ in ready], [params for _, _, params in ready])
+        return dict(zip(numbers, outputs, strict=True))
     except Exception as error:  # noqa: BLE001 - likewise
-        if len(items) > 1:
-            return [result for item in items for result in _run_prepared(reader, loaded, [item])]
-        return [_failure(reader, items[0].entry, error, items[0].seconds + time.perf_counter() - started)]
-    seconds = (time.perf_counter() - started) / len(items)
-    return [
-        ItemResult(number=item.entry.number, output=output.data, files=output.files, seconds=item.seconds + seconds)
-        for item, output in zip(items, outputs, strict=True)
-    ]
+        if len(ready) == 1:
+            return {numbers[0]: error}
+        return {number: outcome for one in ready for number, outcome in _run_ready(loaded, [one]).items()}
 
 
-def _failure(reader: ChunkReader, item: ItemEntry, error: Exception, seconds: float) -> ItemResult:
-    if not isinstance(error, MlgError):
+def _result(reader: ChunkReader, number: int, outcome: Output | Exception, seconds: float) -> ItemResult:
+    if isinstance(outcome, Output):
+        return ItemResult(number=number, output=outcome.data, files=outcome.files, seconds=seconds)
+    if not isinstance(outcome, MlgError):
         # A bug in a service or a library fails only this item, and is logged.
-        logger.error("item failed", exc_info=error, extra={"chunk": reader.chunk_id, "item": item.number})
-    return ItemResult(number=item.number, error=InferenceFailed.from_exception(error), seconds=seconds)
+        logger.error("item failed", exc_info=outcome, extra={"chunk": reader.chunk_id, "item": number})
+    return ItemResult(number=number, error=InferenceFailed.from_exception(outcome), seconds=seconds)
 
 
 def versions() -> dict[str, str]:

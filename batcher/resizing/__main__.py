@@ -20,7 +20,7 @@ from typing import Any
 
 from batcher.resizing import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
 from provider_image.errors import InferenceFailed, MlgError
-from provider_image.images.resizing import ModelInput, resize
+from provider_image.images.resizing import resize
 from provider_image.schemas import MAX_REASON
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     except OSError as error:
         return {"errno": error.errno, "text": error.strerror}, {}
     try:
-        data = {name: resize(each, ModelInput(**job["model_input"])) for name, each in inputs.items()}
+        data = {name: resize(each, **job["size"]) for name, each in inputs.items()}
     except Exception as error:
         if not isinstance(error, MlgError):
             log.exception("item failed")

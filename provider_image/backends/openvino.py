@@ -12,7 +12,7 @@ import mmap
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,20 +35,28 @@ _prepared_lock = threading.Lock()
 _is_prepared = False
 
 
+@contextlib.contextmanager
+def hidden_module(name: str) -> Iterator[None]:
+    """Let imports of a module fail while the block runs."""
+    hidden = {each: sys.modules.pop(each) for each in list(sys.modules) if f"{each}.".startswith(f"{name}.")}
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(hidden)
+
+
 def import_openvino() -> Any:
     """Import openvino without its conversion tools, which are not needed.
 
     They would take 0.15 of 0.25 seconds and import openvino_telemetry, which sends usage data. openvino's `__init__`
     ignores it when they are missing, so they are hidden during the import.
     """
-    name = "openvino.tools"
-    if "openvino" in sys.modules or name in sys.modules:
+    if "openvino" in sys.modules or "openvino.tools" in sys.modules:
         return importlib.import_module("openvino")
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_module("openvino.tools"):
         return importlib.import_module("openvino")
-    finally:
-        del sys.modules[name]
 
 
 class OpenvinoNet:
@@ -70,16 +78,13 @@ class OpenvinoNet:
         """Run the graph on each item. :raises InferenceFailed: an item does not fit the graph, or OpenVINO fails."""
         request = self._requests.get()
         try:
-            return [_infer(request, item) for item in batch]
+            return [
+                request.infer({0: item[None]}, share_inputs=True, share_outputs=True)[0][0].copy() for item in batch
+            ]
         except RuntimeError as error:
             raise InferenceFailed(f"The model {self.artefact.name} failed on this item: {error}") from error
         finally:
             self._requests.put(request)
-
-
-def _infer(request: Any, item: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    result: np.ndarray[Any, Any] = request.infer({0: item[None]}, share_inputs=True, share_outputs=True)[0][0]
-    return result.copy()
 
 
 class CompiledGraph:
@@ -194,32 +199,16 @@ def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
         return CompiledGraph(core.compile_model(model, "CPU", _options(threads, precision)), weights)
 
 
-def run_graph(graph: Path, images: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Run images through a graph file in f32, one after another; for the compiler, which has no artefact yet.
-
-    :param images: uint8, shape (height, width, 3) of the graph's input.
-    :return: the first output for each image, without its batch axis.
-    :raises RuntimeError: OpenVINO cannot read, compile or run it.
-    """
-    compiled = compile_graph(graph, 1, "f32")
-    request = compiled.graph.create_infer_request()
-    return [_infer(request, image) for image in images]
-
-
 def _options(threads: int, precision: str) -> dict[str, str]:
+    """Return OpenVINO's settings. :raises ConfigError: there is no such precision."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"There is no precision {precision!r}. There are: {', '.join(PRECISIONS)}.")
+    hint = PRECISIONS[precision]
     return {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": str(threads),
         "INFERENCE_NUM_THREADS": str(threads),
         # With pinning, single-threaded processes would all run on the first core and leave the others idle.
         "ENABLE_CPU_PINNING": "NO",
-        **precision_options(precision),
+        **({} if hint is None else {"INFERENCE_PRECISION_HINT": hint}),
     }
-
-
-def precision_options(precision: str) -> dict[str, str]:
-    """Return OpenVINO's setting for a precision. :raises ConfigError: there is no such precision."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"There is no precision {precision!r}. There are: {', '.join(PRECISIONS)}.")
-    hint = PRECISIONS[precision]
-    return {} if hint is None else {"INFERENCE_PRECISION_HINT": hint}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.compiler.installing import build_folder
+from provider_image.compiler.keras_config import words
 from provider_image.compiler.keras_file import check_keras_file, load_checked
 from provider_image.compiler.keras_graph import apply_head, keras_session, preprocess, to_graph
 from provider_image.compiler.labels import read_labels
@@ -42,24 +43,11 @@ _MAX_TITLE_LENGTH = 64
 #: Allowed difference of the sum of probabilities from 1.
 _SUM_TOLERANCE = 1e-3
 #: Layers and operations that do not change values during inference.
-_PASS_THROUGH = frozenset(
-    (
-        "Activation",
-        "ActivityRegularization",
-        "AlphaDropout",
-        "Cast",
-        "Dropout",
-        "Flatten",
-        "GaussianDropout",
-        "GaussianNoise",
-        "Identity",
-        "Ravel",
-        "Reshape",
-        "SpatialDropout1D",
-        "SpatialDropout2D",
-        "Squeeze",
-        "StopGradient",
-    )
+_PASS_THROUGH = words(
+    """
+    Activation ActivityRegularization AlphaDropout Cast Dropout Flatten GaussianDropout GaussianNoise Identity Ravel
+    Reshape SpatialDropout1D SpatialDropout2D Squeeze StopGradient
+    """
 )
 _ACTIVATIONS = {
     "Softmax": "softmax",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.backends.openvino import import_openvino
+from provider_image.backends.openvino import hidden_module, import_openvino
 from provider_image.errors import CompilationFailed, CompilerMissing
 
 if TYPE_CHECKING:
@@ -158,11 +158,5 @@ def _cached_variable_lookup() -> Iterator[None]:
 def _import_converter() -> Any:
     """Import OpenVINO's converter without its telemetry, which would send usage data."""
     import_openvino()
-    name = "openvino_telemetry"
-    hidden = {module: sys.modules.pop(module) for module in list(sys.modules) if module.partition(".")[0] == name}
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_module("openvino_telemetry"):
         return importlib.import_module("openvino.tools.ovc").convert_model
-    finally:
-        del sys.modules[name]
-        sys.modules.update(hidden)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.backends.openvino import GRAPH_FILES, import_openvino, run_graph
+from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
 from provider_image.compiler.installing import install
 from provider_image.compiler.self_test import self_test_images
 from provider_image.errors import CompilationFailed
@@ -59,7 +59,7 @@ def verify_and_install(
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images()
     arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
-    actual = run_graph(folder / "model.xml", arrays)
+    actual = _run(draft, folder, arrays)
     expected = actual if reference is None else reference(arrays)
     outputs = [top_labels(draft.labels, each) for each in expected]
     difference = _compare(outputs, expected, actual, draft)
@@ -79,6 +79,10 @@ def verify_and_install(
     return install(artefact, folder, models, GRAPH_FILES)
 
 
+def _run(draft: Artefact, folder: Path, arrays: Arrays) -> Arrays:
+    return OpenvinoNet(draft, compile_graph(folder / "model.xml", 1, "f32"), 1).infer(arrays)
+
+
 def _choose_storage(
     openvino: Any,
     graph: Any,
@@ -93,7 +97,7 @@ def _choose_storage(
     f16_folder = folder / "f16"
     f16_folder.mkdir()
     openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
-    actual = run_graph(f16_folder / "model.xml", arrays)
+    actual = _run(draft, f16_folder, arrays)
     difference = _compare(outputs, expected, actual, draft)
     allowed = _compare(outputs, expected, actual, draft, f16_within)
     f32_bytes, f16_bytes = (

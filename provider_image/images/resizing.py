@@ -7,7 +7,6 @@ A resized image is a lossless file without anything else that was in the origina
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import BadInput
@@ -20,20 +19,9 @@ if TYPE_CHECKING:
     from provider_image.models.artefact import Artefact
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelInput:
-    """The image that a model takes. Known before the model is installed, from its row in the catalogue."""
-
-    #: Height and width in pixels.
-    height: int
-    width: int
-    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
-    crop: float | None
-
-
-def resize(data: bytes, model_input: ModelInput) -> bytes:
-    """Reduce an image to the model's input, to save bytes. :raises BadInput: as `load_image` with the original."""
-    return encode_resized(decode(data, model_input.height, model_input.width, model_input.crop))
+def resize(data: bytes, height: int, width: int, crop: float | None) -> bytes:
+    """Reduce an image to a model's input, to save bytes. :raises BadInput: as `load_image` with the original."""
+    return encode_resized(decode(data, height, width, crop))
 
 
 def load_image(data: bytes, artefact: Artefact, *, is_resized: bool) -> np.ndarray[Any, Any]:

@@ -13,8 +13,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,8 @@ _F16_SUFFIX = "-f16"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
 _MAX_JSON_BYTES = 4 * 1024 * 1024
-#: The fields of model.json that are texts.
-_TEXTS = (
-    "name",
-    "title",
-    "service",
-    "backend",
-    "precision",
-    "preprocessing",
-    "source",
-    "weights_sha256",
-    "recipe",
-    "reference",
-    "digest",
-)
+#: Types of fields that are converted alone.
+_PLAIN_TYPES: dict[object, Callable[[Any], Any]] = {"str": str, "int": int, "float": float, "bool": bool}
 
 #: mtime_ns, size and inode of a model.json.
 _Signature = tuple[int, int, int]
@@ -152,6 +140,10 @@ def read_artefact(folder: Path) -> Artefact:
                 f"Install it again: {install_command(folder.name)}"
             )
         artefact = _parse(facts if facts["format"] == FORMAT_VERSION else _from_format_2(facts), folder)
+        for file in (*artefact.files, *(sample.file for sample in artefact.samples)):
+            # A model.json may come from elsewhere, and names in it must not lead out of its folder.
+            if not _FILE.fullmatch(file):
+                raise ValueError(f"{file!r} is not a plain file name")
         for file, (size, _) in artefact.files.items():
             if (folder / file).stat().st_size != size:
                 raise BrokenArtefact(f"{folder / file} is cut short. Delete the folder and install the model again.")
@@ -173,28 +165,21 @@ def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
     """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
-    storage = facts["storage"]
-    plain: dict[str, Any] = {name: str(facts[name]) for name in _TEXTS}
-    plain |= {name: int(facts[name]) for name in ("height", "width", "preprocessing_version")}
     return Artefact(
-        **plain,
+        **plain_fields(Artefact, facts),
         crop=None if facts["crop"] is None else float(facts["crop"]),
         columns=tuple(map(str, facts["columns"])),
         labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
-        storage=storage
-        and Storage(
-            f32_bytes=int(storage["f32_bytes"]),
-            f16_bytes=int(storage["f16_bytes"]),
-            largest_difference=float(storage["largest_difference"]),
-            is_same_top_five=bool(storage["is_same_top_five"]),
-        ),
-        samples=tuple(
-            Sample(file=_plain_file_name(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
-            for sample in facts["samples"]
-        ),
-        files={_plain_file_name(file): (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
+        storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
+        samples=tuple(Sample(**plain_fields(Sample, each), output=each["output"]) for each in facts["samples"]),
+        files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
         folder=folder,
     )
+
+
+def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the fields of a record that are a text, a number or a bool."""
+    return {each.name: _PLAIN_TYPES[each.type](facts[each.name]) for each in fields(kind) if each.type in _PLAIN_TYPES}
 
 
 def check_files(artefact: Artefact) -> None:
@@ -258,13 +243,6 @@ def installed_digest(models: Path, name: str) -> str | None:
         return find_artefact(models, name).digest
     except (NotInstalled, UnknownModel, ModelError):
         return None
-
-
-def _plain_file_name(file: Any) -> str:
-    # A model.json may come from elsewhere, and names in it must not lead out of its folder.
-    if not isinstance(file, str) or not _FILE.fullmatch(file):
-        raise ValueError(f"{file!r} is not a plain file name")
-    return file
 
 
 def _not_installed(name: str) -> NotInstalled:

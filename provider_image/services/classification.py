@@ -76,7 +76,7 @@ class Classification:
     )
 
     def load(self, artefact: Artefact, device: Device) -> Net:
-        """Load the artefact's graph. :raises BrokenArtefact: it cannot be loaded."""
+        """Load the artefact's graph."""
         from provider_image.backends import load_net
 
         return load_net(artefact, device)
@@ -84,7 +84,7 @@ class Classification:
     def prepare(
         self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
     ) -> Any:
-        """Decode the image to the model's input size. :raises BadInput: it cannot be used."""
+        """Decode the image to the model's input size."""
         return load_image(inputs["image"], artefact, is_resized=is_resized)
 
     def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:

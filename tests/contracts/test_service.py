@@ -11,7 +11,7 @@ import pytest
 from provider_image.backends import Device
 from provider_image.compiler import can_build_now, ensure_installed
 from provider_image.errors import BadInput, InvalidParams, MalformedChunk, MalformedResults
-from provider_image.images.resizing import ModelInput, resize
+from provider_image.images.resizing import resize
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.precision import TOLERANCE
 from provider_image.service import Output, are_inputs, check_files, check_params, describe_inputs, primary_input
@@ -188,9 +188,9 @@ def test_resized_image_gives_the_same_output_and_is_smaller(answered):
     images = {name for name, one in answered.service.inputs.items() if one.kind == "image"}
     if not images or not artefact.height:
         pytest.skip("its images are not resized")
-    model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
+    size = (artefact.height, artefact.width, artefact.crop)
 
-    resized = {name: resize(data, model_input) if name in images else data for name, data in inputs.items()}
+    resized = {name: resize(data, *size) if name in images else data for name, data in inputs.items()}
 
     assert sum(map(len, resized.values())) < sum(map(len, inputs.values()))
     assert answered.run(inputs=resized, is_resized=True) == answered.output
@@ -226,7 +226,7 @@ def test_image_that_cannot_be_used_is_refused_with_the_same_message_before_it_is
         if one.kind != "image" or not artefact.height:
             continue
         with pytest.raises(BadInput) as here:
-            resize(data, ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop))
+            resize(data, artefact.height, artefact.width, artefact.crop)
         with pytest.raises(BadInput) as there:
             answered.prepare({**answered.inputs, name: data})
 

@@ -8,12 +8,13 @@ import random
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from provider_image.backends import Device
-from provider_image.backends.openvino import import_openvino, load_net, run_graph
+from provider_image.backends.openvino import OpenvinoNet, compile_graph, import_openvino, load_net
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import read_artefact
 from tests.provider_image.conftest import ROOT
@@ -104,7 +105,8 @@ def test_weights_are_not_in_memory_twice_while_a_graph_is_compiled(tmp_path):
 def test_weights_that_were_given_back_still_answer(tmp_path):
     expected, _ = make_large_graph(tmp_path)
 
-    (answer,) = run_graph(tmp_path / "model.xml", [np.ones((32, 32, 3), np.uint8)])
+    net = OpenvinoNet(SimpleNamespace(name="large"), compile_graph(tmp_path / "model.xml", 1, "f32"), 1)
+    (answer,) = net.infer([np.ones((32, 32, 3), np.uint8)])
 
     np.testing.assert_allclose(answer, expected, rtol=1e-3, atol=1e-4)
 
