@@ -37,8 +37,26 @@ programs (in HTTP responses and results files); `permanent` means that a retry c
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+#: What readers of files raise for damaged or manipulated ones, according to their code and to fuzzing reports.
+DAMAGED_FILE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class MlgError(Exception):
