@@ -23,7 +23,6 @@ from provider_image.backends import Device, Net
 from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE
 from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
 from provider_image.services import load_service
 
@@ -91,7 +90,7 @@ class NetCache:
             net = implementation.load(artefact, self.device)
         except BrokenArtefact as error:
             # Its model.json is intact, so the damage is only found now.
-            artefact = _rebuild(self._models, model, error)
+            artefact = _find_or_build(self._models, model, error)
             net = implementation.load(artefact, self.device)
         self._nets[key] = net
         return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
@@ -102,26 +101,18 @@ def _has_compiler() -> bool:
     return importlib.util.find_spec("provider_image.compiler") is not None
 
 
-def _find_or_build(models: Path, model: str) -> Artefact:
-    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`."""
-    if not _has_compiler():
-        return find_artefact(models, model)
-    from provider_image.compiler import ensure_installed
+def _find_or_build(models: Path, model: str, broken: BrokenArtefact | None = None) -> Artefact:
+    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`.
 
-    return ensure_installed(models, model)
+    :param broken: why the installed one cannot be loaded; raised if it cannot be built again.
+    """
+    if _has_compiler():
+        from provider_image.compiler import ensure_installed
 
-
-def _rebuild(models: Path, model: str, error: BrokenArtefact) -> Artefact:
-    """Build the model of a damaged artefact again. :raises BrokenArtefact: `error`, where that needs a download."""
-    row = CATALOGUE.get(model)
-    if row is None or not _has_compiler():
-        raise error
-    from provider_image.compiler import build, can_build_now
-
-    if not can_build_now(row):
-        raise error
-    logger.warning("building the model again: %s", error, extra={"model": model})
-    return build(models, row, again=True)
+        return ensure_installed(models, model, broken=broken)
+    if broken is not None:
+        raise broken
+    return find_artefact(models, model)
 
 
 def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:

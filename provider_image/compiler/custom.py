@@ -95,11 +95,7 @@ def build(
     :param f16_within: see `verification.verify_and_install`.
     :param on_step: called with the name of each step.
     :raises ConfigError: it cannot have this name, title or size.
-    :raises CompilerMissing: tensorflow is not installed.
-    :raises WeightsMissing: there is no such file.
-    :raises UnsafeModelFile: the file could run code or read other files. It has not been loaded.
-    :raises UnsuitableModel: it is not a classifier of one image, or the labels do not fit.
-    :raises CompilationFailed: the graph gives other results than Keras.
+    :raises ModelError: it cannot be built; a file that is not safe has not been loaded.
     :raises NotInstalled: the models folder cannot be written.
     """
     _check_name(models, custom)
@@ -135,21 +131,15 @@ def build(
             return _predictions(keras, network, draft, arrays, head)
 
         on_step("converting")
-        graph = to_graph(_SingleOutput(keras, network), draft, head)
+        graph = to_graph(_single_output(keras, network), draft, head)
         return verify_and_install(
             graph, folder, models, draft, reference=reference, f16_within=f16_within, on_step=on_step
         )
 
 
-class _SingleOutput:
-    """A network whose single output is taken out of any structure around it."""
-
-    def __init__(self, keras: Any, network: Any) -> None:
-        self._flatten = keras.tree.flatten
-        self._network = network
-
-    def __call__(self, pixels: Any, *, training: bool) -> Any:
-        return self._flatten(self._network(pixels, training=training))[0]
+def _single_output(keras: Any, network: Any) -> Callable[..., Any]:
+    """Take the single output of a network out of any structure around it."""
+    return lambda pixels, *, training: keras.tree.flatten(network(pixels, training=training))[0]
 
 
 def _check_name(models: Path, custom: CustomModel) -> None:
@@ -290,6 +280,6 @@ def _predictions(keras: Any, network: Any, row: ModelFacts, arrays: Arrays, head
     """
     import numpy as np
 
-    single_output = _SingleOutput(keras, network)
+    single_output = _single_output(keras, network)
     inputs = [np.asarray(preprocess(array.astype(np.float32), row.preprocessing), np.float32)[None] for array in arrays]
     return [np.asarray(apply_head(single_output(each, training=False), head))[0] for each in inputs]

@@ -45,9 +45,7 @@ def build(
     :param again: build even then, for example with another f16_within.
     :param f16_within: see `verification.verify_and_install`.
     :param on_step: called with the name of each step.
-    :raises CompilerMissing: tensorflow is not installed.
-    :raises WeightsMismatch: the file does not contain the weights of this model.
-    :raises CompilationFailed: the graph gives other results than Keras.
+    :raises ModelError: it cannot be built.
     :raises NotInstalled: the models folder cannot be written.
     """
     with build_folder(models, row.name) as folder:

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import WeightsMismatch
+from provider_image.errors import DAMAGED_FILE_ERRORS, WeightsMismatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,17 +23,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 #: Torch's storage class -> (numpy type, bytes per element).
 _STORAGES = {"FloatStorage": ("<f4", 4), "LongStorage": ("<i8", 8)}
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    struct.error,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    OverflowError,
-)
+_READ_ERRORS = (pickle.UnpicklingError, ImportError, *DAMAGED_FILE_ERRORS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,11 +44,7 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
 
     :param max_pixels: limit for width x height. Checked as soon as the size is known, so that a decompression bomb is
         reported as too large even when the rest of the file is missing.
-    :raises EmptyImage: there are no bytes.
-    :raises UnsupportedFormat: the format is recognised but not supported; names it.
-    :raises NotAnImage: the format is not recognised.
-    :raises ImageTooLarge: it declares more than max_pixels.
-    :raises BrokenImage: the header is invalid, or the end of the file is missing.
+    :raises BadInput: EmptyImage, UnsupportedFormat, NotAnImage, ImageTooLarge or BrokenImage.
     """
     if not data:
         raise EmptyImage()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import BadInput
-from provider_image.images.decoding import DECODE_ERRORS, decode
+from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput
+from provider_image.images.decoding import decode
 from provider_image.images.headers import read_header
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def decode_resized(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]
                 raise BadInput(f"It has {image.mode} pixels, {image.width} x {image.height}, or several frames.")
             image.load()
             return np.asarray(image)
-    except (BadInput, *DECODE_ERRORS, PIL.Image.DecompressionBombError) as error:
+    except (BadInput, *DAMAGED_FILE_ERRORS, PIL.Image.DecompressionBombError) as error:
         raise BadInput(
             f"A resized image must be a WebP file of {width} x {height} RGB pixels. Use the same version of mlg where "
             f"images are resized and where they are classified. {error}"

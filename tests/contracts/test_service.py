@@ -18,7 +18,7 @@ from provider_image.service import Output, are_inputs, check_files, check_params
 from provider_image.services import REGISTRY, load_service
 from tests.extensions import TEST_SERVICES, install_extension_models, sample_inputs
 
-NAMES = [*sorted(REGISTRY), *TEST_SERVICES]
+NAMES = sorted({*REGISTRY, *TEST_SERVICES})
 PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
 PAIRS += [(service, model) for service, model in TEST_SERVICES.items()]
 

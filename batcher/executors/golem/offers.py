@@ -40,8 +40,6 @@ _CPU, _DURATION = "golem.usage.cpu_sec", "golem.usage.duration_sec"
 class BadOffer(MlgError):
     """The prices of the offer cannot be read."""
 
-    code = "bad_offer"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
