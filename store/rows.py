@@ -76,7 +76,7 @@ def _conversion(hint: Any) -> Callable[[Any], Any] | None:
         return from_text
     if typing.get_origin(hint) is Mapping:
         item: Any = hint.__args__[1]
-        if is_dataclass(item):
+        if is_dataclass(hint.__args__[1]):
             return lambda text: {name: item(**values) for name, values in json.loads(text).items()}
         return json.loads
     if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
