@@ -29,13 +29,14 @@ import enum
 import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from store.cost_split import ZERO, split, to_amount, total
 from store.database import Database, Transaction
+from store.reservations import commit_reservation, settle_reservation
 from store.rows import from_row, to_row, to_text
 
 #: What costs can be grouped by.
@@ -200,6 +201,18 @@ class AgreementRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Commitment:
+    """What an agreement may cost; see `reservations.py`."""
+
+    #: Of the reservation that was made for it.
+    id: str
+    #: The batcher that spends it, and what for.
+    batcher_id: str
+    purpose: str
+    amount: Decimal
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActivityRecord:
     """One activity that ran under an agreement."""
 
@@ -264,13 +277,26 @@ class CostRow:
 
 def split_invoices(transaction: Transaction, agreement_id: str) -> None:
     """Split the accepted amount of an agreement over its finished chunks; nothing before an invoice is decided."""
-    decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
-    if not decided:
+    amount = _paid(transaction, agreement_id)
+    if amount is None:
         return
-    amount = total(Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED)
     chunks = transaction.execute(_CHUNKS_TO_SPLIT, (agreement_id,)).fetchall()
     for chunk, share in zip(chunks, split(amount, [row["seconds"] or 0.0 for row in chunks]), strict=True):
         transaction.execute(_SET_SHARE, (to_amount(share), chunk["id"]))
+
+
+def _paid(transaction: Transaction, agreement_id: str) -> Decimal | None:
+    """Return what was paid for an agreement, 0 if its invoice was refused; None before an invoice is decided."""
+    decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
+    accepted = [Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED]
+    return total(accepted) if decided else None
+
+
+def _settle(transaction: Transaction, agreement_id: str, now: str) -> None:
+    """Settle the reservation of an agreement, if its invoice is decided."""
+    amount = _paid(transaction, agreement_id)
+    if amount is not None:
+        settle_reservation(transaction, agreement_id, amount, now)
 
 
 @dataclass
@@ -299,9 +325,20 @@ class Ledger:
         """Record that an allocation was released. The first release counts."""
         self._database.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
-    def record_agreement(self, agreement: AgreementRecord) -> None:
-        """Record an agreement; does nothing when it is known."""
-        self._database.execute(_RECORD_AGREEMENT, to_row(agreement))
+    def record_agreement(self, agreement: AgreementRecord, commitment: Commitment | None = None) -> None:
+        """Record an agreement; does nothing when it is known.
+
+        :param commitment: what it may cost; counts against the caps until its invoice is accepted or refused.
+        """
+
+        def write(transaction: Transaction) -> None:
+            transaction.execute(_RECORD_AGREEMENT, to_row(agreement))
+            if commitment is not None:
+                now = to_text(agreement.created_at)
+                commit_reservation(transaction, agreement.id, **asdict(commitment), now=now)
+                _settle(transaction, agreement.id, now)
+
+        self._database.write(write)
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """Record why an agreement ended. The first end counts."""
@@ -326,6 +363,7 @@ class Ledger:
         def write(transaction: Transaction) -> None:
             if transaction.execute(_RECORD_INVOICE, row).rowcount:
                 split_invoices(transaction, invoice.agreement_id)
+                _settle(transaction, invoice.agreement_id, row["settled_at"] or row["received_at"])
 
         self._database.write(write)
 
