@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batcher.backoff import Backoff
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
@@ -29,8 +30,8 @@ from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.services import load_service
 from store.requests import Answer, Blame, Claim
 
-#: Seconds before an item that failed alone is tried again, by its failures so far.
-BACKOFF_SECONDS = (1.0, 4.0, 16.0)
+#: Pauses before an item that failed alone is tried again.
+ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
 #: Seconds before work is tried again that failed without fault of its items: an unusable model, a full disk.
 UNAVAILABLE_RETRY_SECONDS = 30.0
 #: Errors of the model, not of the items: other chunks of the model would fail the same way.
@@ -185,7 +186,7 @@ def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
 
 def _blame_item(item: PlannedItem, error: MlgError) -> ClaimFailure:
     attempts = max(claim.attempts for claim in item.claims)
-    return _make_failure(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
+    return _make_failure(item, error, Blame.ITEM, ITEM_BACKOFF.after(attempts + 1))
 
 
 def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> ClaimFailure:

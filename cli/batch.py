@@ -73,12 +73,8 @@ def batch(
     import asyncio
     import secrets
 
-    from batcher.executors import Executor, load_executor
     from batcher.scheduler import run_batcher
     from store.store import Store
-
-    def make_executor(executor_settings: BatcherSettings) -> Executor:
-        return load_executor(executor_settings.executor, executor_settings, store)
 
     store = Store(home_settings)
     try:
@@ -88,7 +84,7 @@ def batch(
                 settings,
                 home_settings,
                 store,
-                make_executor,
+                variables,
                 batcher_id=secrets.token_hex(16),
                 is_once=once,
                 parent_fd=parent_fd,

@@ -43,7 +43,7 @@ LEVELS = {
         "process",
     ),
     "batcher": (
-        "errors subprocesses workspace planner",
+        "backoff errors subprocesses workspace planner",
         "image_build",
         "executors settings",
         "resizing",
