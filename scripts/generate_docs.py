@@ -78,9 +78,8 @@ def headings() -> dict[str, str]:
     """Return settings record -> heading of its table, executors included."""
     found = dict(HEADINGS)
     for name, factory in sorted(REGISTRY.items(), reverse=True):
-        module = Path(*factory.partition(":")[0].split("."))
-        is_folder = (ROOT / module).parent.name != "executors"
-        for path in (ROOT / module).parent.glob("*.py") if is_folder else [ROOT / f"{module}.py"]:
+        place = ROOT.joinpath(*factory.partition(":")[0].split(".")[:3])  # batcher/executors/NAME, a folder or a file
+        for path in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.ClassDef) and node.name.endswith("Settings"):
                     found[node.name] = name.capitalize()
