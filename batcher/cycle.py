@@ -264,6 +264,7 @@ class Cycle:
         """Process one chunk from packing to recording. Never raises."""
         packed: PackedChunk | None = None
         outcome = Outcome(provider=None, seconds=0.0)
+        failed: Outcome | None = None
         try:
             try:
                 packed = await asyncio.get_running_loop().run_in_executor(self._packers, self._pack, planned)
@@ -278,27 +279,21 @@ class Cycle:
                 resolve_chunk, packed, outcome, self._settings.models, is_stopping=self._is_stopping
             )
         except OSError as error:
+            # A full disk or a missing folder is no item's fault. But an image on a bad sector (EIO) must not block its
+            # chunk for ever.
             failure = StoreUnavailable(f"A chunk could not be written: {error}")
-            # A full disk or a missing folder is no item's fault, and an immediate retry is useless. But an image on a
-            # bad sector (EIO) must not block its chunk for ever.
-            is_blameless = error.errno != errno.EIO
-            if is_blameless:
-                self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
-            failed = Outcome.not_run(failure, is_blameless=is_blameless)
-            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
-        except ResizingUnavailable as error:
-            self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
-            failed = Outcome.not_run(error)
-            chunk_outcome = resolve_failed_chunk(planned.items, failed, is_stopping=self._is_stopping)
+            failed = Outcome.not_run(failure, is_blameless=error.errno != errno.EIO)
         except MlgError as error:
-            chunk_outcome = resolve_failed_chunk(
-                planned.items if packed is None else packed.items, Outcome.not_run(error, is_blameless=False)
-            )
+            failed = Outcome.not_run(error, is_blameless=isinstance(error, ResizingUnavailable))
         except Exception as error:
             # A bug here or in an executor must not stop the batcher, and its chunk must not be retried for ever.
             log.exception("a chunk failed", extra={"model": planned.model})
             failed = Outcome.not_run(ChunkError(f"{type(error).__name__}: {error}"), is_blameless=False)
-            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
+        if failed is not None:
+            if failed.is_blameless:  # an immediate retry is useless
+                self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
+            items = planned.items if packed is None else packed.items
+            chunk_outcome = resolve_failed_chunk(items, failed, is_stopping=self._is_stopping)
         try:
             await self._record(planned, packed, outcome, chunk_outcome)
         finally:

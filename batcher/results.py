@@ -112,7 +112,17 @@ def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_sto
         item_error = _item_error(packed.planned.service, artefact, result)
         if item_error is None:
             items_done += 1
-            answers += _answers(packed, item, result, artefact, outcome.provider)
+            answers += [
+                Answer(
+                    claim=claim,
+                    output=result.output,
+                    digest=artefact.digest,
+                    chunk_id=packed.chunk_id,
+                    provider=outcome.provider or "unknown",
+                    seconds=result.seconds,
+                )
+                for claim in item.claims
+            ]
         else:
             failures.append(_item_failure(item, item_error))
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
@@ -141,14 +151,14 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
     if outcome.is_blameless or is_model_unusable:
-        blame, delay = Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
-        failures: tuple[ClaimFailure, ...] = tuple(_make_failure(item, error, blame, delay) for item in failed)
+        delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+        failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
-        failures = (_blame_item(failed[0], error),)
+        failures = [_blame_item(failed[0], error)]
     else:
         # Due immediately, in smaller chunks: the item at fault is found, and the others are answered.
-        failures = tuple(_make_failure(item, error, Blame.CHUNK, 0.0) for item in failed)
-    return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
+        failures = [_make_failure(failed, error, Blame.CHUNK, 0.0)]
+    return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
 def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
@@ -161,53 +171,27 @@ def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgErro
     return None
 
 
-def _answers(
-    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
-) -> list[Answer]:
-    return [
-        Answer(
-            claim=claim,
-            output=result.output,
-            digest=artefact.digest,
-            chunk_id=packed.chunk_id,
-            provider=provider or "unknown",
-            seconds=result.seconds,
-        )
-        for claim in item.claims
-    ]
-
-
 def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
     if isinstance(error, BadInput):
         # Decided by the error's class here, not by the provider's `permanent` flag.
-        return ClaimFailure(claims=item.claims, code=error.code, reason=_printable(error), blame=None)
+        return _make_failure([item], error, None)
     return _blame_item(item, error)
 
 
 def _blame_item(item: PlannedItem, error: MlgError) -> ClaimFailure:
     attempts = max(claim.attempts for claim in item.claims)
-    return _make_failure(item, error, Blame.ITEM, ITEM_BACKOFF.after(attempts + 1))
+    return _make_failure([item], error, Blame.ITEM, ITEM_BACKOFF.after(attempts + 1))
 
 
-def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> ClaimFailure:
+def _make_failure(
+    items: Iterable[PlannedItem], error: MlgError, blame: Blame | None, delay_seconds: float = 0.0
+) -> ClaimFailure:
     return ClaimFailure(
-        claims=item.claims, code=error.code, reason=_printable(error), blame=blame, delay_seconds=delay_seconds
-    )
-
-
-def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
-    """Merge failures that differ only in their claims, so that the store needs one commit for all."""
-    if not failures:
-        return ()
-    first = failures[0]
-    return (
-        ClaimFailure(
-            claims=tuple(claim for failure in failures for claim in failure.claims),
-            code=first.code,
-            reason=first.reason,
-            blame=first.blame,
-            delay_seconds=first.delay_seconds,
-        ),
+        claims=tuple(claim for item in items for claim in item.claims),
+        code=error.code,
+        reason=_printable(error),
+        blame=blame,
+        delay_seconds=delay_seconds,
     )
 
 

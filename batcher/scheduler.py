@@ -8,12 +8,13 @@ overlap however long one takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -100,30 +101,19 @@ class Batcher:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run cycles on the timer until stopped. :raises MlgError: the executor cannot start."""
-        scheduler = self._scheduler()
-        polling: asyncio.Task[None] | None = None
-        watching_controls: asyncio.Task[None] | None = None
-        try:
-            await self._executor.start()
-            await self._apply_controls()
-            await self._send_heartbeat()
+        async with self._running() as scheduler:
             now = datetime.now(UTC)
             scheduler.add_job(self._flush, "interval", seconds=self._settings.every_seconds, next_run_time=now)
-            scheduler.add_job(self._send_heartbeat, "interval", seconds=self._timings.heartbeat_seconds)
             scheduler.add_job(self._purge, "interval", seconds=self._timings.purge_seconds, next_run_time=now)
-            scheduler.start()
             polling = asyncio.create_task(self._poll_loop())
-            watching_controls = asyncio.create_task(self._watch_controls())
-            while not stop.is_set():
-                await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
-                tally = await self._cycle.run(stop)
-                if tally.claimed:
-                    log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
-        finally:
-            for task in (polling, watching_controls):
-                if task is not None:
-                    task.cancel()
-            await self._shut_down(scheduler)
+            try:
+                while not stop.is_set():
+                    await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
+                    tally = await self._cycle.run(stop)
+                    if tally.claimed:
+                        log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
+            finally:
+                polling.cancel()
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
         """Process everything that waits now, back-offs included, and end.
@@ -134,15 +124,7 @@ class Batcher:
         """
         started_at = time.monotonic()
         total = Tally()
-        scheduler = self._scheduler()
-        watching_controls: asyncio.Task[None] | None = None
-        try:
-            await self._executor.start()
-            await self._apply_controls()
-            await self._send_heartbeat()
-            scheduler.add_job(self._send_heartbeat, "interval", seconds=self._timings.heartbeat_seconds)
-            scheduler.start()
-            watching_controls = asyncio.create_task(self._watch_controls())
+        async with self._running():
             initial_backlog = _InitialBacklog(self._store.requests, self._timings.once_backlog_seconds)
             while True:
                 self._cycle.flush()
@@ -157,10 +139,6 @@ class Batcher:
                 await _wait_for_first(asyncio.sleep(self._timings.once_poll_seconds), stop.wait())
             left = {model: (count, self._waiting_reason(model)) for model, count in waiting.items()}
             await self._purge()
-        finally:
-            if watching_controls is not None:
-                watching_controls.cancel()
-            await self._shut_down(scheduler)
         return OnceReport(
             done=total.done,
             failed=total.failed,
@@ -170,13 +148,30 @@ class Batcher:
             left=left,
         )
 
-    # Jobs
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[AsyncIOScheduler]:
+        """Start the executor and, until the block ends, send heartbeats and obey the operator's controls.
 
-    @staticmethod
-    def _scheduler() -> AsyncIOScheduler:
+        :return: a scheduler for further jobs.
+        """
         # A late job runs late and once. The time zone is given because looking up the local one can fail.
         defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
-        return AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
+        scheduler = AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
+        watching_controls: asyncio.Task[None] | None = None
+        try:
+            await self._executor.start()
+            await self._apply_controls()
+            await self._send_heartbeat()
+            scheduler.add_job(self._send_heartbeat, "interval", seconds=self._timings.heartbeat_seconds)
+            scheduler.start()
+            watching_controls = asyncio.create_task(self._watch_controls())
+            yield scheduler
+        finally:
+            if watching_controls is not None:
+                watching_controls.cancel()
+            await self._shut_down(scheduler)
+
+    # Jobs
 
     async def _flush(self) -> None:
         self._cycle.flush()
