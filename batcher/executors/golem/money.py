@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -25,6 +25,8 @@ from store.store import Store
 
 log = logging.getLogger(__name__)
 
+#: Why an agreement ended that a killed batcher left open.
+GONE_REASON = "The batcher that made it no longer runs."
 #: With less than this, in GLM, nothing can be done.
 _SMALLEST_AMOUNT = Decimal("1e-9")
 #: Name of a cap -> its title, and what to do when it is reached.
@@ -119,15 +121,22 @@ class Money:
         if self._denial is not None and check_caps(self._caps, await self._used(), self._denial.extra) is None:
             self._denial = None
 
-    def recover(self, is_gone: Callable[[str], bool]) -> None:
-        """Release what batchers that no longer run reserved without an agreement; write off what nobody billed.
+    def recover(self, is_gone: Callable[[str], bool], *, running: Collection[str]) -> None:
+        """Release what batchers that no longer run reserved without an agreement, and write off what nobody billed.
 
-        Their agreements stay committed. Called in a thread. :raises StoreError:
+        Called in a thread, after what they left at the daemon is committed.
+
+        :param running: agreements that could not be ended.
+        :raises StoreError:
         """
+        now = self.clock()
         for batcher_id in self.reservations.reserving_batchers():
             if batcher_id != self.owner and is_gone(batcher_id):
                 self.reservations.release_all_of(batcher_id)
-        now = self.clock()
+        for reservation in self.reservations.list(is_open=True):
+            agreement_id = reservation.agreement_id
+            if agreement_id is not None and agreement_id not in running and is_gone(reservation.batcher_id):
+                self.ledger.end_agreement(agreement_id, reason=GONE_REASON, now=now)
         self.reservations.write_off(ended_before=now - timedelta(seconds=self.timings.write_off_seconds), now=now)
 
     def close(self) -> None:

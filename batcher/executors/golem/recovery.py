@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
+from batcher.executors.golem.money import GONE_REASON
 from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
@@ -88,6 +89,8 @@ class Recovery:
 
     def __init__(self, parts: GolemParts, engine: Any, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         self._parts = parts
+        #: Agreements that could not be ended.
+        self._running: set[str] = set()
         #: True as long as nothing failed.
         self.is_complete = True
         #: Agreements that were terminated, so that an invoice follows -> their seconds.
@@ -111,7 +114,7 @@ class Recovery:
         closed = await self._close_demands()
         closed += await self._end_agreements()
         # After that, because what was reserved for an agreement is committed to it first.
-        await asyncio.to_thread(self._parts.money.recover, self._is_gone)
+        await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
         closed += await self._release_allocations(set(keep_allocations))
         if closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", closed)
@@ -137,18 +140,14 @@ class Recovery:
                 if agreement.state == "Approved":
                     await asyncio.to_thread(self._commit, agreement)
                 reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
-                is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
-                if is_ended:
+                id, now = agreement.agreement_id, datetime.now(UTC)
+                if await self._try(end_agreement(self._engine, id, reason), "an agreement"):
+                    ended += 1
                     if agreement.state == "Approved":
-                        age = datetime.now(UTC) - agreement.timestamp
-                        self.terminated[agreement.agreement_id] = age.total_seconds()
-                    await asyncio.to_thread(
-                        self._ledger.end_agreement,
-                        agreement.agreement_id,
-                        reason="The batcher that made it no longer runs.",
-                        now=datetime.now(UTC),
-                    )
-                ended += is_ended
+                        self.terminated[id] = (now - agreement.timestamp).total_seconds()
+                    await asyncio.to_thread(self._ledger.end_agreement, id, reason=GONE_REASON, now=now)
+                else:
+                    self._running.add(id)
         return ended
 
     async def _release_allocations(self, keep: set[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -195,17 +196,22 @@ def test_the_next_batcher_releases_what_a_dead_one_reserved_and_writes_off_what_
         await dead.money.reserve("resnet50", Decimal("0.2"))
         reservation = await dead.money.reserve("resnet50", Decimal("0.3"))
         reservation.commit(replace(AGREEMENT, id="unbilled"), PRICE, 5.0)
-        await dead.writer.enqueue(store.ledger.end_agreement, "unbilled", reason="done", now=NOON)
+        running = await dead.money.reserve("resnet50", Decimal("0.2"))
+        running.commit(replace(AGREEMENT, id="running"), PRICE, 2.0)
+        await dead.writer.close()
 
         async with Spender(store, "b1", day="1") as spender:
-            await asyncio.to_thread(spender.money.recover, lambda batcher_id: batcher_id == "dead")
+            recover = functools.partial(spender.money.recover, lambda batcher_id: batcher_id == "dead")
+            await asyncio.to_thread(recover, running={"running"})
             left_at_first = await spender.money.left()
             spender.now += timedelta(days=2)
-            await asyncio.to_thread(spender.money.recover, lambda batcher_id: batcher_id == "dead")
+            await asyncio.to_thread(recover, running={"running"})
+            left_later = await spender.money.left()
+            await asyncio.to_thread(recover, running=())
 
-            assert left_at_first == Decimal("0.85")
-            assert await spender.money.left() == Decimal(1)
+            assert left_at_first == Decimal("0.73")  # 1 - 0.15 - 0.12
+            assert left_later == Decimal("0.88"), "what still runs is not written off"
+            assert store.ledger.agreements(is_open=True) == []
             assert store.reservations.caps("dead") == {}
-        await dead.writer.close()
 
     run(body())
