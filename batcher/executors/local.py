@@ -22,7 +22,7 @@ from typing import Any
 
 from batcher.backoff import Backoff
 from batcher.executors import ExecutorContext, Job, Outcome
-from batcher.executors.worker_process import ProcessTimings, WorkerProcess
+from batcher.executors.worker_process import WorkerProcess
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
@@ -84,7 +84,10 @@ class LocalTimings:
     stable_seconds: float = 5.0
     #: A worker must have warmed up within this time.
     warm_up_seconds: float = 120.0
-    process: ProcessTimings = ProcessTimings()
+    #: A process must listen within this time after its start; importing takes a tenth of a second.
+    start_seconds: float = 60.0
+    #: One that was asked to end is killed after this time.
+    stop_seconds: float = 2.0
 
 
 class LocalExecutor:
@@ -139,7 +142,7 @@ class LocalExecutor:
 
     def stop_seconds(self) -> float:
         """See Executor.stop_seconds."""
-        return self._timings.process.stop_seconds
+        return self._timings.stop_seconds
 
     async def close(self) -> None:
         """See Executor.close."""
@@ -190,7 +193,7 @@ class LocalExecutor:
             threads=max(1, available_cores() // self._settings.workers),
             precision=self._settings.precision,
             environment=self._context.environment,
-            timings=self._timings.process,
+            timings=self._timings,
         )
 
     async def _work_once(self, worker: WorkerProcess) -> bool:

@@ -12,27 +12,19 @@ import json
 import logging
 import shutil
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batcher.subprocesses import child_environment, exit_description, module_command
 from provider_image.errors import WorkerDied
 from provider_image.runtime_paths import socket_path
 
+if TYPE_CHECKING:
+    from batcher.executors.local import LocalTimings
+
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessTimings:
-    """Limits of a worker process, in seconds."""
-
-    #: It must listen within this time after its start; importing takes a tenth of a second.
-    start_seconds: float = 60.0
-    #: One that was asked to end is killed after this time.
-    stop_seconds: float = 2.0
 
 
 class WorkerProcess:
@@ -47,7 +39,7 @@ class WorkerProcess:
         threads: int,
         precision: str,
         environment: Mapping[str, str],
-        timings: ProcessTimings,
+        timings: LocalTimings,
     ) -> None:
         self.number = number
         self._timings = timings

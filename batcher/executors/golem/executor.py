@@ -55,7 +55,7 @@ class GolemExecutor:
         self._context = context
         self._settings = GolemSettings.from_env(context.environment) if settings is None else settings
         self._timings = timings
-        self._parts = GolemParts.make(context, self._settings, timings)
+        self._parts = GolemParts(context, self._settings, timings)
         self._job_queue = self._parts.job_queue
         self._session: Session | None = None
         self._sessions = 0

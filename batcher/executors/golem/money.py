@@ -19,6 +19,7 @@ from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
+from store.errors import StoreBusy
 from store.ledger import AgreementRecord, Commitment
 from store.reservations import Denial, amount_left, check_caps
 from store.store import Store
@@ -87,7 +88,7 @@ class Money:
         :raises BudgetReached: a cap does not allow it.
         :raises StoreError:
         """
-        reservation = Reservation(self, secrets.token_hex(16), purpose)
+        reservation = Reservation(self, secrets.token_hex(16), purpose, amount)
         await self.raise_to(reservation.id, purpose, amount)
         self._denial = None
         return reservation
@@ -157,8 +158,10 @@ class Money:
 class Reservation:
     """What one agreement may cost, before and after it is made."""
 
-    def __init__(self, money: Money, id: str, purpose: str) -> None:
+    def __init__(self, money: Money, id: str, purpose: str, amount: Decimal) -> None:
         self.id = id
+        #: What was reserved at first.
+        self.amount = amount
         #: Until when the agreement is paid for, in seconds after its start.
         self.covered_seconds = 0.0
         self._money = money
@@ -186,7 +189,9 @@ class Reservation:
         assert self._price is not None and self._committing is not None, "extended before it was committed"
         if seconds <= self.covered_seconds:
             return
-        await asyncio.shield(self._committing)
+        await asyncio.wait({self._committing}, timeout=self._money.timings.idle_poll_seconds)
+        if not self._committing.done():
+            raise StoreBusy()
         await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self._price, seconds))
         self.covered_seconds = max(seconds, self.covered_seconds)
 

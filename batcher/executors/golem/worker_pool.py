@@ -13,6 +13,7 @@ import logging
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 from batcher.errors import BudgetReached
@@ -211,15 +212,28 @@ class WorkerPool:
 
     def _commit(self, agreement: Any) -> None:
         """Record an agreement, which from now on may cost what was reserved for it."""
-        hire, self._hire = self._hire, None
         try:
             record, price = describe_agreement(agreement.details.raw_details, allocation_id=self.session.allocation_id)
         except BadOffer:
             return
-        if hire is not None:
-            self._commitments[record.id] = (hire, time.monotonic())
-            record = replace(record, model=self.model, created_at=datetime.now(UTC))
-            hire.commit(record, price, self.first_cover_seconds)
+        record = replace(record, model=self.model, created_at=datetime.now(UTC))
+        hire = self._hire
+        if hire is None or self._first_cost(price) > hire.amount:
+            # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
+            self.parts.ledger_writer.enqueue(self.parts.context.store.ledger.record_agreement, record)
+            return
+        self._hire = None
+        self._commitments[record.id] = (hire, time.monotonic())
+        hire.commit(record, price, self.first_cover_seconds)
+
+    def _check_commitment(self, agreement: Any) -> None:
+        """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
+        if agreement.id not in self._commitments:
+            self._cleanup.terminate_later(agreement.id, self._job.agreements_pool)
+            raise BudgetReached("More would be owed for this agreement than is reserved.")
+
+    def _first_cost(self, price: Price) -> Decimal:
+        return self._timings.cost_limit(price, self.first_cover_seconds)
 
     def _end_agreement(self, agreement_id: str, reason: str) -> None:
         ledger = self.parts.context.store.ledger
@@ -255,7 +269,7 @@ class WorkerPool:
             if self._hire is None:
                 return
             await job.agreements_pool.cycle()
-            task = await self.session.engine.start_worker(job, self._run_worker)
+            task = await self.session.engine.start_worker(job, self._run_worker, self._check_commitment)
         except Exception as error:
             log.info("no agreement for %s: %s", self.model, explain(error))
             return
@@ -271,27 +285,29 @@ class WorkerPool:
             await asyncio.sleep(0.02)
 
     async def _reserve(self, agreements_pool: Any) -> Reservation | None:
-        """Reserve what a start may cost at most, and remove the offers that are above the budget.
+        """Reserve what a start may cost with the dearest offer that the budget allows, and remove all dearer ones.
 
-        :return: None: even the cheapest is above it. If there is no worker either, all queued jobs end.
+        :return: None: even the cheapest is above the budget. If there is no worker either, all queued jobs end.
         :raises StoreError:
         """
         offers = agreements_pool._offer_buffer
-        prices = {id: Price.from_offer(buffered.proposal.props) for id, buffered in offers.items()}
-        costs = {id: self._timings.cost_limit(price, self.first_cover_seconds) for id, price in prices.items()}
+        costs = {id: self._first_cost(Price.from_offer(each.proposal.props)) for id, each in offers.items()}
         reservation = None
         try:
             left = await self.parts.money.left()
-            for id in [id for id, cost in costs.items() if left is not None and cost > left]:
-                offers.pop(id, None)
-            # The cheapest is tried even if it is above the budget, which then says why it is.
-            affordable = [costs[id] for id in offers if id in costs] or ([] if self.workers else [min(costs.values())])
-            if affordable:
-                reservation = await self.parts.money.reserve(self.model, max(affordable))
+            affordable = [cost for cost in costs.values() if left is None or cost <= left]
+            if affordable or (costs and not self.workers):
+                # Without an affordable one the cheapest is tried, which says which budget is used up.
+                amount = max(affordable) if affordable else min(costs.values())
+                reservation = await self.parts.money.reserve(self.model, amount)
         except BudgetReached as error:
-            offers.clear()
             if not self.workers:
                 self.parts.job_queue.fail_all(error)
+        for id in list(offers):
+            if id not in costs:
+                self._unsuited[id] = offers.pop(id)  # it came meanwhile
+            elif reservation is None or costs[id] > reservation.amount:
+                del offers[id]
         return reservation
 
     async def _run_worker(self, yapapi_context: Any) -> bool:
@@ -301,15 +317,15 @@ class WorkerPool:
         """
         parts, ledger = self.parts, self.parts.context.store.ledger
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
-        commitment = self._commitments.pop(yapapi_context._agreement.id, None)
+        reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
+        if reservation is None:
+            raise _WorkerFinished  # the agreement has ended already
         try:
             properties = yapapi_context._agreement_details.provider_view.properties
             name, price = describe_offer(properties, yapapi_context.provider_id)
         except MlgError as error:
             raise _WorkerFinished from error
-        if commitment is None:
-            raise _WorkerFinished  # an agreement that nothing is reserved for
-        worker = GolemWorker(self, yapapi_context, provider_name=name, price=price, reservation=commitment[0])
+        worker = GolemWorker(self, yapapi_context, provider_name=name, price=price, reservation=reservation)
         worker.is_stopping = self._is_closing
         self.workers.add(worker)
         parts.offer_evaluator.record_signed(worker.provider_id)
