@@ -57,11 +57,9 @@ class FallbackExecutor:
             raise
 
     def capacity(self, model: str) -> int:
-        """See Executor.capacity."""
         return max(member.capacity(model) for member in self._members)
 
     def workers(self) -> int:
-        """See Executor.workers."""
         return sum(member.workers() for member in self._members)
 
     def unavailable_reason(self, model: str) -> str | None:
@@ -70,7 +68,6 @@ class FallbackExecutor:
         return None if None in reasons else " ".join(reason for reason in reasons if reason)
 
     async def run(self, job: Job) -> Outcome:
-        """See Executor.run."""
         *first, last = self._members
         for member in first:
             if member.unavailable_reason(job.model) is None:
@@ -107,9 +104,7 @@ class FallbackExecutor:
             await asyncio.gather(running, beginning, return_exceptions=True)
 
     def stop_seconds(self) -> float:
-        """See Executor.stop_seconds."""
         return max(member.stop_seconds() for member in self._members)
 
     async def close(self) -> None:
-        """See Executor.close."""
         await asyncio.gather(*(member.close() for member in self._members))

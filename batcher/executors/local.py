@@ -117,15 +117,12 @@ class LocalExecutor:
         ]
 
     def capacity(self, model: str) -> int:
-        """See Executor.capacity."""
         return JOBS_PER_WORKER * self._settings.workers
 
     def workers(self) -> int:
-        """See Executor.workers."""
         return self._settings.workers
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.unavailable_reason: always None."""
         return None
 
     def pids(self) -> list[int]:
@@ -133,7 +130,6 @@ class LocalExecutor:
         return [worker.pid for worker in self._workers.values() if worker.pid is not None]
 
     async def run(self, job: Job) -> Outcome:
-        """See Executor.run."""
         if self._is_closed:
             return Outcome.not_run(WorkerDied("The executor is closed."))
         queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
@@ -141,11 +137,9 @@ class LocalExecutor:
         return await queued_job.outcome
 
     def stop_seconds(self) -> float:
-        """See Executor.stop_seconds."""
         return self._timings.stop_seconds
 
     async def close(self) -> None:
-        """See Executor.close."""
         self._is_closed = True
         for worker_loop in self._worker_loops:
             worker_loop.cancel()

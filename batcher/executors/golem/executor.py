@@ -1,4 +1,4 @@
-"""The golem executor: keeps a session open, distributes workers among models, and decides what follows a failure.
+"""The golem executor: keeps a session open, and distributes workers among models.
 
 Made by the registry. It and the modules without yapapi beside it make all decisions about money, providers and
 retries; yapapi negotiates, deploys, transfers and runs.
@@ -6,7 +6,6 @@ retries; yapapi negotiates, deploys, transfers and runs.
 Weaknesses compared with other executors: the first result takes seconds, because offers are collected first. A provider
 sees the images as they are sent (resized to the model's input, unless that is switched off). Its results are checked
 for format and identity, not for correctness.
-
 """
 
 from __future__ import annotations
@@ -94,15 +93,12 @@ class GolemExecutor:
             self._session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
-        """See Executor.capacity."""
         return JOBS_PER_WORKER * self._settings.max_workers
 
     def workers(self) -> int:
-        """See Executor.workers."""
         return self._settings.max_workers
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.unavailable_reason."""
         if self._session_error is not None:
             return self._session_error
         denial = self._parts.money.unavailable_reason()
@@ -119,7 +115,6 @@ class GolemExecutor:
         return self._parts.offer_evaluator.unavailable_reason(model)
 
     async def run(self, job: Job) -> Outcome:
-        """See Executor.run."""
         queued_job = QueuedJob(
             job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic()
         )
@@ -139,7 +134,6 @@ class GolemExecutor:
         return closing + self._settings.settle_seconds
 
     async def close(self) -> None:
-        """See Executor.close."""
         self._job_queue.close()
         if self._is_closed or self._session_task is None:
             self._is_closed = True
