@@ -86,6 +86,7 @@ def pack(
     ready = [
         _PackableItem(item=item, inputs={input_name: image_path(item.first.image_sha256)}) for item in planned.items
     ]
+    ready = [each for each in ready if each.exists()]
     rejected: tuple[RejectedItem, ...] = ()
     # Looked up once, so that digest and input size belong to the same artefact.
     model = _model(models, planned.model)
@@ -105,9 +106,9 @@ def pack(
             left = [each for each in ready if each.exists()]
             if len(left) == len(ready):
                 raise  # the folder is missing, not an image
-            ready = left
-        else:
-            break
+            ready = left  # an image was deleted after the check above
+            continue
+        break
     items = tuple(each.item for each in ready)
     not_missing = [*items, *(each.item for each in rejected)]
     return PackedChunk(

@@ -19,8 +19,8 @@ order. An invoice may come before its agreement is known, and an accepted one ne
 
 Amounts are in GLM, as exact decimals: text in the database, `Decimal` here, never floating point. Sums are made here
 and not in SQL, which knows only floating point. Weakness: adding up everything ever paid reads every invoice; with a
-hundred thousand, `spent` takes a tenth of a second and `costs` half a second. A budget passes `since`, which
-has an index. Long because it has the records, the statements and the rules of one noun.
+hundred thousand, `spent` takes a tenth of a second and `costs` half a second. The dashboard passes `since`
+for today, which has an index. Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations
@@ -107,34 +107,24 @@ _IS_SETTLED = """
         SELECT 1 FROM invoices WHERE agreement_id = agreements.id AND state IN ('accepted', 'refused')))
 """
 
-#: Whether the given batcher pays for the agreement in the column {agreement}; true when no batcher is given.
-_IS_PAID_BY = """
-    (:batcher_id IS NULL OR {agreement} IN (
-        SELECT agreements.id FROM agreements JOIN allocations ON allocations.id = allocation_id
-        WHERE batcher_id = :batcher_id))
-"""
-
-_PAID = f"""
+_PAID = """
     SELECT agreement_id, state, amount, settled_at FROM invoices
     WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
 _REFUSED = "SELECT agreement_id, amount, settled_at FROM invoices WHERE state = 'refused'"
 
 # A chunk's cost becomes final with the first decision about its agreement's invoice, so these have none yet.
-_ESTIMATES = f"""
+_ESTIMATES = """
     SELECT agreement_id, cost FROM chunks
     WHERE agreement_id IS NOT NULL AND is_cost_final = 0 AND finished_at IS NOT NULL AND cost IS NOT NULL
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
-_DEBITS = f"""
+_DEBITS = """
     SELECT agreement_id, activity_id, amount FROM debit_notes
     WHERE state = 'accepted' AND NOT EXISTS (
         SELECT 1 FROM invoices
         WHERE agreement_id = debit_notes.agreement_id AND state IN ('accepted', 'refused'))
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
 _WORK = """
@@ -385,15 +375,12 @@ class Ledger:
         prices = ("start_price", "price_per_cpu_second", "price_per_second")
         return [AgreementRecord(**from_row(row, amounts=prices)) for row in rows]
 
-    def spent(self, *, since: datetime | None = None, batcher_id: str | None = None) -> Decimal:
-        """Add up the amounts paid since a time and all open amounts.
-
-        :param batcher_id: only agreements paid from this batcher's allocations.
-        """
-        which = {"since": None if since is None else to_text(since), "batcher_id": batcher_id}
+    def spent(self, *, since: datetime | None = None) -> Decimal:
+        """Add up the amounts paid since a time and all open amounts."""
+        which = {"since": None if since is None else to_text(since)}
         with self._database.snapshot() as connection:
             paid = total(Decimal(row["amount"]) for row in connection.execute(_PAID, which))
-            unsettled = self._unsettled_costs(connection, batcher_id)
+            unsettled = self._unsettled_costs(connection)
         return total([paid, *unsettled.values()])
 
     def costs(self, by: str) -> list[CostRow]:
@@ -403,13 +390,12 @@ class Ledger:
         """
         if by not in COSTS_BY:
             raise ValueError(f"costs can be grouped by {', '.join(COSTS_BY)}, not by {by!r}")
-        everything = {"since": None, "batcher_id": None}
         with self._database.snapshot() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
-            paid = connection.execute(_PAID, everything).fetchall()
+            paid = connection.execute(_PAID, {"since": None}).fetchall()
             refused = connection.execute(_REFUSED).fetchall()
-            unsettled = self._unsettled_costs(connection, None)
+            unsettled = self._unsettled_costs(connection)
         #: agreement -> the first day on which an invoice of it was decided.
         days: dict[str, str] = {}
         for row in (*paid, *refused):
@@ -452,14 +438,13 @@ class Ledger:
         ]
 
     @staticmethod
-    def _unsettled_costs(connection: sqlite3.Connection, batcher_id: str | None) -> dict[str, Decimal]:
+    def _unsettled_costs(connection: sqlite3.Connection) -> dict[str, Decimal]:
         """Estimate the cost of every agreement without a decided invoice."""
-        which = {"batcher_id": batcher_id}
         estimates: dict[str, list[Decimal]] = defaultdict(list)
-        for row in connection.execute(_ESTIMATES, which):
+        for row in connection.execute(_ESTIMATES):
             estimates[row["agreement_id"]].append(Decimal(row["cost"]))
         activities: dict[str, dict[str, Decimal]] = defaultdict(dict)
-        for row in connection.execute(_DEBITS, which):
+        for row in connection.execute(_DEBITS):
             # Each note includes the earlier ones of its activity, so the latest is the largest.
             known = activities[row["agreement_id"]]
             known[row["activity_id"]] = max(Decimal(row["amount"]), known.get(row["activity_id"], ZERO))

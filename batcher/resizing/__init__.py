@@ -23,7 +23,7 @@ import subprocess
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,20 @@ EXIT_GRACE_SECONDS = 2.0
 #: Starts in a row that may end before the item begins: idle processes may be killed, but not endlessly.
 _MAX_STARTS = 3
 
-#: One item to resize: the kind of service, the fields of `ModelInput`, input name -> path of the file.
-ResizeJob = dict[str, Any]
 #: The result for an item: its resized inputs; why there are none; or that one of its files is missing.
 ResizeResult = dict[str, bytes] | MlgError | FileNotFoundError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeJob:
+    """One item to resize."""
+
+    #: The kind of service.
+    service: str
+    #: The fields of `ModelInput`.
+    model_input: dict[str, Any]
+    #: Input name -> path of the file.
+    inputs: dict[str, str]
 
 
 class Resizer:
@@ -88,8 +98,13 @@ class Resizer:
         :raises ResizingUnavailable: no process can be started, or this is closed; no item is at fault.
         :raises OSError: an existing file cannot be read.
         """
-        fields = {"service": service, "model_input": asdict(model_input)}
-        jobs = [{**fields, "inputs": {name: str(path) for name, path in item.items()}} for item in items]
+        model_input_fields = asdict(model_input)
+        jobs = [
+            ResizeJob(
+                service=service, model_input=model_input_fields, inputs={name: str(path) for name, path in item.items()}
+            )
+            for item in items
+        ]
         try:
             return list(self._threads.map(self._resize_one, jobs))
         except RuntimeError as error:
@@ -175,7 +190,7 @@ class Decoder:
         assert self._socket is not None and self._stream is not None
         try:
             self._socket.settimeout(limit_seconds)
-            self._stream.write(json.dumps({**job, "limit_seconds": limit_seconds}).encode() + b"\n")
+            self._stream.write(json.dumps({**asdict(job), "limit_seconds": limit_seconds}).encode() + b"\n")
             self._stream.flush()
             reply, data = self._read_reply()
         except TimeoutError as error:

@@ -374,26 +374,21 @@ def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """
     name = type(error).__name__
     if isinstance(error, MlgError):
-        return AttemptFailure(error=error, is_provider_fault=True)
-    if name == "BatchTimeoutError":
-        return AttemptFailure(error=ChunkTimeout(f"The provider did not {what} in time."), is_provider_fault=True)
-    if name == "CommandExecutionError":
+        found = error
+    elif name == "BatchTimeoutError":
+        found = ChunkTimeout(f"The provider did not {what} in time.")
+    elif name == "CommandExecutionError":
         message = " ".join(f"{getattr(error, 'message', '') or ''} {getattr(error, 'stderr', '') or ''}".split())
-        return AttemptFailure(
-            error=WorkerDied(f"The provider could not {what}: {message[:400]}"), is_provider_fault=True
-        )
-    if name == "BatchError":
+        found = WorkerDied(f"The provider could not {what}: {message[:400]}")
+    elif name == "BatchError":
         parts = " ".join(str(each) for each in error.args if each)
-        return AttemptFailure(
-            error=WorkerDied(f"The provider ended the activity: {parts[:300]}"), is_provider_fault=True
-        )
-    if name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
+        found = WorkerDied(f"The provider ended the activity: {parts[:300]}")
+    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
         broken = GolemUnavailable(f"The file server gftp failed: {explain(error)}. It is restarted.")
         return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
-    if isinstance(error, OSError) and getattr(error, "filename", None):
-        return AttemptFailure(
-            error=MalformedResults(f"The results file was not downloaded: {error.strerror}."), is_provider_fault=True
-        )
-    return AttemptFailure(
-        error=GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}."), is_provider_fault=False
-    )
+    elif isinstance(error, OSError) and getattr(error, "filename", None):
+        found = MalformedResults(f"The results file was not downloaded: {error.strerror}.")
+    else:
+        failed = GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}.")
+        return AttemptFailure(error=failed, is_provider_fault=False)
+    return AttemptFailure(error=found, is_provider_fault=True)
