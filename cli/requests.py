@@ -89,16 +89,27 @@ def list_requests(
 @requests.command("show")
 @home_option
 @click.argument("id")
+@click.option(
+    "--files",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the answer's files to a folder.",
+)
 @json_option
-def show(home: Path | None, id: str, as_json: bool) -> None:
+def show(home: Path | None, id: str, files: Path | None, as_json: bool) -> None:
     """Show all details of one request.
 
     \b
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+      mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8 --files answer/
     """
     with open_store(home) as store:
         request = store.requests.get(id)
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
+            for name, file in request.files.items():
+                (files / name).write_bytes(store.images.read(file.sha256))
     details = _to_json(request)
     if as_json:
         print_json_lines([details])
@@ -160,6 +171,8 @@ def _to_json(request: RequestRecord) -> dict[str, Any]:
 
 
 def _short_result(request: RequestRecord) -> str:
-    if request.output:
+    if request.output and request.service == "classification":
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
+    if request.output:
+        return json.dumps(request.output, ensure_ascii=False)[:60]
     return request.reason or ""

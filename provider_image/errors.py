@@ -8,6 +8,7 @@
     │   ├── BrokenImage
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
+    │   ├── NotARow
     │   ├── InvalidParams
     │   └── MalformedRequest
     ├── UnknownModel
@@ -55,6 +56,10 @@ class MlgError(Exception):
         """Return the message."""
         return str(self)
 
+    def to_reply(self) -> dict[str, Any]:
+        """Return what crosses the wire; see `error_from_reply`."""
+        return {"code": self.code, "reason": self.reason, "permanent": self.permanent}
+
 
 class BadInput(MlgError):
     """The input cannot be used. Send an image that opens in an image viewer."""
@@ -97,6 +102,12 @@ class TooManyBytes(BadInput):
     """The image file is too large. Send at most 2 MB: a smaller size or a stronger JPEG compression helps."""
 
     code = "too_large"
+
+
+class NotARow(BadInput):
+    """The table row cannot be used. Send a JSON object with a plain value for each column, like {"length": 5.1}."""
+
+    code = "not_a_row"
 
 
 class InvalidParams(BadInput):
@@ -215,6 +226,11 @@ class InferenceFailed(MlgError):
 
     code = "inference_failed"
 
+    @staticmethod
+    def from_exception(error: Exception) -> MlgError:
+        """Return an MlgError as it is, and one for any other exception, which is a bug in a service or a library."""
+        return error if isinstance(error, MlgError) else InferenceFailed(f"{type(error).__name__}: {error}")
+
 
 class ConfigError(MlgError):
     """A setting has a value that cannot be used."""
@@ -224,7 +240,7 @@ class ConfigError(MlgError):
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Rebuild the error from a reply whose `ok` is false. An unknown code becomes a ChunkError."""
+    """Rebuild the error from what `to_reply` returned, elsewhere. An unknown code becomes a ChunkError."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

@@ -23,15 +23,8 @@ MAX_FILES = 8
 MAX_DEPTH = 16
 #: Most characters of an item's reason; a longer one is truncated when written.
 MAX_REASON = 1000
-#: Allowed names of inputs and output files.
-FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
-
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
-_RESULTS_FIELDS = {
-    "version",
+#: The fields of results.json beside its version.
+RESULTS_FIELDS = [
     "chunk_id",
     "model",
     "digest",
@@ -41,7 +34,14 @@ _RESULTS_FIELDS = {
     "load_seconds",
     "peak_memory_bytes",
     "items",
-}
+]
+#: Allowed names of inputs and output files.
+FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
 
 
 def check_chunk(document: Any) -> None:
@@ -83,7 +83,7 @@ def check_results(document: Any) -> None:
 
     require(isinstance(document, dict), "results.json is not an object")
     require(document.get("version") == VERSION, f"its version is not {VERSION}")
-    require(document.keys() == _RESULTS_FIELDS, "results.json has missing or unknown fields")
+    require(document.keys() == {"version", *RESULTS_FIELDS}, "results.json has missing or unknown fields")
     require(
         _is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD),
         "its id or model is not a valid name",

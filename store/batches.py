@@ -27,6 +27,7 @@ from provider_image.errors import MlgError
 from store.cost_split import equal_share, total
 from store.database import Database, Transaction
 from store.errors import UnknownRequest
+from store.files import digests_of_files
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
 from store.requests import ROWS_PER_COMMIT, NewRequest, RequestRecord, insert_request, read_requests, request_row
@@ -86,7 +87,7 @@ _REMOVE_ITEMS = """
     DELETE FROM requests
     WHERE number IN (SELECT number FROM requests
                      WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
-    RETURNING image_sha256
+    RETURNING image_sha256, inputs, files
 """
 
 
@@ -362,7 +363,8 @@ class Batches:
             if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
             removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "rows_per_commit": ROWS_PER_COMMIT}).fetchall()
-            delete_unneeded_images(transaction.connection, self._images, {row[0] for row in removed})
+            digests = set().union(*map(digests_of_files, removed))
+            delete_unneeded_images(transaction.connection, self._images, digests)
             if len(removed) < ROWS_PER_COMMIT:
                 transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))

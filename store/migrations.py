@@ -638,6 +638,25 @@ def m010_reservations(db: sqlite_utils.Database) -> None:
         )
 
 
+def m011_files(db: sqlite_utils.Database) -> None:
+    """Files of requests beside the image: further inputs, and those of answers."""
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE requests ADD COLUMN files TEXT NOT NULL DEFAULT '{}'",
+        # Whether a file is still needed. A deleted request refers to nothing.
+        """
+        CREATE TABLE request_files (
+            number INTEGER NOT NULL REFERENCES requests (number) ON DELETE CASCADE,
+            is_input INTEGER NOT NULL CHECK (is_input IN (0, 1)),
+            sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+            PRIMARY KEY (number, is_input, sha256)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX request_files_sha256 ON request_files (sha256)",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -648,6 +667,7 @@ STEPS: tuple[Step, ...] = (
     m007_webhooks,
     m008_controls,
     m010_reservations,
+    m011_files,
 )
 
 

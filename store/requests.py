@@ -20,6 +20,7 @@ from typing import Any
 from store.cost_split import equal_share
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
+from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
 from store.rows import from_optional_text, from_text, to_text
@@ -34,21 +35,23 @@ ROWS_PER_COMMIT = 500
 MAX_ATTEMPTS = 3
 
 _FIND_ANSWER = """
-    SELECT output, digest, provider, seconds, chunk_id FROM requests
+    SELECT output, files, digest, provider, seconds, chunk_id FROM requests
     WHERE image_sha256 = :image_sha256 AND model = :model AND service = :service AND params = :params
-      AND digest = :digest AND state = 'done'
+      AND inputs = :inputs AND digest = :digest AND state = 'done'
     LIMIT 1
 """
 
 _ADD = """
     INSERT INTO requests (id, service, model, params, name, image_sha256, image_bytes, state, is_fresh, is_cached,
-                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output,
+                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output, inputs, files,
                           batch_id, client_id, labels, key_id, keep_seconds, deadline_at, webhook)
     VALUES (:id, :service, :model, :params, :name, :image_sha256, :image_bytes, :state, :is_fresh, :is_cached,
-            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output,
+            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output, :inputs, :files,
             :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at, :webhook)
     RETURNING *
 """
+
+_ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
 _GET = "SELECT * FROM requests WHERE id = ?"
 
@@ -85,7 +88,8 @@ _CLAIM = """
     SET state = 'claimed', token = token + 1, claimed_at = :now, lease_ends_at = :lease_ends_at
     WHERE number IN (SELECT number FROM requests INDEXED BY requests_queued
                      WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT :count)
-    RETURNING number, id, token, service, model, params, image_sha256, image_bytes, attempts, isolation, created_at
+    RETURNING number, id, token, service, model, params, image_sha256, image_bytes, inputs, attempts, isolation,
+              created_at
 """
 
 _RENEW = """
@@ -95,7 +99,8 @@ _RENEW = """
 _FINISH = """
     UPDATE requests
     SET state = 'done', lease_ends_at = NULL, finished_at = :now, chunk_id = :chunk_id, provider = :provider,
-        digest = :digest, seconds = :seconds, output = :output, share = :share, code = NULL, reason = NULL
+        digest = :digest, seconds = :seconds, output = :output, files = :files, share = :share,
+        code = NULL, reason = NULL
     WHERE number = :number AND token = :token AND state = 'claimed'
 """
 
@@ -259,8 +264,11 @@ class RequestRecord:
     code: str | None
     #: Message of that failure.
     reason: str | None
-    #: When retention deleted the image; None while it is kept.
+    #: When retention deleted the inputs; None while they are kept.
     image_deleted_at: datetime | None
+    #: Its inputs beside the image, and the files of its answer, by name.
+    inputs: Mapping[str, StoredFile] = field(default_factory=dict)
+    files: Mapping[str, StoredFile] = field(default_factory=dict)
     #: The batch it belongs to.
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
@@ -314,6 +322,8 @@ class RequestRecord:
             code=row["code"],
             reason=row["reason"],
             image_deleted_at=from_optional_text(row["image_deleted_at"]),
+            inputs=files_from_text(row["inputs"]),
+            files=files_from_text(row["files"]),
             batch_id=row["batch_id"],
             client_id=row["client_id"],
             labels=json.loads(row["labels"]),
@@ -351,6 +361,13 @@ class Claim:
     isolation: int
     #: When it was accepted.
     created_at: datetime
+    #: Its inputs beside the image, by name.
+    inputs: Mapping[str, StoredFile] = field(default_factory=dict)
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of all inputs."""
+        return self.image_bytes + sum(one.size_bytes for one in self.inputs.values())
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Claim:
@@ -367,6 +384,7 @@ class Claim:
             attempts=row["attempts"],
             isolation=row["isolation"],
             created_at=from_text(row["created_at"]),
+            inputs=files_from_text(row["inputs"]),
         )
 
 
@@ -386,6 +404,8 @@ class Answer:
     provider: str
     #: Seconds that the model spent.
     seconds: float
+    #: The files of the answer, by name.
+    files: Mapping[str, NewFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +468,13 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         "digest": None,
         "seconds": None,
         "output": None,
+        "inputs": files_to_text(
+            {
+                name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
+                for name, one in staged.others.items()
+            }
+        ),
+        "files": "{}",
         "batch_id": new.batch_id,
         "client_id": new.client_id,
         "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
@@ -461,7 +488,7 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
 def insert_request(
     transaction: Transaction, new: NewRequest, staged: StagedImage, row: dict[str, Any]
 ) -> RequestRecord:
-    """Publish the image and insert the row; call it inside a write. Reuses an earlier answer for an equal image."""
+    """Publish the inputs and insert the row; call it inside a write. Reuses an earlier answer for equal inputs."""
     values = row
     if new.digest is not None and not new.is_fresh:
         earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
@@ -476,7 +503,16 @@ def insert_request(
     transaction.publish(staged)
     # Fetch all rows: an open statement would prevent the release of the savepoint.
     (added,) = transaction.execute(_ADD, values).fetchall()
-    return RequestRecord.from_row(added)
+    request = RequestRecord.from_row(added)
+    _refer_to_files(transaction, request.number, request.inputs, is_input=True)
+    _refer_to_files(transaction, request.number, request.files, is_input=False)
+    return request
+
+
+def _refer_to_files(transaction: Transaction, number: int, files: Mapping[str, StoredFile], *, is_input: bool) -> None:
+    """Record that a request refers to files, which are kept as long as its row."""
+    for one in files.values():
+        transaction.execute(_ADD_FILE, (number, is_input, one.sha256))
 
 
 class Requests:
@@ -592,7 +628,24 @@ class Requests:
         return self._database.write(write) if claim_list else set()
 
     def finish(self, answers: Sequence[Answer], *, now: datetime) -> int:
-        """Record answers, all or none, in one commit. :return: how many claims were still valid."""
+        """Record answers and their files, all or none, in one commit. :return: how many claims were still valid."""
+        staged: dict[NewFile, StagedImage] = {}
+        try:
+            for one in {one for answer in answers for one in answer.files.values()}:
+                staged[one] = self._images.stage(one.data)
+            return self._record(answers, staged, now)
+        finally:
+            for each in staged.values():
+                self._images.discard(each)
+
+    def _record(self, answers: Sequence[Answer], staged: Mapping[NewFile, StagedImage], now: datetime) -> int:
+        files = [
+            {
+                name: StoredFile(sha256=staged[one].sha256, size_bytes=len(one.data), media_type=one.media_type)
+                for name, one in answer.files.items()
+            }
+            for answer in answers
+        ]
         rows: list[dict[str, Any]] = [
             {
                 "number": answer.claim.number,
@@ -603,8 +656,9 @@ class Requests:
                 "digest": answer.digest,
                 "seconds": answer.seconds,
                 "output": json.dumps(answer.output, separators=(",", ":")),
+                "files": files_to_text(stored),
             }
-            for answer in answers
+            for answer, stored in zip(answers, files, strict=True)
         ]
 
         def write(transaction: Transaction) -> int:
@@ -615,10 +669,15 @@ class Requests:
                 if known is not None:
                     counts[chunk_id] = known[0]
             recorded = 0
-            for row in rows:
+            published: set[NewFile] = set()
+            for row, answer, stored in zip(rows, answers, files, strict=True):
                 share = counts.get(row["chunk_id"])
                 if transaction.execute(_FINISH, {**row, "share": share}).rowcount:
                     recorded += 1
+                    for one in set(answer.files.values()) - published:
+                        transaction.publish(staged[one])
+                        published.add(one)
+                    _refer_to_files(transaction, row["number"], stored, is_input=False)
                     if share is not None:
                         counts[row["chunk_id"]] = share + 1
             for chunk_id, count in counts.items():
@@ -701,7 +760,7 @@ class Requests:
         return self._change_one(_RETRY, id, now, NotRetryable)
 
     def remove(self, id: str) -> None:
-        """Delete a request that has ended, and its image unless another request needs it.
+        """Delete a request that has ended, and those of its files that no other request needs.
 
         :raises UnknownRequest:
         :raises NotRemovable:
@@ -709,13 +768,14 @@ class Requests:
 
         def write(transaction: Transaction) -> None:
             removed = transaction.execute(
-                "DELETE FROM requests WHERE id = ? AND finished_at IS NOT NULL RETURNING image_sha256", (id,)
+                "DELETE FROM requests WHERE id = ? AND finished_at IS NOT NULL RETURNING image_sha256, inputs, files",
+                (id,),
             ).fetchall()
             if not removed:
                 if transaction.execute("SELECT 1 FROM requests WHERE id = ?", (id,)).fetchone() is None:
                     raise UnknownRequest()
                 raise NotRemovable()
-            delete_unneeded_images(transaction.connection, self._images, [removed[0][0]])
+            delete_unneeded_images(transaction.connection, self._images, digests_of_files(removed[0]))
 
         self._database.write(write)
 

@@ -6,11 +6,14 @@ for the write lock.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from store.changes import Changes
 from store.database import Database, Transaction
+from store.files import digests_of_files, digests_of_inputs
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
 from store.rows import to_text
@@ -24,13 +27,13 @@ KEEP_DELIVERIES = timedelta(days=7)
 ROWS_PER_COMMIT = 500
 
 _IMAGES_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
 _EXPIRED_FOR_OWNER = f"""
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before LIMIT :rows_per_commit
 """
 
@@ -41,7 +44,7 @@ _BATCHES_TO_PURGE = f"""
 """
 
 _RESULTS_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
@@ -73,31 +76,40 @@ class Retention:
         :param images_before: images of requests that ended before this time are deleted.
         :param results_before: requests that ended before this time are deleted.
         """
-        results = self._purge_rows(_RESULTS_TO_PURGE, "DELETE FROM requests WHERE number = ?", results_before)
-        results += self._purge_rows(_EXPIRED_FOR_OWNER, "DELETE FROM requests WHERE number = ?", now)
-        images = self._purge_rows(
-            _IMAGES_TO_PURGE,
+        delete = ("DELETE FROM requests WHERE number = ?",)
+        results = self._purge_rows(_RESULTS_TO_PURGE, delete, results_before, digests_of_files)
+        results += self._purge_rows(_EXPIRED_FOR_OWNER, delete, now, digests_of_files)
+        forget = (
             f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
-            images_before,
+            "DELETE FROM request_files WHERE number = ? AND is_input",
         )
+        images = self._purge_rows(_IMAGES_TO_PURGE, forget, images_before, digests_of_inputs)
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
-    def _purge_rows(self, find: str, change: str, before: datetime) -> int:
-        """Change the rows that `find` selects and delete unneeded images. :return: how many rows."""
+    def _purge_rows(
+        self, find: str, changes: Sequence[str], before: datetime, digests_of: Callable[[Any], set[str]]
+    ) -> int:
+        """Change the rows that `find` selects and delete those of their files that are unneeded then.
+
+        :param digests_of: returns the digests of the files that a row may not need any more.
+        :return: how many rows.
+        """
 
         def write(transaction: Transaction) -> int:
             found = transaction.execute(
                 find, {"before": to_text(before), "rows_per_commit": ROWS_PER_COMMIT}
             ).fetchall()
-            for number, _ in found:
-                transaction.execute(change, (number,))
+            for row in found:
+                for change in changes:
+                    transaction.execute(change, (row["number"],))
             # The files are deleted before the commit: a crash in between leaves a finished request without its image,
             # which is what retention intends, never a queued one.
-            delete_unneeded_images(transaction.connection, self._images, {row["image_sha256"] for row in found})
+            digests = set().union(*map(digests_of, found))
+            delete_unneeded_images(transaction.connection, self._images, digests)
             return len(found)
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)

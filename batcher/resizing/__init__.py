@@ -35,7 +35,7 @@ from provider_image.schemas import MAX_BYTES
 if TYPE_CHECKING:
     from batcher.executors import Executor
     from batcher.settings import BatcherSettings
-    from provider_image.service import ModelInput
+    from provider_image.models.catalogue import ModelFacts
 
 #: Limit for an item; the largest accepted image needs two seconds on an idle machine.
 ITEM_TIMEOUT_SECONDS = 30.0
@@ -61,11 +61,9 @@ ResizeResult = dict[str, bytes] | MlgError | FileNotFoundError
 class ResizeJob:
     """One item to resize."""
 
-    #: The kind of service.
-    service: str
-    #: The fields of `ModelInput`.
-    model_input: dict[str, Any]
-    #: Input name -> path of the file.
+    #: Height, width and crop of the model's input.
+    size: dict[str, Any]
+    #: Input name -> path of the image.
     inputs: dict[str, str]
 
 
@@ -89,22 +87,17 @@ class Resizer:
             self._free.put(decoder)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="resize")
 
-    def resize(self, service: str, model_input: ModelInput, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
+    def resize(self, model: ModelFacts, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
         """Resize items in parallel, and wait for all of them.
 
-        :param items: input name -> file, for each item.
+        :param items: input name -> image file, for each item.
         :return: a result for each item, in their order. A BadInput has the text that a provider would have returned;
             WorkerDied and ChunkTimeout mean that this item killed its process or hung.
         :raises ResizingUnavailable: no process can be started, or this is closed; no item is at fault.
         :raises OSError: an existing file cannot be read.
         """
-        model_input_fields = asdict(model_input)
-        jobs = [
-            ResizeJob(
-                service=service, model_input=model_input_fields, inputs={name: str(path) for name, path in item.items()}
-            )
-            for item in items
-        ]
+        size = {"height": model.height, "width": model.width, "crop": model.crop}
+        jobs = [ResizeJob(size=size, inputs={name: str(path) for name, path in item.items()}) for item in items]
         try:
             return list(self._threads.map(self._resize_one, jobs))
         except RuntimeError as error:

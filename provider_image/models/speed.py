@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import tempfile
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,15 +44,12 @@ def write_speed(models: Path, name: str, speed: Speed) -> bool:
     folder = models / _FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
         try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(asdict(speed), file)
-            Path(path).chmod(0o644)  # mkstemp makes it private, and the server may run as another user
-            Path(path).replace(folder / f"{name}.json")
-        except BaseException:
-            Path(path).unlink(missing_ok=True)
-            raise
+            temporary.write_text(json.dumps(asdict(speed)))
+            temporary.replace(folder / f"{name}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         logger.info("speed not stored: %s", error, extra={"model": name})
         return False

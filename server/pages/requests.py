@@ -17,7 +17,7 @@ from server.auth.guard import owned, visible_key_id
 from server.context import Context
 from server.pages.cards import STATE_LABELS, card, timeline, top_classes
 from server.pages.render import page, page_operation, url_with_query
-from server.serializers import serialize_models
+from server.serializers import is_image, serialize_models
 from store.keys import Scope
 from store.requests import RequestRecord
 from store.search import Query
@@ -133,7 +133,10 @@ class _RequestPageViews:
                 "waiting_for": shown.get("waiting_for", "Waiting."),
                 "eta_seconds": shown.get("eta_seconds"),
                 "batch_id": request.batch_id,
-                "has_image": request.image_deleted_at is None,
+                "is_image": is_image(request),
+                "is_kept": request.image_deleted_at is None,
+                "output": json.dumps(shown["preds"], indent=2, ensure_ascii=False),
+                "files": shown.get("files", {}),
                 "bytes": request.image_bytes,
                 "provider": request.provider,
                 "cost": shown.get("cost"),

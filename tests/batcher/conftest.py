@@ -17,7 +17,7 @@ from batcher.executors import Job, Outcome
 from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
-from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, write_results
+from provider_image.chunk import ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
 from store import new_id
@@ -140,8 +140,7 @@ class TableExecutor:
     def _item(self, artefact: Artefact, number: int, image: bytes) -> ItemResult:
         for start, kind in ((b"broken", BrokenImage), (b"flaky", InferenceFailed)):
             if image.startswith(start):
-                error = ItemError(code=kind.code, reason=kind().reason, permanent=kind.permanent)
-                return ItemResult(number=number, error=error)
+                return ItemResult(number=number, error=kind())
         return ItemResult(number=number, output=output_for(artefact, image), seconds=0.01)
 
 

@@ -12,7 +12,7 @@ from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
 from server.auth.guard import owned
 from server.context import Context
-from server.endpoint import form_schema, operation, service_fields
+from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
@@ -25,6 +25,7 @@ _URL_SCHEMA = {
     "format": "uri",
     "description": "https only, if the server fetches images.",
 }
+_ROW_SCHEMAS = {name: schema for name, schema in input_schemas().items() if schema["type"] == "object"}
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -48,10 +49,10 @@ class _PredictionViews:
         scope=Scope.SUBMIT,
         query=(*service_fields(), FRESH, WEBHOOK, *REQUEST_OPTIONS),
         body={
-            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), image=_IMAGE_SCHEMA),
+            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), input_schemas()),
             "image/*": _IMAGE_SCHEMA,
             "application/octet-stream": _IMAGE_SCHEMA,
-            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), url=_URL_SCHEMA),
+            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), {"url": _URL_SCHEMA, **_ROW_SCHEMAS}),
         },
         responses={202: "Submitted"},
     )
