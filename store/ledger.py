@@ -29,14 +29,14 @@ import enum
 import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from store.cost_split import ZERO, split, to_amount, total
 from store.database import Database, Transaction
-from store.reservations import commit_reservation, settle_reservation
+from store.reservations import ReservationRecord, commit_reservation, settle_reservation
 from store.rows import from_row, to_row, to_text
 
 #: What costs can be grouped by.
@@ -191,18 +191,6 @@ class AgreementRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commitment:
-    """What an agreement may cost; see `reservations.py`."""
-
-    #: Of the reservation that was made for it.
-    id: str
-    #: The batcher that spends it, and what for.
-    batcher_id: str
-    purpose: str
-    amount: Decimal
-
-
-@dataclass(frozen=True, kw_only=True)
 class ActivityRecord:
     """One activity that ran under an agreement."""
 
@@ -315,7 +303,7 @@ class Ledger:
         """Record that an allocation was released. The first release counts."""
         self._database.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
-    def record_agreement(self, agreement: AgreementRecord, commitment: Commitment | None = None) -> None:
+    def record_agreement(self, agreement: AgreementRecord, commitment: ReservationRecord | None = None) -> None:
         """Record an agreement; does nothing when it is known.
 
         :param commitment: what it may cost; counts against the caps until its invoice is accepted or refused.
@@ -324,9 +312,8 @@ class Ledger:
         def write(transaction: Transaction) -> None:
             transaction.execute(_RECORD_AGREEMENT, to_row(agreement))
             if commitment is not None:
-                now = to_text(agreement.created_at)
-                commit_reservation(transaction, agreement.id, **asdict(commitment), now=now)
-                _settle(transaction, agreement.id, now)
+                commit_reservation(transaction, commitment)
+                _settle(transaction, agreement.id, to_text(commitment.changed_at))
 
         self._database.write(write)
 

@@ -18,9 +18,10 @@ import builtins
 import enum
 import sqlite3
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
+from typing import Any
 
 from store.cost_split import EXACT, ZERO, to_amount, total
 from store.database import Database, Transaction
@@ -30,12 +31,14 @@ _OPEN_AMOUNTS = "SELECT amount FROM reservations WHERE state != 'settled'"
 _RUN_AMOUNTS = "SELECT amount FROM reservations WHERE batcher_id = ?"
 _PAID_AMOUNTS = "SELECT amount FROM invoices WHERE state = 'accepted'"
 
-_ADD = """
+_SAVE = """
     INSERT INTO reservations (id, batcher_id, purpose, amount, state, agreement_id, changed_at)
     VALUES (:id, :batcher_id, :purpose, :amount, :state, :agreement_id, :changed_at)
     ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, state = excluded.state,
         agreement_id = excluded.agreement_id, changed_at = excluded.changed_at
 """
+
+_RELEASE = "DELETE FROM reservations WHERE id = ? AND state = 'reserved'"
 
 _SETTLE = "UPDATE reservations SET state = 'settled', amount = ?, changed_at = ? WHERE agreement_id = ?"
 
@@ -65,10 +68,15 @@ class ReservationRecord:
     purpose: str
     #: The most that may come to be owed; once settled, what was paid.
     amount: Decimal
-    state: ReservationState
+    state: ReservationState = ReservationState.RESERVED
     #: The agreement that may cost so much; None before there is one.
-    agreement_id: str | None
+    agreement_id: str | None = None
     changed_at: datetime
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> ReservationRecord:
+        """Build the record from a row of the table `reservations`."""
+        return cls(**{**from_row(row, amounts=("amount",)), "state": ReservationState(row["state"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +124,19 @@ def used_amounts(
     return found
 
 
-def commit_reservation(
-    transaction: Transaction, agreement_id: str, *, id: str, batcher_id: str, purpose: str, amount: Decimal, now: str
-) -> None:
-    """Turn a reservation into an agreement's commitment; make one if there is none, because the agreement exists.
+def commit_reservation(transaction: Transaction, commitment: ReservationRecord) -> None:
+    """Turn the reservation of this id into an agreement's commitment; make one if there is none.
 
-    :param amount: what the agreement may cost; a commitment that is known already is only raised.
+    A commitment that the agreement has already is only raised: somebody else was first to find the agreement.
     """
-    known = transaction.execute("SELECT * FROM reservations WHERE agreement_id = ?", (agreement_id,)).fetchone()
-    if known is not None:
-        if known["id"] != id:
-            transaction.execute("DELETE FROM reservations WHERE id = ? AND state = 'reserved'", (id,))
-        if known["state"] == ReservationState.SETTLED:
-            return
-        id, batcher_id, purpose = known["id"], known["batcher_id"], known["purpose"]
-        amount = max(amount, Decimal(known["amount"]))
-    values = {"id": id, "batcher_id": batcher_id, "purpose": purpose, "amount": to_amount(amount), "changed_at": now}
-    transaction.execute(_ADD, {**values, "state": ReservationState.COMMITTED, "agreement_id": agreement_id})
+    known = _find(transaction, "agreement_id", commitment.agreement_id)
+    if known is None:
+        _save(transaction, commitment)
+        return
+    if known.id != commitment.id:
+        transaction.execute(_RELEASE, (commitment.id,))
+    if known.state is not ReservationState.SETTLED:
+        _save(transaction, replace(known, amount=max(known.amount, commitment.amount)))
 
 
 def settle_reservation(transaction: Transaction, agreement_id: str, amount: Decimal, now: str) -> None:
@@ -170,23 +174,15 @@ class Reservations:
         """Reserve an amount, or raise an open reservation or commitment to it. :return: None if that was possible."""
 
         def write(transaction: Transaction) -> Denial | None:
-            known = transaction.execute("SELECT * FROM reservations WHERE id = ?", (id,)).fetchone()
-            if known is not None and (known["state"] == ReservationState.SETTLED or Decimal(known["amount"]) >= amount):
+            known = _find(transaction, "id", id)
+            if known is not None and (known.state is ReservationState.SETTLED or known.amount >= amount):
                 return None
-            extra = amount if known is None else EXACT.subtract(amount, Decimal(known["amount"]))
+            extra = amount if known is None else EXACT.subtract(amount, known.amount)
             caps = _read_caps(transaction.connection, batcher_id)
             denial = check_caps(caps, used_amounts(transaction.connection, caps, batcher_id, now), extra)
             if denial is None:
-                record = ReservationRecord(
-                    id=id,
-                    batcher_id=batcher_id,
-                    purpose=purpose,
-                    amount=amount,
-                    state=ReservationState.RESERVED if known is None else ReservationState(known["state"]),
-                    agreement_id=known and known["agreement_id"],
-                    changed_at=now,
-                )
-                transaction.execute(_ADD, to_row(record))
+                new = ReservationRecord(id=id, batcher_id=batcher_id, purpose=purpose, amount=amount, changed_at=now)
+                _save(transaction, new if known is None else replace(known, amount=amount, changed_at=now))
             return denial
 
         return self._database.write(write)
@@ -195,20 +191,15 @@ class Reservations:
         """Lower a commitment to what its agreement may have cost by its end; does nothing if it is lower."""
 
         def write(transaction: Transaction) -> None:
-            known = transaction.execute(
-                "SELECT amount FROM reservations WHERE id = ? AND state = 'committed'", (id,)
-            ).fetchone()
-            if known is not None and amount < Decimal(known[0]):
-                transaction.execute(
-                    "UPDATE reservations SET amount = ?, changed_at = ? WHERE id = ?",
-                    (to_amount(amount), to_text(now), id),
-                )
+            known = _find(transaction, "id", id)
+            if known is not None and known.state is ReservationState.COMMITTED and amount < known.amount:
+                _save(transaction, replace(known, amount=amount, changed_at=now))
 
         self._database.write(write)
 
     def release(self, id: str) -> None:
         """Give up a reservation that no agreement came of."""
-        self._database.execute("DELETE FROM reservations WHERE id = ? AND state = 'reserved'", (id,))
+        self._database.execute(_RELEASE, (id,))
 
     def release_all_of(self, batcher_id: str) -> None:
         """Give up what a batcher that has ended reserved without an agreement, and forget its caps."""
@@ -230,15 +221,21 @@ class Reservations:
         """List reservations in the order of their last change. :param is_open: False for settled ones only."""
         which = {None: "1", True: "state != 'settled'", False: "state = 'settled'"}[is_open]
         rows = self._database.rows(f"SELECT * FROM reservations WHERE {which} ORDER BY changed_at, id")
-        return [
-            ReservationRecord(**{**from_row(row, amounts=("amount",)), "state": ReservationState(row["state"])})
-            for row in rows
-        ]
+        return [ReservationRecord.from_row(row) for row in rows]
 
     def reserving_batchers(self) -> set[str]:
         """Return the batchers with caps, or with reservations that no agreement came of yet."""
         sql = "SELECT batcher_id FROM budgets UNION SELECT batcher_id FROM reservations WHERE state = 'reserved'"
         return {row[0] for row in self._database.rows(sql)}
+
+
+def _find(transaction: Transaction, column: str, value: str | None) -> ReservationRecord | None:
+    row = transaction.execute(f"SELECT * FROM reservations WHERE {column} = ?", (value,)).fetchone()
+    return None if row is None else ReservationRecord.from_row(row)
+
+
+def _save(transaction: Transaction, record: ReservationRecord) -> None:
+    transaction.execute(_SAVE, to_row(record))
 
 
 def _read_caps(connection: sqlite3.Connection, batcher_id: str) -> dict[str, Decimal]:

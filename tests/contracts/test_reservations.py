@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from store.cost_split import total
 from store.database import Transaction
-from store.ledger import AgreementRecord, AllocationRecord, BillState, Commitment, InvoiceRecord
-from store.reservations import Denial, ReservationState, amount_left, check_caps
+from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.settings import HomeSettings
 from store.store import Store
 
@@ -53,10 +53,23 @@ def reserve(store: Store, id: str, amount: str | Decimal, *, batcher: str = "b1"
     return store.reservations.reserve(id, batcher_id=batcher, purpose="resnet50", amount=Decimal(amount), now=now)
 
 
+def commitment(
+    id: str, agreement_id: str, amount: str | Decimal, *, batcher: str = "b1", now: datetime = NOON
+) -> ReservationRecord:
+    return ReservationRecord(
+        id=id,
+        batcher_id=batcher,
+        purpose="resnet50",
+        amount=Decimal(amount),
+        state=ReservationState.COMMITTED,
+        agreement_id=agreement_id,
+        changed_at=now,
+    )
+
+
 def commit(store: Store, id: str, amount: str | Decimal, *, batcher: str = "b1", now: datetime = NOON) -> None:
     """Commit the reservation `r-ID` for the agreement `ID`."""
-    commitment = Commitment(id=f"r-{id}", batcher_id=batcher, purpose="resnet50", amount=Decimal(amount))
-    store.ledger.record_agreement(agreement(id, now), commitment)
+    store.ledger.record_agreement(agreement(id, now), commitment(f"r-{id}", id, amount, batcher=batcher, now=now))
 
 
 def open_amount(store: Store) -> Decimal:
@@ -182,7 +195,7 @@ def test_a_commitment_is_lowered_at_the_end_of_its_agreement_but_not_raised(stor
 
 def test_an_agreement_found_at_the_daemon_takes_over_the_reservation_of_its_dead_batcher(store: Store) -> None:
     reserve(store, "r-a1", "0.3")
-    found = Commitment(id="found", batcher_id="b1", purpose="resnet50", amount=Decimal("0.4"))
+    found = commitment("found", "a1", "0.4")
 
     store.ledger.record_agreement(agreement("a1"), found)
     store.ledger.record_agreement(agreement("a1"), replace(found, id="again", amount=Decimal("0.35")))

@@ -20,8 +20,8 @@ from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import GolemTimings
 from store.errors import StoreBusy
-from store.ledger import AgreementRecord, Commitment
-from store.reservations import Denial, amount_left, check_caps
+from store.ledger import AgreementRecord
+from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.store import Store
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,20 @@ class Money:
         if denial is not None:
             raise self._deny(denial)
 
+    def commitment(
+        self, id: str, batcher_id: str, agreement: AgreementRecord, price: Price, seconds: float
+    ) -> ReservationRecord:
+        """Return the commitment of an agreement that is paid for until some seconds after its start."""
+        return ReservationRecord(
+            id=id,
+            batcher_id=batcher_id,
+            purpose=agreement.model,
+            amount=self.timings.cost_limit(price, seconds),
+            state=ReservationState.COMMITTED,
+            agreement_id=agreement.id,
+            changed_at=self.clock(),
+        )
+
     async def left(self) -> Decimal | None:
         """Return what may still be spent today; None when there is no limit.
 
@@ -175,8 +189,7 @@ class Reservation:
         :param seconds: until when it is paid for.
         """
         self._price, self.covered_seconds = price, seconds
-        amount = self._money.timings.cost_limit(price, seconds)
-        commitment = Commitment(id=self.id, batcher_id=self._money.owner, purpose=self._purpose, amount=amount)
+        commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
         ledger = self._money.ledger
         self._committing = self._money.ledger_writer.enqueue(ledger.record_agreement, agreement, commitment)
 

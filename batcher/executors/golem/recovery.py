@@ -23,7 +23,6 @@ from batcher.executors.golem.money import GONE_REASON
 from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.ledger import Commitment
 
 log = logging.getLogger(__name__)
 
@@ -179,12 +178,7 @@ class Recovery:
             record, price = describe_agreement(agreement, allocation_id="unknown")
             batcher_id = agreement.demand.properties[OWNER].partition(".")[2].partition("-")[0]
             seconds = (datetime.now(UTC) - record.created_at).total_seconds()
-            commitment = Commitment(
-                id=secrets.token_hex(16),
-                batcher_id=batcher_id,
-                purpose=record.model,
-                amount=self._parts.timings.cost_limit(price, seconds),
-            )
+            commitment = self._parts.money.commitment(secrets.token_hex(16), batcher_id, record, price, seconds)
             self._ledger.record_agreement(record, commitment)
 
     async def _try(self, call: Awaitable[Any], what: str) -> bool:
