@@ -202,13 +202,8 @@ class Reservations:
         self._database.execute(_RELEASE, (id,))
 
     def release_all_of(self, batcher_id: str) -> None:
-        """Give up what a batcher that has ended reserved without an agreement, and forget its caps."""
-
-        def write(transaction: Transaction) -> None:
-            transaction.execute("DELETE FROM reservations WHERE batcher_id = ? AND state = 'reserved'", (batcher_id,))
-            transaction.execute("DELETE FROM budgets WHERE batcher_id = ?", (batcher_id,))
-
-        self._database.write(write)
+        """Give up what a batcher reserved without an agreement."""
+        self._database.execute("DELETE FROM reservations WHERE batcher_id = ? AND state = 'reserved'", (batcher_id,))
 
     def write_off(self, *, ended_before: datetime, now: datetime) -> int:
         """Settle, with nothing, agreements that ended long ago without a bill; one that comes later still counts.

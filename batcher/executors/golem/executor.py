@@ -283,6 +283,7 @@ class GolemExecutor:
         await asyncio.gather(*(pool.close(grace_seconds) for pool in pools))
         session, self._session = self._session, None
         if session is not None:
+            self._parts.money.release_all()  # a hire that was cancelled may have left its reservation
             await session.close(settle_seconds)
 
     async def _refresh(self) -> None:

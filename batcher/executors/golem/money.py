@@ -148,15 +148,21 @@ class Money:
         for batcher_id in self.reservations.reserving_batchers():
             if batcher_id != self.owner and is_gone(batcher_id):
                 self.reservations.release_all_of(batcher_id)
+                self.reservations.set_caps(batcher_id, {})
         for reservation in self.reservations.list(is_open=True):
             agreement_id = reservation.agreement_id
             if agreement_id is not None and agreement_id not in running and is_gone(reservation.batcher_id):
                 self.ledger.end_agreement(agreement_id, reason=GONE_REASON, now=now)
         self.reservations.write_off(ended_before=now - timedelta(seconds=self.timings.write_off_seconds), now=now)
 
-    def close(self) -> None:
-        """Release what is reserved without an agreement."""
+    def release_all(self) -> None:
+        """Release what is reserved without an agreement; called when no agreement is being made."""
         self.ledger_writer.enqueue(self.reservations.release_all_of, self.owner)
+
+    def close(self) -> None:
+        """Release what is reserved without an agreement, and forget the caps."""
+        self.release_all()
+        self.ledger_writer.enqueue(self.reservations.set_caps, self.owner, {})
 
     def _deny(self, denial: Denial) -> BudgetReached:
         if self._denial is None:
