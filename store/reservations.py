@@ -21,7 +21,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
 
 from store.cost_split import EXACT, ZERO, to_amount, total
 from store.database import Database, Transaction
