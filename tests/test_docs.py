@@ -123,7 +123,11 @@ def check_script(words: list[str]) -> None:
         assert all(re.search(rf"^{extra} =", extras, re.MULTILINE) for extra in arguments), words
     elif script.name == "bench":
         names = (ROOT / "scripts/benchmarks/__main__.py").read_text()
-        assert all(f'"{name}"' in names for name in arguments[:1]), words
+        for name in arguments[:1]:
+            assert f'"{name}"' in names, words
+            command = importlib.import_module(f"scripts.benchmarks.{name}").main
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert set(options_in(arguments)) <= known, words
     elif script.name != "test":
         assert all(re.search(rf"{option}\b", script.read_text()) for option in options_in(arguments)), words
 
