@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from mlg import cli
 from provider_image.models.catalogue import CATALOGUE
 from scripts import generate_docs
 from server.settings import ServerSettings
+from tests.programs import find_program
 from tests.system import System
 
 ROOT = Path(__file__).parents[1]
@@ -254,8 +254,7 @@ def served(tmp_path: Path, models_folder: Path) -> Iterator[str]:
 def test_the_curl_lines_of_the_readme_get_the_answers_that_it_shows(
     served: str, photos: dict[str, bytes], tmp_path: Path
 ) -> None:
-    if shutil.which("curl") is None and os.environ.get("CI") != "true":
-        pytest.skip("no curl here: apt-get install curl")
+    find_program("curl", package="curl")
     lines = [line for line in shell_lines(README) if line.startswith("curl ")]
     shown = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
     (tmp_path / "kitten.jpg").write_bytes(photos["chelsea"])
