@@ -5,15 +5,13 @@ Made by `PaymentService`, which spends from it. All amounts are exact decimals; 
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
-from devnet.records import Allocation, format_amount, from_row, to_row
-from devnet.timing import Clock, parse_time
+from devnet.records import Allocation, format_amount
+from devnet.timing import parse_time
 
 #: The payment platforms of the simulated accounts: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
@@ -27,11 +25,10 @@ class Wallet:
     :param on_change: called after every change.
     """
 
-    def __init__(self, *, requestor_id: str, funds: Decimal, clock: Clock, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, requestor_id: str, funds: Decimal, on_change: Callable[[], None]) -> None:
         self.allocations: dict[str, Allocation] = {}
         self._requestor_id = requestor_id
         self._funds = funds
-        self._clock = clock
         self._changed = on_change
 
     @property
@@ -48,15 +45,11 @@ class Wallet:
             raise ApiError(
                 f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, requested: {format_amount(total)} GLM."
             )
-        timeout = body.get("timeout")
-        if timeout is not None:
-            _require_time(timeout, "timeout")
+        _check_timeout(body)
         allocation = Allocation(
-            allocation_id=str(uuid.uuid4()),
             address=str(body.get("address") or self._requestor_id),
             platform=_platform(body.get("paymentPlatform")),
             total=total,
-            created_at=self._clock(),
             extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
         )
         self.allocations[allocation.allocation_id] = allocation
@@ -87,14 +80,14 @@ class Wallet:
             )
         if total - allocation.total > self.free_funds:
             raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
+        _check_timeout(body)
         if body.get("timeout") is not None:
-            _require_time(body["timeout"], "timeout")
             allocation.extra["timeout"] = body["timeout"]
         allocation.total = total
         self._changed()
         return allocation
 
-    def release(self, allocation_id: str) -> None:
+    def release(self, allocation_id: str) -> Allocation:
         """Release the remaining amount of an allocation."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None:
@@ -103,6 +96,7 @@ class Wallet:
             raise Gone(f"The allocation {allocation_id} has already been released.")
         allocation.is_released = True
         self._changed()
+        return allocation
 
     def decorations(self, allocation_ids: Iterable[str]) -> dict[str, Any]:
         """Return the properties and constraints of a demand that is to be paid from these allocations."""
@@ -132,16 +126,6 @@ class Wallet:
             accounts.append({**account, "token": token, "send": True, "receive": False})
         return accounts
 
-    # Across restarts
-
-    def dump(self) -> list[dict[str, Any]]:
-        """Return the state as JSON values."""
-        return [to_row(each) for each in self.allocations.values()]
-
-    def load(self, dumped: Iterable[Mapping[str, Any]]) -> None:
-        """Restore the state from the result of `dump`."""
-        self.allocations = {each["allocation_id"]: from_row(Allocation, each) for each in dumped}
-
 
 def parse_amount(value: object, name: str) -> Decimal:
     """Parse an amount. :raises ApiError: the value is not a decimal number of 0 or more."""
@@ -154,11 +138,13 @@ def parse_amount(value: object, name: str) -> Decimal:
     return amount
 
 
-def _require_time(value: object, name: str) -> datetime:
-    try:
-        return parse_time(str(value))
-    except ValueError as error:
-        raise ApiError(f"{name} must be a time in ISO 8601, not {value!r}.") from error
+def _check_timeout(body: Mapping[str, Any]) -> None:
+    timeout = body.get("timeout")
+    if timeout is not None:
+        try:
+            parse_time(str(timeout))
+        except ValueError as error:
+            raise ApiError(f"timeout must be a time in ISO 8601, not {timeout!r}.") from error
 
 
 def _platform(value: object) -> str:

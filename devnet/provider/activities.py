@@ -5,31 +5,19 @@ Made by `Devnet`, called by the API. An activity ends with the daemon; its usage
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from devnet.errors import NotFound
 from devnet.provider.exe_unit import ExeUnit
 from devnet.records import Agreement
-from devnet.scenario import FaultSchedule, ProviderPlan
+from devnet.scenario import FaultSchedule
 
-
-class ActivityOwner(Protocol):
-    """The provider of an activity."""
-
-    plan: ProviderPlan
-    cpus: frozenset[int] | None
-
-    def record_contact(self) -> None:
-        """Note that the requestor has just made a call."""
-
-    def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
-        """Handle the end of one of the provider's activities. Its usage is in the agreement."""
+if TYPE_CHECKING:
+    from devnet.provider.agent import Provider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +26,7 @@ class Activity:
 
     activity_id: str
     agreement: Agreement
-    owner: ActivityOwner
+    owner: Provider
     unit: ExeUnit
 
 
@@ -63,7 +51,7 @@ class Activities:
         self._folder = folder
         self._exchange = exchange
         self._faults = faults
-        self._environment = dict(environment)
+        self._environment = environment
         self._on_change = on_change
         self._running: dict[str, Activity] = {}
         #: Activities that have ended -> reason.
@@ -76,19 +64,16 @@ class Activities:
             self._agreements[activity_id] = agreement
             self._end_reasons[activity_id] = "The daemon was restarted."
 
-    def create(self, agreement: Agreement, owner: ActivityOwner) -> str:
+    def create(self, agreement: Agreement, owner: Provider) -> str:
         """Start an activity for an agreement. :return: its id."""
         activity_id = secrets.token_hex(16)
-        short_id = activity_id[:8]
-        environment = {**self._environment, "MLG_PLACE": str(self._folder / f"{short_id}.p")}
-        Path(environment["MLG_PLACE"]).mkdir(mode=0o700)
         unit = ExeUnit(
             activity_id,
             plan=owner.plan,
-            folder=self._folder / short_id,
+            folder=self._folder / activity_id[:8],
             exchange=self._exchange,
             faults=self._faults,
-            environment=environment,
+            environment=self._environment,
             cpus=owner.cpus,
             on_crash=self._on_crash,
         )
@@ -140,13 +125,11 @@ class Activities:
         del self._running[activity_id]
         self._end_reasons[activity_id] = reason
         await activity.unit.end(reason)
-        await _remove(self._folder / f"{activity_id[:8]}.p")
         activity.owner.activity_ended(activity.agreement, activity_id)
         self._on_change()
 
     async def close(self) -> None:
         """End all activities without notifying their owners, because the daemon ends."""
-        self.record_usage()
         units = [each.unit for each in self._running.values()]
         self._running.clear()
         for unit in units:
@@ -162,7 +145,3 @@ class Activities:
         if activity_id in self._running:
             self.usage(activity_id)
             self._on_change()
-
-
-async def _remove(folder: Path) -> None:
-    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

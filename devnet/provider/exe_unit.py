@@ -21,7 +21,7 @@ from devnet.errors import Gone, NotFound, TimedOut
 from devnet.gftp import TransferFailed, deliver, fetch
 from devnet.provider.fault_injection import FaultInjector
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
-from devnet.provider.script import Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
+from devnet.provider.script import ALLOWED_STATES, Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
 from devnet.scenario import Fault, FaultSchedule, ProviderPlan
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class ExeUnit:
         self._queue: asyncio.Queue[ScriptBatch] = asyncio.Queue()
         self._worker = asyncio.create_task(self._run_batches())
         self._cleanup_task: asyncio.Task[None] | None = None
-        self._vanished: Fault | None = None
+        #: The fault vanish-http, once it has occurred.
+        self.vanished: Fault | None = None
         self._created_at = time.monotonic()
         self._seconds: float | None = None
 
@@ -102,11 +103,6 @@ class ExeUnit:
     def reason(self) -> str | None:
         """Return why the activity was terminated; None if it was not."""
         return self._reason or None
-
-    @property
-    def is_vanished(self) -> bool:
-        """Return whether calls for the activity hang."""
-        return self._vanished is not None
 
     def usage(self) -> list[float]:
         """Return seconds of processor time, longer on a slow provider, and seconds since the activity was created."""
@@ -156,21 +152,16 @@ class ExeUnit:
         batch.is_streamed = True
         return self._events(batch)
 
-    async def destroy(self) -> None:
-        """End the activity for the requestor: kill its processes and remove its folder. May be called twice."""
-        await self.end()
-        await self.block_if_vanished()
-
     async def block_if_vanished(self) -> None:
         """Block if the fault vanish-http has occurred. :raises ActivityVanished: at the end of the fault's time."""
-        if self._vanished is not None:
-            await asyncio.sleep(self._vanished.seconds or DEFAULT_VANISH_SECONDS)
+        if self.vanished is not None:
+            await asyncio.sleep(self.vanished.seconds or DEFAULT_VANISH_SECONDS)
             raise ActivityVanished("The provider does not respond.")
 
     # Termination
 
     async def end(self, reason: str = "The activity was destroyed.") -> None:
-        """End the activity for the daemon, without blocking if the fault vanish-http has occurred."""
+        """End the activity: kill its processes and remove its folder. May be called twice."""
         await asyncio.shield(self._terminate(reason, is_crash=False))
 
     def _terminate(self, reason: str, *, is_crash: bool) -> asyncio.Task[None]:
@@ -249,7 +240,7 @@ class ExeUnit:
     async def _run_command(
         self, command: Command, streams: Mapping[str, OutputCapture], add_event: Callable[[dict[str, Any]], None]
     ) -> None:
-        if self._state not in command.allowed_states:
+        if self._state not in ALLOWED_STATES[command.name]:
             raise CommandFailed(f"{command.name} is not allowed in the state {self._state}.")
         body = command.body
         if command.name == "deploy":
@@ -281,13 +272,13 @@ class ExeUnit:
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         fault = self._fault_injector.fault_before_run()
-        if fault is not None:
-            log.info("activity %s: %s", self.activity_id, fault.kind)
         kind = fault.kind if fault is not None else ""
+        if kind:
+            log.info("activity %s: %s", self.activity_id, kind)
         if kind == "exit-nonzero":
             raise CommandFailed.from_exit_status(_EXIT_STATUS)
         if kind == "vanish-http":
-            self._vanished = fault
+            self.vanished = fault
         if kind in ("hang", "vanish-http"):
             await asyncio.Event().wait()
         program_run = self._run_program(entry_point, arguments, streams)
@@ -317,4 +308,4 @@ class ExeUnit:
 
 
 def _capture(name: str, command: Command, add_event: Callable[[dict[str, Any]], None]) -> OutputCapture:
-    return OutputCapture(command.capture.get(name), lambda text: add_event({name: text}))
+    return OutputCapture((command.body.get("capture") or {}).get(name), lambda text: add_event({name: text}))

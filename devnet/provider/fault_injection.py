@@ -6,6 +6,7 @@ the results file well-formed, so that only a check of its content detects them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -41,32 +42,26 @@ class FaultInjector:
     """
 
     def __init__(self, provider_name: str, faults: FaultSchedule, saved_results: Path) -> None:
-        self._provider_name, self._faults, self._saved_results = provider_name, faults, saved_results
+        self._provider_name, self._saved_results = provider_name, saved_results
+        self._fault = functools.partial(faults.triggers, provider_name)
 
     def deploy_fails(self) -> bool:
         """Return whether this deploy fails."""
-        return self._faults.triggers(self._provider_name, "fail-deploy") is not None
+        return self._fault("fail-deploy") is not None
 
     def fault_before_run(self) -> Fault | None:
         """Return the fault that replaces this run, if any."""
-        return self._first_triggered(FAULTS_BEFORE_RUN)
+        return next(filter(None, map(self._fault, FAULTS_BEFORE_RUN)), None)
 
     def corrupt(self, files: Iterable[Path]) -> None:
         """Corrupt the files that a run has written if a fault occurs; save correct results files otherwise."""
-        fault = self._first_triggered(FAULTS_AFTER_RUN)
+        fault = next(filter(None, map(self._fault, FAULTS_AFTER_RUN)), None)
         for file in files:
             if fault is None:
                 self._save_results(file)
             else:
                 log.info("%s: %s of %s", self._provider_name, fault.kind, file.name)
                 _CORRUPTIONS.get(fault.kind, self._swap)(file)
-
-    def _first_triggered(self, kinds: Iterable[str]) -> Fault | None:
-        for kind in kinds:
-            fault = self._faults.triggers(self._provider_name, kind)
-            if fault is not None:
-                return fault
-        return None
 
     def _save_results(self, file: Path) -> None:
         document = _read_results(file)

@@ -6,7 +6,8 @@ Made by `Provider`, which decides when to bill.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 
@@ -36,11 +37,6 @@ def activity_amount(plan: ProviderPlan, usage: Sequence[float], factor: float = 
         return (amount * Decimal(repr(float(factor)))).quantize(UNIT, rounding=ROUND_HALF_UP)
 
 
-def agreement_amount(plan: ProviderPlan, usages: Iterable[Sequence[float]], factor: float = 1.0) -> Decimal:
-    """Compute the price of an agreement: the sum over its activities."""
-    return sum((activity_amount(plan, usage, factor) for usage in usages), Decimal(0))
-
-
 class Invoicer:
     """Sends the bills of one provider.
 
@@ -59,20 +55,19 @@ class Invoicer:
         self._plan = plan
         self._payment = payment
         self._activities = activities
-        self._faults = faults
+        self._fault = functools.partial(faults.triggers, plan.name)
         self._report = report
         #: Agreement id -> factor of the fault overbill.
         self._overbill_factors: dict[str, float] = {}
 
     def decide_overbilling(self, agreement: Agreement) -> None:
         """Decide at the start of an agreement whether to overbill it."""
-        overbill = self._faults.triggers(self._plan.name, "overbill")
-        if overbill is not None:
+        if overbill := self._fault("overbill"):
             self._overbill_factors[agreement.agreement_id] = overbill.factor
 
     def debit_note_interval_seconds(self) -> float:
         """Return the time between two debit notes of a new activity; 0 for a single one at its end."""
-        frequent = self._faults.triggers(self._plan.name, "frequent-debit-notes")
+        frequent = self._fault("frequent-debit-notes")
         return self._plan.debit_note_seconds if frequent is None else frequent.seconds or DEFAULT_FREQUENT_SECONDS
 
     async def send_debit_notes(self, agreement: Agreement, activity_id: str, seconds: float) -> None:
@@ -89,19 +84,18 @@ class Invoicer:
             return
         usage = list(self._activities.usage(activity_id))
         amount = activity_amount(self._plan, usage, self._overbill_factors.get(agreement.agreement_id, 1.0))
-        is_payable = self._faults.triggers(self._plan.name, "payable-debit-note") is not None
+        is_payable = self._fault("payable-debit-note") is not None
         self._payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
 
     async def send_invoice(self, agreement: Agreement) -> None:
         """Send the invoice of an agreement that has ended."""
-        if self._faults.triggers(self._plan.name, "never-bill"):
+        if self._fault("never-bill"):
             agreement.is_billed = True
             return
-        late = self._faults.triggers(self._plan.name, "late-bill")
-        if late is not None:
+        if late := self._fault("late-bill"):
             await asyncio.sleep(late.seconds)
         factor = self._overbill_factors.pop(agreement.agreement_id, 1.0)
-        amount = agreement_amount(self._plan, agreement.usage.values(), factor)
+        amount = sum((activity_amount(self._plan, each, factor) for each in agreement.usage.values()), Decimal(0))
         agreement.is_billed = True
         self._payment.send_invoice(agreement, amount, _due_at())
         self._report(f"{self._plan.name} sends an invoice for {format_amount(amount)} GLM: {agreement.short_name}")

@@ -15,7 +15,7 @@ from devnet.errors import ApiError
 from devnet.timing import ChangeNotifier, format_time, utc_now
 
 #: Command -> the states of an activity in which it is allowed.
-_STATES = {
+ALLOWED_STATES = {
     "deploy": {"Initialized"},
     "start": {"Deployed"},
     "transfer": {"Deployed", "Ready"},
@@ -64,16 +64,6 @@ class Command:
     raw: Mapping[str, Any]
 
     @property
-    def allowed_states(self) -> set[str]:
-        """Return the states of an activity in which the command is allowed."""
-        return _STATES[self.name]
-
-    @property
-    def capture(self) -> Mapping[str, Any]:
-        """Return the capture options: stream -> options."""
-        return self.body.get("capture") or {}
-
-    @property
     def ends_activity(self) -> bool:
         """Return whether the command ends the activity."""
         return self.name == "terminate"
@@ -96,7 +86,7 @@ def _command(number: int, entry: Any) -> Command:
 
     require(isinstance(entry, dict) and len(entry) == 1, "is not an object with one key")
     name, body = next(iter(entry.items()))
-    require(name in _STATES, f"is unknown: {name!r}. Known: {', '.join(_STATES)}")
+    require(name in ALLOWED_STATES, f"is unknown: {name!r}. Known: {', '.join(ALLOWED_STATES)}")
     body = {} if body is None else body
     require(isinstance(body, dict), "has a body that is not an object")
     for key in _REQUIRED_STRINGS.get(name, ()):

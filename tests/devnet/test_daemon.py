@@ -165,7 +165,7 @@ def test_a_vanished_activity_blocks_neither_other_calls_nor_the_end_of_its_agree
             await client.execute(activity_id)
             await client.execute(activity_id, run_command("true"))
             unit = client.devnet.activities.find(activity_id).unit
-            await until(lambda: unit.is_vanished)
+            await until(lambda: unit.vanished)
             path = f"{ACTIVITY}/activity/{activity_id}"
             for method, end in (("GET", "/state"), ("GET", "/usage"), ("DELETE", "")):
                 with pytest.raises(TimeoutError):

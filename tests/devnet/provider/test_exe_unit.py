@@ -346,7 +346,7 @@ def test_usage_is_processor_time_and_duration(tmp_path: Path) -> None:
         async with exe_unit(tmp_path) as unit:
             await run_batch(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
             processor, duration = unit.usage()
-            await unit.destroy()
+            await unit.end()
             last = unit.usage()
 
             assert 0.02 < processor < duration < 30
@@ -385,11 +385,11 @@ def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: Path) -
             assert len(pids) >= 2
 
             async with asyncio.timeout(DEADLINE_SECONDS):
-                await asyncio.gather(unit.destroy(), unit.destroy())
+                await asyncio.gather(unit.end(), unit.end())
                 with pytest.raises(ActivityEnded):
                     await waiting
                 await streaming
-            await unit.destroy()
+            await unit.end()
 
             assert not any(is_alive(pid) for pid in pids)
             assert not (tmp_path / "activity").exists()
@@ -405,7 +405,7 @@ def test_the_results_of_a_finished_batch_outlive_the_activity(tmp_path: Path) ->
         async with exe_unit(tmp_path) as unit:
             batch = await unit.execute([sh("true"), {"terminate": {}}, sh("true")])
             results = await unit.results(batch, 30)
-            await unit.destroy()
+            await unit.end()
 
             assert [result["isBatchFinished"] for result in results] == [False, True]
             assert await unit.results(batch, 0) == results
@@ -419,7 +419,7 @@ def test_a_queued_batch_ends_with_the_activity(tmp_path: Path) -> None:
             await unit.execute([sh(FOREVER)])
             second = await unit.execute([sh("true")])
             await until(has_begun(tmp_path))
-            await unit.destroy()
+            await unit.end()
 
             with pytest.raises(ActivityEnded):
                 await unit.results(second, 60)
@@ -434,7 +434,7 @@ def test_activities_are_separate(tmp_path: Path) -> None:
             await until((tmp_path / "two/golem/work/begun").exists)
 
             assert (await run_batch(one, sh("ls /golem/work")))[0]["stdout"] == ""
-            await one.destroy()
+            await one.end()
 
             assert two.state == ("Ready", None) and two._sandbox.processes.pids()
 

@@ -68,7 +68,7 @@ def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
             # The command only passes paths on; the warm process loads the model and runs it.
             assert unit.usage()[0] > before > 0.2
 
-            await unit.destroy()
+            await unit.end()
 
             assert not is_alive(warm)
 

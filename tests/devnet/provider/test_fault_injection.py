@@ -93,7 +93,7 @@ def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
             waiting = asyncio.create_task(unit.results(batch, 60))
             await asyncio.sleep(0)
 
-            await unit.destroy()
+            await unit.end()
 
             with pytest.raises(ActivityEnded):
                 await waiting
@@ -226,7 +226,7 @@ def test_an_exe_unit_that_dies_removes_everything_and_reports_it(tmp_path: Path,
             assert (unit.state, unit.reason) == (("Terminated", None), "The exe-unit was killed.")
             assert not is_alive(left)
             assert not (tmp_path / "activity").exists()
-            await unit.destroy()
+            await unit.end()
             assert crashes == ["activity"]
 
     asyncio.run(main())
@@ -239,7 +239,7 @@ def test_destroying_is_not_a_crash(tmp_path: Path) -> None:
         async with exe_unit(tmp_path, on_crash=crashes.append) as unit:
             await unit.execute([sh(FOREVER)])
             await until((tmp_path / "activity/golem/work/begun").exists)
-            await unit.destroy()
+            await unit.end()
 
     asyncio.run(main())
 
@@ -250,17 +250,17 @@ def test_calls_for_a_vanished_activity_hang(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path, Fault(kind="vanish-http")) as unit:
             batch = await unit.execute([sh("true")])
-            while not unit.is_vanished:
+            while not unit.vanished:
                 await asyncio.sleep(0)
 
-            for call in (unit.results(batch, 0), unit.execute([sh("true")]), unit.destroy()):
+            for call in (unit.results(batch, 0), unit.execute([sh("true")]), unit.block_if_vanished()):
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.2):
                         await call
 
-            # It has ended all the same, and the daemon itself does not block.
-            assert unit.state[0] == "Terminated"
+            # The daemon itself does not block.
             await unit.end()
+            assert unit.state[0] == "Terminated"
             assert not (tmp_path / "activity").exists()
 
     asyncio.run(main())
