@@ -7,47 +7,24 @@ photos through the page, and takes the screenshot with chromium. Everything that
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 1200, 900
 
 
 def take(target: Path) -> None:
     """Take the screenshot and write it as a PNG with a palette of 128 colours."""
+    from tests.system import System
+
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out")
-        with out.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mlg", "up", "--home", f"{folder}/home", "--port", "0"],
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "no_proxy": "127.0.0.1"},
-            )
+        system = System(Path(folder, "home"), no_proxy="127.0.0.1")
         try:
-            _photograph(_address(process, out), Path(folder), target)
+            _photograph(system.base, Path(folder), target)
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-
-def _address(process: subprocess.Popen[bytes], out: Path) -> str:
-    for _ in range(300):
-        if found := re.search(r"http://[\d.]+:\d+", out.read_text()):
-            return found[0]
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    raise SystemExit("scripts/generate_docs: mlg up was not ready within 30 seconds")
+            system.stop()
 
 
 def _photograph(base: str, folder: Path, target: Path) -> None:

@@ -62,7 +62,7 @@ class Provider:
         self._notifier = ChangeNotifier()
         self._last_contact_at = 0.0
         self._idle_since = 0.0
-        self._invoicer = Invoicer(plan, payment=payment, activities=activities, faults=faults, report=report)
+        self._invoicer = Invoicer(plan=plan, payment=payment, activities=activities, faults=faults, report=report)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:

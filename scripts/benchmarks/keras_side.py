@@ -1,8 +1,8 @@
 """Keras in a separate process, as a simple script would use it: the comparison for mlg's runtime.
 
 `cold CLASS WEIGHTS CHUNK OUT` does one chunk of images including the import and writes the top five labels of
-each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line `{"seconds": S}` on standard input with the
-images per second of `predict` on ready arrays, in batches as large as the chunk.
+each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line with a number of seconds on standard input with
+the images per second of `predict` on ready arrays, in batches as large as the chunk.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     else:
         from scripts.benchmarks.measuring import rate
 
-        print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
-            seconds = float(json.loads(line)["seconds"])
-            print(rate(lambda: len(network.predict(arrays, batch_size=len(arrays), verbose=0)), seconds), flush=True)
+            print(
+                rate(lambda: len(network.predict(arrays, batch_size=len(arrays), verbose=0)), float(line)), flush=True
+            )

@@ -23,7 +23,6 @@ from scripts.benchmarks.chunk import cold_run
 from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, artefact_of, cache_folder, weights_of
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
 from scripts.benchmarks.measuring import print_table, rounds_option, seconds_option, timed
-from scripts.benchmarks.processes import JsonLineProcess
 from scripts.benchmarks.runtime_rates import runtime_rates
 
 HEAD = (
@@ -69,8 +68,14 @@ def measure(artefact: Artefact, jpegs: list[bytes], rounds: int, seconds: float)
         has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
         rates = runtime_rates(models, name, chunk)
         ways = {way: rates[way] for way in ("chunk", "net", *(["bf16"] if has_bf16 else []))}
-        with JsonLineProcess(*keras_command("warm")) as keras:
-            ways["keras"] = lambda seconds: float(keras.request(seconds=seconds))
+        pipe = subprocess.PIPE
+        with subprocess.Popen(keras_command("warm"), stdin=pipe, stdout=pipe, text=True, bufsize=1) as keras:
+
+            def keras_rate(seconds: float) -> float:
+                print(seconds, file=keras.stdin, flush=True)
+                return float(keras.stdout.readline())
+
+            ways["keras"] = keras_rate
             for way in ways.values():
                 way(0)  # loads the net
             for _ in range(rounds):

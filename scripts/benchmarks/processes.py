@@ -15,7 +15,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -88,32 +87,3 @@ def post(base: str, jpegs: list[bytes]) -> list[str]:
         ids.append(answer["req_id"])
     connection.close()
     return ids
-
-
-class JsonLineProcess:
-    """A program that answers each line of JSON on its standard input with one; it ends with the block."""
-
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._receive()  # the first line says that it is ready
-
-    def request(self, **question: Any) -> Any:
-        """Send a question. :return: the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._receive()
-
-    def _receive(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args!r} exited with status {self._process.wait()}")
-        return json.loads(line)
-
-    def __enter__(self) -> JsonLineProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
