@@ -26,11 +26,7 @@ LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 class Agreements(dict[str, Agreement]):
-    """All agreements of a devnet: id -> agreement, oldest first.
-
-    :param providers: node id -> provider. They hear of what happens in the requestor's call, so they return at once.
-    :param on_change: called after every change of the state that is kept over a restart.
-    """
+    """All agreements of a devnet: id -> agreement, oldest first. Made by `MarketService`."""
 
     def __init__(self, *, providers: Mapping[str, Provider], on_change: Callable[[], None]) -> None:
         super().__init__()
@@ -41,10 +37,7 @@ class Agreements(dict[str, Agreement]):
     # The requestor's side
 
     def create(self, demand: Demand, counter: Proposal, draft: Proposal, valid_to: datetime) -> Agreement:
-        """Make an agreement from a provider's draft proposal and the requestor's counter-proposal that it answers.
-
-        :raises Conflict: there is an agreement on the draft.
-        """
+        """Make an agreement from a provider's draft and the counter-proposal that it answers, unless there is one."""
         self._expire()
         if any(each.proposal_id == draft.proposal_id and each.state in LIVE_STATES for each in self.values()):
             raise Conflict(f"There is already an agreement on the proposal {draft.proposal_id}.")
@@ -75,19 +68,10 @@ class Agreements(dict[str, Agreement]):
             raise NotFound(f"There is no agreement {agreement_id}.")
         return agreement
 
-    def search(
-        self, *, state: str | None, after: datetime | None, before: datetime | None, session_id: str | None
-    ) -> list[Agreement]:
-        """Return the agreements that match all criteria given, oldest first."""
+    def list_all(self) -> list[Agreement]:
+        """List all agreements, oldest first."""
         self._expire()
-        return [
-            each
-            for each in self.values()
-            if (state is None or each.state == state)
-            and (after is None or each.created_at > after)
-            and (before is None or each.created_at < before)
-            and (session_id is None or each.session_id == session_id)
-        ]
+        return list(self.values())
 
     def confirm(self, agreement_id: str, session_id: str | None) -> None:
         """Sign an agreement for the requestor and send it to the provider."""
@@ -147,10 +131,7 @@ class Agreements(dict[str, Agreement]):
     # Both sides
 
     def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
-        """Terminate an approved agreement.
-
-        :param terminator: "Requestor" or "Provider".
-        """
+        """Terminate an approved agreement for the "Requestor" or the "Provider"."""
         agreement = self.find(agreement_id)
         if agreement.state in ("Proposal", "Pending"):
             raise Conflict(f"The agreement has not been approved yet: {agreement.state}.")

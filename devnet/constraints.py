@@ -34,16 +34,9 @@ _COMPARISON = re.compile(r"([^()=<>!&|\s][^()=<>]*?)\s*(>=|<=|=|>|<)([^()]*)")
 _ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
 
 
-class BadConstraint(ApiError):
-    """The constraint does not have the form (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
-
-
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Constraint:
-    """Parse a constraint. An empty one is always satisfied.
-
-    :raises BadConstraint: with the position of the error.
-    """
+    """Parse a constraint. An empty one is always satisfied. :raises ApiError: with the position of the error."""
     parser = _Parser(text)
     if parser.is_at_end():
         return lambda properties: True
@@ -62,10 +55,10 @@ class _Parser:
         self._skip_space()
         return self._position >= len(self._text)
 
-    def error(self, what: str) -> BadConstraint:
+    def error(self, what: str) -> ApiError:
         near = self._text[self._position : self._position + 20]
         location = f"at character {self._position + 1}, before {near!r}" if near else "at its end"
-        return BadConstraint(f"The constraint is wrong {location}: {what}.")
+        return ApiError(f"The constraint is wrong {location}: {what}.")
 
     def group(self, depth: int) -> Constraint:
         if depth > MAX_DEPTH:

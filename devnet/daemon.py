@@ -58,21 +58,19 @@ class Devnet:
         folder: Path,
         home: Path | None = None,
         port: int = 0,
-        app_key: str | None = None,
         state: Path | None = None,
         journal: Path | None = None,
         environment: Mapping[str, str] | None = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.scenario = scenario
-        self.app_key = app_key or secrets.token_hex(16)
+        self.app_key = secrets.token_hex(16)
         self.port = port
         self.journal = CallJournal(journal)
         self.faults = FaultSchedule.from_scenario(scenario)
         self.market: MarketService
         self.payment: PaymentService
         self.activities: Activities
-        self.providers: dict[str, Provider] = {}
         self._home = home
         self._extra_environment = dict(environment or {})
         self._bin, self._exchange = folder.absolute() / "bin", folder.absolute() / "exchange"
@@ -108,10 +106,7 @@ class Devnet:
         }
 
     async def start(self) -> None:
-        """Start the daemon with the saved state.
-
-        :raises OSError: the port is in use.
-        """
+        """Start the daemon with the saved state. :raises OSError: the port is in use."""
         saved = self._state.load()
         if saved is not None:
             # The variables of requestors of the previous daemon stay valid.
@@ -124,9 +119,9 @@ class Devnet:
                 self.activities.restore(agreement)
         self._state.open()
         routes = [
-            *market_routes(self.market, self.providers),
-            *payment_routes(self.payment, self.market, self.providers, self._report),
-            *activity_routes(self.activities, self.market, self.providers),
+            *market_routes(self.market),
+            *payment_routes(self.payment, self.market, self._report),
+            *activity_routes(self.activities, self.market),
         ]
         app = make_application(
             routes, identity=REQUESTOR_ID, app_key=self.app_key, journal=self.journal, faults=self.faults
@@ -143,7 +138,7 @@ class Devnet:
             raise
         self._runner = runner
         self.port = runner.addresses[0][1]
-        for provider in self.providers.values():
+        for provider in self.market.providers.values():
             provider.start()
 
     async def stop(self) -> None:
@@ -154,7 +149,7 @@ class Devnet:
         self._state.close()
         runner, self._runner = self._runner, None
         await runner.cleanup()
-        for provider in self.providers.values():
+        for provider in self.market.providers.values():
             await provider.close()
         await self.activities.close()
 
@@ -187,10 +182,9 @@ class Devnet:
             environment={**_environment(self._home), **self._extra_environment},
             on_change=self._state.changed,
         )
-        self.providers.clear()
         cores = 0
         for plan in self.scenario.providers:
-            self.providers[plan.node_id] = Provider(
+            self.market.providers[plan.node_id] = Provider(
                 plan,
                 scenario=self.scenario,
                 market=self.market,

@@ -39,10 +39,6 @@ class TransferFailed(Exception):
     """A file could not be copied."""
 
 
-class UnknownUrl(TransferFailed):
-    """Nothing is published under this URL."""
-
-
 class PublishedFile(NamedTuple):
     """A file of the requestor that has a URL."""
 
@@ -52,10 +48,10 @@ class PublishedFile(NamedTuple):
 
 
 def resolve_url(exchange: Path, url: str) -> PublishedFile:
-    """Look up a URL. :raises UnknownUrl: it is not a gftp URL, was closed, or was never published."""
+    """Look up a URL. :raises TransferFailed: it is not a gftp URL, was closed, or was never published."""
     name = _entry_name(url)
     if not name:
-        raise UnknownUrl(f"{url} is not a gftp URL, and no other kind is supported.")
+        raise TransferFailed(f"{url} is not a gftp URL, and no other kind is supported.")
     for folder in _folders(exchange):
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((folder / name).read_text())
@@ -63,7 +59,7 @@ def resolve_url(exchange: Path, url: str) -> PublishedFile:
             # Another server may have published the same content, and its file may still exist.
             if published.is_target or published.file.exists():
                 return published
-    raise UnknownUrl(f"Nothing is published at {url}")
+    raise TransferFailed(f"Nothing is published at {url}")
 
 
 def fetch(exchange: Path, url: str, target: Path) -> int:

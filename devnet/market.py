@@ -32,6 +32,7 @@ class MarketService:
     def __init__(self, *, requestor_id: str, on_change: Callable[[], None]) -> None:
         self.demands: dict[str, Demand] = {}
         self.proposals: dict[str, Proposal] = {}
+        #: Node id -> provider. They hear of what happens in the requestor's call, so they return at once.
         self.providers: dict[str, Provider] = {}
         self.agreements = Agreements(providers=self.providers, on_change=on_change)
         self._requestor_id = requestor_id
@@ -79,10 +80,7 @@ class MarketService:
         return demand
 
     async def poll(self, demand_id: str, seconds: float, max_items: int) -> list[dict[str, Any]]:
-        """Remove and return the events of a demand; wait if there are none.
-
-        :param seconds: how long to wait.
-        """
+        """Remove and return the events of a demand; wait for so many seconds if there are none."""
         demand = self.find_open_demand(demand_id)
         if demand.expires_at is not None:
             seconds = min(seconds, max(0.0, (demand.expires_at - utc_now()).total_seconds()))
@@ -143,10 +141,7 @@ class MarketService:
         return proposal
 
     def create_agreement(self, proposal_id: str, valid_to: datetime) -> Agreement:
-        """Make an agreement from a provider's draft proposal.
-
-        :raises Conflict: the proposal was not negotiated.
-        """
+        """Make an agreement from a provider's draft proposal. :raises Conflict: the proposal was not negotiated."""
         self._expire()
         draft = self.proposals.get(proposal_id)
         if draft is None or draft.issuer_id == self._requestor_id:

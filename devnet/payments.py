@@ -12,7 +12,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from devnet.errors import ApiError, NotFound
+from devnet.errors import ApiError
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_rows, to_rows
 from devnet.timing import EventFeed
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
@@ -79,17 +79,11 @@ class PaymentService:
     # The requestor's side
 
     def accept(self, bill: Bill, acceptance: Mapping[str, Any]) -> bool:
-        """Accept a bill, and pay what earlier debit notes of its agreement have not.
-
-        :return: False if it was accepted before.
-        """
+        """Accept a bill, and pay what was not paid before. :return: False if it had been accepted already."""
         if bill.status == "ACCEPTED":
             return False
         amount = parse_amount(acceptance.get("totalAmountAccepted"), "totalAmountAccepted")
-        try:
-            allocation = self.wallet.find(str(acceptance.get("allocationId")))
-        except NotFound as error:
-            raise ApiError(str(error)) from error
+        allocation = self.wallet.find(str(acceptance.get("allocationId")), ApiError)
         if amount != bill.amount:
             raise ApiError(f"The accepted amount must be {format_amount(bill.amount)}, not {format_amount(amount)}.")
         if (allocation.address, allocation.platform) != (bill.payer_address, bill.platform):

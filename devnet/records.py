@@ -93,6 +93,8 @@ class Agreement:
     reason: dict[str, Any] | None = None
     #: Activity id -> its usage counters, as last read.
     usage: dict[str, list[float]] = field(default_factory=dict)
+    #: Factor of the fault overbill.
+    price_factor: float = 1.0
     #: The provider has sent its invoice, or never will.
     is_billed: bool = False
 

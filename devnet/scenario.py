@@ -93,10 +93,7 @@ class Fault:
 
 
 class FaultSchedule:
-    """Decides when each fault occurs, by counting its occasions.
-
-    :param faults: name of a provider, or DAEMON -> its faults.
-    """
+    """Decides when each fault of a provider or of DAEMON occurs, by counting its occasions."""
 
     def __init__(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         self._faults = {owner: tuple(some) for owner, some in faults.items()}
@@ -196,10 +193,7 @@ class Scenario:
 
 
 def default_scenario(count: int) -> Scenario:
-    """Make a scenario of providers without faults, with different names and prices.
-
-    :raises ConfigError: `count` is less than 1.
-    """
+    """Make a scenario of at least one provider without faults, with different names and prices."""
     if count < 1:
         raise ConfigError(f"A devnet needs at least 1 provider, not {count}.")
     return Scenario(providers=tuple(_default_plan(number) for number in range(count)))
@@ -221,10 +215,7 @@ def _default_plan(number: int) -> ProviderPlan:
 
 
 def read_scenario(path: Path) -> Scenario:
-    """Read a scenario from a TOML file.
-
-    :raises ConfigError: the file cannot be read, or has an unknown key or an invalid value.
-    """
+    """Read a scenario from a TOML file. :raises ConfigError: it has an unknown key or an invalid value."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (OSError, UnicodeDecodeError) as error:

@@ -28,10 +28,7 @@ class StateStore:
         self._is_open = self._is_save_scheduled = False
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last saved state, None if there is none.
-
-        :raises ConfigError: the file is not a state file of this version.
-        """
+        """Return the last saved state, None if there is none. :raises ConfigError: the file is not such a state."""
         text = self._text
         if self._path is not None and self._path.exists():
             text = self._path.read_text(encoding="utf-8")

@@ -21,10 +21,7 @@ def format_time(timestamp: datetime) -> str:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse a time in ISO 8601; UTC if it has no zone.
-
-    :raises ValueError: the text is not a time.
-    """
+    """Parse a time in ISO 8601; UTC if it has no zone. :raises ValueError: the text is not a time."""
     text = text.strip()
     if "T" in text:
         # In a query string an unescaped + is decoded as a space.
@@ -45,10 +42,7 @@ class ChangeNotifier:
         self._event = asyncio.Event()
 
     async def wait_until(self, condition: Callable[[], _Value], seconds: float | None) -> _Value:
-        """Wait until `condition` returns a true value; return its last value.
-
-        :param seconds: at most; without a limit if None.
-        """
+        """Wait until `condition` is true, at most for so many seconds if any are given; return its last value."""
         try:
             async with asyncio.timeout(seconds):
                 while not (value := condition()):
@@ -80,10 +74,7 @@ class EventFeed(list[dict[str, Any]]):
     async def poll(
         self, after: datetime | None, seconds: float, max_items: int, is_wanted: Callable[[dict[str, Any]], bool]
     ) -> list[dict[str, Any]]:
-        """Return the wanted events after a time; wait if there are none.
-
-        :param seconds: how long to wait.
-        """
+        """Return the wanted events after a time; wait for so many seconds if there are none."""
         since = "" if after is None else format_time(after)
         found = await self.notifier.wait_until(
             lambda: [each for each in self if each[self._time_key] > since and is_wanted(each)], seconds

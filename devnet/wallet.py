@@ -6,6 +6,7 @@ Made by `PaymentService`, which spends from it. All amounts are exact decimals; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -17,26 +18,23 @@ from devnet.timing import parse_time
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
 
 
+@dataclass(kw_only=True)
 class Wallet:
-    """All allocations of a devnet.
+    """All allocations of a devnet."""
 
-    :param requestor_id: the owner; also the wallet's address, unless an allocation names another.
-    :param funds: the initial balance, in GLM.
-    :param on_change: called after every change.
-    """
-
-    def __init__(self, *, requestor_id: str, funds: Decimal, on_change: Callable[[], None]) -> None:
-        self.allocations: dict[str, Allocation] = {}
-        self._requestor_id = requestor_id
-        self._funds = funds
-        self._changed = on_change
+    #: The owner; also the wallet's address, unless an allocation names another.
+    requestor_id: str
+    #: The initial balance, in GLM.
+    funds: Decimal
+    on_change: Callable[[], None]
+    allocations: dict[str, Allocation] = field(default_factory=dict)
 
     @property
     def free_funds(self) -> Decimal:
         """Return what is neither spent nor allocated."""
         spent = sum((each.spent for each in self.allocations.values()), Decimal(0))
         reserved = (each.remaining for each in self.allocations.values() if not each.is_released)
-        return self._funds - spent - sum(reserved, Decimal(0))
+        return self.funds - spent - sum(reserved, Decimal(0))
 
     def allocate(self, body: Mapping[str, Any]) -> Allocation:
         """Allocate an amount. :raises ApiError: the body is invalid, or the funds are not enough."""
@@ -47,20 +45,20 @@ class Wallet:
             )
         _check_timeout(body)
         allocation = Allocation(
-            address=str(body.get("address") or self._requestor_id),
+            address=str(body.get("address") or self.requestor_id),
             platform=_platform(body.get("paymentPlatform")),
             total=total,
             extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
         )
         self.allocations[allocation.allocation_id] = allocation
-        self._changed()
+        self.on_change()
         return allocation
 
-    def find(self, allocation_id: str) -> Allocation:
-        """Return an allocation. :raises NotFound: it does not exist or was released."""
+    def find(self, allocation_id: str, error: type[ApiError] = NotFound) -> Allocation:
+        """Return an allocation. :raises ApiError: it does not exist or was released."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None or allocation.is_released:
-            raise NotFound(f"There is no allocation {allocation_id}.")
+            raise error(f"There is no allocation {allocation_id}.")
         return allocation
 
     def list_active(self) -> list[Allocation]:
@@ -84,7 +82,7 @@ class Wallet:
         if body.get("timeout") is not None:
             allocation.extra["timeout"] = body["timeout"]
         allocation.total = total
-        self._changed()
+        self.on_change()
         return allocation
 
     def release(self, allocation_id: str) -> Allocation:
@@ -95,17 +93,14 @@ class Wallet:
         if allocation.is_released:
             raise Gone(f"The allocation {allocation_id} has already been released.")
         allocation.is_released = True
-        self._changed()
+        self.on_change()
         return allocation
 
     def decorations(self, allocation_ids: Iterable[str]) -> dict[str, Any]:
         """Return the properties and constraints of a demand that is to be paid from these allocations."""
         platforms: dict[str, str] = {}
         for allocation_id in allocation_ids:
-            try:
-                allocation = self.find(allocation_id)
-            except NotFound as error:
-                raise ApiError(str(error)) from error
+            allocation = self.find(allocation_id, ApiError)
             platforms[allocation.platform] = allocation.address
         keys = {f"golem.com.payment.platform.{name}.address": address for name, address in platforms.items()}
         properties = {**keys, "golem.com.payment.protocol.version": "3"}
@@ -122,7 +117,7 @@ class Wallet:
         accounts = []
         for platform in PLATFORMS:
             driver, network, token = platform.split("-")
-            account = {"platform": platform, "address": self._requestor_id, "driver": driver, "network": network}
+            account = {"platform": platform, "address": self.requestor_id, "driver": driver, "network": network}
             accounts.append({**account, "token": token, "send": True, "receive": False})
         return accounts
 

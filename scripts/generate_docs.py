@@ -130,15 +130,10 @@ def build() -> Mapping[str, Any]:
 def endpoints_part() -> str:
     """Write a table of endpoints for each tag of the API's description."""
     rows: dict[str, list[tuple[str, ...]]] = {}
-    for path, methods in document()["paths"].items():
-        for method in _METHODS:
-            if method in methods:
-                said = methods[method]
-                scopes = [scope for one in said["security"] for scope in one.get("bearer", [])]
-                query = [f"`{one['name']}`" for one in said["parameters"] if one["in"] == "query"]
-                rows.setdefault(said["tags"][0], []).append(
-                    (f"`{method.upper()} {path}`", said["summary"], ", ".join(query), ", ".join(scopes))
-                )
+    for name, said in _operations():
+        scopes = [scope for one in said["security"] for scope in one.get("bearer", [])]
+        query = [f"`{one['name']}`" for one in said["parameters"] if one["in"] == "query"]
+        rows.setdefault(said["tags"][0], []).append((name, said["summary"], ", ".join(query), ", ".join(scopes)))
     head = ("endpoint", "what it does", "query", "scope")
     parts = [
         f"### {TAGS.get(tag, tag.capitalize())}\n\n{_table(head, rows[tag])}"
@@ -150,14 +145,20 @@ def endpoints_part() -> str:
 def errors_part() -> str:
     """Write a table of the error codes of each HTTP status."""
     codes: dict[str, set[str]] = {}
-    for methods in document()["paths"].values():
-        for method in _METHODS:
-            for status, answer in methods.get(method, {}).get("responses", {}).items():
-                # 500 stands for every error that the server did not expect, so its codes say nothing.
-                if 400 <= int(status) != 500:
-                    codes.setdefault(status, set()).update(re.findall(r"`(\w+)`", answer["description"]))
+    for _, said in _operations():
+        for status, answer in said["responses"].items():
+            # 500 stands for every error that the server did not expect, so its codes say nothing.
+            if 400 <= int(status) != 500:
+                codes.setdefault(status, set()).update(re.findall(r"`(\w+)`", answer["description"]))
     rows = [(status, ", ".join(f"`{code}`" for code in sorted(codes[status]))) for status in sorted(codes)]
     return _table(("status", "codes"), rows)
+
+
+def _operations() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for path, methods in document()["paths"].items():
+        for method in _METHODS:
+            if method in methods:
+                yield f"`{method.upper()} {path}`", methods[method]
 
 
 #: Name of a generated part -> its file and what writes it.
@@ -259,22 +260,19 @@ def _help_of(command: click.Command) -> tuple[str, str]:
 
 def _parameters(command: click.Command) -> Iterator[tuple[str, str]]:
     for one in command.params:
-        if isinstance(one, click.Option):
-            if not one.hidden:
-                value = "" if one.is_flag else f" {_value_of(one)}"
-                text = one.help or ""
-                notes = [
-                    text if text.endswith("]") else f"{text.rstrip('.')}.",
-                    "Required." if one.required else "",
-                    f"[{one.default}]" if one.show_default and isinstance(one.default, str | int | float) else "",
-                ]
-                yield f"`{', '.join(one.opts)}{value}`", " ".join(note for note in notes if note)
+        if isinstance(one, click.Option) and not one.hidden:
+            value = "" if one.is_flag else f" {_value_of(one)}"
+            text = one.help or ""
+            notes = [
+                text if text.endswith("]") else f"{text.rstrip('.')}.",
+                "Required." if one.required else "",
+                f"[{one.default}]" if one.show_default and isinstance(one.default, str | int | float) else "",
+            ]
+            yield f"`{', '.join(one.opts)}{value}`", " ".join(note for note in notes if note)
         elif isinstance(one, click.Argument):
-            many = "..." if one.nargs == -1 and not (one.metavar or "").endswith("...") else ""
-            yield (
-                f"`{one.metavar or (one.name or '').upper()}{many}`",
-                "Required." if one.required else "May be left out.",
-            )
+            name = one.metavar or (one.name or "").upper()
+            many = "..." if one.nargs == -1 and not name.endswith("...") else ""
+            yield f"`{name}{many}`", "Required." if one.required else "May be left out."
 
 
 def _value_of(option: click.Option) -> str:

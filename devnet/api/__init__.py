@@ -62,6 +62,10 @@ class Call:
         text = self.query(name)
         return None if text is None else to_time(name, text)
 
+    def polling(self) -> tuple[datetime | None, float, int]:
+        """Return after which time events are asked for, how many seconds to wait, and how many to return at most."""
+        return self.time("afterTimestamp"), self.timeout_seconds(), self.max_items("maxEvents")
+
     def body(self) -> Any:
         """Return the body, which is JSON; None if it is empty."""
         if not self._text.strip():
@@ -97,22 +101,29 @@ def to_time(name: str, text: str) -> datetime:
         raise ApiError(f"{name} must be a time in ISO 8601, not {text!r}.") from error
 
 
-def route(method: str, path: str, handle: Callable[[Call], Any], status: int = 200) -> web.RouteDef:
-    """Make a route.
+class Routes(list[web.RouteDef]):
+    """The routes of an API, whose paths have the same root."""
 
-    :param handle: returns the answer as JSON values, a whole response, or an awaitable of one of them.
-    :param status: of the answer; 204 has no body.
-    """
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self._root = root
 
-    async def respond(request: web.Request) -> web.StreamResponse:
-        answer = handle(Call(request, await request.text()))
-        if inspect.isawaitable(answer):
-            answer = await answer
-        if isinstance(answer, web.StreamResponse):
-            return answer
-        return web.Response(status=204) if status == 204 else web.json_response(answer, status=status)
+    def add(self, method: str, path: str, handle: Callable[[Call], Any], status: int = 200) -> None:
+        """Add a route.
 
-    return web.route(method, path, respond)
+        :param handle: returns the answer as JSON values, a whole response, or an awaitable of one of them.
+        :param status: of the answer; 204 has no body.
+        """
+
+        async def respond(request: web.Request) -> web.StreamResponse:
+            answer = handle(Call(request, await request.text()))
+            if inspect.isawaitable(answer):
+                answer = await answer
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.Response(status=204) if status == 204 else web.json_response(answer, status=status)
+
+        self.append(web.route(method, self._root + path, respond))
 
 
 class EventStream(web.StreamResponse):

@@ -7,25 +7,14 @@ import json
 import time
 from typing import Any
 
-from aiohttp import web
-
-from devnet.api import Call, EventStream, route
+from devnet.api import Call, EventStream, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.provider.activities import Activities, Activity
-from devnet.provider.agent import Provider
-
-_ROOT = "/activity-api/v1"
-_ACTIVITY = f"{_ROOT}/activity/{{activity_id}}"
 
 
-def activity_routes(
-    activities: Activities, market: MarketService, providers: dict[str, Provider]
-) -> list[web.RouteDef]:
-    """List the routes of the activity API.
-
-    :param providers: node id -> provider.
-    """
+def activity_routes(activities: Activities, market: MarketService) -> Routes:
+    """List the routes of the activity API."""
 
     def find(call: Call) -> Activity:
         activity = activities.find(call["activity_id"])
@@ -38,7 +27,7 @@ def activity_routes(
         if not isinstance(agreement_id, str):
             raise ApiError("The body must name an agreement.")
         agreement = market.agreements.find(agreement_id)
-        provider = providers.get(agreement.provider_id)
+        provider = market.providers.get(agreement.provider_id)
         if provider is None:
             raise NotFound("The provider of this agreement no longer exists.")
         activity_id = provider.create_activity(agreement)
@@ -61,7 +50,7 @@ def activity_routes(
         if not isinstance(commands, list) or not all(isinstance(each, dict) for each in commands):
             raise ApiError("A script is a list of commands, each an object.")
         batch_id = await activity.unit.execute(commands)
-        providers[activity.agreement.provider_id].batch_started(activity.agreement, commands)
+        activity.owner.batch_started(activity.agreement, commands)
         return batch_id
 
     async def results(call: Call) -> Any:
@@ -89,12 +78,13 @@ def activity_routes(
             await find(call).unit.block_if_vanished()
         return {"currentUsage": activities.usage(call["activity_id"]), "timestamp": int(time.time())}
 
-    return [
-        route("POST", f"{_ROOT}/activity", create, 201),
-        route("DELETE", _ACTIVITY, destroy),
-        route("POST", f"{_ACTIVITY}/exec", execute),
-        route("GET", f"{_ACTIVITY}/exec/{{batch_id}}", results),
-        route("GET", f"{_ACTIVITY}/state", state),
-        route("GET", f"{_ACTIVITY}/usage", usage),
-        route("GET", f"{_ACTIVITY}/agreement", lambda call: activities.agreement_of(call["activity_id"]).agreement_id),
-    ]
+    routes = Routes("/activity-api/v1")
+    routes.add("POST", "/activity", create, 201)
+    activity = "/activity/{activity_id}"
+    routes.add("DELETE", activity, destroy)
+    routes.add("POST", f"{activity}/exec", execute)
+    routes.add("GET", f"{activity}/exec/{{batch_id}}", results)
+    routes.add("GET", f"{activity}/state", state)
+    routes.add("GET", f"{activity}/usage", usage)
+    routes.add("GET", f"{activity}/agreement", lambda call: activities.agreement_of(call["activity_id"]).agreement_id)
+    return routes

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from devnet.api import EventStream, route
+from devnet.api import EventStream, Routes
 from devnet.errors import ApiError
 from devnet.scenario import DAEMON, FaultSchedule
 from devnet.timing import format_time, utc_now
@@ -169,7 +169,10 @@ def make_application(
     version = {"current": {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}}
     me = {"identity": identity, "name": "devnet", "role": "manager"}
     app = web.Application(middlewares=[record], client_max_size=MAX_BODY_BYTES)
-    app.add_routes([route("GET", "/me", lambda call: me), route("GET", "/version/get", lambda call: version), *routes])
+    general = Routes("")
+    general.add("GET", "/me", lambda call: me)
+    general.add("GET", "/version/get", lambda call: version)
+    app.add_routes([*general, *routes])
     return app
 
 

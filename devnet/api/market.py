@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp import web
-
 from devnet.agreements import STATES
-from devnet.api import Call, route, to_time
+from devnet.api import Call, Routes, to_time
 from devnet.errors import ApiError
 from devnet.market import MarketService
-from devnet.provider.agent import Provider
-
-_ROOT = "/market-api/v1"
-_DEMAND = f"{_ROOT}/demands/{{demand_id}}"
-_PROPOSAL = f"{_DEMAND}/proposals/{{proposal_id}}"
-_AGREEMENT = f"{_ROOT}/agreements/{{agreement_id}}"
 
 
-def market_routes(market: MarketService, providers: dict[str, Provider]) -> list[web.RouteDef]:
-    """List the routes of the market API.
-
-    :param providers: node id -> provider.
-    """
+def market_routes(market: MarketService) -> Routes:
+    """List the routes of the market API."""
     agreements = market.agreements
 
     def reject(call: Call) -> None:
@@ -33,74 +22,72 @@ def market_routes(market: MarketService, providers: dict[str, Provider]) -> list
         state = call.query("state")
         if state is not None and state not in STATES:
             raise ApiError(f"state must be one of {', '.join(STATES)}, not {state!r}.")
-        found = agreements.search(
-            state=state,
-            after=call.time("afterDate"),
-            before=call.time("beforeDate"),
-            session_id=call.query("appSessionId"),
-        )
-        return [agreement.to_api_summary() for agreement in found]
+        after, before, session_id = call.time("afterDate"), call.time("beforeDate"), call.query("appSessionId")
+        return [
+            each.to_api_summary()
+            for each in agreements.list_all()
+            if state in (None, each.state)
+            and session_id in (None, each.session_id)
+            and (after is None or each.created_at > after)
+            and (before is None or each.created_at < before)
+        ]
 
     def create_agreement(call: Call) -> str:
         body = call.object("proposalId", "validTo")
         valid_to = to_time("validTo", str(body["validTo"]))
         return market.create_agreement(str(body["proposalId"]), valid_to).agreement_id
 
-    def agreement_id(call: Call) -> str:
-        """Return the agreement's id, and record the contact with its provider."""
+    def contact(call: Call) -> str:
+        """Record the contact with an agreement's provider. :return: the agreement's id."""
         agreement = agreements.get(call["agreement_id"])
-        provider = providers.get(agreement.provider_id) if agreement is not None else None
+        provider = market.providers.get(agreement.provider_id) if agreement is not None else None
         if provider is not None and provider.agreement is agreement:
             provider.record_contact()
         return call["agreement_id"]
 
+    def confirm(call: Call) -> None:
+        agreements.confirm(contact(call), call.query("appSessionId"))
+
+    def terminate(call: Call) -> None:
+        agreements.terminate(contact(call), "Requestor", call.reason())
+
+    def wait(call: Call) -> Any:
+        # As published: a timeout of 0 waits without a limit.
+        return agreements.wait_for_approval(contact(call), call.timeout_seconds() or None)
+
+    def demand_events(call: Call) -> Any:
+        return market.poll(call["demand_id"], call.timeout_seconds(), call.max_items("maxEvents"))
+
     def agreement_events(call: Call) -> Any:
         session_id = call.query("appSessionId")
         return agreements.events.poll(
-            call.time("afterTimestamp"),
-            call.timeout_seconds(),
-            call.max_items("maxEvents"),
+            *call.polling(),
             lambda event: session_id is None or agreements[event["agreementId"]].session_id == session_id,
         )
 
-    return [
-        route("GET", f"{_ROOT}/demands", lambda call: [demand.to_api() for demand in market.list_open_demands()]),
-        route("POST", f"{_ROOT}/demands", lambda call: market.subscribe(*_terms(call)).demand_id, 201),
-        route("DELETE", _DEMAND, lambda call: market.unsubscribe(call["demand_id"]), 204),
-        route(
-            "GET",
-            f"{_DEMAND}/events",
-            lambda call: market.poll(call["demand_id"], call.timeout_seconds(), call.max_items("maxEvents")),
-        ),
-        route("GET", _PROPOSAL, lambda call: market.proposal(*_proposal_ids(call)).to_api()),
-        route("POST", _PROPOSAL, lambda call: market.counter(*_proposal_ids(call), *_terms(call)).proposal_id, 201),
-        route("POST", f"{_PROPOSAL}/reject", reject, 204),
-        route("GET", f"{_ROOT}/agreements", list_agreements),
-        route("POST", f"{_ROOT}/agreements", create_agreement, 201),
-        route("GET", _AGREEMENT, lambda call: agreements.find(agreement_id(call)).to_api()),
-        route(
-            "POST",
-            f"{_AGREEMENT}/confirm",
-            lambda call: agreements.confirm(agreement_id(call), call.query("appSessionId")),
-            204,
-        ),
-        # As published: a timeout of 0 waits without a limit.
-        route(
-            "POST",
-            f"{_AGREEMENT}/wait",
-            lambda call: agreements.wait_for_approval(agreement_id(call), call.timeout_seconds() or None),
-            204,
-        ),
-        route("POST", f"{_AGREEMENT}/cancel", lambda call: agreements.cancel(agreement_id(call), call.reason()), 204),
-        route(
-            "POST",
-            f"{_AGREEMENT}/terminate",
-            lambda call: agreements.terminate(agreement_id(call), "Requestor", call.reason()),
-            204,
-        ),
-        route("POST", f"{_AGREEMENT}/terminate/reason", lambda call: agreements.termination(agreement_id(call))),
-        route("GET", f"{_ROOT}/agreementEvents", agreement_events),
-    ]
+    routes = Routes("/market-api/v1")
+    routes.add("GET", "/demands", lambda call: [demand.to_api() for demand in market.list_open_demands()])
+    routes.add("POST", "/demands", lambda call: market.subscribe(*_terms(call)).demand_id, 201)
+    demand = "/demands/{demand_id}"
+    routes.add("DELETE", demand, lambda call: market.unsubscribe(call["demand_id"]), 204)
+    routes.add("GET", f"{demand}/events", demand_events)
+    proposal = f"{demand}/proposals/{{proposal_id}}"
+    routes.add("GET", proposal, lambda call: market.proposal(*_proposal_ids(call)).to_api())
+    routes.add("POST", proposal, lambda call: market.counter(*_proposal_ids(call), *_terms(call)).proposal_id, 201)
+    routes.add("POST", f"{proposal}/reject", reject, 204)
+    routes.add("GET", "/agreements", list_agreements)
+    routes.add("POST", "/agreements", create_agreement, 201)
+    agreement = "/agreements/{agreement_id}"
+    routes.add("GET", agreement, lambda call: agreements.find(contact(call)).to_api())
+    routes.add(
+        "POST", f"{agreement}/confirm", lambda call: agreements.confirm(contact(call), call.query("appSessionId")), 204
+    )
+    routes.add("POST", f"{agreement}/wait", wait, 204)
+    routes.add("POST", f"{agreement}/cancel", lambda call: agreements.cancel(contact(call), call.reason()), 204)
+    routes.add("POST", f"{agreement}/terminate", terminate, 204)
+    routes.add("POST", f"{agreement}/terminate/reason", lambda call: agreements.termination(contact(call)))
+    routes.add("GET", "/agreementEvents", agreement_events)
+    return routes
 
 
 def _proposal_ids(call: Call) -> tuple[str, str]:

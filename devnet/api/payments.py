@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aiohttp import web
-
-from devnet.api import Call, route
+from devnet.api import Call, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.payments import PaymentService
-from devnet.provider.agent import Provider
 from devnet.records import Bill, format_amount
 from devnet.timing import EventFeed
 
-_ROOT = "/payment-api/v1"
-_ALLOCATION = f"{_ROOT}/allocations/{{allocation_id}}"
 
-
-def payment_routes(
-    payment: PaymentService, market: MarketService, providers: dict[str, Provider], report: Callable[[str], None]
-) -> list[web.RouteDef]:
-    """List the routes of the payment API.
-
-    :param providers: node id -> provider.
-    :param report: receives a line of text about each important event.
-    """
+def payment_routes(payment: PaymentService, market: MarketService, report: Callable[[str], None]) -> Routes:
+    """List the routes of the payment API, which also report important events as lines of text."""
     wallet = payment.wallet
 
     def allocate(call: Call) -> dict[str, Any]:
@@ -49,7 +37,7 @@ def payment_routes(
 
     def accept(call: Call, bill: Bill) -> None:
         is_new = payment.accept(bill, call.object("totalAmountAccepted", "allocationId"))
-        provider = providers.get(bill.issuer_id)
+        provider = market.providers.get(bill.issuer_id)
         if bill.usage is None and is_new:
             name = provider.plan.name if provider is not None else bill.issuer_id
             report(f"the requestor pays {name} {format_amount(bill.amount)} GLM")
@@ -57,9 +45,8 @@ def payment_routes(
         if bill.usage is not None and provider is not None and provider.agreement is agreement:
             provider.record_contact()
 
-    def bill_routes(name: str, bills: Mapping[str, Bill]) -> list[web.RouteDef]:
-        """List the routes of the invoices or the debit notes."""
-        path = f"{_ROOT}/{name}/{{bill_id}}"
+    def add_bill_routes(name: str, bills: Mapping[str, Bill]) -> None:
+        """Add the routes of the invoices or the debit notes."""
 
         def find(call: Call) -> Bill:
             if call["bill_id"] not in bills:
@@ -70,16 +57,13 @@ def payment_routes(
             after, max_items = call.time("afterTimestamp"), call.max_items("maxItems")
             return [bill.to_api() for bill in bills.values() if after is None or bill.created_at > after][:max_items]
 
-        return [
-            route("GET", f"{_ROOT}/{name}", list_bills),
-            route("GET", path, lambda call: find(call).to_api()),
-            route("POST", f"{path}/accept", lambda call: accept(call, find(call))),
-            route(
-                "POST",
-                f"{path}/reject",
-                lambda call: payment.reject(find(call), call.object("rejectionReason", "totalAmountAccepted")),
-            ),
-        ]
+        def reject(call: Call) -> None:
+            payment.reject(find(call), call.object("rejectionReason", "totalAmountAccepted"))
+
+        routes.add("GET", f"/{name}", list_bills)
+        routes.add("GET", f"/{name}/{{bill_id}}", lambda call: find(call).to_api())
+        routes.add("POST", f"/{name}/{{bill_id}}/accept", lambda call: accept(call, find(call)))
+        routes.add("POST", f"/{name}/{{bill_id}}/reject", reject)
 
     def poll(feed: EventFeed) -> Callable[[Call], Any]:
         def handle(call: Call) -> Any:
@@ -89,8 +73,7 @@ def payment_routes(
             def is_wanted(item: dict[str, Any]) -> bool:
                 return is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
 
-            limits = call.timeout_seconds(), call.max_items("maxEvents")
-            return feed.poll(call.time("afterTimestamp"), *limits, is_wanted)
+            return feed.poll(*call.polling(), is_wanted)
 
         return handle
 
@@ -108,19 +91,20 @@ def payment_routes(
                 return each
         raise NotFound(f"There is no payment {call['payment_id']}.")
 
-    return [
-        route("POST", f"{_ROOT}/allocations", allocate, 201),
-        route("GET", f"{_ROOT}/allocations", lambda call: [each.to_api() for each in wallet.list_active()]),
-        route("GET", _ALLOCATION, lambda call: wallet.find(call["allocation_id"]).to_api()),
-        route("PUT", _ALLOCATION, lambda call: wallet.amend(call["allocation_id"], call.object()).to_api()),
-        route("DELETE", _ALLOCATION, release),
-        route("GET", f"{_ROOT}/demandDecorations", decorations),
-        route("GET", f"{_ROOT}/requestorAccounts", lambda call: wallet.accounts()),
-        route("GET", f"{_ROOT}/invoiceEvents", poll(payment.invoice_events)),
-        route("GET", f"{_ROOT}/debitNoteEvents", poll(payment.debit_note_events)),
-        route("GET", f"{_ROOT}/payments", poll(payment.payments)),
-        route("GET", f"{_ROOT}/payments/status", lambda call: []),
-        route("GET", f"{_ROOT}/payments/{{payment_id}}", payment_by_id),
-        *bill_routes("invoices", payment.invoices),
-        *bill_routes("debitNotes", payment.debit_notes),
-    ]
+    routes = Routes("/payment-api/v1")
+    routes.add("POST", "/allocations", allocate, 201)
+    routes.add("GET", "/allocations", lambda call: [each.to_api() for each in wallet.list_active()])
+    allocation = "/allocations/{allocation_id}"
+    routes.add("GET", allocation, lambda call: wallet.find(call["allocation_id"]).to_api())
+    routes.add("PUT", allocation, lambda call: wallet.amend(call["allocation_id"], call.object()).to_api())
+    routes.add("DELETE", allocation, release)
+    routes.add("GET", "/demandDecorations", decorations)
+    routes.add("GET", "/requestorAccounts", lambda call: wallet.accounts())
+    routes.add("GET", "/invoiceEvents", poll(payment.invoice_events))
+    routes.add("GET", "/debitNoteEvents", poll(payment.debit_note_events))
+    routes.add("GET", "/payments", poll(payment.payments))
+    routes.add("GET", "/payments/status", lambda call: [])
+    routes.add("GET", "/payments/{payment_id}", payment_by_id)
+    add_bill_routes("invoices", payment.invoices)
+    add_bill_routes("debitNotes", payment.debit_notes)
+    return routes

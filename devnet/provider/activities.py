@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,33 +30,23 @@ class Activity:
     unit: ExeUnit
 
 
+@dataclass(kw_only=True)
 class Activities:
-    """All activities of a daemon.
+    """All activities of a daemon."""
 
-    :param folder: contains a folder per activity; its path must be short, because there are sockets in it.
-    :param exchange: the folder that the `gftp` program shares with the daemon.
-    :param environment: environment of the providers' processes.
-    :param on_change: called after every change of the state that is kept over a restart.
-    """
-
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        exchange: Path,
-        faults: FaultSchedule,
-        environment: Mapping[str, str],
-        on_change: Callable[[], None],
-    ) -> None:
-        self._folder = folder
-        self._exchange = exchange
-        self._faults = faults
-        self._environment = environment
-        self._on_change = on_change
-        self._running: dict[str, Activity] = {}
-        #: Activities that have ended -> reason.
-        self._end_reasons: dict[str, str] = {}
-        self._agreements: dict[str, Agreement] = {}
+    #: Contains a folder per activity; its path must be short, because there are sockets in it.
+    folder: Path
+    #: The folder that the `gftp` program shares with the daemon.
+    exchange: Path
+    faults: FaultSchedule
+    #: Environment of the providers' processes.
+    environment: Mapping[str, str]
+    #: Called after every change of the state that is kept over a restart.
+    on_change: Callable[[], None]
+    _running: dict[str, Activity] = field(default_factory=dict)
+    #: Activities that have ended -> reason.
+    _end_reasons: dict[str, str] = field(default_factory=dict)
+    _agreements: dict[str, Agreement] = field(default_factory=dict)
 
     def restore(self, agreement: Agreement) -> None:
         """Restore the activities of an agreement after a restart. All of them have ended."""
@@ -70,17 +60,17 @@ class Activities:
         unit = ExeUnit(
             activity_id,
             plan=owner.plan,
-            folder=self._folder / activity_id[:8],
-            exchange=self._exchange,
-            faults=self._faults,
-            environment=self._environment,
+            folder=self.folder / activity_id[:8],
+            exchange=self.exchange,
+            faults=self.faults,
+            environment=self.environment,
             cpus=owner.cpus,
             on_crash=self._on_crash,
         )
         self._running[activity_id] = Activity(activity_id=activity_id, agreement=agreement, owner=owner, unit=unit)
         self._agreements[activity_id] = agreement
         agreement.usage[activity_id] = [0.0, 0.0]
-        self._on_change()
+        self.on_change()
         return activity_id
 
     def find(self, activity_id: str) -> Activity:
@@ -126,7 +116,7 @@ class Activities:
         self._end_reasons[activity_id] = reason
         await activity.unit.end(reason)
         activity.owner.activity_ended(activity.agreement, activity_id)
-        self._on_change()
+        self.on_change()
 
     async def close(self) -> None:
         """End all activities without notifying their owners, because the daemon ends."""
@@ -144,4 +134,4 @@ class Activities:
         # The unit continues to answer calls until the requestor destroys the activity.
         if activity_id in self._running:
             self.usage(activity_id)
-            self._on_change()
+            self.on_change()

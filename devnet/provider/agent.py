@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,11 +30,7 @@ _MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 
 
 class Provider:
-    """A simulated provider.
-
-    :param cpus: processor cores on which its processes run.
-    :param report: receives a line of text about each important event.
-    """
+    """A simulated provider, whose processes run on some of the processor cores."""
 
     def __init__(
         self,
@@ -66,8 +62,7 @@ class Provider:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Join the market and resume the agreements from before a restart."""
-        self._market.providers[self.node_id] = self
+        """Resume the agreements from before a restart, and make offers."""
         for agreement in list(self._market.agreements.values()):
             if agreement.provider_id != self.node_id:
                 continue
@@ -99,7 +94,7 @@ class Provider:
             return
         offer = self._offers.get(proposal.offer_id)
         if offer is not None:
-            self._propose(offer, proposal.demand_id, proposal.properties, proposal.constraints, proposal.proposal_id)
+            self._propose(offer, proposal)
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
         """Approve or reject an agreement that the requestor signed."""
@@ -123,10 +118,7 @@ class Provider:
         self._last_contact_at = asyncio.get_running_loop().time()
 
     def create_activity(self, agreement: Agreement) -> str:
-        """Start an activity for an agreement.
-
-        :raises ApiError: the agreement does not allow it, or the fault no-activity occurs.
-        """
+        """Start an activity, if the agreement allows it and the fault no-activity does not occur. :return: its id."""
         self.record_contact()
         if agreement.state != "Approved" or agreement is not self.agreement:
             raise ApiError(f"The agreement is {agreement.state}; it does not allow an activity.")
@@ -169,7 +161,8 @@ class Provider:
                 self._release()
                 return
             self._report(f"{self.plan.name} approves an agreement: {agreement.short_name}")
-        self._invoicer.decide_overbilling(agreement)
+        if overbill := self._fault("overbill"):
+            agreement.price_factor = overbill.factor
         self.record_contact()
         self._idle_since = self._last_contact_at
         await self._watch(agreement)
@@ -216,32 +209,24 @@ class Provider:
 
     def _propose_to(self, demand: Demand) -> None:
         for offer in self._offers.values():
-            self._propose(offer, demand.demand_id, demand.properties, demand.constraints)
+            self._propose(offer, demand)
 
-    def _propose(
-        self,
-        offer: Offer,
-        demand_id: str,
-        properties: Mapping[str, Any],
-        constraints: str,
-        counter_id: str | None = None,
-    ) -> None:
-        """Propose an offer if both sides' constraints are satisfied.
-
-        :param counter_id: the requestor's counter-proposal that it answers; an initial proposal if None.
-        """
-        if parse(constraints)(offer.properties) and parse(offer.constraints)(properties):
-            self._market.propose(
-                Proposal(
-                    issuer_id=self.node_id,
-                    demand_id=demand_id,
-                    offer_id=offer.offer_id,
-                    state="Initial" if counter_id is None else "Draft",
-                    properties=dict(offer.properties),
-                    constraints=offer.constraints,
-                    previous_id=counter_id,
-                )
+    def _propose(self, offer: Offer, other: Demand | Proposal) -> None:
+        """Propose an offer to a demand, or answer a counter-proposal with it, if it suits both sides."""
+        if not parse(other.constraints)(offer.properties) or not parse(offer.constraints)(other.properties):
+            return
+        counter_id = other.proposal_id if isinstance(other, Proposal) else None
+        self._market.propose(
+            Proposal(
+                issuer_id=self.node_id,
+                demand_id=other.demand_id,
+                offer_id=offer.offer_id,
+                state="Initial" if counter_id is None else "Draft",
+                properties=dict(offer.properties),
+                constraints=offer.constraints,
+                previous_id=counter_id,
             )
+        )
 
     # Tasks
 

@@ -9,6 +9,7 @@ instead of a virtual machine, and injects its provider's faults.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 
 from devnet.errors import Gone, NotFound, TimedOut
 from devnet.gftp import TransferFailed, deliver, fetch
-from devnet.provider.fault_injection import FaultInjector
+from devnet.provider.fault_injection import FAULTS_BEFORE_RUN, FaultInjector
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
 from devnet.provider.script import ALLOWED_STATES, Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
 from devnet.scenario import Fault, FaultSchedule, ProviderPlan
@@ -32,18 +33,6 @@ MAX_FINISHED_BATCHES = 100
 DEFAULT_VANISH_SECONDS = 300.0
 _EXIT_STATUS = 7
 _CONTAINER = "container:"
-
-
-class ScriptBatchNotFound(NotFound):
-    """The activity has no such batch, or its events have already been streamed."""
-
-
-class ActivityEnded(Gone):
-    """The activity has terminated."""
-
-
-class ActivityVanished(TimedOut):
-    """The provider does not respond."""
 
 
 class _ActivityTerminated(Exception):
@@ -82,7 +71,9 @@ class ExeUnit:
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
         self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "results")
         self._on_crash = on_crash
-        self._state, self._next_state, self._reason = "Initialized", "", ""
+        self._state = "Initialized"
+        #: Why the activity was terminated; None if it was not.
+        self.reason: str | None = None
         self._batches: dict[str, ScriptBatch] = {}
         self._queue: asyncio.Queue[ScriptBatch] = asyncio.Queue()
         self._worker = asyncio.create_task(self._run_batches())
@@ -96,13 +87,8 @@ class ExeUnit:
 
     @property
     def state(self) -> tuple[str, str | None]:
-        """Return the state of the activity, and the one to which it is changing."""
-        return self._state, self._next_state or None
-
-    @property
-    def reason(self) -> str | None:
-        """Return why the activity was terminated; None if it was not."""
-        return self._reason or None
+        """Return the state of the activity, and the one to which it is changing: none, because it changes at once."""
+        return self._state, None
 
     def usage(self) -> list[float]:
         """Return seconds of processor time, longer on a slow provider, and seconds since the activity was created."""
@@ -110,11 +96,7 @@ class ExeUnit:
         return [self._sandbox.processes.cpu_seconds() / self._speed, seconds]
 
     async def execute(self, commands: list[dict[str, Any]]) -> str:
-        """Queue a batch and return its id.
-
-        :raises BadScript: the script is invalid.
-        :raises ActivityEnded: the activity has terminated.
-        """
+        """Queue a batch. :return: its id. :raises ApiError: the script is invalid."""
         await self.block_if_vanished()
         self._raise_if_ended()
         batch = ScriptBatch(id=secrets.token_hex(16), commands=parse_script(commands))
@@ -125,12 +107,7 @@ class ExeUnit:
         return batch.id
 
     async def results(self, batch_id: str, timeout: float) -> list[dict[str, Any]]:
-        """Return the results of a batch so far, as soon as it is finished or after the timeout.
-
-        :param timeout: in seconds.
-        :raises ScriptBatchNotFound: there is no such batch.
-        :raises ActivityEnded: the activity has terminated before the end of the batch.
-        """
+        """Return the results of a batch so far, as soon as it is finished or after the timeout in seconds."""
         await self.block_if_vanished()
         batch = self._batch(batch_id)
         await batch.notifier.wait_until(lambda: batch.is_finished or self._state == "Terminated", timeout)
@@ -144,19 +121,19 @@ class ExeUnit:
     def stream(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
         """Yield the runtime events of a batch as they occur, until the batch or the activity ends.
 
-        :raises ScriptBatchNotFound: there is no such batch, or it was streamed before: yapapi fails on repeated events.
+        :raises NotFound: there is no such batch, or it was streamed before: yapapi fails on repeated events.
         """
         batch = self._batch(batch_id)
         if batch.is_streamed:
-            raise ScriptBatchNotFound(f"The events of batch {batch_id} have already been streamed.")
+            raise NotFound(f"The events of batch {batch_id} have already been streamed.")
         batch.is_streamed = True
         return self._events(batch)
 
     async def block_if_vanished(self) -> None:
-        """Block if the fault vanish-http has occurred. :raises ActivityVanished: at the end of the fault's time."""
+        """Block if the fault vanish-http has occurred. :raises TimedOut: at the end of the fault's time."""
         if self.vanished is not None:
             await asyncio.sleep(self.vanished.seconds or DEFAULT_VANISH_SECONDS)
-            raise ActivityVanished("The provider does not respond.")
+            raise TimedOut("The provider does not respond.")
 
     # Termination
 
@@ -167,7 +144,7 @@ class ExeUnit:
     def _terminate(self, reason: str, *, is_crash: bool) -> asyncio.Task[None]:
         """Terminate the activity, once. :return: the task that cleans up."""
         if self._cleanup_task is None:
-            self._state, self._next_state, self._reason = "Terminated", "", reason
+            self._state, self.reason = "Terminated", reason
             self._seconds = time.monotonic() - self._created_at
             self._cleanup_task = asyncio.create_task(self._clean_up(is_crash=is_crash))
             for batch in self._batches.values():
@@ -185,12 +162,12 @@ class ExeUnit:
     def _batch(self, batch_id: str) -> ScriptBatch:
         batch = self._batches.get(batch_id)
         if batch is None:
-            raise ScriptBatchNotFound(f"The activity has no batch {batch_id}.")
+            raise NotFound(f"The activity has no batch {batch_id}.")
         return batch
 
     def _raise_if_ended(self) -> None:
         if self._state == "Terminated":
-            raise ActivityEnded(f"The activity has terminated. {self._reason}")
+            raise Gone(f"The activity has terminated. {self.reason}")
 
     async def _events(self, batch: ScriptBatch) -> AsyncIterator[dict[str, Any]]:
         def is_over() -> bool:
@@ -244,11 +221,9 @@ class ExeUnit:
             raise CommandFailed(f"{command.name} is not allowed in the state {self._state}.")
         body = command.body
         if command.name == "deploy":
-            self._next_state = "Deployed"
-            if self._fault_injector.deploy_fails():
-                self._next_state = ""
+            if self._fault_injector.first("fail-deploy"):
                 raise CommandFailed("Fault of the scenario: fail-deploy.")
-            self._state, self._next_state = "Deployed", ""
+            self._state = "Deployed"
         elif command.name == "start":
             self._state = "Ready"
         elif command.name == "transfer":
@@ -271,7 +246,7 @@ class ExeUnit:
         raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
-        fault = self._fault_injector.fault_before_run()
+        fault = self._fault_injector.first(*FAULTS_BEFORE_RUN)
         kind = fault.kind if fault is not None else ""
         if kind:
             log.info("activity %s: %s", self.activity_id, kind)
@@ -281,16 +256,12 @@ class ExeUnit:
             self.vanished = fault
         if kind in ("hang", "vanish-http"):
             await asyncio.Event().wait()
-        program_run = self._run_program(entry_point, arguments, streams)
         if fault is None:
-            await program_run
+            await self._run_program(entry_point, arguments, streams)
             return
-        task = asyncio.create_task(program_run)
-        try:
-            await asyncio.wait({task}, timeout=fault.seconds)
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(TimeoutError, CommandFailed, PathOutsideSandbox):
+            async with asyncio.timeout(fault.seconds):
+                await self._run_program(entry_point, arguments, streams)
         raise _ActivityTerminated("The exe-unit was killed.", is_crash=True)
 
     async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:

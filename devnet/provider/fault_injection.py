@@ -23,7 +23,7 @@ from provider_image.schemas import check_results
 
 log = logging.getLogger(__name__)
 
-#: Kinds that replace a run. The first that occurs ends the search, so the others do not count an occasion.
+#: Kinds that replace a run.
 FAULTS_BEFORE_RUN = ("die", "vanish-http", "hang", "exit-nonzero")
 #: Kinds that corrupt the files that a run has written.
 FAULTS_AFTER_RUN = ("swap-results", "wrong-digest", "garbage", "truncate", "oversize")
@@ -45,17 +45,13 @@ class FaultInjector:
         self._provider_name, self._saved_results = provider_name, saved_results
         self._fault = functools.partial(faults.triggers, provider_name)
 
-    def deploy_fails(self) -> bool:
-        """Return whether this deploy fails."""
-        return self._fault("fail-deploy") is not None
-
-    def fault_before_run(self) -> Fault | None:
-        """Return the fault that replaces this run, if any."""
-        return next(filter(None, map(self._fault, FAULTS_BEFORE_RUN)), None)
+    def first(self, *kinds: str) -> Fault | None:
+        """Return the first fault that occurs now. It ends the search, so the other kinds do not count an occasion."""
+        return next(filter(None, map(self._fault, kinds)), None)
 
     def corrupt(self, files: Iterable[Path]) -> None:
         """Corrupt the files that a run has written if a fault occurs; save correct results files otherwise."""
-        fault = next(filter(None, map(self._fault, FAULTS_AFTER_RUN)), None)
+        fault = self.first(*FAULTS_AFTER_RUN)
         for file in files:
             if fault is None:
                 self._save_results(file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 
@@ -47,13 +47,6 @@ class Invoicer:
     faults: FaultSchedule
     #: Receives a line of text about each invoice.
     report: Callable[[str], None]
-    #: Agreement id -> factor of the fault overbill.
-    overbill_factors: dict[str, float] = field(default_factory=dict)
-
-    def decide_overbilling(self, agreement: Agreement) -> None:
-        """Decide at the start of an agreement whether to overbill it."""
-        if overbill := self.faults.triggers(self.plan.name, "overbill"):
-            self.overbill_factors[agreement.agreement_id] = overbill.factor
 
     def debit_note_interval_seconds(self) -> float:
         """Return the time between two debit notes of a new activity; 0 for a single one at its end."""
@@ -73,7 +66,7 @@ class Invoicer:
         if agreement.is_billed:
             return
         usage = list(self.activities.usage(activity_id))
-        amount = activity_amount(self.plan, usage, self.overbill_factors.get(agreement.agreement_id, 1.0))
+        amount = activity_amount(self.plan, usage, agreement.price_factor)
         is_payable = self.faults.triggers(self.plan.name, "payable-debit-note") is not None
         self.payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
 
@@ -84,8 +77,8 @@ class Invoicer:
             return
         if late := self.faults.triggers(self.plan.name, "late-bill"):
             await asyncio.sleep(late.seconds)
-        factor = self.overbill_factors.pop(agreement.agreement_id, 1.0)
-        amount = sum((activity_amount(self.plan, each, factor) for each in agreement.usage.values()), Decimal(0))
+        amounts = (activity_amount(self.plan, each, agreement.price_factor) for each in agreement.usage.values())
+        amount = sum(amounts, Decimal(0))
         agreement.is_billed = True
         self.payment.send_invoice(agreement, amount, _due_at())
         self.report(f"{self.plan.name} sends an invoice for {format_amount(amount)} GLM: {agreement.short_name}")

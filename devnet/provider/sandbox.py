@@ -94,10 +94,7 @@ class Sandbox:
         return path
 
     def rewrite_paths(self, argument: str) -> str:
-        """Replace /golem by the real folder in an argument of a command.
-
-        :raises PathOutsideSandbox: a path in it is outside the folder.
-        """
+        """Replace /golem by the real folder in an argument. :raises PathOutsideSandbox: a path in it is outside."""
 
         def rewrite(match: re.Match[str]) -> str:
             normalized = posixpath.normpath(match[0])

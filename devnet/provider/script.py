@@ -34,15 +34,8 @@ _LIMIT_KEYS = ("head", "tail", "headTail", "stream", "limit")
 # Commands
 
 
-class BadScript(ApiError):
-    """The script is invalid."""
-
-
 class CommandFailed(Exception):
-    """A command failed; the message goes into its result.
-
-    :param status: the command's return code, not 0.
-    """
+    """A command failed with a return code that is not 0; the message goes into its result."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -70,19 +63,16 @@ class Command:
 
 
 def parse_script(script: Any) -> list[Command]:
-    """Check a script.
-
-    :raises BadScript: it has no commands, unknown commands, or missing or invalid fields.
-    """
+    """Check a whole script. :raises ApiError: it has no commands, unknown ones, or invalid fields."""
     if not isinstance(script, list) or not script:
-        raise BadScript("A script must be a list of at least one command.")
+        raise ApiError("A script must be a list of at least one command.")
     return [_command(number, entry) for number, entry in enumerate(script)]
 
 
 def _command(number: int, entry: Any) -> Command:
     def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise BadScript(f"Command {number} of the script {problem}.")
+            raise ApiError(f"Command {number} of the script {problem}.")
 
     require(isinstance(entry, dict) and len(entry) == 1, "is not an object with one key")
     name, body = next(iter(entry.items()))

@@ -7,6 +7,7 @@ tensorflow takes for it is released.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -44,16 +45,11 @@ def artefact_of(name: str) -> Artefact:
     models = cache_folder() / "models"
     if CATALOGUE[name].source != "keras":
         return ensure_installed(models, name)
-    if not weights_of(name).exists() or not _is_installed(models, name):
-        subprocess.run([sys.executable, "-m", __name__, name], check=True)
+    with contextlib.suppress(NotInstalled, BrokenArtefact):
+        if weights_of(name).exists():
+            return find_artefact(models, name)
+    subprocess.run([sys.executable, "-m", __name__, name], check=True)
     return find_artefact(models, name)
-
-
-def _is_installed(models: Path, name: str) -> bool:
-    try:
-        return find_artefact(models, name).folder.is_dir()
-    except (NotInstalled, BrokenArtefact):
-        return False
 
 
 def _compile(name: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devnet.constraints import BadConstraint, parse
+from devnet.constraints import parse
+from devnet.errors import ApiError
 
 PROPERTIES = {
     "golem.runtime.name": "mlg",
@@ -86,7 +87,7 @@ def test_a_constraint_does_not_match(text: str) -> None:
     ],
 )
 def test_a_syntax_error_has_a_position(text: str, reason: str) -> None:
-    with pytest.raises(BadConstraint, match=reason):
+    with pytest.raises(ApiError, match=reason):
         parse(text)
 
 
@@ -122,7 +123,7 @@ def test_and_and_or_combine_their_parts(left: str, right: str, given_properties:
 def test_any_text_is_parsed_or_rejected(text: str, given_properties: dict[str, object]) -> None:
     try:
         parse(text)(given_properties)
-    except BadConstraint as error:
+    except ApiError as error:
         assert "wrong" in str(error)
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
+from devnet.errors import ApiError, Gone, NotFound
 from devnet.provider import exe_unit as module
-from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
-from devnet.provider.script import BadScript
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive
 from tests.timing import DEADLINE_SECONDS, slowness, until
@@ -120,7 +119,7 @@ async def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path)
 )
 async def test_an_invalid_script_is_rejected_as_a_whole(tmp_path: Path, script: Any) -> None:
     async with exe_unit(tmp_path) as unit:
-        with pytest.raises(BadScript):
+        with pytest.raises(ApiError):
             await unit.execute([*BOOT_COMMANDS, *script] if isinstance(script, list) and script else script)
 
 
@@ -169,7 +168,7 @@ async def test_only_the_latest_finished_batches_are_kept(tmp_path: Path, monkeyp
             await unit.results(batches[-1], 30)
 
         for batch in ("none", batches[0]):
-            with pytest.raises(ScriptBatchNotFound):
+            with pytest.raises(NotFound):
                 await unit.results(batch, 0)
         assert await unit.results(batches[-2], 0)
 
@@ -230,7 +229,7 @@ async def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
         batch = await unit.execute([sh("true")])
         await kinds(unit.stream(batch))
 
-        with pytest.raises(ScriptBatchNotFound):
+        with pytest.raises(NotFound):
             unit.stream(batch)
 
 
@@ -326,12 +325,13 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
         waiting = asyncio.create_task(unit.results(batch, 60))
         streaming = asyncio.create_task(kinds(unit.stream(batch)))
         await until(has_begun(tmp_path))
+        # A process that is just starting a program is not found for a moment.
+        await until(lambda: len(unit._sandbox.processes.pids()) >= 2)
         pids = unit._sandbox.processes.pids()
-        assert len(pids) >= 2
 
         async with asyncio.timeout(DEADLINE_SECONDS):
             await asyncio.gather(unit.end(), unit.end())
-            with pytest.raises(ActivityEnded):
+            with pytest.raises(Gone):
                 await waiting
             await streaming
         await unit.end()
@@ -339,7 +339,7 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
         assert not any(is_alive(pid) for pid in pids)
         assert not (tmp_path / "activity").exists()
         assert (unit.state, unit.reason) == (("Terminated", None), "The activity was destroyed.")
-        with pytest.raises(ActivityEnded):
+        with pytest.raises(Gone):
             await unit.execute([sh("true")])
 
 
@@ -360,7 +360,7 @@ async def test_a_queued_batch_ends_with_the_activity(tmp_path: Path) -> None:
         await until(has_begun(tmp_path))
         await unit.end()
 
-        with pytest.raises(ActivityEnded):
+        with pytest.raises(Gone):
             await unit.results(second, 60)
 
 

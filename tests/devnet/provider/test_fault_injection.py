@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from devnet.provider.exe_unit import ActivityEnded, ActivityVanished, ExeUnit
+from devnet.errors import Gone, TimedOut
+from devnet.provider.exe_unit import ExeUnit
 from devnet.scenario import Fault, FaultSchedule
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
@@ -85,7 +86,7 @@ async def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
 
         await unit.end()
 
-        with pytest.raises(ActivityEnded):
+        with pytest.raises(Gone):
             await waiting
 
 
@@ -184,7 +185,7 @@ async def test_an_exe_unit_that_dies_removes_everything_and_reports_it(tmp_path:
         # If the program ends first, the exe-unit dies then, so the test does not wait for `seconds`.
         batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
 
-        with pytest.raises(ActivityEnded, match="killed"):
+        with pytest.raises(Gone, match="killed"):
             await unit.results(batch, 60)
         await until(lambda: crashes)
 
@@ -229,7 +230,7 @@ async def test_a_call_for_a_vanished_activity_fails_after_the_faults_seconds(tmp
         batch = await unit.execute([sh("true")])
         started_at = time.monotonic()
 
-        with pytest.raises(ActivityVanished):
+        with pytest.raises(TimedOut):
             await unit.results(batch, 0.01)
 
         assert time.monotonic() - started_at >= 0.1
