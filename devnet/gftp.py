@@ -63,11 +63,7 @@ def resolve_url(exchange: Path, url: str) -> PublishedFile:
 
 
 def fetch(exchange: Path, url: str, target: Path) -> int:
-    """Copy a published file of the requestor to `target`.
-
-    :return: its size in bytes.
-    :raises TransferFailed: the URL is unknown or not for reading, or copying failed.
-    """
+    """Copy a published file of the requestor to `target`. :return: its bytes. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if published.is_target:
         raise TransferFailed(f"There is no file to read at {url}")
@@ -75,11 +71,7 @@ def fetch(exchange: Path, url: str, target: Path) -> int:
 
 
 def deliver(exchange: Path, source: Path, url: str) -> int:
-    """Copy `source` to the file of the requestor that waits for it.
-
-    :return: its size in bytes.
-    :raises TransferFailed: the URL is unknown or not for writing, or copying failed.
-    """
+    """Copy `source` to a file that the requestor waits for. :return: its bytes. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if not published.is_target:
         raise TransferFailed(f"No file is expected at {url}")
@@ -299,10 +291,7 @@ def _serve(exchange: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the program.
-
-    :param arguments: the exchange, which the script adds, then the caller's arguments.
-    """
+    """Run the program with the exchange, which the script adds, and the caller's arguments."""
     exchange, *rest = arguments
     if rest == ["server"]:
         _serve(Path(exchange))

@@ -89,8 +89,8 @@ class Processes:
     async def kill_all(self) -> None:
         """Kill every process of the activity, repeatedly until none is left."""
         deadline, empty_scans = time.monotonic() + _KILL_SECONDS, 0
-        # During an exec a process has no environment for a moment, hence the second scan.
-        while empty_scans < 2:
+        # During an exec a process has no environment for a moment, and a new one may be missed, hence the other scans.
+        while empty_scans < 3:
             for pid in self._children:
                 _kill(-pid)  # not waited for, so its pid has not been reused
             pids = self.pids()

@@ -12,22 +12,20 @@ import os
 import random
 import signal
 import sqlite3
-import statistics
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from scripts.benchmarks import photos, processes
 from scripts.benchmarks.keras_models import artefact_of
-from scripts.benchmarks.measuring import in_turns, print_table, rounds_option, work_folder
+from scripts.benchmarks.measuring import in_turns, medians, print_table, rounds_option, work_folder
 from scripts.benchmarks.stored_requests import add_images
 
 #: Provider -> fault: three of eight providers are faulty.
@@ -40,28 +38,18 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRun:
-    """The measurements of one `mlg batch --once`."""
+class BatchRun(NamedTuple):
+    """The measurements of one `mlg batch --once`, from the start of its process if nothing else is said."""
 
-    #: Number of images.
-    count: int
-    #: From the start of the process to the first and the last recorded result, and to its end.
+    #: Images per second to the last result, and from the first to the last one.
+    rate: float
+    steady_rate: float
     first_seconds: float
     last_seconds: float
-    end_seconds: float
+    #: From the last result to the end of the process.
+    closing_seconds: float
     #: GLM paid.
     cost: Decimal
-
-    @property
-    def rate(self) -> float:
-        """Return images per second from the start of the process to the last result."""
-        return self.count / self.last_seconds
-
-    @property
-    def steady_rate(self) -> float:
-        """Return images per second from the first result on."""
-        return self.count / max(1e-9, self.last_seconds - self.first_seconds)
 
 
 def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
@@ -122,13 +110,9 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
         processes.mlg("costs", "--json", "--home", str(home)), capture_output=True, text=True, check=True
     )
     rows = [json.loads(line) for line in costs.stdout.splitlines()]
-    return BatchRun(
-        count=total,
-        first_seconds=min(times),
-        last_seconds=max(times),
-        end_seconds=ended - started,
-        cost=Decimal(next(row["paid"] for row in rows if row["by"] == "total")),
-    )
+    cost = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
+    first, last = min(times), max(times)
+    return BatchRun(total / last, total / max(1e-9, last - first), first, last, ended - started - last, cost)
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
@@ -208,24 +192,15 @@ def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills
 
 
 def _print_runs(runs: dict[str, list[BatchRun]], title: str) -> None:
-    median = statistics.median
-    rows = [
-        (
-            kind,
-            f"{median(run.rate for run in each):.1f}",
-            f"{median(run.steady_rate for run in each):.1f}",
-            f"{median(run.first_seconds for run in each):.1f}",
-            f"{median(run.end_seconds - run.last_seconds for run in each):.1f}",
-            f"{median(run.cost for run in each):.6f}",
-        )
-        for kind, each in runs.items()
-    ]
+    rows = []
+    for kind, each in runs.items():
+        rate, steady, first, _, closing, cost = medians(each)
+        rows.append([kind, *(f"{figure:.1f}" for figure in (rate, steady, first, closing)), f"{cost:.6f}"])
     head = ("executor", "images/s", "from the first result on", "first result s", "last result to end s", "GLM")
     print_table(title, head, rows)
     local, no_faults, faulty = runs.values()
-    rate = median(a.rate / b.rate for a, b in zip(no_faults, local, strict=True))
-    steady = median(a.steady_rate / b.steady_rate for a, b in zip(no_faults, local, strict=True))
-    seconds = median(a.last_seconds / b.last_seconds for a, b in zip(faulty, no_faults, strict=True))
-    cost = median(a.cost / b.cost for a, b in zip(faulty, no_faults, strict=True))
+    rates = [(a.rate / b.rate, a.steady_rate / b.steady_rate) for a, b in zip(no_faults, local, strict=True)]
+    prices = [(a.last_seconds / b.last_seconds, a.cost / b.cost) for a, b in zip(faulty, no_faults, strict=True)]
+    (rate, steady), (seconds, cost) = medians(rates), medians(prices)
     click.echo(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
     click.echo(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

@@ -326,8 +326,7 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
         streaming = asyncio.create_task(kinds(unit.stream(batch)))
         await until(has_begun(tmp_path))
         # A process that is just starting a program is not found for a moment.
-        await until(lambda: len(unit._sandbox.processes.pids()) >= 2)
-        pids = unit._sandbox.processes.pids()
+        pids = await until(lambda: found if len(found := unit._sandbox.processes.pids()) >= 2 else [])
 
         async with asyncio.timeout(DEADLINE_SECONDS):
             await asyncio.gather(unit.end(), unit.end())
