@@ -85,12 +85,7 @@ class Agreements(dict[str, Agreement]):
             provider.agreement_confirmed(agreement)
 
     async def wait_for_approval(self, agreement_id: str, seconds: float | None) -> None:
-        """Wait until the provider approves.
-
-        :param seconds: how long to wait; without a limit if None.
-        :raises TimedOut: it has not decided in time.
-        :raises Gone: the agreement was rejected or cancelled, or expired.
-        """
+        """Wait until the provider approves; without a limit if `seconds` is None. :raises ApiError: it does not."""
         agreement = self.find(agreement_id)
         if agreement.state == "Proposal":
             raise Conflict("The agreement has not been confirmed yet.")

@@ -86,11 +86,7 @@ def _transfer(source: Path, target: Path, failure: str) -> int:
 
 
 def copy_file(source: Path, target: Path) -> int:
-    """Copy a file atomically; blocks of zeros become holes.
-
-    :return: its size in bytes.
-    :raises OSError: a file cannot be read or written; the target is unchanged.
-    """
+    """Copy a file atomically; blocks of zeros become holes. :return: its bytes."""
     part = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.part")
     try:
         with source.open("rb") as reader, part.open("xb") as writer:
@@ -109,10 +105,7 @@ def copy_file(source: Path, target: Path) -> int:
 
 
 def write_program(bin_folder: Path, exchange: Path) -> Path:
-    """Write an executable script `gftp` that runs this file with this Python, independent of the environment.
-
-    :return: the script's path; its folder belongs on the PATH of the requestor.
-    """
+    """Write a script `gftp` that runs this file with this Python, whatever the environment. :return: its path."""
     bin_folder.mkdir(parents=True, exist_ok=True)
     # Without site-packages (-S), Python starts in half the time.
     command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(exchange.absolute())]

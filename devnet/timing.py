@@ -53,10 +53,7 @@ class ChangeNotifier:
 
 
 class EventFeed(list[dict[str, Any]]):
-    """Events, oldest first. Their times strictly increase: a requestor asks for those after the last that it received.
-
-    :param time_key: the field with the time of an event.
-    """
+    """Events, oldest first. Their times strictly increase: requestors ask for those after the last that they have."""
 
     def __init__(self, time_key: str = "eventDate") -> None:
         super().__init__()

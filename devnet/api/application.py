@@ -55,10 +55,7 @@ class ApiCall:
 
 
 class CallJournal:
-    """The latest calls, in memory and optionally in a file.
-
-    :param path: a file to which each call is appended as a line of JSON.
-    """
+    """The latest calls, in memory and, if a path is given, as lines of JSON in a file."""
 
     #: Longer bodies are cut.
     max_body_bytes = 4000
@@ -76,10 +73,7 @@ class CallJournal:
     def add(
         self, at: datetime, request: web.Request, body: bytes, response: web.StreamResponse | None, seconds: float
     ) -> None:
-        """Record a call.
-
-        :param response: None if the caller disconnected before.
-        """
+        """Record a call; without a response, the caller disconnected before."""
         answer = bytes(response.sent) if isinstance(response, EventStream) else getattr(response, "body", None)
         answer = answer if isinstance(answer, bytes) else b""
         call = ApiCall(
@@ -117,11 +111,7 @@ class CallJournal:
 def make_application(
     routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: FaultSchedule
 ) -> web.Application:
-    """Make the application.
-
-    :param routes: the routes of the three APIs.
-    :param identity: the requestor's node id.
-    """
+    """Make the application of all routes; `identity` is the requestor's node id."""
 
     async def answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Check the app key, inject the daemon's faults, and report errors."""

@@ -119,12 +119,9 @@ class ExeUnit:
         return list(batch.results)
 
     def stream(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield the runtime events of a batch as they occur, until the batch or the activity ends.
-
-        :raises NotFound: there is no such batch, or it was streamed before: yapapi fails on repeated events.
-        """
+        """Yield the events of a batch as they occur. :raises NotFound: they were streamed before."""
         batch = self._batch(batch_id)
-        if batch.is_streamed:
+        if batch.is_streamed:  # yapapi fails on repeated events
             raise NotFound(f"The events of batch {batch_id} have already been streamed.")
         batch.is_streamed = True
         return self._events(batch)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,7 @@ _MAX_GARBAGE_BYTES = 1024 * 1024
 
 
 class FaultInjector:
-    """Injects the faults of one provider into its activities.
-
-    :param saved_results: a folder in which all providers save correct results files; must be on the file system of the
-        activities.
-    """
+    """Injects the faults of one provider. All providers save correct results files in one folder, by hard links."""
 
     def __init__(self, provider_name: str, faults: FaultSchedule, saved_results: Path) -> None:
         self._provider_name, self._saved_results = provider_name, saved_results
@@ -57,7 +53,21 @@ class FaultInjector:
                 self._save_results(file)
             else:
                 log.info("%s: %s of %s", self._provider_name, fault.kind, file.name)
-                _CORRUPTIONS.get(fault.kind, self._swap)(file)
+                self._corrupt(file, fault.kind)
+
+    def _corrupt(self, file: Path, kind: str) -> None:
+        data = file.read_bytes()
+        if kind == "garbage":
+            _replace(file, os.urandom(min(max(len(data), 1), _MAX_GARBAGE_BYTES)))
+        elif kind == "truncate":
+            _replace(file, data[: len(data) // 2])
+        elif kind == "oversize":
+            _replace(file, data)
+            os.truncate(file, OVERSIZE_BYTES)
+        elif kind == "wrong-digest":
+            _rewrite_results(file, digest=hashlib.sha256(b"another model").hexdigest())
+        else:
+            self._swap(file)
 
     def _save_results(self, file: Path) -> None:
         document = _read_results(file)
@@ -111,29 +121,3 @@ def _replace(file: Path, data: bytes) -> None:
     """Write a new file in the place of one; hard links keep the old one."""
     file.unlink()
     file.write_bytes(data)
-
-
-def _garbage(file: Path) -> None:
-    _replace(file, os.urandom(min(max(file.stat().st_size, 1), _MAX_GARBAGE_BYTES)))
-
-
-def _truncate(file: Path) -> None:
-    data = file.read_bytes()
-    _replace(file, data[: len(data) // 2])
-
-
-def _oversize(file: Path) -> None:
-    _replace(file, file.read_bytes())
-    os.truncate(file, OVERSIZE_BYTES)
-
-
-def _wrong_digest(file: Path) -> None:
-    _rewrite_results(file, digest=hashlib.sha256(b"another model").hexdigest())
-
-
-_CORRUPTIONS: dict[str, Callable[[Path], None]] = {
-    "garbage": _garbage,
-    "truncate": _truncate,
-    "oversize": _oversize,
-    "wrong-digest": _wrong_digest,
-}

@@ -59,10 +59,7 @@ class Processes:
         self._children.add(pid)
 
     def child_reaped(self, pid: int, seconds: float) -> None:
-        """Remove a child that was waited for.
-
-        :param seconds: its processor time, including the children that it waited for.
-        """
+        """Remove a child that was waited for; its processor time includes the children that it waited for."""
         self._children.discard(pid)
         self._reaped.add(pid)
         self._reaped_seconds += seconds
