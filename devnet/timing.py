@@ -7,6 +7,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+from devnet.errors import ApiError
+
 _Value = TypeVar("_Value")
 
 
@@ -28,6 +30,14 @@ def parse_time(text: str) -> datetime:
         text = text.replace(" ", "+")
     timestamp = datetime.fromisoformat(text)
     return timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
+
+
+def read_time(name: str, value: object) -> datetime:
+    """Parse a time in a call. :raises ApiError: it is not a time."""
+    try:
+        return parse_time(str(value))
+    except ValueError as error:
+        raise ApiError(f"{name} must be a time in ISO 8601, not {value!r}.") from error
 
 
 class ChangeNotifier:

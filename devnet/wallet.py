@@ -12,7 +12,7 @@ from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
 from devnet.records import Allocation, format_amount
-from devnet.timing import parse_time
+from devnet.timing import read_time
 
 #: The payment platforms of the simulated accounts: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
@@ -43,7 +43,8 @@ class Wallet:
             raise ApiError(
                 f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, requested: {format_amount(total)} GLM."
             )
-        _check_timeout(body)
+        if body.get("timeout") is not None:
+            read_time("timeout", body["timeout"])
         allocation = Allocation(
             address=str(body.get("address") or self.requestor_id),
             platform=_platform(body.get("paymentPlatform")),
@@ -78,8 +79,8 @@ class Wallet:
             )
         if total - allocation.total > self.free_funds:
             raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
-        _check_timeout(body)
         if body.get("timeout") is not None:
+            read_time("timeout", body["timeout"])
             allocation.extra["timeout"] = body["timeout"]
         allocation.total = total
         self.on_change()
@@ -131,15 +132,6 @@ def parse_amount(value: object, name: str) -> Decimal:
     if not amount.is_finite() or amount < 0:
         raise ApiError(f"{name} must be a decimal number, 0 or more, not {value!r}.")
     return amount
-
-
-def _check_timeout(body: Mapping[str, Any]) -> None:
-    timeout = body.get("timeout")
-    if timeout is not None:
-        try:
-            parse_time(str(timeout))
-        except ValueError as error:
-            raise ApiError(f"timeout must be a time in ISO 8601, not {timeout!r}.") from error
 
 
 def _platform(value: object) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 from aiohttp import web
 
 from devnet.errors import ApiError
-from devnet.timing import parse_time
+from devnet.timing import read_time
 
 #: The published default of long polls.
 DEFAULT_POLL_SECONDS = 5.0
 
 
-class Call:
+class IncomingCall:
     """A call: its path, its query and its body, each checked when it is read. An invalid value is an ApiError."""
 
     def __init__(self, request: web.Request, text: str) -> None:
@@ -60,7 +60,7 @@ class Call:
     def time(self, name: str) -> datetime | None:
         """Return a query parameter that is a time; None if it is missing."""
         text = self.query(name)
-        return None if text is None else to_time(name, text)
+        return None if text is None else read_time(name, text)
 
     def polling(self) -> tuple[datetime | None, float, int]:
         """Return after which time events are asked for, how many seconds to wait, and how many to return at most."""
@@ -93,14 +93,6 @@ class Call:
         return body
 
 
-def to_time(name: str, text: str) -> datetime:
-    """Parse a time of a call. :raises ApiError: it is not a time."""
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise ApiError(f"{name} must be a time in ISO 8601, not {text!r}.") from error
-
-
 class Routes(list[web.RouteDef]):
     """The routes of an API, whose paths have the same root."""
 
@@ -108,7 +100,7 @@ class Routes(list[web.RouteDef]):
         super().__init__()
         self._root = root
 
-    def add(self, method: str, path: str, handle: Callable[[Call], Any], status: int = 200) -> None:
+    def add(self, method: str, path: str, handle: Callable[[IncomingCall], Any], status: int = 200) -> None:
         """Add a route.
 
         :param handle: returns the answer as JSON values, a whole response, or an awaitable of one of them.
@@ -116,7 +108,7 @@ class Routes(list[web.RouteDef]):
         """
 
         async def respond(request: web.Request) -> web.StreamResponse:
-            answer = handle(Call(request, await request.text()))
+            answer = handle(IncomingCall(request, await request.text()))
             if inspect.isawaitable(answer):
                 answer = await answer
             if isinstance(answer, web.StreamResponse):

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from devnet.api import Call, EventStream, Routes
+from devnet.api import EventStream, IncomingCall, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.provider.activities import Activities, Activity
@@ -16,12 +16,12 @@ from devnet.provider.activities import Activities, Activity
 def activity_routes(activities: Activities, market: MarketService) -> Routes:
     """List the routes of the activity API."""
 
-    def find(call: Call) -> Activity:
+    def find(call: IncomingCall) -> Activity:
         activity = activities.find(call["activity_id"])
         activity.owner.record_contact()
         return activity
 
-    def create(call: Call) -> Any:
+    def create(call: IncomingCall) -> Any:
         body = call.body()
         agreement_id = body.get("agreementId") if isinstance(body, dict) else body
         if not isinstance(agreement_id, str):
@@ -33,7 +33,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
         activity_id = provider.create_activity(agreement)
         return {"activityId": activity_id} if isinstance(body, dict) else activity_id
 
-    async def destroy(call: Call) -> None:
+    async def destroy(call: IncomingCall) -> None:
         activity_id = call["activity_id"]
         if activities.reason(activity_id) is None:
             unit = find(call).unit
@@ -41,7 +41,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
             await asyncio.shield(activities.destroy(activity_id, "The requestor destroyed the activity."))
             await unit.block_if_vanished()
 
-    async def execute(call: Call) -> str:
+    async def execute(call: IncomingCall) -> str:
         activity = find(call)
         try:
             commands = json.loads(str(call.object("text")["text"]))
@@ -53,7 +53,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
         activity.owner.batch_started(activity.agreement, commands)
         return batch_id
 
-    async def results(call: Call) -> Any:
+    async def results(call: IncomingCall) -> Any:
         unit = find(call).unit
         if "text/event-stream" not in call.request.headers.get("Accept", ""):
             return await unit.results(call["batch_id"], call.timeout_seconds())
@@ -65,7 +65,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
             await response.send("runtime", event)
         return response
 
-    async def state(call: Call) -> dict[str, Any]:
+    async def state(call: IncomingCall) -> dict[str, Any]:
         reason = activities.reason(call["activity_id"])
         if reason is not None:
             return {"state": ["Terminated", None], "reason": reason}
@@ -73,7 +73,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
         await unit.block_if_vanished()
         return {"state": list(unit.state), **({} if unit.reason is None else {"reason": unit.reason})}
 
-    async def usage(call: Call) -> dict[str, Any]:
+    async def usage(call: IncomingCall) -> dict[str, Any]:
         if activities.reason(call["activity_id"]) is None:
             await find(call).unit.block_if_vanished()
         return {"currentUsage": activities.usage(call["activity_id"]), "timestamp": int(time.time())}

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from devnet.agreements import STATES
-from devnet.api import Call, Routes, to_time
+from devnet.api import IncomingCall, Routes
 from devnet.errors import ApiError
 from devnet.market import MarketService
+from devnet.timing import read_time
 
 
 def market_routes(market: MarketService) -> Routes:
     """List the routes of the market API."""
     agreements = market.agreements
 
-    def reject(call: Call) -> None:
+    def reject(call: IncomingCall) -> None:
         call.reason()
         market.reject(*_proposal_ids(call))
 
-    def list_agreements(call: Call) -> list[dict[str, Any]]:
+    def list_agreements(call: IncomingCall) -> list[dict[str, Any]]:
         state = call.query("state")
         if state is not None and state not in STATES:
             raise ApiError(f"state must be one of {', '.join(STATES)}, not {state!r}.")
@@ -32,12 +33,12 @@ def market_routes(market: MarketService) -> Routes:
             and (before is None or each.created_at < before)
         ]
 
-    def create_agreement(call: Call) -> str:
+    def create_agreement(call: IncomingCall) -> str:
         body = call.object("proposalId", "validTo")
-        valid_to = to_time("validTo", str(body["validTo"]))
+        valid_to = read_time("validTo", body["validTo"])
         return market.create_agreement(str(body["proposalId"]), valid_to).agreement_id
 
-    def contact(call: Call) -> str:
+    def contact(call: IncomingCall) -> str:
         """Record the contact with an agreement's provider. :return: the agreement's id."""
         agreement = agreements.get(call["agreement_id"])
         provider = market.providers.get(agreement.provider_id) if agreement is not None else None
@@ -45,20 +46,20 @@ def market_routes(market: MarketService) -> Routes:
             provider.record_contact()
         return call["agreement_id"]
 
-    def confirm(call: Call) -> None:
+    def confirm(call: IncomingCall) -> None:
         agreements.confirm(contact(call), call.query("appSessionId"))
 
-    def terminate(call: Call) -> None:
+    def terminate(call: IncomingCall) -> None:
         agreements.terminate(contact(call), "Requestor", call.reason())
 
-    def wait(call: Call) -> Any:
+    def wait(call: IncomingCall) -> Any:
         # As published: a timeout of 0 waits without a limit.
         return agreements.wait_for_approval(contact(call), call.timeout_seconds() or None)
 
-    def demand_events(call: Call) -> Any:
+    def demand_events(call: IncomingCall) -> Any:
         return market.poll(call["demand_id"], call.timeout_seconds(), call.max_items("maxEvents"))
 
-    def agreement_events(call: Call) -> Any:
+    def agreement_events(call: IncomingCall) -> Any:
         session_id = call.query("appSessionId")
         return agreements.events.poll(
             *call.polling(),
@@ -79,9 +80,7 @@ def market_routes(market: MarketService) -> Routes:
     routes.add("POST", "/agreements", create_agreement, 201)
     agreement = "/agreements/{agreement_id}"
     routes.add("GET", agreement, lambda call: agreements.find(contact(call)).to_api())
-    routes.add(
-        "POST", f"{agreement}/confirm", lambda call: agreements.confirm(contact(call), call.query("appSessionId")), 204
-    )
+    routes.add("POST", f"{agreement}/confirm", confirm, 204)
     routes.add("POST", f"{agreement}/wait", wait, 204)
     routes.add("POST", f"{agreement}/cancel", lambda call: agreements.cancel(contact(call), call.reason()), 204)
     routes.add("POST", f"{agreement}/terminate", terminate, 204)
@@ -90,11 +89,11 @@ def market_routes(market: MarketService) -> Routes:
     return routes
 
 
-def _proposal_ids(call: Call) -> tuple[str, str]:
+def _proposal_ids(call: IncomingCall) -> tuple[str, str]:
     return call["demand_id"], call["proposal_id"]
 
 
-def _terms(call: Call) -> tuple[dict[str, object], str]:
+def _terms(call: IncomingCall) -> tuple[dict[str, object], str]:
     body = call.object("properties", "constraints")
     if not isinstance(body["properties"], dict) or not isinstance(body["constraints"], str):
         raise ApiError("properties must be an object, and constraints a string.")

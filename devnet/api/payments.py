@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from devnet.api import Call, Routes
+from devnet.api import IncomingCall, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.payments import PaymentService
@@ -17,25 +17,25 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
     """List the routes of the payment API, which also report important events as lines of text."""
     wallet = payment.wallet
 
-    def allocate(call: Call) -> dict[str, Any]:
+    def allocate(call: IncomingCall) -> dict[str, Any]:
         allocation = wallet.allocate(call.object("totalAmount"))
         report(f"the requestor allocates {format_amount(allocation.total)} GLM")
         return allocation.to_api()
 
-    def release(call: Call) -> None:
+    def release(call: IncomingCall) -> None:
         allocation = wallet.release(call["allocation_id"])
         report(
             f"the requestor releases an allocation: {format_amount(allocation.spent)} GLM spent, "
             f"{format_amount(allocation.remaining)} GLM left"
         )
 
-    def decorations(call: Call) -> dict[str, Any]:
+    def decorations(call: IncomingCall) -> dict[str, Any]:
         ids = [each for each in (call.query("allocationIds") or "").split(",") if each]
         if not ids:
             raise ApiError("allocationIds must name at least one allocation.")
         return wallet.decorations(ids)
 
-    def accept(call: Call, bill: Bill) -> None:
+    def accept(call: IncomingCall, bill: Bill) -> None:
         is_new = payment.accept(bill, call.object("totalAmountAccepted", "allocationId"))
         provider = market.providers.get(bill.issuer_id)
         if bill.usage is None and is_new:
@@ -48,16 +48,16 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
     def add_bill_routes(name: str, bills: Mapping[str, Bill]) -> None:
         """Add the routes of the invoices or the debit notes."""
 
-        def find(call: Call) -> Bill:
+        def find(call: IncomingCall) -> Bill:
             if call["bill_id"] not in bills:
                 raise NotFound(f"There is no bill {call['bill_id']}.")
             return bills[call["bill_id"]]
 
-        def list_bills(call: Call) -> list[dict[str, Any]]:
+        def list_bills(call: IncomingCall) -> list[dict[str, Any]]:
             after, max_items = call.time("afterTimestamp"), call.max_items("maxItems")
             return [bill.to_api() for bill in bills.values() if after is None or bill.created_at > after][:max_items]
 
-        def reject(call: Call) -> None:
+        def reject(call: IncomingCall) -> None:
             payment.reject(find(call), call.object("rejectionReason", "totalAmountAccepted"))
 
         routes.add("GET", f"/{name}", list_bills)
@@ -65,8 +65,8 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
         routes.add("POST", f"/{name}/{{bill_id}}/accept", lambda call: accept(call, find(call)))
         routes.add("POST", f"/{name}/{{bill_id}}/reject", reject)
 
-    def poll(feed: EventFeed) -> Callable[[Call], Any]:
-        def handle(call: Call) -> Any:
+    def poll(feed: EventFeed) -> Callable[[IncomingCall], Any]:
+        def handle(call: IncomingCall) -> Any:
             session_id = call.query("appSessionId")
             platform = "-".join(filter(None, (call.query("driver"), call.query("network"))))
 
@@ -85,7 +85,7 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
         agreement = market.agreements.get(bill.agreement_id) if bill is not None else None
         return agreement is not None and agreement.session_id == session_id
 
-    def payment_by_id(call: Call) -> dict[str, Any]:
+    def payment_by_id(call: IncomingCall) -> dict[str, Any]:
         for each in payment.payments:
             if each["paymentId"] == call["payment_id"]:
                 return each
