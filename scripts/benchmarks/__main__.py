@@ -21,6 +21,7 @@ NAMES = (
 )
 
 if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-    sys.exit(f"Usage: scripts/bench {'|'.join(NAMES)} [--help]")
+    print(f"Usage: scripts/bench {'|'.join(NAMES)} [--help]", file=sys.stderr)
+    sys.exit(2)
 name = sys.argv.pop(1)
 importlib.import_module(f"scripts.benchmarks.{name}").main()
