@@ -25,8 +25,8 @@ class ChunkLog:
     :param executor: the executor's name.
     """
 
-    def __init__(self, store: Chunks, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
-        self._store = store
+    def __init__(self, chunks: Chunks, *, batcher_id: str, executor: str, clock: Callable[[], datetime]) -> None:
+        self._chunks = chunks
         self._batcher_id = batcher_id
         self._executor = executor
         self._clock = clock
@@ -53,7 +53,7 @@ class ChunkLog:
             reason=None,
         )
         try:
-            self._store.start_chunk(record)
+            self._chunks.start(record)
         except StoreError as error:
             log.warning("cannot record the start of a chunk: %s", error, extra={"chunk_id": packed.chunk_id})
 
@@ -61,7 +61,7 @@ class ChunkLog:
         """Record how a chunk ended."""
         error = chunk_outcome.error
         try:
-            self._store.finish_chunk(
+            self._chunks.finish(
                 packed.chunk_id,
                 provider=outcome.provider,
                 bytes_received=packed.results.stat().st_size if packed.results.exists() else None,

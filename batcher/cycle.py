@@ -40,8 +40,8 @@ from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
 from store.errors import StoreError, StoreUnavailable
-from store.records import ISOLATION_STEPS, Claim
-from store.sqlite import SqliteStore
+from store.requests import ISOLATION_STEPS, Claim
+from store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Cycle:
     def __init__(
         self,
         *,
-        store: SqliteStore,
+        store: Store,
         executor: Executor,
         settings: BatcherSettings,
         folder: Path,
@@ -95,7 +95,7 @@ class Cycle:
         self._resizer = resizer
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
-        self._chunk_log = ChunkLog(store, batcher_id=batcher_id, executor=executor.name, clock=clock)
+        self._chunk_log = ChunkLog(store.chunks, batcher_id=batcher_id, executor=executor.name, clock=clock)
         self._wake = asyncio.Event()
         self._is_flushing = False
         self._is_stopping = False
@@ -220,15 +220,15 @@ class Cycle:
     ) -> list[Claim]:
         now = self._clock()
         if is_lease_check_due:
-            released = self._store.release_expired(now)
+            released = self._store.requests.release_expired(now)
             if released:
                 log.warning("the leases of %d requests expired, they are queued again", released)
-            expired = self._store.expire(now)
+            expired = self._store.requests.expire(now)
             if expired:
                 log.info("%d requests expired: they were not processed before their deadline", expired)
         if not models:
             return []
-        return self._store.claim(
+        return self._store.requests.claim(
             models=models,
             limit=limit,
             now=now,
@@ -356,7 +356,7 @@ class Cycle:
     async def _write(self, chunk_outcome: ChunkOutcome) -> None:
         """Write an outcome into the store; retry until it is written or the claims are lost."""
         claims = chunk_outcome.claims
-        result_writer = ResultWriter(self._store, chunk_outcome)
+        result_writer = ResultWriter(self._store.requests, chunk_outcome)
         pause = INITIAL_BACKOFF_SECONDS
         while True:
             try:
@@ -383,7 +383,7 @@ class Cycle:
             open_claims = list(self._open_claims.values())
             lease_ends_at = self._clock() + timedelta(seconds=self._settings.lease_seconds)
             try:
-                renewed = await asyncio.to_thread(self._store.renew, open_claims, lease_ends_at=lease_ends_at)
+                renewed = await asyncio.to_thread(self._store.requests.renew, open_claims, lease_ends_at=lease_ends_at)
             except StoreError as error:
                 log.warning("cannot renew leases: %s", error)
                 pause = min(period, 1.0)
@@ -412,7 +412,9 @@ class Cycle:
             await asyncio.wait(self._tasks, timeout=FINAL_WRITE_SECONDS)
 
     async def _release(self, items: Iterable[PlannedItem]) -> None:
-        result_writer = ResultWriter(self._store, resolve_failed_chunk(items, _stopped_outcome(), is_stopping=True))
+        result_writer = ResultWriter(
+            self._store.requests, resolve_failed_chunk(items, _stopped_outcome(), is_stopping=True)
+        )
         try:
             await asyncio.to_thread(result_writer.write_pending, self._clock())
         except StoreError as error:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 
 from batcher.results import ChunkOutcome, ClaimFailure
 from store.errors import UnknownRequest
-from store.records import Blame, Claim, RequestState
-from store.requests import Requests
+from store.requests import Blame, Claim, Requests
+from store.states import RequestState
 
 
 @dataclass
@@ -33,19 +33,15 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
-        self.claimed += other.claimed
-        self.done += other.done
-        self.failed += other.failed
-        self.released += other.released
-        self.chunks += other.chunks
-        self.seconds += other.seconds
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 class ResultWriter:
     """The pending writes of one chunk's outcome."""
 
-    def __init__(self, store: Requests, chunk_outcome: ChunkOutcome) -> None:
-        self._store = store
+    def __init__(self, requests: Requests, chunk_outcome: ChunkOutcome) -> None:
+        self._requests = requests
         self.tally = Tally()
         self._steps: deque[Callable[[datetime], None]] = deque()
         if chunk_outcome.answers:
@@ -60,15 +56,15 @@ class ResultWriter:
             self._steps.popleft()
 
     def _finish(self, chunk_outcome: ChunkOutcome, now: datetime) -> None:
-        self.tally.done += self._store.finish(chunk_outcome.answers, now=now)
+        self.tally.done += self._requests.finish(chunk_outcome.answers, now=now)
 
     def _fail_or_release(self, failure: ClaimFailure, now: datetime) -> None:
         code, reason = failure.code, failure.reason
         if failure.blame is None:
-            self.tally.failed += self._store.fail(failure.claims, code=code, reason=reason, now=now)
+            self.tally.failed += self._requests.fail(failure.claims, code=code, reason=reason, now=now)
             return
         due_at = now + timedelta(seconds=failure.delay_seconds)
-        released = self._store.release(
+        released = self._requests.release(
             failure.claims, blame=failure.blame, code=code, reason=reason, now=now, due_at=due_at
         )
         # Only the store knows how many attempts are allowed.
@@ -78,5 +74,5 @@ class ResultWriter:
 
     def _has_failed(self, claim: Claim) -> bool:
         with contextlib.suppress(UnknownRequest):
-            return self._store.get(claim.id).state is RequestState.FAILED
+            return self._requests.get(claim.id).state is RequestState.FAILED
         return False

@@ -23,11 +23,12 @@ from provider_image.errors import (
     ModelError,
     NotInstalled,
     UnknownModel,
-    error_from_reply,
 )
 from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.service import Output, check_files, check_params
 from provider_image.services import load_service
-from store.records import Answer, Blame, Claim
+from store.files import NewFile
+from store.requests import Answer, Blame, Claim
 
 #: Seconds before an item that failed alone is tried again, by its failures so far.
 BACKOFF_SECONDS = (1.0, 4.0, 16.0)
@@ -108,7 +109,7 @@ def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_sto
     failures: list[ClaimFailure] = []
     items_done = 0
     for item, result in zip(packed.items, results.items, strict=True):
-        item_error = _item_error(packed.planned.service, artefact, result)
+        item_error = _item_error(packed.planned.service, artefact, item, result)
         if item_error is None:
             items_done += 1
             answers += _answers(packed, item, result, artefact, outcome.provider)
@@ -126,9 +127,10 @@ def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
     """
     artefact = find_artefact(models, packed.planned.model)
     numbers = range(len(packed.items))
-    for result in read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest).items:
+    found = read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest)
+    for item, result in zip(packed.items, found.items, strict=True):
         if result.error is None:
-            load_service(packed.planned.service).check_output(artefact, result.output)
+            _check_output(packed.planned.service, artefact, item, result)
 
 
 def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
@@ -150,12 +152,20 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
 
 
-def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
+def _check_output(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
+    """Check what a provider returned for an item. :raises MlgError:"""
+    service = load_service(service_name)
+    check_files(service.outputs, result.files)
+    output = Output(data=result.output, files=result.files)
+    service.check_output(artefact, check_params(service.params, item.first.params), output)
+
+
+def _item_error(service: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> MlgError | None:
     if result.error is not None:
-        return error_from_reply({"code": result.error.code, "reason": result.error.reason})
+        return result.error
     try:
-        load_service(service).check_output(artefact, result.output)
-    except MalformedResults as error:
+        _check_output(service, artefact, item, result)
+    except MlgError as error:
         return error
     return None
 
@@ -163,10 +173,13 @@ def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgErro
 def _answers(
     packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
 ) -> list[Answer]:
+    outputs = load_service(packed.planned.service).outputs
+    files = {name: NewFile(data=data, media_type=outputs[name].media_type) for name, data in result.files.items()}
     return [
         Answer(
             claim=claim,
             output=result.output,
+            files=files,
             digest=artefact.digest,
             chunk_id=packed.chunk_id,
             provider=provider or "unknown",

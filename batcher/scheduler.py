@@ -27,11 +27,12 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
-from store.chunks import BatcherRecord
-from store.controls import ControlState, read_control_state
+from store.batchers import BatcherRecord
+from store.controls import ControlState
 from store.errors import StoreError
+from store.requests import Requests
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Batcher:
     def __init__(
         self,
         *,
-        store: SqliteStore,
+        store: Store,
         executor: Executor,
         settings: BatcherSettings,
         home_settings: HomeSettings,
@@ -149,7 +150,7 @@ class Batcher:
             scheduler.add_job(self._send_heartbeat, "interval", seconds=HEARTBEAT_SECONDS)
             scheduler.start()
             watching_controls = asyncio.create_task(self._watch_controls())
-            initial_backlog = _InitialBacklog(self._store)
+            initial_backlog = _InitialBacklog(self._store.requests)
             while True:
                 self._cycle.flush()
                 tally = await self._cycle.run(
@@ -202,7 +203,7 @@ class Batcher:
     async def _apply_controls(self) -> bool:
         """Read the operator's controls and apply them. :return: whether they have changed."""
         try:
-            control_state = await asyncio.to_thread(read_control_state, self._store)
+            control_state = await asyncio.to_thread(self._store.controls.state)
         except StoreError as error:
             log.debug("cannot read the operator's controls: %s", error)
             if self._control_state is None:
@@ -238,7 +239,7 @@ class Batcher:
             seen_at=self._clock(),
         )
         try:
-            await asyncio.to_thread(self._store.heartbeat, record)
+            await asyncio.to_thread(self._store.batchers.heartbeat, record)
         except StoreError as error:
             log.warning("cannot write the heartbeat of this batcher: %s", error)
 
@@ -246,7 +247,7 @@ class Batcher:
         now = self._clock()
         try:
             purged = await asyncio.to_thread(
-                self._store.purge,
+                self._store.retention.purge,
                 images_before=now - timedelta(seconds=self._home_settings.keep_images_seconds),
                 results_before=now - timedelta(seconds=self._home_settings.keep_results_seconds),
                 now=now,
@@ -267,7 +268,7 @@ class Batcher:
             await asyncio.to_thread(self._resizer.close)
         await self._executor.close()
         try:
-            await asyncio.to_thread(self._store.deregister, self._id)
+            await asyncio.to_thread(self._store.batchers.deregister, self._id)
         except StoreError as error:
             log.warning("cannot deregister this batcher: %s", error)
 
@@ -296,9 +297,9 @@ def _budget(settings: BatcherSettings) -> dict[str, str]:
 class _InitialBacklog:
     """The waiting requests from before this object was made."""
 
-    def __init__(self, store: SqliteStore) -> None:
-        self._store = store
-        newest = store.list(limit=1)
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        newest = requests.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
         self._models: frozenset[str] = frozenset()
         self._counted_at = float("-inf")
@@ -307,7 +308,7 @@ class _InitialBacklog:
         """Count the waiting requests by model; models with only newer requests are left out."""
         return {
             each.model: each.waiting
-            for each in self._store.backlog()
+            for each in self._requests.backlog()
             if each.oldest_number is not None and each.oldest_number <= self._newest_number
         }
 
@@ -333,7 +334,7 @@ async def _wait_for_first(*awaitables: object) -> None:
 async def run_batcher(
     settings: BatcherSettings,
     home_settings: HomeSettings,
-    store: SqliteStore,
+    store: Store,
     make_executor: Callable[[BatcherSettings], Executor],
     *,
     batcher_id: str,

@@ -75,12 +75,12 @@ def batch(
 
     from batcher.executors import Executor, load_executor
     from batcher.scheduler import run_batcher
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
     def make_executor(executor_settings: BatcherSettings) -> Executor:
         return load_executor(executor_settings.executor, executor_settings, store)
 
-    store = SqliteStore(home_settings)
+    store = Store(home_settings)
     try:
         store.migrate()
         report = asyncio.run(

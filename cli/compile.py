@@ -235,12 +235,13 @@ def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_wi
 
 
 def _installed_message(artefact: Artefact) -> str:
-    storage = artefact.storage
-    other, change = ("f32", "without") if storage.kept == "f16" else ("f16", "with")
-    other_bytes = storage.f32_bytes if storage.kept == "f16" else storage.f16_bytes
+    storage, kept = artefact.storage, artefact.precision
+    assert storage is not None  # every builder measures it
+    other, change = ("f32", "without") if kept == "f16" else ("f16", "with")
+    other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
     return (
         f"{artefact.name} is installed in {artefact.folder} (digest {artefact.digest[:12]}, "
-        f"{artefact.size_bytes / 1e6:.1f} MB as {storage.kept}; {other_bytes / 1e6:.1f} MB as {other}, "
+        f"{artefact.size_bytes / 1e6:.1f} MB as {kept}; {other_bytes / 1e6:.1f} MB as {other}, "
         f"{change} f16 probabilities differ by up to {storage.largest_difference:.1g})"
     )
 

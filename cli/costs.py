@@ -47,9 +47,9 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
       mlg costs --by model --json | jq 'select(.by == "total").paid'
     """
     with open_store(home) as store:
-        rows = store.costs(by)
-        (total,) = store.costs("total")
-        allocations = store.allocations(is_open=True)
+        rows = store.ledger.costs(by)
+        (total,) = store.ledger.costs("total")
+        allocations = store.ledger.allocations(is_open=True)
     if as_json:
         print_json_lines(_to_json(row, by) for row in rows)
         print_json_lines([_to_json(total, "total")])
@@ -106,7 +106,7 @@ def _to_json(row: CostRow, by: str) -> dict[str, Any]:
 
 def _allocation_to_json(allocation: AllocationRecord) -> dict[str, Any]:
     from store.cost_split import to_amount
-    from store.records import to_text
+    from store.rows import to_text
 
     return {
         "by": "allocation",

@@ -79,7 +79,7 @@ def create(
         raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable characters.", param_hint="NAME")
     settings = HomeSettings.from_env(environment(home=home))
     from store.keys import KeyRecord, hash_key, make_key
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
     now = datetime.now(UTC)
     try:
@@ -87,12 +87,12 @@ def create(
     except OverflowError as error:
         raise ConfigError("--expires is too far in the future: no date after the year 9999 is possible.") from error
     id, key = make_key()
-    store = SqliteStore(settings)
+    store = Store(settings)
     try:
         # Unlike the other commands this one creates the home, so that a key can exist before the first server starts.
         store.migrate()
-        is_first = not store.has_keys()
-        store.add_key(
+        is_first = not store.keys.has_any()
+        store.keys.add(
             KeyRecord(
                 id=id,
                 name=name,
@@ -124,8 +124,8 @@ def list_keys(home: Path | None, as_json: bool) -> None:
     """
     now = datetime.now(UTC)
     with open_store(home) as store:
-        found = store.list_keys()
-        used = store.images_used_by_key(now=now)
+        found = store.keys.list()
+        used = store.keys.images_used_by_key(now=now)
     if as_json:
         print_json_lines(_to_json(key, used.get(key.id, 0), now) for key in found)
         return
@@ -157,7 +157,7 @@ def revoke(home: Path | None, id_or_name: str) -> None:
       mlg keys revoke alice
     """
     with open_store(home) as store:
-        key = store.revoke_key(id_or_name.strip(), now=datetime.now(UTC))
+        key = store.keys.revoke(id_or_name.strip(), now=datetime.now(UTC))
     click.echo(f"{printable(key.name)}\t{key.id}\trevoked")
 
 
@@ -171,7 +171,7 @@ def _state(key: KeyRecord, now: datetime) -> str:
 
 
 def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:
-    from store.records import to_text
+    from store.rows import to_text
 
     def text(moment: datetime | None) -> str | None:
         return None if moment is None else to_text(moment)

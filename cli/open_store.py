@@ -10,7 +10,7 @@ from provider_image.errors import ConfigError
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
 
 class open_store:
@@ -22,15 +22,15 @@ class open_store:
     def __init__(self, home: Path | None) -> None:
         self.settings = ServerSettings.from_env(environment(home=home))
 
-    def __enter__(self) -> SqliteStore:
-        from store.sqlite import SqliteStore
+    def __enter__(self) -> Store:
+        from store.store import Store
 
         if not self.settings.database.exists():
             raise ConfigError(
                 f"There is no database in {self.settings.home}. Give the home of a server (--home or MLG_HOME), "
                 "or create one: mlg migrate"
             )
-        self._store = SqliteStore(self.settings)
+        self._store = Store(self.settings)
         self._store.migrate()
         return self._store
 

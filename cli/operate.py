@@ -21,7 +21,7 @@ from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
     from store.controls import Pause
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
 #: Interval at which `drain --wait` checks the queue.
 POLL_SECONDS = 0.25
@@ -50,10 +50,10 @@ def pause(home: Path | None, reason: str | None) -> None:
     Example:
       mlg operate pause --reason "network maintenance"
     """
-    from store.controls import Mode, pause
+    from store.controls import Mode
 
     with open_store(home) as store:
-        _print_pause(pause(store, Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
+        _print_pause(store.controls.pause(Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
 
 
 @operate.command()
@@ -78,12 +78,12 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
     Example:
       mlg operate drain --wait && systemctl stop mlg-batcher
     """
-    from store.controls import Mode, pause
+    from store.controls import Mode
 
     deadline = time.monotonic() + patience
     with open_store(home) as store:
-        _print_pause(pause(store, Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
-        while (claimed := sum(each.claimed for each in store.backlog())) and wait:
+        _print_pause(store.controls.pause(Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
+        while (claimed := sum(each.claimed for each in store.requests.backlog())) and wait:
             if time.monotonic() > deadline:
                 raise MlgError(
                     f"{claimed} requests are still being processed. To wait longer: mlg operate drain --wait"
@@ -101,10 +101,9 @@ def resume(home: Path | None) -> None:
     Example:
       mlg operate resume
     """
-    from store import controls
 
     with open_store(home) as store:
-        controls.resume(store, by=_current_user(), now=datetime.now(UTC))
+        store.controls.resume(by=_current_user(), now=datetime.now(UTC))
     click.echo("batchers continue")
 
 
@@ -119,12 +118,11 @@ def run(home: Path | None) -> None:
     Example:
       mlg operate run
     """
-    from store import controls
 
     now = datetime.now(UTC)
     with open_store(home) as store:
-        controls.run_now(store, by=_current_user(), now=now)
-        control_state, batchers = controls.read_control_state(store), _count_live_batchers(store, now)
+        store.controls.run_now(by=_current_user(), now=now)
+        control_state, batchers = store.controls.state(), _count_live_batchers(store, now)
     click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
@@ -174,10 +172,10 @@ def status(home: Path | None, as_json: bool) -> None:
     print_table(summary)
 
 
-def _count_live_batchers(store: SqliteStore, now: datetime) -> int:
+def _count_live_batchers(store: Store, now: datetime) -> int:
     from server.status.eta import ALIVE_SECONDS
 
-    return len(store.list_batchers(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
+    return len(store.batchers.list(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
 
 
 def _print_pause(pause: Pause) -> None:

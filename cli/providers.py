@@ -51,10 +51,10 @@ def list_providers(home: Path | None, as_json: bool) -> None:
       mlg providers list --json | jq 'select(.ban_reason != null).id'
     """
     with open_store(home) as store:
-        found = store.list_providers()
-        costs = {row.key: row for row in store.costs("provider")}
+        found = store.providers.list()
+        costs = {row.key: row for row in store.ledger.costs("provider")}
         speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in store.speeds():
+        for speed in store.providers.speeds():
             speeds[speed.provider_id][speed.model] = speed.images_per_second
     now = datetime.now(UTC)
     if as_json:
@@ -105,7 +105,7 @@ def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: 
     now = datetime.now(UTC)
     until = None if duration is None else now + duration
     with open_store(home) as store:
-        provider = store.ban_provider(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
+        provider = store.providers.ban(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
 
 
@@ -120,7 +120,7 @@ def unban(home: Path | None, name_or_id: str) -> None:
       mlg providers unban slowpoke
     """
     with open_store(home) as store:
-        provider = store.unban_provider(_strip_ellipsis(name_or_id))
+        provider = store.providers.unban(_strip_ellipsis(name_or_id))
     click.echo(f"{printable(provider.name)}\t{provider.id}\tnot banned")
 
 
@@ -145,7 +145,7 @@ def _to_json(
     provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
 ) -> dict[str, Any]:
     from store.cost_split import to_amount
-    from store.records import to_text
+    from store.rows import to_text
 
     return {
         "id": provider.id,

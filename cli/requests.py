@@ -19,7 +19,7 @@ from cli.tables import local_time, make_table, print_json_lines, print_table
 from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
-    from store.records import RequestRecord
+    from store.requests import RequestRecord
 
 
 @click.group()
@@ -57,11 +57,11 @@ def list_requests(
       mlg requests list --json | jq .req_id
     """
     from provider_image.models.registry import find_row
-    from store.records import RequestState
+    from store.states import RequestState
 
     opened = open_store(home)
     with opened as store:
-        found = store.list(
+        found = store.requests.list(
             state=RequestState(status) if status else None,
             model=find_row(opened.settings.models, model).name if model else None,
             before=before,
@@ -89,16 +89,27 @@ def list_requests(
 @requests.command("show")
 @home_option
 @click.argument("id")
+@click.option(
+    "--files",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the answer's files to a folder.",
+)
 @json_option
-def show(home: Path | None, id: str, as_json: bool) -> None:
+def show(home: Path | None, id: str, files: Path | None, as_json: bool) -> None:
     """Show all details of one request.
 
     \b
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+      mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8 --files answer/
     """
     with open_store(home) as store:
-        request = store.get(id)
+        request = store.requests.get(id)
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
+            for name, file in request.files.items():
+                (files / name).write_bytes(store.images.read(file.sha256))
     details = _to_json(request)
     if as_json:
         print_json_lines([details])
@@ -122,7 +133,7 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
     with open_store(home) as store:
-        _change_each(ids, lambda id: store.retry(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.requests.retry(id, now=datetime.now(UTC)))
 
 
 @requests.command()
@@ -136,7 +147,7 @@ def cancel(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
     with open_store(home) as store:
-        _change_each(ids, lambda id: store.cancel(id, now=datetime.now(UTC)))
+        _change_each(ids, lambda id: store.requests.cancel(id, now=datetime.now(UTC)))
 
 
 def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> None:
@@ -160,6 +171,8 @@ def _to_json(request: RequestRecord) -> dict[str, Any]:
 
 
 def _short_result(request: RequestRecord) -> str:
-    if request.output:
+    if request.output and request.service == "classification":
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
+    if request.output:
+        return json.dumps(request.output, ensure_ascii=False)[:60]
     return request.reason or ""

@@ -64,9 +64,9 @@ def migrate(home: Path | None) -> None:
       mlg migrate --home /srv/mlg
     """
     settings = HomeSettings.from_env(environment(home=home))
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
-    store = SqliteStore(settings)
+    store = Store(settings)
     try:
         applied = store.migrate()
     finally:

@@ -24,7 +24,7 @@ from provider_image.errors import MlgError
 from server.address import base_url
 from server.auth.guard import check_exposure
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ class Supervisor:
         :return: the exit status.
         :raises MlgError: the home cannot be used, or a child is not ready in time.
         """
-        store = SqliteStore(self._settings)
+        store = Store(self._settings)
         try:
             # Here first, so that a home that cannot be used is one error line, and not two children that crash.
             store.migrate()
             store.check()
-            check_exposure(self._settings, store)
+            check_exposure(self._settings, store.keys)
             with self._signal_handlers():
                 status = self._start_all(store)
                 if status == 0:
@@ -111,7 +111,7 @@ class Supervisor:
 
     # Starting and watching
 
-    def _start_all(self, store: SqliteStore) -> int:
+    def _start_all(self, store: Store) -> int:
         deadline = time.monotonic() + READY_SECONDS
         started_at = datetime.now(UTC) - timedelta(seconds=1)
         while not self._stop_requested.is_set():
@@ -203,10 +203,10 @@ class Supervisor:
             os.close(self._ready_fd)
             self._ready_fd = None
 
-    def _is_registered(self, store: SqliteStore, since: datetime) -> bool:
+    def _is_registered(self, store: Store, since: datetime) -> bool:
         process = self._batcher.process
         return process is not None and any(
-            batcher.pid == process.pid for batcher in store.list_batchers(seen_since=since)
+            batcher.pid == process.pid for batcher in store.batchers.list(seen_since=since)
         )
 
     def _startup_message(self) -> str:

@@ -72,7 +72,7 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
         endpoint = EndpointRecord(
             id=f"we_{secrets.token_hex(6)}", url=url, events=chosen, secret=new_secret(), created_at=datetime.now(UTC)
         )
-        store.add_endpoint(endpoint)
+        store.webhooks.add_endpoint(endpoint)
     if as_json:
         print_json_lines([_endpoint_to_json(endpoint, has_secret=True)])
     else:
@@ -96,8 +96,8 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
       mlg webhooks list --show-secret
     """
     with open_store(home) as store:
-        endpoints = store.list_endpoints()
-        shared_secret = store.webhook_secret(None)
+        endpoints = store.webhooks.list_endpoints()
+        shared_secret = store.webhooks.secret(None)
     if as_json:
         print_json_lines(_endpoint_to_json(endpoint, has_secret=show_secret) for endpoint in endpoints)
         if show_secret:
@@ -129,7 +129,7 @@ def remove_webhook(id: str, home: Path | None) -> None:
       mlg webhooks remove we_0123456789ab
     """
     with open_store(home) as store:
-        store.remove_endpoint(id)
+        store.webhooks.remove_endpoint(id)
 
 
 @webhooks.command("test")
@@ -145,12 +145,12 @@ def test_webhook(id: str, home: Path | None) -> None:
     from server.errors import DeliveryFailed
     from server.http_client import HttpClient
     from server.webhooks import send
-    from store.records import to_text
+    from store.rows import to_text
     from store.webhooks import UnknownWebhook
 
     opening = open_store(home)
     with opening as store:
-        endpoint = next((one for one in store.list_endpoints() if one.id == id), None)
+        endpoint = next((one for one in store.webhooks.list_endpoints() if one.id == id), None)
     if endpoint is None:
         raise UnknownWebhook(f"There is no webhook {id[:80]}. See: mlg webhooks list")
     now = datetime.now(UTC)
@@ -209,13 +209,13 @@ def redeliver(ids: tuple[str, ...], home: Path | None) -> None:
     """
     with open_store(home) as store:
         for id in ids:
-            delivery = store.redeliver(id, now=datetime.now(UTC))
+            delivery = store.webhooks.redeliver(id, now=datetime.now(UTC))
             click.echo(f"{delivery.id}  {delivery.url}")
 
 
 def _list_messages(home: Path | None, state: str | None, limit: int, as_json: bool) -> None:
     with open_store(home) as store:
-        found = store.list_deliveries(status=state, limit=limit)
+        found = store.webhooks.list_deliveries(status=state, limit=limit)
     if as_json:
         from server.serializers import serialize_delivery
 
@@ -240,7 +240,7 @@ def _state(delivery: DeliveryRecord) -> str:
 
 
 def _endpoint_to_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
-    from store.records import to_text
+    from store.rows import to_text
 
     return {
         "id": endpoint.id,

@@ -10,9 +10,9 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -21,7 +21,9 @@ from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiti
 from mlg_client.operations import ClientMethod, Gather, Open, ReadLine, Send, Sleep, Steps, Yield, client_stream
 from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
-from mlg_client.uploads import Image, ImageUpload, find_images, load, split
+from mlg_client.uploads import Image, ImageUpload, Inputs, find_images, form_fields, load, split
+
+T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:5000"
 #: How long one read asks the server to hold the response.
@@ -67,7 +69,7 @@ class Calls:
     @ClientMethod
     def submit(
         self,
-        image: Image,
+        image: Image | Inputs,
         model: str,
         *,
         name: str | None = None,
@@ -76,8 +78,9 @@ class Calls:
         webhook: str | None = None,
         idempotency_key: str | None = None,
     ) -> Steps[Request]:
-        """Send one image.
+        """Send one image, or the inputs of a model that takes something else.
 
+        :param image: or name of each input -> an image, a file, or a mapping with the values of a table row.
         :param name: file name to show with the request. Defaults to that of the path or file.
         :param labels: any names and values to store with the request.
         :param params: parameters of the model's service, and `fresh`, `deadline`, `keep_seconds`.
@@ -87,6 +90,9 @@ class Calls:
         :raises Unavailable: the server could not accept it within the retry timeout.
         :raises Unreachable: the server does not answer.
         """
+        if isinstance(image, Mapping):
+            query = _query(labels, params, webhook)
+            return (yield from self._submit_fields(form_fields(image), name, model, query, idempotency_key))
         upload = load(image, name=name)
         return (yield from self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key))
 
@@ -99,6 +105,12 @@ class Calls:
         :raises Refused: with the code unknown_request if the server does not know the id.
         """
         return (yield from self._read(id, hold_seconds, top))
+
+    @ClientMethod
+    def file(self, request: Request | str, name: str) -> Steps[bytes]:
+        """Read a file of a result; see `Request.files`. :raises Refused: with the code unknown_file or picture_gone."""
+        path = f"/requests/{_id(request)}/files/{quote(name, safe='')}"
+        return (yield from self._exchange(lambda response: response.content, "GET", path))
 
     @ClientMethod
     def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
@@ -368,9 +380,19 @@ class Calls:
     def _submit_one(
         self, upload: ImageUpload, model: str, query: Sequence[tuple[str, str]], key: str | None
     ) -> Steps[Request]:
+        return (yield from self._submit_fields([upload.form_field], upload.name, model, query, key))
+
+    def _submit_fields(
+        self,
+        fields: Sequence[tuple[str, Any]],
+        name: str | None,
+        model: str,
+        query: Sequence[tuple[str, str]],
+        key: str | None,
+    ) -> Steps[Request]:
         path = f"/requestPrediction/{quote(model, safe='')}"
-        answer = yield from self._post(path, query=query, files=[upload.form_field], key=key)
-        return Request.from_answer({"name": upload.name, **answer})
+        answer = yield from self._post(path, query=query, files=fields, key=key)
+        return Request.from_answer({"name": name, **answer})
 
     def _listen(self, waiting: dict[str, Request], give_up_at: float | None, top: int | None) -> Steps[None]:
         """Yield requests as the server's events report their end; return if the server has no events."""
@@ -457,7 +479,14 @@ class Calls:
         )
 
     def _send(self, method: str, path: str, **more: Any) -> Steps[dict[str, Any]]:
-        """Send a request, and retry until the retry timeout. :raises ClientError:"""
+        return (yield from self._exchange(_read_answer, method, path, **more))
+
+    def _exchange(self, read: Callable[[httpx.Response], T | None], method: str, path: str, **more: Any) -> Steps[T]:
+        """Send a request, and retry until the retry timeout.
+
+        :param read: reads a successful response; None if it is not one.
+        :raises ClientError:
+        """
         request = self._request(method, path, **more)
         give_up_at = time.monotonic() + self._retry_timeout_seconds
         delay = _FIRST_DELAY_SECONDS
@@ -474,10 +503,10 @@ class Calls:
                 )
                 failure.__cause__ = error
             else:
-                answer = _parse(response)
-                if response.is_success and answer.get("success") is True:
+                answer = read(response) if response.is_success else None
+                if answer is not None:
                     return answer
-                failure = error_of(response, answer)
+                failure = error_of(response, _parse(response))
                 if isinstance(failure, Refused) or failure.code in FATAL:
                     raise failure
                 requested_delay = retry_after(response)
@@ -543,3 +572,8 @@ def _parse(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _read_answer(response: httpx.Response) -> dict[str, Any] | None:
+    answer = _parse(response)
+    return answer if answer.get("success") is True else None

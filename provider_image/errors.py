@@ -8,6 +8,7 @@
     │   ├── BrokenImage
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
+    │   ├── NotARow
     │   ├── InvalidParams
     │   └── MalformedRequest
     ├── UnknownModel
@@ -35,8 +36,26 @@ programs (in HTTP responses and results files); `permanent` means that a retry c
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+#: What readers of files raise for damaged or manipulated ones, according to their code and to fuzzing reports.
+DAMAGED_FILE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class MlgError(Exception):
@@ -54,6 +73,10 @@ class MlgError(Exception):
     def reason(self) -> str:
         """Return the message."""
         return str(self)
+
+    def to_reply(self) -> dict[str, Any]:
+        """Return what crosses the wire; see `error_from_reply`."""
+        return {"code": self.code, "reason": self.reason, "permanent": self.permanent}
 
 
 class BadInput(MlgError):
@@ -99,6 +122,12 @@ class TooManyBytes(BadInput):
     code = "too_large"
 
 
+class NotARow(BadInput):
+    """The table row cannot be used. Send a JSON object with a plain value for each column, like {"length": 5.1}."""
+
+    code = "not_a_row"
+
+
 class InvalidParams(BadInput):
     """A parameter has a value that the service does not accept."""
 
@@ -128,55 +157,49 @@ class ModelError(MlgError):
     """The model cannot be used."""
 
     code = "model_error"
+    permanent = True
 
 
 class WeightsMismatch(ModelError):
     """The weights file does not match its hash or its model. Download it again, then: mlg models compile MODEL"""
 
     code = "weights_mismatch"
-    permanent = True
 
 
 class WeightsMissing(ModelError):
     """The weights file was not found."""
 
     code = "weights_missing"
-    permanent = True
 
 
 class CompilerMissing(ModelError):
     """Compiling Keras models needs tensorflow. Install it: pip install "mlg[compile]" """
 
     code = "compiler_missing"
-    permanent = True
 
 
 class CompilationFailed(ModelError):
     """The compiled graph gives other results than the model that it was made from."""
 
     code = "compilation_failed"
-    permanent = True
 
 
 class UnsafeModelFile(ModelError):
     """The model file tries to run code or to read other files. Save the model with Keras' own layers only."""
 
     code = "unsafe_model_file"
-    permanent = True
 
 
 class UnsuitableModel(ModelError):
     """The model is not a classifier of one RGB image."""
 
     code = "unsuitable_model"
-    permanent = True
 
 
 class BrokenArtefact(ModelError):
     """The model artefact is incomplete or damaged. Delete its folder, then: mlg models compile MODEL"""
 
     code = "broken_artefact"
-    permanent = True
 
 
 class ChunkError(MlgError):
@@ -215,6 +238,11 @@ class InferenceFailed(MlgError):
 
     code = "inference_failed"
 
+    @staticmethod
+    def from_exception(error: Exception) -> MlgError:
+        """Return an MlgError as it is, and one for any other exception, which is a bug in a service or a library."""
+        return error if isinstance(error, MlgError) else InferenceFailed(f"{type(error).__name__}: {error}")
+
 
 class ConfigError(MlgError):
     """A setting has a value that cannot be used."""
@@ -224,7 +252,7 @@ class ConfigError(MlgError):
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Rebuild the error from a reply whose `ok` is false. An unknown code becomes a ChunkError."""
+    """Rebuild the error from what `to_reply` returned, elsewhere. An unknown code becomes a ChunkError."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

@@ -123,11 +123,11 @@ def build() -> Mapping[str, Any]:
     from server.api.openapi import build_document
     from server.app import create_app
     from server.settings import ServerSettings
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
     # The description is made from the views alone, so the store of this home is never opened.
     settings = ServerSettings(home=Path("/nonexistent"))
-    return build_document(create_app(settings, SqliteStore(settings)))
+    return build_document(create_app(settings, Store(settings)))
 
 
 def endpoints_part() -> str:

@@ -24,7 +24,7 @@ from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
-from store.sqlite import SqliteStore
+from store.store import Store
 
 #: "module:function" that adds views to an application; those of the API in the order of its description.
 VIEWS = (
@@ -47,7 +47,7 @@ VIEWS = (
 
 def create_app(
     settings: ServerSettings,
-    store: SqliteStore,
+    store: Store,
     *,
     long_poller: LongPoller | None = None,
     change_dispatcher: ChangeDispatcher | None = None,
@@ -72,15 +72,15 @@ def create_app(
         intake=Intake(
             settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
         ),
-        long_poller=long_poller or LongPoller(store, capacity=settings.server_threads // 2),
-        change_dispatcher=change_dispatcher or ChangeDispatcher(store, capacity=settings.max_streams),
+        long_poller=long_poller or LongPoller(store.requests, capacity=settings.server_threads // 2),
+        change_dispatcher=change_dispatcher or ChangeDispatcher(store.changes, capacity=settings.max_streams),
         active_reads=active_reads,
         clock=clock,
         queue_stats=queue_stats,
         dashboard=Dashboard(store, queue_stats, clock),
         work_slots=work_slots,
     )
-    install_guard(app, settings, store, clock)
+    install_guard(app, settings, store.keys, clock)
     install_idempotency(app, context)
     for name in VIEWS:
         module, _, function = name.partition(":")

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.catalogue import CATALOGUE, install_command
 from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
@@ -22,8 +22,8 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
-from store.records import RequestRecord
-from store.sqlite import SqliteStore
+from store.requests import RequestRecord
+from store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class Context:
     """What the views of one server process share."""
 
     settings: ServerSettings
-    store: SqliteStore
+    store: Store
     #: Accepts images.
     intake: Intake
     #: Holds reads until their request is final.
@@ -74,10 +74,9 @@ class Context:
         """Return why no batcher can run a model that requests wait for."""
         if installed_digest(self.settings.models, model) is not None or can_build(model):
             return None
-        row = CATALOGUE.get(model)
-        if row is None:
+        if model not in CATALOGUE:
             return (
                 f"The model {model} is not installed any more and is not in the catalogue. If it is a custom model, "
-                f"install it again: {custom_install_command(model)}; else cancel the request."
+                f"install it again: {install_command(model)}; else cancel the request."
             )
-        return f"The model {model} is not installed any more. Install it: {install_command(row)}"
+        return f"The model {model} is not installed any more. Install it: {install_command(model)}"

@@ -75,12 +75,23 @@ def service_fields(*, is_read: bool = False) -> tuple[Field, ...]:
     return tuple(found.values())
 
 
-def form_schema(fields: tuple[Field, ...], **files: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a form: its files, which are required, and its fields."""
+def input_schemas() -> dict[str, Mapping[str, Any]]:
+    """Describe the inputs of all services, each name once."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for service in map(load_service, REGISTRY):
+        for name, one in service.inputs.items():
+            kind = {"type": "object"} if one.kind == "row" else {"type": "string", "format": "binary"}
+            found.setdefault(name, {**kind, "description": one.help})
+    return found
+
+
+def form_schema(fields: tuple[Field, ...], inputs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Describe a form or a JSON object: its inputs, which are required if there is only one, and its fields."""
+    inputs = inputs or {}
     return {
         "type": "object",
-        "required": list(files),
-        "properties": {**files, **{field.name: {**field.schema, "description": field.help} for field in fields}},
+        "required": list(inputs) if len(inputs) == 1 else [],
+        "properties": {**inputs, **{field.name: {**field.schema, "description": field.help} for field in fields}},
     }
 
 

@@ -48,7 +48,7 @@ from server.live.long_poll import LongPoller
 from server.live.sse import STREAMED
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
-from store.sqlite import SqliteStore
+from store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +88,11 @@ def serve(
     """
     # Under a supervisor the workers of a killed predecessor may need a moment to release the port.
     listener = listen(settings.host, settings.port, retry_seconds=0.0 if parent_fd is None else TAKEOVER_SECONDS)
-    store = SqliteStore(settings)
+    store = Store(settings)
     try:
         store.migrate()
         store.check()
-        check_exposure(settings, store)
+        check_exposure(settings, store.keys)
     finally:
         store.close()
     # The workers inherit the socket, the pipe and the imported modules; 3.14 would choose another method.
@@ -234,9 +234,9 @@ class _GranianServer(MPServer):
             if _file_identity(descriptor) == identity:
                 os.close(descriptor)
         settings = self._settings
-        store = SqliteStore(settings)
-        long_poller = LongPoller(store, capacity=settings.server_threads // 2)
-        change_dispatcher = ChangeDispatcher(store, capacity=settings.max_streams)
+        store = Store(settings)
+        long_poller = LongPoller(store.requests, capacity=settings.server_threads // 2)
+        change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
         active_reads = ActiveReads()
         active_requests = ActiveReads()
         deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))

@@ -12,13 +12,16 @@ from typing import Any
 from provider_image.compiler import can_build_now
 from provider_image.errors import InvalidParams, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
-from provider_image.models.catalogue import ModelRow, install_command
+from provider_image.models.catalogue import ModelFacts, install_command
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
-from provider_image.services import load_service
+from provider_image.service import check_params, primary_input
+from provider_image.services import REGISTRY, load_service
 from server.status.eta import WaitEstimate
 from store.cost_split import to_amount
-from store.records import RequestRecord, RequestState, to_text
+from store.requests import RequestRecord
+from store.rows import to_text
+from store.states import RequestState
 from store.webhooks import DeliveryRecord
 
 
@@ -44,7 +47,9 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         if value:
             result[name] = dict(value) if isinstance(value, Mapping) else value
     if request.state is RequestState.DONE:
-        result["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
+        is_known = request.service in REGISTRY  # the package that has it may have been removed
+        params = {**request.params, **params}
+        result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
         result["cached"] = request.is_cached
         result["provider"] = request.provider
         result["seconds"] = request.seconds
@@ -52,6 +57,15 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         result["cost"] = None if request.cost is None else to_amount(request.cost)
         if request.cost is not None:
             result["cost_is_final"] = request.is_cost_final
+    if request.files:
+        result["files"] = {
+            name: {
+                "url": f"/requests/{request.id}/files/{name}",
+                "media_type": one.media_type,
+                "bytes": one.size_bytes,
+            }
+            for name, one in request.files.items()
+        }
     if request.finished_at is not None:
         result["finished_at"] = to_text(request.finished_at)
     if wait is not None:
@@ -66,16 +80,24 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
     return result
 
 
+def is_image(request: RequestRecord) -> bool:
+    """Tell whether the first input of a request is an image."""
+    if request.service not in REGISTRY:
+        return False
+    service = load_service(request.service)
+    return service.inputs[primary_input(service)].kind == "image"
+
+
 def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
     """Check the parameters of a read. :return: all that the service has, with defaults. :raises InvalidParams:"""
-    service = load_service(service_name)
-    read_time = {param.name for param in service.params if param.is_read_time}
+    service_params = load_service(service_name).params if service_name in REGISTRY else ()
+    read_time = {param.name for param in service_params if param.is_read_time}
     for name in fields:
         if name not in read_time:
             raise InvalidParams(
                 f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
             )
-    checked = service.check_params(dict(fields))
+    checked = check_params(service_params, fields)
     return {name: value for name, value in checked.items() if name in read_time}
 
 
@@ -87,7 +109,7 @@ def serialize_models(models: Path) -> list[dict[str, Any]]:
     return [_serialize_model(models, row) for row in list_rows(models)]
 
 
-def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
+def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
     try:
         artefact = find_artefact(models, row.name)
     except (NotInstalled, ModelError):
@@ -105,9 +127,9 @@ def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,
         "size_bytes": None if artefact is None else artefact.size_bytes,
-        "storage": None if artefact is None else artefact.storage.kept,
+        "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
-        "install": install_command(row),
+        "install": install_command(row.name),
     }
 
 

@@ -29,8 +29,8 @@ from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
 from server.serializers import parse_read_params, serialize_request
 from store.errors import UnknownRequest
-from store.records import to_text
-from store.sqlite import SqliteStore
+from store.rows import to_text
+from store.store import Store
 from store.webhooks import SECRET_PREFIX, DeliveryRecord, UnknownWebhook
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Deliverer:
 
     def __init__(
         self,
-        outbox: SqliteStore,
+        outbox: Store,
         *,
         http_client: HttpClient,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -141,7 +141,7 @@ class Deliverer:
         if free <= 0:
             return []
         now = self._clock()
-        claimed = self._outbox.claim_deliveries(
+        claimed = self._outbox.webhooks.claim_deliveries(
             now=now, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS), limit=free, except_urls=busy_urls
         )
         threads = []
@@ -182,9 +182,9 @@ class Deliverer:
         if payload is None:
             payload = self._payload(delivery)
             if payload is None:
-                self._outbox.delete_delivery(delivery.id)
+                self._outbox.webhooks.delete_delivery(delivery.id)
                 return
-            self._outbox.save_payload(delivery.id, payload)
+            self._outbox.webhooks.save_payload(delivery.id, payload)
         status: int | None = None
         retry_after: str | None = None
         error: str | None = None
@@ -193,14 +193,14 @@ class Deliverer:
                 delivery.url,
                 id=delivery.id,
                 body=payload.encode(),
-                secret=self._outbox.webhook_secret(delivery.endpoint_id),
+                secret=self._outbox.webhooks.secret(delivery.endpoint_id),
                 now=self._clock(),
                 http_client=self._http_client,
             )
             if not 200 <= status < 300:
                 error = f"The receiver answered with status {status}."
         except UnknownWebhook:
-            self._outbox.delete_delivery(delivery.id)
+            self._outbox.webhooks.delete_delivery(delivery.id)
             return
         except DeliveryFailed as failure:
             error = failure.reason
@@ -208,11 +208,11 @@ class Deliverer:
         retry_at = None
         if error is not None and status != 410 and delivery.attempts <= len(self._retry_seconds):
             retry_at = now + timedelta(seconds=self._retry_delay(delivery.attempts, retry_after))
-        self._outbox.finish_delivery(delivery, now=now, retry_at=retry_at, status=status, error=error)
+        self._outbox.webhooks.finish_delivery(delivery, now=now, retry_at=retry_at, status=status, error=error)
         if error is not None:
             log.warning("webhook %s: %s", delivery.id, error, extra={"delivery": delivery.id})
         if status == 410 and delivery.endpoint_id is not None:
-            self._outbox.disable_endpoint(delivery.endpoint_id, reason="It answered with status 410.", now=now)
+            self._outbox.webhooks.disable_endpoint(delivery.endpoint_id, reason="It answered with status 410.", now=now)
 
     def _retry_delay(self, attempts: int, retry_after: str | None) -> float:
         wait = self._retry_seconds[attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)
@@ -225,8 +225,8 @@ class Deliverer:
         data: dict[str, Any]
         try:
             if delivery.event == "batch.done":
-                batch = self._outbox.get_batch(delivery.subject)
-                progress = self._outbox.batch_progress(delivery.subject)
+                batch = self._outbox.batches.get(delivery.subject)
+                progress = self._outbox.batches.progress(delivery.subject)
                 if progress.waiting:
                     return None
                 counts = ("done", "failed", "cancelled", "expired")
@@ -239,7 +239,7 @@ class Deliverer:
                     **{name: getattr(progress, name) for name in counts},
                 }
             else:
-                request = self._outbox.get(delivery.subject)
+                request = self._outbox.requests.get(delivery.subject)
                 if not request.state.is_final:
                     return None
                 data = serialize_request(request, parse_read_params(request.service, {}), None)

@@ -10,11 +10,12 @@
               release, or the lease ended
 
 `retry` puts a failed or cancelled request back to queued. Each module is one noun with its records, statements and
-rules; `sqlite.py` composes them. The store knows nothing of HTTP or of the command line.
+rules; `store.py` composes them: `store.requests.add(...)`, `store.keys.revoke(...)`. The store knows nothing of HTTP or
+of the command line.
 
 Guarantees, tested in `tests/contracts/`:
 
-- `add` returns only when the image and the row would survive a power cut.
+- `requests.add` returns only when the image and the row would survive a power cut.
 - A claim is one statement. Two batchers never hold the same request.
 - A claim carries a fencing token. `finish`, `fail`, `release` and `renew` change a request only while it is claimed
   under that token; for any other they do nothing, and their result tells it.

@@ -14,6 +14,7 @@ second. Long because it has the records, the statements and the rules of one nou
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,14 @@ from typing import Any
 
 from provider_image.errors import MlgError
 from store.cost_split import equal_share, total
-from store.database import ReaderPool, Transaction, Writer
+from store.database import Database, Transaction
 from store.errors import UnknownRequest
+from store.files import digests_of_files
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
-from store.records import NewRequest, RequestRecord, RequestState, from_optional_text, from_text, to_text
-from store.requests import insert_request, request_row, request_with_cost
-
-#: `code` of requests whose deadline passed; they are cancelled, and shown as expired.
-EXPIRED = "expired"
-
-#: Requests that one commit deletes or lets expire.
-ROWS_PER_COMMIT = 500
+from store.requests import ROWS_PER_COMMIT, NewRequest, RequestRecord, insert_request, read_requests, request_row
+from store.rows import from_optional_text, from_text, to_text
+from store.states import EXPIRED, RequestState
 
 _ADD_BATCH = """
     INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
@@ -90,17 +87,7 @@ _REMOVE_ITEMS = """
     DELETE FROM requests
     WHERE number IN (SELECT number FROM requests
                      WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
-    RETURNING image_sha256
-"""
-
-_IS_OVERDUE = "SELECT 1 FROM requests WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= ? LIMIT 1"
-
-_EXPIRE = f"""
-    UPDATE requests
-    SET state = 'cancelled', finished_at = :now, code = '{EXPIRED}',
-        reason = 'Its deadline passed before it was claimed.'
-    WHERE number IN (SELECT number FROM requests
-                     WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now LIMIT :rows_per_commit)
+    RETURNING image_sha256, inputs, files
 """
 
 
@@ -229,11 +216,11 @@ class BatchProgress:
 class Batches:
     """The batches, their requests and their refused items."""
 
-    images: ImageStore
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database, images: ImageStore) -> None:
+        self._database = database
+        self._images = images
 
-    def add_batch(
+    def add(
         self, batch: BatchRecord, items: Sequence[tuple[NewRequest, StagedImage]], refused_items: Sequence[RefusedItem]
     ) -> list[RequestRecord]:
         """Add a batch, its requests in this order, and its refused items; return when all are durable.
@@ -265,55 +252,34 @@ class Batches:
             for one in refused_items:
                 transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
             return [
-                insert_request(transaction, self.images, new, staged, row)
-                for (new, staged), row in zip(items, rows, strict=True)
+                insert_request(transaction, new, staged, row) for (new, staged), row in zip(items, rows, strict=True)
             ]
 
         try:
-            return self._writer.run(write)
+            return self._database.write(write)
         except BaseException:
             for _, staged in items:
-                self.images.discard(staged)
+                self._images.discard(staged)
             raise
 
-    def get_batch(self, id: str) -> BatchRecord:
+    def get(self, id: str) -> BatchRecord:
         """Read one batch. :raises UnknownBatch:"""
-        with self._readers.connection() as connection:
-            row = connection.execute("SELECT * FROM batches WHERE id = ?", (id,)).fetchone()
+        row = self._database.row("SELECT * FROM batches WHERE id = ?", (id,))
         if row is None:
             raise UnknownBatch()
         return BatchRecord.from_row(row)
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch refused, in order; empty for an unknown batch."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(
-                "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
-                (batch_id,),
-            ).fetchall()
+        rows = self._database.rows(
+            "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
+            (batch_id,),
+        )
         return [RefusedItem(**dict(row)) for row in rows]
 
-    def list_batches(
-        self, *, key_id: str | None = None, before: int | None = None, limit: int = 50
-    ) -> list[BatchRecord]:
-        """List batches, newest first.
-
-        :param key_id: only those of this key.
-        :param before: only lower numbers.
-        """
-        conditions = ["key_id = :key_id"] if key_id is not None else []
-        conditions += ["number < :before"] if before is not None else []
-        with self._readers.connection() as connection:
-            rows = connection.execute(
-                f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
-                {"key_id": key_id, "before": before, "limit": limit},
-            ).fetchall()
-        return [BatchRecord.from_row(row) for row in rows]
-
-    def batch_progress(self, id: str) -> BatchProgress:
+    def progress(self, id: str) -> BatchProgress:
         """Count the requests of a batch by state; all zero for an unknown batch."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(_PROGRESS, (id,)).fetchall()
+        rows = self._database.rows(_PROGRESS, (id,))
         counts: Counter[str] = Counter()
         failures: Counter[str] = Counter()
         last: dict[str, int] = {}
@@ -338,36 +304,34 @@ class Batches:
             last_number=last.get(RequestState.QUEUED) or last.get(RequestState.CLAIMED),
         )
 
-    def batch_results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, RequestRecord]]:
+    def results(self, id: str, *, after: int = 0, limit: int = 200) -> list[tuple[int, RequestRecord]]:
         """List the requests that ended, in the order in which they ended.
 
         :param after: only those that ended under a higher number.
         :return: (number of the end, request).
         """
-        with self._readers.connection() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(_RESULTS, {"id": id, "after": after, "limit": limit}).fetchall()
-            costs: dict[str, Any] = {}
-            return [(row["ended_number"], request_with_cost(row, connection, costs)) for row in rows]
+            return list(zip((row["ended_number"] for row in rows), read_requests(connection, rows), strict=True))
 
-    def batch_items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
+    def items(self, id: str, *, after: int = 0, limit: int = 200) -> list[RequestRecord]:
         """List the requests of a batch in the order in which they were sent. :param after: only higher numbers."""
-        with self._readers.connection() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(_ITEMS, {"id": id, "after": after, "limit": limit}).fetchall()
-            costs: dict[str, Any] = {}
-            return [request_with_cost(row, connection, costs) for row in rows]
+            return read_requests(connection, rows)
 
     def last_unfinished(self, id: str, progress: BatchProgress) -> RequestRecord | None:
         """Read the last request of a batch that is queued, else the last that is claimed; None when all have ended."""
         if progress.last_number is None:
             return None
-        found = self.batch_items(id, after=progress.last_number - 1, limit=1)
+        found = self.items(id, after=progress.last_number - 1, limit=1)
         return found[0] if found else None
 
-    def cancel_batch(self, id: str, *, now: datetime) -> int:
+    def cancel(self, id: str, *, now: datetime) -> int:
         """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
         return self._change_items(id, now, _CANCEL_BATCH, _CANCEL_ITEMS)
 
-    def retry_batch(self, id: str, *, now: datetime) -> int:
+    def retry(self, id: str, *, now: datetime) -> int:
         """Queue those failed requests of a batch again whose image is kept.
 
         :return: how many.
@@ -383,9 +347,9 @@ class Batches:
                 raise UnknownBatch()
             return transaction.execute(change_items, values).rowcount
 
-        return self._writer.run(write)
+        return self._database.write(write)
 
-    def remove_batch(self, id: str) -> int:
+    def remove(self, id: str) -> int:
         """Delete a batch with its requests and images.
 
         :return: how many requests.
@@ -399,19 +363,27 @@ class Batches:
             if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
             removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "rows_per_commit": ROWS_PER_COMMIT}).fetchall()
-            delete_unneeded_images(transaction, self.images, {row[0] for row in removed})
+            digests = set().union(*map(digests_of_files, removed))
+            delete_unneeded_images(transaction.connection, self._images, digests)
             if len(removed) < ROWS_PER_COMMIT:
                 transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
             return len(removed)
 
-        return self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
-    def expire(self, now: datetime) -> int:
-        """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""
-        moment = to_text(now)
-        # Reading needs no write lock, and most calls find nothing.
-        with self._readers.connection() as connection:
-            if connection.execute(_IS_OVERDUE, (moment,)).fetchone() is None:
-                return 0
-        return self._writer.execute_in_steps(_EXPIRE, {"now": moment}, rows_per_commit=ROWS_PER_COMMIT)
+    def list(
+        self, *, key_id: str | None = None, before: int | None = None, limit: int = 50
+    ) -> builtins.list[BatchRecord]:
+        """List batches, newest first.
+
+        :param key_id: only those of this key.
+        :param before: only lower numbers.
+        """
+        conditions = ["key_id = :key_id"] if key_id is not None else []
+        conditions += ["number < :before"] if before is not None else []
+        rows = self._database.rows(
+            f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
+            {"key_id": key_id, "before": before, "limit": limit},
+        )
+        return [BatchRecord.from_row(row) for row in rows]

@@ -14,13 +14,16 @@ was deleted, in its place; a listener that comes back with a position below the 
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from store.database import ReaderPool, Writer
-from store.records import RequestRecord, RequestState, to_text
-from store.requests import request_with_cost
+from store.database import Database
+from store.requests import RequestRecord, read_requests
+from store.rows import to_text
+from store.states import RequestState
 
 #: Values in one IN list; SQLite's own limit is far higher.
 MAX_IN_VALUES = 500
@@ -77,32 +80,22 @@ class Snapshot:
     requests: tuple[tuple[Position, RequestState], ...]
 
 
-class ChangeFeed:
+class Changes:
     """The changes, and requests read with their positions."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def latest_change(self) -> int:
+    def latest(self) -> int:
         """Return the number of the last change; 0 before the first."""
-        with self._readers.connection() as connection:
-            return int(connection.execute(_LATEST).fetchone()[0])
+        return int(self._database.row(_LATEST)[0])
 
-    def changes(self, after: int, *, limit: int = 1000) -> list[ChangeRecord]:
-        """List the changes after a number, in order."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(_CHANGES, (after, limit)).fetchall()
-        return [
-            ChangeRecord(seq=seq, number=number, batch_id=batch_id, state=RequestState(state))
-            for seq, number, batch_id, state in rows
-        ]
-
-    def count_changes(self, after: int) -> tuple[int, Mapping[RequestState, int]]:
+    def count(self, after: int) -> tuple[int, Mapping[RequestState, int]]:
         """Count the changes after a number by the new state.
 
         :return: (number of the last change, state -> count).
         """
-        with self._readers.snapshot() as connection:
+        with self._database.snapshot() as connection:
             latest = int(connection.execute(_LATEST).fetchone()[0])
             rows = connection.execute(_COUNT, (after,)).fetchall()
         return latest, {RequestState(state): count for state, count in rows}
@@ -111,7 +104,7 @@ class ChangeFeed:
         """Return positions and states of the requests with these ids and of a batch. Unknown ones are left out."""
         id_list = list(ids)
         rows: list[tuple[int, int, str]] = []
-        with self._readers.snapshot() as connection:
+        with self._database.snapshot() as connection:
             latest = int(connection.execute(_LATEST).fetchone()[0])
             floor = int(connection.execute(_FLOOR).fetchone()[0])
             if batch_id is not None:
@@ -127,20 +120,28 @@ class ChangeFeed:
     def read_changed(self, numbers: Collection[int]) -> list[tuple[Position, RequestRecord]]:
         """Read requests with their positions, in the order of the positions. Unknown ones are left out."""
         number_list = list(numbers)
-        found: list[tuple[Position, RequestRecord]] = []
-        with self._readers.snapshot() as connection:
+        rows: list[Any] = []
+        with self._database.snapshot() as connection:
             floor = int(connection.execute(_FLOOR).fetchone()[0])
-            costs: dict[str, object] = {}
             for start in range(0, len(number_list), MAX_IN_VALUES):
                 part = number_list[start : start + MAX_IN_VALUES]
                 sql = f"""
                     SELECT *, coalesce({_LAST_CHANGE}, ?) AS last_change FROM requests
                     WHERE number IN ({", ".join("?" * len(part))})
                 """
-                for row in connection.execute(sql, (floor, *part)).fetchall():
-                    found.append(((row["last_change"], row["number"]), request_with_cost(row, connection, costs)))
-        return sorted(found, key=lambda pair: pair[0])
+                rows += connection.execute(sql, (floor, *part)).fetchall()
+            rows.sort(key=lambda row: (row["last_change"], row["number"]))
+            positions = [(row["last_change"], row["number"]) for row in rows]
+            return list(zip(positions, read_requests(connection, rows), strict=True))
 
-    def purge_changes(self, *, before: datetime) -> int:
+    def purge(self, *, before: datetime) -> int:
         """Delete the changes made before a time, except the last one of all. :return: how many."""
-        return self._writer.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)
+
+    def list(self, after: int, *, limit: int = 1000) -> builtins.list[ChangeRecord]:
+        """List the changes after a number, in order."""
+        rows = self._database.rows(_CHANGES, (after, limit))
+        return [
+            ChangeRecord(seq=seq, number=number, batch_id=batch_id, state=RequestState(state))
+            for seq, number, batch_id, state in rows
+        ]

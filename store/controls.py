@@ -7,6 +7,7 @@ did not read in between never sees the old one.
 
 from __future__ import annotations
 
+import builtins
 import enum
 import json
 import secrets
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from store.database import ReaderPool, Transaction, Writer
-from store.records import from_row, to_text
+from store.database import Database, Transaction
+from store.rows import from_row, to_text
 
 #: Names of the controls.
 PAUSE = "hold"
@@ -45,29 +46,6 @@ class Control:
     changed_at: datetime
     #: Who changed it; free text.
     changed_by: str
-
-
-class Controls:
-    """The named values."""
-
-    _writer: Writer
-    _readers: ReaderPool
-
-    def set_control(self, name: str, value: Mapping[str, Any], *, by: str, now: datetime) -> Control:
-        """Replace the value of a control; return when it is durable."""
-        row = {"name": name, "value": json.dumps(dict(value), ensure_ascii=False), "now": to_text(now), "by": by}
-
-        def write(transaction: Transaction) -> Control:
-            (changed,) = transaction.execute(_SET, row).fetchall()
-            return Control(**from_row(changed, mappings=("value",)))
-
-        return self._writer.run(write)
-
-    def controls(self) -> dict[str, Control]:
-        """Read all controls that were ever set, at one moment: name -> control."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(_ALL).fetchall()
-        return {row["name"]: Control(**from_row(row, mappings=("value",))) for row in rows}
 
 
 class Mode(enum.StrEnum):
@@ -112,33 +90,53 @@ class ControlState:
     run_token: str | None = None
 
 
-def read_control_state(controls: Controls) -> ControlState:
-    """Read the controls. :raises StoreError:"""
-    found = controls.controls()
-    run = found.get(RUN_NOW)
-    token = None if run is None else run.value.get("token")
-    return ControlState(pause=_to_pause(found.get(PAUSE)), run_token=token if isinstance(token, str) else None)
+class Controls:
+    """The named values."""
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-def pause(controls: Controls, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Pause:
-    """Stop all batchers from claiming anything new."""
-    cleaned_reason = _clean(reason or "") or None
-    control = controls.set_control(
-        PAUSE, {"mode": str(mode), "reason": cleaned_reason}, by=_clean(by) or "somebody", now=now
-    )
-    return Pause(mode=mode, by=control.changed_by, since=control.changed_at, reason=cleaned_reason)
+    def state(self) -> ControlState:
+        """Read the current values. :raises StoreError:"""
+        found = {control.name: control for control in self.list()}
+        run = found.get(RUN_NOW)
+        token = None if run is None else run.value.get("token")
+        return ControlState(pause=_to_pause(found.get(PAUSE)), run_token=token if isinstance(token, str) else None)
 
+    def pause(self, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Pause:
+        """Stop all batchers from claiming anything new."""
+        cleaned_reason = _clean(reason or "") or None
+        control = self.set(PAUSE, {"mode": str(mode), "reason": cleaned_reason}, by=by, now=now)
+        return Pause(mode=mode, by=control.changed_by, since=control.changed_at, reason=cleaned_reason)
 
-def resume(controls: Controls, *, by: str, now: datetime) -> None:
-    """Let batchers claim again."""
-    controls.set_control(PAUSE, {"mode": None, "reason": None}, by=_clean(by) or "somebody", now=now)
+    def resume(self, *, by: str, now: datetime) -> None:
+        """Let batchers claim again."""
+        self.set(PAUSE, {"mode": None, "reason": None}, by=by, now=now)
 
+    def run_now(self, *, by: str, now: datetime) -> str:
+        """Have every batcher claim everything that is queued, due or not. :return: the new token."""
+        token = secrets.token_hex(8)
+        self.set(RUN_NOW, {"token": token}, by=by, now=now)
+        return token
 
-def run_now(controls: Controls, *, by: str, now: datetime) -> str:
-    """Have every batcher claim everything that is queued, due or not. :return: the new token."""
-    token = secrets.token_hex(8)
-    controls.set_control(RUN_NOW, {"token": token}, by=_clean(by) or "somebody", now=now)
-    return token
+    def set(self, name: str, value: Mapping[str, Any], *, by: str, now: datetime) -> Control:
+        """Replace the value of a control; return when it is durable."""
+        row = {
+            "name": name,
+            "value": json.dumps(value, ensure_ascii=False),
+            "now": to_text(now),
+            "by": _clean(by) or "somebody",
+        }
+
+        def write(transaction: Transaction) -> Control:
+            (changed,) = transaction.execute(_SET, row).fetchall()
+            return Control(**from_row(changed, mappings=("value",)))
+
+        return self._database.write(write)
+
+    def list(self) -> builtins.list[Control]:
+        """List all controls that were ever set, at one moment."""
+        return [Control(**from_row(row, mappings=("value",))) for row in self._database.rows(_ALL)]
 
 
 def _to_pause(control: Control | None) -> Pause | None:

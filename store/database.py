@@ -1,4 +1,4 @@
-"""SQLite connections: one writer that shares its commits, and a pool of readers.
+"""The database of a home: an SQLite file with one writer that shares its commits, and connections for reading.
 
 Concurrent writers each waiting for their own fsync would give a few hundred commits a second. Here every write of the
 process is a small function, and all waiting ones run inside one BEGIN IMMEDIATE and one commit (group commit). A
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
+from store.images import ImageStore, StagedImage, is_referenced
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +62,41 @@ def connect(database: Path, *, busy_seconds: float) -> sqlite3.Connection:
 
 
 class Transaction:
-    """The argument of a write function: the connection, and what else belongs to the commit."""
+    """The argument of a write function: the connection, and the images that belong to the commit."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, images: ImageStore) -> None:
         self.connection = connection
-        #: Folders to sync before the commit.
-        self.folders_to_sync: set[Path] = set()
-        #: Images that this transaction published; undone if it is not committed.
-        self.published: list[str] = []
+        self._images = images
+        self._published: list[str] = []
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
         """Run one statement."""
         return self.connection.execute(sql, parameters)
+
+    def publish(self, staged: StagedImage) -> None:
+        """Give a staged image and its other inputs their final names, which they lose if the write is not committed."""
+        for each in (staged, *staged.others.values()):
+            self._images.publish(each)
+            self._published.append(each.sha256)
+
+    def count_published(self) -> int:
+        """Count the images that were published so far."""
+        return len(self._published)
+
+    def sync_published(self) -> None:
+        """Make the names of published images durable."""
+        if self._published:
+            self._images.sync()
+
+    def unpublish(self, keep: int = 0) -> None:
+        """Delete the images that were published after the first `keep`, unless a request refers to them."""
+        self._published, undone = self._published[:keep], self._published[keep:]
+        try:
+            for sha256 in undone:
+                if not is_referenced(self.connection, sha256):
+                    self._images.delete(sha256)
+        except OSError:
+            log.exception("could not delete images of a write that failed; the next purge will")
 
 
 T = TypeVar("T")
@@ -95,36 +119,78 @@ class _PendingWrite:
         self.wakeup.acquire()
 
 
-class Writer:
-    """Runs all writes of the process, one thread at a time.
+class Database:
+    """Runs the reads and writes of one process.
 
-    The first thread that comes is the leader: it runs its own write and all waiting ones in one commit, wakes their
-    threads, and makes one of the threads that have come since the next leader. Compared with a dedicated writer thread
-    this saves two thread switches for a single write, and one for each write in a group.
+    Writes run one thread at a time. The first thread that comes is the leader: it runs its own write and all waiting
+    ones in one commit, wakes their threads, and makes one of the threads that have come since the next leader. Compared
+    with a dedicated writer thread this saves two thread switches for a single write, and one for each write in a group.
 
-    :param before_commit: called with the transaction before each commit (makes folder entries durable).
-    :param undo: called under the lock with a transaction that was rolled back, to delete what it published.
+    Reads run at the same time, each thread with a connection of its own.
     """
 
-    def __init__(
-        self,
-        database: Path,
-        *,
-        busy_seconds: float,
-        before_commit: Callable[[Transaction], None],
-        undo: Callable[[Transaction], None],
-    ) -> None:
-        self._database = database
+    def __init__(self, path: Path, images: ImageStore, *, busy_seconds: float) -> None:
+        self.path = path
+        self._images = images
         self._busy_seconds = busy_seconds
-        self._before_commit = before_commit
-        self._undo = undo
         self._lock = threading.Lock()
         self._waiting: collections.deque[_PendingWrite] = collections.deque()
         self._has_leader = False
         self._is_closed = False
-        self._connection: sqlite3.Connection | None = None
+        self._write_connection: sqlite3.Connection | None = None
+        self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
 
-    def run(self, write: WriteFunction[T], *, has_savepoint: bool = True) -> T:
+    # Reading
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for reading. :raises StoreError: the database cannot be opened or read."""
+        if self._is_closed:
+            raise StoreUnavailable("The store is closed.")
+        try:
+            connection = self._idle_readers.get_nowait()
+        except queue.Empty:
+            connection = connect(self.path, busy_seconds=self._busy_seconds)
+            connection.execute("PRAGMA query_only = ON")
+        try:
+            yield connection
+        except sqlite3.Error as error:
+            connection.close()
+            raise database_error(error, self.path) from error
+        except BaseException:
+            self._return(connection)
+            raise
+        self._return(connection)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection whose reads all see the same state. :raises StoreError:"""
+        with self.read() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    def rows(self, sql: str, parameters: Any = ()) -> list[Any]:
+        """Read all rows of one statement. :raises StoreError:"""
+        with self.read() as connection:
+            return connection.execute(sql, parameters).fetchall()
+
+    def row(self, sql: str, parameters: Any = ()) -> Any:
+        """Read the first row of one statement; None if there is none. :raises StoreError:"""
+        with self.read() as connection:
+            return connection.execute(sql, parameters).fetchone()
+
+    def _return(self, connection: sqlite3.Connection) -> None:
+        if self._is_closed:
+            connection.close()
+        else:
+            self._idle_readers.put(connection)
+
+    # Writing
+
+    def write(self, write: WriteFunction[T], *, has_savepoint: bool = True) -> T:
         """Run a write and return its result when it is durable.
 
         :param has_savepoint: False saves two statements; for a function whose last statement is the only changing one.
@@ -146,9 +212,9 @@ class Writer:
 
     def execute(self, sql: str, parameters: Any = ()) -> int:
         """Run one statement as a write. :return: how many rows it changed."""
-        return self.run(lambda transaction: transaction.execute(sql, parameters).rowcount)
+        return self.write(lambda transaction: transaction.execute(sql, parameters).rowcount)
 
-    def run_in_steps(self, write: WriteFunction[int], *, rows_per_commit: int) -> int:
+    def write_in_steps(self, write: WriteFunction[int], *, rows_per_commit: int) -> int:
         """Run a write repeatedly, each time in a commit of its own, until it changes fewer rows than it may.
 
         :param write: changes at most `rows_per_commit` rows and returns how many.
@@ -156,20 +222,23 @@ class Writer:
         """
         total = 0
         while True:
-            changed = self.run(write)
+            changed = self.write(write)
             total += changed
             if changed < rows_per_commit:
                 return total
 
     def execute_in_steps(self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int) -> int:
-        """Run a statement in small commits, see `run_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
+        """Run a statement in small commits, see `write_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
         values = {**parameters, "rows_per_commit": rows_per_commit}
-        return self.run_in_steps(
+        return self.write_in_steps(
             lambda transaction: transaction.execute(sql, values).rowcount, rows_per_commit=rows_per_commit
         )
 
     def close(self) -> None:
-        """Reject new writes, commit the waiting ones, and close the connection."""
+        """Reject new reads and writes, commit the waiting writes, and close the connections.
+
+        A connection that is lent at that moment is closed when it is returned.
+        """
         with self._lock:
             self._is_closed = True
         while True:
@@ -177,29 +246,32 @@ class Writer:
                 if not self._has_leader:
                     break
             time.sleep(LOCK_POLL_SECONDS)
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._write_connection is not None:
+            self._write_connection.close()
+            self._write_connection = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle_readers.get_nowait().close()
 
     def _run_group_commit(self) -> None:
         """Commit the waiting writes, the caller's own among them, and pass the leadership on."""
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_WRITES_PER_COMMIT))]
         try:
-            if self._connection is None:
-                self._connection = connect(self._database, busy_seconds=0)  # see _begin
-            self._commit(self._connection, batch)
+            if self._write_connection is None:
+                self._write_connection = connect(self.path, busy_seconds=0)  # see _begin
+            self._commit(self._write_connection, batch)
         except BaseException as error:
             failure = error if isinstance(error, Exception) else StoreUnavailable("The process is being stopped.")
             if isinstance(error, sqlite3.Error):
-                failure = database_error(error, self._database)
+                failure = database_error(error, self.path)
                 failure.__cause__ = error
             for entry in batch:
                 entry.result, entry.failure = None, failure
-            if self._connection is not None and not isinstance(failure, StoreBusy):
+            if self._write_connection is not None and not isinstance(failure, StoreBusy):
                 # A new one next time: the file may have been replaced or remounted meanwhile.
-                self._connection.close()
-                self._connection = None
+                self._write_connection.close()
+                self._write_connection = None
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -214,10 +286,10 @@ class Writer:
 
     def _commit(self, connection: sqlite3.Connection, batch: list[_PendingWrite]) -> None:
         self._begin(connection)
-        transaction = Transaction(connection)
+        transaction = Transaction(connection, self._images)
         try:
             for entry in batch:
-                published_before = len(transaction.published)
+                published_before = transaction.count_published()
                 if entry.has_savepoint:
                     connection.execute("SAVEPOINT one_write")
                 try:
@@ -227,21 +299,21 @@ class Writer:
                         raise
                     if entry.has_savepoint:
                         connection.execute("ROLLBACK TO one_write")
-                    self._undo_publishing(transaction, published_before)
+                    transaction.unpublish(keep=published_before)
                     if isinstance(error, sqlite3.Error):
-                        known = database_error(error, self._database)
+                        known = database_error(error, self.path)
                         known.__cause__ = error
                         error = known
                     entry.failure = error
                 if entry.has_savepoint:
                     connection.execute("RELEASE one_write")
-            self._before_commit(transaction)
+            transaction.sync_published()
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            if transaction.published:
-                self._undo_publishing_after_rollback(connection, transaction)
+            if transaction.count_published():
+                self._unpublish_after_rollback(connection, transaction)
             raise
 
     def _begin(self, connection: sqlite3.Connection) -> None:
@@ -260,74 +332,11 @@ class Writer:
                     raise
                 time.sleep(LOCK_POLL_SECONDS)
 
-    def _undo_publishing(self, transaction: Transaction, keep: int) -> None:
-        kept, transaction.published = transaction.published[:keep], transaction.published[keep:]
-        try:
-            self._undo(transaction)
-        except OSError:
-            log.exception("could not delete images of a write that failed; the next purge will")
-        transaction.published = kept
-
-    def _undo_publishing_after_rollback(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
+    def _unpublish_after_rollback(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
         """Delete published images after the rollback, under a new lock: another request may refer to them by now."""
         try:
             self._begin(connection)
-            self._undo_publishing(transaction, 0)
+            transaction.unpublish()
             connection.execute("ROLLBACK")
         except sqlite3.Error:
             log.exception("could not delete images of a write that failed; the next purge will")
-
-
-class ReaderPool:
-    """Connections for reading, each used by one thread at a time."""
-
-    def __init__(self, database: Path, *, busy_seconds: float) -> None:
-        self._database = database
-        self._busy_seconds = busy_seconds
-        self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        self._is_closed = False
-
-    @contextlib.contextmanager
-    def connection(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection. :raises StoreError: it cannot be opened or read."""
-        if self._is_closed:
-            raise StoreUnavailable("The store is closed.")
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            connection = connect(self._database, busy_seconds=self._busy_seconds)
-            connection.execute("PRAGMA query_only = ON")
-        try:
-            yield connection
-        except sqlite3.Error as error:
-            connection.close()
-            raise database_error(error, self._database) from error
-        except BaseException:
-            self._return(connection)
-            raise
-        self._return(connection)
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection whose reads all see the same state. :raises StoreError:"""
-        with self.connection() as connection:
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
-
-    def _return(self, connection: sqlite3.Connection) -> None:
-        if self._is_closed:
-            connection.close()
-        else:
-            self._idle.put(connection)
-
-    def close(self) -> None:
-        """Close the idle connections; the others are closed when they are returned."""
-        self._is_closed = True
-        while True:
-            try:
-                self._idle.get_nowait().close()
-            except queue.Empty:
-                return

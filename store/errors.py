@@ -36,6 +36,12 @@ class NotRemovable(MlgError):
     permanent = True
 
 
+class UnknownFile(UnknownRequest):
+    """The answer has no file with this name."""
+
+    code = "unknown_file"
+
+
 class ImageGone(MlgError):
     """The image is not kept any more: its retention time is over."""
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from provider_image.errors import MlgError
-from store.database import ReaderPool, Transaction, Writer
-from store.records import from_text, to_text
+from store.database import Database, Transaction
+from store.rows import from_text, to_text
 
 # A key is free again when it has expired, or when its server was killed before it saved a response.
 _RESERVE = """
@@ -82,10 +82,10 @@ class EarlierRequest:
 class Idempotency:
     """The idempotency keys."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def reserve_idempotency_key(
+    def reserve(
         self,
         owner: str,
         key: str,
@@ -127,9 +127,9 @@ class Idempotency:
                 operation=row["operation"], response=response, lease_ends_at=from_text(row["lease_ends_at"])
             )
 
-        return self._writer.run(write)
+        return self._database.write(write)
 
-    def renew_idempotency_key(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
+    def renew(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
         """Extend the lease. :return: whether the key is still reserved by this token."""
         return self._change(_RENEW, owner, key, token, lease_ends_at=to_text(lease_ends_at))
 
@@ -146,9 +146,9 @@ class Idempotency:
             body=zlib.compress(response.body, 1),
         )
 
-    def release_idempotency_key(self, owner: str, key: str, token: str) -> bool:
+    def release(self, owner: str, key: str, token: str) -> bool:
         """Free the key: there is no response worth keeping. :return: whether it was still reserved by this token."""
         return self._change(_RELEASE, owner, key, token)
 
     def _change(self, sql: str, owner: str, key: str, token: str, **values: str | int | bytes) -> bool:
-        return bool(self._writer.execute(sql, {"owner": owner, "key": key, "token": token, **values}))
+        return bool(self._database.execute(sql, {"owner": owner, "key": key, "token": token, **values}))

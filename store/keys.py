@@ -9,6 +9,7 @@ A quota counts images by day (UTC) and is exact: `count_images` runs in the comm
 
 from __future__ import annotations
 
+import builtins
 import enum
 import hashlib
 import hmac
@@ -22,9 +23,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from provider_image.errors import MlgError
-from store.database import ReaderPool, Transaction, Writer
+from store.database import Database, Transaction
 from store.errors import QuotaReached
-from store.records import from_optional_text, from_text, to_text
+from store.rows import from_optional_text, from_text, to_text
 
 #: Keeps the hash of a key apart from any other sha256 of the same text.
 _DOMAIN = b"mlg api key v1\0"
@@ -195,10 +196,10 @@ def count_images(transaction: Transaction, key_id: str, count: int, *, now: str)
 class Keys:
     """The keys, and what was used of their limits."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def add_key(self, key: KeyRecord) -> None:
+    def add(self, key: KeyRecord) -> None:
         """Add a key. :raises KeyNameTaken: a key that is not revoked has the name."""
         row = {
             "id": key.id,
@@ -219,26 +220,18 @@ class Keys:
                     raise KeyNameTaken() from error
                 raise
 
-        self._writer.run(write)
+        self._database.write(write)
 
-    def find_key(self, id: str) -> KeyRecord | None:
+    def find(self, id: str) -> KeyRecord | None:
         """Read a key, also a revoked or expired one; None if there is none."""
-        with self._readers.connection() as connection:
-            row = connection.execute("SELECT * FROM api_keys WHERE id = ?", (id,)).fetchone()
+        row = self._database.row("SELECT * FROM api_keys WHERE id = ?", (id,))
         return None if row is None else KeyRecord.from_row(row)
 
-    def list_keys(self) -> list[KeyRecord]:
-        """List all keys, oldest first."""
-        with self._readers.connection() as connection:
-            rows = connection.execute("SELECT * FROM api_keys ORDER BY created_at, id").fetchall()
-        return [KeyRecord.from_row(row) for row in rows]
-
-    def has_keys(self) -> bool:
+    def has_any(self) -> bool:
         """Tell whether there was ever a key: revoking the last one must not give access to everybody."""
-        with self._readers.connection() as connection:
-            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM api_keys)").fetchone()[0])
+        return bool(self._database.row("SELECT EXISTS (SELECT 1 FROM api_keys)")[0])
 
-    def revoke_key(self, id_or_name: str, *, now: datetime) -> KeyRecord:
+    def revoke(self, id_or_name: str, *, now: datetime) -> KeyRecord:
         """Revoke a key for good. :raises UnknownKey: no key that is not revoked has this id or name."""
 
         def write(transaction: Transaction) -> KeyRecord:
@@ -247,12 +240,12 @@ class Keys:
                 raise UnknownKey()
             return KeyRecord.from_row(rows[0])
 
-        return self._writer.run(write)
+        return self._database.write(write)
 
-    def touch_key(self, id: str, *, now: datetime) -> None:
+    def touch(self, id: str, *, now: datetime) -> None:
         """Record that a key was used, unless that was recorded within TOUCH_SECONDS."""
         row = {"id": id, "now": to_text(now), "before": to_text(now - timedelta(seconds=TOUCH_SECONDS))}
-        self._writer.execute(_TOUCH, row)
+        self._database.execute(_TOUCH, row)
 
     def grant_requests(self, id: str, *, minute: int, limit: int, per_minute: int) -> Grant:
         """Grant one process up to `limit` of the requests that a key may send in a minute.
@@ -271,18 +264,18 @@ class Keys:
             transaction.execute(_SET_MINUTE, (current, used + granted, id))
             return Grant(granted=granted, left=max(0, per_minute - used - granted))
 
-        return self._writer.run(write)
+        return self._database.write(write)
 
     def images_used(self, id: str, *, now: datetime) -> int:
         """Count the images that a key sent on this day (UTC)."""
-        with self._readers.connection() as connection:
-            row = connection.execute(
-                "SELECT pictures FROM key_usage WHERE key_id = ? AND day = ?", (id, to_text(now)[:10])
-            ).fetchone()
+        row = self._database.row("SELECT pictures FROM key_usage WHERE key_id = ? AND day = ?", (id, to_text(now)[:10]))
         return 0 if row is None else int(row[0])
 
     def images_used_by_key(self, *, now: datetime) -> dict[str, int]:
         """Count the images of this day (UTC): key id -> images."""
-        with self._readers.connection() as connection:
-            rows = connection.execute("SELECT key_id, pictures FROM key_usage WHERE day = ?", (to_text(now)[:10],))
-            return {key_id: int(images) for key_id, images in rows}
+        return dict(self._database.rows("SELECT key_id, pictures FROM key_usage WHERE day = ?", (to_text(now)[:10],)))
+
+    def list(self) -> builtins.list[KeyRecord]:
+        """List all keys, oldest first."""
+        rows = self._database.rows("SELECT * FROM api_keys ORDER BY created_at, id")
+        return [KeyRecord.from_row(row) for row in rows]

@@ -35,8 +35,8 @@ from decimal import Decimal
 from typing import Any
 
 from store.cost_split import ZERO, split, to_amount, total
-from store.database import ReaderPool, Transaction, Writer
-from store.records import from_row, to_row, to_text
+from store.database import Database, Transaction
+from store.rows import from_row, to_row, to_text
 
 #: What costs can be grouped by.
 COSTS_BY = ("day", "model", "provider", "total")
@@ -288,32 +288,32 @@ class _CostSum:
 class Ledger:
     """The tables from `allocations` to `invoices`, and the costs of `chunks`."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def record_allocation(self, allocation: AllocationRecord) -> None:
         """Record an allocation or its new amount. A released one stays released."""
-        self._writer.execute(_RECORD_ALLOCATION, to_row(allocation))
+        self._database.execute(_RECORD_ALLOCATION, to_row(allocation))
 
     def release_allocation(self, id: str, *, now: datetime) -> None:
         """Record that an allocation was released. The first release counts."""
-        self._writer.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
+        self._database.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
     def record_agreement(self, agreement: AgreementRecord) -> None:
         """Record an agreement; does nothing when it is known."""
-        self._writer.execute(_RECORD_AGREEMENT, to_row(agreement))
+        self._database.execute(_RECORD_AGREEMENT, to_row(agreement))
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """Record why an agreement ended. The first end counts."""
-        self._writer.execute(_END_AGREEMENT, {"id": id, "reason": reason, "now": to_text(now)})
+        self._database.execute(_END_AGREEMENT, {"id": id, "reason": reason, "now": to_text(now)})
 
     def record_activity(self, activity: ActivityRecord) -> None:
         """Record an activity, its end or its usage. None changes nothing."""
-        self._writer.execute(_RECORD_ACTIVITY, to_row(activity))
+        self._database.execute(_RECORD_ACTIVITY, to_row(activity))
 
     def record_debit_note(self, note: DebitNoteRecord) -> None:
         """Record a debit note or its new state."""
-        self._writer.execute(_RECORD_DEBIT_NOTE, to_row(note))
+        self._database.execute(_RECORD_DEBIT_NOTE, to_row(note))
 
     def record_invoice(self, invoice: InvoiceRecord) -> None:
         """Record an invoice or its new state; split it over the agreement's chunks once it is accepted."""
@@ -327,13 +327,12 @@ class Ledger:
             if transaction.execute(_RECORD_INVOICE, row).rowcount:
                 split_invoices(transaction, invoice.agreement_id)
 
-        self._writer.run(write)
+        self._database.write(write)
 
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
-        with self._readers.connection() as connection:
-            rows = connection.execute(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id").fetchall()
+        rows = self._database.rows(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id")
         return [AllocationRecord(**from_row(row, amounts=("amount",))) for row in rows]
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
@@ -344,10 +343,7 @@ class Ledger:
         """
         which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
         which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
-        with self._readers.connection() as connection:
-            rows = connection.execute(
-                f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
-            ).fetchall()
+        rows = self._database.rows(f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id")
         prices = ("start_price", "price_per_cpu_second", "price_per_second")
         return [AgreementRecord(**from_row(row, amounts=prices)) for row in rows]
 
@@ -357,7 +353,7 @@ class Ledger:
         :param batcher_id: only agreements paid from this batcher's allocations.
         """
         which = {"since": None if since is None else to_text(since), "batcher_id": batcher_id}
-        with self._readers.snapshot() as connection:
+        with self._database.snapshot() as connection:
             paid = total(Decimal(row["amount"]) for row in connection.execute(_PAID, which))
             unsettled = self._unsettled_costs(connection, batcher_id)
         return total([paid, *unsettled.values()])
@@ -370,7 +366,7 @@ class Ledger:
         if by not in COSTS_BY:
             raise ValueError(f"costs can be grouped by {', '.join(COSTS_BY)}, not by {by!r}")
         everything = {"since": None, "batcher_id": None}
-        with self._readers.snapshot() as connection:
+        with self._database.snapshot() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
             paid = connection.execute(_PAID, everything).fetchall()

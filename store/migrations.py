@@ -1,6 +1,6 @@
 """Migrations: bring a database to the current schema, one numbered step after another.
 
-`SqliteStore.migrate` calls it. A step is never edited once released: a later change is a later step, and the names of
+`Store.migrate` calls it. A step is never edited once released: a later change is a later step, and the names of
 the steps are stored in the database. All pending steps run inside one BEGIN IMMEDIATE, so that any number of processes
 may start at once on an empty home.
 
@@ -15,7 +15,8 @@ import sqlite_utils
 
 from provider_image.errors import ConfigError
 from store.ledger import BillState
-from store.records import RequestState, to_text
+from store.rows import to_text
+from store.states import RequestState
 from store.webhooks import new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
@@ -583,6 +584,25 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
     db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
 
 
+def m011_files(db: sqlite_utils.Database) -> None:
+    """Files of requests beside the image: further inputs, and those of answers."""
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE requests ADD COLUMN files TEXT NOT NULL DEFAULT '{}'",
+        # Whether a file is still needed. A deleted request refers to nothing.
+        """
+        CREATE TABLE request_files (
+            number INTEGER NOT NULL REFERENCES requests (number) ON DELETE CASCADE,
+            is_input INTEGER NOT NULL CHECK (is_input IN (0, 1)),
+            sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+            PRIMARY KEY (number, is_input, sha256)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX request_files_sha256 ON request_files (sha256)",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -592,6 +612,7 @@ STEPS: tuple[Step, ...] = (
     m006_keys,
     m007_webhooks,
     m008_controls,
+    m011_files,
 )
 
 

@@ -5,6 +5,7 @@ Executors that pay record offers and work, and ban; operators' commands and view
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import Any
 
 from provider_image.errors import MlgError
 from store.cost_split import to_amount
-from store.database import ReaderPool, Transaction, Writer
-from store.records import from_row, to_text
+from store.database import Database, Transaction
+from store.rows import from_row, to_text
 
 #: Score of a new provider.
 INITIAL_SCORE = 0.5
@@ -132,8 +133,8 @@ class SpeedRecord:
 class Providers:
     """The providers, their speeds and bans."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def record_offer(
         self,
@@ -155,7 +156,7 @@ class Providers:
             "score": INITIAL_SCORE,
             "now": to_text(now),
         }
-        self._writer.execute(_RECORD_OFFER, row)
+        self._database.execute(_RECORD_OFFER, row)
 
     def record_work(
         self, provider_id: str, *, model: str, images: int, seconds: float, is_failure: bool, now: datetime
@@ -180,11 +181,9 @@ class Providers:
             if transaction.execute(_RECORD_WORK, row).rowcount and is_measured:
                 transaction.execute(_RECORD_SPEED, row)
 
-        self._writer.run(write)
+        self._database.write(write)
 
-    def ban_provider(
-        self, id_or_name: str, *, until: datetime | None, reason: str, by_operator: bool
-    ) -> ProviderRecord:
+    def ban(self, id_or_name: str, *, until: datetime | None, reason: str, by_operator: bool) -> ProviderRecord:
         """Ban a provider from work. A batcher's ban never shortens an operator's.
 
         :param id_or_name: the address, an unambiguous prefix of it, or an unambiguous name.
@@ -196,22 +195,15 @@ class Providers:
             "reason": reason,
             "by_operator": by_operator,
         }
-        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
+        return self._change(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
 
-    def unban_provider(self, id_or_name: str) -> ProviderRecord:
+    def unban(self, id_or_name: str) -> ProviderRecord:
         """Lift a ban. :raises UnknownProvider:"""
-        return self._change_provider(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
-
-    def list_providers(self) -> list[ProviderRecord]:
-        """List the providers, the last seen first."""
-        with self._readers.connection() as connection:
-            rows = connection.execute("SELECT * FROM providers ORDER BY seen_at DESC, id").fetchall()
-        return [_provider(row) for row in rows]
+        return self._change(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
 
     def banned(self, now: datetime) -> dict[str, str]:
         """Return the providers that are banned now: address -> reason."""
-        with self._readers.connection() as connection:
-            return dict(connection.execute(_BANNED, (to_text(now),)).fetchall())
+        return dict(self._database.rows(_BANNED, (to_text(now),)))
 
     def speed(self, model: str) -> dict[str, float]:
         """Return how many images a second of a model each provider answered recently: address -> speed."""
@@ -219,20 +211,24 @@ class Providers:
 
     def speeds(self) -> list[SpeedRecord]:
         """List the speeds of all providers and models."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(
-                "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
-            ).fetchall()
+        rows = self._database.rows(
+            "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
+        )
         return [SpeedRecord(**dict(row)) for row in rows]
 
-    def _change_provider(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
+    def list(self) -> builtins.list[ProviderRecord]:
+        """List the providers, the last seen first."""
+        rows = self._database.rows("SELECT * FROM providers ORDER BY seen_at DESC, id")
+        return [_provider(row) for row in rows]
+
+    def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:
             id = _find(transaction, id_or_name)
             change(transaction, id)
             (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
             return _provider(row)
 
-        return self._writer.run(write)
+        return self._database.write(write)
 
 
 def _find(transaction: Transaction, id_or_name: str) -> str:

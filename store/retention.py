@@ -6,13 +6,17 @@ for the write lock.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from store.changes import ChangeFeed
-from store.database import ReaderPool, Transaction, Writer
+from store.changes import Changes
+from store.database import Database, Transaction
+from store.files import digests_of_files, digests_of_inputs
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
-from store.records import PurgeReport, to_text
+from store.rows import to_text
 from store.webhooks import Webhooks
 
 #: How long a listener may be disconnected and still receive only what it missed.
@@ -23,13 +27,13 @@ KEEP_DELIVERIES = timedelta(days=7)
 ROWS_PER_COMMIT = 500
 
 _IMAGES_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
 _EXPIRED_FOR_OWNER = f"""
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before LIMIT :rows_per_commit
 """
 
@@ -40,17 +44,31 @@ _BATCHES_TO_PURGE = f"""
 """
 
 _RESULTS_TO_PURGE = """
-    SELECT number, image_sha256 FROM requests
+    SELECT number, image_sha256, inputs, files FROM requests
     WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
 
-class Retention(ChangeFeed, Webhooks):
+@dataclass(frozen=True, kw_only=True)
+class PurgeReport:
+    """How much a purge deleted."""
+
+    #: Images whose retention time is over.
+    images: int = 0
+    #: Requests whose retention time is over.
+    results: int = 0
+    #: Files that killed processes left.
+    leftovers: int = 0
+
+
+class Retention:
     """Deleting what is old, changes and webhook deliveries included."""
 
-    images: ImageStore
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database, images: ImageStore, changes: Changes, webhooks: Webhooks) -> None:
+        self._database = database
+        self._images = images
+        self._changes = changes
+        self._webhooks = webhooks
 
     def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
@@ -58,34 +76,43 @@ class Retention(ChangeFeed, Webhooks):
         :param images_before: images of requests that ended before this time are deleted.
         :param results_before: requests that ended before this time are deleted.
         """
-        results = self._purge_rows(_RESULTS_TO_PURGE, "DELETE FROM requests WHERE number = ?", results_before)
-        results += self._purge_rows(_EXPIRED_FOR_OWNER, "DELETE FROM requests WHERE number = ?", now)
-        images = self._purge_rows(
-            _IMAGES_TO_PURGE,
+        delete = ("DELETE FROM requests WHERE number = ?",)
+        results = self._purge_rows(_RESULTS_TO_PURGE, delete, results_before, digests_of_files)
+        results += self._purge_rows(_EXPIRED_FOR_OWNER, delete, now, digests_of_files)
+        forget = (
             f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
-            images_before,
+            "DELETE FROM request_files WHERE number = ? AND is_input",
         )
+        images = self._purge_rows(_IMAGES_TO_PURGE, forget, images_before, digests_of_inputs)
         self._purge_batches(results_before, now)
-        self.purge_changes(before=now - KEEP_CHANGES)
-        self.purge_deliveries(before=now - KEEP_DELIVERIES)
-        self._writer.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
+        self._changes.purge(before=now - KEEP_CHANGES)
+        self._webhooks.purge(before=now - KEEP_DELIVERIES)
+        self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
-    def _purge_rows(self, find: str, change: str, before: datetime) -> int:
-        """Change the rows that `find` selects and delete unneeded images. :return: how many rows."""
+    def _purge_rows(
+        self, find: str, changes: Sequence[str], before: datetime, digests_of: Callable[[Any], set[str]]
+    ) -> int:
+        """Change the rows that `find` selects and delete those of their files that are unneeded then.
+
+        :param digests_of: returns the digests of the files that a row may not need any more.
+        :return: how many rows.
+        """
 
         def write(transaction: Transaction) -> int:
             found = transaction.execute(
                 find, {"before": to_text(before), "rows_per_commit": ROWS_PER_COMMIT}
             ).fetchall()
-            for number, _ in found:
-                transaction.execute(change, (number,))
+            for row in found:
+                for change in changes:
+                    transaction.execute(change, (row["number"],))
             # The files are deleted before the commit: a crash in between leaves a finished request without its image,
             # which is what retention intends, never a queued one.
-            delete_unneeded_images(transaction, self.images, {row["image_sha256"] for row in found})
+            digests = set().union(*map(digests_of, found))
+            delete_unneeded_images(transaction.connection, self._images, digests)
             return len(found)
 
-        return self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
     def _purge_batches(self, before: datetime, now: datetime) -> None:
         """Delete batches that have no requests left."""
@@ -98,16 +125,20 @@ class Retention(ChangeFeed, Webhooks):
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
             return len(found)
 
-        self._writer.run_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
     def _sweep(self, now: datetime) -> int:
         """Delete files that killed processes left: staged ones, and images whose row was never committed."""
-        swept = self.images.sweep_staging(now=now.timestamp())
-        with self._readers.connection() as connection:
-            candidates = [sha256 for sha256 in self.images.list_digests() if not is_referenced(connection, sha256)]
+        swept = self._images.sweep_staging(now=now.timestamp())
+        with self._database.read() as connection:
+            candidates = [sha256 for sha256 in self._images.list_digests() if not is_referenced(connection, sha256)]
 
         def write(transaction: Transaction) -> int:
             # Checked again under the lock: a row may have been added since.
-            return sum(self.images.delete(sha256) for sha256 in candidates if not is_referenced(transaction, sha256))
+            return sum(
+                self._images.delete(sha256)
+                for sha256 in candidates
+                if not is_referenced(transaction.connection, sha256)
+            )
 
-        return swept + self._writer.run(write) if candidates else swept
+        return swept + self._database.write(write) if candidates else swept

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from store.batches import EXPIRED
-from store.database import ReaderPool
-from store.records import RequestRecord, RequestState, to_text
-from store.requests import request_with_cost
+from store.database import Database
+from store.requests import RequestRecord, read_requests
+from store.rows import to_text
+from store.states import EXPIRED, RequestState
 
 #: Requests whose rows are scanned for one page, and names, which an index alone contains.
 MAX_ROWS_SCANNED = 5_000
@@ -205,16 +205,16 @@ class _SearchSql:
 class Search:
     """Searching the requests."""
 
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def find(self, query: Query, *, before: int | None = None, limit: int = 50) -> Page:
         """List matching requests, newest first. :param before: `next_before` of the previous page."""
         search = _SearchSql(query, before, limit)
-        with self._readers.connection() as connection:
+        with self._database.read() as connection:
             search.add_time_bounds(connection, query.since, query.until)
             rows = connection.execute(search.page_sql, search.values).fetchall()
-            costs: dict[str, Any] = {}
-            requests = [request_with_cost(row, connection, costs) for row in rows[:limit]]
+            requests = read_requests(connection, rows[:limit])
             if len(rows) > limit:
                 return Page(requests=requests, next_before=requests[-1].number)
             last_scanned = connection.execute(search.last_scanned_sql, search.values).fetchone()
@@ -223,7 +223,7 @@ class Search:
     def explain_query_plan(self, query: Query, *, before: int | None = None) -> list[str]:
         """Return how SQLite would find a page; for tests and debugging."""
         search = _SearchSql(query, before, 50)
-        with self._readers.connection() as connection:
+        with self._database.read() as connection:
             search.add_time_bounds(connection, query.since, query.until)
             rows = connection.execute(f"EXPLAIN QUERY PLAN {search.page_sql}", search.values).fetchall()
         return [row["detail"] for row in rows]

@@ -11,11 +11,10 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from store.chunks import ChunkRecord
-from store.database import ReaderPool
-from store.records import from_row, to_text
+from store.database import Database
+from store.rows import from_row, to_text
 
 # SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
 _ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
@@ -114,26 +113,26 @@ class FailureRecord:
 class Stats:
     """Statistics of requests and chunks. Each method may be called often."""
 
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def count_accepted(self) -> int:
         """Count the requests that were ever accepted."""
-        with self._readers.connection() as connection:
-            row = connection.execute(_ACCEPTED).fetchone()
+        row = self._database.row(_ACCEPTED)
         return 0 if row is None else int(row[0])
 
     def list_totals(self) -> list[OutcomeTotal]:
         """List the outcomes of all requests that ever ended."""
-        return [OutcomeTotal(**dict(row)) for row in self._rows(_TOTALS)]
+        return [OutcomeTotal(**dict(row)) for row in self._database.rows(_TOTALS)]
 
     def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """List the totals of chunks by minute and model."""
-        return [MinuteStats(**dict(row)) for row in self._rows(_MINUTES, to_text(since))]
+        return [MinuteStats(**dict(row)) for row in self._database.rows(_MINUTES, (to_text(since),))]
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """Count, for each time, the requests that were accepted before it. :param times: ascending."""
         found = []
-        with self._readers.connection() as connection:
+        with self._database.read() as connection:
             row = connection.execute(_ACCEPTED).fetchone()
             last = 0 if row is None else int(row[0])
             low = 1
@@ -144,25 +143,20 @@ class Stats:
 
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(_ANSWERED, {"limit": limit}).fetchall()
+        rows = self._database.rows(_ANSWERED, {"limit": limit})
         return [AnsweredRequest(**from_row(row)) for row in rows]
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that arrived last, the latest first."""
-        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILURES, limit)]
+        return [FailureRecord(**from_row(row)) for row in self._database.rows(_FAILURES, (limit,))]
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
-        return [FailureRecord(**from_row(row)) for row in self._rows(_FAILED_CHUNKS, limit)]
+        return [FailureRecord(**from_row(row)) for row in self._database.rows(_FAILED_CHUNKS, (limit,))]
 
     def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""
-        return [ChunkRecord.from_row(row) for row in self._rows(_UNFINISHED_CHUNKS, limit)]
-
-    def _rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._readers.connection() as connection:
-            return connection.execute(sql, values).fetchall()
+        return [ChunkRecord.from_row(row) for row in self._database.rows(_UNFINISHED_CHUNKS, (limit,))]
 
 
 def _first_since(connection: sqlite3.Connection, time: str, low: int, high: int) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from provider_image.errors import MlgError
-from store.database import ReaderPool, Transaction, Writer
-from store.records import from_row, to_row, to_text
+from store.database import Database, Transaction
+from store.rows import from_row, to_row, to_text
 
 #: The events. A request is done when it is final, whatever the outcome; a batch when all of its requests are.
 EVENTS = ("request.done", "batch.done")
@@ -161,12 +161,12 @@ DELIVERY_STATES = ("pending", "delivered", "dead")
 class Webhooks:
     """The endpoints and the deliveries."""
 
-    _writer: Writer
-    _readers: ReaderPool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
-        self._writer.execute(_ADD_ENDPOINT, {**to_row(endpoint), "events": ",".join(endpoint.events)})
+        self._database.execute(_ADD_ENDPOINT, {**to_row(endpoint), "events": ",".join(endpoint.events)})
 
     def remove_endpoint(self, id: str) -> None:
         """Remove an endpoint and its pending deliveries. :raises UnknownWebhook:"""
@@ -175,26 +175,24 @@ class Webhooks:
             transaction.execute("DELETE FROM webhook_deliveries WHERE endpoint_id = ? AND next_at IS NOT NULL", (id,))
             return transaction.execute("DELETE FROM webhook_endpoints WHERE id = ?", (id,)).rowcount
 
-        if not self._writer.run(write):
+        if not self._database.write(write):
             raise UnknownWebhook(f"There is no webhook {id[:80]}. See: mlg webhooks list")
 
     def list_endpoints(self) -> list[EndpointRecord]:
         """List the endpoints, oldest first."""
-        with self._readers.connection() as connection:
-            rows = connection.execute("SELECT * FROM webhook_endpoints ORDER BY created_at, id").fetchall()
+        rows = self._database.rows("SELECT * FROM webhook_endpoints ORDER BY created_at, id")
         return [EndpointRecord(**{**from_row(row), "events": tuple(row["events"].split(","))}) for row in rows]
 
-    def webhook_secret(self, endpoint_id: str | None) -> str:
+    def secret(self, endpoint_id: str | None) -> str:
         """Return the secret that signs deliveries to an endpoint.
 
         :param endpoint_id: None for URLs that were sent with requests and batches.
         :raises UnknownWebhook:
         """
-        with self._readers.connection() as connection:
-            if endpoint_id is None:
-                row = connection.execute("SELECT secret FROM webhook_secret").fetchone()
-            else:
-                row = connection.execute("SELECT secret FROM webhook_endpoints WHERE id = ?", (endpoint_id,)).fetchone()
+        if endpoint_id is None:
+            row = self._database.row("SELECT secret FROM webhook_secret")
+        else:
+            row = self._database.row("SELECT secret FROM webhook_endpoints WHERE id = ?", (endpoint_id,))
         if row is None:
             raise UnknownWebhook()
         return str(row[0])
@@ -204,9 +202,8 @@ class Webhooks:
     ) -> list[DeliveryRecord]:
         """Claim due deliveries, the longest due first, at most MAX_DELIVERIES_PER_URL for each URL."""
         # Reading needs no write lock, and most calls find nothing.
-        with self._readers.connection() as connection:
-            if connection.execute(_IS_DUE, (to_text(now),)).fetchone() is None:
-                return []
+        if self._database.row(_IS_DUE, (to_text(now),)) is None:
+            return []
         values = {
             "now": to_text(now),
             "lease_ends_at": to_text(lease_ends_at),
@@ -214,16 +211,18 @@ class Webhooks:
             "max_per_url": MAX_DELIVERIES_PER_URL,
             "except_urls": json.dumps(sorted(except_urls)),
         }
-        rows = self._writer.run(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
+        rows = self._database.write(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
         return [DeliveryRecord(**from_row(row)) for row in rows]
 
     def save_payload(self, id: str, payload: str) -> None:
         """Save the body of a delivery, so that every attempt sends the same. The first one counts."""
-        self._writer.execute("UPDATE webhook_deliveries SET payload = coalesce(payload, ?) WHERE id = ?", (payload, id))
+        self._database.execute(
+            "UPDATE webhook_deliveries SET payload = coalesce(payload, ?) WHERE id = ?", (payload, id)
+        )
 
     def delete_delivery(self, id: str) -> None:
         """Delete a delivery whose event no longer holds."""
-        self._writer.execute("DELETE FROM webhook_deliveries WHERE id = ?", (id,))
+        self._database.execute("DELETE FROM webhook_deliveries WHERE id = ?", (id,))
 
     def finish_delivery(
         self,
@@ -248,7 +247,7 @@ class Webhooks:
             "status": status,
             "error": error,
         }
-        return bool(self._writer.execute(_FINISH_DELIVERY, row))
+        return bool(self._database.execute(_FINISH_DELIVERY, row))
 
     def disable_endpoint(self, id: str, *, reason: str, now: datetime) -> None:
         """Disable an endpoint and give up its pending deliveries."""
@@ -260,25 +259,23 @@ class Webhooks:
             )
             transaction.execute(_GIVE_UP, row)
 
-        self._writer.run(write)
+        self._database.write(write)
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
         """List deliveries, newest first. :param status: one of DELIVERY_STATES; None lists all."""
-        with self._readers.connection() as connection:
-            rows = connection.execute(
-                f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
-                (limit,),
-            ).fetchall()
+        rows = self._database.rows(
+            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?", (limit,)
+        )
         return [DeliveryRecord(**from_row(row)) for row in rows]
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
         """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""
         row = {"id": id, "now": to_text(now)}
-        rows = self._writer.run(lambda transaction: transaction.execute(_REDELIVER, row).fetchall())
+        rows = self._database.write(lambda transaction: transaction.execute(_REDELIVER, row).fetchall())
         if not rows:
             raise UnknownWebhook(f"There is no delivery {id[:80]}. See: mlg webhooks dead")
         return DeliveryRecord(**from_row(rows[0]))
 
-    def purge_deliveries(self, *, before: datetime) -> int:
+    def purge(self, *, before: datetime) -> int:
         """Delete deliveries that were delivered, or given up, before a time. :return: how many."""
-        return self._writer.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)
+        return self._database.execute_in_steps(_PURGE, {"before": to_text(before)}, rows_per_commit=ROWS_PER_COMMIT)

@@ -25,8 +25,9 @@ import pytest
 
 from server.app import create_app
 from server.settings import ServerSettings
-from store.records import Answer, RequestRecord, RequestState
-from store.sqlite import SqliteStore
+from store.requests import Answer, RequestRecord
+from store.states import RequestState
+from store.store import Store
 from tests.process_tree import ends_with_tests
 
 if TYPE_CHECKING:
@@ -97,6 +98,18 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def registered_extensions() -> Iterator[Path]:
+    """The services and the backend of `tests/extension`, in this process; returns the folder for PYTHONPATH."""
+    from tests.extensions import FOLDER, refresh_extensions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        refresh_extensions()
+        yield FOLDER
+    refresh_extensions()
+
+
 @pytest.fixture(scope="session")
 def custom_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""
@@ -126,49 +139,49 @@ def settings(tmp_path: Path, models_folder: Path) -> ServerSettings:
 
 
 @pytest.fixture
-def store(settings: ServerSettings) -> Iterator[SqliteStore]:
+def store(settings: ServerSettings) -> Iterator[Store]:
     """A migrated store."""
-    store = SqliteStore(settings)
+    store = Store(settings)
     store.migrate()
     yield store
     store.close()
 
 
 @pytest.fixture
-def client(settings: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+def client(settings: ServerSettings, store: Store) -> flask.testing.FlaskClient:
     """The application, called without a network."""
     return create_app(settings, store).test_client()
 
 
 @pytest.fixture
-def answer(store: SqliteStore) -> Callable[..., list[str]]:
+def answer(store: Store) -> Callable[..., list[str]]:
     """Answer, or fail, everything that is queued, as a batcher would; returns the ids."""
 
     def answer_all(*, fail_with: str | None = None, output: Any = OUTPUT) -> list[str]:
         now = datetime.now(UTC)
-        claims = store.claim(
+        claims = store.requests.claim(
             models=[MODEL], limit=100, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
         )
         if fail_with is not None:
-            store.fail(claims, code="broken_image", reason=fail_with, now=now)
+            store.requests.fail(claims, code="broken_image", reason=fail_with, now=now)
         else:
             answers = [
                 Answer(claim=claim, output=output, digest="d" * 64, chunk_id="c1", provider="local", seconds=0.01)
                 for claim in claims
             ]
-            store.finish(answers, now=now)
+            store.requests.finish(answers, now=now)
         return [claim.id for claim in claims]
 
     return answer_all
 
 
 @pytest.fixture
-def stored_state(settings: ServerSettings, store: SqliteStore) -> Callable[[], tuple[list[str], int]]:
+def stored_state(settings: ServerSettings, store: Store) -> Callable[[], tuple[list[str], int]]:
     """Everything that an upload leaves: the files under blobs, and how many rows."""
 
     def inspect() -> tuple[list[str], int]:
         files = sorted(str(path) for path in settings.images.rglob("*") if path.is_file())
-        return files, len(store.list(limit=10_000))
+        return files, len(store.requests.list(limit=10_000))
 
     return inspect
 

@@ -23,7 +23,7 @@ from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.devnet.running import run_devnet
 from tests.timing import slowness
 
@@ -52,7 +52,7 @@ def make_image(color: int = 40) -> bytes:
 class GolemHarness:
     """A devnet, a store and a started executor."""
 
-    def __init__(self, devnet: Devnet, executor: GolemExecutor, store: SqliteStore, folder: Path, models: Path) -> None:
+    def __init__(self, devnet: Devnet, executor: GolemExecutor, store: Store, folder: Path, models: Path) -> None:
         self.devnet = devnet
         self.executor = executor
         self.store = store
@@ -106,14 +106,14 @@ class GolemHarness:
 @contextlib.asynccontextmanager
 async def devnet_and_store(
     plan: Scenario, folder: Path, models: Path, *, environment: Mapping[str, str] | None = None
-) -> AsyncIterator[tuple[Devnet, SqliteStore]]:
+) -> AsyncIterator[tuple[Devnet, Store]]:
     """Run a devnet and open a store until the block ends.
 
     :param models: the folder of artefacts, for the providers.
     """
     async with run_devnet(folder, plan, models=models, environment=environment) as devnet:
         settings = HomeSettings(home=folder / "home", busy_seconds=5)
-        with pytest.MonkeyPatch.context() as patch, contextlib.closing(SqliteStore(settings)) as store:
+        with pytest.MonkeyPatch.context() as patch, contextlib.closing(Store(settings)) as store:
             # yapapi looks for gftp on the PATH.
             patch.setenv("PATH", devnet.variables["PATH"])
             store.migrate()
@@ -145,7 +145,7 @@ async def golem(
 
 
 def make_executor(
-    devnet: Devnet, store: SqliteStore, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
+    devnet: Devnet, store: Store, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
 ) -> GolemExecutor:
     """Make an executor for a devnet, with waits short enough for a test."""
     variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}

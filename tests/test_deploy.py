@@ -22,9 +22,9 @@ from mlg import COMMANDS, cli
 from server.app import create_app
 from server.settings import ServerSettings
 from store import new_id
-from store.chunks import BatcherRecord
-from store.records import Answer, NewRequest
-from store.sqlite import SqliteStore
+from store.batchers import BatcherRecord
+from store.requests import Answer, NewRequest
+from store.store import Store
 from tests.programs import find_program
 
 ROOT = Path(__file__).parents[1]
@@ -265,19 +265,19 @@ def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
 def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Every series that /metrics can have: name -> its labels."""
     settings = ServerSettings(home=tmp_path_factory.mktemp("home"))
-    store = SqliteStore(settings)
+    store = Store(settings)
     store.migrate()
     now = datetime.now(UTC)
     for image in (b"one", b"two", b"three"):
-        store.add(
+        store.requests.add(
             NewRequest(id=new_id(), service="classification", model="resnet50", created_at=now),
             store.images.stage(image),
         )
-    claims = store.claim(models=["resnet50"], limit=2, now=now, lease_ends_at=now, oldest_before=None)
+    claims = store.requests.claim(models=["resnet50"], limit=2, now=now, lease_ends_at=now, oldest_before=None)
     answer = Answer(claim=claims[0], output=[], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
-    store.finish([answer], now=now)
-    store.fail(claims[1:], code="broken_image", reason="It broke.", now=now)
-    store.heartbeat(
+    store.requests.finish([answer], now=now)
+    store.requests.fail(claims[1:], code="broken_image", reason="It broke.", now=now)
+    store.batchers.heartbeat(
         BatcherRecord(
             id="b",
             host="h",

@@ -13,8 +13,8 @@ import pytest
 from devnet.scenario import PROVIDER_NAMES
 from scripts.benchmarks import golem, processes, stored_requests
 from server.settings import ServerSettings
-from store.records import RequestState
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 from tests.golem import make_image
 from tests.system import System
 
@@ -55,9 +55,9 @@ def test_two_thousand_images_over_eight_providers_of_which_three_misbehave(tmp_p
         daemons = paid_by_the_daemon(variables)
         assert_nothing_is_open(variables)
 
-    store = SqliteStore(ServerSettings(home=home, busy_seconds=5))
-    requests = store.list(limit=3000)
-    chunks = store.list_chunks(limit=3000)
+    store = Store(ServerSettings(home=home, busy_seconds=5))
+    requests = store.requests.list(limit=3000)
+    chunks = store.chunks.list(limit=3000)
     answers = sum(chunk.answers for chunk in chunks)
     store.close()
     assert [request.state for request in requests] == [RequestState.DONE] * 2000

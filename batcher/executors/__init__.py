@@ -16,7 +16,7 @@ from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
     from batcher.settings import BatcherSettings
-    from store.sqlite import SqliteStore
+    from store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,22 +95,22 @@ class Executor(Protocol):
         """Stop every process and remove every temporary file. May be called twice."""
 
 
-#: name -> "module:Class"; the class takes the settings and the ledger.
+#: name -> "module:Class"; the class takes the settings and the store.
 REGISTRY = {
     "local": "batcher.executors.local:LocalExecutor",
     "golem": "batcher.executors.golem.executor:GolemExecutor",
 }
 
 
-def load_executor(names: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
+def load_executor(names: str, settings: BatcherSettings, store: Store) -> Executor:
     """Make an executor.
 
     :param names: a name of the registry, or several separated by commas: a chunk that waits too long for one goes to
         the next.
-    :param ledger: where executors that cost money keep their accounts.
+    :param store: where executors that cost money keep their accounts.
     :raises ConfigError: a name is not in the registry.
     """
-    members = [_load_one(name.strip(), settings, ledger) for name in names.split(",")]
+    members = [_load_one(name.strip(), settings, store) for name in names.split(",")]
     if len(members) == 1:
         return members[0]
     from batcher.executors.fallback import FallbackExecutor
@@ -118,12 +118,12 @@ def load_executor(names: str, settings: BatcherSettings, ledger: SqliteStore) ->
     return FallbackExecutor(members, fallback_seconds=settings.fallback_seconds)
 
 
-def _load_one(name: str, settings: BatcherSettings, ledger: SqliteStore) -> Executor:
+def _load_one(name: str, settings: BatcherSettings, store: Store) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise ConfigError(
             f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}; or several, as in golem,local."
         )
     module, _, attribute = REGISTRY[name].partition(":")
-    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, ledger)
+    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, store)
     return executor

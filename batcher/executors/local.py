@@ -28,8 +28,10 @@ from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import ModelRow
+from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
+from provider_image.service import Service, are_inputs, primary_input
+from provider_image.services import load_service
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class _LocalQueuedJob:
 class LocalExecutor:
     """See `batcher.executors.Executor`.
 
-    :param ledger: not used, since this executor costs nothing.
+    :param store: not used, since this executor costs nothing.
     :param environment: variables for the workers, in addition to those of this process.
     """
 
@@ -68,7 +70,7 @@ class LocalExecutor:
     is_remote = False
 
     def __init__(
-        self, settings: BatcherSettings, ledger: object = None, *, environment: Mapping[str, str] | None = None
+        self, settings: BatcherSettings, store: object = None, *, environment: Mapping[str, str] | None = None
     ) -> None:
         self._settings = settings
         self._extra = dict(environment or {})
@@ -241,7 +243,7 @@ class LocalExecutor:
         if row is None or not self._queued_jobs.empty():
             return
         chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
-        item = ChunkItem(number=0, inputs={"image": _PIXEL})
+        item = ChunkItem(number=0, inputs={primary_input(load_service(row.service)): _PIXEL})
         try:
             await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
             # Not wait_for: before Python 3.12 it can swallow a cancellation.
@@ -266,8 +268,13 @@ class LocalExecutor:
                     queued_job.outcome.set_result(Outcome.not_run(WorkerDied(reason)))
 
 
-def _guess_first_model(models: Path) -> ModelRow | None:
-    """Guess which model is used first: an installed one, else one that can be built."""
-    known = list_rows(models)
+def _guess_first_model(models: Path) -> ModelFacts | None:
+    """Guess which model of an image is used first: an installed one, else one that can be built."""
+    known = [row for row in list_rows(models) if _takes_one_image(load_service(row.service))]
     installed = (row for row in known if installed_digest(models, row.name) is not None)
     return next(installed, next((row for row in known if can_build_now(row)), None))
+
+
+def _takes_one_image(service: Service) -> bool:
+    first = primary_input(service)
+    return service.inputs[first].kind == "image" and are_inputs(service, [first])

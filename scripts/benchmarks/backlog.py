@@ -24,7 +24,7 @@ def claim_and_plan(home: Path, limit: int) -> None:
 
         def work() -> None:
             found.extend(
-                store.claim(
+                store.requests.claim(
                     models=stored_requests.MODELS,
                     limit=limit,
                     now=now,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from provider_image.backends.openvino import load_net
+from provider_image.backends import Device, load_net
 from provider_image.compiler import ensure_installed
 from provider_image.images.decoding import DRAFT_MARGIN, decode
 from provider_image.models.artefact import Artefact
@@ -29,10 +29,10 @@ THREADS = 2
 
 def plain_limit(artefact: Artefact, jpegs: list[bytes], margin: float) -> float:
     """Decode and infer in two threads. :return: images per second."""
-    net = load_net(artefact, THREADS, "f32")
+    net = load_net(artefact, Device(threads=THREADS))
 
     def work(jpeg: bytes) -> None:
-        net.infer(decode(jpeg, artefact.height, artefact.width, artefact.crop, margin=margin))
+        net.infer([decode(jpeg, artefact.height, artefact.width, artefact.crop, margin=margin)])
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(work, jpegs[:8]))

@@ -16,6 +16,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from provider_image.backends import Device
 from provider_image.cores import available_cores
 from provider_image.images.decoding import DRAFT_MARGIN, decode
 from provider_image.models.artefact import Artefact
@@ -70,7 +71,7 @@ def measure(artefact: Artefact, side: int, crop: float | None) -> None:
     :param side: what is decoded to; the model's own input is made from that.
     """
     service = Classification()
-    net = service.load(artefact, available_cores(), "f32")
+    net = service.load(artefact, Device())
     noise = np.random.default_rng(1).integers(-1, 2, (side, side, 3))
 
     def compare(jpeg: bytes) -> list[tuple[str, str]]:
@@ -80,7 +81,7 @@ def measure(artefact: Artefact, side: int, crop: float | None) -> None:
         def classify(array: Any) -> list[Any]:
             pixels = array.tobytes()
             if pixels not in known:  # most margins give the same scale
-                known[pixels] = service.run(net, _resized(array, artefact))
+                known[pixels] = service.run(net, [_resized(array, artefact)], [{}])[0].data
             return known[pixels]
 
         arrays = {

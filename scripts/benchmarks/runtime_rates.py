@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from provider_image.backends import Device
 from provider_image.backends.openvino import compile_graph, import_openvino
 from provider_image.chunk import open_chunk
 from provider_image.images.decoding import decode
@@ -28,7 +29,7 @@ def runtime_rates(models: Path, model: str, chunk: Path) -> dict[str, Callable[[
 
     Nets are loaded when they are first needed.
     """
-    f32, bf16 = (NetCache(models, precision=precision) for precision in ("f32", "bf16"))
+    f32, bf16 = (NetCache(models, Device(precision=precision)) for precision in ("f32", "bf16"))
     artefact = find_artefact(models, model)
     with open_chunk(chunk) as reader:
         images = [reader.read_inputs(item)["image"] for item in reader.items]
@@ -39,12 +40,13 @@ def runtime_rates(models: Path, model: str, chunk: Path) -> dict[str, Callable[[
     arrays = [decoded(image) for image in images]
 
     def net_rate(cache: NetCache, seconds: float) -> float:
-        return parallel_rate(cache.get("classification", model, None).net.infer, arrays, seconds)
+        net = cache.get("classification", model, None).net
+        return parallel_rate(lambda array: net.infer([array]), arrays, seconds)
 
     @functools.cache
     def queue() -> tuple[Any, Any]:
-        compiled = compile_graph(artefact.folder / "model.xml", f32.threads, "f32")
-        return compiled, import_openvino().AsyncInferQueue(compiled.graph, f32.threads)
+        compiled = compile_graph(artefact.folder / "model.xml", f32.device.threads, "f32")
+        return compiled, import_openvino().AsyncInferQueue(compiled.graph, f32.device.threads)
 
     def infer_all() -> int:
         for array in arrays:

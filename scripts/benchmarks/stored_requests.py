@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from store import new_id
-from store.records import NewRequest, to_text
+from store.requests import NewRequest
+from store.rows import to_text
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
 OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))
@@ -50,9 +51,9 @@ _INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)
 
 
 @contextlib.contextmanager
-def opened(home: Path) -> Iterator[SqliteStore]:
+def opened(home: Path) -> Iterator[Store]:
     """Open the store of a home, which is made if there is none."""
-    store = SqliteStore(HomeSettings(home=home, busy_seconds=5))
+    store = Store(HomeSettings(home=home, busy_seconds=5))
     store.migrate()
     try:
         yield store
@@ -67,7 +68,7 @@ def add_images(home: Path, jpegs: list[bytes], model: str = MODELS[0]) -> None:
             new = NewRequest(
                 id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
             )
-            store.add(new, store.images.stage(jpeg))
+            store.requests.add(new, store.images.stage(jpeg))
 
 
 def add_day(home: Path, count: int, *, queued: int) -> None:

@@ -87,7 +87,7 @@ class _IdempotencyHandler:
         now = self._context.clock()
         pending = _PendingRequest(current_key_id() or "", key, _HashingBody(request), now)
         operation = f"{request.method} {request.full_path}"
-        earlier = self._context.store.reserve_idempotency_key(
+        earlier = self._context.store.idempotency.reserve(
             pending.owner,
             key,
             operation=operation,
@@ -121,9 +121,9 @@ class _IdempotencyHandler:
                     headers={name: response.headers[name] for name in _HEADERS if name in response.headers},
                     body=response.get_data(),
                 )
-                store.save_response(pending.owner, pending.key, pending.token, stored)
+                store.idempotency.save_response(pending.owner, pending.key, pending.token, stored)
             else:
-                store.release_idempotency_key(pending.owner, pending.key, pending.token)
+                store.idempotency.release(pending.owner, pending.key, pending.token)
         except (StoreError, OSError) as error:
             # The work is done and the response is right; only a repetition has to wait for the lease.
             log.warning("cannot store the response for repetitions of a request: %s", error)
@@ -155,7 +155,7 @@ class _IdempotencyHandler:
         if (now - pending.renewed_at).total_seconds() < _RENEW_AFTER_SECONDS:
             return
         pending.renewed_at = now
-        self._context.store.renew_idempotency_key(
+        self._context.store.idempotency.renew(
             pending.owner, pending.key, pending.token, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS)
         )
 

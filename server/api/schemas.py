@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from provider_image.services import REGISTRY, load_service
-from store.records import RequestState
+from store.states import RequestState
 
 Schema = dict[str, Any]
 #: A status beside the states in the store: cancelled because of the deadline.
@@ -139,6 +139,16 @@ def _request(outputs: list[str]) -> Schema:
         "req_id status preds model service name created_at attempts",
         req_id=string("Its id."),
         status=_status("Its state; done, failed, cancelled and expired are final."),
+        files={
+            "type": "object",
+            "additionalProperties": object_schema(
+                "url media_type bytes",
+                url=string("Path of the file."),
+                media_type=string("Its media type."),
+                bytes=integer("Its size."),
+            ),
+            "description": "The files of the answer, by name, if it has any.",
+        },
         preds={"anyOf": [{"type": "null"}, *map(ref, outputs)], "description": "The answer; null while there is none."},
         model=string("The model's canonical name."),
         service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it is."},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
-from provider_image.images.headers import FORMATS, read_header
+from provider_image.images.headers import MEDIA_TYPES, read_header
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -42,7 +42,7 @@ class SheetItem:
 
 def media_type(data: bytes, max_pixels: int) -> str:
     """Return the media type of an accepted image. :raises BadInput:"""
-    return {"BMP": "image/bmp"}.get(name := read_header(data, max_pixels).format, f"image/{name.lower()}")
+    return MEDIA_TYPES[read_header(data, max_pixels).format]
 
 
 def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
@@ -97,7 +97,7 @@ def _decode_small(data: bytes, size: int, max_pixels: int) -> PIL.Image.Image:
     import PIL.ImageOps
 
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as image:
             if image.width * image.height > max_pixels:
                 raise BrokenImage("The image is larger than its header says.")
             image.draft("RGB", (2 * size, 2 * size))

@@ -142,7 +142,7 @@ def get_guard(app: flask.Flask) -> Guard:
 
 def check_exposure(settings: ServerSettings, keys: Keys) -> None:
     """Refuse to serve other machines while no key is required. :raises ConfigError: tells the cure."""
-    if not is_loopback(settings.host) and not settings.is_open and not keys.has_keys():
+    if not is_loopback(settings.host) and not settings.is_open and not keys.has_any():
         raise ConfigError(
             f"MLG_HOST={settings.host}: other machines could use this server, and there is no API key. Create one: "
             "mlg keys create NAME. To serve everybody without keys, set --open, or MLG_OPEN=1."

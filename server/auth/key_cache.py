@@ -41,7 +41,7 @@ class KeyCache:
         """Tell whether there was ever a key. :raises StoreError:"""
         cached = self._has_keys
         if cached is None or (not cached[1] and self._monotonic() - cached[0] > FRESH_SECONDS):
-            cached = (self._monotonic(), self._keys.has_keys())
+            cached = (self._monotonic(), self._keys.has_any())
             self._has_keys = cached
         return cached[1]
 
@@ -66,7 +66,7 @@ class KeyCache:
             return
         self._touched[record.id] = now_seconds
         try:
-            self._keys.touch_key(record.id, now=now)
+            self._keys.touch(record.id, now=now)
         except StoreError as error:
             log.warning("cannot write the use of the key %s: %s", record.id, error)
 
@@ -75,7 +75,7 @@ class KeyCache:
         if cached is not None and self._monotonic() - cached[0] <= FRESH_SECONDS:
             return cached[1]
         looked_up_at = self._monotonic()
-        record = self._keys.find_key(id)
+        record = self._keys.find(id)
         if record is not None:
             self._records[id] = (looked_up_at, record)
         return record

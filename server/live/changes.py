@@ -17,8 +17,8 @@ from typing import Any
 
 from provider_image.errors import MlgError
 from server.errors import StreamsFull
-from store.changes import ChangeFeed, Position
-from store.records import RequestRecord
+from store.changes import Changes, Position
+from store.requests import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ class ChangeDispatcher:
     :param capacity: the number of slots.
     """
 
-    def __init__(self, feed: ChangeFeed, *, capacity: int) -> None:
-        self._feed = feed
+    def __init__(self, changes: Changes, *, capacity: int) -> None:
+        self._changes = changes
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
@@ -113,7 +113,7 @@ class ChangeDispatcher:
         with self._lock:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
-                self._cursor = self._feed.latest_change()
+                self._cursor = self._changes.latest()
                 self._is_running = True
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
             self._listeners.add(listener)
@@ -158,7 +158,7 @@ class ChangeDispatcher:
 
     def _dispatch_changes(self) -> int:
         """Add the changes since the last poll to their listeners. :return: how many there were."""
-        changes = self._feed.changes(self._cursor, limit=MAX_CHANGES_PER_POLL)
+        changes = self._changes.list(self._cursor, limit=MAX_CHANGES_PER_POLL)
         if not changes:
             return 0
         #: number -> its last change.
@@ -172,7 +172,7 @@ class ChangeDispatcher:
             for listener in self._listeners:
                 if listener.is_all:
                     listener.wake()
-        for position, request in self._feed.read_changed(interested) if interested else ():
+        for position, request in self._changes.read_changed(interested) if interested else ():
             # A request that changed again meanwhile comes with the next poll, under its later position.
             if position[0] == latest[request.number].seq:
                 found_change = Change(position, request)

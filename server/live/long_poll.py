@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 from provider_image.errors import MlgError
 from store.errors import StoreUnavailable
-from store.records import RequestRecord
-from store.requests import Requests
+from store.requests import RequestRecord, Requests
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +35,8 @@ class LongPoller:
     :param capacity: how many are held at once; further ones are answered at once.
     """
 
-    def __init__(self, store: Requests, *, capacity: int) -> None:
-        self._store = store
+    def __init__(self, requests: Requests, *, capacity: int) -> None:
+        self._requests = requests
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._waiters: set[_Waiter] = set()
@@ -89,7 +88,7 @@ class LongPoller:
 
     def _check(self, waiter: _Waiter) -> None:
         try:
-            waiter.latest = self._store.get(waiter.id)
+            waiter.latest = self._requests.get(waiter.id)
         except MlgError as error:
             waiter.error = error
         except Exception as error:

@@ -23,8 +23,9 @@ from typing import Any
 
 from provider_image.errors import MlgError
 from server.live.changes import Change, ChangeDispatcher, Listener
-from store.changes import ChangeFeed
-from store.records import RequestRecord, RequestState
+from store.changes import Changes
+from store.requests import RequestRecord
+from store.states import RequestState
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Stream:
 
 def stream_requests(
     change_dispatcher: ChangeDispatcher,
-    feed: ChangeFeed,
+    feed: Changes,
     listener: Listener,
     *,
     ids: Collection[str],
@@ -118,16 +119,16 @@ def stream_requests(
 
 
 def stream_counts(
-    change_dispatcher: ChangeDispatcher, feed: ChangeFeed, listener: Listener, *, last_id: str | None
+    change_dispatcher: ChangeDispatcher, feed: Changes, listener: Listener, *, last_id: str | None
 ) -> Generator[bytes, None, None]:
     """Write how many requests changed to which state since the last message, until the client disconnects."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     change_dispatcher.add(listener)
     try:
         last = parse_id(last_id)[0]
-        cursor = int(last) if last >= 0 else feed.latest_change()
+        cursor = int(last) if last >= 0 else feed.latest()
         while not change_dispatcher.is_stopped:
-            latest, counts = feed.count_changes(cursor)
+            latest, counts = feed.count(cursor)
             if latest > cursor:
                 cursor = latest
                 data = {"changes": {str(state): count for state, count in counts.items()}}

@@ -53,8 +53,8 @@ class _BatchPageViews:
         """List batches, newest first, with their progress."""
         before = check_number(flask.request.args.get("before", ""), "before")
         store = self._context.store
-        found = store.list_batches(key_id=visible_key_id(), before=before, limit=CARDS_PER_PAGE + 1)
-        summaries = [_batch_summary(batch, store.batch_progress(batch.id)) for batch in found[:CARDS_PER_PAGE]]
+        found = store.batches.list(key_id=visible_key_id(), before=before, limit=CARDS_PER_PAGE + 1)
+        summaries = [_batch_summary(batch, store.batches.progress(batch.id)) for batch in found[:CARDS_PER_PAGE]]
         return page(
             "batches.html",
             batches=summaries,
@@ -73,15 +73,15 @@ class _BatchPageViews:
     @page_operation("The button that cancels a batch", scope=Scope.SUBMIT)
     def cancel_batch_form(self, id: str) -> Response:
         """Cancel the waiting requests of a batch."""
-        return self._apply(id, lambda: self._context.store.cancel_batch(id, now=self._context.clock()))
+        return self._apply(id, lambda: self._context.store.batches.cancel(id, now=self._context.clock()))
 
     @page_operation("The button that retries the failed requests of a batch", scope=Scope.SUBMIT)
     def retry_batch_form(self, id: str) -> Response:
         """Queue the failed requests of a batch again."""
-        return self._apply(id, lambda: self._context.store.retry_batch(id, now=self._context.clock()))
+        return self._apply(id, lambda: self._context.store.batches.retry(id, now=self._context.clock()))
 
     def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._context.store.get_batch, id)
+        return owned(self._context.store.batches.get, id)
 
     def _apply(self, id: str, change: Callable[[], int]) -> Response:
         batch = self._get_owned(id)
@@ -98,17 +98,17 @@ class _BatchPageViews:
         url = f"/ui/batches/{batch.id}"
         more: dict[str, str] | None = None
         if state is None:
-            items = store.batch_items(batch.id, after=after or 0, limit=CARDS_PER_PAGE + 1)
+            items = store.batches.items(batch.id, after=after or 0, limit=CARDS_PER_PAGE + 1)
             if len(items) > CARDS_PER_PAGE:
                 items = items[:CARDS_PER_PAGE]
                 more = {"after": str(items[-1].number)}
         else:
-            found = store.find(Query(batch_id=batch.id, status=state), before=before, limit=CARDS_PER_PAGE)
+            found = store.search.find(Query(batch_id=batch.id, status=state), before=before, limit=CARDS_PER_PAGE)
             items = list(found.requests)
             more = None if found.next_before is None else {"state": state, "before": str(found.next_before)}
-        progress = store.batch_progress(batch.id)
+        progress = store.batches.progress(batch.id)
         counts = [(name, label, getattr(progress, name)) for name, label in STATE_LABELS.items()]
-        last = store.last_unfinished(batch.id, progress)
+        last = store.batches.last_unfinished(batch.id, progress)
         wait = None if last is None else self._context.estimate_wait(last)
         return page(
             "batch.html",
@@ -117,7 +117,7 @@ class _BatchPageViews:
             batch=_batch_summary(batch, progress),
             waiting_for=None if wait is None else wait.waiting_for,
             eta_seconds=None if wait is None else wait.eta_seconds,
-            rejected=store.refused_items(batch.id)[:MAX_REJECTED] if batch.refused else [],
+            rejected=store.batches.refused_items(batch.id)[:MAX_REJECTED] if batch.refused else [],
             downloads=[(f"/batches/{batch.id}/{name}", label) for name, label in _DOWNLOADS],
             items=[card(request) for request in items],
             state=state or "",

@@ -11,8 +11,10 @@ from datetime import datetime
 from typing import Any
 
 from provider_image.services import load_service
+from server.serializers import is_image
 from server.status.eta import format_duration
-from store.records import RequestRecord, RequestState
+from store.requests import RequestRecord
+from store.states import RequestState
 
 #: The states of a request with their labels, in the order of the filter.
 STATE_LABELS = {
@@ -43,7 +45,7 @@ class Card:
     best: tuple[str, str, float] | None
     #: Why the request failed.
     reason: str | None
-    #: False once retention has deleted the image.
+    #: False once retention has deleted the image, and for a service that takes none.
     has_image: bool
     #: When the request arrived.
     created_at: datetime
@@ -73,7 +75,7 @@ def card(request: RequestRecord) -> Card:
         status=request.status,
         best=best[0] if best else None,
         reason=request.reason if request.state is RequestState.FAILED else None,
-        has_image=request.image_deleted_at is None,
+        has_image=request.image_deleted_at is None and is_image(request),
         created_at=request.created_at,
     )
 

@@ -61,7 +61,12 @@ class _LoginViews:
         """Set the session cookie: 303 to a page for browsers, JSON for programs."""
         check_same_origin(is_strict=False)
         is_json = flask.request.mimetype == "application/json"
-        fields = (read_json if is_json else read_fields)(flask.request, active_reads=self._context.active_reads)
+        reads = self._context.active_reads
+        fields = (
+            read_json(flask.request, active_reads=reads)[0]
+            if is_json
+            else read_fields(flask.request, active_reads=reads)
+        )
         if "key" in flask.request.args:
             raise MalformedRequest("Send the key in the body: a key in the URL ends up in logs.")
         guard = get_guard(flask.current_app)

@@ -17,9 +17,9 @@ from server.auth.guard import owned, visible_key_id
 from server.context import Context
 from server.pages.cards import STATE_LABELS, card, timeline, top_classes
 from server.pages.render import page, page_operation, url_with_query
-from server.serializers import serialize_models
+from server.serializers import is_image, serialize_models
 from store.keys import Scope
-from store.records import RequestRecord
+from store.requests import RequestRecord
 from store.search import Query
 
 CARDS_PER_PAGE = 24
@@ -77,31 +77,31 @@ class _RequestPageViews:
     @page_operation("The page of one request", scope=Scope.READ)
     def request_page(self, id: str) -> flask.Response:
         """Show the image, the result and the history of a request."""
-        return self._render(owned(self._context.store.get, id))
+        return self._render(owned(self._context.store.requests.get, id))
 
     @page_operation("The button that cancels a request", scope=Scope.SUBMIT)
     def cancel_form(self, id: str) -> Response:
         """Cancel a queued request."""
-        owned(self._context.store.get, id)
-        return self._apply(id, lambda: self._context.store.cancel(id, now=self._context.clock()))
+        owned(self._context.store.requests.get, id)
+        return self._apply(id, lambda: self._context.store.requests.cancel(id, now=self._context.clock()))
 
     @page_operation("The button that retries a request", scope=Scope.SUBMIT)
     def retry_form(self, id: str) -> Response:
         """Queue a failed or cancelled request again."""
-        owned(self._context.store.get, id)
-        return self._apply(id, lambda: self._context.store.retry(id, now=self._context.clock()))
+        owned(self._context.store.requests.get, id)
+        return self._apply(id, lambda: self._context.store.requests.retry(id, now=self._context.clock()))
 
     @page_operation("The button that deletes a request", scope=Scope.SUBMIT)
     def delete_form(self, id: str) -> Response:
         """Delete a finished request and its image, and redirect to the list."""
-        owned(self._context.store.get, id)
-        return self._apply(id, lambda: self._context.store.remove(id), "/ui/requests")
+        owned(self._context.store.requests.get, id)
+        return self._apply(id, lambda: self._context.store.requests.remove(id), "/ui/requests")
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
         """Find the requests of one page. :return: the requests, and where the next page starts or None."""
         found: list[RequestRecord] = []
         for _ in range(MAX_SEARCH_READS):
-            part = self._context.store.find(query, before=before, limit=CARDS_PER_PAGE - len(found))
+            part = self._context.store.search.find(query, before=before, limit=CARDS_PER_PAGE - len(found))
             found += part.requests
             before = part.next_before
             if before is None or len(found) >= CARDS_PER_PAGE:
@@ -113,7 +113,7 @@ class _RequestPageViews:
             change()
         except MlgError as error:
             # For example, the request was dispatched after the page was loaded. Show the error and the present state.
-            return self._render(self._context.store.get(id), notice=error.reason, code=409)
+            return self._render(self._context.store.requests.get(id), notice=error.reason, code=409)
         return flask.redirect(then or f"/ui/requests/{id}", 303)
 
     def _render(self, request: RequestRecord, *, notice: str | None = None, code: int = 200) -> flask.Response:
@@ -133,7 +133,10 @@ class _RequestPageViews:
                 "waiting_for": shown.get("waiting_for", "Waiting."),
                 "eta_seconds": shown.get("eta_seconds"),
                 "batch_id": request.batch_id,
-                "has_image": request.image_deleted_at is None,
+                "is_image": is_image(request),
+                "is_kept": request.image_deleted_at is None,
+                "output": json.dumps(shown["preds"], indent=2, ensure_ascii=False),
+                "files": shown.get("files", {}),
                 "bytes": request.image_bytes,
                 "provider": request.provider,
                 "cost": shown.get("cost"),

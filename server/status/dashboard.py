@@ -20,14 +20,15 @@ from typing import Any
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
-from store.chunks import BatcherRecord, ChunkRecord
-from store.controls import Pause, read_control_state
+from store.batchers import BatcherRecord
+from store.chunks import ChunkRecord
+from store.controls import Pause
 from store.cost_split import to_amount
 from store.ledger import AllocationRecord, CostRow
 from store.providers import ProviderRecord
-from store.records import to_text
-from store.sqlite import SqliteStore
+from store.rows import to_text
 from store.stats import AnsweredRequest, FailureRecord, MinuteStats
+from store.store import Store
 
 #: Minutes in a chart.
 CHART_MINUTES = 60
@@ -86,23 +87,25 @@ class Dashboard:
     :param queue_stats: waiting requests and live batchers; shared with the other views.
     """
 
-    def __init__(self, store: SqliteStore, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
+    def __init__(self, store: Store, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
         self._queue_stats = queue_stats
         self.clock = clock
         self._minutes = _MinuteCache()
         self._throughput = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
-        self._answers = StaleCache(lambda: store.list_answered(limit=RECENT_ANSWERS), fresh_seconds=2, stale_seconds=10)
+        self._answers = StaleCache(
+            lambda: store.stats.list_answered(limit=RECENT_ANSWERS), fresh_seconds=2, stale_seconds=10
+        )
         self._failures = StaleCache(self._read_failures, fresh_seconds=2, stale_seconds=10)
         self._spending = StaleCache(self._read_spending, fresh_seconds=15, stale_seconds=300)
         self._chunks = StaleCache(
-            lambda: store.list_unfinished_chunks(limit=MAX_CHUNKS), fresh_seconds=1, stale_seconds=5
+            lambda: store.stats.list_unfinished_chunks(limit=MAX_CHUNKS), fresh_seconds=1, stale_seconds=5
         )
 
     def status(self) -> dict[str, Any]:
         """Return the whole dashboard as JSON. :raises StoreError:"""
         now = self.clock()
-        pause = read_control_state(self.store).pause
+        pause = self.store.controls.state().pause
         batchers = self._queue_stats.batchers()
         queue = self.queue()
         return {
@@ -173,16 +176,16 @@ class Dashboard:
         retained = {
             minute: row for minute, row in known.by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
         }
-        for row in self.store.list_minute_stats(since):
+        for row in self.store.stats.list_minute_stats(since):
             retained.setdefault(row.minute, {})[row.model] = row
         # Requests received before the start of each minute; the count of a past minute never changes.
         marks = [now - timedelta(minutes=back) for back in range(CHART_MINUTES - 1, -1, -1)]
         day_ago = now - timedelta(days=1)
         unknown = sorted(mark for mark in {*marks, day_ago} if mark not in known.arrived)
         arrived = {mark: count for mark, count in known.arrived.items() if mark >= day_ago}
-        arrived.update(zip(unknown, self.store.count_accepted_before(unknown), strict=True))
+        arrived.update(zip(unknown, self.store.stats.count_accepted_before(unknown), strict=True))
         self._minutes = _MinuteCache(by_minute=retained, arrived=arrived, read_at=now)
-        counts = [*(arrived[mark] for mark in marks), self.store.count_accepted()]
+        counts = [*(arrived[mark] for mark in marks), self.store.stats.count_accepted()]
         arrivals = {_minute_key(mark): counts[index + 1] - counts[index] for index, mark in enumerate(marks)}
         sums = []
         for back in range(DAY_MINUTES - 1, -1, -1):
@@ -201,22 +204,22 @@ class Dashboard:
 
     def _read_failures(self) -> dict[str, Any]:
         return {
-            "requests": _failure_rows(self.store.list_failures(limit=RECENT_FAILURES)),
-            "chunks": _failure_rows(self.store.list_failed_chunks(limit=RECENT_FAILURES)),
+            "requests": _failure_rows(self.store.stats.list_failures(limit=RECENT_FAILURES)),
+            "chunks": _failure_rows(self.store.stats.list_failed_chunks(limit=RECENT_FAILURES)),
             "of_latest": RECENT_FAILURES,
         }
 
     def _read_spending(self) -> Spending:
         midnight = self.clock().astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in self.store.speeds():
+        for speed in self.store.providers.speeds():
             speeds[speed.provider_id][speed.model] = speed.images_per_second
         return Spending(
-            total=self.store.spent(),
-            today=self.store.spent(since=midnight),
-            allocations=self.store.allocations(is_open=True),
-            by_provider={row.key: row for row in self.store.costs("provider")},
-            providers=self.store.list_providers(),
+            total=self.store.ledger.spent(),
+            today=self.store.ledger.spent(since=midnight),
+            allocations=self.store.ledger.allocations(is_open=True),
+            by_provider={row.key: row for row in self.store.ledger.costs("provider")},
+            providers=self.store.providers.list(),
             speeds=dict(speeds),
         )
 
@@ -230,7 +233,7 @@ class Dashboard:
                 chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
             ),
             "day": _throughput_row(
-                minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.count_accepted() - counts[min(counts)]
+                minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.stats.count_accepted() - counts[min(counts)]
             ),
             "minutes": [
                 {

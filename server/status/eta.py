@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from store.chunks import BatcherRecord, ModelBacklog, Throughput
-from store.records import ISOLATION_STEPS, RequestRecord, RequestState
+from store.batchers import BatcherRecord
+from store.chunks import Throughput
+from store.requests import ISOLATION_STEPS, ModelBacklog, RequestRecord
+from store.states import RequestState
 
 #: A batcher without a heartbeat for this long counts as gone.
 ALIVE_SECONDS = 20.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
-from store.controls import Mode, read_control_state
+from store.controls import Mode
 from store.stats import OutcomeTotal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -65,7 +65,7 @@ def families(dashboard: Dashboard) -> Iterator[Family]:
 
 
 def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
-    totals = dashboard.store.list_totals()
+    totals = dashboard.store.stats.list_totals()
     ended: dict[tuple[str, str], int] = defaultdict(int)
     codes: dict[str, int] = defaultdict(int)
     buckets: dict[str, dict[float, int]] = defaultdict(lambda: defaultdict(int))
@@ -82,7 +82,7 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
         "counter",
         "Requests accepted since the start of the home.",
         # Read after the totals, so that never more requests have ended than were accepted.
-        dashboard.store.count_accepted(),
+        dashboard.store.stats.count_accepted(),
     )
     yield Family(
         name="mlg_requests_ended_total",
@@ -135,7 +135,7 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
         ("mlg_images_last_hour", "Images processed in the last hour.", sum(m.images for m in minutes)),
     ):
         yield _single_sample(name, "gauge", help, count)
-    pause = read_control_state(dashboard.store).pause
+    pause = dashboard.store.controls.state().pause
     yield Family(
         name="mlg_hold",
         kind="gauge",

@@ -12,7 +12,10 @@ from datetime import UTC, datetime, timedelta
 
 from server.status.eta import ALIVE_SECONDS
 from server.status.stale_cache import StaleCache
-from store.chunks import BatcherRecord, Chunks, ModelBacklog, Throughput
+from store.batchers import BatcherRecord
+from store.chunks import Throughput
+from store.requests import ModelBacklog
+from store.store import Store
 
 #: Counts are used for this long without a reload.
 FRESH_SECONDS = 1.0
@@ -29,8 +32,8 @@ class _Counts:
 class QueueStats:
     """The counts of one server process."""
 
-    def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._counts = StaleCache(self._load, fresh_seconds=FRESH_SECONDS, stale_seconds=STALE_SECONDS)
         self._throughputs: dict[str, StaleCache[Throughput | None]] = {}
 
@@ -54,11 +57,15 @@ class QueueStats:
                 model,
                 # Cheap to load, so it is never used stale.
                 StaleCache(
-                    lambda: self._chunks.throughput(model), fresh_seconds=FRESH_SECONDS, stale_seconds=FRESH_SECONDS
+                    lambda: self._store.chunks.throughput(model),
+                    fresh_seconds=FRESH_SECONDS,
+                    stale_seconds=FRESH_SECONDS,
                 ),
             )
         return cache.get()
 
     def _load(self) -> _Counts:
         alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-        return _Counts(backlog=self._chunks.backlog(), batchers=self._chunks.list_batchers(seen_since=alive_since))
+        return _Counts(
+            backlog=self._store.requests.backlog(), batchers=self._store.batchers.list(seen_since=alive_since)
+        )

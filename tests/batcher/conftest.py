@@ -17,13 +17,13 @@ from batcher.executors import Job, Outcome
 from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
-from provider_image.chunk import ItemError, ItemResult, Results, open_chunk, write_results
+from provider_image.chunk import ItemResult, Results, open_chunk, write_results
 from provider_image.errors import BrokenImage, InferenceFailed, WorkerDied
 from provider_image.models.artefact import Artefact, find_artefact
 from store import new_id
-from store.records import NewRequest, RequestRecord
+from store.requests import NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.timing import until
 
 MODEL = "efficientnet_lite0"
@@ -136,8 +136,7 @@ class TableExecutor:
     def _item(self, artefact: Artefact, number: int, image: bytes) -> ItemResult:
         for start, kind in ((b"broken", BrokenImage), (b"flaky", InferenceFailed)):
             if image.startswith(start):
-                error = ItemError(code=kind.code, reason=kind().reason, permanent=kind.permanent)
-                return ItemResult(number=number, error=error)
+                return ItemResult(number=number, error=kind())
         return ItemResult(number=number, output=output_for(artefact, image), seconds=0.01)
 
 
@@ -147,7 +146,7 @@ class Harness:
     def __init__(self, folder: Path, models: Path) -> None:
         self.models = models
         self.home_settings = HomeSettings(home=folder / "home", busy_seconds=5)
-        self.store = SqliteStore(self.home_settings)
+        self.store = Store(self.home_settings)
         self.store.migrate()
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
@@ -162,14 +161,14 @@ class Harness:
 
     def add(self, image: bytes, *, model: str = MODEL, is_fresh: bool = False) -> RequestRecord:
         new = NewRequest(id=new_id(), service="classification", model=model, is_fresh=is_fresh, created_at=self.clock())
-        return self.store.add(new, self.store.images.stage(image))
+        return self.store.requests.add(new, self.store.images.stage(image))
 
     def add_many(self, count: int, name: bytes = b"image") -> list[RequestRecord]:
         return [self.add(b"%s %d" % (name, number)) for number in range(count)]
 
     def reload(self, *requests: RequestRecord) -> list[RequestRecord]:
         """Read requests as they are now."""
-        return [self.store.get(request.id) for request in requests]
+        return [self.store.requests.get(request.id) for request in requests]
 
     def expected_output(self, image: bytes) -> list[list[Any]]:
         return output_for(find_artefact(self.models, MODEL), image)

@@ -7,15 +7,15 @@ from datetime import timedelta
 from typing import Any
 
 from server.status.eta import EtaInputs, estimate
-from store.controls import Mode, pause, resume, run_now
-from store.records import RequestState
+from store.controls import Mode
+from store.states import RequestState
 from tests.batcher.conftest import now
 
 MODEL = "efficientnet_lite0"
 
 
 def notices(harness: Any) -> dict[str, str]:
-    found = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+    found = harness.store.batchers.list(seen_since=now() - timedelta(seconds=20))
     return dict(found[0].notices) if found else {}
 
 
@@ -24,7 +24,7 @@ def state(harness: Any, request: Any) -> RequestState:
 
 
 def test_a_paused_batcher_claims_nothing_and_shows_the_reason_until_it_resumes(harness: Any, batcher: Any) -> None:
-    given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
+    given = harness.store.controls.pause(Mode.PAUSED, by="ann", now=now(), reason="new kernel")
     request = harness.add(b"image")
 
     async def main() -> None:
@@ -33,7 +33,7 @@ def test_a_paused_batcher_claims_nothing_and_shows_the_reason_until_it_resumes(h
         await harness.until(lambda: notices(harness) == {MODEL: given.notice})
         await asyncio.sleep(0.3)  # several cycles that would have processed it
         assert state(harness, request) is RequestState.QUEUED
-        resume(harness.store, by="ann", now=now())
+        harness.store.controls.resume(by="ann", now=now())
         await harness.until(lambda: state(harness, request) is RequestState.DONE)
         await harness.until(lambda: notices(harness) == {})
         stop.set()
@@ -51,7 +51,7 @@ def test_chunks_under_way_are_finished_after_a_pause(harness: Any, batcher: Any)
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(every_seconds=0.1, poll_seconds=0.02).run(stop))
         await harness.until(lambda: harness.executor.in_flight == 1)
-        pause(harness.store, Mode.DRAINING, by="ann", now=now())
+        harness.store.controls.pause(Mode.DRAINING, by="ann", now=now())
         await harness.until(lambda: notices(harness) != {})
         second = harness.add(b"second")
         gate.set()
@@ -65,7 +65,7 @@ def test_chunks_under_way_are_finished_after_a_pause(harness: Any, batcher: Any)
 
 
 def test_run_now_processes_requests_that_are_not_due(harness: Any, batcher: Any) -> None:
-    run_now(harness.store, by="ann", now=now())  # before this batcher's start, so it has no effect
+    harness.store.controls.run_now(by="ann", now=now())  # before this batcher's start, so it has no effect
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -75,7 +75,7 @@ def test_run_now_processes_requests_that_are_not_due(harness: Any, batcher: Any)
         request = harness.add(b"image")
         await asyncio.sleep(0.7)
         assert state(harness, request) is RequestState.QUEUED
-        run_now(harness.store, by="ann", now=now())
+        harness.store.controls.run_now(by="ann", now=now())
         await harness.until(lambda: state(harness, request) is RequestState.DONE)
         stop.set()
         await run
@@ -84,7 +84,7 @@ def test_run_now_processes_requests_that_are_not_due(harness: Any, batcher: Any)
 
 
 def test_a_single_run_during_a_pause_reports_the_waiting_requests_with_the_reason(harness: Any, batcher: Any) -> None:
-    given = pause(harness.store, Mode.PAUSED, by="ann", now=now())
+    given = harness.store.controls.pause(Mode.PAUSED, by="ann", now=now())
     harness.add(b"image")
 
     async def main() -> Any:
@@ -96,19 +96,21 @@ def test_a_single_run_during_a_pause_reports_the_waiting_requests_with_the_reaso
 
 
 def test_a_waiting_request_shows_who_paused_the_batcher(harness: Any, batcher: Any) -> None:
-    given = pause(harness.store, Mode.PAUSED, by="ann", now=now(), reason="new kernel")
+    given = harness.store.controls.pause(Mode.PAUSED, by="ann", now=now(), reason="new kernel")
     request = harness.add(b"image")
 
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher().run(stop))
         await harness.until(lambda: notices(harness) != {})
-        batchers = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+        batchers = harness.store.batchers.list(seen_since=now() - timedelta(seconds=20))
         stop.set()
         await run
         return estimate(
             request,
-            EtaInputs(batchers=batchers, backlog=harness.store.backlog(), throughput=None, unavailable_reason=None),
+            EtaInputs(
+                batchers=batchers, backlog=harness.store.requests.backlog(), throughput=None, unavailable_reason=None
+            ),
             now(),
         )
 
@@ -122,8 +124,8 @@ def test_a_batcher_with_a_paid_executor_shows_its_budget(harness: Any, batcher: 
     async def main() -> Any:
         stop = asyncio.Event()
         run = asyncio.create_task(batcher(executor="golem,local").run(stop))
-        await harness.until(lambda: harness.store.list_batchers(seen_since=now() - timedelta(seconds=20)) != [])
-        (found,) = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+        await harness.until(lambda: harness.store.batchers.list(seen_since=now() - timedelta(seconds=20)) != [])
+        (found,) = harness.store.batchers.list(seen_since=now() - timedelta(seconds=20))
         stop.set()
         await run
         return found

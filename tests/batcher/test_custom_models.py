@@ -11,7 +11,7 @@ import pytest
 from batcher.cycle import available_models
 from batcher.executors.local import LocalExecutor, _guess_first_model
 from provider_image.images.decoding import decode
-from store.records import RequestState
+from store.states import RequestState
 from tests.batcher.conftest import Harness
 from tests.custom_models import classifier
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from batcher.executors import Outcome
-from provider_image.errors import NotInstalled, WorkerDied
-from store.records import Answer, RequestState
-from store.requests import MAX_ATTEMPTS
+from provider_image.errors import InferenceFailed, NotInstalled, WorkerDied
+from store.requests import MAX_ATTEMPTS, Answer
+from store.states import RequestState
 from tests.batcher.conftest import MODEL
 from tests.timing import slowness
 
@@ -37,7 +37,7 @@ def test_a_cycle_answers_each_request_with_the_result_of_its_own_image(harness: 
     assert {request.provider for request in found} == {"table/1"}
     assert (report.claimed, report.done, report.failed, report.released, report.chunks) == (40, 40, 0, 0, 3)
     assert list(harness.settings.work.iterdir()) == []
-    chunks = harness.store.list_chunks()
+    chunks = harness.store.chunks.list()
     assert sorted((chunk.items, chunk.done, chunk.failed) for chunk in chunks) == [(8, 8, 0), (16, 16, 0), (16, 16, 0)]
     assert all(chunk.bytes_sent and chunk.bytes_received and chunk.executor == "table" for chunk in chunks)
     assert {request.chunk_id for request in found} == {chunk.id for chunk in chunks}
@@ -286,13 +286,13 @@ def test_control_characters_in_a_providers_reason_do_not_reach_the_store(harness
     request = harness.add(b"image")
 
     def corrupt(results: Any) -> Any:
-        error = replace(results.items[0].error, reason="red \x1b[31m text\r\nfake line")
+        error = InferenceFailed("red \x1b[31m text\r\nfake line")
         return replace(results, items=(replace(results.items[0], error=error), results.items[1]))
 
     harness.executor.corrupt = corrupt
     harness.run()
 
-    flaky = next(found for found in harness.store.list() if found.id != request.id)
+    flaky = next(found for found in harness.store.requests.list() if found.id != request.id)
     assert flaky.reason == "red  [31m text  fake line"
 
 
@@ -307,8 +307,8 @@ def test_a_result_that_comes_after_its_claim_was_lost_is_dropped(harness: Any) -
         run = asyncio.create_task(cycle.run(asyncio.Event()))
         await harness.until(lambda: harness.executor.in_flight == 1)
         later = harness.clock.now + timedelta(seconds=100)
-        harness.store.release_expired(later)
-        (claim,) = harness.store.claim(
+        harness.store.requests.release_expired(later)
+        (claim,) = harness.store.requests.claim(
             models={"efficientnet_lite0"},
             limit=16,
             now=later,
@@ -318,7 +318,7 @@ def test_a_result_that_comes_after_its_claim_was_lost_is_dropped(harness: Any) -
         other = Answer(
             claim=claim, output=[["x", "other", 1.0]], digest="d", chunk_id="o", provider="other/1", seconds=1.0
         )
-        assert harness.store.finish([other], now=later) == 1
+        assert harness.store.requests.finish([other], now=later) == 1
         gate.set()
         return await run
 
@@ -344,7 +344,7 @@ def test_leases_are_renewed_during_a_long_chunk(harness: Any) -> None:
         await harness.until(lambda: harness.executor.in_flight == 1)
         first_end = harness.reload(request)[0].lease_ends_at
         await harness.until(lambda: harness.reload(request)[0].lease_ends_at > first_end + timedelta(seconds=0.6))
-        released.append(harness.store.release_expired(datetime.now(UTC)))
+        released.append(harness.store.requests.release_expired(datetime.now(UTC)))
         gate.set()
         return await run
 
@@ -365,7 +365,7 @@ def test_a_lost_claim_is_logged_once(harness: Any, caplog: pytest.LogCaptureFixt
         cycle.flush()
         run = asyncio.create_task(cycle.run(asyncio.Event()))
         await harness.until(lambda: harness.executor.in_flight == 1)
-        harness.store.release_expired(harness.clock.now + timedelta(seconds=100))
+        harness.store.requests.release_expired(harness.clock.now + timedelta(seconds=100))
         await harness.until(lambda: any("lost" in message for message in caplog.messages))
         await asyncio.sleep(0.3)  # two more renewals
         gate.set()
@@ -520,7 +520,7 @@ def test_claiming_from_a_locked_store_is_retried(harness: Any, caplog: pytest.Lo
 
 def test_claims_of_a_dead_batcher_are_processed_when_their_leases_end(harness: Any) -> None:
     requests = harness.add_many(16)
-    harness.store.claim(
+    harness.store.requests.claim(
         models={"efficientnet_lite0"},
         limit=16,
         now=harness.clock.now,
@@ -591,4 +591,4 @@ def test_with_a_backlog_of_100000_requests_only_a_window_is_claimed_within_a_sec
 
     # All have the same image, so each window is one item; four chunks need four windows.
     assert seconds < 1.0 * slowness()
-    assert states(harness.store.list(limit=100_000)) == {RequestState.QUEUED: 100_000}
+    assert states(harness.store.requests.list(limit=100_000)) == {RequestState.QUEUED: 100_000}

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from batcher.executors.local import LocalExecutor
-from store.records import RequestState
 from store.requests import MAX_ATTEMPTS
+from store.states import RequestState
 
 #: Decoders ignore bytes after the end of an image; here they end the process, as a bug in a decoder may.
 PLUGIN = """

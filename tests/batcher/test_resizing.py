@@ -30,18 +30,19 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import open_chunk
 from provider_image.errors import BadInput, ChunkTimeout, ConfigError, WorkerDied
+from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
-from provider_image.service import ModelInput
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.services import load_service
-from store.records import RequestState
 from store.requests import MAX_ATTEMPTS
+from store.states import RequestState
 from tests.batcher.conftest import MODEL, TableExecutor
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
 from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
-INPUT = ModelInput(height=224, width=224, crop=0.875)
+INPUT = CATALOGUE["efficientnet_lite0"]
 #: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
 #: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
 #: hangs and holds the GIL.
@@ -153,12 +154,12 @@ def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
         each.close()
 
 
-def resize(resizer: Resizer, folder: Path, *images: bytes, model_input: ModelInput = INPUT) -> list[Any]:
+def resize(resizer: Resizer, folder: Path, *images: bytes, model: ModelFacts = INPUT) -> list[Any]:
     paths = []
     for number, data in enumerate(images):
         paths.append(folder / f"image-{number}")
         paths[-1].write_bytes(data)
-    return list(resizer.resize("classification", model_input, [{"image": path} for path in paths]))
+    return list(resizer.resize(model, [{"image": path} for path in paths]))
 
 
 # Equal results
@@ -172,10 +173,10 @@ def test_the_model_gets_the_same_pixels_as_without_resizing(
     service = load_service("classification")
     model: Any = SimpleNamespace(height=height, width=width, crop=crop)
     for name, data in IMAGES.items():
-        resized = service.resize(ModelInput(height=height, width=width, crop=crop), {"image": data})
+        resized = resize_image(data, height, width, crop)
 
-        ours = service.prepare(model, resized, is_resized=True)
-        plain = service.prepare(model, {"image": data})
+        ours = service.prepare(model, {"image": resized}, {}, is_resized=True)
+        plain = service.prepare(model, {"image": data}, {})
         assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype), name
         assert np.array_equal(ours, plain), name
 
@@ -214,7 +215,7 @@ def test_results_and_errors_are_the_same_with_and_without_resizing(harness: Any)
 def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, tmp_path: Path, resizer: Any) -> None:
     harness.add(GOOD)
     now = harness.clock.now
-    claims = harness.store.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
+    claims = harness.store.requests.claim(models={MODEL}, limit=16, now=now, lease_ends_at=now, oldest_before=None)
     options = {"folder": tmp_path, "image_path": harness.store.images.path, "resizer": resizer()}
     found = []
     for models in (harness.models, tmp_path / "nothing-installed"):
@@ -262,7 +263,7 @@ def test_a_chunk_is_small_and_contains_nothing_of_the_original_but_pixels(harnes
     assert b"SECRET" not in chunk
     assert not any(data[start : start + 64] in chunk for start in range(0, len(data), 1009))
     assert sent.startswith(b"RIFF") and b"EXIF" not in sent and b"ICCP" not in sent
-    assert [record.bytes_sent for record in harness.store.list_chunks()] == [len(chunk)]
+    assert [record.bytes_sent for record in harness.store.chunks.list()] == [len(chunk)]
 
 
 def test_an_invalid_image_is_not_sent_and_fails_before_the_others_are_answered(harness: Any, resizer: Any) -> None:
@@ -294,7 +295,7 @@ def test_a_chunk_of_invalid_images_is_not_sent(harness: Any, resizer: Any) -> No
 
 
 def test_a_missing_image_file_does_not_affect_the_other_images(harness: Any, resizer: Any, tmp_path: Path) -> None:
-    results = resizer().resize("classification", INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
+    results = resizer().resize(INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
 
     assert isinstance(results[0], FileNotFoundError)
     assert results[1].keys() == {"image"}
@@ -302,7 +303,7 @@ def test_a_missing_image_file_does_not_affect_the_other_images(harness: Any, res
 
 def test_a_file_that_cannot_be_read_raises_its_os_error(resizer: Any, tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
-        resizer().resize("classification", INPUT, [{"image": tmp_path}])
+        resizer().resize(INPUT, [{"image": tmp_path}])
 
 
 def _written(folder: Path) -> Path:
@@ -506,13 +507,14 @@ def test_killing_the_batcher_leaves_no_process(tmp_path: Path, plugin: dict[str,
     code = f"""
 import pathlib, threading, time
 from batcher.resizing import Resizer
-from provider_image.service import ModelInput
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
+from provider_image.images.resizing import resize as resize_image
 
 resizer = Resizer(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
-model_input = ModelInput(height=32, width=32, crop=None)
-resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
+model = CATALOGUE["efficientnet_lite0"]
+resizer.resize(model, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
 print("resized", flush=True)
-resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(path)!r})}}])
+resizer.resize(model, [{{"image": pathlib.Path({str(path)!r})}}])
 print("resized", flush=True)
 time.sleep(1000)
 """

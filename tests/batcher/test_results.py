@@ -10,7 +10,7 @@ from batcher.executors import Outcome
 from batcher.planner import PlannedItem
 from batcher.results import BACKOFF_SECONDS, UNAVAILABLE_RETRY_SECONDS, resolve_failed_chunk
 from provider_image.errors import BrokenArtefact, ChunkTimeout, NotInstalled, WorkerDied
-from store.records import Blame, Claim
+from store.requests import Blame, Claim
 
 
 def item(*claims: Claim) -> PlannedItem:
@@ -21,7 +21,7 @@ def item(*claims: Claim) -> PlannedItem:
 def claims(harness: Any) -> list[Claim]:
     harness.add_many(4)
     now = harness.clock.now
-    found: list[Claim] = harness.store.claim(
+    found: list[Claim] = harness.store.requests.claim(
         models={"efficientnet_lite0"}, limit=16, now=now, lease_ends_at=now, oldest_before=None
     )
     return found

@@ -13,7 +13,7 @@ import pytest
 from batcher.executors import Outcome
 from batcher.scheduler import OnceReport
 from provider_image.errors import BrokenArtefact
-from store.records import RequestState
+from store.states import RequestState
 from tests.batcher.conftest import now
 
 
@@ -26,7 +26,7 @@ def run_once(make: Any) -> OnceReport:
 
 
 def alive(harness: Any) -> list[Any]:
-    found: list[Any] = harness.store.list_batchers(seen_since=now() - timedelta(seconds=20))
+    found: list[Any] = harness.store.batchers.list(seen_since=now() - timedelta(seconds=20))
     return found
 
 

@@ -95,4 +95,4 @@ def test_weights_are_stored_as_f16_within_the_given_tolerance(tmp_path: Path, we
     done = mlg("models", "compile", ROW.name, "--weights", str(weights), "--f16-within", "1", home=tmp_path)
 
     facts = json.loads((tmp_path / "models" / ROW.name / "model.json").read_text())
-    assert facts["storage"]["kept"] == "f16" and " as f16; " in done.stdout
+    assert facts["precision"] == "f16" and " as f16; " in done.stdout

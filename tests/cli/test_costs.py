@@ -22,8 +22,8 @@ from store.amounts import format_amount
 from store.chunks import ChunkRecord
 from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.providers import UnknownProvider
-from store.records import Answer, NewRequest
-from store.sqlite import SqliteStore
+from store.requests import Answer, NewRequest
+from store.store import Store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 ALPHA, BETA = "0xa1fa000000000000000000000000000000000001", "0xbe7a000000000000000000000000000000000002"
@@ -55,8 +55,8 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return invoke
 
 
-def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: int, *, cost: str) -> list[str]:
-    store.start_chunk(
+def answer_chunk(store: Store, chunk_id: str, agreement_id: str, count: int, *, cost: str) -> list[str]:
+    store.chunks.start(
         ChunkRecord(
             id=chunk_id, batcher_id="b1", executor="golem", provider=None, service="classification", model="resnet50",
             items=count, bytes_sent=1, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
@@ -65,18 +65,18 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
     )  # fmt: skip
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.images.stage(b"image"))
-    claims = store.claim(
+        store.requests.add(new, store.images.stage(b"image"))
+    claims = store.requests.claim(
         models=["resnet50"], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
     )
-    store.finish(
+    store.requests.finish(
         [
             Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id=chunk_id, provider="alpha", seconds=0.1)
             for claim in claims
         ],
         now=NOW,
     )
-    store.finish_chunk(
+    store.chunks.finish(
         chunk_id, provider="alpha", bytes_received=1, seconds=2.0, done=count, failed=0, cost=cost, code=None,
         reason=None, now=NOW, agreement_id=agreement_id, activity_id="ac", provider_id=ALPHA,
     )  # fmt: skip
@@ -84,18 +84,18 @@ def answer_chunk(store: SqliteStore, chunk_id: str, agreement_id: str, count: in
 
 
 @pytest.fixture
-def history(store: SqliteStore) -> list[str]:
+def history(store: Store) -> list[str]:
     """Two providers, with a paid, an open and a refused invoice. :return: the ids of the requests."""
-    store.record_offer(ALPHA, name="alpha", now=NOW, **PRICES)
-    store.record_offer(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
-    store.record_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
-    store.record_allocation(
+    store.providers.record_offer(ALPHA, name="alpha", now=NOW, **PRICES)
+    store.providers.record_offer(BETA, name="be\x1b[31mta", now=NOW + timedelta(seconds=1), **PRICES)
+    store.providers.record_work(ALPHA, model="resnet50", images=16, seconds=2.0, is_failure=False, now=NOW)
+    store.ledger.record_allocation(
         AllocationRecord(
             id="al1", batcher_id="b1", platform="erc20-test", address="0xme", amount=Decimal(5), created_at=NOW
         )
     )
     for id, provider_id, name in (("paid", ALPHA, "alpha"), ("open", ALPHA, "alpha"), ("refused", BETA, "beta")):
-        store.record_agreement(
+        store.ledger.record_agreement(
             AgreementRecord(
                 id=id,
                 allocation_id="al1",
@@ -109,7 +109,7 @@ def history(store: SqliteStore) -> list[str]:
     ids = answer_chunk(store, "c1", "paid", 3, cost="0.2")
     ids += answer_chunk(store, "c2", "open", 1, cost="0.05")
     for id, amount, state in (("paid", "0.1", BillState.ACCEPTED), ("refused", "9", BillState.REFUSED)):
-        store.record_invoice(
+        store.ledger.record_invoice(
             InvoiceRecord(
                 id=f"i-{id}", agreement_id=id, amount=Decimal(amount), state=state, received_at=NOW, settled_at=NOW
             )
@@ -141,7 +141,7 @@ def test_costs_in_json_are_exact(run: Callable[..., str], history: list[str]) ->
     assert (allocation["by"], allocation["key"], allocation["amount"]) == ("allocation", "al1", "5")
 
 
-def test_costs_of_a_home_without_any_are_zero(run: Callable[..., str], store: SqliteStore) -> None:
+def test_costs_of_a_home_without_any_are_zero(run: Callable[..., str], store: Store) -> None:
     (total,) = lines(run(costs, "--by", "model", "--json"))
 
     assert (total["by"], total["paid"], total["per_1000_images"]) == ("total", "0", None)
@@ -175,14 +175,14 @@ def test_providers_are_listed_with_prices_work_and_cost(run: Callable[..., str],
 
 
 def test_a_provider_is_banned_with_or_without_an_end_and_unbanned(
-    run: Callable[..., str], store: SqliteStore, history: list[str]
+    run: Callable[..., str], store: Store, history: list[str]
 ) -> None:
     before = datetime.now(UTC)
 
     output = run(providers, "ban", "alpha", "--for", "2h", "--reason", "too slow")
     run(providers, "ban", BETA[:10] + "…")  # copied from the list
 
-    alpha, beta = sorted(store.list_providers(), key=lambda provider: provider.id)
+    alpha, beta = sorted(store.providers.list(), key=lambda provider: provider.id)
     assert ALPHA in output
     assert alpha.banned_until is not None
     # The store rounds times to milliseconds.
@@ -192,10 +192,10 @@ def test_a_provider_is_banned_with_or_without_an_end_and_unbanned(
     assert "too slow" in run(providers, "list")
     assert "for good" in run(providers, "list")
     assert "not banned" in run(providers, "unban", "alpha")
-    assert store.banned(before) == {BETA: "An operator banned it."}
+    assert store.providers.banned(before) == {BETA: "An operator banned it."}
 
 
-def test_an_unknown_provider_and_an_invalid_duration_are_rejected(run: Callable[..., str], store: SqliteStore) -> None:
+def test_an_unknown_provider_and_an_invalid_duration_are_rejected(run: Callable[..., str], store: Store) -> None:
     with pytest.raises(UnknownProvider, match="mlg providers list"):
         run(providers, "ban", "nobody")
     for duration in ("2", "h", "-2h", "0h", "2 weeks", "1e9h"):

@@ -25,8 +25,8 @@ from cli.submit import find_files
 from cli.submit_journal import SubmitJournal
 from mlg_client import Client
 from provider_image.errors import ConfigError
-from store.records import Answer, RequestRecord
-from store.sqlite import SqliteStore
+from store.requests import Answer, RequestRecord
+from store.store import Store
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
@@ -83,7 +83,7 @@ def submit(tmp_path: Path, server: RunningServer) -> Submit:
 
 
 @pytest.fixture
-def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
+def batcher(store: Store) -> Iterator[Callable[[], None]]:
     """A thread that answers all queued requests once it is started."""
     stop = threading.Event()
 
@@ -91,8 +91,8 @@ def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
         while not stop.wait(0.05):
             now = datetime.now(UTC)
             lease = now + timedelta(seconds=30)
-            claims = store.claim(models=[MODEL], limit=16, now=now, lease_ends_at=lease, oldest_before=None)
-            store.finish(
+            claims = store.requests.claim(models=[MODEL], limit=16, now=now, lease_ends_at=lease, oldest_before=None)
+            store.requests.finish(
                 [
                     Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="p", seconds=0.01)
                     for claim in claims
@@ -107,8 +107,8 @@ def batcher(store: SqliteStore) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-def all_requests(store: SqliteStore) -> list[RequestRecord]:
-    return store.list(limit=10_000)
+def all_requests(store: Store) -> list[RequestRecord]:
+    return store.requests.list(limit=10_000)
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
@@ -133,7 +133,7 @@ def test_files_and_folders_are_found_in_a_stable_order(folder: Path) -> None:
 
 
 def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
-    submit: Submit, store: SqliteStore, folder: Path
+    submit: Submit, store: Store, folder: Path
 ) -> None:
     first = submit(folder)
     second = submit(folder)
@@ -143,15 +143,13 @@ def test_each_line_is_a_file_and_its_id_and_a_second_run_sends_nothing(
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
     assert [line[0] for line in lines(first)] == [str(file) for file in find_files([folder]) if file.name != "new.png"]
-    assert all(store.get(id).name == Path(file).name for file, id in lines(first))
+    assert all(store.requests.get(id).name == Path(file).name for file, id in lines(first))
     assert second.stdout == first.stdout
     assert set(first.stdout.splitlines()) < set(third.stdout.splitlines())
     assert len(all_requests(store)) == 6
 
 
-def test_moved_files_are_known_and_identical_ones_are_sent_once(
-    submit: Submit, store: SqliteStore, folder: Path
-) -> None:
+def test_moved_files_are_known_and_identical_ones_are_sent_once(submit: Submit, store: Store, folder: Path) -> None:
     for copy in range(20):
         (folder / f"copy{copy}.png").write_bytes(image(0))
     submit(folder)
@@ -193,7 +191,7 @@ def test_results_are_written_as_jsonl_and_csv(
 
 
 def test_a_file_that_is_refused_does_not_stop_the_others(
-    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, batcher: Callable[[], None]
+    submit: Submit, store: Store, folder: Path, tmp_path: Path, batcher: Callable[[], None]
 ) -> None:
     batcher()
     (folder / "letter.jpg").write_text("Dear kitten")
@@ -216,7 +214,7 @@ def test_a_file_that_is_refused_does_not_stop_the_others(
     assert len(all_requests(store)) == 5
 
 
-def test_a_killed_run_continues_where_it_stopped(submit: Submit, store: SqliteStore, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_stopped(submit: Submit, store: Store, tmp_path: Path) -> None:
     many = tmp_path / "many"
     many.mkdir()
     for number in range(400):
@@ -242,7 +240,7 @@ def test_a_killed_run_continues_where_it_stopped(submit: Submit, store: SqliteSt
 
 @pytest.mark.parametrize("is_key_used", [False, True])
 def test_a_batch_without_a_recorded_answer_is_sent_again_and_accepted_once(
-    submit: Submit, store: SqliteStore, folder: Path, is_key_used: bool
+    submit: Submit, store: Store, folder: Path, is_key_used: bool
 ) -> None:
     first = submit(folder)
     heading, batch, *_ = submit.journal.read_text().splitlines()
@@ -259,7 +257,7 @@ def test_a_batch_without_a_recorded_answer_is_sent_again_and_accepted_once(
     assert len(all_requests(store)) == (5 + 2 + 5 if is_key_used else 5)
 
 
-def test_an_interrupted_batch_with_a_changed_file_is_dropped(submit: Submit, store: SqliteStore, folder: Path) -> None:
+def test_an_interrupted_batch_with_a_changed_file_is_dropped(submit: Submit, store: Store, folder: Path) -> None:
     submit(folder)
     heading, batch, *_ = submit.journal.read_text().splitlines()
     submit.journal.write_text(f"{heading}\n{batch}\n")
@@ -271,7 +269,7 @@ def test_an_interrupted_batch_with_a_changed_file_is_dropped(submit: Submit, sto
     assert {request.image_sha256 for request in all_requests(store)} >= {hashlib.sha256(image(999)).hexdigest()}
 
 
-def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: SqliteStore, folder: Path) -> None:
+def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: Store, folder: Path) -> None:
     first = submit(folder)
     kept = [line for line in submit.journal.read_text().splitlines() if '"url"' in line or '"sha256"' in line]
     submit.journal.write_text("\n".join(kept) + "\n")
@@ -283,7 +281,7 @@ def test_the_journal_of_an_earlier_version_is_read(submit: Submit, store: Sqlite
     assert len(all_requests(store)) == 5
 
 
-def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: SqliteStore, folder: Path) -> None:
+def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store: Store, folder: Path) -> None:
     submit(folder)
     sha256 = hashlib.sha256((folder / "b.png").read_bytes()).hexdigest()
     with submit.journal.open("a") as journal:
@@ -297,7 +295,7 @@ def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store:
 
 
 def test_ctrl_c_saves_the_state_and_explains_how_to_continue(
-    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, batcher: Callable[[], None]
+    submit: Submit, store: Store, folder: Path, tmp_path: Path, batcher: Callable[[], None]
 ) -> None:
     out = tmp_path / "results.jsonl"
     process = submit.start("--out", out, folder)
@@ -396,7 +394,7 @@ def test_a_model_that_the_server_cannot_run_ends_the_command_at_once(
 
 @pytest.mark.parametrize("out", ["results.txt", "nowhere/results.csv"])
 def test_a_results_file_that_cannot_be_written_is_an_error_before_anything_is_sent(
-    submit: Submit, store: SqliteStore, folder: Path, tmp_path: Path, out: str
+    submit: Submit, store: Store, folder: Path, tmp_path: Path, out: str
 ) -> None:
     done = submit("--out", tmp_path / out, folder)
 

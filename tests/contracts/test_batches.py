@@ -18,10 +18,11 @@ from store.chunks import ChunkRecord
 from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
 from store.idempotency import SavedResponse
 from store.images import StagedImage
-from store.records import Answer, Claim, NewRequest, RequestRecord, RequestState
+from store.requests import Answer, Claim, NewRequest, RequestRecord
 from store.search import Query
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -38,21 +39,21 @@ def new_request(**changes: object) -> NewRequest:
     return NewRequest(**facts)  # type: ignore[arg-type]
 
 
-def add(store: SqliteStore, data: bytes = b"image", **changes: object) -> RequestRecord:
-    return store.add(new_request(**changes), store.images.stage(data))
+def add(store: Store, data: bytes = b"image", **changes: object) -> RequestRecord:
+    return store.requests.add(new_request(**changes), store.images.stage(data))
 
 
-def batch_of(store: SqliteStore, count: int, **changes: object) -> tuple[BatchRecord, list[RequestRecord]]:
+def batch_of(store: Store, count: int, **changes: object) -> tuple[BatchRecord, list[RequestRecord]]:
     batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
     items: list[tuple[NewRequest, StagedImage]] = [
         (new_request(batch_id=batch.id, client_id=f"item {n}", **changes), store.images.stage(b"%d" % n))
         for n in range(count)
     ]
-    return batch, store.add_batch(batch, items, [RefusedItem(position=count, client_id="bad", code="c", reason="r")])
+    return batch, store.batches.add(batch, items, [RefusedItem(position=count, client_id="bad", code="c", reason="r")])
 
 
-def claim(store: SqliteStore, limit: int = 1000, at: datetime = NOW) -> list[Claim]:
-    return store.claim(
+def claim(store: Store, limit: int = 1000, at: datetime = NOW) -> list[Claim]:
+    return store.requests.claim(
         models={MODEL}, limit=limit, now=at, lease_ends_at=at + timedelta(seconds=30), oldest_before=None
     )
 
@@ -64,45 +65,45 @@ def answer(one: Claim, chunk_id: str = "c1") -> Answer:
 # Batches
 
 
-def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refused_items(store: SqliteStore) -> None:
+def test_a_batch_is_read_back_with_its_requests_in_order_and_its_refused_items(store: Store) -> None:
     batch, added = batch_of(store, 3)
 
-    found = store.get_batch(batch.id)
+    found = store.batches.get(batch.id)
 
     assert (found.total, found.refused, found.number) == (3, 1, 1)
-    assert [request.client_id for request in store.batch_items(batch.id)] == ["item 0", "item 1", "item 2"]
-    assert [request.id for request in added] == [request.id for request in store.batch_items(batch.id)]
-    assert store.refused_items(batch.id) == [RefusedItem(position=3, client_id="bad", code="c", reason="r")]
-    assert store.list_batches() == [found]
+    assert [request.client_id for request in store.batches.items(batch.id)] == ["item 0", "item 1", "item 2"]
+    assert [request.id for request in added] == [request.id for request in store.batches.items(batch.id)]
+    assert store.batches.refused_items(batch.id) == [RefusedItem(position=3, client_id="bad", code="c", reason="r")]
+    assert store.batches.list() == [found]
 
 
-def test_an_unknown_batch_is_an_error(store: SqliteStore) -> None:
-    for call in (store.get_batch, store.remove_batch):
+def test_an_unknown_batch_is_an_error(store: Store) -> None:
+    for call in (store.batches.get, store.batches.remove):
         with pytest.raises(UnknownBatch):
             call("nope")
     with pytest.raises(UnknownBatch):
-        store.cancel_batch("nope", now=NOW)
+        store.batches.cancel("nope", now=NOW)
 
 
-def test_a_batch_that_cannot_be_added_leaves_nothing(store: SqliteStore) -> None:
+def test_a_batch_that_cannot_be_added_leaves_nothing(store: Store) -> None:
     batch = BatchRecord(id=new_id(), service="classification", model=MODEL, created_at=NOW)
     good, bad = store.images.stage(b"good"), store.images.stage(b"bad")
     bad.path.unlink()
 
     with pytest.raises(StoreUnavailable):
-        store.add_batch(batch, [(new_request(batch_id=batch.id), good), (new_request(batch_id=batch.id), bad)], [])
+        store.batches.add(batch, [(new_request(batch_id=batch.id), good), (new_request(batch_id=batch.id), bad)], [])
 
-    assert (store.list(), store.list_batches()) == ([], [])
+    assert (store.requests.list(), store.batches.list()) == ([], [])
     assert [path for path in store.images.folder.rglob("*") if path.is_file()] == []
 
 
-def test_progress_counts_requests_by_state(store: SqliteStore) -> None:
+def test_progress_counts_requests_by_state(store: Store) -> None:
     batch, _ = batch_of(store, 8)
     claims = claim(store, 4)
-    store.finish([answer(claims[0])], now=after(1))
-    store.fail([claims[1]], code="broken_image", reason="It is broken.", now=after(1))
+    store.requests.finish([answer(claims[0])], now=after(1))
+    store.requests.fail([claims[1]], code="broken_image", reason="It is broken.", now=after(1))
 
-    progress = store.batch_progress(batch.id)
+    progress = store.batches.progress(batch.id)
 
     counts = (progress.queued, progress.claimed, progress.done, progress.failed, progress.cancelled, progress.expired)
     assert counts == (4, 2, 1, 1, 0, 0)
@@ -111,9 +112,9 @@ def test_progress_counts_requests_by_state(store: SqliteStore) -> None:
     assert progress.cost is None
 
 
-def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: SqliteStore) -> None:
+def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: Store) -> None:
     batch, _ = batch_of(store, 7)
-    store.start_chunk(
+    store.chunks.start(
         ChunkRecord(
             id="c1",
             batcher_id="b",
@@ -134,8 +135,8 @@ def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: SqliteStore) 
             reason=None,
         )
     )
-    store.finish([answer(one) for one in claim(store)], now=after(1))
-    store.finish_chunk(
+    store.requests.finish([answer(one) for one in claim(store)], now=after(1))
+    store.chunks.finish(
         "c1",
         provider="p",
         bytes_received=1,
@@ -148,14 +149,14 @@ def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: SqliteStore) 
         now=after(1),
     )
 
-    progress = store.batch_progress(batch.id)
+    progress = store.batches.progress(batch.id)
 
     assert progress.cost == Decimal("0.1")
-    assert progress.cost == sum(request.cost or 0 for request in store.batch_items(batch.id))
+    assert progress.cost == sum(request.cost or 0 for request in store.batches.items(batch.id))
     assert not progress.is_cost_final
 
 
-def test_results_are_in_the_order_in_which_they_ended_and_none_is_missed(store: SqliteStore) -> None:
+def test_results_are_in_the_order_in_which_they_ended_and_none_is_missed(store: Store) -> None:
     batch, _ = batch_of(store, 6)
     claims = claim(store)
     seen: list[str | None] = []
@@ -163,127 +164,127 @@ def test_results_are_in_the_order_in_which_they_ended_and_none_is_missed(store: 
 
     for one in reversed(claims):
         # The times are not in the order of the commits.
-        store.finish([answer(one)], now=after(100 - one.number))
-        for number, request in store.batch_results(batch.id, after=mark):
+        store.requests.finish([answer(one)], now=after(100 - one.number))
+        for number, request in store.batches.results(batch.id, after=mark):
             mark = number
             seen.append(request.client_id)
 
     assert seen == [f"item {n}" for n in reversed(range(6))]
 
 
-def test_a_reused_answer_is_a_result_at_once(store: SqliteStore) -> None:
+def test_a_reused_answer_is_a_result_at_once(store: Store) -> None:
     add(store, b"0")
-    store.finish([answer(one) for one in claim(store)], now=after(1))
+    store.requests.finish([answer(one) for one in claim(store)], now=after(1))
 
     batch, added = batch_of(store, 2, digest=DIGEST)
 
     assert [request.state for request in added] == [RequestState.DONE, RequestState.QUEUED]
-    assert [request.client_id for _, request in store.batch_results(batch.id)] == ["item 0"]
+    assert [request.client_id for _, request in store.batches.results(batch.id)] == ["item 0"]
 
 
-def test_cancelling_a_batch_cancels_only_queued_requests(store: SqliteStore) -> None:
+def test_cancelling_a_batch_cancels_only_queued_requests(store: Store) -> None:
     batch, _ = batch_of(store, 20)
     claimed = claim(store, 16)
 
-    assert store.cancel_batch(batch.id, now=after(1)) == 4
+    assert store.batches.cancel(batch.id, now=after(1)) == 4
 
-    assert store.finish([answer(one) for one in claimed], now=after(2)) == 16
-    progress = store.batch_progress(batch.id)
+    assert store.requests.finish([answer(one) for one in claimed], now=after(2)) == 16
+    progress = store.batches.progress(batch.id)
     assert (progress.done, progress.cancelled, progress.waiting) == (16, 4, 0)
-    assert store.get_batch(batch.id).cancelled_at == after(1)
+    assert store.batches.get(batch.id).cancelled_at == after(1)
 
 
-def test_retrying_a_batch_queues_only_failed_requests_and_they_end_again(store: SqliteStore) -> None:
+def test_retrying_a_batch_queues_only_failed_requests_and_they_end_again(store: Store) -> None:
     batch, _ = batch_of(store, 3)
     claims = claim(store)
-    store.fail(claims[:2], code="c", reason="r", now=after(1))
-    store.finish([answer(claims[2])], now=after(1))
-    mark = store.batch_results(batch.id)[-1][0]
+    store.requests.fail(claims[:2], code="c", reason="r", now=after(1))
+    store.requests.finish([answer(claims[2])], now=after(1))
+    mark = store.batches.results(batch.id)[-1][0]
 
-    assert store.retry_batch(batch.id, now=after(2)) == 2
+    assert store.batches.retry(batch.id, now=after(2)) == 2
 
-    assert len(store.batch_results(batch.id)) == 1
-    store.finish([answer(one) for one in claim(store, at=after(2))], now=after(3))
-    assert [request.client_id for _, request in store.batch_results(batch.id, after=mark)] == ["item 0", "item 1"]
+    assert len(store.batches.results(batch.id)) == 1
+    store.requests.finish([answer(one) for one in claim(store, at=after(2))], now=after(3))
+    assert [request.client_id for _, request in store.batches.results(batch.id, after=mark)] == ["item 0", "item 1"]
 
 
-def test_a_batch_in_progress_is_not_removed(store: SqliteStore) -> None:
+def test_a_batch_in_progress_is_not_removed(store: Store) -> None:
     batch, _ = batch_of(store, 2)
 
     with pytest.raises(BatchInProgress):
-        store.remove_batch(batch.id)
+        store.batches.remove(batch.id)
 
-    store.cancel_batch(batch.id, now=after(1))
-    assert store.remove_batch(batch.id) == 2
-    assert (store.list(), store.list_batches(), store.refused_items(batch.id)) == ([], [], [])
+    store.batches.cancel(batch.id, now=after(1))
+    assert store.batches.remove(batch.id) == 2
+    assert (store.requests.list(), store.batches.list(), store.batches.refused_items(batch.id)) == ([], [], [])
     assert list(store.images.list_digests()) == []
 
 
 # Deadlines and retention
 
 
-def test_queued_requests_expire_at_their_deadline_and_claimed_ones_are_finished(store: SqliteStore) -> None:
+def test_queued_requests_expire_at_their_deadline_and_claimed_ones_are_finished(store: Store) -> None:
     late = add(store, b"1", deadline_at=after(10))
     held = claim(store)
     early, never = add(store, b"2", deadline_at=after(10)), add(store, b"3")
 
-    assert store.expire(after(9.9)) == 0
-    assert store.expire(after(10)) == 1
+    assert store.requests.expire(after(9.9)) == 0
+    assert store.requests.expire(after(10)) == 1
 
-    expired = store.get(early.id)
+    expired = store.requests.get(early.id)
     assert (expired.state, expired.status, expired.code) == (RequestState.CANCELLED, "expired", "expired")
-    assert store.get(never.id).state is RequestState.QUEUED
-    assert store.finish([answer(one) for one in held], now=after(11)) == 1
-    assert store.get(late.id).state is RequestState.DONE
+    assert store.requests.get(never.id).state is RequestState.QUEUED
+    assert store.requests.finish([answer(one) for one in held], now=after(11)) == 1
+    assert store.requests.get(late.id).state is RequestState.DONE
 
 
-def test_an_expired_request_that_is_retried_has_no_deadline(store: SqliteStore) -> None:
+def test_an_expired_request_that_is_retried_has_no_deadline(store: Store) -> None:
     request = add(store, deadline_at=after(10))
-    store.expire(after(10))
+    store.requests.expire(after(10))
 
-    again = store.retry(request.id, now=after(20))
+    again = store.requests.retry(request.id, now=after(20))
 
     assert (again.status, again.code, again.reason, again.deadline_at) == ("queued", None, None, None)
-    assert store.expire(after(30)) == 0
+    assert store.requests.expire(after(30)) == 0
 
 
-def test_a_shorter_retention_time_of_a_request_applies(store: SqliteStore) -> None:
+def test_a_shorter_retention_time_of_a_request_applies(store: Store) -> None:
     short, usual = add(store, b"1", keep_seconds=60), add(store, b"2")
-    store.finish([answer(one) for one in claim(store)], now=NOW)
+    store.requests.finish([answer(one) for one in claim(store)], now=NOW)
     long_ago = NOW - timedelta(days=30)
 
     for seconds, left in ((59.9, 2), (60.1, 1)):
-        store.purge(images_before=long_ago, results_before=long_ago, now=after(seconds))
-        assert len(store.list()) == left
+        store.retention.purge(images_before=long_ago, results_before=long_ago, now=after(seconds))
+        assert len(store.requests.list()) == left
 
-    assert store.get(usual.id).state is RequestState.DONE
+    assert store.requests.get(usual.id).state is RequestState.DONE
     assert not store.images.path(short.image_sha256).exists()
 
 
-def test_a_batch_is_deleted_with_its_last_request(store: SqliteStore) -> None:
+def test_a_batch_is_deleted_with_its_last_request(store: Store) -> None:
     batch, _ = batch_of(store, 2)
-    store.finish([answer(one) for one in claim(store)], now=NOW)
+    store.requests.finish([answer(one) for one in claim(store)], now=NOW)
 
-    store.purge(images_before=after(1), results_before=after(1), now=after(1))
+    store.retention.purge(images_before=after(1), results_before=after(1), now=after(1))
 
-    assert store.list_batches() == []
-    assert store.refused_items(batch.id) == []
+    assert store.batches.list() == []
+    assert store.batches.refused_items(batch.id) == []
 
 
 # Search
 
 
-def test_each_filter_narrows_a_search(store: SqliteStore) -> None:
+def test_each_filter_narrows_a_search(store: Store) -> None:
     batch, items = batch_of(store, 2)
     named = add(store, b"a", name="Summer_100%.JPG", model="vgg16", created_at=after(10))
     labelled = add(store, b"b", labels={"place": "attic", "year": "1999"}, key_id="k", created_at=after(20))
     gone = add(store, b"c", deadline_at=after(25), created_at=after(20))
-    store.expire(after(25))
+    store.requests.expire(after(25))
     stopped = add(store, b"d", created_at=after(30))
-    store.cancel(stopped.id, now=after(30))
+    store.requests.cancel(stopped.id, now=after(30))
 
     def found(**query: object) -> list[str]:
-        return [request.id for request in store.find(Query(**query)).requests]  # type: ignore[arg-type]
+        return [request.id for request in store.search.find(Query(**query)).requests]  # type: ignore[arg-type]
 
     assert found() == [stopped.id, gone.id, labelled.id, named.id, items[1].id, items[0].id]
     assert found(batch_id=batch.id) == [items[1].id, items[0].id]
@@ -301,13 +302,13 @@ def test_each_filter_narrows_a_search(store: SqliteStore) -> None:
     assert found(status="claimed") == []
 
 
-def test_labels_are_deleted_with_their_request(store: SqliteStore) -> None:
+def test_labels_are_deleted_with_their_request(store: Store) -> None:
     request = add(store, labels={"a": "b"})
-    store.cancel(request.id, now=NOW)
+    store.requests.cancel(request.id, now=NOW)
 
-    store.remove(request.id)
+    store.requests.remove(request.id)
 
-    assert store.find(Query(labels=(("a", "b"),))).requests == []
+    assert store.search.find(Query(labels=(("a", "b"),))).requests == []
 
 
 @settings(max_examples=12, deadline=None)
@@ -323,7 +324,7 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("store.search.MAX_ROWS_SCANNED", most)
         patch.setattr("store.search.MAX_NAMES_SCANNED", most)
-        store = SqliteStore(HomeSettings(home=Path(folder) / "home"))
+        store = Store(HomeSettings(home=Path(folder) / "home"))
         store.migrate()
 
         def put(count: int) -> list[RequestRecord]:
@@ -343,7 +344,7 @@ def test_pages_visit_each_row_once_while_rows_are_added(
         seen: list[str] = []
         mark: int | None = None
         for limit, more in [*steps, *[(3, 0)] * 30]:
-            page = store.find(query, before=mark, limit=limit)
+            page = store.search.find(query, before=mark, limit=limit)
             seen += [request.id for request in page.requests]
             mark = page.next_before
             put(more)
@@ -356,27 +357,27 @@ def test_pages_visit_each_row_once_while_rows_are_added(
     assert set(seen) == fitting
 
 
-def test_only_ended_requests_are_removed_and_an_image_stays_while_another_request_needs_it(store: SqliteStore) -> None:
+def test_only_ended_requests_are_removed_and_an_image_stays_while_another_request_needs_it(store: Store) -> None:
     first, second = add(store, b"same"), add(store, b"same")
     with pytest.raises(NotRemovable):
-        store.remove(first.id)
+        store.requests.remove(first.id)
     with pytest.raises(UnknownRequest):
-        store.remove("nope")
-    store.cancel(first.id, now=NOW)
+        store.requests.remove("nope")
+    store.requests.cancel(first.id, now=NOW)
 
-    store.remove(first.id)
+    store.requests.remove(first.id)
 
     assert store.images.read(second.image_sha256) == b"same"
-    store.cancel(second.id, now=NOW)
-    store.remove(second.id)
+    store.requests.cancel(second.id, now=NOW)
+    store.requests.remove(second.id)
     assert list(store.images.list_digests()) == []
 
 
 # Idempotency keys
 
 
-def reserve(store: SqliteStore, token: str, *, owner: str = "", at: datetime = NOW) -> object:
-    return store.reserve_idempotency_key(
+def reserve(store: Store, token: str, *, owner: str = "", at: datetime = NOW) -> object:
+    return store.idempotency.reserve(
         owner,
         "key",
         operation="POST /x",
@@ -387,7 +388,7 @@ def reserve(store: SqliteStore, token: str, *, owner: str = "", at: datetime = N
     )
 
 
-def test_of_many_simultaneous_reservations_of_a_key_one_succeeds(store: SqliteStore) -> None:
+def test_of_many_simultaneous_reservations_of_a_key_one_succeeds(store: Store) -> None:
     results: list[object] = []
     threads = [threading.Thread(target=lambda n=n: results.append(reserve(store, f"t{n}"))) for n in range(8)]
 
@@ -400,11 +401,11 @@ def test_of_many_simultaneous_reservations_of_a_key_one_succeeds(store: SqliteSt
     assert len(results) == 8
 
 
-def test_a_response_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -> None:
+def test_a_response_is_kept_for_its_owner_until_it_expires(store: Store) -> None:
     kept = SavedResponse(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
     reserve(store, "t1")
 
-    assert store.save_response("", "key", "t1", kept)
+    assert store.idempotency.save_response("", "key", "t1", kept)
 
     found = reserve(store, "t2", at=after(3600))
     assert found is not None and found.response == kept  # type: ignore[attr-defined]
@@ -413,23 +414,23 @@ def test_a_response_is_kept_for_its_owner_until_it_expires(store: SqliteStore) -
 
 
 def test_a_reservation_of_a_killed_server_ends_with_its_lease_and_its_token_no_longer_counts(
-    store: SqliteStore,
+    store: Store,
 ) -> None:
     reserve(store, "t1")
 
     assert reserve(store, "t2", at=after(59)) is not None
     assert reserve(store, "t2", at=after(61)) is None
 
-    assert not store.save_response("", "key", "t1", SavedResponse(fingerprint="f", status=200))
-    assert not store.release_idempotency_key("", "key", "t1")
-    assert store.renew_idempotency_key("", "key", "t2", lease_ends_at=after(500))
+    assert not store.idempotency.save_response("", "key", "t1", SavedResponse(fingerprint="f", status=200))
+    assert not store.idempotency.release("", "key", "t1")
+    assert store.idempotency.renew("", "key", "t2", lease_ends_at=after(500))
     assert reserve(store, "t3", at=after(400)) is not None
 
 
-def test_expired_idempotency_keys_are_purged(store: SqliteStore) -> None:
+def test_expired_idempotency_keys_are_purged(store: Store) -> None:
     reserve(store, "t1")
     long_ago = NOW - timedelta(days=30)
 
-    store.purge(images_before=long_ago, results_before=long_ago, now=after(90_000))
+    store.retention.purge(images_before=long_ago, results_before=long_ago, now=after(90_000))
 
-    assert not store.release_idempotency_key("", "key", "t1")
+    assert not store.idempotency.release("", "key", "t1")

@@ -16,27 +16,28 @@ from hypothesis import strategies as st
 from server.live.changes import ChangeDispatcher, Listener
 from server.live.sse import parse_id, stream_requests
 from store import new_id
-from store.records import Answer, Blame, Claim, NewRequest, RequestState
+from store.requests import Answer, Blame, Claim, NewRequest
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 
 MODEL = "m"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
-def make_store(home: Path) -> SqliteStore:
-    store = SqliteStore(HomeSettings(home=home))
+def make_store(home: Path) -> Store:
+    store = Store(HomeSettings(home=home))
     store.migrate()
     return store
 
 
-def add(store: SqliteStore, **changes: object) -> str:
+def add(store: Store, **changes: object) -> str:
     new = NewRequest(id=new_id(), service="s", model=MODEL, created_at=NOW, **changes)  # type: ignore[arg-type]
-    return store.add(new, store.images.stage(new.id.encode())).id
+    return store.requests.add(new, store.images.stage(new.id.encode())).id
 
 
-def claim(store: SqliteStore, limit: int = 100) -> list[Claim]:
-    return store.claim(
+def claim(store: Store, limit: int = 100) -> list[Claim]:
+    return store.requests.claim(
         models=[MODEL], limit=limit, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
     )
 
@@ -45,18 +46,18 @@ def answer_of(claimed: Claim) -> Answer:
     return Answer(claim=claimed, output=[1], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1)
 
 
-def test_being_added_is_no_change_and_every_other_transition_is_one(store: SqliteStore) -> None:
+def test_being_added_is_no_change_and_every_other_transition_is_one(store: Store) -> None:
     id = add(store)
-    number = store.get(id).number
-    before = store.latest_change()
+    number = store.requests.get(id).number
+    before = store.changes.latest()
 
     (claimed,) = claim(store)
-    store.release([claimed], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
-    store.cancel(id, now=NOW)
-    store.retry(id, now=NOW)
-    store.finish([answer_of(one) for one in claim(store)], now=NOW)
+    store.requests.release([claimed], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+    store.requests.cancel(id, now=NOW)
+    store.requests.retry(id, now=NOW)
+    store.requests.finish([answer_of(one) for one in claim(store)], now=NOW)
 
-    changes = store.changes(0)
+    changes = store.changes.list(0)
     assert before == 0
     assert [change.state for change in changes] == [
         RequestState.CLAIMED,
@@ -67,26 +68,26 @@ def test_being_added_is_no_change_and_every_other_transition_is_one(store: Sqlit
         RequestState.DONE,
     ]
     assert {change.number for change in changes} == {number}
-    assert store.latest_change() == changes[-1].seq
-    assert store.count_changes(changes[2].seq) == (
+    assert store.changes.latest() == changes[-1].seq
+    assert store.changes.count(changes[2].seq) == (
         changes[-1].seq,
         {RequestState.QUEUED: 1, RequestState.CLAIMED: 1, RequestState.DONE: 1},
     )
 
 
-def test_a_reused_answer_is_a_change(store: SqliteStore) -> None:
+def test_a_reused_answer_is_a_change(store: Store) -> None:
     new = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
-    store.add(new, store.images.stage(b"x"))
-    store.finish([answer_of(one) for one in claim(store)], now=NOW)
-    last = store.latest_change()
+    store.requests.add(new, store.images.stage(b"x"))
+    store.requests.finish([answer_of(one) for one in claim(store)], now=NOW)
+    last = store.changes.latest()
 
     again = NewRequest(id=new_id(), service="s", model=MODEL, digest="d" * 64, created_at=NOW)
-    added = store.add(again, store.images.stage(b"x"))
+    added = store.requests.add(again, store.images.stage(b"x"))
 
-    assert [(change.number, change.state) for change in store.changes(last)] == [(added.number, RequestState.DONE)]
+    assert [(change.number, change.state) for change in store.changes.list(last)] == [(added.number, RequestState.DONE)]
 
 
-def test_a_write_that_is_rolled_back_is_no_change(store: SqliteStore) -> None:
+def test_a_write_that_is_rolled_back_is_no_change(store: Store) -> None:
     add(store)
 
     def fail(transaction: object) -> None:
@@ -94,18 +95,18 @@ def test_a_write_that_is_rolled_back_is_no_change(store: SqliteStore) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        store._writer.run(fail)
+        store.database.write(fail)
 
-    assert store.changes(0) == []
+    assert store.changes.list(0) == []
 
 
-def test_the_position_of_a_request_is_its_last_change(store: SqliteStore) -> None:
+def test_the_position_of_a_request_is_its_last_change(store: Store) -> None:
     ids = [add(store) for _ in range(3)]
-    store.cancel(ids[1], now=NOW)
-    store.cancel(ids[0], now=NOW)
+    store.requests.cancel(ids[1], now=NOW)
+    store.requests.cancel(ids[0], now=NOW)
 
-    snapshot = store.snapshot(ids=[*ids, "unknown"])
-    read = store.read_changed([number for (_, number), _ in snapshot.requests] + [99])
+    snapshot = store.changes.snapshot(ids=[*ids, "unknown"])
+    read = store.changes.read_changed([number for (_, number), _ in snapshot.requests] + [99])
 
     assert (snapshot.latest, snapshot.floor) == (2, 0)
     assert snapshot.requests == (
@@ -117,14 +118,14 @@ def test_the_position_of_a_request_is_its_last_change(store: SqliteStore) -> Non
     assert found == [((0, 3), ids[2]), ((1, 2), ids[1]), ((2, 1), ids[0])]
 
 
-def test_old_changes_are_deleted_except_the_last(store: SqliteStore) -> None:
+def test_old_changes_are_deleted_except_the_last(store: Store) -> None:
     ids = [add(store) for _ in range(3)]
     for id in ids:
-        store.cancel(id, now=NOW)
+        store.requests.cancel(id, now=NOW)
 
-    assert store.purge_changes(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
-    assert store.purge_changes(before=datetime.now(UTC) + timedelta(days=1)) == 2
-    snapshot = store.snapshot(ids=ids)
+    assert store.changes.purge(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
+    assert store.changes.purge(before=datetime.now(UTC) + timedelta(days=1)) == 2
+    snapshot = store.changes.snapshot(ids=ids)
     assert (snapshot.floor, snapshot.latest) == (2, 3)
     assert [position for position, _ in snapshot.requests] == [(2, 1), (2, 2), (3, 3)]
 
@@ -144,13 +145,13 @@ def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(wr
                 if kind == "c":
                     held += claim(store, limit=3)
                 elif kind == "a":
-                    store.finish([answer_of(one) for one in held[:2]], now=NOW)
+                    store.requests.finish([answer_of(one) for one in held[:2]], now=NOW)
                     held = held[2:]
                 elif kind == "r":
-                    store.release(held, blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+                    store.requests.release(held, blame=Blame.NOBODY, code="x", reason="y", now=NOW)
                     held = []
                 else:
-                    store.fail(held[:1], code="x", reason="y", now=NOW)
+                    store.requests.fail(held[:1], code="x", reason="y", now=NOW)
                     held = held[1:]
 
         threads = [threading.Thread(target=write, args=(place,)) for place in range(2)]
@@ -161,15 +162,15 @@ def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(wr
         while not is_last_round:
             is_last_round = not any(thread.is_alive() for thread in threads)
             reader = stores[choose.randint(0, 1)]
-            while page := reader.changes(cursor, limit=choose.randint(1, 7)):
+            while page := reader.changes.list(cursor, limit=choose.randint(1, 7)):
                 seen += page
                 cursor = page[-1].seq
 
         assert [change.seq for change in seen] == sorted({change.seq for change in seen})
-        assert seen == stores[0].changes(0, limit=10_000)
+        assert seen == stores[0].changes.list(0, limit=10_000)
         last = {change.number: change.state for change in seen}
         for id in ids:
-            request = stores[0].get(id)
+            request = stores[0].requests.get(id)
             assert request.state is last.get(request.number, RequestState.QUEUED)
         for store in stores:
             store.close()
@@ -182,12 +183,12 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(seed: int) ->
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder))
         ids = [add(store) for _ in range(10)]
-        numbers = [store.get(id).number for id in ids]
-        events = ChangeDispatcher(store, capacity=1)
+        numbers = [store.requests.get(id).number for id in ids]
+        events = ChangeDispatcher(store.changes, capacity=1)
 
         def work() -> None:
             for size in (3, 2, 4, 10):
-                store.finish([answer_of(one) for one in claim(store, limit=size)], now=NOW)
+                store.requests.finish([answer_of(one) for one in claim(store, limit=size)], now=NOW)
 
         worker = threading.Thread(target=work)
         received: list[tuple[str, str]] = []
@@ -198,7 +199,7 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(seed: int) ->
             listener = Listener(numbers=numbers)
             pieces = stream_requests(
                 events,
-                store,
+                store.changes,
                 listener,
                 ids=ids,
                 last_id=last_id,
@@ -216,5 +217,5 @@ def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(seed: int) ->
         done = Counter(id for id, state in received if state == "done")
         assert done == Counter(ids)
         assert max(Counter(received).values()) == 1
-        assert parse_id(last_id)[0] == store.latest_change()
+        assert parse_id(last_id)[0] == store.changes.latest()
         store.close()

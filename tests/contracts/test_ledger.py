@@ -29,9 +29,9 @@ from store.ledger import (
     InvoiceRecord,
 )
 from store.providers import UnknownProvider
-from store.records import Answer, NewRequest, RequestRecord
+from store.requests import Answer, NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 PRICES = {
@@ -87,8 +87,8 @@ def debit(amount: str, state: BillState = BillState.ACCEPTED, *, id: str = "d1",
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def start_chunk(store: SqliteStore, id: str, *, model: str = "resnet50") -> None:
-    store.start_chunk(
+def start_chunk(store: Store, id: str, *, model: str = "resnet50") -> None:
+    store.chunks.start(
         ChunkRecord(
             id=id, batcher_id="b1", executor="golem", provider=None, service="classification", model=model,
             items=16, bytes_sent=1000, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
@@ -98,165 +98,165 @@ def start_chunk(store: SqliteStore, id: str, *, model: str = "resnet50") -> None
 
 
 def end_chunk(
-    store: SqliteStore, id: str, *, agreement_id: str | None = "ag1", seconds: float = 2.0, cost: str | None = "0.1"
+    store: Store, id: str, *, agreement_id: str | None = "ag1", seconds: float = 2.0, cost: str | None = "0.1"
 ) -> None:
-    store.finish_chunk(
+    store.chunks.finish(
         id, provider="alpha", bytes_received=10, seconds=seconds, done=16, failed=0, cost=cost, code=None,
         reason=None, now=after(2), agreement_id=agreement_id, activity_id="ac1", provider_id=ALPHA,
     )  # fmt: skip
 
 
-def work(store: SqliteStore, id: str, **how: object) -> None:
+def work(store: Store, id: str, **how: object) -> None:
     start_chunk(store, id)
     end_chunk(store, id, **how)  # type: ignore[arg-type]
 
 
-def answer_requests(store: SqliteStore, chunk_id: str, count: int) -> list[str]:
+def answer_requests(store: Store, chunk_id: str, count: int) -> list[str]:
     """Add requests and answer all queued ones with this chunk."""
     for _ in range(count):
         new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=NOW)
-        store.add(new, store.images.stage(b"image"))
-    claims = store.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
+        store.requests.add(new, store.images.stage(b"image"))
+    claims = store.requests.claim(models=["resnet50"], limit=100, now=NOW, lease_ends_at=after(30), oldest_before=None)
     answers = [
         Answer(
             claim=claim, output=[["n1", "cat", 0.5]], digest="d" * 64, chunk_id=chunk_id, provider="alpha", seconds=1
         )
         for claim in claims
     ]
-    assert store.finish(answers, now=after(1)) == count
-    assert store.finish(answers, now=after(1)) == 0  # repeated
+    assert store.requests.finish(answers, now=after(1)) == count
+    assert store.requests.finish(answers, now=after(1)) == 0  # repeated
     return [claim.id for claim in claims]
 
 
-def chunk_costs(store: SqliteStore) -> dict[str, tuple[str | None, bool]]:
-    return {chunk.id: (chunk.cost, chunk.is_cost_final) for chunk in store.list_chunks(limit=1000)}
+def chunk_costs(store: Store) -> dict[str, tuple[str | None, bool]]:
+    return {chunk.id: (chunk.cost, chunk.is_cost_final) for chunk in store.chunks.list(limit=1000)}
 
 
-def total_row(store: SqliteStore) -> CostRow:
-    (row,) = store.costs("total")
+def total_row(store: Store) -> CostRow:
+    (row,) = store.ledger.costs("total")
     return row
 
 
 # Records
 
 
-def test_an_allocation_is_open_until_it_is_released(store: SqliteStore) -> None:
-    store.record_allocation(allocation())
-    store.record_allocation(allocation(amount=Decimal("2.5")))
+def test_an_allocation_is_open_until_it_is_released(store: Store) -> None:
+    store.ledger.record_allocation(allocation())
+    store.ledger.record_allocation(allocation(amount=Decimal("2.5")))
 
-    before = store.allocations(is_open=True)
-    store.release_allocation("al1", now=after(5))
-    store.release_allocation("al1", now=after(6))
-    store.record_allocation(allocation())
+    before = store.ledger.allocations(is_open=True)
+    store.ledger.release_allocation("al1", now=after(5))
+    store.ledger.release_allocation("al1", now=after(6))
+    store.ledger.record_allocation(allocation())
 
     assert before == [allocation(amount=Decimal("2.5"))]
-    assert store.allocations(is_open=True) == []
-    assert store.allocations() == store.allocations(is_open=False) == [allocation(released_at=after(5))]
+    assert store.ledger.allocations(is_open=True) == []
+    assert store.ledger.allocations() == store.ledger.allocations(is_open=False) == [allocation(released_at=after(5))]
 
 
-def test_the_first_end_of_an_agreement_counts(store: SqliteStore) -> None:
-    store.record_agreement(agreement())
-    store.record_agreement(agreement(model="another"))
-    assert store.agreements() == store.agreements(is_open=True) == [agreement()]
+def test_the_first_end_of_an_agreement_counts(store: Store) -> None:
+    store.ledger.record_agreement(agreement())
+    store.ledger.record_agreement(agreement(model="another"))
+    assert store.ledger.agreements() == store.ledger.agreements(is_open=True) == [agreement()]
 
-    store.end_agreement("ag1", reason="no more work", now=after(5))
-    store.end_agreement("ag1", reason="later", now=after(6))
-    store.record_agreement(agreement())
+    store.ledger.end_agreement("ag1", reason="no more work", now=after(5))
+    store.ledger.end_agreement("ag1", reason="later", now=after(6))
+    store.ledger.record_agreement(agreement())
 
-    assert store.agreements(is_open=True) == []
-    assert store.agreements(is_open=False) == [agreement(ended_at=after(5), reason="no more work")]
+    assert store.ledger.agreements(is_open=True) == []
+    assert store.ledger.agreements(is_open=False) == [agreement(ended_at=after(5), reason="no more work")]
 
 
-def test_an_agreement_is_settled_when_it_ended_and_its_invoice_was_decided(store: SqliteStore) -> None:
+def test_an_agreement_is_settled_when_it_ended_and_its_invoice_was_decided(store: Store) -> None:
     for id in ("ended", "billed", "settled", "refused"):
-        store.record_agreement(agreement(id))
+        store.ledger.record_agreement(agreement(id))
     for id in ("ended", "settled", "refused"):
-        store.end_agreement(id, reason="done", now=after(5))
-    store.record_invoice(invoice("1", BillState.RECEIVED, id="i1", agreement_id="ended"))
-    store.record_invoice(invoice("1", id="i2", agreement_id="billed"))
-    store.record_invoice(invoice("1", id="i3", agreement_id="settled"))
-    store.record_invoice(invoice("1", BillState.REFUSED, id="i4", agreement_id="refused", reason="too much"))
+        store.ledger.end_agreement(id, reason="done", now=after(5))
+    store.ledger.record_invoice(invoice("1", BillState.RECEIVED, id="i1", agreement_id="ended"))
+    store.ledger.record_invoice(invoice("1", id="i2", agreement_id="billed"))
+    store.ledger.record_invoice(invoice("1", id="i3", agreement_id="settled"))
+    store.ledger.record_invoice(invoice("1", BillState.REFUSED, id="i4", agreement_id="refused", reason="too much"))
 
-    assert [each.id for each in store.agreements(is_settled=True)] == ["refused", "settled"]
-    assert [each.id for each in store.agreements(is_settled=False)] == ["billed", "ended"]
-    assert [each.id for each in store.agreements(is_open=False, is_settled=False)] == ["ended"]
+    assert [each.id for each in store.ledger.agreements(is_settled=True)] == ["refused", "settled"]
+    assert [each.id for each in store.ledger.agreements(is_settled=False)] == ["billed", "ended"]
+    assert [each.id for each in store.ledger.agreements(is_open=False, is_settled=False)] == ["ended"]
 
 
-def test_prices_keep_their_last_digit(store: SqliteStore) -> None:
+def test_prices_keep_their_last_digit(store: Store) -> None:
     exact = agreement(price_per_second=Decimal("0.000000000000000001"), start_price=Decimal("1E-7"))
 
-    store.record_agreement(exact)
+    store.ledger.record_agreement(exact)
 
-    assert store.agreements() == [exact]
+    assert store.ledger.agreements() == [exact]
 
 
-def test_an_activity_may_be_recorded_again_with_its_end(store: SqliteStore) -> None:
+def test_an_activity_may_be_recorded_again_with_its_end(store: Store) -> None:
     begun = ActivityRecord(id="ac1", agreement_id="ag1", created_at=NOW)
 
     for activity in (begun, replace(begun, ended_at=after(9), cpu_seconds=3.5, seconds=9.0), begun):
-        store.record_activity(activity)
+        store.ledger.record_activity(activity)
 
 
 # Costs
 
 
-def test_an_estimate_counts_until_the_invoice_is_accepted(store: SqliteStore) -> None:
-    store.record_agreement(agreement())
+def test_an_estimate_counts_until_the_invoice_is_accepted(store: Store) -> None:
+    store.ledger.record_agreement(agreement())
     work(store, "c1", cost="0.1")
     work(store, "c2", cost="0.25")
-    assert store.spent() == Decimal("0.35")
+    assert store.ledger.spent() == Decimal("0.35")
 
-    store.record_invoice(invoice("0.3", BillState.RECEIVED))
-    assert store.spent() == Decimal("0.35")
+    store.ledger.record_invoice(invoice("0.3", BillState.RECEIVED))
+    assert store.ledger.spent() == Decimal("0.35")
 
-    store.record_invoice(invoice("0.3"))
-    assert store.spent() == Decimal("0.3")
+    store.ledger.record_invoice(invoice("0.3"))
+    assert store.ledger.spent() == Decimal("0.3")
     assert (total_row(store).paid, total_row(store).open) == (Decimal("0.3"), 0)
 
 
-def test_debit_notes_count_when_they_are_more_than_the_estimate(store: SqliteStore) -> None:
+def test_debit_notes_count_when_they_are_more_than_the_estimate(store: Store) -> None:
     work(store, "c1", cost="0.1")
-    store.record_debit_note(debit("0.05"))
-    assert store.spent() == Decimal("0.1")
+    store.ledger.record_debit_note(debit("0.05"))
+    assert store.ledger.spent() == Decimal("0.1")
 
     # The notes of one activity include each other; those of two add up.
-    store.record_debit_note(debit("0.2", id="d2"))
-    store.record_debit_note(debit("0.04", id="d3", activity_id="ac2"))
-    assert store.spent() == Decimal("0.24")
+    store.ledger.record_debit_note(debit("0.2", id="d2"))
+    store.ledger.record_debit_note(debit("0.04", id="d3", activity_id="ac2"))
+    assert store.ledger.spent() == Decimal("0.24")
 
-    store.record_debit_note(debit("9", BillState.RECEIVED, id="d4"))
-    store.record_debit_note(debit("9", BillState.REFUSED, id="d5"))
-    assert store.spent() == Decimal("0.24")
+    store.ledger.record_debit_note(debit("9", BillState.RECEIVED, id="d4"))
+    store.ledger.record_debit_note(debit("9", BillState.REFUSED, id="d5"))
+    assert store.ledger.spent() == Decimal("0.24")
 
 
-def test_a_refused_invoice_costs_nothing(store: SqliteStore) -> None:
+def test_a_refused_invoice_costs_nothing(store: Store) -> None:
     work(store, "c1", cost="0.1")
-    store.record_debit_note(debit("0.5"))
-    store.record_invoice(invoice("7", BillState.REFUSED, reason="more than was agreed"))
+    store.ledger.record_debit_note(debit("0.5"))
+    store.ledger.record_invoice(invoice("7", BillState.REFUSED, reason="more than was agreed"))
 
-    assert store.spent() == 0
+    assert store.ledger.spent() == 0
     assert chunk_costs(store) == {"c1": ("0", True)}
     assert (total_row(store).refused, total_row(store).open, total_row(store).paid) == (7, 0, 0)
 
 
-def test_an_accepted_invoice_stays_and_a_refused_one_may_still_be_accepted(store: SqliteStore) -> None:
+def test_an_accepted_invoice_stays_and_a_refused_one_may_still_be_accepted(store: Store) -> None:
     work(store, "c1")
-    store.record_invoice(invoice("7", BillState.REFUSED))
-    store.record_invoice(invoice("0.7"))
+    store.ledger.record_invoice(invoice("7", BillState.REFUSED))
+    store.ledger.record_invoice(invoice("0.7"))
     for late in (invoice("7", BillState.RECEIVED), invoice("7", BillState.REFUSED), invoice("0.9")):
-        store.record_invoice(late)
+        store.ledger.record_invoice(late)
 
-    assert store.spent() == Decimal("0.7")
+    assert store.ledger.spent() == Decimal("0.7")
     assert total_row(store).refused == 0
     assert chunk_costs(store) == {"c1": ("0.7", True)}
 
 
-def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) -> None:
+def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: Store) -> None:
     for id, seconds in (("c1", 1.0), ("c2", 2.0), ("c3", 4.0)):
         work(store, id, seconds=seconds)
     start_chunk(store, "under way")
 
-    store.record_invoice(invoice("0.1"))
+    store.ledger.record_invoice(invoice("0.1"))
 
     costs = chunk_costs(store)
     assert costs["under way"] == (None, False)
@@ -268,179 +268,187 @@ def test_an_invoice_is_split_by_seconds_to_the_last_digit(store: SqliteStore) ->
     ]
 
 
-def test_a_chunk_that_ends_after_the_invoice_causes_a_new_split(store: SqliteStore) -> None:
+def test_a_chunk_that_ends_after_the_invoice_causes_a_new_split(store: Store) -> None:
     work(store, "c1", seconds=3.0)
-    store.record_invoice(invoice("1"))
+    store.ledger.record_invoice(invoice("1"))
     assert chunk_costs(store) == {"c1": ("1", True)}
 
     work(store, "c2", seconds=1.0)
 
     assert chunk_costs(store) == {"c1": ("0.75", True), "c2": ("0.25", True)}
-    assert store.spent() == 1
+    assert store.ledger.spent() == 1
 
 
-def test_an_invoice_without_chunks_stays_with_its_agreement(store: SqliteStore) -> None:
-    store.record_agreement(agreement())
-    store.record_invoice(invoice("0.2"))
+def test_an_invoice_without_chunks_stays_with_its_agreement(store: Store) -> None:
+    store.ledger.record_agreement(agreement())
+    store.ledger.record_invoice(invoice("0.2"))
 
-    assert store.spent() == Decimal("0.2")
-    (row,) = store.costs("model")
+    assert store.ledger.spent() == Decimal("0.2")
+    (row,) = store.ledger.costs("model")
     assert (row.key, row.paid, row.chunks) == ("resnet50", Decimal("0.2"), 0)
 
 
-def test_costs_of_an_unknown_agreement_are_not_lost(store: SqliteStore) -> None:
-    store.record_invoice(invoice("0.2", agreement_id="never seen"))
+def test_costs_of_an_unknown_agreement_are_not_lost(store: Store) -> None:
+    store.ledger.record_invoice(invoice("0.2", agreement_id="never seen"))
 
-    assert store.spent() == Decimal("0.2")
-    assert [row.key for row in store.costs("provider")] == ["unknown"]
+    assert store.ledger.spent() == Decimal("0.2")
+    assert [row.key for row in store.ledger.costs("provider")] == ["unknown"]
 
 
-def test_an_amount_counts_on_the_day_of_its_settlement_and_open_amounts_always(store: SqliteStore) -> None:
+def test_an_amount_counts_on_the_day_of_its_settlement_and_open_amounts_always(store: Store) -> None:
     tomorrow = NOW.replace(hour=0) + timedelta(days=1)
-    store.record_invoice(invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1)))
-    store.record_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
+    store.ledger.record_invoice(
+        invoice("1", id="i1", agreement_id="a", settled_at=tomorrow - timedelta(milliseconds=1))
+    )
+    store.ledger.record_invoice(invoice("2", id="i2", agreement_id="b", settled_at=tomorrow))
     work(store, "c1", agreement_id="c", cost="4")
 
-    assert [store.spent(), store.spent(since=tomorrow), store.spent(since=tomorrow + timedelta(days=1))] == [7, 6, 4]
-    assert [(row.key, row.paid, row.open) for row in store.costs("day")] == [
+    assert [
+        store.ledger.spent(),
+        store.ledger.spent(since=tomorrow),
+        store.ledger.spent(since=tomorrow + timedelta(days=1)),
+    ] == [7, 6, 4]
+    assert [(row.key, row.paid, row.open) for row in store.ledger.costs("day")] == [
         ("2026-11-20", 1, 0),
         ("2026-11-21", 2, 0),
         ("open", 0, 4),
     ]
 
 
-def test_the_spending_of_one_batcher_follows_from_its_allocations(store: SqliteStore) -> None:
-    store.record_allocation(allocation("al1", batcher_id="b1"))
-    store.record_allocation(allocation("al2", batcher_id="b2"))
+def test_the_spending_of_one_batcher_follows_from_its_allocations(store: Store) -> None:
+    store.ledger.record_allocation(allocation("al1", batcher_id="b1"))
+    store.ledger.record_allocation(allocation("al2", batcher_id="b2"))
     for id, allocation_id in (("a", "al1"), ("b", "al1"), ("c", "al2")):
-        store.record_agreement(agreement(id, allocation_id=allocation_id))
-    store.record_invoice(invoice("1", id="i1", agreement_id="a"))
-    store.record_debit_note(debit("2", agreement_id="b"))
+        store.ledger.record_agreement(agreement(id, allocation_id=allocation_id))
+    store.ledger.record_invoice(invoice("1", id="i1", agreement_id="a"))
+    store.ledger.record_debit_note(debit("2", agreement_id="b"))
     work(store, "c1", agreement_id="c", cost="4")
 
-    assert [store.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
+    assert [store.ledger.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
 
 
-def test_costs_have_images_chunks_and_names(store: SqliteStore) -> None:
-    store.record_agreement(agreement())
-    store.record_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
+def test_costs_have_images_chunks_and_names(store: Store) -> None:
+    store.ledger.record_agreement(agreement())
+    store.ledger.record_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))
     start_chunk(store, "c1")
     answer_requests(store, "c1", 3)
     end_chunk(store, "c1")
     work(store, "c2", agreement_id="ag2", cost="0.5")
     work(store, "at home", agreement_id=None, cost=None)
-    store.record_invoice(invoice("1"))
+    store.ledger.record_invoice(invoice("1"))
 
-    alpha, beta = store.costs("provider")
+    alpha, beta = store.ledger.costs("provider")
 
     assert (alpha.key, alpha.name, alpha.images, alpha.chunks, alpha.paid) == (ALPHA, "alpha", 3, 1, 1)
     assert (beta.key, beta.name, beta.images, beta.chunks, beta.open) == (BETA, "beta", 0, 1, Decimal("0.5"))
     assert (total_row(store).images, total_row(store).chunks) == (3, 2)
 
 
-def test_the_total_of_an_empty_ledger_is_zero(store: SqliteStore) -> None:
-    assert store.spent() == 0
+def test_the_total_of_an_empty_ledger_is_zero(store: Store) -> None:
+    assert store.ledger.spent() == 0
     assert total_row(store).paid == total_row(store).open == total_row(store).refused == 0
-    assert store.costs("day") == []
+    assert store.ledger.costs("day") == []
     with pytest.raises(ValueError, match="grouped by"):
-        store.costs("colour")
+        store.ledger.costs("colour")
 
 
 # Requests
 
 
-def test_requests_share_the_cost_of_their_chunk_to_the_last_digit(store: SqliteStore) -> None:
+def test_requests_share_the_cost_of_their_chunk_to_the_last_digit(store: Store) -> None:
     start_chunk(store, "c1")
     ids = answer_requests(store, "c1", 3)
-    assert {store.get(id).cost for id in ids} == {None}
+    assert {store.requests.get(id).cost for id in ids} == {None}
 
     end_chunk(store, "c1", cost="0.1")
-    assert {store.get(id).is_cost_final for id in ids} == {False}
-    assert total(store.get(id).cost or Decimal(0) for id in ids) == Decimal("0.1")
+    assert {store.requests.get(id).is_cost_final for id in ids} == {False}
+    assert total(store.requests.get(id).cost or Decimal(0) for id in ids) == Decimal("0.1")
 
-    store.record_invoice(invoice("0.2"))
-    found = [store.get(id) for id in ids]
+    store.ledger.record_invoice(invoice("0.2"))
+    found = [store.requests.get(id) for id in ids]
     assert [request.cost for request in found] == [
         Decimal("0.066666666666666667"),
         Decimal("0.066666666666666667"),
         Decimal("0.066666666666666666"),
     ]
     assert all(request.is_cost_final for request in found)
-    assert {request.id: request.cost for request in store.list()} == {request.id: request.cost for request in found}
+    assert {request.id: request.cost for request in store.requests.list()} == {
+        request.id: request.cost for request in found
+    }
 
 
-def test_late_answers_of_a_chunk_get_the_next_shares(store: SqliteStore) -> None:
+def test_late_answers_of_a_chunk_get_the_next_shares(store: Store) -> None:
     start_chunk(store, "c1")
     first = answer_requests(store, "c1", 2)
     end_chunk(store, "c1", cost="1")
-    assert [store.get(id).cost for id in first] == [Decimal("0.5")] * 2
+    assert [store.requests.get(id).cost for id in first] == [Decimal("0.5")] * 2
 
     later = answer_requests(store, "c1", 2)
 
-    assert [store.get(id).cost for id in (*first, *later)] == [Decimal("0.25")] * 4
-    (chunk,) = store.list_chunks()
+    assert [store.requests.get(id).cost for id in (*first, *later)] == [Decimal("0.25")] * 4
+    (chunk,) = store.chunks.list()
     assert chunk.answers == 4
 
 
-def test_a_reused_answer_costs_nothing(store: SqliteStore) -> None:
+def test_a_reused_answer_costs_nothing(store: Store) -> None:
     start_chunk(store, "c1")
     answer_requests(store, "c1", 1)
     end_chunk(store, "c1", cost="1")
     new = NewRequest(id=new_id(), service="classification", model="resnet50", digest="d" * 64, created_at=NOW)
 
-    cached = store.add(new, store.images.stage(b"image"))
+    cached = store.requests.add(new, store.images.stage(b"image"))
 
     assert cached.is_cached
-    assert store.get(cached.id).cost is None
+    assert store.requests.get(cached.id).cost is None
 
 
-def test_answers_of_an_unrecorded_chunk_have_no_cost(store: SqliteStore) -> None:
+def test_answers_of_an_unrecorded_chunk_have_no_cost(store: Store) -> None:
     (id,) = answer_requests(store, "never noted", 1)
     end_chunk(store, "never noted")
 
-    assert store.get(id).cost is None
+    assert store.requests.get(id).cost is None
 
 
 # Providers
 
 
-def note(store: SqliteStore, id: str = ALPHA, name: str = "alpha", *, at: datetime = NOW) -> None:
-    store.record_offer(id, name=name, now=at, **PRICES)
+def note(store: Store, id: str = ALPHA, name: str = "alpha", *, at: datetime = NOW) -> None:
+    store.providers.record_offer(id, name=name, now=at, **PRICES)
 
 
-def did(store: SqliteStore, images: int, seconds: float, *, is_failure: bool = False, model: str = "resnet50") -> None:
-    store.record_work(ALPHA, model=model, images=images, seconds=seconds, is_failure=is_failure, now=NOW)
+def did(store: Store, images: int, seconds: float, *, is_failure: bool = False, model: str = "resnet50") -> None:
+    store.providers.record_work(ALPHA, model=model, images=images, seconds=seconds, is_failure=is_failure, now=NOW)
 
 
-def test_a_provider_is_listed_with_its_latest_offer(store: SqliteStore) -> None:
+def test_a_provider_is_listed_with_its_latest_offer(store: Store) -> None:
     note(store, at=NOW)
     note(store, BETA, "beta", at=after(1))
-    store.record_offer(ALPHA, name="alpha", now=after(2), **{**PRICES, "start_price": Decimal("0.5")})
+    store.providers.record_offer(ALPHA, name="alpha", now=after(2), **{**PRICES, "start_price": Decimal("0.5")})
 
-    alpha, beta = store.list_providers()
+    alpha, beta = store.providers.list()
 
     assert (alpha.id, alpha.first_seen_at, alpha.seen_at, alpha.start_price) == (ALPHA, NOW, after(2), Decimal("0.5"))
     assert (beta.name, beta.score, beta.done, beta.price_per_second) == ("beta", 0.5, 0, PRICES["price_per_second"])
 
 
-def test_the_score_follows_the_latest_work(store: SqliteStore) -> None:
+def test_the_score_follows_the_latest_work(store: Store) -> None:
     note(store)
     scores = []
     for is_failure in [False] * 5 + [True] * 5:
         did(store, 16, 2.0, is_failure=is_failure)
-        scores.append(store.list_providers()[0].score)
+        scores.append(store.providers.list()[0].score)
 
     assert scores[:5] == sorted(scores[:5])
     assert scores[4:] == sorted(scores[4:], reverse=True)
     assert 0 < scores[-1] < 0.5 < scores[4] < 1
-    (provider,) = store.list_providers()
+    (provider,) = store.providers.list()
     assert (provider.done, provider.failed, provider.images) == (5, 5, 80)
 
 
-def test_the_speed_is_that_of_the_latest_work_by_model(store: SqliteStore) -> None:
+def test_the_speed_is_that_of_the_latest_work_by_model(store: Store) -> None:
     note(store)
     did(store, 16, 1.0)
-    assert store.speed("resnet50") == {ALPHA: 16.0}
+    assert store.providers.speed("resnet50") == {ALPHA: 16.0}
 
     for _ in range(30):
         did(store, 16, 4.0)
@@ -448,39 +456,39 @@ def test_the_speed_is_that_of_the_latest_work_by_model(store: SqliteStore) -> No
     did(store, 0, 1.0)
     did(store, 16, 900.0, is_failure=True)
 
-    assert store.speed("resnet50")[ALPHA] == pytest.approx(4.0, rel=0.01)
-    assert store.speed("vgg16") == {}
-    assert [(speed.provider_id, speed.model) for speed in store.speeds()] == [(ALPHA, "resnet50")]
+    assert store.providers.speed("resnet50")[ALPHA] == pytest.approx(4.0, rel=0.01)
+    assert store.providers.speed("vgg16") == {}
+    assert [(speed.provider_id, speed.model) for speed in store.providers.speeds()] == [(ALPHA, "resnet50")]
 
 
-def test_work_of_an_unknown_provider_is_ignored(store: SqliteStore) -> None:
+def test_work_of_an_unknown_provider_is_ignored(store: Store) -> None:
     did(store, 16, 1.0)
 
-    assert store.list_providers() == []
-    assert store.speeds() == []
+    assert store.providers.list() == []
+    assert store.providers.speeds() == []
 
 
-def test_a_ban_ends_at_its_time_or_never(store: SqliteStore) -> None:
+def test_a_ban_ends_at_its_time_or_never(store: Store) -> None:
     note(store)
     note(store, BETA, "beta")
 
-    store.ban_provider(ALPHA, until=after(60), reason="it failed", by_operator=False)
-    banned = store.ban_provider("beta", until=None, reason="it lies", by_operator=True)
+    store.providers.ban(ALPHA, until=after(60), reason="it failed", by_operator=False)
+    banned = store.providers.ban("beta", until=None, reason="it lies", by_operator=True)
 
     assert (banned.ban_reason, banned.banned_until, banned.is_banned_by_operator) == ("it lies", None, True)
-    assert store.banned(after(59)) == {ALPHA: "it failed", BETA: "it lies"}
-    assert store.banned(after(60)) == {BETA: "it lies"}
-    assert not store.unban_provider(BETA[:12]).is_banned(NOW)
-    assert store.banned(after(60)) == {}
+    assert store.providers.banned(after(59)) == {ALPHA: "it failed", BETA: "it lies"}
+    assert store.providers.banned(after(60)) == {BETA: "it lies"}
+    assert not store.providers.unban(BETA[:12]).is_banned(NOW)
+    assert store.providers.banned(after(60)) == {}
 
 
-def test_a_new_offer_does_not_lift_a_ban(store: SqliteStore) -> None:
+def test_a_new_offer_does_not_lift_a_ban(store: Store) -> None:
     note(store)
-    store.ban_provider("alpha", until=None, reason="x", by_operator=True)
+    store.providers.ban("alpha", until=None, reason="x", by_operator=True)
 
     note(store, at=after(1))
 
-    assert store.banned(after(2)) == {ALPHA: "x"}
+    assert store.providers.banned(after(2)) == {ALPHA: "x"}
 
 
 @pytest.mark.parametrize(
@@ -488,41 +496,41 @@ def test_a_new_offer_does_not_lift_a_ban(store: SqliteStore) -> None:
     [(None, 60, "operator"), (60, 30, "operator"), (60, 90, "batcher"), (60, None, "batcher")],
 )
 def test_a_batcher_never_shortens_the_ban_of_an_operator(
-    store: SqliteStore, operators: float | None, batchers: float | None, kept: str
+    store: Store, operators: float | None, batchers: float | None, kept: str
 ) -> None:
     note(store)
 
     for seconds, reason in ((operators, "operator"), (batchers, "batcher")):
         until = None if seconds is None else after(seconds)
-        banned = store.ban_provider(ALPHA, until=until, reason=reason, by_operator=reason == "operator")
+        banned = store.providers.ban(ALPHA, until=until, reason=reason, by_operator=reason == "operator")
 
     assert banned.ban_reason == kept
     assert banned.is_banned_by_operator == (kept == "operator")
 
 
-def test_a_name_must_match_one_provider(store: SqliteStore) -> None:
+def test_a_name_must_match_one_provider(store: Store) -> None:
     note(store, ALPHA, "same")
     note(store, BETA, "same")
     note(store, "0xcccc01", BETA)  # a name that equals another's address does not match it
 
     for unclear in ("nobody", "0x", "same", ""):
         with pytest.raises(UnknownProvider):
-            store.ban_provider(unclear, until=None, reason="x", by_operator=True)
+            store.providers.ban(unclear, until=None, reason="x", by_operator=True)
     with pytest.raises(UnknownProvider, match=f"{ALPHA}, {BETA}"):
-        store.unban_provider("same")
-    assert store.ban_provider(BETA, until=None, reason="x", by_operator=True).id == BETA
+        store.providers.unban("same")
+    assert store.providers.ban(BETA, until=None, reason="x", by_operator=True).id == BETA
 
 
-def test_many_threads_may_record_at_once(store: SqliteStore) -> None:
+def test_many_threads_may_record_at_once(store: Store) -> None:
     note(store)
 
     def one(number: int) -> None:
         id = f"ag{number}"
-        store.record_agreement(agreement(id))
+        store.ledger.record_agreement(agreement(id))
         work(store, f"c{number}", agreement_id=id)
-        store.record_invoice(invoice("0.125", id=f"i{number}", agreement_id=id))
+        store.ledger.record_invoice(invoice("0.125", id=f"i{number}", agreement_id=id))
         did(store, 16, 1.0)
-        store.spent()
+        store.ledger.spent()
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(16)]
     for thread in threads:
@@ -530,8 +538,8 @@ def test_many_threads_may_record_at_once(store: SqliteStore) -> None:
     for thread in threads:
         thread.join()
 
-    assert store.spent() == 2
-    assert store.list_providers()[0].done == 16
+    assert store.ledger.spent() == 2
+    assert store.providers.list()[0].done == 16
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -548,9 +556,9 @@ class AnyHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.store = SqliteStore(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store = Store(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
         self.store.migrate()
-        self.store.record_allocation(allocation())
+        self.store.ledger.record_allocation(allocation())
         self.clock = 0.0
         #: id -> the invoice in its current state.
         self.invoices: dict[str, InvoiceRecord] = {}
@@ -572,11 +580,13 @@ class AnyHistory(RuleBasedStateMachine):
     def record_agreement(self, id: str) -> None:
         provider = {"ag0": (ALPHA, "alpha"), "ag1": (BETA, "beta"), "ag2": (BETA, "beta")}[id]
         model = "vgg16" if id == "ag2" else "resnet50"
-        self.store.record_agreement(agreement(id, provider_id=provider[0], provider_name=provider[1], model=model))
+        self.store.ledger.record_agreement(
+            agreement(id, provider_id=provider[0], provider_name=provider[1], model=model)
+        )
 
     @rule(id=agreement_ids)
     def end_agreement(self, id: str) -> None:
-        self.store.end_agreement(id, reason="done", now=after(self.clock))
+        self.store.ledger.end_agreement(id, reason="done", now=after(self.clock))
 
     @rule(
         id=agreement_ids,
@@ -594,7 +604,7 @@ class AnyHistory(RuleBasedStateMachine):
             settled_at=None if state == BillState.RECEIVED else after(self.clock),
         )
         for _ in range(times):
-            self.store.record_invoice(made)
+            self.store.ledger.record_invoice(made)
         known = self.invoices.get(made.id)
         if known is None or self.RANK.index(state) > self.RANK.index(known.state):
             self.invoices[made.id] = made
@@ -603,15 +613,15 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 10))
     def repeat_an_invoice(self, pick: int) -> None:
         known = sorted(self.invoices)[pick % len(self.invoices)]
-        self.store.record_invoice(self.invoices[known])
-        self.store.record_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
+        self.store.ledger.record_invoice(self.invoices[known])
+        self.store.ledger.record_invoice(replace(self.invoices[known], state=BillState.RECEIVED, settled_at=None))
 
     @rule(id=agreement_ids, number=st.integers(0, 3), state=states, amount=amounts)
     def debit(self, id: str, number: int, state: BillState, amount: Decimal) -> None:
         made = debit("0", state, id=f"note {number} of {id}", activity_id=f"{id}-{number % 2}", agreement_id=id)
         made = replace(made, amount=amount)
-        self.store.record_debit_note(made)
-        self.store.record_debit_note(made)
+        self.store.ledger.record_debit_note(made)
+        self.store.ledger.record_debit_note(made)
         known = self.debits.get(made.id)
         if known is None or self.RANK.index(state) > self.RANK.index(known.state):
             self.debits[made.id] = made
@@ -666,9 +676,9 @@ class AnyHistory(RuleBasedStateMachine):
     def every_way_of_adding_up_agrees_with_the_books(self) -> None:
         expected = self.expected()
         refused = total(bill.amount for bill in self.invoices.values() if bill.state == BillState.REFUSED)
-        assert self.store.spent() == expected
+        assert self.store.ledger.spent() == expected
         for by in COSTS_BY:
-            rows = self.store.costs(by)
+            rows = self.store.ledger.costs(by)
             assert total(amount for row in rows for amount in (row.paid, row.open)) == expected
             assert total(row.refused for row in rows) == refused
             assert sum(row.chunks for row in rows) == len(self.ended)
@@ -676,17 +686,17 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def a_period_has_its_days_and_what_is_open(self) -> None:
         midnight = NOW.replace(hour=0) + timedelta(days=1)
-        rows = [row for row in self.store.costs("day") if row.key == "open" or row.key >= "2026-11-21"]
+        rows = [row for row in self.store.ledger.costs("day") if row.key == "open" or row.key >= "2026-11-21"]
         in_period = total(amount for row in rows for amount in (row.paid, row.open))
-        assert self.store.spent(since=midnight) == in_period == self.expected(since=midnight)
+        assert self.store.ledger.spent(since=midnight) == in_period == self.expected(since=midnight)
 
     @invariant()
     def chunks_share_their_bill_and_requests_their_chunk(self) -> None:
         requests: dict[str | None, list[RequestRecord]] = defaultdict(list)
-        for request in self.store.list(limit=1000):
+        for request in self.store.requests.list(limit=1000):
             requests[request.chunk_id].append(request)
         shares: dict[str, list[Decimal]] = defaultdict(list)
-        for chunk in self.store.list_chunks(limit=1000):
+        for chunk in self.store.chunks.list(limit=1000):
             mine = requests[chunk.id]
             assert chunk.answers == len(mine)
             assert chunk.is_cost_final == (chunk.id in self.ended and bool(self.decided(self.ended[chunk.id][0])))

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from store import new_id
-from store.chunks import BatcherRecord, ChunkRecord
+from store.batchers import BatcherRecord
+from store.chunks import ChunkRecord
 from store.errors import NotCancellable, NotRetryable, UnknownRequest
-from store.records import Answer, Blame, Claim, NewRequest, RequestRecord, RequestState
-from store.requests import MAX_ATTEMPTS
+from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim, NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 OUTPUT = [["n02123159", "tiger_cat", 0.408]]
@@ -29,7 +30,7 @@ def after(seconds: float) -> datetime:
 
 
 def add(
-    store: SqliteStore,
+    store: Store,
     data: bytes = b"image",
     *,
     model: str = "resnet50",
@@ -40,11 +41,11 @@ def add(
     new = NewRequest(
         id=new_id(), service="classification", model=model, digest=digest, is_fresh=is_fresh, created_at=at
     )
-    return store.add(new, store.images.stage(data))
+    return store.requests.add(new, store.images.stage(data))
 
 
-def claim_all(store: SqliteStore, *, at: datetime = NOW, limit: int = 1000) -> list[Claim]:
-    return store.claim(
+def claim_all(store: Store, *, at: datetime = NOW, limit: int = 1000) -> list[Claim]:
+    return store.requests.claim(
         models={"resnet50", "vgg16"}, limit=limit, now=at, lease_ends_at=at + timedelta(seconds=30), oldest_before=None
     )
 
@@ -53,38 +54,38 @@ def answer(claim: Claim) -> Answer:
     return Answer(claim=claim, output=OUTPUT, digest=DIGEST, chunk_id="c1", provider="local/test", seconds=0.01)
 
 
-def test_a_request_is_read_back_as_it_was_added(store: SqliteStore) -> None:
+def test_a_request_is_read_back_as_it_was_added(store: Store) -> None:
     added = add(store, b"bytes of an image")
 
-    found = store.get(added.id)
+    found = store.requests.get(added.id)
 
     assert found == added
     assert (found.state, found.attempts, found.output) == (RequestState.QUEUED, 0, None)
     assert store.images.read(found.image_sha256) == b"bytes of an image"
 
 
-def test_an_unknown_id_is_an_error(store: SqliteStore) -> None:
+def test_an_unknown_id_is_an_error(store: Store) -> None:
     for id in ("", "nope", 'x" union select 1 --', "é" * 5000):
         with pytest.raises(UnknownRequest):
-            store.get(id)
+            store.requests.get(id)
 
 
-def test_equal_images_are_stored_once(store: SqliteStore) -> None:
+def test_equal_images_are_stored_once(store: Store) -> None:
     add(store, b"same")
     add(store, b"same")
 
     assert len(list(store.images.list_digests())) == 1
 
 
-def test_an_answer_is_reused_for_the_same_bytes_and_the_same_artefact(store: SqliteStore) -> None:
+def test_an_answer_is_reused_for_the_same_bytes_and_the_same_artefact(store: Store) -> None:
     first = add(store, b"same")
-    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+    store.requests.finish([answer(claim) for claim in claim_all(store)], now=after(1))
 
     again = add(store, b"same", digest=DIGEST, at=after(2))
 
     assert (again.state, again.is_cached, again.output) == (RequestState.DONE, True, OUTPUT)
     assert again.finished_at == after(2)
-    assert again.chunk_id == store.get(first.id).chunk_id
+    assert again.chunk_id == store.requests.get(first.id).chunk_id
 
 
 @pytest.mark.parametrize(
@@ -98,16 +99,16 @@ def test_an_answer_is_reused_for_the_same_bytes_and_the_same_artefact(store: Sql
     ],
     ids=lambda difference: next(iter(difference)),
 )
-def test_an_answer_is_not_reused_when_anything_differs(store: SqliteStore, difference: dict[str, object]) -> None:
+def test_an_answer_is_not_reused_when_anything_differs(store: Store, difference: dict[str, object]) -> None:
     add(store, b"same")
-    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+    store.requests.finish([answer(claim) for claim in claim_all(store)], now=after(1))
 
     again = add(store, **{"data": b"same", "digest": DIGEST, **difference})  # type: ignore[arg-type]
 
     assert (again.state, again.is_cached) == (RequestState.QUEUED, False)
 
 
-def test_claim_takes_the_oldest_first(store: SqliteStore) -> None:
+def test_claim_takes_the_oldest_first(store: Store) -> None:
     ids = [add(store, bytes([n])).id for n in range(1, 6)]
 
     claims = claim_all(store, limit=3)
@@ -115,57 +116,63 @@ def test_claim_takes_the_oldest_first(store: SqliteStore) -> None:
     assert [claim.id for claim in claims] == ids[:3]
 
 
-def test_claim_skips_a_live_lease(store: SqliteStore) -> None:
+def test_claim_skips_a_live_lease(store: Store) -> None:
     add(store)
     claim_all(store)
 
     assert claim_all(store, at=after(29)) == []
 
 
-def test_claim_takes_only_the_requested_models(store: SqliteStore) -> None:
+def test_claim_takes_only_the_requested_models(store: Store) -> None:
     add(store, model="vgg16")
 
-    claims = store.claim(models={"resnet50"}, limit=10, now=NOW, lease_ends_at=after(30), oldest_before=None)
+    claims = store.requests.claim(models={"resnet50"}, limit=10, now=NOW, lease_ends_at=after(30), oldest_before=None)
 
     assert claims == []
 
 
-def test_a_model_is_due_when_a_full_chunk_waits_and_the_rest_stays_queued(store: SqliteStore) -> None:
+def test_a_model_is_due_when_a_full_chunk_waits_and_the_rest_stays_queued(store: Store) -> None:
     for n in range(20):
         add(store, bytes([n]))
 
-    claims = store.claim(
+    claims = store.requests.claim(
         models={"resnet50"}, limit=100, now=after(1), lease_ends_at=after(31), oldest_before=after(-600)
     )
 
     assert len(claims) == 16
-    assert store.backlog()[0].waiting == 4
+    assert store.requests.backlog()[0].waiting == 4
 
 
-def test_a_model_is_due_when_its_oldest_request_has_waited_long_enough(store: SqliteStore) -> None:
+def test_a_model_is_due_when_its_oldest_request_has_waited_long_enough(store: Store) -> None:
     for n in range(3):
         add(store, bytes([n]), at=after(n))
 
-    early = store.claim(models={"resnet50"}, limit=100, now=after(9), lease_ends_at=after(40), oldest_before=after(-1))
-    late = store.claim(models={"resnet50"}, limit=100, now=after(10), lease_ends_at=after(40), oldest_before=NOW)
+    early = store.requests.claim(
+        models={"resnet50"}, limit=100, now=after(9), lease_ends_at=after(40), oldest_before=after(-1)
+    )
+    late = store.requests.claim(
+        models={"resnet50"}, limit=100, now=after(10), lease_ends_at=after(40), oldest_before=NOW
+    )
 
     assert early == []
     assert len(late) == 3
 
 
-def test_a_released_request_is_due_without_waiting_for_a_full_chunk(store: SqliteStore) -> None:
+def test_a_released_request_is_due_without_waiting_for_a_full_chunk(store: Store) -> None:
     add(store)
-    store.release(claim_all(store), blame=Blame.ITEM, code="x", reason="it failed", now=after(1), due_at=after(3))
+    store.requests.release(
+        claim_all(store), blame=Blame.ITEM, code="x", reason="it failed", now=after(1), due_at=after(3)
+    )
     which = {"models": {"resnet50"}, "limit": 10, "oldest_before": after(-600)}
 
-    early = store.claim(now=after(2), lease_ends_at=after(32), **which)
-    late = store.claim(now=after(3), lease_ends_at=after(33), **which)
+    early = store.requests.claim(now=after(2), lease_ends_at=after(32), **which)
+    late = store.requests.claim(now=after(3), lease_ends_at=after(33), **which)
 
     assert early == []
     assert len(late) == 1
 
 
-def test_models_share_the_limit_in_turns(store: SqliteStore) -> None:
+def test_models_share_the_limit_in_turns(store: Store) -> None:
     for n in range(64):
         add(store, n.to_bytes(2), model="resnet50")
     add(store, b"later", model="vgg16", at=after(1))
@@ -175,173 +182,178 @@ def test_models_share_the_limit_in_turns(store: SqliteStore) -> None:
     assert [claim.model for claim in claims] == ["resnet50"] * 16 + ["vgg16"] + ["resnet50"] * 15
 
 
-def test_finish_records_an_answer_once(store: SqliteStore) -> None:
+def test_finish_records_an_answer_once(store: Store) -> None:
     request = add(store)
     (claim,) = claim_all(store)
 
-    recorded = [store.finish([answer(claim)], now=after(1)), store.finish([answer(claim)], now=after(2))]
+    recorded = [
+        store.requests.finish([answer(claim)], now=after(1)),
+        store.requests.finish([answer(claim)], now=after(2)),
+    ]
 
     assert recorded == [1, 0]
-    found = store.get(request.id)
+    found = store.requests.get(request.id)
     assert (found.state, found.output, found.finished_at) == (RequestState.DONE, OUTPUT, after(1))
     assert (found.digest, found.provider, found.seconds) == (DIGEST, "local/test", 0.01)
 
 
-def test_a_late_answer_with_a_stale_token_is_dropped(store: SqliteStore) -> None:
+def test_a_late_answer_with_a_stale_token_is_dropped(store: Store) -> None:
     request = add(store)
     (late,) = claim_all(store)
-    store.release_expired(after(31))
+    store.requests.release_expired(after(31))
     (newer,) = claim_all(store, at=after(32))
 
-    assert store.finish([answer(late)], now=after(33)) == 0
-    assert store.fail([late], code="x", reason="y", now=after(33)) == 0
-    assert store.release([late], blame=Blame.ITEM, code="x", reason="y", now=after(33)) == 0
-    assert store.renew([late], lease_ends_at=after(99)) == set()
-    assert store.finish([answer(newer)], now=after(34)) == 1
-    assert store.get(request.id).state is RequestState.DONE
+    assert store.requests.finish([answer(late)], now=after(33)) == 0
+    assert store.requests.fail([late], code="x", reason="y", now=after(33)) == 0
+    assert store.requests.release([late], blame=Blame.ITEM, code="x", reason="y", now=after(33)) == 0
+    assert store.requests.renew([late], lease_ends_at=after(99)) == set()
+    assert store.requests.finish([answer(newer)], now=after(34)) == 1
+    assert store.requests.get(request.id).state is RequestState.DONE
 
 
-def test_renew_keeps_a_claim(store: SqliteStore) -> None:
+def test_renew_keeps_a_claim(store: Store) -> None:
     add(store)
     claims = claim_all(store)
 
-    held = store.renew(claims, lease_ends_at=after(60))
+    held = store.requests.renew(claims, lease_ends_at=after(60))
 
     assert held == {claims[0].number}
-    assert store.release_expired(after(59)) == 0
-    assert store.release_expired(after(60)) == 1
+    assert store.requests.release_expired(after(59)) == 0
+    assert store.requests.release_expired(after(60)) == 1
 
 
-def test_a_release_that_blames_nobody_counts_nothing(store: SqliteStore) -> None:
+def test_a_release_that_blames_nobody_counts_nothing(store: Store) -> None:
     request = add(store)
     for _ in range(10):
-        store.release(claim_all(store), blame=Blame.NOBODY, code="stopping", reason="stopping", now=NOW)
+        store.requests.release(claim_all(store), blame=Blame.NOBODY, code="stopping", reason="stopping", now=NOW)
 
-    found = store.get(request.id)
+    found = store.requests.get(request.id)
     assert (found.state, found.attempts, found.isolation) == (RequestState.QUEUED, 0, 0)
 
 
-def test_a_request_fails_with_the_last_reason_after_it_was_blamed_three_times(store: SqliteStore) -> None:
+def test_a_request_fails_with_the_last_reason_after_it_was_blamed_three_times(store: Store) -> None:
     request = add(store)
     for attempt in range(MAX_ATTEMPTS):
-        assert store.get(request.id).state is RequestState.QUEUED
-        store.release(claim_all(store), blame=Blame.ITEM, code="inference_failed", reason=f"try {attempt}", now=NOW)
+        assert store.requests.get(request.id).state is RequestState.QUEUED
+        store.requests.release(
+            claim_all(store), blame=Blame.ITEM, code="inference_failed", reason=f"try {attempt}", now=NOW
+        )
 
-    found = store.get(request.id)
+    found = store.requests.get(request.id)
     assert (found.state, found.attempts, found.reason) == (RequestState.FAILED, 3, "try 2")
     assert found.finished_at == NOW
 
 
-def test_an_item_of_failing_chunks_is_isolated_before_it_is_blamed(store: SqliteStore) -> None:
+def test_an_item_of_failing_chunks_is_isolated_before_it_is_blamed(store: Store) -> None:
     request = add(store)
     seen = []
-    while store.get(request.id).state is RequestState.QUEUED:
+    while store.requests.get(request.id).state is RequestState.QUEUED:
         (claim,) = claim_all(store)
         seen.append((claim.isolation, claim.attempts))
-        store.release([claim], blame=Blame.CHUNK, code="worker_died", reason="the worker died", now=NOW)
+        store.requests.release([claim], blame=Blame.CHUNK, code="worker_died", reason="the worker died", now=NOW)
 
     assert seen == [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
-    assert store.get(request.id).code == "worker_died"
+    assert store.requests.get(request.id).code == "worker_died"
 
 
-def test_fail_is_final_at_once(store: SqliteStore) -> None:
+def test_fail_is_final_at_once(store: Store) -> None:
     request = add(store)
 
-    store.fail(claim_all(store), code="broken_image", reason="It is cut short.", now=after(1))
+    store.requests.fail(claim_all(store), code="broken_image", reason="It is cut short.", now=after(1))
 
-    found = store.get(request.id)
+    found = store.requests.get(request.id)
     assert (found.state, found.code, found.reason) == (RequestState.FAILED, "broken_image", "It is cut short.")
 
 
-def test_only_queued_requests_can_be_cancelled(store: SqliteStore) -> None:
+def test_only_queued_requests_can_be_cancelled(store: Store) -> None:
     queued, claimed = add(store, b"1"), add(store, b"2")
-    cancelled = store.cancel(queued.id, now=after(1))
+    cancelled = store.requests.cancel(queued.id, now=after(1))
     claim_all(store)
 
     assert cancelled.state is RequestState.CANCELLED
     for id in (queued.id, claimed.id):
         with pytest.raises(NotCancellable):
-            store.cancel(id, now=after(2))
+            store.requests.cancel(id, now=after(2))
     with pytest.raises(UnknownRequest):
-        store.cancel("nope", now=after(2))
+        store.requests.cancel("nope", now=after(2))
 
 
-def test_retry_queues_a_failed_request_with_its_attempts_reset(store: SqliteStore) -> None:
+def test_retry_queues_a_failed_request_with_its_attempts_reset(store: Store) -> None:
     request = add(store)
-    store.fail(claim_all(store), code="x", reason="y", now=after(1))
+    store.requests.fail(claim_all(store), code="x", reason="y", now=after(1))
 
-    again = store.retry(request.id, now=after(2))
+    again = store.requests.retry(request.id, now=after(2))
 
     assert (again.state, again.attempts, again.finished_at) == (RequestState.QUEUED, 0, None)
     with pytest.raises(NotRetryable):
-        store.retry(request.id, now=after(3))
+        store.requests.retry(request.id, now=after(3))
     with pytest.raises(UnknownRequest):
-        store.retry("nope", now=after(3))
+        store.requests.retry("nope", now=after(3))
 
 
-def test_list_pages_from_the_newest(store: SqliteStore) -> None:
+def test_list_pages_from_the_newest(store: Store) -> None:
     ids = [add(store, bytes([n]), model="vgg16" if n % 2 else "resnet50").id for n in range(6)]
 
-    first = store.list(limit=4)
-    second = store.list(limit=4, before=first[-1].number)
+    first = store.requests.list(limit=4)
+    second = store.requests.list(limit=4, before=first[-1].number)
 
     assert [request.id for request in [*first, *second]] == ids[::-1]
-    assert [request.id for request in store.list(model="vgg16")] == ids[5::-2]
-    assert store.list(state=RequestState.FAILED) == []
-    assert len(store.list(state=RequestState.QUEUED)) == 6
+    assert [request.id for request in store.requests.list(model="vgg16")] == ids[5::-2]
+    assert store.requests.list(state=RequestState.FAILED) == []
+    assert len(store.requests.list(state=RequestState.QUEUED)) == 6
 
 
-def test_purge_deletes_images_first_and_results_later_and_no_queued_request(store: SqliteStore) -> None:
+def test_purge_deletes_images_first_and_results_later_and_no_queued_request(store: Store) -> None:
     waiting, finished = add(store, b"waits"), add(store, b"done")
     claims = [claim for claim in claim_all(store) if claim.id == finished.id]
-    store.finish([answer(claims[0])], now=after(1))
+    store.requests.finish([answer(claims[0])], now=after(1))
 
-    kept = store.purge(images_before=after(1), results_before=after(1), now=after(2))
-    images = store.purge(images_before=after(2), results_before=after(1), now=after(3))
+    kept = store.retention.purge(images_before=after(1), results_before=after(1), now=after(2))
+    images = store.retention.purge(images_before=after(2), results_before=after(1), now=after(3))
 
     assert (kept.images, kept.results) == (0, 0)
     assert (images.images, images.results) == (1, 0)
-    assert store.get(finished.id).image_deleted_at == after(3)
+    assert store.requests.get(finished.id).image_deleted_at == after(3)
     assert list(store.images.list_digests()) == [waiting.image_sha256]
-    assert store.purge(images_before=after(2), results_before=after(2), now=after(4)).results == 1
+    assert store.retention.purge(images_before=after(2), results_before=after(2), now=after(4)).results == 1
     with pytest.raises(UnknownRequest):
-        store.get(finished.id)
-    assert store.get(waiting.id).image_sha256 == waiting.image_sha256
+        store.requests.get(finished.id)
+    assert store.requests.get(waiting.id).image_sha256 == waiting.image_sha256
 
 
-def test_purge_keeps_an_image_that_another_request_still_needs(store: SqliteStore) -> None:
+def test_purge_keeps_an_image_that_another_request_still_needs(store: Store) -> None:
     add(store, b"same")
-    store.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+    store.requests.finish([answer(claim) for claim in claim_all(store)], now=after(1))
     waiting = add(store, b"same", at=after(5))
 
-    store.purge(images_before=after(4), results_before=after(4), now=after(6))
+    store.retention.purge(images_before=after(4), results_before=after(4), now=after(6))
 
     assert store.images.read(waiting.image_sha256) == b"same"
 
 
-def test_purge_deletes_files_that_a_killed_process_left(store: SqliteStore) -> None:
+def test_purge_deletes_files_that_a_killed_process_left(store: Store) -> None:
     orphan = store.images.stage(b"its row was never committed")
     store.images.publish(orphan)
     unnamed = store.images.stage(b"never published")
     later = datetime.now(UTC) + timedelta(hours=2)
 
-    swept = store.purge(images_before=NOW, results_before=NOW, now=later)
+    swept = store.retention.purge(images_before=NOW, results_before=NOW, now=later)
 
     assert swept.leftovers == 2
     assert list(store.images.list_digests()) == []
     assert not unnamed.path.exists()
 
 
-def test_a_request_without_its_image_cannot_be_retried(store: SqliteStore) -> None:
+def test_a_request_without_its_image_cannot_be_retried(store: Store) -> None:
     request = add(store)
-    store.fail(claim_all(store), code="x", reason="y", now=after(1))
-    store.purge(images_before=after(2), results_before=NOW, now=after(3))
+    store.requests.fail(claim_all(store), code="x", reason="y", now=after(1))
+    store.retention.purge(images_before=after(2), results_before=NOW, now=after(3))
 
     with pytest.raises(NotRetryable):
-        store.retry(request.id, now=after(4))
+        store.requests.retry(request.id, now=after(4))
 
 
-def test_many_threads_add_and_claim_without_losing_or_duplicating_requests(store: SqliteStore) -> None:
+def test_many_threads_add_and_claim_without_losing_or_duplicating_requests(store: Store) -> None:
     ids: list[str] = []
     claims: list[Claim] = []
     adding = threading.Event()
@@ -372,20 +384,20 @@ def test_many_threads_add_and_claim_without_losing_or_duplicating_requests(store
     assert len(set(ids)) == 200
 
 
-def test_a_failed_write_leaves_other_requests_unchanged(store: SqliteStore) -> None:
+def test_a_failed_write_leaves_other_requests_unchanged(store: Store) -> None:
     request = add(store, b"first")
     staged = store.images.stage(b"second")
     same_id = NewRequest(id=request.id, service="classification", model="resnet50", created_at=NOW)
 
     with pytest.raises(Exception, match="UNIQUE"):
-        store.add(same_id, staged)
+        store.requests.add(same_id, staged)
 
     assert list(store.images.list_digests()) == [request.image_sha256]
     assert not staged.path.exists()
-    assert store.get(request.id) == request
+    assert store.requests.get(request.id) == request
 
 
-def test_chunks_give_the_throughput_and_requests_the_backlog(store: SqliteStore) -> None:
+def test_chunks_give_the_throughput_and_requests_the_backlog(store: Store) -> None:
     chunk = ChunkRecord(
         id="c1", batcher_id="b1", executor="local", provider=None, service="classification", model="resnet50",
         items=16, bytes_sent=1000, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
@@ -395,36 +407,36 @@ def test_chunks_give_the_throughput_and_requests_the_backlog(store: SqliteStore)
         add(store, bytes([n]), at=after(n))
     claim_all(store, limit=1, at=after(5))
 
-    store.start_chunk(chunk)
-    assert store.throughput("resnet50") is None
-    store.finish_chunk(
+    store.chunks.start(chunk)
+    assert store.chunks.throughput("resnet50") is None
+    store.chunks.finish(
         "c1", provider="local/test", bytes_received=10, seconds=2.0, done=16, failed=0, cost=None, code=None,
         reason=None, now=after(2),
     )  # fmt: skip
 
-    throughput = store.throughput("resnet50")
+    throughput = store.chunks.throughput("resnet50")
     assert throughput is not None
     assert (throughput.items, throughput.chunk_seconds, throughput.items_per_second) == (16, 2.0, 8.0)
-    (listed,) = store.list_chunks()
+    (listed,) = store.chunks.list()
     assert (listed.provider, listed.finished_at, listed.done) == ("local/test", after(2), 16)
-    (backlog,) = store.backlog()
+    (backlog,) = store.requests.backlog()
     assert (backlog.waiting, backlog.claimed, backlog.oldest_number, backlog.oldest_at) == (2, 1, 2, after(1))
 
 
-def test_a_batcher_is_listed_while_its_heartbeat_is_recent(store: SqliteStore) -> None:
+def test_a_batcher_is_listed_while_its_heartbeat_is_recent(store: Store) -> None:
     batcher = BatcherRecord(
         id="b1", host="here", pid=1, executor="local", every_seconds=600, max_wait_seconds=600, capacity=4,
         started_at=NOW, seen_at=NOW,
     )  # fmt: skip
 
-    store.heartbeat(batcher)
-    store.heartbeat(BatcherRecord(**{**vars(batcher), "seen_at": after(2)}))
+    store.batchers.heartbeat(batcher)
+    store.batchers.heartbeat(BatcherRecord(**{**vars(batcher), "seen_at": after(2)}))
 
-    assert store.list_batchers(seen_since=after(3)) == []
-    (listed,) = store.list_batchers(seen_since=after(2))
+    assert store.batchers.list(seen_since=after(3)) == []
+    (listed,) = store.batchers.list(seen_since=after(2))
     assert listed.seen_at == after(2)
-    store.deregister("b1")
-    assert store.list_batchers(seen_since=NOW) == []
+    store.batchers.deregister("b1")
+    assert store.batchers.list(seen_since=NOW) == []
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -437,7 +449,7 @@ class AnyHistory(RuleBasedStateMachine):
         import tempfile
 
         self.folder = tempfile.TemporaryDirectory()
-        self.store = SqliteStore(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
+        self.store = Store(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
         self.store.migrate()
         self.ids: list[str] = []
         self.answered: dict[int, int] = {}
@@ -463,39 +475,39 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(held=claims)
     def finish(self, held: list[Claim]) -> None:
         for claim in held:
-            recorded = self.store.finish([answer(claim)], now=self.now)
+            recorded = self.store.requests.finish([answer(claim)], now=self.now)
             self.answered[claim.number] = self.answered.get(claim.number, 0) + recorded
 
     @rule(held=claims, blame=st.sampled_from(Blame))
     def release(self, held: list[Claim], blame: Blame) -> None:
-        self.store.release(held, blame=blame, code="x", reason="y", now=self.now)
+        self.store.requests.release(held, blame=blame, code="x", reason="y", now=self.now)
 
     @rule(held=claims)
     def fail(self, held: list[Claim]) -> None:
-        self.store.fail(held, code="x", reason="y", now=self.now)
+        self.store.requests.fail(held, code="x", reason="y", now=self.now)
 
     @rule(held=claims)
     def renew(self, held: list[Claim]) -> None:
-        self.store.renew(held, lease_ends_at=self.now + timedelta(seconds=30))
+        self.store.requests.renew(held, lease_ends_at=self.now + timedelta(seconds=30))
 
     @rule(seconds=st.floats(0, 60))
     def time_passes(self, seconds: float) -> None:
         self.clock += seconds
-        self.store.release_expired(self.now)
+        self.store.requests.release_expired(self.now)
 
     @rule(pick=st.integers(0, 1000))
     def cancel(self, pick: int) -> None:
         if self.ids:
             id = self.ids[pick % len(self.ids)]
-            if self.store.get(id).state is RequestState.QUEUED:
-                self.store.cancel(id, now=self.now)
+            if self.store.requests.get(id).state is RequestState.QUEUED:
+                self.store.requests.cancel(id, now=self.now)
             else:
                 with pytest.raises(NotCancellable):
-                    self.store.cancel(id, now=self.now)
+                    self.store.requests.cancel(id, now=self.now)
 
     @invariant()
     def nothing_is_lost_or_answered_twice_or_changed_when_final(self) -> None:
-        found = {request.id: request for request in self.store.list(limit=10_000)}
+        found = {request.id: request for request in self.store.requests.list(limit=10_000)}
         assert set(found) == set(self.ids)
         assert all(count <= 1 for count in self.answered.values())
         for id, state in self.final.items():

@@ -9,8 +9,8 @@ import pytest
 
 from store import new_id
 from store.batches import BatchRecord
-from store.records import Answer, Blame, NewRequest
-from store.sqlite import SqliteStore
+from store.requests import Answer, Blame, NewRequest
+from store.store import Store
 from store.webhooks import DeliveryRecord, EndpointRecord, UnknownWebhook, new_secret
 
 MODEL = "m"
@@ -28,28 +28,30 @@ def new(**changes: object) -> NewRequest:
     return NewRequest(id=new_id(), service="s", model=MODEL, created_at=NOW, **changes)  # type: ignore[arg-type]
 
 
-def add(store: SqliteStore, **changes: object) -> str:
+def add(store: Store, **changes: object) -> str:
     request = new(**changes)
-    return store.add(request, store.images.stage(request.id.encode())).id
+    return store.requests.add(request, store.images.stage(request.id.encode())).id
 
 
-def answer_all(store: SqliteStore) -> None:
-    claims = store.claim(
+def answer_all(store: Store) -> None:
+    claims = store.requests.claim(
         models=[MODEL], limit=100, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
     )
-    store.finish(
+    store.requests.finish(
         [Answer(claim=one, output=[1], digest="d" * 64, chunk_id="c", provider="p", seconds=0.1) for one in claims],
         now=NOW,
     )
 
 
-def claim(store: SqliteStore, *, now: datetime = NOW, excluded: tuple[str, ...] = ()) -> list[DeliveryRecord]:
-    return store.claim_deliveries(now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=excluded)
+def claim(store: Store, *, now: datetime = NOW, excluded: tuple[str, ...] = ()) -> list[DeliveryRecord]:
+    return store.webhooks.claim_deliveries(
+        now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=excluded
+    )
 
 
-def test_every_final_state_is_delivered_to_each_subscriber(store: SqliteStore) -> None:
-    store.add_endpoint(endpoint())
-    store.add_endpoint(endpoint("https://example.org/batches", "batch.done", id="we_2"))
+def test_every_final_state_is_delivered_to_each_subscriber(store: Store) -> None:
+    store.webhooks.add_endpoint(endpoint())
+    store.webhooks.add_endpoint(endpoint("https://example.org/batches", "batch.done", id="we_2"))
     plain, with_url = add(store), add(store, webhook="https://example.net/own")
     assert claim(store) == []
 
@@ -63,41 +65,41 @@ def test_every_final_state_is_delivered_to_each_subscriber(store: SqliteStore) -
     }
 
 
-def test_failing_and_cancelling_are_delivered_and_queueing_again_is_not(store: SqliteStore) -> None:
-    store.add_endpoint(endpoint())
+def test_failing_and_cancelling_are_delivered_and_queueing_again_is_not(store: Store) -> None:
+    store.webhooks.add_endpoint(endpoint())
     first, second = add(store), add(store)
-    store.cancel(first, now=NOW)
-    (held,) = store.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
-    store.release([held], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
-    (held,) = store.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
+    store.requests.cancel(first, now=NOW)
+    (held,) = store.requests.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
+    store.requests.release([held], blame=Blame.NOBODY, code="x", reason="y", now=NOW)
+    (held,) = store.requests.claim(models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW, oldest_before=None)
 
-    store.fail([held], code="x", reason="y", now=NOW)
+    store.requests.fail([held], code="x", reason="y", now=NOW)
 
     assert {(one.subject, one.state) for one in claim(store)} == {(first, "cancelled"), (second, "failed")}
 
 
-def test_a_reused_answer_is_delivered(store: SqliteStore) -> None:
+def test_a_reused_answer_is_delivered(store: Store) -> None:
     first = new(digest="d" * 64)
-    store.add(first, store.images.stage(b"x"))
+    store.requests.add(first, store.images.stage(b"x"))
     answer_all(store)
 
     again = new(digest="d" * 64, webhook=URL)
-    store.add(again, store.images.stage(b"x"))
+    store.requests.add(again, store.images.stage(b"x"))
 
     assert [(one.subject, one.url) for one in claim(store)] == [(again.id, URL)]
 
 
 @pytest.mark.parametrize("are_known", [False, True])
-def test_a_batch_is_delivered_once_when_all_of_it_has_ended(store: SqliteStore, are_known: bool) -> None:
+def test_a_batch_is_delivered_once_when_all_of_it_has_ended(store: Store, are_known: bool) -> None:
     if are_known:
         for name in (b"0", b"1"):
-            store.add(new(digest="d" * 64), store.images.stage(name))
+            store.requests.add(new(digest="d" * 64), store.images.stage(name))
         answer_all(store)
-    store.add_endpoint(endpoint(URL, "batch.done"))
+    store.webhooks.add_endpoint(endpoint(URL, "batch.done"))
     batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook="https://example.net/own")
     digest = "d" * 64 if are_known else None
 
-    store.add_batch(
+    store.batches.add(
         batch, [(new(batch_id=batch.id, digest=digest), store.images.stage(name)) for name in (b"0", b"1", b"2")], []
     )
     before = claim(store, now=datetime.now(UTC))
@@ -112,17 +114,19 @@ def test_a_batch_is_delivered_once_when_all_of_it_has_ended(store: SqliteStore, 
     assert len(after) == 2
 
 
-def test_a_batch_of_reused_answers_is_delivered_at_once(store: SqliteStore) -> None:
-    store.add(new(digest="d" * 64), store.images.stage(b"0"))
+def test_a_batch_of_reused_answers_is_delivered_at_once(store: Store) -> None:
+    store.requests.add(new(digest="d" * 64), store.images.stage(b"0"))
     answer_all(store)
     batch = BatchRecord(id=new_id(), service="s", model=MODEL, created_at=NOW, webhook=URL)
 
-    store.add_batch(batch, [(new(batch_id=batch.id, digest="d" * 64), store.images.stage(b"0")) for _ in range(3)], [])
+    store.batches.add(
+        batch, [(new(batch_id=batch.id, digest="d" * 64), store.images.stage(b"0")) for _ in range(3)], []
+    )
 
     assert [one.event for one in claim(store, now=datetime.now(UTC))] == ["batch.done"]
 
 
-def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteStore) -> None:
+def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: Store) -> None:
     add(store, webhook=URL)
     answer_all(store)
     claimed: list[DeliveryRecord] = []
@@ -137,12 +141,12 @@ def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: SqliteS
     assert [one.attempts for one in claimed] == [1]
     assert [(one.id, one.attempts) for one in later] == [(claimed[0].id, 2)]
     # The first sender was too slow; its result does not count any more.
-    assert not store.finish_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
-    assert store.finish_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
-    assert store.list_deliveries()[0].status == "delivered"
+    assert not store.webhooks.finish_delivery(claimed[0], now=NOW, retry_at=None, status=500, error="x")
+    assert store.webhooks.finish_delivery(later[0], now=NOW, retry_at=None, status=200, error=None)
+    assert store.webhooks.list_deliveries()[0].status == "delivered"
 
 
-def test_a_url_gets_a_few_at_once_and_none_while_it_is_excluded(store: SqliteStore) -> None:
+def test_a_url_gets_a_few_at_once_and_none_while_it_is_excluded(store: Store) -> None:
     for _ in range(9):
         add(store, webhook=URL)
     add(store, webhook="https://example.net/other")
@@ -152,58 +156,58 @@ def test_a_url_gets_a_few_at_once_and_none_while_it_is_excluded(store: SqliteSto
     assert len(claim(store)) == 4
 
 
-def test_a_dead_delivery_can_be_sent_again_under_its_id(store: SqliteStore) -> None:
+def test_a_dead_delivery_can_be_sent_again_under_its_id(store: Store) -> None:
     add(store, webhook=URL)
     answer_all(store)
     (claimed,) = claim(store)
-    store.save_payload(claimed.id, "first")
-    store.save_payload(claimed.id, "second")
-    store.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It answered 500.")
-    (dead,) = store.list_deliveries(status="dead")
+    store.webhooks.save_payload(claimed.id, "first")
+    store.webhooks.save_payload(claimed.id, "second")
+    store.webhooks.finish_delivery(claimed, now=NOW, retry_at=None, status=500, error="It answered 500.")
+    (dead,) = store.webhooks.list_deliveries(status="dead")
 
-    redelivered = store.redeliver(dead.id, now=NOW)
+    redelivered = store.webhooks.redeliver(dead.id, now=NOW)
 
     assert (dead.status, dead.last_error, dead.last_status) == ("dead", "It answered 500.", 500)
     assert (redelivered.id, redelivered.status, redelivered.attempts) == (dead.id, "pending", 0)
     assert [(one.id, one.payload) for one in claim(store)] == [(dead.id, "first")]
-    assert store.list_deliveries(status="dead") == []
+    assert store.webhooks.list_deliveries(status="dead") == []
 
 
-def test_a_disabled_or_removed_endpoint_gets_nothing(store: SqliteStore) -> None:
-    store.add_endpoint(endpoint())
-    store.add_endpoint(endpoint("https://example.org/two", id="we_2"))
+def test_a_disabled_or_removed_endpoint_gets_nothing(store: Store) -> None:
+    store.webhooks.add_endpoint(endpoint())
+    store.webhooks.add_endpoint(endpoint("https://example.org/two", id="we_2"))
     add(store)
     answer_all(store)
 
-    store.disable_endpoint("we_1", reason="It answered 410.", now=NOW)
-    store.remove_endpoint("we_2")
+    store.webhooks.disable_endpoint("we_1", reason="It answered 410.", now=NOW)
+    store.webhooks.remove_endpoint("we_2")
     add(store)
     answer_all(store)
 
     assert claim(store) == []
-    assert [one.status for one in store.list_deliveries()] == ["dead"]
-    (left,) = store.list_endpoints()
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["dead"]
+    (left,) = store.webhooks.list_endpoints()
     assert (left.id, left.disabled_reason) == ("we_1", "It answered 410.")
 
 
-def test_unknown_endpoints_and_deliveries_are_errors(store: SqliteStore) -> None:
+def test_unknown_endpoints_and_deliveries_are_errors(store: Store) -> None:
     with pytest.raises(UnknownWebhook):
-        store.remove_endpoint("we_9")
+        store.webhooks.remove_endpoint("we_9")
     with pytest.raises(UnknownWebhook):
-        store.redeliver("msg_9", now=NOW)
+        store.webhooks.redeliver("msg_9", now=NOW)
     with pytest.raises(UnknownWebhook):
-        store.webhook_secret("we_9")
-    assert store.webhook_secret(None).startswith("whsec_")
+        store.webhooks.secret("we_9")
+    assert store.webhooks.secret(None).startswith("whsec_")
 
 
-def test_old_deliveries_are_deleted_and_pending_ones_never(store: SqliteStore) -> None:
+def test_old_deliveries_are_deleted_and_pending_ones_never(store: Store) -> None:
     for _ in range(3):
         add(store, webhook=URL)
     answer_all(store)
     delivered, dead, _ = claim(store)
-    store.finish_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
-    store.finish_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
+    store.webhooks.finish_delivery(delivered, now=NOW, retry_at=None, status=200, error=None)
+    store.webhooks.finish_delivery(dead, now=NOW, retry_at=None, status=500, error="x")
 
-    assert store.purge_deliveries(before=NOW) == 0
-    assert store.purge_deliveries(before=NOW + timedelta(days=30)) == 2
-    assert [one.status for one in store.list_deliveries()] == ["pending"]
+    assert store.webhooks.purge(before=NOW) == 0
+    assert store.webhooks.purge(before=NOW + timedelta(days=30)) == 2
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["pending"]

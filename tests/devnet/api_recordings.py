@@ -73,7 +73,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
         tag = (folder / "work" / "golem-home").read_text().strip()
         dead_requestor = Requestor(devnet, session)
         allocation = await dead_requestor.allocate("0.1")
-        store.record_allocation(
+        store.ledger.record_allocation(
             AllocationRecord(
                 id=dead_requestor.allocation_id,
                 batcher_id="bbbb2222",

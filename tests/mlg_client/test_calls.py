@@ -22,8 +22,8 @@ from PIL import Image
 import mlg_client
 from mlg_client import AsyncClient, Client, Refused, Request, StillWaiting, Unavailable, Unreachable
 from server.settings import ServerSettings
-from store.records import Answer
-from store.sqlite import SqliteStore
+from store.requests import Answer
+from store.store import Store
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 
 URL = "http://127.0.0.1:5000"
@@ -192,15 +192,15 @@ def test_many_requests_are_read_and_unknown_ones_are_none(calls: Client, answer:
 def batcher(start_server: Callable[..., RunningServer]) -> Iterator[tuple[RunningServer, Callable[[], None]]]:
     """A real server, and a thread that answers its requests one by one once it is started."""
     server = start_server()
-    store = SqliteStore(ServerSettings(home=server.home))
+    store = Store(ServerSettings(home=server.home))
     stop = threading.Event()
 
     def loop() -> None:
         while not stop.wait(0.05):
             now = datetime.now(UTC)
             lease = now + timedelta(seconds=30)
-            claims = store.claim(models=[MODEL], limit=1, now=now, lease_ends_at=lease, oldest_before=None)
-            store.finish(
+            claims = store.requests.claim(models=[MODEL], limit=1, now=now, lease_ends_at=lease, oldest_before=None)
+            store.requests.finish(
                 [
                     Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="p", seconds=0.01)
                     for claim in claims

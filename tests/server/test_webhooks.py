@@ -28,8 +28,8 @@ from server.errors import DeliveryFailed
 from server.http_client import HttpClient
 from server.settings import ServerSettings
 from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
-from store.records import Answer
-from store.sqlite import SqliteStore
+from store.requests import Answer
+from store.store import Store
 from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
 from tests.conftest import MODEL, OUTPUT, RunningServer
 from tests.timing import DEADLINE_SECONDS
@@ -91,7 +91,7 @@ def private(settings: ServerSettings) -> ServerSettings:
 
 
 @pytest.fixture
-def client(private: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+def client(private: ServerSettings, store: Store) -> flask.testing.FlaskClient:
     return create_app(private, store).test_client()
 
 
@@ -125,7 +125,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def deliverer(store: SqliteStore, clock: Clock) -> Deliverer:
+def deliverer(store: Store, clock: Clock) -> Deliverer:
     return Deliverer(store, http_client=PRIVATE, clock=clock)
 
 
@@ -220,11 +220,11 @@ def test_a_receiver_that_does_not_answer_is_given_up(receiver: Receiver) -> None
         send(receiver.url, id="m", body=b"", secret=SECRET, http_client=PRIVATE, now=NOW, seconds=0.3)
 
 
-def test_a_request_with_a_bad_webhook_is_refused(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_request_with_a_bad_webhook_is_refused(client: flask.testing.FlaskClient, store: Store) -> None:
     response = client.post(f"/requestPrediction/{MODEL}?webhook=ftp://x/", data=make_image(), content_type="image/png")
 
     assert (response.status_code, response.json["code"]) == (400, "invalid_params")
-    assert store.list() == []
+    assert store.requests.list() == []
 
 
 # Delivering
@@ -232,7 +232,7 @@ def test_a_request_with_a_bad_webhook_is_refused(client: flask.testing.FlaskClie
 
 def test_a_request_notifies_its_own_webhook(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     answer: Callable[..., list[str]],
@@ -250,15 +250,15 @@ def test_a_request_notifies_its_own_webhook(
     assert message["data"]["req_id"] == id
     assert message["data"]["status"] == "done"
     assert message["data"]["preds"][0][1] == "label_0"
-    secret, timestamp = store.webhook_secret(None), int(headers["webhook-timestamp"])
+    secret, timestamp = store.webhooks.secret(None), int(headers["webhook-timestamp"])
     assert headers["webhook-signature"] == sign(secret, headers["webhook-id"], timestamp, body)
-    (delivery,) = store.list_deliveries()
+    (delivery,) = store.webhooks.list_deliveries()
     assert (delivery.status, delivery.last_status, delivery.attempts) == ("delivered", 200, 1)
 
 
 def test_a_failed_delivery_is_retried_with_the_same_message(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     clock: Clock,
@@ -279,12 +279,12 @@ def test_a_failed_delivery_is_retried_with_the_same_message(
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
     assert len({body for _, body in receiver.got}) == 1
     assert len({headers["webhook-timestamp"] for headers, _ in receiver.got}) == 3
-    assert store.list_deliveries()[0].status == "delivered"
+    assert store.webhooks.list_deliveries()[0].status == "delivered"
 
 
 def test_a_message_is_dead_after_the_last_attempt_and_can_be_sent_again(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     clock: Clock,
@@ -312,7 +312,7 @@ def test_a_message_is_dead_after_the_last_attempt_and_can_be_sent_again(
 
 def test_a_receiver_may_ask_for_a_longer_delay(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     clock: Clock,
@@ -324,19 +324,19 @@ def test_a_receiver_may_ask_for_a_longer_delay(
 
     send_due(deliverer)
 
-    next_at = store.list_deliveries()[0].next_at
+    next_at = store.webhooks.list_deliveries()[0].next_at
     assert next_at is not None
     assert timedelta(seconds=900) < next_at - clock() <= timedelta(seconds=1000)
 
 
 def test_status_410_disables_an_endpoint(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     answer: Callable[..., list[str]],
 ) -> None:
-    store.add_endpoint(
+    store.webhooks.add_endpoint(
         EndpointRecord(id="we_1", url=receiver.url, events=("request.done",), secret=SECRET, created_at=NOW)
     )
     receiver.statuses = [410]
@@ -349,20 +349,20 @@ def test_status_410_disables_an_endpoint(
     send_due(deliverer)
 
     assert len(receiver.got) == 1
-    assert store.list_endpoints()[0].disabled_reason == "It answered with status 410."
-    assert [one.status for one in store.list_deliveries()] == ["dead"]
+    assert store.webhooks.list_endpoints()[0].disabled_reason == "It answered with status 410."
+    assert [one.status for one in store.webhooks.list_deliveries()] == ["dead"]
 
 
 def test_a_request_that_was_retried_sends_no_message(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     answer: Callable[..., list[str]],
 ) -> None:
     id = post(client, receiver.url)
     answer(fail_with="It is torn.")
-    store.retry(id, now=datetime.now(UTC))
+    store.requests.retry(id, now=datetime.now(UTC))
 
     send_due(deliverer)
     answer()
@@ -373,7 +373,7 @@ def test_a_request_that_was_retried_sends_no_message(
 
 def test_a_deleted_request_still_sends_its_message(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     answer: Callable[..., list[str]],
@@ -381,7 +381,7 @@ def test_a_deleted_request_still_sends_its_message(
     id = post(client, receiver.url)
     answer()
     later = datetime.now(UTC) + timedelta(days=1)
-    store.purge(images_before=later, results_before=later, now=datetime.now(UTC))
+    store.retention.purge(images_before=later, results_before=later, now=datetime.now(UTC))
 
     send_due(deliverer)
 
@@ -390,7 +390,7 @@ def test_a_deleted_request_still_sends_its_message(
 
 def test_a_slow_receiver_delays_only_itself(
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     deliverer: Deliverer,
     answer: Callable[..., list[str]],
@@ -403,7 +403,9 @@ def test_a_slow_receiver_delays_only_itself(
 
     threads = deliverer.send_due()
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while sum(one.last_error is not None for one in store.list_deliveries()) < 4 and time.monotonic() < deadline:
+    while (
+        sum(one.last_error is not None for one in store.webhooks.list_deliveries()) < 4 and time.monotonic() < deadline
+    ):
         threads += deliverer.send_due()
         time.sleep(0.01)
     slow = len(receiver.got)
@@ -412,14 +414,14 @@ def test_a_slow_receiver_delays_only_itself(
         thread.join()
 
     assert slow == 4
-    assert sum(one.last_error is not None for one in store.list_deliveries()) >= 4
+    assert sum(one.last_error is not None for one in store.webhooks.list_deliveries()) >= 4
 
 
 def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     start_server: Callable[..., RunningServer], receiver: Receiver
 ) -> None:
     running = [start_server(MLG_WEBHOOKS_PRIVATE="1", MLG_SERVER_PROCESSES="2") for _ in range(2)]
-    store = SqliteStore(ServerSettings(home=running[0].home))
+    store = Store(ServerSettings(home=running[0].home))
     ids = []
     with httpx.Client(timeout=120) as http_client:
         for number in range(12):
@@ -435,10 +437,10 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
             f"{running[0].base}/requestPredictions/{MODEL}?webhook={receiver.url}&fresh=1", files=files
         ).json()
     now = datetime.now(UTC)
-    claims = store.claim(
+    claims = store.requests.claim(
         models=[MODEL], limit=99, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
     )
-    store.finish(
+    store.requests.finish(
         [
             Answer(claim=one, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="local", seconds=0.1)
             for one in claims
@@ -447,7 +449,7 @@ def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     )
 
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while store.list_deliveries(status="pending") and time.monotonic() < deadline:
+    while store.webhooks.list_deliveries(status="pending") and time.monotonic() < deadline:
         time.sleep(0.02)
     store.close()
 
@@ -472,7 +474,7 @@ def test_an_unknown_message_cannot_be_sent_again(client: flask.testing.FlaskClie
 
 
 @pytest.fixture
-def run(settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def run(settings: ServerSettings, store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a command on the home. Errors of mlg come through; `mlg.py` turns them into one line."""
     monkeypatch.setenv("MLG_HOME", str(settings.home))
     monkeypatch.setenv("MLG_WEBHOOKS_PRIVATE", "1")
@@ -488,7 +490,7 @@ def run(settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.Monkey
 
 
 def test_an_endpoint_is_added_listed_tested_and_removed(
-    run: Callable[..., str], receiver: Receiver, store: SqliteStore
+    run: Callable[..., str], receiver: Receiver, store: Store
 ) -> None:
     id, secret = run("add", receiver.url, "--events", "request.done").split()
 
@@ -503,15 +505,15 @@ def test_an_endpoint_is_added_listed_tested_and_removed(
     assert json.loads(body)["type"] == "webhook.test"
     assert headers["webhook-signature"] == sign(secret, headers["webhook-id"], int(headers["webhook-timestamp"]), body)
     assert removed == ""
-    assert store.list_endpoints() == []
+    assert store.webhooks.list_endpoints() == []
 
 
-def test_secrets_are_shown_on_request(run: Callable[..., str], store: SqliteStore) -> None:
+def test_secrets_are_shown_on_request(run: Callable[..., str], store: Store) -> None:
     added = json.loads(run("add", "http://10.0.0.5/x", "--json"))
 
     shown = [json.loads(line) for line in run("list", "--show-secret", "--json").splitlines()]
 
-    assert [one["secret"] for one in shown] == [added["secret"], store.webhook_secret(None)]
+    assert [one["secret"] for one in shown] == [added["secret"], store.webhooks.secret(None)]
     assert added["secret"] in run("list", "--show-secret")
 
 
@@ -531,7 +533,7 @@ def test_the_commands_report_errors(run: Callable[..., str], receiver: Receiver)
 def test_dead_messages_are_listed_and_sent_again_by_a_command(
     run: Callable[..., str],
     client: flask.testing.FlaskClient,
-    store: SqliteStore,
+    store: Store,
     receiver: Receiver,
     answer: Callable[..., list[str]],
 ) -> None:

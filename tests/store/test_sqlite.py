@@ -18,9 +18,9 @@ from provider_image.errors import ConfigError
 from store import new_id
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 from store.migrations import STEPS
-from store.records import NewRequest, RequestRecord
+from store.requests import NewRequest, RequestRecord
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,20 +31,20 @@ def settings(settings: HomeSettings) -> HomeSettings:
     return replace(settings, busy_seconds=0.2)
 
 
-def add(store: SqliteStore, data: bytes = b"image") -> RequestRecord:
+def add(store: Store, data: bytes = b"image") -> RequestRecord:
     new = NewRequest(id=new_id(), service="classification", model="resnet50", created_at=datetime.now(UTC))
-    return store.add(new, store.images.stage(data))
+    return store.requests.add(new, store.images.stage(data))
 
 
-def files(store: SqliteStore) -> list[str]:
+def files(store: Store) -> list[str]:
     return sorted(str(path) for path in store.images.folder.rglob("*") if path.is_file())
 
 
 def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from store.settings import HomeSettings;"
-        "from store.sqlite import SqliteStore; sys.stdin.read();"
-        "print(len(SqliteStore(HomeSettings(home=Path(sys.argv[1]))).migrate()))"
+        "from store.store import Store; sys.stdin.read();"
+        "print(len(Store(HomeSettings(home=Path(sys.argv[1]))).migrate()))"
     )
     processes = [
         subprocess.Popen(
@@ -67,7 +67,7 @@ def test_three_processes_may_migrate_an_empty_home_at_once(tmp_path: Path) -> No
     assert sorted(printed) == ["0", "0", str(len(STEPS))]
 
 
-def test_a_database_of_a_newer_mlg_is_refused(store: SqliteStore, tmp_path: Path) -> None:
+def test_a_database_of_a_newer_mlg_is_refused(store: Store, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "home" / "mlg.db") as connection:
         connection.execute("INSERT INTO migrations VALUES ('m999_from_the_future', 'x')")
     connection.close()
@@ -76,7 +76,7 @@ def test_a_database_of_a_newer_mlg_is_refused(store: SqliteStore, tmp_path: Path
         store.migrate()
 
 
-def test_a_locked_database_is_busy_and_leaves_nothing_behind(store: SqliteStore, tmp_path: Path) -> None:
+def test_a_locked_database_is_busy_and_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
     holder = sqlite3.connect(tmp_path / "home" / "mlg.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
 
@@ -86,11 +86,11 @@ def test_a_locked_database_is_busy_and_leaves_nothing_behind(store: SqliteStore,
     assert files(store) == []
     holder.execute("ROLLBACK")
     holder.close()
-    assert store.get(add(store).id).image_bytes == 5
+    assert store.requests.get(add(store).id).image_bytes == 5
 
 
 def test_a_full_disk_of_the_images_is_an_error_and_leaves_nothing_behind(
-    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write
 
@@ -107,7 +107,7 @@ def test_a_full_disk_of_the_images_is_an_error_and_leaves_nothing_behind(
     assert files(store) == []
 
 
-def test_a_full_disk_of_the_database_is_an_error_and_leaves_nothing_behind(store: SqliteStore) -> None:
+def test_a_full_disk_of_the_database_is_an_error_and_leaves_nothing_behind(store: Store) -> None:
     add(store)
     before = files(store)
 
@@ -115,7 +115,7 @@ def test_a_full_disk_of_the_database_is_an_error_and_leaves_nothing_behind(store
         pages = transaction.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[attr-defined]
         transaction.execute(f"PRAGMA max_page_count = {pages}")  # type: ignore[attr-defined]
 
-    store._writer.run(fill)
+    store.database.write(fill)
 
     with pytest.raises(DiskFull):
         for n in range(2000):
@@ -123,29 +123,29 @@ def test_a_full_disk_of_the_database_is_an_error_and_leaves_nothing_behind(store
             before = files(store)
 
     assert files(store) == before
-    assert len(store.list(limit=5000)) == len(before)
+    assert len(store.requests.list(limit=5000)) == len(before)
 
 
-def test_a_failed_commit_deletes_its_images(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_commit_deletes_its_images(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(folder: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("store.sqlite.sync_folder", broken)
+    monkeypatch.setattr("store.images.sync_folder", broken)
 
     with pytest.raises(StoreUnavailable, match="Input/output error"):
         add(store)
 
     assert files(store) == []
-    assert store.list() == []
+    assert store.requests.list() == []
     monkeypatch.undo()
-    assert store.get(add(store).id) is not None
+    assert store.requests.get(add(store).id) is not None
 
 
 def test_a_damaged_database_is_an_error(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "mlg.db").write_bytes(b"this is not a database at all" * 100)
-    store = SqliteStore(HomeSettings(home=home))
+    store = Store(HomeSettings(home=home))
 
     with pytest.raises(StoreUnavailable, match="damaged"):
         store.migrate()
@@ -155,7 +155,7 @@ def test_a_damaged_database_is_an_error(tmp_path: Path) -> None:
 
 def test_a_home_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
-    store = SqliteStore(HomeSettings(home=tmp_path / "home"))
+    store = Store(HomeSettings(home=tmp_path / "home"))
 
     with pytest.raises(StoreError, match="home"):
         store.migrate()
@@ -163,7 +163,7 @@ def test_a_home_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     store.close()
 
 
-def test_check_fails_when_the_store_cannot_be_written(store: SqliteStore, tmp_path: Path) -> None:
+def test_check_fails_when_the_store_cannot_be_written(store: Store, tmp_path: Path) -> None:
     store.check()
     holder = sqlite3.connect(tmp_path / "home" / "mlg.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
@@ -185,7 +185,7 @@ def test_check_fails_when_the_store_cannot_be_written(store: SqliteStore, tmp_pa
         "lease_ends_at = 'now'",
     ],
 )
-def test_the_table_itself_refuses_an_impossible_state(store: SqliteStore, tmp_path: Path, change: str) -> None:
+def test_the_table_itself_refuses_an_impossible_state(store: Store, tmp_path: Path, change: str) -> None:
     add(store)
     connection = sqlite3.connect(tmp_path / "home" / "mlg.db")
 
@@ -195,16 +195,14 @@ def test_the_table_itself_refuses_an_impossible_state(store: SqliteStore, tmp_pa
     connection.close()
 
 
-def test_writers_of_one_process_share_commits(store: SqliteStore, tmp_path: Path) -> None:
+def test_writers_of_one_process_share_commits(store: Store, tmp_path: Path) -> None:
     commits = 0
-    real = store._writer._before_commit
 
-    def counted(transaction: object) -> None:
+    def count_commit(statement: str) -> None:
         nonlocal commits
-        commits += 1
-        real(transaction)  # type: ignore[arg-type]
+        commits += statement == "COMMIT"
 
-    store._writer._before_commit = counted  # type: ignore[assignment]
+    store.database.write(lambda transaction: transaction.connection.set_trace_callback(count_commit))
     threads = [
         threading.Thread(target=lambda part=part: [add(store, b"%d-%d" % (part, n)) for n in range(25)])
         for part in range(8)
@@ -215,17 +213,17 @@ def test_writers_of_one_process_share_commits(store: SqliteStore, tmp_path: Path
     for thread in threads:
         thread.join()
 
-    assert len(store.list(limit=1000)) == 200
-    assert commits < 150
+    assert len(store.requests.list(limit=1000)) == 200
+    assert 0 < commits < 150
 
 
 def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -> None:
-    SqliteStore(HomeSettings(home=tmp_path / "home")).migrate()
+    Store(HomeSettings(home=tmp_path / "home")).migrate()
     code = (
         "import sys; sys.path.insert(0, 'tests/store'); from pathlib import Path;"
         "from test_sqlite import add; from store.settings import HomeSettings;"
-        "from store.sqlite import SqliteStore;"
-        "store = SqliteStore(HomeSettings(home=Path(sys.argv[1])));"
+        "from store.store import Store;"
+        "store = Store(HomeSettings(home=Path(sys.argv[1])));"
         "[print(add(store, f'{sys.argv[2]}-{n % 40}'.encode()).id) for n in range(80)]; store.close()"
     )
     processes = [
@@ -237,14 +235,14 @@ def test_two_processes_add_to_one_home_without_losing_anything(tmp_path: Path) -
 
     acknowledged = [id for process in processes for id in process.communicate(timeout=120)[0].split()]
 
-    store = SqliteStore(HomeSettings(home=tmp_path / "home"))
-    assert sorted(request.id for request in store.list(limit=1000)) == sorted(acknowledged)
+    store = Store(HomeSettings(home=tmp_path / "home"))
+    assert sorted(request.id for request in store.requests.list(limit=1000)) == sorted(acknowledged)
     assert len(acknowledged) == 160
     assert len(files(store)) == 80
     store.close()
 
 
-def test_frequent_queries_use_an_index(store: SqliteStore, tmp_path: Path) -> None:
+def test_frequent_queries_use_an_index(store: Store, tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "home" / "mlg.db")
     plans = {
         "SELECT created_at FROM requests WHERE state = 'queued' AND model = 'x' AND due_at <= 'y' "

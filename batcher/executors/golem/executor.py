@@ -36,7 +36,7 @@ from batcher.executors.golem.yapapi_adapter import explain
 from batcher.settings import BatcherSettings
 from batcher.workspace import is_alive
 from provider_image.errors import ConfigError, MlgError, WorkerDied
-from store.sqlite import SqliteStore
+from store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +66,16 @@ _CLOSE_SECONDS = 1.0
 class GolemExecutor:
     """See `batcher.executors.Executor`.
 
-    :param ledger: the store's ledger.
+    :param store: for the ledger and the providers.
     """
 
     name = "golem"
     is_remote = True
 
-    def __init__(self, settings: BatcherSettings, ledger: SqliteStore) -> None:
+    def __init__(self, settings: BatcherSettings, store: Store) -> None:
         self._batcher_settings = settings
         self._settings = settings.golem
-        self._ledger_writer = LedgerWriter(ledger)
+        self._ledger_writer = LedgerWriter(store.ledger, store.providers)
         self._id = settings.work.name
         self._offer_evaluator = OfferEvaluator(self._settings)
         self._budget = Budget(
@@ -319,7 +319,7 @@ class GolemExecutor:
 
     async def _new_pool(self, model: str, session: Session) -> WorkerPool:
         assert self._job_queue is not None
-        speeds = await asyncio.to_thread(self._ledger_writer.ledger.speed, model)
+        speeds = await asyncio.to_thread(self._ledger_writer.providers.speed, model)
         self._offer_evaluator.update_speeds(model, speeds)
         payload = await make_payload(model, session.owner, self._batcher_settings.models, self._settings)
         worker_context = WorkerContext(
@@ -388,10 +388,11 @@ class GolemExecutor:
 
     def _refresh_providers_now(self) -> None:
         now, ledger = datetime.now(UTC), self._ledger_writer.ledger
+        providers = self._ledger_writer.providers
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         self._offer_evaluator.update_providers(
-            banned=ledger.banned(now),
-            reliability={each.id: each.score for each in ledger.list_providers()},
+            banned=providers.banned(now),
+            reliability={each.id: each.score for each in providers.list()},
         )
         self._budget.set_spent_by_others(
             ledger.spent() - ledger.spent(batcher_id=self._id),

@@ -17,8 +17,8 @@ from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.worker import GolemWorker
 from provider_image.errors import MlgError
 from store.errors import StoreError
-from store.ledger import ActivityRecord, AgreementRecord, AllocationRecord, DebitNoteRecord, InvoiceRecord
-from store.sqlite import SqliteStore
+from store.ledger import ActivityRecord, AgreementRecord, AllocationRecord, DebitNoteRecord, InvoiceRecord, Ledger
+from store.providers import Providers
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,10 @@ def describe_agreement(agreement: Any, *, allocation_id: str) -> tuple[Agreement
 class LedgerWriter:
     """A queue of records on their way into the ledger."""
 
-    def __init__(self, ledger: SqliteStore) -> None:
-        #: The store, for reads.
+    def __init__(self, ledger: Ledger, providers: Providers) -> None:
+        #: For reads.
         self.ledger = ledger
+        self.providers = providers
         self._writes: asyncio.Queue[Callable[[], object]] = asyncio.Queue()
         self._writer_task: asyncio.Task[None] | None = None
         #: Address -> when its offer was recorded, and the price.
@@ -92,7 +93,7 @@ class LedgerWriter:
         self._offers[provider_id] = (time.monotonic(), price)
         now = datetime.now(UTC)
         self._enqueue(
-            lambda: self.ledger.record_offer(
+            lambda: self.providers.record_offer(
                 provider_id,
                 name=name,
                 start_price=price.start,
@@ -106,7 +107,7 @@ class LedgerWriter:
         """Record how a chunk ended on a provider."""
         now = datetime.now(UTC)
         self._enqueue(
-            lambda: self.ledger.record_work(
+            lambda: self.providers.record_work(
                 worker.provider_id, model=worker.model, images=images, seconds=seconds, is_failure=is_failure, now=now
             )
         )
@@ -114,18 +115,16 @@ class LedgerWriter:
     def record_ban(self, provider_id: str, reason: str, length: timedelta) -> None:
         """Record a ban that begins now."""
         until = datetime.now(UTC) + length
-        self._enqueue(
-            lambda: self.ledger.ban_provider(provider_id, until=until, reason=reason[:500], by_operator=False)
-        )
+        self._enqueue(lambda: self.providers.ban(provider_id, until=until, reason=reason[:500], by_operator=False))
 
     def record_unban(self, provider_id: str) -> None:
         """Lift a ban, unless an operator imposed it."""
         self._enqueue(lambda: self._unban(provider_id))
 
     def _unban(self, provider_id: str) -> None:
-        known = {each.id: each for each in self.ledger.list_providers()}
+        known = {each.id: each for each in self.providers.list()}
         if provider_id in known and not known[provider_id].is_banned_by_operator:
-            self.ledger.unban_provider(provider_id)
+            self.providers.unban(provider_id)
 
     # Allocations, agreements, activities
 

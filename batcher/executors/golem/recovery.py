@@ -21,7 +21,7 @@ from typing import Any
 from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.sqlite import SqliteStore
+from store.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Recovery:
     :param is_gone: returns whether the session that an owner names no longer runs.
     """
 
-    def __init__(self, engine: Any, ledger: SqliteStore, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, engine: Any, ledger: Ledger, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         #: True as long as nothing failed.
         self.is_complete = True
         #: Agreements that were terminated, so that an invoice follows -> their seconds.

@@ -30,7 +30,9 @@ from server.serializers import parse_read_params
 from store.batches import BatchRecord, RefusedItem
 from store.cost_split import to_amount
 from store.keys import Scope
-from store.records import RequestRecord, RequestState, to_text
+from store.requests import RequestRecord
+from store.rows import to_text
+from store.states import RequestState
 
 #: Results that are read from the store in one query.
 RESULTS_PER_READ = 200
@@ -119,7 +121,7 @@ class _BatchViews:
     def list_batches(self) -> flask.Response:
         """List batches, newest first."""
         page = PageQuery.from_request(flask.request)
-        found = self._context.store.list_batches(key_id=page.key_id, before=page.before, limit=page.limit + 1)
+        found = self._context.store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
         shown = [self._serialize(batch) for batch in found[: page.limit]]
         following = to_cursor(found[page.limit - 1].number) if len(found) > page.limit else None
         return json_response({"success": True, "batches": shown, "next": following})
@@ -133,12 +135,12 @@ class _BatchViews:
         fields = query_fields(flask.request)
         check_names(fields, ("wait",))
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
-        progress = self._context.store.batch_progress(id)
+        progress = self._context.store.batches.progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
-            last = self._context.store.last_unfinished(batch.id, progress)
+            last = self._context.store.batches.last_unfinished(batch.id, progress)
             if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
                 break  # the time is over, or no more reads are held
-            progress = self._context.store.batch_progress(id)
+            progress = self._context.store.batches.progress(id)
         return json_response({"success": True, **self._serialize(self._get_owned(id), is_whole=True)})
 
     @operation(
@@ -191,7 +193,7 @@ class _BatchViews:
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first images of a batch, with their most likely labels."""
         self._get_owned(id)
-        found = self._context.store.batch_items(id, limit=SHEET_ITEMS)
+        found = self._context.store.batches.items(id, limit=SHEET_ITEMS)
         items = [
             SheetItem(
                 read=functools.partial(self._read_image, request),
@@ -209,7 +211,7 @@ class _BatchViews:
     def cancel_batch(self, id: str) -> flask.Response:
         """Cancel the requests that have not been dispatched."""
         self._get_owned(id)
-        count = self._context.store.cancel_batch(id, now=self._context.clock())
+        count = self._context.store.batches.cancel(id, now=self._context.clock())
         return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
 
     @operation(
@@ -218,7 +220,7 @@ class _BatchViews:
     def retry_batch(self, id: str) -> flask.Response:
         """Queue the failed requests again whose image is still there."""
         self._get_owned(id)
-        count = self._context.store.retry_batch(id, now=self._context.clock())
+        count = self._context.store.batches.retry(id, now=self._context.clock())
         return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
 
     @operation(
@@ -230,16 +232,16 @@ class _BatchViews:
     def remove_batch(self, id: str) -> flask.Response:
         """Delete a batch, unless some of its requests have not ended."""
         self._get_owned(id)
-        return json_response({"success": True, "deleted": self._context.store.remove_batch(id)})
+        return json_response({"success": True, "deleted": self._context.store.batches.remove(id)})
 
     # Serialisation
 
     def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._context.store.get_batch, id)
+        return owned(self._context.store.batches.get, id)
 
     def _serialize(self, batch: BatchRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a batch's JSON. :param is_whole: with the refused items, and why it waits."""
-        progress = self._context.store.batch_progress(batch.id)
+        progress = self._context.store.batches.progress(batch.id)
         is_running = bool(progress.claimed or progress.ended)
         shown: dict[str, Any] = {
             "batch_id": batch.id,
@@ -272,13 +274,13 @@ class _BatchViews:
         if batch.keep_seconds is not None:
             shown["keep_seconds"] = batch.keep_seconds
         if is_whole:
-            last = self._context.store.last_unfinished(batch.id, progress)
+            last = self._context.store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
             shown["eta_seconds"] = 0.0 if not progress.waiting else None if wait is None else wait.eta_seconds
             if wait is not None:
                 shown["waiting_for"] = wait.waiting_for
             shown["failures"] = dict(progress.failures)
-            shown["refused"] = [_show_refused_item(one) for one in self._context.store.refused_items(batch.id)]
+            shown["refused"] = [_show_refused_item(one) for one in self._context.store.batches.refused_items(batch.id)]
         return shown
 
     def _parse_results_query(self, id: str) -> tuple[BatchRecord, int, dict[str, Any]]:
@@ -288,7 +290,7 @@ class _BatchViews:
         return batch, after, parse_read_params(batch.service, fields)
 
     def _results(self, batch: BatchRecord, after: int) -> Iterator[tuple[int, RequestRecord]]:
-        while found := self._context.store.batch_results(batch.id, after=after, limit=RESULTS_PER_READ):
+        while found := self._context.store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
             yield from found
             after = found[-1][0]
 

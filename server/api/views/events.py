@@ -62,8 +62,8 @@ class _EventViews:
         if not 1 <= len(wanted) <= MAX_IDS:
             raise InvalidParams(f"ids takes 1 to {MAX_IDS} request ids with commas between.")
         store = self._context.store
-        numbers = [position[1] for position, _ in store.snapshot(ids=wanted).requests]
-        visible = {request.id for _, request in store.read_changed(numbers) if is_owner(request)}
+        numbers = [position[1] for position, _ in store.changes.snapshot(ids=wanted).requests]
+        visible = {request.id for _, request in store.changes.read_changed(numbers) if is_owner(request)}
         unknown = set(wanted) - visible
         if unknown:
             raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
@@ -78,7 +78,7 @@ class _EventViews:
     )
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""
-        owned(self._context.store.get_batch, id)
+        owned(self._context.store.batches.get, id)
         return self._stream(Listener(batch_id=id), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
@@ -88,7 +88,7 @@ class _EventViews:
             return flask.Response(status=204)
         pieces = stream_requests(
             context.change_dispatcher,
-            context.store,
+            context.store.changes,
             listener,
             ids=ids,
             last_id=last_id,
@@ -101,11 +101,13 @@ class _EventViews:
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
         return self._response(
-            stream_counts(self._context.change_dispatcher, self._context.store, Listener(is_all=True), last_id=last_id)
+            stream_counts(
+                self._context.change_dispatcher, self._context.store.changes, Listener(is_all=True), last_id=last_id
+            )
         )
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:
-        snapshot = self._context.store.snapshot(ids=ids, batch_id=listener.batch_id)
+        snapshot = self._context.store.changes.snapshot(ids=ids, batch_id=listener.batch_id)
         return all(state.is_final for _, state in snapshot.requests)
 
     def _response(self, pieces: Generator[bytes, None, None]) -> flask.Response:

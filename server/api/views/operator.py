@@ -21,11 +21,10 @@ from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
 from server.status.metrics import CONTENT_TYPE, exposition, families
-from store import controls
 from store.controls import Mode
 from store.keys import Scope
 from store.providers import ProviderRecord
-from store.records import to_text
+from store.rows import to_text
 
 #: The page that shows the same; see `server/pages/operator.py`.
 PAGE_PATH = "/ui/operator"
@@ -124,7 +123,7 @@ class _OperatorViews:
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        controls.resume(self._context.store, by=_caller_name(), now=self._context.clock())
+        self._context.store.controls.resume(by=_caller_name(), now=self._context.clock())
         return _respond({"hold": None})
 
     @operation(
@@ -136,7 +135,7 @@ class _OperatorViews:
     def run_now(self) -> Response:
         """Run a cycle now."""
         self._fields()
-        token = controls.run_now(self._context.store, by=_caller_name(), now=self._context.clock())
+        token = self._context.store.controls.run_now(by=_caller_name(), now=self._context.clock())
         return _respond({"token": token})
 
     @operation(
@@ -158,7 +157,7 @@ class _OperatorViews:
         fields = self._fields("reason", "seconds")
         now = self._context.clock()
         seconds = _seconds(fields.get("seconds", ""))
-        provider = self._context.store.ban_provider(
+        provider = self._context.store.providers.ban(
             id,
             until=None if seconds is None else now + timedelta(seconds=seconds),
             reason=" ".join(fields.get("reason", "").split())[:200] or f"Banned by {_caller_name()}.",
@@ -175,11 +174,11 @@ class _OperatorViews:
     def unban(self, id: str) -> Response:
         """Lift a ban, also one that a batcher has set."""
         self._fields()
-        return self._provider_response(self._context.store.unban_provider(id))
+        return self._provider_response(self._context.store.providers.unban(id))
 
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = controls.pause(self._context.store, mode, by=_caller_name(), now=self._context.clock(), reason=reason)
+        given = self._context.store.controls.pause(mode, by=_caller_name(), now=self._context.clock(), reason=reason)
         pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
         return _respond({"hold": pause})
 

@@ -12,12 +12,12 @@ from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
 from server.auth.guard import owned
 from server.context import Context
-from server.endpoint import form_schema, operation, service_fields
+from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
 from store.keys import Scope
-from store.records import RequestRecord
+from store.requests import RequestRecord
 
 _IMAGE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP, GIF, BMP or TIFF."}
 _URL_SCHEMA = {
@@ -25,6 +25,7 @@ _URL_SCHEMA = {
     "format": "uri",
     "description": "https only, if the server fetches images.",
 }
+_ROW_SCHEMAS = {name: schema for name, schema in input_schemas().items() if schema["type"] == "object"}
 
 
 def register(app: flask.Flask, context: Context) -> None:
@@ -48,10 +49,10 @@ class _PredictionViews:
         scope=Scope.SUBMIT,
         query=(*service_fields(), FRESH, WEBHOOK, *REQUEST_OPTIONS),
         body={
-            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), image=_IMAGE_SCHEMA),
+            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), input_schemas()),
             "image/*": _IMAGE_SCHEMA,
             "application/octet-stream": _IMAGE_SCHEMA,
-            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), url=_URL_SCHEMA),
+            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), {"url": _URL_SCHEMA, **_ROW_SCHEMAS}),
         },
         responses={202: "Submitted"},
     )
@@ -86,7 +87,7 @@ class _PredictionViews:
         """Show a request, after holding the read if the client asks for it."""
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
-        request = owned(self._context.store.get, id)
+        request = owned(self._context.store.requests.get, id)
         params = parse_read_params(request.service, fields)
         return self._response(self._context.long_poller.wait_until_final(request, wait_seconds), params)
 
@@ -97,8 +98,8 @@ class _PredictionViews:
     )
     def cancel(self, id: str) -> flask.Response:
         """Cancel a queued request."""
-        owned(self._context.store.get, id)
-        return self._response(self._context.store.cancel(id, now=self._context.clock()))
+        owned(self._context.store.requests.get, id)
+        return self._response(self._context.store.requests.cancel(id, now=self._context.clock()))
 
     @operation(
         summary="Queue a failed or cancelled request again",
@@ -107,8 +108,8 @@ class _PredictionViews:
     )
     def retry(self, id: str) -> flask.Response:
         """Queue a failed or cancelled request again."""
-        owned(self._context.store.get, id)
-        return self._response(self._context.store.retry(id, now=self._context.clock()))
+        owned(self._context.store.requests.get, id)
+        return self._response(self._context.store.requests.retry(id, now=self._context.clock()))
 
     def _response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:
         return json_response({"success": True, **self._context.serialize(request, params)})

@@ -22,11 +22,13 @@ from server.context import Context
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name, query_fields
-from store.batches import EXPIRED
-from store.errors import ImageGone
+from server.serializers import is_image
+from store.errors import ImageGone, UnknownFile
 from store.keys import Scope
-from store.records import RequestRecord, RequestState, to_text
+from store.requests import RequestRecord
+from store.rows import to_text
 from store.search import Query
+from store.states import EXPIRED, RequestState
 
 _STATUSES = (*map(str, RequestState), EXPIRED)
 _FILTERS = (
@@ -52,6 +54,7 @@ def register(app: flask.Flask, context: Context) -> None:
         ("/requests", "GET", views.list_requests),
         ("/requests/<id>", "GET", views.show_request),
         ("/requests/<id>/picture", "GET", views.show_picture),
+        ("/requests/<id>/files/<name>", "GET", views.show_file),
         ("/requests/<id>/delete", "POST", views.delete_request),
     ):
         app.add_url_rule(rule, view.__name__, view, methods=[method])
@@ -85,7 +88,7 @@ class _RequestViews:
             until=parse_timestamp("until", fields["until"]) if "until" in fields else None,
             text=fields.get("q", "")[:200] or None,
         )
-        found = self._context.store.find(query, before=page.before, limit=page.limit)
+        found = self._context.store.search.find(query, before=page.before, limit=page.limit)
         shown = [self._context.serialize(request) for request in found.requests]
         return json_response({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
 
@@ -97,7 +100,7 @@ class _RequestViews:
     )
     def show_request(self, id: str) -> flask.Response:
         """Show a request with its timeline."""
-        request = owned(self._context.store.get, id)
+        request = owned(self._context.store.requests.get, id)
         shown = self._context.serialize(request)
         shown |= {
             "params": dict(request.params),
@@ -121,33 +124,40 @@ class _RequestViews:
         content_type="image/*",
     )
     def show_picture(self, id: str) -> flask.Response:
-        """Return the image as it was sent, or a thumbnail."""
+        """Return the image as it was sent, or a thumbnail; for a service without images its first input."""
         fields = query_fields(flask.request)
         size = _size(fields)
-        request = owned(self._context.store.get, id)
-        try:
-            if request.image_deleted_at is not None:
-                raise ImageGone()
-            data = self._context.store.images.read(request.image_sha256)
-        except FileNotFoundError as error:
-            raise ImageGone() from error
+        request = owned(self._context.store.requests.get, id)
+        if request.image_deleted_at is not None:
+            raise ImageGone()
+        data = self._read_stored(request.image_sha256)
         max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
+        if size is None:
+            kind = media_type(data, max_pixels) if is_image(request) else "application/octet-stream"
+            return _file_response(data, kind, etag=etag, name=clean_name(request.name) or "picture")
         if etag in flask.request.if_none_match:
-            response = flask.Response(status=304)
-        elif size is None:
-            response = flask.Response(data, content_type=media_type(data, max_pixels))
-            name = clean_name(request.name) or "picture"
-            response.headers.set("Content-Disposition", "inline", filename=name.encode("ascii", "replace").decode())
+            data = b""  # not sent
         else:
             with self._context.work_slots:
-                response = flask.Response(thumbnail(data, size, max_pixels), content_type="image/jpeg")
-        response.set_etag(etag)
-        # Its owner's browser may cache it, but validates it each time, because it may be deleted.
-        response.headers["Cache-Control"] = "private, no-cache"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
-        return response
+                data = thumbnail(data, size, max_pixels)
+        return _file_response(data, "image/jpeg", etag=etag)
+
+    @operation(
+        summary="A file of an answer",
+        scope=Scope.READ,
+        tag="requests",
+        responses={200: {"type": "string", "format": "binary"}, 410: "Error"},
+        content_type="*/*",
+    )
+    def show_file(self, id: str, name: str) -> flask.Response:
+        """Return a file that the answer has beside its JSON."""
+        check_names(query_fields(flask.request), ())
+        request = owned(self._context.store.requests.get, id)
+        if name not in request.files:
+            raise UnknownFile(f"The answer has no file {name[:64]!r}. Its files: {', '.join(request.files) or 'none'}.")
+        file = request.files[name]
+        return _file_response(self._read_stored(file.sha256), file.media_type, etag=file.sha256, name=name)
 
     @operation(
         summary="Delete a request that has ended, with its image and answer",
@@ -157,9 +167,15 @@ class _RequestViews:
     )
     def delete_request(self, id: str) -> flask.Response:
         """Delete a request."""
-        owned(self._context.store.get, id)
-        self._context.store.remove(id)
+        owned(self._context.store.requests.get, id)
+        self._context.store.requests.remove(id)
         return json_response({"success": True, "req_id": id, "status": "deleted"})
+
+    def _read_stored(self, sha256: str) -> bytes:
+        try:
+            return self._context.store.images.read(sha256)
+        except FileNotFoundError as error:
+            raise ImageGone() from error
 
     def _model(self, name: str | None) -> str | None:
         """Return a model's canonical name; the name as given for one that is not in the catalogue any more."""
@@ -180,7 +196,7 @@ class _RequestViews:
         events.append({"event": "queued", "at": to_text(request.created_at)})
         if request.claimed_at is not None:
             events.append({"event": "claimed", "at": to_text(request.claimed_at)})
-        chunk = None if request.chunk_id is None else self._context.store.get_chunk(request.chunk_id)
+        chunk = None if request.chunk_id is None else self._context.store.chunks.get(request.chunk_id)
         if chunk is not None and request.state is RequestState.DONE:
             events.append(
                 {
@@ -202,6 +218,26 @@ class _RequestViews:
                 ended["reason"] = request.reason
             events.append(ended)
         return events
+
+
+def _file_response(data: bytes, content_type: str, *, etag: str, name: str | None = None) -> flask.Response:
+    """Respond with bytes of a client or a provider, which a browser must not take for a page.
+
+    :param name: for a browser that saves it; only images are shown.
+    """
+    if etag in flask.request.if_none_match:
+        response = flask.Response(status=304)
+    else:
+        response = flask.Response(data, content_type=content_type + "; charset=utf-8" * (content_type == "text/plain"))
+        if name is not None:
+            disposition = "inline" if content_type.startswith("image/") else "attachment"
+            response.headers.set("Content-Disposition", disposition, filename=name.encode("ascii", "replace").decode())
+    response.set_etag(etag)
+    # Its owner's browser may cache it, but validates it each time, because it may be deleted.
+    response.headers["Cache-Control"] = "private, no-cache"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
+    return response
 
 
 def _size(fields: Mapping[str, str]) -> int | None:

@@ -62,7 +62,7 @@ class _WebhookViews:
         state, limit = fields.get("state"), parse_limit(fields.get("limit", "50"), MAX_LISTED)
         if state is not None and state not in DELIVERY_STATES:
             raise InvalidParams(f"state takes one of: {', '.join(DELIVERY_STATES)}.")
-        found = self._context.store.list_deliveries(status=state, limit=limit)
+        found = self._context.store.webhooks.list_deliveries(status=state, limit=limit)
         return json_response({"success": True, "deliveries": [serialize_delivery(one) for one in found]})
 
     @operation(
@@ -73,5 +73,5 @@ class _WebhookViews:
     )
     def redeliver(self, id: str) -> flask.Response:
         """Queue a delivery again."""
-        delivery = self._context.store.redeliver(id, now=self._context.clock())
+        delivery = self._context.store.webhooks.redeliver(id, now=self._context.clock())
         return json_response({"success": True, "delivery": serialize_delivery(delivery)})

@@ -14,6 +14,8 @@ from batcher.executors import Job, Outcome, load_executor
 from batcher.executors.fallback import FallbackExecutor
 from batcher.settings import BatcherSettings
 from provider_image.errors import ConfigError, WorkerDied
+from store.settings import HomeSettings
+from store.store import Store
 
 
 class Member:
@@ -159,7 +161,8 @@ def test_if_one_member_cannot_start_the_others_are_closed(golem: Member, local: 
 
 def test_executors_are_separated_by_commas_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
     settings = BatcherSettings(work=tmp_path / "work", models=tmp_path / "models")
+    store = Store(HomeSettings(home=tmp_path))
 
-    assert load_executor("golem, local", settings, None).name == "golem,local"  # type: ignore[arg-type]
+    assert load_executor("golem, local", settings, store).name == "golem,local"
     with pytest.raises(ConfigError, match="no executor 'ray'"):
-        load_executor("golem,ray", settings, None)  # type: ignore[arg-type]
+        load_executor("golem,ray", settings, store)

@@ -17,7 +17,7 @@ import pytest
 
 from server.app import create_app
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 URL = "/requestPredictions/efficientnet_lite0"
 Post = Callable[..., Any]
@@ -161,7 +161,7 @@ def _zip64_locator() -> bytes:
 )  # fmt: skip
 def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     settings: ServerSettings,
-    store: SqliteStore,
+    store: Store,
     stored_state: Callable[[], tuple[list[str], int]],
     body: bytes,
     kind: str,
@@ -190,7 +190,7 @@ def test_an_entry_with_a_false_size_fails_alone(client: flask.testing.FlaskClien
 
 
 def test_lines_of_urls_are_fetched_and_each_fails_alone(
-    settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    settings: ServerSettings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dataclasses import replace
 
@@ -259,7 +259,7 @@ def test_results_are_lines_and_rows_that_can_be_resumed_from_a_cursor(
 
 
 def test_a_batch_is_cancelled_retried_and_deleted(
-    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: Store
 ) -> None:
     first = send(client, zipped(("a.png", make_image(1)))).get_json()["status_url"]
     assert client.delete(first).get_json()["code"] == "batch_under_way"
@@ -290,14 +290,14 @@ def test_a_contact_sheet_shows_the_images_with_their_labels(
 
 
 def test_a_deadline_and_keep_seconds_are_accepted_and_bad_ones_refused(
-    client: flask.testing.FlaskClient, store: SqliteStore
+    client: flask.testing.FlaskClient, store: Store
 ) -> None:
     reply = send(client, zipped(("a.png", make_image(1))), query="?deadline=30&keep_seconds=60").get_json()
 
-    (item,) = store.batch_items(reply["batch_id"])
+    (item,) = store.batches.items(reply["batch_id"])
     assert item.deadline_at is not None and item.keep_seconds == 60
     assert timedelta(seconds=25) < item.deadline_at - datetime.now(UTC) <= timedelta(seconds=30)
-    store.expire(datetime.now(UTC) + timedelta(seconds=31))
+    store.requests.expire(datetime.now(UTC) + timedelta(seconds=31))
     shown = client.get(f"/readPrediction/{item.id}").get_json()
     assert (shown["status"], shown["code"]) == ("expired", "expired")
     assert client.get(reply["status_url"]).get_json()["counts"]["expired"] == 1
@@ -322,7 +322,7 @@ def test_a_batch_leaves_no_file_beside_its_images(client: flask.testing.FlaskCli
     }
 
 
-def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: Store) -> None:
     from store.keys import KeyRecord, Scope, hash_key, make_key
 
     client = create_app(settings, store).test_client()
@@ -331,7 +331,7 @@ def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: Sq
         id, key = make_key()
         scopes = frozenset({Scope.SUBMIT, Scope.READ})
         record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC))
-        store.add_key(record)
+        store.keys.add(record)
         keys[name] = {"Authorization": f"Bearer {key}", "Idempotency-Key": "the-same"}
     body = zipped(("a.png", make_image(1)))
 

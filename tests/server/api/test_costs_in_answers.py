@@ -13,17 +13,18 @@ import pytest
 
 from server.settings import ServerSettings
 from store import migrations, new_id
-from store.chunks import BatcherRecord, ChunkRecord
+from store.batchers import BatcherRecord
+from store.chunks import ChunkRecord
 from store.ledger import BillState, InvoiceRecord
-from store.records import Answer, NewRequest
-from store.sqlite import SqliteStore
+from store.requests import Answer, NewRequest
+from store.store import Store
 from tests.conftest import MODEL, OUTPUT
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
-def start_chunk(store: SqliteStore, id: str = "c1") -> None:
-    store.start_chunk(
+def start_chunk(store: Store, id: str = "c1") -> None:
+    store.chunks.start(
         ChunkRecord(
             id=id, batcher_id="b1", executor="golem", provider=None, service="classification", model=MODEL,
             items=1, bytes_sent=1, bytes_received=None, dispatched_at=NOW, finished_at=None, seconds=None,
@@ -32,19 +33,19 @@ def start_chunk(store: SqliteStore, id: str = "c1") -> None:
     )  # fmt: skip
 
 
-def answer_one(store: SqliteStore, data: bytes = b"image", *, chunk_id: str = "c1") -> str:
+def answer_one(store: Store, data: bytes = b"image", *, chunk_id: str = "c1") -> str:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(data))
-    (claim,) = store.claim(
+    request = store.requests.add(new, store.images.stage(data))
+    (claim,) = store.requests.claim(
         models=[MODEL], limit=9, now=NOW, lease_ends_at=NOW + timedelta(seconds=9), oldest_before=None
     )
     answer = Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id=chunk_id, provider="alpha", seconds=0.1)
-    assert store.finish([answer], now=NOW) == 1
+    assert store.requests.finish([answer], now=NOW) == 1
     return request.id
 
 
-def end_chunk(store: SqliteStore, *, cost: str | None) -> None:
-    store.finish_chunk(
+def end_chunk(store: Store, *, cost: str | None) -> None:
+    store.chunks.finish(
         "c1", provider="alpha", bytes_received=1, seconds=2.0, done=1, failed=0, cost=cost, code=None, reason=None,
         now=NOW, agreement_id="ag1",
     )  # fmt: skip
@@ -56,14 +57,14 @@ def read(client: flask.testing.FlaskClient, id: str) -> dict[str, Any]:
 
 
 def test_an_answer_has_its_cost_as_an_estimate_and_then_finally(
-    client: flask.testing.FlaskClient, store: SqliteStore
+    client: flask.testing.FlaskClient, store: Store
 ) -> None:
     start_chunk(store)
     ids = [answer_one(store, data) for data in (b"one", b"two", b"three")]
     before = read(client, ids[0])
     end_chunk(store, cost="0.3")
     estimated = read(client, ids[0])
-    store.record_invoice(
+    store.ledger.record_invoice(
         InvoiceRecord(id="i1", agreement_id="ag1", amount=Decimal("0.1"), state=BillState.ACCEPTED, received_at=NOW)
     )
     final = [read(client, id) for id in ids]
@@ -75,7 +76,7 @@ def test_an_answer_has_its_cost_as_an_estimate_and_then_finally(
     assert sum(Decimal(answer["cost"]) for answer in final) == Decimal("0.1")
 
 
-def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClient, store: Store) -> None:
     start_chunk(store)
     id = answer_one(store)
     end_chunk(store, cost=None)
@@ -86,50 +87,50 @@ def test_where_nothing_is_paid_the_cost_is_null(client: flask.testing.FlaskClien
     assert "cost_is_final" not in shown
 
 
-def test_a_waiting_request_has_no_cost(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_waiting_request_has_no_cost(client: flask.testing.FlaskClient, store: Store) -> None:
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"image"))
+    request = store.requests.add(new, store.images.stage(b"image"))
 
     assert "cost" not in read(client, request.id)
 
 
 def test_a_client_sees_the_notice_that_every_batcher_has_of_the_model(
-    client: flask.testing.FlaskClient, store: SqliteStore
+    client: flask.testing.FlaskClient, store: Store
 ) -> None:
     notice = "No provider offers it for that price."
     now = datetime.now(UTC)
-    store.heartbeat(
+    store.batchers.heartbeat(
         BatcherRecord(
             id="b1", host="h", pid=1, executor="golem", every_seconds=600, max_wait_seconds=600, capacity=4,
             started_at=now, seen_at=now, notices={MODEL: notice},
         )
     )  # fmt: skip
     new = NewRequest(id=new_id(), service="classification", model=MODEL, created_at=NOW)
-    request = store.add(new, store.images.stage(b"image"))
+    request = store.requests.add(new, store.images.stage(b"image"))
 
     shown = read(client, request.id)
 
     assert (shown["waiting_for"], shown["eta_seconds"]) == (notice, None)
 
 
-def test_the_notices_of_a_batcher_change_with_each_heartbeat(store: SqliteStore) -> None:
+def test_the_notices_of_a_batcher_change_with_each_heartbeat(store: Store) -> None:
     first = BatcherRecord(
         id="b1", host="h", pid=1, executor="golem", every_seconds=600, max_wait_seconds=600, capacity=4,
         started_at=NOW, seen_at=NOW, notices={"vgg16": "Zu teuer: \N{EURO SIGN} 5."},
     )  # fmt: skip
 
-    store.heartbeat(first)
-    assert store.list_batchers(seen_since=NOW) == [first]
+    store.batchers.heartbeat(first)
+    assert store.batchers.list(seen_since=NOW) == [first]
 
-    store.heartbeat(BatcherRecord(**{**vars(first), "notices": {}}))
-    assert store.list_batchers(seen_since=NOW)[0].notices == {}
+    store.batchers.heartbeat(BatcherRecord(**{**vars(first), "notices": {}}))
+    assert store.batchers.list(seen_since=NOW)[0].notices == {}
 
 
 def test_a_database_from_before_costs_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServerSettings(home=tmp_path / "home")
     with monkeypatch.context() as before:
         before.setattr(migrations, "STEPS", migrations.STEPS[:2])
-        old = SqliteStore(settings)
+        old = Store(settings)
         assert old.migrate() == ["m001_requests", "m002_journal"]
         old.close()
     # As the version before wrote them.
@@ -150,19 +151,19 @@ def test_a_database_from_before_costs_is_migrated(tmp_path: Path, monkeypatch: p
         )
     connection.close()
 
-    store = SqliteStore(settings)
+    store = Store(settings)
     applied = store.migrate()
 
     assert applied == [step.__name__ for step in migrations.STEPS[2:]]
-    assert store.get("r0").cost is None
-    (chunk,) = store.list_chunks()
+    assert store.requests.get("r0").cost is None
+    (chunk,) = store.chunks.list()
     assert (chunk.agreement_id, chunk.answers, chunk.is_cost_final) == (None, 0, False)
-    assert [batcher.notices for batcher in store.list_batchers(seen_since=NOW)] == [{}]
-    assert store.spent() == 0
+    assert [batcher.notices for batcher in store.batchers.list(seen_since=NOW)] == [{}]
+    assert store.ledger.spent() == 0
     start_chunk(store)
     answer_one(store)
     end_chunk(store, cost="0.3")
-    assert store.spent() == Decimal("0.3")
+    assert store.ledger.spent() == Decimal("0.3")
     store.close()
 
 
@@ -176,9 +177,9 @@ def test_a_database_from_before_costs_is_migrated(tmp_path: Path, monkeypatch: p
         "UPDATE chunks SET is_cost_final = 2",
     ],
 )
-def test_the_tables_check_states_and_amounts(store: SqliteStore, settings: ServerSettings, statement: str) -> None:
+def test_the_tables_check_states_and_amounts(store: Store, settings: ServerSettings, statement: str) -> None:
     start_chunk(store)
-    store.record_invoice(
+    store.ledger.record_invoice(
         InvoiceRecord(id="i1", agreement_id="ag1", amount=Decimal("0.1"), state=BillState.ACCEPTED, received_at=NOW)
     )
     connection = sqlite3.connect(settings.database)

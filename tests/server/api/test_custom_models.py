@@ -16,7 +16,7 @@ from provider_image.compiler.custom import PREPROCESSINGS
 from provider_image.models.artefact import installed_digest
 from server.app import create_app
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.cli.run_mlg import mlg
 from tests.custom_models import classifier, labels_file, save
 
@@ -30,7 +30,7 @@ def settings(tmp_path: Path, custom_models_folder: Path) -> ServerSettings:
 
 
 @pytest.fixture
-def client(settings: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+def client(settings: ServerSettings, store: Store) -> flask.testing.FlaskClient:
     return create_app(settings, store).test_client()
 
 

@@ -15,7 +15,7 @@ import pytest
 from server.app import create_app
 from server.settings import ServerSettings
 from store.errors import StoreUnavailable
-from store.sqlite import SqliteStore
+from store.store import Store
 
 URL = "/requestPrediction/efficientnet_lite0"
 KEY = {"Idempotency-Key": "k-1"}
@@ -69,17 +69,17 @@ def test_the_same_key_with_another_request_is_refused(
 
 
 def test_a_running_request_is_a_conflict_with_retry_after(
-    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    settings: ServerSettings, store: Store, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, entered, leave = create_app(settings, store).test_client(), threading.Event(), threading.Event()
-    real = store.add
+    real = store.requests.add
 
     def slow(*arguments: Any) -> Any:
         entered.set()
         assert leave.wait(120)
         return real(*arguments)
 
-    monkeypatch.setattr(store, "add", slow)
+    monkeypatch.setattr(store.requests, "add", slow)
     replies: list[Any] = []
     first = threading.Thread(target=lambda: replies.append(post(client, photos["rocket"])))
     first.start()
@@ -96,12 +96,12 @@ def test_a_running_request_is_a_conflict_with_retry_after(
 
 
 def test_a_server_error_is_not_stored_and_a_client_error_is(
-    client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
         raise StoreUnavailable()
 
-    monkeypatch.setattr(store, "add", broken)
+    monkeypatch.setattr(store.requests, "add", broken)
     assert post(client, photos["rocket"]).status_code == 503
     monkeypatch.undo()
 
@@ -127,10 +127,10 @@ def test_a_body_that_was_cut_short_may_be_sent_again_under_its_key(
 
 
 def test_a_killed_servers_reservation_expires_and_responses_after_a_day(
-    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
+    settings: ServerSettings, store: Store, photos: dict[str, bytes]
 ) -> None:
     now = datetime.now(UTC)
-    store.reserve_idempotency_key(
+    store.idempotency.reserve(
         "",
         "k-1",
         operation=f"POST {URL}?",
@@ -214,7 +214,7 @@ def test_a_key_that_is_too_long_is_refused(client: flask.testing.FlaskClient, ph
 
 
 def test_a_repetition_over_the_batch_limit_is_not_read(
-    settings: ServerSettings, store: SqliteStore, photos: dict[str, bytes]
+    settings: ServerSettings, store: Store, photos: dict[str, bytes]
 ) -> None:
     client = create_app(replace(settings, max_batch_bytes=300_000), store).test_client()
     post(client, photos["rocket"])

@@ -25,7 +25,7 @@ from server.api.schemas import schemas
 from server.app import create_app
 from server.endpoint import get_operation
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 URL = f"/requestPrediction/{MODEL}"
@@ -148,7 +148,7 @@ def test_responses_about_a_request_match_the_schemas_for_every_status(
     client: flask.testing.FlaskClient,
     photos: dict[str, bytes],
     answer: Callable[..., list[str]],
-    store: SqliteStore,
+    store: Store,
 ) -> None:
     from datetime import UTC, datetime, timedelta
 
@@ -165,9 +165,11 @@ def test_responses_about_a_request_match_the_schemas_for_every_status(
     look()
     client.post(f"/requests/{submitted['req_id']}/retry")
     now = datetime.now(UTC)
-    store.claim(models=[MODEL], limit=1, now=now, lease_ends_at=now + timedelta(seconds=-1), oldest_before=None)
+    store.requests.claim(
+        models=[MODEL], limit=1, now=now, lease_ends_at=now + timedelta(seconds=-1), oldest_before=None
+    )
     look()
-    store.release_expired(now)
+    store.requests.release_expired(now)
     answer(fail_with="The image is damaged.")
     look()
     client.post(f"/requests/{submitted['req_id']}/retry")
@@ -222,7 +224,7 @@ NOT_CALLED = re.compile(r"events|webhook", re.IGNORECASE)
 
 @pytest.mark.timeout(120)
 def test_requests_generated_from_the_document_get_the_documented_responses(
-    settings: ServerSettings, store: SqliteStore, document: dict[str, Any], photos: dict[str, bytes]
+    settings: ServerSettings, store: Store, document: dict[str, Any], photos: dict[str, bytes]
 ) -> None:
     import schemathesis
     from schemathesis.checks import not_a_server_error

@@ -23,8 +23,8 @@ from provider_image.models.speed import Speed, write_speed
 from server.app import create_app
 from server.errors import HTTP_STATUS
 from server.settings import ServerSettings
-from store.records import RequestState
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 URL = f"/requestPrediction/{MODEL}"
@@ -35,7 +35,7 @@ def form(data: bytes, name: str = "kitten.jpg") -> dict[str, Any]:
 
 
 def test_a_form_is_acknowledged_with_an_id_and_is_durable(
-    client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes]
+    client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes]
 ) -> None:
     response = client.post(URL, data=form(photos["coffee"]))
 
@@ -49,19 +49,19 @@ def test_a_form_is_acknowledged_with_an_id_and_is_durable(
         "model": "efficientnet_lite0",
         "cached": False,
     }
-    request = store.get(answer["req_id"])
+    request = store.requests.get(answer["req_id"])
     assert (request.state, request.name) == (RequestState.QUEUED, "kitten.jpg")
     assert store.images.read(request.image_sha256) == photos["coffee"]
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/x-whatever", "application/octet-stream", None])
 def test_raw_bytes_are_accepted(
-    client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes], content_type: str | None
+    client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes], content_type: str | None
 ) -> None:
     response = client.post(URL, data=photos["rocket"], content_type=content_type)
 
     assert response.status_code == 202
-    assert store.images.read(store.get(response.json["req_id"]).image_sha256) == photos["rocket"]
+    assert store.images.read(store.requests.get(response.json["req_id"]).image_sha256) == photos["rocket"]
 
 
 def test_a_body_without_a_declared_length_is_accepted(
@@ -124,7 +124,7 @@ def test_an_answer_has_five_rows_by_default(
 
 
 def test_top_of_the_request_is_in_the_status_url(
-    client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]], store: SqliteStore
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]], store: Store
 ) -> None:
     in_query = client.post(URL + "?top=3", data=form(photos["rocket"])).json
     in_form = client.post(URL, data={**form(photos["coffee"]), "top": "2"}).json
@@ -132,7 +132,7 @@ def test_top_of_the_request_is_in_the_status_url(
     answer()
 
     assert [len(client.get(made["status_url"]).json["preds"]) for made in (in_query, in_form)] == [3, 2]
-    assert store.get(in_query["req_id"]).params == {}
+    assert store.requests.get(in_query["req_id"]).params == {}
 
 
 def test_a_failed_request_has_a_reason(
@@ -148,17 +148,17 @@ def test_a_failed_request_has_a_reason(
 
 
 def test_an_equal_image_is_answered_at_once_unless_fresh(
-    settings: ServerSettings, client: flask.testing.FlaskClient, store: SqliteStore, photos: dict[str, bytes]
+    settings: ServerSettings, client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes]
 ) -> None:
     from datetime import UTC, timedelta
 
     from provider_image.models.artefact import find_artefact
-    from store.records import Answer
+    from store.requests import Answer
 
     digest = find_artefact(settings.models, "efficientnet_lite0").digest
     client.post(URL, data=form(photos["rocket"]))
     now = datetime.now(UTC)
-    (claim,) = store.claim(
+    (claim,) = store.requests.claim(
         models=["efficientnet_lite0"],
         limit=1,
         now=now,
@@ -166,7 +166,9 @@ def test_an_equal_image_is_answered_at_once_unless_fresh(
         oldest_before=None,
     )
     row = [["n1", "missile", 0.5]]
-    store.finish([Answer(claim=claim, output=row, digest=digest, chunk_id="c", provider="p", seconds=0.1)], now=now)
+    store.requests.finish(
+        [Answer(claim=claim, output=row, digest=digest, chunk_id="c", provider="p", seconds=0.1)], now=now
+    )
 
     again = client.post(URL, data=form(photos["rocket"])).json
     fresh = client.post(URL + "?fresh=1", data=form(photos["rocket"])).json
@@ -230,7 +232,7 @@ def test_a_measured_speed_is_listed_while_the_digest_matches(
 
 def test_a_model_that_builds_on_first_use_is_accepted_before(tmp_path: Path, photos: dict[str, bytes]) -> None:
     settings = ServerSettings(home=tmp_path / "bare")
-    store = SqliteStore(settings)
+    store = Store(settings)
     store.migrate()
     client = create_app(settings, store).test_client()
 
@@ -242,9 +244,7 @@ def test_a_model_that_builds_on_first_use_is_accepted_before(tmp_path: Path, pho
     store.close()
 
 
-def test_health_and_readiness_differ(
-    settings: ServerSettings, client: flask.testing.FlaskClient, store: SqliteStore
-) -> None:
+def test_health_and_readiness_differ(settings: ServerSettings, client: flask.testing.FlaskClient, store: Store) -> None:
     ready = client.get("/readyz")
     store.close()
     not_ready = client.get("/readyz")
@@ -282,12 +282,12 @@ def test_every_error_of_the_tree_has_a_status() -> None:
 
 
 def test_an_unexpected_error_is_logged_with_its_id_and_answered_without_details(
-    client: flask.testing.FlaskClient, store: SqliteStore, caplog: pytest.LogCaptureFixture
+    client: flask.testing.FlaskClient, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     def burst(id: str) -> None:
         raise ZeroDivisionError("secret detail")
 
-    store.get = burst  # type: ignore[assignment,method-assign]
+    store.requests.get = burst  # type: ignore[assignment,method-assign]
 
     with caplog.at_level(logging.ERROR):
         response = client.get("/readPrediction/x")

@@ -13,7 +13,7 @@ import pytest
 
 from server.settings import ServerSettings
 from store.search import Query
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.timing import slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -92,11 +92,9 @@ def test_an_image_is_returned_as_sent_and_as_a_thumbnail(
     assert client.get(f"/requests/{id}/picture?size=9999").status_code == 400
 
 
-def test_a_deleted_image_is_gone(
-    client: flask.testing.FlaskClient, photos: dict[str, bytes], store: SqliteStore
-) -> None:
+def test_a_deleted_image_is_gone(client: flask.testing.FlaskClient, photos: dict[str, bytes], store: Store) -> None:
     id = send(client, photos["rocket"])
-    store.images.delete(store.get(id).image_sha256)
+    store.images.delete(store.requests.get(id).image_sha256)
 
     reply = client.get(f"/requests/{id}/picture")
 
@@ -141,9 +139,9 @@ def test_a_request_that_has_ended_can_be_deleted(
 
 
 @pytest.fixture(scope="module")
-def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqliteStore]:
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store of sixty thousand requests, written straight into the table."""
-    store = SqliteStore(ServerSettings(home=Path(tmp_path_factory.mktemp("crowded")) / "home"))
+    store = Store(ServerSettings(home=Path(tmp_path_factory.mktemp("crowded")) / "home"))
     store.migrate()
     row = """
         INSERT INTO requests (id, service, model, name, image_sha256, image_bytes, state, created_at, due_at,
@@ -167,7 +165,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqliteStore]:
                 transaction.execute(f"DROP TRIGGER {trigger}")
         transaction.execute(row.replace("INSERT INTO requests", f"{numbers} INSERT INTO requests", 1))
 
-    store._writer.run(write)
+    store.database.write(write)
     yield store
     store.close()
 
@@ -191,23 +189,23 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqliteStore]:
 )
 @pytest.mark.parametrize("before", [None, 20_000])
 def test_a_page_uses_one_index_and_sorts_nothing(
-    crowded: SqliteStore, wanted: Query, index: str | None, before: int | None
+    crowded: Store, wanted: Query, index: str | None, before: int | None
 ) -> None:
-    plan = crowded.explain_query_plan(wanted, before=before)
+    plan = crowded.search.explain_query_plan(wanted, before=before)
 
     assert any(index in step for step in plan) if index else True
     assert not any("TEMP B-TREE" in step for step in plan)
     started_at = time.perf_counter()
-    crowded.find(wanted, before=before, limit=50)
+    crowded.search.find(wanted, before=before, limit=50)
     # Some milliseconds.
     assert time.perf_counter() - started_at < 1 * slowness()
 
 
-def test_labels_and_times_use_an_index(crowded: SqliteStore) -> None:
+def test_labels_and_times_use_an_index(crowded: Store) -> None:
     from datetime import UTC, datetime
 
-    rare = crowded.find(Query(labels=(("rare", "yes"),)), limit=200)
+    rare = crowded.search.find(Query(labels=(("rare", "yes"),)), limit=200)
     early = datetime.fromtimestamp(1_700_000_100, UTC)
 
     assert (len(rare.requests), rare.next_before) == (60, None)
-    assert [row.number for row in crowded.find(Query(until=early), limit=200).requests] == list(range(99, 0, -1))
+    assert [row.number for row in crowded.search.find(Query(until=early), limit=200).requests] == list(range(99, 0, -1))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from server.app import create_app
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 URL = "/requestPrediction/efficientnet_lite0"
 RAW = {"content_type": "image/png"}
@@ -66,7 +66,7 @@ def test_a_full_disk_for_the_image_is_507(client: flask.testing.FlaskClient, sto
 
 
 def test_a_full_disk_for_the_row_leaves_no_row_and_only_what_the_sweep_removes(
-    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
+    client: flask.testing.FlaskClient, settings: ServerSettings, store: Store, stored_state: Traces
 ) -> None:
     client.post(URL, data=noise(8), **RAW)
     before = stored_state()
@@ -76,7 +76,7 @@ def test_a_full_disk_for_the_row_leaves_no_row_and_only_what_the_sweep_removes(
         response = client.post(URL, data=noise(8), **RAW)
     rows = stored_state()[1]
     long_ago = datetime.now(UTC) - timedelta(days=1)
-    store.purge(images_before=long_ago, results_before=long_ago, now=datetime.now(UTC))
+    store.retention.purge(images_before=long_ago, results_before=long_ago, now=datetime.now(UTC))
 
     assert response.status_code in (503, 507)
     assert response.headers["Retry-After"]
@@ -128,7 +128,7 @@ def frozen_home(models_folder: Path) -> Iterator[ServerSettings]:
     folder = Path(tempfile.mkdtemp(prefix="mlg-frozen-"))
     folder.chmod(0o755)
     settings = ServerSettings(home=folder / "home", busy_seconds=0.3)
-    store = SqliteStore(settings)
+    store = Store(settings)
     store.migrate()
     store.close()
     shutil.copytree(models_folder, settings.models)
@@ -148,7 +148,7 @@ def test_a_read_only_home_is_503_and_leaves_nothing(
     if writable == "the images only":
         for path in [frozen_home.images, *frozen_home.images.rglob("*")]:
             path.chmod(0o777)
-    store = SqliteStore(frozen_home)
+    store = Store(frozen_home)
     frozen = create_app(frozen_home, store).test_client()
 
     with somebody_else():
@@ -164,9 +164,7 @@ def test_a_read_only_home_is_503_and_leaves_nothing(
     assert not [path for path in frozen_home.images.rglob("*") if path.is_file()]
 
 
-def test_a_full_backlog_is_503_and_leaves_nothing(
-    settings: ServerSettings, store: SqliteStore, stored_state: Traces
-) -> None:
+def test_a_full_backlog_is_503_and_leaves_nothing(settings: ServerSettings, store: Store, stored_state: Traces) -> None:
     few = ServerSettings(home=settings.home, max_backlog=1)
     create_app(few, store).test_client().post(URL, data=noise(8), **RAW)
     before = stored_state()

@@ -25,7 +25,7 @@ from server.errors import RateLimited
 from server.settings import ServerSettings
 from store.errors import StoreBusy
 from store.keys import KeyRecord, Scope, hash_key, make_key
-from store.sqlite import SqliteStore
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 URL = f"/requestPrediction/{MODEL}"
@@ -49,12 +49,12 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def make(store: SqliteStore) -> Make:
+def make(store: Store) -> Make:
     """Make a key and return it."""
 
     def make_one(name: str = "alice", *scopes: Scope, **facts: Any) -> str:
         id, key = make_key()
-        store.add_key(
+        store.keys.add(
             KeyRecord(
                 id=id,
                 name=name,
@@ -70,7 +70,7 @@ def make(store: SqliteStore) -> Make:
 
 
 @pytest.fixture
-def client(settings: ServerSettings, store: SqliteStore, clock: Clock) -> flask.testing.FlaskClient:
+def client(settings: ServerSettings, store: Store, clock: Clock) -> flask.testing.FlaskClient:
     return create_app(settings, store, clock=clock).test_client()
 
 
@@ -114,10 +114,10 @@ def test_from_the_first_key_on_a_key_is_required(client: flask.testing.FlaskClie
 
 
 def test_revoking_the_last_key_does_not_open_the_server(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
+    client: flask.testing.FlaskClient, store: Store, make: Make, image: bytes
 ) -> None:
     make("alice")
-    store.revoke_key("alice", now=NOW)
+    store.keys.revoke("alice", now=NOW)
 
     assert send(client, image).status_code == 401
 
@@ -162,12 +162,12 @@ def test_an_expired_key_is_refused(client: flask.testing.FlaskClient, make: Make
     assert (before, client.get("/readPrediction/x", headers=bearer(key)).status_code) == (404, 401)
 
 
-def test_a_revoked_key_stops_working_within_seconds(store: SqliteStore, make: Make) -> None:
+def test_a_revoked_key_stops_working_within_seconds(store: Store, make: Make) -> None:
     monotonic = [0.0]
-    key_cache = KeyCache(store, monotonic=lambda: monotonic[0])
+    key_cache = KeyCache(store.keys, monotonic=lambda: monotonic[0])
     key = make("alice")
     assert key_cache.find(key, NOW) is not None
-    store.revoke_key("alice", now=NOW)
+    store.keys.revoke("alice", now=NOW)
 
     monotonic[0] = FRESH_SECONDS + 0.1
 
@@ -175,9 +175,9 @@ def test_a_revoked_key_stops_working_within_seconds(store: SqliteStore, make: Ma
     assert key_cache.find(key, NOW) is None
 
 
-def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStore, make: Make) -> None:
+def test_an_open_server_closes_within_seconds_of_the_first_key(store: Store, make: Make) -> None:
     monotonic = [0.0]
-    key_cache = KeyCache(store, monotonic=lambda: monotonic[0])
+    key_cache = KeyCache(store.keys, monotonic=lambda: monotonic[0])
     assert not key_cache.has_keys()
     make()
 
@@ -186,21 +186,19 @@ def test_an_open_server_closes_within_seconds_of_the_first_key(store: SqliteStor
     assert key_cache.has_keys()
 
 
-def test_the_use_of_a_key_is_written_to_the_store(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make
-) -> None:
+def test_the_use_of_a_key_is_written_to_the_store(client: flask.testing.FlaskClient, store: Store, make: Make) -> None:
     client.get("/readPrediction/x", headers=bearer(make()))
 
-    assert [key.last_used_at for key in store.list_keys()] == [NOW]
+    assert [key.last_used_at for key in store.keys.list()] == [NOW]
 
 
 def test_a_failure_to_write_the_use_of_a_key_refuses_nobody(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+    client: flask.testing.FlaskClient, store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise StoreBusy()
 
-    monkeypatch.setattr(store, "touch_key", fail)
+    monkeypatch.setattr(store.keys, "touch", fail)
 
     assert client.get("/readPrediction/x", headers=bearer(make())).status_code == 404
 
@@ -237,7 +235,7 @@ def test_a_key_is_limited_to_its_scopes(
         assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
 
 
-def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, store: SqliteStore, make: Make) -> None:
+def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, store: Store, make: Make) -> None:
     app = create_app(settings, store)
     app.add_url_rule("/quiet", "quiet", lambda: "something")
     alice, operator = make("alice"), make("operator", Scope.OPERATE)
@@ -251,7 +249,7 @@ def test_a_view_without_an_operation_is_for_operators(settings: ServerSettings, 
 
 
 def test_a_request_is_visible_to_its_own_key_and_to_operators(
-    client: flask.testing.FlaskClient, store: SqliteStore, make: Make, image: bytes
+    client: flask.testing.FlaskClient, store: Store, make: Make, image: bytes
 ) -> None:
     alice, bob, operator = make("alice"), make("bob"), make("operator", Scope.OPERATE)
     id = send(client, image, alice).json["req_id"]
@@ -264,18 +262,18 @@ def test_a_request_is_visible_to_its_own_key_and_to_operators(
         ]
 
     bobs = ask(bob)
-    stayed = store.get(id).state
+    stayed = store.requests.get(id).state
     alices = ask(alice)
 
     assert bobs == [404, 404, 404]
     assert str(stayed) == "queued"
     assert alices == [200, 409, 200]
     assert ask(operator)[0] == 200
-    assert store.get(id).key_id == next(key.id for key in store.list_keys() if key.name == "alice")
+    assert store.requests.get(id).key_id == next(key.id for key in store.keys.list() if key.name == "alice")
 
 
 def test_requests_from_before_the_first_key_are_for_operators(
-    settings: ServerSettings, store: SqliteStore, make: Make, image: bytes
+    settings: ServerSettings, store: Store, make: Make, image: bytes
 ) -> None:
     id = send(create_app(settings, store).test_client(), image).json["req_id"]
     client = create_app(settings, store).test_client()
@@ -367,10 +365,10 @@ def test_a_key_without_limits_gets_no_headers(client: flask.testing.FlaskClient,
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 100])
-def test_several_processes_together_keep_the_limit(store: SqliteStore, make: Make, per_minute: int) -> None:
+def test_several_processes_together_keep_the_limit(store: Store, make: Make, per_minute: int) -> None:
     make(requests_per_minute=per_minute)
-    (key,) = store.list_keys()
-    processes = [Limits(store) for _ in range(3)]
+    (key,) = store.keys.list()
+    processes = [Limits(store.keys) for _ in range(3)]
     answered = 0
 
     for turn in range(6 * per_minute):
@@ -384,14 +382,14 @@ def test_several_processes_together_keep_the_limit(store: SqliteStore, make: Mak
 
 
 def test_a_process_asks_the_store_ten_times_a_minute_at_most(
-    store: SqliteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(requests_per_minute=200)
-    (key,) = store.list_keys()
+    (key,) = store.keys.list()
     asked = []
-    real = store.grant_requests
-    monkeypatch.setattr(store, "grant_requests", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
-    limits = Limits(store)
+    real = store.keys.grant_requests
+    monkeypatch.setattr(store.keys, "grant_requests", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
+    limits = Limits(store.keys)
 
     for _ in range(200):
         limits.count_request(key, NOW)
@@ -405,9 +403,7 @@ def test_a_process_asks_the_store_ten_times_a_minute_at_most(
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:5000", "127.0.0.1:5000", "127.0.0.2", "[::1]:5000", "LOCALHOST", "photos.lan:80"]
 )
-def test_an_open_server_accepts_the_names_of_this_machine(
-    settings: ServerSettings, store: SqliteStore, host: str
-) -> None:
+def test_an_open_server_accepts_the_names_of_this_machine(settings: ServerSettings, store: Store, host: str) -> None:
     app = create_app(replace(settings, allowed_hosts=frozenset({"photos.lan"})), store)
 
     assert app.test_client().get("/readPrediction/x", headers={"Host": host}).status_code == 404
@@ -438,12 +434,12 @@ def test_with_keys_any_host_name_is_accepted(client: flask.testing.FlaskClient, 
     ],
 )
 def test_a_page_of_another_site_changes_nothing_on_an_open_server(
-    client: flask.testing.FlaskClient, store: SqliteStore, image: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, store: Store, image: bytes, headers: dict[str, str]
 ) -> None:
     answer = send(client, image, **headers)
 
     assert (answer.status_code, answer.json["code"]) == (403, "cross_site")
-    assert not store.list()
+    assert not store.requests.list()
 
 
 @pytest.mark.parametrize(
@@ -460,25 +456,25 @@ def test_own_pages_and_programs_may_send_to_an_open_server(
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "mlg.example"])
 def test_a_server_for_other_machines_needs_keys_or_a_setting(
-    settings: ServerSettings, store: SqliteStore, make: Make, host: str
+    settings: ServerSettings, store: Store, make: Make, host: str
 ) -> None:
     exposed = replace(settings, host=host)
     with pytest.raises(ConfigError, match="mlg keys create"):
-        check_exposure(exposed, store)
+        check_exposure(exposed, store.keys)
 
-    check_exposure(replace(exposed, is_open=True), store)
+    check_exposure(replace(exposed, is_open=True), store.keys)
     make()
-    check_exposure(exposed, store)
+    check_exposure(exposed, store.keys)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_a_server_for_this_machine_needs_no_keys(settings: ServerSettings, store: SqliteStore, host: str) -> None:
-    check_exposure(replace(settings, host=host), store)
+def test_a_server_for_this_machine_needs_no_keys(settings: ServerSettings, store: Store, host: str) -> None:
+    check_exposure(replace(settings, host=host), store.keys)
 
 
 @pytest.mark.parametrize(("is_open", "status"), [(False, 401), (True, 404)])
 def test_on_another_address_a_server_without_keys_is_open_only_by_setting(
-    settings: ServerSettings, store: SqliteStore, is_open: bool, status: int
+    settings: ServerSettings, store: Store, is_open: bool, status: int
 ) -> None:
     app = create_app(replace(settings, host="0.0.0.0", is_open=is_open), store)
 
@@ -486,7 +482,7 @@ def test_on_another_address_a_server_without_keys_is_open_only_by_setting(
 
 
 def test_keys_are_required_even_if_the_server_is_set_to_be_open(
-    settings: ServerSettings, store: SqliteStore, make: Make
+    settings: ServerSettings, store: Store, make: Make
 ) -> None:
     make()
 
@@ -509,7 +505,7 @@ def test_host_names_are_read_with_commas_between() -> None:
 
 
 def test_every_view_requires_a_key_unless_it_is_open_to_everybody(
-    settings: ServerSettings, store: SqliteStore, make: Make
+    settings: ServerSettings, store: Store, make: Make
 ) -> None:
     app = create_app(settings, store)
     make()

@@ -16,7 +16,7 @@ from PIL import Image
 from server.app import create_app
 from server.intake.uploads import clean_name
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 
 URL = "/requestPrediction/efficientnet_lite0"
 Traces = Callable[[], tuple[list[str], int]]
@@ -239,7 +239,7 @@ def test_an_undeclared_length_is_refused_while_reading(
     assert stored_state() == ([], 0)
 
 
-def test_an_image_of_exactly_the_limit_is_accepted(settings: ServerSettings, store: SqliteStore) -> None:
+def test_an_image_of_exactly_the_limit_is_accepted(settings: ServerSettings, store: Store) -> None:
     # A comment segment makes the file as long as wanted.
     filler = 4000 - len(JPEG) - 4
     data = JPEG[:2] + b"\xff\xfe" + struct.pack(">H", filler + 2) + bytes(filler) + JPEG[2:]
@@ -304,7 +304,7 @@ STRANGE_IDS = [
 
 @pytest.mark.parametrize("id", STRANGE_IDS, ids=range(len(STRANGE_IDS)))
 def test_an_unknown_id_is_not_found_whatever_it_looks_like(
-    client: flask.testing.FlaskClient, store: SqliteStore, id: str
+    client: flask.testing.FlaskClient, store: Store, id: str
 ) -> None:
     kept = client.post(URL, data=form(JPEG)).json["req_id"]
     place = quote(id, safe="")
@@ -317,7 +317,7 @@ def test_an_unknown_id_is_not_found_whatever_it_looks_like(
     ]
 
     assert {(response.status_code, response.json["code"]) for response in responses} == {(404, "unknown_request")}
-    assert store.get(kept).id == kept
+    assert store.requests.get(kept).id == kept
 
 
 @pytest.mark.parametrize(
@@ -378,11 +378,11 @@ def test_a_file_name_is_only_a_label(sent: str, kept: str | None) -> None:
 
 
 def test_a_path_in_the_file_name_is_ignored(
-    client: flask.testing.FlaskClient, settings: ServerSettings, store: SqliteStore, stored_state: Traces
+    client: flask.testing.FlaskClient, settings: ServerSettings, store: Store, stored_state: Traces
 ) -> None:
     id = client.post(URL, data=form(JPEG, "../../../evil%0d%0a.jpg")).json["req_id"]
 
     files, rows = stored_state()
     assert (len(files), rows) == (1, 1)
-    assert files[0].endswith(store.get(id).image_sha256)
-    assert store.get(id).name == "evil%0d%0a.jpg"
+    assert files[0].endswith(store.requests.get(id).image_sha256)
+    assert store.requests.get(id).name == "evil%0d%0a.jpg"

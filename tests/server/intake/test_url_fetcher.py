@@ -22,7 +22,7 @@ from server.errors import FetchFailed, UrlRefused
 from server.http_client import HttpClient, check_url, is_public, resolve_host
 from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.programs import find_program
 from tests.timing import slowness
 
@@ -569,21 +569,21 @@ def test_redirects_share_one_time_limit(host: Host) -> None:
 # The API
 
 
-def api(settings: ServerSettings, store: SqliteStore) -> flask.testing.FlaskClient:
+def api(settings: ServerSettings, store: Store) -> flask.testing.FlaskClient:
     return create_app(replace(settings, fetches_urls=True), store).test_client()
 
 
-def test_fetching_is_off_unless_the_operator_allows_it(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_fetching_is_off_unless_the_operator_allows_it(client: flask.testing.FlaskClient, store: Store) -> None:
     answer = client.post("/requestPrediction/efficientnet_lite0", json={"url": URL})
 
     assert (answer.status_code, answer.json["code"]) == (403, "fetching_is_off")
     assert "MLG_FETCH_URLS=1" in answer.json["reason"]
-    assert not store.list()
+    assert not store.requests.list()
 
 
 def test_an_image_by_its_url_is_kept_like_any_other(
     settings: ServerSettings,
-    store: SqliteStore,
+    store: Store,
     photos: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -601,7 +601,7 @@ def test_an_image_by_its_url_is_kept_like_any_other(
 
     assert answer.status_code == 202
     assert answer.json["status_url"].endswith("?top=3")
-    request = store.get(answer.json["req_id"])
+    request = store.requests.get(answer.json["req_id"])
     assert request.name == "kitten.jpg"
     assert store.images.read(request.image_sha256) == photos["rocket"]
     assert asked == [(f"{URL}?a=%2F", {"max_image_bytes": settings.max_image_bytes, "seconds": settings.fetch_seconds})]
@@ -623,15 +623,13 @@ def test_an_image_by_its_url_is_kept_like_any_other(
         (b'{"url": "https://example.com/", "x": "' + b"x" * 9000 + b'"}', "too_large"),
     ],
 )
-def test_a_body_without_a_valid_url_is_refused(
-    settings: ServerSettings, store: SqliteStore, body: bytes, code: str
-) -> None:
+def test_a_body_without_a_valid_url_is_refused(settings: ServerSettings, store: Store, body: bytes, code: str) -> None:
     answer = api(settings, store).post(
         "/requestPrediction/efficientnet_lite0", data=body, content_type="application/json"
     )
 
     assert (answer.status_code, answer.json["code"]) == (413 if code == "too_large" else 400, code)
-    assert not store.list()
+    assert not store.requests.list()
 
 
 @pytest.mark.parametrize(
@@ -640,7 +638,7 @@ def test_a_body_without_a_valid_url_is_refused(
 )
 def test_a_failed_fetch_is_reported(
     settings: ServerSettings,
-    store: SqliteStore,
+    store: Store,
     monkeypatch: pytest.MonkeyPatch,
     error: MlgError,
     status: int,
@@ -657,7 +655,7 @@ def test_a_failed_fetch_is_reported(
 
 
 def test_a_fetched_file_that_is_not_an_image_is_refused(
-    settings: ServerSettings, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+    settings: ServerSettings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.intake.staging.fetch", lambda url, **facts: b"<html>secrets</html>")
 
@@ -665,4 +663,4 @@ def test_a_fetched_file_that_is_not_an_image_is_refused(
 
     assert (answer.status_code, answer.json["code"]) == (400, "not_an_image")
     assert "secrets" not in answer.text
-    assert not store.list()
+    assert not store.requests.list()

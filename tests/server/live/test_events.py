@@ -26,8 +26,9 @@ from server.live.sse import is_end_id, parse_id
 from server.settings import ServerSettings
 from store import keys
 from store.keys import Scope
-from store.records import Answer, RequestState
-from store.sqlite import SqliteStore
+from store.requests import Answer
+from store.states import RequestState
+from store.store import Store
 from tests.conftest import MODEL, OUTPUT, RunningServer
 from tests.timing import DEADLINE_SECONDS, slowness, wait_until
 
@@ -121,14 +122,14 @@ def test_a_client_that_reconnects_after_the_end_gets_204(
 
 
 def test_a_client_that_reconnects_after_hours_gets_everything_again(
-    client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
+    client: flask.testing.FlaskClient, store: Store, answer: Callable[..., list[str]]
 ) -> None:
     id = post(client)
     answer()
     last = read(client, f"/events?ids={id}")[0]["id"]
     post(client)
     answer()
-    store.purge_changes(before=datetime.now(UTC) + timedelta(hours=1))
+    store.changes.purge(before=datetime.now(UTC) + timedelta(hours=1))
 
     again = read(client, f"/events?ids={id}", last_id=last)
 
@@ -136,7 +137,7 @@ def test_a_client_that_reconnects_after_hours_gets_everything_again(
 
 
 def test_a_retried_request_keeps_its_stream_open(
-    client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
+    client: flask.testing.FlaskClient, store: Store, answer: Callable[..., list[str]]
 ) -> None:
     failed = post(client)
     answer(fail_with="It is torn.")
@@ -147,7 +148,7 @@ def test_a_retried_request_keeps_its_stream_open(
     while '"failed"' not in text:
         text += next(pieces).decode()
 
-    store.retry(failed, now=datetime.now(UTC))
+    store.requests.retry(failed, now=datetime.now(UTC))
     answer()
     text += "".join(piece.decode() for piece in pieces)
     stream.close()
@@ -174,7 +175,7 @@ def test_an_unknown_request_has_no_stream(client: flask.testing.FlaskClient) -> 
     assert "nobody" in response.json["reason"]
 
 
-def test_a_listener_without_a_free_slot_gets_retry_after(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_listener_without_a_free_slot_gets_retry_after(settings: ServerSettings, store: Store) -> None:
     client = create_app(replace(settings, max_streams=1), store).test_client()
     id = post(client)
     first = client.get(f"/events?ids={id}")
@@ -240,14 +241,16 @@ def test_an_unknown_batch_has_no_stream(client: flask.testing.FlaskClient) -> No
     assert client.get("/batches/nobody/events").status_code == 404
 
 
-def make_key(store: SqliteStore, name: str, *scopes: Scope) -> dict[str, str]:
+def make_key(store: Store, name: str, *scopes: Scope) -> dict[str, str]:
     id, key = keys.make_key()
     now = datetime.now(UTC)
-    store.add_key(keys.KeyRecord(id=id, name=name, sha256=keys.hash_key(key), scopes=frozenset(scopes), created_at=now))
+    store.keys.add(
+        keys.KeyRecord(id=id, name=name, sha256=keys.hash_key(key), scopes=frozenset(scopes), created_at=now)
+    )
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClient, store: Store) -> None:
     mine = make_key(store, "mine", Scope.SUBMIT, Scope.READ)
     other = make_key(store, "other", Scope.SUBMIT, Scope.READ)
     operator = make_key(store, "operator", Scope.OPERATE)
@@ -274,7 +277,7 @@ def test_an_idle_stream_sends_heartbeats(client: flask.testing.FlaskClient, monk
         stream.close()
 
 
-def test_a_head_request_takes_no_slot(settings: ServerSettings, store: SqliteStore) -> None:
+def test_a_head_request_takes_no_slot(settings: ServerSettings, store: Store) -> None:
     client = create_app(replace(settings, max_streams=1), store).test_client()
     id = post(client)
 
@@ -312,8 +315,8 @@ def test_nothing_polls_without_a_listener(client: flask.testing.FlaskClient, ans
     wait_until(lambda: not has_event_thread())
 
 
-def test_stopping_ends_the_streams(settings: ServerSettings, store: SqliteStore) -> None:
-    events = ChangeDispatcher(store, capacity=4)
+def test_stopping_ends_the_streams(settings: ServerSettings, store: Store) -> None:
+    events = ChangeDispatcher(store.changes, capacity=4)
     client = create_app(settings, store, change_dispatcher=events).test_client()
     id = post(client)
     threading.Thread(target=lambda: (wait_until(has_event_thread), events.stop())).start()
@@ -343,24 +346,24 @@ def test_an_event_id_is_a_position_in_the_feed(text: str | None, position: tuple
     assert is_end_id(text) == (text == "7-end")
 
 
-def test_a_dispatcher_that_cannot_read_polls_again(store: SqliteStore, client: flask.testing.FlaskClient) -> None:
+def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.testing.FlaskClient) -> None:
     failures = iter([RuntimeError("once"), None])
 
     class Failing:
-        def changes(self, after: int, *, limit: int) -> Any:
+        def list(self, after: int, *, limit: int) -> Any:
             if (failure := next(failures, None)) is not None:
                 raise failure
-            return store.changes(after, limit=limit)
+            return store.changes.list(after, limit=limit)
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
+            return getattr(store.changes, name)
 
     events = ChangeDispatcher(Failing(), capacity=1)
-    number = store.get(post(client)).number
+    number = store.requests.get(post(client)).number
     listener = Listener(numbers=[number])
     events.add(listener)
 
-    store.cancel(store.list()[0].id, now=datetime.now(UTC))
+    store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
     found = listener.wait(120)
 
     assert found is not None
@@ -376,23 +379,23 @@ def server_variables() -> dict[str, str]:
     return {"MLG_MAX_STREAMS": "210"}
 
 
-def store_of(running: RunningServer) -> Iterator[SqliteStore]:
-    store = SqliteStore(ServerSettings(home=running.home))
+def store_of(running: RunningServer) -> Iterator[Store]:
+    store = Store(ServerSettings(home=running.home))
     yield store
     store.close()
 
 
-def finish_all(store: SqliteStore) -> float:
+def finish_all(store: Store) -> float:
     """Answer everything that is queued; returns when it was recorded."""
     now = datetime.now(UTC)
-    claims = store.claim(
+    claims = store.requests.claim(
         models=[MODEL], limit=1000, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=None
     )
     answers = [
         Answer(claim=claim, output=OUTPUT, digest="d" * 64, chunk_id="c1", provider="local", seconds=0.01)
         for claim in claims
     ]
-    store.finish(answers, now=now)
+    store.requests.finish(answers, now=now)
     return time.monotonic()
 
 
@@ -480,7 +483,7 @@ def test_a_disconnected_client_frees_its_slot(start_server: Callable[..., Runnin
         while True:
             for store in store_of(server):
                 finish_all(store)
-                store_states = [store.get(id).state for id in ids]
+                store_states = [store.requests.get(id).state for id in ids]
             with client.stream("GET", f"/events?ids={ids[1]}") as response:
                 if response.status_code == 200:
                     break

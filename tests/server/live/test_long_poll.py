@@ -18,10 +18,12 @@ from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.eta import EtaInputs, estimate, format_duration
 from server.status.queue_stats import FRESH_SECONDS, QueueStats
-from store.chunks import BatcherRecord, ModelBacklog, Throughput
+from store.batchers import BatcherRecord
+from store.chunks import Throughput
 from store.errors import UnknownRequest
-from store.records import RequestRecord, RequestState
-from store.sqlite import SqliteStore
+from store.requests import ModelBacklog, RequestRecord
+from store.states import RequestState
+from store.store import Store
 from tests.timing import slowness, wait_until
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -293,7 +295,7 @@ def test_a_held_read_ends_with_its_time(client: flask.testing.FlaskClient) -> No
     assert 0.15 < time.monotonic() - began < 5 * slowness()
 
 
-def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: SqliteStore) -> None:
+def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Store) -> None:
     client = create_app(replace(settings, max_hold_seconds=0.1), store).test_client()
     id = post(client)
     began = time.monotonic()
@@ -303,9 +305,9 @@ def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Sqlite
     assert time.monotonic() - began < 5 * slowness()
 
 
-def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
-    queued = store.get(post(client))
-    long_poller = LongPoller(store, capacity=1)
+def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.FlaskClient, store: Store) -> None:
+    queued = store.requests.get(post(client))
+    long_poller = LongPoller(store.requests, capacity=1)
     holder = threading.Thread(target=long_poller.wait_until_final, args=(queued, 30))
     holder.start()
     wait_until(notifier_threads)
@@ -336,9 +338,9 @@ def test_nothing_polls_without_a_held_read(client: flask.testing.FlaskClient, an
     assert notifier_threads() == 0
 
 
-def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
-    queued = store.get(post(client))
-    long_poller = LongPoller(store, capacity=4)
+def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: Store) -> None:
+    queued = store.requests.get(post(client))
+    long_poller = LongPoller(store.requests, capacity=4)
     threading.Timer(0.2, long_poller.stop).start()
     began = time.monotonic()
 
@@ -350,21 +352,21 @@ def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: S
 
 
 def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
-    client: flask.testing.FlaskClient, store: SqliteStore
+    client: flask.testing.FlaskClient, store: Store
 ) -> None:
-    queued = store.get(post(client))
+    queued = store.requests.get(post(client))
     gone = replace(queued, id="gone")
 
     with pytest.raises(UnknownRequest):
-        LongPoller(store, capacity=1).wait_until_final(gone, 30)
+        LongPoller(store.requests, capacity=1).wait_until_final(gone, 30)
 
 
 # From the store to the sentence
 
 
-def test_a_live_batcher_is_in_the_response(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_live_batcher_is_in_the_response(client: flask.testing.FlaskClient, store: Store) -> None:
     now = datetime.now(UTC)
-    store.heartbeat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
+    store.batchers.heartbeat(replace(batcher(max_wait=100), started_at=now, seen_at=now))
     id = post(client)
 
     read = client.get(f"/readPrediction/{id}").json
@@ -375,28 +377,27 @@ def test_a_live_batcher_is_in_the_response(client: flask.testing.FlaskClient, st
     assert client.get("/readyz").json["batchers"] == 1
 
 
-def test_a_batcher_without_heartbeats_does_not_count(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_batcher_without_heartbeats_does_not_count(client: flask.testing.FlaskClient, store: Store) -> None:
     long_ago = datetime.now(UTC) - timedelta(minutes=5)
-    store.heartbeat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
+    store.batchers.heartbeat(replace(batcher(), started_at=long_ago, seen_at=long_ago))
 
     read = client.get(f"/readPrediction/{post(client)}").json
 
     assert "no batcher is running" in read["waiting_for"]
 
 
-def test_the_queue_is_counted_once_a_second_by_one_thread(store: SqliteStore) -> None:
+def test_the_queue_is_counted_once_a_second_by_one_thread(store: Store) -> None:
     counted = []
+    requests = store.requests
 
     class Counting:
         def backlog(self) -> list[ModelBacklog]:
             counted.append(threading.get_ident())
             time.sleep(0.05)
-            return store.backlog()
+            return requests.backlog()
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(store, name)
-
-    queue_stats = QueueStats(Counting())  # type: ignore[arg-type]
+    store.requests = Counting()  # type: ignore[assignment]
+    queue_stats = QueueStats(store)
     together = threading.Barrier(8)
     threads = [threading.Thread(target=lambda: (together.wait(), queue_stats.waiting())) for _ in range(8)]
 
@@ -408,21 +409,20 @@ def test_the_queue_is_counted_once_a_second_by_one_thread(store: SqliteStore) ->
     assert len(counted) == 1
 
 
-def test_readers_use_the_old_counts_while_new_ones_are_loaded(store: SqliteStore) -> None:
+def test_readers_use_the_old_counts_while_new_ones_are_loaded(store: Store) -> None:
     may_count = threading.Event()
     may_count.set()
     counted = []
+    requests = store.requests
 
     class Slow:
         def backlog(self) -> list[ModelBacklog]:
             assert may_count.wait(120)
             counted.append(threading.current_thread().name)
-            return store.backlog()
+            return requests.backlog()
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(store, name)
-
-    queue_stats = QueueStats(Slow())  # type: ignore[arg-type]
+    store.requests = Slow()  # type: ignore[assignment]
+    queue_stats = QueueStats(store)
     queue_stats.waiting()
     may_count.clear()
     time.sleep(FRESH_SECONDS)

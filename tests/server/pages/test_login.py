@@ -14,7 +14,7 @@ from server.app import create_app
 from server.auth.sessions import COOKIE, SESSION_SECONDS, Sessions
 from server.settings import ServerSettings
 from store.keys import KeyRecord, Scope, hash_key, make_key
-from store.sqlite import SqliteStore
+from store.store import Store
 
 URL = "/requestPrediction/efficientnet_lite0"
 OWN = {"Sec-Fetch-Site": "same-origin"}
@@ -22,9 +22,9 @@ BROWSER = {**OWN, "Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
 @pytest.fixture
-def key(store: SqliteStore) -> str:
+def key(store: Store) -> str:
     id, key = make_key()
-    store.add_key(
+    store.keys.add(
         KeyRecord(
             id=id,
             name="alice",
@@ -82,14 +82,14 @@ def test_the_cookie_permits_reading_and_sending(client: flask.testing.FlaskClien
     [{}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "none"}, {"Origin": "https://evil.example"}],
 )
 def test_with_the_cookie_only_pages_of_this_server_may_change_something(
-    client: flask.testing.FlaskClient, store: SqliteStore, key: str, image: bytes, headers: dict[str, str]
+    client: flask.testing.FlaskClient, store: Store, key: str, image: bytes, headers: dict[str, str]
 ) -> None:
     log_in(client, key)
 
     response = client.post(URL, data=image, content_type="image/png", headers=headers)
 
     assert (response.status_code, response.json["code"]) == (403, "cross_site")
-    assert not store.list()
+    assert not store.requests.list()
 
 
 def test_browsers_that_send_only_the_origin_are_accepted(
@@ -157,12 +157,12 @@ def test_signing_out_deletes_the_cookie(client: flask.testing.FlaskClient, key: 
 
 
 def test_a_session_ends_with_its_key(
-    settings: ServerSettings, store: SqliteStore, client: flask.testing.FlaskClient, key: str
+    settings: ServerSettings, store: Store, client: flask.testing.FlaskClient, key: str
 ) -> None:
     log_in(client, key)
     cookie = client.get_cookie(COOKIE)
     assert cookie is not None
-    store.revoke_key("alice", now=datetime.now(UTC))
+    store.keys.revoke("alice", now=datetime.now(UTC))
 
     # A new process has the key not cached yet; others see the revocation within seconds.
     other = create_app(settings, store).test_client()
@@ -196,7 +196,7 @@ def test_a_cookie_of_another_home_or_a_modified_one_is_rejected(
 
 
 def test_all_processes_share_one_secret_that_only_its_owner_can_read(
-    settings: ServerSettings, store: SqliteStore, key: str
+    settings: ServerSettings, store: Store, key: str
 ) -> None:
     first, second = create_app(settings, store).test_client(), create_app(settings, store).test_client()
     log_in(first, key)

@@ -15,8 +15,8 @@ import pytest
 from server.pages import render
 from server.settings import ServerSettings
 from store.keys import KeyRecord, Scope, hash_key, make_key
-from store.records import RequestState
-from store.sqlite import SqliteStore
+from store.states import RequestState
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -240,7 +240,7 @@ def test_a_request_shows_its_result_as_a_list_with_percentages(
 
 
 def test_a_waiting_request_shows_the_reason_and_is_cancelled_by_a_plain_form(
-    client: flask.testing.FlaskClient, store: SqliteStore
+    client: flask.testing.FlaskClient, store: Store
 ) -> None:
     id = post_image(client)
     page = get_page(client, f"/ui/requests/{id}")
@@ -252,11 +252,11 @@ def test_a_waiting_request_shows_the_reason_and_is_cancelled_by_a_plain_form(
     assert forms == [f"/ui/requests/{id}/cancel"]
     assert response.status_code == 303
     assert response.headers["Location"] == f"/ui/requests/{id}"
-    assert store.get(id).state is RequestState.CANCELLED
+    assert store.requests.get(id).state is RequestState.CANCELLED
     page = get_page(client, f"/ui/requests/{id}")
     assert "Try again" in page
     assert client.post(f"/ui/requests/{id}/retry", headers=BROWSER).status_code == 303
-    assert store.get(id).state is RequestState.QUEUED
+    assert store.requests.get(id).state is RequestState.QUEUED
 
 
 def test_cancelling_too_late_shows_the_error_on_the_page(
@@ -339,18 +339,18 @@ def test_a_batch_shows_its_progress_its_rejected_files_and_its_images(
 
 
 def test_a_batch_is_cancelled_and_retried_by_plain_forms(
-    client: flask.testing.FlaskClient, store: SqliteStore, answer: Callable[..., list[str]]
+    client: flask.testing.FlaskClient, store: Store, answer: Callable[..., list[str]]
 ) -> None:
     cancelled, failed = post_batch(client, "a.png"), ""
 
     assert client.post(f"/ui/batches/{cancelled}/cancel", headers=BROWSER).status_code == 303
-    assert store.batch_progress(cancelled).cancelled == 1
+    assert store.batches.progress(cancelled).cancelled == 1
     failed = post_batch(client, "b.png", "c.png")
     answer(fail_with="It is broken.")
     page = get_page(client, f"/ui/batches/{failed}?state=failed")
     assert page.count("/picture?size=160") == 2
     assert client.post(f"/ui/batches/{failed}/retry", headers=BROWSER).status_code == 303
-    assert store.batch_progress(failed).queued == 2
+    assert store.batches.progress(failed).queued == 2
 
 
 def test_a_large_batch_is_shown_page_by_page_in_its_order(client: flask.testing.FlaskClient) -> None:
@@ -369,25 +369,25 @@ def test_a_large_batch_is_shown_page_by_page_in_its_order(client: flask.testing.
 
 
 def test_a_deleted_image_is_not_requested(
-    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: SqliteStore
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], store: Store
 ) -> None:
     id = post_image(client)
     answer()
     now = datetime.now(UTC) + timedelta(days=1)
-    store.purge(images_before=now, results_before=now - timedelta(days=9), now=now)
+    store.retention.purge(images_before=now, results_before=now - timedelta(days=9), now=now)
 
     for address in ("/ui/requests", f"/ui/requests/{id}"):
         assert f"/requests/{id}/picture" not in get_page(client, address)
 
 
-def test_a_plain_form_sends_an_image(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_plain_form_sends_an_image(client: flask.testing.FlaskClient, store: Store) -> None:
     body = {"model": MODEL, "image": (io.BytesIO(png(7)), "plain.png")}
 
     response = client.post("/ui/send", data=body, headers=BROWSER)
 
     assert response.status_code == 303
     id = response.headers["Location"].rpartition("/")[2]
-    assert store.get(id).name == "plain.png"
+    assert store.requests.get(id).name == "plain.png"
     for model, data, status, reason in (
         ("densenet121", png(8), 503, "not installed"),
         ("no_such_model", png(8), 404, "no_such_model"),
@@ -410,7 +410,7 @@ def test_a_finished_request_is_deleted_by_a_plain_form(
     assert "Not found" in get_page(client, f"/ui/requests/{id}", 404)
 
 
-def test_a_key_sees_only_its_own_requests(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_key_sees_only_its_own_requests(client: flask.testing.FlaskClient, store: Store) -> None:
     keys = [make_api_key(store, name, Scope.SUBMIT, Scope.READ) for name in ("alice", "bob")]
     alice, bob = ({**BROWSER, "Authorization": f"Bearer {key}"} for key in keys)
     body = {"image": (io.BytesIO(png(9)), "secret.png")}
@@ -432,9 +432,9 @@ def test_a_key_sees_only_its_own_requests(client: flask.testing.FlaskClient, sto
     assert "requires an API key" not in client.get("/", headers=alice).text
 
 
-def make_api_key(store: SqliteStore, name: str, *scopes: Scope) -> str:
+def make_api_key(store: Store, name: str, *scopes: Scope) -> str:
     """Make an API key."""
     id, key = make_key()
     record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=frozenset(scopes), created_at=datetime.now(UTC))
-    store.add_key(record)
+    store.keys.add(record)
     return key

@@ -15,9 +15,9 @@ from server.app import create_app
 from server.settings import ServerSettings
 from server.status.metrics import MAX_CODES, Family, exposition
 from store import new_id
-from store.chunks import BatcherRecord
-from store.records import Answer, Claim, NewRequest
-from store.sqlite import SqliteStore
+from store.batchers import BatcherRecord
+from store.requests import Answer, Claim, NewRequest
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -26,13 +26,13 @@ START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 class MetricsHarness:
     """A store with a clock, and methods to end requests in every way."""
 
-    def __init__(self, settings: ServerSettings, store: SqliteStore) -> None:
+    def __init__(self, settings: ServerSettings, store: Store) -> None:
         self.store = store
         self.now = START
         self.client: flask.testing.FlaskClient = create_app(settings, store, clock=lambda: self.now).test_client()
 
     def add(self, image: bytes, **facts: Any) -> str:
-        return self.store.add(
+        return self.store.requests.add(
             NewRequest(
                 **{"id": new_id(), "service": "classification", "model": MODEL, "created_at": self.now, **facts}
             ),
@@ -40,7 +40,7 @@ class MetricsHarness:
         ).id
 
     def claim(self, limit: int = 100) -> list[Claim]:
-        return self.store.claim(
+        return self.store.requests.claim(
             models=[MODEL], limit=limit, now=self.now, lease_ends_at=self.now + timedelta(hours=9), oldest_before=None
         )
 
@@ -49,10 +49,10 @@ class MetricsHarness:
             Answer(claim=claim, output=[], digest="d" * 64, chunk_id="c", provider="local", seconds=0.1)
             for claim in claims
         ]
-        self.store.finish(answers, now=self.now)
+        self.store.requests.finish(answers, now=self.now)
 
     def fail(self, claims: list[Claim], code: str) -> None:
-        self.store.fail(claims, code=code, reason="It broke.", now=self.now)
+        self.store.requests.fail(claims, code=code, reason="It broke.", now=self.now)
 
     def read(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Return all samples: name and labels -> value."""
@@ -69,7 +69,7 @@ class MetricsHarness:
 
 
 @pytest.fixture
-def harness(settings: ServerSettings, store: SqliteStore) -> MetricsHarness:
+def harness(settings: ServerSettings, store: Store) -> MetricsHarness:
     return MetricsHarness(settings, store)
 
 
@@ -80,7 +80,7 @@ def end_requests(harness: MetricsHarness) -> None:
     harness.add(b"one", digest="d" * 64)
     harness.add(b"two")
     harness.fail(harness.claim(), "broken_image")
-    harness.store.cancel(harness.add(b"three"), now=harness.now)
+    harness.store.requests.cancel(harness.add(b"three"), now=harness.now)
 
 
 def test_every_line_is_valid_and_every_metric_has_help_and_type(harness: MetricsHarness) -> None:
@@ -121,12 +121,12 @@ def test_totals_do_not_decrease_when_retention_deletes_requests_or_a_request_is_
 ) -> None:
     end_requests(harness)
     before = harness.read()
-    (failed,) = [request for request in harness.store.list() if request.state == "failed"]
-    harness.store.retry(failed.id, now=harness.now)
+    (failed,) = [request for request in harness.store.requests.list() if request.state == "failed"]
+    harness.store.requests.retry(failed.id, now=harness.now)
     harness.answer(harness.claim())
     harness.now += timedelta(days=60)
 
-    purged = harness.store.purge(images_before=harness.now, results_before=harness.now, now=harness.now)
+    purged = harness.store.retention.purge(images_before=harness.now, results_before=harness.now, now=harness.now)
 
     assert purged.results == 4
     after = harness.read()
@@ -157,7 +157,7 @@ def test_the_histogram_counts_each_answer_once_by_how_long_it_took(harness: Metr
 
 def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(harness: MetricsHarness) -> None:
     id = harness.add(b"one")
-    harness.store._writer.run(
+    harness.store.database.write(
         lambda transaction: (
             transaction.execute(
                 "UPDATE requests SET state = 'cancelled', code = 'expired', finished_at = created_at WHERE id = ?",
@@ -176,7 +176,7 @@ def test_queue_batchers_providers_and_spending_have_gauges(harness: MetricsHarne
     harness.now += timedelta(seconds=30)
     live = datetime.now(UTC)
     for id, capacity in (("b1", 4), ("b2", 2)):
-        harness.store.heartbeat(
+        harness.store.batchers.heartbeat(
             BatcherRecord(
                 id=id,
                 host="h",
@@ -191,7 +191,7 @@ def test_queue_batchers_providers_and_spending_have_gauges(harness: MetricsHarne
             )
         )
     for number, name in enumerate(("alpha", "beta", "gamma")):
-        harness.store.record_offer(
+        harness.store.providers.record_offer(
             f"0x{number:040x}",
             name=name,
             start_price=Decimal(0),
@@ -242,7 +242,7 @@ def test_labels_with_special_characters_are_escaped() -> None:
 
 
 def test_the_migration_counts_the_requests_of_an_older_database(
-    settings: ServerSettings, store: SqliteStore, harness: MetricsHarness
+    settings: ServerSettings, store: Store, harness: MetricsHarness
 ) -> None:
     end_requests(harness)
 
@@ -260,9 +260,9 @@ def test_the_migration_counts_the_requests_of_an_older_database(
         ):
             transaction.execute(statement).fetchall()
 
-    before = {(each.outcome, each.code, each.count) for each in store.list_totals()}
-    store._writer.run(undo)
+    before = {(each.outcome, each.code, each.count) for each in store.stats.list_totals()}
+    store.database.write(undo)
 
     assert store.migrate() == ["m008_controls"]
-    assert {(each.outcome, each.code, each.count) for each in store.list_totals()} == before
+    assert {(each.outcome, each.code, each.count) for each in store.stats.list_totals()} == before
     assert len(before) == 4

@@ -23,11 +23,11 @@ from server.status.dashboard import Dashboard
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store import new_id
-from store.chunks import BatcherRecord, ChunkRecord
-from store.controls import read_control_state, run_now
+from store.batchers import BatcherRecord
+from store.chunks import ChunkRecord
 from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
-from store.records import Answer, Claim, NewRequest, RequestRecord
-from store.sqlite import SqliteStore
+from store.requests import Answer, Claim, NewRequest, RequestRecord
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 ADDRESS = "0xa1fa000000000000000000000000000000000001"
@@ -36,7 +36,7 @@ ADDRESS = "0xa1fa000000000000000000000000000000000001"
 class OperatorHarness:
     """A store with a clock, and methods to make requests and chunks in it."""
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.now = datetime.now(UTC).replace(microsecond=0)
         self._chunks = 0
@@ -49,7 +49,7 @@ class OperatorHarness:
 
     def add(self, count: int = 1, *, model: str = MODEL) -> list[RequestRecord]:
         return [
-            self.store.add(
+            self.store.requests.add(
                 NewRequest(id=new_id(), service="classification", model=model, is_fresh=True, created_at=self.now),
                 self.store.images.stage(b"image"),
             )
@@ -57,13 +57,13 @@ class OperatorHarness:
         ]
 
     def claim(self, limit: int = 100) -> list[Claim]:
-        return self.store.claim(
+        return self.store.requests.claim(
             models=[MODEL], limit=limit, now=self.now, lease_ends_at=self.now + timedelta(hours=1), oldest_before=None
         )
 
     def start_chunk(self, items: int, **facts: Any) -> str:
         self._chunks += 1
-        self.store.start_chunk(
+        self.store.chunks.start(
             ChunkRecord(
                 **{
                     "id": f"chunk{self._chunks}",
@@ -92,7 +92,7 @@ class OperatorHarness:
     def end_chunk(
         self, id: str, *, done: int, failed: int = 0, code: str | None = None, cost: str | None = None
     ) -> None:
-        self.store.finish_chunk(
+        self.store.chunks.finish(
             id,
             provider="local",
             bytes_received=1,
@@ -110,7 +110,7 @@ class OperatorHarness:
     def answer(self, claims: list[Claim]) -> None:
         """Answer claims, all in one chunk."""
         id = self.start_chunk(len(claims))
-        self.store.finish(
+        self.store.requests.finish(
             [
                 Answer(
                     claim=claim,
@@ -128,7 +128,7 @@ class OperatorHarness:
 
     def heartbeat(self, **facts: Any) -> None:
         """Record the heartbeat of a batcher."""
-        self.store.heartbeat(
+        self.store.batchers.heartbeat(
             BatcherRecord(
                 **{
                     "id": "b1",
@@ -151,17 +151,17 @@ class OperatorHarness:
 
 
 @pytest.fixture
-def harness(store: SqliteStore) -> OperatorHarness:
+def harness(store: Store) -> OperatorHarness:
     return OperatorHarness(store)
 
 
 @pytest.fixture
-def client(settings: ServerSettings, store: SqliteStore, harness: OperatorHarness) -> flask.testing.FlaskClient:
+def client(settings: ServerSettings, store: Store, harness: OperatorHarness) -> flask.testing.FlaskClient:
     return create_app(settings, store, clock=harness.clock).test_client()
 
 
 @pytest.fixture
-def command(settings: ServerSettings, store: SqliteStore) -> Callable[..., Any]:
+def command(settings: ServerSettings, store: Store) -> Callable[..., Any]:
     """Run a command of the group on the home."""
 
     def run(*words: str) -> Any:
@@ -214,8 +214,8 @@ def test_past_minutes_are_not_read_again_except_for_chunks_that_end_late(
 ) -> None:
     dashboard = Dashboard(harness.store, QueueStats(harness.store), harness.clock)
     starts = []
-    read = harness.store.list_minute_stats
-    monkeypatch.setattr(harness.store, "list_minute_stats", lambda since: starts.append(since) or read(since))
+    read = harness.store.stats.list_minute_stats
+    monkeypatch.setattr(harness.store.stats, "list_minute_stats", lambda since: starts.append(since) or read(since))
     late = harness.start_chunk(4)
     harness.add(3)
     harness.answer(harness.claim())
@@ -255,7 +255,7 @@ def test_failures_are_grouped_by_code_with_the_latest_reason(harness: OperatorHa
     claims = harness.claim()
     for claim, code in zip(claims, ("broken_image", "timeout", "broken_image"), strict=True):
         harness.advance(1)
-        harness.store.fail([claim], code=code, reason=f"{code} of {claim.number}", now=harness.now)
+        harness.store.requests.fail([claim], code=code, reason=f"{code} of {claim.number}", now=harness.now)
     harness.end_chunk(harness.start_chunk(2), done=0, failed=2, code="worker_died")
 
     failures = harness.status()["failures"]
@@ -283,7 +283,7 @@ def test_spending_shows_what_was_spent_today_and_what_is_left(harness: OperatorH
     harness.heartbeat(executor="golem", budget={"day": "1", "total": "5.5"})
     harness.heartbeat(id="b2", executor="golem", budget={"day": "0.5"})
     for id, settled_at in (("ag1", harness.now), ("ag2", harness.now - timedelta(days=2))):
-        harness.store.record_agreement(
+        harness.store.ledger.record_agreement(
             AgreementRecord(
                 id=id,
                 allocation_id="al1",
@@ -296,7 +296,7 @@ def test_spending_shows_what_was_spent_today_and_what_is_left(harness: OperatorH
                 created_at=settled_at,
             )
         )
-        harness.store.record_invoice(
+        harness.store.ledger.record_invoice(
             InvoiceRecord(
                 id=f"of {id}",
                 agreement_id=id,
@@ -306,7 +306,7 @@ def test_spending_shows_what_was_spent_today_and_what_is_left(harness: OperatorH
                 settled_at=settled_at,
             )
         )
-    harness.store.record_allocation(
+    harness.store.ledger.record_allocation(
         AllocationRecord(
             id="al1", batcher_id="b1", platform="erc20", address="0x1", amount=Decimal("0.7"), created_at=harness.now
         )
@@ -340,7 +340,7 @@ def test_a_cached_figure_is_loaded_again_when_it_is_stale_or_invalidated(monkeyp
         ("requests:_OLDEST_DUE", {"requests_queued"}),
         ("requests:_COUNT_DUE", {"requests_queued"}),
         ("requests:_CLAIM", {"requests_queued"}),
-        ("chunks:_BACKLOG", {"requests_queued", "requests_claimed"}),
+        ("requests:_BACKLOG", {"requests_queued", "requests_claimed"}),
         ("stats:_MINUTES", {"chunks_finished"}),
         ("stats:_ANSWERED", {"requests_finished"}),
         ("stats:_FAILURES", {"requests_failed"}),
@@ -348,12 +348,12 @@ def test_a_cached_figure_is_loaded_again_when_it_is_stale_or_invalidated(monkeyp
         ("stats:_UNFINISHED_CHUNKS", {"chunks_under_way"}),
     ],
 )
-def test_frequent_queries_use_an_index_that_stays_small(store: SqliteStore, name: str, indexes: set[str]) -> None:
+def test_frequent_queries_use_an_index_that_stays_small(store: Store, name: str, indexes: set[str]) -> None:
     module, _, attribute = name.partition(":")
     statement = getattr(importlib.import_module(f"store.{module}"), attribute)
     values: Any = dict.fromkeys(re.findall(r":(\w+)", statement), 1) or [1] * statement.count("?")
 
-    with store._readers.connection() as connection:
+    with store.database.read() as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
 
     assert {found for line in plan for found in re.findall(r"INDEX (\w+)", line)} == indexes, plan
@@ -364,10 +364,10 @@ def test_frequent_queries_use_an_index_that_stays_small(store: SqliteStore, name
 
 
 def test_pausing_resuming_and_running_change_the_control_state(
-    client: flask.testing.FlaskClient, store: SqliteStore, harness: OperatorHarness
+    client: flask.testing.FlaskClient, store: Store, harness: OperatorHarness
 ) -> None:
     paused = client.post("/operator/pause", data={"reason": "new kernel"})
-    pause = read_control_state(store).pause
+    pause = store.controls.state().pause
 
     assert paused.status_code == 200 and paused.json is not None
     assert pause is not None
@@ -381,9 +381,9 @@ def test_pausing_resuming_and_running_change_the_control_state(
 
     assert client.post("/operator/drain").json["hold"]["mode"] == "draining"  # type: ignore[index]
     assert client.post("/operator/resume").json == {"success": True, "hold": None}
-    assert read_control_state(store).pause is None
+    assert store.controls.state().pause is None
     token = client.post("/operator/run").json["token"]  # type: ignore[index]
-    assert read_control_state(store).run_token == token
+    assert store.controls.state().run_token == token
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_a_control_rejects_fields_that_it_does_not_have(
 
 
 def record_offer(harness: OperatorHarness) -> None:
-    harness.store.record_offer(
+    harness.store.providers.record_offer(
         ADDRESS,
         name="alpha",
         start_price=Decimal("0.01"),
@@ -423,7 +423,7 @@ def record_offer(harness: OperatorHarness) -> None:
         price_per_second=Decimal(0),
         now=harness.now,
     )
-    harness.store.record_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=harness.now)
+    harness.store.providers.record_work(ADDRESS, model=MODEL, images=160, seconds=16, is_failure=False, now=harness.now)
 
 
 def test_a_provider_is_banned_temporarily_or_permanently_and_unbanned(
@@ -446,26 +446,26 @@ def test_a_provider_is_banned_temporarily_or_permanently_and_unbanned(
 
     assert client.post(f"/operator/providers/{ADDRESS}/unban").json["is_banned"] is False  # type: ignore[index]
     assert client.post(f"/operator/providers/{ADDRESS}/ban").json["banned_until"] is None  # type: ignore[index]
-    assert set(harness.store.banned(harness.now + timedelta(days=9999))) == {ADDRESS}
+    assert set(harness.store.providers.banned(harness.now + timedelta(days=9999))) == {ADDRESS}
 
 
-def test_a_page_of_another_site_cannot_use_a_control(client: flask.testing.FlaskClient, store: SqliteStore) -> None:
+def test_a_page_of_another_site_cannot_use_a_control(client: flask.testing.FlaskClient, store: Store) -> None:
     refused = client.post("/operator/pause", headers={"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"})
 
     assert refused.status_code == 403
-    assert read_control_state(store).pause is None
+    assert store.controls.state().pause is None
 
 
 @pytest.mark.parametrize("address", ["/operator/status", "/ui/operator", "/metrics"])
 def test_with_keys_the_operator_endpoints_require_the_operate_scope(
-    client: flask.testing.FlaskClient, store: SqliteStore, address: str
+    client: flask.testing.FlaskClient, store: Store, address: str
 ) -> None:
     from store.keys import KeyRecord, Scope, hash_key, make_key
 
     keys = {}
     for name, scopes in (("boss", {Scope.OPERATE}), ("sender", {Scope.SUBMIT})):
         id, keys[name] = make_key()
-        store.add_key(
+        store.keys.add(
             KeyRecord(
                 id=id, name=name, sha256=hash_key(keys[name]), scopes=frozenset(scopes), created_at=datetime.now(UTC)
             )
@@ -475,7 +475,7 @@ def test_with_keys_the_operator_endpoints_require_the_operate_scope(
     assert client.get(address, headers={"Authorization": f"Bearer {keys['sender']}"}).status_code == 403
     assert client.get(address, headers={"Authorization": f"Bearer {keys['boss']}"}).status_code == 200
     client.post("/operator/pause", headers={"Authorization": f"Bearer {keys['boss']}"})
-    pause = read_control_state(store).pause
+    pause = store.controls.state().pause
     assert pause is not None and pause.by == "boss"
 
 
@@ -491,7 +491,7 @@ def busy(harness: OperatorHarness) -> Iterator[OperatorHarness]:
     claims = harness.claim(5)
     harness.advance(2)
     harness.answer(claims[:3])
-    harness.store.fail(claims[3:4], code="broken_image", reason="<script>alert(1)</script>", now=harness.now)
+    harness.store.requests.fail(claims[3:4], code="broken_image", reason="<script>alert(1)</script>", now=harness.now)
     harness.start_chunk(16)
     yield harness
 
@@ -574,14 +574,14 @@ def test_everything_in_a_chart_is_inside_its_frame() -> None:
 # Commands
 
 
-def test_the_commands_pause_and_resume(command: Callable[..., Any], store: SqliteStore) -> None:
+def test_the_commands_pause_and_resume(command: Callable[..., Any], store: Store) -> None:
     paused = command("pause", "--reason", "the line is down")
-    pause = read_control_state(store).pause
+    pause = store.controls.state().pause
 
     assert paused.exit_code == 0 and pause is not None
     assert paused.output.strip() == pause.notice and "the line is down" in pause.notice
     assert command("resume").output == "batchers continue\n"
-    assert read_control_state(store).pause is None
+    assert store.controls.state().pause is None
 
 
 def test_drain_waits_until_nothing_is_claimed(command: Callable[..., Any], harness: OperatorHarness) -> None:
@@ -595,15 +595,15 @@ def test_drain_waits_until_nothing_is_claimed(command: Callable[..., Any], harne
 
 
 def test_run_reports_how_many_batchers_there_are(
-    command: Callable[..., Any], harness: OperatorHarness, store: SqliteStore
+    command: Callable[..., Any], harness: OperatorHarness, store: Store
 ) -> None:
-    before = run_now(store, by="me", now=harness.now)
+    before = store.controls.run_now(by="me", now=harness.now)
     alone = command("run")
     harness.heartbeat()
 
     assert alone.exit_code == 1 and "No batcher is running" in str(alone.exception)
     assert command("run").output == "1 batcher processes all queued requests\n"
-    assert read_control_state(store).run_token != before
+    assert store.controls.state().run_token != before
     command("pause")
     assert "mlg operate resume" in str(command("run").exception)
 

@@ -36,9 +36,9 @@ def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, mod
             assert [outcome.error for outcome in outcomes] == [None] * 3
             assert {outcome.provider for outcome in outcomes} <= {"alpha", "beta"}
             assert all(outcome.agreement_id and outcome.activity_id and outcome.cost for outcome in outcomes)
-            assert harness.store.spent() == harness.paid() > 0
-            assert harness.store.agreements(is_settled=False) == []
-            assert [each.id for each in harness.store.allocations(is_open=True)] == []
+            assert harness.store.ledger.spent() == harness.paid() > 0
+            assert harness.store.ledger.agreements(is_settled=False) == []
+            assert [each.id for each in harness.store.ledger.allocations(is_open=True)] == []
             assert not [each for each in harness.devnet.market.agreements.values() if each.state == "Approved"]
 
     asyncio.run(asyncio.wait_for(main(), 300))
@@ -64,7 +64,7 @@ def test_the_provider_with_the_higher_measured_speed_gets_the_work(tmp_path: Pat
         async with golem(plan, tmp_path, models_folder, max_workers=1) as harness:
             now = datetime.now(UTC)
             for each, seconds in zip(plan.providers, (10.0, 1.0), strict=True):
-                harness.store.record_offer(
+                harness.store.providers.record_offer(
                     each.node_id,
                     name=each.name,
                     start_price=each.start_price,
@@ -72,7 +72,7 @@ def test_the_provider_with_the_higher_measured_speed_gets_the_work(tmp_path: Pat
                     price_per_second=each.price_per_second,
                     now=now,
                 )
-                harness.store.record_work(
+                harness.store.providers.record_work(
                     each.node_id, model=MODEL, images=20, seconds=seconds, is_failure=False, now=now
                 )
 
@@ -87,7 +87,7 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
     async def main() -> None:
         async with golem(scenario(provider("alpha")), tmp_path, models_folder) as harness:
             await harness.run("first")
-            harness.store.ban_provider("alpha", until=None, reason="Too slow.", by_operator=True)
+            harness.store.providers.ban("alpha", until=None, reason="Too slow.", by_operator=True)
             harness.executor._refreshed_at = float("-inf")  # forces the periodic read from the store
             await until(lambda: harness.executor._offer_evaluator.is_banned(provider("alpha").node_id))
             for pool in harness.executor._pools.values():
@@ -95,7 +95,7 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             await until(lambda: not any(pool.workers for pool in harness.executor._pools.values()))
             waiting = asyncio.create_task(harness.executor.run(harness.job("second")))
             await until(lambda: "1 banned" in str(harness.executor.unavailable_reason(MODEL)))
-            harness.store.unban_provider("alpha")
+            harness.store.providers.unban("alpha")
             outcome = await waiting
 
             assert outcome.error is None

@@ -86,7 +86,7 @@ def approved_providers(harness: GolemHarness) -> list[str]:
 
 def banned(harness: GolemHarness) -> dict[str, str]:
     """Return the banned providers in the ledger: name -> reason."""
-    return {each.name: each.ban_reason for each in harness.store.list_providers() if each.ban_reason is not None}
+    return {each.name: each.ban_reason for each in harness.store.providers.list() if each.ban_reason is not None}
 
 
 def has_triggered(harness: GolemHarness, name: str) -> bool:
@@ -100,8 +100,8 @@ def assert_nothing_is_open(harness: GolemHarness) -> None:
     assert [each for each in devnet.market.agreements.values() if each.state == "Approved"] == []
     assert devnet.market.list_open_demands() == []
     assert devnet.payment.wallet.list_active() == []
-    assert harness.store.agreements(is_open=True) == []
-    assert harness.store.allocations(is_open=True) == []
+    assert harness.store.ledger.agreements(is_open=True) == []
+    assert harness.store.ledger.allocations(is_open=True) == []
     assert list(harness.work.iterdir()) == []
 
 
@@ -109,9 +109,9 @@ async def close(harness: GolemHarness, *, unbilled: Iterable[str] = ()) -> None:
     """Close the executor, and check that all but the unbilled agreements are paid and recorded as paid."""
     await harness.executor.close()
     assert_nothing_is_open(harness)
-    assert [each.provider_name for each in harness.store.agreements(is_settled=False)] == list(unbilled)
+    assert [each.provider_name for each in harness.store.ledger.agreements(is_settled=False)] == list(unbilled)
     if not unbilled:
-        assert harness.store.spent() == harness.paid()
+        assert harness.store.ledger.spent() == harness.paid()
 
 
 # Providers that fail
@@ -129,7 +129,10 @@ def test_the_cheapest_provider_that_always_fails_is_paid_once_banned_and_replace
         failed = next(each for each in harness.devnet.market.agreements.values())
         assert harness.devnet.payment.paid[failed.agreement_id] > 0
         assert list(banned(harness)) == ["alpha"]
-        assert {row.name: row.paid > 0 for row in harness.store.costs("provider")} == {"alpha": True, "beta": True}
+        assert {row.name: row.paid > 0 for row in harness.store.ledger.costs("provider")} == {
+            "alpha": True,
+            "beta": True,
+        }
 
     play(body, *increasingly_expensive(("alpha", (fault("exit-nonzero"),)), ("beta", ())), max_workers=1)
 
@@ -328,7 +331,7 @@ def test_an_invoice_that_is_too_high_is_rejected_and_its_provider_banned(play: P
 
         assert (first.error, first.provider) == (None, "alpha")
         assert (second.error, second.provider) == (None, "beta")
-        (total,) = harness.store.costs("total")
+        (total,) = harness.store.ledger.costs("total")
         assert total.refused > total.paid == harness.paid() > 0
         assert "too high" in banned(harness)["alpha"]
 
@@ -344,12 +347,12 @@ def test_an_invoice_that_comes_after_the_end_is_paid_by_the_next_batcher(play: P
         next_executor = harness.next_executor()
         try:
             await next_executor.start()
-            await until(lambda: harness.store.agreements(is_settled=False) == [])
+            await until(lambda: harness.store.ledger.agreements(is_settled=False) == [])
         finally:
             await next_executor.close()
 
         assert outcome.error is None
-        assert harness.store.spent() == harness.paid() > 0
+        assert harness.store.ledger.spent() == harness.paid() > 0
         assert harness.devnet.payment.wallet.list_active() == []
 
     play(body, provider("alpha", fault("late-bill", seconds=0.5)), settle_seconds=0.0)
@@ -363,11 +366,11 @@ def test_an_old_invoice_is_paid_even_if_the_new_budget_is_smaller(play: Play) ->
         next_executor = harness.next_executor(budget_run=Decimal("0.0001"))
         try:
             await next_executor.start()
-            await until(lambda: harness.store.agreements(is_settled=False) == [])
+            await until(lambda: harness.store.ledger.agreements(is_settled=False) == [])
         finally:
             await next_executor.close()
 
-        assert harness.store.spent() == harness.paid() > 0
+        assert harness.store.ledger.spent() == harness.paid() > 0
         assert len(harness.devnet.payment.wallet.allocations) == 3, "one for that invoice alone"
         assert harness.devnet.payment.wallet.list_active() == []
 
@@ -401,7 +404,7 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
                     workspace.remove()
 
             assert [each.error for some in outcomes for each in some] == [None] * 6
-            allocation_of = {each.id: each.allocation_id for each in store.agreements(is_settled=True)}
+            allocation_of = {each.id: each.allocation_id for each in store.ledger.agreements(is_settled=True)}
             bills = {**devnet.payment.invoices, **devnet.payment.debit_notes}
             accepted = [
                 (bills[call.path.split("/")[-2]].agreement_id, json.loads(call.request)["allocationId"])
@@ -469,8 +472,10 @@ def test_rejected_offers_are_named_as_the_reason_and_blame_no_chunk(play: Play) 
         for plan in harness.devnet.scenario.providers[2:]:
             prices = {"start_price": plan.start_price, "price_per_cpu_second": Decimal(0)}
             now = datetime.now(UTC)
-            harness.store.record_offer(plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices)
-            harness.store.ban_provider(plan.node_id, until=None, reason="Under maintenance.", by_operator=True)
+            harness.store.providers.record_offer(
+                plan.node_id, name=plan.name, price_per_second=Decimal(0), now=now, **prices
+            )
+            harness.store.providers.ban(plan.node_id, until=None, reason="Under maintenance.", by_operator=True)
         (outcome,) = await harness.run("one")
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
 
@@ -665,7 +670,7 @@ from batcher.executors.golem.executor import GolemExecutor
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from store.settings import HomeSettings
-from store.sqlite import SqliteStore
+from store.store import Store
 from tests.golem import GolemHarness
 
 async def main(home, models):
@@ -673,7 +678,7 @@ async def main(home, models):
     workspace = Workspace(home / "work", "cccc3333")
     workspace.create()
     settings = replace(settings, work=workspace.folder, models=models)
-    store = SqliteStore(HomeSettings(home=home / "home", busy_seconds=5))
+    store = Store(HomeSettings(home=home / "home", busy_seconds=5))
     executor = GolemExecutor(settings, store)
     await executor.start()
     await GolemHarness(None, executor, store, home / "jobs", models).run("one", "two")
@@ -734,7 +739,7 @@ def test_two_models_have_workers_at_the_same_time(play: Play, custom_models_fold
         await close(harness)
 
         assert [each.error for each in outcomes] == [None] * 4
-        assert {each.model for each in harness.store.agreements()} == {MODEL, "my_pets"}
+        assert {each.model for each in harness.store.ledger.agreements()} == {MODEL, "my_pets"}
         assert len(harness.devnet.payment.wallet.allocations) == 1
 
     play(body, provider("alpha"), provider("beta"), max_workers=2, models=custom_models_folder)
