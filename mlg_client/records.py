@@ -66,16 +66,11 @@ class Request:
             id=str(answer["req_id"]),
             status=str(answer.get("status") or ("done" if answer.get("preds") else "queued")),
             model=str(answer.get("model", "")),
-            name=answer.get("name"),
-            preds=answer.get("preds"),
             files={name: str(file["media_type"]) for name, file in (answer.get("files") or {}).items()},
             is_cached=bool(answer.get("cached", False)),
-            reason=answer.get("reason"),
-            code=answer.get("code"),
-            waiting_for=answer.get("waiting_for"),
-            eta_seconds=answer.get("eta_seconds"),
             labels=dict(answer.get("labels") or {}),
             raw=dict(answer),
+            **{name: answer.get(name) for name in ("name", "preds", "reason", "code", "waiting_for", "eta_seconds")},
         )
 
 

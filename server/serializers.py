@@ -17,8 +17,8 @@ from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
 from provider_image.service import check_params, primary_input
 from provider_image.services import REGISTRY, load_service
+from server.record_json import fields
 from server.status.eta import WaitEstimate
-from store.cost_split import to_amount
 from store.requests import RequestRecord
 from store.rows import to_text
 from store.states import RequestState
@@ -37,24 +37,14 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         "req_id": request.id,
         "status": request.status,
         "preds": None,
-        "model": request.model,
-        "service": request.service,
-        "name": request.name,
-        "created_at": to_text(request.created_at),
-        "attempts": request.attempts,
+        **fields(request, "model service name created_at attempts"),
+        **{name: value for name, value in fields(request, "batch_id client_id labels").items() if value},
     }
-    for name, value in (("batch_id", request.batch_id), ("client_id", request.client_id), ("labels", request.labels)):
-        if value:
-            result[name] = dict(value) if isinstance(value, Mapping) else value
     if request.state is RequestState.DONE:
         is_known = request.service in REGISTRY  # the package that has it may have been removed
         params = {**request.params, **params}
         result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
-        result["cached"] = request.is_cached
-        result["provider"] = request.provider
-        result["seconds"] = request.seconds
-        result["digest"] = request.digest
-        result["cost"] = None if request.cost is None else to_amount(request.cost)
+        result |= {"cached": request.is_cached, **fields(request, "provider seconds digest cost")}
         if request.cost is not None:
             result["cost_is_final"] = request.is_cost_final
     if request.files:
@@ -69,14 +59,12 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
     if request.finished_at is not None:
         result["finished_at"] = to_text(request.finished_at)
     if wait is not None:
-        result["waiting_for"] = wait.waiting_for
-        result["eta_seconds"] = wait.eta_seconds
+        result |= fields(wait, "waiting_for eta_seconds")
         if wait.ahead is not None:
             result["ahead"] = wait.ahead
     if request.state is not RequestState.DONE and request.reason is not None:
         # Also while it is queued again: why the last attempt failed.
-        result["reason"] = request.reason
-        result["code"] = request.code
+        result |= fields(request, "reason code")
     return result
 
 
@@ -116,13 +104,10 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
         artefact = None
     speed = None if artefact is None else read_speed(models, row.name, artefact.digest)
     return {
-        "name": row.name,
-        "title": row.title,
-        "service": row.service,
+        **fields(row, "name title service"),
         # Installed with other weights than the published ones, a model of the catalogue is a custom one too.
         "source": row.source if artefact is None else artefact.source,
-        "height": row.height,
-        "width": row.width,
+        **fields(row, "height width"),
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,
@@ -136,22 +121,7 @@ def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
 def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
     """Build a webhook delivery's JSON, without its body."""
     return {
-        "id": delivery.id,
-        "endpoint_id": delivery.endpoint_id,
-        "url": delivery.url,
-        "event": delivery.event,
-        "subject": delivery.subject,
+        **fields(delivery, "id endpoint_id url event subject"),
         "state": delivery.status,
-        "attempts": delivery.attempts,
-        **{
-            name: None if moment is None else to_text(moment)
-            for name, moment in (
-                ("created_at", delivery.created_at),
-                ("next_at", delivery.next_at),
-                ("delivered_at", delivery.delivered_at),
-                ("dead_at", delivery.dead_at),
-            )
-        },
-        "last_status": delivery.last_status,
-        "last_error": delivery.last_error,
+        **fields(delivery, "attempts created_at next_at delivered_at dead_at last_status last_error"),
     }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
 from provider_image.images.headers import MEDIA_TYPES, read_header
+from store.errors import ImageGone
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,8 +35,8 @@ _GREY = (221, 221, 221)
 class SheetItem:
     """One image of a sheet."""
 
-    #: Returns the bytes; None when they are deleted.
-    read: Callable[[], bytes | None]
+    #: Returns the bytes, or raises ImageGone.
+    read: Callable[[], bytes]
     #: The text below it.
     lines: Sequence[str]
 
@@ -70,10 +71,9 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
         left, top = position % columns * width + 4, position // columns * height + 4
         small: PIL.Image.Image | None = None
         try:
-            data = item.read()
-            small = None if data is None else _decode_small(data, SHEET_PIXELS, max_pixels)
-        except BadInput:
-            log.info("an image of a contact sheet cannot be decoded")
+            small = _decode_small(item.read(), SHEET_PIXELS, max_pixels)
+        except (BadInput, ImageGone) as error:
+            log.info("an image of a contact sheet cannot be shown: %s", error)
         if small is None:
             draw.rectangle((left, top, left + SHEET_PIXELS, top + SHEET_PIXELS), fill=_GREY)
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from devnet.errors import ApiError, Gone, NotFound
-from devnet.provider import exe_unit as module
+from devnet.provider.exe_unit import MAX_FINISHED_BATCHES
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive
 from tests.timing import DEADLINE_SECONDS, slowness, until
@@ -158,12 +158,10 @@ async def test_batches_that_are_queued_run_in_order(tmp_path: Path) -> None:
         assert (await unit.results(first, 0))[0]["isBatchFinished"]
 
 
-async def test_only_the_latest_finished_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_FINISHED_BATCHES", 2)
-
+async def test_only_the_latest_finished_batches_are_kept(tmp_path: Path) -> None:
     async with exe_unit(tmp_path) as unit:
         batches = []
-        for _ in range(4):
+        for _ in range(MAX_FINISHED_BATCHES + 2):
             batches.append(await unit.execute([sh("true")]))
             await unit.results(batches[-1], 30)
 
