@@ -9,72 +9,39 @@ providers. It knows nothing of payments and activities.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from devnet.errors import Conflict, Gone, NotFound, TimedOut
-from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, parse_time
+from devnet.records import Agreement, Demand, Proposal, from_rows, to_rows
+from devnet.timing import EventFeed, format_time, utc_now
+
+if TYPE_CHECKING:
+    from devnet.provider.agent import Provider
 
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
 #: States of an agreement that is in effect or may come into effect.
 LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
-class AgreementListener(Protocol):
-    """What agreements report to a provider. The methods must return at once: the requestor's call waits for them."""
+class Agreements(dict[str, Agreement]):
+    """All agreements of a devnet: id -> agreement, oldest first. Made by `MarketService`."""
 
-    def agreement_confirmed(self, agreement: Agreement) -> None:
-        """Handle an agreement that the requestor signed and that waits for approval."""
-
-    def agreement_ended(self, agreement: Agreement) -> None:
-        """Handle the end of one of the provider's agreements, whichever side ended it."""
-
-
-class Agreements(Mapping[str, Agreement]):
-    """All agreements of a devnet: id -> agreement, oldest first.
-
-    :param providers: node id -> provider.
-    :param on_change: called after every change of the state that is kept over a restart.
-    """
-
-    def __init__(
-        self, *, providers: Mapping[str, AgreementListener], clock: Clock, on_change: Callable[[], None]
-    ) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._agreements: dict[str, Agreement] = {}
+    def __init__(self, *, providers: Mapping[str, Provider], on_change: Callable[[], None]) -> None:
+        super().__init__()
+        self.events = EventFeed()
         self._providers = providers
-        self._clock = clock
-        self._timestamps = MonotonicTimestamps(clock)
         self._on_change = on_change
-        self._notifier = ChangeNotifier()
-
-    def __getitem__(self, agreement_id: str) -> Agreement:
-        """Return an agreement."""
-        return self._agreements[agreement_id]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the ids, oldest first."""
-        return iter(self._agreements)
-
-    def __len__(self) -> int:
-        """Return the number of agreements."""
-        return len(self._agreements)
 
     # The requestor's side
 
     def create(self, demand: Demand, counter: Proposal, draft: Proposal, valid_to: datetime) -> Agreement:
-        """Make an agreement from a provider's draft proposal and the requestor's counter-proposal that it answers.
-
-        :raises Conflict: there is an agreement on the draft.
-        """
+        """Make an agreement from a provider's draft and the counter-proposal that it answers, unless there is one."""
         self._expire()
         if any(each.proposal_id == draft.proposal_id and each.state in LIVE_STATES for each in self.values()):
             raise Conflict(f"There is already an agreement on the proposal {draft.proposal_id}.")
         agreement = Agreement(
-            agreement_id=secrets.token_hex(32),
             proposal_id=draft.proposal_id,
             provider_id=draft.issuer_id,
             # The requestor's side is its demand with the properties and constraints of its last proposal.
@@ -88,33 +55,23 @@ class Agreements(Mapping[str, Agreement]):
             },
             valid_to=valid_to,
             state="Proposal",
-            created_at=self._clock(),
         )
-        self._agreements[agreement.agreement_id] = agreement
-        self._changed()
+        self[agreement.agreement_id] = agreement
+        self._on_change()
         return agreement
 
     def find(self, agreement_id: str) -> Agreement:
         """Return an agreement. :raises NotFound: there is none."""
         self._expire()
-        agreement = self._agreements.get(agreement_id)
+        agreement = self.get(agreement_id)
         if agreement is None:
             raise NotFound(f"There is no agreement {agreement_id}.")
         return agreement
 
-    def search(
-        self, *, state: str | None, after: datetime | None, before: datetime | None, session_id: str | None
-    ) -> list[Agreement]:
-        """Return the agreements that match all criteria given, oldest first."""
+    def list_all(self) -> list[Agreement]:
+        """List all agreements, oldest first."""
         self._expire()
-        return [
-            each
-            for each in self.values()
-            if (state is None or each.state == state)
-            and (after is None or each.created_at > after)
-            and (before is None or each.created_at < before)
-            and (session_id is None or each.session_id == session_id)
-        ]
+        return list(self.values())
 
     def confirm(self, agreement_id: str, session_id: str | None) -> None:
         """Sign an agreement for the requestor and send it to the provider."""
@@ -122,23 +79,18 @@ class Agreements(Mapping[str, Agreement]):
         if agreement.state != "Proposal":
             raise Gone(agreement.state)
         agreement.state, agreement.session_id = "Pending", session_id
-        self._changed()
+        self._on_change()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
             provider.agreement_confirmed(agreement)
 
     async def wait_for_approval(self, agreement_id: str, seconds: float | None) -> None:
-        """Wait until the provider approves.
-
-        :param seconds: how long to wait; without a limit if None.
-        :raises TimedOut: it has not decided in time.
-        :raises Gone: the agreement was rejected or cancelled, or expired.
-        """
+        """Wait until the provider approves; without a limit if `seconds` is None. :raises ApiError: it does not."""
         agreement = self.find(agreement_id)
         if agreement.state == "Proposal":
             raise Conflict("The agreement has not been confirmed yet.")
-        left = max(0.0, (agreement.valid_to - self._clock()).total_seconds())
-        await self._notifier.wait_until(
+        left = max(0.0, (agreement.valid_to - utc_now()).total_seconds())
+        await self.events.notifier.wait_until(
             lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left)
         )
         self._expire()
@@ -161,9 +113,9 @@ class Agreements(Mapping[str, Agreement]):
         self._expire()
         if agreement.state != "Pending":
             return False
-        agreement.state, agreement.approved_at = "Approved", self._clock()
+        agreement.state, agreement.approved_at = "Approved", utc_now()
         self._add_event("AgreementApprovedEvent", agreement)
-        self._changed()
+        self._on_change()
         return True
 
     def reject(self, agreement: Agreement, message: str) -> None:
@@ -174,10 +126,7 @@ class Agreements(Mapping[str, Agreement]):
     # Both sides
 
     def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
-        """Terminate an approved agreement.
-
-        :param terminator: "Requestor" or "Provider".
-        """
+        """Terminate an approved agreement for the "Requestor" or the "Provider"."""
         agreement = self.find(agreement_id)
         if agreement.state in ("Proposal", "Pending"):
             raise Conflict(f"The agreement has not been approved yet: {agreement.state}.")
@@ -185,47 +134,30 @@ class Agreements(Mapping[str, Agreement]):
             raise Gone(agreement.state)
         self._end(agreement, "Terminated", terminator, reason)
 
-    async def poll(
-        self, after: datetime | None, seconds: float, max_items: int, session_id: str | None
-    ) -> list[dict[str, Any]]:
-        """Return the events of agreements after a time; wait if there are none.
-
-        :param seconds: how long to wait.
-        """
-        since = "" if after is None else format_time(after)
-
-        def matching_events() -> list[dict[str, Any]]:
-            return [
-                event
-                for event in self.events
-                if event["eventDate"] > since
-                and (session_id is None or self._agreements[event["agreementId"]].session_id == session_id)
-            ]
-
-        return (await self._notifier.wait_until(matching_events, seconds))[:max_items]
+    def termination(self, agreement_id: str) -> dict[str, Any]:
+        """Return the event of an agreement's termination. :raises NotFound: it was not terminated."""
+        self.find(agreement_id)
+        for event in self.events:
+            if event["agreementId"] == agreement_id and event["eventType"] == "AgreementTerminatedEvent":
+                return event
+        raise NotFound("The agreement was not terminated.")
 
     # Across restarts
 
     def dump(self) -> dict[str, Any]:
         """Return the state as JSON values."""
-        return {"agreements": [to_row(each) for each in self.values()], "events": self.events}
+        return {"agreements": to_rows(self), "events": self.events}
 
     def load(self, dumped: Mapping[str, Any]) -> None:
         """Restore the state from the result of `dump`."""
-        self._agreements = {each["agreement_id"]: from_row(Agreement, each) for each in dumped["agreements"]}
-        self.events = list(dumped["events"])
-        for event in self.events:
-            self._timestamps.advance_past(parse_time(event["eventDate"]))
+        self.update(from_rows(Agreement, dumped["agreements"]))
+        self.events[:] = dumped["events"]
 
     # Changes
 
-    def _changed(self) -> None:
-        self._notifier.notify()
-        self._on_change()
-
     def _expire(self) -> None:
-        now = self._clock()
-        for agreement in list(self.values()):
+        now = utc_now()
+        for agreement in self.values():
             if agreement.state in ("Proposal", "Pending") and agreement.valid_to <= now:
                 self._end(agreement, "Expired", None, None)
 
@@ -234,15 +166,10 @@ class Agreements(Mapping[str, Agreement]):
         if state != "Expired":
             extra = {"terminator": terminator, "signature": "devnet"} if state == "Terminated" else {}
             self._add_event(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
-        self._changed()
+        self._on_change()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
             provider.agreement_ended(agreement)
 
     def _add_event(self, kind: str, agreement: Agreement, **fields: Any) -> None:
-        event = {
-            "eventType": kind,
-            "eventDate": format_time(self._timestamps.next()),
-            "agreementId": agreement.agreement_id,
-        }
-        self.events.append({**event, **fields})
+        self.events.add(eventType=kind, agreementId=agreement.agreement_id, **fields)

@@ -13,14 +13,16 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, Protocol
+from typing import Any
 
-from provider_image.errors import MlgError
+from devnet.errors import ApiError
 
 #: Deeper nesting is an error or an attack.
 MAX_DEPTH = 60
+
+#: Tells whether properties satisfy what a node requires of another one.
+Constraint = Callable[[Mapping[str, Any]], bool]
 
 _ORDERINGS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -32,81 +34,12 @@ _COMPARISON = re.compile(r"([^()=<>!&|\s][^()=<>]*?)\s*(>=|<=|=|>|<)([^()]*)")
 _ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
 
 
-class BadConstraint(MlgError):
-    """The constraint does not have the form (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
-
-    permanent = True
-
-
-class Constraint(Protocol):
-    """What a node requires of another node's properties."""
-
-    def matches(self, properties: Mapping[str, Any]) -> bool:
-        """Return whether the properties satisfy the constraint."""
-
-
-@dataclass(frozen=True)
-class _All:
-    parts: tuple[Constraint, ...]
-
-    def matches(self, properties: Mapping[str, Any]) -> bool:
-        return all(part.matches(properties) for part in self.parts)
-
-
-@dataclass(frozen=True)
-class _Any:
-    parts: tuple[Constraint, ...]
-
-    def matches(self, properties: Mapping[str, Any]) -> bool:
-        return any(part.matches(properties) for part in self.parts)
-
-
-@dataclass(frozen=True)
-class _Not:
-    part: Constraint
-
-    def matches(self, properties: Mapping[str, Any]) -> bool:
-        return not self.part.matches(properties)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    key: str
-    symbol: str
-    value: str
-
-    def matches(self, properties: Mapping[str, Any]) -> bool:
-        if self.key not in properties:
-            return False
-        actual = properties[self.key]
-        items = actual if isinstance(actual, list | tuple) else [actual]
-        if self.symbol == "=" and self.value == "*":
-            return True
-        return any(self._matches_item(item) for item in items)
-
-    def _matches_item(self, item: object) -> bool:
-        text = _text(item)
-        if self.symbol == "=" and "*" in self.value:
-            pieces = (re.escape(_unescape(piece)) for piece in self.value.split("*"))
-            return re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
-        value = _unescape(self.value)
-        wanted, given = _number(value), None if isinstance(item, bool) else _number(text)
-        if self.symbol == "=":
-            return text == value or (wanted is not None and wanted == given)
-        if wanted is not None and given is not None:
-            return _ORDERINGS[self.symbol](given, wanted)
-        return _ORDERINGS[self.symbol](text, value)
-
-
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Constraint:
-    """Parse a constraint. An empty one is always satisfied.
-
-    :raises BadConstraint: with the position of the error.
-    """
+    """Parse a constraint. An empty one is always satisfied. :raises ApiError: with the position of the error."""
     parser = _Parser(text)
     if parser.is_at_end():
-        return _All(())
+        return lambda properties: True
     constraint = parser.group(0)
     if not parser.is_at_end():
         raise parser.error("there is more after the last bracket")
@@ -122,43 +55,49 @@ class _Parser:
         self._skip_space()
         return self._position >= len(self._text)
 
-    def error(self, what: str) -> BadConstraint:
+    def error(self, what: str) -> ApiError:
         near = self._text[self._position : self._position + 20]
         location = f"at character {self._position + 1}, before {near!r}" if near else "at its end"
-        return BadConstraint(f"The constraint is wrong {location}: {what}.")
+        return ApiError(f"The constraint is wrong {location}: {what}.")
 
     def group(self, depth: int) -> Constraint:
         if depth > MAX_DEPTH:
             raise self.error(f"it is nested deeper than {MAX_DEPTH} brackets")
         self._expect("(")
         symbol = self._peek()
-        constraint: Constraint
-        if symbol == ")":
-            constraint = _All(())
+        parts: list[Constraint] = []
+        if symbol == "!":
+            self._position += 1
+            parts = [self.group(depth + 1)]
         elif symbol in ("&", "|"):
             self._position += 1
-            parts = []
             while self._peek() == "(":
                 parts.append(self.group(depth + 1))
-            constraint = _All(tuple(parts)) if symbol == "&" else _Any(tuple(parts))
-        elif symbol == "!":
-            self._position += 1
-            constraint = _Not(self.group(depth + 1))
-        else:
-            constraint = self._comparison()
+        elif symbol != ")":
+            parts = [self._comparison()]
         self._expect(")")
-        return constraint
+        if symbol == "!":
+            return lambda properties: not parts[0](properties)
+        combine = any if symbol == "|" else all
+        return lambda properties: combine(part(properties) for part in parts)
 
     def _comparison(self) -> Constraint:
         found = _COMPARISON.match(self._text, self._position)
         if found is None:
             raise self.error("a comparison such as golem.inf.mem.gib>=1 was expected")
+        self._position = found.end()
         key, symbol, value = found[1], found[2], found[3].strip()
         if not value:
-            self._position = found.end()
             raise self.error(f"there is nothing to compare {key} with")
-        self._position = found.end()
-        return _Comparison(key, symbol, value)
+
+        def compare(properties: Mapping[str, Any]) -> bool:
+            if key not in properties:
+                return False
+            given = properties[key]
+            items = given if isinstance(given, list | tuple) else [given]
+            return (symbol, value) == ("=", "*") or any(_matches_item(item, symbol, value) for item in items)
+
+        return compare
 
     def _expect(self, symbol: str) -> None:
         if self._peek() != symbol:
@@ -174,10 +113,18 @@ class _Parser:
             self._position += 1
 
 
-def _text(item: object) -> str:
-    if isinstance(item, bool):
-        return "true" if item else "false"
-    return str(item)
+def _matches_item(item: object, symbol: str, wanted: str) -> bool:
+    text = str(item).lower() if isinstance(item, bool) else str(item)
+    if symbol == "=" and "*" in wanted:
+        pieces = (re.escape(_unescape(piece)) for piece in wanted.split("*"))
+        return re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
+    wanted = _unescape(wanted)
+    wanted_number, number = _number(wanted), None if isinstance(item, bool) else _number(text)
+    if symbol == "=":
+        return text == wanted or (wanted_number is not None and wanted_number == number)
+    if wanted_number is not None and number is not None:
+        return _ORDERINGS[symbol](number, wanted_number)
+    return _ORDERINGS[symbol](text, wanted)
 
 
 def _unescape(value: str) -> str:

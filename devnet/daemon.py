@@ -22,11 +22,11 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from devnet.api.activities import ActivityRoutes
+from devnet.api.activities import activity_routes
 from devnet.api.application import CallJournal, make_application
-from devnet.api.market import MarketRoutes
-from devnet.api.payments import PaymentRoutes
-from devnet.gftp import remove_dead_servers, write_program
+from devnet.api.market import market_routes
+from devnet.api.payments import payment_routes
+from devnet.gftp import REQUESTOR_ID, remove_dead_servers, write_program
 from devnet.market import MarketService
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
@@ -34,15 +34,9 @@ from devnet.provider.agent import Provider
 from devnet.scenario import FaultSchedule, Scenario
 from devnet.state import StateStore
 
-#: The requestor's node id.
-REQUESTOR_ID = "0x" + "de" * 20
 HOST = "127.0.0.1"
 #: Longest temporary folder for the providers' sockets, whose paths are limited to about 100 bytes.
 _MAX_FOLDER_LENGTH = 40
-
-
-def _discard(line: str) -> None:
-    pass
 
 
 class Devnet:
@@ -64,25 +58,23 @@ class Devnet:
         folder: Path,
         home: Path | None = None,
         port: int = 0,
-        app_key: str | None = None,
         state: Path | None = None,
         journal: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        report: Callable[[str], None] = _discard,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.scenario = scenario
-        self.app_key = app_key or secrets.token_hex(16)
+        self.app_key = secrets.token_hex(16)
         self.port = port
         self.journal = CallJournal(journal)
         self.faults = FaultSchedule.from_scenario(scenario)
         self.market: MarketService
         self.payment: PaymentService
         self.activities: Activities
-        self.providers: dict[str, Provider] = {}
         self._home = home
         self._extra_environment = dict(environment or {})
-        self._folder = folder
-        self._state = StateStore(state)
+        self._bin, self._exchange = folder.absolute() / "bin", folder.absolute() / "exchange"
+        self._state = StateStore(state, self._snapshot)
         self._report = report
         self._activities_folder: Path | None = None
         self._runner: web.AppRunner | None = None
@@ -113,16 +105,8 @@ class Devnet:
             "PATH": os.pathsep.join((str(self._bin), os.environ.get("PATH", os.defpath))),
         }
 
-    @property
-    def is_running(self) -> bool:
-        """Return whether the daemon is running."""
-        return self._runner is not None
-
     async def start(self) -> None:
-        """Start the daemon with the saved state.
-
-        :raises OSError: the port is in use.
-        """
+        """Start the daemon with the saved state. :raises OSError: the port is in use."""
         saved = self._state.load()
         if saved is not None:
             # The variables of requestors of the previous daemon stay valid.
@@ -133,11 +117,11 @@ class Devnet:
             self.payment.load(saved["payment"])
             for agreement in self.market.agreements.values():
                 self.activities.restore(agreement)
-        self._state.attach(self._snapshot)
+        self._state.open()
         routes = [
-            *MarketRoutes(self.market, self.providers).routes(),
-            *PaymentRoutes(self.payment, self.market, self.providers, self._report).routes(),
-            *ActivityRoutes(self.activities, self.market, self.providers).routes(),
+            *market_routes(self.market),
+            *payment_routes(self.payment, self.market, self._report),
+            *activity_routes(self.activities, self.market),
         ]
         app = make_application(
             routes, identity=REQUESTOR_ID, app_key=self.app_key, journal=self.journal, faults=self.faults
@@ -154,7 +138,7 @@ class Devnet:
             raise
         self._runner = runner
         self.port = runner.addresses[0][1]
-        for provider in self.providers.values():
+        for provider in self.market.providers.values():
             provider.start()
 
     async def stop(self) -> None:
@@ -162,11 +146,10 @@ class Devnet:
         if self._runner is None:
             return
         self.activities.record_usage()
-        self._state.save()
-        self._state.detach()
+        self._state.close()
         runner, self._runner = self._runner, None
         await runner.cleanup()
-        for provider in self.providers.values():
+        for provider in self.market.providers.values():
             await provider.close()
         await self.activities.close()
 
@@ -180,28 +163,28 @@ class Devnet:
             self._activities_folder = None
 
     def _create_services(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._exchange.parent.mkdir(parents=True, exist_ok=True)
         self._exchange.mkdir(mode=0o700, exist_ok=True)
-        write_program(self._bin, self._exchange, node_id=REQUESTOR_ID)
+        write_program(self._bin, self._exchange)
         if self._activities_folder is None:
             base = tempfile.gettempdir()
             self._activities_folder = Path(
                 tempfile.mkdtemp(prefix="mlg-dn-", dir=base if len(base) < _MAX_FOLDER_LENGTH else "/tmp")
             )
-        schedule_save = self._state.schedule_save
-        self.market = MarketService(requestor_id=REQUESTOR_ID, on_change=schedule_save)
-        self.payment = PaymentService(requestor_id=REQUESTOR_ID, funds=self.scenario.funds, on_change=schedule_save)
+        self.market = MarketService(requestor_id=REQUESTOR_ID, on_change=self._state.changed)
+        self.payment = PaymentService(
+            requestor_id=REQUESTOR_ID, funds=self.scenario.funds, on_change=self._state.changed
+        )
         self.activities = Activities(
             folder=self._activities_folder,
             exchange=self._exchange,
             faults=self.faults,
             environment={**_environment(self._home), **self._extra_environment},
-            on_change=schedule_save,
+            on_change=self._state.changed,
         )
-        self.providers.clear()
         cores = 0
         for plan in self.scenario.providers:
-            self.providers[plan.node_id] = Provider(
+            self.market.providers[plan.node_id] = Provider(
                 plan,
                 scenario=self.scenario,
                 market=self.market,
@@ -220,14 +203,6 @@ class Devnet:
             "market": self.market.dump(),
             "payment": self.payment.dump(),
         }
-
-    @property
-    def _bin(self) -> Path:
-        return self._folder.absolute() / "bin"
-
-    @property
-    def _exchange(self) -> Path:
-        return self._folder.absolute() / "exchange"
 
 
 def _assign_cpus(offset: int, cores: int) -> frozenset[int]:

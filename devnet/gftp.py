@@ -21,15 +21,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 #: From version 0.7.3 on, yapapi closes URLs after use.
 VERSION = "0.17.3 (devnet)"
-#: The default publisher in URLs; it is not needed to find a file.
-NODE_ID = "0x" + "de" * 20
+#: The requestor's node id: the publisher in URLs, not needed to find a file.
+REQUESTOR_ID = "0x" + "de" * 20
 
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")
 _LOCK = "lock"
@@ -41,12 +39,7 @@ class TransferFailed(Exception):
     """A file could not be copied."""
 
 
-class UnknownUrl(TransferFailed):
-    """Nothing is published under this URL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedFile:
+class PublishedFile(NamedTuple):
     """A file of the requestor that has a URL."""
 
     file: Path
@@ -55,56 +48,45 @@ class PublishedFile:
 
 
 def resolve_url(exchange: Path, url: str) -> PublishedFile:
-    """Look up a URL. :raises UnknownUrl: it is not a gftp URL, was closed, or was never published."""
+    """Look up a URL. :raises TransferFailed: it is not a gftp URL, was closed, or was never published."""
     name = _entry_name(url)
     if not name:
-        raise UnknownUrl(f"{url} is not a gftp URL, and no other kind is supported.")
+        raise TransferFailed(f"{url} is not a gftp URL, and no other kind is supported.")
     for folder in _folders(exchange):
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((folder / name).read_text())
-            published = PublishedFile(file=Path(entry["file"]), is_target=entry["is_target"])
+            published = PublishedFile(Path(entry["file"]), entry["is_target"])
             # Another server may have published the same content, and its file may still exist.
             if published.is_target or published.file.exists():
                 return published
-    raise UnknownUrl(f"Nothing is published at {url}")
+    raise TransferFailed(f"Nothing is published at {url}")
 
 
 def fetch(exchange: Path, url: str, target: Path) -> int:
-    """Copy a published file of the requestor to `target`.
-
-    :return: its size in bytes.
-    :raises TransferFailed: the URL is unknown or not for reading, or copying failed.
-    """
+    """Copy a published file of the requestor to `target`. :return: its bytes. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if published.is_target:
         raise TransferFailed(f"There is no file to read at {url}")
-    try:
-        return copy_file(published.file, target)
-    except OSError as error:
-        raise TransferFailed(f"{url} cannot be fetched: {error.strerror or error}") from error
+    return _transfer(published.file, target, f"{url} cannot be fetched")
 
 
 def deliver(exchange: Path, source: Path, url: str) -> int:
-    """Copy `source` to the file of the requestor that waits for it.
-
-    :return: its size in bytes.
-    :raises TransferFailed: the URL is unknown or not for writing, or copying failed.
-    """
+    """Copy `source` to a file that the requestor waits for. :return: its bytes. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if not published.is_target:
         raise TransferFailed(f"No file is expected at {url}")
+    return _transfer(source, published.file, f"{source.name} cannot be delivered")
+
+
+def _transfer(source: Path, target: Path, failure: str) -> int:
     try:
-        return copy_file(source, published.file)
+        return copy_file(source, target)
     except OSError as error:
-        raise TransferFailed(f"{source.name} cannot be delivered: {error.strerror or error}") from error
+        raise TransferFailed(f"{failure}: {error.strerror or error}") from error
 
 
 def copy_file(source: Path, target: Path) -> int:
-    """Copy a file atomically; blocks of zeros become holes.
-
-    :return: its size in bytes.
-    :raises OSError: a file cannot be read or written; the target is unchanged.
-    """
+    """Copy a file atomically; blocks of zeros become holes. :return: its bytes."""
     part = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.part")
     try:
         with source.open("rb") as reader, part.open("xb") as writer:
@@ -122,15 +104,11 @@ def copy_file(source: Path, target: Path) -> int:
     return size
 
 
-def write_program(bin_folder: Path, exchange: Path, *, node_id: str = NODE_ID) -> Path:
-    """Write an executable script `gftp` that runs this file with this Python, independent of the environment.
-
-    :param node_id: publisher in the URLs.
-    :return: the script's path; its folder belongs on the PATH of the requestor.
-    """
+def write_program(bin_folder: Path, exchange: Path) -> Path:
+    """Write a script `gftp` that runs this file with this Python, whatever the environment. :return: its path."""
     bin_folder.mkdir(parents=True, exist_ok=True)
     # Without site-packages (-S), Python starts in half the time.
-    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(exchange.absolute()), node_id]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(exchange.absolute())]
     program = bin_folder / "gftp"
     part = bin_folder / f".gftp.{os.urandom(6).hex()}"
     part.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
@@ -188,8 +166,8 @@ class _RpcError(Exception):
 class _GftpServer:
     """A server. It publishes in its own folder, so that no other server can close its URLs."""
 
-    def __init__(self, exchange: Path, node_id: str) -> None:
-        self._exchange, self._node_id = exchange, node_id
+    def __init__(self, exchange: Path) -> None:
+        self._exchange = exchange
         self._folder = exchange / f"server-{os.urandom(6).hex()}"
         self.is_shut_down = False
 
@@ -277,7 +255,7 @@ class _GftpServer:
         part = self._folder / f"{name}.part"
         part.write_text(json.dumps({"file": str(Path(file).absolute()), "is_target": is_target}))
         part.replace(self._folder / name)
-        return f"gftp://{self._node_id}/{name}"
+        return f"gftp://{REQUESTOR_ID}/{name}"
 
 
 def _digest(file: Path) -> str:
@@ -290,11 +268,11 @@ def _error_response(number: object, code: int, message: str) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": message[:1000]}}
 
 
-def _serve(exchange: Path, node_id: str) -> None:
+def _serve(exchange: Path) -> None:
     # Ctrl-C reaches the whole process group of the requestor, which still has to close its files.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    server = _GftpServer(exchange, node_id)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    server = _GftpServer(exchange)
     with server.published_folder(), contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
             response = server.handle(line) if line.strip() else None
@@ -305,18 +283,11 @@ def _serve(exchange: Path, node_id: str) -> None:
                 break
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
 def main(arguments: list[str]) -> int:
-    """Run the program.
-
-    :param arguments: the exchange and the node id, which the script adds, then the caller's arguments.
-    """
-    exchange, node_id, *rest = arguments
+    """Run the program with the exchange, which the script adds, and the caller's arguments."""
+    exchange, *rest = arguments
     if rest == ["server"]:
-        _serve(Path(exchange), node_id)
+        _serve(Path(exchange))
         return 0
     sys.stderr.write("usage: gftp server\n\nAnswers JSON-RPC, one message per line, until its standard input ends.\n")
     return 2

@@ -6,31 +6,21 @@ An invalid call raises an `ApiError` with the status of the published API descri
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from devnet.agreements import AgreementListener, Agreements
-from devnet.constraints import BadConstraint, parse
+from devnet.agreements import Agreements
+from devnet.constraints import parse
 from devnet.errors import ApiError, Conflict, Gone, NotFound
-from devnet.records import Agreement, Demand, Proposal, from_row, to_row
-from devnet.timing import ChangeNotifier, Clock, MonotonicTimestamps, format_time, utc_now
+from devnet.records import Agreement, Demand, Proposal, from_rows, to_rows
+from devnet.timing import ChangeNotifier, format_time, utc_now
+
+if TYPE_CHECKING:
+    from devnet.provider.agent import Provider
 
 #: Number of closed demands whose ids are kept, so that closing them again is answered with 410 and not 404.
 MAX_CLOSED_DEMANDS = 200
-
-
-class ProviderListener(AgreementListener, Protocol):
-    """What the market reports to a provider. The methods must return at once: the requestor's call waits for them."""
-
-    node_id: str
-
-    def demand_opened(self, demand: Demand) -> None:
-        """Handle a new demand."""
-
-    def proposal_countered(self, proposal: Proposal) -> None:
-        """Handle the requestor's counter-proposal to one of the provider's proposals."""
 
 
 class MarketService:
@@ -39,14 +29,13 @@ class MarketService:
     :param on_change: called after every change of the state that is kept over a restart.
     """
 
-    def __init__(self, *, requestor_id: str, clock: Clock = utc_now, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, requestor_id: str, on_change: Callable[[], None]) -> None:
         self.demands: dict[str, Demand] = {}
         self.proposals: dict[str, Proposal] = {}
-        self.providers: dict[str, ProviderListener] = {}
-        self.agreements = Agreements(providers=self.providers, clock=clock, on_change=on_change)
+        #: Node id -> provider. They hear of what happens in the requestor's call, so they return at once.
+        self.providers: dict[str, Provider] = {}
+        self.agreements = Agreements(providers=self.providers, on_change=on_change)
         self._requestor_id = requestor_id
-        self._clock = clock
-        self._timestamps = MonotonicTimestamps(clock)
         self._on_change = on_change
         self._notifier = ChangeNotifier()
 
@@ -54,13 +43,11 @@ class MarketService:
 
     def subscribe(self, properties: Mapping[str, Any], constraints: str) -> Demand:
         """Open a demand. :raises ApiError: the constraints or the expiration are invalid."""
-        _check_constraints(constraints)
+        parse(constraints)
         demand = Demand(
-            demand_id=secrets.token_hex(16),
             requestor_id=self._requestor_id,
             properties=dict(properties),
             constraints=constraints,
-            created_at=self._clock(),
             expires_at=expiration(properties),
         )
         self.demands[demand.demand_id] = demand
@@ -93,13 +80,10 @@ class MarketService:
         return demand
 
     async def poll(self, demand_id: str, seconds: float, max_items: int) -> list[dict[str, Any]]:
-        """Remove and return the events of a demand; wait if there are none.
-
-        :param seconds: how long to wait.
-        """
+        """Remove and return the events of a demand; wait for so many seconds if there are none."""
         demand = self.find_open_demand(demand_id)
         if demand.expires_at is not None:
-            seconds = min(seconds, max(0.0, (demand.expires_at - self._clock()).total_seconds()))
+            seconds = min(seconds, max(0.0, (demand.expires_at - utc_now()).total_seconds()))
         await self._notifier.wait_until(lambda: bool(demand.events) or not demand.is_open, seconds)
         self.find_open_demand(demand_id)
         events = demand.events[:max_items]
@@ -110,53 +94,27 @@ class MarketService:
 
     # Negotiation
 
-    def propose(
-        self,
-        demand: Demand,
-        *,
-        issuer_id: str,
-        offer_id: str,
-        properties: Mapping[str, Any],
-        constraints: str,
-        previous_id: str | None = None,
-    ) -> Proposal:
-        """Send a provider's proposal to the requestor.
-
-        :param previous_id: the requestor's counter-proposal that it answers; an initial proposal if None.
-        """
-        proposal = Proposal(
-            proposal_id=f"R-{secrets.token_hex(16)}",
-            issuer_id=issuer_id,
-            demand_id=demand.demand_id,
-            offer_id=offer_id,
-            state="Initial" if previous_id is None else "Draft",
-            properties=dict(properties),
-            constraints=constraints,
-            created_at=self._clock(),
-            previous_id=previous_id,
-        )
+    def propose(self, proposal: Proposal) -> None:
+        """Send a provider's proposal to the requestor."""
         self.proposals[proposal.proposal_id] = proposal
-        event = {"eventType": "ProposalEvent", "eventDate": format_time(self._timestamps.next())}
-        demand.events.append({**event, "proposal": proposal.to_api()})
+        event = {"eventType": "ProposalEvent", "eventDate": format_time(utc_now()), "proposal": proposal.to_api()}
+        self.demands[proposal.demand_id].events.append(event)
         self._changed()
-        return proposal
 
     def counter(self, demand_id: str, proposal_id: str, properties: Mapping[str, Any], constraints: str) -> Proposal:
         """Answer a provider's proposal with a counter-proposal of the requestor."""
         received = self.proposal(demand_id, proposal_id)
         if received.state == "Rejected":
             raise Gone(f"The proposal {proposal_id} was rejected.")
-        _check_constraints(constraints)
+        parse(constraints)
         expiration(properties)
         proposal = Proposal(
-            proposal_id=f"R-{secrets.token_hex(16)}",
             issuer_id=self._requestor_id,
             demand_id=demand_id,
             offer_id=received.offer_id,
             state="Draft",
             properties=dict(properties),
             constraints=constraints,
-            created_at=self._clock(),
             previous_id=proposal_id,
         )
         self.proposals[proposal.proposal_id] = proposal
@@ -183,10 +141,7 @@ class MarketService:
         return proposal
 
     def create_agreement(self, proposal_id: str, valid_to: datetime) -> Agreement:
-        """Make an agreement from a provider's draft proposal.
-
-        :raises Conflict: the proposal was not negotiated.
-        """
+        """Make an agreement from a provider's draft proposal. :raises Conflict: the proposal was not negotiated."""
         self._expire()
         draft = self.proposals.get(proposal_id)
         if draft is None or draft.issuer_id == self._requestor_id:
@@ -206,15 +161,15 @@ class MarketService:
     def dump(self) -> dict[str, Any]:
         """Return the state as JSON values."""
         return {
-            "demands": [to_row(each) for each in self.demands.values()],
-            "proposals": [to_row(each) for each in self.proposals.values()],
+            "demands": to_rows(self.demands),
+            "proposals": to_rows(self.proposals),
             **self.agreements.dump(),
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
         """Restore the state from the result of `dump`."""
-        self.demands = {each["demand_id"]: from_row(Demand, each) for each in dumped["demands"]}
-        self.proposals = {each["proposal_id"]: from_row(Proposal, each) for each in dumped["proposals"]}
+        self.demands = from_rows(Demand, dumped["demands"])
+        self.proposals = from_rows(Proposal, dumped["proposals"])
         self.agreements.load(dumped)
 
     # Changes
@@ -233,7 +188,7 @@ class MarketService:
             del self.demands[demand_id]
 
     def _expire(self) -> None:
-        now = self._clock()
+        now = utc_now()
         expired = [
             each for each in self.demands.values() if each.is_open and each.expires_at and each.expires_at <= now
         ]
@@ -241,13 +196,6 @@ class MarketService:
             self._close(demand)
         if expired:
             self._changed()
-
-
-def _check_constraints(text: str) -> None:
-    try:
-        parse(text)
-    except BadConstraint as error:
-        raise ApiError(error.reason) from error
 
 
 def expiration(properties: Mapping[str, Any]) -> datetime | None:

@@ -1,31 +1,45 @@
 """The records of market and payments, and their conversion to and from JSON.
 
-Only `market.py`, `agreements.py`, `payments.py`, `wallet.py` and the provider of an agreement change them. `to_api()`
-returns a record as the API shows it, `to_row` and `from_row` as the state file keeps it.
+A new record gets a random id and the current time. Only `market.py`, `agreements.py`, `payments.py`, `wallet.py` and
+the provider of an agreement change records. `to_api()` returns one as the API shows it; `to_rows` and `from_rows` are
+for the state file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import secrets
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from devnet.timing import format_time, parse_time
+from devnet.timing import format_time, parse_time, utc_now
 
 _Record = TypeVar("_Record")
+
+#: Names of fields in the API that are not merely written in another way.
+_API_NAMES = {
+    "created_at": "timestamp",
+    "approved_at": "approvedDate",
+    "due_at": "paymentDueDate",
+    "session_id": "appSessionId",
+    "platform": "paymentPlatform",
+    "payer_address": "payerAddr",
+}
 
 
 @dataclass(kw_only=True)
 class Demand:
     """A requestor's demand on the market."""
 
-    demand_id: str
+    demand_id: str = field(default_factory=lambda: secrets.token_hex(16))
     requestor_id: str
     properties: dict[str, Any]
     constraints: str
-    created_at: datetime
+    created_at: datetime = field(default_factory=utc_now)
     #: From golem.srv.comp.expiration; None if it is not set.
     expires_at: datetime | None
     is_open: bool = True
@@ -34,20 +48,14 @@ class Demand:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        return {
-            "demandId": self.demand_id,
-            "requestorId": self.requestor_id,
-            "timestamp": format_time(self.created_at),
-            "properties": self.properties,
-            "constraints": self.constraints,
-        }
+        return _api_fields(self, "demand_id", "requestor_id", "created_at", "properties", "constraints")
 
 
 @dataclass(kw_only=True)
 class Proposal:
     """A proposal of either side in a negotiation."""
 
-    proposal_id: str
+    proposal_id: str = field(default_factory=lambda: f"R-{secrets.token_hex(16)}")
     issuer_id: str
     demand_id: str
     offer_id: str
@@ -55,19 +63,12 @@ class Proposal:
     state: str
     properties: dict[str, Any]
     constraints: str
-    created_at: datetime
+    created_at: datetime = field(default_factory=utc_now)
     previous_id: str | None = None
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        data = {
-            "proposalId": self.proposal_id,
-            "issuerId": self.issuer_id,
-            "state": self.state,
-            "timestamp": format_time(self.created_at),
-            "properties": self.properties,
-            "constraints": self.constraints,
-        }
+        data = _api_fields(self, "proposal_id", "issuer_id", "state", "created_at", "properties", "constraints")
         return data if self.previous_id is None else {**data, "prevProposalId": self.previous_id}
 
 
@@ -75,7 +76,7 @@ class Proposal:
 class Agreement:
     """An agreement between the requestor and a provider."""
 
-    agreement_id: str
+    agreement_id: str = field(default_factory=lambda: secrets.token_hex(32))
     proposal_id: str
     provider_id: str
     #: Both sides, in the API's form.
@@ -84,7 +85,7 @@ class Agreement:
     valid_to: datetime
     #: Proposal, Pending, Cancelled, Rejected, Approved, Expired or Terminated.
     state: str
-    created_at: datetime
+    created_at: datetime = field(default_factory=utc_now)
     approved_at: datetime | None = None
     session_id: str | None = None
     #: Which side ended it, and why.
@@ -92,6 +93,8 @@ class Agreement:
     reason: dict[str, Any] | None = None
     #: Activity id -> its usage counters, as last read.
     usage: dict[str, list[float]] = field(default_factory=dict)
+    #: Factor of the fault overbill.
+    price_factor: float = 1.0
     #: The provider has sent its invoice, or never will.
     is_billed: bool = False
 
@@ -102,44 +105,26 @@ class Agreement:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        data = {
-            "agreementId": self.agreement_id,
-            "demand": self.demand,
-            "offer": self.offer,
-            "validTo": format_time(self.valid_to),
-            "state": self.state,
-            "timestamp": format_time(self.created_at),
-        }
-        if self.approved_at is not None:
-            data["approvedDate"] = format_time(self.approved_at)
-        if self.session_id is not None:
-            data["appSessionId"] = self.session_id
-        return data
+        names = ("agreement_id", "demand", "offer", "valid_to", "state", "created_at", "approved_at", "session_id")
+        return _api_fields(self, *names)
 
     def to_api_summary(self) -> dict[str, Any]:
         """Return the agreement as the API's list of agreements shows it."""
-        created = format_time(self.created_at)
-        approved = None if self.approved_at is None else format_time(self.approved_at)
+        data = _api_fields(self, "created_at", "approved_at")
         # The published description has two names for these times, and requires those of one set.
-        data = {
-            "id": self.agreement_id,
-            "timestamp": created,
-            "creationTs": created,
-            "approveTs": approved,
-            "role": "Requestor",
-        }
-        return data if approved is None else {**data, "approvedDate": approved}
+        more = {"creationTs": data["timestamp"], "approveTs": data.get("approvedDate")}
+        return {"id": self.agreement_id, "role": "Requestor", **data, **more}
 
 
 @dataclass(kw_only=True)
 class Allocation:
     """Money reserved for some work."""
 
-    allocation_id: str
+    allocation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     address: str
     platform: str
     total: Decimal
-    created_at: datetime
+    created_at: datetime = field(default_factory=utc_now)
     #: Other fields of the requestor's request, returned unchanged.
     extra: dict[str, Any] = field(default_factory=dict)
     spent: Decimal = Decimal(0)
@@ -152,24 +137,16 @@ class Allocation:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        return {
-            **self.extra,
-            "allocationId": self.allocation_id,
-            "address": self.address,
-            "paymentPlatform": self.platform,
-            "totalAmount": format_amount(self.total),
-            "spentAmount": format_amount(self.spent),
-            "remainingAmount": format_amount(self.remaining),
-            "timestamp": format_time(self.created_at),
-            "makeDeposit": False,
-        }
+        amounts = {f"{name}Amount": format_amount(getattr(self, name)) for name in ("total", "spent", "remaining")}
+        data = _api_fields(self, "allocation_id", "address", "platform", "created_at")
+        return {**self.extra, **data, **amounts, "makeDeposit": False}
 
 
 @dataclass(kw_only=True)
 class Bill:
     """An invoice, or a debit note if `usage` is set."""
 
-    bill_id: str
+    bill_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     issuer_id: str
     recipient_id: str
     payer_address: str
@@ -178,7 +155,7 @@ class Bill:
     #: All activities of the agreement for an invoice; exactly one for a debit note.
     activity_ids: list[str]
     amount: Decimal
-    created_at: datetime
+    created_at: datetime = field(default_factory=utc_now)
     due_at: datetime | None
     status: str = "RECEIVED"
     #: Usage counters and the previous debit note of the activity; debit notes only.
@@ -187,34 +164,15 @@ class Bill:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        data: dict[str, Any] = {
-            "issuerId": self.issuer_id,
-            "recipientId": self.recipient_id,
-            "payeeAddr": self.issuer_id,
-            "payerAddr": self.payer_address,
-            "paymentPlatform": self.platform,
-            "timestamp": format_time(self.created_at),
-            "agreementId": self.agreement_id,
-            "status": self.status,
-        }
-        if self.due_at is not None:
-            data["paymentDueDate"] = format_time(self.due_at)
+        names = ("issuer_id", "recipient_id", "payer_address", "platform", "created_at", "agreement_id", "status")
+        data = {**_api_fields(self, *names, "due_at"), "payeeAddr": self.issuer_id}
+        amount = format_amount(self.amount)
         if self.usage is None:
-            return {
-                **data,
-                "invoiceId": self.bill_id,
-                "activityIds": self.activity_ids,
-                "amount": format_amount(self.amount),
-            }
+            return {**data, "invoiceId": self.bill_id, "activityIds": self.activity_ids, "amount": amount}
         if self.previous_id is not None:
             data["previousDebitNoteId"] = self.previous_id
-        return {
-            **data,
-            "debitNoteId": self.bill_id,
-            "activityId": self.activity_ids[0],
-            "totalAmountDue": format_amount(self.amount),
-            "usageCounterVector": self.usage,
-        }
+        ids = {"debitNoteId": self.bill_id, "activityId": self.activity_ids[0]}
+        return {**data, **ids, "totalAmountDue": amount, "usageCounterVector": self.usage}
 
 
 def format_amount(amount: Decimal) -> str:
@@ -226,22 +184,36 @@ def format_amount(amount: Decimal) -> str:
 # As JSON
 
 
-def to_row(record: Any) -> dict[str, Any]:
-    """Convert a record to JSON values."""
-    row = {each.name: getattr(record, each.name) for each in fields(record)}
-    return {name: _to_json(value) for name, value in row.items()}
+def _api_fields(record: Any, *names: str) -> dict[str, Any]:
+    """Return fields of a record as the API names and formats them, without those that are None."""
+    values = {name: _to_json(getattr(record, name)) for name in names}
+    return {
+        _API_NAMES.get(name) or re.sub(r"_(\w)", lambda found: found[1].upper(), name): value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
-def from_row(kind: type[_Record], row: Mapping[str, Any]) -> _Record:
-    """Make a record from the result of `to_row`."""
-    values = dict(row)
-    for each in fields(kind):  # type: ignore[arg-type]
-        value = values.get(each.name)
-        if isinstance(value, str) and str(each.type).startswith("datetime"):
-            values[each.name] = parse_time(value)
-        elif isinstance(value, str) and each.type == "Decimal":
-            values[each.name] = Decimal(value)
-    return kind(**values)
+def to_rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Convert records, by id, to JSON values."""
+    return [{each.name: _to_json(getattr(record, each.name)) for each in fields(record)} for record in records.values()]
+
+
+def from_rows(kind: type[_Record], rows: Iterable[Mapping[str, Any]]) -> dict[str, _Record]:
+    """Make records, by id, from the result of `to_rows`."""
+    known = fields(kind)  # type: ignore[arg-type]
+    found = {}
+    for row in rows:
+        values = dict(row)
+        for each in known:
+            value = values.get(each.name)
+            if isinstance(value, str) and str(each.type).startswith("datetime"):
+                values[each.name] = parse_time(value)
+            elif isinstance(value, str) and each.type == "Decimal":
+                values[each.name] = Decimal(value)
+        # The id is the first field.
+        found[values[known[0].name]] = kind(**values)
+    return found
 
 
 def _to_json(value: Any) -> Any:

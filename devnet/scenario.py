@@ -22,11 +22,11 @@ import hashlib
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from provider_image.errors import ConfigError
 
@@ -93,10 +93,7 @@ class Fault:
 
 
 class FaultSchedule:
-    """Decides when each fault occurs, by counting its occasions.
-
-    :param faults: name of a provider, or DAEMON -> its faults.
-    """
+    """Decides when each fault of a provider or of DAEMON occurs, by counting its occasions."""
 
     def __init__(self, faults: Mapping[str, Sequence[Fault]]) -> None:
         self._faults = {owner: tuple(some) for owner, some in faults.items()}
@@ -174,7 +171,7 @@ class ProviderPlan:
 class Scenario:
     """The description of a whole devnet."""
 
-    providers: tuple[ProviderPlan, ...]
+    providers: tuple[ProviderPlan, ...] = ()
     #: Faults of the daemon.
     faults: tuple[Fault, ...] = ()
     #: GLM in the requestor's wallet.
@@ -196,10 +193,7 @@ class Scenario:
 
 
 def default_scenario(count: int) -> Scenario:
-    """Make a scenario of providers without faults, with different names and prices.
-
-    :raises ConfigError: `count` is less than 1.
-    """
+    """Make a scenario of at least one provider without faults, with different names and prices."""
     if count < 1:
         raise ConfigError(f"A devnet needs at least 1 provider, not {count}.")
     return Scenario(providers=tuple(_default_plan(number) for number in range(count)))
@@ -219,14 +213,9 @@ def _default_plan(number: int) -> ProviderPlan:
 
 # Scenario files
 
-_Record = TypeVar("_Record", Fault, ProviderPlan, Scenario)
-
 
 def read_scenario(path: Path) -> Scenario:
-    """Read a scenario from a TOML file.
-
-    :raises ConfigError: the file cannot be read, or has an unknown key or an invalid value.
-    """
+    """Read a scenario from a TOML file. :raises ConfigError: it has an unknown key or an invalid value."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (OSError, UnicodeDecodeError) as error:
@@ -234,55 +223,38 @@ def read_scenario(path: Path) -> Scenario:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The scenario {path} is not TOML: {error}") from error
     try:
-        _check_keys(Scenario, document, "")
-        providers = tuple(
-            _make_record(ProviderPlan, {**table, "faults": _faults(table.get("faults", []), key_path)}, key_path)
-            for key_path, table in _tables(document.get("providers", []), "providers")
-        )
-        if not providers:
+        scenario: Scenario = _record(Scenario, document, "")
+        if not scenario.providers:
             raise ConfigError("there are no [[providers]].")
-        return _make_record(
-            Scenario, {**document, "providers": providers, "faults": _faults(document.get("faults", []), "")}, ""
-        )
     except ConfigError as error:
         raise ConfigError(f"The scenario {path}: {error.reason}") from error
+    return scenario
 
 
-def _faults(tables: object, key_path: str) -> tuple[Fault, ...]:
-    prefix = f"{key_path}.faults" if key_path else "faults"
-    return tuple(_make_record(Fault, table, full_path) for full_path, table in _tables(tables, prefix))
+def _record(kind: Any, table: Mapping[str, Any], path: str) -> Any:
+    """Make a record from a table; check its keys and the types of its values.
 
-
-def _tables(value: object, key_path: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ConfigError(f"{key_path} must be a list of tables, each under a line [[...]].")
-    return [(f"{key_path}[{number}]", each) for number, each in enumerate(value)]
-
-
-def _make_record(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> _Record:
-    """Make a record from a table; check its keys and the types of its values."""
-    known = _check_keys(kind, table, key_path)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        values[key] = _value(value, known[key], f"{key_path}.{key}" if key_path else key)
-    missing = [name for name in ("kind", "name") if name in known and name not in values]
+    :param path: of the table in the file; empty for the whole file.
+    """
+    types = {field.name: str(field.type) for field in fields(kind)}
+    paths = {key: f"{path}.{key}" if path else key for key in table}
+    for key in table:
+        if key not in types:
+            raise ConfigError(f"{paths[key]}: unknown key.{_suggestion(key, types)}")
+    values = {key: _value(value, types[key], paths[key]) for key, value in table.items()}
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in table]
     if missing:
-        raise ConfigError(f"{key_path}: {missing[0]} is missing.")
+        raise ConfigError(f"{path}: {missing[0]} is missing.")
     return kind(**values)
 
 
-def _check_keys(kind: type[_Record], table: Mapping[str, Any], key_path: str) -> dict[str, str]:
-    """Return the type of each key that a table may have. :raises ConfigError: the table has another key."""
-    known = {field.name: str(field.type) for field in fields(kind)}
-    for key in table:
-        if key not in known:
-            full_path = f"{key_path}.{key}" if key_path else key
-            raise ConfigError(f"{full_path}: unknown key.{_suggestion(key, known)}")
-    return known
-
-
-def _value(value: object, kind: str, full_path: str) -> object:
+def _value(value: object, kind: str, path: str) -> object:
     """Convert a TOML value to the type of the field."""
+    record = {"tuple[Fault, ...]": Fault, "tuple[ProviderPlan, ...]": ProviderPlan}.get(kind)
+    if record is not None:
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            raise ConfigError(f"{path} must be a list of tables, each under a line [[...]].")
+        return tuple(_record(record, each, f"{path}[{number}]") for number, each in enumerate(value))
     is_number = isinstance(value, int | Decimal) and not isinstance(value, bool)
     if kind == "str" and isinstance(value, str):
         return value
@@ -297,10 +269,8 @@ def _value(value: object, kind: str, full_path: str) -> object:
             return number if kind == "Decimal" else float(number)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)
-    if isinstance(value, tuple):
-        return value
     expected = {"str": "a string", "float": "a number", "Decimal": "a number", "tuple[str, ...]": "a list of strings"}
-    raise ConfigError(f"{full_path} must be {expected.get(kind, 'an integer')}, not {value!r}.")
+    raise ConfigError(f"{path} must be {expected.get(kind, 'an integer')}, not {value!r}.")
 
 
 def _check_kinds(faults: Iterable[Fault], known: Mapping[str, str], owner: str) -> None:

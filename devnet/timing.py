@@ -1,16 +1,14 @@
-"""Timestamps and change notification: what long polls are made of.
-
-Timestamps of events strictly increase, because a requestor asks for the events after the last one that it received.
-"""
+"""Timestamps, change notification, and the events that requestors poll for."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Clock = Callable[[], datetime]
+from devnet.errors import ApiError
+
 _Value = TypeVar("_Value")
 
 
@@ -25,10 +23,7 @@ def format_time(timestamp: datetime) -> str:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse a time in ISO 8601; UTC if it has no zone.
-
-    :raises ValueError: the text is not a time.
-    """
+    """Parse a time in ISO 8601; UTC if it has no zone. :raises ValueError: the text is not a time."""
     text = text.strip()
     if "T" in text:
         # In a query string an unescaped + is decoded as a space.
@@ -37,21 +32,12 @@ def parse_time(text: str) -> datetime:
     return timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
 
 
-class MonotonicTimestamps:
-    """Gives every event a unique time, later than those before."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._last = datetime.min.replace(tzinfo=UTC)
-
-    def advance_past(self, timestamp: datetime) -> None:
-        """Continue after a time that was given before a restart."""
-        self._last = max(self._last, timestamp)
-
-    def next(self) -> datetime:
-        """Return the next time: now, or a microsecond after the last."""
-        self._last = max(self._clock(), self._last + timedelta(microseconds=1))
-        return self._last
+def read_time(name: str, value: object) -> datetime:
+    """Parse a time in a call. :raises ApiError: it is not a time."""
+    try:
+        return parse_time(str(value))
+    except ValueError as error:
+        raise ApiError(f"{name} must be a time in ISO 8601, not {value!r}.") from error
 
 
 class ChangeNotifier:
@@ -66,10 +52,7 @@ class ChangeNotifier:
         self._event = asyncio.Event()
 
     async def wait_until(self, condition: Callable[[], _Value], seconds: float | None) -> _Value:
-        """Wait until `condition` returns a true value; return its last value.
-
-        :param seconds: at most; without a limit if None.
-        """
+        """Wait until `condition` is true, at most for so many seconds if any are given; return its last value."""
         try:
             async with asyncio.timeout(seconds):
                 while not (value := condition()):
@@ -77,3 +60,30 @@ class ChangeNotifier:
                 return value
         except TimeoutError:
             return condition()
+
+
+class EventFeed(list[dict[str, Any]]):
+    """Events, oldest first. Their times strictly increase: requestors ask for those after the last that they have."""
+
+    def __init__(self, time_key: str = "eventDate") -> None:
+        super().__init__()
+        self.notifier = ChangeNotifier()
+        self._time_key = time_key
+
+    def add(self, **fields: Any) -> None:
+        """Add an event with the current time, or a microsecond after the last one."""
+        now = utc_now()
+        if self:
+            now = max(now, parse_time(self[-1][self._time_key]) + timedelta(microseconds=1))
+        self.append({self._time_key: format_time(now), **fields})
+        self.notifier.notify()
+
+    async def poll(
+        self, after: datetime | None, seconds: float, max_items: int, is_wanted: Callable[[dict[str, Any]], bool]
+    ) -> list[dict[str, Any]]:
+        """Return the wanted events after a time; wait for so many seconds if there are none."""
+        since = "" if after is None else format_time(after)
+        found = await self.notifier.wait_until(
+            lambda: [each for each in self if each[self._time_key] > since and is_wanted(each)], seconds
+        )
+        return found[:max_items]

@@ -5,41 +5,36 @@ Made by `PaymentService`, which spends from it. All amounts are exact decimals; 
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
-from devnet.records import Allocation, format_amount, from_row, to_row
-from devnet.timing import Clock, parse_time
+from devnet.records import Allocation, format_amount
+from devnet.timing import read_time
 
 #: The payment platforms of the simulated accounts: testnets only.
 PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
 
 
+@dataclass(kw_only=True)
 class Wallet:
-    """All allocations of a devnet.
+    """All allocations of a devnet."""
 
-    :param requestor_id: the owner; also the wallet's address, unless an allocation names another.
-    :param funds: the initial balance, in GLM.
-    :param on_change: called after every change.
-    """
-
-    def __init__(self, *, requestor_id: str, funds: Decimal, clock: Clock, on_change: Callable[[], None]) -> None:
-        self.allocations: dict[str, Allocation] = {}
-        self._requestor_id = requestor_id
-        self._funds = funds
-        self._clock = clock
-        self._changed = on_change
+    #: The owner; also the wallet's address, unless an allocation names another.
+    requestor_id: str
+    #: The initial balance, in GLM.
+    funds: Decimal
+    on_change: Callable[[], None]
+    allocations: dict[str, Allocation] = field(default_factory=dict)
 
     @property
     def free_funds(self) -> Decimal:
         """Return what is neither spent nor allocated."""
         spent = sum((each.spent for each in self.allocations.values()), Decimal(0))
         reserved = (each.remaining for each in self.allocations.values() if not each.is_released)
-        return self._funds - spent - sum(reserved, Decimal(0))
+        return self.funds - spent - sum(reserved, Decimal(0))
 
     def allocate(self, body: Mapping[str, Any]) -> Allocation:
         """Allocate an amount. :raises ApiError: the body is invalid, or the funds are not enough."""
@@ -48,26 +43,23 @@ class Wallet:
             raise ApiError(
                 f"Not enough funds. Free: {format_amount(self.free_funds)} GLM, requested: {format_amount(total)} GLM."
             )
-        timeout = body.get("timeout")
-        if timeout is not None:
-            _require_time(timeout, "timeout")
+        if body.get("timeout") is not None:
+            read_time("timeout", body["timeout"])
         allocation = Allocation(
-            allocation_id=str(uuid.uuid4()),
-            address=str(body.get("address") or self._requestor_id),
+            address=str(body.get("address") or self.requestor_id),
             platform=_platform(body.get("paymentPlatform")),
             total=total,
-            created_at=self._clock(),
             extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
         )
         self.allocations[allocation.allocation_id] = allocation
-        self._changed()
+        self.on_change()
         return allocation
 
-    def find(self, allocation_id: str) -> Allocation:
-        """Return an allocation. :raises NotFound: it does not exist or was released."""
+    def find(self, allocation_id: str, error: type[ApiError] = NotFound) -> Allocation:
+        """Return an allocation. :raises ApiError: it does not exist or was released."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None or allocation.is_released:
-            raise NotFound(f"There is no allocation {allocation_id}.")
+            raise error(f"There is no allocation {allocation_id}.")
         return allocation
 
     def list_active(self) -> list[Allocation]:
@@ -88,13 +80,13 @@ class Wallet:
         if total - allocation.total > self.free_funds:
             raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
         if body.get("timeout") is not None:
-            _require_time(body["timeout"], "timeout")
+            read_time("timeout", body["timeout"])
             allocation.extra["timeout"] = body["timeout"]
         allocation.total = total
-        self._changed()
+        self.on_change()
         return allocation
 
-    def release(self, allocation_id: str) -> None:
+    def release(self, allocation_id: str) -> Allocation:
         """Release the remaining amount of an allocation."""
         allocation = self.allocations.get(allocation_id)
         if allocation is None:
@@ -102,16 +94,14 @@ class Wallet:
         if allocation.is_released:
             raise Gone(f"The allocation {allocation_id} has already been released.")
         allocation.is_released = True
-        self._changed()
+        self.on_change()
+        return allocation
 
     def decorations(self, allocation_ids: Iterable[str]) -> dict[str, Any]:
         """Return the properties and constraints of a demand that is to be paid from these allocations."""
         platforms: dict[str, str] = {}
         for allocation_id in allocation_ids:
-            try:
-                allocation = self.find(allocation_id)
-            except NotFound as error:
-                raise ApiError(str(error)) from error
+            allocation = self.find(allocation_id, ApiError)
             platforms[allocation.platform] = allocation.address
         keys = {f"golem.com.payment.platform.{name}.address": address for name, address in platforms.items()}
         properties = {**keys, "golem.com.payment.protocol.version": "3"}
@@ -128,19 +118,9 @@ class Wallet:
         accounts = []
         for platform in PLATFORMS:
             driver, network, token = platform.split("-")
-            account = {"platform": platform, "address": self._requestor_id, "driver": driver, "network": network}
+            account = {"platform": platform, "address": self.requestor_id, "driver": driver, "network": network}
             accounts.append({**account, "token": token, "send": True, "receive": False})
         return accounts
-
-    # Across restarts
-
-    def dump(self) -> list[dict[str, Any]]:
-        """Return the state as JSON values."""
-        return [to_row(each) for each in self.allocations.values()]
-
-    def load(self, dumped: Iterable[Mapping[str, Any]]) -> None:
-        """Restore the state from the result of `dump`."""
-        self.allocations = {each["allocation_id"]: from_row(Allocation, each) for each in dumped}
 
 
 def parse_amount(value: object, name: str) -> Decimal:
@@ -152,13 +132,6 @@ def parse_amount(value: object, name: str) -> Decimal:
     if not amount.is_finite() or amount < 0:
         raise ApiError(f"{name} must be a decimal number, 0 or more, not {value!r}.")
     return amount
-
-
-def _require_time(value: object, name: str) -> datetime:
-    try:
-        return parse_time(str(value))
-    except ValueError as error:
-        raise ApiError(f"{name} must be a time in ISO 8601, not {value!r}.") from error
 
 
 def _platform(value: object) -> str:

@@ -2,7 +2,7 @@
 
 Called by `scripts/generate_docs` and by `tests/test_docs.py`, which fails when a file is out of date. A generated part
 stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`; everything outside of them is written by
-hand and is left alone. It must not start a server or open a store.
+hand and is left alone. Only the screenshot of README.md needs a server.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import argparse
 import ast
 import functools
 import inspect
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,15 +150,10 @@ def build() -> Mapping[str, Any]:
 def endpoints_part() -> str:
     """Write a table of endpoints for each tag of the API's description."""
     rows: dict[str, list[tuple[str, ...]]] = {}
-    for path, methods in document()["paths"].items():
-        for method in _METHODS:
-            if method in methods:
-                said = methods[method]
-                scopes = [scope for one in said["security"] for scope in one.get("bearer", [])]
-                query = [f"`{one['name']}`" for one in said["parameters"] if one["in"] == "query"]
-                rows.setdefault(said["tags"][0], []).append(
-                    (f"`{method.upper()} {path}`", said["summary"], ", ".join(query), ", ".join(scopes))
-                )
+    for name, said in _operations():
+        scopes = [scope for one in said["security"] for scope in one.get("bearer", [])]
+        query = [f"`{one['name']}`" for one in said["parameters"] if one["in"] == "query"]
+        rows.setdefault(said["tags"][0], []).append((name, said["summary"], ", ".join(query), ", ".join(scopes)))
     head = ("endpoint", "what it does", "query", "scope")
     parts = [
         f"### {TAGS.get(tag, tag.capitalize())}\n\n{_table(head, rows[tag])}"
@@ -167,14 +165,20 @@ def endpoints_part() -> str:
 def errors_part() -> str:
     """Write a table of the error codes of each HTTP status."""
     codes: dict[str, set[str]] = {}
-    for methods in document()["paths"].values():
-        for method in _METHODS:
-            for status, answer in methods.get(method, {}).get("responses", {}).items():
-                # 500 stands for every error that the server did not expect, so its codes say nothing.
-                if 400 <= int(status) != 500:
-                    codes.setdefault(status, set()).update(re.findall(r"`(\w+)`", answer["description"]))
+    for _, said in _operations():
+        for status, answer in said["responses"].items():
+            # 500 stands for every error that the server did not expect, so its codes say nothing.
+            if 400 <= int(status) != 500:
+                codes.setdefault(status, set()).update(re.findall(r"`(\w+)`", answer["description"]))
     rows = [(status, ", ".join(f"`{code}`" for code in sorted(codes[status]))) for status in sorted(codes)]
     return _table(("status", "codes"), rows)
+
+
+def _operations() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for path, methods in document()["paths"].items():
+        for method in _METHODS:
+            if method in methods:
+                yield f"`{method.upper()} {path}`", methods[method]
 
 
 #: Name of a generated part -> its file and what writes it.
@@ -223,10 +227,43 @@ def main() -> int:
     if options.check:
         return 1 if changed else 0
     if options.screenshot:
-        from scripts.generate_docs_screenshot import take
-
-        take(ROOT / "docs/images/home.png")
+        take_screenshot(ROOT / "docs/images/home.png")
     return 0
+
+
+def take_screenshot(target: Path) -> None:
+    """Send two photos through the home page of a whole system and write what chromium shows then, in 128 colours."""
+    import skimage.data
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    from tests.system import System
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        raise SystemExit("scripts/generate_docs: --screenshot needs chromium (Debian: apt-get install chromium)")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        photos = []
+        for name, shown_as in (("coffee", "coffee.jpg"), ("chelsea", "kitten.jpg")):
+            photos.append(f"{folder}/{shown_as}")
+            Image.fromarray(getattr(skimage.data, name)()).save(photos[-1], "JPEG", quality=90)
+        system = System(Path(folder, "home"), no_proxy="127.0.0.1")
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium)
+            page = browser.new_page(base_url=system.base, viewport={"width": 1200, "height": 900})
+            page.goto("/")
+            page.set_input_files("#files", photos)
+            for label in ("tiger.cat", "espresso"):
+                page.locator("#answers").get_by_text(re.compile(label)).first.wait_for()
+            # The strip that moves while an answer is awaited ends with a transition.
+            page.wait_for_timeout(800)
+            page.evaluate("window.scrollTo(0, 0)")
+            shot = page.screenshot(animations="disabled", full_page=True)
+            browser.close()
+        finally:
+            system.stop()
+    image = Image.open(io.BytesIO(shot)).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
 
 
 def _sources() -> Iterator[Path]:
@@ -276,22 +313,19 @@ def _help_of(command: click.Command) -> tuple[str, str]:
 
 def _parameters(command: click.Command) -> Iterator[tuple[str, str]]:
     for one in command.params:
-        if isinstance(one, click.Option):
-            if not one.hidden:
-                value = "" if one.is_flag else f" {_value_of(one)}"
-                text = one.help or ""
-                notes = [
-                    text if text.endswith("]") else f"{text.rstrip('.')}.",
-                    "Required." if one.required else "",
-                    f"[{one.default}]" if one.show_default and isinstance(one.default, str | int | float) else "",
-                ]
-                yield f"`{', '.join(one.opts)}{value}`", " ".join(note for note in notes if note)
+        if isinstance(one, click.Option) and not one.hidden:
+            value = "" if one.is_flag else f" {_value_of(one)}"
+            text = one.help or ""
+            notes = [
+                text if text.endswith("]") else f"{text.rstrip('.')}.",
+                "Required." if one.required else "",
+                f"[{one.default}]" if one.show_default and isinstance(one.default, str | int | float) else "",
+            ]
+            yield f"`{', '.join(one.opts)}{value}`", " ".join(note for note in notes if note)
         elif isinstance(one, click.Argument):
-            many = "..." if one.nargs == -1 and not (one.metavar or "").endswith("...") else ""
-            yield (
-                f"`{one.metavar or (one.name or '').upper()}{many}`",
-                "Required." if one.required else "May be left out.",
-            )
+            name = one.metavar or (one.name or "").upper()
+            many = "..." if one.nargs == -1 and not name.endswith("...") else ""
+            yield f"`{name}{many}`", "Required." if one.required else "May be left out."
 
 
 def _value_of(option: click.Option) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import functools
+import inspect
 import io
 import itertools
 import logging
@@ -11,10 +14,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flask.testing
 import pytest
@@ -26,8 +30,12 @@ from store.states import RequestState
 from store.store import Store
 from tests.process_tree import ends_with_tests
 
+if TYPE_CHECKING:
+    from devnet.daemon import Devnet
+
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientnet_lite0"
+DevnetRunner = Callable[..., "AbstractAsyncContextManager[Devnet]"]
 #: A stored output: twenty rows.
 OUTPUT = [[f"n{20 - i:08d}", f"label_{i}", round((20 - i) / 210, 6)] for i in range(20)]
 
@@ -54,6 +62,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for part in parts:
         part.extend(itertools.islice(others, max(0, length - len(part))))
     items[:] = [item for part in parts for item in part] + list(others)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run an async test in an event loop of its own."""
+    test = pyfuncitem.function
+    if not inspect.iscoroutinefunction(test):
+        return None
+    asyncio.run(test(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}))
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +206,14 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         return self.process.wait(120)
+
+
+@pytest.fixture
+def devnet(tmp_path: Path) -> DevnetRunner:
+    """Run a devnet in the event loop of an async test until a block ends; the arguments are those of `run_devnet`."""
+    from tests.devnet.running import run_devnet
+
+    return functools.partial(run_devnet, tmp_path)
 
 
 @pytest.fixture

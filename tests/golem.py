@@ -25,6 +25,7 @@ from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context
+from tests.devnet.running import run_devnet
 from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
@@ -114,17 +115,13 @@ async def devnet_and_store(
 
     :param models: the folder of artefacts, for the providers.
     """
-    providers_home = folder / "providers"
-    providers_home.mkdir()
-    (providers_home / "models").symlink_to(models)
-    async with Devnet(plan, folder=folder / "devnet", home=providers_home, environment=environment) as devnet:
-        with gftp_on_path(devnet):
-            store = Store(HomeSettings(home=folder / "home", busy_seconds=5))
+    async with run_devnet(folder, plan, models=models, environment=environment) as devnet:
+        settings = HomeSettings(home=folder / "home", busy_seconds=5)
+        with pytest.MonkeyPatch.context() as patch, contextlib.closing(Store(settings)) as store:
+            # yapapi looks for gftp on the PATH.
+            patch.setenv("PATH", devnet.variables["PATH"])
             store.migrate()
-            try:
-                yield devnet, store
-            finally:
-                store.close()
+            yield devnet, store
 
 
 @contextlib.asynccontextmanager
@@ -150,14 +147,6 @@ async def golem(
             yield GolemHarness(devnet, executor, store, folder / "jobs", models)
         finally:
             await executor.close()
-
-
-@contextlib.contextmanager
-def gftp_on_path(devnet: Devnet) -> Any:
-    """Put the devnet's gftp on the PATH, where yapapi looks for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", devnet.variables["PATH"])
-        yield
 
 
 def make_executor(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from store.batchers import BatcherRecord
 from store.requests import Answer, NewRequest
 from store.store import Store
 from tests.contexts import make_context
+from tests.programs import find_program
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -188,9 +188,7 @@ def test_only_the_timer_starts_a_single_run() -> None:
 
 
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
-    program = shutil.which("systemd-analyze")
-    if program is None:
-        pytest.skip("systemd-analyze is not installed")
+    program = find_program("systemd-analyze", package="systemd")
     for path in (DEPLOY / "systemd").glob("mlg*.*"):
         # The command has to exist on this machine.
         text = path.read_text().replace("/opt/mlg/bin/mlg", sys.executable)
@@ -244,13 +242,14 @@ def list_paths() -> list[str]:
 
 
 def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
-    program = shutil.which("nginx")
-    if program is None:
-        pytest.skip("nginx is not installed")
+    program = find_program("nginx", package="nginx")
     site = (DEPLOY / "nginx" / "mlg.conf").read_text().replace("server server:5000", "server 127.0.0.1:5000")
     (tmp_path / "mlg.conf").write_text(site)
+    # An unpacked nginx has no folders of its own.
+    folders = [f"{name}_temp_path {tmp_path}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
     (tmp_path / "nginx.conf").write_text(
-        f"pid {tmp_path}/pid; error_log stderr; events {{}} http {{ access_log off; include {tmp_path}/mlg.conf; }}"
+        f"pid {tmp_path}/pid; error_log stderr; events {{}} "
+        f"http {{ access_log off; {' '.join(folders)} include {tmp_path}/mlg.conf; }}"
     )
 
     run = subprocess.run(
@@ -367,9 +366,7 @@ def test_a_wrong_expression_is_detected(wrong: str, series: dict[str, set[str]])
 
 
 def test_promtool_accepts_the_rules() -> None:
-    program = shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is not installed")
+    program = find_program("promtool", package="prometheus")
     run = subprocess.run(
         [program, "check", "rules", str(DEPLOY / "prometheus" / "alerts.yml")], capture_output=True, text=True
     )

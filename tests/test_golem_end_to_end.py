@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from devnet.scenario import PROVIDER_NAMES
-from scripts.benchmarks import golem, processes
+from scripts.benchmarks import golem, processes, stored_requests
 from server.settings import ServerSettings
 from store.states import RequestState
 from store.store import Store
@@ -46,7 +46,7 @@ def assert_nothing_is_open(variables: dict[str, str]) -> None:
 def test_two_thousand_images_over_eight_providers_of_which_three_misbehave(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
     data = make_image()
-    golem.fill(home, [data + b"%d" % number for number in range(2000)])
+    stored_requests.add_images(home, [data + b"%d" % number for number in range(2000)])
     log = tmp_path / "batch.log"
 
     with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 8, golem.FAULTS)) as variables:

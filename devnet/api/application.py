@@ -1,6 +1,6 @@
 """The daemon's HTTP application, and the journal of its calls.
 
-Made by `Devnet.start`. Its middlewares record every call, report errors, check the app key, and inject the daemon's
+Made by `Devnet.start`. Its middleware records every call, reports errors, checks the app key, and injects the daemon's
 faults.
 """
 
@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
-from devnet.api import EventStream
+from devnet.api import EventStream, Routes
 from devnet.errors import ApiError
 from devnet.scenario import DAEMON, FaultSchedule
 from devnet.timing import format_time, utc_now
@@ -56,10 +55,7 @@ class ApiCall:
 
 
 class CallJournal:
-    """The latest calls, in memory and optionally in a file.
-
-    :param path: a file to which each call is appended as a line of JSON.
-    """
+    """The latest calls, in memory and, if a path is given, as lines of JSON in a file."""
 
     #: Longer bodies are cut.
     max_body_bytes = 4000
@@ -74,8 +70,24 @@ class CallJournal:
     def __iter__(self) -> Iterator[ApiCall]:
         return iter(tuple(self.calls))
 
-    def add(self, call: ApiCall) -> None:
-        """Record a call."""
+    def add(
+        self, at: datetime, request: web.Request, body: bytes, response: web.StreamResponse | None, seconds: float
+    ) -> None:
+        """Record a call; without a response, the caller disconnected before."""
+        answer = bytes(response.sent) if isinstance(response, EventStream) else getattr(response, "body", None)
+        answer = answer if isinstance(answer, bytes) else b""
+        call = ApiCall(
+            at=at,
+            method=request.method,
+            path=request.path,
+            query=request.query_string,
+            status=None if response is None else response.status,
+            seconds=seconds,
+            request_bytes=len(body),
+            answer_bytes=len(answer),
+            request=body[: self.max_body_bytes].decode("utf-8", "replace"),
+            answer=answer[: self.max_body_bytes].decode("utf-8", "replace"),
+        )
         self.calls.append(call)
         if self._file is not None:
             row = {**asdict(call), "at": format_time(call.at), "seconds": round(call.seconds, 4)}
@@ -99,30 +111,36 @@ class CallJournal:
 def make_application(
     routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: FaultSchedule
 ) -> web.Application:
-    """Make the application.
+    """Make the application of all routes; `identity` is the requestor's node id."""
 
-    :param routes: the routes of the three APIs.
-    :param identity: the requestor's node id.
-    """
+    async def answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Check the app key, inject the daemon's faults, and report errors."""
+        try:
+            if not _is_authorised(request, app_key):
+                return _error_response(
+                    401, "The app key is missing or wrong. Set YAGNA_APPKEY to the value that mlg devnet prints."
+                )
+            call = f"{request.method} {request.path}"
+            if faults.triggers(DAEMON, "http-500", call):
+                return _error_response(500, "Fault of the scenario: http-500.")
+            if hang := faults.triggers(DAEMON, "http-hang", call):
+                # Without `seconds` it hangs until the caller or the daemon ends.
+                await asyncio.sleep(hang.seconds) if hang.seconds else await asyncio.Event().wait()
+            if faults.triggers(DAEMON, "gone", call) and request.transport is not None:
+                request.transport.abort()
+            return await handler(request)
+        except ApiError as error:
+            return _error_response(error.status, str(error))
+        except web.HTTPException as error:
+            return _error_response(error.status, f"{request.method} {request.path}: {error.reason}")
+        except ConnectionResetError:
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            return _error_response(500, "Internal error of the devnet; see its log.")
 
-    async def me(request: web.Request) -> web.Response:
-        return web.json_response({"identity": identity, "name": "devnet", "role": "manager"})
-
-    middlewares = [_record_calls(journal), _handle_errors, _require_app_key(app_key), _inject_faults(faults)]
-    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-    app.add_routes([web.get("/me", me), web.get("/version/get", _version), *routes])
-    return app
-
-
-async def _version(request: web.Request) -> web.Response:
-    dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
-    current = {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}
-    return web.json_response({"current": current})
-
-
-def _record_calls(journal: CallJournal) -> Any:
     @web.middleware
-    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def record(request: web.Request, handler: _Handler) -> web.StreamResponse:
         at, started_at = utc_now(), time.monotonic()
         response: web.StreamResponse | None = None
         body = b""
@@ -132,74 +150,26 @@ def _record_calls(journal: CallJournal) -> Any:
             except web.HTTPRequestEntityTooLarge:
                 response = _error_response(413, f"The body has more than {MAX_BODY_BYTES} bytes.")
             else:
-                response = await handler(request)
+                response = await answer(request, handler)
             return response
         finally:
-            answer = response.body if isinstance(response, web.Response) else None
-            answer = bytes(response.sent) if isinstance(response, EventStream) else answer
-            answer = answer if isinstance(answer, bytes) else b""
-            journal.add(
-                ApiCall(
-                    at=at,
-                    method=request.method,
-                    path=request.path,
-                    query=request.query_string,
-                    status=None if response is None else response.status,
-                    seconds=time.monotonic() - started_at,
-                    request_bytes=len(body),
-                    answer_bytes=len(answer),
-                    request=body[: journal.max_body_bytes].decode("utf-8", "replace"),
-                    answer=answer[: journal.max_body_bytes].decode("utf-8", "replace"),
-                )
-            )
+            journal.add(at, request, body, response, time.monotonic() - started_at)
 
-    return middleware
+    dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
+    version = {"current": {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}}
+    me = {"identity": identity, "name": "devnet", "role": "manager"}
+    app = web.Application(middlewares=[record], client_max_size=MAX_BODY_BYTES)
+    general = Routes("")
+    general.add("GET", "/me", lambda call: me)
+    general.add("GET", "/version/get", lambda call: version)
+    app.add_routes([*general, *routes])
+    return app
 
 
-@web.middleware
-async def _handle_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return _error_response(error.status, str(error))
-    except web.HTTPException as error:
-        return _error_response(error.status, f"{request.method} {request.path}: {error.reason}")
-    except ConnectionResetError:
-        raise
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        return _error_response(500, "Internal error of the devnet; see its log.")
-
-
-def _require_app_key(app_key: str) -> Any:
-    @web.middleware
-    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        given = (key.strip() if scheme.lower() == "bearer" else "") or request.query.get("authToken", "")
-        if not secrets.compare_digest(given.encode(), app_key.encode()):
-            return _error_response(
-                401, "The app key is missing or wrong. Set YAGNA_APPKEY to the value that mlg devnet prints."
-            )
-        return await handler(request)
-
-    return middleware
-
-
-def _inject_faults(faults: FaultSchedule) -> Any:
-    @web.middleware
-    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        call = f"{request.method} {request.path}"
-        if faults.triggers(DAEMON, "http-500", call):
-            return _error_response(500, "Fault of the scenario: http-500.")
-        hang_fault = faults.triggers(DAEMON, "http-hang", call)
-        if hang_fault is not None:
-            # Without `seconds` it hangs until the caller or the daemon ends.
-            await asyncio.sleep(hang_fault.seconds) if hang_fault.seconds else await asyncio.Event().wait()
-        if faults.triggers(DAEMON, "gone", call) and request.transport is not None:
-            request.transport.abort()
-        return await handler(request)
-
-    return middleware
+def _is_authorised(request: web.Request, app_key: str) -> bool:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    given = (key.strip() if scheme.lower() == "bearer" else "") or request.query.get("authToken", "")
+    return secrets.compare_digest(given.encode(), app_key.encode())
 
 
 def _error_response(status: int, message: str) -> web.Response:

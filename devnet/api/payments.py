@@ -2,191 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from aiohttp import web
-
-from devnet.api import read_max_items, read_object, read_time, read_timeout_seconds
+from devnet.api import IncomingCall, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.payments import PaymentService
-from devnet.provider.agent import Provider
 from devnet.records import Bill, format_amount
-
-_ROOT = "/payment-api/v1"
-_Handler = Callable[[web.Request], Awaitable[web.Response]]
+from devnet.timing import EventFeed
 
 
-class PaymentRoutes:
-    """The handlers of the payment API.
+def payment_routes(payment: PaymentService, market: MarketService, report: Callable[[str], None]) -> Routes:
+    """List the routes of the payment API, which also report important events as lines of text."""
+    wallet = payment.wallet
 
-    :param providers: node id -> provider.
-    :param report: receives a line of text about each important event.
-    """
+    def allocate(call: IncomingCall) -> dict[str, Any]:
+        allocation = wallet.allocate(call.object("totalAmount"))
+        report(f"the requestor allocates {format_amount(allocation.total)} GLM")
+        return allocation.to_api()
 
-    def __init__(
-        self,
-        payment: PaymentService,
-        market: MarketService,
-        providers: dict[str, Provider],
-        report: Callable[[str], None],
-    ) -> None:
-        self._payment = payment
-        self._market = market
-        self._providers = providers
-        self._report = report
+    def release(call: IncomingCall) -> None:
+        allocation = wallet.release(call["allocation_id"])
+        report(
+            f"the requestor releases an allocation: {format_amount(allocation.spent)} GLM spent, "
+            f"{format_amount(allocation.remaining)} GLM left"
+        )
 
-    def routes(self) -> list[web.RouteDef]:
-        """List the routes."""
-        allocation = f"{_ROOT}/allocations/{{allocation_id}}"
-        invoice = f"{_ROOT}/invoices/{{bill_id}}"
-        note = f"{_ROOT}/debitNotes/{{bill_id}}"
-        return [
-            web.post(f"{_ROOT}/allocations", self._allocate),
-            web.get(f"{_ROOT}/allocations", self._allocations),
-            web.get(allocation, self._allocation),
-            web.put(allocation, self._amend),
-            web.delete(allocation, self._release),
-            web.get(f"{_ROOT}/demandDecorations", self._decorations),
-            web.get(f"{_ROOT}/requestorAccounts", self._accounts),
-            web.get(f"{_ROOT}/invoiceEvents", self._poll("invoice")),
-            web.get(f"{_ROOT}/debitNoteEvents", self._poll("debit note")),
-            web.get(f"{_ROOT}/payments", self._poll("payment")),
-            web.get(f"{_ROOT}/payments/status", self._status),
-            web.get(f"{_ROOT}/payments/{{payment_id}}", self._payment_by_id),
-            web.get(f"{_ROOT}/invoices", self._invoices),
-            web.get(invoice, self._invoice),
-            web.post(f"{invoice}/accept", self._accept_invoice),
-            web.post(f"{invoice}/reject", self._reject_invoice),
-            web.get(f"{_ROOT}/debitNotes", self._debit_notes),
-            web.get(note, self._debit_note),
-            web.post(f"{note}/accept", self._accept_debit_note),
-            web.post(f"{note}/reject", self._reject_debit_note),
-        ]
-
-    # Allocations
-
-    async def _allocate(self, request: web.Request) -> web.Response:
-        allocation = self._payment.wallet.allocate(await read_object(request, "totalAmount"))
-        self._report(f"the requestor allocates {format_amount(allocation.total)} GLM")
-        return web.json_response(allocation.to_api(), status=201)
-
-    async def _allocations(self, request: web.Request) -> web.Response:
-        return web.json_response([allocation.to_api() for allocation in self._payment.wallet.list_active()])
-
-    async def _allocation(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.wallet.find(request.match_info["allocation_id"]).to_api())
-
-    async def _amend(self, request: web.Request) -> web.Response:
-        body = await read_object(request)
-        return web.json_response(self._payment.wallet.amend(request.match_info["allocation_id"], body).to_api())
-
-    async def _release(self, request: web.Request) -> web.Response:
-        allocation = self._payment.wallet.allocations.get(request.match_info["allocation_id"])
-        self._payment.wallet.release(request.match_info["allocation_id"])
-        if allocation is not None:
-            self._report(
-                f"the requestor releases an allocation: {format_amount(allocation.spent)} GLM spent, "
-                f"{format_amount(allocation.remaining)} GLM left"
-            )
-        return web.json_response(None)
-
-    async def _decorations(self, request: web.Request) -> web.Response:
-        ids = [each for each in request.query.get("allocationIds", "").split(",") if each]
+    def decorations(call: IncomingCall) -> dict[str, Any]:
+        ids = [each for each in (call.query("allocationIds") or "").split(",") if each]
         if not ids:
             raise ApiError("allocationIds must name at least one allocation.")
-        return web.json_response(self._payment.wallet.decorations(ids))
+        return wallet.decorations(ids)
 
-    async def _accounts(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.wallet.accounts())
-
-    # Bills
-
-    async def _invoices(self, request: web.Request) -> web.Response:
-        return _list_response(request, self._payment.invoices.values())
-
-    async def _invoice(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.invoice(request.match_info["bill_id"]).to_api())
-
-    async def _accept_invoice(self, request: web.Request) -> web.Response:
-        acceptance = await read_object(request, "totalAmountAccepted", "allocationId")
-        invoice = self._payment.invoice(request.match_info["bill_id"])
-        is_new = invoice.status != "ACCEPTED"
-        self._payment.accept_invoice(invoice.bill_id, acceptance)
-        if is_new:
-            provider = self._providers.get(invoice.issuer_id)
-            name = provider.plan.name if provider is not None else invoice.issuer_id
-            self._report(f"the requestor pays {name} {format_amount(invoice.amount)} GLM")
-        return web.json_response(None)
-
-    async def _reject_invoice(self, request: web.Request) -> web.Response:
-        self._payment.reject_invoice(request.match_info["bill_id"], await _rejection(request))
-        return web.json_response(None)
-
-    async def _debit_notes(self, request: web.Request) -> web.Response:
-        return _list_response(request, self._payment.debit_notes.values())
-
-    async def _debit_note(self, request: web.Request) -> web.Response:
-        return web.json_response(self._payment.debit_note(request.match_info["bill_id"]).to_api())
-
-    async def _accept_debit_note(self, request: web.Request) -> web.Response:
-        acceptance = await read_object(request, "totalAmountAccepted", "allocationId")
-        note = self._payment.debit_note(request.match_info["bill_id"])
-        self._payment.accept_debit_note(note.bill_id, acceptance)
-        provider = self._providers.get(note.issuer_id)
-        if provider is not None and provider.agreement is self._market.agreements.get(note.agreement_id):
+    def accept(call: IncomingCall, bill: Bill) -> None:
+        is_new = payment.accept(bill, call.object("totalAmountAccepted", "allocationId"))
+        provider = market.providers.get(bill.issuer_id)
+        if bill.usage is None and is_new:
+            name = provider.plan.name if provider is not None else bill.issuer_id
+            report(f"the requestor pays {name} {format_amount(bill.amount)} GLM")
+        agreement = market.agreements.get(bill.agreement_id)
+        if bill.usage is not None and provider is not None and provider.agreement is agreement:
             provider.record_contact()
-        return web.json_response(None)
 
-    async def _reject_debit_note(self, request: web.Request) -> web.Response:
-        self._payment.reject_debit_note(request.match_info["bill_id"], await _rejection(request))
-        return web.json_response(None)
+    def add_bill_routes(name: str, bills: Mapping[str, Bill]) -> None:
+        """Add the routes of the invoices or the debit notes."""
 
-    # Events
+        def find(call: IncomingCall) -> Bill:
+            if call["bill_id"] not in bills:
+                raise NotFound(f"There is no bill {call['bill_id']}.")
+            return bills[call["bill_id"]]
 
-    def _poll(self, kind: str) -> _Handler:
-        async def handle(request: web.Request) -> web.Response:
-            session_id = request.query.get("appSessionId")
-            platform = "-".join(filter(None, (request.query.get("driver"), request.query.get("network"))))
+        def list_bills(call: IncomingCall) -> list[dict[str, Any]]:
+            after, max_items = call.time("afterTimestamp"), call.max_items("maxItems")
+            return [bill.to_api() for bill in bills.values() if after is None or bill.created_at > after][:max_items]
+
+        def reject(call: IncomingCall) -> None:
+            payment.reject(find(call), call.object("rejectionReason", "totalAmountAccepted"))
+
+        routes.add("GET", f"/{name}", list_bills)
+        routes.add("GET", f"/{name}/{{bill_id}}", lambda call: find(call).to_api())
+        routes.add("POST", f"/{name}/{{bill_id}}/accept", lambda call: accept(call, find(call)))
+        routes.add("POST", f"/{name}/{{bill_id}}/reject", reject)
+
+    def poll(feed: EventFeed) -> Callable[[IncomingCall], Any]:
+        def handle(call: IncomingCall) -> Any:
+            session_id = call.query("appSessionId")
+            platform = "-".join(filter(None, (call.query("driver"), call.query("network"))))
 
             def is_wanted(item: dict[str, Any]) -> bool:
-                return self._is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
+                return is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
 
-            items = await self._payment.poll(
-                kind,
-                read_time(request, "afterTimestamp"),
-                read_timeout_seconds(request),
-                read_max_items(request, "maxEvents"),
-                is_wanted,
-            )
-            return web.json_response(items)
+            return feed.poll(*call.polling(), is_wanted)
 
         return handle
 
-    def _is_of_session(self, item: dict[str, Any], session_id: str | None) -> bool:
+    def is_of_session(item: dict[str, Any], session_id: str | None) -> bool:
         if session_id is None:
             return True
-        bills = {**self._payment.invoices, **self._payment.debit_notes}
+        bills = {**payment.invoices, **payment.debit_notes}
         bill = bills.get(item.get("invoiceId") or item.get("debitNoteId") or "")
-        agreement = self._market.agreements.get(bill.agreement_id) if bill is not None else None
+        agreement = market.agreements.get(bill.agreement_id) if bill is not None else None
         return agreement is not None and agreement.session_id == session_id
 
-    async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response([])
+    def payment_by_id(call: IncomingCall) -> dict[str, Any]:
+        for each in payment.payments:
+            if each["paymentId"] == call["payment_id"]:
+                return each
+        raise NotFound(f"There is no payment {call['payment_id']}.")
 
-    async def _payment_by_id(self, request: web.Request) -> web.Response:
-        for payment in self._payment.payments:
-            if payment["paymentId"] == request.match_info["payment_id"]:
-                return web.json_response(payment)
-        raise NotFound(f"There is no payment {request.match_info['payment_id']}.")
-
-
-async def _rejection(request: web.Request) -> dict[str, Any]:
-    return await read_object(request, "rejectionReason", "totalAmountAccepted")
-
-
-def _list_response(request: web.Request, bills: Iterable[Bill]) -> web.Response:
-    after, max_items = read_time(request, "afterTimestamp"), read_max_items(request, "maxItems")
-    chosen = [bill.to_api() for bill in bills if after is None or bill.created_at > after]
-    return web.json_response(chosen[:max_items])
+    routes = Routes("/payment-api/v1")
+    routes.add("POST", "/allocations", allocate, 201)
+    routes.add("GET", "/allocations", lambda call: [each.to_api() for each in wallet.list_active()])
+    allocation = "/allocations/{allocation_id}"
+    routes.add("GET", allocation, lambda call: wallet.find(call["allocation_id"]).to_api())
+    routes.add("PUT", allocation, lambda call: wallet.amend(call["allocation_id"], call.object()).to_api())
+    routes.add("DELETE", allocation, release)
+    routes.add("GET", "/demandDecorations", decorations)
+    routes.add("GET", "/requestorAccounts", lambda call: wallet.accounts())
+    routes.add("GET", "/invoiceEvents", poll(payment.invoice_events))
+    routes.add("GET", "/debitNoteEvents", poll(payment.debit_note_events))
+    routes.add("GET", "/payments", poll(payment.payments))
+    routes.add("GET", "/payments/status", lambda call: [])
+    routes.add("GET", "/payments/{payment_id}", payment_by_id)
+    add_bill_routes("invoices", payment.invoices)
+    add_bill_routes("debitNotes", payment.debit_notes)
+    return routes

@@ -5,31 +5,19 @@ Made by `Devnet`, called by the API. An activity ends with the daemon; its usage
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from devnet.errors import NotFound
 from devnet.provider.exe_unit import ExeUnit
 from devnet.records import Agreement
-from devnet.scenario import FaultSchedule, ProviderPlan
+from devnet.scenario import FaultSchedule
 
-
-class ActivityOwner(Protocol):
-    """The provider of an activity."""
-
-    plan: ProviderPlan
-    cpus: frozenset[int] | None
-
-    def record_contact(self) -> None:
-        """Note that the requestor has just made a call."""
-
-    def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
-        """Handle the end of one of the provider's activities. Its usage is in the agreement."""
+if TYPE_CHECKING:
+    from devnet.provider.agent import Provider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +26,27 @@ class Activity:
 
     activity_id: str
     agreement: Agreement
-    owner: ActivityOwner
+    owner: Provider
     unit: ExeUnit
 
 
+@dataclass(kw_only=True)
 class Activities:
-    """All activities of a daemon.
+    """All activities of a daemon."""
 
-    :param folder: contains a folder per activity; its path must be short, because there are sockets in it.
-    :param exchange: the folder that the `gftp` program shares with the daemon.
-    :param environment: environment of the providers' processes.
-    :param on_change: called after every change of the state that is kept over a restart.
-    """
-
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        exchange: Path,
-        faults: FaultSchedule,
-        environment: Mapping[str, str],
-        on_change: Callable[[], None],
-    ) -> None:
-        self._folder = folder
-        self._exchange = exchange
-        self._faults = faults
-        self._environment = dict(environment)
-        self._on_change = on_change
-        self._running: dict[str, Activity] = {}
-        #: Activities that have ended -> reason.
-        self._end_reasons: dict[str, str] = {}
-        self._agreements: dict[str, Agreement] = {}
+    #: Contains a folder per activity; its path must be short, because there are sockets in it.
+    folder: Path
+    #: The folder that the `gftp` program shares with the daemon.
+    exchange: Path
+    faults: FaultSchedule
+    #: Environment of the providers' processes.
+    environment: Mapping[str, str]
+    #: Called after every change of the state that is kept over a restart.
+    on_change: Callable[[], None]
+    _running: dict[str, Activity] = field(default_factory=dict)
+    #: Activities that have ended -> reason.
+    _end_reasons: dict[str, str] = field(default_factory=dict)
+    _agreements: dict[str, Agreement] = field(default_factory=dict)
 
     def restore(self, agreement: Agreement) -> None:
         """Restore the activities of an agreement after a restart. All of them have ended."""
@@ -76,26 +54,23 @@ class Activities:
             self._agreements[activity_id] = agreement
             self._end_reasons[activity_id] = "The daemon was restarted."
 
-    def create(self, agreement: Agreement, owner: ActivityOwner) -> str:
+    def create(self, agreement: Agreement, owner: Provider) -> str:
         """Start an activity for an agreement. :return: its id."""
         activity_id = secrets.token_hex(16)
-        short_id = activity_id[:8]
-        environment = {**self._environment, "MLG_PLACE": str(self._folder / f"{short_id}.p")}
-        Path(environment["MLG_PLACE"]).mkdir(mode=0o700)
         unit = ExeUnit(
             activity_id,
             plan=owner.plan,
-            folder=self._folder / short_id,
-            exchange=self._exchange,
-            faults=self._faults,
-            environment=environment,
+            folder=self.folder / activity_id[:8],
+            exchange=self.exchange,
+            faults=self.faults,
+            environment=self.environment,
             cpus=owner.cpus,
             on_crash=self._on_crash,
         )
         self._running[activity_id] = Activity(activity_id=activity_id, agreement=agreement, owner=owner, unit=unit)
         self._agreements[activity_id] = agreement
         agreement.usage[activity_id] = [0.0, 0.0]
-        self._on_change()
+        self.on_change()
         return activity_id
 
     def find(self, activity_id: str) -> Activity:
@@ -140,13 +115,11 @@ class Activities:
         del self._running[activity_id]
         self._end_reasons[activity_id] = reason
         await activity.unit.end(reason)
-        await _remove(self._folder / f"{activity_id[:8]}.p")
         activity.owner.activity_ended(activity.agreement, activity_id)
-        self._on_change()
+        self.on_change()
 
     async def close(self) -> None:
         """End all activities without notifying their owners, because the daemon ends."""
-        self.record_usage()
         units = [each.unit for each in self._running.values()]
         self._running.clear()
         for unit in units:
@@ -161,8 +134,4 @@ class Activities:
         # The unit continues to answer calls until the requestor destroys the activity.
         if activity_id in self._running:
             self.usage(activity_id)
-            self._on_change()
-
-
-async def _remove(folder: Path) -> None:
-    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            self.on_change()

@@ -1,12 +1,13 @@
 """The provider agent: makes offers, has one agreement at a time, runs its activities and bills them.
 
-Made by `Devnet`. The market calls it as `ProviderListener`, activities as `ActivityOwner`. It injects the faults of its
-plan. What it does on its own initiative runs in asyncio tasks, which end with the daemon.
+Made by `Devnet`; the market, its activities and the API tell it what happens. It injects the faults of its plan. What
+it does on its own initiative runs in asyncio tasks, which end with the daemon.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from devnet.market import MarketService, expiration
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
 from devnet.provider.invoicing import Invoicer
-from devnet.provider.offers import make_offers
+from devnet.provider.offers import Offer, make_offers
 from devnet.records import Agreement, Demand, Proposal
 from devnet.scenario import FaultSchedule, ProviderPlan, Scenario
 from devnet.timing import ChangeNotifier
@@ -29,11 +30,7 @@ _MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 
 
 class Provider:
-    """A simulated provider.
-
-    :param cpus: processor cores on which its processes run.
-    :param report: receives a line of text about each important event.
-    """
+    """A simulated provider, whose processes run on some of the processor cores."""
 
     def __init__(
         self,
@@ -55,18 +52,17 @@ class Provider:
         self._scenario = scenario
         self._market = market
         self._activities = activities
-        self._faults = faults
+        self._fault = functools.partial(faults.triggers, plan.name)
         self._report = report
         self._offers = {offer.offer_id: offer for offer in make_offers(plan, scenario.subnet)}
         self._notifier = ChangeNotifier()
         self._last_contact_at = 0.0
         self._idle_since = 0.0
-        self._invoicer = Invoicer(plan, payment=payment, activities=activities, faults=faults, report=report)
+        self._invoicer = Invoicer(plan=plan, payment=payment, activities=activities, faults=faults, report=report)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Join the market and resume the agreements from before a restart."""
-        self._market.providers[self.node_id] = self
+        """Resume the agreements from before a restart, and make offers."""
         for agreement in list(self._market.agreements.values()):
             if agreement.provider_id != self.node_id:
                 continue
@@ -85,67 +81,50 @@ class Provider:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # ProviderListener
+    # Called by the market
 
     def demand_opened(self, demand: Demand) -> None:
-        """See ProviderListener."""
+        """Propose to a new demand, unless busy."""
         if self.agreement is None:
             self._propose_to(demand)
 
     def proposal_countered(self, proposal: Proposal) -> None:
-        """See ProviderListener. A busy provider does not answer; it makes a new proposal when it is free."""
-        if self.agreement is not None or self._faults.triggers(self.plan.name, "no-answer"):
+        """Answer a counter-proposal. A busy provider does not; it makes a new proposal when it is free."""
+        if self.agreement is not None or self._fault("no-answer"):
             return
         offer = self._offers.get(proposal.offer_id)
-        demand = self._market.demands.get(proposal.demand_id)
-        if offer is None or demand is None:
-            return
-        if not (
-            offer.parsed_constraints.matches(proposal.properties)
-            and parse(proposal.constraints).matches(offer.properties)
-        ):
-            return
-        self._market.propose(
-            demand,
-            issuer_id=self.node_id,
-            offer_id=offer.offer_id,
-            properties=offer.properties,
-            constraints=offer.constraints,
-            previous_id=proposal.proposal_id,
-        )
+        if offer is not None:
+            self._propose(offer, proposal)
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
-        """See ProviderListener."""
+        """Approve or reject an agreement that the requestor signed."""
         if self.agreement is not None:
             self._market.agreements.reject(agreement, f"{self.plan.name} is busy with another agreement.")
-        elif self._faults.triggers(self.plan.name, "reject"):
+        elif self._fault("reject"):
             self._report(f"{self.plan.name} rejects an agreement")
             self._market.agreements.reject(agreement, f"{self.plan.name} rejects the agreement.")
-        elif not self._faults.triggers(self.plan.name, "never-approve"):
+        elif not self._fault("never-approve"):
             self._start_agreement(agreement)
 
     def agreement_ended(self, agreement: Agreement) -> None:
-        """See ProviderListener."""
+        """Handle the end of one of the agreements, whichever side ended it."""
         if agreement is self.agreement:
             self._notifier.notify()
 
-    # ActivityOwner, and calls of the API
+    # Called by the API and by activities
 
     def record_contact(self) -> None:
-        """See ActivityOwner."""
+        """Note that the requestor has just made a call."""
         self._last_contact_at = asyncio.get_running_loop().time()
 
     def create_activity(self, agreement: Agreement) -> str:
-        """Start an activity for an agreement.
-
-        :raises ApiError: the agreement does not allow it, or the fault no-activity occurs.
-        """
+        """Start an activity, if the agreement allows it and the fault no-activity does not occur. :return: its id."""
         self.record_contact()
         if agreement.state != "Approved" or agreement is not self.agreement:
             raise ApiError(f"The agreement is {agreement.state}; it does not allow an activity.")
         if agreement.usage and not is_multi_activity(agreement):
             raise ApiError("The agreement allows only one activity, which was already created.")
-        if self._faults.triggers(self.plan.name, "no-activity"):
+        if self._fault("no-activity"):
             raise InternalError(f"{self.plan.name} cannot start an exe-unit.")
         activity_id = self._activities.create(agreement, self)
         seconds = self._invoicer.debit_note_interval_seconds()
@@ -157,12 +136,11 @@ class Provider:
         """Handle the start of a batch: the occasion of the fault drop-agreement."""
         if not any("run" in command for command in commands):
             return
-        fault = self._faults.triggers(self.plan.name, "drop-agreement")
-        if fault is not None:
+        if fault := self._fault("drop-agreement"):
             self._spawn(self._terminate_after(agreement, fault.seconds))
 
     def activity_ended(self, agreement: Agreement, activity_id: str) -> None:
-        """See ActivityOwner."""
+        """Handle the end of one of the activities. Its usage is in the agreement."""
         self._idle_since = asyncio.get_running_loop().time()
         self._invoicer.send_debit_note(agreement, activity_id)
         if agreement.state == "Approved" and not is_multi_activity(agreement):
@@ -177,14 +155,14 @@ class Provider:
 
     async def _serve(self, agreement: Agreement) -> None:
         if agreement.state == "Pending":
-            slow = self._faults.triggers(self.plan.name, "slow-approval")
-            if slow is not None:
+            if slow := self._fault("slow-approval"):
                 await asyncio.sleep(slow.seconds)
             if not self._market.agreements.approve(agreement):
                 self._release()
                 return
             self._report(f"{self.plan.name} approves an agreement: {agreement.short_name}")
-        self._invoicer.decide_overbilling(agreement)
+        if overbill := self._fault("overbill"):
+            agreement.price_factor = overbill.factor
         self.record_contact()
         self._idle_since = self._last_contact_at
         await self._watch(agreement)
@@ -230,16 +208,25 @@ class Provider:
             self._propose_to(demand)
 
     def _propose_to(self, demand: Demand) -> None:
-        parsed_constraints = parse(demand.constraints)
         for offer in self._offers.values():
-            if parsed_constraints.matches(offer.properties) and offer.parsed_constraints.matches(demand.properties):
-                self._market.propose(
-                    demand,
-                    issuer_id=self.node_id,
-                    offer_id=offer.offer_id,
-                    properties=offer.properties,
-                    constraints=offer.constraints,
-                )
+            self._propose(offer, demand)
+
+    def _propose(self, offer: Offer, other: Demand | Proposal) -> None:
+        """Propose an offer to a demand, or answer a counter-proposal with it, if it suits both sides."""
+        if not parse(other.constraints)(offer.properties) or not parse(offer.constraints)(other.properties):
+            return
+        counter_id = other.proposal_id if isinstance(other, Proposal) else None
+        self._market.propose(
+            Proposal(
+                issuer_id=self.node_id,
+                demand_id=other.demand_id,
+                offer_id=offer.offer_id,
+                state="Initial" if counter_id is None else "Draft",
+                properties=dict(offer.properties),
+                constraints=offer.constraints,
+                previous_id=counter_id,
+            )
+        )
 
     # Tasks
 

@@ -9,6 +9,7 @@ instead of a virtual machine, and injects its provider's faults.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import secrets
@@ -19,9 +20,9 @@ from typing import Any
 
 from devnet.errors import Gone, NotFound, TimedOut
 from devnet.gftp import TransferFailed, deliver, fetch
-from devnet.provider.fault_injection import FaultInjector
+from devnet.provider.fault_injection import FAULTS_BEFORE_RUN, FaultInjector
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
-from devnet.provider.script import Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
+from devnet.provider.script import ALLOWED_STATES, Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
 from devnet.scenario import Fault, FaultSchedule, ProviderPlan
 
 log = logging.getLogger(__name__)
@@ -32,18 +33,6 @@ MAX_FINISHED_BATCHES = 100
 DEFAULT_VANISH_SECONDS = 300.0
 _EXIT_STATUS = 7
 _CONTAINER = "container:"
-
-
-class ScriptBatchNotFound(NotFound):
-    """The activity has no such batch, or its events have already been streamed."""
-
-
-class ActivityEnded(Gone):
-    """The activity has terminated."""
-
-
-class ActivityVanished(TimedOut):
-    """The provider does not respond."""
 
 
 class _ActivityTerminated(Exception):
@@ -82,12 +71,15 @@ class ExeUnit:
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
         self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "results")
         self._on_crash = on_crash
-        self._state, self._next_state, self._reason = "Initialized", "", ""
+        self._state = "Initialized"
+        #: Why the activity was terminated; None if it was not.
+        self.reason: str | None = None
         self._batches: dict[str, ScriptBatch] = {}
         self._queue: asyncio.Queue[ScriptBatch] = asyncio.Queue()
         self._worker = asyncio.create_task(self._run_batches())
         self._cleanup_task: asyncio.Task[None] | None = None
-        self._vanished: Fault | None = None
+        #: The fault vanish-http, once it has occurred.
+        self.vanished: Fault | None = None
         self._created_at = time.monotonic()
         self._seconds: float | None = None
 
@@ -95,18 +87,8 @@ class ExeUnit:
 
     @property
     def state(self) -> tuple[str, str | None]:
-        """Return the state of the activity, and the one to which it is changing."""
-        return self._state, self._next_state or None
-
-    @property
-    def reason(self) -> str | None:
-        """Return why the activity was terminated; None if it was not."""
-        return self._reason or None
-
-    @property
-    def is_vanished(self) -> bool:
-        """Return whether calls for the activity hang."""
-        return self._vanished is not None
+        """Return the state of the activity, and the one to which it is changing: none, because it changes at once."""
+        return self._state, None
 
     def usage(self) -> list[float]:
         """Return seconds of processor time, longer on a slow provider, and seconds since the activity was created."""
@@ -114,11 +96,7 @@ class ExeUnit:
         return [self._sandbox.processes.cpu_seconds() / self._speed, seconds]
 
     async def execute(self, commands: list[dict[str, Any]]) -> str:
-        """Queue a batch and return its id.
-
-        :raises BadScript: the script is invalid.
-        :raises ActivityEnded: the activity has terminated.
-        """
+        """Queue a batch. :return: its id. :raises ApiError: the script is invalid."""
         await self.block_if_vanished()
         self._raise_if_ended()
         batch = ScriptBatch(id=secrets.token_hex(16), commands=parse_script(commands))
@@ -129,12 +107,7 @@ class ExeUnit:
         return batch.id
 
     async def results(self, batch_id: str, timeout: float) -> list[dict[str, Any]]:
-        """Return the results of a batch so far, as soon as it is finished or after the timeout.
-
-        :param timeout: in seconds.
-        :raises ScriptBatchNotFound: there is no such batch.
-        :raises ActivityEnded: the activity has terminated before the end of the batch.
-        """
+        """Return the results of a batch so far, as soon as it is finished or after the timeout in seconds."""
         await self.block_if_vanished()
         batch = self._batch(batch_id)
         await batch.notifier.wait_until(lambda: batch.is_finished or self._state == "Terminated", timeout)
@@ -146,37 +119,29 @@ class ExeUnit:
         return list(batch.results)
 
     def stream(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield the runtime events of a batch as they occur, until the batch or the activity ends.
-
-        :raises ScriptBatchNotFound: there is no such batch, or it was streamed before: yapapi fails on repeated events.
-        """
+        """Yield the events of a batch as they occur. :raises NotFound: they were streamed before."""
         batch = self._batch(batch_id)
-        if batch.is_streamed:
-            raise ScriptBatchNotFound(f"The events of batch {batch_id} have already been streamed.")
+        if batch.is_streamed:  # yapapi fails on repeated events
+            raise NotFound(f"The events of batch {batch_id} have already been streamed.")
         batch.is_streamed = True
         return self._events(batch)
 
-    async def destroy(self) -> None:
-        """End the activity for the requestor: kill its processes and remove its folder. May be called twice."""
-        await self.end()
-        await self.block_if_vanished()
-
     async def block_if_vanished(self) -> None:
-        """Block if the fault vanish-http has occurred. :raises ActivityVanished: at the end of the fault's time."""
-        if self._vanished is not None:
-            await asyncio.sleep(self._vanished.seconds or DEFAULT_VANISH_SECONDS)
-            raise ActivityVanished("The provider does not respond.")
+        """Block if the fault vanish-http has occurred. :raises TimedOut: at the end of the fault's time."""
+        if self.vanished is not None:
+            await asyncio.sleep(self.vanished.seconds or DEFAULT_VANISH_SECONDS)
+            raise TimedOut("The provider does not respond.")
 
     # Termination
 
     async def end(self, reason: str = "The activity was destroyed.") -> None:
-        """End the activity for the daemon, without blocking if the fault vanish-http has occurred."""
+        """End the activity: kill its processes and remove its folder. May be called twice."""
         await asyncio.shield(self._terminate(reason, is_crash=False))
 
     def _terminate(self, reason: str, *, is_crash: bool) -> asyncio.Task[None]:
         """Terminate the activity, once. :return: the task that cleans up."""
         if self._cleanup_task is None:
-            self._state, self._next_state, self._reason = "Terminated", "", reason
+            self._state, self.reason = "Terminated", reason
             self._seconds = time.monotonic() - self._created_at
             self._cleanup_task = asyncio.create_task(self._clean_up(is_crash=is_crash))
             for batch in self._batches.values():
@@ -194,12 +159,12 @@ class ExeUnit:
     def _batch(self, batch_id: str) -> ScriptBatch:
         batch = self._batches.get(batch_id)
         if batch is None:
-            raise ScriptBatchNotFound(f"The activity has no batch {batch_id}.")
+            raise NotFound(f"The activity has no batch {batch_id}.")
         return batch
 
     def _raise_if_ended(self) -> None:
         if self._state == "Terminated":
-            raise ActivityEnded(f"The activity has terminated. {self._reason}")
+            raise Gone(f"The activity has terminated. {self.reason}")
 
     async def _events(self, batch: ScriptBatch) -> AsyncIterator[dict[str, Any]]:
         def is_over() -> bool:
@@ -249,15 +214,13 @@ class ExeUnit:
     async def _run_command(
         self, command: Command, streams: Mapping[str, OutputCapture], add_event: Callable[[dict[str, Any]], None]
     ) -> None:
-        if self._state not in command.allowed_states:
+        if self._state not in ALLOWED_STATES[command.name]:
             raise CommandFailed(f"{command.name} is not allowed in the state {self._state}.")
         body = command.body
         if command.name == "deploy":
-            self._next_state = "Deployed"
-            if self._fault_injector.deploy_fails():
-                self._next_state = ""
+            if self._fault_injector.first("fail-deploy"):
                 raise CommandFailed("Fault of the scenario: fail-deploy.")
-            self._state, self._next_state = "Deployed", ""
+            self._state = "Deployed"
         elif command.name == "start":
             self._state = "Ready"
         elif command.name == "transfer":
@@ -280,26 +243,22 @@ class ExeUnit:
         raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
-        fault = self._fault_injector.fault_before_run()
-        if fault is not None:
-            log.info("activity %s: %s", self.activity_id, fault.kind)
+        fault = self._fault_injector.first(*FAULTS_BEFORE_RUN)
         kind = fault.kind if fault is not None else ""
+        if kind:
+            log.info("activity %s: %s", self.activity_id, kind)
         if kind == "exit-nonzero":
             raise CommandFailed.from_exit_status(_EXIT_STATUS)
         if kind == "vanish-http":
-            self._vanished = fault
+            self.vanished = fault
         if kind in ("hang", "vanish-http"):
             await asyncio.Event().wait()
-        program_run = self._run_program(entry_point, arguments, streams)
         if fault is None:
-            await program_run
+            await self._run_program(entry_point, arguments, streams)
             return
-        task = asyncio.create_task(program_run)
-        try:
-            await asyncio.wait({task}, timeout=fault.seconds)
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(TimeoutError, CommandFailed, PathOutsideSandbox):
+            async with asyncio.timeout(fault.seconds):
+                await self._run_program(entry_point, arguments, streams)
         raise _ActivityTerminated("The exe-unit was killed.", is_crash=True)
 
     async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
@@ -317,4 +276,4 @@ class ExeUnit:
 
 
 def _capture(name: str, command: Command, add_event: Callable[[dict[str, Any]], None]) -> OutputCapture:
-    return OutputCapture(command.capture.get(name), lambda text: add_event({name: text}))
+    return OutputCapture((command.body.get("capture") or {}).get(name), lambda text: add_event({name: text}))

@@ -6,12 +6,13 @@ the results file well-formed, so that only a check of its content detects them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from provider_image.schemas import check_results
 
 log = logging.getLogger(__name__)
 
-#: Kinds that replace a run. The first that occurs ends the search, so the others do not count an occasion.
+#: Kinds that replace a run.
 FAULTS_BEFORE_RUN = ("die", "vanish-http", "hang", "exit-nonzero")
 #: Kinds that corrupt the files that a run has written.
 FAULTS_AFTER_RUN = ("swap-results", "wrong-digest", "garbage", "truncate", "oversize")
@@ -34,39 +35,39 @@ _MAX_GARBAGE_BYTES = 1024 * 1024
 
 
 class FaultInjector:
-    """Injects the faults of one provider into its activities.
-
-    :param saved_results: a folder in which all providers save correct results files; must be on the file system of the
-        activities.
-    """
+    """Injects the faults of one provider. All providers save correct results files in one folder, by hard links."""
 
     def __init__(self, provider_name: str, faults: FaultSchedule, saved_results: Path) -> None:
-        self._provider_name, self._faults, self._saved_results = provider_name, faults, saved_results
+        self._provider_name, self._saved_results = provider_name, saved_results
+        self._fault = functools.partial(faults.triggers, provider_name)
 
-    def deploy_fails(self) -> bool:
-        """Return whether this deploy fails."""
-        return self._faults.triggers(self._provider_name, "fail-deploy") is not None
-
-    def fault_before_run(self) -> Fault | None:
-        """Return the fault that replaces this run, if any."""
-        return self._first_triggered(FAULTS_BEFORE_RUN)
+    def first(self, *kinds: str) -> Fault | None:
+        """Return the first fault that occurs now. It ends the search, so the other kinds do not count an occasion."""
+        return next(filter(None, map(self._fault, kinds)), None)
 
     def corrupt(self, files: Iterable[Path]) -> None:
         """Corrupt the files that a run has written if a fault occurs; save correct results files otherwise."""
-        fault = self._first_triggered(FAULTS_AFTER_RUN)
+        fault = self.first(*FAULTS_AFTER_RUN)
         for file in files:
             if fault is None:
                 self._save_results(file)
             else:
                 log.info("%s: %s of %s", self._provider_name, fault.kind, file.name)
-                _CORRUPTIONS.get(fault.kind, self._swap)(file)
+                self._corrupt(file, fault.kind)
 
-    def _first_triggered(self, kinds: Iterable[str]) -> Fault | None:
-        for kind in kinds:
-            fault = self._faults.triggers(self._provider_name, kind)
-            if fault is not None:
-                return fault
-        return None
+    def _corrupt(self, file: Path, kind: str) -> None:
+        data = file.read_bytes()
+        if kind == "garbage":
+            _replace(file, os.urandom(min(max(len(data), 1), _MAX_GARBAGE_BYTES)))
+        elif kind == "truncate":
+            _replace(file, data[: len(data) // 2])
+        elif kind == "oversize":
+            _replace(file, data)
+            os.truncate(file, OVERSIZE_BYTES)
+        elif kind == "wrong-digest":
+            _rewrite_results(file, digest=hashlib.sha256(b"another model").hexdigest())
+        else:
+            self._swap(file)
 
     def _save_results(self, file: Path) -> None:
         document = _read_results(file)
@@ -120,29 +121,3 @@ def _replace(file: Path, data: bytes) -> None:
     """Write a new file in the place of one; hard links keep the old one."""
     file.unlink()
     file.write_bytes(data)
-
-
-def _garbage(file: Path) -> None:
-    _replace(file, os.urandom(min(max(file.stat().st_size, 1), _MAX_GARBAGE_BYTES)))
-
-
-def _truncate(file: Path) -> None:
-    data = file.read_bytes()
-    _replace(file, data[: len(data) // 2])
-
-
-def _oversize(file: Path) -> None:
-    _replace(file, file.read_bytes())
-    os.truncate(file, OVERSIZE_BYTES)
-
-
-def _wrong_digest(file: Path) -> None:
-    _rewrite_results(file, digest=hashlib.sha256(b"another model").hexdigest())
-
-
-_CORRUPTIONS: dict[str, Callable[[Path], None]] = {
-    "garbage": _garbage,
-    "truncate": _truncate,
-    "oversize": _oversize,
-    "wrong-digest": _wrong_digest,
-}

@@ -6,7 +6,8 @@ Made by `Provider`, which decides when to bill.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 
@@ -36,50 +37,27 @@ def activity_amount(plan: ProviderPlan, usage: Sequence[float], factor: float = 
         return (amount * Decimal(repr(float(factor)))).quantize(UNIT, rounding=ROUND_HALF_UP)
 
 
-def agreement_amount(plan: ProviderPlan, usages: Iterable[Sequence[float]], factor: float = 1.0) -> Decimal:
-    """Compute the price of an agreement: the sum over its activities."""
-    return sum((activity_amount(plan, usage, factor) for usage in usages), Decimal(0))
-
-
+@dataclass(kw_only=True)
 class Invoicer:
-    """Sends the bills of one provider.
+    """Sends the bills of one provider."""
 
-    :param report: receives a line of text about each invoice.
-    """
-
-    def __init__(
-        self,
-        plan: ProviderPlan,
-        *,
-        payment: PaymentService,
-        activities: Activities,
-        faults: FaultSchedule,
-        report: Callable[[str], None],
-    ) -> None:
-        self._plan = plan
-        self._payment = payment
-        self._activities = activities
-        self._faults = faults
-        self._report = report
-        #: Agreement id -> factor of the fault overbill.
-        self._overbill_factors: dict[str, float] = {}
-
-    def decide_overbilling(self, agreement: Agreement) -> None:
-        """Decide at the start of an agreement whether to overbill it."""
-        overbill = self._faults.triggers(self._plan.name, "overbill")
-        if overbill is not None:
-            self._overbill_factors[agreement.agreement_id] = overbill.factor
+    plan: ProviderPlan
+    payment: PaymentService
+    activities: Activities
+    faults: FaultSchedule
+    #: Receives a line of text about each invoice.
+    report: Callable[[str], None]
 
     def debit_note_interval_seconds(self) -> float:
         """Return the time between two debit notes of a new activity; 0 for a single one at its end."""
-        frequent = self._faults.triggers(self._plan.name, "frequent-debit-notes")
-        return self._plan.debit_note_seconds if frequent is None else frequent.seconds or DEFAULT_FREQUENT_SECONDS
+        frequent = self.faults.triggers(self.plan.name, "frequent-debit-notes")
+        return self.plan.debit_note_seconds if frequent is None else frequent.seconds or DEFAULT_FREQUENT_SECONDS
 
     async def send_debit_notes(self, agreement: Agreement, activity_id: str, seconds: float) -> None:
         """Send debit notes at an interval until the activity has ended."""
         while True:
             await asyncio.sleep(seconds)
-            if self._activities.reason(activity_id) is not None:
+            if self.activities.reason(activity_id) is not None:
                 return
             self.send_debit_note(agreement, activity_id)
 
@@ -87,24 +65,23 @@ class Invoicer:
         """Send a debit note for the cost of an activity so far; none after the invoice."""
         if agreement.is_billed:
             return
-        usage = list(self._activities.usage(activity_id))
-        amount = activity_amount(self._plan, usage, self._overbill_factors.get(agreement.agreement_id, 1.0))
-        is_payable = self._faults.triggers(self._plan.name, "payable-debit-note") is not None
-        self._payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
+        usage = list(self.activities.usage(activity_id))
+        amount = activity_amount(self.plan, usage, agreement.price_factor)
+        is_payable = self.faults.triggers(self.plan.name, "payable-debit-note") is not None
+        self.payment.send_debit_note(agreement, activity_id, amount, usage, _due_at() if is_payable else None)
 
     async def send_invoice(self, agreement: Agreement) -> None:
         """Send the invoice of an agreement that has ended."""
-        if self._faults.triggers(self._plan.name, "never-bill"):
+        if self.faults.triggers(self.plan.name, "never-bill"):
             agreement.is_billed = True
             return
-        late = self._faults.triggers(self._plan.name, "late-bill")
-        if late is not None:
+        if late := self.faults.triggers(self.plan.name, "late-bill"):
             await asyncio.sleep(late.seconds)
-        factor = self._overbill_factors.pop(agreement.agreement_id, 1.0)
-        amount = agreement_amount(self._plan, agreement.usage.values(), factor)
+        amounts = (activity_amount(self.plan, each, agreement.price_factor) for each in agreement.usage.values())
+        amount = sum(amounts, Decimal(0))
         agreement.is_billed = True
-        self._payment.send_invoice(agreement, amount, _due_at())
-        self._report(f"{self._plan.name} sends an invoice for {format_amount(amount)} GLM: {agreement.short_name}")
+        self.payment.send_invoice(agreement, amount, _due_at())
+        self.report(f"{self.plan.name} sends an invoice for {format_amount(amount)} GLM: {agreement.short_name}")
 
 
 def _due_at() -> datetime:

@@ -6,7 +6,6 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from devnet.constraints import Constraint, parse
 from devnet.scenario import ProviderPlan
 from devnet.wallet import PLATFORMS
 
@@ -22,19 +21,16 @@ class Offer:
     offer_id: str
     properties: dict[str, Any]
     constraints: str
-    parsed_constraints: Constraint
 
 
 def make_offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
     """Make the offers of a provider, one per runtime."""
     constraints = f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
-    parsed_constraints = parse(constraints)
     return [
         Offer(
             offer_id=f"{plan.name}-{runtime}",
             properties=_properties(plan, runtime, subnet),
             constraints=constraints,
-            parsed_constraints=parsed_constraints,
         )
         for runtime in plan.runtimes
     ]

@@ -59,10 +59,7 @@ class Processes:
         self._children.add(pid)
 
     def child_reaped(self, pid: int, seconds: float) -> None:
-        """Remove a child that was waited for.
-
-        :param seconds: its processor time, including the children that it waited for.
-        """
+        """Remove a child that was waited for; its processor time includes the children that it waited for."""
         self._children.discard(pid)
         self._reaped.add(pid)
         self._reaped_seconds += seconds
@@ -89,8 +86,8 @@ class Processes:
     async def kill_all(self) -> None:
         """Kill every process of the activity, repeatedly until none is left."""
         deadline, empty_scans = time.monotonic() + _KILL_SECONDS, 0
-        # During an exec a process has no environment for a moment, hence the second scan.
-        while empty_scans < 2:
+        # During an exec a process has no environment for a moment, and a new one may be missed, hence the other scans.
+        while empty_scans < 3:
             for pid in self._children:
                 _kill(-pid)  # not waited for, so its pid has not been reused
             pids = self.pids()

@@ -74,10 +74,7 @@ class Sandbox:
     # Paths
 
     def host_path(self, text: str) -> Path:
-        """Return the real path of a path in one of the volumes.
-
-        :raises PathOutsideSandbox: it is not in a volume, or is outside through a symbolic link.
-        """
+        """Return the real path of a path in a volume. :raises PathOutsideSandbox: it is in none, or links lead out."""
         normalized = posixpath.normpath(text)
         volume = next((name for name in VOLUMES if normalized.startswith(f"/golem/{name}/")), None)
         if volume is None or "\0" in text:
@@ -94,10 +91,7 @@ class Sandbox:
         return path
 
     def rewrite_paths(self, argument: str) -> str:
-        """Replace /golem by the real folder in an argument of a command.
-
-        :raises PathOutsideSandbox: a path in it is outside the folder.
-        """
+        """Replace /golem by the real folder in an argument. :raises PathOutsideSandbox: a path in it is outside."""
 
         def rewrite(match: re.Match[str]) -> str:
             normalized = posixpath.normpath(match[0])

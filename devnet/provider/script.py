@@ -15,7 +15,7 @@ from devnet.errors import ApiError
 from devnet.timing import ChangeNotifier, format_time, utc_now
 
 #: Command -> the states of an activity in which it is allowed.
-_STATES = {
+ALLOWED_STATES = {
     "deploy": {"Initialized"},
     "start": {"Deployed"},
     "transfer": {"Deployed", "Ready"},
@@ -34,15 +34,8 @@ _LIMIT_KEYS = ("head", "tail", "headTail", "stream", "limit")
 # Commands
 
 
-class BadScript(ApiError):
-    """The script is invalid."""
-
-
 class CommandFailed(Exception):
-    """A command failed; the message goes into its result.
-
-    :param status: the command's return code, not 0.
-    """
+    """A command failed with a return code that is not 0; the message goes into its result."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -64,39 +57,26 @@ class Command:
     raw: Mapping[str, Any]
 
     @property
-    def allowed_states(self) -> set[str]:
-        """Return the states of an activity in which the command is allowed."""
-        return _STATES[self.name]
-
-    @property
-    def capture(self) -> Mapping[str, Any]:
-        """Return the capture options: stream -> options."""
-        return self.body.get("capture") or {}
-
-    @property
     def ends_activity(self) -> bool:
         """Return whether the command ends the activity."""
         return self.name == "terminate"
 
 
 def parse_script(script: Any) -> list[Command]:
-    """Check a script.
-
-    :raises BadScript: it has no commands, unknown commands, or missing or invalid fields.
-    """
+    """Check a whole script. :raises ApiError: it has no commands, unknown ones, or invalid fields."""
     if not isinstance(script, list) or not script:
-        raise BadScript("A script must be a list of at least one command.")
+        raise ApiError("A script must be a list of at least one command.")
     return [_command(number, entry) for number, entry in enumerate(script)]
 
 
 def _command(number: int, entry: Any) -> Command:
     def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise BadScript(f"Command {number} of the script {problem}.")
+            raise ApiError(f"Command {number} of the script {problem}.")
 
     require(isinstance(entry, dict) and len(entry) == 1, "is not an object with one key")
     name, body = next(iter(entry.items()))
-    require(name in _STATES, f"is unknown: {name!r}. Known: {', '.join(_STATES)}")
+    require(name in ALLOWED_STATES, f"is unknown: {name!r}. Known: {', '.join(ALLOWED_STATES)}")
     body = {} if body is None else body
     require(isinstance(body, dict), "has a body that is not an object")
     for key in _REQUIRED_STRINGS.get(name, ()):

@@ -6,58 +6,40 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 import httpx
-from rich.console import Console
 
 from batcher.planner import plan
-from scripts.benchmarks import processes
-from store import new_id
-from store.rows import to_text
-from store.settings import HomeSettings
-from store.store import Store
-
-MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile")
-
-_FILL = """
-    INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, created_at, due_at)
-    VALUES (?, 'classification', ?, ?, 115000, 'queued', ?, ?)
-"""
-
-
-def fill(home: Path, count: int) -> list[str]:
-    """Add queued requests without images to a new home. :return: some of their ids."""
-    store = Store(HomeSettings(home=home))
-    store.migrate()
-    ids = [new_id() for _ in range(count)]
-    now = to_text(datetime.now(UTC) - timedelta(hours=1))
-    rows = [(id, MODELS[n % len(MODELS)], f"{n:064x}", now, now) for n, id in enumerate(ids)]
-
-    def write(transaction: object) -> None:
-        transaction.connection.executemany(_FILL, rows)  # type: ignore[attr-defined]
-
-    store.database.write(write)
-    store.close()
-    return ids[:: count // 200]
+from scripts.benchmarks import processes, stored_requests
+from scripts.benchmarks.measuring import milliseconds, timed, work_folder
 
 
 def claim_and_plan(home: Path, limit: int) -> None:
-    """Claim and plan once in this process and print the seconds and the peak megabytes."""
-    store = Store(HomeSettings(home=home))
+    """Claim and plan once in this process and print the seconds, the peak megabytes and what was claimed."""
     now = datetime.now(UTC)
-    started = time.perf_counter()
-    claims = store.requests.claim(
-        models=MODELS, limit=limit, now=now, lease_ends_at=now + timedelta(seconds=30), oldest_before=now
+    with stored_requests.opened(home) as store:
+
+        def work() -> None:
+            found.extend(
+                store.requests.claim(
+                    models=stored_requests.MODELS,
+                    limit=limit,
+                    now=now,
+                    lease_ends_at=now + timedelta(seconds=30),
+                    oldest_before=now,
+                )
+            )
+            chunks.extend(plan(found))
+
+        found, chunks = [], []
+        seconds = timed(work)
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    click.echo(
+        f"claim and plan of {len(found)} requests in {len(chunks)} chunks: {seconds:.3f} s, peak {megabytes:.0f} MB"
     )
-    chunks = plan(claims)
-    seconds = time.perf_counter() - started
-    store.close()
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, len(claims), len(chunks))
 
 
 @click.command()
@@ -69,45 +51,16 @@ def main(waiting: int, limit: int | None, home: str | None) -> None:
     if home is not None:
         claim_and_plan(Path(home), limit or waiting)
         return
-    console = Console()
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
-        work = Path(folder)
-        ids = fill(work / "home", waiting)
-        port = processes.free_port()
-        base = f"http://127.0.0.1:{port}"
-        with processes.running(
-            processes.mlg("serve", "--home", str(work / "home"), "--port", str(port)),
-            url=f"{base}/healthz",
-            log=work / "log",
-        ):
-            times = []
-            with httpx.Client(base_url=base) as client:
-                for id in ids:
-                    started = time.perf_counter()
-                    client.get(f"/readPrediction/{id}").raise_for_status()
-                    times.append((time.perf_counter() - started) * 1000)
-        console.print(
+    with work_folder() as folder:
+        stored_requests.add_day(folder / "home", waiting, queued=1000)
+        with processes.serving_home(folder, folder / "home") as base, httpx.Client(base_url=base) as client:
+            ids = iter(range(0, waiting, max(1, waiting // 200)))
+            times = milliseconds(lambda: client.get(f"/readPrediction/{next(ids):032x}").raise_for_status(), 200)
+        click.echo(
             f"readPrediction with {waiting} waiting: median {statistics.median(times):.1f} ms, "
             f"99th percentile {statistics.quantiles(times, n=100)[98]:.1f} ms, longest {max(times):.1f} ms"
         )
         for count in (256, limit or waiting):
-            printed = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "scripts.benchmarks",
-                    "backlog",
-                    "--home",
-                    str(work / "home"),
-                    "--limit",
-                    str(count),
-                ],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-            seconds, megabytes, claims, chunks = (float(word) for word in printed)
-            console.print(
-                f"claim and plan of {claims:.0f} requests in {chunks:.0f} chunks: "
-                f"{seconds:.3f} s, peak {megabytes:.0f} MB"
-            )
+            # In a process of its own, because of the peak memory.
+            command = [sys.executable, "-m", "scripts.benchmarks", "backlog", "--home", str(folder / "home")]
+            subprocess.run([*command, "--limit", str(count)], check=True)

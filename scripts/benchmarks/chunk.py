@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from provider_image.chunk import ChunkItem, write_chunk
+from provider_image.chunk import Results, read_results
 from provider_image.compiler import ensure_installed
 from scripts.benchmarks import photos
+from scripts.benchmarks.measuring import rounds_option, timed
 
 MODEL = "efficientnet_lite0"
 
 
+def cold_run(models: Path, model: str, chunk: Path) -> tuple[float, Results]:
+    """Run `mlg-provider run` for one chunk. :return: seconds; the results."""
+    results = chunk.with_suffix(".results")
+    command = [sys.executable, "-m", "provider_image", "run", "--cold", str(chunk), str(results)]
+    seconds = timed(lambda: subprocess.run([*command, "--models", str(models)], check=True))
+    return seconds, read_results(results, photos.CHUNK_ID, model, range(photos.CHUNK_ITEMS))
+
+
 @click.command()
-@click.option("--rounds", default=9, show_default=True, help="Runs; the median is reported.")
+@rounds_option(9)
 def main(rounds: int) -> None:
     """Measure a cold chunk. Example: scripts/bench chunk"""
-    base = photos.photo_jpegs()
-    seconds, megabytes = [], []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
-        work = Path(folder)
-        ensure_installed(work / "models", MODEL)
-        items = [
-            ChunkItem(number=n, inputs={"image": photos.make_unique(base[n % len(base)], n)}, params={})
-            for n in range(16)
-        ]
-        write_chunk(work / "chunk.zip", "measured", "classification", MODEL, None, items)
-        for turn in range(rounds):
-            results = work / f"results-{turn}.zip"
-            command = [sys.executable, "-m", "provider_image", "run", "--cold", "--models", str(work / "models")]
-            started = time.perf_counter()
-            process = subprocess.Popen([*command, str(work / "chunk.zip"), str(results)])
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds.append(time.perf_counter() - started)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode or not results.exists():
-                raise RuntimeError(f"the run exited with status {process.returncode}")
-            megabytes.append(usage.ru_maxrss / 1024)
-    Console().print(
+        models = Path(folder) / "models"
+        ensure_installed(models, MODEL)
+        chunk = photos.make_chunk(Path(folder) / "chunk.zip", MODEL, photos.photo_jpegs())
+        runs = [cold_run(models, MODEL, chunk) for _ in range(rounds)]
+    seconds = [each for each, _ in runs]
+    megabytes = statistics.median(results.peak_memory_bytes for _, results in runs) / 1e6
+    click.echo(
         f"a cold chunk of 16: median {statistics.median(seconds):.2f} s "
-        f"(min {min(seconds):.2f}, max {max(seconds):.2f}), peak {statistics.median(megabytes):.0f} MB"
+        f"(min {min(seconds):.2f}, max {max(seconds):.2f}), peak {megabytes:.0f} MB"
     )

@@ -8,75 +8,49 @@ more only if cores would otherwise be idle.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from provider_image.compiler import ensure_installed
 from scripts.benchmarks import photos
-from scripts.benchmarks.keras_models import cache_folder, compiled_model
-from scripts.benchmarks.models import make_chunk
-from scripts.benchmarks.processes import JsonLineProcess
+from scripts.benchmarks.keras_models import artefact_of, cache_folder
+from scripts.benchmarks.measuring import in_turns, print_table, rounds_option, seconds_option
+from scripts.benchmarks.runtime_rates import runtime_rates
 
 MODELS = ("densenet121", "efficientnet_lite0")
+WAYS = ("chunk", "queue", "decode", "pillow")
 MIN_SHARE = 0.95
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
-@click.option("--seconds", default=3.0, show_default=True, help="Minimum length of a round.")
+@rounds_option(3)
+@seconds_option(3.0)
 def main(rounds: int, seconds: float) -> None:
     """Measure decoding in parallel to inference. Example: scripts/bench decode_overlap"""
-    table = Table(
-        "model",
-        "images",
-        "chunk /s",
-        "OpenVINO /s",
-        "decode /s",
-        "Pillow whole /s",
-        "share",
-        "arithmetic",
-        "of decode",
-    )
     kinds = {
-        "500 x 375, quality 90": photos.jpegs_of_quality(500, 375, 90),
-        "4000 x 3000, 2 MB": photos.photo_jpegs(width=4000, height=3000, size=2_000_000),
+        "500 x 375, quality 90": photos.jpegs_of_quality((500, 375), 90),
+        "4000 x 3000, 2 MB": photos.photo_jpegs((4000, 3000), 2_000_000),
     }
+    rows = []
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
-        work = Path(folder)
         for model in MODELS:
-            models = cache_folder() / "models"
-            if model == "efficientnet_lite0":
-                ensure_installed(models, model)
-            else:
-                compiled_model(model)
-            chunks = [make_chunk(work / f"{number}.zip", model, kinds[kind]) for number, kind in enumerate(kinds)]
-            with JsonLineProcess(sys.executable, "-m", "scripts.benchmarks.runtime_side", str(models), model) as side:
-                for kind, chunk in zip(kinds, chunks, strict=True):
-                    seen = _measure(side, chunk, rounds, seconds)
-                    both = 1 / (1 / seen["queue"] + 1 / seen["decode"])
-                    share = seen["chunk"] / seen["queue"]
-                    table.add_row(
-                        model,
-                        kind,
-                        *(f"{seen[way]:.1f}" for way in ("chunk", "queue", "decode", "pillow")),
-                        f"{share:.0%} {'met' if share >= MIN_SHARE else 'missed'}",
-                        f"{both / seen['queue']:.0%}",
-                        f"{seen['chunk'] / seen['decode']:.0%}",
-                    )
-    Console(width=160).print(table)
-
-
-def _measure(side: JsonLineProcess, chunk: Path, rounds: int, seconds: float) -> dict[str, float]:
-    ways = ("chunk", "queue", "decode", "pillow")
-    for way in ways[:2]:
-        side.request(way=way, seconds=0, chunk=str(chunk))
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way in ways:
-            found[way].append(side.request(way=way, seconds=seconds, chunk=str(chunk)))
-    return {way: statistics.median(figures) for way, figures in found.items()}
+            artefact_of(model)
+            for kind, jpegs in kinds.items():
+                chunk = photos.make_chunk(Path(folder) / "chunk.zip", model, jpegs)
+                rates = runtime_rates(cache_folder() / "models", model, chunk)
+                for way in ("chunk", "queue"):
+                    rates[way](0.1)
+                seen = in_turns(rounds, {way: lambda _, work=rates[way]: work(seconds) for way in WAYS})  # type: ignore
+                median = {way: statistics.median(figures) for way, figures in seen.items()}
+                share = median["chunk"] / median["queue"]
+                both = 1 / (1 / median["queue"] + 1 / median["decode"])
+                shares = (
+                    f"{share:.0%} {'met' if share >= MIN_SHARE else 'missed'}",
+                    f"{both / median['queue']:.0%}",
+                    f"{median['chunk'] / median['decode']:.0%}",
+                )
+                rows.append([model, kind, *(f"{median[way]:.1f}" for way in WAYS), *shares])
+    rates_head = ("chunk /s", "OpenVINO /s", "decode /s", "Pillow whole /s")
+    head = ("model", "images", *rates_head, "share", "arithmetic", "of decode")
+    print_table(f"medians of {rounds}", head, rows)

@@ -1,144 +1,101 @@
 """Images per second from the first POST to the last recorded result, against the limit of the machine.
 
 The limit is one process with two threads that decode and infer, without HTTP and store. It is measured twice, with
-JPEGs decoded at full scale and at reduced scale like in the runtime.
+JPEGs decoded at full scale and at reduced scale like in the runtime. `MLG_SHRINK=on` shows what resizing costs.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import http.client
-import io
-import json
-import sqlite3
-import statistics
-import tempfile
-import threading
+import math
 import time
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
+from provider_image.backends import Device, load_net
 from provider_image.compiler import ensure_installed
-from provider_image.images import decoding
-from scripts.benchmarks import photos, processes
+from provider_image.images.decoding import DRAFT_MARGIN, decode
+from provider_image.models.artefact import Artefact
+from scripts.benchmarks import photos
+from scripts.benchmarks.measuring import in_turns, medians, print_table, rounds_option, timed, work_folder
+from scripts.benchmarks.processes import post
+from tests.process_tree import cpu_seconds, descendants
+from tests.system import System
 
 MODEL = "efficientnet_lite0"
+THREADS = 2
 
 
-def plain_limit(models: Path, jpegs: list[bytes], *, is_reduced: bool) -> float:
+def plain_limit(artefact: Artefact, jpegs: list[bytes], margin: float) -> float:
     """Decode and infer in two threads. :return: images per second."""
-    import numpy as np
-    import openvino as ov
-    from PIL import Image
+    net = load_net(artefact, Device(threads=THREADS))
 
-    artefact = ensure_installed(models, MODEL)
-    core = ov.Core()
-    core.set_property({"CACHE_DIR": ""})
-    net = core.compile_model(
-        str(artefact.folder / "model.xml"),
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "THROUGHPUT",
-            "NUM_STREAMS": "2",
-            "INFERENCE_NUM_THREADS": "2",
-        },
-    )
+    def work(jpeg: bytes) -> None:
+        net.infer([decode(jpeg, artefact.height, artefact.width, artefact.crop, margin=margin)])
 
-    def decode_whole(jpeg: bytes) -> Any:
-        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        side = int(0.875 * min(image.size))
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=box))
-
-    def work(part: list[bytes]) -> None:
-        request = net.create_infer_request()
-        for jpeg in part:
-            pixels = decoding.decode(jpeg, 224, 224, 0.875) if is_reduced else decode_whole(jpeg)
-            request.infer({0: pixels[None]})
-
-    work(jpegs[:8])
-    started = time.perf_counter()
-    threads = [threading.Thread(target=work, args=(jpegs[part::2],)) for part in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return len(jpegs) / (time.perf_counter() - started)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, jpegs[:8]))
+        return len(jpegs) / timed(lambda: list(pool.map(work, jpegs)))
 
 
-def post(port: int, jpegs: list[bytes]) -> list[str]:
-    """Post images over one connection. A minimal client, because it shares the cores. :return: ids."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    ids = []
-    for jpeg in jpegs:
-        connection.request("POST", f"/requestPrediction/{MODEL}", jpeg, {"Content-Type": "image/jpeg"})
-        response = connection.getresponse()
-        answer = json.load(response)
-        if response.status != 202:
-            raise RuntimeError(answer)
-        ids.append(answer["req_id"])
-    connection.close()
-    return ids
+def drain(home: Path, jpegs: list[bytes]) -> tuple[float, float]:
+    """Post all images to a running system and wait for the last result.
 
+    :return: images per second; milliseconds of processor time per image, which vary less on a noisy machine.
+    """
+    system = System(home)
 
-def drain(home: Path, jpegs: list[bytes], log: Path) -> float:
-    """Post all images to a running system and wait for the last result. :return: images per second."""
-    port = processes.free_port()
-    base = f"http://127.0.0.1:{port}"
-    with processes.running(
-        processes.mlg("up", "--home", str(home), "--port", str(port)), url=f"{base}/readyz", log=log
-    ):
-        warm = post(port, jpegs[:1])
-        with urllib.request.urlopen(f"{base}/readPrediction/{warm[0]}?wait=30"):
-            started = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            posted = sum(len(ids) for ids in pool.map(lambda part: post(port, jpegs[1 + part :: 4]), range(4)))
-        database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
-        try:
-            while True:
-                (done,) = database.execute("SELECT count(*) FROM requests WHERE state = 'done'").fetchone()
-                if done == len(jpegs):
-                    break
-                (failed,) = database.execute("SELECT count(*) FROM requests WHERE state = 'failed'").fetchone()
-                if failed:
-                    raise RuntimeError(f"{failed} failed")
-                time.sleep(0.05)
-        finally:
-            database.close()
-        return posted / (time.perf_counter() - started)
+    def processor_seconds() -> float:
+        return sum(cpu_seconds(pid) for pid in (system.process.pid, *descendants(system.process.pid)))
+
+    try:
+        (first,) = post(system.base, jpegs[:1])
+        system.answer(first)
+        used, started = processor_seconds(), time.perf_counter()
+        with ThreadPoolExecutor(4) as pool:
+            posted = sum(len(ids) for ids in pool.map(lambda part: post(system.base, jpegs[1 + part :: 4]), range(4)))
+        while (states := dict(system.query("SELECT state, count(*) FROM requests GROUP BY state"))) != {
+            "done": len(jpegs)
+        }:
+            if "failed" in states:
+                raise RuntimeError(f"{states['failed']} failed")
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        return posted / seconds, 1000 * (processor_seconds() - used) / posted
+    finally:
+        system.stop()
 
 
 @click.command()
 @click.option("--images", "count", default=2000, show_default=True, help="Number of images.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
+@rounds_option(3)
 def main(count: int, rounds: int) -> None:
     """Measure draining. Example: scripts/bench drain --images 1000"""
     base = photos.photo_jpegs()
-    seen: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
-        work = Path(folder)
-        for turn in range(rounds):
-            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count + 1)]
-            seen.setdefault("limit, JPEGs at full scale", []).append(
-                plain_limit(work / "models", jpegs, is_reduced=False)
-            )
-            seen.setdefault("limit, JPEGs at reduced scale", []).append(
-                plain_limit(work / "models", jpegs, is_reduced=True)
-            )
-            seen.setdefault("mlg up, end to end", []).append(drain(work / f"home-{turn}", jpegs, work / "log"))
-    median = {name: statistics.median(figures) for name, figures in seen.items()}
-    table = Table("what", "images/s", "runs", title=f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}")
-    for name, figures in seen.items():
-        table.add_row(name, f"{median[name]:.0f}", " ".join(f"{figure:.0f}" for figure in figures))
-    console = Console()
-    console.print(table)
-    ours = median["mlg up, end to end"]
-    for name in list(seen)[:2]:
-        console.print(f"{ours / median[name]:.0%} of the {name}")
+
+    def jpegs(turn: int) -> list[bytes]:
+        return photos.variants(base, count + 1, turn * count)
+
+    with work_folder() as folder:
+        artefact = ensure_installed(folder / "models", MODEL)
+        ways = {
+            "limit, JPEGs at full scale": lambda turn: (plain_limit(artefact, jpegs(turn), math.inf), math.nan),
+            "limit, JPEGs at reduced scale": lambda turn: (plain_limit(artefact, jpegs(turn), DRAFT_MARGIN), math.nan),
+            "mlg up, end to end": lambda turn: drain(folder / f"home-{turn}", jpegs(turn)),
+        }
+        seen = in_turns(rounds, ways)
+    median = {name: medians(figures) for name, figures in seen.items()}
+    ours = median["mlg up, end to end"][0]
+    rows = [
+        (
+            name,
+            f"{rate:.0f}",
+            " ".join(f"{each[0]:.0f}" for each in seen[name]),
+            f"{ours / rate:.0%}",
+            "" if math.isnan(cost) else f"{cost:.1f}",
+        )
+        for name, (rate, cost) in median.items()
+    ]
+    title = f"{count} JPEGs of 113 KB, 800 x 600, {MODEL}"
+    print_table(title, ("what", "images/s", "runs", "mlg up reaches of it", "processor ms per image"), rows)

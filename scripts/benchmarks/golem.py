@@ -12,88 +12,58 @@ import os
 import random
 import signal
 import sqlite3
-import statistics
 import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from provider_image.compiler import ensure_installed
-from provider_image.models.catalogue import CATALOGUE
 from scripts.benchmarks import photos, processes
-from scripts.benchmarks.keras_models import compiled_model
-from store import new_id
-from store.requests import NewRequest
-from store.settings import HomeSettings
-from store.store import Store
+from scripts.benchmarks.keras_models import artefact_of
+from scripts.benchmarks.measuring import in_turns, medians, print_table, rounds_option, work_folder
+from scripts.benchmarks.stored_requests import add_images
 
 #: Provider -> fault: three of eight providers are faulty.
 FAULTS = {"gamma": "garbage", "epsilon": "die", "eta": "hang"}
+#: Kind of run -> executor, faults of the providers.
+KINDS: dict[str, tuple[str, dict[str, str]]] = {
+    "local": ("local", {}),
+    "golem, no faults": ("golem", {}),
+    "golem, 3 of 8 faulty": ("golem", FAULTS),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRun:
-    """The measurements of one `mlg batch --once`."""
+class BatchRun(NamedTuple):
+    """The measurements of one `mlg batch --once`, from the start of its process if nothing else is said."""
 
-    #: Number of images.
-    count: int
-    #: From the start of the process to the first and the last recorded result, and to its end.
+    #: Images per second to the last result, and from the first to the last one.
+    rate: float
+    steady_rate: float
     first_seconds: float
     last_seconds: float
-    end_seconds: float
+    #: From the last result to the end of the process.
+    closing_seconds: float
     #: GLM paid.
     cost: Decimal
-
-    @property
-    def rate(self) -> float:
-        """Return images per second from the start of the process to the last result."""
-        return self.count / self.last_seconds
-
-    @property
-    def steady_rate(self) -> float:
-        """Return images per second from the first result on."""
-        return self.count / max(1e-9, self.last_seconds - self.first_seconds)
-
-
-def fill(home: Path, jpegs: list[bytes], model: str = "efficientnet_lite0") -> None:
-    """Add requests to the store of a home."""
-    store = Store(HomeSettings(home=home, busy_seconds=5))
-    store.migrate()
-    for jpeg in jpegs:
-        new = NewRequest(
-            id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
-        )
-        store.requests.add(new, store.images.stage(jpeg))
-    store.close()
 
 
 def scenario(folder: Path, providers: int, faults: dict[str, str]) -> Path:
     """Write a scenario file: providers with equal prices and one core each, some with a fault after two occasions."""
     from devnet.scenario import PROVIDER_NAMES
 
-    lines = []
+    text = ""
     for name in PROVIDER_NAMES[:providers]:
-        lines += [
-            "[[providers]]",
-            f'name = "{name}"',
-            "start_price = 0.001",
-            "price_per_second = 0.00002",
-            "price_per_cpu_second = 0.00008",
-        ]
+        text += f'[[providers]]\nname = "{name}"\nstart_price = 0.001\nprice_per_second = 0.00002\n'
+        text += "price_per_cpu_second = 0.00008\n"
         if name in faults:
-            lines += ["[[providers.faults]]", f'kind = "{faults[name]}"', "after = 2"]
+            text += f'[[providers.faults]]\nkind = "{faults[name]}"\nafter = 2\n'
     path = folder / "scenario.toml"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(text)
     return path
 
 
@@ -118,6 +88,12 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
         process.wait(30)
 
 
+def query(home: Path, sql: str) -> list[Any]:
+    """Read from the database of a home."""
+    with contextlib.closing(sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)) as database:
+        return database.execute(sql).fetchall()
+
+
 def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
     """Run `mlg batch --once` on a home with requests, and read the measurements from its store."""
     command = processes.mlg("batch", "--once", "--executor", executor, "--home", str(home))
@@ -125,29 +101,18 @@ def batch(home: Path, executor: str, log: Path, **variables: str) -> BatchRun:
     with log.open("ab") as output:
         status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ, **variables}).returncode
     ended = time.time()
-    database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
-    try:
-        times = [
-            datetime.fromisoformat(text).timestamp()
-            for (text,) in database.execute("SELECT finished_at FROM requests WHERE state = 'done'")
-        ]
-        (total,) = database.execute("SELECT count(*) FROM requests").fetchone()
-        if status or len(times) < total:
-            raise RuntimeError(f"{len(times)} of {total} finished:\n{log.read_text()[-3000:]}")
-    finally:
-        database.close()
+    ((total,),) = query(home, "SELECT count(*) FROM requests")
+    answered = query(home, "SELECT finished_at FROM requests WHERE state = 'done'")
+    if status or len(answered) < total:
+        raise RuntimeError(f"{len(answered)} of {total} finished:\n{log.read_text()[-3000:]}")
+    times = [datetime.fromisoformat(text).timestamp() - started for (text,) in answered]
     costs = subprocess.run(
         processes.mlg("costs", "--json", "--home", str(home)), capture_output=True, text=True, check=True
     )
     rows = [json.loads(line) for line in costs.stdout.splitlines()]
-    paid = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
-    return BatchRun(
-        count=total,
-        first_seconds=min(times) - started,
-        last_seconds=max(times) - started,
-        end_seconds=ended - started,
-        cost=paid,
-    )
+    cost = Decimal(next(row["paid"] for row in rows if row["by"] == "total"))
+    first, last = min(times), max(times)
+    return BatchRun(total / last, total / max(1e-9, last - first), first, last, ended - started - last, cost)
 
 
 def query_daemon(variables: dict[str, str], path: str) -> Any:
@@ -165,7 +130,7 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
     base = photos.photo_jpegs()
     command = processes.mlg("batch", "--executor", "golem", "--every", "0.5", "--home", str(home))
     for turn in range(kills):
-        fill(home, [photos.make_unique(base[0], 1_000_000 + turn * 8 + number) for number in range(8)])
+        add_images(home, photos.variants(base[:1], 8, 1_000_000 + turn * 8))
         with (folder / "killed.log").open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, **variables, "MLG_LEASE_SECONDS": "2"}
@@ -175,13 +140,8 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
         process.wait()
     time.sleep(2.5)  # the last lease expires
     batch(home, "golem", folder / "batch.log", **variables, MLG_LEASE_SECONDS="2")
-    database = sqlite3.connect(f"file:{home / 'mlg.db'}?mode=ro", uri=True)
-    try:
-        (lost,) = database.execute("SELECT count(*) FROM requests WHERE state != 'done'").fetchone()
-        (done,) = database.execute("SELECT count(*) FROM requests WHERE state = 'done'").fetchone()
-        (answers,) = database.execute("SELECT coalesce(sum(answers), 0) FROM chunks").fetchone()
-    finally:
-        database.close()
+    ((lost, done),) = query(home, "SELECT coalesce(sum(state != 'done'), 0), sum(state = 'done') FROM requests")
+    ((answers,),) = query(home, "SELECT coalesce(sum(answers), 0) FROM chunks")
     return {
         "kills": kills,
         "requests": done + lost,
@@ -198,79 +158,49 @@ def kill(folder: Path, home: Path, variables: dict[str, str], kills: int, seed: 
 @click.option("--providers", default=8, show_default=True, help="Number of providers with one core each.")
 @click.option("--model", default="efficientnet_lite0", show_default=True, help="A Keras model gets seeded weights.")
 @click.option("--shrink", type=click.Choice(("auto", "off")), default="auto", show_default=True, help="For golem.")
-@click.option("--rounds", default=3, show_default=True, help="Runs of each kind; the median is printed.")
+@rounds_option(3)
 @click.option("--kills", default=50, show_default=True, help="Number of batchers to kill with SIGKILL.")
 @click.option("--seed", default=1, show_default=True, help="Seed of the times of the kills.")
 def main(count: int, providers: int, model: str, shrink: str, rounds: int, kills: int, seed: int) -> None:
     """Measure the golem executor on a devnet. Example: scripts/bench golem --images 500 --kills 5"""
-    console = Console()
-    base = photos.photo_jpegs()
-    runs: dict[str, list[BatchRun]] = {}
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
-        folder = Path(name)
-        models = folder / "models-home"
-        if CATALOGUE[model].source == "keras":
-            models.mkdir()
-            (models / "models").symlink_to(compiled_model(model).artefact.folder.parent)
-        else:
-            ensure_installed(models / "models", model)
-        settings = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
-        kinds = {
-            "local": ("local", {}),
-            "golem, no faults": ("golem", {}),
-            "golem, 3 of 8 faulty": ("golem", FAULTS),
-        }
-        for turn in range(rounds if count else 0):
-            jpegs = [photos.make_unique(base[n % len(base)], turn * count + n) for n in range(count)]
-            for kind, (executor, faults) in kinds.items():
-                home = folder / f"home-{turn}-{executor}-{len(faults)}"
-                home.mkdir()
-                (home / "models").symlink_to(models / "models")
-                fill(home, jpegs, model)
-                if executor == "local":
-                    run = batch(home, executor, folder / "batch.log")
-                else:
-                    with devnet(folder, models, scenario(folder, providers, faults)) as variables:
-                        limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "60"}
-                        run = batch(home, executor, folder / "batch.log", **variables, **settings, **limits)
-                runs.setdefault(kind, []).append(run)
-                console.print(f"{kind}: {run.rate:.0f}/s, first {run.first_seconds:.1f} s, cost {run.cost}")
-        if runs:
-            _print_runs(console, runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}")
+    base, models = photos.photo_jpegs(), artefact_of(model).folder.parent
+    settings = {"MLG_BUDGET_DAY": "100", "MLG_GOLEM_MAX_WORKERS": str(providers), "MLG_SHRINK": shrink}
+    with work_folder() as folder:
+
+        def make_home(name: str) -> Path:
+            (folder / name).mkdir()
+            (folder / name / "models").symlink_to(models)
+            return folder / name
+
+        def run(turn: int, kind: str) -> BatchRun:
+            executor, faults = KINDS[kind]
+            home, log = make_home(f"{kind} {turn}"), folder / "batch.log"
+            add_images(home, photos.variants(base, count, turn * count), model)
+            if executor == "local":
+                return batch(home, executor, log)
+            with devnet(folder, shared, scenario(folder, providers, faults)) as variables:
+                return batch(home, executor, log, **variables, **settings, MLG_CHUNK_TIMEOUT_SECONDS="60")
+
+        shared = make_home("providers")
+        if count and rounds:
+            runs = in_turns(rounds, {kind: lambda turn, kind=kind: run(turn, kind) for kind in KINDS})  # type: ignore
+            _print_runs(runs, f"{count} JPEGs of 113 KB, 800 x 600, {model}, resizing {shrink}; medians of {rounds}")
         if kills:
-            home = folder / "home-kills"
-            home.mkdir()
-            (home / "models").symlink_to(models / "models")
-            with devnet(folder, models, scenario(folder, providers, {})) as variables:
-                found = kill(folder, home, {**variables, **settings}, kills, seed)
-            console.print(", ".join(f"{name} {value}" for name, value in found.items()))
+            with devnet(folder, shared, scenario(folder, providers, {})) as variables:
+                found = kill(folder, make_home("kills"), {**variables, **settings}, kills, seed)
+            click.echo(", ".join(f"{name} {value}" for name, value in found.items()))
 
 
-def _print_runs(console: Console, runs: dict[str, list[BatchRun]], what: str) -> None:
-    table = Table(
-        "kind",
-        "images/s",
-        "images/s from the first result on",
-        "first result s",
-        "last result to end s",
-        "GLM",
-        title=f"{what}; medians of {len(next(iter(runs.values())))}",
-    )
-    median = statistics.median
+def _print_runs(runs: dict[str, list[BatchRun]], title: str) -> None:
+    rows = []
     for kind, each in runs.items():
-        table.add_row(
-            kind,
-            f"{median(run.rate for run in each):.1f}",
-            f"{median(run.steady_rate for run in each):.1f}",
-            f"{median(run.first_seconds for run in each):.1f}",
-            f"{median(run.end_seconds - run.last_seconds for run in each):.1f}",
-            f"{median(run.cost for run in each):.6f}",
-        )
-    console.print(table)
+        rate, steady, first, _, closing, cost = medians(each)
+        rows.append([kind, *(f"{figure:.1f}" for figure in (rate, steady, first, closing)), f"{cost:.6f}"])
+    head = ("executor", "images/s", "from the first result on", "first result s", "last result to end s", "GLM")
+    print_table(title, head, rows)
     local, no_faults, faulty = runs.values()
-    rate = median(a.rate / b.rate for a, b in zip(no_faults, local, strict=True))
-    steady = median(a.steady_rate / b.steady_rate for a, b in zip(no_faults, local, strict=True))
-    seconds = median(a.last_seconds / b.last_seconds for a, b in zip(faulty, no_faults, strict=True))
-    cost = median(a.cost / b.cost for a, b in zip(faulty, no_faults, strict=True))
-    console.print(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
-    console.print(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")
+    rates = [(a.rate / b.rate, a.steady_rate / b.steady_rate) for a, b in zip(no_faults, local, strict=True)]
+    prices = [(a.last_seconds / b.last_seconds, a.cost / b.cost) for a, b in zip(faulty, no_faults, strict=True)]
+    (rate, steady), (seconds, cost) = medians(rates), medians(prices)
+    click.echo(f"golem has {rate:.0%} of the local throughput, {steady:.0%} from the first result on")
+    click.echo(f"with faulty providers it takes {seconds:.2f} times as long and costs {cost:.2f} times as much")

@@ -1,22 +1,23 @@
 """The sixteen Keras models of the original service, with seeded weights, compiled once and kept for later measurements.
 
 Speed and memory do not depend on what the weights are, and no measurement may need a download of gigabytes. Run as
-`python -m scripts.benchmarks.keras_models FOLDER MODEL` it compiles one: in a separate process, so that the memory
-that tensorflow takes for it is released.
+`python -m scripts.benchmarks.keras_models MODEL` it compiles one: in a separate process, so that the memory that
+tensorflow takes for it is released.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from provider_image.compiler import ensure_installed
 from provider_image.compiler.keras_weights import WeightsSources, find_weights
 from provider_image.errors import BrokenArtefact, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.catalogue import CATALOGUE
 
 #: Those that the original service had.
 ORIGINAL_MODELS = (
@@ -28,58 +29,41 @@ ORIGINAL_MODELS = (
 QUICK_MODELS = ("nasnet_mobile", "resnet50", "densenet121")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompiledModel:
-    """A model for both sides."""
-
-    #: Its row in the catalogue.
-    row: ModelRow
-    #: The artefact that mlg runs.
-    artefact: Artefact
-    #: The weights that Keras loads.
-    weights: Path
-
-
 def cache_folder() -> Path:
     """Return the folder for compiled models and their weights; 6 GB once all sixteen are there."""
     return Path(tempfile.gettempdir()) / "mlg-bench-keras"
 
 
-def compiled_model(name: str) -> CompiledModel:
-    """Return a model that is ready to be measured, compiling it first if necessary: some ten seconds to two minutes."""
-    folder = cache_folder()
-    weights = _weights(folder, name)
-    if not weights.exists() or not _is_installed(folder / "models", name):
-        subprocess.run([sys.executable, "-m", __name__, str(folder), name], check=True)
-    return CompiledModel(row=CATALOGUE[name], artefact=find_artefact(folder / "models", name), weights=weights)
-
-
-def _weights(folder: Path, name: str) -> Path:
+def weights_of(name: str) -> Path:
+    """Return the path of the weights that Keras loads."""
     # Not NAME.weights.h5: Keras takes that ending for its newer layout, which the published files do not have.
-    return folder / "weights" / f"{name}.h5"
+    return cache_folder() / "weights" / f"{name}.h5"
 
 
-def _is_installed(models: Path, name: str) -> bool:
-    try:
-        return find_artefact(models, name).folder.is_dir()
-    except (NotInstalled, BrokenArtefact):
-        return False
+def artefact_of(name: str) -> Artefact:
+    """Return a model in the folder `models` of the cache, made first if necessary: Keras' take up to two minutes."""
+    models = cache_folder() / "models"
+    if CATALOGUE[name].source != "keras":
+        return ensure_installed(models, name)
+    with contextlib.suppress(NotInstalled, BrokenArtefact):
+        if weights_of(name).exists():
+            return find_artefact(models, name)
+    subprocess.run([sys.executable, "-m", __name__, name], check=True)
+    return find_artefact(models, name)
 
 
-def _compile(folder: Path, name: str) -> None:
+def _compile(name: str) -> None:
     from provider_image.compiler.keras_applications import build
     from tests.seeded_weights import seeded_network, write_weights
 
-    weights = _weights(folder, name)
+    row, weights, cache = CATALOGUE[name], weights_of(name), cache_folder()
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         partial = weights.with_suffix(".tmp")
-        write_weights(seeded_network(CATALOGUE[name]), partial)
+        write_weights(seeded_network(row), partial)
         partial.replace(weights)
-    build(
-        folder / "models", CATALOGUE[name], find_weights(CATALOGUE[name], WeightsSources(given=weights, cache=folder))
-    )
+    build(cache / "models", row, find_weights(row, WeightsSources(given=weights, cache=cache)))
 
 
 if __name__ == "__main__":
-    _compile(Path(sys.argv[1]), sys.argv[2])
+    _compile(sys.argv[1])

@@ -1,8 +1,8 @@
 """Keras in a separate process, as a simple script would use it: the comparison for mlg's runtime.
 
 `cold CLASS WEIGHTS CHUNK OUT` does one chunk of images including the import and writes the top five labels of
-each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line `{"seconds": S}` on standard input with the
-images per second of `predict` on ready arrays, in batches as large as the chunk.
+each and its peak memory; `warm CLASS WEIGHTS CHUNK` answers each line with a number of seconds on standard input with
+the images per second of `predict` on ready arrays, in batches as large as the chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +44,18 @@ def batch_of(chunk: Path, side: int) -> Any:
     return np.stack([np.asarray(image, dtype=np.float32) for image in resized])
 
 
-def main() -> None:
-    """Run the mode that the first argument names."""
+if __name__ == "__main__":
     way, keras_class, weights, chunk = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     network, module = load(keras_class, weights)
     arrays = module.preprocess_input(batch_of(chunk, network.input_shape[1]))
+    probabilities = network.predict(arrays, batch_size=len(arrays), verbose=0)
     if way == "cold":
-        best = (-network.predict(arrays, batch_size=len(arrays), verbose=0)).argsort(axis=1)[:, :5].tolist()
+        best = (-probabilities).argsort(axis=1)[:, :5].tolist()
         Path(sys.argv[5]).write_text(json.dumps({"best": best, "peak_memory_bytes": peak_memory_bytes()}))
-        return
-    network.predict(arrays, batch_size=len(arrays), verbose=0)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        seconds, done, started = float(json.loads(line)["seconds"]), 0, time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            network.predict(arrays, batch_size=len(arrays), verbose=0)
-            done += len(arrays)
-        print(json.dumps(done / (time.perf_counter() - started)), flush=True)
+    else:
+        from scripts.benchmarks.measuring import rate
 
-
-if __name__ == "__main__":
-    main()
+        for line in sys.stdin:
+            print(
+                rate(lambda: len(network.predict(arrays, batch_size=len(arrays), verbose=0)), float(line)), flush=True
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from provider_image.backends.openvino import import_openvino
 from provider_image.cores import available_cores
+from scripts.benchmarks.measuring import timed
 
 #: Sides of the square matrices that are multiplied.
 _SIDES = (512, 1024, 2048)
@@ -27,7 +27,7 @@ def f32_gigaflops(seconds: float = 1.0) -> float:
     for side in _SIDES:
         matrix = np.random.default_rng(side).random((side, side), np.float32)
         product, flops = np.empty_like(matrix), 2.0 * side**3
-        found.append(_best(lambda m=matrix, p=product: np.matmul(m, m, out=p), flops, seconds))  # type: ignore[misc]
+        found.append(flops / _shortest(lambda m=matrix, p=product: np.matmul(m, m, out=p), seconds))  # type: ignore[misc]
         for streams in {1, cores}:
             requests = _multiplications(matrix, streams, cores)
 
@@ -37,8 +37,8 @@ def f32_gigaflops(seconds: float = 1.0) -> float:
                 for request in requests:
                     request.wait()
 
-            found.append(_best(multiply, flops * streams, seconds))
-    return max(found)
+            found.append(flops * streams / _shortest(multiply, seconds))
+    return max(found) / 1e9
 
 
 def _multiplications(matrix: Any, streams: int, cores: int) -> list[Any]:
@@ -55,14 +55,12 @@ def _multiplications(matrix: Any, streams: int, cores: int) -> list[Any]:
     return [compiled.create_infer_request() for _ in range(streams)]
 
 
-def _best(work: Callable[[], Any], flops: float, seconds: float) -> float:
+def _shortest(work: Callable[[], Any], seconds: float) -> float:
     work()
     shortest, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        started = time.perf_counter()
-        work()
-        shortest = min(shortest, time.perf_counter() - started)
-    return flops / shortest / 1e9
+        shortest = min(shortest, timed(work))
+    return shortest
 
 
 def gigaflops_of(graph: Path) -> float:
@@ -78,22 +76,3 @@ def gigaflops_of(graph: Path) -> float:
             first = list(node.input(0).get_partial_shape().to_shape())
             total += math.prod(node.output(0).shape) * first[-2 if node.get_attributes()["transpose_a"] else -1]
     return 2 * total / 1e9
-
-
-def decoding_rate(jpegs: list[bytes], decode: Callable[[bytes], Any], seconds: float = 3.0) -> float:
-    """Decode images on all cores, without inference. :return: images per second."""
-    cores = available_cores()
-
-    def work(first: int) -> int:
-        done = 0
-        while time.perf_counter() < end:
-            decode(jpegs[(first + done) % len(jpegs)])
-            done += 1
-        return done
-
-    decode(jpegs[0])
-    started = time.perf_counter()
-    end = started + seconds
-    with ThreadPoolExecutor(cores) as pool:
-        done = sum(pool.map(work, range(cores)))
-    return done / (time.perf_counter() - started)

@@ -11,185 +11,120 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from collections import defaultdict
 from pathlib import Path
 
 import click
 
-from provider_image.chunk import ChunkItem, read_results, write_chunk
+from provider_image.models.artefact import Artefact
+from provider_image.models.catalogue import CATALOGUE
 from scripts.benchmarks import photos
-from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, CompiledModel, cache_folder, compiled_model
+from scripts.benchmarks.chunk import cold_run
+from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, artefact_of, cache_folder, weights_of
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
-from scripts.benchmarks.processes import JsonLineProcess
+from scripts.benchmarks.measuring import print_table, rounds_option, seconds_option, timed
+from scripts.benchmarks.runtime_rates import runtime_rates
 
-ITEMS = 16
-#: Required geometric means over the models.
-MIN_WARM_RATIO, MIN_COLD_RATIO, MAX_MEMORY_RATIO = 1.9, 5.0, 0.40
-
-
-@dataclass
-class Measurements:
-    """The measurements of one model, a number for each round."""
-
-    #: Seconds and megabytes of a cold chunk.
-    cold: list[float] = field(default_factory=list)
-    keras_cold: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
-    keras_memory: list[float] = field(default_factory=list)
-    #: Images per second, warm: whole chunks, the bare net, the bare net in bf16, and Keras' predict.
-    chunk: list[float] = field(default_factory=list)
-    net: list[float] = field(default_factory=list)
-    bf16: list[float] = field(default_factory=list)
-    keras: list[float] = field(default_factory=list)
-    #: Images of a chunk with the same first label on both sides.
-    same_first: int = 0
-
-    def ratio(self, one: str, other: str) -> float:
-        """Divide a median by another; nan if there are none."""
-        first, second = getattr(self, one), getattr(self, other)
-        return statistics.median(first) / statistics.median(second) if first and second else float("nan")
+HEAD = (
+    "model", "MB", "cold s", "Keras", "times", "peak MB", "Keras", "share", "chunk /s", "net /s", "Keras /s",
+    "chunk times", "net times", "GFLOP", "of limit", "bf16",
+)  # fmt: skip
+#: What is compared -> the figures whose ratio it is, and the least or most that its geometric mean should be.
+TARGETS = {
+    "warm, whole chunks": ("chunk", "keras", "at least", 1.9),
+    "warm, bare net": ("net", "keras", "at least", 1.9),
+    "cold": ("keras_cold", "cold", "at least", 5.0),
+    "memory": ("memory", "keras_memory", "at most", 0.40),
+}
 
 
-def has_bf16() -> bool:
-    """Tell whether this processor computes in bf16 itself."""
-    return "bf16" in Path("/proc/cpuinfo").read_text()
+def measure(artefact: Artefact, jpegs: list[bytes], rounds: int, seconds: float) -> tuple[dict[str, float], int]:
+    """Measure both sides of one model in turns.
 
+    :return: medians: seconds (cold, keras_cold) and megabytes (memory, keras_memory) of a cold chunk, and warm images
+        per second (chunk, net, bf16, keras); the number of images with the same first label on both sides.
+    """
+    name, models = artefact.name, cache_folder() / "models"
+    seen: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
+        chunk, answers = photos.make_chunk(Path(folder) / "chunk.zip", name, jpegs), Path(folder) / "keras.json"
+        keras_class, module = str(CATALOGUE[name].keras_class), "scripts.benchmarks.keras_side"
 
-def make_chunk(path: Path, model: str, base: list[bytes]) -> Path:
-    """Write a chunk of ITEMS images, made from JPEGs of `images`."""
-    items = [
-        ChunkItem(number=n, inputs={"image": photos.make_unique(base[n % len(base)], n)}, params={})
-        for n in range(ITEMS)
-    ]
-    write_chunk(path, "measured", "classification", model, None, items)
-    return path
+        def keras_command(way: str, *more: str) -> list[str]:
+            return [sys.executable, "-m", module, way, keras_class, str(weights_of(name)), str(chunk), *more]
 
-
-def measure_cold(model: CompiledModel, chunk: Path, work: Path, rounds: int, figures: Measurements) -> None:
-    """Start both sides in turns, each for one chunk."""
-    labels = [list(label) for label in model.artefact.labels]
-    for _ in range(rounds):
-        ours, theirs = work / "results.zip", work / "keras.json"
-        figures.cold.append(
-            _seconds(
-                "provider_image", "run", "--cold", str(chunk), str(ours), "--models", str(cache_folder() / "models")
-            )
-        )
-        results = read_results(ours, "measured", model.row.name, range(ITEMS))
-        figures.memory.append(results.peak_memory_bytes / 1e6)
-        figures.keras_cold.append(_seconds(*_keras_command("cold", model, chunk), str(theirs)))
-        answer = json.loads(theirs.read_text())
-        figures.keras_memory.append(answer["peak_memory_bytes"] / 1e6)
-        firsts = [labels.index(item.output[0][:2]) for item in results.items]
-        figures.same_first = sum(a == b[0] for a, b in zip(firsts, answer["best"], strict=True))
-
-
-def measure_warm(model: CompiledModel, chunk: Path, rounds: int, seconds: float, figures: Measurements) -> None:
-    """Measure a warm process of each side alternately, after one round for warming up."""
-    with (
-        JsonLineProcess(
-            *_module("scripts.benchmarks.runtime_side", str(cache_folder() / "models"), model.row.name)
-        ) as ours,
-        JsonLineProcess(*_module(*_keras_command("warm", model, chunk))) as keras,
-    ):
-        ways = ["chunk", "net", *(["bf16"] if has_bf16() else [])]
-        for way in ways:
-            ours.request(way=way, seconds=0, chunk=str(chunk))
         for _ in range(rounds):
-            for way in ways:
-                getattr(figures, way).append(ours.request(way=way, seconds=seconds, chunk=str(chunk)))
-            figures.keras.append(keras.request(seconds=seconds))
+            cold_seconds, results = cold_run(models, name, chunk)
+            seen["cold"].append(cold_seconds)
+            seen["memory"].append(results.peak_memory_bytes / 1e6)
+            command = keras_command("cold", str(answers))
+            seen["keras_cold"].append(timed(lambda command=command: subprocess.run(command, check=True)))  # type: ignore[misc]
+            keras_answers = json.loads(answers.read_text())
+            seen["keras_memory"].append(keras_answers["peak_memory_bytes"] / 1e6)
+        labels = [list(label) for label in artefact.labels]
+        firsts = [labels.index(item.output[0][:2]) for item in results.items]
+        same_first = sum(a == b[0] for a, b in zip(firsts, keras_answers["best"], strict=True))
+
+        has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
+        rates = runtime_rates(models, name, chunk)
+        ways = {way: rates[way] for way in ("chunk", "net", *(["bf16"] if has_bf16 else []))}
+        pipe = subprocess.PIPE
+        with subprocess.Popen(keras_command("warm"), stdin=pipe, stdout=pipe, text=True, bufsize=1) as keras:
+
+            def keras_rate(seconds: float) -> float:
+                print(seconds, file=keras.stdin, flush=True)
+                return float(keras.stdout.readline())
+
+            ways["keras"] = keras_rate
+            for way in ways.values():
+                way(0)  # loads the net
+            for _ in range(rounds):
+                for key, way in ways.items():
+                    seen[key].append(way(seconds))
+    return {key: statistics.median(figures) for key, figures in seen.items()}, same_first
 
 
-def _keras_command(way: str, model: CompiledModel, chunk: Path) -> list[str]:
-    return ["scripts.benchmarks.keras_side", way, str(model.row.keras_class), str(model.weights), str(chunk)]
-
-
-def _module(*words: str) -> list[str]:
-    return [sys.executable, "-m", *words]
-
-
-def _seconds(*words: str) -> float:
-    started = time.perf_counter()
-    subprocess.run(_module(*words), check=True)
-    return time.perf_counter() - started
-
-
-def _row(model: CompiledModel, figures: Measurements, limit: float) -> str:
-    seen = {
-        name: statistics.median(value) for name, value in vars(figures).items() if isinstance(value, list) and value
-    }
-    flops = gigaflops_of(model.artefact.folder / "model.xml")
-    bf16 = f"{figures.ratio('bf16', 'net'):.2f}" if figures.bf16 else "-"
-    cells = (
-        model.row.name,
-        f"{model.artefact.size_bytes / 1e6:.0f}",
+def row(artefact: Artefact, seen: dict[str, float], limit: float) -> list[str]:
+    """Write the row of one model."""
+    flops = gigaflops_of(artefact.folder / "model.xml")
+    return [
+        artefact.name,
+        f"{artefact.size_bytes / 1e6:.0f}",
         f"{seen['cold']:.2f}",
         f"{seen['keras_cold']:.2f}",
-        f"{figures.ratio('keras_cold', 'cold'):.1f}",
+        f"{seen['keras_cold'] / seen['cold']:.1f}",
         f"{seen['memory']:.0f}",
         f"{seen['keras_memory']:.0f}",
-        f"{figures.ratio('memory', 'keras_memory'):.0%}",
-        f"{seen['chunk']:.1f}",
-        f"{seen['net']:.1f}",
-        f"{seen['keras']:.1f}",
-        f"{figures.ratio('chunk', 'keras'):.2f}",
-        f"{figures.ratio('net', 'keras'):.2f}",
+        f"{seen['memory'] / seen['keras_memory']:.0%}",
+        *(f"{seen[way]:.1f}" for way in ("chunk", "net", "keras")),
+        *(f"{seen[way] / seen['keras']:.2f}" for way in ("chunk", "net")),
         f"{flops:.1f}",
         f"{seen['net'] * flops / limit:.0%}",
-        bf16,
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-_HEAD = (
-    "| model | MB | cold s | Keras | times | peak MB | Keras | share | chunk /s | net /s | Keras /s | chunk times "
-    "| net times | GFLOP | of limit | bf16 |"
-)
+        f"{seen['bf16'] / seen['net']:.2f}" if "bf16" in seen else "-",
+    ]
 
 
 @click.command()
 @click.option("--models", help="Names, separated by commas; all sixteen if not given.")
 @click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_MODELS)}.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds of each; the median is reported.")
-@click.option("--seconds", default=2.0, show_default=True, help="Minimum length of a warm round.")
+@rounds_option(3)
+@seconds_option(2.0)
 def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
     """Measure the compiled Keras models. Example: scripts/bench models --quick
 
     Compiling takes 10 minutes and 6 GB the first time, measuring some 60 seconds a model: 20 minutes for sixteen.
     """
-    names = models.split(",") if models else QUICK_MODELS if quick else ORIGINAL_MODELS
-    limit = f32_gigaflops()
-    all_figures: list[Measurements] = []
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
-        work, spent, base = Path(folder), 0.0, photos.jpegs_of_quality(500, 375, 90)
-        for name in names:
-            model = compiled_model(name)
-            started = time.perf_counter()
-            chunk = make_chunk(work / "chunk.zip", name, base)
-            figures = Measurements()
-            measure_cold(model, chunk, work, rounds, figures)
-            measure_warm(model, chunk, rounds, seconds, figures)
-            all_figures.append(figures)
-            rows.append(_row(model, figures, limit))
-            spent += time.perf_counter() - started
-            click.echo(f"{name}: {figures.same_first} of {ITEMS} first labels as Keras, {spent:.0f} s so far", err=True)
-    click.echo(
-        f"f32 limit of this machine: {limit:.0f} GFLOP/s; medians of {rounds}; {spent:.0f} s without compiling\n"
-    )
-    click.echo("\n".join([_HEAD, "|" + " --- |" * (_HEAD.count("|") - 1), *rows]))
-    click.echo()
-    for what, one, other, wanted, is_least in (
-        ("warm, whole chunks", "chunk", "keras", MIN_WARM_RATIO, True),
-        ("warm, bare net", "net", "keras", MIN_WARM_RATIO, True),
-        ("cold", "keras_cold", "cold", MIN_COLD_RATIO, True),
-        ("memory", "memory", "keras_memory", MAX_MEMORY_RATIO, False),
-    ):
-        mean = statistics.geometric_mean(figures.ratio(one, other) for figures in all_figures)
-        is_met = mean >= wanted if is_least else mean <= wanted
-        click.echo(
-            f"{what}: geometric mean {mean:.2f}, required {'at least' if is_least else 'at most'} {wanted:g}: "
-            f"{'met' if is_met else 'missed'}"
-        )
+    limit, jpegs = f32_gigaflops(), photos.jpegs_of_quality((500, 375), 90)
+    rows, figures = [], []
+    for name in models.split(",") if models else QUICK_MODELS if quick else ORIGINAL_MODELS:
+        artefact = artefact_of(name)
+        seen, same_first = measure(artefact, jpegs, rounds, seconds)
+        figures.append(seen)
+        rows.append(row(artefact, seen, limit))
+        click.echo(f"{name}: {same_first} of {photos.CHUNK_ITEMS} first labels as Keras", err=True)
+    print_table(f"f32 limit of this machine: {limit:.0f} GFLOP/s; medians of {rounds}", HEAD, rows)
+    for what, (one, other, bound, wanted) in TARGETS.items():
+        mean = statistics.geometric_mean(seen[one] / seen[other] for seen in figures)
+        is_met = mean >= wanted if bound == "at least" else mean <= wanted
+        verdict = "met" if is_met else "missed"
+        click.echo(f"{what}: geometric mean {mean:.2f}, required {bound} {wanted:g}: {verdict}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import sys
 import threading
 import uuid
 
+import click
 from flask import Flask, request
 
 
-def main() -> None:
-    """Serve on a port with a database file: `naive_server PORT FILE`."""
-    port, database = int(sys.argv[1]), sys.argv[2]
+@click.command()
+@click.argument("database")
+@click.option("--port", type=int, required=True)
+def main(database: str, port: int) -> None:
+    """Serve with a new database file."""
     connection = sqlite3.connect(database, check_same_thread=False)
     connection.execute("CREATE TABLE requests (id TEXT NOT NULL, model TEXT NOT NULL, image BLOB NOT NULL, preds TEXT)")
     lock = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -14,31 +15,40 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def mlg(*words: str) -> list[str]:
+    """Return the command line of an mlg command."""
+    return [sys.executable, "-m", "mlg", *words]
 
 
 @contextlib.contextmanager
-def running(command: list[str], *, url: str, log: Path, env: dict[str, str] | None = None) -> Iterator[int]:
-    """Run a program until the block ends; enter it when the URL responds. :return: its process id."""
+def serving(folder: Path, *command: str, **env: str) -> Iterator[str]:
+    """Run a server, which gets the option --port, until the block ends; enter it when the server responds.
+
+    :param folder: for the log.
+    :return: the server's address.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base, log = f"http://127.0.0.1:{port}", folder / "server.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(env or {})}
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, **env},
         )
     try:
         deadline = time.monotonic() + 30
-        while not _answers(url):
+        while not _answers(f"{base}/healthz"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.05)
-        yield process.pid
+        yield base
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -47,6 +57,11 @@ def running(command: list[str], *, url: str, log: Path, env: dict[str, str] | No
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def serving_home(folder: Path, home: Path, **env: str) -> contextlib.AbstractContextManager[str]:
+    """Run `mlg serve` on a home until the block ends."""
+    return serving(folder, *mlg("serve", "--home", str(home)), **env)
 
 
 def _answers(url: str) -> bool:
@@ -59,43 +74,16 @@ def _answers(url: str) -> bool:
         return False
 
 
-def mlg(*words: str) -> list[str]:
-    """Return the command line of an mlg command."""
-    return [sys.executable, "-m", "mlg", *words]
-
-
-def resident_megabytes(pid: int) -> float:
-    """Read the peak resident memory of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"no memory figure for {pid}")
-
-
-class JsonLineProcess:
-    """A program that answers each line of JSON on its standard input with one; it ends with the block."""
-
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._receive()  # the first line says that it is ready
-
-    def request(self, **question: Any) -> Any:
-        """Send a question. :return: the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return self._receive()
-
-    def _receive(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args!r} exited with status {self._process.wait()}")
-        return json.loads(line)
-
-    def __enter__(self) -> JsonLineProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+def post(base: str, jpegs: list[bytes]) -> list[str]:
+    """Post images over one connection. A minimal client, because it shares the cores. :return: ids."""
+    connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=60)
+    ids = []
+    for jpeg in jpegs:
+        connection.request("POST", "/requestPrediction/efficientnet_lite0", jpeg, {"Content-Type": "image/jpeg"})
+        response = connection.getresponse()
+        answer = json.load(response)
+        if response.status != 202:
+            raise RuntimeError(answer)
+        ids.append(answer["req_id"])
+    connection.close()
+    return ids

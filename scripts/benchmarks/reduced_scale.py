@@ -7,25 +7,23 @@ noise of one grey level, which is invisible.
 
 from __future__ import annotations
 
-import io
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from provider_image.backends import Device
-from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
-from provider_image.images import decoding
+from provider_image.images.decoding import DRAFT_MARGIN, decode
 from provider_image.models.artefact import Artefact
 from provider_image.services.classification import Classification
 from scripts.benchmarks import photos
-from scripts.benchmarks.keras_models import ORIGINAL_MODELS, cache_folder, compiled_model
+from scripts.benchmarks.keras_models import artefact_of
+from scripts.benchmarks.measuring import print_table
 
 SIZES = (
     (640, 560), (800, 600), (900, 600), (1024, 768), (1100, 740),
@@ -46,49 +44,29 @@ MODELS = "efficientnet_lite0,nasnet_mobile,inception_v3,nasnet_large"
 def main(models: str) -> None:
     """Measure the effect of reduced scale. Example: scripts/bench reduced_scale --models efficientnet_lite0
 
-    Takes two seconds (EfficientNet-Lite0) to four minutes (NASNet-Large) a model, besides compiling and encoding.
+    Takes some seconds (EfficientNet-Lite0) to four minutes (NASNet-Large) a model, besides compiling and encoding.
     """
     for name in models.split(","):
-        artefact = (
-            compiled_model(name).artefact
-            if name in ORIGINAL_MODELS
-            else ensure_installed(cache_folder() / "models", name)
-        )
-        _print(artefact, artefact.height, artefact.crop, _measure(artefact, artefact.height, artefact.crop))
+        artefact = artefact_of(name)
+        measure(artefact, artefact.height, artefact.crop)
         # The only trained weights that are always available, so they are used for the geometry of other models as well.
         for side in WHOLE_SIDES if artefact.crop else ():
-            _print(artefact, side, None, _measure(artefact, side, None))
+            measure(artefact, side, None)
 
 
-class AnswerChanges:
-    """The changes of the results of all images."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        #: Images that are reduced at the default margin.
-        self.reduced = 0
-        #: Margin or "noise" -> how often changed: the first label, the set of five, the set of five by labels that were
-        #: further apart than NEAR_TIE.
-        self.changed: dict[str, list[int]] = {}
-
-    def add(self, whole: list[Any], answers: dict[str, list[Any]], is_reduced: bool) -> None:
-        """Compare the results of one image with that of the image decoded at full scale."""
-        self.images += 1
-        self.reduced += is_reduced
+def changes(whole: list[Any], answer: list[Any]) -> list[str]:
+    """Say what differs between the results of an image decoded at full scale and decoded otherwise."""
+    before, after = ({row[1] for row in rows[:5]} for rows in (whole, answer))
+    found = ["first"] if whole[0][1] != answer[0][1] else []
+    if before != after:
         likely = {row[1]: row[2] for row in whole}
-        for what, answer in answers.items():
-            before, after = ({row[1] for row in rows[:5]} for rows in (whole, answer))
-            gone, new = (
-                [likely.get(label, whole[-1][2]) for label in labels] for labels in (before - after, after - before)
-            )
-            counts = self.changed.setdefault(what, [0, 0, 0])
-            counts[0] += whole[0][1] != answer[0][1]
-            counts[1] += before != after
-            counts[2] += before != after and max(gone) - min(new) > NEAR_TIE
+        gone, new = ([likely.get(label, whole[-1][2]) for label in some] for some in (before - after, after - before))
+        found += ["five", "clearly"] if max(gone) - min(new) > NEAR_TIE else ["five"]
+    return found
 
 
-def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges:
-    """Classify every image decoded in full, at each margin, and in full with noise.
+def measure(artefact: Artefact, side: int, crop: float | None) -> None:
+    """Classify every image decoded in full, at each margin, and in full with noise, and print the changes.
 
     :param side: what is decoded to; the model's own input is made from that.
     """
@@ -96,7 +74,8 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
     net = service.load(artefact, Device())
     noise = np.random.default_rng(1).integers(-1, 2, (side, side, 3))
 
-    def compare(jpeg: bytes) -> tuple[list[Any], dict[str, list[Any]], bool]:
+    def compare(jpeg: bytes) -> list[tuple[str, str]]:
+        """Return the changes, each with its margin or "noise"."""
         known: dict[bytes, list[Any]] = {}
 
         def classify(array: Any) -> list[Any]:
@@ -106,25 +85,29 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
             return known[pixels]
 
         arrays = {
-            margin: decoding.decode(jpeg, side, side, crop, margin=margin)
-            for margin in (math.inf, decoding.DRAFT_MARGIN, *MARGINS)
+            margin: decode(jpeg, side, side, crop, margin=margin) for margin in (math.inf, DRAFT_MARGIN, *MARGINS)
         }
         whole = arrays[math.inf]
         answers = {f"{margin:g}": classify(arrays[margin]) for margin in MARGINS}
         answers["noise"] = classify(np.clip(whole + noise, 0, 255).astype(np.uint8))
-        return classify(whole), answers, bool((arrays[decoding.DRAFT_MARGIN] != whole).any())
+        found = [(what, change) for what, answer in answers.items() for change in changes(classify(whole), answer)]
+        return [*found, ("default", "reduced")] if (arrays[DRAFT_MARGIN] != whole).any() else found
 
-    seen = AnswerChanges()
+    # Encoded in this thread: Pillow keeps the quality in the image while it saves.
+    jpegs = (photos.encode(name, size, [quality]) for name in photos.PHOTOS for size in SIZES for quality in QUALITIES)
     with ThreadPoolExecutor(available_cores()) as pool:
-        for name in photos.PHOTOS:
-            photo = Image.open(photos.photo_folder() / name).convert("RGB")
-            for size in SIZES:
-                resized = photo.resize(size, Image.Resampling.BICUBIC)
-                # Not in the threads: Pillow keeps the quality in the image while it saves.
-                jpegs = [_encode(resized, quality) for quality in QUALITIES]
-                for whole, answers, is_reduced in pool.map(compare, jpegs):
-                    seen.add(whole, answers, is_reduced)
-    return seen
+        seen = Counter(found for several in pool.map(compare, jpegs) for found in several)
+    count = len(photos.PHOTOS) * len(SIZES) * len(QUALITIES)
+    part = f"centre, {crop:g}" if crop else "whole"
+    print_table(
+        f"{artefact.name} at {side} ({part}): {count} images, of which a margin of {DRAFT_MARGIN:g} reduces "
+        f"{seen['default', 'reduced']}",
+        ("margin", "first label changed", "top five changed", f"by more than {NEAR_TIE:.1%}"),
+        [
+            (what, *(seen[what, change] for change in ("first", "five", "clearly")))
+            for what in (*(f"{margin:g}" for margin in MARGINS), "noise")
+        ],
+    )
 
 
 def _resized(array: Any, artefact: Artefact) -> Any:
@@ -132,21 +115,3 @@ def _resized(array: Any, artefact: Artefact) -> Any:
         return array
     size = (artefact.width, artefact.height)
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC))
-
-
-def _encode(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def _print(artefact: Artefact, side: int, crop: float | None, seen: AnswerChanges) -> None:
-    part = f"centre, {crop:g}" if crop else "whole"
-    Console().print(
-        f"\n{artefact.name} at {side} ({part}): {seen.images} images, of which a margin of "
-        f"{decoding.DRAFT_MARGIN:g} reduces {seen.reduced}"
-    )
-    table = Table("margin", "first label changed", "top five changed", f"by more than {NEAR_TIE:.1%}")
-    for what, counts in seen.changed.items():
-        table.add_row(what, *map(str, counts))
-    Console().print(table)

@@ -2,100 +2,57 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from scripts.benchmarks import processes
+from scripts.benchmarks.measuring import rounds_option, timed
+from tests.process_tree import cpu_seconds, descendants, is_alive
+from tests.system import System
 
 IDLE_SECONDS = 10.0
 
 
-def _descendants(pid: int) -> list[int]:
-    """List the processes below one."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found: list[int] = []
-    level = {pid}
-    while level := {child for child, parent in parents.items() if parent in level}:
-        found += sorted(level)
-    return found
+def idle_load(batcher: int) -> tuple[float, float]:
+    """Watch an idle batcher. :return: cores, and megabytes of peak memory."""
+    before = cpu_seconds(batcher)
+    time.sleep(IDLE_SECONDS)
+    (peak,) = (line for line in Path(f"/proc/{batcher}/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return (cpu_seconds(batcher) - before) / IDLE_SECONDS, int(peak.split()[1]) / 1024
 
 
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _batcher(pids: list[int]) -> int:
-    return next(pid for pid in pids if "\0batch\0" in Path(f"/proc/{pid}/cmdline").read_text())
-
-
-def _start(home: Path) -> tuple[subprocess.Popen[str], float]:
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlg", "up", "--home", str(home), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    if "is up" not in process.stdout.readline():
-        raise RuntimeError("mlg up did not start")
-    return process, time.perf_counter() - started
+def kill(system: System) -> None:
+    """Kill the supervisor and wait until none of its processes is left."""
+    pids = descendants(system.process.pid)
+    system.stop(9)
+    while any(map(is_alive, pids)):
+        time.sleep(0.005)
 
 
 @click.command()
-@click.option("--rounds", default=5, show_default=True, help="Starts of each kind; the median is reported.")
+@rounds_option(5)
 def main(rounds: int) -> None:
     """Measure start and stop. Example: scripts/bench startup"""
-    seen: dict[str, list[float]] = {}
+    seen: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         for turn in range(rounds):
-            process, seconds = _start(Path(folder) / f"home-{turn}")
-            seen.setdefault("from the start until it is up, on a new home", []).append(seconds)
+            home = Path(folder, f"home-{turn}")
+            systems: list[System] = []
+            seconds = timed(lambda home=home, systems=systems: systems.append(System(home)))  # type: ignore[misc]
+            seen["from the start until it is up, on a new home"].append(seconds)
             time.sleep(1)
-            started = time.perf_counter()
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            seen.setdefault("from Ctrl-C to the end", []).append(time.perf_counter() - started)
+            seen["from Ctrl-C to the end"].append(timed(lambda systems=systems: systems[0].stop(2)))  # type: ignore[misc]
 
-            process, _ = _start(Path(folder) / f"home-{turn}")
+            system = System(home)
             time.sleep(1)
-            pids = _descendants(process.pid)
             if turn == 0:
-                batcher = _batcher(pids)
-                before = _processor_seconds(batcher)
-                time.sleep(IDLE_SECONDS)
-                share = (_processor_seconds(batcher) - before) / IDLE_SECONDS
-                megabytes = processes.resident_megabytes(batcher)
-            started = time.perf_counter()
-            process.kill()
-            process.wait()
-            while any(map(_is_alive, pids)):
-                time.sleep(0.005)
-            seen.setdefault("from kill -9 of the supervisor to the end of all processes", []).append(
-                time.perf_counter() - started
-            )
-    console = Console()
+                cores, megabytes = idle_load(system.pids("batch")[0])
+            seconds = timed(lambda system=system: kill(system))  # type: ignore[misc]
+            seen["from kill -9 of the supervisor to the end of all processes"].append(seconds)
     for what, figures in seen.items():
-        console.print(f"{what}: median {statistics.median(figures):.2f} s ({min(figures):.2f} to {max(figures):.2f})")
-    console.print(f"idle batcher, polling twenty times per second: {share:.1%} of a core, {megabytes:.0f} MB at most")
+        click.echo(f"{what}: median {statistics.median(figures):.2f} s ({min(figures):.2f} to {max(figures):.2f})")
+    click.echo(f"idle batcher, polling twenty times per second: {cores:.1%} of a core, {megabytes:.0f} MB at most")

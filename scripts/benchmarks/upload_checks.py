@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import io
 import statistics
-import time
-from collections.abc import Callable
 
 import click
-from rich.console import Console
 from werkzeug.formparser import parse_form_data
 
 from provider_image.images.decoding import MAX_PIXELS
 from provider_image.images.headers import read_header
 from scripts.benchmarks import photos
+from scripts.benchmarks.measuring import rounds_option, timed
 from server.intake import multipart
 
 BOUNDARY = "----mlg-benchmark"
 
 
-def microseconds(work: Callable[[], object], rounds: int) -> float:
-    """Run work in batches of a hundred. :return: the median of a call's mean."""
-    means = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        for _ in range(100):
-            work()
-        means.append((time.perf_counter() - started) * 1e4)
-    return statistics.median(means)
-
-
 @click.command()
-@click.option("--rounds", default=15, show_default=True, help="Batches of a hundred calls; the median is reported.")
+@rounds_option(15)
 def main(rounds: int) -> None:
     """Measure the checks of an upload. Example: scripts/bench upload_checks"""
     jpeg = photos.photo_jpegs()[2]
@@ -50,10 +37,10 @@ def main(rounds: int) -> None:
         return files["image"].read()
 
     assert werkzeug() == multipart.split(form, BOUNDARY)[0].data == jpeg
-    console = Console()
     for what, work in (
         ("the check of the header", lambda: read_header(jpeg, MAX_PIXELS)),
         ("parsing a form, mlg", lambda: multipart.split(form, BOUNDARY)),
         ("parsing a form, Werkzeug", werkzeug),
     ):
-        console.print(f"{what}: {microseconds(work, rounds):.1f} microseconds")
+        hundreds = [timed(lambda work=work: [work() for _ in range(100)]) for _ in range(rounds)]  # type: ignore[misc]
+        click.echo(f"{what}: {statistics.median(hundreds) * 1e4:.1f} microseconds")

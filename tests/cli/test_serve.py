@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from PIL import Image
 from tests.cli.run_mlg import mlg
 from tests.conftest import RunningServer
 from tests.process_tree import children, is_alive
+from tests.programs import find_program
 from tests.timing import slowness, wait_until
 
 MODEL = "efficientnet_lite0"
@@ -30,8 +30,7 @@ MODEL = "efficientnet_lite0"
 
 def curl(*arguments: str) -> tuple[int, dict[str, Any]]:
     """Run the real curl. :return: status and JSON."""
-    if shutil.which("curl") is None and os.environ.get("CI") != "true":
-        pytest.skip("curl is not installed")
+    find_program("curl", package="curl")
     done = subprocess.run(
         ["curl", "-sS", "-m", "20", "--noproxy", "*", "-w", "\n%{http_code}", *arguments],
         capture_output=True,

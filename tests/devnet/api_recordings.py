@@ -29,10 +29,10 @@ from tests.devnet.requestor import (
     PAYMENT,
     Requestor,
     in_hours,
-    requestor,
     run_command,
     single_provider,
 )
+from tests.devnet.running import run_devnet
 from tests.golem import GolemHarness, devnet_and_store, make_executor, provider, scenario
 
 
@@ -101,7 +101,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
 async def record_yapapi(recordings: Recordings, folder: Path) -> None:
     """Record the unmodified yapapi, which runs tasks and streams their events."""
     folder.mkdir()
-    async with Devnet(default_scenario(3), folder=folder / "net") as devnet:
+    async with run_devnet(folder, default_scenario(3)) as devnet:
         _record_full_bodies(devnet)
         program = await asyncio.create_subprocess_exec(
             *(sys.executable, "-W", "ignore", str(Path(__file__).with_name("yapapi_tasks.py")), str(folder), "stream"),
@@ -117,8 +117,9 @@ async def record_yapapi(recordings: Recordings, folder: Path) -> None:
 
 async def record_every_call(recordings: Recordings, folder: Path) -> None:
     """Record a requestor that makes every call of the devnet, and some that fail."""
-    async with requestor(single_provider(), folder) as client:
-        _record_full_bodies(client.devnet)
+    async with run_devnet(folder, single_provider()) as devnet, aiohttp.ClientSession() as session:
+        client = Requestor(devnet, session)
+        _record_full_bodies(devnet)
         recordings.routes = _routes(client.devnet)
         await client.request_ok("GET", "/me")
         await client.request("GET", "/me", key="wrong")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -159,8 +158,4 @@ class Requestor:
         return Decimal((await self.request_ok("GET", f"{PAYMENT}/allocations/{self.allocation_id}"))["remainingAmount"])
 
 
-@asynccontextmanager
-async def requestor(scenario: Scenario, folder: Path, **options: Any) -> AsyncIterator[Requestor]:
-    """Run a devnet and a requestor of it."""
-    async with Devnet(scenario, folder=folder, **options) as devnet, aiohttp.ClientSession() as session:
-        yield Requestor(devnet, session)
+RequestorRunner = Callable[..., AbstractAsyncContextManager[Requestor]]

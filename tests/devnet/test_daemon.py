@@ -16,122 +16,115 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from devnet.daemon import Devnet
 from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
-from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, requestor, run_command, single_provider
+from tests.conftest import DevnetRunner
+from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, RequestorRunner, run_command, single_provider
 from tests.timing import until
 
 ROOT = Path(__file__).parents[2]
 MLG = Path(sys.executable).with_name("mlg")
 
 
-def test_yapapi_completes_six_tasks_and_pays_for_them(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with Devnet(default_scenario(3), folder=tmp_path / "net") as devnet:
-            program = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-W",
-                "ignore",
-                str(Path(__file__).with_name("yapapi_tasks.py")),
-                str(tmp_path),
-                env={**os.environ, **devnet.variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            out, errors = await program.communicate()
+async def test_yapapi_completes_six_tasks_and_pays_for_them(devnet: DevnetRunner, tmp_path: Path) -> None:
+    async with devnet(default_scenario(3)) as net:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).with_name("yapapi_tasks.py")),
+            str(tmp_path),
+            env={**os.environ, **net.variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, errors = await program.communicate()
 
-            assert program.returncode == 0, errors.decode()
-            printed = json.loads(out)
-            assert printed["answers"] == {str(number): f"TASK {number}" for number in range(6)}
-            assert len(printed["providers"]) >= 2
-            # yapapi may still poll a demand that it closes at the same moment.
-            polls = devnet.journal.matching("GET /market-api/v1/demands/*/events")
-            assert [call for call in devnet.journal.failed() if call not in polls] == []
-            bills = list(devnet.payment.invoices.values())
-            assert {bill.status for bill in bills} == {"ACCEPTED"}
-            assert len(bills) == len(devnet.market.agreements) == len(printed["providers"])
-            assert devnet.payment.wallet.free_funds == 1000 - sum((bill.amount for bill in bills), Decimal(0))
-            assert devnet.market.list_open_demands() == devnet.payment.wallet.list_active() == []
-            assert {each.state for each in devnet.market.agreements.values()} == {"Terminated"}
-
-    asyncio.run(main())
+        assert program.returncode == 0, errors.decode()
+        printed = json.loads(out)
+        assert printed["answers"] == {str(number): f"TASK {number}" for number in range(6)}
+        assert len(printed["providers"]) >= 2
+        # yapapi may still poll a demand that it closes at the same moment.
+        polls = net.journal.matching("GET /market-api/v1/demands/*/events")
+        assert [call for call in net.journal.failed() if call not in polls] == []
+        bills = list(net.payment.invoices.values())
+        assert {bill.status for bill in bills} == {"ACCEPTED"}
+        assert len(bills) == len(net.market.agreements) == len(printed["providers"])
+        assert net.payment.wallet.free_funds == 1000 - sum((bill.amount for bill in bills), Decimal(0))
+        assert net.market.list_open_demands() == net.payment.wallet.list_active() == []
+        assert {each.state for each in net.market.agreements.values()} == {"Terminated"}
 
 
 # Restarts
 
 
 @pytest.mark.parametrize("has_file", [True, False])
-def test_a_restarted_daemon_has_its_state(tmp_path: Path, has_file: bool) -> None:
-    async def main() -> None:
-        state = tmp_path / "state.json" if has_file else None
-        async with requestor(single_provider(), tmp_path, state=state) as client:
-            devnet = client.devnet
-            demand_id = await client.subscribe()
-            await client.complete_agreement(demand_id)
-            first = await client.invoice()
-            assert first is not None
-            agreement_id = await client.agree(demand_id)
-            activity_id = await client.activity(agreement_id)
-            await client.results(activity_id, await client.execute(activity_id))
-            pid_file = tmp_path / "pid"
-            batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {pid_file}; sleep 60"))
-            await until(lambda: pid_file.exists() and pid_file.read_text().strip())
-            url = devnet.url
+async def test_a_restarted_daemon_has_its_state(requestor: RequestorRunner, tmp_path: Path, has_file: bool) -> None:
+    state = tmp_path / "state.json" if has_file else None
+    async with requestor(single_provider(), state=state) as client:
+        devnet = client.devnet
+        demand_id = await client.subscribe()
+        await client.complete_agreement(demand_id)
+        first = await client.invoice()
+        assert first is not None
+        agreement_id = await client.agree(demand_id)
+        activity_id = await client.activity(agreement_id)
+        await client.results(activity_id, await client.execute(activity_id))
+        pid_file = tmp_path / "pid"
+        batch_id = await client.execute(activity_id, run_command("sh", "-c", f"echo $$ > {pid_file}; sleep 60"))
+        await until(lambda: pid_file.exists() and pid_file.read_text().strip())
+        url = devnet.url
 
-            await devnet.stop()
-            with pytest.raises(aiohttp.ClientConnectionError):
-                await client.request("GET", "/me")
-            assert not Path("/proc", pid_file.read_text().strip()).exists()
-            await devnet.start()
+        await devnet.stop()
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await client.request("GET", "/me")
+        assert not Path("/proc", pid_file.read_text().strip()).exists()
+        await devnet.start()
 
-            assert devnet.url == url
-            path = f"{ACTIVITY}/activity/{activity_id}"
-            assert (await client.request_ok("GET", f"{path}/state"))["state"] == ["Terminated", None]
-            assert (await client.request("GET", f"{path}/exec/{batch_id}"))[0] == 404
-            assert (await client.request_ok("GET", f"{path}/usage"))["currentUsage"][1] > 0
-            await client.destroy(activity_id)
-            assert [each["demandId"] for each in await client.request_ok("GET", f"{MARKET}/demands")] == [demand_id]
-            assert (await client.request_ok("GET", f"{MARKET}/agreements/{agreement_id}"))["state"] == "Approved"
-            assert await client.accept("invoices", first["invoiceId"], first["amount"]) == (200, None)
-            await client.activity(agreement_id)
-            await client.terminate(agreement_id)
-            second = await client.invoice(devnet.payment.invoice_events[0]["eventDate"])
-            assert second is not None and activity_id in second["activityIds"]
-            assert await client.remaining() == 1 - Decimal(first["amount"])
-
-    asyncio.run(main())
+        assert devnet.url == url
+        path = f"{ACTIVITY}/activity/{activity_id}"
+        assert (await client.request_ok("GET", f"{path}/state"))["state"] == ["Terminated", None]
+        assert (await client.request("GET", f"{path}/exec/{batch_id}"))[0] == 404
+        assert (await client.request_ok("GET", f"{path}/usage"))["currentUsage"][1] > 0
+        await client.destroy(activity_id)
+        assert [each["demandId"] for each in await client.request_ok("GET", f"{MARKET}/demands")] == [demand_id]
+        assert (await client.request_ok("GET", f"{MARKET}/agreements/{agreement_id}"))["state"] == "Approved"
+        assert await client.accept("invoices", first["invoiceId"], first["amount"]) == (200, None)
+        await client.activity(agreement_id)
+        await client.terminate(agreement_id)
+        second = await client.invoice(devnet.payment.invoice_events[0]["eventDate"])
+        assert second is not None and activity_id in second["activityIds"]
+        assert await client.remaining() == 1 - Decimal(first["amount"])
 
 
-def test_a_new_daemon_loads_the_state_file_of_another(tmp_path: Path) -> None:
-    async def main() -> None:
-        state = tmp_path / "state.json"
-        async with requestor(single_provider(Fault(kind="late-bill", seconds=0.3)), tmp_path, state=state) as client:
-            await client.complete_agreement(await client.subscribe())
-            allocation_id, key, url = client.allocation_id, client.devnet.app_key, client.devnet.url
-        async with requestor(single_provider(), tmp_path, state=state) as client:
-            assert (client.devnet.app_key, client.devnet.url) == (key, url)
-            assert (await client.request_ok("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
-            assert await client.invoice() is not None  # for the agreement of the first daemon
-
-    asyncio.run(main())
+async def test_a_new_daemon_loads_the_state_file_of_another(requestor: RequestorRunner, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    async with requestor(single_provider(Fault(kind="late-bill", seconds=0.3)), state=state) as client:
+        await client.complete_agreement(await client.subscribe())
+        allocation_id, key, url = client.allocation_id, client.devnet.app_key, client.devnet.url
+    document = json.loads(state.read_text())
+    for agreement in document["market"]["agreements"]:
+        del agreement["price_factor"]  # version 0.1.0 had no such field
+    state.write_text(json.dumps(document))
+    async with requestor(single_provider(), state=state) as client:
+        assert (client.devnet.app_key, client.devnet.url) == (key, url)
+        assert (await client.request_ok("GET", f"{PAYMENT}/allocations"))[0]["allocationId"] == allocation_id
+        assert await client.invoice() is not None  # for the agreement of the first daemon
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}'])
-def test_an_invalid_state_file_is_rejected(tmp_path: Path, text: str) -> None:
-    async def main() -> None:
-        (tmp_path / "state.json").write_text(text)
-        async with Devnet(single_provider(), folder=tmp_path, state=tmp_path / "state.json"):
-            pass
+async def test_an_invalid_state_file_is_rejected(devnet: DevnetRunner, tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
 
     with pytest.raises(ConfigError, match="state"):
-        asyncio.run(main())
+        async with devnet(single_provider(), state=tmp_path / "state.json"):
+            pass
 
 
 # The daemon's faults
 
 
-def test_calls_fail_hang_and_are_aborted_as_the_scenario_says(tmp_path: Path) -> None:
+async def test_calls_fail_hang_and_are_aborted_as_the_scenario_says(requestor: RequestorRunner) -> None:
     faults = (
         Fault(kind="http-500", path="GET */invoiceEvents", after=1, times=1),
         Fault(kind="http-hang", path="GET /me", times=1),
@@ -139,63 +132,56 @@ def test_calls_fail_hang_and_are_aborted_as_the_scenario_says(tmp_path: Path) ->
         Fault(kind="gone", path="GET */demands", times=2),  # aiohttp's client retries once
     )
 
-    async def main() -> None:
-        async with requestor(single_provider(daemon=faults), tmp_path) as client:
-            statuses = [(await client.request("GET", f"{PAYMENT}/invoiceEvents", timeout=0))[0] for _ in range(3)]
-            assert statuses == [200, 500, 200]
+    async with requestor(single_provider(daemon=faults)) as client:
+        statuses = [(await client.request("GET", f"{PAYMENT}/invoiceEvents", timeout=0))[0] for _ in range(3)]
+        assert statuses == [200, 500, 200]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await client.request("GET", "/me")
+        assert (await client.request("GET", "/me"))[0] == 200
+        await client.request_ok("GET", "/version/get")
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await client.request("GET", f"{MARKET}/demands")
+        assert (await client.request("GET", f"{MARKET}/demands"))[0] == 200
+        (slow,) = client.devnet.journal.matching("GET /version/*")
+        assert slow.seconds >= 0.1
+
+
+async def test_a_vanished_activity_blocks_neither_other_calls_nor_the_end_of_its_agreement(
+    requestor: RequestorRunner,
+) -> None:
+    async with requestor(single_provider(Fault(kind="vanish-http"))) as client:
+        agreement_id = await client.agree(await client.subscribe())
+        activity_id = await client.activity(agreement_id)
+        await client.execute(activity_id)
+        await client.execute(activity_id, run_command("true"))
+        unit = client.devnet.activities.find(activity_id).unit
+        await until(lambda: unit.vanished)
+        path = f"{ACTIVITY}/activity/{activity_id}"
+        for method, end in (("GET", "/state"), ("GET", "/usage"), ("DELETE", "")):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await client.request("GET", "/me")
-            assert (await client.request("GET", "/me"))[0] == 200
-            await client.request_ok("GET", "/version/get")
-            with pytest.raises(aiohttp.ClientConnectionError):
-                await client.request("GET", f"{MARKET}/demands")
-            assert (await client.request("GET", f"{MARKET}/demands"))[0] == 200
-            (slow,) = client.devnet.journal.matching("GET /version/*")
-            assert slow.seconds >= 0.1
-
-    asyncio.run(main())
-
-
-def test_a_vanished_activity_blocks_neither_other_calls_nor_the_end_of_its_agreement(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with requestor(single_provider(Fault(kind="vanish-http")), tmp_path) as client:
-            agreement_id = await client.agree(await client.subscribe())
-            activity_id = await client.activity(agreement_id)
-            await client.execute(activity_id)
-            await client.execute(activity_id, run_command("true"))
-            unit = client.devnet.activities.find(activity_id).unit
-            await until(lambda: unit.is_vanished)
-            path = f"{ACTIVITY}/activity/{activity_id}"
-            for method, end in (("GET", "/state"), ("GET", "/usage"), ("DELETE", "")):
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.2):
-                        await client.request(method, path + end)
-            await client.request_ok("GET", "/me")
-            await client.terminate(agreement_id)
-            assert await client.invoice() is not None
-
-    asyncio.run(main())
+                    await client.request(method, path + end)
+        await client.request_ok("GET", "/me")
+        await client.terminate(agreement_id)
+        assert await client.invoice() is not None
 
 
 # The journal
 
 
-def test_every_call_is_in_the_journal(tmp_path: Path) -> None:
-    async def main() -> None:
-        file = tmp_path / "logs" / "journal.jsonl"
-        async with requestor(single_provider(), tmp_path, journal=file) as client:
-            await client.allocate("0.25")
-            await client.request("GET", f"{PAYMENT}/allocations/none")
-            (failed,) = client.devnet.journal.failed()
-            assert (failed.status, failed.path) == (404, f"{PAYMENT}/allocations/none")
-        first, second = (json.loads(line) for line in file.read_text().splitlines())
-        assert (first["method"], first["status"]) == ("POST", 201)
-        assert json.loads(first["request"])["totalAmount"] == "0.25"
-        assert first["answer_bytes"] == len(first["answer"]) > 0
-        assert second["status"] == 404
-
-    asyncio.run(main())
+async def test_every_call_is_in_the_journal(requestor: RequestorRunner, tmp_path: Path) -> None:
+    file = tmp_path / "logs" / "journal.jsonl"
+    async with requestor(single_provider(), journal=file) as client:
+        await client.allocate("0.25")
+        await client.request("GET", f"{PAYMENT}/allocations/none")
+        (failed,) = client.devnet.journal.failed()
+        assert (failed.status, failed.path) == (404, f"{PAYMENT}/allocations/none")
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert (first["method"], first["status"]) == ("POST", 201)
+    assert json.loads(first["request"])["totalAmount"] == "0.25"
+    assert first["answer_bytes"] == len(first["answer"]) > 0
+    assert second["status"] == 404
 
 
 # The command

@@ -17,7 +17,6 @@ import pytest
 
 from devnet.gftp import (
     TransferFailed,
-    UnknownUrl,
     copy_file,
     deliver,
     fetch,
@@ -112,7 +111,7 @@ def test_closing_a_url_leaves_those_of_other_servers(gftp: GftpProcess, tmp_path
 
     assert resolve_url(exchange, url).file == path
     assert other.end() == 0
-    with pytest.raises(UnknownUrl):
+    with pytest.raises(TransferFailed, match="Nothing is published"):
         resolve_url(exchange, url)
 
 
@@ -154,7 +153,7 @@ def test_it_ends_with_its_standard_input_and_leaves_no_files(gftp: GftpProcess, 
 
     assert gftp.end() == 0
 
-    with pytest.raises(UnknownUrl):
+    with pytest.raises(TransferFailed, match="Nothing is published"):
         resolve_url(exchange, url)
     assert [path.name for path in exchange.iterdir()] == ["lock"]
 
@@ -182,7 +181,7 @@ def test_a_new_server_removes_the_urls_of_a_killed_one(tmp_path: Path, exchange:
     following = GftpProcess(tmp_path)
     following.call("version")
 
-    with pytest.raises(UnknownUrl):
+    with pytest.raises(TransferFailed, match="Nothing is published"):
         resolve_url(exchange, url)
     following.end()
 

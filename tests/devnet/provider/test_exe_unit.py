@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from devnet.provider.exe_unit import MAX_FINISHED_BATCHES, ActivityEnded, ScriptBatchNotFound
-from devnet.provider.script import BadScript
+from devnet.errors import ApiError, Gone, NotFound
+from devnet.provider.exe_unit import MAX_FINISHED_BATCHES
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive
 from tests.timing import DEADLINE_SECONDS, slowness, until
@@ -26,90 +26,75 @@ def has_begun(folder: Path) -> Any:
     return (folder / "activity/golem/work/begun").exists
 
 
-def test_the_commands_of_an_activity_change_its_state(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, is_started=False) as unit:
-            states = [unit.state]
-            for command in (*BOOT_COMMANDS, {"terminate": {}}):
-                await run_batch(unit, command)
-                states.append(unit.state)
+async def test_the_commands_of_an_activity_change_its_state(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, is_started=False) as unit:
+        states = [unit.state]
+        for command in (*BOOT_COMMANDS, {"terminate": {}}):
+            await run_batch(unit, command)
+            states.append(unit.state)
 
-            assert [state for state, following in states if following is None] == [
-                "Initialized",
-                "Deployed",
-                "Ready",
-                "Terminated",
-            ]
-            assert unit.reason == "The script terminated the activity."
-
-    asyncio.run(main())
-
-
-def test_results_have_the_fields_that_yapapi_reads(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            results = await run_batch(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
-
-        assert [result.pop("eventDate")[-1] for result in results] == ["Z", "Z"]
-        assert results == [
-            {
-                "index": 0,
-                "result": "Ok",
-                "stdout": "out\n",
-                "stderr": "err\n",
-                "message": None,
-                "isBatchFinished": False,
-            },
-            {"index": 1, "result": "Ok", "stdout": None, "stderr": None, "message": None, "isBatchFinished": True},
+        assert [state for state, following in states if following is None] == [
+            "Initialized",
+            "Deployed",
+            "Ready",
+            "Terminated",
         ]
+        assert unit.reason == "The script terminated the activity."
 
-    asyncio.run(main())
+
+async def test_results_have_the_fields_that_yapapi_reads(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        results = await run_batch(unit, sh("echo out; echo err >&2"), sh("true", capture={}))
+
+    assert [result.pop("eventDate")[-1] for result in results] == ["Z", "Z"]
+    assert results == [
+        {
+            "index": 0,
+            "result": "Ok",
+            "stdout": "out\n",
+            "stderr": "err\n",
+            "message": None,
+            "isBatchFinished": False,
+        },
+        {"index": 1, "result": "Ok", "stdout": None, "stderr": None, "message": None, "isBatchFinished": True},
+    ]
 
 
-def test_yapapis_model_accepts_a_result(tmp_path: Path) -> None:
+async def test_yapapis_model_accepts_a_result(tmp_path: Path) -> None:
     models = pytest.importorskip("ya_activity.models")
 
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            [result] = await run_batch(unit, sh("exit 7"))
+    async with exe_unit(tmp_path) as unit:
+        [result] = await run_batch(unit, sh("exit 7"))
 
-        taken = models.ExeScriptCommandResult(
-            index=result["index"],
-            event_date=result["eventDate"],
-            result=result["result"],
-            message=result["message"],
-            is_batch_finished=result["isBatchFinished"],
-        )
-        assert (taken.result, taken.message) == ("Error", "ExeScript command exited with code 7")
-
-    asyncio.run(main())
+    taken = models.ExeScriptCommandResult(
+        index=result["index"],
+        event_date=result["eventDate"],
+        result=result["result"],
+        message=result["message"],
+        is_batch_finished=result["isBatchFinished"],
+    )
+    assert (taken.result, taken.message) == ("Error", "ExeScript command exited with code 7")
 
 
-def test_a_batch_stops_at_the_first_failed_command(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            results = await run_batch(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
+async def test_a_batch_stops_at_the_first_failed_command(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        results = await run_batch(unit, sh("true"), sh("echo why >&2; exit 7"), sh("touch /golem/work/not"))
 
-            assert [result["result"] for result in results] == ["Ok", "Error"]
-            assert results[1]["message"] == "ExeScript command exited with code 7"
-            assert (results[1]["stderr"], results[1]["isBatchFinished"]) == ("why\n", True)
-            assert not (tmp_path / "activity/golem/work/not").exists()
-            assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
-
-    asyncio.run(main())
+        assert [result["result"] for result in results] == ["Ok", "Error"]
+        assert results[1]["message"] == "ExeScript command exited with code 7"
+        assert (results[1]["stderr"], results[1]["isBatchFinished"]) == ("why\n", True)
+        assert not (tmp_path / "activity/golem/work/not").exists()
+        assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
 
 
-def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, is_started=False) as unit:
-            for command in (sh("true"), {"start": {}}, {"transfer": {"from": "a", "to": "b"}}):
-                [result] = await run_batch(unit, command)
-                assert (result["result"], "Initialized" in result["message"]) == ("Error", True)
-            await run_batch(unit, *BOOT_COMMANDS)
-            for command in ({"deploy": {}}, {"sign": {}}):
-                assert (await run_batch(unit, command))[0]["result"] == "Error"
-
-    asyncio.run(main())
+async def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, is_started=False) as unit:
+        for command in (sh("true"), {"start": {}}, {"transfer": {"from": "a", "to": "b"}}):
+            [result] = await run_batch(unit, command)
+            assert (result["result"], "Initialized" in result["message"]) == ("Error", True)
+        await run_batch(unit, *BOOT_COMMANDS)
+        for command in ({"deploy": {}}, {"sign": {}}):
+            assert (await run_batch(unit, command))[0]["result"] == "Error"
 
 
 @pytest.mark.parametrize(
@@ -132,73 +117,58 @@ def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path) -> No
         [{"transfer": {"from": "container:/golem/input/a"}}],
     ],
 )
-def test_an_invalid_script_is_rejected_as_a_whole(tmp_path: Path, script: Any) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            with pytest.raises(BadScript):
-                await unit.execute([*BOOT_COMMANDS, *script] if isinstance(script, list) and script else script)
-
-    asyncio.run(main())
+async def test_an_invalid_script_is_rejected_as_a_whole(tmp_path: Path, script: Any) -> None:
+    async with exe_unit(tmp_path) as unit:
+        with pytest.raises(ApiError):
+            await unit.execute([*BOOT_COMMANDS, *script] if isinstance(script, list) and script else script)
 
 
-def test_fields_for_networks_and_progress_are_accepted(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, is_started=False) as unit:
-            deploy = {"net": [], "hosts": {}, "nodes": {}, "progress": {"updateInterval": "1s", "updateStep": None}}
+async def test_fields_for_networks_and_progress_are_accepted(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, is_started=False) as unit:
+        deploy = {"net": [], "hosts": {}, "nodes": {}, "progress": {"updateInterval": "1s", "updateStep": None}}
 
-            assert len(await run_batch(unit, {"deploy": deploy}, {"start": {"args": []}})) == 2
-
-    asyncio.run(main())
+        assert len(await run_batch(unit, {"deploy": deploy}, {"start": {"args": []}})) == 2
 
 
 # Polling
 
 
-def test_a_poll_returns_the_results_so_far_at_its_timeout(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh("true"), sh(FOREVER)])
-            await until(has_begun(tmp_path))
-            started_at = time.monotonic()
+async def test_a_poll_returns_the_results_so_far_at_its_timeout(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh("true"), sh(FOREVER)])
+        await until(has_begun(tmp_path))
+        started_at = time.monotonic()
 
-            results = await unit.results(batch, 0.1)
+        results = await unit.results(batch, 0.1)
 
-            assert 0.1 <= time.monotonic() - started_at < 5 * slowness()
-            assert [(result["index"], result["isBatchFinished"]) for result in results] == [(0, False)]
-
-    asyncio.run(main())
+        assert 0.1 <= time.monotonic() - started_at < 5 * slowness()
+        assert [(result["index"], result["isBatchFinished"]) for result in results] == [(0, False)]
 
 
-def test_batches_that_are_queued_run_in_order(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            first = await unit.execute([sh("while ! [ -e go ]; do sleep .02; done; echo first >> order")])
-            second = await unit.execute([sh("echo second >> order; cat order")])
-            assert await unit.results(second, 0) == []
+async def test_batches_that_are_queued_run_in_order(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        first = await unit.execute([sh("while ! [ -e go ]; do sleep .02; done; echo first >> order")])
+        second = await unit.execute([sh("echo second >> order; cat order")])
+        assert await unit.results(second, 0) == []
 
-            (tmp_path / "activity/golem/work/go").touch()
+        (tmp_path / "activity/golem/work/go").touch()
 
-            [result] = await unit.results(second, 30)
-            assert result["stdout"] == "first\nsecond\n"
-            assert (await unit.results(first, 0))[0]["isBatchFinished"]
-
-    asyncio.run(main())
+        [result] = await unit.results(second, 30)
+        assert result["stdout"] == "first\nsecond\n"
+        assert (await unit.results(first, 0))[0]["isBatchFinished"]
 
 
-def test_only_the_latest_finished_batches_are_kept(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batches = []
-            for _ in range(MAX_FINISHED_BATCHES + 2):
-                batches.append(await unit.execute([sh("true")]))
-                await unit.results(batches[-1], 30)
+async def test_only_the_latest_finished_batches_are_kept(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batches = []
+        for _ in range(MAX_FINISHED_BATCHES + 2):
+            batches.append(await unit.execute([sh("true")]))
+            await unit.results(batches[-1], 30)
 
-            for batch in ("none", batches[0]):
-                with pytest.raises(ScriptBatchNotFound):
-                    await unit.results(batch, 0)
-            assert await unit.results(batches[-2], 0)
-
-    asyncio.run(main())
+        for batch in ("none", batches[0]):
+            with pytest.raises(NotFound):
+                await unit.results(batch, 0)
+        assert await unit.results(batches[-2], 0)
 
 
 # Streaming
@@ -212,124 +182,106 @@ async def kinds(events: AsyncIterator[dict[str, Any]]) -> list[tuple[int, str, A
     return found
 
 
-def test_events_are_streamed_until_the_batch_is_finished(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            commands = [sh("echo out"), sh("echo err >&2; exit 3"), sh("true")]
-            batch = await unit.execute(commands)
+async def test_events_are_streamed_until_the_batch_is_finished(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        commands = [sh("echo out"), sh("echo err >&2; exit 3"), sh("true")]
+        batch = await unit.execute(commands)
 
-            found = await kinds(unit.stream(batch))
+        found = await kinds(unit.stream(batch))
 
-            assert found == [
-                (0, "started", {"command": commands[0]}),
-                (0, "stdout", "out\n"),
-                (0, "finished", {"return_code": 0, "message": None}),
-                (1, "started", {"command": commands[1]}),
-                (1, "stderr", "err\n"),
-                (1, "finished", {"return_code": 3, "message": "ExeScript command exited with code 3"}),
-            ]
-
-    asyncio.run(main())
+        assert found == [
+            (0, "started", {"command": commands[0]}),
+            (0, "stdout", "out\n"),
+            (0, "finished", {"return_code": 0, "message": None}),
+            (1, "started", {"command": commands[1]}),
+            (1, "stderr", "err\n"),
+            (1, "finished", {"return_code": 3, "message": "ExeScript command exited with code 3"}),
+        ]
 
 
-def test_yapapi_parses_every_event(tmp_path: Path) -> None:
+async def test_yapapi_parses_every_event(tmp_path: Path) -> None:
     activity = pytest.importorskip("yapapi.rest.activity")
     import json
     from types import SimpleNamespace
 
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh("echo out; echo err >&2")])
-            async for event in unit.stream(batch):
-                assert event["batch_id"] == batch
-                message = SimpleNamespace(type="runtime", data=json.dumps(event))
-                assert activity._message_event_to_event_data(message)[1]["cmd_idx"] == 0
-
-    asyncio.run(main())
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh("echo out; echo err >&2")])
+        async for event in unit.stream(batch):
+            assert event["batch_id"] == batch
+            message = SimpleNamespace(type="runtime", data=json.dumps(event))
+            assert activity._message_event_to_event_data(message)[1]["cmd_idx"] == 0
 
 
-def test_events_are_streamed_while_the_command_runs(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh(f"echo here; {FOREVER}")])
-            async for event in unit.stream(batch):
-                if event["kind"] == {"stdout": "here\n"}:
-                    break
+async def test_events_are_streamed_while_the_command_runs(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh(f"echo here; {FOREVER}")])
+        async for event in unit.stream(batch):
+            if event["kind"] == {"stdout": "here\n"}:
+                break
 
-            assert unit.state == ("Ready", None)
-
-    asyncio.run(main())
+        assert unit.state == ("Ready", None)
 
 
-def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh("true")])
-            await kinds(unit.stream(batch))
+async def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh("true")])
+        await kinds(unit.stream(batch))
 
-            with pytest.raises(ScriptBatchNotFound):
-                unit.stream(batch)
-
-    asyncio.run(main())
+        with pytest.raises(NotFound):
+            unit.stream(batch)
 
 
 # Transfers
 
 
-def test_files_are_transferred_in_both_directions(tmp_path: Path) -> None:
+async def test_files_are_transferred_in_both_directions(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"there and back")
     gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
 
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            upload = transfer(source, "container:/golem/input/new/sent")
-            upload["transfer"]["progress"] = {"updateInterval": None, "updateStep": None}
-            batch = await unit.execute(
-                [
-                    upload,
-                    sh("cp /golem/input/new/sent /golem/output/copy"),
-                    transfer("container:/golem/output/copy", target),
-                ]
-            )
-            found = await kinds(unit.stream(batch))
+    async with exe_unit(tmp_path) as unit:
+        upload = transfer(source, "container:/golem/input/new/sent")
+        upload["transfer"]["progress"] = {"updateInterval": None, "updateStep": None}
+        batch = await unit.execute(
+            [
+                upload,
+                sh("cp /golem/input/new/sent /golem/output/copy"),
+                transfer("container:/golem/output/copy", target),
+            ]
+        )
+        found = await kinds(unit.stream(batch))
 
-            assert [value["return_code"] for _, kind, value in found if kind == "finished"] == [0, 0, 0]
-            assert [value["progress"] for _, kind, value in found if kind == "progress"] == [[14, 14]]
-
-    asyncio.run(main())
+        assert [value["return_code"] for _, kind, value in found if kind == "finished"] == [0, 0, 0]
+        assert [value["progress"] for _, kind, value in found if kind == "progress"] == [[14, 14]]
     gftp.end()
 
     assert (tmp_path / "got").read_bytes() == b"there and back"
 
 
-def test_a_failed_transfer_has_a_message(tmp_path: Path) -> None:
+async def test_a_failed_transfer_has_a_message(tmp_path: Path) -> None:
     (tmp_path / "sent").write_bytes(b"bytes")
     gftp = GftpProcess(tmp_path)
     source, target = gftp.publish(tmp_path / "sent"), gftp.receive(tmp_path / "got")
     unknown = source[:-4] + "0000"
 
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            (tmp_path / "activity/golem/work/link").symlink_to("/etc/passwd")
-            (tmp_path / "activity/golem/work/file").touch()
-            for source_side, target_side, message in (
-                (unknown, "container:/golem/input/a", "Nothing is published"),
-                (source, "container:/golem/input/../../../a", "not in one of the volumes"),
-                (source, "container:/golem/work/file/a", "exists"),
-                ("container:/golem/work/link", target, "outside the sandbox"),
-                ("container:/golem/output/none", target, "No such file"),
-                ("container:/golem/output/none", unknown, "Nothing is published"),
-                (source, target, "exactly one side in the container"),
-            ):
-                [result] = await run_batch(unit, transfer(source_side, target_side))
+    async with exe_unit(tmp_path) as unit:
+        (tmp_path / "activity/golem/work/link").symlink_to("/etc/passwd")
+        (tmp_path / "activity/golem/work/file").touch()
+        for source_side, target_side, message in (
+            (unknown, "container:/golem/input/a", "Nothing is published"),
+            (source, "container:/golem/input/../../../a", "not in one of the volumes"),
+            (source, "container:/golem/work/file/a", "exists"),
+            ("container:/golem/work/link", target, "outside the sandbox"),
+            ("container:/golem/output/none", target, "No such file"),
+            ("container:/golem/output/none", unknown, "Nothing is published"),
+            (source, target, "exactly one side in the container"),
+        ):
+            [result] = await run_batch(unit, transfer(source_side, target_side))
 
-                assert result["result"] == "Error" and message in result["message"], result
+            assert result["result"] == "Error" and message in result["message"], result
 
-            [result] = await run_batch(unit, sh("cat /golem/../../secret"))
-            assert "outside the sandbox" in result["message"]
-
-    asyncio.run(main())
+        [result] = await run_batch(unit, sh("cat /golem/../../secret"))
+        assert "outside the sandbox" in result["message"]
     gftp.end()
 
     assert (tmp_path / "got").read_bytes() == b""
@@ -338,115 +290,94 @@ def test_a_failed_transfer_has_a_message(tmp_path: Path) -> None:
 # Usage
 
 
-def test_usage_is_processor_time_and_duration(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            await run_batch(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
-            processor, duration = unit.usage()
-            await unit.destroy()
-            last = unit.usage()
+async def test_usage_is_processor_time_and_duration(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        await run_batch(unit, sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"))
+        processor, duration = unit.usage()
+        await unit.end()
+        last = unit.usage()
 
-            assert 0.02 < processor < duration < 30
-            assert last == unit.usage() and last[0] >= processor and last[1] >= duration
-
-    asyncio.run(main())
+        assert 0.02 < processor < duration < 30
+        assert last == unit.usage() and last[0] >= processor and last[1] >= duration
 
 
-def test_a_slow_provider_takes_longer_and_has_more_usage(tmp_path: Path) -> None:
+async def test_a_slow_provider_takes_longer_and_has_more_usage(tmp_path: Path) -> None:
     work = run("/bin/sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done")
 
-    async def main() -> None:
-        async with exe_unit(tmp_path, speed=0.25) as unit:
-            started_at = time.monotonic()
-            await run_batch(unit, work)
-            seconds = time.monotonic() - started_at
-            cpu_seconds = unit._sandbox.processes.cpu_seconds()
+    async with exe_unit(tmp_path, speed=0.25) as unit:
+        started_at = time.monotonic()
+        await run_batch(unit, work)
+        seconds = time.monotonic() - started_at
+        cpu_seconds = unit._sandbox.processes.cpu_seconds()
 
-            assert seconds >= 3.9 * cpu_seconds > 0
-            assert unit.usage()[0] == pytest.approx(4 * cpu_seconds)
-
-    asyncio.run(main())
+        assert seconds >= 3.9 * cpu_seconds > 0
+        assert unit.usage()[0] == pytest.approx(4 * cpu_seconds)
 
 
 # The end
 
 
-def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
-            waiting = asyncio.create_task(unit.results(batch, 60))
-            streaming = asyncio.create_task(kinds(unit.stream(batch)))
-            await until(has_begun(tmp_path))
-            pids = unit._sandbox.processes.pids()
-            assert len(pids) >= 2
+async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
+        waiting = asyncio.create_task(unit.results(batch, 60))
+        streaming = asyncio.create_task(kinds(unit.stream(batch)))
+        await until(has_begun(tmp_path))
+        # A process that is just starting a program is not found for a moment.
+        pids = await until(lambda: found if len(found := unit._sandbox.processes.pids()) >= 2 else [])
 
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                await asyncio.gather(unit.destroy(), unit.destroy())
-                with pytest.raises(ActivityEnded):
-                    await waiting
-                await streaming
-            await unit.destroy()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await asyncio.gather(unit.end(), unit.end())
+            with pytest.raises(Gone):
+                await waiting
+            await streaming
+        await unit.end()
 
-            assert not any(is_alive(pid) for pid in pids)
-            assert not (tmp_path / "activity").exists()
-            assert (unit.state, unit.reason) == (("Terminated", None), "The activity was destroyed.")
-            with pytest.raises(ActivityEnded):
-                await unit.execute([sh("true")])
-
-    asyncio.run(main())
+        assert not any(is_alive(pid) for pid in pids)
+        assert not (tmp_path / "activity").exists()
+        assert (unit.state, unit.reason) == (("Terminated", None), "The activity was destroyed.")
+        with pytest.raises(Gone):
+            await unit.execute([sh("true")])
 
 
-def test_the_results_of_a_finished_batch_outlive_the_activity(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            batch = await unit.execute([sh("true"), {"terminate": {}}, sh("true")])
-            results = await unit.results(batch, 30)
-            await unit.destroy()
+async def test_the_results_of_a_finished_batch_outlive_the_activity(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        batch = await unit.execute([sh("true"), {"terminate": {}}, sh("true")])
+        results = await unit.results(batch, 30)
+        await unit.end()
 
-            assert [result["isBatchFinished"] for result in results] == [False, True]
-            assert await unit.results(batch, 0) == results
-
-    asyncio.run(main())
+        assert [result["isBatchFinished"] for result in results] == [False, True]
+        assert await unit.results(batch, 0) == results
 
 
-def test_a_queued_batch_ends_with_the_activity(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            await unit.execute([sh(FOREVER)])
-            second = await unit.execute([sh("true")])
-            await until(has_begun(tmp_path))
-            await unit.destroy()
+async def test_a_queued_batch_ends_with_the_activity(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        await unit.execute([sh(FOREVER)])
+        second = await unit.execute([sh("true")])
+        await until(has_begun(tmp_path))
+        await unit.end()
 
-            with pytest.raises(ActivityEnded):
-                await unit.results(second, 60)
-
-    asyncio.run(main())
+        with pytest.raises(Gone):
+            await unit.results(second, 60)
 
 
-def test_activities_are_separate(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, activity_id="one") as one, exe_unit(tmp_path, activity_id="two") as two:
-            await two.execute([sh(FOREVER)])
-            await until((tmp_path / "two/golem/work/begun").exists)
+async def test_activities_are_separate(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, activity_id="one") as one, exe_unit(tmp_path, activity_id="two") as two:
+        await two.execute([sh(FOREVER)])
+        await until((tmp_path / "two/golem/work/begun").exists)
 
-            assert (await run_batch(one, sh("ls /golem/work")))[0]["stdout"] == ""
-            await one.destroy()
+        assert (await run_batch(one, sh("ls /golem/work")))[0]["stdout"] == ""
+        await one.end()
 
-            assert two.state == ("Ready", None) and two._sandbox.processes.pids()
-
-    asyncio.run(main())
+        assert two.state == ("Ready", None) and two._sandbox.processes.pids()
 
 
-def test_no_descriptors_are_left_open(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            await run_batch(unit, sh("true"))
-            before = open_descriptors()
-            for _ in range(5):
-                await run_batch(unit, sh("true"), sh("exit 1"))
-                await run_batch(unit, run("/none/such"))
+async def test_no_descriptors_are_left_open(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        await run_batch(unit, sh("true"))
+        before = open_descriptors()
+        for _ in range(5):
+            await run_batch(unit, sh("true"), sh("exit 1"))
+            await run_batch(unit, run("/none/such"))
 
-            assert open_descriptors() == before
-
-    asyncio.run(main())
+        assert open_descriptors() == before

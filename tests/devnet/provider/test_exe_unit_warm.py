@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
@@ -36,7 +35,7 @@ def photo_chunk(tmp_path: Path, photos: dict[str, bytes]) -> Path:
     return tmp_path / "chunk.zip"
 
 
-def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
+async def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
     tmp_path: Path, environment: dict[str, str], photo_chunk: Path, models_folder: Path
 ) -> None:
     gftp = GftpProcess(tmp_path)
@@ -52,27 +51,24 @@ def test_the_warm_process_is_kept_is_measured_and_ends_with_the_activity(
     down = "container:/golem/output/results.zip"
     core = frozenset([max(os.sched_getaffinity(0))])
 
-    async def main() -> None:
-        faults = (Fault(kind="wrong-digest", after=1),)
-        async with exe_unit(tmp_path, *faults, environment=environment, cpus=core) as unit:
-            first = await run_batch(unit, up, work, transfer(down, targets[0]))
-            assert [result["result"] for result in first] == ["Ok"] * 3, first
-            [warm] = unit._sandbox.processes.pids()
-            before = unit.usage()[0]
+    faults = (Fault(kind="wrong-digest", after=1),)
+    async with exe_unit(tmp_path, *faults, environment=environment, cpus=core) as unit:
+        first = await run_batch(unit, up, work, transfer(down, targets[0]))
+        assert [result["result"] for result in first] == ["Ok"] * 3, first
+        [warm] = unit._sandbox.processes.pids()
+        before = unit.usage()[0]
 
-            second = await run_batch(unit, up, work, transfer(down, targets[1]))
-            assert [result["result"] for result in second] == ["Ok"] * 3, second
+        second = await run_batch(unit, up, work, transfer(down, targets[1]))
+        assert [result["result"] for result in second] == ["Ok"] * 3, second
 
-            assert unit._sandbox.processes.pids() == [warm] and "serve" in command_line(warm)
-            assert os.sched_getaffinity(warm) == core
-            # The command only passes paths on; the warm process loads the model and runs it.
-            assert unit.usage()[0] > before > 0.2
+        assert unit._sandbox.processes.pids() == [warm] and "serve" in command_line(warm)
+        assert os.sched_getaffinity(warm) == core
+        # The command only passes paths on; the warm process loads the model and runs it.
+        assert unit.usage()[0] > before > 0.2
 
-            await unit.destroy()
+        await unit.end()
 
-            assert not is_alive(warm)
-
-    asyncio.run(main())
+        assert not is_alive(warm)
     gftp.end()
 
     results = read_results(tmp_path / "results-0.zip", "chunk-1", MODEL, range(3))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from devnet.provider.exe_unit import ActivityEnded, ActivityVanished, ExeUnit
+from devnet.errors import Gone, TimedOut
+from devnet.provider.exe_unit import ExeUnit
 from devnet.scenario import Fault, FaultSchedule
 from provider_image.chunk import ItemResult, Results, read_results, write_results
 from provider_image.errors import MalformedResults
@@ -48,233 +49,188 @@ async def copy_results(unit: ExeUnit) -> None:
     assert (await run_batch(unit, COPY_RESULTS))[0]["result"] == "Ok"
 
 
-def test_without_faults_output_files_are_unchanged(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path) as unit:
-            path = write_results_file(tmp_path)
+async def test_without_faults_output_files_are_unchanged(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path) as unit:
+        path = write_results_file(tmp_path)
+        await copy_results(unit)
+
+        assert path.read_bytes() == (tmp_path / "activity/golem/input/results.zip").read_bytes()
+
+
+async def test_a_deploy_fails_as_often_as_the_fault_says(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="fail-deploy", times=1), is_started=False) as unit:
+        [result] = await run_batch(unit, *BOOT_COMMANDS)
+        assert (result["result"], unit.state) == ("Error", ("Initialized", None))
+
+        assert len(await run_batch(unit, *BOOT_COMMANDS)) == 2
+
+
+async def test_exit_nonzero_does_not_run_the_program(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="exit-nonzero", after=1, times=1)) as unit:
+        assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
+        [result] = await run_batch(unit, sh("touch done"))
+        assert result["message"] == "ExeScript command exited with code 7"
+        assert not (tmp_path / "activity/golem/work/done").exists()
+
+        await run_batch(unit, sh("touch done"))
+
+        assert (tmp_path / "activity/golem/work/done").exists()
+
+
+async def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="hang")) as unit:
+        batch = await unit.execute([sh("true")])
+        assert await unit.results(batch, 0.1) == []
+        waiting = asyncio.create_task(unit.results(batch, 60))
+        await asyncio.sleep(0)
+
+        await unit.end()
+
+        with pytest.raises(Gone):
+            await waiting
+
+
+async def test_garbage_has_the_original_size_and_truncated_results_half_of_it(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="garbage", times=1), Fault(kind="truncate", after=0)) as unit:
+        path = write_results_file(tmp_path)
+        original = path.parents[1] / "input/results.zip"
+        sizes = []
+        for _ in range(2):
             await copy_results(unit)
-
-            assert path.read_bytes() == (tmp_path / "activity/golem/input/results.zip").read_bytes()
-
-    asyncio.run(main())
-
-
-def test_a_deploy_fails_as_often_as_the_fault_says(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="fail-deploy", times=1), is_started=False) as unit:
-            [result] = await run_batch(unit, *BOOT_COMMANDS)
-            assert (result["result"], unit.state) == ("Error", ("Initialized", None))
-
-            assert len(await run_batch(unit, *BOOT_COMMANDS)) == 2
-
-    asyncio.run(main())
-
-
-def test_exit_nonzero_does_not_run_the_program(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="exit-nonzero", after=1, times=1)) as unit:
-            assert (await run_batch(unit, sh("true")))[0]["result"] == "Ok"
-            [result] = await run_batch(unit, sh("touch done"))
-            assert result["message"] == "ExeScript command exited with code 7"
-            assert not (tmp_path / "activity/golem/work/done").exists()
-
-            await run_batch(unit, sh("touch done"))
-
-            assert (tmp_path / "activity/golem/work/done").exists()
-
-    asyncio.run(main())
-
-
-def test_a_run_that_hangs_ends_with_the_activity(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="hang")) as unit:
-            batch = await unit.execute([sh("true")])
-            assert await unit.results(batch, 0.1) == []
-            waiting = asyncio.create_task(unit.results(batch, 60))
-            await asyncio.sleep(0)
-
-            await unit.destroy()
-
-            with pytest.raises(ActivityEnded):
-                await waiting
-
-    asyncio.run(main())
-
-
-def test_garbage_has_the_original_size_and_truncated_results_half_of_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="garbage", times=1), Fault(kind="truncate", after=0)) as unit:
-            path = write_results_file(tmp_path)
-            original = path.parents[1] / "input/results.zip"
-            sizes = []
-            for _ in range(2):
-                await copy_results(unit)
-                sizes.append(path.stat().st_size)
-                with pytest.raises(MalformedResults):
-                    read(path)
-
-            assert sizes == [original.stat().st_size, original.stat().st_size // 2]
-            assert original.read_bytes().startswith(path.read_bytes())
-
-    asyncio.run(main())
-
-
-def test_an_oversized_file_uses_no_disk_space(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="oversize")) as unit:
-            path = write_results_file(tmp_path)
-            await copy_results(unit)
-
-            assert path.stat().st_size > 100_000_000 and path.stat().st_blocks * 512 < 1_000_000
+            sizes.append(path.stat().st_size)
             with pytest.raises(MalformedResults):
                 read(path)
 
-    asyncio.run(main())
+        assert sizes == [original.stat().st_size, original.stat().st_size // 2]
+        assert original.read_bytes().startswith(path.read_bytes())
 
 
-def test_wrong_digest_changes_nothing_else(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="wrong-digest")) as unit:
-            path = write_results_file(tmp_path)
-            await copy_results(unit)
+async def test_an_oversized_file_uses_no_disk_space(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="oversize")) as unit:
+        path = write_results_file(tmp_path)
+        await copy_results(unit)
 
-            with pytest.raises(MalformedResults, match="digest"):
-                read(path)
-            results = read(path, digest=None)
-            assert results.digest != DIGEST
-            assert (results.items[0].output, results.items[0].files) == (["chunk-1"], {"a.png": b"picture"})
-
-    asyncio.run(main())
+        assert path.stat().st_size > 100_000_000 and path.stat().st_blocks * 512 < 1_000_000
+        with pytest.raises(MalformedResults):
+            read(path)
 
 
-def test_swapped_results_are_those_of_another_chunk(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, activity_id="other") as other:
-            for number in range(6):
-                write_results_file(tmp_path, f"chunk-{number}", "other")
-                await copy_results(other)
-            assert len(list((tmp_path / "results").iterdir())) == 4
-        async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
-            path = write_results_file(tmp_path, "chunk-4")
-            await copy_results(unit)
+async def test_wrong_digest_changes_nothing_else(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="wrong-digest")) as unit:
+        path = write_results_file(tmp_path)
+        await copy_results(unit)
 
-            with pytest.raises(MalformedResults, match="chunk_id"):
-                read(path, "chunk-4")
-            assert any(
-                read(path, f"chunk-{number}").items[0].output == [f"chunk-{number}"]
-                for number in (2, 3, 5)
-                if f"chunk-{number}".encode() in path.read_bytes()
-            )
-
-    asyncio.run(main())
+        with pytest.raises(MalformedResults, match="digest"):
+            read(path)
+        results = read(path, digest=None)
+        assert results.digest != DIGEST
+        assert (results.items[0].output, results.items[0].files) == (["chunk-1"], {"a.png": b"picture"})
 
 
-def test_without_other_results_swap_changes_the_chunk_id(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
-            path = write_results_file(tmp_path)
-            await copy_results(unit)
+async def test_swapped_results_are_those_of_another_chunk(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, activity_id="other") as other:
+        for number in range(6):
+            write_results_file(tmp_path, f"chunk-{number}", "other")
+            await copy_results(other)
+        assert len(list((tmp_path / "results").iterdir())) == 4
+    async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
+        path = write_results_file(tmp_path, "chunk-4")
+        await copy_results(unit)
 
-            with pytest.raises(MalformedResults, match="chunk_id"):
-                read(path)
-
-    asyncio.run(main())
-
-
-def test_only_files_written_by_the_run_are_corrupted(tmp_path: Path) -> None:
-    async def main() -> None:
-        faults = FaultSchedule({"alpha": [Fault(kind="garbage", after=1)]})
-        async with exe_unit(tmp_path, shared_faults=faults) as unit:
-            output = tmp_path / "activity/golem/output"
-            await run_batch(unit, sh("echo first > /golem/output/first; mkdir /golem/output/folder"))
-            await run_batch(unit, sh("echo second > /golem/output/folder/second; ln -s /etc/passwd /golem/output/link"))
-
-            assert (output / "first").read_text() == "first\n"
-            assert (output / "folder/second").read_bytes() != b"second\n"
-
-    asyncio.run(main())
+        with pytest.raises(MalformedResults, match="chunk_id"):
+            read(path, "chunk-4")
+        assert any(
+            read(path, f"chunk-{number}").items[0].output == [f"chunk-{number}"]
+            for number in (2, 3, 5)
+            if f"chunk-{number}".encode() in path.read_bytes()
+        )
 
 
-def test_faults_in_results_leave_other_files_unchanged(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="swap-results", times=1), Fault(kind="wrong-digest")) as unit:
-            for _ in range(2):
-                await run_batch(unit, sh("echo text > /golem/output/text"))
+async def test_without_other_results_swap_changes_the_chunk_id(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="swap-results")) as unit:
+        path = write_results_file(tmp_path)
+        await copy_results(unit)
 
-                assert (tmp_path / "activity/golem/output/text").read_text() == "text\n"
+        with pytest.raises(MalformedResults, match="chunk_id"):
+            read(path)
 
-    asyncio.run(main())
+
+async def test_only_files_written_by_the_run_are_corrupted(tmp_path: Path) -> None:
+    faults = FaultSchedule({"alpha": [Fault(kind="garbage", after=1)]})
+    async with exe_unit(tmp_path, shared_faults=faults) as unit:
+        output = tmp_path / "activity/golem/output"
+        await run_batch(unit, sh("echo first > /golem/output/first; mkdir /golem/output/folder"))
+        await run_batch(unit, sh("echo second > /golem/output/folder/second; ln -s /etc/passwd /golem/output/link"))
+
+        assert (output / "first").read_text() == "first\n"
+        assert (output / "folder/second").read_bytes() != b"second\n"
+
+
+async def test_faults_in_results_leave_other_files_unchanged(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="swap-results", times=1), Fault(kind="wrong-digest")) as unit:
+        for _ in range(2):
+            await run_batch(unit, sh("echo text > /golem/output/text"))
+
+            assert (tmp_path / "activity/golem/output/text").read_text() == "text\n"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_an_exe_unit_that_dies_removes_everything_and_reports_it(tmp_path: Path, seconds: float) -> None:
+async def test_an_exe_unit_that_dies_removes_everything_and_reports_it(tmp_path: Path, seconds: float) -> None:
     crashes: list[str] = []
 
-    async def main() -> None:
-        fault = Fault(kind="die", after=1, seconds=seconds)
-        async with exe_unit(tmp_path, fault, on_crash=crashes.append) as unit:
-            await run_batch(unit, sh("setsid sleep 60 &"))
-            [left] = unit._sandbox.processes.pids()
-            # If the program ends first, the exe-unit dies then, so the test does not wait for `seconds`.
-            batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
+    fault = Fault(kind="die", after=1, seconds=seconds)
+    async with exe_unit(tmp_path, fault, on_crash=crashes.append) as unit:
+        await run_batch(unit, sh("setsid sleep 60 &"))
+        [left] = unit._sandbox.processes.pids()
+        # If the program ends first, the exe-unit dies then, so the test does not wait for `seconds`.
+        batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
 
-            with pytest.raises(ActivityEnded, match="killed"):
-                await unit.results(batch, 60)
-            await until(lambda: crashes)
+        with pytest.raises(Gone, match="killed"):
+            await unit.results(batch, 60)
+        await until(lambda: crashes)
 
-            assert crashes == ["activity"]
-            assert (unit.state, unit.reason) == (("Terminated", None), "The exe-unit was killed.")
-            assert not is_alive(left)
-            assert not (tmp_path / "activity").exists()
-            await unit.destroy()
-            assert crashes == ["activity"]
-
-    asyncio.run(main())
+        assert crashes == ["activity"]
+        assert (unit.state, unit.reason) == (("Terminated", None), "The exe-unit was killed.")
+        assert not is_alive(left)
+        assert not (tmp_path / "activity").exists()
+        await unit.end()
+        assert crashes == ["activity"]
 
 
-def test_destroying_is_not_a_crash(tmp_path: Path) -> None:
+async def test_destroying_is_not_a_crash(tmp_path: Path) -> None:
     crashes: list[str] = []
 
-    async def main() -> None:
-        async with exe_unit(tmp_path, on_crash=crashes.append) as unit:
-            await unit.execute([sh(FOREVER)])
-            await until((tmp_path / "activity/golem/work/begun").exists)
-            await unit.destroy()
-
-    asyncio.run(main())
+    async with exe_unit(tmp_path, on_crash=crashes.append) as unit:
+        await unit.execute([sh(FOREVER)])
+        await until((tmp_path / "activity/golem/work/begun").exists)
+        await unit.end()
 
     assert crashes == []
 
 
-def test_calls_for_a_vanished_activity_hang(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="vanish-http")) as unit:
-            batch = await unit.execute([sh("true")])
-            while not unit.is_vanished:
-                await asyncio.sleep(0)
+async def test_calls_for_a_vanished_activity_hang(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="vanish-http")) as unit:
+        batch = await unit.execute([sh("true")])
+        while not unit.vanished:
+            await asyncio.sleep(0)
 
-            for call in (unit.results(batch, 0), unit.execute([sh("true")]), unit.destroy()):
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.2):
-                        await call
+        for call in (unit.results(batch, 0), unit.execute([sh("true")]), unit.block_if_vanished()):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await call
 
-            # It has ended all the same, and the daemon itself does not block.
-            assert unit.state[0] == "Terminated"
-            await unit.end()
-            assert not (tmp_path / "activity").exists()
-
-    asyncio.run(main())
+        # The daemon itself does not block.
+        await unit.end()
+        assert unit.state[0] == "Terminated"
+        assert not (tmp_path / "activity").exists()
 
 
-def test_a_call_for_a_vanished_activity_fails_after_the_faults_seconds(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with exe_unit(tmp_path, Fault(kind="vanish-http", seconds=0.1)) as unit:
-            batch = await unit.execute([sh("true")])
-            started_at = time.monotonic()
+async def test_a_call_for_a_vanished_activity_fails_after_the_faults_seconds(tmp_path: Path) -> None:
+    async with exe_unit(tmp_path, Fault(kind="vanish-http", seconds=0.1)) as unit:
+        batch = await unit.execute([sh("true")])
+        started_at = time.monotonic()
 
-            with pytest.raises(ActivityVanished):
-                await unit.results(batch, 0.01)
+        with pytest.raises(TimedOut):
+            await unit.results(batch, 0.01)
 
-            assert time.monotonic() - started_at >= 0.1
-
-    asyncio.run(main())
+        assert time.monotonic() - started_at >= 0.1

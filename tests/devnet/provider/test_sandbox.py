@@ -136,17 +136,14 @@ def test_a_program_of_the_provider_image_is_found_on_the_path(tmp_path: Path) ->
         assert (status, output.out) == (0, b"found it\n")
 
 
-def test_a_transferred_program_is_not_searched_on_the_path(sandbox: Sandbox) -> None:
-    async def main() -> None:
-        assert (await run(sandbox, "/golem/work/true"))[0] == NOT_FOUND
-        (sandbox.golem_folder / "work/true").write_text("#!/bin/sh\necho mine")
-        assert (await run(sandbox, "/golem/work/true"))[0] == CANNOT_RUN
-        (sandbox.golem_folder / "work/true").chmod(0o755)
-        status, output = await run(sandbox, "/golem/work/true")
-        assert (status, output.out) == (0, b"mine\n")
-        await sandbox.remove()
-
-    asyncio.run(main())
+async def test_a_transferred_program_is_not_searched_on_the_path(sandbox: Sandbox) -> None:
+    assert (await run(sandbox, "/golem/work/true"))[0] == NOT_FOUND
+    (sandbox.golem_folder / "work/true").write_text("#!/bin/sh\necho mine")
+    assert (await run(sandbox, "/golem/work/true"))[0] == CANNOT_RUN
+    (sandbox.golem_folder / "work/true").chmod(0o755)
+    status, output = await run(sandbox, "/golem/work/true")
+    assert (status, output.out) == (0, b"mine\n")
+    await sandbox.remove()
 
 
 def test_a_program_that_cannot_be_started_has_an_exit_status(sandbox: Sandbox) -> None:

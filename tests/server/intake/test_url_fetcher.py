@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -25,6 +23,7 @@ from server.http_client import HttpClient, check_url, is_public, resolve_host
 from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.store import Store
+from tests.programs import find_program
 from tests.timing import slowness
 
 HOST = "photos.example.com"
@@ -339,8 +338,7 @@ class Host:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for HOST that signs itself, and its key."""
-    if shutil.which("openssl") is None and os.environ.get("CI") != "true":
-        pytest.skip("openssl is not installed")
+    find_program("openssl", package="openssl")
     folder = tmp_path_factory.mktemp("tls")
     files = folder / "certificate.pem", folder / "key.pem"
     subprocess.run(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pytest
+from tests.programs import find_program
 
 SCREENSHOTS = Path(__file__).parents[3] / ".screenshots"
 #: Messages of the browser about errors that the tests provoke.
@@ -18,14 +16,8 @@ EXPECTED_MESSAGES = ("the server responded with a status of 4", "the server resp
 
 
 def find_chromium() -> str:
-    """Return the path of the browser. Without one, the test is skipped, or fails in CI."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None:
-        reason = "no chromium here: apt-get install chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
+    """Return the path of the browser."""
+    return find_program("chromium", "chromium-browser", package="chromium")
 
 
 class BrowserSession:

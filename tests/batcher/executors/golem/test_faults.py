@@ -290,7 +290,7 @@ def test_an_agreement_that_is_signed_too_late_is_cancelled(play: Play, monkeypat
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")
         alpha = next(iter(harness.devnet.market.agreements.values()))
-        await until(lambda: harness.devnet.providers[alpha.provider_id].agreement is None)
+        await until(lambda: harness.devnet.market.providers[alpha.provider_id].agreement is None)
         await close(harness)
 
         assert (outcome.error, outcome.provider) == (None, "beta")

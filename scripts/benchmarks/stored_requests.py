@@ -1,0 +1,126 @@
+"""Homes whose store has requests: some real ones, or a day's worth without images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from store import new_id
+from store.requests import NewRequest
+from store.rows import to_text
+from store.settings import HomeSettings
+from store.store import Store
+
+MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
+OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))
+#: Numbers of claimed, failed and cancelled requests per thousand; those that are not queued either are done.
+CLAIMED, FAILED, CANCELLED = 1, 15, 4
+ITEMS = 16
+#: One in this many chunks failed as a whole.
+FAILED_CHUNKS = 200
+CODES = ("broken_image", "timeout", "worker_died", "inference_failed")
+PROVIDERS, AGREEMENTS = 200, 2000
+
+_REQUEST = """
+    INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, token, created_at, due_at, claimed_at,
+                          lease_ends_at, finished_at, chunk_id, provider, digest, seconds, output, code, reason)
+    VALUES (?, 'classification', ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_CHUNK = """
+    INSERT INTO chunks (id, batcher_id, executor, provider, service, model, items, bytes_sent, bytes_received,
+                        dispatched_at, finished_at, seconds, done, failed, cost, code, reason, agreement_id,
+                        provider_id, answers, is_cost_final)
+    VALUES (?, 'b', 'golem', ?, 'classification', ?, ?, 900000, 9000, ?, ?, 2.5, ?, ?, '0.0001', ?, ?, ?, ?, ?, ?)
+"""
+_PROVIDER = """
+    INSERT INTO providers (id, name, first_seen_at, seen_at, start_price, price_per_cpu_second, price_per_second, done,
+                           failed, images, score)
+    VALUES (?, ?, ?, ?, '0.001', '0.00001', '0.00001', 300, 3, 4800, 0.9)
+"""
+_AGREEMENT = """
+    INSERT INTO agreements (id, allocation_id, provider_id, provider_name, model, start_price, price_per_cpu_second,
+                            price_per_second, created_at, ended_at, reason)
+    VALUES (?, 'al', ?, ?, ?, '0.001', '0.00001', '0.00001', ?, ?, 'idle')
+"""
+_INVOICE = "INSERT INTO invoices VALUES (?, ?, '0.0123', 'accepted', ?, ?, NULL)"
+
+
+@contextlib.contextmanager
+def opened(home: Path) -> Iterator[Store]:
+    """Open the store of a home, which is made if there is none."""
+    store = Store(HomeSettings(home=home, busy_seconds=5))
+    store.migrate()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def add_images(home: Path, jpegs: list[bytes], model: str = MODELS[0]) -> None:
+    """Add requests for images, as a server would."""
+    with opened(home) as store:
+        for jpeg in jpegs:
+            new = NewRequest(
+                id=new_id(), service="classification", model=model, is_fresh=True, created_at=datetime.now(UTC)
+            )
+            store.requests.add(new, store.images.stage(jpeg))
+
+
+def add_day(home: Path, count: int, *, queued: int) -> None:
+    """Add the requests, chunks and invoices of one day.
+
+    :param queued: how many of a thousand requests are queued, the newest ones.
+    """
+    with opened(home):
+        begin = datetime.now(UTC) - timedelta(hours=24)
+
+    def at(n: int, later: float = 0.0) -> str:
+        return to_text(begin + timedelta(seconds=min(86400.0, 86400.0 * n / count + later)))
+
+    def requests() -> Iterator[tuple[Any, ...]]:
+        claimed_from = max(0, count - count * (queued + CLAIMED) // 1000)
+        queued_from = count - count * queued // 1000
+        for n in range(count):
+            came, taken, ended = at(n), at(n, 5 + n % 40), at(n, 8 + n % 60)
+            first = (f"{n:032x}", MODELS[n // ITEMS % len(MODELS)], f"{n:064x}", 20_000 + n * 7919 % 400_000)
+            chunk = (f"c{n // ITEMS}", "provider")
+            kind = n % 1000
+            if n >= queued_from:
+                yield (*first, "queued", came, came, *(None,) * 10)
+            elif n >= claimed_from:
+                yield (*first, "claimed", came, came, taken, at(count, 30), *(None,) * 8)
+            elif kind < FAILED:
+                failed = (None, None, None, CODES[kind % len(CODES)], "The image is cut short or damaged.")
+                yield (*first, "failed", came, came, taken, None, ended, *chunk, *failed)
+            elif kind < FAILED + CANCELLED:
+                yield (*first, "cancelled", came, came, None, None, ended, *(None,) * 7)
+            else:
+                seconds = 0.02 + n * 104729 % 1000 / 20000
+                yield (*first, "done", came, came, taken, None, ended, *chunk, "d" * 64, seconds, OUTPUT, None, None)
+
+    def chunks() -> Iterator[tuple[Any, ...]]:
+        for n in range(count * (1000 - queued) // 1000 // ITEMS):
+            is_failed = n % FAILED_CHUNKS == 0
+            ends = (0, ITEMS, "timeout", "It took too long.") if is_failed else (ITEMS, 0, None, None)
+            bill = (f"a{n % AGREEMENTS}", f"0x{n % PROVIDERS:040x}", ends[0], 1)
+            times = (at(n * ITEMS, 6), at(n * ITEMS, 9))
+            yield (f"c{n}", f"provider-{n % PROVIDERS}", MODELS[n % len(MODELS)], ITEMS, *times, *ends, *bill)
+
+    noon = at(count // 2)
+    providers = [(f"0x{n:040x}", f"provider-{n}") for n in range(PROVIDERS)]
+    agreements = [(f"a{n}", *providers[n % PROVIDERS], MODELS[n % len(MODELS)]) for n in range(AGREEMENTS)]
+    with contextlib.closing(sqlite3.connect(home / "mlg.db", isolation_level=None)) as connection:
+        # Durability is not needed.
+        connection.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -400000; BEGIN IMMEDIATE")
+        connection.executemany(_REQUEST, requests())
+        connection.executemany(_CHUNK, chunks())
+        connection.executemany(_PROVIDER, [(*provider, noon, noon) for provider in providers])
+        connection.executemany(_AGREEMENT, [(*agreement, noon, noon) for agreement in agreements])
+        connection.executemany(_INVOICE, [(f"i{n}", f"a{n}", noon, noon) for n in range(AGREEMENTS)])
+        connection.commit()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
