@@ -196,7 +196,7 @@ class Batches:
         :raises QuotaReached: likewise.
         """
         labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
-        values = {**to_row(batch), "labels": labels, "total": len(items), "refused": len(refused_items)}
+        values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items))
         del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
 
@@ -204,7 +204,7 @@ class Batches:
             if batch.key_id is not None:
                 count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
             transaction.execute(f"INSERT INTO {insert_sql('batches', values)}", values)
-            transaction.execute_many(_ADD_REFUSAL, [{**to_row(one), "batch_id": batch.id} for one in refused_items])
+            transaction.execute_many(_ADD_REFUSAL, [to_row(one, batch_id=batch.id) for one in refused_items])
             return insert_requests(transaction, rows, now=batch.created_at)
 
         try:

@@ -369,16 +369,16 @@ def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[R
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     """Return the columns of a request that is about to be added."""
-    return {
-        **to_row(new),
-        "params": json.dumps(new.params, sort_keys=True, separators=(",", ":")),
-        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
-        "image_sha256": staged.sha256,
-        "image_bytes": staged.size,
-        "state": str(RequestState.QUEUED),
-        "due_at": to_text(new.created_at),
-        "digest": None,  # of the answer
-    }
+    row = to_row(
+        new,
+        params=json.dumps(new.params, sort_keys=True, separators=(",", ":")),
+        labels=json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
+        image_sha256=staged.sha256,
+        image_bytes=staged.size,
+        state=str(RequestState.QUEUED),
+        digest=None,  # of the answer
+    )
+    return {**row, "due_at": row["created_at"]}
 
 
 #: A request that is about to be added, its image and its columns.

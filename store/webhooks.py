@@ -161,7 +161,7 @@ class Webhooks:
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
-        row = {**to_row(endpoint), "events": ",".join(endpoint.events)}
+        row = to_row(endpoint, events=",".join(endpoint.events))
         self._database.execute(f"INSERT INTO {insert_sql('webhook_endpoints', row)}", row)
 
     def remove_endpoint(self, id: str) -> None:
