@@ -311,7 +311,7 @@ class Batches:
         def write(transaction: Transaction) -> int:
             if not transaction.execute(change_batch, {"id": id, "now": to_text(now)}).rowcount:
                 raise UnknownBatch()
-            return len(transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now))
+            return len(transition(transaction, to, where, [{"id": id}], columns=columns, now=now))
 
         return self._database.write(write)
 

@@ -87,7 +87,7 @@ def test_a_write_that_is_rolled_back_is_no_change(store: Store) -> None:
     add(store)
 
     def fail(transaction: Transaction) -> None:
-        assert transition(transaction, RequestState.CANCELLED, where="true", parameters=[{}], now=NOW)
+        assert transition(transaction, RequestState.CANCELLED, "true", [{}], now=NOW)
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
