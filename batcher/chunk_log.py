@@ -37,20 +37,11 @@ class ChunkLog:
             id=packed.chunk_id,
             batcher_id=self._batcher_id,
             executor=self._executor,
-            provider=None,
             service=packed.planned.service,
             model=packed.planned.model,
             items=len(packed.items),
             bytes_sent=packed.size_bytes,
-            bytes_received=None,
             dispatched_at=self._clock(),
-            finished_at=None,
-            seconds=None,
-            done=None,
-            failed=None,
-            cost=None,
-            code=None,
-            reason=None,
         )
         try:
             self._chunks.start(record)

@@ -223,11 +223,11 @@ class Batches:
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch refused, in order; empty for an unknown batch."""
-        rows = self._database.rows(
+        return self._database.records(
+            RefusedItem,
             "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
             (batch_id,),
         )
-        return [from_row(RefusedItem, row) for row in rows]
 
     def progress(self, id: str) -> BatchProgress:
         """Count the requests of a batch by state; all zero for an unknown batch."""
@@ -346,8 +346,8 @@ class Batches:
         """
         conditions = ["key_id = :key_id"] if key_id is not None else []
         conditions += ["number < :before"] if before is not None else []
-        rows = self._database.rows(
+        return self._database.records(
+            BatchRecord,
             f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
             {"key_id": key_id, "before": before, "limit": limit},
         )
-        return [from_row(BatchRecord, row) for row in rows]

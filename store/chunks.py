@@ -45,7 +45,7 @@ class ChunkRecord:
     #: The executor's name.
     executor: str
     #: Name of the worker or provider; None until known.
-    provider: str | None
+    provider: str | None = None
     #: The kind of service.
     service: str
     #: The model.
@@ -55,21 +55,21 @@ class ChunkRecord:
     #: Size of the chunk file.
     bytes_sent: int
     #: Size of the results file.
-    bytes_received: int | None
+    bytes_received: int | None = None
     #: When it was handed to the executor.
     dispatched_at: datetime
     #: When it ended; None while it is in progress.
-    finished_at: datetime | None
+    finished_at: datetime | None = None
     #: Seconds that it took, as the executor measured them.
-    seconds: float | None
+    seconds: float | None = None
     #: Items answered, items failed.
-    done: int | None
-    failed: int | None
+    done: int | None = None
+    failed: int | None = None
     #: Cost in GLM as decimal text; None where nothing is paid.
-    cost: str | None
+    cost: str | None = None
     #: Why the whole chunk failed.
-    code: str | None
-    reason: str | None
+    code: str | None = None
+    reason: str | None = None
     #: Agreement and activity under which it ran; None where nothing is paid.
     agreement_id: str | None = None
     activity_id: str | None = None
@@ -164,5 +164,4 @@ class Chunks:
 
     def list(self, *, limit: int = 50) -> builtins.list[ChunkRecord]:
         """List chunks, newest first."""
-        rows = self._database.rows("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))
-        return [from_row(ChunkRecord, row) for row in rows]
+        return self._database.records(ChunkRecord, "SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))

@@ -679,7 +679,7 @@ class Requests:
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""
-        return [from_row(ModelBacklog, row) for row in self._database.rows(_BACKLOG)]
+        return self._database.records(ModelBacklog, _BACKLOG)
 
     def list(
         self,

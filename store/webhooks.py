@@ -259,10 +259,11 @@ class Webhooks:
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
         """List deliveries, newest first. :param status: one of DELIVERY_STATES; None lists all."""
-        rows = self._database.rows(
-            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?", (limit,)
+        return self._database.records(
+            DeliveryRecord,
+            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
+            (limit,),
         )
-        return [from_row(DeliveryRecord, row) for row in rows]
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
         """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""

@@ -23,26 +23,15 @@ NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 FINAL = ("done", "failed", "cancelled")
 MODELS = ("resnet50", "vgg16")
 DIGEST = "d" * 64
-
-
 CHUNK = ChunkRecord(
     id="c",
     batcher_id="b",
     executor="local",
-    provider=None,
     service="classification",
     model=MODELS[0],
     items=1,
     bytes_sent=1,
-    bytes_received=None,
     dispatched_at=NOW,
-    finished_at=None,
-    seconds=None,
-    done=None,
-    failed=None,
-    cost=None,
-    code=None,
-    reason=None,
 )
 
 
