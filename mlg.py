@@ -64,22 +64,8 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if not value or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"mlg {version('mlg')}")
-    except PackageNotFoundError:
-        click.echo("mlg (not installed)")
-    ctx.exit()
-
-
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
-)
+@click.version_option(package_name="mlg", message="mlg %(version)s", help="Show the version.")
 def cli() -> None:
     """Classify images in batches, on this machine or on rented computers.
 

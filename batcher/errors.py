@@ -11,25 +11,17 @@ from provider_image.errors import ChunkError, MlgError
 class ExecutorUnavailable(MlgError):
     """No worker is available now. The work is retried automatically."""
 
-    code = "executor_unavailable"
-
 
 class NoProvider(ExecutorUnavailable):
     """No provider is available. See: mlg providers list"""
-
-    code = "no_provider"
 
 
 class BudgetReached(ExecutorUnavailable):
     """The budget is used up. Raise MLG_BUDGET_DAY, or wait until tomorrow (UTC)."""
 
-    code = "budget_reached"
-
 
 class GolemUnavailable(ExecutorUnavailable):
     """The Golem daemon cannot be used. Check that it runs (yagna service run) and that YAGNA_APPKEY is set."""
-
-    code = "golem_unavailable"
 
 
 class ContainerImageError(MlgError):

@@ -1,13 +1,13 @@
-"""Packs a planned chunk into a chunk file: original images, or images resized to the model's input.
+"""Packs a planned chunk into a chunk file: the inputs as they were sent, or images resized to the model's input.
 
-Called by `batcher.cycle` in a thread. An image whose file is missing or that cannot be resized is left out, so that it
-does not affect the others.
+Called by `batcher.cycle` in a thread. An item with a file that is missing or that cannot be resized is left out, so
+that it does not affect the others.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from batcher.resizing import Resizer
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.errors import MlgError, ModelError, NotInstalled, UnknownModel
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow
-from provider_image.service import ModelInput
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
+from provider_image.service import primary_input
 from provider_image.services import load_service
 
 
@@ -39,7 +39,7 @@ class PackedChunk:
     planned: PlannedChunk
     #: The items in the file, by their number in the chunk.
     items: tuple[PlannedItem, ...]
-    #: Items left out because their image files are missing.
+    #: Items left out because files of theirs are missing.
     missing: tuple[PlannedItem, ...]
     #: Items left out because they could not be resized.
     rejected: tuple[RejectedItem, ...]
@@ -72,26 +72,31 @@ def pack(
 ) -> PackedChunk:
     """Write a chunk file into a folder.
 
-    :param image_path: returns the path of the image with a SHA-256.
+    :param image_path: returns the path of the stored file with a SHA-256.
     :param models: the folder of artefacts. If the model is installed there, only that artefact may answer.
     :param resizer: None sends the originals.
-    :raises OSError: an existing image cannot be read, or the chunk file cannot be written.
+    :raises OSError: an existing file cannot be read, or the chunk file cannot be written.
     :raises MalformedChunk: no reader would accept the chunk.
     :raises NotInstalled: the size of the model's input is unknown, so its images cannot be resized.
     :raises ResizingUnavailable: no image can be resized now.
     """
     chunk_id = secrets.token_hex(16)
     chunk, results = folder / f"{chunk_id}.chunk.zip", folder / f"{chunk_id}.results.zip"
-    (input_name,) = load_service(planned.service).inputs
-    ready = [
-        _PackableItem(item=item, inputs={input_name: image_path(item.first.image_sha256)}) for item in planned.items
-    ]
+    service = load_service(planned.service)
+    ready = []
+    for item in planned.items:
+        digests = {primary_input(service): item.first.image_sha256}
+        digests |= {name: one.sha256 for name, one in item.first.inputs.items()}
+        ready.append(_PackableItem(item=item, inputs={name: image_path(each) for name, each in digests.items()}))
     ready = [each for each in ready if each.exists()]
     rejected: tuple[RejectedItem, ...] = ()
     # Looked up once, so that digest and input size belong to the same artefact.
     model = _model(models, planned.model)
-    if resizer is not None and ready:
-        ready, rejected = _resize_items(resizer, planned.service, model, ready)
+    images = {name for name, one in service.inputs.items() if one.kind == "image"}
+    # A model without a size takes images as they are.
+    is_resized = resizer is not None and bool(images) and (model is None or model.height > 0)
+    if resizer is not None and is_resized and ready:
+        ready, rejected = _resize_items(resizer, model, images, ready)
     digest = model.digest if isinstance(model, Artefact) else None
     size_bytes = 0
     while ready:
@@ -101,7 +106,7 @@ def pack(
         ]
         header = (chunk_id, planned.service, planned.model, digest)
         try:
-            size_bytes = write_chunk(chunk, *header, numbered, is_resized=resizer is not None)
+            size_bytes = write_chunk(chunk, *header, numbered, is_resized=is_resized)
         except FileNotFoundError:
             left = [each for each in ready if each.exists()]
             if len(left) == len(ready):
@@ -123,7 +128,7 @@ def pack(
     )
 
 
-def _model(models: Path, name: str) -> Artefact | ModelRow | None:
+def _model(models: Path, name: str) -> ModelFacts | None:
     """Return what describes the model's input: its artefact, or its catalogue row if it is built on first use."""
     try:
         return find_artefact(models, name)
@@ -132,16 +137,18 @@ def _model(models: Path, name: str) -> Artefact | ModelRow | None:
 
 
 def _resize_items(
-    resizer: Resizer, service: str, model: Artefact | ModelRow | None, originals: list[_PackableItem]
+    resizer: Resizer, model: ModelFacts | None, images: Collection[str], originals: list[_PackableItem]
 ) -> tuple[list[_PackableItem], tuple[RejectedItem, ...]]:
     if model is None:
         raise NotInstalled()
-    model_input = ModelInput(height=model.height, width=model.width, crop=model.crop)
-    paths = [{name: path for name, path in each.inputs.items() if isinstance(path, Path)} for each in originals]
+    paths = [
+        {name: path for name, path in each.inputs.items() if name in images and isinstance(path, Path)}
+        for each in originals
+    ]
     ready, rejected = [], []
-    for each, resized in zip(originals, resizer.resize(service, model_input, paths), strict=True):
+    for each, resized in zip(originals, resizer.resize(model, paths), strict=True):
         if isinstance(resized, MlgError):
             rejected.append(RejectedItem(item=each.item, error=resized))
         elif not isinstance(resized, FileNotFoundError):
-            ready.append(_PackableItem(item=each.item, inputs=resized))
+            ready.append(_PackableItem(item=each.item, inputs={**each.inputs, **resized}))
     return ready, tuple(rejected)

@@ -1,6 +1,6 @@
 """Groups claims into chunks. Pure: no clock, no I/O; the same claims always give the same plan.
 
-Called by `batcher.cycle`. Only the bytes of the images count, not the few hundred bytes of a chunk's description.
+Called by `batcher.cycle`. Only the bytes of the inputs count, not the few hundred bytes of a chunk's description.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from store.requests import ISOLATION_STEPS, Claim
 
 #: Maximum number of items in a chunk.
 MAX_ITEMS = 16
-#: Maximum bytes of images in a chunk.
+#: Maximum bytes of inputs in a chunk.
 MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedItem:
-    """One image to process, and all claims that wait for its answer."""
+    """One item to process, and all claims that wait for its answer."""
 
     #: Equal requests, oldest first; usually one. Isolated claims are never joined, so that each is tried alone.
     claims: tuple[Claim, ...]
 
     @property
     def first(self) -> Claim:
-        """The oldest claim; its image and parameters are those of all."""
+        """The oldest claim; its inputs and parameters are those of all."""
         return self.claims[0]
 
 
@@ -50,9 +50,9 @@ class PlannedChunk:
         return [claim for item in self.items for claim in item.claims]
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of the images; equal images joined to one item count once."""
-        return sum(item.first.image_bytes for item in self.items)
+    def input_bytes(self) -> int:
+        """Bytes of the inputs; those of equal claims that are joined to one item count once."""
+        return sum(item.first.input_bytes for item in self.items)
 
 
 def plan(claims: Iterable[Claim], *, max_items: int = MAX_ITEMS, max_bytes: int = MAX_BYTES) -> list[PlannedChunk]:
@@ -76,8 +76,9 @@ def _join_equal(group: Sequence[Claim]) -> list[PlannedItem]:
     """Join equal claims, sorted by number, to items; an item takes the position of its oldest claim."""
     joined: dict[Any, list[Claim]] = {}
     for claim in group:
+        others = tuple(sorted((name, one.sha256) for name, one in claim.inputs.items()))
         params = json.dumps(claim.params, sort_keys=True)
-        key = (claim.image_sha256, params) if claim.isolation == 0 else claim.number
+        key = (claim.image_sha256, others, params) if claim.isolation == 0 else claim.number
         joined.setdefault(key, []).append(claim)
     return [PlannedItem(claims=tuple(claims)) for claims in joined.values()]
 
@@ -87,7 +88,7 @@ def _fill(items: Iterable[PlannedItem], max_items: int, max_bytes: int) -> list[
     filled: list[list[PlannedItem]] = []
     size = 0
     for item in items:
-        item_bytes = item.first.image_bytes
+        item_bytes = item.first.input_bytes
         if not filled or len(filled[-1]) >= max_items or size + item_bytes > max_bytes:
             filled.append([])
             size = 0

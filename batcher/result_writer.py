@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 
 from batcher.results import ChunkOutcome, ClaimFailure
@@ -33,12 +33,8 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
-        self.claimed += other.claimed
-        self.done += other.done
-        self.failed += other.failed
-        self.released += other.released
-        self.chunks += other.chunks
-        self.seconds += other.seconds
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 class ResultWriter:

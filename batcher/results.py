@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batcher.backoff import Backoff
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
@@ -23,14 +24,15 @@ from provider_image.errors import (
     ModelError,
     NotInstalled,
     UnknownModel,
-    error_from_reply,
 )
 from provider_image.models.artefact import Artefact, find_artefact
+from provider_image.service import Output, check_files, check_params
 from provider_image.services import load_service
+from store.files import NewFile
 from store.requests import Answer, Blame, Claim
 
-#: Seconds before an item that failed alone is tried again, by its failures so far.
-BACKOFF_SECONDS = (1.0, 4.0, 16.0)
+#: Pauses before an item that failed alone is tried again.
+ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
 #: Seconds before work is tried again that failed without fault of its items: an unusable model, a full disk.
 UNAVAILABLE_RETRY_SECONDS = 30.0
 #: Errors of the model, not of the items: other chunks of the model would fail the same way.
@@ -108,7 +110,7 @@ def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_sto
     failures: list[ClaimFailure] = []
     items_done = 0
     for item, result in zip(packed.items, results.items, strict=True):
-        item_error = _item_error(packed.planned.service, artefact, result)
+        item_error = _item_error(packed.planned.service, artefact, item, result)
         if item_error is None:
             items_done += 1
             answers += _answers(packed, item, result, artefact, outcome.provider)
@@ -126,9 +128,10 @@ def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
     """
     artefact = find_artefact(models, packed.planned.model)
     numbers = range(len(packed.items))
-    for result in read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest).items:
+    found = read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest)
+    for item, result in zip(packed.items, found.items, strict=True):
         if result.error is None:
-            load_service(packed.planned.service).check_output(artefact, result.output)
+            _check_output(packed.planned.service, artefact, item, result)
 
 
 def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
@@ -140,22 +143,30 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
     if outcome.is_blameless or is_model_unusable:
-        blame, delay = Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
-        failures: tuple[ClaimFailure, ...] = tuple(_make_failure(item, error, blame, delay) for item in failed)
+        delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+        failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
-        failures = (_blame_item(failed[0], error),)
+        failures = [_blame_item(failed[0], error)]
     else:
         # Due immediately, in smaller chunks: the item at fault is found, and the others are answered.
-        failures = tuple(_make_failure(item, error, Blame.CHUNK, 0.0) for item in failed)
-    return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
+        failures = [_make_failure(failed, error, Blame.CHUNK, 0.0)]
+    return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
-def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgError | None:
+def _check_output(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
+    """Check what a provider returned for an item. :raises MlgError:"""
+    service = load_service(service_name)
+    check_files(service.outputs, result.files)
+    output = Output(data=result.output, files=result.files)
+    service.check_output(artefact, check_params(service.params, item.first.params), output)
+
+
+def _item_error(service: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> MlgError | None:
     if result.error is not None:
-        return error_from_reply({"code": result.error.code, "reason": result.error.reason})
+        return result.error
     try:
-        load_service(service).check_output(artefact, result.output)
-    except MalformedResults as error:
+        _check_output(service, artefact, item, result)
+    except MlgError as error:
         return error
     return None
 
@@ -163,10 +174,13 @@ def _item_error(service: str, artefact: Artefact, result: ItemResult) -> MlgErro
 def _answers(
     packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
 ) -> list[Answer]:
+    outputs = load_service(packed.planned.service).outputs
+    files = {name: NewFile(data=data, media_type=outputs[name].media_type) for name, data in result.files.items()}
     return [
         Answer(
             claim=claim,
             output=result.output,
+            files=files,
             digest=artefact.digest,
             chunk_id=packed.chunk_id,
             provider=provider or "unknown",
@@ -179,34 +193,24 @@ def _answers(
 def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
     if isinstance(error, BadInput):
         # Decided by the error's class here, not by the provider's `permanent` flag.
-        return ClaimFailure(claims=item.claims, code=error.code, reason=_printable(error), blame=None)
+        return _make_failure([item], error, None)
     return _blame_item(item, error)
 
 
 def _blame_item(item: PlannedItem, error: MlgError) -> ClaimFailure:
     attempts = max(claim.attempts for claim in item.claims)
-    return _make_failure(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
+    return _make_failure([item], error, Blame.ITEM, ITEM_BACKOFF.after(attempts + 1))
 
 
-def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> ClaimFailure:
+def _make_failure(
+    items: Iterable[PlannedItem], error: MlgError, blame: Blame | None, delay_seconds: float = 0.0
+) -> ClaimFailure:
     return ClaimFailure(
-        claims=item.claims, code=error.code, reason=_printable(error), blame=blame, delay_seconds=delay_seconds
-    )
-
-
-def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
-    """Merge failures that differ only in their claims, so that the store needs one commit for all."""
-    if not failures:
-        return ()
-    first = failures[0]
-    return (
-        ClaimFailure(
-            claims=tuple(claim for failure in failures for claim in failure.claims),
-            code=first.code,
-            reason=first.reason,
-            blame=first.blame,
-            delay_seconds=first.delay_seconds,
-        ),
+        claims=tuple(claim for item in items for claim in item.claims),
+        code=error.code,
+        reason=_printable(error),
+        blame=blame,
+        delay_seconds=delay_seconds,
     )
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
-from cli.options import batcher_options, environment, home_option, json_option
+from cli.open_store import open_store
+from cli.options import batcher_options, environment, home_option, json_option, setting_option
 from store.settings import HomeSettings
 
 
@@ -19,8 +19,9 @@ from store.settings import HomeSettings
 @click.option(
     "--once", is_flag=True, help="Process everything that is queued, then exit; exit status 1 if anything failed."
 )
-@click.option(
+@setting_option(
     "--every",
+    "MLG_EVERY_SECONDS",
     type=float,
     metavar="SECONDS",
     help="Interval at which everything that is queued is processed. [MLG_EVERY_SECONDS; 600]",
@@ -29,18 +30,7 @@ from store.settings import HomeSettings
 @home_option
 @json_option
 @click.option("--parent-fd", type=int, hidden=True)
-def batch(
-    once: bool,
-    every: float | None,
-    max_wait: float | None,
-    executor: str | None,
-    workers: int | None,
-    shrink: str | None,
-    precision: str | None,
-    home: Path | None,
-    as_json: bool,
-    parent_fd: int | None,
-) -> None:
+def batch(once: bool, as_json: bool, parent_fd: int | None) -> None:
     """Run the batcher: group queued requests into chunks and process them, on a timer or once.
 
     A full chunk is processed at once, a request that has waited --max-wait seconds as well, and everything every
@@ -54,15 +44,7 @@ def batch(
       mlg batch --every 60
       */10 * * * *  mlg batch --once --home /srv/mlg     (a line for cron)
     """
-    variables = environment(
-        home=home,
-        every_seconds=every,
-        max_wait_seconds=max_wait,
-        executor=executor,
-        workers=workers,
-        shrink=shrink,
-        precision=precision,
-    )
+    variables = environment()
     from batcher.settings import BatcherSettings
 
     home_settings = HomeSettings.from_env(variables)
@@ -73,29 +55,20 @@ def batch(
     import asyncio
     import secrets
 
-    from batcher.executors import Executor, load_executor
     from batcher.scheduler import run_batcher
-    from store.store import Store
 
-    def make_executor(executor_settings: BatcherSettings) -> Executor:
-        return load_executor(executor_settings.executor, executor_settings, store)
-
-    store = Store(home_settings)
-    try:
-        store.migrate()
+    with open_store(creates=True) as store:
         report = asyncio.run(
             run_batcher(
                 settings,
                 home_settings,
                 store,
-                make_executor,
+                variables,
                 batcher_id=secrets.token_hex(16),
                 is_once=once,
                 parent_fd=parent_fd,
             )
         )
-    finally:
-        store.close()
     if report is None:
         return
     if as_json:

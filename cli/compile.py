@@ -6,56 +6,24 @@ so that `--help` is fast.
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import environment, home_option
+from cli.options import environment, file_option, home_option
 from provider_image.errors import CompilerMissing, MlgError, NotInstalled
 from store.settings import HomeSettings
 
 if TYPE_CHECKING:
+    from provider_image.compiler.custom import CustomModel
     from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.artefact import Artefact
     from provider_image.models.catalogue import ModelRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomModelOptions:
-    """The options for a custom model; None where an option was not given."""
-
-    #: The model's file, saved by Keras 3.
-    keras: Path | None
-    #: The file with the names of its classes.
-    labels: Path | None
-    #: How pixel values are scaled to its input.
-    preprocessing: str | None
-    #: Its name for people.
-    title: str | None
-    #: Height and width of its input, in pixels.
-    size: tuple[int, int] | None
-
-    def is_given(self, names: Sequence[str], weights: Path | None) -> bool:
-        """Tell whether to install a custom model. :raises click.UsageError: the options contradict each other."""
-        if self.keras is None:
-            given = [name for name in ("labels", "preprocessing", "title", "size") if getattr(self, name) is not None]
-            if given:
-                raise click.UsageError(f"--{given[0]} is for custom models: give its file with --keras FILE.")
-            return False
-        if self.labels is None:
-            raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
-        if weights is not None:
-            raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
-        if len(names) != 1 or names[0].lower() == "all":
-            raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
-        return True
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -67,63 +35,14 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     return int(match[1]), int(match[2])
 
 
-_OPTIONS = (
-    click.option(
-        "--keras",
-        type=click.Path(path_type=Path),
-        metavar="FILE.keras",
-        help="Install a custom classifier, saved with Keras 3, as MODEL. No code in the file is executed.",
-    ),
-    click.option(
-        "--labels",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="With --keras: one line per class in the model's order: a name, or an id, a tab and a name.",
-    ),
-    click.option(
-        "--preprocessing",
-        type=click.Choice(["none", "unit", "tf", "torch", "caffe"]),
-        help="With --keras: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 to 1, "
-        "tf: -1 to 1, torch, caffe: as in keras.applications. [default: none]",
-    ),
-    click.option("--title", metavar="TEXT", help="With --keras: the name for people. [default: MODEL]"),
-    click.option(
-        "--size",
-        metavar="HxW",
-        callback=_size,
-        help="With --keras: height and width of the input, if the model does not fix them.",
-    ),
-)
-
-
-def custom_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options to a command, which receives them together as `custom`; a decorator."""
-
-    @functools.wraps(command)
-    def with_custom(*arguments: Any, **options: Any) -> None:
-        custom = CustomModelOptions(**{name: options.pop(name) for name in CustomModelOptions.__dataclass_fields__})
-        command(*arguments, custom=custom, **options)
-
-    wrapped: Callable[..., None] = with_custom
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
-
-
 @click.command("compile")
 @home_option
-@click.option(
+@file_option(
     "--weights",
-    type=click.Path(path_type=Path),
+    "A weights file, or a folder of weights files with Keras' file names. [MLG_WEIGHTS_DIR; download from Keras]",
     metavar="FILE|DIR",
-    help="A weights file, or a folder of weights files with Keras' file names. [MLG_WEIGHTS_DIR; download from Keras]",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder to write the artefacts to. [default: models in the home]",
-)
+@file_option("--out", "Folder to write the artefacts to. [default: models in the home]", metavar="DIR")
 @click.option("--again", is_flag=True, help="Build models again that are installed already.")
 @click.option(
     "--f16-within",
@@ -132,17 +51,27 @@ def custom_model_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Store weights as f16, half the size, if no probability differs by more than P. [default: 0.0001]",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|all...")
-@custom_model_options
-@click.pass_obj
+@file_option(
+    "--keras",
+    "Install a custom classifier, saved with Keras 3, as MODEL. No code in the file is executed.",
+    metavar="FILE.keras",
+)
+@file_option("--labels", "With --keras: one line per class in the model's order: a name, or an id, a tab and a name.")
+@click.option(
+    "--preprocessing",
+    type=click.Choice(["none", "unit", "tf", "torch", "caffe"]),
+    help="With --keras: pixel values that the model expects. none: 0 to 255 (it scales them itself), unit: 0 to 1, "
+    "tf: -1 to 1, torch, caffe: as in keras.applications. [default: none]",
+)
+@click.option("--title", metavar="TEXT", help="With --keras: the name for people. [default: MODEL]")
+@click.option(
+    "--size",
+    metavar="HxW",
+    callback=_size,
+    help="With --keras: height and width of the input, if the model does not fix them.",
+)
 def compile_models(
-    group_home: Path | None,
-    home: Path | None,
-    weights: Path | None,
-    out: Path | None,
-    again: bool,
-    f16_within: float | None,
-    names: Sequence[str],
-    custom: CustomModelOptions,
+    weights: Path | None, out: Path | None, again: bool, f16_within: float | None, names: Sequence[str], **custom: Any
 ) -> None:
     """Install models. Builds their artefacts from their weights.
 
@@ -156,13 +85,15 @@ def compile_models(
       mlg models compile all --weights ~/keras-weights
       mlg models compile my_pets --keras pets.keras --labels pets.txt
     """
-    variables = environment(home=home or group_home)
+    variables = environment()
     settings = HomeSettings.from_env(variables)
     from provider_image.compiler.keras_weights import WeightsSources
     from provider_image.models.catalogue import CATALOGUE, find_model
 
-    if custom.is_given(names, weights):
-        _compile_custom(custom, names[0], (out or settings.models).absolute(), f16_within)
+    models = (out or settings.models).absolute()
+    custom_model = _custom_model(names, weights, **custom)
+    if custom_model is not None:
+        click.echo(_installed_message(_build_custom(custom_model, models, f16_within)))
         return
     is_all = [name.lower() for name in names] == ["all"]
     rows = list(CATALOGUE.values()) if is_all else [find_model(name) for name in names]
@@ -172,7 +103,7 @@ def compile_models(
     failures = 0
     for row in rows:
         try:
-            artefact = _build(row, (out or settings.models).absolute(), sources, again=again, f16_within=f16_within)
+            artefact = _build(row, models, sources, again=again, f16_within=f16_within)
         except CompilerMissing:
             raise  # the other models would fail in the same way
         except MlgError as error:
@@ -213,34 +144,43 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
         steps.end()
 
 
-def _compile_custom(options: CustomModelOptions, name: str, models: Path, f16_within: float | None) -> None:
-    from provider_image.compiler.custom import CustomModel, build
+def _custom_model(
+    names: Sequence[str], weights: Path | None, *, keras: Path | None, labels: Path | None, **more: Any
+) -> CustomModel | None:
+    """Return the custom model that the options describe, if any. :raises click.UsageError: they do not fit."""
+    given = {name: value for name, value in more.items() if value is not None}
+    if keras is None:
+        unused = [*(["labels"] if labels is not None else []), *given]
+        if unused:
+            raise click.UsageError(f"--{unused[0]} is for custom models: give its file with --keras FILE.")
+        return None
+    if labels is None:
+        raise click.UsageError("--keras FILE needs --labels FILE: one line per class, in the model's order.")
+    if weights is not None:
+        raise click.UsageError("--weights is for models of the catalogue; a --keras FILE contains its weights.")
+    if len(names) != 1 or names[0].lower() == "all":
+        raise click.UsageError("--keras FILE installs one model. Give it one name, for example: my_pets")
+    from provider_image.compiler.custom import CustomModel
+
+    return CustomModel(name=names[0], file=keras, labels=labels, **given)
+
+
+def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:
+    from provider_image.compiler.custom import build
     from provider_image.precision import TOLERANCE
 
-    assert options.keras is not None and options.labels is not None
-    custom = CustomModel(
-        name=name,
-        file=options.keras,
-        labels=options.labels,
-        preprocessing=options.preprocessing or "none",
-        title=options.title,
-        size=options.size,
-    )
-    steps = _StepReporter(name[:64])
-    click.echo(
-        _installed_message(
-            build(models, custom, f16_within=TOLERANCE if f16_within is None else f16_within, on_step=steps.begin)
-        )
-    )
+    tolerance = TOLERANCE if f16_within is None else f16_within
+    return build(models, custom, f16_within=tolerance, on_step=_StepReporter(custom.name[:64]).begin)
 
 
 def _installed_message(artefact: Artefact) -> str:
-    storage = artefact.storage
-    other, change = ("f32", "without") if storage.kept == "f16" else ("f16", "with")
-    other_bytes = storage.f32_bytes if storage.kept == "f16" else storage.f16_bytes
+    storage, kept = artefact.storage, artefact.precision
+    assert storage is not None  # every builder measures it
+    other, change = ("f32", "without") if kept == "f16" else ("f16", "with")
+    other_bytes = storage.f32_bytes if kept == "f16" else storage.f16_bytes
     return (
         f"{artefact.name} is installed in {artefact.folder} (digest {artefact.digest[:12]}, "
-        f"{artefact.size_bytes / 1e6:.1f} MB as {storage.kept}; {other_bytes / 1e6:.1f} MB as {other}, "
+        f"{artefact.size_bytes / 1e6:.1f} MB as {kept}; {other_bytes / 1e6:.1f} MB as {other}, "
         f"{change} f16 probabilities differ by up to {storage.largest_difference:.1g})"
     )
 

@@ -5,20 +5,28 @@ Loaded through the table in `mlg.py`. It uses the store directly, so it works wh
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable, short_address
-from store.amounts import cost_per_1000_images, format_amount
+from cli.tables import print_json_lines, print_records, printable, short_address
+from server.record_json import fields
+from store.amounts import cost_per_1000_images
 
 if TYPE_CHECKING:
-    from store.ledger import AllocationRecord, CostRow
+    from store.ledger import CostRow
 
-_COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
+_NUMBERS: Mapping[str, str | Callable[[CostRow], object]] = {
+    "images": "images",
+    "chunks": "chunks",
+    "paid": "paid",
+    "open": "open",
+    "refused": "refused",
+    "per 1000 images": cost_per_1000_images,
+}
 
 
 @click.command()
@@ -31,7 +39,7 @@ _COLUMNS = ("images", "chunks", "paid", "open", "refused", "per 1000 images")
     help="Group by this. Days are in UTC; with day, images without a settled invoice are in the row `open`.",
 )
 @json_option
-def costs(home: Path | None, by: str, as_json: bool) -> None:
+def costs(by: str, as_json: bool) -> None:
     """Show what rented computers cost, in GLM.
 
     The columns: images (requests that got a result), chunks, paid (accepted invoices), open (estimated cost without a
@@ -46,74 +54,40 @@ def costs(home: Path | None, by: str, as_json: bool) -> None:
       mlg costs --by provider
       mlg costs --by model --json | jq 'select(.by == "total").paid'
     """
-    with open_store(home) as store:
+    with open_store() as store:
         rows = store.ledger.costs(by)
         (total,) = store.ledger.costs("total")
         allocations = store.ledger.allocations(is_open=True)
     if as_json:
         print_json_lines(_to_json(row, by) for row in rows)
         print_json_lines([_to_json(total, "total")])
-        print_json_lines(map(_allocation_to_json, allocations))
+        print_json_lines(
+            {"by": "allocation", "key": each.id, **fields(each, "amount platform address batcher_id created_at")}
+            for each in allocations
+        )
         return
-    table = make_table(by, *_COLUMNS, right=_COLUMNS)
-    for row in [*rows, total]:
-        name = row.name if row.name == row.key else f"{printable(row.name)} {short_address(row.key)}"
-        table.add_row(name, *_cells(row))
-    print_table(table)
+    print_records([*rows, total], {by: _name, **_NUMBERS}, right=_NUMBERS)
     if allocations:
         click.echo()
-        open_table = make_table("open allocation", "GLM", "platform", "batcher", "since", right=("GLM",))
-        for allocation in allocations:
-            open_table.add_row(
-                allocation.id,
-                format_amount(allocation.amount),
-                allocation.platform,
-                allocation.batcher_id,
-                local_time(allocation.created_at),
-            )
-        print_table(open_table)
+        print_records(
+            allocations,
+            {
+                "open allocation": "id",
+                "GLM": "amount",
+                "platform": "platform",
+                "batcher": "batcher_id",
+                "since": "created_at",
+            },
+            right=("GLM",),
+        )
 
 
-def _cells(row: CostRow) -> tuple[str, ...]:
-    price = cost_per_1000_images(row)
-    return (
-        str(row.images),
-        str(row.chunks),
-        format_amount(row.paid),
-        format_amount(row.open),
-        format_amount(row.refused),
-        "" if price is None else format_amount(price),
-    )
+def _name(row: CostRow) -> str:
+    return row.name if row.name == row.key else f"{printable(row.name)} {short_address(row.key)}"
 
 
 def _to_json(row: CostRow, by: str) -> dict[str, Any]:
-    from store.cost_split import to_amount
-
     price = cost_per_1000_images(row)
-    return {
-        "by": by,
-        "key": row.key,
-        "name": row.name,
-        "images": row.images,
-        "chunks": row.chunks,
-        "paid": to_amount(row.paid),
-        "open": to_amount(row.open),
-        "refused": to_amount(row.refused),
-        # Rounded, because nobody pays exactly this amount.
-        "per_1000_images": None if price is None else float(price),
-    }
-
-
-def _allocation_to_json(allocation: AllocationRecord) -> dict[str, Any]:
-    from store.cost_split import to_amount
-    from store.rows import to_text
-
-    return {
-        "by": "allocation",
-        "key": allocation.id,
-        "amount": to_amount(allocation.amount),
-        "platform": allocation.platform,
-        "address": allocation.address,
-        "batcher_id": allocation.batcher_id,
-        "created_at": to_text(allocation.created_at),
-    }
+    # The price is rounded, because nobody pays exactly this amount.
+    rounded = None if price is None else float(price)
+    return {"by": by, **fields(row, "key name images chunks paid open refused"), "per_1000_images": rounded}

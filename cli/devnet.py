@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import environment, home_option
+from cli.options import environment, file_option, home_option
 from provider_image.errors import ConfigError
 from store.settings import HomeSettings
 
@@ -27,33 +27,17 @@ DEFAULT_PROVIDERS = 3
 
 @click.command()
 @click.option("--providers", type=click.IntRange(1, 100), metavar="N", help="Number of providers without faults. [3]")
-@click.option(
-    "--scenario",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="TOML file that describes the providers and the faults to inject.",
-)
+@file_option("--scenario", "TOML file that describes the providers and the faults to inject.", dir_okay=False)
 @click.option(
     "--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0, the default, selects a free one."
 )
-@click.option(
-    "--env-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the environment variables to this file too, when the devnet is ready.",
+@file_option(
+    "--env-file", "Write the environment variables to this file too, when the devnet is ready.", dir_okay=False
 )
-@click.option(
-    "--state",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Save demands, agreements and payments in this file, and load them at the next start.",
+@file_option(
+    "--state", "Save demands, agreements and payments in this file, and load them at the next start.", dir_okay=False
 )
-@click.option(
-    "--journal",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Append every API call to this file, one JSON object per line.",
-)
+@file_option("--journal", "Append every API call to this file, one JSON object per line.", dir_okay=False)
 @click.option("--subnet", metavar="NAME", help="Subnet of the offers. [the scenario's, or devnet]")
 @home_option
 def devnet(
@@ -64,7 +48,6 @@ def devnet(
     state: Path | None,
     journal: Path | None,
     subnet: str | None,
-    home: Path | None,
 ) -> None:
     """Run a simulated Golem network on this computer until Ctrl-C or SIGTERM, for trying out and for tests.
 
@@ -77,7 +60,7 @@ def devnet(
       . /tmp/devnet.sh
       mlg batch --once --executor golem
     """
-    settings = HomeSettings.from_env(environment(home=home))
+    home = HomeSettings.from_env(environment()).home
     from devnet.scenario import default_scenario, read_scenario
 
     if providers is not None and scenario is not None:
@@ -91,7 +74,7 @@ def devnet(
     configure_logging()
     import asyncio
 
-    asyncio.run(_run(plan, home=settings.home, port=port or 0, env_file=env_file, state=state, journal=journal))
+    asyncio.run(_run(plan, home=home, port=port or 0, env_file=env_file, state=state, journal=journal))
 
 
 def _require_aiohttp() -> None:

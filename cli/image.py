@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from cli.options import environment, home_option
+from cli.options import environment, file_option, home_option
 
+models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 tag_option = click.option(
     "--tag",
     metavar="NAME",
@@ -31,12 +32,11 @@ def image() -> None:
 
 
 @image.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
+@models_argument
+@file_option(
     "--weights",
-    type=click.Path(path_type=Path),
+    "Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
     metavar="DIR",
-    help="Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
 )
 @click.option(
     "--installed",
@@ -46,9 +46,7 @@ def image() -> None:
 @click.option("--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim]")
 @tag_option
 @home_option
-def build(
-    models: Sequence[str], weights: Path | None, installed: bool, base: str | None, tag: str | None, home: Path | None
-) -> None:
+def build(models: Sequence[str], weights: Path | None, installed: bool, base: str | None, tag: str | None) -> None:
     """Build a container image with the given models. Uses docker, podman or buildah.
 
     Needs a source checkout. Models of the catalogue are compiled during the build; custom models are copied from the
@@ -63,17 +61,17 @@ def build(
     """
     from batcher.image_build.builder import ImageSettings, build_image
 
-    settings = ImageSettings.from_env(environment(home=home))
+    settings = ImageSettings.from_env(environment())
     name, digests = build_image(models, settings, weights=weights, installed=installed, base=base, tag=tag)
     for model, digest in digests.items():
         click.echo(f"{name} holds {model} (digest {digest[:12]})")
 
 
 @image.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@models_argument
 @tag_option
 @home_option
-def push(models: Sequence[str], tag: str | None, home: Path | None) -> None:
+def push(models: Sequence[str], tag: str | None) -> None:
     """Publish a container image on Golem's registry. Build it first, for the same models.
 
     Needs gvmkit-build, a login (gvmkit-build --login) and MLG_IMAGE_REGISTRY=user/repository. The published image is
@@ -85,6 +83,6 @@ def push(models: Sequence[str], tag: str | None, home: Path | None) -> None:
     """
     from batcher.image_build.builder import ImageSettings, push_image
 
-    settings = ImageSettings.from_env(environment(home=home))
+    settings = ImageSettings.from_env(environment())
     for model, published in push_image(models, settings, tag=tag).items():
         click.echo(f"{model} is published as {published.image}, {published.size_bytes / 1e6:.1f} MB ({published.hash})")

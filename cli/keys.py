@@ -7,17 +7,16 @@ that it can be piped into a password manager; the key cannot be shown again.
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
-from cli.options import environment, home_option, json_option, parse_duration
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable
+from cli.options import home_option, json_option, parse_duration
+from cli.tables import local_time, print_json_lines, print_records, printable
 from provider_image.errors import ConfigError
+from server.record_json import fields
 from store.keys import Scope
-from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from store.keys import KeyRecord
@@ -60,7 +59,6 @@ def keys() -> None:
     help="How long the key is valid, for example 12h or 90d. [default: until revoked]",
 )
 def create(
-    home: Path | None,
     name: str,
     scopes: tuple[str, ...],
     quota: int | None,
@@ -77,9 +75,7 @@ def create(
     name = name.strip()
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise click.BadParameter(f"A key's name has 1 to {MAX_NAME_LENGTH} printable characters.", param_hint="NAME")
-    settings = HomeSettings.from_env(environment(home=home))
     from store.keys import KeyRecord, hash_key, make_key
-    from store.store import Store
 
     now = datetime.now(UTC)
     try:
@@ -87,10 +83,8 @@ def create(
     except OverflowError as error:
         raise ConfigError("--expires is too far in the future: no date after the year 9999 is possible.") from error
     id, key = make_key()
-    store = Store(settings)
-    try:
-        # Unlike the other commands this one creates the home, so that a key can exist before the first server starts.
-        store.migrate()
+    # Unlike the other commands this one creates the home, so that a key can exist before the first server starts.
+    with open_store(creates=True) as store:
         is_first = not store.keys.has_any()
         store.keys.add(
             KeyRecord(
@@ -104,8 +98,6 @@ def create(
                 expires_at=expires_at,
             )
         )
-    finally:
-        store.close()
     click.echo(key)
     if is_first:
         click.echo("mlg: this is the first key: from now on every client of the server needs a key.", err=True)
@@ -114,7 +106,7 @@ def create(
 @keys.command("list")
 @home_option
 @json_option
-def list_keys(home: Path | None, as_json: bool) -> None:
+def list_keys(as_json: bool) -> None:
     """List the keys, oldest first. Shows their scopes, limits, state and last use.
 
     \b
@@ -123,40 +115,44 @@ def list_keys(home: Path | None, as_json: bool) -> None:
       mlg keys list --json | jq 'select(.last_used_at == null).id'
     """
     now = datetime.now(UTC)
-    with open_store(home) as store:
+    with open_store() as store:
         found = store.keys.list()
         used = store.keys.images_used_by_key(now=now)
     if as_json:
         print_json_lines(_to_json(key, used.get(key.id, 0), now) for key in found)
         return
-    limits = ("images today", "per minute")
-    table = make_table("name", "id", "scopes", *limits, "created", "last used", "state", right=limits)
-    for key in found:
+
+    def images_today(key: KeyRecord) -> str:
         quota = "" if key.images_per_day is None else f" of {key.images_per_day}"
-        table.add_row(
-            printable(key.name),
-            key.id,
-            " ".join(sorted(key.scopes)),
-            f"{used.get(key.id, 0)}{quota}",
-            "" if key.requests_per_minute is None else str(key.requests_per_minute),
-            local_time(key.created_at),
-            "" if key.last_used_at is None else local_time(key.last_used_at),
-            _state(key, now),
-        )
-    print_table(table)
+        return f"{used.get(key.id, 0)}{quota}"
+
+    print_records(
+        found,
+        {
+            "name": lambda key: printable(key.name),
+            "id": "id",
+            "scopes": lambda key: " ".join(sorted(key.scopes)),
+            "images today": images_today,
+            "per minute": "requests_per_minute",
+            "created": "created_at",
+            "last used": "last_used_at",
+            "state": lambda key: _state(key, now),
+        },
+        right=("images today", "per minute"),
+    )
 
 
 @keys.command()
 @home_option
 @click.argument("id_or_name", metavar="ID_OR_NAME")
-def revoke(home: Path | None, id_or_name: str) -> None:
+def revoke(id_or_name: str) -> None:
     """Revoke a key permanently. Running servers refuse it within five seconds; requests made with it are kept.
 
     \b
     Example:
       mlg keys revoke alice
     """
-    with open_store(home) as store:
+    with open_store() as store:
         key = store.keys.revoke(id_or_name.strip(), now=datetime.now(UTC))
     click.echo(f"{printable(key.name)}\t{key.id}\trevoked")
 
@@ -171,21 +167,11 @@ def _state(key: KeyRecord, now: datetime) -> str:
 
 
 def _to_json(key: KeyRecord, used: int, now: datetime) -> dict[str, Any]:
-    from store.rows import to_text
-
-    def text(moment: datetime | None) -> str | None:
-        return None if moment is None else to_text(moment)
-
     return {
-        "id": key.id,
-        "name": key.name,
+        **fields(key, "id name"),
         "scopes": sorted(key.scopes),
         "pictures_per_day": key.images_per_day,
         "pictures_today": used,
-        "requests_per_minute": key.requests_per_minute,
-        "created_at": to_text(key.created_at),
-        "expires_at": text(key.expires_at),
-        "revoked_at": text(key.revoked_at),
-        "last_used_at": text(key.last_used_at),
+        **fields(key, "requests_per_minute created_at expires_at revoked_at last_used_at"),
         "is_usable": key.is_usable(now),
     }

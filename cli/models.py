@@ -6,7 +6,6 @@ Loaded through the table in `mlg.py`. Heavy modules are imported in the function
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,7 +24,7 @@ _MIN_WIDTH_WITH_TITLES = 120
 @click.pass_context
 @home_option
 @json_option
-def models(context: click.Context, home: Path | None, as_json: bool) -> None:
+def models(context: click.Context, as_json: bool) -> None:
     """List the models and which of them are installed; install or check models.
 
     \b
@@ -34,23 +33,21 @@ def models(context: click.Context, home: Path | None, as_json: bool) -> None:
       mlg models compile efficientnet_lite0
       mlg models check efficientnet_lite0
     """
-    context.obj = home
     if context.invoked_subcommand is None:
-        _list_models(home, as_json)
+        _list_models(as_json)
 
 
 @models.command("list")
 @home_option
 @json_option
-@click.pass_obj
-def list_models(group_home: Path | None, home: Path | None, as_json: bool) -> None:
+def list_models(as_json: bool) -> None:
     """List all models. Shows whether each is installed, its size, and its speed if it was checked on this machine.
 
     \b
     Example:
       mlg models list --json
     """
-    _list_models(home or group_home, as_json)
+    _list_models(as_json)
 
 
 models.add_command(compile_models)
@@ -70,10 +67,7 @@ models.add_command(compile_models)
     help="Precision of the inference; results of bf16 and auto may differ slightly from f32.",
 )
 @click.argument("names", nargs=-1, required=True, metavar="MODEL|FOLDER...")
-@click.pass_obj
-def check_models(
-    group_home: Path | None, home: Path | None, as_json: bool, threads: int | None, precision: str, names: Sequence[str]
-) -> None:
+def check_models(as_json: bool, threads: int | None, precision: str, names: Sequence[str]) -> None:
     """Check that installed models work. Checks their files and their results for the self-test images.
 
     Also measures speed and memory. The last line for each model is the verdict. The exit status is 0 only if all
@@ -86,7 +80,7 @@ def check_models(
       mlg models check efficientnet_lite0
       mlg models check ./models/densenet121 --json
     """
-    settings = HomeSettings.from_env(environment(home=home or group_home))
+    settings = HomeSettings.from_env(environment())
     from provider_image.check import check_in_process, describe
     from provider_image.models.registry import find_folder
 
@@ -103,8 +97,8 @@ def check_models(
         raise click.exceptions.Exit(1)
 
 
-def _list_models(home: Path | None, as_json: bool) -> None:
-    settings = HomeSettings.from_env(environment(home=home))
+def _list_models(as_json: bool) -> None:
+    settings = HomeSettings.from_env(environment())
     from server.serializers import serialize_models
 
     rows = serialize_models(settings.models)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +20,6 @@ from provider_image.errors import MlgError
 
 if TYPE_CHECKING:
     from store.controls import Pause
-    from store.store import Store
 
 #: Interval at which `drain --wait` checks the queue.
 POLL_SECONDS = 0.25
@@ -43,7 +41,7 @@ def operate() -> None:
 @operate.command()
 @home_option
 @reason_option
-def pause(home: Path | None, reason: str | None) -> None:
+def pause(reason: str | None) -> None:
     """Stop all batchers from starting new work. Chunks under way are finished, all other requests wait.
 
     \b
@@ -52,7 +50,7 @@ def pause(home: Path | None, reason: str | None) -> None:
     """
     from store.controls import Mode
 
-    with open_store(home) as store:
+    with open_store() as store:
         _print_pause(store.controls.pause(Mode.PAUSED, by=_current_user(), now=datetime.now(UTC), reason=reason))
 
 
@@ -68,7 +66,7 @@ def pause(home: Path | None, reason: str | None) -> None:
     metavar="SECONDS",
     help="With --wait: how long; exit status 1 if requests are being processed even then.",
 )
-def drain(home: Path | None, reason: str | None, wait: bool, patience: float) -> None:
+def drain(reason: str | None, wait: bool, patience: float) -> None:
     """Pause before a shutdown. All batchers stop starting new work.
 
     Unlike after `pause`, clients read that the service is shutting down. The batchers keep running without work; stop
@@ -81,7 +79,7 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
     from store.controls import Mode
 
     deadline = time.monotonic() + patience
-    with open_store(home) as store:
+    with open_store() as store:
         _print_pause(store.controls.pause(Mode.DRAINING, by=_current_user(), now=datetime.now(UTC), reason=reason))
         while (claimed := sum(each.claimed for each in store.requests.backlog())) and wait:
             if time.monotonic() > deadline:
@@ -94,7 +92,7 @@ def drain(home: Path | None, reason: str | None, wait: bool, patience: float) ->
 
 @operate.command()
 @home_option
-def resume(home: Path | None) -> None:
+def resume() -> None:
     """Let the batchers continue after a pause or a drain.
 
     \b
@@ -102,14 +100,14 @@ def resume(home: Path | None) -> None:
       mlg operate resume
     """
 
-    with open_store(home) as store:
+    with open_store() as store:
         store.controls.resume(by=_current_user(), now=datetime.now(UTC))
     click.echo("batchers continue")
 
 
 @operate.command()
 @home_option
-def run(home: Path | None) -> None:
+def run() -> None:
     """Process all queued requests now. The running batchers do not wait for full chunks.
 
     This does not end a pause; for that see `mlg operate resume`.
@@ -119,21 +117,24 @@ def run(home: Path | None) -> None:
       mlg operate run
     """
 
+    from server.status.eta import ALIVE_SECONDS
+
     now = datetime.now(UTC)
-    with open_store(home) as store:
+    with open_store() as store:
         store.controls.run_now(by=_current_user(), now=now)
-        control_state, batchers = store.controls.state(), _count_live_batchers(store, now)
+        pause = store.controls.state().pause
+        batchers = len(store.batchers.list(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
     click.echo(f"{batchers} {'batcher processes' if batchers == 1 else 'batchers process'} all queued requests")
     if not batchers:
         raise MlgError("No batcher is running. Start one: mlg batch (or mlg batch --once).")
-    if control_state.pause is not None:
-        raise MlgError(f"{control_state.pause.notice} To continue: mlg operate resume")
+    if pause is not None:
+        raise MlgError(f"{pause.notice} To continue: mlg operate resume")
 
 
 @operate.command()
 @home_option
 @json_option
-def status(home: Path | None, as_json: bool) -> None:
+def status(as_json: bool) -> None:
     """Show the queue, the batchers, latency, failures and cost.
 
     \b
@@ -144,7 +145,7 @@ def status(home: Path | None, as_json: bool) -> None:
     from server.status.dashboard import Dashboard
     from server.status.queue_stats import QueueStats
 
-    with open_store(home) as store:
+    with open_store() as store:
         found = Dashboard(store, QueueStats(store), lambda: datetime.now(UTC)).status()
     if as_json:
         print_json_lines([found])
@@ -170,12 +171,6 @@ def status(home: Path | None, as_json: bool) -> None:
         summary.add_row("failed", f"{row['count']} {printable(row['code'])}: {printable(row['reason'])}")
     click.echo()
     print_table(summary)
-
-
-def _count_live_batchers(store: Store, now: datetime) -> int:
-    from server.status.eta import ALIVE_SECONDS
-
-    return len(store.batchers.list(seen_since=now - timedelta(seconds=ALIVE_SECONDS)))
 
 
 def _print_pause(pause: Pause) -> None:

@@ -1,6 +1,6 @@
-"""The options that commands share, and how an option overrides its MLG_* variable.
+"""The options that commands share, and how an option replaces its MLG_* variable.
 
-Used by every command module.
+Used by every command module. A command does not receive the options that are settings: it calls `environment`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,65 @@ from typing import Any
 
 import click
 
-home_option = click.option(
-    "--home", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds all data. [MLG_HOME; ~/.mlg]"
-)
-host_option = click.option("--host", metavar="ADDRESS", help="Address to listen on. [MLG_HOST; 127.0.0.1]")
-port_option = click.option(
-    "--port", type=int, metavar="N", help="Port to listen on; 0 picks a free one. [MLG_PORT; 5000]"
-)
-open_option = click.option(
-    "--open",
-    "is_open",
-    is_flag=True,
-    help="Accept requests from other machines without API keys: anyone who can reach the server may use it. "
-    "[MLG_OPEN; off]",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object per line.")
-
+Command = Callable[..., Any]
 #: Seconds of each unit of a duration.
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+#: Where a click context keeps the settings that were given as options; a subcommand adds to those of its group.
+_GIVEN = "mlg.given"
 
 
-def environment(**options: Any) -> dict[str, str]:
-    """Return a copy of the environment in which each option that was given replaces its MLG_* variable."""
-    given = {f"MLG_{name.upper()}": str(value) for name, value in options.items() if value is not None}
-    return {**os.environ, **given}
+def setting_option(name: str, variable: str, **attributes: Any) -> Callable[[Command], Command]:
+    """Create an option that replaces an environment variable; a decorator. :param attributes: those of click.option."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value is not None and value is not False:
+            context.meta.setdefault(_GIVEN, {})[variable] = "1" if value is True else str(value)
+
+    return click.option(name, callback=keep, expose_value=False, **attributes)
+
+
+def environment() -> dict[str, str]:
+    """Return a copy of the environment in which each setting that was given as an option replaces its variable."""
+    return {**os.environ, **click.get_current_context().meta.get(_GIVEN, {})}
+
+
+def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Add options to a command, in this order; a decorator."""
+
+    def add_options(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add_options
+
+
+def file_option(name: str, help: str, *, metavar: str = "FILE", **attributes: Any) -> Callable[[Command], Command]:
+    """Create an option that takes a path; a decorator. :param attributes: those of click.Path."""
+    return click.option(name, type=click.Path(path_type=Path, **attributes), metavar=metavar, help=help)
+
+
+home_option = setting_option(
+    "--home",
+    "MLG_HOME",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder that holds all data. [MLG_HOME; ~/.mlg]",
+)
+server_options = with_options(
+    setting_option("--host", "MLG_HOST", metavar="ADDRESS", help="Address to listen on. [MLG_HOST; 127.0.0.1]"),
+    setting_option(
+        "--port", "MLG_PORT", type=int, metavar="N", help="Port to listen on; 0 picks a free one. [MLG_PORT; 5000]"
+    ),
+    setting_option(
+        "--open",
+        "MLG_OPEN",
+        is_flag=True,
+        help="Accept requests from other machines without API keys: anyone who can reach the server may use it. "
+        "[MLG_OPEN; off]",
+    ),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, one object per line.")
 
 
 def parse_duration(context: click.Context, parameter: click.Parameter, value: str | None) -> timedelta | None:
@@ -50,7 +85,7 @@ def parse_duration(context: click.Context, parameter: click.Parameter, value: st
     return timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2]])
 
 
-def batcher_options(*, default_max_wait: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def batcher_options(*, default_max_wait: str) -> Callable[[Command], Command]:
     """Add --executor, --workers, --max-wait, --shrink and --precision to a command; a decorator.
 
     :param default_max_wait: what the command's help names as the default of --max-wait.
@@ -58,38 +93,39 @@ def batcher_options(*, default_max_wait: str) -> Callable[[Callable[..., Any]], 
     from batcher.settings import SHRINK_CHOICES
     from provider_image.precision import PRECISIONS
 
-    options = (
-        click.option(
+    return with_options(
+        setting_option(
             "--executor",
+            "MLG_EXECUTOR",
             metavar="NAMES",
             help="Where chunks run: local, golem, or golem,local, which prefers golem. [MLG_EXECUTOR; local]",
         ),
-        click.option(
-            "--workers", type=int, metavar="N", help="Number of local worker processes. [MLG_WORKERS; one per core]"
+        setting_option(
+            "--workers",
+            "MLG_WORKERS",
+            type=int,
+            metavar="N",
+            help="Number of local worker processes. [MLG_WORKERS; one per core]",
         ),
-        click.option(
+        setting_option(
             "--max-wait",
+            "MLG_MAX_WAIT_SECONDS",
             type=float,
             metavar="SECONDS",
             help=f"Maximum time that a request waits for its chunk to fill. [MLG_MAX_WAIT_SECONDS; {default_max_wait}]",
         ),
-        click.option(
+        setting_option(
             "--shrink",
+            "MLG_SHRINK",
             type=click.Choice(SHRINK_CHOICES),
             help="Resize images to the model's input before they are sent; auto does so where chunks leave this "
             "machine. [MLG_SHRINK; auto]",
         ),
-        click.option(
+        setting_option(
             "--precision",
+            "MLG_PRECISION",
             type=click.Choice(tuple(PRECISIONS)),
             help="Precision of local workers; bf16 is about twice as fast on processors that support it. "
             "[MLG_PRECISION; f32]",
         ),
     )
-
-    def add_options(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add_options

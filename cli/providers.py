@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
 from cli.options import home_option, json_option, parse_duration
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable, short_address
+from cli.tables import local_time, print_json_lines, print_records, printable, short_address
+from server.record_json import fields, to_json
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def providers() -> None:
 @providers.command("list")
 @home_option
 @json_option
-def list_providers(home: Path | None, as_json: bool) -> None:
+def list_providers(as_json: bool) -> None:
     """List the providers, the one seen last first. Prices are in GLM.
 
     The columns: per hour (the price of an hour with one core in use), start (the price of a start), done and failed
@@ -50,7 +50,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
       mlg providers list
       mlg providers list --json | jq 'select(.ban_reason != null).id'
     """
-    with open_store(home) as store:
+    with open_store() as store:
         found = store.providers.list()
         costs = {row.key: row for row in store.ledger.costs("provider")}
         speeds: dict[str, dict[str, float]] = defaultdict(dict)
@@ -60,25 +60,29 @@ def list_providers(home: Path | None, as_json: bool) -> None:
     if as_json:
         print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)
         return
-    columns = ("per hour", "start", "done", "failed", "score", "spent")
-    table = make_table("name", "id", *columns, "images/s (GLM per 1000)", "banned", right=columns)
-    for provider in found:
-        table.add_row(
-            printable(provider.name),
-            short_address(provider.id),
-            format_amount(price_per_hour(provider)),
-            format_amount(provider.start_price),
-            str(provider.done),
-            str(provider.failed),
-            f"{provider.score:.2f}",
-            format_amount(_spent(costs.get(provider.id))),
-            ", ".join(
-                f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
-                for model, speed in speeds[provider.id].items()
-            ),
-            _ban_cell(provider, now),
+
+    def speed_cell(provider: ProviderRecord) -> str:
+        return ", ".join(
+            f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
+            for model, speed in speeds[provider.id].items()
         )
-    print_table(table)
+
+    print_records(
+        found,
+        {
+            "name": lambda provider: printable(provider.name),
+            "id": lambda provider: short_address(provider.id),
+            "per hour": price_per_hour,
+            "start": "start_price",
+            "done": "done",
+            "failed": "failed",
+            "score": lambda provider: f"{provider.score:.2f}",
+            "spent": lambda provider: _spent(costs.get(provider.id)),
+            "images/s (GLM per 1000)": speed_cell,
+            "banned": lambda provider: _ban_cell(provider, now),
+        },
+        right=("per hour", "start", "done", "failed", "score", "spent"),
+    )
 
 
 @providers.command()
@@ -92,7 +96,7 @@ def list_providers(home: Path | None, as_json: bool) -> None:
     help="How long, for example 30m, 2h or 7d. [default: until unbanned]",
 )
 @click.option("--reason", metavar="TEXT", default="An operator banned it.", show_default=True, help="Why.")
-def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: str) -> None:
+def ban(name_or_id: str, duration: timedelta | None, reason: str) -> None:
     """Send no more chunks to a provider. It may finish the chunks that it has.
 
     NAME_OR_ID is its address, the beginning of its address, or its name if the name is unique.
@@ -104,7 +108,7 @@ def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: 
     """
     now = datetime.now(UTC)
     until = None if duration is None else now + duration
-    with open_store(home) as store:
+    with open_store() as store:
         provider = store.providers.ban(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
 
@@ -112,14 +116,14 @@ def ban(home: Path | None, name_or_id: str, duration: timedelta | None, reason: 
 @providers.command()
 @home_option
 @click.argument("name_or_id", metavar="NAME_OR_ID")
-def unban(home: Path | None, name_or_id: str) -> None:
+def unban(name_or_id: str) -> None:
     """Lift the ban of a provider. It does not matter whether an operator or a batcher banned it.
 
     \b
     Example:
       mlg providers unban slowpoke
     """
-    with open_store(home) as store:
+    with open_store() as store:
         provider = store.providers.unban(_strip_ellipsis(name_or_id))
     click.echo(f"{printable(provider.name)}\t{provider.id}\tnot banned")
 
@@ -144,30 +148,17 @@ def _ban_cell(provider: ProviderRecord, now: datetime) -> str:
 def _to_json(
     provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
 ) -> dict[str, Any]:
-    from store.cost_split import to_amount
-    from store.rows import to_text
-
     return {
-        "id": provider.id,
-        "name": provider.name,
-        "first_seen_at": to_text(provider.first_seen_at),
-        "seen_at": to_text(provider.seen_at),
-        "start_price": to_amount(provider.start_price),
-        "price_per_cpu_second": to_amount(provider.price_per_cpu_second),
-        "price_per_second": to_amount(provider.price_per_second),
-        "per_hour": to_amount(price_per_hour(provider)),
-        "done": provider.done,
-        "failed": provider.failed,
-        "images": provider.images,
+        **fields(provider, "id name first_seen_at seen_at start_price price_per_cpu_second price_per_second"),
+        "per_hour": to_json(price_per_hour(provider)),
+        **fields(provider, "done failed images"),
         "score": round(provider.score, 4),
         "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
         "per_1000_images": {
-            model: to_amount(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            model: to_json(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
             for model, speed in speeds.items()
         },
-        "spent": to_amount(_spent(costs)),
+        "spent": to_json(_spent(costs)),
         "is_banned": provider.is_banned(now),
-        "banned_until": None if provider.banned_until is None else to_text(provider.banned_until),
-        "ban_reason": provider.ban_reason,
-        "is_banned_by_operator": provider.is_banned_by_operator,
+        **fields(provider, "banned_until ban_reason is_banned_by_operator"),
     }

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.open_store import open_store
-from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_json_lines, print_table
+from cli.options import environment, file_option, home_option, json_option
+from cli.tables import make_table, print_json_lines, print_records, print_table
 from provider_image.errors import MlgError
+from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from store.requests import RequestRecord
@@ -46,9 +47,7 @@ def requests() -> None:
 @click.option("--before", type=int, metavar="NUMBER", help="Only requests with a lower number: the next page.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Maximum number.")
 @json_option
-def list_requests(
-    home: Path | None, status: str | None, model: str | None, before: int | None, limit: int, as_json: bool
-) -> None:
+def list_requests(status: str | None, model: str | None, before: int | None, limit: int, as_json: bool) -> None:
     """List requests, newest first.
 
     \b
@@ -59,29 +58,29 @@ def list_requests(
     from provider_image.models.registry import find_row
     from store.states import RequestState
 
-    opened = open_store(home)
-    with opened as store:
+    settings = HomeSettings.from_env(environment())
+    with open_store() as store:
         found = store.requests.list(
             state=RequestState(status) if status else None,
-            model=find_row(opened.settings.models, model).name if model else None,
+            model=find_row(settings.models, model).name if model else None,
             before=before,
             limit=limit,
         )
     if as_json:
         print_json_lines(_to_json(request) for request in found)
         return
-    table = make_table("number", "id", "status", "model", "created", "name", "result or reason")
-    for request in found:
-        table.add_row(
-            str(request.number),
-            request.id,
-            str(request.state),
-            request.model,
-            local_time(request.created_at),
-            request.name or "",
-            _short_result(request),
-        )
-    print_table(table)
+    print_records(
+        found,
+        {
+            "number": "number",
+            "id": "id",
+            "status": "state",
+            "model": "model",
+            "created": "created_at",
+            "name": "name",
+            "result or reason": _short_result,
+        },
+    )
     if len(found) == limit:
         click.echo(f"More: mlg requests list --before {found[-1].number}", err=True)
 
@@ -89,16 +88,22 @@ def list_requests(
 @requests.command("show")
 @home_option
 @click.argument("id")
+@file_option("--files", "Write the answer's files to a folder.", metavar="DIR", file_okay=False)
 @json_option
-def show(home: Path | None, id: str, as_json: bool) -> None:
+def show(id: str, files: Path | None, as_json: bool) -> None:
     """Show all details of one request.
 
     \b
     Example:
       mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
+      mlg requests show 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8 --files answer/
     """
-    with open_store(home) as store:
+    with open_store() as store:
         request = store.requests.get(id)
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
+            for name, file in request.files.items():
+                (files / name).write_bytes(store.images.read(file.sha256))
     details = _to_json(request)
     if as_json:
         print_json_lines([details])
@@ -113,7 +118,7 @@ def show(home: Path | None, id: str, as_json: bool) -> None:
 @requests.command()
 @home_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-def retry(home: Path | None, ids: Sequence[str]) -> None:
+def retry(ids: Sequence[str]) -> None:
     """Queue failed or cancelled requests again. Their attempts are counted from zero.
 
     \b
@@ -121,21 +126,21 @@ def retry(home: Path | None, ids: Sequence[str]) -> None:
       mlg requests retry 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
       mlg requests list --status failed --json | jq -r .req_id | xargs mlg requests retry
     """
-    with open_store(home) as store:
+    with open_store() as store:
         _change_each(ids, lambda id: store.requests.retry(id, now=datetime.now(UTC)))
 
 
 @requests.command()
 @home_option
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-def cancel(home: Path | None, ids: Sequence[str]) -> None:
+def cancel(ids: Sequence[str]) -> None:
     """Cancel requests that have not been dispatched yet.
 
     \b
     Example:
       mlg requests cancel 019a3c5e77b2c4f0a1d2e3f4a5b6c7d8
     """
-    with open_store(home) as store:
+    with open_store() as store:
         _change_each(ids, lambda id: store.requests.cancel(id, now=datetime.now(UTC)))
 
 
@@ -159,7 +164,7 @@ def _to_json(request: RequestRecord) -> dict[str, Any]:
     return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
 
 
-def _short_result(request: RequestRecord) -> str:
-    if request.output:
+def _short_result(request: RequestRecord) -> str | None:
+    if request.output and request.service == "classification":
         return f"{request.output[0][1]} {request.output[0][2]:.3f}"
-    return request.reason or ""
+    return json.dumps(request.output, ensure_ascii=False)[:60] if request.output else request.reason

@@ -6,12 +6,12 @@ Loaded through the table in `mlg.py`. Settings are read here, once. Heavy module
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
 
 import click
 
-from cli.options import environment, home_option, host_option, open_option, port_option
+from cli.options import environment, home_option, server_options
 from server.address import base_url
 from server.settings import ServerSettings
 from store.settings import HomeSettings
@@ -19,14 +19,10 @@ from store.settings import HomeSettings
 
 @click.command()
 @home_option
-@host_option
-@port_option
-@open_option
+@server_options
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
-def serve(
-    home: Path | None, host: str | None, port: int | None, is_open: bool, ready_fd: int | None, parent_fd: int | None
-) -> None:
+def serve(ready_fd: int | None, parent_fd: int | None) -> None:
     """Run the HTTP server until Ctrl-C or SIGTERM.
 
     To listen for other machines (--host 0.0.0.0) it needs at least one API key: mlg keys create NAME.
@@ -36,7 +32,7 @@ def serve(
       mlg serve --port 5000
       curl -F image=@kitten.jpg http://127.0.0.1:5000/requestPrediction/efficientnet_lite0
     """
-    settings = ServerSettings.from_env(environment(home=home, host=host, port=port, open="1" if is_open else None))
+    settings = ServerSettings.from_env(environment())
     from cli.logs import configure_logging
     from server import process
 
@@ -54,7 +50,7 @@ def serve(
 
 @click.command()
 @home_option
-def migrate(home: Path | None) -> None:
+def migrate() -> None:
     """Create the home if it does not exist, and update its database to the schema of this version.
 
     `mlg serve`, `mlg batch` and `mlg up` do this when they start.
@@ -63,12 +59,9 @@ def migrate(home: Path | None) -> None:
     Example:
       mlg migrate --home /srv/mlg
     """
-    settings = HomeSettings.from_env(environment(home=home))
+    settings = HomeSettings.from_env(environment())
     from store.store import Store
 
-    store = Store(settings)
-    try:
+    with contextlib.closing(Store(settings)) as store:
         applied = store.migrate()
-    finally:
-        store.close()
     click.echo(f"{settings.database}: " + (f"applied {', '.join(applied)}" if applied else "is up to date"))

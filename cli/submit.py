@@ -15,21 +15,22 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import environment, home_option
+from cli.options import environment, file_option, home_option
 from cli.submit_journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError
 from store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from mlg_client import Client, Refused, Request
 
 #: Images and bytes per batch. Less than `mlg_client` sends at once, because an interrupted batch is uploaded again.
@@ -44,12 +45,7 @@ COLUMNS = ("file", "req_id", "status", "rank", "wnid", "label", "probability", "
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE|DIR...")
 @click.option("--model", required=True, metavar="MODEL", help="Model to run; `mlg models` lists them.")
 @click.option("--wait", is_flag=True, help="Wait for the results and print them.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Wait for the results and write them to this .jsonl or .csv file.",
-)
+@file_option("--out", "Wait for the results and write them to this .jsonl or .csv file.")
 @click.option("--url", metavar="URL", help="Address of the server. [MLG_URL; http://127.0.0.1:5000]")
 @click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Number of labels per image.")
 @click.option(
@@ -71,7 +67,6 @@ def submit(
     url: str | None,
     top: int,
     retry_timeout_seconds: float,
-    home: Path | None,
 ) -> None:
     """Send images, or folders of images, to a server.
 
@@ -87,7 +82,7 @@ def submit(
     """
     from mlg_client import Client, ClientError, Unreachable
 
-    home = Environment(environment(home=home)).path("MLG_HOME", "~/.mlg")
+    home = Environment(environment()).path("MLG_HOME", "~/.mlg")
     if out is not None:
         check_out(out)
     rows = [Row(file=file) for file in find_files(paths)]
@@ -97,11 +92,18 @@ def submit(
         with (
             Client(url, retry_timeout_seconds=retry_timeout_seconds) as client,
             SubmitJournal(home, client.url, model.lower()) as journal,
-            ProgressBars(len(rows), is_waiting=is_waiting, on_sent=None if is_waiting else _print_sent) as bars,
+            _progress_bars() as progress,
         ):
-            send_all(rows, client, model, journal, top=top, progress=bars)
-            if is_waiting:
-                wait_for_all(rows, client, top=top, progress=bars)
+            sent = progress.add_task("sent", total=len(rows))
+            answered = progress.add_task("answered", total=len(rows), visible=is_waiting)
+            for row in send_all(rows, client, model, journal, top=top):
+                progress.advance(sent)
+                if row.request is None:
+                    progress.advance(answered)
+                elif not is_waiting:
+                    _print_line([os.fsencode(row.file), row.request.id.encode()])
+            for _ in wait_for_all(rows, client, top=top) if is_waiting else ():
+                progress.advance(answered)
     except (ClientError, MlgError, KeyboardInterrupt) as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if out is not None:
@@ -197,11 +199,10 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def send_all(
-    rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int, progress: ProgressBars
-) -> None:
+def send_all(rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int) -> Iterator[Row]:
     """Send the images that the server has not acknowledged yet; identical images are sent once.
 
+    :return: each file when it was acknowledged, now or in an earlier run, or refused, in the order of the files.
     :raises ClientError: the server is unreachable, or refuses every image for this model. The journal has what was
         sent so far.
     """
@@ -225,11 +226,14 @@ def send_all(
         for row, image in part:
             if image is not None:
                 row.update(outcomes[image.sha256])
-            progress.sent(row)
+            yield row
 
 
-def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: ProgressBars) -> None:
-    """Wait for the results of all acknowledged images. :raises ClientError: the server is unreachable."""
+def wait_for_all(rows: Sequence[Row], client: Client, *, top: int) -> Iterator[Row]:
+    """Wait for the results of all acknowledged images; yields each file that has one.
+
+    :raises ClientError: the server is unreachable.
+    """
     requests = {row.request.id: row.request for row in rows if row.request is not None}
     waiting: dict[str, list[Row]] = {id: [] for id in requests}
     for row in rows:
@@ -238,7 +242,7 @@ def wait_for_all(rows: Sequence[Row], client: Client, *, top: int, progress: Pro
     for request in client.as_completed(requests.values(), top=top):
         for row in waiting[request.id]:
             row.update(request)
-            progress.answered(row)
+            yield row
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
@@ -348,11 +352,6 @@ def _send_batch(
     return outcomes
 
 
-def _print_sent(row: Row) -> None:
-    if row.request is not None:
-        _print_line([os.fsencode(row.file), row.request.id.encode()])
-
-
 def _print_result(row: Row) -> None:
     label, probability = (row.request.best if row.request else None) or ("", 0.0)
     id = row.request.id if row.request else ""
@@ -389,46 +388,17 @@ def _csv_rows(row: Row) -> Iterator[dict[str, Any]]:
         yield {**shared, **labels, "rank": rank if is_label else None}
 
 
-class ProgressBars:
-    """One bar for the images sent and one for the results, on stderr if that is a terminal; a context manager.
+def _progress_bars() -> Progress:
+    """Create progress bars on stderr, if that is a terminal; a context manager."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    :param on_sent: called with each row that was sent, in the order of the files.
-    """
-
-    def __init__(self, total: int, *, is_waiting: bool, on_sent: Callable[[Row], None] | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._on_sent = on_sent
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._sent = self._progress.add_task("sent", total=total)
-        self._answered = self._progress.add_task("answered", total=total, visible=is_waiting)
-
-    def __enter__(self) -> ProgressBars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def sent(self, row: Row) -> None:
-        """Count a file that was acknowledged, now or in an earlier run, or refused."""
-        self._progress.advance(self._sent)
-        if row.request is None:
-            self._progress.advance(self._answered)
-        if self._on_sent is not None:
-            self._on_sent(row)
-
-    def answered(self, row: Row) -> None:
-        """Count a file that has its result."""
-        self._progress.advance(self._answered)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

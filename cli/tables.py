@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from store.amounts import format_amount
+
 if TYPE_CHECKING:
     from rich.table import Table
+
+Record = TypeVar("Record")
 
 
 def make_table(*columns: str, right: Collection[str] = ()) -> Table:
@@ -31,6 +36,29 @@ def make_table(*columns: str, right: Collection[str] = ()) -> Table:
             justify="right" if column in right else "left",
         )
     return table
+
+
+def print_records(
+    records: Iterable[Record], columns: Mapping[str, str | Callable[[Record], object]], *, right: Collection[str] = ()
+) -> None:
+    """Print a table with a row for each record.
+
+    :param columns: name of the column -> the field of the record, or a function that returns the cell.
+    :param right: the columns that are aligned right.
+    """
+    table = make_table(*columns, right=right)
+    for record in records:
+        cells = (getattr(record, cell) if isinstance(cell, str) else cell(record) for cell in columns.values())
+        table.add_row(*map(_to_cell, cells))
+    print_table(table)
+
+
+def _to_cell(value: object) -> str:
+    if isinstance(value, datetime):
+        return local_time(value)
+    if isinstance(value, Decimal):
+        return format_amount(value)
+    return "" if value is None else str(value)
 
 
 def width() -> int:

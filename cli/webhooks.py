@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import secrets
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.open_store import open_store
-from cli.options import home_option, json_option
-from cli.tables import local_time, make_table, print_json_lines, print_table, printable
+from cli.options import environment, home_option, json_option
+from cli.tables import local_time, make_table, print_json_lines, print_records, print_table, printable
 from provider_image.errors import ConfigError
+from server.record_json import fields
+from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from store.webhooks import DeliveryRecord, EndpointRecord
@@ -49,7 +50,7 @@ def webhooks() -> None:
 )
 @home_option
 @json_option
-def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None:
+def add_webhook(url: str, events: str, as_json: bool) -> None:
     """Add an address. Prints its id and the secret that signs its messages.
 
     The receiver uses the secret to verify the signature (https://www.standardwebhooks.com). It is notified of the
@@ -66,9 +67,9 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
     unknown = sorted(set(chosen) - set(EVENTS))
     if unknown or not chosen:
         raise ConfigError(f"--events {events}: use {' and '.join(EVENTS)}, separated by commas.")
-    opening = open_store(home)
-    check_webhook(url, allows_private=opening.settings.allows_private_webhooks)
-    with opening as store:
+    settings = ServerSettings.from_env(environment())
+    check_webhook(url, allows_private=settings.allows_private_webhooks)
+    with open_store() as store:
         endpoint = EndpointRecord(
             id=f"we_{secrets.token_hex(6)}", url=url, events=chosen, secret=new_secret(), created_at=datetime.now(UTC)
         )
@@ -87,7 +88,7 @@ def add_webhook(url: str, events: str, home: Path | None, as_json: bool) -> None
 )
 @home_option
 @json_option
-def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
+def list_webhooks(show_secret: bool, as_json: bool) -> None:
     """List the addresses, and whether each is active.
 
     \b
@@ -95,7 +96,7 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
       mlg webhooks list
       mlg webhooks list --show-secret
     """
-    with open_store(home) as store:
+    with open_store() as store:
         endpoints = store.webhooks.list_endpoints()
         shared_secret = store.webhooks.secret(None)
     if as_json:
@@ -106,13 +107,8 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
     table = make_table("id", "url", "events", "state", *(["secret"] if show_secret else []))
     for endpoint in endpoints:
         state = "on" if endpoint.disabled_at is None else f"off: {endpoint.disabled_reason}"
-        table.add_row(
-            endpoint.id,
-            printable(endpoint.url),
-            ", ".join(endpoint.events),
-            state,
-            *([endpoint.secret] if show_secret else []),
-        )
+        secret = [endpoint.secret] if show_secret else []
+        table.add_row(endpoint.id, printable(endpoint.url), ", ".join(endpoint.events), state, *secret)
     if show_secret:
         table.add_row("-", "(addresses given with requests)", "", "on", shared_secret)
     print_table(table)
@@ -121,21 +117,21 @@ def list_webhooks(show_secret: bool, home: Path | None, as_json: bool) -> None:
 @webhooks.command("remove")
 @click.argument("id")
 @home_option
-def remove_webhook(id: str, home: Path | None) -> None:
+def remove_webhook(id: str) -> None:
     """Remove an address and its messages that are not delivered yet.
 
     \b
     Example:
       mlg webhooks remove we_0123456789ab
     """
-    with open_store(home) as store:
+    with open_store() as store:
         store.webhooks.remove_endpoint(id)
 
 
 @webhooks.command("test")
 @click.argument("id")
 @home_option
-def test_webhook(id: str, home: Path | None) -> None:
+def test_webhook(id: str) -> None:
     """Send a test message now. Its type is `webhook.test`; the command reports what the receiver answers.
 
     \b
@@ -148,8 +144,8 @@ def test_webhook(id: str, home: Path | None) -> None:
     from store.rows import to_text
     from store.webhooks import UnknownWebhook
 
-    opening = open_store(home)
-    with opening as store:
+    settings = ServerSettings.from_env(environment())
+    with open_store() as store:
         endpoint = next((one for one in store.webhooks.list_endpoints() if one.id == id), None)
     if endpoint is None:
         raise UnknownWebhook(f"There is no webhook {id[:80]}. See: mlg webhooks list")
@@ -161,7 +157,7 @@ def test_webhook(id: str, home: Path | None) -> None:
         body=json.dumps(message).encode(),
         secret=endpoint.secret,
         now=now,
-        http_client=HttpClient(allows_private=opening.settings.allows_private_webhooks),
+        http_client=HttpClient(allows_private=settings.allows_private_webhooks),
     )
     if not 200 <= status < 300:
         raise DeliveryFailed(f"The receiver answered with status {status}.")
@@ -173,66 +169,67 @@ def test_webhook(id: str, home: Path | None) -> None:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @home_option
 @json_option
-def list_deliveries(state: str | None, limit: int, home: Path | None, as_json: bool) -> None:
+def list_deliveries(state: str | None, limit: int, as_json: bool) -> None:
     """List the messages, newest first.
 
     \b
     Example:
       mlg webhooks deliveries --state pending
     """
-    _list_messages(home, state, limit, as_json)
+    _list_messages(state, limit, as_json)
 
 
 @webhooks.command("dead")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
 @home_option
 @json_option
-def list_dead(limit: int, home: Path | None, as_json: bool) -> None:
+def list_dead(limit: int, as_json: bool) -> None:
     """List the messages that could not be delivered, newest first. The server does not send them again by itself.
 
     \b
     Example:
       mlg webhooks dead --json
     """
-    _list_messages(home, "dead", limit, as_json)
+    _list_messages("dead", limit, as_json)
 
 
 @webhooks.command("redeliver")
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @home_option
-def redeliver(ids: tuple[str, ...], home: Path | None) -> None:
+def redeliver(ids: tuple[str, ...]) -> None:
     """Queue messages to be sent again. A running server sends them.
 
     \b
     Example:
       mlg webhooks redeliver msg_0123456789abcdef0123456789abcdef
     """
-    with open_store(home) as store:
+    with open_store() as store:
         for id in ids:
             delivery = store.webhooks.redeliver(id, now=datetime.now(UTC))
             click.echo(f"{delivery.id}  {delivery.url}")
 
 
-def _list_messages(home: Path | None, state: str | None, limit: int, as_json: bool) -> None:
-    with open_store(home) as store:
+def _list_messages(state: str | None, limit: int, as_json: bool) -> None:
+    with open_store() as store:
         found = store.webhooks.list_deliveries(status=state, limit=limit)
     if as_json:
         from server.serializers import serialize_delivery
 
         print_json_lines(map(serialize_delivery, found))
         return
-    table = make_table("id", "when", "event", "url", "state", "attempts", "last error", right=("attempts",))
-    for delivery in found:
-        table.add_row(
-            delivery.id,
-            local_time(delivery.created_at),
-            delivery.event,
-            printable(delivery.url),
-            _state(delivery),
-            str(delivery.attempts),
-            printable(delivery.last_error or ""),
-        )
-    print_table(table)
+    print_records(
+        found,
+        {
+            "id": "id",
+            "when": "created_at",
+            "event": "event",
+            "url": lambda delivery: printable(delivery.url),
+            "state": _state,
+            "attempts": "attempts",
+            "last error": lambda delivery: printable(delivery.last_error or ""),
+        },
+        right=("attempts",),
+    )
 
 
 def _state(delivery: DeliveryRecord) -> str:
@@ -240,14 +237,5 @@ def _state(delivery: DeliveryRecord) -> str:
 
 
 def _endpoint_to_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
-    from store.rows import to_text
-
-    return {
-        "id": endpoint.id,
-        "url": endpoint.url,
-        "events": list(endpoint.events),
-        "created_at": to_text(endpoint.created_at),
-        "disabled_at": None if endpoint.disabled_at is None else to_text(endpoint.disabled_at),
-        "disabled_reason": endpoint.disabled_reason,
-        **({"secret": endpoint.secret} if has_secret else {}),
-    }
+    secret = " secret" if has_secret else ""
+    return fields(endpoint, f"id url events created_at disabled_at disabled_reason{secret}")

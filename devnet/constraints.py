@@ -35,7 +35,6 @@ _ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
 class BadConstraint(MlgError):
     """The constraint does not have the form (&(golem.runtime.name=vm)(golem.inf.mem.gib>=1))."""
 
-    code = "bad_constraint"
     permanent = True
 
 

@@ -8,7 +8,7 @@
             print(request.name, request.best)
 
 For any Python program; `mlg submit` uses it too. It needs httpx and the standard library, and imports no other package
-of mlg. The calls are in `calls.py`; the two classes here execute their operations.
+of mlg. The calls are in `calls.py`; the two classes here do their I/O.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import contextlib
 import ssl
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -28,7 +28,7 @@ import httpx
 
 from mlg_client.calls import DEFAULT_URL, IN_FLIGHT, Calls
 from mlg_client.errors import ClientError, Refused, StillWaiting, Unavailable, Unreachable
-from mlg_client.operations import Open, ReadLine, Return, Send, Sleep, Steps, Yield, advance
+from mlg_client.methods import run
 from mlg_client.records import FINAL, Batch, Model, Request, to_dataframe
 from mlg_client.uploads import SUFFIXES, Image
 
@@ -65,6 +65,9 @@ class Client(Calls):
     :param pause: called with the seconds to wait between two attempts.
     """
 
+    is_async = False
+    _http: httpx.Client
+
     def __init__(
         self,
         url: str | None = None,
@@ -77,13 +80,8 @@ class Client(Calls):
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
         super().__init__(url, api_key, retry_timeout_seconds=retry_timeout_seconds, timeout_seconds=timeout_seconds)
-        self._http = httpx.Client(
-            transport=transport,
-            limits=_limits(connections),
-            verify=ssl.create_default_context(),
-            trust_env=_uses_proxies(self.url),
-        )
-        self._sleep = pause
+        self._http = httpx.Client(transport=transport, **_http_options(self.url, connections))
+        self._pause = pause
 
     def __enter__(self) -> Self:
         return self
@@ -97,59 +95,27 @@ class Client(Calls):
         """Close the connections."""
         self._http.close()
 
-    def _build(self, method: str, url: str, **more: Any) -> httpx.Request:
-        return self._http.build_request(method, url, **more)
+    async def _transmit(self, request: httpx.Request) -> httpx.Response:
+        return self._http.send(request)
 
-    def _run(self, steps: Steps[T]) -> T:
-        with contextlib.closing(self._drive(steps)) as results:
-            for result in results:
-                if isinstance(result, Return):
-                    value: T = result.value
-                    return value
-        raise AssertionError("a call ended without a result")
+    @contextlib.asynccontextmanager
+    async def _open(self, request: httpx.Request) -> AsyncGenerator[httpx.Response, None]:
+        with contextlib.closing(self._http.send(request, stream=True)) as response:
+            yield response
 
-    def _iterate(self, steps: Steps[None]) -> Iterator[Any]:
-        with contextlib.closing(self._drive(steps)) as results:
-            for result in results:
-                if isinstance(result, Yield):
-                    yield result.value
+    async def _lines(self, response: httpx.Response) -> AsyncGenerator[str, None]:
+        for line in response.iter_lines():
+            yield line
 
-    def _drive(self, steps: Steps[Any]) -> Generator[Yield | Return, None, None]:
-        outcome: Any = None
-        error: Exception | None = None
-        lines: Iterator[str] = iter(())
-        with contextlib.ExitStack() as opened:
-            while True:
-                operation = advance(steps, outcome, error)
-                outcome, error = None, None
-                if isinstance(operation, Yield | Return):
-                    yield operation
-                    if isinstance(operation, Return):
-                        return
-                    continue
-                try:
-                    if isinstance(operation, Send):
-                        outcome = self._http.send(operation.request)
-                    elif isinstance(operation, Open):
-                        opened.close()
-                        outcome = self._http.send(operation.request, stream=True)
-                        opened.callback(outcome.close)
-                        lines = outcome.iter_lines()
-                    elif isinstance(operation, ReadLine):
-                        outcome = next(lines, None)
-                    elif isinstance(operation, Sleep):
-                        self._sleep(operation.seconds)
-                    else:
-                        outcome = self._gather(operation.calls)
-                except Exception as raised:  # noqa: BLE001 - raised again in the call, which handles it
-                    error = raised
+    async def _sleep(self, seconds: float) -> None:
+        self._pause(seconds)
 
-    def _gather(self, calls: Sequence[Callable[[], Steps[Any]]]) -> list[Any]:
+    async def _gather(self, calls: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
         if len(calls) == 1:
-            return [self._run(calls[0]())]
+            return [await calls[0]()]
         pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="mlg-client")
         try:
-            return list(pool.map(lambda call: self._run(call()), calls))
+            return list(pool.map(lambda call: run(call()), calls))
         finally:
             # After Ctrl-C do not wait for reads that the server still holds.
             pool.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
@@ -160,6 +126,9 @@ class AsyncClient(Calls):
 
     The parameters are those of `Client`.
     """
+
+    is_async = True
+    _http: httpx.AsyncClient
 
     def __init__(
         self,
@@ -173,13 +142,8 @@ class AsyncClient(Calls):
         pause: Callable[[float], Coroutine[Any, Any, object]] = asyncio.sleep,
     ) -> None:
         super().__init__(url, api_key, retry_timeout_seconds=retry_timeout_seconds, timeout_seconds=timeout_seconds)
-        self._http = httpx.AsyncClient(
-            transport=transport,
-            limits=_limits(connections),
-            verify=ssl.create_default_context(),
-            trust_env=_uses_proxies(self.url),
-        )
-        self._sleep = pause
+        self._http = httpx.AsyncClient(transport=transport, **_http_options(self.url, connections))
+        self._pause = pause
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,55 +157,22 @@ class AsyncClient(Calls):
         """Close the connections."""
         await self._http.aclose()
 
-    def _build(self, method: str, url: str, **more: Any) -> httpx.Request:
-        return self._http.build_request(method, url, **more)
+    async def _transmit(self, request: httpx.Request) -> httpx.Response:
+        return await self._http.send(request)
 
-    async def _run(self, steps: Steps[T]) -> T:
-        async with contextlib.aclosing(self._drive(steps)) as results:
-            async for result in results:
-                if isinstance(result, Return):
-                    value: T = result.value
-                    return value
-        raise AssertionError("a call ended without a result")
+    @contextlib.asynccontextmanager
+    async def _open(self, request: httpx.Request) -> AsyncGenerator[httpx.Response, None]:
+        async with contextlib.aclosing(await self._http.send(request, stream=True)) as response:
+            yield response
 
-    async def _iterate(self, steps: Steps[None]) -> AsyncIterator[Any]:
-        async with contextlib.aclosing(self._drive(steps)) as results:
-            async for result in results:
-                if isinstance(result, Yield):
-                    yield result.value
+    def _lines(self, response: httpx.Response) -> AsyncIterator[str]:
+        return response.aiter_lines()
 
-    async def _drive(self, steps: Steps[Any]) -> AsyncGenerator[Yield | Return, None]:
-        outcome: Any = None
-        error: Exception | None = None
-        lines: AsyncIterator[str] | None = None
-        async with contextlib.AsyncExitStack() as opened:
-            while True:
-                operation = advance(steps, outcome, error)
-                outcome, error = None, None
-                if isinstance(operation, Yield | Return):
-                    yield operation
-                    if isinstance(operation, Return):
-                        return
-                    continue
-                try:
-                    if isinstance(operation, Send):
-                        outcome = await self._http.send(operation.request)
-                    elif isinstance(operation, Open):
-                        await opened.aclose()
-                        outcome = await self._http.send(operation.request, stream=True)
-                        opened.push_async_callback(outcome.aclose)
-                        lines = outcome.aiter_lines()
-                    elif isinstance(operation, ReadLine):
-                        outcome = None if lines is None else await anext(lines, None)
-                    elif isinstance(operation, Sleep):
-                        await self._sleep(operation.seconds)
-                    else:
-                        outcome = await self._gather(operation.calls)
-                except Exception as raised:  # noqa: BLE001 - raised again in the call, which handles it
-                    error = raised
+    async def _sleep(self, seconds: float) -> object:
+        return await self._pause(seconds)
 
-    async def _gather(self, calls: Sequence[Callable[[], Steps[Any]]]) -> list[Any]:
-        tasks = [asyncio.ensure_future(self._run(call())) for call in calls]
+    async def _gather(self, calls: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        tasks = [asyncio.ensure_future(call()) for call in calls]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -250,8 +181,9 @@ class AsyncClient(Calls):
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _limits(connections: int) -> httpx.Limits:
-    return httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+def _http_options(url: str, connections: int) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return {"limits": limits, "verify": ssl.create_default_context(), "trust_env": _uses_proxies(url)}
 
 
 def _uses_proxies(url: str) -> bool:

@@ -1,27 +1,29 @@
 """The calls of both clients, without a transport: requests, retries, and the parsing of responses.
 
-`Client` and `AsyncClient` inherit them; `operations.py` explains how one implementation serves both.
+`Client` and `AsyncClient` inherit them; `methods.py` explains how one implementation serves both.
 """
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import functools
 import os
 import random
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from mlg_client.errors import FATAL, RETRYABLE, ClientError, Refused, StillWaiting, Unreachable, error_of, retry_after
-from mlg_client.operations import ClientMethod, Gather, Open, ReadLine, Send, Sleep, Steps, Yield, client_stream
+from mlg_client.methods import ClientMethod, ClientStream
 from mlg_client.records import FINAL, Batch, Model, Request
 from mlg_client.sse import Event
-from mlg_client.uploads import Image, ImageUpload, find_images, load, split
+from mlg_client.uploads import Image, ImageUpload, Inputs, find_images, form_fields, load, split
 
 DEFAULT_URL = "http://127.0.0.1:5000"
 #: How long one read asks the server to hold the response.
@@ -40,17 +42,18 @@ _SLOW_BYTES_PER_SECOND = 100_000
 #: Statuses of a server that does not have the address.
 _MISSING_STATUSES = frozenset({404, 405, 501})
 
+Item = TypeVar("Item")
+T = TypeVar("T")
 
-class Calls:
+
+class Calls(abc.ABC):
     """The calls of both clients."""
 
+    is_async: bool
+    _http: httpx.Client | httpx.AsyncClient
+
     def __init__(
-        self,
-        url: str | None,
-        api_key: str | None,
-        *,
-        retry_timeout_seconds: float,
-        timeout_seconds: float,
+        self, url: str | None, api_key: str | None, *, retry_timeout_seconds: float, timeout_seconds: float
     ) -> None:
         self.url = (url or os.environ.get("MLG_URL") or DEFAULT_URL).rstrip("/")
         #: How long one read asks the server to hold the response; may be changed.
@@ -65,9 +68,9 @@ class Calls:
     # One image
 
     @ClientMethod
-    def submit(
+    async def submit(
         self,
-        image: Image,
+        image: Image | Inputs,
         model: str,
         *,
         name: str | None = None,
@@ -75,9 +78,10 @@ class Calls:
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
         idempotency_key: str | None = None,
-    ) -> Steps[Request]:
-        """Send one image.
+    ) -> Request:
+        """Send one image, or the inputs of a model that takes something else.
 
+        :param image: or name of each input -> an image, a file, or a mapping with the values of a table row.
         :param name: file name to show with the request. Defaults to that of the path or file.
         :param labels: any names and values to store with the request.
         :param params: parameters of the model's service, and `fresh`, `deadline`, `keep_seconds`.
@@ -87,40 +91,49 @@ class Calls:
         :raises Unavailable: the server could not accept it within the retry timeout.
         :raises Unreachable: the server does not answer.
         """
+        if isinstance(image, Mapping):
+            query = _query(labels, params, webhook)
+            return await self._submit_fields(form_fields(image), name, model, query, idempotency_key)
         upload = load(image, name=name)
-        return (yield from self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key))
+        return await self._submit_one(upload, model, _query(labels, params, webhook), idempotency_key)
 
     @ClientMethod
-    def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+    async def read(self, id: str, *, hold_seconds: float = 0.0, top: int | None = None) -> Request:
         """Read a request with its result.
 
         :param hold_seconds: how long the server may wait for the result before it responds.
         :param top: number of labels; None leaves it to the server.
         :raises Refused: with the code unknown_request if the server does not know the id.
         """
-        return (yield from self._read(id, hold_seconds, top))
+        return await self._read(id, hold_seconds, top)
 
     @ClientMethod
-    def wait(self, request: Request | str, timeout: float | None = None) -> Steps[Request]:
+    async def file(self, request: Request | str, name: str) -> bytes:
+        """Read a file of a result; see `Request.files`. :raises Refused: with the code unknown_file or picture_gone."""
+        path = f"/requests/{_id(request)}/files/{quote(name, safe='')}"
+        return await self._exchange(lambda response: response.content, "GET", path)
+
+    @ClientMethod
+    async def wait(self, request: Request | str, timeout: float | None = None) -> Request:
         """Wait until a request is final and return it with its result. :raises StillWaiting: after the timeout."""
-        return (yield from self._wait(request if isinstance(request, str) else request.id, timeout))
+        return await self._wait(request if isinstance(request, str) else request.id, timeout)
 
     @ClientMethod
-    def cancel(self, request: Request | str) -> Steps[Request]:
+    async def cancel(self, request: Request | str) -> Request:
         """Cancel a request that has not been dispatched. :raises Refused: it cannot be cancelled any more."""
-        answer = yield from self._send("DELETE", f"/requests/{_id(request)}")
+        answer = await self._send("DELETE", f"/requests/{_id(request)}")
         return Request.from_answer(answer)
 
     @ClientMethod
-    def retry(self, request: Request | str) -> Steps[Request]:
+    async def retry(self, request: Request | str) -> Request:
         """Queue a failed or cancelled request again. :raises Refused: it is neither."""
-        answer = yield from self._post(f"/requests/{_id(request)}/retry")
+        answer = await self._post(f"/requests/{_id(request)}/retry")
         return Request.from_answer(answer)
 
     # Many images
 
     @ClientMethod
-    def submit_many(
+    async def submit_many(
         self,
         images: Iterable[Image],
         model: str,
@@ -130,7 +143,7 @@ class Calls:
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
         idempotency_key: str | None = None,
-    ) -> Steps[Batch]:
+    ) -> Batch:
         """Send many images, in batches if the server has them. Images that it refuses are listed in the result.
 
         :param names: a file name for each image. Defaults to those of the paths or files.
@@ -145,10 +158,10 @@ class Calls:
             if names is None
             else (load(image, name=name) for image, name in zip(images, names, strict=True))
         )
-        return (yield from self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key))
+        return await self._submit_all(uploads, model, _query(labels, params, webhook), idempotency_key)
 
     @ClientMethod
-    def submit_dir(
+    async def submit_dir(
         self,
         folder: str | os.PathLike[str],
         model: str,
@@ -156,35 +169,31 @@ class Calls:
         labels: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
         webhook: str | None = None,
-    ) -> Steps[Batch]:
+    ) -> Batch:
         """Send all images of a folder and its subfolders, in the order of their names; see `submit_many`.
 
         :raises FileNotFoundError: there is no image.
         """
         found = find_images(folder)
         uploads = (load(path, id=path.relative_to(folder).as_posix()) for path in found)
-        return (yield from self._submit_all(uploads, model, _query(labels, params, webhook)))
+        return await self._submit_all(uploads, model, _query(labels, params, webhook))
 
     @ClientMethod
-    def read_many(self, ids: Iterable[str], *, top: int | None = None) -> Steps[list[Request | None]]:
+    async def read_many(self, ids: Iterable[str], *, top: int | None = None) -> list[Request | None]:
         """Read the current state of many requests, in the order of the ids; None for an unknown id."""
 
-        def read(id: str) -> Steps[Request | None]:
+        async def read(id: str) -> Request | None:
             try:
-                return (yield from self._read(id, top=top))
+                return await self._read(id, top=top)
             except Refused as error:
                 if error.code != "unknown_request":
                     raise
                 return None
 
-        found: list[Request | None] = []
-        todo = list(ids)
-        for start in range(0, len(todo), IN_FLIGHT):
-            found += yield Gather([functools.partial(read, id) for id in todo[start : start + IN_FLIGHT]])
-        return found
+        return await self._map(read, list(ids))
 
     @ClientMethod
-    def batch(self, id: str, *, hold_seconds: float = 0.0) -> Steps[Mapping[str, Any]]:
+    async def batch(self, id: str, *, hold_seconds: float = 0.0) -> Mapping[str, Any]:
         """Read the state of a batch on the server: counts, progress, cost.
 
         :param hold_seconds: how long the server may wait for the batch to end before it responds.
@@ -192,22 +201,22 @@ class Calls:
         """
         params = {"wait": round(hold_seconds, 3)} if hold_seconds > 0 else {}
         timeout = self._timeout_seconds + hold_seconds
-        return (yield from self._send("GET", f"/batches/{_id(id)}", params=params, timeout=timeout))
+        return await self._send("GET", f"/batches/{_id(id)}", params=params, timeout=timeout)
 
     @ClientMethod
-    def cancel_batch(self, id: str) -> Steps[Mapping[str, Any]]:
+    async def cancel_batch(self, id: str) -> Mapping[str, Any]:
         """Cancel the requests of a batch that have not been dispatched. :raises Refused: the batch is unknown."""
-        return (yield from self._post(f"/batches/{_id(id)}/cancel"))
+        return await self._post(f"/batches/{_id(id)}/cancel")
 
     @ClientMethod
-    def retry_batch(self, id: str) -> Steps[Mapping[str, Any]]:
+    async def retry_batch(self, id: str) -> Mapping[str, Any]:
         """Queue the failed requests of a batch again. :raises Refused: the batch is unknown."""
-        return (yield from self._post(f"/batches/{_id(id)}/retry"))
+        return await self._post(f"/batches/{_id(id)}/retry")
 
-    @client_stream(Request)
-    def as_completed(
+    @ClientStream
+    async def as_completed(
         self, requests: Iterable[Request], timeout: float | None = None, *, top: int | None = None
-    ) -> Steps[None]:
+    ) -> AsyncGenerator[Request, None]:
         """Yield each request with its result as soon as it is final.
 
         Listens to the server's events, reconnecting as often as needed; without events it polls. A request that the
@@ -219,72 +228,72 @@ class Calls:
         waiting: dict[str, Request] = {}
         for request in requests:
             if request.is_read:
-                yield Yield(request)
+                yield request
             else:
                 waiting[request.id] = request
         give_up_at = None if timeout is None else time.monotonic() + timeout
-        yield from self._listen(waiting, give_up_at, top)
+        async with contextlib.aclosing(self._listen(waiting, give_up_at, top)) as listened:
+            async for request in listened:
+                yield request
         while waiting:
             began_at = time.monotonic()
             hold = self._hold_until(give_up_at)
-            polled = list(waiting.values())[:IN_FLIGHT]
-            found: list[Request] = yield Gather([functools.partial(self._read_known, one, hold, top) for one in polled])
-            for request in found:
+            read = functools.partial(self._read_known, hold_seconds=hold, top=top)
+            for request in await self._map(read, list(waiting.values())[:IN_FLIGHT]):
                 # Requests that are not final move to the end.
                 earlier = waiting.pop(request.id)
                 if request.is_final:
-                    yield Yield(request)
+                    yield request
                 else:
                     waiting[request.id] = earlier
             _check_time(waiting, give_up_at)
             if waiting and len(waiting) <= IN_FLIGHT:
-                yield from self._poll_delay(began_at)
+                await self._poll_delay(began_at)
 
-    @client_stream(Request)
-    def results(self, batch: Batch) -> Steps[None]:
+    @ClientStream
+    async def results(self, batch: Batch) -> AsyncGenerator[Request, None]:
         """Yield the requests of a batch in the order of the files, each once it and all before it are final."""
         for start in range(0, len(batch.requests), IN_FLIGHT):
             part = batch.requests[start : start + IN_FLIGHT]
-            waiting = dict.fromkeys(request.id for request in part if not request.is_read)
-            found = yield Gather([functools.partial(self._wait, id) for id in waiting])
-            ended = dict(zip(waiting, found, strict=True))
+            waiting = [request.id for request in part if not request.is_read]
+            ended = dict(zip(waiting, await self._map(self._wait, waiting), strict=True))
             for request in part:
-                yield Yield(ended.get(request.id, request))
+                yield ended.get(request.id, request)
 
     # Models
 
     @ClientMethod
-    def models(self) -> Steps[list[Model]]:
+    async def models(self) -> list[Model]:
         """List the server's models."""
-        answer = yield from self._send("GET", "/models")
+        answer = await self._send("GET", "/models")
         return [Model.from_answer(model) for model in answer["models"]]
 
     # Private steps of the calls above
 
-    def _read(self, id: str, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+    async def _read(self, id: str, hold_seconds: float = 0.0, top: int | None = None) -> Request:
         params: dict[str, Any] = {} if top is None else {"top": top}
         if hold_seconds > 0:
             params["wait"] = round(hold_seconds, 3)
-        answer = yield from self._send(
+        answer = await self._send(
             "GET", f"/readPrediction/{_id(id)}", params=params, timeout=self._timeout_seconds + hold_seconds
         )
         return Request.from_answer(answer)
 
-    def _wait(self, id: str, timeout: float | None = None) -> Steps[Request]:
+    async def _wait(self, id: str, timeout: float | None = None) -> Request:
         give_up_at = None if timeout is None else time.monotonic() + timeout
         while True:
             began_at = time.monotonic()
-            found = yield from self._read(id, self._hold_until(give_up_at))
+            found = await self._read(id, self._hold_until(give_up_at))
             if found.is_final:
                 return found
             if give_up_at is not None and time.monotonic() >= give_up_at:
                 raise StillWaiting(f"The request {id} is not done yet. {found.waiting_for or ''}", code="still_waiting")
-            yield from self._poll_delay(began_at)
+            await self._poll_delay(began_at)
 
-    def _read_known(self, request: Request, hold_seconds: float = 0.0, top: int | None = None) -> Steps[Request]:
+    async def _read_known(self, request: Request, hold_seconds: float = 0.0, top: int | None = None) -> Request:
         """Read a request that the server has accepted; return it as failed if it has been deleted since."""
         try:
-            return (yield from self._read(request.id, hold_seconds, top))
+            return await self._read(request.id, hold_seconds, top)
         except Refused as error:
             if error.code != "unknown_request":
                 raise
@@ -296,22 +305,22 @@ class Calls:
             return self.hold_seconds
         return max(0.0, min(self.hold_seconds, give_up_at - time.monotonic()))
 
-    def _poll_delay(self, began_at: float) -> Steps[None]:
+    async def _poll_delay(self, began_at: float) -> None:
         """Pause after a read that the server did not hold: it holds only a limited number."""
         if time.monotonic() - began_at < self.hold_seconds / 2:
-            yield Sleep(POLL_SECONDS)
+            await self._sleep(POLL_SECONDS)
 
-    def _submit_all(
+    async def _submit_all(
         self, uploads: Iterable[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str | None = None
-    ) -> Steps[Batch]:
+    ) -> Batch:
         outcomes: list[tuple[ImageUpload, Request | Refused]] = []
         raw: list[Mapping[str, Any]] = []
         key = key or uuid.uuid4().hex
         for number, part in enumerate(split(uploads)):
             part_key = f"{key}-{number}"
-            answer = (yield from self._post_batch(part, model, query, part_key)) if len(part) > 1 else None
+            answer = await self._post_batch(part, model, query, part_key) if len(part) > 1 else None
             if answer is None:
-                outcomes += yield from self._submit_singly(part, model, query, part_key)
+                outcomes += await self._submit_singly(part, model, query, part_key)
                 continue
             raw.append(answer)
             shared = {"model": answer.get("model", model), "batch_id": answer["batch_id"]}
@@ -329,9 +338,9 @@ class Calls:
             raw=tuple(raw),
         )
 
-    def _post_batch(
+    async def _post_batch(
         self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
-    ) -> Steps[dict[str, Any] | None]:
+    ) -> dict[str, Any] | None:
         """Send images as one batch; None if the server has no batches or refuses this one as a whole."""
         if not self._has_batches:
             return None
@@ -340,7 +349,7 @@ class Calls:
             files += [("client_id", (None, one.id)), one.form_field]
         path = f"/requestPredictions/{quote(model, safe='')}"
         try:
-            return (yield from self._post(path, query=query, files=files, key=key))
+            return await self._post(path, query=query, files=files, key=key)
         except Refused as error:
             if error.status in _MISSING_STATUSES and error.code in ("not_found", "method_not_allowed"):
                 self._has_batches = False
@@ -348,31 +357,40 @@ class Calls:
                 raise
             return None
 
-    def _submit_singly(
+    async def _submit_singly(
         self, uploads: Sequence[ImageUpload], model: str, query: Sequence[tuple[str, str]], key: str
-    ) -> Steps[list[tuple[ImageUpload, Request | Refused]]]:
-        def send(number: int, one: ImageUpload) -> Steps[tuple[ImageUpload, Request | Refused]]:
+    ) -> list[tuple[ImageUpload, Request | Refused]]:
+        async def send(numbered: tuple[int, ImageUpload]) -> tuple[ImageUpload, Request | Refused]:
+            number, one = numbered
             try:
-                return one, (yield from self._submit_one(one, model, query, f"{key}-{number}"))
+                return one, await self._submit_one(one, model, query, f"{key}-{number}")
             except Refused as error:
                 if not error.is_about_one_image:
                     raise
                 return one, error
 
-        sent: list[tuple[ImageUpload, Request | Refused]] = []
-        calls = [functools.partial(send, number, one) for number, one in enumerate(uploads)]
-        for start in range(0, len(calls), IN_FLIGHT):
-            sent += yield Gather(calls[start : start + IN_FLIGHT])
-        return sent
+        return await self._map(send, list(enumerate(uploads)))
 
-    def _submit_one(
+    async def _submit_one(
         self, upload: ImageUpload, model: str, query: Sequence[tuple[str, str]], key: str | None
-    ) -> Steps[Request]:
-        path = f"/requestPrediction/{quote(model, safe='')}"
-        answer = yield from self._post(path, query=query, files=[upload.form_field], key=key)
-        return Request.from_answer({"name": upload.name, **answer})
+    ) -> Request:
+        return await self._submit_fields([upload.form_field], upload.name, model, query, key)
 
-    def _listen(self, waiting: dict[str, Request], give_up_at: float | None, top: int | None) -> Steps[None]:
+    async def _submit_fields(
+        self,
+        fields: Sequence[tuple[str, Any]],
+        name: str | None,
+        model: str,
+        query: Sequence[tuple[str, str]],
+        key: str | None,
+    ) -> Request:
+        path = f"/requestPrediction/{quote(model, safe='')}"
+        answer = await self._post(path, query=query, files=fields, key=key)
+        return Request.from_answer({"name": name, **answer})
+
+    async def _listen(
+        self, waiting: dict[str, Request], give_up_at: float | None, top: int | None
+    ) -> AsyncGenerator[Request, None]:
         """Yield requests as the server's events report their end; return if the server has no events."""
         while waiting:
             batches = {request.raw.get("batch_id") for request in waiting.values()}
@@ -385,42 +403,42 @@ class Calls:
                 _check_time(waiting, give_up_at)
                 ids = [id for id in waiting if id in listened]
                 try:
-                    response: httpx.Response = yield Open(self._event_request(ids, batch_id, last_id, give_up_at))
-                    kind = response.headers.get("Content-Type", "")
-                    if response.status_code == 200 and kind.startswith("text/event-stream"):
-                        event = Event()
-                        while (line := (yield ReadLine())) is not None:
-                            failures = 0
-                            if event.add(line):
-                                ended = yield from self._ended(event.data, waiting, top)
-                                if ended is not None:
-                                    del waiting[ended.id]
-                                    yield Yield(ended)
-                                last_id = event.id or last_id
-                                event = Event()
-                            if not listened & waiting.keys():
-                                break
-                            _check_time(waiting, give_up_at)
-                    elif response.status_code in RETRYABLE:
-                        failures += 1
-                    else:
-                        return
+                    async with self._open(self._event_request(ids, batch_id, last_id, give_up_at)) as response:
+                        kind = response.headers.get("Content-Type", "")
+                        if response.status_code == 200 and kind.startswith("text/event-stream"):
+                            event = Event()
+                            async for line in self._lines(response):
+                                failures = 0
+                                if event.add(line):
+                                    ended = await self._ended(event.data, waiting, top)
+                                    if ended is not None:
+                                        del waiting[ended.id]
+                                        yield ended
+                                    last_id = event.id or last_id
+                                    event = Event()
+                                if not listened & waiting.keys():
+                                    break
+                                _check_time(waiting, give_up_at)
+                        elif response.status_code in RETRYABLE:
+                            failures += 1
+                        else:
+                            return
                 except httpx.TransportError:
                     failures += 1
                 if failures > 3:
                     return  # polling retries for longer, and reports the error
                 if listened & waiting.keys():
                     _check_time(waiting, give_up_at)
-                    yield Sleep(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
+                    await self._sleep(min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**failures))
 
-    def _ended(self, data: Mapping[str, Any], waiting: Mapping[str, Request], top: int | None) -> Steps[Request | None]:
+    async def _ended(self, data: Mapping[str, Any], waiting: Mapping[str, Request], top: int | None) -> Request | None:
         """Return the request that an event reports as final, with its result; None if it is not waited for."""
         request = waiting.get(str(data.get("req_id")))
         if request is None or data.get("status") not in FINAL:
             return None
         ended = Request.from_answer(data)
         if not ended.is_read or (top is not None and ended.preds is not None and len(ended.preds) < top):
-            return (yield from self._read_known(request, top=top))
+            return await self._read_known(request, top=top)
         return replace(ended, preds=ended.preds[:top]) if ended.preds else ended
 
     def _event_request(
@@ -434,37 +452,40 @@ class Calls:
             return self._request("GET", path, headers=headers, timeout=timeout)
         return self._request("GET", "/events", params={"ids": ",".join(ids)}, headers=headers, timeout=timeout)
 
-    def _post(
+    async def _post(
         self,
         path: str,
         *,
         query: Sequence[tuple[str, str]] = (),
         files: Sequence[tuple[str, Any]] = (),
         key: str | None = None,
-    ) -> Steps[dict[str, Any]]:
+    ) -> dict[str, Any]:
         size_bytes = sum(len(content[1]) for _, content in files)
-        more: dict[str, Any] = {"params": list(query)} if query else {}
-        if files:
-            more["files"] = files
-        return (
-            yield from self._send(
-                "POST",
-                path,
-                headers={"Idempotency-Key": key or uuid.uuid4().hex},
-                timeout=self._timeout_seconds + size_bytes / _SLOW_BYTES_PER_SECOND,
-                **more,
-            )
+        return await self._send(
+            "POST",
+            path,
+            headers={"Idempotency-Key": key or uuid.uuid4().hex},
+            timeout=self._timeout_seconds + size_bytes / _SLOW_BYTES_PER_SECOND,
+            params=list(query) or None,
+            files=files or None,
         )
 
-    def _send(self, method: str, path: str, **more: Any) -> Steps[dict[str, Any]]:
-        """Send a request, and retry until the retry timeout. :raises ClientError:"""
+    async def _send(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        return await self._exchange(_read_answer, method, path, **more)
+
+    async def _exchange(self, read: Callable[[httpx.Response], T | None], method: str, path: str, **more: Any) -> T:
+        """Send a request, and retry until the retry timeout.
+
+        :param read: reads a successful response; None if it is not one.
+        :raises ClientError:
+        """
         request = self._request(method, path, **more)
         give_up_at = time.monotonic() + self._retry_timeout_seconds
         delay = _FIRST_DELAY_SECONDS
         while True:
             requested_delay = 0.0
             try:
-                response: httpx.Response = yield Send(request)
+                response = await self._transmit(request)
             except httpx.UnsupportedProtocol as error:
                 raise self._bad_url(error) from error
             except httpx.TransportError as error:
@@ -474,10 +495,10 @@ class Calls:
                 )
                 failure.__cause__ = error
             else:
-                answer = _parse(response)
-                if response.is_success and answer.get("success") is True:
+                answer = read(response) if response.is_success else None
+                if answer is not None:
                     return answer
-                failure = error_of(response, answer)
+                failure = error_of(response, _parse(response))
                 if isinstance(failure, Refused) or failure.code in FATAL:
                     raise failure
                 requested_delay = retry_after(response)
@@ -485,7 +506,7 @@ class Calls:
             pause = max(requested_delay, delay * random.uniform(0.5, 1.0))
             if time.monotonic() + pause > give_up_at:
                 raise failure
-            yield Sleep(pause)
+            await self._sleep(pause)
             delay = min(delay * 2, _MAX_DELAY_SECONDS)
 
     def _request(
@@ -500,7 +521,7 @@ class Calls:
         """Build a request that can be sent any number of times."""
         read = self._timeout_seconds if timeout is None else timeout
         try:
-            request = self._build(
+            request = self._http.build_request(
                 method,
                 self.url + path,
                 headers={**self._headers, **(headers or {})},
@@ -512,11 +533,37 @@ class Calls:
         request.read()
         return request
 
-    def _build(self, method: str, url: str, **more: Any) -> httpx.Request:
-        raise NotImplementedError
-
     def _bad_url(self, error: Exception) -> Unreachable:
         return Unreachable(f"{self.url} is not a server's address ({error}).", code="bad_url")
+
+    async def _map(self, call: Callable[[Item], Coroutine[Any, Any, T]], items: Sequence[Item]) -> list[T]:
+        """Make a call for each item, at most IN_FLIGHT at once. :return: the results, in order."""
+        results: list[T] = []
+        for start in range(0, len(items), IN_FLIGHT):
+            results += await self._gather([functools.partial(call, item) for item in items[start : start + IN_FLIGHT]])
+        return results
+
+    # What each client does in its own way
+
+    @abc.abstractmethod
+    async def _transmit(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and read its response."""
+
+    @abc.abstractmethod
+    def _open(self, request: httpx.Request) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
+        """Send a request; the response is read in the `with` statement."""
+
+    @abc.abstractmethod
+    def _lines(self, response: httpx.Response) -> AsyncIterator[str]:
+        """Iterate over the lines of an open response."""
+
+    @abc.abstractmethod
+    async def _sleep(self, seconds: float) -> object:
+        """Pause."""
+
+    @abc.abstractmethod
+    async def _gather(self, calls: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        """Make several calls at the same time. :return: the results, in order."""
 
 
 def _check_time(waiting: Mapping[str, Request], give_up_at: float | None) -> None:
@@ -543,3 +590,8 @@ def _parse(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _read_answer(response: httpx.Response) -> dict[str, Any] | None:
+    answer = _parse(response)
+    return answer if answer.get("success") is True else None

@@ -24,8 +24,11 @@ class Request:
     model: str
     #: File name.
     name: str | None = None
-    #: Rows of [wnid, label, probability], most probable first; None while there is no result.
-    preds: list[list[Any]] | None = None
+    #: The JSON of the result; of a classification rows of [wnid, label, probability], most probable first. None while
+    #: there is no result.
+    preds: Any = None
+    #: Media type of each file that the result has beside it, by name; see `Client.file`.
+    files: Mapping[str, str] = field(default_factory=dict)
     #: Whether the result was reused from an earlier request with the same image.
     is_cached: bool = False
     #: Why there is no result, for people and for programs.
@@ -51,8 +54,10 @@ class Request:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """Return the most probable label and its probability; None while there is no result."""
-        return None if not self.preds else (str(self.preds[0][1]), float(self.preds[0][2]))
+        """Return the most probable label of a classification and its probability; None while there is no result."""
+        rows = self.preds if isinstance(self.preds, list) else []
+        is_classification = bool(rows) and isinstance(rows[0], list) and len(rows[0]) == 3
+        return (str(rows[0][1]), float(rows[0][2])) if is_classification else None
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Request:
@@ -61,15 +66,11 @@ class Request:
             id=str(answer["req_id"]),
             status=str(answer.get("status") or ("done" if answer.get("preds") else "queued")),
             model=str(answer.get("model", "")),
-            name=answer.get("name"),
-            preds=answer.get("preds"),
+            files={name: str(file["media_type"]) for name, file in (answer.get("files") or {}).items()},
             is_cached=bool(answer.get("cached", False)),
-            reason=answer.get("reason"),
-            code=answer.get("code"),
-            waiting_for=answer.get("waiting_for"),
-            eta_seconds=answer.get("eta_seconds"),
             labels=dict(answer.get("labels") or {}),
             raw=dict(answer),
+            **{name: answer.get(name) for name in ("name", "preds", "reason", "code", "waiting_for", "eta_seconds")},
         )
 
 
@@ -126,8 +127,9 @@ def to_dataframe(results: Iterable[Request], *, top: int = 1) -> Any:
         raise ImportError("to_dataframe needs pandas. Install it: pip install pandas") from error
     rows = []
     for request in results:
+        preds = request.preds if isinstance(request.preds, list) else None
         shared = {"req_id": request.id, "name": request.name, "model": request.model, "status": request.status}
-        for rank, pred in enumerate((request.preds or [[None, None, None]])[:top], start=1):
+        for rank, pred in enumerate((preds or [[None, None, None]])[:top], start=1):
             label = dict(zip(("wnid", "label", "probability"), pred, strict=False))
-            rows.append({**shared, "rank": rank if request.preds else None, **label, "reason": request.reason})
+            rows.append({**shared, "rank": rank if preds else None, **label, "reason": request.reason})
     return pandas.DataFrame(rows)

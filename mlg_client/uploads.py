@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 #: A path, the bytes themselves, or a file opened for reading in binary.
 Image = str | os.PathLike[str] | bytes | IO[bytes]
+
+#: Name of an input -> what it is: as an image, or a table row.
+Inputs = Mapping[str, Image | Mapping[str, Any]]
 
 #: Suffixes of the files that are sent from a folder.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
@@ -52,6 +56,18 @@ def load(image: Image, *, name: str | None = None, id: str | None = None) -> Ima
         default_name = Path(file_name).name if isinstance(file_name, str) else default_name
     name = name or default_name
     return ImageUpload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
+
+
+def form_fields(inputs: Inputs) -> list[tuple[str, tuple[str | None, bytes, str]]]:
+    """Build the fields of a multipart form with the inputs of one request."""
+    fields: list[tuple[str, tuple[str | None, bytes, str]]] = []
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            fields.append((name, (None, json.dumps(dict(value)).encode(), "application/json")))
+        else:
+            upload = load(value)
+            fields.append((name, (upload.name, upload.data, "application/octet-stream")))
+    return fields
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:

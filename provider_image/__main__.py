@@ -11,10 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from provider_image.environment import Environment
 from provider_image.errors import MlgError
 from provider_image.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from provider_image.backends import Device
 
 _DEFAULT_KEEP_WARM_SECONDS = 300.0
 
@@ -60,8 +64,14 @@ def _prepare_for_work() -> None:
 def _run_cold(options: argparse.Namespace) -> None:
     from provider_image.runtime import NetCache, run_chunk
 
-    nets = NetCache(options.models, threads=options.threads, precision=options.precision)
-    run_chunk(options.chunk, options.results, nets)
+    run_chunk(options.chunk, options.results, NetCache(options.models, _device(options)))
+
+
+def _device(options: argparse.Namespace) -> Device:
+    from provider_image.backends import Device
+    from provider_image.cores import available_cores
+
+    return Device(threads=options.threads or available_cores(), precision=options.precision)
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
@@ -87,7 +97,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     serve(
         options.place,
-        NetCache(options.models, threads=options.threads, precision=options.precision),
+        NetCache(options.models, _device(options)),
         idle_seconds=options.idle_seconds,
         exit_with_stdin=options.exit_with_stdin,
         on_ready=lambda: print("ready", flush=True),
@@ -105,7 +115,7 @@ def _check(options: argparse.Namespace) -> int:
     for number, folder in enumerate(folders):
         if len(folders) == 1:
             name = folder.name if folder.parent == options.models else None
-            report = check_model(folder, threads=options.threads, precision=options.precision, installed_as=name)
+            report = check_model(folder, _device(options), installed_as=name)
             record_speed(report, options.models)
         else:
             # One process per model: the memory in a report must not include that of the previous models.
@@ -134,7 +144,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "example:\n  mlg-provider run chunk.zip results.zip --models ~/.mlg/models\n\n"
             "A warm process exits after MLG_KEEP_WARM_SECONDS (default: 300) without work."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("chunk", type=Path, metavar="CHUNK.zip", help="the chunk file")
     run.add_argument("results", type=Path, metavar="RESULTS.zip", help="where to write the results file")
@@ -155,7 +164,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "Prints `ready` when it accepts connections. SIGTERM ends it after the current chunk."
         ),
         epilog="example:\n  mlg-provider serve --place /tmp/warm --models ~/.mlg/models --idle-seconds 60",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument(
         "--place", type=_path, metavar="DIR", required=True, help="private folder for the lock and the socket"
@@ -177,7 +185,6 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
             "models pass."
         ),
         epilog="example:\n  mlg-provider check --models ~/.mlg/models\n  mlg-provider check efficientnet_lite0 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
         "names", nargs="*", metavar="MODEL", help="name of a model, or path of its folder (default: all in --models)"
@@ -185,6 +192,7 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="write JSON, one object per line")
     home = environment.path("MLG_HOME", "~/.mlg")
     for command in (run, serve, check):
+        command.formatter_class = parser.formatter_class
         command.add_argument(
             "--models",
             type=_path,

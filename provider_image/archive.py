@@ -15,31 +15,18 @@ import shutil
 import struct
 import threading
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from provider_image.errors import ChunkError
+from provider_image.errors import DAMAGED_FILE_ERRORS, ChunkError
 from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS
 
 #: Largest chunk.json or results.json.
 MAX_JSON_BYTES = 1024 * 1024
 #: Largest size of the headers and the directory of a zip.
 _OVERHEAD_BYTES = 256 * 1024
-#: What zipfile raises for damaged or manipulated files.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+_ZIP_ERRORS = (zipfile.BadZipFile, *DAMAGED_FILE_ERRORS)
 
 
 class Archive:

@@ -21,14 +21,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from provider_image.backends import Device, Net
 from provider_image.cores import available_cores
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, compute_digest, read_artefact
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.catalogue import CATALOGUE, install_command
 from provider_image.models.speed import Speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
 from provider_image.runtime import cpu_name, peak_memory_bytes, versions
-from provider_image.service import Service
+from provider_image.service import Output, Service, check_params, primary_input
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
@@ -144,26 +145,25 @@ def _self_test(report: CheckReport) -> str:
 
 
 def check_model(
-    folder: Path,
-    *,
-    threads: int | None = None,
-    precision: str = "f32",
-    installed_as: str | None = None,
-    seconds: float = SECONDS,
+    folder: Path, device: Device | None = None, *, installed_as: str | None = None, seconds: float = SECONDS
 ) -> CheckReport:
     """Check the artefact in a folder, in this process. The report has the problem that was found, if any.
 
-    :param threads: images processed at the same time; None takes the number of cores.
-    :param precision: f32, bf16 or auto.
+    :param device: None takes the CPU with all its cores, and f32.
     :param installed_as: the name of the model in requests; None if the folder is not in a models folder.
     :param seconds: duration of the speed measurement; that of the net alone takes half as long.
     :raises ConfigError: there is no such precision.
     """
-    threads = threads or available_cores()
+    device = device or Device()
+    threads, precision = device.threads, device.precision
     report = CheckReport(name=folder.name, folder=str(folder), precision=precision, threads=threads, cpu=cpu_name())
     try:
         if not (folder / "model.json").exists():
-            raise _no_artefact(folder)
+            if folder.name in CATALOGUE and not folder.exists():
+                raise NotInstalled(
+                    f"It is not installed in {folder.parent}. Install it: {install_command(folder.name)}"
+                )
+            raise NotInstalled(f"{folder} has no artefact: model.json is missing. Name a folder that has one.")
         artefact = read_artefact(folder)
         report = replace(
             report,
@@ -171,7 +171,7 @@ def check_model(
             title=artefact.title,
             digest=artefact.digest,
             size_bytes=artefact.size_bytes,
-            storage=artefact.storage.kept,
+            storage=artefact.precision,
             reference=artefact.reference,
             tolerance=_tolerance(artefact, precision),
         )
@@ -184,7 +184,7 @@ def check_model(
         _raise_if_wrong(artefact, images)
         service = load_service(artefact.service)
         started = time.perf_counter()
-        net = service.load(artefact, threads, precision)
+        net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)
         benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs)
         images = tuple(
@@ -268,24 +268,18 @@ def record_speed(report: CheckReport, models: Path) -> bool:
     return write_speed(models, report.name, speed)
 
 
-def _no_artefact(folder: Path) -> NotInstalled:
-    row = CATALOGUE.get(folder.name)
-    if row is not None and not folder.exists():
-        return NotInstalled(f"It is not installed in {folder.parent}. Install it: {install_command(row)}")
-    return NotInstalled(f"{folder} has no artefact: model.json is missing. Name a folder that has one.")
-
-
 def _tolerance(artefact: Artefact, precision: str) -> float:
     """Return the largest allowed difference of a probability. Results are recorded before weights are stored as f16."""
     if precision != "f32":
         return TOLERANCE_BF16
-    stored = artefact.storage.largest_difference if artefact.storage.kept == "f16" else 0.0
-    return min(TOLERANCE + stored, TOLERANCE_BF16)
+    if artefact.precision != "f16" or artefact.storage is None:
+        return TOLERANCE
+    return min(TOLERANCE + artefact.storage.largest_difference, TOLERANCE_BF16)
 
 
 def _check_facts(artefact: Artefact) -> None:
     """Check that the digest matches the rest of model.json, and that there is a self-test."""
-    if compute_digest(artefact.row, artefact.labels, artefact.weights_sha256, artefact.recipe) != artefact.digest:
+    if artefact.digest != compute_digest(artefact):
         raise BrokenArtefact(f"Its digest does not match its model.json, which was changed. {_repair_hint(artefact)}")
     if not artefact.samples:
         raise BrokenArtefact(f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}")
@@ -320,12 +314,8 @@ def _raise_if_wrong(artefact: Artefact, images: Sequence[ImageCheck]) -> None:
 
 
 def _repair_hint(artefact: Artefact) -> str:
-    row = CATALOGUE.get(artefact.name)
-    if row is None:
-        command = custom_install_command(artefact.name)
-    else:
-        command = install_command(row) + (" --weights FILE" if artefact.source == "own" else "")
-    return f"Delete {artefact.folder}, then: {command}"
+    needs_file = artefact.name in CATALOGUE and artefact.source == "own"
+    return f"Delete {artefact.folder}, then: {install_command(artefact.name)}{' --weights FILE' * needs_file}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,38 +324,41 @@ class _Benchmark:
 
     service: Service
     artefact: Artefact
-    net: Any
+    net: Net
     inputs: Sequence[bytes]
 
     def prepare_item(self, number: int) -> Any:
         """Decode one image."""
-        return self.service.prepare(self.artefact, dict.fromkeys(self.service.inputs, self.inputs[number]))
+        inputs = {primary_input(self.service): self.inputs[number]}
+        return self.service.prepare(self.artefact, inputs, check_params(self.service.params, {}))
 
-    def run_item(self, number: int) -> None:
+    def run(self, item: Any) -> Output:
+        """Run what was decoded."""
+        return self.service.run(self.net, [item], [check_params(self.service.params, {})])[0]
+
+    def run_item(self, number: int) -> Output:
         """Decode and run one image, like an item of a chunk."""
-        self.service.run(self.net, self.prepare_item(number))
+        return self.run(self.prepare_item(number))
 
-    def net_only(self) -> Callable[[int], None]:
+    def net_only(self) -> Callable[[int], Output]:
         """Decode the images once, and return a function that runs one of them."""
         items = [self.prepare_item(number) for number in range(len(self.inputs))]
-
-        def run(number: int) -> None:
-            self.service.run(self.net, items[number])
-
-        return run
+        return lambda number: self.run(items[number])
 
     def compare(self, number: int, tolerance: float, precision: str) -> ImageCheck:
         """Run one image and compare the result with the recorded one."""
         sample = self.artefact.samples[number]
+        expected, params = Output(data=sample.output), check_params(self.service.params, {})
         try:
-            self.service.check_output(self.artefact, sample.output)
+            if not self.service.outputs:
+                self.service.check_output(self.artefact, params, expected)
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=f"the recorded result is invalid: {error.reason}")
         try:
-            output = self.service.run(self.net, self.prepare_item(number))
+            output = self.run_item(number)
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=error.reason)
-        found = self.service.compare(sample.output, output, tolerance)
+        found = self.service.compare(expected, output, tolerance)
         problem = None
         if not found.largest <= tolerance:  # also true for nan
             problem = f"a probability differs by {found.largest:.2g}, allowed is {tolerance:.2g}"
@@ -373,7 +366,7 @@ class _Benchmark:
             problem = "the top five labels are in another order"
         return ImageCheck(file=sample.file, difference=found.largest, problem=problem)
 
-    def rate(self, run_item: Callable[[int], None], threads: int, seconds: float) -> float:
+    def rate(self, run_item: Callable[[int], object], threads: int, seconds: float) -> float:
         """Measure the images per second of that many threads; each finishes its current image when the time is over."""
 
         def loop(first: int, limit: float) -> float:

@@ -4,26 +4,27 @@ A chunk is a zip of `chunk.json` and one file per input, `NUMBER-INPUT`; a resul
 the items' output files, `NUMBER-FILE`. The batcher writes chunks and reads results, the runtime does the reverse, and
 neither trusts the other: the names must be exactly the expected ones, nothing is compressed (which excludes zip bombs),
 and every length is checked against a limit before it is read. A chunk must not contain request ids, clients or their
-file names. The inputs of a chunk are either all as the client sent them or all resized (see `Service.resize`), and the
-chunk says which: an image that was cropped and resized must not be cropped again.
+file names. The images of a chunk are either all as the client sent them or all resized (see
+`images/resizing.py`), and the chunk says which: an image that was cropped and resized must not be cropped again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from provider_image.archive import Archive, add, add_json, atomic_zip
-from provider_image.errors import InferenceFailed, MalformedChunk, MalformedResults, MlgError
+from provider_image.errors import MalformedChunk, MalformedResults, MlgError, error_from_reply
 from provider_image.schemas import (
     FILE_NAME,
     MAX_BYTES,
     MAX_FILES,
     MAX_ITEMS,
     MAX_REASON,
+    RESULTS_FIELDS,
     VERSION,
     check_chunk,
     check_results,
@@ -43,26 +44,6 @@ class ChunkItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemError:
-    """Why an item has no output."""
-
-    #: The identifier for programs, as in `errors.py`.
-    code: str
-    #: The message.
-    reason: str
-    #: True when a retry cannot succeed.
-    permanent: bool
-
-    @classmethod
-    def from_exception(cls, error: Exception) -> ItemError:
-        """Make the record of an exception; anything but an MlgError is a bug in a service or a library."""
-        if isinstance(error, MlgError):
-            return cls(code=error.code, reason=error.reason, permanent=error.permanent)
-        reason = f"{type(error).__name__}: {error}"
-        return cls(code=InferenceFailed.code, reason=reason, permanent=InferenceFailed.permanent)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ItemResult:
     """The result of one item."""
 
@@ -73,7 +54,7 @@ class ItemResult:
     #: Output files by name.
     files: Mapping[str, bytes] = field(default_factory=dict)
     #: Why it has no output; None if it has one.
-    error: ItemError | None = None
+    error: MlgError | None = None
     #: Seconds spent on it, including decoding.
     seconds: float = 0.0
 
@@ -114,7 +95,7 @@ def write_chunk(
     """Write a chunk file, atomically.
 
     :param digest: digest of the required artefact; None accepts any.
-    :param is_resized: the inputs are what the service's `resize` returned, not what the client sent.
+    :param is_resized: images are what `images/resizing.py` made of those that the client sent.
     :return: the file's size in bytes.
     :raises MalformedChunk: too many items or bytes, or a name that a reader would refuse.
     :raises OSError: an input cannot be read or the file cannot be written.
@@ -166,8 +147,8 @@ class ItemEntry:
 class ChunkReader:
     """An opened chunk; the bytes of an item are read on request. Thread-safe."""
 
-    def __init__(self, archive: Archive, document: Mapping[str, Any]) -> None:
-        self._archive = archive
+    def __init__(self, archive: Archive) -> None:
+        self._archive, document = archive, archive.document
         #: The chunk's random id.
         self.chunk_id: str = document["chunk_id"]
         #: The name of the service.
@@ -176,7 +157,7 @@ class ChunkReader:
         self.model: str = document["model"]
         #: Digest of the required artefact; None accepts any.
         self.digest: str | None = document["digest"]
-        #: The inputs are what the service's `resize` returned.
+        #: Images are what `images/resizing.py` made of those that the client sent.
         self.is_resized: bool = document["is_shrunk"]
         #: In ascending order of their numbers.
         self.items = tuple(
@@ -187,35 +168,23 @@ class ChunkReader:
         """Read the inputs of one item. :raises MalformedChunk: they are damaged."""
         return {name: self._archive.read(f"{item.number}-{name}", size) for name, size in item.sizes.items()}
 
-    def close(self) -> None:
-        """Close the file."""
-        self._archive.close()
 
-    def __enter__(self) -> ChunkReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def open_chunk(path: Path) -> ChunkReader:
+@contextlib.contextmanager
+def open_chunk(path: Path) -> Iterator[ChunkReader]:
     """Open a chunk file and check everything except the contents of the inputs.
 
     :raises MalformedChunk: it cannot be read, has another version, or violates the format.
     """
-    archive = Archive(path, "chunk.json", MalformedChunk)
-    try:
-        document = archive.document
-        check_chunk(document)
-        archive.check_files(
-            {f"{item['number']}-{name}": size for item in document["items"] for name, size in item["inputs"].items()}
-        )
-        return ChunkReader(archive, document)
-    except BaseException:
-        archive.close()
-        raise
+    with contextlib.closing(Archive(path, "chunk.json", MalformedChunk)) as archive:
+        check_chunk(archive.document)
+        archive.check_files(_sizes(archive.document, "inputs"))
+        yield ChunkReader(archive)
+
+
+def _sizes(document: Mapping[str, Any], kind: str) -> dict[str, int]:
+    """Return the size of each file that the items list as their inputs or files, by its name in the zip."""
+    items = document["items"]
+    return {f"{item['number']}-{name}": size for item in items for name, size in item.get(kind, {}).items()}
 
 
 def write_results(path: Path, results: Results) -> None:
@@ -228,23 +197,15 @@ def write_results(path: Path, results: Results) -> None:
                 sizes = {name: add(archive, f"{item.number}-{name}", data) for name, data in item.files.items()}
                 entry |= {"ok": True, "output": item.output, "files": sizes}
             else:
-                error = {
-                    "code": item.error.code,
-                    "reason": item.error.reason[:MAX_REASON],
-                    "permanent": item.error.permanent,
-                }
-                entry |= {"ok": False, "error": error}
+                reply = item.error.to_reply()
+                entry |= {"ok": False, "error": {**reply, "reason": reply["reason"][:MAX_REASON]}}
             entries.append(entry)
         document = {
             "version": VERSION,
-            "chunk_id": results.chunk_id,
-            "model": results.model,
-            "digest": results.digest,
+            **{name: getattr(results, name) for name in RESULTS_FIELDS},
             "versions": dict(results.versions),
-            "precision": results.precision,
             "cpu": results.cpu[:200],
             "load_seconds": round(results.load_seconds, 6),
-            "peak_memory_bytes": results.peak_memory_bytes,
             "items": entries,
         }
         add_json(archive, "results.json", document, MalformedResults)
@@ -258,8 +219,7 @@ def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int]
     :param digest: digest of the required artefact; None accepts any.
     :raises MalformedResults: it cannot be read, violates the format, or belongs to another chunk.
     """
-    archive = Archive(path, "results.json", MalformedResults)
-    try:
+    with contextlib.closing(Archive(path, "results.json", MalformedResults)) as archive:
         document = archive.document
         check_results(document)
         for name, expected in (("chunk_id", chunk_id), ("model", model), ("digest", digest)):
@@ -268,24 +228,10 @@ def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int]
         found = [item["number"] for item in document["items"]]
         if sorted(found) != sorted(numbers):
             raise MalformedResults(f"The results are for the items {sorted(found)}, not {sorted(numbers)}.")
-        archive.check_files(
-            {f"{item['number']}-{name}": size for item in document["items"] for name, size in _files(item).items()}
-        )
+        archive.check_files(_sizes(document, "files"))
         items = tuple(_item_result(archive, item) for item in sorted(document["items"], key=lambda i: int(i["number"])))
-    finally:
-        archive.close()
-    facts = {name: document[name] for name in ("chunk_id", "model", "digest", "versions", "precision", "cpu")}
-    return Results(
-        **facts,
-        load_seconds=float(document["load_seconds"]),
-        peak_memory_bytes=document["peak_memory_bytes"],
-        items=items,
-    )
-
-
-def _files(item: Mapping[str, Any]) -> Mapping[str, int]:
-    files: Mapping[str, int] = item["files"] if item["ok"] else {}
-    return files
+    load_seconds = float(document["load_seconds"])
+    return Results(**{name: document[name] for name in RESULTS_FIELDS} | {"load_seconds": load_seconds, "items": items})
 
 
 def _item_result(archive: Archive, item: Mapping[str, Any]) -> ItemResult:
@@ -293,4 +239,4 @@ def _item_result(archive: Archive, item: Mapping[str, Any]) -> ItemResult:
     if item["ok"]:
         files = {name: archive.read(f"{number}-{name}", size) for name, size in item["files"].items()}
         return ItemResult(number=number, output=item["output"], files=files, seconds=seconds)
-    return ItemResult(number=number, error=ItemError(**item["error"]), seconds=seconds)
+    return ItemResult(number=number, error=error_from_reply(item["error"]), seconds=seconds)

@@ -8,6 +8,7 @@
     │   ├── BrokenImage
     │   ├── ImageTooLarge        too many pixels
     │   ├── TooManyBytes
+    │   ├── NotARow
     │   ├── InvalidParams
     │   └── MalformedRequest
     ├── UnknownModel
@@ -35,17 +36,41 @@ programs (in HTTP responses and results files); `permanent` means that a retry c
 
 from __future__ import annotations
 
+import re
+import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+#: What readers of files raise for damaged or manipulated ones, according to their code and to fuzzing reports.
+DAMAGED_FILE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class MlgError(Exception):
     """Something went wrong in mlg."""
 
-    #: The identifier for programs; does not change when the message does.
+    #: The identifier for programs: the class's name in snake case, unless the class gives another. A class that is
+    #: renamed gives its former code, because programs rely on it.
     code = "error"
     #: True when a retry cannot succeed.
     permanent = False
+
+    def __init_subclass__(cls) -> None:
+        if "code" not in vars(cls):
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or " ".join((type(self).__doc__ or "").split()))
@@ -55,36 +80,31 @@ class MlgError(Exception):
         """Return the message."""
         return str(self)
 
+    def to_reply(self) -> dict[str, Any]:
+        """Return what crosses the wire; see `error_from_reply`."""
+        return {"code": self.code, "reason": self.reason, "permanent": self.permanent}
+
 
 class BadInput(MlgError):
     """The input cannot be used. Send an image that opens in an image viewer."""
 
-    code = "bad_input"
     permanent = True
 
 
 class EmptyImage(BadInput):
     """The image is empty. Send the bytes of the file, for example: curl -F image=@kitten.jpg URL"""
 
-    code = "empty_image"
-
 
 class NotAnImage(BadInput):
     """The bytes are not an image. Send a JPEG, PNG, WebP, GIF, BMP or TIFF file."""
-
-    code = "not_an_image"
 
 
 class UnsupportedFormat(BadInput):
     """This image format is not supported. Send JPEG, PNG, WebP, GIF, BMP or TIFF."""
 
-    code = "unsupported_format"
-
 
 class BrokenImage(BadInput):
     """The image is cut short or damaged. Save it again in an image program and send that file."""
-
-    code = "broken_image"
 
 
 class ImageTooLarge(BadInput):
@@ -99,132 +119,101 @@ class TooManyBytes(BadInput):
     code = "too_large"
 
 
+class NotARow(BadInput):
+    """The table row cannot be used. Send a JSON object with a plain value for each column, like {"length": 5.1}."""
+
+
 class InvalidParams(BadInput):
     """A parameter has a value that the service does not accept."""
-
-    code = "invalid_params"
 
 
 class MalformedRequest(BadInput):
     """The request cannot be read. Send the image as the multipart field `image` or as the raw body."""
 
-    code = "malformed_request"
-
 
 class UnknownModel(MlgError):
     """There is no such model. `mlg models` and GET /models list the models."""
 
-    code = "unknown_model"
     permanent = True
 
 
 class NotInstalled(MlgError):
     """The model is not installed here."""
 
-    code = "not_installed"
-
 
 class ModelError(MlgError):
     """The model cannot be used."""
 
-    code = "model_error"
+    permanent = True
 
 
 class WeightsMismatch(ModelError):
     """The weights file does not match its hash or its model. Download it again, then: mlg models compile MODEL"""
 
-    code = "weights_mismatch"
-    permanent = True
-
 
 class WeightsMissing(ModelError):
     """The weights file was not found."""
-
-    code = "weights_missing"
-    permanent = True
 
 
 class CompilerMissing(ModelError):
     """Compiling Keras models needs tensorflow. Install it: pip install "mlg[compile]" """
 
-    code = "compiler_missing"
-    permanent = True
-
 
 class CompilationFailed(ModelError):
     """The compiled graph gives other results than the model that it was made from."""
-
-    code = "compilation_failed"
-    permanent = True
 
 
 class UnsafeModelFile(ModelError):
     """The model file tries to run code or to read other files. Save the model with Keras' own layers only."""
 
-    code = "unsafe_model_file"
-    permanent = True
-
 
 class UnsuitableModel(ModelError):
     """The model is not a classifier of one RGB image."""
-
-    code = "unsuitable_model"
-    permanent = True
 
 
 class BrokenArtefact(ModelError):
     """The model artefact is incomplete or damaged. Delete its folder, then: mlg models compile MODEL"""
 
-    code = "broken_artefact"
-    permanent = True
-
 
 class ChunkError(MlgError):
     """The chunk could not be processed."""
-
-    code = "chunk_error"
 
 
 class MalformedChunk(ChunkError):
     """The chunk file cannot be read."""
 
-    code = "malformed_chunk"
     permanent = True
 
 
 class MalformedResults(ChunkError):
     """The results file does not match the chunk, or cannot be read."""
 
-    code = "malformed_results"
-
 
 class WorkerDied(ChunkError):
     """The worker process ended before it had written its results."""
-
-    code = "worker_died"
 
 
 class ChunkTimeout(ChunkError):
     """The chunk took longer than its time limit."""
 
-    code = "chunk_timeout"
-
 
 class InferenceFailed(MlgError):
     """The model failed on this item."""
 
-    code = "inference_failed"
+    @staticmethod
+    def from_exception(error: Exception) -> MlgError:
+        """Return an MlgError as it is, and one for any other exception, which is a bug in a service or a library."""
+        return error if isinstance(error, MlgError) else InferenceFailed(f"{type(error).__name__}: {error}")
 
 
 class ConfigError(MlgError):
     """A setting has a value that cannot be used."""
 
-    code = "config_error"
     permanent = True
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Rebuild the error from a reply whose `ok` is false. An unknown code becomes a ChunkError."""
+    """Rebuild the error from what `to_reply` returned, elsewhere. An unknown code becomes a ChunkError."""
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

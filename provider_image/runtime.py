@@ -1,8 +1,9 @@
-"""The runtime: loads a chunk's model, runs item by item, writes the results file.
+"""The runtime: loads a chunk's model, runs batches of items, writes the results file.
 
-Called by the warm process and by `run --cold`. One thread per core takes items, decodes and runs them. Pillow and
-OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another. The bytes of an item are
-read when its turn comes and dropped when it is decoded, so memory does not grow with the chunk.
+Called by the warm process and by `run --cold`. One thread per core takes as many items as the net runs at once, decodes
+and runs them. Pillow and OpenVINO release the GIL, so the decoding of one item overlaps with the inference of another.
+The bytes of an item are read when its turn comes and dropped when it is decoded, so memory does not grow with the
+chunk.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from provider_image.chunk import ChunkReader, ItemEntry, ItemError, ItemResult, Results, open_chunk, write_results
-from provider_image.cores import available_cores
-from provider_image.errors import BrokenArtefact, MalformedChunk, MlgError, NotInstalled
+from provider_image.backends import Device, Net
+from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
+from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE
-from provider_image.service import Service
+from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
 from provider_image.services import load_service
 
 logger = logging.getLogger(__name__)
 
+#: Number of an item, what the service's `prepare` returned for it, and its parameters.
+_ReadyItem = tuple[int, Any, Mapping[str, Any]]
 #: Number of nets that remain loaded; the least recently used is dropped first.
 MAX_LOADED_NETS = 4
 
@@ -39,7 +41,7 @@ class LoadedModel:
     service: Service
     artefact: Artefact
     #: What the service's `load` returned.
-    net: Any
+    net: Net
     #: Seconds to load it for this call; 0 if it was loaded before.
     seconds: float
 
@@ -50,18 +52,15 @@ class NetCache:
     def __init__(
         self,
         models: Path,
+        device: Device | None = None,
         *,
-        threads: int | None = None,
-        precision: str = "f32",
         find_service: Callable[[str], Service] = load_service,
     ) -> None:
-        #: Items that are processed at the same time.
-        self.threads = threads or available_cores()
-        #: f32, bf16 or auto.
-        self.precision = precision
+        #: What the nets run on.
+        self.device = device or Device()
         self._models = models
         self._find_service = find_service
-        self._nets: collections.OrderedDict[tuple[Path, str], tuple[Service, Artefact, Any]] = collections.OrderedDict()
+        self._nets: collections.OrderedDict[tuple[Path, str], Net] = collections.OrderedDict()
 
     def get(self, service: str, model: str, digest: str | None) -> LoadedModel:
         """Return a model that is ready to run; build and load it first if necessary.
@@ -84,16 +83,16 @@ class NetCache:
         key = (artefact.folder, artefact.digest)
         if key in self._nets:
             self._nets.move_to_end(key)
-            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key][2], seconds=0.0)
+            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key], seconds=0.0)
         while len(self._nets) >= MAX_LOADED_NETS:
             self._nets.popitem(last=False)
         try:
-            net = implementation.load(artefact, self.threads, self.precision)
+            net = implementation.load(artefact, self.device)
         except BrokenArtefact as error:
             # Its model.json is intact, so the damage is only found now.
-            artefact = _rebuild(self._models, model, error)
-            net = implementation.load(artefact, self.threads, self.precision)
-        self._nets[key] = (implementation, artefact, net)
+            artefact = _find_or_build(self._models, model, error)
+            net = implementation.load(artefact, self.device)
+        self._nets[key] = net
         return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
 
 
@@ -102,26 +101,18 @@ def _has_compiler() -> bool:
     return importlib.util.find_spec("provider_image.compiler") is not None
 
 
-def _find_or_build(models: Path, model: str) -> Artefact:
-    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`."""
-    if not _has_compiler():
-        return find_artefact(models, model)
-    from provider_image.compiler import ensure_installed
+def _find_or_build(models: Path, model: str, broken: BrokenArtefact | None = None) -> Artefact:
+    """Return the model's artefact, building it first if that needs no download. :raises: as `find_artefact`.
 
-    return ensure_installed(models, model)
+    :param broken: why the installed one cannot be loaded; raised if it cannot be built again.
+    """
+    if _has_compiler():
+        from provider_image.compiler import ensure_installed
 
-
-def _rebuild(models: Path, model: str, error: BrokenArtefact) -> Artefact:
-    """Build the model of a damaged artefact again. :raises BrokenArtefact: `error`, where that needs a download."""
-    row = CATALOGUE.get(model)
-    if row is None or not _has_compiler():
-        raise error
-    from provider_image.compiler import build, can_build_now
-
-    if not can_build_now(row):
-        raise error
-    logger.warning("building the model again: %s", error, extra={"model": model})
-    return build(models, row, again=True)
+        return ensure_installed(models, model, broken=broken)
+    if broken is not None:
+        raise broken
+    return find_artefact(models, model)
 
 
 def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
@@ -133,41 +124,71 @@ def run_chunk(chunk: Path, results: Path, nets: NetCache) -> Results:
     with open_chunk(chunk) as reader:
         loaded = nets.get(reader.service, reader.model, reader.digest)
         for item in reader.items:
-            if item.sizes.keys() != loaded.service.inputs.keys():
-                raise MalformedChunk(f"Item {item.number} must have the inputs {', '.join(loaded.service.inputs)}.")
-        with ThreadPoolExecutor(nets.threads, thread_name_prefix="item") as pool:
-            items = tuple(pool.map(lambda item: _run_item(reader, loaded, item), reader.items))
+            if not are_inputs(loaded.service, item.sizes):
+                raise MalformedChunk(
+                    f"Item {item.number} must have the inputs {describe_inputs(loaded.service.inputs)}."
+                )
+        size = loaded.net.batch_items
+        batches = [reader.items[start : start + size] for start in range(0, len(reader.items), size)]
+        with ThreadPoolExecutor(nets.device.threads, thread_name_prefix="item") as pool:
+            done = list(pool.map(lambda batch: _run_batch(reader, loaded, batch), batches))
         found = Results(
             chunk_id=reader.chunk_id,
             model=loaded.artefact.name,
             digest=loaded.artefact.digest,
             versions=versions(),
-            precision=nets.precision,
+            precision=nets.device.precision,
             cpu=cpu_name(),
             load_seconds=loaded.seconds,
             peak_memory_bytes=peak_memory_bytes(),
-            items=items,
+            items=tuple(result for results_of_batch in done for result in results_of_batch),
         )
     write_results(results, found)
     return found
 
 
-def _run_item(reader: ChunkReader, loaded: LoadedModel, item: ItemEntry) -> ItemResult:
+def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEntry]) -> list[ItemResult]:
+    """Prepare and run some items. One that fails does not affect the others."""
+    seconds: dict[int, float] = {}
+    outcomes: dict[int, Output | Exception] = {}
+    ready: list[_ReadyItem] = []
+    for item in batch:
+        started = time.perf_counter()
+        try:
+            params = check_params(loaded.service.params, item.params)
+            inputs = reader.read_inputs(item)
+            prepared = loaded.service.prepare(loaded.artefact, inputs, params, is_resized=reader.is_resized)
+            del inputs
+            ready.append((item.number, prepared, params))
+        except Exception as error:  # noqa: BLE001 - one item must not affect the others
+            outcomes[item.number] = error
+        seconds[item.number] = time.perf_counter() - started
     started = time.perf_counter()
+    outcomes |= _run_ready(loaded, ready) if ready else {}
+    for number, _, _ in ready:
+        seconds[number] += (time.perf_counter() - started) / len(ready)
+    return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
+
+
+def _run_ready(loaded: LoadedModel, ready: Sequence[_ReadyItem]) -> dict[int, Output | Exception]:
+    """Run items; if several fail, each alone."""
+    numbers = [number for number, _, _ in ready]
     try:
-        loaded.service.check_params(item.params)
-        inputs = reader.read_inputs(item)
-        prepared = loaded.service.prepare(loaded.artefact, inputs, is_resized=reader.is_resized)
-        del inputs
-        output = loaded.service.run(loaded.net, prepared)
-    except Exception as error:
-        if not isinstance(error, MlgError):
-            # A bug in a service or a library fails only this item, and is logged.
-            logger.exception("item failed", extra={"chunk": reader.chunk_id, "item": item.number})
-        return ItemResult(
-            number=item.number, error=ItemError.from_exception(error), seconds=time.perf_counter() - started
-        )
-    return ItemResult(number=item.number, output=output, seconds=time.perf_counter() - started)
+        outputs = loaded.service.run(loaded.net, [item for _, item, _ in ready], [params for _, _, params in ready])
+        return dict(zip(numbers, outputs, strict=True))
+    except Exception as error:  # noqa: BLE001 - likewise
+        if len(ready) == 1:
+            return {numbers[0]: error}
+        return {number: outcome for one in ready for number, outcome in _run_ready(loaded, [one]).items()}
+
+
+def _result(reader: ChunkReader, number: int, outcome: Output | Exception, seconds: float) -> ItemResult:
+    if isinstance(outcome, Output):
+        return ItemResult(number=number, output=outcome.data, files=outcome.files, seconds=seconds)
+    if not isinstance(outcome, MlgError):
+        # A bug in a service or a library fails only this item, and is logged.
+        logger.error("item failed", exc_info=outcome, extra={"chunk": reader.chunk_id, "item": number})
+    return ItemResult(number=number, error=InferenceFailed.from_exception(outcome), seconds=seconds)
 
 
 def versions() -> dict[str, str]:

@@ -7,9 +7,10 @@ not trusted: unknown fields, wrong types, deep nesting and long texts are refuse
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-from provider_image.errors import MalformedChunk, MalformedResults
+from provider_image.errors import ChunkError, MalformedChunk, MalformedResults
 
 #: Version of both documents; a reader refuses any other.
 VERSION = 1
@@ -23,15 +24,8 @@ MAX_FILES = 8
 MAX_DEPTH = 16
 #: Most characters of an item's reason; a longer one is truncated when written.
 MAX_REASON = 1000
-#: Allowed names of inputs and output files.
-FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
-
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
-_RESULTS_FIELDS = {
-    "version",
+#: The fields of results.json beside its version.
+RESULTS_FIELDS = [
     "chunk_id",
     "model",
     "digest",
@@ -41,16 +35,20 @@ _RESULTS_FIELDS = {
     "load_seconds",
     "peak_memory_bytes",
     "items",
-}
+]
+#: Allowed names of inputs and output files.
+FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,31}(\.[a-z0-9]{1,8})?")
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
 
 
 def check_chunk(document: Any) -> None:
     """Check a chunk.json. :raises MalformedChunk: names the rule that it violates."""
 
-    def require(is_met: bool, what: str) -> None:
-        if not is_met:
-            raise MalformedChunk(f"The chunk file is malformed: {what}.")
-
+    require = _requirement(MalformedChunk, "chunk")
     require(isinstance(document, dict), "chunk.json is not an object")
     require(document.get("version") == VERSION, f"its version is not {VERSION}")
     require(document.keys() == _CHUNK_FIELDS, "chunk.json has missing or unknown fields")
@@ -77,13 +75,10 @@ def check_chunk(document: Any) -> None:
 def check_results(document: Any) -> None:
     """Check a results.json. :raises MalformedResults: names the rule that it violates."""
 
-    def require(is_met: bool, what: str) -> None:
-        if not is_met:
-            raise MalformedResults(f"The results file is malformed: {what}.")
-
+    require = _requirement(MalformedResults, "results")
     require(isinstance(document, dict), "results.json is not an object")
     require(document.get("version") == VERSION, f"its version is not {VERSION}")
-    require(document.keys() == _RESULTS_FIELDS, "results.json has missing or unknown fields")
+    require(document.keys() == {"version", *RESULTS_FIELDS}, "results.json has missing or unknown fields")
     require(
         _is_text(document["chunk_id"], _ID) and _is_text(document["model"], _WORD),
         "its id or model is not a valid name",
@@ -124,6 +119,14 @@ def check_results(document: Any) -> None:
                 _is_text(error["code"], _WORD) and isinstance(error["permanent"], bool), "an error's code is invalid"
             )
             require(isinstance(error["reason"], str) and len(error["reason"]) <= MAX_REASON, "a reason is too long")
+
+
+def _requirement(error: type[ChunkError], kind: str) -> Callable[[bool, str], None]:
+    def require(is_met: bool, what: str) -> None:
+        if not is_met:
+            raise error(f"The {kind} file is malformed: {what}.")
+
+    return require
 
 
 def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:

@@ -1,20 +1,67 @@
-"""The interface of a service: one kind of work on images, described once.
+"""The interface of a service: one kind of work, described once.
 
 Validation, forms, the API description, help texts and the contract test are derived from it. The server uses its
-parameters and views, the batcher checks outputs with it, the runtime runs it. A new service is one file in `services/`.
+inputs, parameters and views, the batcher checks outputs with it, the runtime runs it. A new service is one file in
+`services/`, or a class of another package (see docs/contributing.md).
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from provider_image.errors import InvalidParams
+from provider_image.errors import BadInput, InvalidParams, MalformedResults
+from provider_image.images.headers import MEDIA_TYPES, read_header
 
 if TYPE_CHECKING:
+    from provider_image.backends import Device, Net
     from provider_image.models.artefact import Artefact
+
+#: Most pixels of an image in an output.
+_MAX_OUTPUT_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An input of a service. The first of a service is not optional, and a batch has only that one."""
+
+    #: image (its header is checked), row (a JSON object of plain values, a row of a table) or file (any bytes).
+    kind: str
+    #: One sentence of help.
+    help: str
+    #: Media types that clients may name when they send it as a raw body; image/* stands for all images.
+    media_types: tuple[str, ...]
+    #: Most bytes; the server's own limit applies as well.
+    max_bytes: int
+    #: True if a request may leave it out.
+    is_optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFile:
+    """A file that a service returns beside its JSON."""
+
+    #: One sentence of help.
+    help: str
+    #: image/jpeg, image/png, image/webp, application/json, text/plain (UTF-8) or application/octet-stream (anything).
+    media_type: str
+    #: Most bytes.
+    max_bytes: int
+    #: True if an output may lack it.
+    is_optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a service returns for one item."""
+
+    #: JSON that fits the service's `output_schema`.
+    data: Any
+    #: The files of the service's `outputs`, by name.
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +131,6 @@ class Difference:
     is_same_order: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelInput:
-    """The input of a model. Known before the model is installed, from its row in the catalogue."""
-
-    #: Height and width in pixels.
-    height: int
-    width: int
-    #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
-    crop: float | None
-
-
 class Service(Protocol):
     """One kind of work. An instance has no state; models are passed to it as artefacts and nets."""
 
@@ -105,49 +141,90 @@ class Service(Protocol):
     #: What it does, one sentence.
     help: str
     #: Name of each input -> its description.
-    inputs: Mapping[str, str]
-    #: The parameters of a request.
+    inputs: Mapping[str, Input]
+    #: The parameters of a request. Those that are not read-time reach `prepare` and `run` with every chunk.
     params: tuple[Param, ...]
-    #: JSON schema of the output.
+    #: Name of each output file, as in chunk files -> its description.
+    outputs: Mapping[str, OutputFile]
+    #: JSON schema of the output's JSON.
     output_schema: Mapping[str, Any]
-    #: An example of an output.
+    #: An example of it.
     example: Any
 
-    def load(self, artefact: Artefact, threads: int, precision: str) -> Any:
+    def load(self, artefact: Artefact, device: Device) -> Net:
         """Load a model. The returned net may be run from several threads at once.
 
-        :param precision: f32, bf16 or auto.
         :raises BrokenArtefact: the artefact cannot be loaded.
         """
 
-    def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Reduce inputs to the size that the model uses, without loss, to save bytes.
-
-        Called before an item leaves the batcher's machine. `prepare` must return exactly the same for the result as for
-        the originals. An input that cannot be reduced is returned as it is.
-
-        :return: the inputs under the same names.
-        :raises BadInput: as `prepare` with the originals, with the same message.
-        """
-
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
+    def prepare(
+        self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
+    ) -> Any:
         """Decode the inputs of an item. Needs no net, so it runs during the inference of other items.
 
-        :param is_resized: the inputs are said to be what `resize` returned.
-        :raises BadInput: the inputs cannot be used, or are not what `resize` returns.
+        :param is_resized: images are said to have been resized to the model's input, see `images/resizing.py`. Must
+            return exactly the same for them as for the originals.
+        :raises BadInput: the inputs cannot be used, or are not resized.
         """
 
-    def run(self, net: Any, item: Any) -> Any:
-        """Run the net on what `prepare` returned, and return the output, JSON. :raises InferenceFailed:"""
+    def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> Sequence[Output]:
+        """Run the net on what `prepare` returned, at most `net.batch_items` of it, and return an output for each.
 
-    def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Check parameters; missing ones get their defaults. :raises InvalidParams:"""
+        :raises InferenceFailed: if there are several items, each is then run alone.
+        """
 
-    def check_output(self, artefact: Artefact, output: Any) -> None:
-        """Check an output that a provider sent; nothing in it is trusted. :raises MalformedResults:"""
+    def check_output(self, artefact: Artefact, params: Mapping[str, Any], output: Output) -> None:
+        """Check an output that a provider sent; nothing in it is trusted. Its files have passed `check_files`.
+
+        :raises MalformedResults:
+        """
+
+    def compare(self, expected: Output, output: Output, tolerance: float) -> Difference:
+        """Compare two outputs for the same item that both passed `check_output`; one of a self-test has no files."""
 
     def view(self, output: Any, params: Mapping[str, Any]) -> Any:
-        """Return the part of a stored output that a client sees."""
+        """Return the part of a stored output's JSON that a client sees."""
 
-    def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
-        """Compare two outputs for the same item that both passed `check_output`."""
+
+def primary_input(service: Service) -> str:
+    """Return the name of the input that every request has."""
+    return next(iter(service.inputs))
+
+
+def describe_inputs(inputs: Mapping[str, Input]) -> str:
+    """Name the inputs of a service and what they are, for messages."""
+    return ", ".join(f"`{name}` ({one.kind}{', optional' * one.is_optional})" for name, one in inputs.items())
+
+
+def are_inputs(service: Service, names: Iterable[str]) -> bool:
+    """Tell whether a request may consist of these inputs: no unknown one, and none missing that is not optional."""
+    given = set(names)
+    return given <= service.inputs.keys() and all(
+        one.is_optional or name in given for name, one in service.inputs.items()
+    )
+
+
+def check_files(outputs: Mapping[str, OutputFile], files: Mapping[str, bytes]) -> None:
+    """Check the names, sizes and contents of the files of an output. :raises MalformedResults:"""
+    missing = sorted(name for name, one in outputs.items() if name not in files and not one.is_optional)
+    unknown = sorted(files.keys() - outputs.keys())
+    if missing or unknown:
+        raise MalformedResults(f"The output has the unknown files {unknown} and lacks {missing}.")
+    for name, data in files.items():
+        if len(data) > outputs[name].max_bytes:
+            raise MalformedResults(f"The file {name} has {len(data)} bytes, at most {outputs[name].max_bytes} allowed.")
+        if not _has_type(data, outputs[name].media_type):
+            raise MalformedResults(f"The file {name} is not {outputs[name].media_type}.")
+
+
+def _has_type(data: bytes, media_type: str) -> bool:
+    try:
+        if media_type.startswith("image/"):
+            return MEDIA_TYPES[read_header(data, _MAX_OUTPUT_PIXELS).format] == media_type
+        if media_type == "application/json":
+            json.loads(data)
+        elif media_type == "text/plain":
+            data.decode()
+    except (BadInput, ValueError, RecursionError):
+        return False
+    return media_type in ("application/json", "text/plain", "application/octet-stream")

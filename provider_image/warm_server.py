@@ -167,7 +167,8 @@ class _WarmServer:
             self._stop_listening()
             while self._waiting:
                 client, _ = self._waiting.popleft()
-                self._send(client, _error_reply(WorkerDied("The warm process was stopped before it began the chunk.")))
+                stopped = WorkerDied("The warm process was stopped before it began the chunk.")
+                self._send(client, {"ok": False, **stopped.to_reply()})
         elif self._is_listening and self._idle_seconds and not self._waiting and self._select_timeout() == 0:
             # Stops accepting connections; those that were just made are still served.
             self._accept()
@@ -237,10 +238,10 @@ class _WarmServer:
             chunk, results = _parse_job(line)
             run_chunk(chunk, results, self._nets)
         except MlgError as error:
-            return _error_reply(error)
+            return {"ok": False, **error.to_reply()}
         except Exception as error:
             logger.exception("chunk failed")
-            return _error_reply(ChunkError(f"{type(error).__name__}: {error}"))
+            return {"ok": False, **ChunkError(f"{type(error).__name__}: {error}").to_reply()}
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 
@@ -253,7 +254,3 @@ def _parse_job(line: bytes) -> tuple[Path, Path]:
     if not (chunk.is_absolute() and results.is_absolute()):
         raise MalformedRequest("Both paths must be absolute: the warm process has another working folder.")
     return chunk, results
-
-
-def _error_reply(error: MlgError) -> dict[str, Any]:
-    return {"ok": False, "code": error.code, "reason": error.reason, "permanent": error.permanent}

@@ -1,4 +1,4 @@
-"""What the views of one server process share.
+"""What the views of one server process share, and what every group of views is made of.
 
 Created by `server/app.py`. It must not keep anything between two requests that another server process would need.
 """
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import flask
+
 from provider_image.models.artefact import installed_digest
-from provider_image.models.catalogue import CATALOGUE, custom_install_command, install_command
+from provider_image.models.catalogue import CATALOGUE, install_command
+from server.auth.guard import owned
+from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
@@ -22,6 +26,8 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
+from store.batches import BatchRecord
+from store.errors import ImageGone
 from store.requests import RequestRecord
 from store.store import Store
 
@@ -36,7 +42,7 @@ class Context:
     intake: Intake
     #: Holds reads until their request is final.
     long_poller: LongPoller
-    #: Notifies event streams of changes.
+    #: Notifies event streams and held reads of changes.
     change_dispatcher: ChangeDispatcher
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
@@ -49,6 +55,29 @@ class Context:
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore
 
+    @classmethod
+    def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
+        """Create the context of one server process."""
+        active_reads = ActiveReads()
+        queue_stats = QueueStats(store)
+        work_slots = threading.BoundedSemaphore(settings.server_threads)
+        change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
+        return cls(
+            settings=settings,
+            store=store,
+            intake=Intake(
+                settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
+            ),
+            # Held reads take at most half of the threads.
+            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.server_threads // 2),
+            change_dispatcher=change_dispatcher,
+            active_reads=active_reads,
+            clock=clock,
+            queue_stats=queue_stats,
+            dashboard=Dashboard(store, queue_stats, clock),
+            work_slots=work_slots,
+        )
+
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Build a request's JSON, with the reason why it waits.
 
@@ -57,6 +86,19 @@ class Context:
         if params is None:
             params = parse_read_params(request.service, {})
         return serialize_request(request, params, self.estimate_wait(request))
+
+    def read_image(self, request: RequestRecord) -> bytes:
+        """Read the image of a request. :raises ImageGone: it was deleted."""
+        if request.image_deleted_at is not None:
+            raise ImageGone()
+        return self.read_stored(request.image_sha256)
+
+    def read_stored(self, sha256: str) -> bytes:
+        """Read what is stored under a hash. :raises ImageGone: it was deleted."""
+        try:
+            return self.store.images.read(sha256)
+        except FileNotFoundError as error:
+            raise ImageGone() from error
 
     def estimate_wait(self, request: RequestRecord) -> WaitEstimate | None:
         """Estimate why a request waits and how long; None if it is final."""
@@ -74,10 +116,34 @@ class Context:
         """Return why no batcher can run a model that requests wait for."""
         if installed_digest(self.settings.models, model) is not None or can_build(model):
             return None
-        row = CATALOGUE.get(model)
-        if row is None:
+        if model not in CATALOGUE:
             return (
                 f"The model {model} is not installed any more and is not in the catalogue. If it is a custom model, "
-                f"install it again: {custom_install_command(model)}; else cancel the request."
+                f"install it again: {install_command(model)}; else cancel the request."
             )
-        return f"The model {model} is not installed any more. Install it: {install_command(row)}"
+        return f"The model {model} is not installed any more. Install it: {install_command(model)}"
+
+
+class Views:
+    """Views that share a context: the methods of a subclass that have an operation."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = context.store
+        self._now = context.clock
+
+    def _get_request(self, id: str) -> RequestRecord:
+        """Return a request of the caller's. :raises UnknownRequest:"""
+        return owned(self._store.requests.get, id)
+
+    def _get_batch(self, id: str) -> BatchRecord:
+        """Return a batch of the caller's. :raises UnknownBatch:"""
+        return owned(self._store.batches.get, id)
+
+    def register(self, app: flask.Flask) -> None:
+        """Add the views to an application, in the order in which they are defined."""
+        for name in vars(type(self)):
+            view = getattr(self, name)
+            declared = get_operation(view)
+            if declared is not None:
+                app.add_url_rule(declared.path, name, view, methods=declared.methods)

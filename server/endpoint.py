@@ -1,12 +1,14 @@
-"""The declaration of a view: its scope, its parameters, its body and its responses.
+"""The declaration of a view: its route, its scope, its parameters, its body and its responses.
 
-Every view has one, by the decorator `operation`. The guard reads the scope from it, and `server/api/openapi.py` builds
-the API description from it, so neither can miss a view. What a parameter of a service takes comes from the service.
+Every view has one, by the decorator `operation`. The application routes by it, the guard reads the scope from it, and
+`server/api/openapi.py` builds the API description from it, so none can miss a view. What a parameter of a service takes
+comes from the service.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +17,8 @@ from provider_image.services import REGISTRY, load_service
 from store.keys import Scope
 
 View = TypeVar("View", bound=Callable[..., Any])
+#: Tag of the pages for browsers.
+PAGES = "pages"
 #: The attribute of a view that holds its operation.
 _ATTRIBUTE = "operation"
 
@@ -34,6 +38,8 @@ class Field:
 class Operation:
     """What one view does."""
 
+    #: Methods and path: "GET|POST /readPrediction/<id>".
+    route: str
     #: One line.
     summary: str
     #: The scope that a key needs; None is open to everybody.
@@ -48,12 +54,44 @@ class Operation:
     #: Content type of the responses.
     content_type: str = "application/json"
 
+    @property
+    def methods(self) -> list[str]:
+        """List the HTTP methods."""
+        return self.route.partition(" ")[0].split("|")
 
-def operation(**facts: Any) -> Callable[[View], View]:
-    """Declare what a view does; takes the fields of Operation."""
+    @property
+    def path(self) -> str:
+        """Return the path as Flask writes it: /requests/<id>."""
+        return self.route.partition(" ")[2]
+
+    @property
+    def template(self) -> str:
+        """Return the path as OpenAPI writes it: /requests/{id}."""
+        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
+
+
+def operation(
+    route: str,
+    summary: str,
+    scope: Scope | None,
+    *,
+    returns: str | Mapping[str, Any] | None = None,
+    errors: Sequence[int] = (),
+    responses: Mapping[int, str | Mapping[str, Any]] | None = None,
+    **facts: Any,
+) -> Callable[[View], View]:
+    """Declare what a view does; takes the fields of Operation.
+
+    :param returns: the response with status 200, if that is JSON; shorter than `responses`.
+    :param errors: statuses of errors that only this view has.
+    """
+    described = {**({} if returns is None else {200: returns}), **(responses or {}), **dict.fromkeys(errors, "Error")}
+    if "content_type" in facts:
+        described.setdefault(200, {})
+    declared = Operation(route=route, summary=summary, scope=scope, responses=described, **facts)
 
     def decorate(view: View) -> View:
-        setattr(view, _ATTRIBUTE, Operation(**facts))
+        setattr(view, _ATTRIBUTE, declared)
         return view
 
     return decorate
@@ -75,12 +113,23 @@ def service_fields(*, is_read: bool = False) -> tuple[Field, ...]:
     return tuple(found.values())
 
 
-def form_schema(fields: tuple[Field, ...], **files: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a form: its files, which are required, and its fields."""
+def input_schemas() -> dict[str, Mapping[str, Any]]:
+    """Describe the inputs of all services, each name once."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for service in map(load_service, REGISTRY):
+        for name, one in service.inputs.items():
+            kind = {"type": "object"} if one.kind == "row" else {"type": "string", "format": "binary"}
+            found.setdefault(name, {**kind, "description": one.help})
+    return found
+
+
+def form_schema(fields: tuple[Field, ...], inputs: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Describe a form or a JSON object: its inputs, which are required if there is only one, and its fields."""
+    inputs = inputs or {}
     return {
         "type": "object",
-        "required": list(files),
-        "properties": {**files, **{field.name: {**field.schema, "description": field.help} for field in fields}},
+        "required": list(inputs) if len(inputs) == 1 else [],
+        "properties": {**inputs, **{field.name: {**field.schema, "description": field.help} for field in fields}},
     }
 
 

@@ -32,44 +32,31 @@ from store.webhooks import UnknownWebhook
 class AccessRefused(MlgError):
     """This is not allowed."""
 
-    code = "access_refused"
     permanent = True
 
 
 class KeyMissing(AccessRefused):
     """An API key is required: send the header `Authorization: Bearer KEY`. An operator creates one: mlg keys create"""
 
-    code = "key_missing"
-
 
 class KeyRefused(AccessRefused):
     """The API key is unknown, expired or revoked. An operator creates a new one: mlg keys create"""
-
-    code = "key_refused"
 
 
 class ScopeMissing(AccessRefused):
     """The API key lacks the scope for this."""
 
-    code = "scope_missing"
-
 
 class CrossSite(AccessRefused):
     """A page of another site sent this. Use the pages of this server, or send the request from a program."""
-
-    code = "cross_site"
 
 
 class WrongHost(AccessRefused):
     """This server does not serve this host name. Add it to MLG_ALLOWED_HOSTS, or use http://127.0.0.1"""
 
-    code = "wrong_host"
-
 
 class RateLimited(LimitReached):
     """The API key sends too many requests. Send the next one when this minute is over."""
-
-    code = "rate_limited"
 
 
 # Intake
@@ -84,31 +71,21 @@ class FetchingDisabled(AccessRefused):
 class UrlRefused(BadInput):
     """This URL is not fetched. It must be https, on port 443, of a public host."""
 
-    code = "url_refused"
-
 
 class FetchFailed(MlgError):
     """The image could not be fetched. Check its URL, or send the image itself."""
-
-    code = "fetch_failed"
 
 
 class UnsupportedMediaType(BadInput):
     """This content type is not accepted. Send multipart/form-data with the field `image`, or raw bytes as image/*."""
 
-    code = "unsupported_media_type"
-
 
 class TooManyItems(TooManyBytes):
     """A batch takes at most 10000 images. Send several batches."""
 
-    code = "too_many_items"
-
 
 class BacklogFull(MlgError):
     """Too many requests are waiting already. Send the image again later."""
-
-    code = "backlog_full"
 
 
 # Live events and webhooks
@@ -117,13 +94,9 @@ class BacklogFull(MlgError):
 class StreamsFull(MlgError):
     """Too many event streams are open. Try again in a moment, or read with ?wait=SECONDS instead."""
 
-    code = "streams_full"
-
 
 class DeliveryFailed(MlgError):
     """The receiver could not be reached."""
-
-    code = "delivery_failed"
 
 
 #: HTTP status of each error: the class's own row, else that of its nearest base class.

@@ -86,7 +86,8 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 class RequestFailed(MlgError):
     """The host could not be reached."""
 
-    # No code of its own: callers turn it into an error of theirs.
+    # Callers turn it into an error of theirs.
+    code = "error"
 
 
 def is_public(address: str) -> bool:

@@ -39,12 +39,11 @@ from granian.server.mp import MPServer
 
 from provider_image.errors import ConfigError, MlgError
 from server.address import reachable_host
-from server.app import create_app
+from server.app import create_app, get_context
 from server.auth.guard import check_exposure
+from server.context import Context
 from server.http_client import HttpClient
 from server.intake.uploads import ActiveReads
-from server.live.changes import ChangeDispatcher
-from server.live.long_poll import LongPoller
 from server.live.sse import STREAMED
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
@@ -235,17 +234,12 @@ class _GranianServer(MPServer):
                 os.close(descriptor)
         settings = self._settings
         store = Store(settings)
-        long_poller = LongPoller(store.requests, capacity=settings.server_threads // 2)
-        change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
-        active_reads = ActiveReads()
+        app = create_app(settings, store)
         active_requests = ActiveReads()
         deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))
         deliverer.start()
-        watched = (long_poller, change_dispatcher, deliverer, active_reads, active_requests)
+        watched = (get_context(app), deliverer, active_requests)
         threading.Thread(target=self._supervise_worker, args=watched, name="watch", daemon=True).start()
-        app = create_app(
-            settings, store, long_poller=long_poller, change_dispatcher=change_dispatcher, active_reads=active_reads
-        )
 
         def application(environ: dict[str, Any], start_response: Any) -> Any:
             with active_requests.track():
@@ -279,23 +273,15 @@ class _GranianServer(MPServer):
                 return
             time.sleep(0.02)
 
-    def _supervise_worker(
-        self,
-        long_poller: LongPoller,
-        change_dispatcher: ChangeDispatcher,
-        deliverer: Deliverer,
-        active_reads: ActiveReads,
-        active_requests: ActiveReads,
-    ) -> None:
+    def _supervise_worker(self, context: Context, deliverer: Deliverer, active_requests: ActiveReads) -> None:
         """Supervise one worker, from inside it."""
         main_pid = self.pid
         while not select.select([self._stop_reader], [], [], 5.0)[0]:
-            if active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
+            if context.active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
                 log.error("slow clients block every reading thread; this worker is replaced")
                 os._exit(1)
         # Held reads are answered and streams end now, so that they do not delay the stop.
-        long_poller.stop()
-        change_dispatcher.stop()
+        context.change_dispatcher.stop()
         deliverer.stop()
         os.kill(os.getpid(), signal.SIGTERM)
         give_up_at = time.monotonic() + (STOP_SECONDS + 1 if os.getppid() == main_pid else ORPHAN_SECONDS)

@@ -12,12 +12,13 @@ from typing import Any
 from provider_image.compiler import can_build_now
 from provider_image.errors import InvalidParams, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact
-from provider_image.models.catalogue import ModelRow, install_command
+from provider_image.models.catalogue import ModelFacts, install_command
 from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
-from provider_image.services import load_service
+from provider_image.service import check_params, primary_input
+from provider_image.services import REGISTRY, load_service
+from server.record_json import fields
 from server.status.eta import WaitEstimate
-from store.cost_split import to_amount
 from store.requests import RequestRecord
 from store.rows import to_text
 from store.states import RequestState
@@ -36,48 +37,55 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         "req_id": request.id,
         "status": request.status,
         "preds": None,
-        "model": request.model,
-        "service": request.service,
-        "name": request.name,
-        "created_at": to_text(request.created_at),
-        "attempts": request.attempts,
+        **fields(request, "model service name created_at attempts"),
+        **{name: value for name, value in fields(request, "batch_id client_id labels").items() if value},
     }
-    for name, value in (("batch_id", request.batch_id), ("client_id", request.client_id), ("labels", request.labels)):
-        if value:
-            result[name] = dict(value) if isinstance(value, Mapping) else value
     if request.state is RequestState.DONE:
-        result["preds"] = load_service(request.service).view(request.output, {**request.params, **params})
-        result["cached"] = request.is_cached
-        result["provider"] = request.provider
-        result["seconds"] = request.seconds
-        result["digest"] = request.digest
-        result["cost"] = None if request.cost is None else to_amount(request.cost)
+        is_known = request.service in REGISTRY  # the package that has it may have been removed
+        params = {**request.params, **params}
+        result["preds"] = load_service(request.service).view(request.output, params) if is_known else request.output
+        result |= {"cached": request.is_cached, **fields(request, "provider seconds digest cost")}
         if request.cost is not None:
             result["cost_is_final"] = request.is_cost_final
+    if request.files:
+        result["files"] = {
+            name: {
+                "url": f"/requests/{request.id}/files/{name}",
+                "media_type": one.media_type,
+                "bytes": one.size_bytes,
+            }
+            for name, one in request.files.items()
+        }
     if request.finished_at is not None:
         result["finished_at"] = to_text(request.finished_at)
     if wait is not None:
-        result["waiting_for"] = wait.waiting_for
-        result["eta_seconds"] = wait.eta_seconds
+        result |= fields(wait, "waiting_for eta_seconds")
         if wait.ahead is not None:
             result["ahead"] = wait.ahead
     if request.state is not RequestState.DONE and request.reason is not None:
         # Also while it is queued again: why the last attempt failed.
-        result["reason"] = request.reason
-        result["code"] = request.code
+        result |= fields(request, "reason code")
     return result
+
+
+def is_image(request: RequestRecord) -> bool:
+    """Tell whether the first input of a request is an image."""
+    if request.service not in REGISTRY:
+        return False
+    service = load_service(request.service)
+    return service.inputs[primary_input(service)].kind == "image"
 
 
 def parse_read_params(service_name: str, fields: Mapping[str, str]) -> dict[str, Any]:
     """Check the parameters of a read. :return: all that the service has, with defaults. :raises InvalidParams:"""
-    service = load_service(service_name)
-    read_time = {param.name for param in service.params if param.is_read_time}
+    service_params = load_service(service_name).params if service_name in REGISTRY else ()
+    read_time = {param.name for param in service_params if param.is_read_time}
     for name in fields:
         if name not in read_time:
             raise InvalidParams(
                 f"A read has no parameter {name[:64]!r}. Parameters: {', '.join(sorted(read_time | {'wait'}))}."
             )
-    checked = service.check_params(dict(fields))
+    checked = check_params(service_params, fields)
     return {name: value for name, value in checked.items() if name in read_time}
 
 
@@ -89,49 +97,31 @@ def serialize_models(models: Path) -> list[dict[str, Any]]:
     return [_serialize_model(models, row) for row in list_rows(models)]
 
 
-def _serialize_model(models: Path, row: ModelRow) -> dict[str, Any]:
+def _serialize_model(models: Path, row: ModelFacts) -> dict[str, Any]:
     try:
         artefact = find_artefact(models, row.name)
     except (NotInstalled, ModelError):
         artefact = None
     speed = None if artefact is None else read_speed(models, row.name, artefact.digest)
     return {
-        "name": row.name,
-        "title": row.title,
-        "service": row.service,
+        **fields(row, "name title service"),
         # Installed with other weights than the published ones, a model of the catalogue is a custom one too.
         "source": row.source if artefact is None else artefact.source,
-        "height": row.height,
-        "width": row.width,
+        **fields(row, "height width"),
         "installed": artefact is not None,
         "builds_on_first_use": artefact is None and can_build_now(row),
         "digest": None if artefact is None else artefact.digest,
         "size_bytes": None if artefact is None else artefact.size_bytes,
-        "storage": None if artefact is None else artefact.storage.kept,
+        "storage": None if artefact is None else artefact.precision,
         "images_per_second": None if speed is None else speed.images_per_second,
-        "install": install_command(row),
+        "install": install_command(row.name),
     }
 
 
 def serialize_delivery(delivery: DeliveryRecord) -> dict[str, Any]:
     """Build a webhook delivery's JSON, without its body."""
     return {
-        "id": delivery.id,
-        "endpoint_id": delivery.endpoint_id,
-        "url": delivery.url,
-        "event": delivery.event,
-        "subject": delivery.subject,
+        **fields(delivery, "id endpoint_id url event subject"),
         "state": delivery.status,
-        "attempts": delivery.attempts,
-        **{
-            name: None if moment is None else to_text(moment)
-            for name, moment in (
-                ("created_at", delivery.created_at),
-                ("next_at", delivery.next_at),
-                ("delivered_at", delivery.delivered_at),
-                ("dead_at", delivery.dead_at),
-            )
-        },
-        "last_status": delivery.last_status,
-        "last_error": delivery.last_error,
+        **fields(delivery, "attempts created_at next_at delivered_at dead_at last_status last_error"),
     }

@@ -27,6 +27,7 @@ from typing import Any
 from provider_image.errors import InvalidParams, MlgError
 from server.errors import DeliveryFailed, UrlRefused
 from server.http_client import HttpClient, RequestFailed, check_url
+from server.record_json import fields
 from server.serializers import parse_read_params, serialize_request
 from store.errors import UnknownRequest
 from store.rows import to_text
@@ -102,10 +103,7 @@ def send(
 
 
 class Deliverer:
-    """Sends what is due, in background threads.
-
-    :param retry_seconds: seconds between the attempts.
-    """
+    """Sends what is due, in background threads."""
 
     def __init__(
         self,
@@ -229,14 +227,10 @@ class Deliverer:
                 progress = self._outbox.batches.progress(delivery.subject)
                 if progress.waiting:
                     return None
-                counts = ("done", "failed", "cancelled", "expired")
                 data = {
                     "batch_id": batch.id,
-                    "name": batch.name,
-                    "model": batch.model,
-                    "total": batch.total,
-                    "refused": batch.refused,
-                    **{name: getattr(progress, name) for name in counts},
+                    **fields(batch, "name model total refused"),
+                    **fields(progress, "done failed cancelled expired"),
                 }
             else:
                 request = self._outbox.requests.get(delivery.subject)

@@ -82,8 +82,6 @@ _SOME_ITEMS = f"""
 class UnknownBatch(UnknownRequest):
     """There is no batch with this id. It was never accepted here, or its retention time is over."""
 
-    code = "unknown_batch"
-
 
 class BatchInProgress(MlgError):
     """Requests of the batch are still queued or in progress. Cancel it, or wait until it has ended."""
@@ -95,7 +93,6 @@ class BatchInProgress(MlgError):
 class DuplicateClientId(MlgError):
     """Two items of the batch have the same client id. Give each a different one."""
 
-    code = "duplicate_client_id"
     permanent = True
 
 

@@ -79,9 +79,10 @@ class Transaction:
         self.connection.executemany(sql, parameters)
 
     def publish(self, staged: StagedImage) -> None:
-        """Give a staged image its final name, which it loses again if the write is not committed."""
-        self._images.publish(staged)
-        self._published.append(staged.sha256)
+        """Give a staged image and its other inputs their final names, which they lose if the write is not committed."""
+        for each in (staged, *staged.others.values()):
+            self._images.publish(each)
+            self._published.append(each.sha256)
 
     def count_published(self) -> int:
         """Count the images that were published so far."""

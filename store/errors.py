@@ -11,29 +11,29 @@ from provider_image.errors import MlgError
 class UnknownRequest(MlgError):
     """There is no request with this id. It was never accepted here, or its retention time is over."""
 
-    code = "unknown_request"
     permanent = True
 
 
 class NotCancellable(MlgError):
     """The request has been dispatched or answered already, so it cannot be cancelled."""
 
-    code = "not_cancellable"
     permanent = True
 
 
 class NotRetryable(MlgError):
     """Only a failed or cancelled request whose image is still kept can be retried."""
 
-    code = "not_retryable"
     permanent = True
 
 
 class NotRemovable(MlgError):
     """Only a request that has ended can be deleted. Cancel it first, or wait for its answer."""
 
-    code = "not_removable"
     permanent = True
+
+
+class UnknownFile(UnknownRequest):
+    """The answer has no file with this name."""
 
 
 class ImageGone(MlgError):
@@ -46,34 +46,22 @@ class ImageGone(MlgError):
 class StoreError(MlgError):
     """The store cannot do this now."""
 
-    code = "store_error"
-
 
 class StoreBusy(StoreError):
     """The database is locked by another process. Send the request again in a moment."""
-
-    code = "store_busy"
 
 
 class StoreUnavailable(StoreError):
     """The store cannot be written. Check that its folder exists, belongs to this user and is not read-only."""
 
-    code = "store_unavailable"
-
 
 class DiskFull(StoreError):
     """The disk is full. Nothing of this request was stored; free some space and send it again."""
-
-    code = "disk_full"
 
 
 class LimitReached(MlgError):
     """The API key has reached a limit."""
 
-    code = "limit_reached"
-
 
 class QuotaReached(LimitReached):
     """The API key has used its images of this day. The next day begins at midnight UTC."""
-
-    code = "quota_reached"

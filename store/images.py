@@ -1,7 +1,7 @@
-"""Images as files named by the sha256 of their bytes; one copy of equal bytes.
+"""Images and other files, named by the sha256 of their bytes; one copy of equal bytes.
 
     blobs/tmp/<random>            staged; nothing refers to it
-    blobs/pictures/<sha256>       published; rows of `requests` refer to it
+    blobs/pictures/<sha256>       published; rows of `requests` and `request_files` refer to it
 
 All published images are in one folder on purpose: a commit that publishes sixteen images then syncs one folder and not
 sixteen (0.3 ms against 2.9 ms on ext4, where every fsync is a flush of the disk).
@@ -17,8 +17,8 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 #: Staged files of killed processes are deleted when they are older than this.
 LEFTOVER_SECONDS = 3600.0
 
-_IS_REFERENCED = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ?)"
+_IS_REFERENCED = """
+    SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = :sha256)
+        OR EXISTS (SELECT 1 FROM request_files WHERE sha256 = :sha256)
+"""
 
-_IS_NEEDED = "SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = ? AND image_deleted_at IS NULL)"
+_IS_NEEDED = """
+    SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = :sha256 AND image_deleted_at IS NULL)
+        OR EXISTS (SELECT 1 FROM request_files WHERE sha256 = :sha256)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,10 @@ class StagedImage:
     sha256: str
     #: How many bytes.
     size: int
+    #: Its media type; only of files beside the image.
+    media_type: str = ""
+    #: The other inputs of the same request, by name.
+    others: Mapping[str, StagedImage] = field(default_factory=dict)
 
 
 def as_store_error(error: OSError, folder: Path) -> StoreError:
@@ -115,8 +125,9 @@ class ImageStore:
         return StagedImage(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
     def discard(self, staged: StagedImage) -> None:
-        """Delete staged bytes; does nothing when they were published."""
-        staged.path.unlink(missing_ok=True)
+        """Delete staged bytes, and those of the other inputs; does nothing when they were published."""
+        for each in (staged, *staged.others.values()):
+            each.path.unlink(missing_ok=True)
 
     def publish(self, staged: StagedImage) -> None:
         """Give staged bytes their final name. Only under the store's write lock; `sync` makes the name durable.
@@ -162,12 +173,12 @@ class ImageStore:
 
 
 def is_referenced(connection: sqlite3.Connection, sha256: str) -> bool:
-    """Tell whether any request refers to an image. A file without a reference was never acknowledged to a client."""
-    return bool(connection.execute(_IS_REFERENCED, (sha256,)).fetchone()[0])
+    """Tell whether any request refers to a file. A file without a reference was never acknowledged to a client."""
+    return bool(connection.execute(_IS_REFERENCED, {"sha256": sha256}).fetchone()[0])
 
 
 def delete_unneeded_images(connection: sqlite3.Connection, images: ImageStore, digests: Iterable[str]) -> None:
-    """Delete those images that no request needs any more; call it inside the write that changes the requests."""
+    """Delete those files that no request needs any more; call it inside the write that changes the requests."""
     for sha256 in digests:
-        if not connection.execute(_IS_NEEDED, (sha256,)).fetchone()[0]:
+        if not connection.execute(_IS_NEEDED, {"sha256": sha256}).fetchone()[0]:
             images.delete(sha256)

@@ -78,14 +78,12 @@ class Scope(enum.StrEnum):
 class UnknownKey(MlgError):
     """There is no such API key, or it is revoked already. `mlg keys list` shows those there are."""
 
-    code = "unknown_key"
     permanent = True
 
 
 class KeyNameTaken(MlgError):
     """There is an API key with this name. Choose another name, or revoke that key first: mlg keys revoke NAME"""
 
-    code = "key_name_taken"
     permanent = True
 
 

@@ -8,12 +8,15 @@ may start at once on an empty home.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import sqlite_utils
 
 from provider_image.errors import ConfigError
+from store.cost_split import ZERO, to_amount, total
 from store.ledger import BillState
 from store.rows import to_text
 from store.states import RequestState
@@ -601,6 +604,76 @@ def m009_transition(db: sqlite_utils.Database) -> None:
         db.execute(f"DROP TRIGGER {name}")
 
 
+def m010_reservations(db: sqlite_utils.Database) -> None:
+    """Amounts that may still be spent, and the caps of batchers; agreements without a decided invoice are committed."""
+    for statement in (
+        """
+        CREATE TABLE reservations (
+            id TEXT PRIMARY KEY,
+            batcher_id TEXT NOT NULL,
+            purpose TEXT NOT NULL,
+            amount TEXT NOT NULL,
+            state TEXT NOT NULL,
+            agreement_id TEXT UNIQUE,
+            changed_at TEXT NOT NULL,
+            CHECK (state = 'reserved' OR agreement_id IS NOT NULL)
+        )
+        """,
+        "CREATE INDEX reservations_open ON reservations (state, amount) WHERE state != 'settled'",
+        "CREATE INDEX reservations_of_batcher ON reservations (batcher_id, amount)",
+        """
+        CREATE TABLE budgets (
+            batcher_id TEXT NOT NULL,
+            cap TEXT NOT NULL,
+            amount TEXT NOT NULL,
+            PRIMARY KEY (batcher_id, cap)
+        ) WITHOUT ROWID
+        """,
+    ):
+        db.execute(statement)
+    chunks: dict[str, list[Decimal]] = defaultdict(list)
+    for agreement_id, cost in db.execute(
+        "SELECT agreement_id, cost FROM chunks WHERE agreement_id IS NOT NULL AND cost IS NOT NULL"
+    ):
+        chunks[agreement_id].append(Decimal(cost))
+    notes: dict[str, dict[str, Decimal]] = defaultdict(dict)
+    for agreement_id, activity_id, amount in db.execute(
+        "SELECT agreement_id, activity_id, amount FROM debit_notes WHERE state = 'accepted'"
+    ):
+        notes[agreement_id][activity_id] = max(Decimal(amount), notes[agreement_id].get(activity_id, ZERO))
+    for id, batcher_id, model, created_at in db.execute(
+        """
+        SELECT agreements.id, coalesce(batcher_id, ''), model, agreements.created_at
+        FROM agreements LEFT JOIN allocations ON allocations.id = allocation_id
+        WHERE agreements.id NOT IN (SELECT agreement_id FROM invoices WHERE state IN ('accepted', 'refused'))
+        """
+    ).fetchall():
+        amount = max(total(chunks[id]), total(notes[id].values()))
+        db.execute(
+            "INSERT INTO reservations VALUES (?, ?, ?, ?, 'committed', ?, ?)",
+            [id, batcher_id, model, to_amount(amount), id, created_at],
+        )
+
+
+def m011_files(db: sqlite_utils.Database) -> None:
+    """Files of requests beside the image: further inputs, and those of answers."""
+    for statement in (
+        "ALTER TABLE requests ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE requests ADD COLUMN files TEXT NOT NULL DEFAULT '{}'",
+        # Whether a file is still needed. A deleted request refers to nothing.
+        """
+        CREATE TABLE request_files (
+            number INTEGER NOT NULL REFERENCES requests (number) ON DELETE CASCADE,
+            is_input INTEGER NOT NULL CHECK (is_input IN (0, 1)),
+            sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+            PRIMARY KEY (number, is_input, sha256)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX request_files_sha256 ON request_files (sha256)",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -611,6 +684,8 @@ STEPS: tuple[Step, ...] = (
     m007_webhooks,
     m008_controls,
     m009_transition,
+    m010_reservations,
+    m011_files,
 )
 
 

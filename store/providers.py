@@ -76,7 +76,6 @@ _FIND = (
 class UnknownProvider(MlgError):
     """There is no such provider. `mlg providers list` shows those that made offers."""
 
-    code = "unknown_provider"
     permanent = True
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from store.cost_split import equal_share
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
+from store.files import NewFile, StoredFile, digests_of_files, files_to_text
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
 from store.rows import from_row, insert_sql, to_row, to_text
@@ -36,13 +37,15 @@ ROWS_PER_COMMIT = 500
 MAX_ATTEMPTS = 3
 
 _FIND_ANSWER = """
-    SELECT output, digest, provider, seconds, chunk_id FROM requests
+    SELECT output, files, digest, provider, seconds, chunk_id FROM requests
     WHERE image_sha256 = :image_sha256 AND model = :model AND service = :service AND params = :params
-      AND digest = :digest AND state = 'done'
+      AND inputs = :inputs AND digest = :digest AND state = 'done'
     LIMIT 1
 """
 
 _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
+
+_ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
 _ADD_LABELS = "INSERT INTO request_labels (name, value, number) SELECT key, value, ? FROM json_each(?)"
 
@@ -97,8 +100,8 @@ _VALID = f"SELECT number FROM requests WHERE {_ARE_VALID}"
 _RENEW = f"UPDATE requests SET lease_ends_at = :lease_ends_at WHERE {_ARE_VALID} RETURNING number"
 
 _ANSWER = """
-    chunk_id = :chunk_id, provider = :provider, digest = :digest, seconds = :seconds, output = :output, share = :share,
-    code = NULL, reason = NULL
+    chunk_id = :chunk_id, provider = :provider, digest = :digest, seconds = :seconds, output = :output, files = :files,
+    share = :share, code = NULL, reason = NULL
 """
 
 _ANSWERS_OF_CHUNK = "SELECT answers FROM chunks WHERE id = ?"
@@ -242,8 +245,11 @@ class RequestRecord:
     code: str | None
     #: Message of that failure.
     reason: str | None
-    #: When retention deleted the image; None while it is kept.
+    #: When retention deleted the inputs; None while they are kept.
     image_deleted_at: datetime | None
+    #: Its inputs beside the image, and the files of its answer, by name.
+    inputs: Mapping[str, StoredFile] = field(default_factory=dict)
+    files: Mapping[str, StoredFile] = field(default_factory=dict)
     #: The batch it belongs to.
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
@@ -293,6 +299,13 @@ class Claim:
     isolation: int
     #: When it was accepted.
     created_at: datetime
+    #: Its inputs beside the image, by name.
+    inputs: Mapping[str, StoredFile] = field(default_factory=dict)
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of all inputs."""
+        return self.image_bytes + sum(one.size_bytes for one in self.inputs.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +324,8 @@ class Answer:
     provider: str
     #: Seconds that the model spent.
     seconds: float
+    #: The files of the answer, by name.
+    files: Mapping[str, NewFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +390,12 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         labels=json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
         image_sha256=staged.sha256,
         image_bytes=staged.size,
+        inputs=files_to_text(
+            {
+                name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
+                for name, one in staged.others.items()
+            }
+        ),
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
@@ -386,7 +407,7 @@ NewItem = tuple[NewRequest, StagedImage, dict[str, Any]]
 
 
 def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: datetime) -> list[RequestRecord]:
-    """Publish images and insert their requests; call it inside a write. Equal images get an earlier answer at once.
+    """Publish inputs and insert their requests; call it inside a write. Equal inputs get an earlier answer at once.
 
     :param items: the columns are those that `request_row` returns.
     """
@@ -406,22 +427,31 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
     added = transaction.execute(_ADDED, (numbers[0], numbers[-1])).fetchall()
     labels = [(row["number"], row["labels"]) for row in added if row["labels"] != "{}"]
     transaction.execute_many(_ADD_LABELS, labels)
+    records = [_to_record(row) for row in added]
+    _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
+    _refer_to_files(transaction, {one.number: one.files for one in records}, is_input=False)
     done = [row for row in added if row["finished_at"] is not None]
     write_what_follows(transaction, RequestState.DONE, done, now=now)
-    return [_to_record(row) for row in added]
+    return records
+
+
+def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, StoredFile]], *, is_input: bool) -> None:
+    """Record that requests, by number, refer to files, which are kept as long as their rows."""
+    rows = [(number, is_input, one.sha256) for number, named in files.items() for one in named.values()]
+    transaction.execute_many(_ADD_FILE, rows)
 
 
 def delete_requests(transaction: Transaction, images: ImageStore, which: str, values: Any) -> int:
-    """Delete requests, their labels, and images that no other request needs; call it inside a write.
+    """Delete requests, their labels, and files that no other request needs; call it inside a write.
 
     :param which: SQL condition; must exclude requests that have not ended.
     :return: how many.
     """
-    sql = f"DELETE FROM requests WHERE {which} RETURNING number, labels, image_sha256"
+    sql = f"DELETE FROM requests WHERE {which} RETURNING number, labels, image_sha256, inputs, files"
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
-    delete_unneeded_images(transaction.connection, images, {row["image_sha256"] for row in deleted})
+    delete_unneeded_images(transaction.connection, images, set().union(*map(digests_of_files, deleted)))
     return len(deleted)
 
 
@@ -527,7 +557,24 @@ class Requests:
         return {number for (number,) in rows}
 
     def finish(self, answers: Sequence[Answer], *, now: datetime) -> int:
-        """Record answers, all or none, in one commit. :return: how many claims were still valid."""
+        """Record answers and their files, all or none, in one commit. :return: how many claims were still valid."""
+        staged: dict[NewFile, StagedImage] = {}
+        try:
+            for one in {one for answer in answers for one in answer.files.values()}:
+                staged[one] = self._images.stage(one.data)
+            return self._record(answers, staged, now) if answers else 0
+        finally:
+            for each in staged.values():
+                self._images.discard(each)
+
+    def _record(self, answers: Sequence[Answer], staged: Mapping[NewFile, StagedImage], now: datetime) -> int:
+        files = [
+            {
+                name: StoredFile(sha256=staged[one].sha256, size_bytes=len(one.data), media_type=one.media_type)
+                for name, one in answer.files.items()
+            }
+            for answer in answers
+        ]
         rows: list[dict[str, Any]] = [
             {
                 "number": answer.claim.number,
@@ -536,8 +583,9 @@ class Requests:
                 "digest": answer.digest,
                 "seconds": answer.seconds,
                 "output": json.dumps(answer.output, separators=(",", ":")),
+                "files": files_to_text(stored),
             }
-            for answer in answers
+            for answer, stored in zip(answers, files, strict=True)
         ]
         claims = {"claims": _to_json(answer.claim for answer in answers)}
 
@@ -550,19 +598,26 @@ class Requests:
                     counts[chunk_id] = known[0]
             valid = {number for (number,) in transaction.execute(_VALID, claims).fetchall()}
             recorded: list[dict[str, Any]] = []
-            for row in rows:
+            new_files: set[NewFile] = set()
+            references: dict[int, Mapping[str, StoredFile]] = {}
+            for row, answer, stored in zip(rows, answers, files, strict=True):
                 if row["number"] in valid:
+                    new_files.update(answer.files.values())
+                    references[row["number"]] = stored
                     valid.remove(row["number"])
                     share = counts.get(row["chunk_id"])
                     recorded.append({**row, "share": share})
                     if share is not None:
                         counts[row["chunk_id"]] = share + 1
             transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
+            for one in new_files:
+                transaction.publish(staged[one])
+            _refer_to_files(transaction, references, is_input=False)
             for chunk_id, count in counts.items():
                 transaction.execute(_SET_ANSWERS_OF_CHUNK, (count, chunk_id))
             return len(recorded)
 
-        return self._database.write(write) if rows else 0
+        return self._database.write(write)
 
     def fail(self, claims: Iterable[Claim], *, code: str, reason: str, now: datetime) -> int:
         """Fail requests that cannot be answered, for good. :return: how many claims were still valid."""
@@ -649,7 +704,7 @@ class Requests:
         return self._database.write(write)
 
     def remove(self, id: str) -> None:
-        """Delete a request that has ended, and its image unless another request needs it.
+        """Delete a request that has ended, and those of its files that no other request needs.
 
         :raises UnknownRequest:
         :raises NotRemovable:

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from store.changes import Changes
 from store.database import Database, Transaction
+from store.files import digests_of_inputs
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
 from store.requests import delete_requests
@@ -42,8 +43,10 @@ _DELETE_IMAGES = f"""
     WHERE number IN (SELECT number FROM requests
                      WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL
                      LIMIT {ROWS_PER_COMMIT})
-    RETURNING image_sha256
+    RETURNING number, image_sha256, inputs
 """
+
+_FORGET_INPUTS = "DELETE FROM request_files WHERE number = ? AND is_input"
 
 _BATCHES_TO_PURGE = f"""
     SELECT id FROM batches
@@ -101,7 +104,9 @@ class Retention:
             found = transaction.execute(_DELETE_IMAGES, values).fetchall()
             # The files are deleted before the commit: a crash in between leaves a finished request without its image,
             # which is what retention intends, never a queued one.
-            delete_unneeded_images(transaction.connection, self._images, {sha256 for (sha256,) in found})
+            transaction.execute_many(_FORGET_INPUTS, [(row["number"],) for row in found])
+            digests = set().union(*map(digests_of_inputs, found))
+            delete_unneeded_images(transaction.connection, self._images, digests)
             return len(found)
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)

@@ -8,7 +8,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -79,6 +79,9 @@ def _conversion(hint: Any) -> Callable[[Any], Any] | None:
     if hint is datetime:
         return from_text
     if typing.get_origin(hint) is Mapping:
+        item: Any = hint.__args__[1]
+        if is_dataclass(hint.__args__[1]):
+            return lambda text: {name: item(**values) for name, values in json.loads(text).items()}
         return json.loads
     if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
         return typing.cast("Callable[[Any], Any]", hint)

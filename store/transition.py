@@ -46,7 +46,7 @@ _TIMES = {
 
 #: What follows from these columns; a claim has some more.
 _COLUMNS = "number, id, model, created_at, finished_at, code, is_cached, batch_id, webhook"
-_COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, service, params, image_sha256, image_bytes, attempts, isolation"
+_COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, service, params, image_sha256, image_bytes, inputs, attempts, isolation"
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
 

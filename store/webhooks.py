@@ -86,7 +86,6 @@ def new_secret() -> str:
 class UnknownWebhook(MlgError):
     """There is no such webhook or delivery. See: mlg webhooks list, mlg webhooks deliveries"""
 
-    code = "unknown_webhook"
     permanent = True
 
 

@@ -80,6 +80,18 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def registered_extensions() -> Iterator[Path]:
+    """The services and the backend of `tests/extension`, in this process; returns the folder for PYTHONPATH."""
+    from tests.extensions import FOLDER, refresh_extensions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        refresh_extensions()
+        yield FOLDER
+    refresh_extensions()
+
+
 @pytest.fixture(scope="session")
 def custom_models_folder(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with efficientnet_lite0 and `my_pets`, a user's own classifier of three. Must not be changed."""

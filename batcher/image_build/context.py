@@ -12,7 +12,7 @@ from pathlib import Path
 
 from batcher.errors import ContainerImageError
 from provider_image.errors import BrokenArtefact
-from provider_image.models.artefact import GRAPH_FILES, Artefact, check_files, read_artefact
+from provider_image.models.artefact import Artefact, check_files, read_artefact
 
 #: What the Dockerfile copies from a source checkout. `weights` and `models` come from elsewhere and are optional.
 SOURCES = (
@@ -83,7 +83,7 @@ def make_context(context: Path, *, weights: Path | None, artefacts: Iterable[Art
         for artefact in artefacts:
             target = context / "models" / artefact.name
             target.mkdir(parents=True)
-            for name in ("model.json", *GRAPH_FILES, *(sample.file for sample in artefact.samples)):
+            for name in ("model.json", *artefact.files, *(sample.file for sample in artefact.samples)):
                 _link_or_copy(artefact.folder / name, target / name)
     except OSError as error:
         raise ContainerImageError(f"The build context cannot be created: {error}") from error

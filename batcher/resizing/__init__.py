@@ -5,9 +5,10 @@ process, so `__main__.py` does it in warm processes, up to MLG_WORKERS of them, 
 has one image at a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell
 which job broke it and leaves its processes behind when the batcher is killed.
 
-A process and the batcher talk over a Unix socket, the process's standard input: one line of JSON for each job, and one
-line of JSON for each reply, followed by the resized inputs' bytes. The process reads the files itself, so the originals
-do not pass through the batcher. It ends when the batcher's end of the socket closes, for whatever reason.
+A process and the batcher talk over a Unix socket, the process's standard input: one line of JSON for each job (`size`
+has height, width and crop, `inputs` a path by name, and there is `limit_seconds`), and one line of JSON for each reply,
+followed by the resized inputs' bytes. The process reads the files itself, so the originals do not pass through the
+batcher. It ends when the batcher's end of the socket closes, for whatever reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import subprocess
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from provider_image.schemas import MAX_BYTES
 if TYPE_CHECKING:
     from batcher.executors import Executor
     from batcher.settings import BatcherSettings
-    from provider_image.service import ModelInput
+    from provider_image.models.catalogue import ModelFacts
 
 #: Limit for an item; the largest accepted image needs two seconds on an idle machine.
 ITEM_TIMEOUT_SECONDS = 30.0
@@ -55,18 +55,6 @@ _MAX_STARTS = 3
 
 #: The result for an item: its resized inputs; why there are none; or that one of its files is missing.
 ResizeResult = dict[str, bytes] | MlgError | FileNotFoundError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResizeJob:
-    """One item to resize."""
-
-    #: The kind of service.
-    service: str
-    #: The fields of `ModelInput`.
-    model_input: dict[str, Any]
-    #: Input name -> path of the file.
-    inputs: dict[str, str]
 
 
 class Resizer:
@@ -89,22 +77,17 @@ class Resizer:
             self._free.put(decoder)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="resize")
 
-    def resize(self, service: str, model_input: ModelInput, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
+    def resize(self, model: ModelFacts, items: Iterable[Mapping[str, Path]]) -> list[ResizeResult]:
         """Resize items in parallel, and wait for all of them.
 
-        :param items: input name -> file, for each item.
+        :param items: input name -> image file, for each item.
         :return: a result for each item, in their order. A BadInput has the text that a provider would have returned;
             WorkerDied and ChunkTimeout mean that this item killed its process or hung.
         :raises ResizingUnavailable: no process can be started, or this is closed; no item is at fault.
         :raises OSError: an existing file cannot be read.
         """
-        model_input_fields = asdict(model_input)
-        jobs = [
-            ResizeJob(
-                service=service, model_input=model_input_fields, inputs={name: str(path) for name, path in item.items()}
-            )
-            for item in items
-        ]
+        size = {"height": model.height, "width": model.width, "crop": model.crop}
+        jobs = [{"size": size, "inputs": {name: str(path) for name, path in item.items()}} for item in items]
         try:
             return list(self._threads.map(self._resize_one, jobs))
         except RuntimeError as error:
@@ -125,7 +108,7 @@ class Resizer:
         for decoder in self._decoders:
             decoder.stop()
 
-    def _resize_one(self, job: ResizeJob) -> ResizeResult:
+    def _resize_one(self, job: Mapping[str, Any]) -> ResizeResult:
         decoder = self._free.get()
         try:
             for _ in range(_MAX_STARTS):
@@ -147,7 +130,7 @@ def make_resizer(settings: BatcherSettings, executor: Executor) -> Resizer | Non
     """Return the resizer for an executor; None if it gets the originals."""
     if settings.shrink == "off" or (settings.shrink == "auto" and not executor.is_remote):
         return None
-    return Resizer(settings.workers)
+    return Resizer(settings.resizers)
 
 
 class DecoderExited(Exception):
@@ -175,7 +158,7 @@ class Decoder:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
-    def run(self, job: ResizeJob, limit_seconds: float) -> ResizeResult:
+    def run(self, job: Mapping[str, Any], limit_seconds: float) -> ResizeResult:
         """Resize one item, in a new process if none runs.
 
         :raises DecoderExited: the process had ended before; call again.
@@ -190,7 +173,7 @@ class Decoder:
         assert self._socket is not None and self._stream is not None
         try:
             self._socket.settimeout(limit_seconds)
-            self._stream.write(json.dumps({**asdict(job), "limit_seconds": limit_seconds}).encode() + b"\n")
+            self._stream.write(json.dumps({**job, "limit_seconds": limit_seconds}).encode() + b"\n")
             self._stream.flush()
             reply, data = self._read_reply()
         except TimeoutError as error:

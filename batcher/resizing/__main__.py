@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from batcher.resizing import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
-from provider_image.chunk import ItemError
-from provider_image.errors import MlgError
+from provider_image.errors import InferenceFailed, MlgError
+from provider_image.images.resizing import resize
 from provider_image.schemas import MAX_REASON
-from provider_image.service import ModelInput
-from provider_image.services import load_service
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +61,13 @@ def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     except OSError as error:
         return {"errno": error.errno, "text": error.strerror}, {}
     try:
-        data = load_service(job["service"]).resize(ModelInput(**job["model_input"]), inputs)
+        data = {name: resize(each, **job["size"]) for name, each in inputs.items()}
     except Exception as error:
         if not isinstance(error, MlgError):
             log.exception("item failed")
-        failure = ItemError.from_exception(error)
+        reply = InferenceFailed.from_exception(error).to_reply()
         # Truncated like a reason in a results file, so that clients see the same text.
-        return {"code": failure.code, "reason": failure.reason[:MAX_REASON]}, {}
+        return {**reply, "reason": reply["reason"][:MAX_REASON]}, {}
     return {"sizes": {name: len(each) for name, each in data.items()}}, data
 
 

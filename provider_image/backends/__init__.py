@@ -1,1 +1,72 @@
-"""Backends: each loads artefacts of one kind and runs them."""
+"""Backends: each loads the artefacts that name it on a device, and runs batches.
+
+A service calls `load_net`, and knows from it nothing but the net. What fails while loading is a BrokenArtefact: models
+from elsewhere are not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from provider_image.cores import available_cores
+from provider_image.errors import BrokenArtefact
+from provider_image.extensions import Extensions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from provider_image.models.artefact import Artefact
+
+#: The model's input, or its output, for each item of a batch.
+Arrays = Sequence["np.ndarray[Any, Any]"]
+#: name -> "module:loader", see `Loader`. Other packages add to it by entry points of this group.
+REGISTRY = Extensions("mlg.backends", {"openvino": "provider_image.backends.openvino:load_net"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a net runs on."""
+
+    #: Its name; a backend refuses those that it does not know.
+    name: str = "cpu"
+    #: Items that are processed at the same time, each on one core.
+    threads: int = field(default_factory=available_cores)
+    #: Precision of the inference: f32, bf16 or auto.
+    precision: str = "f32"
+
+
+class Net(Protocol):
+    """A loaded model. Thread-safe."""
+
+    #: The artefact that it was loaded from.
+    artefact: Artefact
+    #: Most items of one call of `Service.run`, and so of `infer`.
+    batch_items: int
+
+    def infer(self, batch: Arrays) -> Arrays:
+        """Run the model on a batch.
+
+        :param batch: the model's input for each item, without a batch axis.
+        :return: a copy of the model's output for each item, likewise.
+        :raises InferenceFailed: an array does not fit the model, or the backend fails.
+        """
+
+
+#: Loads an artefact. :raises BrokenArtefact: :raises ConfigError: there is no such device or precision.
+Loader = Callable[["Artefact", Device], Net]
+
+
+def load_net(artefact: Artefact, device: Device) -> Net:
+    """Load an artefact with its backend.
+
+    :raises BrokenArtefact: it cannot be loaded, or its backend is not installed.
+    :raises ConfigError: the backend does not know this device or precision.
+    """
+    if artefact.backend not in REGISTRY:
+        raise BrokenArtefact(
+            f"The model {artefact.name} needs the backend {artefact.backend[:64]!r}, which is not installed. "
+            f"There are: {', '.join(sorted(REGISTRY))}."
+        )
+    return cast(Loader, REGISTRY.load(artefact.backend))(artefact, device)

@@ -1,7 +1,7 @@
 """The OpenVINO backend: the only module that imports it, compiles graphs and runs them.
 
-Used by services to load nets, and by the compiler. Models from elsewhere are not trusted: any failure to load one is a
-BrokenArtefact. Weaknesses: CPU only, one image per inference, one output per graph.
+Loaded by name through `provider_image.backends`, and used by the compiler. An artefact has the graph in `model.xml` and
+its weights in `model.bin`. Weaknesses: CPU only, one item per inference, one input and one output per graph.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,28 @@ from provider_image.precision import PRECISIONS
 if TYPE_CHECKING:
     import numpy as np
 
+    from provider_image.backends import Arrays, Device
     from provider_image.models.artefact import Artefact
 
+#: The files of an artefact: the graph and its weights.
+GRAPH_FILES = ("model.xml", "model.bin")
 #: Interval at which the memory of weights that were read is released while a graph is compiled.
 _RELEASE_INTERVAL_SECONDS = 0.01
 
 _prepared_lock = threading.Lock()
 _is_prepared = False
+
+
+@contextlib.contextmanager
+def hidden_module(name: str) -> Iterator[None]:
+    """Let imports of a module fail while the block runs."""
+    hidden = {each: sys.modules.pop(each) for each in list(sys.modules) if f"{each}.".startswith(f"{name}.")}
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def import_openvino() -> Any:
@@ -38,18 +53,19 @@ def import_openvino() -> Any:
     They would take 0.15 of 0.25 seconds and import openvino_telemetry, which sends usage data. openvino's `__init__`
     ignores it when they are missing, so they are hidden during the import.
     """
-    name = "openvino.tools"
-    if "openvino" in sys.modules or name in sys.modules:
+    if "openvino" in sys.modules or "openvino.tools" in sys.modules:
         return importlib.import_module("openvino")
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_module("openvino.tools"):
         return importlib.import_module("openvino")
-    finally:
-        del sys.modules[name]
 
 
-class Net:
-    """A compiled graph. Thread-safe."""
+class OpenvinoNet:
+    """See `provider_image.backends.Net`: a compiled graph. `infer` waits while all threads of the device run it.
+
+    An item is run alone, on one core: on CPUs that is faster than a batch on all of them.
+    """
+
+    batch_items = 1
 
     def __init__(self, artefact: Artefact, compiled: CompiledGraph, threads: int) -> None:
         self.artefact = artefact
@@ -58,22 +74,17 @@ class Net:
         for _ in range(threads):
             self._requests.put(compiled.graph.create_infer_request())
 
-    def infer(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Run the graph on one image; wait while all of the threads that it was loaded for run it.
-
-        :param image: uint8, shape (height, width, 3).
-        :return: a copy of the graph's first output without its batch axis.
-        :raises InferenceFailed: the image does not fit the graph, or OpenVINO fails.
-        """
+    def infer(self, batch: Arrays) -> list[np.ndarray[Any, Any]]:
+        """Run the graph on each item. :raises InferenceFailed: an item does not fit the graph, or OpenVINO fails."""
         request = self._requests.get()
         try:
-            outputs = request.infer({0: image[None]}, share_inputs=True, share_outputs=True)
-            result: np.ndarray[Any, Any] = outputs[0][0].copy()
+            return [
+                request.infer({0: item[None]}, share_inputs=True, share_outputs=True)[0][0].copy() for item in batch
+            ]
         except RuntimeError as error:
             raise InferenceFailed(f"The model {self.artefact.name} failed on this item: {error}") from error
         finally:
             self._requests.put(request)
-        return result
 
 
 class CompiledGraph:
@@ -122,20 +133,24 @@ class MappedWeights:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
+def load_net(artefact: Artefact, device: Device) -> OpenvinoNet:
     """Check and compile an artefact's graph.
 
-    :param threads: images processed at the same time, each on one core.
     :raises BrokenArtefact: its files have changed, or OpenVINO cannot compile them.
+    :raises ConfigError: the device is not the CPU, or there is no such precision.
     """
     from provider_image.models.artefact import check_files
 
+    if device.name != "cpu":
+        raise ConfigError(f"The backend openvino runs on the device cpu only, not on {device.name!r}.")
+    if not artefact.files.keys() >= set(GRAPH_FILES):
+        raise BrokenArtefact(f"The model {artefact.name} has no {' and '.join(GRAPH_FILES)}. Install it again.")
     with ThreadPoolExecutor(1, thread_name_prefix="check") as pool:
         # In parallel to compiling, which mostly uses one core: saves a third of the time to load VGG16.
         checked = pool.submit(check_files, artefact)
         try:
             initialise_binding()
-            compiled = compile_graph(artefact.folder / "model.xml", threads, precision)
+            compiled = compile_graph(artefact.folder / "model.xml", device.threads, device.precision)
         except (RuntimeError, ValueError, OSError) as error:
             checked.result()  # changed files are the better explanation
             raise BrokenArtefact(
@@ -143,10 +158,11 @@ def load_net(artefact: Artefact, threads: int, precision: str) -> Net:
                 f"Delete {artefact.folder} and install it again."
             ) from error
         checked.result()
-    expected = [1, artefact.height, artefact.width, 3]
-    if list(compiled.graph.input(0).shape) != expected:
-        raise BrokenArtefact(f"The graph of {artefact.name} takes {compiled.graph.input(0).shape}, not {expected}.")
-    return Net(artefact, compiled, threads)
+    shape = list(compiled.graph.input(0).shape)
+    expected = [1, artefact.height, artefact.width, 3] if artefact.height else [1, len(artefact.columns)]
+    if shape != expected:
+        raise BrokenArtefact(f"The graph of {artefact.name} takes {shape}, not {expected}.")
+    return OpenvinoNet(artefact, compiled, device.threads)
 
 
 def initialise_binding() -> None:
@@ -183,32 +199,16 @@ def compile_graph(graph: Path, threads: int, precision: str) -> CompiledGraph:
         return CompiledGraph(core.compile_model(model, "CPU", _options(threads, precision)), weights)
 
 
-def run_graph(graph: Path, images: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Run images through a graph file in f32, one after another; for the compiler, which has no artefact yet.
-
-    :param images: uint8, shape (height, width, 3) of the graph's input.
-    :return: the first output for each image, without its batch axis.
-    :raises RuntimeError: OpenVINO cannot read, compile or run it.
-    """
-    compiled = compile_graph(graph, 1, "f32")
-    request = compiled.graph.create_infer_request()
-    return [request.infer({0: image[None]})[0][0].copy() for image in images]
-
-
 def _options(threads: int, precision: str) -> dict[str, str]:
+    """Return OpenVINO's settings. :raises ConfigError: there is no such precision."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"There is no precision {precision!r}. There are: {', '.join(PRECISIONS)}.")
+    hint = PRECISIONS[precision]
     return {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": str(threads),
         "INFERENCE_NUM_THREADS": str(threads),
         # With pinning, single-threaded processes would all run on the first core and leave the others idle.
         "ENABLE_CPU_PINNING": "NO",
-        **precision_options(precision),
+        **({} if hint is None else {"INFERENCE_PRECISION_HINT": hint}),
     }
-
-
-def precision_options(precision: str) -> dict[str, str]:
-    """Return OpenVINO's setting for a precision. :raises ConfigError: there is no such precision."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"There is no precision {precision!r}. There are: {', '.join(PRECISIONS)}.")
-    hint = PRECISIONS[precision]
-    return {} if hint is None else {"INFERENCE_PRECISION_HINT": hint}

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from pathlib import Path
 
 from provider_image.errors import BrokenArtefact, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow, install_command
+from provider_image.models.catalogue import CATALOGUE, ModelFacts, install_command
+
+logger = logging.getLogger(__name__)
 
 #: Models that are built without a download -> (required package, module with `build(models)`).
 _BUILDERS = {
@@ -21,7 +24,7 @@ _BUILDERS = {
 }
 
 
-def can_build_now(row: ModelRow) -> bool:
+def can_build_now(row: ModelFacts) -> bool:
     """Tell whether the model can be built on this machine without a download. Fast: imports nothing."""
     if row.name not in _BUILDERS:
         return False
@@ -31,23 +34,28 @@ def can_build_now(row: ModelRow) -> bool:
         return False
 
 
-def ensure_installed(models: Path, name: str) -> Artefact:
+def ensure_installed(models: Path, name: str, *, broken: BrokenArtefact | None = None) -> Artefact:
     """Return the model's artefact; build it first if it is missing or damaged and needs no download.
 
     :param name: canonical name.
+    :param broken: the damage of an artefact whose model.json is intact.
     :raises NotInstalled: it is missing and cannot be built; names the command that installs it.
     :raises BrokenArtefact: it is damaged and cannot be built.
     """
     try:
+        if broken is not None:
+            raise broken
         return find_artefact(models, name)
     except (NotInstalled, BrokenArtefact):
         row = CATALOGUE.get(name)
         if row is None or not can_build_now(row):
             raise
-    return build(models, row)
+    if broken is not None:
+        logger.warning("building the model again: %s", broken, extra={"model": name})
+    return build(models, row, again=broken is not None)
 
 
-def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float | None = None) -> Artefact:
+def build(models: Path, row: ModelFacts, *, again: bool = False, f16_within: float | None = None) -> Artefact:
     """Build a model from weights that are on this machine.
 
     :param again: build even if an intact artefact is installed.
@@ -56,12 +64,9 @@ def build(models: Path, row: ModelRow, *, again: bool = False, f16_within: float
     """
     if not can_build_now(row):
         raise NotInstalled(
-            f"The model {row.name} cannot be built without a download. Install it: {install_command(row)}"
+            f"The model {row.name} cannot be built without a download. Install it: {install_command(row.name)}"
         )
-    try:
-        builder = importlib.import_module(_BUILDERS[row.name][1])
-        options = {} if f16_within is None else {"f16_within": f16_within}
-        artefact: Artefact = builder.build(models, again=again, **options)
-    except OSError as error:
-        raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
+    builder = importlib.import_module(_BUILDERS[row.name][1])
+    options = {} if f16_within is None else {"f16_within": f16_within}
+    artefact: Artefact = builder.build(models, again=again, **options)
     return artefact

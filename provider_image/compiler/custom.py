@@ -6,22 +6,24 @@ Called by `mlg models compile NAME --keras FILE --labels FILE`. The file is chec
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.installing import Provenance, build_folder
+from provider_image.compiler.installing import build_folder
+from provider_image.compiler.keras_config import words
 from provider_image.compiler.keras_file import check_keras_file, load_checked
-from provider_image.compiler.keras_graph import apply_head, import_keras, preprocess, to_graph
+from provider_image.compiler.keras_graph import apply_head, keras_session, preprocess, to_graph
 from provider_image.compiler.labels import read_labels
 from provider_image.compiler.self_test import self_test_images
 from provider_image.compiler.verification import verify_and_install
-from provider_image.errors import ConfigError, NotInstalled, UnsuitableModel
+from provider_image.errors import ConfigError, UnsuitableModel
 from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact, is_model_name
-from provider_image.models.catalogue import ModelRow, look_up
+from provider_image.models.catalogue import ModelFacts, look_up
 from provider_image.models.registry import find_custom_name
 from provider_image.precision import TOLERANCE
 
@@ -41,24 +43,11 @@ _MAX_TITLE_LENGTH = 64
 #: Allowed difference of the sum of probabilities from 1.
 _SUM_TOLERANCE = 1e-3
 #: Layers and operations that do not change values during inference.
-_PASS_THROUGH = frozenset(
-    (
-        "Activation",
-        "ActivityRegularization",
-        "AlphaDropout",
-        "Cast",
-        "Dropout",
-        "Flatten",
-        "GaussianDropout",
-        "GaussianNoise",
-        "Identity",
-        "Ravel",
-        "Reshape",
-        "SpatialDropout1D",
-        "SpatialDropout2D",
-        "Squeeze",
-        "StopGradient",
-    )
+_PASS_THROUGH = words(
+    """
+    Activation ActivityRegularization AlphaDropout Cast Dropout Flatten GaussianDropout GaussianNoise Identity Ravel
+    Reshape SpatialDropout1D SpatialDropout2D Squeeze StopGradient
+    """
 )
 _ACTIVATIONS = {
     "Softmax": "softmax",
@@ -106,67 +95,51 @@ def build(
     :param f16_within: see `verification.verify_and_install`.
     :param on_step: called with the name of each step.
     :raises ConfigError: it cannot have this name, title or size.
-    :raises CompilerMissing: tensorflow is not installed.
-    :raises WeightsMissing: there is no such file.
-    :raises UnsafeModelFile: the file could run code or read other files. It has not been loaded.
-    :raises UnsuitableModel: it is not a classifier of one image, or the labels do not fit.
-    :raises CompilationFailed: the graph gives other results than Keras.
+    :raises ModelError: it cannot be built; a file that is not safe has not been loaded.
     :raises NotInstalled: the models folder cannot be written.
     """
     _check_name(models, custom)
     labels = read_labels(custom.labels)
-    try:
-        with build_folder(models, custom.name) as folder:
-            on_step("checking the file")
-            with tempfile.TemporaryDirectory(dir=folder) as private:
-                checked = check_keras_file(custom.file, Path(private))
-                on_step("starting Keras")
-                keras = import_keras()
-                on_step("reading weights")
-                network = load_checked(keras, checked)
-            try:
-                height, width = _find_size(network, custom)
-                _check_classes(network, labels)
-                row = ModelRow(
-                    name=custom.name,
-                    title=custom.title or custom.name,
-                    height=height,
-                    width=width,
-                    preprocessing=custom.preprocessing,
-                    source="own",
-                )
-                head = _find_head(keras, network, row)
-                provenance = Provenance(
-                    labels=labels,
-                    weights_sha256=checked.sha256,
-                    recipe=RECIPE,
-                    source=row.source,
-                    reference=f"keras {keras.__version__}",
-                )
+    with (
+        build_folder(models, custom.name) as folder,
+        tempfile.TemporaryDirectory(dir=folder) as private,
+        contextlib.ExitStack() as stack,
+    ):
+        on_step("checking the file")
+        checked = check_keras_file(custom.file, Path(private))
+        on_step("starting Keras")
+        keras = stack.enter_context(keras_session())
+        on_step("reading weights")
+        network = load_checked(keras, checked)
+        height, width = _find_size(network, custom)
+        _check_classes(network, labels)
+        draft = Artefact(
+            name=custom.name,
+            title=custom.title or custom.name,
+            height=height,
+            width=width,
+            preprocessing=custom.preprocessing,
+            source="own",
+            labels=labels,
+            weights_sha256=checked.sha256,
+            recipe=RECIPE,
+            reference=f"keras {keras.__version__}",
+        )
+        head = _find_head(keras, network, draft)
 
-                def reference(arrays: Arrays) -> Arrays:
-                    return _predictions(keras, network, row, arrays, head)
+        def reference(arrays: Arrays) -> Arrays:
+            return _predictions(keras, network, draft, arrays, head)
 
-                on_step("converting")
-                graph = to_graph(_SingleOutput(keras, network), row, head)
-                return verify_and_install(
-                    graph, folder, models, row, provenance, reference=reference, f16_within=f16_within, on_step=on_step
-                )
-            finally:
-                keras.backend.clear_session()
-    except OSError as error:
-        raise NotInstalled(f"The model {custom.name} could not be written to {models}: {error}") from error
+        on_step("converting")
+        graph = to_graph(_single_output(keras, network), draft, head)
+        return verify_and_install(
+            graph, folder, models, draft, reference=reference, f16_within=f16_within, on_step=on_step
+        )
 
 
-class _SingleOutput:
-    """A network whose single output is taken out of any structure around it."""
-
-    def __init__(self, keras: Any, network: Any) -> None:
-        self._flatten = keras.tree.flatten
-        self._network = network
-
-    def __call__(self, pixels: Any, *, training: bool) -> Any:
-        return self._flatten(self._network(pixels, training=training))[0]
+def _single_output(keras: Any, network: Any) -> Callable[..., Any]:
+    """Take the single output of a network out of any structure around it."""
+    return lambda pixels, *, training: keras.tree.flatten(network(pixels, training=training))[0]
 
 
 def _check_name(models: Path, custom: CustomModel) -> None:
@@ -240,7 +213,7 @@ def _check_classes(network: Any, labels: Sequence[object]) -> None:
         )
 
 
-def _find_head(keras: Any, network: Any, row: ModelRow) -> str:
+def _find_head(keras: Any, network: Any, row: ModelFacts) -> str:
     """Choose the head of keras_graph.HEADS that turns the output into probabilities, by the self-test images.
 
     :raises UnsuitableModel: none does.
@@ -300,13 +273,13 @@ def _last_activation(network: Any) -> str | None:
             return activation
 
 
-def _predictions(keras: Any, network: Any, row: ModelRow, arrays: Arrays, head: str) -> Arrays:
+def _predictions(keras: Any, network: Any, row: ModelFacts, arrays: Arrays, head: str) -> Arrays:
     """Run images with Keras, one at a time as in a chunk.
 
     :param arrays: uint8 RGB, shape (height, width, 3).
     """
     import numpy as np
 
-    single_output = _SingleOutput(keras, network)
+    single_output = _single_output(keras, network)
     inputs = [np.asarray(preprocess(array.astype(np.float32), row.preprocessing), np.float32)[None] for array in arrays]
     return [np.asarray(apply_head(single_output(each, training=False), head))[0] for each in inputs]

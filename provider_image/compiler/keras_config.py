@@ -19,20 +19,26 @@ MAX_DEPTH = 64
 MAX_VALUES = 1_000_000
 
 
-def _words(text: str) -> frozenset[str]:
+def refusal(what: str) -> UnsafeModelFile:
+    """Make the error for a file that Keras 3 did not write like this."""
+    return UnsafeModelFile(f'{what} Save the model again with Keras 3: model.save("model.keras")')
+
+
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
 #: Keys of a serialized object. compile_config is dropped unread: it is only for training and may name custom losses.
-_KEYS = _words(
+_KEYS = words(
     "module class_name config registered_name build_config compile_config name inbound_nodes shared_object_id"
 )
-_DTYPES = _words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64")
+_DTYPES = words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64")
 #: Replaced by f32, so that graph and reference agree.
 _HALF_DTYPES = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
 _POLICIES = frozenset({"float32", "float64", *_HALF_DTYPES})
 
-_LAYERS = _words(
+_LAYERS = words(
     """
     Activation ActivityRegularization AdaptiveAveragePooling2D AdaptiveMaxPooling2D Add AdditiveAttention AlphaDropout
     Attention AugMix AutoContrast Average AveragePooling1D AveragePooling2D BatchNormalization CenterCrop Concatenate
@@ -49,20 +55,20 @@ _LAYERS = _words(
     """
 )
 # What expressions between layers like `x / 127.5 - 1` are saved as.
-_NUMPY_OPERATIONS = _words(
+_NUMPY_OPERATIONS = words(
     """
     Abs Absolute Add Amax Amin Average BroadcastTo Clip Concatenate Divide Einsum Exp ExpandDims Flip GetItem Log
     Matmul Max Maximum Mean Min Minimum Moveaxis Multiply Negative Pad Power Prod Ravel Reciprocal Repeat Reshape Roll
     Sqrt Square Squeeze Stack Std Subtract Sum Swapaxes Tanh Tile Transpose TrueDivide Var
     """
 )
-_NN_OPERATIONS = _words(
+_NN_OPERATIONS = words(
     """
     AdaptiveAveragePool AdaptiveMaxPool AveragePool Celu DepthToSpace Elu Gelu HardSigmoid HardSilu HardTanh LeakyRelu
     LogSigmoid LogSoftmax MaxPool Normalize Relu Relu6 Selu Sigmoid Silu Softmax Softplus Softsign SpaceToDepth
     """
 )
-_INITIALIZERS = _words(
+_INITIALIZERS = words(
     """
     Constant GlorotNormal GlorotUniform HeNormal HeUniform Identity LecunNormal LecunUniform Ones Orthogonal
     OrthogonalInitializer IdentityInitializer RandomNormal RandomUniform TruncatedNormal VarianceScaling Zeros
@@ -89,7 +95,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "keras.src.applications.convnext": frozenset({"LayerScale"}),
     "keras.src.applications.inception_resnet_v2": frozenset({"CustomScaleLayer"}),
 }
-_ACTIVATIONS = _words(
+_ACTIVATIONS = words(
     """
     celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu linear log_sigmoid
     log_softmax mish relu relu6 selu sigmoid silu soft_shrink softmax softplus softsign sparse_plus sparse_sigmoid
@@ -108,14 +114,13 @@ def check_config(raw: bytes) -> dict[str, Any]:
     try:
         config = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UnsafeModelFile(f"Its config.json cannot be read ({type(error).__name__}). {_RESAVE_HINT}") from error
+        raise refusal(f"Its config.json cannot be read ({type(error).__name__}).") from error
     if not isinstance(config, dict) or config.get("class_name") not in _MODELS:
         raise UnsafeModelFile(f"Its config.json does not describe a Sequential or Functional model. {_REBUILD_HINT}")
     checked: dict[str, Any] = _ConfigChecker().check_object(config, "the model", 0)
     return checked
 
 
-_RESAVE_HINT = 'Save the model again with Keras 3: model.save("model.keras")'
 _REBUILD_HINT = (
     "Build it from Keras' own layers with keras.Sequential or keras.Model(inputs, outputs) and save it again."
 )
@@ -144,7 +149,7 @@ class _ConfigChecker:
         """Check a serialized object."""
         name, module, config = value["class_name"], value.get("module"), value.get("config")
         if not isinstance(name, str):
-            raise UnsafeModelFile(f"Its config.json has a class without a name at {location}. {_RESAVE_HINT}")
+            raise refusal(f"Its config.json has a class without a name at {location}.")
         if name in _DATA_CLASSES:
             return self._check_data(value, name, location, depth)
         if name == "function":
@@ -156,22 +161,20 @@ class _ConfigChecker:
                 f"{location} names {str(value['registered_name'])[:80]!r}, which is a custom class. {_REBUILD_HINT}"
             )
         if not isinstance(config, dict) or not value.keys() <= _KEYS:
-            raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
+            raise refusal(f"Its config.json has something unknown at {location} ({name}).")
         if isinstance(config.get("name"), str):
             location = f"{name} {config['name'][:80]!r}"
         if name in _MODELS:
             _check_layers(config, name, location)
         if name == "DTypePolicy":
             if config.get("name") not in _POLICIES:
-                raise UnsafeModelFile(
-                    f"{location} has the unknown dtype {str(config.get('name'))[:40]!r}. {_RESAVE_HINT}"
-                )
+                raise refusal(f"{location} has the unknown dtype {str(config.get('name'))[:40]!r}.")
             config = {"name": _as_f32(config["name"])}
         nodes = value.get("inbound_nodes", [])
         if not isinstance(nodes, list) or not all(
             isinstance(node, dict) and node.keys() == {"args", "kwargs"} for node in nodes
         ):
-            raise UnsafeModelFile(f"{location} is connected in the format of Keras 2. {_RESAVE_HINT}")
+            raise refusal(f"{location} is connected in the format of Keras 2.")
         rest = {key: each for key, each in value.items() if key not in ("config", "compile_config")}
         return {
             **{key: self.value(each, location, depth + 1) for key, each in rest.items()},
@@ -180,21 +183,21 @@ class _ConfigChecker:
 
     def _check_plain(self, value: dict[str, Any], location: str, depth: int) -> dict[str, Any]:
         if value.keys() & {"class_name", "module", "registered_name"}:
-            raise UnsafeModelFile(f"Its config.json has an incomplete serialized object at {location}. {_RESAVE_HINT}")
+            raise refusal(f"Its config.json has an incomplete serialized object at {location}.")
         checked = {key: self.value(each, location, depth + 1) for key, each in value.items()}
         dtype = checked.get("dtype")
         if not isinstance(dtype, str):
             return checked
         if dtype not in _DTYPES | _POLICIES:
-            raise UnsafeModelFile(f"{location} has the unknown dtype {dtype[:40]!r}. {_RESAVE_HINT}")
+            raise refusal(f"{location} has the unknown dtype {dtype[:40]!r}.")
         return {**checked, "dtype": _as_f32(dtype)}
 
     def _check_data(self, value: dict[str, Any], name: str, location: str, depth: int) -> dict[str, Any]:
         config = value.get("config")
         if value.keys() != {"class_name", "config"} or not isinstance(config, dict):
-            raise UnsafeModelFile(f"Its config.json has something unknown at {location} ({name}). {_RESAVE_HINT}")
+            raise refusal(f"Its config.json has something unknown at {location} ({name}).")
         if name in ("__tensor__", "__numpy__", "__keras_tensor__") and config.get("dtype") not in _DTYPES:
-            raise UnsafeModelFile(f"{location} holds values that are not numbers. {_RESAVE_HINT}")
+            raise refusal(f"{location} holds values that are not numbers.")
         return {"class_name": name, "config": self._check_plain(config, location, depth + 1)}
 
     def _check_function(self, value: dict[str, Any], location: str) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def _check_layers(config: dict[str, Any], name: str, location: str) -> None:
     """Check that a model lists its layers in the format of Keras 3; for others it has an older, less strict reader."""
     layers = config.get("layers")
     if not isinstance(layers, list) or not all(isinstance(each, dict) and "class_name" in each for each in layers):
-        raise UnsafeModelFile(f"{location} does not list its layers. {_RESAVE_HINT}")
+        raise refusal(f"{location} does not list its layers.")
     if name != "Sequential" and not {"name", "input_layers", "output_layers"} <= config.keys():
         raise UnsafeModelFile(f"{location} is a custom model class. {_REBUILD_HINT}")
 

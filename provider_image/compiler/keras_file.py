@@ -47,6 +47,10 @@ class CheckedFile:
     display_name: str
 
 
+def _refusal(what: str) -> UnsafeModelFile:
+    return UnsafeModelFile(f"{what} {_RESAVE_HINT}")
+
+
 def check_keras_file(path: Path, folder: Path) -> CheckedFile:
     """Check a `.keras` file and write a copy of what was checked.
 
@@ -56,14 +60,14 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
     :raises OSError: the folder cannot be written.
     """
     if path.is_dir():
-        raise UnsafeModelFile(f"{path} is a folder; a SavedModel contains code. {_RESAVE_HINT}")
+        raise _refusal(f"{path} is a folder; a SavedModel contains code.")
     try:
         source = path.open("rb")
     except OSError as error:
         raise WeightsMissing(f"The model file {path} cannot be read: {error.strerror or error}") from error
     with source:
         if source.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC:
-            raise UnsafeModelFile(f"{path.name} is a legacy HDF5 file, which can contain code. {_RESAVE_HINT}")
+            raise _refusal(f"{path.name} is a legacy HDF5 file, which can contain code.")
         source.seek(0)
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
         try:
@@ -71,7 +75,7 @@ def check_keras_file(path: Path, folder: Path) -> CheckedFile:
         except UnsafeModelFile as error:
             raise UnsafeModelFile(f"{path.name} is refused. {error.reason}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UnsafeModelFile(f"{path.name} is not a valid .keras file ({error}). {_RESAVE_HINT}") from error
+            raise _refusal(f"{path.name} is not a valid .keras file ({error}).") from error
     weights, copy = folder / _WEIGHTS_FILE, folder / "checked.keras"
     try:
         _check_weights(weights)
@@ -107,12 +111,10 @@ def _unpack(source: IO[bytes], path: Path, folder: Path) -> dict[str, Any]:
                 "further files (vocabularies, lookup tables) are not supported."
             )
         if sorted(info.filename for info in members) != sorted(_MEMBERS):
-            raise UnsafeModelFile(f"It must contain {', '.join(sorted(_MEMBERS))}, each once. {_RESAVE_HINT}")
+            raise _refusal(f"It must contain {', '.join(sorted(_MEMBERS))}, each once.")
         for info in members:
             if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise UnsafeModelFile(
-                    f"Its {info.filename} is encrypted or has an unsupported compression. {_RESAVE_HINT}"
-                )
+                raise _refusal(f"Its {info.filename} is encrypted or has an unsupported compression.")
             if info.file_size > _MEMBERS[info.filename] or _is_bomb(info.file_size, info.compress_size):
                 raise UnsafeModelFile(
                     f"Its {info.filename} would unpack to {info.file_size} bytes, which is more than allowed. "
@@ -144,13 +146,11 @@ def _check_weights(path: Path) -> None:
                     location = f"{group.name.rstrip('/')}/{name}"[:200]
                     # Reads the link, not its target, which would open the other file.
                     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                        raise UnsafeModelFile(
-                            f"Its weights refer to another file or place at {location}. {_RESAVE_HINT}"
-                        )
+                        raise _refusal(f"Its weights refer to another file or place at {location}.")
                     entry = group[name]
                     address = h5py.h5o.get_info(entry.id).addr
                     if address in seen or len(seen) > _MAX_OBJECTS:
-                        raise UnsafeModelFile(f"Its weights hold {location} twice, or too many entries. {_RESAVE_HINT}")
+                        raise _refusal(f"Its weights hold {location} twice, or too many entries.")
                     seen.add(address)
                     if isinstance(entry, h5py.Group):
                         groups.append(entry)
@@ -159,24 +159,24 @@ def _check_weights(path: Path) -> None:
                     if total_bytes > _MEMBERS[_WEIGHTS_FILE]:
                         raise UnsafeModelFile(f"Its weights unpack to more than {_MEMBERS[_WEIGHTS_FILE]} bytes.")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UnsafeModelFile(f"Its {_WEIGHTS_FILE} is damaged ({error}). {_RESAVE_HINT}") from error
+        raise _refusal(f"Its {_WEIGHTS_FILE} is damaged ({error}).") from error
 
 
 def _check_array(h5py: Any, entry: Any, location: str) -> int:
     """Check one array of the weights and return its size in bytes. :raises UnsafeModelFile:"""
     if not isinstance(entry, h5py.Dataset):
-        raise UnsafeModelFile(f"Its weights contain something other than numbers at {location}. {_RESAVE_HINT}")
+        raise _refusal(f"Its weights contain something other than numbers at {location}.")
     if entry.is_virtual or entry.external:
-        raise UnsafeModelFile(f"Its weights take {location} from another file. {_RESAVE_HINT}")
+        raise _refusal(f"Its weights take {location} from another file.")
     creation = entry.id.get_create_plist()
     if any(creation.get_filter(number)[0] not in _FILTERS for number in range(creation.get_nfilters())):
-        raise UnsafeModelFile(f"Its weights need a plug-in to unpack {location}. {_RESAVE_HINT}")
+        raise _refusal(f"Its weights need a plug-in to unpack {location}.")
     # bfloat16 is stored as two opaque bytes.
     if entry.dtype.kind not in "fiub" and entry.dtype.str != "|V2":
-        raise UnsafeModelFile(f"Its weights contain something other than numbers at {location}. {_RESAVE_HINT}")
+        raise _refusal(f"Its weights contain something other than numbers at {location}.")
     size_bytes = int(entry.dtype.itemsize) * int(entry.size or 0)
     if _is_bomb(size_bytes, entry.id.get_storage_size()):
-        raise UnsafeModelFile(f"Its weights would unpack {location} to {size_bytes} bytes. {_RESAVE_HINT}")
+        raise _refusal(f"Its weights would unpack {location} to {size_bytes} bytes.")
     return size_bytes
 
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.backends.openvino import import_openvino
+from provider_image.backends.openvino import hidden_module, import_openvino
 from provider_image.errors import CompilationFailed, CompilerMissing
 
 if TYPE_CHECKING:
-    from provider_image.models.catalogue import ModelRow
+    from provider_image.models.catalogue import ModelFacts
 
 #: What is added after the network: nothing, a softmax over its logits, or the complement of a single probability, which
 #: gives two that sum to one.
@@ -58,6 +58,16 @@ def import_keras() -> Any:
 
 
 @contextlib.contextmanager
+def keras_session() -> Iterator[Any]:
+    """Import keras, and free what networks take in it afterwards. :raises CompilerMissing: it is not installed."""
+    keras = import_keras()
+    try:
+        yield keras
+    finally:
+        keras.backend.clear_session()
+
+
+@contextlib.contextmanager
 def _silenced_stderr() -> Iterator[None]:
     """Discard what native libraries write to standard error: tensorflow does before it applies its log level."""
     sys.stderr.flush()
@@ -71,7 +81,7 @@ def _silenced_stderr() -> Iterator[None]:
         os.close(saved_stderr)
 
 
-def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
+def to_graph(network: Any, row: ModelFacts, head: str = "none") -> Any:
     """Convert a Keras network to an OpenVINO graph: uint8 RGB (1, height, width, 3) in, probabilities (1, n) out.
 
     :param network: a keras.Model that takes float32 (n, height, width, 3) and returns (n, classes).
@@ -98,7 +108,7 @@ def to_graph(network: Any, row: ModelRow, head: str = "none") -> Any:
 
 
 def preprocess(pixels: Any, preprocessing: str) -> Any:
-    """Convert float32 RGB values 0-255 to a network's input, by a name from `ModelRow.preprocessing`."""
+    """Convert float32 RGB values 0-255 to a network's input, by a name from `ModelFacts.preprocessing`."""
     match preprocessing:
         case "caffe":
             return pixels[..., ::-1] - _CAFFE_MEANS
@@ -148,11 +158,5 @@ def _cached_variable_lookup() -> Iterator[None]:
 def _import_converter() -> Any:
     """Import OpenVINO's converter without its telemetry, which would send usage data."""
     import_openvino()
-    name = "openvino_telemetry"
-    hidden = {module: sys.modules.pop(module) for module in list(sys.modules) if module.partition(".")[0] == name}
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_module("openvino_telemetry"):
         return importlib.import_module("openvino.tools.ovc").convert_model
-    finally:
-        del sys.modules[name]
-        sys.modules.update(hidden)

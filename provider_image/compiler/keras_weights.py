@@ -6,11 +6,12 @@ seconds: missing weights are reported first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
+import secrets
 import ssl
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -105,10 +106,9 @@ def find_weights(
     return _weights_file(cached, row.weights)
 
 
-def hash_file(path: Path, hash: str) -> str:
-    """Compute a file's digest with the algorithm of this hash, by its length: MD5 or SHA-256."""
+def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, _algorithm(hash)).hexdigest()
+        return hashlib.file_digest(handle, algorithm).hexdigest()
 
 
 def _algorithm(hash: str) -> str:
@@ -124,9 +124,8 @@ def _candidate_names(row: ModelRow) -> list[str]:
 
 def _weights_file(path: Path, published: PublishedWeights) -> WeightsFile:
     try:
-        with path.open("rb") as handle:
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-        is_published = published.hash is not None and hash_file(path, published.hash) == published.hash
+        sha256, hash = _digest(path, "sha256"), published.hash
+        is_published = hash is not None and _digest(path, _algorithm(hash)) == hash
     except OSError as error:
         raise WeightsMissing(f"The weights file {path} cannot be read: {error.strerror or error}") from error
     return WeightsFile(path=path, sha256=sha256, is_published=is_published)
@@ -141,14 +140,12 @@ def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Pr
         f"mlg models compile {row.name} --weights FOLDER (or set MLG_WEIGHTS_DIR)."
     )
     digest = hashlib.new(_algorithm(row.weights.hash))
-    partial: Path | None = None
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        partial = Path(name)
         context = ssl.create_default_context()
         with (
-            os.fdopen(handle, "wb") as file,
+            partial.open("xb") as file,
             urllib.request.urlopen(url, timeout=_READ_TIMEOUT_SECONDS, context=context) as response,
         ):
             total, done = int(response.headers.get("Content-Length") or 0), 0
@@ -165,7 +162,6 @@ def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Pr
             os.fsync(file.fileno())
         if digest.hexdigest() != row.weights.hash:
             raise WeightsMismatch(f"The file from {url} does not have the hash that Keras publishes. {hint}")
-        partial.chmod(0o644)  # mkstemp makes it private
         partial.replace(target)
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an invalid URL
         if isinstance(error, urllib.error.HTTPError):
@@ -173,5 +169,5 @@ def _download(row: ModelRow, sources: WeightsSources, target: Path, progress: Pr
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise WeightsMissing(f"The weights of {row.title} cannot be downloaded ({reason}). {hint}") from error
     finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

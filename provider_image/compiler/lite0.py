@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.backends.openvino import import_openvino
-from provider_image.compiler.installing import Provenance, build_folder
+from provider_image.compiler.installing import begin_artefact, build_folder
 from provider_image.compiler.labels import imagenet_labels
 from provider_image.compiler.torch_file import read_tensors
 from provider_image.compiler.verification import verify_and_install
@@ -64,14 +64,14 @@ def build(models: Path, *, again: bool = False, f16_within: float = TOLERANCE) -
                 pass  # the usual case
         openvino = import_openvino()
         graph = _graph(openvino, read_tensors(_weights()), row.height, row.width)
-        provenance = Provenance(
+        draft = begin_artefact(
+            row,
             labels=imagenet_labels(),
             weights_sha256=WEIGHTS_SHA256,
             recipe=RECIPE,
-            source=row.source,
             reference=f"openvino {openvino.__version__.partition('-')[0]}",
         )
-        return verify_and_install(graph, folder, models, row, provenance, f16_within=f16_within)
+        return verify_and_install(graph, folder, models, draft, f16_within=f16_within)
 
 
 def _weights() -> bytes:

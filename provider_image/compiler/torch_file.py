@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import WeightsMismatch
+from provider_image.errors import DAMAGED_FILE_ERRORS, WeightsMismatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,17 +23,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 #: Torch's storage class -> (numpy type, bytes per element).
 _STORAGES = {"FloatStorage": ("<f4", 4), "LongStorage": ("<i8", 8)}
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    struct.error,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    OverflowError,
-)
+_READ_ERRORS = (pickle.UnpicklingError, ImportError, *DAMAGED_FILE_ERRORS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +54,11 @@ class _Unpickler(pickle.Unpickler):
         **{("torch", name): name for name in _STORAGES},
     }
 
+    def __init__(self, stream: io.BytesIO, kinds: dict[str, str]) -> None:
+        super().__init__(stream)
+        #: Key of a storage -> its class; filled while loading.
+        self._kinds = kinds
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
             raise WeightsMismatch(f"The weights file names {module}.{name}, which is not allowed. It was not loaded.")
@@ -72,6 +67,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> Any:
         if not (isinstance(reference, tuple) and len(reference) >= 5 and reference[0] == "storage"):
             raise WeightsMismatch("The weights file refers to something other than a storage.")
+        self._kinds[reference[2]] = reference[1]
         return reference[:5]
 
 
@@ -87,18 +83,15 @@ def read_tensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
     kinds: dict[str, str] = {}
     stream = io.BytesIO(data)
 
-    class Unpickler(_Unpickler):
-        def persistent_load(self, reference: Any) -> Any:
-            checked = super().persistent_load(reference)
-            kinds[checked[2]] = checked[1]
-            return checked
+    def load() -> Any:
+        return _Unpickler(stream, kinds).load()
 
     try:
-        if [Unpickler(stream).load(), Unpickler(stream).load()] != [_MAGIC, _PROTOCOL]:
+        if [load(), load()] != [_MAGIC, _PROTOCOL]:
             raise WeightsMismatch("The weights file is not in torch's legacy format.")
-        Unpickler(stream).load()  # facts about the system
-        state = Unpickler(stream).load()
-        keys = Unpickler(stream).load()
+        load()  # facts about the system
+        state = load()
+        keys = load()
         position = stream.tell()
         for key in keys:
             kind, width = _STORAGES[kinds[key]]

@@ -14,15 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provider_image.backends.openvino import import_openvino, run_graph
-from provider_image.compiler.installing import Provenance, install
+from provider_image.backends.openvino import GRAPH_FILES, OpenvinoNet, compile_graph, import_openvino
+from provider_image.compiler.installing import install
 from provider_image.compiler.self_test import self_test_images
 from provider_image.errors import CompilationFailed
 from provider_image.images.decoding import decode
-from provider_image.models.artefact import GRAPH_FILES, Artefact, Sample, Storage
-from provider_image.models.catalogue import ModelRow
+from provider_image.models.artefact import Artefact, Sample, Storage
 from provider_image.precision import TOLERANCE
-from provider_image.service import Difference
+from provider_image.service import Difference, Output
 from provider_image.services.classification import Classification, top_labels
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ def verify_and_install(
     graph: Any,
     folder: Path,
     models: Path,
-    row: ModelRow,
-    provenance: Provenance,
+    draft: Artefact,
     *,
     reference: Callable[[Arrays], Arrays] | None = None,
     f16_within: float = TOLERANCE,
@@ -49,6 +47,7 @@ def verify_and_install(
 
     :param graph: OpenVINO's Model: uint8 RGB (1, height, width, 3) in, probabilities (1, labels) out.
     :param folder: the folder from `installing.build_folder`.
+    :param draft: what is known of the artefact without the graph.
     :param reference: returns the right probabilities for decoded images, uint8 (height, width, 3); None takes those of
         the graph itself in f32, if there is nothing else to compare with.
     :param f16_within: weights are stored as f16 if no probability differs by more than this from the reference's.
@@ -59,31 +58,29 @@ def verify_and_install(
     openvino = import_openvino()
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images()
-    arrays = [decode(data, row.height, row.width, row.crop) for data in files.values()]
-    actual = run_graph(folder / "model.xml", arrays)
+    arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
+    actual = _run(draft, folder, arrays)
     expected = actual if reference is None else reference(arrays)
-    outputs = [top_labels(provenance.labels, each) for each in expected]
-    difference = _compare(outputs, expected, actual, provenance)
+    outputs = [top_labels(draft.labels, each) for each in expected]
+    difference = _compare(outputs, expected, actual, draft)
     if not difference.largest <= TOLERANCE or not difference.is_same_order:
         raise CompilationFailed(
-            f"The compiled graph of {row.name} gives other results than {provenance.reference}: "
+            f"The compiled graph of {draft.name} gives other results than {draft.reference}: "
             "probabilities differ by up "
             f"to {difference.largest:.2g}. It was not installed. Please report this with both versions."
         )
     on_step("storing")
-    storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, provenance, f16_within)
+    precision, storage = _choose_storage(openvino, graph, folder, arrays, outputs, expected, draft, f16_within)
     samples = []
     for (file, data), output in zip(files.items(), outputs, strict=True):
         (folder / file).write_bytes(data)
         samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
-    if storage.kept == "f16":
-        provenance = replace(provenance, recipe=f16_recipe(provenance.recipe))
-    return install(folder, models, row, provenance=provenance, storage=storage, samples=samples)
+    artefact = replace(draft, precision=precision, storage=storage, samples=tuple(samples))
+    return install(artefact, folder, models, GRAPH_FILES)
 
 
-def f16_recipe(recipe: str) -> str:
-    """Return the recipe of the same graph with f16 weights: its results differ slightly, so its digest must differ."""
-    return f"{recipe}-f16"
+def _run(draft: Artefact, folder: Path, arrays: Arrays) -> Arrays:
+    return OpenvinoNet(draft, compile_graph(folder / "model.xml", 1, "f32"), 1).infer(arrays)
 
 
 def _choose_storage(
@@ -93,16 +90,16 @@ def _choose_storage(
     arrays: Arrays,
     outputs: list[Any],
     expected: Arrays,
-    provenance: Provenance,
+    draft: Artefact,
     f16_within: float,
-) -> Storage:
-    """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files."""
+) -> tuple[str, Storage]:
+    """Store the weights as f16 as well, compare the results, and keep the f16 or the f32 files; return which."""
     f16_folder = folder / "f16"
     f16_folder.mkdir()
     openvino.save_model(graph, str(f16_folder / "model.xml"), compress_to_fp16=True)
-    actual = run_graph(f16_folder / "model.xml", arrays)
-    difference = _compare(outputs, expected, actual, provenance)
-    allowed = _compare(outputs, expected, actual, provenance, f16_within)
+    actual = _run(draft, f16_folder, arrays)
+    difference = _compare(outputs, expected, actual, draft)
+    allowed = _compare(outputs, expected, actual, draft, f16_within)
     f32_bytes, f16_bytes = (
         sum((parent / file).stat().st_size for file in GRAPH_FILES) for parent in (folder, f16_folder)
     )
@@ -112,8 +109,7 @@ def _choose_storage(
         for file in GRAPH_FILES:
             (f16_folder / file).replace(folder / file)
     shutil.rmtree(f16_folder)
-    return Storage(
-        kept="f16" if is_f16 else "f32",
+    return "f16" if is_f16 else "f32", Storage(
         f32_bytes=f32_bytes,
         f16_bytes=f16_bytes,
         largest_difference=float(f"{difference.largest:.3g}"),
@@ -122,7 +118,7 @@ def _choose_storage(
 
 
 def _compare(
-    outputs: list[Any], expected: Arrays, actual: Arrays, provenance: Provenance, tolerance: float = TOLERANCE
+    outputs: list[Any], expected: Arrays, actual: Arrays, draft: Artefact, tolerance: float = TOLERANCE
 ) -> Difference:
     """Compare all probabilities and the order of the top labels. Non-finite numbers give the largest difference."""
     import numpy as np
@@ -131,5 +127,8 @@ def _compare(
     if not math.isfinite(largest):
         return Difference(largest=1.0, is_same_order=False)
     pairs = zip(outputs, actual, strict=True)
-    same = [Classification().compare(output, top_labels(provenance.labels, each), tolerance) for output, each in pairs]
+    same = [
+        Classification().compare(Output(data=output), Output(data=top_labels(draft.labels, each)), tolerance)
+        for output, each in pairs
+    ]
     return Difference(largest=largest, is_same_order=all(each.is_same_order for each in same))

@@ -10,12 +10,10 @@ from __future__ import annotations
 import importlib
 import io
 import math
-import struct
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import BadInput, BrokenImage, UnsupportedFormat
+from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput, BrokenImage, UnsupportedFormat
 from provider_image.images.headers import ImageHeader, read_header
 
 if TYPE_CHECKING:
@@ -51,22 +49,6 @@ _TRANSPOSITIONS = {
     8: "ROTATE_90",
 }
 _SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-#: What Pillow raises for damaged files, according to its plugins' code and to fuzzing reports.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    AssertionError,
-    NotImplementedError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
 
 
 def decode(
@@ -100,7 +82,7 @@ def decode(
         return np.asarray(upright.convert("RGB"))
     except BadInput:
         raise
-    except (*DECODE_ERRORS, PIL.Image.DecompressionBombError) as error:
+    except (*DAMAGED_FILE_ERRORS, PIL.Image.DecompressionBombError) as error:
         raise BrokenImage(
             f"The {header.format} image cannot be decoded ({type(error).__name__}: {error}). "
             "Save it again in an image program and send that file."
@@ -172,7 +154,7 @@ def _orientation(image: PIL.Image.Image) -> int:
         return 1  # spares importing Pillow's EXIF reader
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except DECODE_ERRORS:  # damaged metadata around valid pixels: viewers show such an image as it is stored
+    except DAMAGED_FILE_ERRORS:  # damaged metadata around valid pixels: viewers show such an image as it is stored
         return 1
     return value if isinstance(value, int) else 1
 

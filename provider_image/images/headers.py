@@ -13,8 +13,15 @@ from dataclasses import dataclass
 
 from provider_image.errors import BrokenImage, EmptyImage, ImageTooLarge, NotAnImage, UnsupportedFormat
 
-#: The formats that are supported, by Pillow's names.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+#: The formats that are supported, by Pillow's names -> their media types.
+MEDIA_TYPES = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+}
 #: Most segments or blocks in a file; real files have some dozens.
 _MAX_STEPS = 20_000
 #: Called by a reader with width and height as soon as it knows them.
@@ -25,7 +32,7 @@ _SizeCheck = Callable[[int, int], None]
 class ImageHeader:
     """The contents of a header."""
 
-    #: One of FORMATS.
+    #: One of MEDIA_TYPES.
     format: str
     #: Declared size in pixels as stored, before any rotation by an EXIF tag.
     width: int
@@ -37,11 +44,7 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
 
     :param max_pixels: limit for width x height. Checked as soon as the size is known, so that a decompression bomb is
         reported as too large even when the rest of the file is missing.
-    :raises EmptyImage: there are no bytes.
-    :raises UnsupportedFormat: the format is recognised but not supported; names it.
-    :raises NotAnImage: the format is not recognised.
-    :raises ImageTooLarge: it declares more than max_pixels.
-    :raises BrokenImage: the header is invalid, or the end of the file is missing.
+    :raises BadInput: EmptyImage, UnsupportedFormat, NotAnImage, ImageTooLarge or BrokenImage.
     """
     if not data:
         raise EmptyImage()

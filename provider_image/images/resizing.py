@@ -1,7 +1,7 @@
-"""The file format of a resized image: lossless, and without anything else that was in the original.
+"""Images on their way to a model, which gets the same pixels whether or not they were resized before they were sent.
 
-The batcher's decoder processes encode what `decode` returned before an item leaves the machine, and the provider
-decodes exactly the same pixels. Called by services only.
+A resized image is a lossless file without anything else that was in the original. The batcher's decoder processes call
+`resize`, services call `load_image`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,30 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from provider_image.errors import BadInput
-from provider_image.images.decoding import DECODE_ERRORS
+from provider_image.errors import DAMAGED_FILE_ERRORS, BadInput
+from provider_image.images.decoding import decode
 from provider_image.images.headers import read_header
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from provider_image.models.artefact import Artefact
+
+
+def resize(data: bytes, height: int, width: int, crop: float | None) -> bytes:
+    """Reduce an image to a model's input, to save bytes. :raises BadInput: as `load_image` with the original."""
+    return encode_resized(decode(data, height, width, crop))
+
+
+def load_image(data: bytes, artefact: Artefact, *, is_resized: bool) -> np.ndarray[Any, Any]:
+    """Decode an image to the pixels that a model takes, the same for the original and for what `resize` returned.
+
+    :return: uint8, shape (height, width, 3).
+    :raises BadInput: it cannot be used, or is said to be resized and is not.
+    """
+    if is_resized:
+        return decode_resized(data, artefact.height, artefact.width)
+    return decode(data, artefact.height, artefact.width, artefact.crop)
 
 
 def encode_resized(pixels: np.ndarray[Any, Any]) -> bytes:
@@ -53,7 +71,7 @@ def decode_resized(data: bytes, height: int, width: int) -> np.ndarray[Any, Any]
                 raise BadInput(f"It has {image.mode} pixels, {image.width} x {image.height}, or several frames.")
             image.load()
             return np.asarray(image)
-    except (BadInput, *DECODE_ERRORS, PIL.Image.DecompressionBombError) as error:
+    except (BadInput, *DAMAGED_FILE_ERRORS, PIL.Image.DecompressionBombError) as error:
         raise BadInput(
             f"A resized image must be a WebP file of {width} x {height} RGB pixels. Use the same version of mlg where "
             f"images are resized and where they are classified. {error}"

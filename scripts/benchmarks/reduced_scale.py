@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from provider_image.backends import Device
 from provider_image.compiler import ensure_installed
 from provider_image.cores import available_cores
 from provider_image.images import decoding
@@ -92,7 +93,7 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
     :param side: what is decoded to; the model's own input is made from that.
     """
     service = Classification()
-    net = service.load(artefact, available_cores(), "f32")
+    net = service.load(artefact, Device())
     noise = np.random.default_rng(1).integers(-1, 2, (side, side, 3))
 
     def compare(jpeg: bytes) -> tuple[list[Any], dict[str, list[Any]], bool]:
@@ -101,7 +102,7 @@ def _measure(artefact: Artefact, side: int, crop: float | None) -> AnswerChanges
         def classify(array: Any) -> list[Any]:
             pixels = array.tobytes()
             if pixels not in known:  # most margins give the same scale
-                known[pixels] = service.run(net, _resized(array, artefact))
+                known[pixels] = service.run(net, [_resized(array, artefact)], [{}])[0].data
             return known[pixels]
 
         arrays = {

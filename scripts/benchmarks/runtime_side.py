@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from provider_image.backends import Device
 from provider_image.backends.openvino import compile_graph, import_openvino
 from provider_image.chunk import open_chunk
 from provider_image.images.decoding import decode
@@ -31,7 +32,7 @@ class RuntimeBenchmark:
 
     def __init__(self, models: Path, model: str) -> None:
         self._model = model
-        self._caches = {precision: NetCache(models, precision=precision) for precision in ("f32", "bf16")}
+        self._caches = {precision: NetCache(models, Device(precision=precision)) for precision in ("f32", "bf16")}
         self._queue: Any = None
 
     def rate(self, way: str, seconds: float, chunk: Path) -> float:
@@ -48,9 +49,9 @@ class RuntimeBenchmark:
             return _repeat(lambda: len(run_chunk(chunk, chunk.with_suffix(".results"), cache).items), seconds)
         arrays = [decode(data, height, width, crop) for data in images]
         if way == "queue":
-            return self._queued(loaded.artefact.folder, cache.threads, arrays, seconds)
-        with ThreadPoolExecutor(cache.threads) as pool:
-            return _repeat(lambda: len(list(pool.map(loaded.net.infer, arrays))), seconds)
+            return self._queued(loaded.artefact.folder, cache.device.threads, arrays, seconds)
+        with ThreadPoolExecutor(cache.device.threads) as pool:
+            return _repeat(lambda: len(list(pool.map(lambda array: loaded.net.infer([array]), arrays))), seconds)
 
     def _queued(self, folder: Path, threads: int, arrays: list[Any], seconds: float) -> float:
         if self._queue is None:

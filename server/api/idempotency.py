@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,7 +22,7 @@ import flask
 from werkzeug.http import parse_options_header
 
 from provider_image.errors import InvalidParams
-from server.api.responses import json_response
+from server.api.responses import error_response
 from server.auth.guard import current_key_id
 from server.context import Context
 from server.endpoint import get_operation
@@ -56,15 +57,15 @@ def install_idempotency(app: flask.Flask, context: Context) -> None:
     app.after_request(handler.after_request)
 
 
+@dataclass(kw_only=True)
 class _PendingRequest:
     """One request under a key, while it runs."""
 
-    def __init__(self, owner: str, key: str, body: _HashingBody, renewed_at: datetime) -> None:
-        self.owner = owner
-        self.key = key
-        self.body = body
-        self.token = secrets.token_hex(16)
-        self.renewed_at = renewed_at
+    owner: str
+    key: str
+    body: _HashingBody
+    renewed_at: datetime
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
 class _IdempotencyHandler:
@@ -85,7 +86,7 @@ class _IdempotencyHandler:
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidParams(f"{HEADER} takes 1 to {MAX_KEY_LENGTH} characters.")
         now = self._context.clock()
-        pending = _PendingRequest(current_key_id() or "", key, _HashingBody(request), now)
+        pending = _PendingRequest(owner=current_key_id() or "", key=key, body=_HashingBody(request), renewed_at=now)
         operation = f"{request.method} {request.full_path}"
         earlier = self._context.store.idempotency.reserve(
             pending.owner,
@@ -137,9 +138,7 @@ class _IdempotencyHandler:
         if earlier.response is None:
             reason = "The first request under this key is still running. Send it again in a moment."
             seconds = max(1, min(5, int((earlier.lease_ends_at - now).total_seconds())))
-            return json_response(
-                {"success": False, "reason": reason, "code": "key_under_way"}, 409, {"Retry-After": str(seconds)}
-            )
+            return error_response(reason, "key_under_way", 409, {"Retry-After": str(seconds)})
         with self._context.active_reads.track():
             is_whole = body.read_rest(self._context.settings.max_batch_bytes)
         if not is_whole or body.fingerprint() != earlier.response.fingerprint:
@@ -161,7 +160,7 @@ class _IdempotencyHandler:
 
 
 class _HashingBody:
-    """A request's body that is hashed while it is read."""
+    """A request's body that is hashed while it is read; it has only what the views use of a stream."""
 
     def __init__(self, request: flask.Request) -> None:
         self._stream: Any = request.environ["wsgi.input"]
@@ -179,18 +178,6 @@ class _HashingBody:
     def read(self, size: int = -1) -> bytes:
         """Read like the server's stream."""
         return self._record(self._stream.read(size) if size is not None and size >= 0 else self._stream.read(), size)
-
-    def readline(self, size: int = -1) -> bytes:
-        """Read a line."""
-        return self._record(self._stream.readline(size), size)
-
-    def readlines(self, hint: int = -1) -> list[bytes]:
-        """Read all lines."""
-        return list(self)
-
-    def __iter__(self) -> Iterator[bytes]:
-        while line := self.readline():
-            yield line
 
     def read_rest(self, max_bytes: int) -> bool:
         """Read the rest, at most `max_bytes`. :return: whether the end was reached."""

@@ -1,7 +1,7 @@
 """The description of the HTTP API (OpenAPI 3.1), built from the application itself.
 
-Built once per process; `GET /openapi.json` and the API reference page show it. Paths come from the application's URL
-map, what a view does from its operation, parameters from the services, models from the catalogue, errors from the table
+Built once per process; `GET /openapi.json` and the API reference page show it. Routes, and what a view does, come from
+its operation, parameters from the services, models from the catalogue, errors from the table
 in `server/errors.py`. Nothing of that is repeated here.
 """
 
@@ -11,30 +11,27 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import flask
-from werkzeug.routing import Rule
 
 from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
 from server.api.idempotency import HEADER, MAX_KEY_LENGTH
 from server.api.schemas import ref, schemas
-from server.endpoint import Field, Operation, get_operation
+from server.endpoint import PAGES, Field, Operation, get_operation
 from server.errors import HTTP_STATUS, http_status
 from store.keys import Scope
 
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
-#: Tag of the pages for browsers.
-PAGES = "pages"
 #: The order of the headings; others come last.
 _TAGS = ("predictions", "batches", "requests", "events", "models", "server")
 #: Used in examples.
 EXAMPLE_MODEL = "efficientnet_lite0"
 EXAMPLE_URL = "http://127.0.0.1:5000"
-#: Methods whose requests carry a body.
-_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 #: Path parameters; a field of the same name in the view's query takes precedence.
 _PATH_PARAMETERS = {
     "model": Field(name="model", help="A model of GET /models, in any spelling.", schema={"examples": [EXAMPLE_MODEL]}),
@@ -59,18 +56,64 @@ _CLIENT_CALLS = {
 }
 
 
+_SUCCESS_TEXTS = {
+    200: "Success.",
+    201: "Created.",
+    202: "Accepted; it is durable.",
+    204: "Done.",
+    303: "Redirect to the next page.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One method of one path, and the view that answers it."""
+
+    #: Unique in the document.
+    id: str
+    method: str
+    operation: Operation
+    view: Callable[..., Any]
+
+    @property
+    def names(self) -> list[str]:
+        """List the names of the parameters in the path."""
+        return re.findall(r"{(\w+)}", self.operation.template)
+
+    @property
+    def body(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the schema of the body for each content type; none for a method without a body."""
+        return self.operation.body if self.method == "POST" else {}
+
+    @property
+    def takes_idempotency_key(self) -> bool:
+        """Tell whether an idempotency key is accepted; see `idempotency.py`."""
+        return self.method == "POST" and self.operation.scope not in (None, Scope.READ)
+
+
+def list_calls(app: flask.Flask) -> Iterator[Call]:
+    """List the calls of an application. Pages, and views without an operation, are left out."""
+    for endpoint, view in app.view_functions.items():
+        operation = get_operation(view)
+        if operation is not None and operation.tag != PAGES:
+            for method in operation.methods:
+                is_first = method == operation.methods[0]
+                id = endpoint if is_first else f"{endpoint}_{method.lower()}"
+                yield Call(id=id, method=method, operation=operation, view=view)
+
+
 def build_document(app: flask.Flask) -> dict[str, Any]:
     """Describe every path of an application whose view has an operation."""
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, None] = {}
-    for rule, method, operation in operations(app):
-        tags.setdefault(operation.tag)
-        paths.setdefault(openapi_path(rule), {})[method.lower()] = _describe(app, rule, method, operation)
+    for call in list_calls(app):
+        tags.setdefault(call.operation.tag)
+        paths.setdefault(call.operation.template, {})[call.method.lower()] = _describe(call)
     return {
         "openapi": VERSION,
         "info": {
             "title": "mlg",
-            "version": _version(),
+            "version": version("mlg"),
             "summary": "Image models on other people's computers, or on this one.",
             "description": (
                 "Send images, get an id at once, read the answer by the id. Every error is JSON with a `reason` "
@@ -78,7 +121,9 @@ def build_document(app: flask.Flask) -> dict[str, Any]:
             ),
         },
         "servers": [{"url": "/", "description": "The server that returned this document."}],
-        "tags": [{"name": tag} for tag in sorted(tags, key=_tag_order)],
+        "tags": [
+            {"name": tag} for tag in sorted(tags, key=lambda tag: _TAGS.index(tag) if tag in _TAGS else len(_TAGS))
+        ],
         "paths": paths,
         "components": {
             "schemas": dict(schemas()),
@@ -101,45 +146,25 @@ def get_document(app: flask.Flask) -> dict[str, Any]:
     return document
 
 
-def _tag_order(tag: str) -> int:
-    return _TAGS.index(tag) if tag in _TAGS else len(_TAGS)
-
-
-def operations(app: flask.Flask) -> Iterator[tuple[Rule, str, Operation]]:
-    """List path, method and operation. Pages, and views without an operation, are left out."""
-    for rule in app.url_map.iter_rules():
-        operation = get_operation(app.view_functions[rule.endpoint])
-        if operation is not None and operation.tag != PAGES:
-            for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-                yield rule, method, operation
-
-
-def openapi_path(rule: Rule) -> str:
-    """Write a path as OpenAPI does: /requests/{id}."""
-    return re.sub(r"<(?:[^:<>]+:)?(\w+)>", r"{\1}", rule.rule)
-
-
-def _describe(app: flask.Flask, rule: Rule, method: str, operation: Operation) -> dict[str, Any]:
-    view = app.view_functions[rule.endpoint]
-    methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
+def _describe(call: Call) -> dict[str, Any]:
+    operation = call.operation
     described: dict[str, Any] = {
-        "operationId": rule.endpoint if method == methods[0] else f"{rule.endpoint}_{method.lower()}",
+        "operationId": call.id,
         "tags": [operation.tag],
         "summary": operation.summary,
-        "description": _view_description(view) or operation.summary,
+        "description": _view_description(call.view) or operation.summary,
         "security": [] if operation.scope is None else [{"bearer": [str(operation.scope)]}, {}],
-        "parameters": [
-            *_path_parameters(rule, operation),
-            *(_parameter(field, "query") for field in _query_parameters(rule, operation)),
-            *([_parameter(_IDEMPOTENCY_KEY, "header")] if _takes_idempotency_key(method, operation) else []),
+        "parameters": list(_parameters(call)),
+        "responses": _responses(call),
+        "x-codeSamples": [
+            {"lang": "Shell", "label": "curl", "source": _curl(call)},
+            {"lang": "Python", "label": "Python", "source": _python(call)},
         ],
-        "responses": _responses(rule, method, operation),
-        "x-codeSamples": _samples(rule, method, operation),
     }
-    if operation.body and method in _WITH_BODY:
+    if call.body:
         described["requestBody"] = {
-            "required": any(schema.get("required") for schema in operation.body.values()),
-            "content": {kind: {"schema": dict(schema)} for kind, schema in operation.body.items()},
+            "required": any(schema.get("required") for schema in call.body.values()),
+            "content": {kind: {"schema": dict(schema)} for kind, schema in call.body.items()},
         }
     return described
 
@@ -149,17 +174,15 @@ def _view_description(view: Callable[..., Any]) -> str:
     return re.split(r"\n?(?<!\w):(?:param|return|raises)\b", inspect.getdoc(view) or "")[0].strip()
 
 
-def _query_parameters(rule: Rule, operation: Operation) -> list[Field]:
-    return [field for field in operation.query if field.name not in rule.arguments]
-
-
-def _path_parameters(rule: Rule, operation: Operation) -> list[dict[str, Any]]:
-    own_fields = {field.name: field for field in operation.query}
-    names = re.findall(r"<(?:[^:<>]+:)?(\w+)>", rule.rule)
-    return [
-        _parameter(own_fields.get(name) or _PATH_PARAMETERS.get(name) or Field(name=name, help=name), "path")
-        for name in names
-    ]
+def _parameters(call: Call) -> Iterator[dict[str, Any]]:
+    declared = {field.name: field for field in call.operation.query}
+    for name in call.names:
+        field = declared.pop(name, None) or _PATH_PARAMETERS.get(name) or Field(name=name, help=name)
+        yield _parameter(field, "path")
+    for field in declared.values():
+        yield _parameter(field, "query")
+    if call.takes_idempotency_key:
+        yield _parameter(_IDEMPOTENCY_KEY, "header")
 
 
 def _parameter(field: Field, location: str) -> dict[str, Any]:
@@ -178,35 +201,24 @@ def _parameter(field: Field, location: str) -> dict[str, Any]:
     }
 
 
-def _responses(rule: Rule, method: str, operation: Operation) -> dict[str, Any]:
-    responses = {
-        str(status): _response(status, schema, operation.content_type)
-        for status, schema in sorted(operation.responses.items())
+def _responses(call: Call) -> dict[str, Any]:
+    declared = {**dict.fromkeys(_error_statuses(call), "Error"), **call.operation.responses}
+    return {
+        str(status): _response(status, schema, call.operation.content_type)
+        for status, schema in sorted(declared.items())
     }
-    for status in _errors_of(rule, method, operation):
-        responses.setdefault(str(status), _response(status, "Error", "application/json"))
-    return dict(sorted(responses.items()))
 
 
-def _errors_of(rule: Rule, method: str, operation: Operation) -> list[int]:
+def _error_statuses(call: Call) -> list[int]:
     """List the statuses of the errors that a view of this kind can return."""
-    known = set(HTTP_STATUS.values())
-    has_body = bool(operation.body) and method in _WITH_BODY
     found = [500, 503]
-    found += [400] if operation.query or has_body else []
-    found += [404] if rule.arguments else []
-    found += [413, 415, 507] if has_body else []
-    found += [409, 422] if _takes_idempotency_key(method, operation) else []
-    found += (
-        [502] if has_body and any("url" in schema.get("properties", {}) for schema in operation.body.values()) else []
-    )
-    found += [401, 403, 421, 429] if operation.scope is not None else []
-    return [status for status in found if status in known]
-
-
-def _takes_idempotency_key(method: str, operation: Operation) -> bool:
-    """Tell whether a view accepts an idempotency key; see `idempotency.py`."""
-    return method == "POST" and operation.scope not in (None, Scope.READ)
+    found += [400] if call.operation.query or call.body else []
+    found += [404] if call.names else []
+    found += [413, 415, 507] if call.body else []
+    found += [409, 422] if call.takes_idempotency_key else []
+    found += [502] if any("url" in schema.get("properties", {}) for schema in call.body.values()) else []
+    found += [401, 403, 421, 429] if call.operation.scope is not None else []
+    return found
 
 
 def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -> dict[str, Any]:
@@ -232,15 +244,6 @@ def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -
     return described
 
 
-_SUCCESS_TEXTS = {
-    200: "Success.",
-    201: "Created.",
-    202: "Accepted; it is durable.",
-    204: "Done.",
-    303: "Redirect to the next page.",
-}
-
-
 def _error_text(status: int) -> str:
     codes = _codes().get(status, [])
     names = ", ".join(f"`{code}`" for code in codes)
@@ -259,57 +262,46 @@ def _codes() -> dict[int, list[str]]:
     return {status: sorted(codes) for status, codes in found.items()}
 
 
-def _samples(rule: Rule, method: str, operation: Operation) -> list[dict[str, str]]:
-    """Write the call with curl and in Python."""
-    address = re.sub(
-        r"<(?:[^:<>]+:)?(\w+)>", lambda match: EXAMPLE_MODEL if match[1] == "model" else match[1].upper(), rule.rule
-    )
-    has_body = bool(operation.body) and method in _WITH_BODY
-    return [
-        {"lang": "Shell", "label": "curl", "source": _curl(method, address, operation, has_body)},
-        {"lang": "Python", "label": "Python", "source": _python(rule, method, address, operation, has_body)},
-    ]
-
-
-def _curl(method: str, address: str, operation: Operation, has_body: bool) -> str:
+def _curl(call: Call) -> str:
     arguments = ["curl"]
-    if operation.scope is not None:
+    if call.operation.scope is not None:
         arguments.append('-H "Authorization: Bearer $MLG_API_KEY"')
-    if has_body and "multipart/form-data" in operation.body:
-        arguments += [f"-F {name}=@{_file_name(name)}" for name in _required(operation.body["multipart/form-data"])]
-    elif has_body and "application/json" in operation.body:
-        example = json.dumps(example_of(operation.body["application/json"]))
-        arguments += [f"-X {method}", "-H 'Content-Type: application/json'", f"-d '{example}'"]
-    elif method != "GET":
-        arguments.append(f"-X {method}")
-    return " ".join([*arguments, EXAMPLE_URL + address])
+    if "multipart/form-data" in call.body:
+        arguments += [f"-F {name}=@{_file_name(name)}" for name in _form_files(call)]
+    elif "application/json" in call.body:
+        example = json.dumps(example_of(call.body["application/json"]))
+        arguments += [f"-X {call.method}", "-H 'Content-Type: application/json'", f"-d '{example}'"]
+    elif call.method != "GET":
+        arguments.append(f"-X {call.method}")
+    return " ".join([*arguments, _example_url(call)])
 
 
-def _python(rule: Rule, method: str, address: str, operation: Operation, has_body: bool) -> str:
-    call = _CLIENT_CALLS.get(rule.endpoint)
-    if call is not None:
-        return f'from mlg_client import Client\n\nwith Client("{EXAMPLE_URL}") as client:\n    {call}\n'
-    more = ""
-    if has_body and "multipart/form-data" in operation.body:
-        files = ", ".join(
-            f'"{name}": open("{_file_name(name)}", "rb")' for name in _required(operation.body["multipart/form-data"])
-        )
+def _python(call: Call) -> str:
+    """Write the call with the Python client; with httpx if the client has none."""
+    client_call = _CLIENT_CALLS.get(call.view.__name__)
+    if client_call is not None:
+        return f'from mlg_client import Client\n\nwith Client("{EXAMPLE_URL}") as client:\n    {client_call}\n'
+    more, key = "", "import httpx\n\n"
+    if "multipart/form-data" in call.body:
+        files = ", ".join(f'"{name}": open("{_file_name(name)}", "rb")' for name in _form_files(call))
         more = f", files={{{files}}}"
-    elif has_body and "application/json" in operation.body:
-        more = f", json={example_of(operation.body['application/json'])!r}"
-    if operation.scope is not None:
+    elif "application/json" in call.body:
+        more = f", json={example_of(call.body['application/json'])!r}"
+    if call.operation.scope is not None:
         more += ', headers={"Authorization": f"Bearer {key}"}'
-    key = (
-        'import os\n\nimport httpx\n\nkey = os.environ["MLG_API_KEY"]\n'
-        if operation.scope is not None
-        else "import httpx\n\n"
-    )
-    result = "response.json()" if operation.content_type == "application/json" else "response.text"
-    return f'{key}response = httpx.request("{method}", "{EXAMPLE_URL}{address}"{more})\nprint({result})\n'
+        key = 'import os\n\nimport httpx\n\nkey = os.environ["MLG_API_KEY"]\n'
+    result = "response.json()" if call.operation.content_type == "application/json" else "response.text"
+    return f'{key}response = httpx.request("{call.method}", "{_example_url(call)}"{more})\nprint({result})\n'
 
 
-def _required(schema: Mapping[str, Any]) -> list[str]:
-    return list(schema.get("required") or list(schema.get("properties", {}))[:1])
+def _example_url(call: Call) -> str:
+    examples = {name: EXAMPLE_MODEL if name == "model" else name.upper() for name in call.names}
+    return EXAMPLE_URL + call.operation.template.format(**examples)
+
+
+def _form_files(call: Call) -> list[str]:
+    schema = call.body["multipart/form-data"]
+    return list(schema.get("required") or list(schema["properties"])[:1])
 
 
 def _file_name(field: str) -> str:
@@ -332,12 +324,3 @@ def example_of(schema: Mapping[str, Any]) -> Any:
     if kind == "array":
         return [example_of(schema.get("items", {}))]
     return {"integer": 1, "number": 1.0, "boolean": True}.get(str(kind), "...")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mlg")
-    except PackageNotFoundError:
-        return "0"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import flask
@@ -26,11 +26,20 @@ WAIT = Field(
     schema={"type": "number", "minimum": 0, "examples": [30]},
 )
 CURSOR = Field(name="cursor", help="The `next` of the previous page.")
-LIMIT = Field(
-    name="limit",
-    help="How many at most.",
-    schema={"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": DEFAULT_PAGE_SIZE},
-)
+
+
+def limit_field(maximum: int) -> Field:
+    """Declare the parameter that limits a list."""
+    schema = {"type": "integer", "minimum": 1, "maximum": maximum, "default": DEFAULT_PAGE_SIZE}
+    return Field(name="limit", help="How many at most.", schema=schema)
+
+
+def state_field(states: Sequence[str]) -> Field:
+    """Declare the parameter that selects by state."""
+    return Field(name="state", help="Only those in this state.", schema={"type": "string", "enum": list(states)})
+
+
+LIMIT = limit_field(MAX_PAGE_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +60,21 @@ class PageQuery:
         cls, request: flask.Request, others: Collection[str] = (), *, repeatable: str | None = None
     ) -> PageQuery:
         """Read the query. :param others: the other parameters that the list has. :raises InvalidParams:"""
-        fields = query_fields(request, repeatable=repeatable)
-        check_names(fields, (*others, "cursor", "limit"))
-        cursor, limit = fields.pop("cursor", None), fields.pop("limit", str(DEFAULT_PAGE_SIZE))
+        fields = read_query(request, *others, "cursor", "limit", repeatable=repeatable)
+        cursor = fields.pop("cursor", None)
         return cls(
             key_id=visible_key_id(),
             before=None if cursor is None else _from_cursor(cursor),
-            limit=parse_limit(limit, MAX_PAGE_SIZE),
+            limit=parse_limit(fields.pop("limit", None), MAX_PAGE_SIZE),
             fields=fields,
         )
+
+
+def read_query(request: flask.Request, *known: str, repeatable: str | None = None) -> dict[str, str]:
+    """Read the query of a view that has these parameters. :raises InvalidParams:"""
+    fields = query_fields(request, repeatable=repeatable)
+    check_names(fields, known)
+    return fields
 
 
 def check_names(fields: Collection[str], known: Collection[str]) -> None:
@@ -83,8 +98,17 @@ def parse_wait_seconds(raw: str | None, max_seconds: float) -> float:
     return min(seconds, max_seconds)
 
 
-def parse_limit(text: str, maximum: int) -> int:
+def parse_state(text: str | None, states: Sequence[str]) -> str | None:
+    """Check the state to select by. :raises InvalidParams:"""
+    if text is not None and text not in states:
+        raise InvalidParams(f"state takes one of: {', '.join(states)}.")
+    return text
+
+
+def parse_limit(text: str | None, maximum: int) -> int:
     """Read how many entries a list may have. :raises InvalidParams:"""
+    if text is None:
+        return DEFAULT_PAGE_SIZE
     if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= maximum):
         raise InvalidParams(f"limit takes a whole number from 1 to {maximum}.")
     return int(text)

@@ -44,6 +44,11 @@ def json_response(
     return response
 
 
+def error_response(reason: str, code: str, status: int, headers: Mapping[str, str] | None = None) -> flask.Response:
+    """Build the response of an error."""
+    return json_response({"success": False, "reason": reason, "code": code}, status, headers)
+
+
 def set_headers(response: flask.Response) -> flask.Response:
     """Forbid to cache a response, and to guess its content type."""
     response.headers["Cache-Control"] = "no-store"
@@ -65,7 +70,7 @@ def _error_response(error: MlgError) -> flask.Response:
         log.error("%s: %s", error.code, error.reason, extra={"path": flask.request.path})
     seconds = retry_after_seconds(type(error)) if status in (503, 507) else None
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
-    return json_response({"success": False, "reason": error.reason, "code": error.code}, status, headers)
+    return error_response(error.reason, error.code, status, headers)
 
 
 def _http_error_response(error: HTTPException) -> flask.Response:
@@ -78,18 +83,12 @@ def _http_error_response(error: HTTPException) -> flask.Response:
     else:
         reason = f"{error.description or error.name}"
     code = _HTTP_CODES.get(status, "bad_request" if status < 500 else "internal_error")
-    return json_response({"success": False, "reason": reason, "code": code}, status, headers)
+    return error_response(reason, code, status, headers)
 
 
 def _internal_error(error: Exception) -> flask.Response:
     error_id = secrets.token_hex(4)
-    log.error(
-        "error %s at %s %s",
-        error_id,
-        flask.request.method,
-        flask.request.path,
-        exc_info=error,
-        extra={"error": error_id},
-    )
+    where = f"{flask.request.method} {flask.request.path}"
+    log.error("error %s at %s", error_id, where, exc_info=error, extra={"error": error_id})
     reason = f"Something went wrong inside the server; its log has the details (error {error_id})."
-    return json_response({"success": False, "reason": reason, "code": "internal_error"}, 500)
+    return error_response(reason, "internal_error", 500)

@@ -1,20 +1,19 @@
 """The JSON Schemas of the HTTP API's responses: one entry for each name that a view's operation may use.
 
-Used by `openapi.py` only. The JSON itself is built in `server/serializers.py` and in the views; tests check real
-responses against these schemas, closed, so that a field that is added there and not here is found.
+Used by `openapi.py`, and by views whose responses have no name. The JSON itself is built in `server/serializers.py` and
+in the views; tests check real responses against these schemas, closed, so that a field that is added there and not here
+is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from provider_image.services import REGISTRY, load_service
-from store.states import RequestState
+from store.states import EXPIRED, RequestState
 
 Schema = dict[str, Any]
-#: A status beside the states in the store: cancelled because of the deadline.
-_EXPIRED = "expired"
 
 
 def string(help: str, **more: Any) -> Schema:
@@ -62,30 +61,193 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def list_of(items: Schema, help: str | None = None) -> Schema:
+    """Describe a list."""
+    return {"type": "array", "items": items, **({} if help is None else {"description": help})}
+
+
+def map_of(type: str, help: str) -> Schema:
+    """Describe an object with any names."""
+    return {"type": "object", "additionalProperties": {"type": type}, "description": help}
+
+
+def enum(values: Iterable[str], help: str) -> Schema:
+    """Describe a string of a few."""
+    return {"type": "string", "enum": list(values), "description": help}
+
+
+_STATUSES = (*map(str, RequestState), EXPIRED)
+_MODEL = string("The model's canonical name.")
+_LABELS = map_of("string", "The client's labels.")
+_CACHED = boolean("Whether the answer is reused from an equal image.")
+#: The cursor of the next page of a list.
+_NEXT = nullable(string("The `cursor` of the next page; null on the last."))
+_COUNTS = ("queued", "claimed", "done", "failed", "cancelled", "expired", "refused", "deleted")
+_REFUSED = {
+    "client_id": string("The client's id, else the file's name."),
+    "position": integer("Its position in the batch, from 0."),
+    "code": nullable(string("Why it was refused, for programs.")),
+    "reason": nullable(string("Why it was refused, for people.")),
+}
+
+_ERROR = {
+    **object_schema(
+        "success reason code",
+        success={"const": False},
+        reason=string("What happened and what to do, for people."),
+        code=string("The same in one word, for programs; it is stable, the reason is not."),
+    ),
+    "examples": [{"success": False, "reason": "There is no request with this id.", "code": "unknown_request"}],
+}
+_SUBMITTED = success(
+    "req_id status status_url model cached",
+    req_id=string("Reads the answer."),
+    status=enum(_STATUSES, "`done` at once if an equal image was answered before."),
+    status_url=string("Path of the answer."),
+    model=_MODEL,
+    cached=_CACHED,
+    batch_id=string("Its batch."),
+    client_id=string("The client's id for it."),
+)
+_REQUEST = success(
+    "req_id status preds model service name created_at attempts",
+    req_id=string("Its id."),
+    status=enum(_STATUSES, "Its state; done, failed, cancelled and expired are final."),
+    files={
+        "type": "object",
+        "additionalProperties": object_schema(
+            "url media_type bytes",
+            url=string("Path of the file."),
+            media_type=string("Its media type."),
+            bytes=integer("Its size."),
+        ),
+        "description": "The files of the answer, by name, if it has any.",
+    },
+    preds={"anyOf": [{"type": "null"}], "description": "The answer; null while there is none."},
+    model=_MODEL,
+    service=enum(REGISTRY, "What kind of work it is."),
+    name=nullable(string("The client's file name.")),
+    created_at=timestamp("When it was created."),
+    finished_at=timestamp("When it reached a final status."),
+    attempts=integer("Failed attempts that were its own fault."),
+    batch_id=string("Its batch."),
+    client_id=string("The client's id for it, unique in its batch."),
+    labels=_LABELS,
+    waiting_for=string("Why there is no answer yet, for people."),
+    eta_seconds=nullable(number("Estimated seconds until the answer; null when unknown.", minimum=0)),
+    ahead=integer("Requests of the same model before it."),
+    cached=_CACHED,
+    provider=nullable(string("The provider that computed it.")),
+    seconds=nullable(number("Seconds the model spent on it.", minimum=0)),
+    digest=nullable(string("Digest of the artefact that computed it.")),
+    cost=nullable(string("Its share of the cost, in GLM; null where nothing is paid.")),
+    cost_is_final=boolean("Whether the invoice was settled."),
+    reason=string("Why it failed, or why the last attempt did, for people."),
+    code=nullable(string("The same in one word, for programs.")),
+)
+#: What the details of a request have beside the request.
+_DETAIL = object_schema(
+    "params image_sha256 image_bytes picture_url timeline",
+    params={"type": "object", "description": "What the client chose."},
+    image_sha256=string("Hash of the image's bytes."),
+    image_bytes=integer("The image's size."),
+    picture_url=nullable(string("Path of the image; null after it was deleted.")),
+    timeline=list_of(
+        {
+            **object_schema("event at", event=string("What happened."), at=nullable(timestamp("When."))),
+            "additionalProperties": True,
+        },
+        "What happened to it, in order.",
+    ),
+    deadline_at=timestamp("If it is still queued then, it expires."),
+    keep_seconds=number("Seconds that it is kept after its end.", minimum=0),
+)
+_BATCH = success(
+    "batch_id status name model service labels created_at total counts progress cost cost_is_final results_url",
+    batch_id=string("Its id."),
+    status=enum(("queued", "running", "ended"), "Its state."),
+    name=nullable(string("The client's name for it.")),
+    model=_MODEL,
+    service=enum(REGISTRY, "What kind of work it is."),
+    labels=_LABELS,
+    created_at=timestamp("When it was created."),
+    deadline_at=timestamp("Requests that are still queued then expire."),
+    cancelled_at=timestamp("When it was cancelled."),
+    keep_seconds=number("Seconds that each request is kept after its end.", minimum=0),
+    total=integer("Images that were accepted."),
+    counts=object_schema(" ".join(_COUNTS), **{state: integer("How many.") for state in _COUNTS}),
+    progress=number("The share of requests that have ended.", minimum=0, maximum=1),
+    cost=nullable(string("Its cost, in GLM; null where nothing is paid.")),
+    cost_is_final=boolean("Whether all invoices were settled."),
+    results_url=string("Path of its results."),
+    eta_seconds=nullable(number("Estimated seconds until its end; null when unknown.", minimum=0)),
+    waiting_for=string("Why it has not ended, for people."),
+    failures=map_of("integer", "Code of the failed requests, and how many have it."),
+    refused=list_of(object_schema(" ".join(_REFUSED), **_REFUSED)),
+    changed=integer("Requests that were cancelled or queued again."),
+)
+_BATCH_SUBMITTED = success(
+    "batch_id status_url results_url model accepted refused items",
+    batch_id=string("Reads the batch."),
+    status_url=string("Path of its progress."),
+    results_url=string("Path of its results."),
+    model=_MODEL,
+    accepted=integer("Images that were accepted."),
+    refused=integer("Images that were refused."),
+    items=list_of(
+        object_schema(
+            f"{' '.join(_REFUSED)} req_id status",
+            **_REFUSED,
+            req_id=nullable(string("Reads the answer; null if it was refused.")),
+            status=enum((*_STATUSES, "refused"), "Its state."),
+        )
+    ),
+)
+_CATALOGUE_MODEL = object_schema(
+    "name title service source height width installed builds_on_first_use digest size_bytes storage "
+    "images_per_second install",
+    name=string("The name in paths; case and separators do not matter."),
+    title=string("The name for people."),
+    service=enum(REGISTRY, "What kind of work it does."),
+    source=string("The source of its weights."),
+    height=integer("Pixels of the input."),
+    width=integer("Pixels of the input."),
+    installed=boolean("Whether it is installed."),
+    builds_on_first_use=boolean("Whether the first request installs it."),
+    digest=nullable(string("Digest of the installed artefact.")),
+    size_bytes=nullable(integer("Its size on disk.")),
+    storage=nullable(string("How its weights are stored.")),
+    images_per_second=nullable(number("Measured by a check on this machine.")),
+    install=string("The command that installs it."),
+)
+
+
 def schemas() -> Mapping[str, Schema]:
     """Build all schemas, by name."""
     outputs = {f"{load_service(name).title}Output": _output(name) for name in REGISTRY}
+    preds = {**_REQUEST["properties"]["preds"], "anyOf": [{"type": "null"}, *map(ref, outputs)]}
+    request = {**_REQUEST, "properties": {**_REQUEST["properties"], "preds": preds}}
     return {
         **outputs,
-        "Error": _error(),
-        "Submitted": _submitted(),
-        "Request": _request(list(outputs)),
-        "Detail": _detail(list(outputs)),
-        "Requests": success("requests next", requests=_list(_without_success(_request(list(outputs)))), next=_NEXT),
-        "Batch": _batch(),
-        "Batches": success("batches next", batches=_list(_without_success(_batch())), next=_NEXT),
-        "BatchSubmitted": _batch_submitted(),
-        "Model": _model(),
-        "Models": success("models", models={"type": "array", "items": ref("Model")}),
+        "Error": _ERROR,
+        "Submitted": _SUBMITTED,
+        "Request": request,
+        "Detail": {
+            **request,
+            "required": [*request["required"], *_DETAIL["required"]],
+            "properties": {**request["properties"], **_DETAIL["properties"]},
+        },
+        "Requests": success("requests next", requests=list_of(_without_success(request)), next=_NEXT),
+        "Batch": _BATCH,
+        "Batches": success("batches next", batches=list_of(_without_success(_BATCH)), next=_NEXT),
+        "BatchSubmitted": _BATCH_SUBMITTED,
+        "Model": _CATALOGUE_MODEL,
+        "Models": success("models", models=list_of(ref("Model"))),
         "Index": success(
             "name routes try",
             name=string("The name of the program."),
-            routes={
-                "type": "object",
-                "additionalProperties": {"type": "string"},
-                "description": "Summaries.",
-            },
-            **{"try": {"type": "array", "items": {"type": "string"}, "description": "Commands to copy."}},
+            routes=map_of("string", "Summaries."),
+            **{"try": list_of({"type": "string"}, "Commands to copy.")},
         ),
         "Health": success("status", status={"const": "alive"}),
         "Readiness": success(
@@ -105,187 +267,7 @@ def _output(service_name: str) -> Schema:
     return {**service.output_schema, "description": service.help, "examples": [example]}
 
 
-def _error() -> Schema:
-    return {
-        **object_schema(
-            "success reason code",
-            success={"const": False},
-            reason=string("What happened and what to do, for people."),
-            code=string("The same in one word, for programs; it is stable, the reason is not."),
-        ),
-        "examples": [{"success": False, "reason": "There is no request with this id.", "code": "unknown_request"}],
-    }
-
-
-def _status(help: str) -> Schema:
-    return {"type": "string", "enum": [*map(str, RequestState), _EXPIRED], "description": help}
-
-
-def _submitted() -> Schema:
-    return success(
-        "req_id status status_url model cached",
-        req_id=string("Reads the answer."),
-        status=_status("`done` at once if an equal image was answered before."),
-        status_url=string("Path of the answer."),
-        model=string("The model's canonical name."),
-        cached=boolean("Whether the answer is reused from an equal image."),
-        batch_id=string("Its batch."),
-        client_id=string("The client's id for it."),
-    )
-
-
-def _request(outputs: list[str]) -> Schema:
-    return success(
-        "req_id status preds model service name created_at attempts",
-        req_id=string("Its id."),
-        status=_status("Its state; done, failed, cancelled and expired are final."),
-        preds={"anyOf": [{"type": "null"}, *map(ref, outputs)], "description": "The answer; null while there is none."},
-        model=string("The model's canonical name."),
-        service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it is."},
-        name=nullable(string("The client's file name.")),
-        created_at=timestamp("When it was created."),
-        finished_at=timestamp("When it reached a final status."),
-        attempts=integer("Failed attempts that were its own fault."),
-        batch_id=string("Its batch."),
-        client_id=string("The client's id for it, unique in its batch."),
-        labels={
-            "type": "object",
-            "additionalProperties": {"type": "string"},
-            "description": "The client's labels.",
-        },
-        waiting_for=string("Why there is no answer yet, for people."),
-        eta_seconds=nullable(number("Estimated seconds until the answer; null when unknown.", minimum=0)),
-        ahead=integer("Requests of the same model before it."),
-        cached=boolean("Whether the answer is reused from an equal image."),
-        provider=nullable(string("The provider that computed it.")),
-        seconds=nullable(number("Seconds the model spent on it.", minimum=0)),
-        digest=nullable(string("Digest of the artefact that computed it.")),
-        cost=nullable(string("Its share of the cost, in GLM; null where nothing is paid.")),
-        cost_is_final=boolean("Whether the invoice was settled."),
-        reason=string("Why it failed, or why the last attempt did, for people."),
-        code=nullable(string("The same in one word, for programs.")),
-    )
-
-
-def _detail(outputs: list[str]) -> Schema:
-    more = {
-        "params": {"type": "object", "description": "What the client chose."},
-        "image_sha256": string("Hash of the image's bytes."),
-        "image_bytes": integer("The image's size."),
-        "picture_url": nullable(string("Path of the image; null after it was deleted.")),
-        "timeline": {
-            "type": "array",
-            "items": {
-                **object_schema("event at", event=string("What happened."), at=nullable(timestamp("When."))),
-                "additionalProperties": True,
-            },
-            "description": "What happened to it, in order.",
-        },
-        "deadline_at": timestamp("If it is still queued then, it expires."),
-        "keep_seconds": number("Seconds that it is kept after its end.", minimum=0),
-    }
-    whole_request = _request(outputs)
-    return {
-        **whole_request,
-        "required": [*whole_request["required"], "params", "image_sha256", "image_bytes", "picture_url", "timeline"],
-        "properties": {**whole_request["properties"], **more},
-    }
-
-
-def _refusal(**more: Schema) -> Schema:
-    return object_schema(
-        " ".join(["client_id position code reason", *more]),
-        client_id=string("The client's id, else the file's name."),
-        position=integer("Its position in the batch, from 0."),
-        code=nullable(string("Why it was refused, for programs.")),
-        reason=nullable(string("Why it was refused, for people.")),
-        **more,
-    )
-
-
-def _batch_submitted() -> Schema:
-    status = {
-        "type": "string",
-        "enum": [*map(str, RequestState), _EXPIRED, "refused"],
-        "description": "Its state.",
-    }
-    return success(
-        "batch_id status_url results_url model accepted refused items",
-        batch_id=string("Reads the batch."),
-        status_url=string("Path of its progress."),
-        results_url=string("Path of its results."),
-        model=string("The model's canonical name."),
-        accepted=integer("Images that were accepted."),
-        refused=integer("Images that were refused."),
-        items=_list(_refusal(req_id=nullable(string("Reads the answer; null if it was refused.")), status=status)),
-    )
-
-
-def _batch() -> Schema:
-    states = ("queued", "claimed", "done", "failed", "cancelled", "expired", "refused", "deleted")
-    return success(
-        "batch_id status name model service labels created_at total counts progress cost cost_is_final results_url",
-        batch_id=string("Its id."),
-        status={"type": "string", "enum": ["queued", "running", "ended"], "description": "Its state."},
-        name=nullable(string("The client's name for it.")),
-        model=string("The model's canonical name."),
-        service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it is."},
-        labels={
-            "type": "object",
-            "additionalProperties": {"type": "string"},
-            "description": "The client's labels.",
-        },
-        created_at=timestamp("When it was created."),
-        deadline_at=timestamp("Requests that are still queued then expire."),
-        cancelled_at=timestamp("When it was cancelled."),
-        keep_seconds=number("Seconds that each request is kept after its end.", minimum=0),
-        total=integer("Images that were accepted."),
-        counts=object_schema(" ".join(states), **{state: integer("How many.") for state in states}),
-        progress=number("The share of requests that have ended.", minimum=0, maximum=1),
-        cost=nullable(string("Its cost, in GLM; null where nothing is paid.")),
-        cost_is_final=boolean("Whether all invoices were settled."),
-        results_url=string("Path of its results."),
-        eta_seconds=nullable(number("Estimated seconds until its end; null when unknown.", minimum=0)),
-        waiting_for=string("Why it has not ended, for people."),
-        failures={
-            "type": "object",
-            "additionalProperties": {"type": "integer"},
-            "description": "Code of the failed requests, and how many have it.",
-        },
-        refused=_list(_refusal()),
-        changed=integer("Requests that were cancelled or queued again."),
-    )
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
 def _without_success(schema: Schema) -> Schema:
     """Return the schema without `success`, for entries of a list."""
     properties = {name: value for name, value in schema["properties"].items() if name != "success"}
     return {**schema, "required": [name for name in schema["required"] if name != "success"], "properties": properties}
-
-
-#: The cursor of the next page of a list.
-_NEXT = nullable(string("The `cursor` of the next page; null on the last."))
-
-
-def _model() -> Schema:
-    return object_schema(
-        "name title service source height width installed builds_on_first_use digest size_bytes storage "
-        "images_per_second install",
-        name=string("The name in paths; case and separators do not matter."),
-        title=string("The name for people."),
-        service={"type": "string", "enum": list(REGISTRY), "description": "What kind of work it does."},
-        source=string("The source of its weights."),
-        height=integer("Pixels of the input."),
-        width=integer("Pixels of the input."),
-        installed=boolean("Whether it is installed."),
-        builds_on_first_use=boolean("Whether the first request installs it."),
-        digest=nullable(string("Digest of the installed artefact.")),
-        size_bytes=nullable(integer("Its size on disk.")),
-        storage=nullable(string("How its weights are stored.")),
-        images_per_second=nullable(number("Measured by a check on this machine.")),
-        install=string("The command that installs it."),
-    )

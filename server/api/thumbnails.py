@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
-from provider_image.images.headers import FORMATS, read_header
+from provider_image.images.headers import MEDIA_TYPES, read_header
+from store.errors import ImageGone
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,15 +35,15 @@ _GREY = (221, 221, 221)
 class SheetItem:
     """One image of a sheet."""
 
-    #: Returns the bytes; None when they are deleted.
-    read: Callable[[], bytes | None]
+    #: Returns the bytes, or raises ImageGone.
+    read: Callable[[], bytes]
     #: The text below it.
     lines: Sequence[str]
 
 
 def media_type(data: bytes, max_pixels: int) -> str:
     """Return the media type of an accepted image. :raises BadInput:"""
-    return {"BMP": "image/bmp"}.get(name := read_header(data, max_pixels).format, f"image/{name.lower()}")
+    return MEDIA_TYPES[read_header(data, max_pixels).format]
 
 
 def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
@@ -70,10 +71,9 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
         left, top = position % columns * width + 4, position // columns * height + 4
         small: PIL.Image.Image | None = None
         try:
-            data = item.read()
-            small = None if data is None else _decode_small(data, SHEET_PIXELS, max_pixels)
-        except BadInput:
-            log.info("an image of a contact sheet cannot be decoded")
+            small = _decode_small(item.read(), SHEET_PIXELS, max_pixels)
+        except (BadInput, ImageGone) as error:
+            log.info("an image of a contact sheet cannot be shown: %s", error)
         if small is None:
             draw.rectangle((left, top, left + SHEET_PIXELS, top + SHEET_PIXELS), fill=_GREY)
         else:
@@ -97,7 +97,7 @@ def _decode_small(data: bytes, size: int, max_pixels: int) -> PIL.Image.Image:
     import PIL.ImageOps
 
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as image:
             if image.width * image.height > max_pixels:
                 raise BrokenImage("The image is larger than its header says.")
             image.draft("RGB", (2 * size, 2 * size))

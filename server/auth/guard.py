@@ -33,7 +33,7 @@ from server.endpoint import get_operation
 from server.errors import CrossSite, KeyMissing, KeyRefused, RateLimited, ScopeMissing, WrongHost
 from server.settings import ServerSettings
 from store.batches import BatchRecord, UnknownBatch
-from store.errors import StoreError, UnknownRequest
+from store.errors import QuotaReached, StoreError, UnknownRequest
 from store.keys import KeyRecord, Keys, Scope
 
 log = logging.getLogger(__name__)
@@ -93,15 +93,17 @@ def owned(look_up: Callable[[str], Record], id: str) -> Record:
     return record
 
 
-def check_quota(images: int = 1) -> None:
-    """Refuse images over the daily quota of the caller's key, before they are read.
+def check_quota() -> None:
+    """Refuse an image over the daily quota of the caller's key, before it is read.
 
-    The store counts them again, exactly, in the commit that adds them.
+    The store counts it again, exactly, in the commit that adds it.
 
     :raises QuotaReached:
     """
-    guard = get_guard(flask.current_app)
-    guard.limits.check_images(current_key(), images, guard.now())
+    guard, key = get_guard(flask.current_app), current_key()
+    limit = None if key is None else guard.limits.daily_limit(key, guard.now())
+    if limit is not None and not limit.left:
+        raise QuotaReached()
 
 
 def check_same_origin(*, is_strict: bool) -> None:

@@ -22,10 +22,7 @@ FRESH_SECONDS = 3.0
 
 
 class KeyCache:
-    """Finds keys. May be used from any thread: at worst two threads look the same key up.
-
-    :param monotonic: returns seconds that never go back.
-    """
+    """Finds keys. May be used from any thread: at worst two threads look the same key up."""
 
     def __init__(self, keys: Keys, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._keys = keys
@@ -48,14 +45,11 @@ class KeyCache:
     def find(self, key: str, now: datetime) -> KeyRecord | None:
         """Find the record of a valid key; None if it is not valid. :raises StoreError:"""
         id = key_id_of(key)
-        record = None if id is None else self._look_up(id)
-        return record if verify_key(key, record) and record is not None and record.is_usable(now) else None
+        record = None if id is None else self.find_by_id(id, now)
+        return record if verify_key(key, record) else None
 
     def find_by_id(self, id: str, now: datetime) -> KeyRecord | None:
-        """Find a valid key by its id, for a caller who has proved in another way that it is theirs.
-
-        :raises StoreError:
-        """
+        """Find a valid key by its id, for a caller who has proved in another way that it is theirs."""
         record = self._look_up(id)
         return record if record is not None and record.is_usable(now) else None
 

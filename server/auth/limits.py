@@ -15,12 +15,12 @@ images, so the names of the limits contain what they count.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from server.errors import RateLimited
-from store.errors import QuotaReached
 from store.keys import KeyRecord, Keys
 
 #: Names of the limits in the headers.
@@ -91,10 +91,7 @@ class Limits:
         return None if key.requests_per_minute is None else _minute_limit(key.requests_per_minute, 0, now)
 
     def daily_limit(self, key: KeyRecord, now: datetime) -> Limit | None:
-        """Return the state of the key's daily quota of images; None if it has none.
-
-        :raises StoreError:
-        """
+        """Return the state of the key's daily quota of images; None if it has none. :raises StoreError:"""
         if key.images_per_day is None:
             return None
         now = now.astimezone(UTC)
@@ -104,14 +101,8 @@ class Limits:
             quota=key.images_per_day,
             window_seconds=_DAY_SECONDS,
             left=max(0, key.images_per_day - self._keys.images_used(key.id, now=now)),
-            reset_seconds=_seconds_until(midnight, now),
+            reset_seconds=max(1, math.ceil((midnight - now).total_seconds())),
         )
-
-    def check_images(self, key: KeyRecord | None, count: int, now: datetime) -> None:
-        """Refuse early what the store would refuse later. :raises QuotaReached: :raises StoreError:"""
-        limit = None if key is None else self.daily_limit(key, now)
-        if limit is not None and count > limit.left:
-            raise QuotaReached()
 
 
 def limit_headers(limits: list[Limit], *, refused_by: str | None = None) -> dict[str, str]:
@@ -133,7 +124,3 @@ def _minute_limit(per_minute: int, left: int, now: datetime) -> Limit:
     return Limit(
         name=REQUESTS_PER_MINUTE, quota=per_minute, window_seconds=_MINUTE_SECONDS, left=left, reset_seconds=seconds
     )
-
-
-def _seconds_until(moment: datetime, now: datetime) -> int:
-    return max(1, int((moment - now).total_seconds() + 0.999))

@@ -1,9 +1,9 @@
-"""The one way in: a single image, a batch, and the form of the page all become requests here.
+"""The one way in: a single item, a batch, and the form of the page all become requests here.
 
-Called by the views that take images, one Intake in each server process. In this order: the parameters and options in
-the query, the model and its artefact, the backlog and the key's quota, and only then the body; each image is checked
-by its header and staged; the requests are added to the store. An image that cannot be used is an error, in a batch it
-is refused and the others are accepted. It must not know how a view answers.
+Called by the views that take images and other inputs, one Intake in each server process. In this order: the parameters
+and options in the query, the model and its artefact, the backlog and the key's quota, and only then the body; each
+input is checked as the model's service declares it and staged; the requests are added to the store. An item that cannot
+be used is an error, in a batch it is refused and the others are accepted. It must not know how a view answers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from flask import Request
 from provider_image import errors
 from provider_image.compiler import can_build_now
 from provider_image.models.artefact import find_artefact
-from provider_image.models.catalogue import CATALOGUE, ModelRow
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.models.registry import find_row
-from provider_image.service import Service
+from provider_image.service import Input, Service, are_inputs, check_params, primary_input
 from provider_image.services import load_service
 from server.auth.guard import check_quota, current_key_id
 from server.errors import BacklogFull, FetchingDisabled
 from server.intake.batch_parser import detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
 from server.intake.staging import Stager
-from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, read_json, read_upload
+from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, input_hint, read_json, read_upload
 from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
@@ -43,7 +43,7 @@ from store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptedImage:
-    """A single image that became a request."""
+    """A single image, or other inputs, that became a request."""
 
     request: RequestRecord
     #: The read-time parameters that the client sent, checked. They are not stored, as equal images share an answer.
@@ -71,9 +71,9 @@ class AcceptedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Submission:
-    """All that is known of a request apart from its image; a batch's requests share it."""
+    """All that is known of a request apart from its inputs; a batch's requests share it."""
 
-    row: ModelRow
+    row: ModelFacts
     service: Service
     #: None if the artefact is built on first use.
     digest: str | None
@@ -146,29 +146,34 @@ class Intake:
         self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
 
     def accept_image(self, request: Request, model: str | None) -> AcceptedImage:
-        """Accept one image: the body's, or the one at the URL in its JSON.
+        """Accept one image, the body's or the one at the URL in its JSON, or the other inputs that the model takes.
 
         :param model: None when the form's field `model` has it, as on the page.
-        :return: after image and request are durable.
+        :return: after inputs and request are durable.
         :raises MlgError: nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
         submission = None if model is None else self._check(model, fields, options)
-        is_url = request.mimetype == "application/json"
-        if is_url and not self._settings.fetches_urls:
+        # The page, whose form has the model, sends images only.
+        inputs = (load_service("classification") if submission is None else submission.service).inputs
+        is_json = request.mimetype == "application/json"
+        if is_json and not self._settings.fetches_urls and not _row_limits(inputs):
             raise FetchingDisabled()
         self._check_capacity()
-        upload = self._fetch_upload(request) if is_url else self._read_upload(request)
+        upload = self._read_json_upload(request, inputs) if is_json else self._read_upload(request, inputs)
         add_fields(fields, upload.fields.items())
         if submission is None:
             submission = self._check(fields.pop("model", ""), fields, options)
         elif upload.fields:
             submission = replace(submission, **self._check_fields(submission.service, fields))
+        if not are_inputs(submission.service, upload.inputs):
+            given = ", ".join(f"`{name}`" for name in upload.inputs)
+            raise errors.MalformedRequest(f"The request has {given}. {input_hint(submission.service.inputs)}")
         # The clock is read only now: a slow upload must not be dated back, lists are in the order of arrival.
         new = submission.new_request(created_at=self._clock(), name=upload.name)
         with self._work_slots:
             try:
-                staged = self._stager.stage(upload.data)
+                staged = self._stager.stage(upload.inputs, submission.row, submission.service)
             except errors.NotAnImage as error:
                 if upload.is_plain_field:
                     raise errors.MalformedRequest(
@@ -179,16 +184,20 @@ class Intake:
             return AcceptedImage(request=self._store.requests.add(new, staged), read_params=submission.read_params)
 
     def accept_batch(self, request: Request, model: str) -> AcceptedBatch:
-        """Accept the images of a batch: a form, a zip, or JSON lines of URLs.
+        """Accept the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
 
-        :return: after all images and requests are durable.
+        :return: after all inputs and requests are durable.
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
         name = clean_name(fields.pop("name", None))
         submission = self._check(model, fields, options)
         kind, boundary = detect_format(request)
-        is_urls = kind == "lines"
+        service = submission.service
+        if not are_inputs(service, [primary_input(service)]):
+            raise errors.MalformedRequest(f"A batch has one input for each request. {input_hint(service.inputs)}")
+        is_row = service.inputs[primary_input(service)].kind == "row"
+        is_urls = kind == "lines" and not is_row
         if is_urls and not self._settings.fetches_urls:
             raise FetchingDisabled()
         self._check_capacity()
@@ -204,10 +213,14 @@ class Intake:
                     file,
                     kind,
                     boundary,
+                    input_name=primary_input(service),
+                    is_row=is_row,
                     folder=folder,
                     max_image_bytes=self._settings.max_image_bytes,
                     max_bytes=max_bytes,
-                )
+                ),
+                submission.row,
+                service,
             )
         # The clock is read only now, as above.
         batch = submission.new_batch(created_at=self._clock(), name=name)
@@ -258,7 +271,7 @@ class Intake:
         raw = dict(fields)
         webhook = check_webhook(raw.pop("webhook", None), allows_private=self._settings.allows_private_webhooks)
         is_fresh = parse_fresh(raw.pop("fresh", "0"))
-        params = service.check_params(raw)
+        params = check_params(service.params, raw)
         read_time = {param.name for param in service.params if param.is_read_time}
         return {
             "params": {name: value for name, value in params.items() if name not in read_time},
@@ -267,7 +280,7 @@ class Intake:
             "webhook": webhook,
         }
 
-    def _artefact_digest(self, row: ModelRow) -> str | None:
+    def _artefact_digest(self, row: ModelFacts) -> str | None:
         """Return the artefact's digest, None if it is built on first use. :raises NotInstalled: :raises ModelError:"""
         try:
             return find_artefact(self._settings.models, row.name).digest
@@ -288,18 +301,31 @@ class Intake:
         if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
             raise BacklogFull()
 
-    def _read_upload(self, request: Request) -> Upload:
-        return read_upload(request, max_image_bytes=self._settings.max_image_bytes, active_reads=self._active_reads)
+    def _read_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
+        limit = self._settings.max_image_bytes
+        return read_upload(request, inputs, max_image_bytes=limit, active_reads=self._active_reads)
 
-    def _fetch_upload(self, request: Request) -> Upload:
-        """Fetch the image at the URL in a JSON body."""
-        fields = read_json(request, active_reads=self._active_reads)
+    def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
+        """Read the table rows in a JSON body, or fetch the image at its URL."""
+        limits = _row_limits(inputs)
+        fields, rows = read_json(request, active_reads=self._active_reads, rows=limits)
+        first = next(iter(inputs))
+        if first in limits:
+            if first not in rows:
+                raise errors.MalformedRequest(f"The JSON has no `{first}`. {input_hint(inputs)}")
+            return Upload(inputs=rows, fields=fields)
+        if not self._settings.fetches_urls:
+            raise FetchingDisabled()
         url = fields.pop("url", None)
         if url is None:
             raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
         with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
             data = self._stager.fetch(url, self._settings.fetch_seconds)
-        return Upload(data=data, name=name_from_url(url), fields=fields)
+        return Upload(inputs={first: data, **rows}, name=name_from_url(url), fields=fields)
+
+
+def _row_limits(inputs: Mapping[str, Input]) -> dict[str, int]:
+    return {name: one.max_bytes for name, one in inputs.items() if one.kind == "row"}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The body of a batch: a form with many images, a zip, or JSON lines of URLs, parsed item by item.
+"""The body of a batch: a form with many images, a zip, or JSON lines of URLs or table rows, parsed item by item.
 
 Called by `server/intake/accept.py`. A body is first written to an unnamed file in the home, which vanishes with the
 process; then it is parsed with one image in memory at a time. Every length is bounded before anything is read: the
@@ -52,7 +52,7 @@ _USAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BatchItem:
-    """One image of a batch, not yet checked: its bytes, or its URL, or why it cannot be read."""
+    """One item of a batch, not yet checked: the bytes of its input, or its URL, or why it cannot be read."""
 
     #: From 0.
     position: int
@@ -116,21 +116,31 @@ def detect_format(request: Request) -> tuple[str, str]:
 
 
 def parse_items(
-    file: IO[bytes], kind: str, boundary: str, *, folder: Path, max_image_bytes: int, max_bytes: int
+    file: IO[bytes],
+    kind: str,
+    boundary: str,
+    *,
+    input_name: str = "image",
+    is_row: bool = False,
+    folder: Path,
+    max_image_bytes: int,
+    max_bytes: int,
 ) -> Iterator[BatchItem]:
     """Iterate over a body's items, in order.
 
     :param kind: as `detect_format` returns it.
+    :param input_name: the field of a form that has an item.
+    :param is_row: lines have a table row under this name, not a URL.
     :param max_bytes: limit for the unpacked size of a zip.
     :raises MalformedRequest: :raises TooManyItems: :raises TooManyBytes: :raises DuplicateClientId:
         The whole batch is invalid then.
     """
     if kind == "form":
-        found = _form_items(file, boundary, folder, max_image_bytes, max_bytes)
+        found = _form_items(file, boundary, input_name, folder, max_image_bytes, max_bytes)
     elif kind == "zip":
         found = _zip_items(file, max_image_bytes, max_bytes)
     else:
-        found = _line_items(file)
+        found = _line_items(file, input_name if is_row else "url")
     positions: dict[str, int] = {}
     for item in found:
         if item.position >= MAX_ITEMS:
@@ -162,7 +172,7 @@ def _body_too_large(max_bytes: int) -> TooManyBytes:
 
 
 def _form_items(
-    file: IO[bytes], boundary: str, folder: Path, max_image_bytes: int, max_bytes: int
+    file: IO[bytes], boundary: str, input_name: str, folder: Path, max_image_bytes: int, max_bytes: int
 ) -> Iterator[BatchItem]:
     position = 0
     given: str | None = None
@@ -178,7 +188,7 @@ def _form_items(
             if given is not None:
                 raise MalformedRequest("A field `client_id` must come before the field `image` that it names.")
             given = data.read(_MAX_LINE_BYTES).decode("utf-8", "replace")
-        elif name == "image":
+        elif name == input_name:
             content = data.read(max_image_bytes + 1)
             is_too_large = len(content) > max_image_bytes
             yield BatchItem(
@@ -191,7 +201,8 @@ def _form_items(
             position, given = position + 1, None
         else:
             raise MalformedRequest(
-                f"The form has a field {name[:40]!r}. Fields: image, client_id, archive; parameters go into the URL."
+                f"The form has a field {name[:40]!r}. Fields: {input_name}, client_id, archive; "
+                "parameters go into the URL."
             )
     if given is not None:
         raise MalformedRequest(
@@ -308,30 +319,36 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
 # Lines
 
 
-def _line_items(file: IO[bytes]) -> Iterator[BatchItem]:
+def _line_items(file: IO[bytes], field: str) -> Iterator[BatchItem]:
     position = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         if len(line) > _MAX_LINE_BYTES:
             raise MalformedRequest(f"Line {position + 1} is longer than {_MAX_LINE_BYTES} bytes.")
         if not line.strip():
             continue
-        yield _line_item(line, position)
+        yield _line_item(line, position, field)
         position += 1
 
 
-def _line_item(line: bytes, position: int) -> BatchItem:
+def _line_item(line: bytes, position: int, field: str) -> BatchItem:
+    """Read a line. :param field: the field with the item: `url`, or that of a table row."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(f"Line {position + 1} is not JSON.") from error
-    is_valid = isinstance(found, dict) and found.keys() <= {"client_id", "url"} and isinstance(found.get("url"), str)
+    kind: type = str if field == "url" else dict
+    is_valid = isinstance(found, dict) and found.keys() <= {"client_id", field} and isinstance(found.get(field), kind)
     if not is_valid or not isinstance(found.get("client_id", ""), str | int):
-        raise MalformedRequest(f'Line {position + 1} is not like {{"client_id": "a", "url": "https://..."}}.')
-    url = found["url"]
+        example = '"https://..."' if field == "url" else '{"column": 1.5}'
+        raise MalformedRequest(f'Line {position + 1} is not like {{"client_id": "a", "{field}": {example}}}.')
     given = found.get("client_id")
+    client_id = _client_id(None if given is None else str(given), position)
+    if field != "url":
+        return BatchItem(position=position, client_id=client_id, data=json.dumps(found[field]).encode())
+    url = found["url"]
     return BatchItem(
         position=position,
-        client_id=_client_id(None if given is None else str(given), position),
+        client_id=client_id,
         # As it was sent; unlike the name of a single image it is not decoded.
         name=clean_name(url.partition("?")[0]),
         url=url,

@@ -1,4 +1,4 @@
-"""Stages images: each is fetched if it came as a URL, checked by its header, and written durably.
+"""Stages inputs: each is fetched if it came as a URL, checked, and written durably.
 
 Used by `accept.py`. The images of a batch are staged several at a time, because most of it is waiting for the disk or
 for other servers; they stay in the order in which they were sent.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from provider_image import errors
-from provider_image.images.headers import read_header
+from provider_image.images.headers import MEDIA_TYPES, read_header
+from provider_image.models.catalogue import ModelFacts
+from provider_image.rows import check_columns, format_row, parse_row
+from provider_image.service import Input, Service, primary_input
 from server.errors import FetchFailed
 from server.intake.batch_parser import BatchItem
 from server.intake.url_fetcher import fetch
 from server.settings import ServerSettings
 from store.batches import RefusedItem
+from store.errors import StoreError
 from store.images import ImageStore, StagedImage
 
 #: Images of one batch that are staged at the same time.
@@ -50,12 +54,40 @@ class Stager:
             raise errors.EmptyImage("There is nothing at this URL.")
         return data
 
-    def stage(self, data: bytes) -> StagedImage:
-        """Check an image by its header and write it durably. :raises BadInput: :raises StoreError:"""
-        read_header(data, self._settings.max_pixels)
-        return self._images.stage(data)
+    def stage(self, inputs: Mapping[str, bytes], row: ModelFacts, service: Service) -> StagedImage:
+        """Check the inputs of a request and write them durably.
 
-    def stage_items(self, items: Iterator[BatchItem]) -> list[StagedItem]:
+        :param inputs: by name; only those that the service has.
+        :return: the first input, with the others.
+        :raises BadInput: an image by its header, a row by its columns. :raises StoreError:
+        """
+        checked = {name: self._check(service.inputs[name], data, row) for name, data in inputs.items()}
+        first = primary_input(service)
+        staged = self._images.stage(checked[first][0])
+        others: dict[str, StagedImage] = {}
+        try:
+            for name, (data, media_type) in checked.items():
+                if name != first:
+                    others[name] = replace(self._images.stage(data), media_type=media_type)
+        except StoreError:
+            self._images.discard(replace(staged, others=others))
+            raise
+        return replace(staged, others=others) if others else staged
+
+    def _check(self, one: Input, data: bytes, model: ModelFacts) -> tuple[bytes, str]:
+        """Check one input. :return: the bytes to store, and their media type. :raises BadInput:"""
+        if one.kind == "image":
+            return data, MEDIA_TYPES[read_header(data, self._settings.max_pixels).format]
+        if len(data) > one.max_bytes:
+            raise errors.TooManyBytes(f"A {one.kind} may have at most {one.max_bytes} bytes here.")
+        if one.kind == "row":
+            row = parse_row(data)
+            if model.columns:
+                check_columns(row, model.columns)
+            return format_row(row), "application/json"
+        return data, "application/octet-stream"
+
+    def stage_items(self, items: Iterator[BatchItem], row: ModelFacts, service: Service) -> list[StagedItem]:
         """Check and stage items, several at a time, in order. :raises MlgError: nothing is left behind."""
         outcomes: list[StagedItem] = []
         give_up_at = time.monotonic() + MAX_FETCH_SECONDS
@@ -63,7 +95,7 @@ class Stager:
             waiting: deque[Future[StagedItem]] = deque()
             try:
                 for item in items:
-                    waiting.append(threads.submit(self._stage_item, item, give_up_at))
+                    waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service))
                     if len(waiting) > 2 * MAX_CONCURRENT_ITEMS:
                         outcomes.append(waiting.popleft().result())
                 while waiting:
@@ -76,7 +108,7 @@ class Stager:
                 raise
         return outcomes
 
-    def _stage_item(self, item: BatchItem, give_up_at: float) -> StagedItem:
+    def _stage_item(self, item: BatchItem, give_up_at: float, row: ModelFacts, service: Service) -> StagedItem:
         without_data = replace(item, data=None)
         try:
             if item.error is not None:
@@ -87,7 +119,7 @@ class Stager:
                 if seconds <= 0:
                     raise FetchFailed("Fetching the images of the batch took too long. Send the rest as another batch.")
                 data = self.fetch(item.url, seconds)
-            return StagedItem(item=without_data, staged=self.stage(data))
+            return StagedItem(item=without_data, staged=self.stage({primary_input(service): data}, row, service))
         except (errors.BadInput, FetchFailed) as error:
             refused = RefusedItem(
                 position=item.position, client_id=item.client_id, code=error.code, reason=error.reason

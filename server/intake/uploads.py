@@ -1,9 +1,9 @@
-"""An upload: the image and the fields beside it, read from a request with every length bounded.
+"""An upload: the inputs and the fields beside them, read from a request with every length bounded.
 
 Called by `server/intake/accept.py` and by views. Too much is refused as early as possible: a declared length is checked
 before the first byte, an undeclared one (chunked transfer) while reading. Nothing here touches the disk: an image is at
-most a few megabytes, and temporary files would cost more than they save. The image's bytes are not looked at;
-`provider_image/images/headers.py` does that.
+most a few megabytes, and temporary files would cost more than they save. The inputs' bytes are not looked at;
+`server/intake/staging.py` does that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flask import Request
 from werkzeug.http import parse_options_header
 
 from provider_image.errors import EmptyImage, MalformedRequest, TooManyBytes
+from provider_image.service import Input, describe_inputs
 from server.errors import UnsupportedMediaType
 from server.intake import multipart
 
@@ -43,11 +44,11 @@ _FORM_HINT = "Send the image as a form: curl -F image=@kitten.jpg URL"
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """An image as it was received."""
+    """The inputs of a request as they were received."""
 
-    #: The image's bytes, not empty, not yet checked.
-    data: bytes
-    #: The client's file name, cleaned; only shown.
+    #: Name of the input -> its bytes, not empty, not yet checked.
+    inputs: Mapping[str, bytes]
+    #: The client's file name of the first, cleaned; only shown.
     name: str | None = None
     #: The other fields of the form.
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -81,9 +82,12 @@ class ActiveReads:
             return sum(since <= limit for since in self._since.values())
 
 
-def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveReads) -> Upload:
-    """Read the image from a form's field `image` or from the raw body.
+def read_upload(
+    request: Request, inputs: Mapping[str, Input], *, max_image_bytes: int, active_reads: ActiveReads
+) -> Upload:
+    """Read the inputs from the fields of a form, or the first of them from the raw body.
 
+    :param inputs: those of the service; the first is not optional.
     :raises TooManyBytes: :raises EmptyImage: :raises MalformedRequest: :raises UnsupportedMediaType:
     """
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
@@ -93,18 +97,33 @@ def read_upload(request: Request, *, max_image_bytes: int, active_reads: ActiveR
             f"A body with a Content-Encoding is not accepted: images are compressed already. {_FORM_HINT}"
         )
     if kind == "multipart/form-data":
-        body = _read_body(request, max_image_bytes + FORM_ALLOWANCE_BYTES, max_image_bytes, active_reads)
+        limit = len(inputs) * max_image_bytes + FORM_ALLOWANCE_BYTES
+        body = _read_body(request, limit, max_image_bytes, active_reads)
         if not body:
             raise EmptyImage(f"The request has no body. {_FORM_HINT}")
-        return _from_form(multipart.split(body, options.get("boundary", "")), max_image_bytes)
-    if kind.startswith("image/") or kind in ("", "application/octet-stream"):
+        return _from_form(multipart.split(body, options.get("boundary", "")), inputs, max_image_bytes)
+    first, one = next(iter(inputs.items()))
+    if one.kind != "row" and (_accepts(one, kind) or kind in ("", "application/octet-stream")):
         body = _read_body(request, max_image_bytes, max_image_bytes, active_reads)
         if not body:
             raise EmptyImage()
-        return Upload(data=body)
+        return Upload(inputs={first: body})
+    if one.kind != "image":
+        raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {input_hint(inputs)}")
     if kind == "application/x-www-form-urlencoded":
         raise UnsupportedMediaType(f"curl -d and --data send a form without files. {_FORM_HINT} {_RAW_HINT}")
     raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {_FORM_HINT} {_RAW_HINT}")
+
+
+def input_hint(inputs: Mapping[str, Input]) -> str:
+    """Say how to send the inputs of a service that are not only an image."""
+    rows = [name for name, one in inputs.items() if one.kind == "row"]
+    json_hint = f', or JSON like {{"{rows[0]}": {{"column": 1.5}}}}' if rows else ""
+    return f"This model takes {describe_inputs(inputs)}. Send a form with these fields{json_hint}."
+
+
+def _accepts(one: Input, media_type: str) -> bool:
+    return media_type in one.media_types or ("image/*" in one.media_types and media_type.startswith("image/"))
 
 
 def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
@@ -124,12 +143,17 @@ def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str
     return fields
 
 
-def read_json(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
-    """Read the fields of a request whose body is a JSON object of plain values; numbers and booleans become text.
+def read_json(
+    request: Request, *, active_reads: ActiveReads, rows: Mapping[str, int] | None = None
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Read a request whose body is a JSON object of plain values; numbers and booleans become text.
 
+    :param rows: name of a field that holds an object, a table row -> its most bytes.
+    :return: the fields, and the rows.
     :raises MalformedRequest: :raises TooManyBytes:
     """
-    body = _read_body(request, MAX_FIELD_BYTES, MAX_FIELD_BYTES, active_reads)
+    limit = MAX_FIELD_BYTES + sum((rows or {}).values())
+    body = _read_body(request, limit, limit, active_reads)
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -137,11 +161,15 @@ def read_json(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
     if not isinstance(found, dict):
         raise MalformedRequest("The body must be a JSON object.")
     fields: dict[str, str] = {}
+    given_rows: dict[str, bytes] = {}
     for name, value in found.items():
-        if not isinstance(value, str | int | float):
+        if rows and name in rows:
+            given_rows[name] = json.dumps(value).encode()
+        elif not isinstance(value, str | int | float):
             raise MalformedRequest(f"{name[:64]!r} must be a string, a number, true or false.")
-        fields[name] = value if isinstance(value, str) else json.dumps(value)
-    return fields
+        else:
+            fields[name] = value if isinstance(value, str) else json.dumps(value)
+    return fields, given_rows
 
 
 def query_fields(request: Request, *, repeatable: str | None = None) -> dict[str, str]:
@@ -174,33 +202,40 @@ def clean_name(name: str | None) -> str | None:
     return label[:MAX_NAME_LENGTH] or None
 
 
-def _from_form(parts: list[multipart.Part], max_image_bytes: int) -> Upload:
-    images = [part for part in parts if part.name == "image"]
-    others = [part for part in parts if part.name != "image"]
-    if not images:
-        field_names = ", ".join(repr(part.name[:40]) for part in others) or "none"
-        raise MalformedRequest(f"The form has no field `image` (its fields: {field_names}). {_FORM_HINT}")
-    if len(images) > 1:
-        raise MalformedRequest(f"The form has {len(images)} fields `image`. Send one image per request.")
+def _from_form(parts: list[multipart.Part], inputs: Mapping[str, Input], max_image_bytes: int) -> Upload:
+    first = next(iter(inputs))
+    given: dict[str, multipart.Part] = {}
+    others = []
+    for part in parts:
+        if part.name not in inputs:
+            others.append(part)
+        elif given.setdefault(part.name, part) is not part:
+            count = sum(each.name == part.name for each in parts)
+            what = inputs[part.name].kind
+            raise MalformedRequest(f"The form has {count} fields `{part.name}`. Send one {what} per request.")
+    is_image = inputs[first].kind == "image"
+    hint = _FORM_HINT if is_image else input_hint(inputs)
+    if first not in given:
+        field_names = ", ".join(repr(part.name[:40]) for part in parts) or "none"
+        raise MalformedRequest(f"The form has no field `{first}` (its fields: {field_names}). {hint}")
     fields: dict[str, str] = {}
     for part in others:
         if part.filename is not None:
-            raise MalformedRequest(
-                f"The field {part.name[:40]!r} holds a file. Only the field `image` does. {_FORM_HINT}"
-            )
+            allowed = f"Only the field `{first}` does. {hint}" if len(inputs) == 1 else hint
+            raise MalformedRequest(f"The field {part.name[:40]!r} holds a file. {allowed}")
         if len(part.data) > MAX_FIELD_BYTES:
             raise MalformedRequest(f"The field {part.name[:40]!r} is too long.")
         add_fields(fields, [(part.name, part.data.decode("utf-8", "replace"))])
-    image = images[0]
-    if not image.data:
-        raise EmptyImage()
-    if len(image.data) > max_image_bytes:
-        raise too_many_bytes(max_image_bytes)
+    for name, part in given.items():
+        if not part.data:
+            raise EmptyImage() if inputs[name].kind == "image" else MalformedRequest(f"The field `{name}` is empty.")
+        if len(part.data) > max_image_bytes:
+            raise too_many_bytes(max_image_bytes)
     return Upload(
-        data=image.data,
-        name=clean_name(image.filename),
+        inputs={name: part.data for name, part in given.items()},
+        name=clean_name(given[first].filename),
         fields=fields,
-        is_plain_field=image.filename is None,
+        is_plain_field=is_image and given[first].filename is None,
     )
 
 

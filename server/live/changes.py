@@ -1,17 +1,18 @@
 """Notifies listeners of changes to requests.
 
-Used by `sse.py`, which writes them as events. One thread per server process polls the change feed for all listeners;
-without a listener there is no thread. When a request changes several times between two polls, its listeners get the
-last state only.
+Used by `sse.py`, which writes them as events, and by `long_poll.py`. One thread per server process polls the feed
+for all listeners; without a listener there is no thread. When a request changes several times between two polls, its
+listeners get the last state only.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from store.requests import RequestRecord
 log = logging.getLogger(__name__)
 
 #: Seconds between two polls.
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.025
 #: Changes that one poll reads.
 MAX_CHANGES_PER_POLL = 1000
 #: Changes that are pending for a slow listener; beyond that it reads them from the feed again.
@@ -83,10 +84,7 @@ class Listener:
 
 
 class ChangeDispatcher:
-    """The listeners of one server process.
-
-    :param capacity: the number of slots.
-    """
+    """The listeners of one server process; `capacity` of them have a slot."""
 
     def __init__(self, changes: Changes, *, capacity: int) -> None:
         self._changes = changes
@@ -108,8 +106,16 @@ class ChangeDispatcher:
         """Release a slot."""
         self._slots.release()
 
-    def add(self, listener: Listener) -> None:
-        """Notify a listener of every change from now on. :raises StoreError:"""
+    @contextlib.contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Notify a listener of every change inside of the `with` statement. :raises StoreError:"""
+        self._add(listener)
+        try:
+            yield
+        finally:
+            self._remove(listener)
+
+    def _add(self, listener: Listener) -> None:
         with self._lock:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
@@ -122,8 +128,7 @@ class ChangeDispatcher:
             if listener.batch_id is not None:
                 self._by_batch[listener.batch_id].add(listener)
 
-    def remove(self, listener: Listener) -> None:
-        """Remove a listener."""
+    def _remove(self, listener: Listener) -> None:
         with self._lock:
             self._listeners.discard(listener)
             for number in listener.numbers:
@@ -144,15 +149,14 @@ class ChangeDispatcher:
                 if not self._listeners or self.is_stopped:
                     self._is_running = False
                     return
+            count = 0
             try:
                 count = self._dispatch_changes()
             except MlgError as error:
                 log.warning("cannot read the changes: %s", error)
-                count = 0
             except Exception:
                 # The thread must survive any failure: there are listeners.
                 log.exception("cannot read the changes")
-                count = 0
             if count < MAX_CHANGES_PER_POLL:
                 time.sleep(POLL_SECONDS)
 

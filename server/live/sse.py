@@ -46,7 +46,7 @@ _END = "end"
 
 
 class Stream:
-    """The body of a response, piece by piece; releases its slot however it ends."""
+    """The body of a response, piece by piece; an error ends it. Releases its slot however it ends."""
 
     def __init__(self, pieces: Generator[bytes, None, None], on_close: Callable[[], None]) -> None:
         self._pieces = pieces
@@ -56,7 +56,16 @@ class Stream:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except MlgError as error:
+            log.warning("a stream of events ends: %s", error)
+        except Exception:
+            # The response has begun, so the error can only be logged; the client reconnects.
+            log.exception("a stream of events ends")
+        raise StopIteration
 
     def close(self) -> None:
         """End the stream. May be called again."""
@@ -81,8 +90,7 @@ def stream_requests(
     :param serialize: builds the JSON of a request.
     """
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
-    change_dispatcher.add(listener)
-    try:
+    with change_dispatcher.listening(listener):
         cursor = parse_id(last_id)
         while not change_dispatcher.is_stopped:
             snapshot = feed.snapshot(ids=ids, batch_id=listener.batch_id)
@@ -109,13 +117,6 @@ def stream_requests(
             if last is None:
                 return
             cursor = (float(last), _AFTER_CHANGE)
-    except MlgError as error:
-        log.warning("a stream of events ends: %s", error)
-    except Exception:
-        # The response has begun, so the error can only be logged; the client reconnects.
-        log.exception("a stream of events ends")
-    finally:
-        change_dispatcher.remove(listener)
 
 
 def stream_counts(
@@ -123,8 +124,7 @@ def stream_counts(
 ) -> Generator[bytes, None, None]:
     """Write how many requests changed to which state since the last message, until the client disconnects."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
-    change_dispatcher.add(listener)
-    try:
+    with change_dispatcher.listening(listener):
         last = parse_id(last_id)[0]
         cursor = int(last) if last >= 0 else feed.latest()
         while not change_dispatcher.is_stopped:
@@ -138,10 +138,6 @@ def stream_counts(
             listener.wait(HEARTBEAT_SECONDS)
             if time.monotonic() - began >= HEARTBEAT_SECONDS:
                 yield b": alive\n\n"
-    except MlgError as error:
-        log.warning("a stream of counts ends: %s", error)
-    finally:
-        change_dispatcher.remove(listener)
 
 
 def parse_id(text: str | None) -> tuple[float, float]:

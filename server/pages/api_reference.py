@@ -1,6 +1,6 @@
 """The API reference page: every call with its parameters, examples and a form to try it.
 
-Registered by `server/app.py`. Made from the same OpenAPI document that `GET /openapi.json` returns.
+Made from the same OpenAPI document that `GET /openapi.json` returns.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from typing import Any
 import flask
 
 from server.api.openapi import EXAMPLE_URL, example_of, get_document
-from server.context import Context
-from server.pages.render import page, page_operation
+from server.context import Views
+from server.endpoint import PAGES, operation
+from server.pages.render import page
 
 #: Format of a file in a JSON Schema.
 _FILE = "binary"
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the view to an application."""
-    app.add_url_rule("/ui/api", "api_page", _api_page, methods=["GET"])
+class ApiReferenceViews(Views):
+    """The view of the API reference page."""
 
-
-@page_operation("The API reference page", scope=None)
-def _api_page() -> flask.Response:
-    """Show every call, with examples and a form to try it."""
-    document = get_document(flask.current_app)
-    base = flask.request.host_url.rstrip("/")
-    return page("api.html", document=document, groups=_groups(document, base), base=base)
+    @operation("GET /ui/api", "The API reference page", None, tag=PAGES)
+    def api_page(self) -> flask.Response:
+        """Show every call, with examples and a form to try it."""
+        document = get_document(flask.current_app)
+        return page("api.html", document=document, groups=_groups(document, flask.request.host_url.rstrip("/")))
 
 
 def _groups(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the pages show of a request: its card in a list, its most likely classes, its history.
+"""What the pages show of a request: its most likely classes, its history.
 
 Called by the page views. Pure functions of the store's records.
 """
@@ -29,28 +29,6 @@ TOP_CLASSES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """A request in a list."""
-
-    #: The request's id.
-    id: str
-    #: The client's file name.
-    name: str | None
-    #: The model's canonical name.
-    model: str
-    #: The state, or "expired" for a request that was cancelled because its deadline had passed.
-    status: str
-    #: The most likely class: id, name, probability; None without a result of a classification.
-    best: tuple[str, str, float] | None
-    #: Why the request failed.
-    reason: str | None
-    #: False once retention has deleted the image.
-    has_image: bool
-    #: When the request arrived.
-    created_at: datetime
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """One step in the history of a request."""
 
@@ -64,19 +42,9 @@ class Step:
     kind: str = "done"
 
 
-def card(request: RequestRecord) -> Card:
-    """Make a request's card."""
-    best = top_classes(request, 1)
-    return Card(
-        id=request.id,
-        name=request.name,
-        model=request.model,
-        status=request.status,
-        best=best[0] if best else None,
-        reason=request.reason if request.state is RequestState.FAILED else None,
-        has_image=request.image_deleted_at is None,
-        created_at=request.created_at,
-    )
+def best_class(request: RequestRecord) -> tuple[str, str, float] | None:
+    """Return the most likely class of a result: id, name, probability; None without a result of a classification."""
+    return next(iter(top_classes(request, 1)), None)
 
 
 def top_classes(request: RequestRecord, top: int = TOP_CLASSES) -> list[tuple[str, str, float]]:
@@ -91,22 +59,15 @@ def timeline(request: RequestRecord, payload: Mapping[str, Any]) -> Sequence[Ste
     """List the steps of a request's history. :param payload: its JSON, which has the reason why it waits."""
     steps = [Step(title="Received", at=request.created_at)]
     if request.is_cached:
-        steps.append(
-            Step(
-                title="Answered from an earlier result",
-                at=request.finished_at,
-                text="The same model has classified the same image before.",
-            )
-        )
-        return steps
+        text = "The same model has classified the same image before."
+        return [*steps, Step(title="Answered from an earlier result", at=request.finished_at, text=text)]
     steps.append(Step(title="Queued", at=request.created_at, text=_attempts(request)))
     if request.claimed_at is not None and request.state is not RequestState.QUEUED:
         worker = f"to {request.provider}" if request.provider else ""
         steps.append(Step(title="Dispatched", at=request.claimed_at, text=worker))
-    if request.state is RequestState.QUEUED:
-        steps.append(Step(title="Waiting", text=str(payload.get("waiting_for", "")), kind="open"))
-    elif request.state is RequestState.CLAIMED:
-        steps.append(Step(title="Processing", text=str(payload.get("waiting_for", "")), kind="open"))
+    if not request.state.is_final:
+        title = "Waiting" if request.state is RequestState.QUEUED else "Processing"
+        steps.append(Step(title=title, text=str(payload.get("waiting_for", "")), kind="open"))
     elif request.finished_at is not None:
         steps.append(_end(request, request.finished_at))
     return steps

@@ -12,6 +12,7 @@ from typing import Any
 #: Size of a chart in its own units, and the margins for the tick labels.
 WIDTH, HEIGHT = 640, 180
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 24
+_BASELINE, _PLOT_WIDTH = HEIGHT - BOTTOM, WIDTH - LEFT - RIGHT
 #: Rows of the table of the points chart.
 POINT_ROWS = 5
 #: Minutes in a row of the table of the minutes chart.
@@ -22,32 +23,25 @@ def minutes_chart(minutes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Lay out the chart of requests received and answered in each minute. :param minutes: oldest first."""
     maximum = max([1, *(max(each["arrived"], each["answered"]) for each in minutes)])
     ticks = nice_ticks(maximum)
-    step = (WIDTH - LEFT - RIGHT) / max(1, len(minutes))
+    step = _PLOT_WIDTH / max(1, len(minutes))
     bars, line = [], []
     for index, each in enumerate(minutes):
         y = _y(each["answered"], ticks[-1])
-        bars.append(
-            {
-                "x": _rounded(LEFT + index * step + 0.1 * step),
-                "y": y,
-                "w": _rounded(0.8 * step),
-                "h": _rounded(_bottom() - y),
-            }
-        )
-        line.append(f"{_rounded(LEFT + (index + 0.5) * step)},{_y(each['arrived'], ticks[-1])}")
+        x, width, height = LEFT + index * step + 0.1 * step, 0.8 * step, _BASELINE - y
+        bars.append({"x": round(x, 1), "y": y, "w": round(width, 1), "h": round(height, 1)})
+        line.append(f"{round(LEFT + (index + 0.5) * step, 1)},{_y(each['arrived'], ticks[-1])}")
     rows = []
     for start in range(0, len(minutes), MINUTES_PER_ROW):
         part = minutes[start : start + MINUTES_PER_ROW]
         row = {name: sum(each[name] for each in part) for name in ("arrived", "answered", "images", "failed")}
         rows.append({"from": part[0]["minute"], **row})
     return {
-        **_frame(),
+        **_frame(ticks),
         "bars": bars,
         "line": " ".join(line),
-        "ticks": [{"y": _y(tick, ticks[-1]), "text": short_number(tick)} for tick in ticks],
         "labels": [
             {
-                "x": _rounded(LEFT + (index + (1 if index == len(minutes) - 1 else 0.5)) * step),
+                "x": round(LEFT + (index + (1 if index == len(minutes) - 1 else 0.5)) * step, 1),
                 "text": each["minute"][11:16],
             }
             for index, each in enumerate(minutes)
@@ -63,7 +57,6 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     x_ticks = nice_ticks(max(point["bytes"] for point in points))
     y_ticks = nice_ticks(max(point["seconds"] for point in points))
-    width = WIDTH - LEFT - RIGHT
     ordered = sorted(points, key=lambda point: int(point["bytes"]))
     size = math.ceil(len(ordered) / POINT_ROWS)
     rows = []
@@ -80,22 +73,21 @@ def points_chart(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             }
         )
     return {
-        **_frame(),
+        **_frame(y_ticks),
         "points": [
-            {"x": _rounded(LEFT + width * point["bytes"] / x_ticks[-1]), "y": _y(point["seconds"], y_ticks[-1])}
+            {"x": round(LEFT + _PLOT_WIDTH * point["bytes"] / x_ticks[-1], 1), "y": _y(point["seconds"], y_ticks[-1])}
             for point in points
         ],
-        "ticks": [{"y": _y(tick, y_ticks[-1]), "text": short_number(tick)} for tick in y_ticks],
-        "labels": [{"x": _rounded(LEFT + width * tick / x_ticks[-1]), "bytes": tick} for tick in x_ticks],
+        "labels": [{"x": round(LEFT + _PLOT_WIDTH * tick / x_ticks[-1], 1), "bytes": tick} for tick in x_ticks],
         "rows": rows,
     }
 
 
-def nice_ticks(maximum: float, *, count: int = 4) -> list[float]:
-    """Choose tick values from 0 to at least `maximum`, in about `count` steps of 1, 2 or 5 times a power of ten."""
+def nice_ticks(maximum: float) -> list[float]:
+    """Choose tick values from 0 to at least `maximum`, in about four steps of 1, 2 or 5 times a power of ten."""
     if maximum <= 0:
         return [0, 1]
-    raw = maximum / count
+    raw = maximum / 4
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
     steps = math.ceil(maximum / step - 1e-9)
@@ -109,17 +101,12 @@ def short_number(value: float) -> str:
     return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
 
-def _frame() -> dict[str, Any]:
-    return {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": _bottom()}
-
-
-def _bottom() -> float:
-    return HEIGHT - BOTTOM
+def _frame(ticks: Sequence[float]) -> dict[str, Any]:
+    """Return the size of a chart, and the ticks of its vertical axis."""
+    edges = {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": _BASELINE}
+    shown = [{"y": _y(tick, ticks[-1]), "text": short_number(tick)} for tick in ticks]
+    return {"width": WIDTH, "height": HEIGHT, **edges, "ticks": shown}
 
 
 def _y(value: float, maximum: float) -> float:
-    return _rounded(_bottom() - (_bottom() - TOP) * value / maximum)
-
-
-def _rounded(value: float) -> float:
-    return round(value, 1)
+    return round(_BASELINE - (_BASELINE - TOP) * value / maximum, 1)

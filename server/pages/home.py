@@ -1,6 +1,6 @@
 """The home page, where images are sent from a browser.
 
-Registered by `server/app.py`. With JavaScript the page calls the API; without it, its form posts to `/ui/send`.
+With JavaScript the page calls the API; without it, its form posts to `/ui/send`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ import flask
 from werkzeug.wrappers import Response
 
 from server.api.responses import wants_page
-from server.context import Context
-from server.pages.render import page, page_operation
+from server.context import Views
+from server.endpoint import PAGES, operation
+from server.pages.render import page
 from server.serializers import serialize_models
 from store.keys import Scope
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application. The home page replaces the list of routes at `/` for browsers."""
-    views = _HomeViews(context)
-    app.add_url_rule("/ui/send", "send_form", views.send_form, methods=["POST"])
-    app.before_request(views.home_for_browsers)
+class HomeViews(Views):
+    """The home page, which replaces the list of routes at `/` for browsers, and its form."""
 
-
-class _HomeViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def register(self, app: flask.Flask) -> None:
+        """Add the views to an application."""
+        super().register(app)
+        app.before_request(self.home_for_browsers)
 
     def home_for_browsers(self) -> flask.Response | None:
         """Show the home page if a browser requests `/`."""
@@ -46,7 +44,7 @@ class _HomeViews:
             base=flask.request.host_url.rstrip("/"),
         )
 
-    @page_operation("The form that sends an image", scope=Scope.SUBMIT)
+    @operation("POST /ui/send", "The form that sends an image", Scope.SUBMIT, tag=PAGES)
     def send_form(self) -> Response:
         """Accept an image from a browser without JavaScript and redirect to the request's page."""
         request = self._context.intake.accept_image(flask.request, model=None).request

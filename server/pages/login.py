@@ -1,59 +1,43 @@
 """Signing in to the pages with an API key, and signing out.
 
-Registered by `server/app.py`. A browser gets a signed cookie in place of the key, see `server/auth/sessions.py`;
+A browser gets a signed cookie in place of the key, see `server/auth/sessions.py`;
 programs send the key itself and need none of this.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MalformedRequest
 from server.api.responses import json_response, wants_page
+from server.api.schemas import object_schema, string, success
 from server.auth.guard import check_same_origin, get_guard
 from server.auth.sessions import SESSION_SECONDS
-from server.context import Context
-from server.endpoint import operation
+from server.context import Views
+from server.endpoint import PAGES, operation
 from server.errors import KeyRefused
 from server.intake.uploads import read_fields, read_json
-from server.pages.render import page, page_operation
+from server.pages.render import page
 
 _HOME_PAGE, _LOGIN_PAGE = "/", "/ui/login"
-_BODY: dict[str, Any] = {
-    "type": "object",
-    "required": ["key"],
-    "properties": {
-        "key": {"type": "string", "format": "password", "description": "An API key."},
-        "next": {"type": "string", "description": "Path of the page to go to."},
-    },
-}
-_ANSWER: dict[str, Any] = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success"]}
+_BODY = object_schema("key", key=string("An API key.", format="password"), next=string("Path of the page to go to."))
+_ANSWER = success("")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _LoginViews(context)
-    app.add_url_rule("/ui/login", "login_page", views.login_page, methods=["GET"])
-    app.add_url_rule("/login", "log_in", views.log_in, methods=["POST"])
-    app.add_url_rule("/logout", "log_out", views.log_out, methods=["POST"])
+class LoginViews(Views):
+    """The views that sign in and out."""
 
-
-class _LoginViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @page_operation("The page to sign in", scope=None)
+    @operation("GET /ui/login", "The page to sign in", None, tag=PAGES)
     def login_page(self) -> flask.Response:
         """Show the form for the key."""
         return _render_form(next=safe_next_page(flask.request.args.get("next", "")))
 
     @operation(
-        summary="Log in to the pages with an API key",
-        scope=None,
-        tag="pages",
+        "POST /login",
+        "Log in to the pages with an API key",
+        None,
+        tag=PAGES,
         body={"application/x-www-form-urlencoded": _BODY, "application/json": _BODY},
         responses={200: _ANSWER, 303: _ANSWER},
     )
@@ -61,7 +45,12 @@ class _LoginViews:
         """Set the session cookie: 303 to a page for browsers, JSON for programs."""
         check_same_origin(is_strict=False)
         is_json = flask.request.mimetype == "application/json"
-        fields = (read_json if is_json else read_fields)(flask.request, active_reads=self._context.active_reads)
+        reads = self._context.active_reads
+        fields = (
+            read_json(flask.request, active_reads=reads)[0]
+            if is_json
+            else read_fields(flask.request, active_reads=reads)
+        )
         if "key" in flask.request.args:
             raise MalformedRequest("Send the key in the body: a key in the URL ends up in logs.")
         guard = get_guard(flask.current_app)
@@ -76,7 +65,7 @@ class _LoginViews:
         guard.sessions.start(response, record.id)
         return response
 
-    @operation(summary="Log out of the pages", scope=None, tag="pages", responses={200: _ANSWER, 303: _ANSWER})
+    @operation("POST /logout", "Log out of the pages", None, tag=PAGES, responses={200: _ANSWER, 303: _ANSWER})
     def log_out(self) -> Response:
         """Delete the session cookie."""
         check_same_origin(is_strict=False)

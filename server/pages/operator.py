@@ -1,28 +1,27 @@
 """The operator's page: the dashboard with its charts and the forms that control the batchers.
 
-Registered by `server/app.py`. The same figures as JSON, and what the forms post to, are in
-`server/api/views/operator.py`.
+The same figures as JSON, and what the forms post to, are in `server/api/views/operator.py`.
 """
 
 from __future__ import annotations
 
 import flask
 
-from server.api.views.operator import PAGE_PATH
-from server.context import Context
+from server.context import Views
+from server.endpoint import PAGES, operation
 from server.pages.charts import minutes_chart, points_chart
-from server.pages.render import page, page_operation
+from server.pages.render import page
 from server.status.eta import FULL_CHUNK_ITEMS
 from store.keys import Scope
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the view to an application."""
+class OperatorPageViews(Views):
+    """The views of the operator's page."""
 
-    @page_operation("The operator's page", scope=Scope.OPERATE)
-    def operator_page() -> flask.Response:
+    @operation("GET /ui/operator", "The operator's page", Scope.OPERATE, tag=PAGES)
+    def operator_page(self) -> flask.Response:
         """Show the dashboard."""
-        status = context.dashboard.status()
+        status = self._context.dashboard.status()
         return page(
             "operator.html",
             board=status,
@@ -30,5 +29,3 @@ def register(app: flask.Flask, context: Context) -> None:
             minutes=minutes_chart(status["throughput"]["minutes"]),
             points=points_chart(status["points"]),
         )
-
-    app.add_url_rule(PAGE_PATH, "operator_page", operator_page, methods=["GET"])

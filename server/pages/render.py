@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import mimetypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ import flask
 import jinja2
 from werkzeug.wrappers import Response
 
-from server.api.openapi import PAGES
-from server.api.responses import json_response, wants_page
+from server.api.responses import error_response, wants_page
 from server.auth.guard import current_key, get_guard
-from server.context import Context
-from server.endpoint import View, operation
-from server.pages.cards import STATE_LABELS
+from server.context import Views
+from server.endpoint import PAGES, operation
+from server.pages.cards import STATE_LABELS, best_class
+from server.serializers import is_image
 from server.status.eta import format_duration
+from store.cost_split import to_amount
 from store.errors import StoreError
-from store.keys import Scope
+from store.rows import to_text
 
 PACKAGE_FOLDER = Path(__file__).parent
 #: No inline scripts or styles, no other hosts, no framing.
@@ -53,15 +54,24 @@ _MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg
 _ERROR_TITLES = {401: "Sign in", 403: "Not allowed", 404: "Not found", 429: "Too many requests", 503: "Unavailable"}
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Serve the static files, and show errors under /ui/ as pages."""
-    app.add_url_rule("/static/<digest>/<path:name>", "static", _static, methods=["GET"])
-    app.after_request(_render_error)
+class RenderViews(Views):
+    """The static files; shows errors under /ui/ as pages."""
 
+    def register(self, app: flask.Flask) -> None:
+        """Add the view to an application."""
+        super().register(app)
+        app.after_request(_render_error)
 
-def page_operation(summary: str, *, scope: Scope | None) -> Callable[[View], View]:
-    """Describe the view of a page, as `operation` does for the API, whose description leaves pages out."""
-    return operation(summary=summary, scope=scope, tag=PAGES)
+    @operation("GET /static/<digest>/<path:name>", "A static file of the pages", None, tag=PAGES)
+    def static(self, digest: str, name: str) -> flask.Response:
+        """Return a stylesheet, a script or an icon."""
+        known, files = _static_files()
+        if name not in files or known != digest:
+            return error_response("There is no such file.", "not_found", 404)
+        kind = _MEDIA_TYPES.get(Path(name).suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        response = flask.Response(files[name], mimetype=kind)
+        response.headers.update({**_HEADERS, "Cache-Control": "public, max-age=31536000, immutable"})
+        return response
 
 
 def page(template: str, *, status: int = 200, **variables: Any) -> flask.Response:
@@ -76,10 +86,8 @@ def page(template: str, *, status: int = 200, **variables: Any) -> flask.Respons
         .render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
     )
     response = flask.Response(html, status, mimetype="text/html")
-    response.headers.update(_HEADERS)
-    response.headers["Cache-Control"] = "no-store"
     # `/` is a page for browsers and JSON for programs.
-    response.headers["Vary"] = "Accept, Cookie"
+    response.headers.update({**_HEADERS, "Cache-Control": "no-store", "Vary": "Accept, Cookie"})
     return response
 
 
@@ -91,31 +99,9 @@ def static_url(name: str) -> str:
     return f"/static/{digest}/{name}"
 
 
-def static_file(digest: str, name: str) -> flask.Response | None:
-    """Return the response with a file in `static/`; None if no file has this name and hash."""
-    known, files = _static_files()
-    if name not in files or known != digest:
-        return None
-    suffix = Path(name).suffix
-    kind = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    response = flask.Response(files[name], mimetype=kind)
-    response.headers.update(_HEADERS)
-    response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
-    return response
-
-
 def url_with_query(path: str, fields: Mapping[str, str]) -> str:
     """Return a path with its query."""
     return f"{path}?{urlencode(fields)}" if fields else path
-
-
-@page_operation("A static file of the pages", scope=None)
-def _static(digest: str, name: str) -> flask.Response:
-    """Return a stylesheet, a script or an icon."""
-    found = static_file(digest, name)
-    if found is None:
-        return json_response({"success": False, "reason": "There is no such file.", "code": "not_found"}, 404)
-    return found
 
 
 def _render_error(response: flask.Response) -> Any:
@@ -166,14 +152,19 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals["static"] = static_url
     environment.filters.update(
+        amount=to_amount,
+        best=best_class,
+        is_image=is_image,
         percent=_format_percent,
         duration=format_duration,
         bytes=_format_bytes,
         moment=_format_time,
-        iso=_format_iso,
-        label=_format_label,
+        iso=lambda moment: to_text(_as_datetime(moment)),
+        # A class name: tiger cat.
+        label=lambda name: str(name).replace("_", " "),
         state=lambda status: STATE_LABELS.get(status, status),
-        short=_short_id,
+        # The first characters of an id are the same for ids of the same time.
+        short=lambda id: id[-8:],
     )
     return environment
 
@@ -218,18 +209,3 @@ def _as_datetime(moment: datetime | str) -> datetime:
 def _format_time(moment: datetime | str) -> str:
     """Format a time for people, in UTC; `page.js` replaces it with the reader's local time."""
     return _as_datetime(moment).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _format_iso(moment: datetime | str) -> str:
-    """Format a time for programs."""
-    return _as_datetime(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _format_label(name: str) -> str:
-    """Format a class name for people: tiger cat."""
-    return str(name).replace("_", " ")
-
-
-def _short_id(id: str) -> str:
-    """Return the last characters of an id; the first are the same for ids of the same time."""
-    return id[-8:]

@@ -1,7 +1,4 @@
-"""The pages of requests: the list with its filter, and one request with its result, history and buttons.
-
-Registered by `server/app.py`.
-"""
+"""The pages of requests: the list with its filter, and one request with its result, history and buttons."""
 
 from __future__ import annotations
 
@@ -13,10 +10,11 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
-from server.auth.guard import owned, visible_key_id
-from server.context import Context
-from server.pages.cards import STATE_LABELS, card, timeline, top_classes
-from server.pages.render import page, page_operation, url_with_query
+from server.auth.guard import visible_key_id
+from server.context import Views
+from server.endpoint import PAGES, operation
+from server.pages.cards import STATE_LABELS, timeline, top_classes
+from server.pages.render import page, url_with_query
 from server.serializers import serialize_models
 from store.keys import Scope
 from store.requests import RequestRecord
@@ -27,24 +25,10 @@ CARDS_PER_PAGE = 24
 MAX_SEARCH_READS = 4
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _RequestPageViews(context)
-    for rule, methods, view in (
-        ("/ui/requests", ["GET"], views.requests_page),
-        ("/ui/requests/<id>", ["GET"], views.request_page),
-        ("/ui/requests/<id>/cancel", ["POST"], views.cancel_form),
-        ("/ui/requests/<id>/retry", ["POST"], views.retry_form),
-        ("/ui/requests/<id>/delete", ["POST"], views.delete_form),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=methods)
+class RequestPageViews(Views):
+    """The pages of requests, and their buttons."""
 
-
-class _RequestPageViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @page_operation("The list of requests", scope=Scope.READ)
+    @operation("GET /ui/requests", "The list of requests", Scope.READ, tag=PAGES)
     def requests_page(self) -> flask.Response:
         """List the requests that match the filter, newest first."""
         fields = {name: flask.request.args.get(name, "").strip() for name in ("q", "state", "model", "before")}
@@ -59,7 +43,7 @@ class _RequestPageViews:
         older = None if next_before is None else url_with_query("/ui/requests", {**filters, "before": str(next_before)})
         return page(
             "requests.html",
-            items=[card(request) for request in shown],
+            items=shown,
             q=fields["q"],
             state=fields["state"],
             model=fields["model"],
@@ -74,34 +58,31 @@ class _RequestPageViews:
             older=older,
         )
 
-    @page_operation("The page of one request", scope=Scope.READ)
+    @operation("GET /ui/requests/<id>", "The page of one request", Scope.READ, tag=PAGES)
     def request_page(self, id: str) -> flask.Response:
         """Show the image, the result and the history of a request."""
-        return self._render(owned(self._context.store.requests.get, id))
+        return self._render(self._get_request(id))
 
-    @page_operation("The button that cancels a request", scope=Scope.SUBMIT)
+    @operation("POST /ui/requests/<id>/cancel", "The button that cancels a request", Scope.SUBMIT, tag=PAGES)
     def cancel_form(self, id: str) -> Response:
         """Cancel a queued request."""
-        owned(self._context.store.requests.get, id)
-        return self._apply(id, lambda: self._context.store.requests.cancel(id, now=self._context.clock()))
+        return self._apply(id, lambda: self._store.requests.cancel(id, now=self._now()))
 
-    @page_operation("The button that retries a request", scope=Scope.SUBMIT)
+    @operation("POST /ui/requests/<id>/retry", "The button that retries a request", Scope.SUBMIT, tag=PAGES)
     def retry_form(self, id: str) -> Response:
         """Queue a failed or cancelled request again."""
-        owned(self._context.store.requests.get, id)
-        return self._apply(id, lambda: self._context.store.requests.retry(id, now=self._context.clock()))
+        return self._apply(id, lambda: self._store.requests.retry(id, now=self._now()))
 
-    @page_operation("The button that deletes a request", scope=Scope.SUBMIT)
+    @operation("POST /ui/requests/<id>/delete", "The button that deletes a request", Scope.SUBMIT, tag=PAGES)
     def delete_form(self, id: str) -> Response:
         """Delete a finished request and its image, and redirect to the list."""
-        owned(self._context.store.requests.get, id)
-        return self._apply(id, lambda: self._context.store.requests.remove(id), "/ui/requests")
+        return self._apply(id, lambda: self._store.requests.remove(id), "/ui/requests")
 
     def _find(self, query: Query, before: int | None) -> tuple[Sequence[RequestRecord], int | None]:
         """Find the requests of one page. :return: the requests, and where the next page starts or None."""
         found: list[RequestRecord] = []
         for _ in range(MAX_SEARCH_READS):
-            part = self._context.store.search.find(query, before=before, limit=CARDS_PER_PAGE - len(found))
+            part = self._store.search.find(query, before=before, limit=CARDS_PER_PAGE - len(found))
             found += part.requests
             before = part.next_before
             if before is None or len(found) >= CARDS_PER_PAGE:
@@ -109,11 +90,12 @@ class _RequestPageViews:
         return found, before
 
     def _apply(self, id: str, change: Callable[[], Any], then: str | None = None) -> Response:
+        self._get_request(id)
         try:
             change()
         except MlgError as error:
             # For example, the request was dispatched after the page was loaded. Show the error and the present state.
-            return self._render(self._context.store.requests.get(id), notice=error.reason, code=409)
+            return self._render(self._store.requests.get(id), notice=error.reason, code=409)
         return flask.redirect(then or f"/ui/requests/{id}", 303)
 
     def _render(self, request: RequestRecord, *, notice: str | None = None, code: int = 200) -> flask.Response:
@@ -122,24 +104,12 @@ class _RequestPageViews:
             "request.html",
             status=code,
             notice=notice,
-            item={
-                "id": request.id,
-                "name": request.name,
-                "model": request.model,
-                "status": request.status,
-                "is_final": request.state.is_final,
-                "preds": top_classes(request),
-                "reason": request.reason,
-                "waiting_for": shown.get("waiting_for", "Waiting."),
-                "eta_seconds": shown.get("eta_seconds"),
-                "batch_id": request.batch_id,
-                "has_image": request.image_deleted_at is None,
-                "bytes": request.image_bytes,
-                "provider": request.provider,
-                "cost": shown.get("cost"),
-                "is_cost_final": request.is_cost_final,
-                "labels": request.labels,
-            },
+            item=request,
+            preds=top_classes(request),
+            output=json.dumps(shown["preds"], indent=2, ensure_ascii=False),
+            files=shown.get("files", {}),
+            waiting_for=shown.get("waiting_for", "Waiting."),
+            eta_seconds=shown.get("eta_seconds"),
             timeline=timeline(request, shown),
             raw=json.dumps({"success": True, **shown}, indent=2, ensure_ascii=False),
         )

@@ -12,18 +12,17 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+from server.record_json import fields, to_json
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
 from store.amounts import format_amount, price_per_1000_images, price_per_hour
 from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
-from store.controls import Pause
-from store.cost_split import to_amount
 from store.ledger import AllocationRecord, CostRow
 from store.providers import ProviderRecord
 from store.rows import to_text
@@ -70,17 +69,6 @@ class MinuteTotals:
     failed: int
 
 
-@dataclass
-class _MinuteCache:
-    """The minutes read so far."""
-
-    #: Minute -> model -> its statistics.
-    by_minute: dict[str, dict[str, MinuteStats]] = field(default_factory=dict)
-    #: Start of a minute -> requests received before it.
-    arrived: dict[datetime, int] = field(default_factory=dict)
-    read_at: datetime | None = None
-
-
 class Dashboard:
     """The dashboard of one server process.
 
@@ -89,15 +77,21 @@ class Dashboard:
 
     def __init__(self, store: Store, queue_stats: QueueStats, clock: Callable[[], datetime]) -> None:
         self.store = store
-        self._queue_stats = queue_stats
+        self.queue_stats = queue_stats
         self.clock = clock
-        self._minutes = _MinuteCache()
-        self._throughput = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
+        #: The minutes read so far: minute -> model -> its statistics.
+        self._by_minute: dict[str, dict[str, MinuteStats]] = {}
+        #: Start of a minute -> requests received before it.
+        self._arrived: dict[datetime, int] = {}
+        self._read_at: datetime | None = None
+        #: The counts of each minute of the last day, oldest first.
+        self.minutes = StaleCache(self._read_minutes, fresh_seconds=1.5, stale_seconds=10)
+        #: What was spent.
+        self.spending = StaleCache(self._read_spending, fresh_seconds=15, stale_seconds=300)
         self._answers = StaleCache(
             lambda: store.stats.list_answered(limit=RECENT_ANSWERS), fresh_seconds=2, stale_seconds=10
         )
         self._failures = StaleCache(self._read_failures, fresh_seconds=2, stale_seconds=10)
-        self._spending = StaleCache(self._read_spending, fresh_seconds=15, stale_seconds=300)
         self._chunks = StaleCache(
             lambda: store.stats.list_unfinished_chunks(limit=MAX_CHUNKS), fresh_seconds=1, stale_seconds=5
         )
@@ -106,17 +100,28 @@ class Dashboard:
         """Return the whole dashboard as JSON. :raises StoreError:"""
         now = self.clock()
         pause = self.store.controls.state().pause
-        batchers = self._queue_stats.batchers()
+        batchers = self.queue_stats.batchers()
         queue = self.queue()
         return {
             "at": to_text(now),
-            "hold": None if pause is None else _pause_row(pause),
+            "hold": None if pause is None else fields(pause, "mode by since reason notice"),
             "queue": queue,
             "waiting": sum(row["waiting"] for row in queue),
             "claimed": sum(row["claimed"] for row in queue),
             "is_idle": not any(row["claimed"] for row in queue),
-            "chunks": [_chunk_row(chunk, now) for chunk in self.running_chunks()],
-            "batchers": [_batcher_row(batcher, now) for batcher in batchers],
+            "chunks": [
+                {**fields(chunk, "id model items executor"), "seconds": _to_seconds(now - chunk.dispatched_at)}
+                for chunk in self.running_chunks()
+            ],
+            "batchers": [
+                {
+                    **fields(batcher, "id host pid executor capacity"),
+                    "up_seconds": _to_seconds(now - batcher.started_at),
+                    "seen_seconds": _to_seconds(now - batcher.seen_at),
+                    "notices": sorted(set(batcher.notices.values())),
+                }
+                for batcher in batchers
+            ],
             "capacity": sum(batcher.capacity for batcher in batchers),
             "throughput": self._throughput_json(),
             "latency": _latency_row(self._answers.get()),
@@ -135,56 +140,36 @@ class Dashboard:
         now = self.clock()
         return [
             {
-                "model": each.model,
-                "service": each.service,
-                "waiting": each.waiting,
-                "claimed": each.claimed,
-                "oldest_at": None if each.oldest_at is None else to_text(each.oldest_at),
+                **fields(each, "model service waiting claimed oldest_at"),
                 "oldest_seconds": None if each.oldest_at is None else _to_seconds(now - each.oldest_at),
             }
-            for each in self._queue_stats.backlog()
+            for each in self.queue_stats.backlog()
         ]
-
-    def batchers(self) -> Sequence[BatcherRecord]:
-        """Return the live batchers. :raises StoreError:"""
-        return self._queue_stats.batchers()
 
     def running_chunks(self) -> list[ChunkRecord]:
         """Return the running chunks of live batchers. :raises StoreError:"""
-        alive = {batcher.id for batcher in self._queue_stats.batchers()}
+        alive = {batcher.id for batcher in self.queue_stats.batchers()}
         return [chunk for chunk in self._chunks.get() if chunk.batcher_id in alive]
-
-    def minutes(self) -> list[MinuteTotals]:
-        """Return the counts of each minute of the last day, oldest first. :raises StoreError:"""
-        return self._throughput.get()
-
-    def spending(self) -> Spending:
-        """Return what was spent, as of some seconds ago. :raises StoreError:"""
-        return self._spending.get()
-
-    def invalidate(self) -> None:
-        """Read again what an operator has just changed."""
-        self._spending.invalidate()
 
     def _read_minutes(self) -> list[MinuteTotals]:
         """Read the latest minutes, at first those of a whole day, and sum over the models."""
         now = self.clock().astimezone(UTC).replace(second=0, microsecond=0)
         first = now - timedelta(minutes=DAY_MINUTES - 1)
-        known = self._minutes
-        is_known = known.read_at is not None and first <= known.read_at <= now
-        since = known.read_at - timedelta(minutes=LATE_MINUTES) if is_known and known.read_at else first
+        since = first
+        if self._read_at is not None and first <= self._read_at <= now:
+            since = self._read_at - timedelta(minutes=LATE_MINUTES)
         retained = {
-            minute: row for minute, row in known.by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
+            minute: row for minute, row in self._by_minute.items() if _minute_key(first) <= minute < _minute_key(since)
         }
         for row in self.store.stats.list_minute_stats(since):
             retained.setdefault(row.minute, {})[row.model] = row
         # Requests received before the start of each minute; the count of a past minute never changes.
         marks = [now - timedelta(minutes=back) for back in range(CHART_MINUTES - 1, -1, -1)]
         day_ago = now - timedelta(days=1)
-        unknown = sorted(mark for mark in {*marks, day_ago} if mark not in known.arrived)
-        arrived = {mark: count for mark, count in known.arrived.items() if mark >= day_ago}
+        unknown = sorted(mark for mark in {*marks, day_ago} if mark not in self._arrived)
+        arrived = {mark: count for mark, count in self._arrived.items() if mark >= day_ago}
         arrived.update(zip(unknown, self.store.stats.count_accepted_before(unknown), strict=True))
-        self._minutes = _MinuteCache(by_minute=retained, arrived=arrived, read_at=now)
+        self._by_minute, self._arrived, self._read_at = retained, arrived, now
         counts = [*(arrived[mark] for mark in marks), self.store.stats.count_accepted()]
         arrivals = {_minute_key(mark): counts[index + 1] - counts[index] for index, mark in enumerate(marks)}
         sums = []
@@ -224,10 +209,10 @@ class Dashboard:
         )
 
     def _throughput_json(self) -> dict[str, Any]:
-        minutes = self._throughput.get()
+        minutes = self.minutes.get()
         chart = minutes[-CHART_MINUTES:]
         seconds_of_last = self.clock().second
-        counts = self._minutes.arrived
+        counts = self._arrived
         return {
             "hour": _throughput_row(
                 chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
@@ -236,43 +221,32 @@ class Dashboard:
                 minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.stats.count_accepted() - counts[min(counts)]
             ),
             "minutes": [
-                {
-                    "minute": each.minute + "Z",
-                    "arrived": each.arrived,
-                    "answered": each.answered,
-                    "images": each.images,
-                    "failed": each.failed,
-                }
-                for each in chart
+                {"minute": each.minute + "Z", **fields(each, "arrived answered images failed")} for each in chart
             ],
         }
 
     def _providers_json(self, now: datetime) -> list[dict[str, Any]]:
-        spending = self._spending.get()
+        spending = self.spending.get()
         return [
             _provider_row(provider, spending.speeds.get(provider.id, {}), spending.by_provider.get(provider.id), now)
             for provider in spending.providers[:MAX_PROVIDERS]
         ]
 
     def _spending_json(self, batchers: Sequence[BatcherRecord]) -> dict[str, Any]:
-        spending = self._spending.get()
+        spending = self.spending.get()
         budget = {name: smallest_budget(batchers, name) for name in ("day", "total")}
+        spent = {"day": spending.today, "total": spending.total}
         left = {
-            "day": _remaining_budget(budget["day"], spending.today),
-            "total": _remaining_budget(budget["total"], spending.total),
+            name: None if amount is None else max(Decimal(0), amount - spent[name]) for name, amount in budget.items()
         }
         return {
-            "today": to_amount(spending.today),
-            "total": to_amount(spending.total),
+            **fields(spending, "today total"),
             "today_shown": format_amount(spending.today),
             "left_day_shown": None if left["day"] is None else format_amount(left["day"]),
             "total_shown": format_amount(spending.total),
-            **{f"budget_{name}": None if amount is None else to_amount(amount) for name, amount in budget.items()},
-            **{f"left_{name}": None if amount is None else to_amount(amount) for name, amount in left.items()},
-            "allocations": [
-                {"id": each.id, "amount": to_amount(each.amount), "created_at": to_text(each.created_at)}
-                for each in spending.allocations
-            ],
+            **{f"budget_{name}": to_json(amount) for name, amount in budget.items()},
+            **{f"left_{name}": to_json(amount) for name, amount in left.items()},
+            "allocations": [fields(each, "id amount created_at") for each in spending.allocations],
         }
 
 
@@ -281,8 +255,11 @@ def smallest_budget(batchers: Iterable[BatcherRecord], name: str) -> Decimal | N
     return min((Decimal(batcher.budget[name]) for batcher in batchers if name in batcher.budget), default=None)
 
 
-def _remaining_budget(budget: Decimal | None, spent: Decimal) -> Decimal | None:
-    return None if budget is None else max(Decimal(0), budget - spent)
+def ban_fields(provider: ProviderRecord, now: datetime) -> dict[str, Any]:
+    """Return the ban of a provider as JSON; a ban that is over is none."""
+    is_banned = provider.is_banned(now)
+    ban = fields(provider, "banned_until ban_reason")
+    return {"is_banned": is_banned, **(ban if is_banned else dict.fromkeys(ban))}
 
 
 def _minute_key(minute: datetime) -> str:
@@ -297,39 +274,6 @@ def _to_seconds(length: timedelta) -> float:
 def _percentile(ordered: Sequence[float], share: float) -> float:
     """Return the percentile by nearest rank. :param ordered: ascending, not empty. :param share: from 0 to 1."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def _pause_row(pause: Pause) -> dict[str, Any]:
-    return {
-        "mode": str(pause.mode),
-        "by": pause.by,
-        "since": to_text(pause.since),
-        "reason": pause.reason,
-        "notice": pause.notice,
-    }
-
-
-def _chunk_row(chunk: ChunkRecord, now: datetime) -> dict[str, Any]:
-    return {
-        "id": chunk.id,
-        "model": chunk.model,
-        "items": chunk.items,
-        "executor": chunk.executor,
-        "seconds": _to_seconds(now - chunk.dispatched_at),
-    }
-
-
-def _batcher_row(batcher: BatcherRecord, now: datetime) -> dict[str, Any]:
-    return {
-        "id": batcher.id,
-        "host": batcher.host,
-        "pid": batcher.pid,
-        "executor": batcher.executor,
-        "capacity": batcher.capacity,
-        "up_seconds": _to_seconds(now - batcher.started_at),
-        "seen_seconds": _to_seconds(now - batcher.seen_at),
-        "notices": sorted(set(batcher.notices.values())),
-    }
 
 
 def _throughput_row(minutes: Sequence[MinuteTotals], length: float, arrived: int) -> dict[str, Any]:
@@ -373,9 +317,7 @@ def _failure_rows(failures: Sequence[FailureRecord]) -> list[dict[str, Any]]:
         {
             "code": code,
             "count": count,
-            "model": latest[code].model,
-            "provider": latest[code].provider,
-            "reason": latest[code].reason,
+            **fields(latest[code], "model provider reason"),
             "latest_id": latest[code].id,
             "latest_at": to_text(latest[code].finished_at),
         }
@@ -387,22 +329,16 @@ def _provider_row(
     provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
 ) -> dict[str, Any]:
     """Return a provider as JSON. :param speeds: model -> images per second."""
-    is_banned = provider.is_banned(now)
     spent = Decimal(0) if costs is None else costs.paid + costs.open
     best = min((price_per_1000_images(provider, speed) for speed in speeds.values()), default=None)
     return {
-        "id": provider.id,
-        "name": provider.name,
+        **fields(provider, "id name"),
         "score": round(provider.score, 3),
-        "done": provider.done,
-        "failed": provider.failed,
-        "images": provider.images,
+        **fields(provider, "done failed images"),
         "per_hour": format_amount(price_per_hour(provider)),
         "per_1000_images": None if best is None else format_amount(best),
         "spent": format_amount(spent),
         "seen_at": to_text(provider.seen_at),
-        "is_banned": is_banned,
-        "banned_until": to_text(provider.banned_until) if is_banned and provider.banned_until else None,
-        "ban_reason": provider.ban_reason if is_banned else None,
-        "is_banned_by_operator": is_banned and provider.is_banned_by_operator,
+        **ban_fields(provider, now),
+        "is_banned_by_operator": provider.is_banned(now) and provider.is_banned_by_operator,
     }

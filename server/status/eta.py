@@ -51,29 +51,22 @@ class WaitEstimate:
 
 def estimate(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEstimate | None:
     """Estimate why and how long a request waits. :return: None if it has ended."""
-    if request.state is RequestState.CLAIMED:
-        notice = _blocking_notice(request.model, inputs)
-        return (
-            _estimate_claimed(request, inputs, now)
-            if notice is None
-            else WaitEstimate(waiting_for=notice, eta_seconds=None)
-        )
-    if request.state is not RequestState.QUEUED:
+    if request.state.is_final:
         return None
-    ahead = _requests_ahead(request, inputs)
-    if inputs.unavailable_reason is not None:
-        return WaitEstimate(waiting_for=inputs.unavailable_reason, eta_seconds=None, ahead=ahead)
-    if not inputs.batchers:
-        return WaitEstimate(
-            waiting_for="Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up).",
-            eta_seconds=None,
-            ahead=ahead,
-        )
-    notice = _blocking_notice(request.model, inputs)
-    if notice is not None:
-        return WaitEstimate(waiting_for=notice, eta_seconds=None, ahead=ahead)
-    due_in, why = _seconds_until_due(request, inputs, ahead, now)
-    eta = due_in + _seconds_of_work_ahead(request, inputs, ahead) + _chunk_seconds(inputs)
+    ahead = _requests_ahead(request, inputs) if request.state is RequestState.QUEUED else None
+    reason = _blocking_notice(request.model, inputs)
+    if ahead is not None and not inputs.batchers:
+        reason = "Nothing is processed now: no batcher is running. Start one: mlg batch (or mlg up)."
+    if ahead is not None and inputs.unavailable_reason is not None:
+        reason = inputs.unavailable_reason
+    if reason is not None:
+        return WaitEstimate(waiting_for=reason, eta_seconds=None, ahead=ahead)
+    if ahead is None:
+        elapsed = _seconds(now - (request.claimed_at or now))
+        why, eta = f"Processing started {format_duration(elapsed)} ago.", max(0.5, _chunk_seconds(inputs) - elapsed)
+    else:
+        due_in, why = _seconds_until_due(request, inputs, ahead, now)
+        eta = due_in + _seconds_of_work_ahead(request, inputs, ahead) + _chunk_seconds(inputs)
     return WaitEstimate(waiting_for=why, eta_seconds=round(eta, 1), ahead=ahead)
 
 
@@ -81,12 +74,6 @@ def _blocking_notice(model: str, inputs: EtaInputs) -> str | None:
     """Return the first batcher's reason not to process the model now; None if any batcher processes it."""
     notices = [batcher.notices.get(model) for batcher in inputs.batchers]
     return notices[0] if notices and None not in notices else None
-
-
-def _estimate_claimed(request: RequestRecord, inputs: EtaInputs, now: datetime) -> WaitEstimate:
-    elapsed = _seconds(now - (request.claimed_at or now))
-    eta = max(0.5, _chunk_seconds(inputs) - elapsed)
-    return WaitEstimate(waiting_for=f"Processing started {format_duration(elapsed)} ago.", eta_seconds=round(eta, 1))
 
 
 def _seconds_until_due(request: RequestRecord, inputs: EtaInputs, ahead: int, now: datetime) -> tuple[float, str]:

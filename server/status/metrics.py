@@ -7,18 +7,19 @@ retention does not delete. Without a client library, because one would count ins
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from decimal import Decimal
+from importlib.metadata import version
 
 from server.status.dashboard import CHART_MINUTES, Dashboard, smallest_budget
 from store.controls import Mode
 from store.stats import OutcomeTotal
 
+_VERSION = version("mlg")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Failure codes with a series each; all others share one.
 MAX_CODES = 50
@@ -55,8 +56,12 @@ def exposition(families: Iterable[Family]) -> str:
 
 def families(dashboard: Dashboard) -> Iterator[Family]:
     """Yield all metrics. :raises StoreError:"""
-    yield _single_sample(
-        "mlg_build_info", "gauge", "The version of the server; always 1.", 1, version=_version(), python=_python()
+    yield _single(
+        "mlg_build_info",
+        "The version of the server; always 1.",
+        1,
+        version=_VERSION,
+        python=platform.python_version(),
     )
     yield from _request_metrics(dashboard)
     yield from _queue(dashboard)
@@ -77,12 +82,10 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
         if total.outcome == "done":
             buckets[total.model][total.up_to] += total.count
             seconds[total.model] += total.seconds
-    yield _single_sample(
-        "mlg_requests_accepted_total",
-        "counter",
-        "Requests accepted since the start of the home.",
-        # Read after the totals, so that never more requests have ended than were accepted.
-        dashboard.store.stats.count_accepted(),
+    # Read after the totals, so that never more requests have ended than were accepted.
+    accepted = dashboard.store.stats.count_accepted()
+    yield _single(
+        "mlg_requests_accepted_total", "Requests accepted since the start of the home.", accepted, kind="counter"
     )
     yield Family(
         name="mlg_requests_ended_total",
@@ -92,11 +95,8 @@ def _request_metrics(dashboard: Dashboard) -> Iterator[Family]:
             ("", {"model": model, "outcome": outcome}, count) for (model, outcome), count in sorted(ended.items())
         ],
     )
-    yield Family(
-        name="mlg_requests_failed_total",
-        kind="counter",
-        help="Requests that failed, by code.",
-        samples=[("", {"code": code}, count) for code, count in _limit_codes(codes)],
+    yield _by_label(
+        "mlg_requests_failed_total", "Requests that failed, by code.", "code", _limit_codes(codes), kind="counter"
     )
     yield Family(
         name="mlg_request_seconds",
@@ -121,77 +121,56 @@ def _histogram(
 
 def _queue(dashboard: Dashboard) -> Iterator[Family]:
     queue = dashboard.queue()
-
-    def by_model(name: str, help: str, key: str) -> Family:
-        samples = [("", {"model": row["model"]}, row[key] or 0) for row in queue]
-        return Family(name=name, kind="gauge", help=help, samples=samples)
-
-    yield by_model("mlg_queue_waiting", "Waiting requests.", "waiting")
-    yield by_model("mlg_queue_oldest_seconds", "Age of the oldest waiting request.", "oldest_seconds")
-    yield by_model("mlg_queue_claimed", "Requests being processed.", "claimed")
-    minutes = dashboard.minutes()[-CHART_MINUTES:]
-    for name, help, count in (
-        ("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", sum(m.answered for m in minutes)),
-        ("mlg_images_last_hour", "Images processed in the last hour.", sum(m.images for m in minutes)),
+    for name, help, key in (
+        ("mlg_queue_waiting", "Waiting requests.", "waiting"),
+        ("mlg_queue_oldest_seconds", "Age of the oldest waiting request.", "oldest_seconds"),
+        ("mlg_queue_claimed", "Requests being processed.", "claimed"),
     ):
-        yield _single_sample(name, "gauge", help, count)
+        yield _by_label(name, help, "model", [(row["model"], row[key] or 0) for row in queue])
+    minutes = dashboard.minutes.get()[-CHART_MINUTES:]
+    answered, images = sum(each.answered for each in minutes), sum(each.images for each in minutes)
+    yield _single("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", answered)
+    yield _single("mlg_images_last_hour", "Images processed in the last hour.", images)
     pause = dashboard.store.controls.state().pause
-    yield Family(
-        name="mlg_hold",
-        kind="gauge",
-        help="1 while the operator pauses or drains the batchers.",
-        samples=[("", {"mode": str(mode)}, pause is not None and pause.mode is mode) for mode in Mode],
-    )
+    modes = [(str(mode), pause is not None and pause.mode is mode) for mode in Mode]
+    yield _by_label("mlg_hold", "1 while the operator pauses or drains the batchers.", "mode", modes)
 
 
 def _workers(dashboard: Dashboard) -> Iterator[Family]:
-    batchers = dashboard.batchers()
-    yield _single_sample("mlg_batchers", "gauge", "Live batchers.", len(batchers))
-    yield _single_sample(
-        "mlg_capacity", "gauge", "Chunks that the batchers process at once.", sum(each.capacity for each in batchers)
-    )
-    yield _single_sample("mlg_chunks_under_way", "gauge", "Chunks being processed.", len(dashboard.running_chunks()))
-    spending = dashboard.spending()
-    now = dashboard.clock()
-    banned = sum(provider.is_banned(now) for provider in spending.providers)
-    yield Family(
-        name="mlg_providers",
-        kind="gauge",
-        help="Providers that ever made an offer, by state.",
-        samples=[
-            ("", {"state": "good"}, len(spending.providers) - banned),
-            ("", {"state": "banned"}, banned),
-        ],
-    )
+    batchers = dashboard.queue_stats.batchers()
+    capacity = sum(batcher.capacity for batcher in batchers)
+    yield _single("mlg_batchers", "Live batchers.", len(batchers))
+    yield _single("mlg_capacity", "Chunks that the batchers process at once.", capacity)
+    yield _single("mlg_chunks_under_way", "Chunks being processed.", len(dashboard.running_chunks()))
+    providers, now = dashboard.spending.get().providers, dashboard.clock()
+    banned = sum(provider.is_banned(now) for provider in providers)
+    states = [("good", len(providers) - banned), ("banned", banned)]
+    yield _by_label("mlg_providers", "Providers that ever made an offer, by state.", "state", states)
 
 
 def _spending(dashboard: Dashboard) -> Iterator[Family]:
-    spending = dashboard.spending()
-    yield _single_sample(
-        "mlg_spent_glm", "gauge", "Spent in GLM: paid, and an estimate of open bills.", float(spending.total)
+    spending, batchers = dashboard.spending.get(), dashboard.queue_stats.batchers()
+    yield _single("mlg_spent_glm", "Spent in GLM: paid, and an estimate of open bills.", spending.total)
+    yield _single("mlg_spent_today_glm", "Spent since midnight UTC, in GLM.", spending.today)
+    budgets = [(period, smallest_budget(batchers, period)) for period in ("day", "total")]
+    yield _by_label(
+        "mlg_budget_glm",
+        "The smallest budget of the live batchers, in GLM; no series without a budget.",
+        "period",
+        [(period, float(amount)) for period, amount in budgets if amount is not None],
     )
-    yield _single_sample("mlg_spent_today_glm", "gauge", "Spent since midnight UTC, in GLM.", float(spending.today))
-    yield Family(
-        name="mlg_budget_glm",
-        kind="gauge",
-        help="The smallest budget of the live batchers, in GLM; no series without a budget.",
-        samples=[
-            ("", {"period": period}, float(amount))
-            for period in ("day", "total")
-            if (amount := smallest_budget(dashboard.batchers(), period)) is not None
-        ],
-    )
-    yield _single_sample("mlg_allocations_open", "gauge", "Open allocations.", len(spending.allocations))
-    yield _single_sample(
-        "mlg_allocated_glm",
-        "gauge",
-        "Amount reserved by open allocations, in GLM.",
-        float(sum(each.amount for each in spending.allocations)),
-    )
+    allocated = sum(each.amount for each in spending.allocations)
+    yield _single("mlg_allocations_open", "Open allocations.", len(spending.allocations))
+    yield _single("mlg_allocated_glm", "Amount reserved by open allocations, in GLM.", allocated)
 
 
-def _single_sample(name: str, kind: str, help: str, value: float, **labels: str) -> Family:
-    return Family(name=name, kind=kind, help=help, samples=[("", labels, value)])
+def _single(name: str, help: str, value: float | Decimal, *, kind: str = "gauge", **labels: str) -> Family:
+    return Family(name=name, kind=kind, help=help, samples=[("", labels, float(value))])
+
+
+def _by_label(name: str, help: str, label: str, values: Iterable[tuple[str, float]], *, kind: str = "gauge") -> Family:
+    """Return a metric with a sample for each value of a label."""
+    return Family(name=name, kind=kind, help=help, samples=[("", {label: text}, value) for text, value in values])
 
 
 def _limit_codes(codes: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -210,15 +189,3 @@ def _number(value: float) -> str:
 def _escaped(text: str, *, is_label: bool = False) -> str:
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return escaped.replace('"', '\\"') if is_label else escaped
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return version("mlg")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _python() -> str:
-    return platform.python_version()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from batcher.executors import Outcome
-from provider_image.errors import NotInstalled, WorkerDied
+from provider_image.errors import InferenceFailed, NotInstalled, WorkerDied
 from store.requests import MAX_ATTEMPTS, Answer
 from store.states import RequestState
 from tests.batcher.conftest import MODEL
@@ -286,7 +286,7 @@ def test_control_characters_in_a_providers_reason_do_not_reach_the_store(harness
     request = harness.add(b"image")
 
     def corrupt(results: Any) -> Any:
-        error = replace(results.items[0].error, reason="red \x1b[31m text\r\nfake line")
+        error = InferenceFailed("red \x1b[31m text\r\nfake line")
         return replace(results, items=(replace(results.items[0], error=error), results.items[1]))
 
     harness.executor.corrupt = corrupt

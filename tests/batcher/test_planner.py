@@ -92,7 +92,7 @@ def test_limits_are_respected_and_only_a_single_item_may_exceed_the_bytes(
 
     for chunk in chunks:
         assert 1 <= len(chunk.items) <= max_items
-        assert chunk.image_bytes <= max_bytes or len(chunk.items) == 1
+        assert chunk.input_bytes <= max_bytes or len(chunk.items) == 1
 
 
 @given(claims=waiting(), **limits)
@@ -162,7 +162,7 @@ def test_the_bytes_of_equal_images_count_once() -> None:
 
     (chunk,) = plan(claims, max_bytes=1000)
 
-    assert (len(chunk.items), len(chunk.claims), chunk.image_bytes) == (1, 40, 900)
+    assert (len(chunk.items), len(chunk.claims), chunk.input_bytes) == (1, 40, 900)
 
 
 def test_an_item_over_the_byte_limit_gets_its_own_chunk() -> None:

@@ -30,18 +30,20 @@ from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from provider_image.chunk import open_chunk
 from provider_image.errors import BadInput, ChunkTimeout, ConfigError, WorkerDied
+from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
-from provider_image.service import ModelInput
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.services import load_service
 from store.requests import MAX_ATTEMPTS
 from store.states import RequestState
 from tests.batcher.conftest import MODEL, TableExecutor
+from tests.contexts import make_context
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
 from tests.timing import wait_until
 
 ROOT = Path(__file__).parents[2]
-INPUT = ModelInput(height=224, width=224, crop=0.875)
+INPUT = CATALOGUE["efficientnet_lite0"]
 #: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
 #: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
 #: hangs and holds the GIL.
@@ -153,12 +155,12 @@ def resizer(plugin: dict[str, str]) -> Iterator[Callable[..., Resizer]]:
         each.close()
 
 
-def resize(resizer: Resizer, folder: Path, *images: bytes, model_input: ModelInput = INPUT) -> list[Any]:
+def resize(resizer: Resizer, folder: Path, *images: bytes, model: ModelFacts = INPUT) -> list[Any]:
     paths = []
     for number, data in enumerate(images):
         paths.append(folder / f"image-{number}")
         paths[-1].write_bytes(data)
-    return list(resizer.resize("classification", model_input, [{"image": path} for path in paths]))
+    return list(resizer.resize(model, [{"image": path} for path in paths]))
 
 
 # Equal results
@@ -172,10 +174,10 @@ def test_the_model_gets_the_same_pixels_as_without_resizing(
     service = load_service("classification")
     model: Any = SimpleNamespace(height=height, width=width, crop=crop)
     for name, data in IMAGES.items():
-        resized = service.resize(ModelInput(height=height, width=width, crop=crop), {"image": data})
+        resized = resize_image(data, height, width, crop)
 
-        ours = service.prepare(model, resized, is_resized=True)
-        plain = service.prepare(model, {"image": data})
+        ours = service.prepare(model, {"image": resized}, {}, is_resized=True)
+        plain = service.prepare(model, {"image": data}, {})
         assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype), name
         assert np.array_equal(ours, plain), name
 
@@ -185,8 +187,8 @@ def process_all(harness: Any, choice: str) -> dict[str, Any]:
     requests = {name: harness.add(data, is_fresh=True) for name, data in (IMAGES | BAD).items()}
 
     async def main() -> None:
-        harness.change_settings(shrink=choice, workers=2)
-        harness.executor = LocalExecutor(harness.settings)
+        harness.change_settings(shrink=choice, resizers=2)
+        harness.executor = LocalExecutor(make_context(harness.settings.work / "local", harness.models, MLG_WORKERS="2"))
         harness.resizer = make_resizer(harness.settings, harness.executor)
         await harness.executor.start()
         cycle = harness.cycle()
@@ -294,7 +296,7 @@ def test_a_chunk_of_invalid_images_is_not_sent(harness: Any, resizer: Any) -> No
 
 
 def test_a_missing_image_file_does_not_affect_the_other_images(harness: Any, resizer: Any, tmp_path: Path) -> None:
-    results = resizer().resize("classification", INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
+    results = resizer().resize(INPUT, [{"image": tmp_path / "gone"}, {"image": _written(tmp_path)}])
 
     assert isinstance(results[0], FileNotFoundError)
     assert results[1].keys() == {"image"}
@@ -302,7 +304,7 @@ def test_a_missing_image_file_does_not_affect_the_other_images(harness: Any, res
 
 def test_a_file_that_cannot_be_read_raises_its_os_error(resizer: Any, tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
-        resizer().resize("classification", INPUT, [{"image": tmp_path}])
+        resizer().resize(INPUT, [{"image": tmp_path}])
 
 
 def _written(folder: Path) -> Path:
@@ -506,13 +508,14 @@ def test_killing_the_batcher_leaves_no_process(tmp_path: Path, plugin: dict[str,
     code = f"""
 import pathlib, threading, time
 from batcher.resizing import Resizer
-from provider_image.service import ModelInput
+from provider_image.models.catalogue import CATALOGUE, ModelFacts
+from provider_image.images.resizing import resize as resize_image
 
 resizer = Resizer(2, environment={plugin!r}, limit_seconds=1000 if {tail!r} != "LOCK" else 2)
-model_input = ModelInput(height=32, width=32, crop=None)
-resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
+model = CATALOGUE["efficientnet_lite0"]
+resizer.resize(model, [{{"image": pathlib.Path({str(tmp_path / "valid")!r})}}])
 print("resized", flush=True)
-resizer.resize("classification", model_input, [{{"image": pathlib.Path({str(path)!r})}}])
+resizer.resize(model, [{{"image": pathlib.Path({str(path)!r})}}])
 print("resized", flush=True)
 time.sleep(1000)
 """

@@ -1,38 +1,71 @@
-"""The contract of services, tested with every model that can be built without a download.
+"""The contract of services, tested with every registered one and with two that exist only for tests.
 
-Services and models come from the registries, so a new one is tested without a change here.
+A service needs a model that can be built without a download, or one in `tests/extensions.py`; then it is tested without
+a change here.
 """
 
 import json
 
 import pytest
 
+from provider_image.backends import Device
 from provider_image.compiler import can_build_now, ensure_installed
 from provider_image.errors import BadInput, InvalidParams, MalformedChunk, MalformedResults
+from provider_image.images.resizing import resize
 from provider_image.models.catalogue import CATALOGUE
-from provider_image.service import ModelInput, check_params
+from provider_image.precision import TOLERANCE
+from provider_image.service import Output, are_inputs, check_files, check_params, describe_inputs, primary_input
 from provider_image.services import REGISTRY, load_service
+from tests.extensions import TEST_SERVICES, install_extension_models, sample_inputs
 
+NAMES = sorted({*REGISTRY, *TEST_SERVICES})
 PAIRS = [(row.service, row.name) for row in CATALOGUE.values() if can_build_now(row)]
+PAIRS += [(service, model) for service, model in TEST_SERVICES.items()]
 
 
-@pytest.fixture(scope="module", params=sorted(REGISTRY))
+@pytest.fixture(scope="module", autouse=True)
+def registered(registered_extensions):
+    """The services and backends of the tests, beside those of the project."""
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def service(request):
     return load_service(request.param)
 
 
+class Answered:
+    """A service, an artefact, and the output for some inputs."""
+
+    def __init__(self, name, model, models, photos):
+        self.service = load_service(name)
+        self.artefact = ensure_installed(models, model)
+        self.net = self.service.load(self.artefact, Device(threads=1))
+        self.inputs = sample_inputs(self.service, photos)
+        self.params = check_params(self.service.params, {})
+        self.output = self.run()
+
+    def prepare(self, inputs=None, params=None, **more):
+        return self.service.prepare(self.artefact, inputs or self.inputs, params or self.params, **more)
+
+    def run(self, *, params=None, **more):
+        params = params or self.params
+        return self.service.run(self.net, [self.prepare(params=params, **more)], [params])[0]
+
+    def check(self, output):
+        """Check an output as a batcher does."""
+        check_files(self.service.outputs, output.files)
+        self.service.check_output(self.artefact, self.params, output)
+
+
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
-def answered(request, models_folder, photos):
-    """A service, an artefact, and the output for a photo."""
+def answered(request, models_folder, photos, tmp_path_factory):
     name, model = request.param
-    service, artefact = load_service(name), ensure_installed(models_folder, model)
-    net = service.load(artefact, 1, "f32")
-    inputs = dict.fromkeys(service.inputs, photos["coffee"])
-    return service, artefact, net, service.run(net, service.prepare(artefact, inputs))
+    models = install_extension_models(tmp_path_factory.mktemp("models")) if name in TEST_SERVICES else models_folder
+    return Answered(name, model, models, photos)
 
 
 def test_every_service_has_a_model_to_be_tested_with():
-    assert {name for name, _ in PAIRS} == set(REGISTRY)
+    assert {name for name, _ in PAIRS} == set(NAMES)
 
 
 def test_every_model_belongs_to_a_service():
@@ -43,9 +76,20 @@ def test_service_describes_itself(service):
     assert service.name in REGISTRY
     assert service.title
     assert service.help.endswith(".")
-    assert service.inputs and all(help.endswith(".") for help in service.inputs.values())
     assert json.loads(json.dumps(service.output_schema))["type"]
     assert json.dumps(service.example)
+
+
+def test_inputs_and_outputs_are_described(service):
+    assert not service.inputs[primary_input(service)].is_optional
+    for one in service.inputs.values():
+        assert one.kind in ("image", "row", "file") and one.help.endswith(".")
+        assert one.media_types and one.max_bytes > 0
+    for one in service.outputs.values():
+        assert one.help.endswith(".") and one.max_bytes > 0 and "/" in one.media_type
+    assert primary_input(service) in describe_inputs(service.inputs)
+    assert are_inputs(service, service.inputs)
+    assert not are_inputs(service, []) and not are_inputs(service, [*service.inputs, "another"])
 
 
 def test_error_for_an_unknown_service_names_the_known_ones(service):
@@ -58,12 +102,12 @@ def test_params_have_help_and_defaults_within_their_range(service):
         assert param.help.endswith(".")
         assert param.check(param.default) == param.default
         assert param.check(str(param.default)) == param.default
-    assert service.check_params({}) == {param.name: param.default for param in service.params}
+    assert check_params(service.params, {}) == {param.name: param.default for param in service.params}
 
 
 def test_error_for_an_unknown_param_names_the_known_ones(service):
     with pytest.raises(InvalidParams) as caught:
-        service.check_params({"no_such_param": 1})
+        check_params(service.params, {"no_such_param": 1})
 
     assert all(param.name in caught.value.reason for param in service.params)
 
@@ -74,7 +118,7 @@ def test_error_for_an_unknown_param_names_the_known_ones(service):
 def test_invalid_value_is_refused(service, value):
     for param in service.params:
         with pytest.raises(InvalidParams, match=param.name):
-            service.check_params({param.name: value})
+            check_params(service.params, {param.name: value})
 
 
 def test_service_without_params_takes_none():
@@ -83,26 +127,25 @@ def test_service_without_params_takes_none():
         check_params((), {"top": 1})
 
 
-def test_output_is_json_and_passes_its_own_check(answered):
-    service, artefact, _, output = answered
+def test_output_is_json_and_files_and_passes_its_own_check(answered):
+    output = answered.output
 
-    assert json.loads(json.dumps(output, allow_nan=False)) == output
-    service.check_output(artefact, json.loads(json.dumps(output)))
+    assert json.loads(json.dumps(output.data, allow_nan=False)) == output.data
+    answered.check(copied(output))
 
 
 def test_output_fits_its_schema(answered):
-    service, _, _, output = answered
-
-    assert fits(output, service.output_schema)
-    assert fits(json.loads(json.dumps(service.example)), service.output_schema)
+    assert fits(answered.output.data, answered.service.output_schema)
+    assert fits(json.loads(json.dumps(answered.service.example)), answered.service.output_schema)
 
 
 def fits(value, schema) -> bool:
     """Check against the part of JSON Schema that services use."""
-    kind = {"array": list, "object": dict, "string": str, "number": (int, float)}[schema["type"]]
+    kinds = {"array": list, "object": dict, "string": str, "number": (int, float), "integer": int}
+    kind = kinds[schema["type"]]
     if not isinstance(value, kind):
         return False
-    if schema["type"] == "number":
+    if schema["type"] in ("number", "integer"):
         return schema.get("minimum", value) <= value <= schema.get("maximum", value)
     if schema["type"] == "array":
         parts = schema.get("prefixItems", [])
@@ -111,72 +154,125 @@ def fits(value, schema) -> bool:
             and all(fits(each, part) for each, part in zip(value, parts, strict=False))
             and ("items" not in schema or all(fits(each, schema["items"]) for each in value))
         )
+    if schema["type"] == "object":
+        return all(fits(value[name], part) for name, part in schema["properties"].items())
     return True
 
 
-def test_same_item_gives_the_same_output(answered, photos):
-    service, artefact, net, output = answered
-    inputs = dict.fromkeys(service.inputs, photos["coffee"])
-
-    assert service.run(net, service.prepare(artefact, inputs)) == output
+def test_same_item_gives_the_same_output(answered):
+    assert answered.run() == answered.output
 
 
-def test_resized_item_gives_the_same_output_and_is_smaller(answered, photos):
-    service, artefact, net, output = answered
-    originals = dict.fromkeys(service.inputs, photos["coffee"])
-    model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
+def test_batch_gives_the_outputs_of_its_items_in_their_order(answered):
+    count = answered.net.batch_items
+    items = [answered.prepare() for _ in range(count)]
 
-    resized = service.resize(model_input, originals)
+    outputs = answered.service.run(answered.net, items, [answered.params] * count)
 
-    assert resized.keys() == service.inputs.keys()
-    assert sum(map(len, resized.values())) < sum(map(len, originals.values()))
-    assert service.run(net, service.prepare(artefact, resized, is_resized=True)) == output
-
-
-@pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_input_that_is_not_an_image_is_refused_with_the_same_message_before_it_is_sent(answered, data):
-    service, artefact, _, _ = answered
-    inputs = dict.fromkeys(service.inputs, data)
-    model_input = ModelInput(height=artefact.height, width=artefact.width, crop=artefact.crop)
-
-    with pytest.raises(BadInput) as here:
-        service.resize(model_input, inputs)
-    with pytest.raises(BadInput) as there:
-        service.prepare(artefact, inputs)
-
-    assert (type(here.value), here.value.reason) == (type(there.value), there.value.reason)
+    assert len(outputs) == count
+    differences = [answered.service.compare(answered.output, output, TOLERANCE) for output in outputs]
+    assert all(found.largest <= TOLERANCE and found.is_same_order for found in differences)
 
 
-def test_original_that_is_declared_as_resized_is_bad_input(answered, photos):
-    service, artefact, _, _ = answered
+def test_params_that_are_not_read_time_may_change_the_output(answered):
+    service = answered.service
+    for param in (each for each in service.params if not each.is_read_time):
+        other = next(value for value in (param.minimum, param.maximum, *param.choices) if value != param.default)
+        changed = answered.run(params=check_params(service.params, {param.name: other}))
 
+        assert changed != answered.output
+
+
+def test_resized_image_gives_the_same_output_and_is_smaller(answered):
+    artefact, inputs = answered.artefact, answered.inputs
+    images = {name for name, one in answered.service.inputs.items() if one.kind == "image"}
+    if not images or not artefact.height:
+        pytest.skip("its images are not resized")
+    size = (artefact.height, artefact.width, artefact.crop)
+
+    resized = {name: resize(data, *size) if name in images else data for name, data in inputs.items()}
+
+    assert sum(map(len, resized.values())) < sum(map(len, inputs.values()))
+    assert answered.run(inputs=resized, is_resized=True) == answered.output
     with pytest.raises(BadInput, match="must be a WebP"):
-        service.prepare(artefact, dict.fromkeys(service.inputs, photos["coffee"]), is_resized=True)
+        answered.prepare(is_resized=True)
+
+
+UNUSABLE = [
+    b"",
+    b"text",
+    b"\xff\xd8\xff",
+    b"GIF89a",
+    b"\x89PNG\r\n\x1a\n",
+    b"[]",
+    b"{",
+    b'{"another": 1}',
+    b'{"a": []}',
+]
+
+
+@pytest.mark.parametrize("data", UNUSABLE)
+def test_input_of_another_kind_is_bad_input(answered, data):
+    for name, one in answered.service.inputs.items():
+        if one.kind != "file":
+            with pytest.raises(BadInput):
+                answered.prepare({**answered.inputs, name: data})
+
+
+@pytest.mark.parametrize("data", UNUSABLE)
+def test_image_that_cannot_be_used_is_refused_with_the_same_message_before_it_is_sent(answered, data):
+    artefact = answered.artefact
+    for name, one in answered.service.inputs.items():
+        if one.kind != "image" or not artefact.height:
+            continue
+        with pytest.raises(BadInput) as here:
+            resize(data, artefact.height, artefact.width, artefact.crop)
+        with pytest.raises(BadInput) as there:
+            answered.prepare({**answered.inputs, name: data})
+
+        assert (type(here.value), here.value.reason) == (type(there.value), there.value.reason)
 
 
 def test_view_of_default_params_is_json_and_no_longer_than_the_output(answered):
-    service, _, _, output = answered
+    view = answered.service.view(answered.output.data, answered.params)
 
-    view = service.view(output, service.check_params({}))
-
-    assert len(json.dumps(view)) <= len(json.dumps(output))
-    assert fits(view, service.output_schema)
+    assert len(json.dumps(view)) <= len(json.dumps(answered.output.data))
+    assert fits(view, answered.service.output_schema)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_input_that_is_not_an_image_is_bad_input(answered, data):
-    service, artefact, _, _ = answered
-
-    with pytest.raises(BadInput):
-        service.prepare(artefact, dict.fromkeys(service.inputs, data))
-
-
-@pytest.mark.parametrize("output", [None, True, 0, "", "x", [], {}, [[]], [None] * 20, {"a": 1}, [[1, 2, 3]] * 20])
-def test_output_of_another_kind_is_refused(answered, output):
-    service, artefact, _, _ = answered
-
+@pytest.mark.parametrize("data", [None, True, 0, "", "x", [], {}, [[]], [None] * 20, {"a": 1}, [[1, 2, 3]] * 20])
+def test_output_of_another_kind_is_refused(answered, data):
     with pytest.raises(MalformedResults):
-        service.check_output(artefact, output)
+        answered.check(Output(data=data, files=answered.output.files))
+
+
+def test_output_with_other_files_is_refused(answered):
+    output, outputs = answered.output, answered.service.outputs
+    forged = [{**output.files, "another.bin": b"x"}]
+    for name, data in output.files.items():
+        forged.append({key: each for key, each in output.files.items() if key != name or outputs[name].is_optional})
+        forged.append({**output.files, name: data + bytes(outputs[name].max_bytes)})
+        if outputs[name].media_type != "application/octet-stream":
+            forged.append({**output.files, name: b"\xffnot of this type"})
+
+    for files in forged:
+        if files != output.files:
+            with pytest.raises(MalformedResults):
+                answered.check(Output(data=output.data, files=files))
+
+
+def test_equal_outputs_do_not_differ(answered):
+    found = answered.service.compare(answered.output, copied(answered.output), 0.0)
+
+    assert (found.largest, found.is_same_order) == (0.0, True)
+
+
+def copied(output):
+    """A copy as it comes out of a results file."""
+    return Output(data=json.loads(json.dumps(output.data)), files=dict(output.files))
+
+
+# Classification
 
 
 @pytest.mark.parametrize(
@@ -198,63 +294,54 @@ def test_output_of_another_kind_is_refused(answered, output):
         lambda rows: [row.__setitem__(2, 0.9) for row in rows],
     ],
 )
-def test_forged_classification_is_refused(answered, forge):
-    service, artefact, _, output = answered
-    if service.name != "classification":
-        pytest.skip("this is how a classification can be forged")
-    rows = json.loads(json.dumps(output))
-    forge(rows)
+def test_forged_classification_is_refused(classified, forge):
+    forged = copied(classified.output)
+    forge(forged.data)
 
     with pytest.raises(MalformedResults):
-        service.check_output(artefact, rows)
+        classified.check(forged)
+
+
+@pytest.fixture(scope="module")
+def classified(models_folder, photos):
+    return Answered("classification", "efficientnet_lite0", models_folder, photos)
 
 
 @pytest.mark.parametrize(("top", "shown"), [(1, 1), (5, 5), ("20", 20), (7.0, 7)])
-def test_top_cuts_the_view_of_a_classification(answered, top, shown):
-    service, _, _, output = answered
-    if service.name != "classification":
-        pytest.skip("only a classification has a top")
+def test_top_cuts_the_view_of_a_classification(classified, top, shown):
+    service, rows = classified.service, classified.output.data
 
-    assert service.view(output, service.check_params({"top": top})) == output[:shown]
+    assert service.view(rows, check_params(service.params, {"top": top})) == rows[:shown]
 
 
 @pytest.mark.parametrize("top", [0, 21, -1, "0", 2.5, "1e1x"])
 def test_top_out_of_range_is_refused_with_its_range(top):
     with pytest.raises(InvalidParams, match="top takes a whole number from 1 to 20"):
-        load_service("classification").check_params({"top": top})
+        check_params(load_service("classification").params, {"top": top})
 
 
-# Comparing two outputs
-
-
-def copied(output):
-    """A copy as it comes out of a results file."""
-    return json.loads(json.dumps(output))
-
-
-def test_equal_outputs_do_not_differ(answered):
-    service, _, _, output = answered
-
-    found = service.compare(output, copied(output), 0.0)
-
-    assert (found.largest, found.is_same_order) == (0.0, True)
+# Comparing two classifications
 
 
 #: An output as a net of many classes may give it, with two near-ties among the five likeliest.
 ROWS = [[f"n{i}", f"label {i}", p] for i, p in enumerate([0.4, 0.2, 0.10002, 0.1, 0.05, 0.04, *[0.001] * 14])]
 
 
+def copied_rows(rows):
+    return json.loads(json.dumps(rows))
+
+
 def compare(one, other, tolerance=1e-4):
     """Compare two classifications; which of them is the expected one makes no difference to how far apart they are."""
     service = load_service("classification")
-    found = service.compare(one, other, tolerance)
+    found = service.compare(Output(data=one), Output(data=other), tolerance)
 
-    assert service.compare(other, one, tolerance).largest == found.largest
+    assert service.compare(Output(data=other), Output(data=one), tolerance).largest == found.largest
     return found
 
 
 def test_changed_probability_shows_and_leaves_the_order():
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[0][2] -= 0.03
 
     found = compare(ROWS, other)
@@ -264,7 +351,7 @@ def test_changed_probability_shows_and_leaves_the_order():
 
 
 def test_near_ties_may_swap_within_the_tolerance():
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[2], other[3] = [*ROWS[3][:2], 0.10001], [*ROWS[2][:2], 0.10001]
 
     assert compare(ROWS, other).is_same_order
@@ -274,7 +361,7 @@ def test_near_ties_may_swap_within_the_tolerance():
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2), (3, 4)])
 def test_changed_order_of_the_five_likeliest_shows(first, second):
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[first][:2], other[second][:2] = ROWS[second][:2], ROWS[first][:2]
 
     found = compare(ROWS, other)
@@ -284,14 +371,14 @@ def test_changed_order_of_the_five_likeliest_shows(first, second):
 
 
 def test_order_after_the_fifth_is_not_looked_at():
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[5][:2], other[6][:2] = ROWS[6][:2], ROWS[5][:2]
 
     assert compare(ROWS, other).is_same_order
 
 
 def test_label_that_one_side_leaves_out_counts_as_far_as_it_is_likely():
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[4][:2] = ["n99", "label 99"]
 
     found = compare(ROWS, other)
@@ -302,7 +389,7 @@ def test_label_that_one_side_leaves_out_counts_as_far_as_it_is_likely():
 
 
 def test_label_at_the_end_may_be_another_one_as_unlikely():
-    other = copied(ROWS)
+    other = copied_rows(ROWS)
     other[-1][:2] = ["n99", "label 99"]
 
     found = compare(ROWS, other)
@@ -313,6 +400,6 @@ def test_label_at_the_end_may_be_another_one_as_unlikely():
 def test_outputs_of_a_net_with_few_classes_are_compared():
     few = [["", "cat", 0.7], ["", "dog", 0.3]]
 
-    assert compare(few, copied(few)).largest == 0.0
+    assert compare(few, copied_rows(few)).largest == 0.0
     assert compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).largest == pytest.approx(0.4)
     assert not compare(few, [["", "dog", 0.7], ["", "cat", 0.3]]).is_same_order

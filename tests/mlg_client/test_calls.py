@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import subprocess
@@ -363,6 +364,31 @@ def test_the_requested_number_of_labels_comes_from_the_event_or_a_read() -> None
 
     assert [len(request.preds or []) for (request,) in found] == [1, 3]
     assert [request.url.path for request in received] == ["/events", "/events", "/readPrediction/r1"]
+
+
+def test_leaving_the_loop_early_closes_the_stream_also_while_an_event_loop_runs() -> None:
+    class Events(httpx.SyncByteStream):
+        is_closed = False
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield b'data: {"req_id": "r1", "status": "failed", "model": "m"}\n\n'
+            raise AssertionError("more is read than was asked for")
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    events = Events()
+    transport, _ = scripted(httpx.Response(200, stream=events, headers={"Content-Type": "text/event-stream"}))
+    waiting = [Request(id=f"r{number}", status="queued", model="m") for number in (1, 2)]
+
+    async def read_one() -> Request:
+        with Client(URL, transport=transport) as calls, contextlib.closing(calls.as_completed(waiting)) as ended:
+            return next(ended)
+
+    first = asyncio.run(read_one())
+
+    assert first.id == "r1"
+    assert events.is_closed
 
 
 def test_a_deleted_request_is_yielded_as_failed() -> None:

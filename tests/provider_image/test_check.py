@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from provider_image.backends import Device
 from provider_image.check import CheckReport, check_in_process, check_model, describe, record_speed
 from provider_image.cores import available_cores
 from provider_image.errors import ConfigError, NotInstalled, UnknownModel
+from provider_image.models.artefact import compute_digest, read_artefact
 from provider_image.models.registry import find_folder, installed_folders
 from provider_image.models.speed import Speed, read_speed, write_speed
 from provider_image.precision import TOLERANCE, TOLERANCE_BF16
@@ -49,6 +51,14 @@ def change(artefact: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     (artefact / "model.json").write_text(json.dumps(document))
 
 
+def declare_f16(artefact: Path, largest_difference: float) -> None:
+    """Declare the weights to be stored as f16, with the digest that follows."""
+    change(artefact, lambda m: m.update(precision="f16"))
+    change(artefact, lambda m: m["storage"].update(largest_difference=largest_difference))
+    digest = compute_digest(read_artefact(artefact))
+    change(artefact, lambda m: m.update(digest=digest))
+
+
 def provider(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "provider_image", "check", *map(str, arguments)],
@@ -61,7 +71,7 @@ def provider(*arguments: object, **variables: str) -> subprocess.CompletedProces
 
 
 def test_intact_model_passes_and_is_measured(artefact: Path) -> None:
-    report = check_model(artefact, threads=2, seconds=SECONDS)
+    report = check_model(artefact, Device(threads=2), seconds=SECONDS)
 
     assert (report.is_ok, report.problem) == (True, None)
     assert (report.name, report.storage, report.threads, report.precision) == (MODEL, "f32", 2, "f32")
@@ -83,7 +93,7 @@ def test_report_survives_json(artefact: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])
 def test_coarser_precision_passes_with_its_own_tolerance(artefact: Path, precision: str) -> None:
-    report = check_model(artefact, precision=precision, seconds=SECONDS)
+    report = check_model(artefact, Device(precision=precision), seconds=SECONDS)
 
     assert report.is_ok, report.problem
     assert report.tolerance == TOLERANCE_BF16
@@ -96,7 +106,7 @@ def test_order_of_the_top_five_labels_counts_in_f32_only(artefact: Path, monkeyp
 
     monkeypatch.setattr("provider_image.check.load_service", lambda name: InAnotherOrder())
 
-    f32, bf16 = (check_model(artefact, precision=precision, seconds=SECONDS) for precision in ("f32", "bf16"))
+    f32, bf16 = (check_model(artefact, Device(precision=precision), seconds=SECONDS) for precision in ("f32", "bf16"))
 
     assert (f32.is_ok, bf16.is_ok) == (False, True)
     assert {image.problem for image in f32.pictures} == {"the top five labels are in another order"}
@@ -104,7 +114,7 @@ def test_order_of_the_top_five_labels_counts_in_f32_only(artefact: Path, monkeyp
 
 def test_unknown_precision_is_refused(artefact: Path) -> None:
     with pytest.raises(ConfigError, match="f8"):
-        check_model(artefact, precision="f8")
+        check_model(artefact, Device(precision="f8"))
 
 
 # What must fail
@@ -118,14 +128,14 @@ def flip_a_bit(artefact: Path) -> None:
 
 def lower_a_probability(artefact: Path) -> None:
     def lower(document: dict[str, Any]) -> None:
-        document["self_test"]["samples"][-1]["output"][0][2] -= 0.002  # still a valid result
+        document["samples"][-1]["output"][0][2] -= 0.002  # still a valid result
 
     change(artefact, lower)
 
 
 def swap_two_labels(artefact: Path) -> None:
     def swap(document: dict[str, Any]) -> None:
-        rows = document["self_test"]["samples"][0]["output"]
+        rows = document["samples"][0]["output"]
         rows[0][:2], rows[1][:2] = rows[1][:2], rows[0][:2]
 
     change(artefact, swap)
@@ -146,9 +156,9 @@ def change_an_image(artefact: Path) -> None:
         (lambda a: (a / "selftest-0.jpg").unlink(), "1 of .* cannot be used"),
         (lower_a_probability, "1 of .* give other results than recorded"),
         (swap_two_labels, "1 of .* give other results than recorded"),
-        (lambda a: change(a, lambda m: m["self_test"]["samples"][0].update(output=[])), "1 of .* cannot be used"),
-        (lambda a: change(a, lambda m: m["self_test"]["samples"].clear()), "no self-test images"),
-        (lambda a: change(a, lambda m: m.pop("self_test")), "damaged"),
+        (lambda a: change(a, lambda m: m["samples"][0].update(output=[])), "1 of .* cannot be used"),
+        (lambda a: change(a, lambda m: m["samples"].clear()), "no self-test images"),
+        (lambda a: change(a, lambda m: m.pop("samples")), "damaged"),
         (lambda a: change(a, lambda m: m.update(digest="0" * 64)), "digest does not match"),
         (lambda a: change(a, lambda m: m["labels"].reverse()), "digest does not match"),
         (lambda a: change(a, lambda m: m.update(crop=None)), "digest does not match"),
@@ -188,7 +198,7 @@ def test_only_images_with_a_problem_have_a_line(artefact: Path) -> None:
 def test_tolerance_includes_the_measured_error_of_f16_storage(artefact: Path) -> None:
     lower_a_probability(artefact)
     as_f32 = check_model(artefact, seconds=SECONDS)
-    change(artefact, lambda m: m["storage"].update(kept="f16", largest_difference=0.003))
+    declare_f16(artefact, 0.003)
 
     as_f16 = check_model(artefact, seconds=SECONDS)
 
@@ -199,13 +209,13 @@ def test_tolerance_includes_the_measured_error_of_f16_storage(artefact: Path) ->
 @pytest.mark.parametrize("claimed", [1.0, float("inf"), float("nan")])
 def test_artefact_cannot_raise_the_tolerance_beyond_bf16(artefact: Path, claimed: float) -> None:
     def record_a_fish(document: dict[str, Any]) -> None:
-        best, *others = document["self_test"]["samples"][0]["output"]
+        best, *others = document["samples"][0]["output"]
         best[:] = ["n01440764", "tench", 1.0]
         for row in others:
             row[2] = 0.0
 
     change(artefact, record_a_fish)
-    change(artefact, lambda m: m["storage"].update(kept="f16", largest_difference=claimed))
+    declare_f16(artefact, claimed)
 
     report = check_model(artefact, seconds=SECONDS)
 
@@ -363,8 +373,8 @@ def test_speed_is_stored_only_for_an_installed_model_measured_with_the_defaults(
 
     others = [
         check_model(copy, seconds=SECONDS),
-        check_model(artefact, threads=cores + 1, seconds=SECONDS),
-        check_model(artefact, precision="bf16", seconds=SECONDS),
+        check_model(artefact, Device(threads=cores + 1), seconds=SECONDS),
+        check_model(artefact, Device(precision="bf16"), seconds=SECONDS),
     ]
 
     assert not any(record_speed(report, models) for report in others)

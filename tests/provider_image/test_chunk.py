@@ -10,7 +10,6 @@ import pytest
 from provider_image import archive
 from provider_image.chunk import (
     ChunkItem,
-    ItemError,
     ItemResult,
     Results,
     open_chunk,
@@ -18,7 +17,7 @@ from provider_image.chunk import (
     write_chunk,
     write_results,
 )
-from provider_image.errors import MalformedChunk, MalformedResults
+from provider_image.errors import BrokenImage, MalformedChunk, MalformedResults
 
 DIGEST = "0" * 64
 
@@ -49,10 +48,16 @@ def results(**changes) -> Results:
         "peak_memory_bytes": 1000,
         "items": (
             ItemResult(number=0, output=[["n1", "cat", 0.5]], files={"out.png": b"pixels"}, seconds=0.25),
-            ItemResult(number=1, error=ItemError(code="broken_image", reason="It is.", permanent=True)),
+            ItemResult(number=1, error=BrokenImage("It is.")),
         ),
     }
     return Results(**facts | changes)
+
+
+def check_chunk(path):
+    """Open a chunk and close it again."""
+    with open_chunk(path):
+        return
 
 
 def rewritten(path, change=lambda document: None, files=lambda files: None, main="chunk.json", **options):
@@ -100,7 +105,8 @@ def test_images_lie_in_the_chunk_as_they_are(chunk):
 def test_results_that_were_written_are_read(tmp_path):
     write_results(tmp_path / "results.zip", results())
 
-    assert read_results(tmp_path / "results.zip", "id-1", "vgg16", [1, 0], DIGEST) == results()
+    # As text, because errors are not compared by value.
+    assert repr(read_results(tmp_path / "results.zip", "id-1", "vgg16", [1, 0], DIGEST)) == repr(results())
 
 
 def test_nothing_but_the_file_is_left(tmp_path):
@@ -121,7 +127,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_long_reason_is_cut_when_written(tmp_path):
-    error = ItemError(code="broken_image", reason="x" * 5000, permanent=True)
+    error = BrokenImage("x" * 5000)
     write_results(tmp_path / "r.zip", results(items=(ItemResult(number=0, error=error),)))
 
     assert len(read_results(tmp_path / "r.zip", "id-1", "vgg16", [0]).items[0].error.reason) == 1000
@@ -203,7 +209,7 @@ def test_chunk_with_a_bad_document_is_refused(chunk, change):
     rewritten(chunk, change)
 
     with pytest.raises(MalformedChunk):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "0-image/../x", "2-image", "0-IMAGE", "chunk.json.bak"])
@@ -211,21 +217,21 @@ def test_chunk_with_a_file_too_many_is_refused(chunk, name):
     rewritten(chunk, files=lambda files: files.update({name: b""}))
 
     with pytest.raises(MalformedChunk):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 def test_chunk_with_a_file_too_few_is_refused(chunk):
     rewritten(chunk, files=lambda files: files.pop("1-image"))
 
     with pytest.raises(MalformedChunk):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 def test_compressed_chunk_is_refused_because_it_could_swell(chunk):
     rewritten(chunk, compression=zipfile.ZIP_DEFLATED)
 
     with pytest.raises(MalformedChunk, match="compressed"):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -234,7 +240,7 @@ def test_file_that_occurs_twice_is_refused(chunk):
         found.writestr("0-image", b"from memory")
 
     with pytest.raises(MalformedChunk, match="twice"):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 def test_list_of_a_million_files_is_refused_before_it_is_read(tmp_path):
@@ -244,7 +250,7 @@ def test_list_of_a_million_files_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "chunk.zip").write_bytes(entries + end)
 
     with pytest.raises(MalformedChunk, match="more files"):
-        open_chunk(tmp_path / "chunk.zip")
+        check_chunk(tmp_path / "chunk.zip")
 
 
 @pytest.mark.parametrize("data", [b"", b"PK", b"not a zip" * 10, b"PK\5\6" + bytes(18), b"PK\5\6" + b"\xff" * 18])
@@ -252,12 +258,12 @@ def test_file_that_is_no_zip_is_refused(tmp_path, data):
     (tmp_path / "chunk.zip").write_bytes(data)
 
     with pytest.raises(MalformedChunk):
-        open_chunk(tmp_path / "chunk.zip")
+        check_chunk(tmp_path / "chunk.zip")
 
 
 def test_missing_chunk_is_refused(tmp_path):
     with pytest.raises(MalformedChunk, match="cannot be opened"):
-        open_chunk(tmp_path / "chunk.zip")
+        check_chunk(tmp_path / "chunk.zip")
 
 
 def test_chunk_larger_than_any_may_be_is_refused_unread(tmp_path):
@@ -265,7 +271,7 @@ def test_chunk_larger_than_any_may_be_is_refused_unread(tmp_path):
         file.truncate(100 * 1024 * 1024)
 
     with pytest.raises(MalformedChunk, match="more than a chunk may have"):
-        open_chunk(tmp_path / "chunk.zip")
+        check_chunk(tmp_path / "chunk.zip")
 
 
 def test_every_cut_and_every_flipped_byte_is_refused_or_harmless(chunk):
@@ -294,7 +300,7 @@ def test_more_bytes_than_announced_are_refused(chunk):
     chunk.write_bytes(data)
 
     with pytest.raises(MalformedChunk):
-        open_chunk(chunk)
+        check_chunk(chunk)
 
 
 def test_threads_may_share_a_reader(chunk):
@@ -361,7 +367,7 @@ def test_document_just_within_its_limit_is_read(chunk):
         length = len(found.read("chunk.json"))
     rewritten(chunk, lambda d: json.dumps(d, separators=(",", ":")).encode().ljust(archive.MAX_JSON_BYTES))
 
-    open_chunk(chunk).close()
+    check_chunk(chunk)
 
     assert length < archive.MAX_JSON_BYTES
     assert io.BytesIO(chunk.read_bytes()).read(2) == b"PK"

@@ -3,16 +3,19 @@
 import logging
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from provider_image.backends import Device
 from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chunk
-from provider_image.errors import InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
+from provider_image.errors import BrokenImage, InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
 from provider_image.images.decoding import decode
 from provider_image.images.resizing import encode_resized
 from provider_image.models.artefact import installed_digest
 from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
+from provider_image.service import Output
 from provider_image.services import load_service
 from provider_image.services.classification import Classification
 from tests.provider_image.conftest import encode_image, make_chunk
@@ -22,7 +25,7 @@ from tests.timing import DEADLINE_SECONDS
 @pytest.fixture(scope="module")
 def nets(models_folder):
     """Nets that stay loaded over this module's tests."""
-    return NetCache(models_folder, threads=2)
+    return NetCache(models_folder, Device(threads=2))
 
 
 def top(result) -> str:
@@ -39,7 +42,7 @@ def test_photos_get_the_right_labels(tmp_path, photos, nets):
 
 
 def test_results_record_how_they_were_made(tmp_path, photos, models_folder):
-    nets = NetCache(models_folder, threads=1)
+    nets = NetCache(models_folder, Device(threads=1))
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
 
     first, second = (run_chunk(chunk, tmp_path / "r.zip", nets) for _ in range(2))
@@ -81,16 +84,16 @@ def test_resized_image_is_classified_and_one_of_the_wrong_size_fails_alone(tmp_p
 class Buggy(Classification):
     """A service with a bug that some images trigger."""
 
-    def prepare(self, artefact, inputs, *, is_resized=False):
+    def prepare(self, artefact, inputs, params, *, is_resized=False):
         if inputs["image"] == b"bug":
             raise ZeroDivisionError("a bug")
         if inputs["image"] == b"net":
             raise InferenceFailed()
-        return super().prepare(artefact, inputs)
+        return super().prepare(artefact, inputs, params)
 
 
 def test_bug_fails_its_item_only_and_is_logged(tmp_path, photos, models_folder, caplog):
-    nets = NetCache(models_folder, threads=2, find_service=lambda name: Buggy())
+    nets = NetCache(models_folder, Device(threads=2), find_service=lambda name: Buggy())
     chunk = make_chunk(tmp_path / "c.zip", [b"bug", b"net", photos["coffee"]])
 
     with caplog.at_level(logging.ERROR):
@@ -145,14 +148,14 @@ def test_item_with_other_inputs_than_those_of_the_service_fails_the_chunk(tmp_pa
     items = [ChunkItem(number=0, inputs={"content": b"", "style": b""})]
     write_chunk(tmp_path / "c.zip", "id", "classification", "efficientnet_lite0", None, items)
 
-    with pytest.raises(MalformedChunk, match="inputs image"):
+    with pytest.raises(MalformedChunk, match=r"inputs `image` \(image\)"):
         run_chunk(tmp_path / "c.zip", tmp_path / "r.zip", nets)
 
 
 def test_model_is_built_on_first_use(tmp_path, photos):
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
 
-    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(tmp_path / "models", threads=1))
+    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(tmp_path / "models", Device(threads=1)))
 
     assert top(results.items[0]) == "espresso"
 
@@ -163,7 +166,7 @@ def test_damaged_weights_are_built_again(tmp_path, photos, models_folder):
     weights.write_bytes(bytes(weights.stat().st_size))
     chunk = make_chunk(tmp_path / "c.zip", [photos["coffee"]])
 
-    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(models, threads=1))
+    results = run_chunk(chunk, tmp_path / "r.zip", NetCache(models, Device(threads=1)))
 
     assert top(results.items[0]) == "espresso"
 
@@ -172,7 +175,8 @@ def test_threads_do_not_change_the_answers(tmp_path, photos, models_folder):
     chunk = make_chunk(tmp_path / "c.zip", [photos["chelsea"], photos["coffee"], photos["rocket"]] * 5)
 
     one, three = (
-        run_chunk(chunk, tmp_path / "r.zip", NetCache(models_folder, threads=threads)).items for threads in (1, 3)
+        run_chunk(chunk, tmp_path / "r.zip", NetCache(models_folder, Device(threads=threads))).items
+        for threads in (1, 3)
     )
 
     assert [item.output for item in one] == [item.output for item in three]
@@ -181,18 +185,20 @@ def test_threads_do_not_change_the_answers(tmp_path, photos, models_folder):
 class Counting(Classification):
     """Loads nothing, counts how often, and remembers how many inputs were in memory at once."""
 
+    batch_items = 1
+
     def __init__(self):
         self.loads = 0
 
-    def load(self, artefact, threads, precision):
+    def load(self, artefact, device):
         self.loads += 1
-        return artefact.name
+        return SimpleNamespace(artefact=artefact, batch_items=self.batch_items)
 
-    def prepare(self, artefact, inputs, *, is_resized=False):
+    def prepare(self, artefact, inputs, params, *, is_resized=False):
         return len(inputs["image"])
 
-    def run(self, net, item):
-        return item
+    def run(self, net, items, params):
+        return [Output(data=item) for item in items]
 
 
 def test_net_is_loaded_once(models_folder):
@@ -228,7 +234,7 @@ def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):
 
     megabytes = 4
     chunk = make_chunk(tmp_path / "c.zip", [bytes(megabytes << 20)] * 16)
-    nets = NetCache(models_folder, threads=1, find_service=lambda name: Counting())
+    nets = NetCache(models_folder, Device(threads=1), find_service=lambda name: Counting())
     nets.get("classification", "efficientnet_lite0", None)
 
     tracemalloc.start()
@@ -243,16 +249,75 @@ def test_items_are_worked_on_side_by_side(tmp_path, models_folder):
     together = threading.Barrier(8, timeout=DEADLINE_SECONDS)
 
     class Together(Counting):
-        def run(self, net, item):
+        def run(self, net, items, params):
             together.wait()
-            return item
+            return super().run(net, items, params)
 
     chunk = make_chunk(tmp_path / "c.zip", [b"x"] * 8)
-    nets = NetCache(models_folder, threads=8, find_service=lambda name: Together())
+    nets = NetCache(models_folder, Device(threads=8), find_service=lambda name: Together())
 
     run_chunk(chunk, tmp_path / "r.zip", nets)
 
     assert together.n_waiting == 0 and not together.broken
+
+
+class Batching(Counting):
+    """Runs up to three items at once, and fails on every batch with a certain length of image in it."""
+
+    batch_items = 3
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def run(self, net, items, params):
+        self.batches.append((list(items), list(params)))
+        if 9 in items:
+            raise InferenceFailed()
+        return super().run(net, items, params)
+
+
+def test_net_gets_batches_of_the_size_that_it_states_with_the_checked_params(tmp_path, models_folder):
+    service = Batching()
+    items = [
+        ChunkItem(number=number, inputs={"image": bytes(number)}, params={"top": number + 1}) for number in range(7)
+    ]
+    write_chunk(tmp_path / "c.zip", "chunk-1", "classification", "efficientnet_lite0", None, items)
+    nets = NetCache(models_folder, Device(threads=1), find_service=lambda name: service)
+
+    results = run_chunk(tmp_path / "c.zip", tmp_path / "r.zip", nets)
+
+    assert [batch for batch, _ in service.batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [params["top"] for _, of_batch in service.batches for params in of_batch] == [1, 2, 3, 4, 5, 6, 7]
+    assert [(item.number, item.output) for item in results.items] == [(number, number) for number in range(7)]
+
+
+def test_item_that_fails_its_batch_fails_alone(tmp_path, models_folder):
+    chunk = make_chunk(tmp_path / "c.zip", [bytes(length) for length in (1, 9, 2)])
+    nets = NetCache(models_folder, Device(threads=1), find_service=lambda name: Batching())
+
+    first, second, third = run_chunk(chunk, tmp_path / "r.zip", nets).items
+
+    assert (first.output, third.output) == (1, 2)
+    assert second.error.code == "inference_failed"
+
+
+def test_item_that_cannot_be_prepared_does_not_affect_its_batch(tmp_path, models_folder):
+    class Picky(Batching):
+        def prepare(self, artefact, inputs, params, *, is_resized=False):
+            if not inputs["image"]:
+                raise BrokenImage()
+            return super().prepare(artefact, inputs, params)
+
+    service = Picky()
+    chunk = make_chunk(tmp_path / "c.zip", [b"a", b"", b"ab"])
+
+    results = run_chunk(
+        chunk, tmp_path / "r.zip", NetCache(models_folder, Device(threads=1), find_service=lambda name: service)
+    )
+
+    assert [batch for batch, _ in service.batches] == [[1, 2]]
+    assert [item.error and item.error.code for item in results.items] == [None, "broken_image", None]
 
 
 def test_reader_is_closed_after_a_chunk(tmp_path, photos, nets):

@@ -43,6 +43,8 @@ KEEP = "3.1e9"
 START = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 #: Fields of records that have another name today.
 RENAMED_FIELDS = {"pictures_per_day": "images_per_day"}
+#: Fields that records did not have; those of the home are empty.
+NEW_FIELDS = {"inputs", "files"}
 
 
 def at(seconds: float) -> datetime:
@@ -75,7 +77,7 @@ def store(settings: ServerSettings) -> Iterator[Store]:
 def to_json(value: Any) -> Any:
     """Turn records into JSON as `make_home.py` did."""
     if is_dataclass(value) and not isinstance(value, type):
-        return to_json(asdict(value))
+        return to_json({name: field for name, field in asdict(value).items() if name not in NEW_FIELDS or field})
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, datetime):

@@ -1,1 +1,1 @@
-"""The views of the HTTP API: each module has `register(app, context)`, which `server/app.py` calls."""
+"""The views of the HTTP API: each module has a subclass of `Views`, which `server/app.py` names."""

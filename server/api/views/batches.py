@@ -16,22 +16,20 @@ from typing import Any
 
 import flask
 
-from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, check_names, parse_number, parse_wait_seconds, to_cursor
+from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
-from server.auth.guard import owned
-from server.context import Context
+from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import AcceptedItem
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import query_fields
+from server.record_json import fields, to_json
 from server.serializers import parse_read_params
-from store.batches import BatchRecord, RefusedItem
-from store.cost_split import to_amount
+from store.batches import BatchRecord
 from store.keys import Scope
 from store.requests import RequestRecord
-from store.rows import to_text
 from store.states import RequestState
 
 #: Results that are read from the store in one query.
@@ -43,34 +41,19 @@ _CSV_COLUMNS = (
 _BATCH = "Batch"
 _NAME = Field(name="name", help="Your name for the batch; only shown.")
 _AFTER = Field(name="after", help="The `cursor` of the last line that you have: only what ended after it.")
+#: Fields of a refused image.
+_REFUSED = "client_id position code reason"
 _BINARY = {"type": "string", "format": "binary"}
+_operation = functools.partial(operation, tag="batches")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _BatchViews(context)
-    for rule, method, view in (
-        ("/requestPredictions/<model>", "POST", views.request_predictions),
-        ("/batches", "GET", views.list_batches),
-        ("/batches/<id>", "GET", views.show_batch),
-        ("/batches/<id>", "DELETE", views.remove_batch),
-        ("/batches/<id>/results.jsonl", "GET", views.results_jsonl),
-        ("/batches/<id>/results.csv", "GET", views.results_csv),
-        ("/batches/<id>/contact-sheet.png", "GET", views.contact_sheet),
-        ("/batches/<id>/cancel", "POST", views.cancel_batch),
-        ("/batches/<id>/retry", "POST", views.retry_batch),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=[method])
+class BatchViews(Views):
+    """The views of batches."""
 
-
-class _BatchViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(
-        summary="Send many images",
-        scope=Scope.SUBMIT,
-        tag="batches",
+    @_operation(
+        "POST /requestPredictions/<model>",
+        "Send many images",
+        Scope.SUBMIT,
         query=(*service_fields(), FRESH, _NAME, WEBHOOK, *REQUEST_OPTIONS),
         body={
             "multipart/form-data": {
@@ -111,44 +94,46 @@ class _BatchViews:
             {"Location": status_url},
         )
 
-    @operation(
-        summary="List batches, newest first",
-        scope=Scope.READ,
-        tag="batches",
-        query=(CURSOR, LIMIT),
-        responses={200: "Batches"},
-    )
+    @_operation("GET /batches", "List batches, newest first", Scope.READ, returns="Batches", query=(CURSOR, LIMIT))
     def list_batches(self) -> flask.Response:
         """List batches, newest first."""
         page = PageQuery.from_request(flask.request)
-        found = self._context.store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
+        found = self._store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
         shown = [self._serialize(batch) for batch in found[: page.limit]]
         following = to_cursor(found[page.limit - 1].number) if len(found) > page.limit else None
         return json_response({"success": True, "batches": shown, "next": following})
 
-    @operation(
-        summary="Read the progress of a batch", scope=Scope.READ, tag="batches", query=(WAIT,), responses={200: _BATCH}
-    )
+    @_operation("GET /batches/<id>", "Read the progress of a batch", Scope.READ, returns=_BATCH, query=(WAIT,))
     def show_batch(self, id: str) -> flask.Response:
         """Show the progress of a batch, after holding the response until it has ended if the client asks for it."""
-        batch = self._get_owned(id)
-        fields = query_fields(flask.request)
-        check_names(fields, ("wait",))
+        batch = self._get_batch(id)
+        fields = read_query(flask.request, "wait")
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
-        progress = self._context.store.batches.progress(id)
+        progress = self._store.batches.progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
-            last = self._context.store.batches.last_unfinished(batch.id, progress)
+            last = self._store.batches.last_unfinished(batch.id, progress)
             if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
                 break  # the time is over, or no more reads are held
-            progress = self._context.store.batches.progress(id)
-        return json_response({"success": True, **self._serialize(self._get_owned(id), is_whole=True)})
+            progress = self._store.batches.progress(id)
+        return json_response({"success": True, **self._serialize(self._get_batch(id), is_whole=True)})
 
-    @operation(
-        summary="Results of a batch as JSON lines, in the order in which they ended",
-        scope=Scope.READ,
-        tag="batches",
+    @_operation(
+        "DELETE /batches/<id>",
+        "Delete a batch that has ended, with its images and answers",
+        Scope.SUBMIT,
+        returns={"type": "object", "required": ["success", "deleted"]},
+        errors=(409,),
+    )
+    def remove_batch(self, id: str) -> flask.Response:
+        """Delete a batch, unless some of its requests have not ended."""
+        self._get_batch(id)
+        return json_response({"success": True, "deleted": self._store.batches.remove(id)})
+
+    @_operation(
+        "GET /batches/<id>/results.jsonl",
+        "Results of a batch as JSON lines, in the order in which they ended",
+        Scope.READ,
         query=(_AFTER, *service_fields(is_read=True)),
-        responses={200: {"type": "string"}},
         content_type="application/jsonl",
     )
     def results_jsonl(self, id: str) -> flask.Response:
@@ -156,18 +141,16 @@ class _BatchViews:
         batch, after, params = self._parse_results_query(id)
 
         def lines() -> Iterator[str]:
-            for number, request in self._results(batch, after):
-                shown = {**self._context.serialize(request, params), "cursor": number}
+            for shown in self._results(batch, after, params):
                 yield json.dumps(shown, separators=(",", ":"), ensure_ascii=False) + "\n"
 
         return _download(lines(), "application/jsonl")
 
-    @operation(
-        summary="Results of a batch as CSV, in the order in which they ended",
-        scope=Scope.READ,
-        tag="batches",
+    @_operation(
+        "GET /batches/<id>/results.csv",
+        "Results of a batch as CSV, in the order in which they ended",
+        Scope.READ,
         query=(_AFTER, *service_fields(is_read=True)),
-        responses={200: {"type": "string"}},
         content_type="text/csv",
     )
     def results_csv(self, id: str) -> flask.Response:
@@ -176,27 +159,25 @@ class _BatchViews:
 
         def lines() -> Iterator[str]:
             yield _csv_line(_CSV_COLUMNS)
-            for number, request in self._results(batch, after):
-                shown = {**self._context.serialize(request, params), "cursor": number}
+            for shown in self._results(batch, after, params):
                 shown |= dict(zip(("label_id", "label", "probability"), _top_prediction(shown["preds"]), strict=True))
                 yield _csv_line(["" if (cell := shown.get(name)) is None else cell for name in _CSV_COLUMNS])
 
         return _download(lines(), "text/csv; charset=utf-8")
 
-    @operation(
-        summary="A contact sheet of the first hundred images of a batch with their labels",
-        scope=Scope.READ,
-        tag="batches",
-        responses={200: _BINARY},
+    @_operation(
+        "GET /batches/<id>/contact-sheet.png",
+        "A contact sheet of the first hundred images of a batch with their labels",
+        Scope.READ,
         content_type="image/png",
     )
     def contact_sheet(self, id: str) -> flask.Response:
         """Draw the first images of a batch, with their most likely labels."""
-        self._get_owned(id)
-        found = self._context.store.batches.items(id, limit=SHEET_ITEMS)
+        self._get_batch(id)
+        found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
             SheetItem(
-                read=functools.partial(self._read_image, request),
+                read=functools.partial(self._context.read_image, request),
                 lines=_sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
@@ -205,125 +186,71 @@ class _BatchViews:
             sheet = contact_sheet(items, self._context.settings.max_pixels)
         return _download(iter((sheet,)), "image/png")
 
-    @operation(
-        summary="Cancel the queued requests of a batch", scope=Scope.SUBMIT, tag="batches", responses={200: _BATCH}
-    )
+    @_operation("POST /batches/<id>/cancel", "Cancel the queued requests of a batch", Scope.SUBMIT, returns=_BATCH)
     def cancel_batch(self, id: str) -> flask.Response:
         """Cancel the requests that have not been dispatched."""
-        self._get_owned(id)
-        count = self._context.store.batches.cancel(id, now=self._context.clock())
-        return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
+        self._get_batch(id)
+        count = self._store.batches.cancel(id, now=self._now())
+        return json_response({"success": True, "changed": count, **self._serialize(self._get_batch(id), is_whole=True)})
 
-    @operation(
-        summary="Queue the failed requests of a batch again", scope=Scope.SUBMIT, tag="batches", responses={200: _BATCH}
-    )
+    @_operation("POST /batches/<id>/retry", "Queue the failed requests of a batch again", Scope.SUBMIT, returns=_BATCH)
     def retry_batch(self, id: str) -> flask.Response:
         """Queue the failed requests again whose image is still there."""
-        self._get_owned(id)
-        count = self._context.store.batches.retry(id, now=self._context.clock())
-        return json_response({"success": True, "changed": count, **self._serialize(self._get_owned(id), is_whole=True)})
-
-    @operation(
-        summary="Delete a batch that has ended, with its images and answers",
-        scope=Scope.SUBMIT,
-        tag="batches",
-        responses={200: {"type": "object", "required": ["success", "deleted"]}, 409: "Error"},
-    )
-    def remove_batch(self, id: str) -> flask.Response:
-        """Delete a batch, unless some of its requests have not ended."""
-        self._get_owned(id)
-        return json_response({"success": True, "deleted": self._context.store.batches.remove(id)})
+        self._get_batch(id)
+        count = self._store.batches.retry(id, now=self._now())
+        return json_response({"success": True, "changed": count, **self._serialize(self._get_batch(id), is_whole=True)})
 
     # Serialisation
 
-    def _get_owned(self, id: str) -> BatchRecord:
-        return owned(self._context.store.batches.get, id)
-
     def _serialize(self, batch: BatchRecord, *, is_whole: bool = False) -> dict[str, Any]:
         """Build a batch's JSON. :param is_whole: with the refused items, and why it waits."""
-        progress = self._context.store.batches.progress(batch.id)
+        progress = self._store.batches.progress(batch.id)
         is_running = bool(progress.claimed or progress.ended)
         shown: dict[str, Any] = {
             "batch_id": batch.id,
             "status": "ended" if not progress.waiting else "running" if is_running else "queued",
-            "name": batch.name,
-            "model": batch.model,
-            "service": batch.service,
-            "labels": dict(batch.labels),
-            "created_at": to_text(batch.created_at),
-            "total": batch.total,
+            **fields(batch, "name model service labels created_at total"),
             "counts": {
-                "queued": progress.queued,
-                "claimed": progress.claimed,
-                "done": progress.done,
-                "failed": progress.failed,
-                "cancelled": progress.cancelled,
-                "expired": progress.expired,
+                **fields(progress, "queued claimed done failed cancelled expired"),
                 "refused": batch.refused,
                 # Deleted since by retention, or by its owner.
                 "deleted": max(0, batch.total - progress.waiting - progress.ended),
             },
             "progress": 1.0 if not batch.total else round(1 - progress.waiting / batch.total, 4),
-            "cost": None if progress.cost is None else to_amount(progress.cost),
+            "cost": to_json(progress.cost),
             "cost_is_final": progress.is_cost_final,
             "results_url": f"/batches/{batch.id}/results.jsonl",
         }
-        for name, moment in (("deadline_at", batch.deadline_at), ("cancelled_at", batch.cancelled_at)):
-            if moment is not None:
-                shown[name] = to_text(moment)
-        if batch.keep_seconds is not None:
-            shown["keep_seconds"] = batch.keep_seconds
+        options = fields(batch, "deadline_at cancelled_at keep_seconds")
+        shown |= {name: value for name, value in options.items() if value is not None}
         if is_whole:
-            last = self._context.store.batches.last_unfinished(batch.id, progress)
+            last = self._store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
             shown["eta_seconds"] = 0.0 if not progress.waiting else None if wait is None else wait.eta_seconds
             if wait is not None:
                 shown["waiting_for"] = wait.waiting_for
             shown["failures"] = dict(progress.failures)
-            shown["refused"] = [_show_refused_item(one) for one in self._context.store.batches.refused_items(batch.id)]
+            shown["refused"] = [fields(one, _REFUSED) for one in self._store.batches.refused_items(batch.id)]
         return shown
 
     def _parse_results_query(self, id: str) -> tuple[BatchRecord, int, dict[str, Any]]:
-        batch = self._get_owned(id)
+        batch = self._get_batch(id)
         fields = query_fields(flask.request)
         after = parse_number("after", fields.pop("after", "0"))
         return batch, after, parse_read_params(batch.service, fields)
 
-    def _results(self, batch: BatchRecord, after: int) -> Iterator[tuple[int, RequestRecord]]:
-        while found := self._context.store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
-            yield from found
-            after = found[-1][0]
-
-    def _read_image(self, request: RequestRecord) -> bytes | None:
-        if request.image_deleted_at is not None:
-            return None
-        try:
-            return self._context.store.images.read(request.image_sha256)
-        except FileNotFoundError:
-            return None
+    def _results(self, batch: BatchRecord, after: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        while found := self._store.batches.results(batch.id, after=after, limit=RESULTS_PER_READ):
+            for after, request in found:
+                yield {**self._context.serialize(request, params), "cursor": after}
 
 
 def _show_item(item: AcceptedItem) -> dict[str, Any]:
     if item.request is None:
         assert item.refused is not None
-        return {**_show_refused_item(item.refused), "req_id": None, "status": "refused"}
-    return {
-        "client_id": item.client_id,
-        "position": item.position,
-        "req_id": item.request.id,
-        "status": item.request.status,
-        "code": None,
-        "reason": None,
-    }
-
-
-def _show_refused_item(refused_item: RefusedItem) -> dict[str, Any]:
-    return {
-        "client_id": refused_item.client_id,
-        "position": refused_item.position,
-        "code": refused_item.code,
-        "reason": refused_item.reason,
-    }
+        return {**fields(item.refused, _REFUSED), "req_id": None, "status": "refused"}
+    shown = {**fields(item, "client_id position"), "req_id": item.request.id, "status": item.request.status}
+    return {**shown, "code": None, "reason": None}
 
 
 def _top_prediction(preds: Any) -> tuple[Any, Any, Any]:

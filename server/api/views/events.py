@@ -5,14 +5,15 @@ They check what the caller may see; `server/live/sse.py` writes the streams.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 
 import flask
 
 from provider_image.errors import InvalidParams
 from server.api.responses import set_headers
-from server.auth.guard import is_owner, owned, visible_key_id
-from server.context import Context
+from server.auth.guard import is_owner, visible_key_id
+from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import ScopeMissing
 from server.intake.uploads import query_fields
@@ -29,26 +30,19 @@ _ALL = Field(
     help="1: how many requests change to which state, those of all keys; needs the scope operate.",
     schema={"type": "string", "enum": ["1"]},
 )
+_operation = functools.partial(operation, tag="events")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _EventViews(context)
-    app.add_url_rule("/events", "events", views.events, methods=["GET"])
-    app.add_url_rule("/batches/<id>/events", "batch_events", views.batch_events, methods=["GET"])
+class EventViews(Views):
+    """The views of live events."""
 
-
-class _EventViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(
-        summary="Stream requests: an event whenever one changes, until all are final",
-        scope=Scope.READ,
-        tag="events",
+    @_operation(
+        "GET /events",
+        "Stream requests: an event whenever one changes, until all are final",
+        Scope.READ,
         query=(_IDS, _ALL),
-        responses={200: {"type": "string"}, 204: {}},
         content_type="text/event-stream",
+        responses={204: {}},
     )
     def events(self) -> flask.Response:
         """Stream the changes of the requests in `ids`."""
@@ -61,7 +55,7 @@ class _EventViews:
         wanted = list(dict.fromkeys(id for id in ids.split(",") if id))
         if not 1 <= len(wanted) <= MAX_IDS:
             raise InvalidParams(f"ids takes 1 to {MAX_IDS} request ids with commas between.")
-        store = self._context.store
+        store = self._store
         numbers = [position[1] for position, _ in store.changes.snapshot(ids=wanted).requests]
         visible = {request.id for _, request in store.changes.read_changed(numbers) if is_owner(request)}
         unknown = set(wanted) - visible
@@ -69,16 +63,16 @@ class _EventViews:
             raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
         return self._stream(Listener(numbers=numbers), ids=wanted)
 
-    @operation(
-        summary="Stream a batch: its progress, and an event whenever one of its requests changes",
-        scope=Scope.READ,
-        tag="events",
-        responses={200: {"type": "string"}, 204: {}},
+    @_operation(
+        "GET /batches/<id>/events",
+        "Stream a batch: its progress, and an event whenever one of its requests changes",
+        Scope.READ,
         content_type="text/event-stream",
+        responses={204: {}},
     )
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""
-        owned(self._context.store.batches.get, id)
+        self._get_batch(id)
         return self._stream(Listener(batch_id=id), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
@@ -101,13 +95,11 @@ class _EventViews:
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
         return self._response(
-            stream_counts(
-                self._context.change_dispatcher, self._context.store.changes, Listener(is_all=True), last_id=last_id
-            )
+            stream_counts(self._context.change_dispatcher, self._store.changes, Listener(is_all=True), last_id=last_id)
         )
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:
-        snapshot = self._context.store.changes.snapshot(ids=ids, batch_id=listener.batch_id)
+        snapshot = self._store.changes.snapshot(ids=ids, batch_id=listener.batch_id)
         return all(state.is_final for _, state in snapshot.requests)
 
     def _response(self, pieces: Generator[bytes, None, None]) -> flask.Response:

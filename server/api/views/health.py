@@ -12,29 +12,15 @@ import flask
 
 from server.api.openapi import get_document
 from server.api.responses import json_response
-from server.context import Context
+from server.context import Views
 from server.endpoint import get_operation, operation
 from server.serializers import serialize_models
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _HealthViews(context)
-    for rule, view in (
-        ("/", views.index),
-        ("/models", views.models),
-        ("/healthz", views.healthz),
-        ("/readyz", views.readyz),
-        ("/openapi.json", views.openapi),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=["GET"])
+class HealthViews(Views):
+    """The views of the server itself."""
 
-
-class _HealthViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    @operation(summary="List the routes", scope=None, tag="server", responses={200: "Index"})
+    @operation("GET /", "List the routes", None, returns="Index", tag="server")
     def index(self) -> flask.Response:
         """List the routes, with examples to copy; browsers get the home page instead."""
         base = flask.request.host_url.rstrip("/")
@@ -52,24 +38,25 @@ class _HealthViews:
         )
 
     @operation(
-        summary="List the models: what is installed, and how to install the others",
-        scope=None,
+        "GET /models",
+        "List the models: what is installed, and how to install the others",
+        None,
+        returns="Models",
         tag="models",
-        responses={200: "Models"},
     )
     def models(self) -> flask.Response:
         """List the catalogue and the custom models."""
         return json_response({"success": True, "models": serialize_models(self._context.settings.models)})
 
-    @operation(summary="Check that the process is alive", scope=None, tag="server", responses={200: "Health"})
+    @operation("GET /healthz", "Check that the process is alive", None, returns="Health", tag="server")
     def healthz(self) -> flask.Response:
         """Answer without using the store."""
         return json_response({"success": True, "status": "alive"})
 
-    @operation(summary="Check that the store can be written", scope=None, tag="server", responses={200: "Readiness"})
+    @operation("GET /readyz", "Check that the store can be written", None, returns="Readiness", tag="server")
     def readyz(self) -> flask.Response:
         """Check that the store can be written, and count the batchers that are alive."""
-        self._context.store.check()
+        self._store.check()
         batchers = len(self._context.queue_stats.batchers())
         payload: dict[str, Any] = {"success": True, "status": "ready", "store": "writable", "batchers": batchers}
         if not batchers:
@@ -78,7 +65,7 @@ class _HealthViews:
             )
         return json_response(payload)
 
-    @operation(summary="Describe the API (OpenAPI 3.1)", scope=None, tag="server", responses={200: "Document"})
+    @operation("GET /openapi.json", "Describe the API (OpenAPI 3.1)", None, returns="Document", tag="server")
     def openapi(self) -> flask.Response:
         """Return this description."""
         # It changes only with the server's version.
@@ -87,11 +74,10 @@ class _HealthViews:
 
 def _routes(app: flask.Flask) -> dict[str, str]:
     """List the summary of each route."""
-    found = {}
-    for rule in app.url_map.iter_rules():
-        declared = get_operation(app.view_functions[rule.endpoint])
-        path = re.sub(r"<(?:[^:<>]+:)?(\w+)>", lambda match: match[1].upper(), rule.rule)
-        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            if rule.rule != "/":
-                found[f"{method} {path}"] = "" if declared is None else declared.summary
+    found: dict[str, str] = {}
+    for view in app.view_functions.values():
+        declared = get_operation(view)
+        if declared is not None and declared.path != "/":
+            path = re.sub(r"{(\w+)}", lambda match: match[1].upper(), declared.template)
+            found |= {f"{method} {path}": declared.summary for method in declared.methods}
     return found

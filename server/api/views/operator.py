@@ -6,6 +6,7 @@ the operator's page and programs use the same paths; a browser is redirected to 
 
 from __future__ import annotations
 
+import functools
 from datetime import timedelta
 from typing import Any
 
@@ -15,133 +16,94 @@ from werkzeug.wrappers import Response
 from provider_image.errors import InvalidParams
 from server.api.query import check_names
 from server.api.responses import json_response, set_headers, wants_page
+from server.api.schemas import success
 from server.auth.guard import current_key
-from server.context import Context
+from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import UnsupportedMediaType
 from server.intake.uploads import read_fields
+from server.record_json import fields
+from server.status.dashboard import ban_fields
 from server.status.metrics import CONTENT_TYPE, exposition, families
 from store.controls import Mode
 from store.keys import Scope
 from store.providers import ProviderRecord
-from store.rows import to_text
 
 #: The page that shows the same; see `server/pages/operator.py`.
 PAGE_PATH = "/ui/operator"
 #: Longest temporary ban in seconds; a hundred years.
 MAX_BAN_SECONDS = 100 * 365 * 86400.0
 
-_CONTROL_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["success"],
-    "properties": {"success": {"const": True}, "hold": {"type": ["object", "null"]}, "token": {"type": "string"}},
-}
-_PROVIDER: dict[str, Any] = {
-    "type": "object",
-    "required": ["success", "id", "name", "is_banned"],
-    "properties": {
-        "success": {"const": True},
-        "id": {"type": "string"},
-        "name": {"type": "string"},
-        "is_banned": {"type": "boolean"},
-        "banned_until": {"type": ["string", "null"]},
-        "ban_reason": {"type": ["string", "null"]},
-    },
-}
+_TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+_CONTROL_SCHEMA = success("", hold={"type": ["object", "null"]}, token=_TEXT)
+_PROVIDER = success(
+    "id name is_banned",
+    id=_TEXT,
+    name=_TEXT,
+    is_banned={"type": "boolean"},
+    banned_until=_TEXT_OR_NULL,
+    ban_reason=_TEXT_OR_NULL,
+)
 _STATUS: dict[str, Any] = {"type": "object", "required": ["success", "at", "queue", "batchers", "throughput", "money"]}
 _REASON = Field(name="reason", help="Why; shown to clients whose requests wait.")
+_operation = functools.partial(operation, tag="operator")
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _OperatorViews(context)
-    for rule, methods, view in (
-        ("/operator/status", ["GET"], views.operator_status),
-        ("/operator/pause", ["POST"], views.pause),
-        ("/operator/drain", ["POST"], views.drain),
-        ("/operator/resume", ["POST"], views.resume),
-        ("/operator/run", ["POST"], views.run_now),
-        ("/operator/providers/<id>/ban", ["POST"], views.ban),
-        ("/operator/providers/<id>/unban", ["POST"], views.unban),
-        ("/metrics", ["GET"], views.metrics),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=methods)
-
-
-class _OperatorViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
+class OperatorViews(Views):
+    """The views for operators."""
 
     # Figures
 
-    @operation(
-        summary="Read all figures of the operator's page",
-        scope=Scope.OPERATE,
-        tag="operator",
-        responses={200: _STATUS},
-    )
+    @_operation("GET /operator/status", "Read all figures of the operator's page", Scope.OPERATE, returns=_STATUS)
     def operator_status(self) -> flask.Response:
         """Return all figures."""
         return json_response({"success": True, **self._context.dashboard.status()})
 
-    @operation(
-        summary="Metrics for Prometheus",
-        scope=Scope.READ,
-        tag="operator",
-        content_type="text/plain",
-        responses={200: {"type": "string"}},
-    )
-    def metrics(self) -> flask.Response:
-        """Return the metrics in Prometheus' text format."""
-        return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))
-
     # Controls
 
-    @operation(
-        summary="Claim nothing new until work is resumed",
-        scope=Scope.OPERATE,
-        tag="operator",
+    @_operation(
+        "POST /operator/pause",
+        "Claim nothing new until work is resumed",
+        Scope.OPERATE,
+        returns=_CONTROL_SCHEMA,
         query=(_REASON,),
-        responses={200: _CONTROL_SCHEMA},
     )
     def pause(self) -> Response:
         """Pause: claimed requests are finished, all others wait."""
         return self._pause(Mode.PAUSED)
 
-    @operation(
-        summary="Claim nothing new before the batchers are stopped",
-        scope=Scope.OPERATE,
-        tag="operator",
+    @_operation(
+        "POST /operator/drain",
+        "Claim nothing new before the batchers are stopped",
+        Scope.OPERATE,
+        returns=_CONTROL_SCHEMA,
         query=(_REASON,),
-        responses={200: _CONTROL_SCHEMA},
     )
     def drain(self) -> Response:
         """Drain: a pause before the batchers are stopped."""
         return self._pause(Mode.DRAINING)
 
-    @operation(summary="Resume work", scope=Scope.OPERATE, tag="operator", responses={200: _CONTROL_SCHEMA})
+    @_operation("POST /operator/resume", "Resume work", Scope.OPERATE, returns=_CONTROL_SCHEMA)
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
-        self._context.store.controls.resume(by=_caller_name(), now=self._context.clock())
+        self._store.controls.resume(by=_caller_name(), now=self._now())
         return _respond({"hold": None})
 
-    @operation(
-        summary="Make every batcher claim all queued requests now",
-        scope=Scope.OPERATE,
-        tag="operator",
-        responses={200: _CONTROL_SCHEMA},
+    @_operation(
+        "POST /operator/run", "Make every batcher claim all queued requests now", Scope.OPERATE, returns=_CONTROL_SCHEMA
     )
     def run_now(self) -> Response:
         """Run a cycle now."""
         self._fields()
-        token = self._context.store.controls.run_now(by=_caller_name(), now=self._context.clock())
+        token = self._store.controls.run_now(by=_caller_name(), now=self._now())
         return _respond({"token": token})
 
-    @operation(
-        summary="Give a provider no more work",
-        scope=Scope.OPERATE,
-        tag="operator",
+    @_operation(
+        "POST /operator/providers/<id>/ban",
+        "Give a provider no more work",
+        Scope.OPERATE,
+        returns=_PROVIDER,
         query=(
             Field(name="reason", help="Why."),
             Field(
@@ -150,14 +112,13 @@ class _OperatorViews:
                 schema={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_BAN_SECONDS},
             ),
         ),
-        responses={200: _PROVIDER},
     )
     def ban(self, id: str) -> Response:
         """Ban a provider, by its address or an unambiguous name."""
         fields = self._fields("reason", "seconds")
-        now = self._context.clock()
+        now = self._now()
         seconds = _seconds(fields.get("seconds", ""))
-        provider = self._context.store.providers.ban(
+        provider = self._store.providers.ban(
             id,
             until=None if seconds is None else now + timedelta(seconds=seconds),
             reason=" ".join(fields.get("reason", "").split())[:200] or f"Banned by {_caller_name()}.",
@@ -165,22 +126,21 @@ class _OperatorViews:
         )
         return self._provider_response(provider)
 
-    @operation(
-        summary="Lift a provider's ban",
-        scope=Scope.OPERATE,
-        tag="operator",
-        responses={200: _PROVIDER},
-    )
+    @_operation("POST /operator/providers/<id>/unban", "Lift a provider's ban", Scope.OPERATE, returns=_PROVIDER)
     def unban(self, id: str) -> Response:
         """Lift a ban, also one that a batcher has set."""
         self._fields()
-        return self._provider_response(self._context.store.providers.unban(id))
+        return self._provider_response(self._store.providers.unban(id))
+
+    @_operation("GET /metrics", "Metrics for Prometheus", Scope.READ, content_type="text/plain")
+    def metrics(self) -> flask.Response:
+        """Return the metrics in Prometheus' text format."""
+        return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))
 
     def _pause(self, mode: Mode) -> Response:
         reason = self._fields("reason").get("reason")
-        given = self._context.store.controls.pause(mode, by=_caller_name(), now=self._context.clock(), reason=reason)
-        pause = {"mode": str(given.mode), "by": given.by, "since": to_text(given.since), "reason": given.reason}
-        return _respond({"hold": pause})
+        given = self._store.controls.pause(mode, by=_caller_name(), now=self._now(), reason=reason)
+        return _respond({"hold": fields(given, "mode by since reason")})
 
     def _fields(self, *known: str) -> dict[str, str]:
         """Read the fields of a control. :raises InvalidParams: one that it does not have."""
@@ -193,17 +153,8 @@ class _OperatorViews:
         return fields
 
     def _provider_response(self, provider: ProviderRecord) -> Response:
-        self._context.dashboard.invalidate()
-        is_banned = provider.is_banned(self._context.clock())
-        return _respond(
-            {
-                "id": provider.id,
-                "name": provider.name,
-                "is_banned": is_banned,
-                "banned_until": to_text(provider.banned_until) if is_banned and provider.banned_until else None,
-                "ban_reason": provider.ban_reason if is_banned else None,
-            }
-        )
+        self._context.dashboard.spending.invalidate()
+        return _respond({**fields(provider, "id name"), **ban_fields(provider, self._now())})
 
 
 def _caller_name() -> str:

@@ -10,9 +10,8 @@ import flask
 
 from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
-from server.auth.guard import owned
-from server.context import Context
-from server.endpoint import form_schema, operation, service_fields
+from server.context import Views
+from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
@@ -25,33 +24,22 @@ _URL_SCHEMA = {
     "format": "uri",
     "description": "https only, if the server fetches images.",
 }
+_ROW_SCHEMAS = {name: schema for name, schema in input_schemas().items() if schema["type"] == "object"}
 
 
-def register(app: flask.Flask, context: Context) -> None:
-    """Add the views to an application."""
-    views = _PredictionViews(context)
-    for rule, methods, view in (
-        ("/requestPrediction/<model>", ["POST"], views.request_prediction),
-        ("/readPrediction/<id>", ["GET", "POST"], views.read_prediction),
-        ("/requests/<id>", ["DELETE"], views.cancel),
-        ("/requests/<id>/retry", ["POST"], views.retry),
-    ):
-        app.add_url_rule(rule, view.__name__, view, methods=methods)
-
-
-class _PredictionViews:
-    def __init__(self, context: Context) -> None:
-        self._context = context
+class PredictionViews(Views):
+    """The views of a single request."""
 
     @operation(
-        summary="Send an image",
-        scope=Scope.SUBMIT,
+        "POST /requestPrediction/<model>",
+        "Send an image",
+        Scope.SUBMIT,
         query=(*service_fields(), FRESH, WEBHOOK, *REQUEST_OPTIONS),
         body={
-            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), image=_IMAGE_SCHEMA),
+            "multipart/form-data": form_schema((*service_fields(), FRESH, WEBHOOK), input_schemas()),
             "image/*": _IMAGE_SCHEMA,
             "application/octet-stream": _IMAGE_SCHEMA,
-            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), url=_URL_SCHEMA),
+            "application/json": form_schema((*service_fields(), FRESH, WEBHOOK), {"url": _URL_SCHEMA, **_ROW_SCHEMAS}),
         },
         responses={202: "Submitted"},
     )
@@ -76,39 +64,40 @@ class _PredictionViews:
         )
 
     @operation(
-        summary="Read an answer, or why there is none yet",
-        scope=Scope.READ,
+        "GET|POST /readPrediction/<id>",
+        "Read an answer, or why there is none yet",
+        Scope.READ,
+        returns="Request",
         query=(WAIT, *service_fields(is_read=True)),
         body={"application/x-www-form-urlencoded": form_schema((WAIT, *service_fields(is_read=True)))},
-        responses={200: "Request"},
     )
     def read_prediction(self, id: str) -> flask.Response:
         """Show a request, after holding the read if the client asks for it."""
         fields = read_fields(flask.request, active_reads=self._context.active_reads)
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
-        request = owned(self._context.store.requests.get, id)
+        request = self._get_request(id)
         params = parse_read_params(request.service, fields)
         return self._response(self._context.long_poller.wait_until_final(request, wait_seconds), params)
 
     @operation(
-        summary="Cancel a request that has not been dispatched",
-        scope=Scope.SUBMIT,
-        responses={200: "Request", 409: "Error"},
+        "DELETE /requests/<id>",
+        "Cancel a request that has not been dispatched",
+        Scope.SUBMIT,
+        returns="Request",
+        errors=(409,),
     )
     def cancel(self, id: str) -> flask.Response:
         """Cancel a queued request."""
-        owned(self._context.store.requests.get, id)
-        return self._response(self._context.store.requests.cancel(id, now=self._context.clock()))
+        self._get_request(id)
+        return self._response(self._store.requests.cancel(id, now=self._now()))
 
     @operation(
-        summary="Queue a failed or cancelled request again",
-        scope=Scope.SUBMIT,
-        responses={200: "Request", 409: "Error"},
+        "POST /requests/<id>/retry", "Queue a failed or cancelled request again", Scope.SUBMIT, returns="Request"
     )
     def retry(self, id: str) -> flask.Response:
         """Queue a failed or cancelled request again."""
-        owned(self._context.store.requests.get, id)
-        return self._response(self._context.store.requests.retry(id, now=self._context.clock()))
+        self._get_request(id)
+        return self._response(self._store.requests.retry(id, now=self._now()))
 
     def _response(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> flask.Response:
         return json_response({"success": True, **self._context.serialize(request, params)})

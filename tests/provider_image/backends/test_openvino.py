@@ -8,11 +8,13 @@ import random
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from provider_image.backends.openvino import import_openvino, load_net, run_graph
+from provider_image.backends import Device
+from provider_image.backends.openvino import OpenvinoNet, compile_graph, import_openvino, load_net
 from provider_image.errors import BrokenArtefact
 from provider_image.models.artefact import read_artefact
 from tests.provider_image.conftest import ROOT
@@ -48,7 +50,7 @@ def test_damaged_weights_are_named_as_such_whatever_openvino_makes_of_them(folde
     weights.write_bytes(damage(weights.read_bytes()))
 
     with pytest.raises(BrokenArtefact, match=r"model\.bin has changed"):
-        load_net(read_artefact(folder), 2, "f32")
+        load_net(read_artefact(folder), Device(threads=2))
 
 
 def test_damaged_graph_is_named_as_such_although_openvino_cannot_read_it(folder):
@@ -56,7 +58,7 @@ def test_damaged_graph_is_named_as_such_although_openvino_cannot_read_it(folder)
     graph.write_bytes(b" " * graph.stat().st_size)
 
     with pytest.raises(BrokenArtefact, match=r"model\.xml has changed"):
-        load_net(read_artefact(folder), 1, "f32")
+        load_net(read_artefact(folder), Device(threads=1))
 
 
 @pytest.mark.parametrize(("file", "content"), [("model.xml", b"<net/>"), ("model.bin", b""), ("model.bin", b"1234")])
@@ -67,7 +69,7 @@ def test_graph_that_openvino_cannot_load_is_a_broken_artefact(folder, file, cont
     (folder / "model.json").write_text(json.dumps(facts))
 
     with pytest.raises(BrokenArtefact, match="OpenVINO cannot load"):
-        load_net(read_artefact(folder), 1, "f32")
+        load_net(read_artefact(folder), Device(threads=1))
 
 
 def make_large_graph(folder) -> tuple[np.ndarray, int]:
@@ -103,7 +105,8 @@ def test_weights_are_not_in_memory_twice_while_a_graph_is_compiled(tmp_path):
 def test_weights_that_were_given_back_still_answer(tmp_path):
     expected, _ = make_large_graph(tmp_path)
 
-    (answer,) = run_graph(tmp_path / "model.xml", [np.ones((32, 32, 3), np.uint8)])
+    net = OpenvinoNet(SimpleNamespace(name="large"), compile_graph(tmp_path / "model.xml", 1, "f32"), 1)
+    (answer,) = net.infer([np.ones((32, 32, 3), np.uint8)])
 
     np.testing.assert_allclose(answer, expected, rtol=1e-3, atol=1e-4)
 
@@ -111,10 +114,11 @@ def test_weights_that_were_given_back_still_answer(tmp_path):
 def test_two_threads_may_come_first_after_loading(models_folder):
     code = (
         "import sys, threading; from pathlib import Path; import numpy; "
-        "from provider_image.backends.openvino import load_net; "
+        "from provider_image.backends import Device, load_net; "
         "from provider_image.models.artefact import read_artefact; "
-        "net = load_net(read_artefact(Path(sys.argv[1])), 2, 'f32'); image = numpy.zeros((224, 224, 3), 'uint8'); "
-        "together = threading.Barrier(2); work = lambda: (together.wait(), net.infer(image)); "
+        "net = load_net(read_artefact(Path(sys.argv[1])), Device(threads=2)); "
+        "image = numpy.zeros((224, 224, 3), 'uint8'); "
+        "together = threading.Barrier(2); work = lambda: (together.wait(), net.infer([image])); "
         "threads = [threading.Thread(target=work) for _ in range(2)]; "
         "[thread.start() for thread in threads]; [thread.join() for thread in threads]"
     )

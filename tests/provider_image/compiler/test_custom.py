@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 
+from provider_image.backends import Device
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler.custom import CustomModel, build
 from provider_image.compiler.keras_graph import import_keras, preprocess
@@ -13,6 +14,7 @@ from provider_image.compiler.labels import MAX_LABELS, read_labels
 from provider_image.errors import ConfigError, UnsafeModelFile, UnsuitableModel, WeightsMissing
 from provider_image.images.decoding import decode
 from provider_image.runtime import NetCache, run_chunk
+from provider_image.service import Output
 from provider_image.services.classification import Classification
 from tests.custom_models import SIDE, classifier, labels_file, save
 
@@ -41,10 +43,10 @@ def answers(artefact, photos, tmp_path):
     chunk = tmp_path / "chunk.zip"
     items = [ChunkItem(number=number, inputs={"image": photo}) for number, photo in enumerate(photos)]
     write_chunk(chunk, "chunk-1", "classification", artefact.name, artefact.digest, items)
-    results = run_chunk(chunk, tmp_path / "results.zip", NetCache(artefact.folder.parent, threads=1))
+    results = run_chunk(chunk, tmp_path / "results.zip", NetCache(artefact.folder.parent, Device(threads=1)))
     for item in results.items:
         assert item.error is None
-        Classification().check_output(artefact, item.output)
+        Classification().check_output(artefact, {}, Output(data=item.output))
     return [{name: probability for _, name, probability in item.output} for item in results.items]
 
 

@@ -4,14 +4,17 @@ import collections
 import hashlib
 import pickle
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from provider_image.backends import Device
 from provider_image.backends.openvino import import_openvino, load_net
 from provider_image.compiler import build, ensure_installed, lite0
 from provider_image.compiler.torch_file import read_tensors
 from provider_image.errors import ConfigError, WeightsMismatch
+from provider_image.models.artefact import compute_digest
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import load_service
 from tests.provider_image.conftest import encode_image
@@ -35,14 +38,25 @@ def test_answers_agree_with_the_reference_to_a_tenth_of_a_percent(models_folder,
 
     service = load_service("classification")
     artefact = ensure_installed(models_folder, "efficientnet_lite0")
-    net = service.load(artefact, 1, "f32")
+    net = service.load(artefact, Device(threads=1))
     image = encode_image(Image.fromarray(getattr(skimage.data, photo)()), "PNG")
 
-    output = service.run(net, service.prepare(artefact, {"image": image}))
+    (output,) = service.run(net, [service.prepare(artefact, {"image": image}, {})], [{}])
 
-    shown = {name: round(100 * probability, 1) for _, name, probability in output[:5]}
+    shown = {name: round(100 * probability, 1) for _, name, probability in output.data[:5]}
     assert shown == expected
     assert list(shown) == list(expected)
+
+
+def test_digest_is_the_one_that_version_0_1_0_gave(models_folder):
+    artefact = ensure_installed(models_folder, "efficientnet_lite0")
+
+    # Both from the model.json files that the code of mlg 0.1.0 writes, of format 2.
+    assert artefact.digest == "ee9e000329261f0cdcdc475633a098d74bd31f7fc52835f0fe557a8566eb8c76"
+    assert (
+        compute_digest(replace(artefact, precision="f16"))
+        == "03f3b51b53d7da1e6dd28e317a9c27e6582c80a9814f3be4b6f48890b0b06115"
+    )
 
 
 def test_two_builds_have_the_same_digest(tmp_path, models_folder):
@@ -65,10 +79,10 @@ def test_building_again_replaces_an_intact_artefact(tmp_path):
 
 
 def test_graph_is_computed_in_bf16_only_on_request(models_folder):
-    net = load_net(ensure_installed(models_folder, "efficientnet_lite0"), 1, "f32")
+    net = load_net(ensure_installed(models_folder, "efficientnet_lite0"), Device(threads=1))
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
 
-    first, second = net.infer(noise), net.infer(noise)
+    first, second = net.infer([noise, noise])
 
     assert first.dtype == np.float32
     assert np.array_equal(first, second)
@@ -77,7 +91,7 @@ def test_graph_is_computed_in_bf16_only_on_request(models_folder):
 
 def test_precision_that_does_not_exist_is_refused(models_folder):
     with pytest.raises(ConfigError, match="f64"):
-        load_net(ensure_installed(models_folder, "efficientnet_lite0"), 1, "f64")
+        load_net(ensure_installed(models_folder, "efficientnet_lite0"), Device(threads=1, precision="f64"))
 
 
 def test_openvino_is_imported_without_telemetry():

@@ -278,17 +278,18 @@ def answers(models_folder):
     """Answer a photo of scikit-image's, saved as a JPEG, at the scale that is chosen and at full scale."""
     import skimage.data
 
+    from provider_image.backends import Device
     from provider_image.models.artefact import find_artefact
     from provider_image.services import load_service
 
     service = load_service("classification")
-    net = service.load(find_artefact(models_folder, "efficientnet_lite0"), 2, "f32")
+    net = service.load(find_artefact(models_folder, "efficientnet_lite0"), Device(threads=2))
 
     def answer(name, size, quality):
         photo = Image.fromarray(getattr(skimage.data, name)()).resize(size, Image.Resampling.BICUBIC)
         data = encode_image(photo, "JPEG", quality=quality)
-        chosen = service.run(net, decode(data, 224, 224, 0.875))
-        return chosen, service.run(net, decode(data, 224, 224, 0.875, margin=math.inf))
+        items = [decode(data, 224, 224, 0.875), decode(data, 224, 224, 0.875, margin=math.inf)]
+        return [output.data for output in service.run(net, items, [{}, {}])]
 
     return answer
 

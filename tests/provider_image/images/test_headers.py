@@ -16,7 +16,7 @@ from provider_image.errors import (
     UnsupportedFormat,
 )
 from provider_image.images.decoding import MAX_PIXELS
-from provider_image.images.headers import FORMATS, read_header
+from provider_image.images.headers import MEDIA_TYPES, read_header
 from tests.provider_image.conftest import encode_image
 from tests.timing import cpu_slowness
 
@@ -50,7 +50,7 @@ def test_format_and_size_are_read(name):
     facts = read_header(images_by_format()[name], MAX_PIXELS)
 
     assert (facts.format, facts.width, facts.height) == (name.split()[0], 40, 30)
-    assert facts.format in FORMATS
+    assert facts.format in MEDIA_TYPES
 
 
 @pytest.mark.parametrize("name", images_by_format())

@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from provider_image.backends import Device
 from provider_image.backends.openvino import load_net
+from provider_image.check import check_model
 from provider_image.compiler import can_build_now, ensure_installed, lite0
-from provider_image.compiler.installing import build_folder
+from provider_image.compiler.installing import begin_artefact, build_folder
 from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
-from provider_image.models.artefact import find_artefact, installed_digest, read_artefact
+from provider_image.models.artefact import compute_digest, find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from tests.provider_image.conftest import ROOT
 from tests.timing import cpu_slowness
@@ -31,6 +34,62 @@ def test_artefact_describes_the_model(models_folder):
     assert (artefact.height, artefact.width, artefact.crop, len(artefact.labels)) == (224, 224, 0.875, 1000)
     assert artefact.labels[282] == ("n02123159", "tiger_cat")
     assert artefact.weights_sha256 == lite0.WEIGHTS_SHA256
+
+
+def as_format_2(folder):
+    """Write an artefact's model.json as mlg 0.1.0 did."""
+    facts = json.loads((folder / "model.json").read_text())
+    storage = {"kept": facts.pop("precision"), **facts["storage"]}
+    for name in ("backend", "columns", "preprocessing_version"):
+        del facts[name]
+    self_test = {name: facts.pop(name) for name in ("reference", "samples")}
+    facts = {**facts, "format": 2, "storage": storage, "self_test": self_test}
+    (folder / "model.json").write_text(json.dumps(facts))
+
+
+def test_artefact_of_version_0_1_0_is_the_same_artefact(models):
+    folder = models / "efficientnet_lite0"
+    new = read_artefact(folder)
+
+    as_format_2(folder)
+
+    assert read_artefact(folder) == new
+    assert installed_digest(models, "efficientnet_lite0") == new.digest
+    assert check_model(folder, seconds=0.01).is_ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "f16"},
+        {"backend": "affine"},
+        {"preprocessing_version": 2},
+        {"labels": (("n1", "cat"),)},
+        {"weights_sha256": "0" * 64},
+        {"recipe": "lite0-2"},
+        {"preprocessing": "tf"},
+        {"columns": ("a", "b")},
+        {"crop": None},
+        {"name": "another"},
+        {"service": "another"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_digest_covers_what_can_change_an_answer(change):
+    facts = {"labels": (("n1", "dog"),), "weights_sha256": "1" * 64, "recipe": "lite0-1", "reference": "openvino"}
+    artefact = begin_artefact(CATALOGUE["efficientnet_lite0"], **facts)
+
+    assert compute_digest(artefact) != compute_digest(replace(artefact, **change))
+
+
+def test_file_of_an_artefact_cannot_be_outside_its_folder(models):
+    path = models / "efficientnet_lite0" / "model.json"
+    facts = json.loads(path.read_text())
+    facts["files"]["../secret.bin"] = facts["files"].pop("model.bin")
+    path.write_text(json.dumps(facts))
+
+    with pytest.raises(BrokenArtefact, match="plain file name"):
+        read_artefact(path.parent)
 
 
 def test_missing_model_names_the_command_that_installs_it(tmp_path):
@@ -95,7 +154,7 @@ def test_flipped_bit_in_the_weights_is_found_when_loading(models):
     path.write_bytes(data)
 
     with pytest.raises(BrokenArtefact, match="has changed"):
-        load_net(find_artefact(models, "efficientnet_lite0"), 1, "f32")
+        load_net(find_artefact(models, "efficientnet_lite0"), Device(threads=1))
 
 
 def test_damaged_artefact_is_built_again(models, models_folder):
@@ -105,7 +164,7 @@ def test_damaged_artefact_is_built_again(models, models_folder):
     artefact = ensure_installed(models, "efficientnet_lite0")
 
     assert artefact.digest == before
-    load_net(artefact, 1, "f32")
+    load_net(artefact, Device(threads=1))
 
 
 def test_only_what_needs_no_download_can_be_built_now():

@@ -102,4 +102,4 @@ def test_unknown_model_that_resembles_none_names_none():
 
 
 def test_install_command_names_the_model():
-    assert install_command(CATALOGUE["vgg16"]) == "mlg models compile vgg16"
+    assert install_command("vgg16") == "mlg models compile vgg16"

@@ -20,10 +20,10 @@ from jsonschema import Draft202012Validator
 
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.services import REGISTRY, load_service
-from server.api.openapi import PAGES, build_document, openapi_path, operations
+from server.api.openapi import build_document, list_calls
 from server.api.schemas import schemas
 from server.app import create_app
-from server.endpoint import get_operation
+from server.endpoint import PAGES, get_operation
 from server.settings import ServerSettings
 from store.store import Store
 
@@ -78,7 +78,7 @@ def test_every_view_has_an_operation(client: flask.testing.FlaskClient) -> None:
 def test_every_path_for_programs_is_described(client: flask.testing.FlaskClient, document: dict[str, Any]) -> None:
     app = client.application
     expected = {
-        openapi_path(rule)
+        re.sub(r"<(?:path:)?(\w+)>", r"{\1}", rule.rule)
         for rule in app.url_map.iter_rules()
         if getattr(get_operation(app.view_functions[rule.endpoint]), "tag", None) != PAGES
     }
@@ -275,8 +275,8 @@ def test_the_page_shows_every_call(client: flask.testing.FlaskClient) -> None:
 
     html = response.text
     assert (response.status_code, response.mimetype) == (200, "text/html")
-    for rule, method, _ in operations(client.application):
-        assert f'data-method="{method}" data-path="{openapi_path(rule)}"' in html
+    for call in list_calls(client.application):
+        assert f'data-method="{call.method}" data-path="{call.operation.template}"' in html
     assert "<script>" not in html and "style=" not in html and " onclick" not in html
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.app import create_app
+from server.app import create_app, get_context
 from server.live.changes import ChangeDispatcher, Listener
 from server.live.sse import is_end_id, parse_id
 from server.settings import ServerSettings
@@ -316,8 +316,8 @@ def test_nothing_polls_without_a_listener(client: flask.testing.FlaskClient, ans
 
 
 def test_stopping_ends_the_streams(settings: ServerSettings, store: Store) -> None:
-    events = ChangeDispatcher(store.changes, capacity=4)
-    client = create_app(settings, store, change_dispatcher=events).test_client()
+    app = create_app(settings, store)
+    client, events = app.test_client(), get_context(app).change_dispatcher
     id = post(client)
     threading.Thread(target=lambda: (wait_until(has_event_thread), events.stop())).start()
 
@@ -361,14 +361,13 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
     events = ChangeDispatcher(Failing(), capacity=1)
     number = store.requests.get(post(client)).number
     listener = Listener(numbers=[number])
-    events.add(listener)
 
-    store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
-    found = listener.wait(120)
+    with events.listening(listener):
+        store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
+        found = listener.wait(120)
 
     assert found is not None
     assert [one.request.state for one in found] == [RequestState.CANCELLED]
-    events.remove(listener)
 
 
 # Through a real server

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from server.app import create_app
+from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
 from server.status.eta import EtaInputs, estimate, format_duration
@@ -269,7 +270,7 @@ def post(client: flask.testing.FlaskClient) -> str:
 
 
 def notifier_threads() -> int:
-    return sum(thread.name == "long-poll" for thread in threading.enumerate())
+    return sum(thread.name == "events" for thread in threading.enumerate())
 
 
 def test_a_held_read_ends_when_the_answer_is_there(
@@ -307,7 +308,8 @@ def test_the_longest_hold_is_the_servers(settings: ServerSettings, store: Store)
 
 def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.FlaskClient, store: Store) -> None:
     queued = store.requests.get(post(client))
-    long_poller = LongPoller(store.requests, capacity=1)
+    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    long_poller = LongPoller(change_dispatcher, store.requests, capacity=1)
     holder = threading.Thread(target=long_poller.wait_until_final, args=(queued, 30))
     holder.start()
     wait_until(notifier_threads)
@@ -317,7 +319,7 @@ def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.Fl
 
     assert request.state is RequestState.QUEUED
     assert time.monotonic() - began < 5 * slowness()
-    long_poller.stop()
+    change_dispatcher.stop()
     holder.join()
 
 
@@ -340,8 +342,9 @@ def test_nothing_polls_without_a_held_read(client: flask.testing.FlaskClient, an
 
 def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: Store) -> None:
     queued = store.requests.get(post(client))
-    long_poller = LongPoller(store.requests, capacity=4)
-    threading.Timer(0.2, long_poller.stop).start()
+    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    long_poller = LongPoller(change_dispatcher, store.requests, capacity=4)
+    threading.Timer(0.2, change_dispatcher.stop).start()
     began = time.monotonic()
 
     request = long_poller.wait_until_final(queued, 30)
@@ -358,7 +361,30 @@ def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
     gone = replace(queued, id="gone")
 
     with pytest.raises(UnknownRequest):
-        LongPoller(store.requests, capacity=1).wait_until_final(gone, 30)
+        LongPoller(ChangeDispatcher(store.changes, capacity=1), store.requests, capacity=1).wait_until_final(gone, 30)
+
+
+def test_a_deletion_during_a_held_read_is_noticed_without_a_change(
+    client: flask.testing.FlaskClient, store: Store
+) -> None:
+    queued = store.requests.get(post(client))
+    change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
+    long_poller = LongPoller(change_dispatcher, store.requests, capacity=1, check_seconds=0.1)
+    found: list[type[BaseException]] = []
+
+    def hold() -> None:
+        try:
+            long_poller.wait_until_final(queued, 60)
+        except UnknownRequest as error:
+            found.append(type(error))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    wait_until(notifier_threads)
+    store.database.execute("DELETE FROM requests")
+    thread.join(30)
+
+    assert found == [UnknownRequest]
 
 
 # From the store to the sentence
