@@ -193,7 +193,7 @@ class Batches:
         :raises QuotaReached: likewise.
         """
         labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
-        values = {**to_row(batch), "labels": labels, "total": len(items), "refused": len(refused_items)}
+        values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items))
         del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
 
@@ -201,7 +201,7 @@ class Batches:
             if batch.key_id is not None:
                 count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
             transaction.execute(f"INSERT INTO {insert_sql('batches', values)}", values)
-            transaction.execute_many(_ADD_REFUSAL, [{**to_row(one), "batch_id": batch.id} for one in refused_items])
+            transaction.execute_many(_ADD_REFUSAL, [to_row(one, batch_id=batch.id) for one in refused_items])
             return insert_requests(transaction, rows, now=batch.created_at)
 
         try:
@@ -220,11 +220,11 @@ class Batches:
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch refused, in order; empty for an unknown batch."""
-        rows = self._database.rows(
+        return self._database.records(
+            RefusedItem,
             "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
             (batch_id,),
         )
-        return [from_row(RefusedItem, row) for row in rows]
 
     def progress(self, id: str) -> BatchProgress:
         """Count the requests of a batch by state; all zero for an unknown batch."""
@@ -308,7 +308,7 @@ class Batches:
         def write(transaction: Transaction) -> int:
             if not transaction.execute(change_batch, {"id": id, "now": to_text(now)}).rowcount:
                 raise UnknownBatch()
-            return len(transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now))
+            return len(transition(transaction, to, where, [{"id": id}], columns=columns, now=now))
 
         return self._database.write(write)
 
@@ -343,8 +343,8 @@ class Batches:
         """
         conditions = ["key_id = :key_id"] if key_id is not None else []
         conditions += ["number < :before"] if before is not None else []
-        rows = self._database.rows(
+        return self._database.records(
+            BatchRecord,
             f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
             {"key_id": key_id, "before": before, "limit": limit},
         )
-        return [from_row(BatchRecord, row) for row in rows]

@@ -164,5 +164,4 @@ class Chunks:
 
     def list(self, *, limit: int = 50) -> builtins.list[ChunkRecord]:
         """List chunks, newest first."""
-        rows = self._database.rows("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))
-        return [from_row(ChunkRecord, row) for row in rows]
+        return self._database.records(ChunkRecord, "SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))

@@ -136,7 +136,7 @@ class Controls:
 
     def list(self) -> builtins.list[Control]:
         """List all controls that were ever set, at one moment."""
-        return [from_row(Control, row) for row in self._database.rows(_ALL)]
+        return self._database.records(Control, _ALL)
 
 
 def _to_pause(control: Control | None) -> Pause | None:

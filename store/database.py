@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 from store.images import ImageStore, StagedImage, is_referenced
+from store.rows import from_row
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,10 @@ class Database:
         """Read all rows of one statement. :raises StoreError:"""
         with self.read() as connection:
             return connection.execute(sql, parameters).fetchall()
+
+    def records(self, record: Callable[..., T], sql: str, parameters: Any = ()) -> list[T]:
+        """Read all rows of one statement as records. :raises StoreError:"""
+        return [from_row(record, row) for row in self.rows(sql, parameters)]
 
     def row(self, sql: str, parameters: Any = ()) -> Any:
         """Read the first row of one statement; None if there is none. :raises StoreError:"""

@@ -12,7 +12,6 @@ response, and the repetition, once the lease has ended, does the work again.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from datetime import datetime
 
 from provider_image.errors import MlgError
 from store.database import Database, Transaction
-from store.rows import from_text, to_text
+from store.rows import from_row, to_row, to_text
 
 # A key is free again when it has expired, or when its server was killed before it saved a response.
 _RESERVE = """
@@ -115,17 +114,9 @@ class Idempotency:
             if transaction.execute(_RESERVE, values).rowcount:
                 return None
             row = transaction.execute(_READ, values).fetchone()
-            response = None
-            if row["status"] is not None:
-                response = SavedResponse(
-                    fingerprint=row["fingerprint"],
-                    status=row["status"],
-                    headers=json.loads(row["headers"]),
-                    body=zlib.decompress(row["body"]),
-                )
-            return EarlierRequest(
-                operation=row["operation"], response=response, lease_ends_at=from_text(row["lease_ends_at"])
-            )
+            is_answered = row["status"] is not None
+            response = from_row(SavedResponse, row, body=zlib.decompress(row["body"])) if is_answered else None
+            return from_row(EarlierRequest, row, response=response)
 
         return self._database.write(write)
 
@@ -135,16 +126,7 @@ class Idempotency:
 
     def save_response(self, owner: str, key: str, token: str, response: SavedResponse) -> bool:
         """Save the response for repetitions. :return: whether the key was still reserved by this token."""
-        return self._change(
-            _SAVE_RESPONSE,
-            owner,
-            key,
-            token,
-            fingerprint=response.fingerprint,
-            status=response.status,
-            headers=json.dumps(dict(response.headers)),
-            body=zlib.compress(response.body, 1),
-        )
+        return self._change(_SAVE_RESPONSE, owner, key, token, **to_row(response, body=zlib.compress(response.body, 1)))
 
     def release(self, owner: str, key: str, token: str) -> bool:
         """Free the key: there is no response worth keeping. :return: whether it was still reserved by this token."""

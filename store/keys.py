@@ -182,7 +182,7 @@ class Keys:
 
     def add(self, key: KeyRecord) -> None:
         """Add a key. :raises KeyNameTaken: a key that is not revoked has the name."""
-        row = {**to_row(key), "scopes": " ".join(sorted(key.scopes)), "pictures_per_day": key.images_per_day}
+        row = to_row(key, scopes=" ".join(sorted(key.scopes)), pictures_per_day=key.images_per_day)
         del row["images_per_day"]
 
         def write(transaction: Transaction) -> None:

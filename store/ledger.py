@@ -37,7 +37,7 @@ from typing import Any
 from store.cost_split import ZERO, split, to_amount, total
 from store.database import Database, Transaction
 from store.reservations import ReservationRecord, commit_reservation, settle_reservation
-from store.rows import from_row, to_row, to_text
+from store.rows import to_row, to_text
 
 #: What costs can be grouped by.
 COSTS_BY = ("day", "model", "provider", "total")
@@ -347,8 +347,9 @@ class Ledger:
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
-        rows = self._database.rows(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id")
-        return [from_row(AllocationRecord, row) for row in rows]
+        return self._database.records(
+            AllocationRecord, f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
+        )
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -358,8 +359,9 @@ class Ledger:
         """
         which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
         which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
-        rows = self._database.rows(f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id")
-        return [from_row(AgreementRecord, row) for row in rows]
+        return self._database.records(
+            AgreementRecord, f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
+        )
 
     def spent(self, *, since: datetime | None = None) -> Decimal:
         """Add up the amounts paid since a time and all open amounts."""

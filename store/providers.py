@@ -210,15 +210,13 @@ class Providers:
 
     def speeds(self) -> list[SpeedRecord]:
         """List the speeds of all providers and models."""
-        rows = self._database.rows(
-            "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
+        return self._database.records(
+            SpeedRecord, "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
         )
-        return [from_row(SpeedRecord, row) for row in rows]
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""
-        rows = self._database.rows("SELECT * FROM providers ORDER BY seen_at DESC, id")
-        return [from_row(ProviderRecord, row) for row in rows]
+        return self._database.records(ProviderRecord, "SELECT * FROM providers ORDER BY seen_at DESC, id")
 
     def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:

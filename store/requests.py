@@ -24,7 +24,7 @@ from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequ
 from store.files import NewFile, StoredFile, digests_of_files, files_to_text
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
-from store.rows import from_row, from_text, insert_sql, to_row, to_text
+from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
 from store.transition import transition, write_what_follows
 
@@ -131,11 +131,16 @@ _RESET_ONE = f"""
 _IS_OVERDUE = "state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now"
 
 _BACKLOG = """
-    SELECT model, min(service) AS service, count(*) AS waiting, 0 AS claimed, min(number) AS oldest_number
-    FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
-    UNION ALL
-    SELECT model, min(service), 0, count(*), NULL
-    FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+    SELECT backlog.*, requests.created_at AS oldest_at FROM (
+        SELECT model, min(service) AS service, sum(waiting) AS waiting, sum(claimed) AS claimed,
+               max(oldest_number) AS oldest_number
+        FROM (SELECT model, min(service) AS service, count(*) AS waiting, 0 AS claimed, min(number) AS oldest_number
+              FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
+              UNION ALL
+              SELECT model, min(service), 0, count(*), NULL
+              FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model)
+        GROUP BY model
+    ) AS backlog LEFT JOIN requests ON requests.number = oldest_number ORDER BY backlog.model
 """
 
 _COST_OF_CHUNK = "SELECT cost, answers, is_cost_final FROM chunks WHERE id = ?"
@@ -341,11 +346,6 @@ class ModelBacklog:
     oldest_at: datetime | None
 
 
-def _created_at(connection: sqlite3.Connection, number: int | None) -> datetime | None:
-    row = connection.execute("SELECT created_at FROM requests WHERE number = ?", (number,)).fetchone()
-    return None if row is None else from_text(row[0])
-
-
 def _take_turns(claimable: Mapping[str, int], limit: int) -> list[str]:
     """Return the model of each claim: a full chunk of every model in turn, in the order of the mapping."""
     left, turns = dict(claimable), list[str]()
@@ -384,22 +384,22 @@ def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[R
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     """Return the columns of a request that is about to be added."""
-    return {
-        **to_row(new),
-        "params": json.dumps(new.params, sort_keys=True, separators=(",", ":")),
-        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
-        "image_sha256": staged.sha256,
-        "image_bytes": staged.size,
-        "inputs": files_to_text(
+    row = to_row(
+        new,
+        params=json.dumps(new.params, sort_keys=True, separators=(",", ":")),
+        labels=json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
+        image_sha256=staged.sha256,
+        image_bytes=staged.size,
+        inputs=files_to_text(
             {
                 name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
                 for name, one in staged.others.items()
             }
         ),
-        "state": str(RequestState.QUEUED),
-        "due_at": to_text(new.created_at),
-        "digest": None,  # of the answer
-    }
+        state=str(RequestState.QUEUED),
+        digest=None,  # of the answer
+    )
+    return {**row, "due_at": row["created_at"]}
 
 
 #: A request that is about to be added, its image and its columns.
@@ -417,8 +417,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
         if new.digest is not None and not new.is_fresh:
             earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
         if earlier is not None:
-            done = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
-            row = {**row, **dict(earlier), **done}
+            ended = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
+            row = {**row, **dict(earlier), **ended}
         transaction.publish(staged)
         numbers.append(transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid)
     if not numbers:
@@ -430,9 +430,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
     records = [_to_record(row) for row in added]
     _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
     _refer_to_files(transaction, {one.number: one.files for one in records}, is_input=False)
-    write_what_follows(
-        transaction, RequestState.DONE, [row for row in added if row["finished_at"] is not None], now=now
-    )
+    done = [row for row in added if row["finished_at"] is not None]
+    write_what_follows(transaction, RequestState.DONE, done, now=now)
     return records
 
 
@@ -537,15 +536,9 @@ class Requests:
             oldest_first = sorted(claimable, key=oldest_created_at.__getitem__)
             turns = _take_turns({model: claimable[model] for model in oldest_first}, limit)
             lease = to_text(lease_ends_at)
+            wanted = [{"model": model, "count": n, "lease_ends_at": lease} for model, n in Counter(turns).items()]
             rows = transition(
-                transaction,
-                RequestState.CLAIMED,
-                where=_NEXT_DUE,
-                parameters=[
-                    {"model": model, "count": count, "lease_ends_at": lease} for model, count in Counter(turns).items()
-                ],
-                columns="token = token + 1",
-                now=now,
+                transaction, RequestState.CLAIMED, _NEXT_DUE, wanted, columns="token = token + 1", now=now
             )
             claims: dict[str, deque[Claim]] = defaultdict(deque)
             for row in sorted(rows, key=lambda row: row["number"]):
@@ -616,14 +609,7 @@ class Requests:
                     recorded.append({**row, "share": share})
                     if share is not None:
                         counts[row["chunk_id"]] = share + 1
-            transition(
-                transaction,
-                RequestState.DONE,
-                where="number = :number",
-                parameters=recorded,
-                columns=_ANSWER,
-                now=now,
-            )
+            transition(transaction, RequestState.DONE, "number = :number", recorded, columns=_ANSWER, now=now)
             for one in new_files:
                 transaction.publish(staged[one])
             _refer_to_files(transaction, references, is_input=False)
@@ -636,17 +622,12 @@ class Requests:
     def fail(self, claims: Iterable[Claim], *, code: str, reason: str, now: datetime) -> int:
         """Fail requests that cannot be answered, for good. :return: how many claims were still valid."""
         values = {"claims": _to_json(claims), "code": code, "reason": reason}
-        changed = self._database.write(
-            lambda transaction: transition(
-                transaction,
-                RequestState.FAILED,
-                where=_ARE_VALID,
-                parameters=[values],
-                columns="attempts = attempts + 1, code = :code, reason = :reason",
-                now=now,
+        columns = "attempts = attempts + 1, code = :code, reason = :reason"
+        return self._database.write(
+            lambda transaction: len(
+                transition(transaction, RequestState.FAILED, _ARE_VALID, [values], columns=columns, now=now)
             )
         )
-        return len(changed)
 
     def release(
         self,
@@ -663,49 +644,26 @@ class Requests:
         :param due_at: not claimed again before this time; None is now.
         :return: how many claims were still valid.
         """
-        which = {"claims": _to_json(claims)}
-        return self._release(_ARE_VALID, which, blame=blame, code=code, reason=reason, now=now, due_at=due_at or now)
+        values = {"claims": _to_json(claims), "code": code, "reason": reason, "due_at": to_text(due_at or now)}
+        return self._release(_ARE_VALID, values, blame, now)
 
     def release_expired(self, now: datetime) -> int:
         """Release every claim whose lease has ended, blaming the chunk. :return: how many."""
         if not self._has_any(_HAS_LEASE_ENDED, now):
             return 0
         reason = "The batcher that worked on it stopped."
-        return self._release(
-            _HAS_LEASE_ENDED, {}, blame=Blame.CHUNK, code="lease_ended", reason=reason, now=now, due_at=now
-        )
+        values = {"code": "lease_ended", "reason": reason, "due_at": to_text(now)}
+        return self._release(_HAS_LEASE_ENDED, values, Blame.CHUNK, now)
 
-    def _release(
-        self,
-        where: str,
-        which: Mapping[str, Any],
-        *,
-        blame: Blame,
-        code: str,
-        reason: str,
-        now: datetime,
-        due_at: datetime,
-    ) -> int:
-        values = {
-            **which,
-            "blame": blame.value,
-            "code": code,
-            "reason": reason,
-            "now": to_text(now),
-            "due_at": to_text(due_at),
-            "alone": len(ISOLATION_STEPS) - 1,
-            "max_attempts": MAX_ATTEMPTS,
-        }
+    def _release(self, where: str, values: Mapping[str, Any], blame: Blame, now: datetime) -> int:
+        limits = {"blame": blame.value, "alone": len(ISOLATION_STEPS) - 1, "max_attempts": MAX_ATTEMPTS}
+        parameters = [{**values, **limits}]
+        used_up = f"{where} AND attempts + {_IS_TO_BLAME} >= :max_attempts"
 
         def write(transaction: Transaction) -> int:
-            def move(to: RequestState, condition: str) -> int:
-                changed = transition(
-                    transaction, to, where=condition, parameters=[values], columns=_COUNT_FAILURE, now=now
-                )
-                return len(changed)
-
-            used_up = f"{where} AND attempts + {_IS_TO_BLAME} >= :max_attempts"
-            return move(RequestState.FAILED, used_up) + move(RequestState.QUEUED, where)
+            failed = transition(transaction, RequestState.FAILED, used_up, parameters, columns=_COUNT_FAILURE, now=now)
+            queued = transition(transaction, RequestState.QUEUED, where, parameters, columns=_COUNT_FAILURE, now=now)
+            return len(failed) + len(queued)
 
         return self._database.write(write)
 
@@ -737,7 +695,7 @@ class Requests:
         error_type: type[NotCancellable] | type[NotRetryable],
     ) -> RequestRecord:
         def write(transaction: Transaction) -> RequestRecord:
-            changed = transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now)
+            changed = transition(transaction, to, where, [{"id": id}], columns=columns, now=now)
             rows = transaction.execute(_GET, (id,)).fetchall()
             if changed:
                 return _to_record(rows[0])
@@ -764,15 +722,9 @@ class Requests:
             return 0
 
         def write(transaction: Transaction) -> int:
-            expired = transition(
-                transaction,
-                RequestState.CANCELLED,
-                where=f"number IN (SELECT number FROM requests WHERE {_IS_OVERDUE} LIMIT {ROWS_PER_COMMIT})",
-                parameters=[{}],
-                columns=f"code = '{EXPIRED}', reason = 'Its deadline passed before it was claimed.'",
-                now=now,
-            )
-            return len(expired)
+            where = f"number IN (SELECT number FROM requests WHERE {_IS_OVERDUE} LIMIT {ROWS_PER_COMMIT})"
+            columns = f"code = '{EXPIRED}', reason = 'Its deadline passed before it was claimed.'"
+            return len(transition(transaction, RequestState.CANCELLED, where, [{}], columns=columns, now=now))
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
@@ -782,21 +734,7 @@ class Requests:
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""
-        with self._database.read() as connection:
-            rows = connection.execute(_BACKLOG).fetchall()
-            by_model: dict[str, ModelBacklog] = {}
-            for row in rows:
-                earlier = by_model.get(row["model"])
-                number = row["oldest_number"] or (earlier.oldest_number if earlier else None)
-                by_model[row["model"]] = ModelBacklog(
-                    service=row["service"],
-                    model=row["model"],
-                    waiting=row["waiting"] + (earlier.waiting if earlier else 0),
-                    claimed=row["claimed"] + (earlier.claimed if earlier else 0),
-                    oldest_number=number,
-                    oldest_at=_created_at(connection, number),
-                )
-        return sorted(by_model.values(), key=lambda backlog: backlog.model)
+        return self._database.records(ModelBacklog, _BACKLOG)
 
     def list(
         self,

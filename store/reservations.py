@@ -209,8 +209,8 @@ class Reservations:
     def list(self, *, is_open: bool | None = None) -> builtins.list[ReservationRecord]:
         """List reservations in the order of their last change. :param is_open: False for settled ones only."""
         which = {None: "1", True: "state != 'settled'", False: "state = 'settled'"}[is_open]
-        rows = self._database.rows(f"SELECT * FROM reservations WHERE {which} ORDER BY changed_at, id")
-        return [from_row(ReservationRecord, row) for row in rows]
+        sql = f"SELECT * FROM reservations WHERE {which} ORDER BY changed_at, id"
+        return self._database.records(ReservationRecord, sql)
 
     def reserving_batchers(self) -> set[str]:
         """Return the batchers with caps, or with reservations that no agreement came of yet."""

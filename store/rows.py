@@ -28,9 +28,13 @@ def from_text(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def to_row(record: Any) -> dict[str, Any]:
-    """Turn a record into a row: times and amounts as text, mappings as JSON."""
-    return {field.name: _to_cell(getattr(record, field.name)) for field in fields(record)}
+def to_row(record: Any, **others: Any) -> dict[str, Any]:
+    """Turn a record into a row: times and amounts as text, mappings as JSON.
+
+    :param others: further columns, and those that are not simply the values of a field.
+    """
+    names = [name for name in record.__dataclass_fields__ if name not in others]
+    return {**{name: _to_cell(getattr(record, name)) for name in names}, **others}
 
 
 def _to_cell(value: Any) -> Any:

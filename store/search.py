@@ -219,11 +219,3 @@ class Search:
                 return Page(requests=requests, next_before=requests[-1].number)
             last_scanned = connection.execute(search.last_scanned_sql, search.values).fetchone()
         return Page(requests=requests, next_before=None if last_scanned is None else last_scanned[0])
-
-    def explain_query_plan(self, query: Query, *, before: int | None = None) -> list[str]:
-        """Return how SQLite would find a page; for tests and debugging."""
-        search = _SearchSql(query, before, 50)
-        with self._database.read() as connection:
-            search.add_time_bounds(connection, query.since, query.until)
-            rows = connection.execute(f"EXPLAIN QUERY PLAN {search.page_sql}", search.values).fetchall()
-        return [row["detail"] for row in rows]

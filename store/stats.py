@@ -123,7 +123,7 @@ class Stats:
 
     def list_totals(self) -> list[OutcomeTotal]:
         """List the outcomes of all requests that ever ended."""
-        return [from_row(OutcomeTotal, row) for row in self._database.rows(_TOTALS)]
+        return self._database.records(OutcomeTotal, _TOTALS)
 
     def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """List the totals of chunks by minute and model."""
@@ -143,20 +143,19 @@ class Stats:
 
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""
-        rows = self._database.rows(_ANSWERED, {"limit": limit})
-        return [from_row(AnsweredRequest, row) for row in rows]
+        return self._database.records(AnsweredRequest, _ANSWERED, {"limit": limit})
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that arrived last, the latest first."""
-        return [from_row(FailureRecord, row) for row in self._database.rows(_FAILURES, (limit,))]
+        return self._database.records(FailureRecord, _FAILURES, (limit,))
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
-        return [from_row(FailureRecord, row) for row in self._database.rows(_FAILED_CHUNKS, (limit,))]
+        return self._database.records(FailureRecord, _FAILED_CHUNKS, (limit,))
 
     def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""
-        return [from_row(ChunkRecord, row) for row in self._database.rows(_UNFINISHED_CHUNKS, (limit,))]
+        return self._database.records(ChunkRecord, _UNFINISHED_CHUNKS, (limit,))
 
 
 def _first_since(connection: sqlite3.Connection, time: str, low: int, high: int) -> int:

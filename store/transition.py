@@ -73,9 +73,9 @@ _ADD_DELIVERY = """
 def transition(
     transaction: Transaction,
     to: RequestState,
-    *,
     where: str,
     parameters: Iterable[Mapping[str, Any]],
+    *,
     now: datetime,
     columns: str = "",
 ) -> list[Any]:

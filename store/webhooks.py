@@ -160,7 +160,7 @@ class Webhooks:
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
-        row = {**to_row(endpoint), "events": ",".join(endpoint.events)}
+        row = to_row(endpoint, events=",".join(endpoint.events))
         self._database.execute(f"INSERT INTO {insert_sql('webhook_endpoints', row)}", row)
 
     def remove_endpoint(self, id: str) -> None:
@@ -258,10 +258,11 @@ class Webhooks:
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
         """List deliveries, newest first. :param status: one of DELIVERY_STATES; None lists all."""
-        rows = self._database.rows(
-            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?", (limit,)
+        return self._database.records(
+            DeliveryRecord,
+            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
+            (limit,),
         )
-        return [from_row(DeliveryRecord, row) for row in rows]
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
         """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""

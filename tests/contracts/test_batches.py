@@ -20,9 +20,9 @@ from store.idempotency import SavedResponse
 from store.images import StagedImage
 from store.requests import Answer, Claim, NewRequest, RequestRecord
 from store.search import Query
-from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
+from tests.contracts.conftest import OpenStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -319,13 +319,12 @@ def test_labels_are_deleted_with_their_request(store: Store) -> None:
     query=st.sampled_from((Query(), Query(model=MODEL), Query(text="b"), Query(labels=(("n", "0"),)))),
 )
 def test_pages_visit_each_row_once_while_rows_are_added(
-    before: int, steps: list[tuple[int, int]], most: int, query: Query
+    open_store: OpenStore, before: int, steps: list[tuple[int, int]], most: int, query: Query
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("store.search.MAX_ROWS_SCANNED", most)
         patch.setattr("store.search.MAX_NAMES_SCANNED", most)
-        store = Store(HomeSettings(home=Path(folder) / "home"))
-        store.migrate()
+        store = open_store(Path(folder) / "home")
 
         def put(count: int) -> list[RequestRecord]:
             return [

@@ -16,19 +16,15 @@ from hypothesis import strategies as st
 from server.live.changes import ChangeDispatcher, Listener
 from server.live.sse import parse_id, stream_requests
 from store import new_id
+from store.database import Transaction
 from store.requests import Answer, Blame, Claim, NewRequest
-from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
+from store.transition import transition
+from tests.contracts.conftest import OpenStore
 
 MODEL = "m"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
-
-
-def make_store(home: Path) -> Store:
-    store = Store(HomeSettings(home=home))
-    store.migrate()
-    return store
 
 
 def add(store: Store, **changes: object) -> str:
@@ -90,8 +86,8 @@ def test_a_reused_answer_is_a_change(store: Store) -> None:
 def test_a_write_that_is_rolled_back_is_no_change(store: Store) -> None:
     add(store)
 
-    def fail(transaction: object) -> None:
-        transaction.execute("UPDATE requests SET state = 'cancelled', finished_at = '2026-01-01T00:00:00.000Z'")  # type: ignore[attr-defined]
+    def fail(transaction: Transaction) -> None:
+        assert transition(transaction, RequestState.CANCELLED, "true", [{}], now=NOW)
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -132,10 +128,12 @@ def test_old_changes_are_deleted_except_the_last(store: Store) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(writes=st.lists(st.sampled_from("carf"), max_size=25), seed=st.integers(0, 2**32))
-def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(writes: list[str], seed: int) -> None:
+def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(
+    open_store: OpenStore, writes: list[str], seed: int
+) -> None:
     """Two stores write while a reader reads pages of any size and resumes from where it stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        stores = [make_store(Path(folder)) for _ in range(2)]
+        stores = [open_store(Path(folder)) for _ in range(2)]
         ids = [add(stores[0]) for _ in range(12)]
         choose = random.Random(seed)
 
@@ -178,10 +176,10 @@ def test_a_reader_that_resumes_anywhere_misses_nothing_and_gets_nothing_twice(wr
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(seed: int) -> None:
+def test_a_stream_that_is_cut_anywhere_sends_every_last_state_once(open_store: OpenStore, seed: int) -> None:
     choose = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder))
+        store = open_store(Path(folder))
         ids = [add(store) for _ in range(10)]
         numbers = [store.requests.get(id).number for id in ids]
         events = ChangeDispatcher(store.changes, capacity=1)

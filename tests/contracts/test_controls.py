@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from store.controls import PAUSE, ControlState, Mode
-from store.settings import HomeSettings
 from store.store import Store
+from tests.contracts.conftest import OpenStore
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
@@ -26,8 +27,8 @@ def test_a_control_has_its_latest_value_and_who_set_it(store: Store) -> None:
     assert (changed.value, changed.changed_by, changed.changed_at) == ({"colour": "grün"}, "bob", later)
 
 
-def test_controls_are_seen_by_other_processes(store: Store, settings: HomeSettings) -> None:
-    other = Store(settings)
+def test_controls_are_seen_by_other_processes(store: Store, open_store: OpenStore, tmp_path: Path) -> None:
+    other = open_store(tmp_path / "home")
     store.controls.set("light", {"colour": "red"}, by="ann", now=NOW)
 
     assert [control.value for control in other.controls.list()] == [{"colour": "red"}]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from store import new_id
 from store.chunks import ChunkRecord
@@ -30,8 +30,8 @@ from store.ledger import (
 )
 from store.providers import UnknownProvider
 from store.requests import Answer, NewRequest, RequestRecord
-from store.settings import HomeSettings
 from store.store import Store
+from tests.contracts.conftest import OpenStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 PRICES = {
@@ -541,11 +541,10 @@ class AnyHistory(RuleBasedStateMachine):
     amounts = st.builds(lambda units: Decimal(units).scaleb(-18), st.integers(0, 10**21))
     RANK = (BillState.RECEIVED, BillState.REFUSED, BillState.ACCEPTED)
 
-    def __init__(self) -> None:
+    def __init__(self, open_store: OpenStore) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.store = Store(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
-        self.store.migrate()
+        self.store = open_store(Path(self.folder.name))
         self.store.ledger.record_allocation(allocation())
         self.clock = 0.0
         #: id -> the invoice in its current state.
@@ -701,7 +700,10 @@ class AnyHistory(RuleBasedStateMachine):
             assert total(each) == total(bill.amount for bill in self.decided(id) if bill.state == BillState.ACCEPTED)
 
 
-AnyHistory.TestCase.settings = settings(
-    max_examples=75, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestAnyHistory = AnyHistory.TestCase
+def test_in_any_history_every_way_of_adding_up_agrees(open_store: OpenStore) -> None:
+    run_state_machine_as_test(
+        lambda: AnyHistory(open_store),
+        settings=settings(
+            max_examples=75, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

@@ -15,7 +15,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from store.cost_split import total
 from store.database import Transaction
@@ -23,6 +23,7 @@ from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRe
 from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.settings import HomeSettings
 from store.store import Store
+from tests.contracts.conftest import OpenStore
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 CAPS = {"run": Decimal("0.6"), "day": Decimal(1), "total": Decimal("1.5")}
@@ -254,11 +255,10 @@ def chunk() -> Any:
 class Spending(RuleBasedStateMachine):
     """Two batchers of a home in any order of events, kills included; each obeys only the answers of the store."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_store: OpenStore) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.store = Store(HomeSettings(home=Path(self.folder.name) / "home", busy_seconds=5))
-        self.store.migrate()
+        self.store = open_store(Path(self.folder.name) / "home")
         self.now = NOON
         for batcher in BATCHERS:
             self.store.reservations.set_caps(batcher, CAPS)
@@ -367,10 +367,13 @@ class Spending(RuleBasedStateMachine):
             assert all(used[name] <= CAPS[name] for name in CAPS)
 
 
-TestSpendingInAnyOrder = Spending.TestCase
-TestSpendingInAnyOrder.settings = settings(
-    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+def test_spending_in_any_order_stays_within_the_caps(open_store: OpenStore) -> None:
+    run_state_machine_as_test(
+        lambda: Spending(open_store),
+        settings=settings(
+            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
 
 
 # kill -9

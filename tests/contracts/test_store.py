@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from store import new_id
 from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
 from store.errors import NotCancellable, NotRetryable, UnknownRequest
 from store.requests import MAX_ATTEMPTS, Answer, Blame, Claim, NewRequest, RequestRecord
-from store.settings import HomeSettings
 from store.states import RequestState
 from store.store import Store
+from tests.contracts.conftest import OpenStore
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 OUTPUT = [["n02123159", "tiger_cat", 0.408]]
@@ -444,13 +444,12 @@ class AnyHistory(RuleBasedStateMachine):
 
     claims = Bundle("claims")
 
-    def __init__(self) -> None:
+    def __init__(self, open_store: OpenStore) -> None:
         super().__init__()
         import tempfile
 
         self.folder = tempfile.TemporaryDirectory()
-        self.store = Store(HomeSettings(home=Path(self.folder.name), busy_seconds=5))
-        self.store.migrate()
+        self.store = open_store(Path(self.folder.name))
         self.ids: list[str] = []
         self.answered: dict[int, int] = {}
         self.final: dict[str, RequestState] = {}
@@ -518,7 +517,10 @@ class AnyHistory(RuleBasedStateMachine):
             assert (request.state is RequestState.DONE) == bool(self.answered.get(request.number))
 
 
-AnyHistory.TestCase.settings = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestAnyHistory = AnyHistory.TestCase
+def test_in_any_history_nothing_is_lost_or_answered_twice(open_store: OpenStore) -> None:
+    run_state_machine_as_test(
+        lambda: AnyHistory(open_store),
+        settings=settings(
+            max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

@@ -12,7 +12,7 @@ import flask.testing
 import pytest
 
 from server.settings import ServerSettings
-from store.search import Query
+from store.search import Query, _SearchSql
 from store.store import Store
 from tests.timing import slowness
 
@@ -191,7 +191,8 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def test_a_page_uses_one_index_and_sorts_nothing(
     crowded: Store, wanted: Query, index: str | None, before: int | None
 ) -> None:
-    plan = crowded.search.explain_query_plan(wanted, before=before)
+    page = _SearchSql(wanted, before, 50)
+    plan = [row["detail"] for row in crowded.database.rows(f"EXPLAIN QUERY PLAN {page.page_sql}", page.values)]
 
     assert any(index in step for step in plan) if index else True
     assert not any("TEMP B-TREE" in step for step in plan)
