@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from server.settings import ServerSettings
 from store import new_id
 from store.batches import BatchRecord
 from store.files import NewFile
@@ -44,9 +43,9 @@ def finish(store: Store, claims: list[Claim], **files: bytes) -> int:
 
 
 @pytest.fixture
-def files(settings: ServerSettings, store: Store) -> Callable[[], set[bytes]]:
+def files(store: Store) -> Callable[[], set[bytes]]:
     """The contents of every file under blobs."""
-    return lambda: {path.read_bytes() for path in settings.images.rglob("*") if path.is_file()}
+    return lambda: {path.read_bytes() for path in store.images.folder.rglob("*") if path.is_file()}
 
 
 def test_inputs_and_files_of_an_answer_read_back(store: Store, files: Callable[[], set[bytes]]) -> None:
