@@ -100,17 +100,14 @@ def build(
     """
     _check_name(models, custom)
     labels = read_labels(custom.labels)
-    with (
-        build_folder(models, custom.name) as folder,
-        tempfile.TemporaryDirectory(dir=folder) as private,
-        contextlib.ExitStack() as stack,
-    ):
+    with build_folder(models, custom.name) as folder, contextlib.ExitStack() as stack:
         on_step("checking the file")
-        checked = check_keras_file(custom.file, Path(private))
-        on_step("starting Keras")
-        keras = stack.enter_context(keras_session())
-        on_step("reading weights")
-        network = load_checked(keras, checked)
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            checked = check_keras_file(custom.file, Path(private))
+            on_step("starting Keras")
+            keras = stack.enter_context(keras_session())
+            on_step("reading weights")
+            network = load_checked(keras, checked)
         height, width = _find_size(network, custom)
         _check_classes(network, labels)
         draft = Artefact(

@@ -18,8 +18,9 @@ import pytest
 from batcher.errors import ContainerImageError
 from batcher.image_build.builder import ImageSettings, image_tag, push_image
 from batcher.image_build.lock import PublishedImage, add_to_lock, read_lock
+from provider_image.backends.openvino import GRAPH_FILES
 from provider_image.errors import ConfigError
-from provider_image.models.artefact import GRAPH_FILES, find_artefact, read_artefact
+from provider_image.models.artefact import find_artefact, read_artefact
 
 ROOT = Path(__file__).parents[2]
 MODEL = "efficientnet_lite0"

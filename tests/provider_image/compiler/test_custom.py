@@ -70,6 +70,11 @@ def test_sequential_with_softmax_answers_as_keras_does(install, photos, tmp_path
 
     right = keras_results(network, artefact, photos.values())
     assert (artefact.title, artefact.source, artefact.height) == ("My pets", "own", SIDE)
+    assert {path.name for path in artefact.folder.iterdir()} == {
+        "model.json",
+        *artefact.files,
+        *(sample.file for sample in artefact.samples),
+    }
     assert right.max(axis=1).max() < 0.999
     for found, each in zip(answers(artefact, photos.values(), tmp_path), right, strict=True):
         assert close(found, PETS, each)
