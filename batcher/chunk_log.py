@@ -37,20 +37,11 @@ class ChunkLog:
             id=packed.chunk_id,
             batcher_id=self._batcher_id,
             executor=self._executor,
-            provider=None,
             service=packed.planned.service,
             model=packed.planned.model,
             items=len(packed.items),
             bytes_sent=packed.size_bytes,
-            bytes_received=None,
             dispatched_at=self._clock(),
-            finished_at=None,
-            seconds=None,
-            done=None,
-            failed=None,
-            cost=None,
-            code=None,
-            reason=None,
         )
         try:
             self._chunks.start(record)
@@ -60,6 +51,8 @@ class ChunkLog:
     def record_end(self, packed: PackedChunk, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
         """Record how a chunk ended."""
         error = chunk_outcome.error
+        # Attempts before the last one are in the ledger with their own agreements.
+        bill = outcome.bills[-1] if outcome.bills and outcome.provider is not None else None
         try:
             self._chunks.finish(
                 packed.chunk_id,
@@ -68,12 +61,12 @@ class ChunkLog:
                 seconds=outcome.seconds,
                 done=chunk_outcome.items_done,
                 failed=len(packed.items) - chunk_outcome.items_done,
-                cost=outcome.cost,
+                cost=None if bill is None else f"{bill.cost:f}",
                 code=error.code if error else None,
                 reason=error.reason if error else None,
-                provider_id=outcome.provider_id,
-                agreement_id=outcome.agreement_id,
-                activity_id=outcome.activity_id,
+                provider_id=None if bill is None else bill.provider_id,
+                agreement_id=None if bill is None else bill.agreement_id,
+                activity_id=None if bill is None else bill.activity_id,
                 now=self._clock(),
             )
         except StoreError as store_error:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from batcher.chunk_log import ChunkLog
@@ -34,7 +35,7 @@ from batcher.results import (
     resolve_failed_chunk,
     resolve_unsent_items,
 )
-from batcher.settings import BatcherSettings
+from batcher.settings import BatcherSettings, BatcherTimings
 from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
@@ -45,13 +46,6 @@ from store.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Pause after the store was unavailable; doubles up to the maximum.
-INITIAL_BACKOFF_SECONDS = 0.2
-MAX_BACKOFF_SECONDS = 5.0
-#: Interval at which expired leases are released.
-LEASE_CHECK_SECONDS = 1.0
-#: When the batcher stops, limit for writing the remaining results.
-FINAL_WRITE_SECONDS = 5.0
 #: Chunks that are resized and packed at the same time.
 MAX_PACKING_THREADS = 4
 
@@ -86,10 +80,12 @@ class Cycle:
         batcher_id: str,
         resizer: Resizer | None = None,
         clock: Callable[[], datetime] = now_utc,
+        timings: BatcherTimings = BatcherTimings(),
     ) -> None:
         self._store = store
         self._executor = executor
         self._settings = settings
+        self._timings = timings
         self._folder = folder
         self._clock = clock
         self._resizer = resizer
@@ -110,10 +106,12 @@ class Cycle:
         self._open_claims: dict[tuple[int, int], Claim] = {}
         #: Model -> until when (loop time) it is not claimed, and why.
         self._unavailable_models: dict[str, tuple[float, str]] = {}
+        #: The models that could be claimed the last time.
+        self._possible_models: frozenset[str] = frozenset()
         #: Why nothing is claimed at all; None if not paused.
         self._pause_reason: str | None = None
         self._no_claim_before = 0.0
-        self._claim_backoff_seconds = INITIAL_BACKOFF_SECONDS
+        self._claim_failures = 0
         self._lease_checked_at = float("-inf")
 
     def poll(self) -> None:
@@ -180,34 +178,37 @@ class Cycle:
     # Claiming
 
     def _free_slots(self) -> int:
-        """Return for how many more chunks the executor has capacity."""
-        return self._executor.capacity() - self._slots_taken - len(self._ready)
+        """Return for how many more chunks of the models that were possible last the executor has capacity."""
+        capacity = max(map(self._executor.capacity, self._possible_models), default=0)
+        return capacity - self._slots_taken - len(self._ready)
 
     async def _claim(self, choose: Callable[[], Collection[str]]) -> int:
         """Claim and plan requests for the free slots. :return: the number of claims."""
         loop = asyncio.get_running_loop()
-        free_slots = self._free_slots()
-        if free_slots <= 0 or loop.time() < self._no_claim_before:
+        is_full = bool(self._possible_models) and self._free_slots() <= 0
+        if is_full or loop.time() < self._no_claim_before:
             return 0
-        limit = free_slots * ISOLATION_STEPS[0]
-        is_lease_check_due = loop.time() - self._lease_checked_at >= LEASE_CHECK_SECONDS
+        is_lease_check_due = loop.time() - self._lease_checked_at >= self._timings.lease_check_seconds
         is_flushing = self._is_flushing
         try:
             chosen = await asyncio.to_thread(choose)
-            possible = frozenset(model for model in chosen if self.unavailable_reason(model) is None)
-            claims = await asyncio.to_thread(self._claim_now, possible, limit, is_flushing, is_lease_check_due)
+            self._possible_models = frozenset(model for model in chosen if self.unavailable_reason(model) is None)
+            limit = max(0, self._free_slots()) * ISOLATION_STEPS[0]
+            models = self._possible_models if limit else frozenset()
+            claims = await asyncio.to_thread(self._claim_now, models, limit, is_flushing, is_lease_check_due)
         except StoreError as error:
-            log.warning("cannot claim requests, trying again in %.1f s: %s", self._claim_backoff_seconds, error)
-            self._no_claim_before = loop.time() + self._claim_backoff_seconds
-            self._claim_backoff_seconds = min(2 * self._claim_backoff_seconds, MAX_BACKOFF_SECONDS)
+            self._claim_failures += 1
+            pause = self._timings.store_backoff.after(self._claim_failures)
+            log.warning("cannot claim requests, trying again in %.1f s: %s", pause, error)
+            self._no_claim_before = loop.time() + pause
             return 0
-        self._claim_backoff_seconds = INITIAL_BACKOFF_SECONDS
+        self._claim_failures = 0
         if is_lease_check_due:
             self._lease_checked_at = loop.time()
         self._open_claims.update(((claim.number, claim.token), claim) for claim in claims)
         self._ready.extend(plan(claims, max_items=self._settings.chunk_items, max_bytes=self._settings.chunk_bytes))
         self._tally.claimed += len(claims)
-        if len(claims) < limit and is_flushing:
+        if is_flushing and (len(claims) < limit or not self._possible_models):
             self._is_flushing = False
         return len(claims)
 
@@ -237,7 +238,7 @@ class Cycle:
         )
 
     def _start_ready(self) -> None:
-        while self._ready and self._slots_taken < self._executor.capacity():
+        while self._ready and self._slots_taken < self._executor.capacity(self._ready[0].model):
             self._slots_taken += 1
             task = asyncio.create_task(self._process_chunk(self._ready.popleft()))
             self._tasks.add(task)
@@ -251,7 +252,9 @@ class Cycle:
         # With a timeout, because leases and back-offs expire without an event.
         waking = asyncio.create_task(self._wake.wait())
         try:
-            await asyncio.wait({waking, stopping}, timeout=LEASE_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {waking, stopping}, timeout=self._timings.lease_check_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             waking.cancel()
 
@@ -261,6 +264,7 @@ class Cycle:
         """Process one chunk from packing to recording. Never raises."""
         packed: PackedChunk | None = None
         outcome = Outcome(provider=None, seconds=0.0)
+        failed: Outcome | None = None
         try:
             try:
                 packed = await asyncio.get_running_loop().run_in_executor(self._packers, self._pack, planned)
@@ -275,27 +279,21 @@ class Cycle:
                 resolve_chunk, packed, outcome, self._settings.models, is_stopping=self._is_stopping
             )
         except OSError as error:
+            # A full disk or a missing folder is no item's fault. But an image on a bad sector (EIO) must not block its
+            # chunk for ever.
             failure = StoreUnavailable(f"A chunk could not be written: {error}")
-            # A full disk or a missing folder is no item's fault, and an immediate retry is useless. But an image on a
-            # bad sector (EIO) must not block its chunk for ever.
-            is_blameless = error.errno != errno.EIO
-            if is_blameless:
-                self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
-            failed = Outcome.not_run(failure, is_blameless=is_blameless)
-            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
-        except ResizingUnavailable as error:
-            self._no_claim_before = asyncio.get_running_loop().time() + MAX_BACKOFF_SECONDS
-            failed = Outcome.not_run(error)
-            chunk_outcome = resolve_failed_chunk(planned.items, failed, is_stopping=self._is_stopping)
+            failed = Outcome.not_run(failure, is_blameless=error.errno != errno.EIO)
         except MlgError as error:
-            chunk_outcome = resolve_failed_chunk(
-                planned.items if packed is None else packed.items, Outcome.not_run(error, is_blameless=False)
-            )
+            failed = Outcome.not_run(error, is_blameless=isinstance(error, ResizingUnavailable))
         except Exception as error:
             # A bug here or in an executor must not stop the batcher, and its chunk must not be retried for ever.
             log.exception("a chunk failed", extra={"model": planned.model})
             failed = Outcome.not_run(ChunkError(f"{type(error).__name__}: {error}"), is_blameless=False)
-            chunk_outcome = resolve_failed_chunk(planned.items if packed is None else packed.items, failed)
+        if failed is not None:
+            if failed.is_blameless:  # an immediate retry is useless
+                self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
+            items = planned.items if packed is None else packed.items
+            chunk_outcome = resolve_failed_chunk(items, failed, is_stopping=self._is_stopping)
         try:
             await self._record(planned, packed, outcome, chunk_outcome)
         finally:
@@ -327,7 +325,7 @@ class Cycle:
             chunk=packed.chunk,
             results=packed.results,
             timeout_seconds=self._settings.chunk_timeout_seconds,
-            check=lambda path: check_results(packed, self._settings.models, path),
+            check=None if self._executor.is_trusted else partial(check_results, packed, self._settings.models),
         )
         self._tally.chunks += 1
         run = asyncio.create_task(self._executor.run(job))
@@ -357,7 +355,7 @@ class Cycle:
         """Write an outcome into the store; retry until it is written or the claims are lost."""
         claims = chunk_outcome.claims
         result_writer = ResultWriter(self._store.requests, chunk_outcome)
-        pause = INITIAL_BACKOFF_SECONDS
+        failures = 0
         while True:
             try:
                 await asyncio.to_thread(result_writer.write_pending, self._clock())
@@ -366,9 +364,10 @@ class Cycle:
                 if not any((claim.number, claim.token) in self._open_claims for claim in claims):
                     log.error("results are dropped, their leases expired before the store accepted them: %s", error)
                     break
+                failures += 1
+                pause = self._timings.store_backoff.after(failures)
                 log.warning("cannot record results, trying again in %.1f s: %s", pause, error)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
         for claim in claims:
             self._open_claims.pop((claim.number, claim.token), None)
         self._tally.add(result_writer.tally)
@@ -409,7 +408,7 @@ class Cycle:
         if self._tasks and self._resizer is not None:
             await asyncio.to_thread(self._resizer.close)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=FINAL_WRITE_SECONDS)
+            await asyncio.wait(self._tasks, timeout=self._timings.final_write_seconds)
 
     async def _release(self, items: Iterable[PlannedItem]) -> None:
         result_writer = ResultWriter(

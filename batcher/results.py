@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batcher.backoff import Backoff
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
@@ -30,8 +31,8 @@ from provider_image.services import load_service
 from store.files import NewFile
 from store.requests import Answer, Blame, Claim
 
-#: Seconds before an item that failed alone is tried again, by its failures so far.
-BACKOFF_SECONDS = (1.0, 4.0, 16.0)
+#: Pauses before an item that failed alone is tried again.
+ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
 #: Seconds before work is tried again that failed without fault of its items: an unusable model, a full disk.
 UNAVAILABLE_RETRY_SECONDS = 30.0
 #: Errors of the model, not of the items: other chunks of the model would fail the same way.
@@ -142,14 +143,14 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
     if outcome.is_blameless or is_model_unusable:
-        blame, delay = Blame.NOBODY, 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
-        failures: tuple[ClaimFailure, ...] = tuple(_make_failure(item, error, blame, delay) for item in failed)
+        delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+        failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
-        failures = (_blame_item(failed[0], error),)
+        failures = [_blame_item(failed[0], error)]
     else:
         # Due immediately, in smaller chunks: the item at fault is found, and the others are answered.
-        failures = tuple(_make_failure(item, error, Blame.CHUNK, 0.0) for item in failed)
-    return ChunkOutcome(failures=_merge(failures), error=error, is_model_unusable=is_model_unusable)
+        failures = [_make_failure(failed, error, Blame.CHUNK, 0.0)]
+    return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
 def _check_output(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
@@ -192,34 +193,24 @@ def _answers(
 def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
     if isinstance(error, BadInput):
         # Decided by the error's class here, not by the provider's `permanent` flag.
-        return ClaimFailure(claims=item.claims, code=error.code, reason=_printable(error), blame=None)
+        return _make_failure([item], error, None)
     return _blame_item(item, error)
 
 
 def _blame_item(item: PlannedItem, error: MlgError) -> ClaimFailure:
     attempts = max(claim.attempts for claim in item.claims)
-    return _make_failure(item, error, Blame.ITEM, BACKOFF_SECONDS[min(attempts, len(BACKOFF_SECONDS) - 1)])
+    return _make_failure([item], error, Blame.ITEM, ITEM_BACKOFF.after(attempts + 1))
 
 
-def _make_failure(item: PlannedItem, error: MlgError, blame: Blame, delay_seconds: float) -> ClaimFailure:
+def _make_failure(
+    items: Iterable[PlannedItem], error: MlgError, blame: Blame | None, delay_seconds: float = 0.0
+) -> ClaimFailure:
     return ClaimFailure(
-        claims=item.claims, code=error.code, reason=_printable(error), blame=blame, delay_seconds=delay_seconds
-    )
-
-
-def _merge(failures: tuple[ClaimFailure, ...]) -> tuple[ClaimFailure, ...]:
-    """Merge failures that differ only in their claims, so that the store needs one commit for all."""
-    if not failures:
-        return ()
-    first = failures[0]
-    return (
-        ClaimFailure(
-            claims=tuple(claim for failure in failures for claim in failure.claims),
-            code=first.code,
-            reason=first.reason,
-            blame=first.blame,
-            delay_seconds=first.delay_seconds,
-        ),
+        claims=tuple(claim for item in items for claim in item.claims),
+        code=error.code,
+        reason=_printable(error),
+        blame=blame,
+        delay_seconds=delay_seconds,
     )
 
 

@@ -8,22 +8,23 @@ overlap however long one takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from batcher.cycle import Cycle, available_models, now_utc
-from batcher.executors import Executor
+from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.resizing import make_resizer
 from batcher.result_writer import Tally
-from batcher.settings import BatcherSettings
+from batcher.settings import BatcherSettings, BatcherTimings
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
@@ -35,17 +36,6 @@ from store.settings import HomeSettings
 from store.store import Store
 
 log = logging.getLogger(__name__)
-
-#: Interval of the heartbeat.
-HEARTBEAT_SECONDS = 2.0
-#: Interval at which the operator's controls are read.
-CONTROLS_POLL_SECONDS = 0.5
-#: Interval at which expired data is deleted.
-PURGE_SECONDS = 3600.0
-#: With `--once`: interval at which the end of back-offs is checked.
-ONCE_POLL_SECONDS = 0.25
-#: With `--once`: interval at which the models with requests from before the start are read.
-ONCE_BACKLOG_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +74,15 @@ class Batcher:
         workspace: Workspace,
         batcher_id: str,
         clock: Callable[[], datetime] = now_utc,
+        timings: BatcherTimings = BatcherTimings(),
     ) -> None:
         self._store = store
         self._executor = executor
         self._settings = settings
+        self._timings = timings
         self._home_settings = home_settings
         self._id = batcher_id
+        self._owner = workspace.folder.name
         self._clock = clock
         self._started_at = clock()
         #: The operator's controls as last read; None before the first time.
@@ -103,34 +96,24 @@ class Batcher:
             batcher_id=batcher_id,
             resizer=self._resizer,
             clock=clock,
+            timings=timings,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run cycles on the timer until stopped. :raises MlgError: the executor cannot start."""
-        scheduler = self._scheduler()
-        polling: asyncio.Task[None] | None = None
-        watching_controls: asyncio.Task[None] | None = None
-        try:
-            await self._executor.start()
-            await self._apply_controls()
-            await self._send_heartbeat()
+        async with self._running() as scheduler:
             now = datetime.now(UTC)
             scheduler.add_job(self._flush, "interval", seconds=self._settings.every_seconds, next_run_time=now)
-            scheduler.add_job(self._send_heartbeat, "interval", seconds=HEARTBEAT_SECONDS)
-            scheduler.add_job(self._purge, "interval", seconds=PURGE_SECONDS, next_run_time=now)
-            scheduler.start()
+            scheduler.add_job(self._purge, "interval", seconds=self._timings.purge_seconds, next_run_time=now)
             polling = asyncio.create_task(self._poll_loop())
-            watching_controls = asyncio.create_task(self._watch_controls())
-            while not stop.is_set():
-                await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
-                tally = await self._cycle.run(stop)
-                if tally.claimed:
-                    log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
-        finally:
-            for task in (polling, watching_controls):
-                if task is not None:
-                    task.cancel()
-            await self._shut_down(scheduler)
+            try:
+                while not stop.is_set():
+                    await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
+                    tally = await self._cycle.run(stop)
+                    if tally.claimed:
+                        log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
+            finally:
+                polling.cancel()
 
     async def run_once(self, stop: asyncio.Event) -> OnceReport:
         """Process everything that waits now, back-offs included, and end.
@@ -141,16 +124,8 @@ class Batcher:
         """
         started_at = time.monotonic()
         total = Tally()
-        scheduler = self._scheduler()
-        watching_controls: asyncio.Task[None] | None = None
-        try:
-            await self._executor.start()
-            await self._apply_controls()
-            await self._send_heartbeat()
-            scheduler.add_job(self._send_heartbeat, "interval", seconds=HEARTBEAT_SECONDS)
-            scheduler.start()
-            watching_controls = asyncio.create_task(self._watch_controls())
-            initial_backlog = _InitialBacklog(self._store.requests)
+        async with self._running():
+            initial_backlog = _InitialBacklog(self._store.requests, self._timings.once_backlog_seconds)
             while True:
                 self._cycle.flush()
                 tally = await self._cycle.run(
@@ -161,13 +136,9 @@ class Batcher:
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
                     break
-                await _wait_for_first(asyncio.sleep(ONCE_POLL_SECONDS), stop.wait())
+                await _wait_for_first(asyncio.sleep(self._timings.once_poll_seconds), stop.wait())
             left = {model: (count, self._waiting_reason(model)) for model, count in waiting.items()}
             await self._purge()
-        finally:
-            if watching_controls is not None:
-                watching_controls.cancel()
-            await self._shut_down(scheduler)
         return OnceReport(
             done=total.done,
             failed=total.failed,
@@ -177,13 +148,30 @@ class Batcher:
             left=left,
         )
 
-    # Jobs
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[AsyncIOScheduler]:
+        """Start the executor and, until the block ends, send heartbeats and obey the operator's controls.
 
-    @staticmethod
-    def _scheduler() -> AsyncIOScheduler:
+        :return: a scheduler for further jobs.
+        """
         # A late job runs late and once. The time zone is given because looking up the local one can fail.
         defaults = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
-        return AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
+        scheduler = AsyncIOScheduler(job_defaults=defaults, timezone=UTC)
+        watching_controls: asyncio.Task[None] | None = None
+        try:
+            await self._executor.start()
+            await self._apply_controls()
+            await self._send_heartbeat()
+            scheduler.add_job(self._send_heartbeat, "interval", seconds=self._timings.heartbeat_seconds)
+            scheduler.start()
+            watching_controls = asyncio.create_task(self._watch_controls())
+            yield scheduler
+        finally:
+            if watching_controls is not None:
+                watching_controls.cancel()
+            await self._shut_down(scheduler)
+
+    # Jobs
 
     async def _flush(self) -> None:
         self._cycle.flush()
@@ -196,7 +184,7 @@ class Batcher:
 
     async def _watch_controls(self) -> None:
         while True:
-            await asyncio.sleep(CONTROLS_POLL_SECONDS)
+            await asyncio.sleep(self._timings.controls_poll_seconds)
             if await self._apply_controls():
                 await self._send_heartbeat()
 
@@ -222,8 +210,15 @@ class Batcher:
         return True
 
     async def _send_heartbeat(self) -> None:
+        try:
+            await asyncio.to_thread(self._store.batchers.heartbeat, await self._batcher_record())
+        except StoreError as error:
+            log.warning("cannot write the heartbeat of this batcher: %s", error)
+
+    async def _batcher_record(self) -> BatcherRecord:
         models = await asyncio.to_thread(available_models, self._settings.models)
-        record = BatcherRecord(
+        caps = await asyncio.to_thread(self._store.reservations.caps, self._owner)
+        return BatcherRecord(
             id=self._id,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -231,17 +226,13 @@ class Batcher:
             every_seconds=self._settings.every_seconds,
             max_wait_seconds=self._settings.max_wait_seconds,
             capacity=self._executor.workers(),
-            budget=_budget(self._settings),
+            budget={name: f"{amount:f}" for name, amount in caps.items()},
             notices={
                 model: reason for model in models if (reason := self._cycle.unavailable_reason(model)) is not None
             },
             started_at=self._started_at,
             seen_at=self._clock(),
         )
-        try:
-            await asyncio.to_thread(self._store.batchers.heartbeat, record)
-        except StoreError as error:
-            log.warning("cannot write the heartbeat of this batcher: %s", error)
 
     async def _purge(self) -> None:
         now = self._clock()
@@ -285,20 +276,12 @@ class Batcher:
         return "The model was installed during this run. Run mlg batch again."
 
 
-def _budget(settings: BatcherSettings) -> dict[str, str]:
-    """Return the budget caps, which the dashboard shows; empty for executors that cost nothing."""
-    if "golem" not in {name.strip() for name in settings.executor.split(",")}:
-        return {}
-    golem = settings.golem
-    amounts = {"run": golem.budget_run, "day": golem.budget_day, "total": golem.budget_total}
-    return {name: format(amount, "f") for name, amount in amounts.items() if amount is not None}
-
-
 class _InitialBacklog:
     """The waiting requests from before this object was made."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, refresh_seconds: float) -> None:
         self._requests = requests
+        self._refresh_seconds = refresh_seconds
         newest = requests.list(limit=1)
         self._newest_number = newest[0].number if newest else 0
         self._models: frozenset[str] = frozenset()
@@ -314,7 +297,7 @@ class _InitialBacklog:
 
     def models(self) -> frozenset[str]:
         """Return the models with older requests waiting; reads the store at most once per interval."""
-        if time.monotonic() - self._counted_at > ONCE_BACKLOG_SECONDS:
+        if time.monotonic() - self._counted_at > self._refresh_seconds:
             self._models = frozenset(self.count())
             self._counted_at = time.monotonic()
         return self._models
@@ -335,7 +318,7 @@ async def run_batcher(
     settings: BatcherSettings,
     home_settings: HomeSettings,
     store: Store,
-    make_executor: Callable[[BatcherSettings], Executor],
+    environment: Mapping[str, str],
     *,
     batcher_id: str,
     is_once: bool,
@@ -343,7 +326,7 @@ async def run_batcher(
 ) -> OnceReport | None:
     """Run a batcher until SIGTERM, Ctrl-C, or the end of its parent process.
 
-    :param make_executor: called with settings whose work folder is this batcher's.
+    :param environment: from which executors read their settings.
     :param parent_fd: a pipe from the parent; the batcher stops when it is closed.
     :return: the report of a single run; None on the timer.
     """
@@ -352,11 +335,17 @@ async def run_batcher(
     try:
         stop = asyncio.Event()
         _listen_for_stop(stop, parent_fd)
-        own_settings = replace(settings, work=workspace.folder)
+        context = ExecutorContext(
+            owner=workspace.folder.name,
+            work=workspace.folder,
+            models=settings.models,
+            store=store,
+            environment=environment,
+        )
         batcher = Batcher(
             store=store,
-            executor=make_executor(own_settings),
-            settings=own_settings,
+            executor=load_executor(settings.executor, context),
+            settings=settings,
             home_settings=home_settings,
             workspace=workspace,
             batcher_id=batcher_id,

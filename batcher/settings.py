@@ -1,21 +1,43 @@
 """The settings of the batcher: when chunks are due, how large they are, where they run.
 
-Read once by `from_env` in `cli/batch.py` and passed on. Each field is a row in docs/settings.md.
+Read once by `from_env` in `cli/batch.py` and passed on. Executors read their own settings. Each field is a row in
+docs/settings.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from batcher.executors.golem.settings import GolemSettings
+from batcher.backoff import Backoff
 from provider_image.cores import available_cores
 from provider_image.environment import Environment
-from provider_image.precision import PRECISIONS
 
 #: Values of MLG_SHRINK.
 SHRINK_CHOICES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatcherTimings:
+    """Intervals and limits of the scheduler and the cycle, in seconds. No settings; tests shorten them."""
+
+    #: Pauses while the store does not respond.
+    store_backoff: Backoff = Backoff(first_seconds=0.2, max_seconds=5.0)
+    #: Interval at which expired leases are released.
+    lease_check_seconds: float = 1.0
+    #: When the batcher stops, limit for writing the remaining results.
+    final_write_seconds: float = 5.0
+    #: Interval of the heartbeat.
+    heartbeat_seconds: float = 2.0
+    #: Interval at which the operator's controls are read.
+    controls_poll_seconds: float = 0.5
+    #: Interval at which expired data is deleted.
+    purge_seconds: float = 3600.0
+    #: With `--once`: interval at which the end of back-offs is checked.
+    once_poll_seconds: float = 0.25
+    #: With `--once`: interval at which the models with requests from before the start are read.
+    once_backlog_seconds: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +50,6 @@ class BatcherSettings:
     models: Path
     #: Where chunks run: local, golem, or golem,local. MLG_EXECUTOR. Defaults to local.
     executor: str = "local"
-    #: With several executors: a chunk waits this long for one before it goes to the next.
-    #: MLG_FALLBACK_SECONDS. Defaults to 60 seconds.
-    fallback_seconds: float = 60.0
     #: Seconds between two cycles that process all waiting requests. MLG_EVERY_SECONDS. Defaults to 600 seconds.
     every_seconds: float = 600.0
     #: A request waits at most this long for its chunk to fill. MLG_MAX_WAIT_SECONDS. Defaults to 600 seconds.
@@ -47,16 +66,11 @@ class BatcherSettings:
     chunk_timeout_seconds: float = 120.0
     #: Seconds for chunks under way to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
     drain_seconds: float = 10.0
-    #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
-    workers: int = 1
+    #: Number of resizing processes: MLG_WORKERS, as for local workers.
+    resizers: int = 1
     #: Whether images are resized to the model's input before they are sent: on, off, or auto, which resizes if chunks
     #: leave this machine. MLG_SHRINK. Defaults to auto.
     shrink: str = "auto"
-    #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
-    #: MLG_PRECISION. Defaults to f32.
-    precision: str = "f32"
-    #: Settings of the golem executor.
-    golem: GolemSettings = field(default_factory=GolemSettings)
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> BatcherSettings:
@@ -67,7 +81,6 @@ class BatcherSettings:
             work=home / "work",
             models=home / "models",
             executor=env.text("MLG_EXECUTOR", cls.executor),
-            fallback_seconds=env.number("MLG_FALLBACK_SECONDS", cls.fallback_seconds, minimum=0, maximum=86400),
             every_seconds=env.number("MLG_EVERY_SECONDS", cls.every_seconds, minimum=0.05, maximum=86400),
             max_wait_seconds=env.number("MLG_MAX_WAIT_SECONDS", cls.max_wait_seconds, minimum=0, maximum=86400),
             poll_seconds=env.number("MLG_POLL_SECONDS", cls.poll_seconds, minimum=0.01, maximum=3600),
@@ -78,8 +91,6 @@ class BatcherSettings:
                 "MLG_CHUNK_TIMEOUT_SECONDS", cls.chunk_timeout_seconds, minimum=0.1, maximum=18000
             ),
             drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
-            workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
+            resizers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
             shrink=env.choice("MLG_SHRINK", cls.shrink, SHRINK_CHOICES),
-            precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
-            golem=GolemSettings.from_environment(env),
         )

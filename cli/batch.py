@@ -55,7 +55,6 @@ def batch(once: bool, as_json: bool, parent_fd: int | None) -> None:
     import asyncio
     import secrets
 
-    from batcher.executors import load_executor
     from batcher.scheduler import run_batcher
 
     with open_store(creates=True) as store:
@@ -64,7 +63,7 @@ def batch(once: bool, as_json: bool, parent_fd: int | None) -> None:
                 settings,
                 home_settings,
                 store,
-                lambda chosen: load_executor(chosen.executor, chosen, store),
+                variables,
                 batcher_id=secrets.token_hex(16),
                 is_once=once,
                 parent_fd=parent_fd,

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from batcher.backoff import Backoff
+from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.settings import BatcherSettings
-from batcher.subprocesses import child_environment, module_command
+from batcher.subprocesses import child_environment, exit_description, module_command
 from provider_image.errors import MlgError
 from server.address import base_url
 from server.auth.guard import check_exposure
@@ -30,10 +32,9 @@ log = logging.getLogger(__name__)
 
 #: The defaults of `mlg up`, instead of ten minutes: its user wants to see results at once.
 SHORT_WAITS = {"MLG_MAX_WAIT_SECONDS": "0.2", "MLG_POLL_SECONDS": "0.05"}
-#: Delay before a child that exited is restarted; doubles each time, up to the maximum.
-INITIAL_BACKOFF_SECONDS = 0.2
-MAX_BACKOFF_SECONDS = 5.0
-#: After running for so long, a child is restarted with the initial delay again.
+#: Delay before a child that exited is restarted.
+RESTART_BACKOFF = Backoff(first_seconds=0.2, max_seconds=5.0)
+#: After running for so long, a child is restarted with the first delay again.
 STABLE_SECONDS = 10.0
 #: Both children must be ready within this time.
 READY_SECONDS = 60.0
@@ -57,7 +58,8 @@ class _Child:
     started_at: float = 0.0
     #: When to start it, by the monotonic clock; None while it runs.
     start_at: float | None = 0.0
-    backoff_seconds: float = INITIAL_BACKOFF_SECONDS
+    #: How often it ended soon after its start, in a row.
+    failures: int = 0
     is_ready: bool = False
     #: Environment variables for this child only.
     extra_variables: dict[str, str] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Supervisor:
             store.migrate()
             store.check()
             check_exposure(self._settings, store.keys)
+            self._executor = self._load_executor(store)
             with self._signal_handlers():
                 status = self._start_all(store)
                 if status == 0:
@@ -108,6 +111,17 @@ class Supervisor:
                 os.close(descriptor)
             self._close_ready()
         return status
+
+    def _load_executor(self, store: Store) -> Executor:
+        """Make the batcher's executor to ask it about itself; it is never started."""
+        context = ExecutorContext(
+            owner="supervisor",
+            work=self._batcher_settings.work,
+            models=self._batcher_settings.models,
+            store=store,
+            environment=self._variables,
+        )
+        return load_executor(self._batcher_settings.executor, context)
 
     # Starting and watching
 
@@ -143,17 +157,11 @@ class Supervisor:
             status = child.process.poll()
             if status is None:
                 return None
-            if now - child.started_at > STABLE_SECONDS:
-                child.backoff_seconds = INITIAL_BACKOFF_SECONDS
-            child.process, child.start_at = None, now + child.backoff_seconds
+            child.failures = 1 if now - child.started_at > STABLE_SECONDS else child.failures + 1
+            pause = RESTART_BACKOFF.after(child.failures)
+            child.process, child.start_at = None, now + pause
             if child.is_ready or status < 0:
-                log.warning(
-                    "the %s %s; starting it again in %.1f s",
-                    child.name,
-                    _exit_description(status),
-                    child.backoff_seconds,
-                )
-            child.backoff_seconds = min(2 * child.backoff_seconds, MAX_BACKOFF_SECONDS)
+                log.warning("the %s %s; starting it again in %.1f s", child.name, exit_description(status), pause)
             return status
         if child.start_at is not None and now >= child.start_at:
             self._start(child)
@@ -212,9 +220,9 @@ class Supervisor:
     def _startup_message(self) -> str:
         assert self._address is not None
         url = base_url(*self._address)
-        workers = self._batcher_settings.workers
         executor = self._batcher_settings.executor
         if executor == "local":
+            workers = self._executor.workers()
             executor += f", {workers} worker{'s' if workers > 1 else ''}"
         return "\n".join(
             (
@@ -246,7 +254,8 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once."""
-        grace = {"batcher": self._batcher_settings.drain_seconds + GRACE_SECONDS, "server": GRACE_SECONDS}
+        batcher_seconds = self._batcher_settings.drain_seconds + self._executor.stop_seconds()
+        grace = {"batcher": batcher_seconds + GRACE_SECONDS, "server": GRACE_SECONDS}
         for child in (self._batcher, self._server):
             if child.process is None or child.process.poll() is not None:
                 continue
@@ -271,7 +280,3 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
     # The child leads its own session, so this kills the worker processes of the server as well.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _exit_description(status: int) -> str:
-    return f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"

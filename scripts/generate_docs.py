@@ -22,15 +22,18 @@ from typing import Any
 
 import click
 
+from batcher.executors import REGISTRY
+
 ROOT = Path(__file__).parents[1]
 #: What belongs to the program; a package that does not exist is skipped.
 PACKAGES = ("cli", "server", "batcher", "store", "provider_image", "devnet", "mlg_client")
-#: Settings record -> heading of its table, in the order of the file. All other records share the last one.
+#: Settings record -> heading of its table, in the order of the file. Those of executors follow, found through their
+#: registry. All other records share the last one.
 HEADINGS = {
     "HomeSettings": "Home",
     "ServerSettings": "Server",
     "BatcherSettings": "Batcher",
-    "GolemSettings": "Golem",
+    "FallbackSettings": "Batcher",
 }
 OTHER_HEADING = "Provider image and weights"
 #: Tag of the API description -> heading of its table, in the order of the file.
@@ -67,15 +70,29 @@ def settings() -> dict[str, list[Setting]]:
                 read = [_setting(lines, field.lineno) for field in node.body if isinstance(field, ast.AnnAssign)]
                 if kept := [setting for setting in read if setting is not None]:
                     found[node.name] = kept
-    return dict(sorted(found.items(), key=lambda item: (_place_of(item[0], HEADINGS), item[0])))
+    order = headings()
+    return dict(sorted(found.items(), key=lambda item: (_place_of(item[0], order), item[0])))
+
+
+def headings() -> dict[str, str]:
+    """Return settings record -> heading of its table, executors included."""
+    found = dict(HEADINGS)
+    for name, factory in sorted(REGISTRY.items(), reverse=True):
+        place = ROOT.joinpath(*factory.partition(":")[0].split(".")[:3])  # batcher/executors/NAME, a folder or a file
+        for path in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Settings"):
+                    found[node.name] = name.capitalize()
+    return found
 
 
 def settings_part() -> str:
     """Write a table for each settings record."""
     tables: dict[str, list[tuple[str, ...]]] = {}
+    titles = headings()
     for record, rows in settings().items():
         cells = [(f"`{row.name}`", _default(row.default), row.text) for row in rows]
-        tables.setdefault(HEADINGS.get(record, OTHER_HEADING), []).extend(cells)
+        tables.setdefault(titles.get(record, OTHER_HEADING), []).extend(cells)
     head = ("variable", "default", "meaning")
     return "\n\n".join(f"### {heading}\n\n{_table(head, cells)}" for heading, cells in tables.items())
 

@@ -59,4 +59,4 @@ class Batchers:
         rows = self._database.rows(
             "SELECT * FROM batchers WHERE seen_at >= ? ORDER BY started_at", (to_text(seen_since),)
         )
-        return [BatcherRecord(**from_row(row, mappings=("notices", "budget"))) for row in rows]
+        return [from_row(BatcherRecord, row) for row in rows]

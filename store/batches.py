@@ -4,7 +4,7 @@ The server adds, reads, cancels and retries; the batcher lets requests expire. A
 is no image) is kept beside it, so that a client that sent ten thousand finds the three that were refused.
 
 Guarantees beside those in `store/__init__.py`: a batch is added whole or not at all, in one commit. Requests that ended
-are numbered in the order of the commits (by triggers, see `m005_batches`), so a client that has read the results up to
+are numbered in the order of the commits (see `transition.py`), so a client that has read the results up to
 a number and asks again later misses nothing and reads nothing twice; a request that is retried ends again, under a new
 number.
 
@@ -27,21 +27,26 @@ from provider_image.errors import MlgError
 from store.cost_split import equal_share, total
 from store.database import Database, Transaction
 from store.errors import UnknownRequest
-from store.files import digests_of_files
-from store.images import ImageStore, StagedImage, delete_unneeded_images
+from store.images import ImageStore, StagedImage
 from store.keys import count_images
-from store.requests import ROWS_PER_COMMIT, NewRequest, RequestRecord, insert_request, read_requests, request_row
-from store.rows import from_optional_text, from_text, to_text
+from store.requests import (
+    RESET,
+    ROWS_PER_COMMIT,
+    NewRequest,
+    RequestRecord,
+    delete_requests,
+    insert_requests,
+    read_requests,
+    request_row,
+)
+from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
+from store.transition import transition
 
-_ADD_BATCH = """
-    INSERT INTO batches (id, service, model, params, name, labels, key_id, created_at, deadline_at, keep_seconds,
-                         total, refused, webhook)
-    VALUES (:id, :service, :model, :params, :name, :labels, :key_id, :created_at, :deadline_at, :keep_seconds,
-            :total, :refused, :webhook)
+_ADD_REFUSAL = """
+    INSERT INTO batch_refusals (batch_id, position, client_id, code, reason)
+    VALUES (:batch_id, :position, :client_id, :code, :reason)
 """
-
-_ADD_REFUSAL = "INSERT INTO batch_refusals (batch_id, position, client_id, code, reason) VALUES (?, ?, ?, ?, ?)"
 
 # One index answers it alone, except for the costs of the chunks.
 _PROGRESS = """
@@ -65,29 +70,12 @@ _ITEMS = """
     WHERE batch_id = :id AND number > :after ORDER BY number LIMIT :limit
 """
 
-_CANCEL_BATCH = "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id"
-
-_CANCEL_ITEMS = """
-    UPDATE requests SET state = 'cancelled', finished_at = :now, code = NULL, reason = NULL
-    WHERE batch_id = :id AND state = 'queued'
-"""
-
-_RETRY_ITEMS = """
-    UPDATE requests
-    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now,
-        deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
-    WHERE batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL
-"""
-
 _IS_IN_PROGRESS = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
 """
 
-_REMOVE_ITEMS = """
-    DELETE FROM requests
-    WHERE number IN (SELECT number FROM requests
-                     WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT :rows_per_commit)
-    RETURNING image_sha256, inputs, files
+_SOME_ITEMS = f"""
+    number IN (SELECT number FROM requests WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
 """
 
 
@@ -157,27 +145,6 @@ class BatchRecord:
     #: Counts up in the order of arrival; 0 before it is added.
     number: int = 0
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> BatchRecord:
-        """Build the record from a row of the table `batches`."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            name=row["name"],
-            labels=json.loads(row["labels"]),
-            key_id=row["key_id"],
-            created_at=from_text(row["created_at"]),
-            deadline_at=from_optional_text(row["deadline_at"]),
-            keep_seconds=row["keep_seconds"],
-            total=row["total"],
-            refused=row["refused"],
-            cancelled_at=from_optional_text(row["cancelled_at"]),
-            webhook=row["webhook"],
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProgress:
@@ -225,32 +192,17 @@ class Batches:
         :raises StoreError: nothing is left behind, the staged images included.
         :raises QuotaReached: likewise.
         """
-        values = {
-            "id": batch.id,
-            "service": batch.service,
-            "model": batch.model,
-            "params": json.dumps(dict(batch.params), sort_keys=True),
-            "name": batch.name,
-            "labels": json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False),
-            "key_id": batch.key_id,
-            "created_at": to_text(batch.created_at),
-            "deadline_at": None if batch.deadline_at is None else to_text(batch.deadline_at),
-            "keep_seconds": batch.keep_seconds,
-            "total": len(items),
-            "refused": len(refused_items),
-            "webhook": batch.webhook,
-        }
-        rows = [request_row(new, staged) for new, staged in items]
+        labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
+        values = {**to_row(batch), "labels": labels, "total": len(items), "refused": len(refused_items)}
+        del values["number"]
+        rows = [(new, staged, request_row(new, staged)) for new, staged in items]
 
         def write(transaction: Transaction) -> list[RequestRecord]:
             if batch.key_id is not None:
                 count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
-            transaction.execute(_ADD_BATCH, values)
-            for one in refused_items:
-                transaction.execute(_ADD_REFUSAL, (batch.id, one.position, one.client_id, one.code, one.reason))
-            return [
-                insert_request(transaction, new, staged, row) for (new, staged), row in zip(items, rows, strict=True)
-            ]
+            transaction.execute(f"INSERT INTO {insert_sql('batches', values)}", values)
+            transaction.execute_many(_ADD_REFUSAL, [{**to_row(one), "batch_id": batch.id} for one in refused_items])
+            return insert_requests(transaction, rows, now=batch.created_at)
 
         try:
             return self._database.write(write)
@@ -264,7 +216,7 @@ class Batches:
         row = self._database.row("SELECT * FROM batches WHERE id = ?", (id,))
         if row is None:
             raise UnknownBatch()
-        return BatchRecord.from_row(row)
+        return from_row(BatchRecord, row)
 
     def refused_items(self, batch_id: str) -> list[RefusedItem]:
         """List what a batch refused, in order; empty for an unknown batch."""
@@ -272,7 +224,7 @@ class Batches:
             "SELECT position, client_id, code, reason FROM batch_refusals WHERE batch_id = ? ORDER BY position",
             (batch_id,),
         )
-        return [RefusedItem(**dict(row)) for row in rows]
+        return [from_row(RefusedItem, row) for row in rows]
 
     def progress(self, id: str) -> BatchProgress:
         """Count the requests of a batch by state; all zero for an unknown batch."""
@@ -326,7 +278,14 @@ class Batches:
 
     def cancel(self, id: str, *, now: datetime) -> int:
         """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
-        return self._change_items(id, now, _CANCEL_BATCH, _CANCEL_ITEMS)
+        return self._change_items(
+            id,
+            "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id",
+            RequestState.CANCELLED,
+            where="batch_id = :id",
+            columns="code = NULL, reason = NULL",
+            now=now,
+        )
 
     def retry(self, id: str, *, now: datetime) -> int:
         """Queue those failed requests of a batch again whose image is kept.
@@ -334,15 +293,22 @@ class Batches:
         :return: how many.
         :raises UnknownBatch:
         """
-        return self._change_items(id, now, "UPDATE batches SET cancelled_at = NULL WHERE id = :id", _RETRY_ITEMS)
+        return self._change_items(
+            id,
+            "UPDATE batches SET cancelled_at = NULL WHERE id = :id",
+            RequestState.QUEUED,
+            where="batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL",
+            columns=RESET,
+            now=now,
+        )
 
-    def _change_items(self, id: str, now: datetime, change_batch: str, change_items: str) -> int:
-        values = {"id": id, "now": to_text(now)}
-
+    def _change_items(
+        self, id: str, change_batch: str, to: RequestState, *, where: str, columns: str, now: datetime
+    ) -> int:
         def write(transaction: Transaction) -> int:
-            if not transaction.execute(change_batch, values).rowcount:
+            if not transaction.execute(change_batch, {"id": id, "now": to_text(now)}).rowcount:
                 raise UnknownBatch()
-            return transaction.execute(change_items, values).rowcount
+            return len(transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now))
 
         return self._database.write(write)
 
@@ -359,13 +325,11 @@ class Batches:
                 raise UnknownBatch()
             if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
-            removed = transaction.execute(_REMOVE_ITEMS, {"id": id, "rows_per_commit": ROWS_PER_COMMIT}).fetchall()
-            digests = set().union(*map(digests_of_files, removed))
-            delete_unneeded_images(transaction.connection, self._images, digests)
-            if len(removed) < ROWS_PER_COMMIT:
+            removed = delete_requests(transaction, self._images, _SOME_ITEMS, {"id": id})
+            if removed < ROWS_PER_COMMIT:
                 transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
                 transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
-            return len(removed)
+            return removed
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
@@ -383,4 +347,4 @@ class Batches:
             f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
             {"key_id": key_id, "before": before, "limit": limit},
         )
-        return [BatchRecord.from_row(row) for row in rows]
+        return [from_row(BatchRecord, row) for row in rows]

@@ -1,7 +1,7 @@
 """The change feed: the table `changes`, every change of a request's state in the order of the commits.
 
-Server processes read it through `server/live/changes.py`. Triggers on the table `requests` write a change in the
-transaction that makes it, so no statement that changes a state can forget it. Being added as queued is no change.
+Server processes read it through `server/live/changes.py`. `transition` writes a change in the transaction that makes
+it. Being added as queued is no change.
 
 A request's position is (number of its last change, its own number). A listener that has received everything up to a
 position and asks again later needs only the requests with a higher one: nothing is missed and nothing is sent twice.

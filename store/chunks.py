@@ -6,11 +6,9 @@ Batchers write them; the server reads them for operators, for estimates of waiti
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
 
 from store.cost_split import to_amount
 from store.database import Database, Transaction
@@ -47,7 +45,7 @@ class ChunkRecord:
     #: The executor's name.
     executor: str
     #: Name of the worker or provider; None until known.
-    provider: str | None
+    provider: str | None = None
     #: The kind of service.
     service: str
     #: The model.
@@ -57,21 +55,21 @@ class ChunkRecord:
     #: Size of the chunk file.
     bytes_sent: int
     #: Size of the results file.
-    bytes_received: int | None
+    bytes_received: int | None = None
     #: When it was handed to the executor.
     dispatched_at: datetime
     #: When it ended; None while it is in progress.
-    finished_at: datetime | None
+    finished_at: datetime | None = None
     #: Seconds that it took, as the executor measured them.
-    seconds: float | None
+    seconds: float | None = None
     #: Items answered, items failed.
-    done: int | None
-    failed: int | None
+    done: int | None = None
+    failed: int | None = None
     #: Cost in GLM as decimal text; None where nothing is paid.
-    cost: str | None
+    cost: str | None = None
     #: Why the whole chunk failed.
-    code: str | None
-    reason: str | None
+    code: str | None = None
+    reason: str | None = None
     #: Agreement and activity under which it ran; None where nothing is paid.
     agreement_id: str | None = None
     activity_id: str | None = None
@@ -81,11 +79,6 @@ class ChunkRecord:
     answers: int = 0
     #: False while the cost is an estimate.
     is_cost_final: bool = False
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> ChunkRecord:
-        """Build the record from a row of the table `chunks`."""
-        return cls(**from_row(row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +153,7 @@ class Chunks:
     def get(self, id: str) -> ChunkRecord | None:
         """Read one chunk; None when it is unknown."""
         row = self._database.row("SELECT * FROM chunks WHERE id = ?", (id,))
-        return None if row is None else ChunkRecord.from_row(row)
+        return None if row is None else from_row(ChunkRecord, row)
 
     def throughput(self, model: str) -> Throughput | None:
         """Measure how fast a model was answered in its latest chunks; None when there were none."""
@@ -172,4 +165,4 @@ class Chunks:
     def list(self, *, limit: int = 50) -> builtins.list[ChunkRecord]:
         """List chunks, newest first."""
         rows = self._database.rows("SELECT * FROM chunks ORDER BY dispatched_at DESC LIMIT ?", (limit,))
-        return [ChunkRecord.from_row(row) for row in rows]
+        return [from_row(ChunkRecord, row) for row in rows]

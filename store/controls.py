@@ -130,13 +130,13 @@ class Controls:
 
         def write(transaction: Transaction) -> Control:
             (changed,) = transaction.execute(_SET, row).fetchall()
-            return Control(**from_row(changed, mappings=("value",)))
+            return from_row(Control, changed)
 
         return self._database.write(write)
 
     def list(self) -> builtins.list[Control]:
         """List all controls that were ever set, at one moment."""
-        return [Control(**from_row(row, mappings=("value",))) for row in self._database.rows(_ALL)]
+        return [from_row(Control, row) for row in self._database.rows(_ALL)]
 
 
 def _to_pause(control: Control | None) -> Pause | None:

@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -73,6 +73,10 @@ class Transaction:
         """Run one statement."""
         return self.connection.execute(sql, parameters)
 
+    def execute_many(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Run one statement for each of these parameters."""
+        self.connection.executemany(sql, parameters)
+
     def publish(self, staged: StagedImage) -> None:
         """Give a staged image and its other inputs their final names, which they lose if the write is not committed."""
         for each in (staged, *staged.others.values()):
@@ -106,11 +110,10 @@ WriteFunction = Callable[[Transaction], T]
 class _PendingWrite:
     """A write that waits, and its result."""
 
-    __slots__ = ("failure", "has_savepoint", "is_done", "result", "wakeup", "write")
+    __slots__ = ("failure", "is_done", "result", "wakeup", "write")
 
-    def __init__(self, write: WriteFunction[Any], has_savepoint: bool) -> None:
+    def __init__(self, write: WriteFunction[Any]) -> None:
         self.write = write
-        self.has_savepoint = has_savepoint
         self.result: Any = None
         self.failure: Exception | None = None
         self.is_done = False
@@ -190,13 +193,9 @@ class Database:
 
     # Writing
 
-    def write(self, write: WriteFunction[T], *, has_savepoint: bool = True) -> T:
-        """Run a write and return its result when it is durable.
-
-        :param has_savepoint: False saves two statements; for a function whose last statement is the only changing one.
-        :raises StoreError: or what the function raises.
-        """
-        entry = _PendingWrite(write, has_savepoint)
+    def write(self, write: WriteFunction[T]) -> T:
+        """Run a write and return its result when it is durable. :raises StoreError: or what the function raises."""
+        entry = _PendingWrite(write)
         with self._lock:
             if self._is_closed:
                 raise StoreUnavailable("The store is closed.")
@@ -290,23 +289,20 @@ class Database:
         try:
             for entry in batch:
                 published_before = transaction.count_published()
-                if entry.has_savepoint:
-                    connection.execute("SAVEPOINT one_write")
+                connection.execute("SAVEPOINT one_write")
                 try:
                     entry.result = entry.write(transaction)
                 except Exception as error:
                     if not connection.in_transaction:
                         raise
-                    if entry.has_savepoint:
-                        connection.execute("ROLLBACK TO one_write")
+                    connection.execute("ROLLBACK TO one_write")
                     transaction.unpublish(keep=published_before)
                     if isinstance(error, sqlite3.Error):
                         known = database_error(error, self.path)
                         known.__cause__ = error
                         error = known
                     entry.failure = error
-                if entry.has_savepoint:
-                    connection.execute("RELEASE one_write")
+                connection.execute("RELEASE one_write")
             transaction.sync_published()
             connection.execute("COMMIT")
         except BaseException:

@@ -17,7 +17,6 @@ import re
 import secrets
 import sqlite3
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 from provider_image.errors import MlgError
 from store.database import Database, Transaction
 from store.errors import QuotaReached
-from store.rows import from_optional_text, from_text, to_text
+from store.rows import from_row, insert_sql, to_row, to_text
 
 #: Keeps the hash of a key apart from any other sha256 of the same text.
 _DOMAIN = b"mlg api key v1\0"
@@ -36,11 +35,6 @@ _DUMMY_HASH = "0" * 64
 
 #: A key's last use is not written again within this time.
 TOUCH_SECONDS = 60
-
-_ADD_KEY = """
-    INSERT INTO api_keys (id, name, sha256, scopes, pictures_per_day, requests_per_minute, created_at, expires_at)
-    VALUES (:id, :name, :sha256, :scopes, :pictures_per_day, :requests_per_minute, :created_at, :expires_at)
-"""
 
 # An id takes precedence over a name: names can be chosen freely.
 _REVOKE = """
@@ -131,22 +125,6 @@ class KeyRecord:
         """Tell whether it is neither revoked nor expired."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> KeyRecord:
-        """Build the record from a row of the table `api_keys`."""
-        return cls(
-            id=row["id"],
-            name=row["name"],
-            sha256=row["sha256"],
-            scopes=frozenset(Scope(word) for word in row["scopes"].split()),
-            images_per_day=row["pictures_per_day"],
-            requests_per_minute=row["requests_per_minute"],
-            created_at=from_text(row["created_at"]),
-            expires_at=from_optional_text(row["expires_at"]),
-            revoked_at=from_optional_text(row["revoked_at"]),
-            last_used_at=from_optional_text(row["last_used_at"]),
-        )
-
 
 def make_key() -> tuple[str, str]:
     """Make a key. :return: (its id, the whole key)."""
@@ -191,6 +169,11 @@ def count_images(transaction: Transaction, key_id: str, count: int, *, now: str)
         raise QuotaReached()
 
 
+def _to_record(row: Any) -> KeyRecord:
+    scopes = frozenset(map(Scope, row["scopes"].split()))
+    return from_row(KeyRecord, row, scopes=scopes, images_per_day=row["pictures_per_day"])
+
+
 class Keys:
     """The keys, and what was used of their limits."""
 
@@ -199,20 +182,12 @@ class Keys:
 
     def add(self, key: KeyRecord) -> None:
         """Add a key. :raises KeyNameTaken: a key that is not revoked has the name."""
-        row = {
-            "id": key.id,
-            "name": key.name,
-            "sha256": key.sha256,
-            "scopes": " ".join(sorted(key.scopes)),
-            "pictures_per_day": key.images_per_day,
-            "requests_per_minute": key.requests_per_minute,
-            "created_at": to_text(key.created_at),
-            "expires_at": None if key.expires_at is None else to_text(key.expires_at),
-        }
+        row = {**to_row(key), "scopes": " ".join(sorted(key.scopes)), "pictures_per_day": key.images_per_day}
+        del row["images_per_day"]
 
         def write(transaction: Transaction) -> None:
             try:
-                transaction.execute(_ADD_KEY, row)
+                transaction.execute(f"INSERT INTO {insert_sql('api_keys', row)}", row)
             except sqlite3.IntegrityError as error:
                 if "api_keys.name" in str(error):
                     raise KeyNameTaken() from error
@@ -223,7 +198,7 @@ class Keys:
     def find(self, id: str) -> KeyRecord | None:
         """Read a key, also a revoked or expired one; None if there is none."""
         row = self._database.row("SELECT * FROM api_keys WHERE id = ?", (id,))
-        return None if row is None else KeyRecord.from_row(row)
+        return None if row is None else _to_record(row)
 
     def has_any(self) -> bool:
         """Tell whether there was ever a key: revoking the last one must not give access to everybody."""
@@ -236,7 +211,7 @@ class Keys:
             rows = transaction.execute(_REVOKE, {"id_or_name": id_or_name, "now": to_text(now)}).fetchall()
             if not rows:
                 raise UnknownKey()
-            return KeyRecord.from_row(rows[0])
+            return _to_record(rows[0])
 
         return self._database.write(write)
 
@@ -276,4 +251,4 @@ class Keys:
     def list(self) -> builtins.list[KeyRecord]:
         """List all keys, oldest first."""
         rows = self._database.rows("SELECT * FROM api_keys ORDER BY created_at, id")
-        return [KeyRecord.from_row(row) for row in rows]
+        return [_to_record(row) for row in rows]

@@ -19,8 +19,8 @@ order. An invoice may come before its agreement is known, and an accepted one ne
 
 Amounts are in GLM, as exact decimals: text in the database, `Decimal` here, never floating point. Sums are made here
 and not in SQL, which knows only floating point. Weakness: adding up everything ever paid reads every invoice; with a
-hundred thousand, `spent` takes a tenth of a second and `costs` half a second. A budget passes `since`, which
-has an index. Long because it has the records, the statements and the rules of one noun.
+hundred thousand, `spent` takes a tenth of a second and `costs` half a second. The dashboard passes `since`
+for today, which has an index. Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any
 
 from store.cost_split import ZERO, split, to_amount, total
 from store.database import Database, Transaction
+from store.reservations import ReservationRecord, commit_reservation, settle_reservation
 from store.rows import from_row, to_row, to_text
 
 #: What costs can be grouped by.
@@ -106,34 +107,24 @@ _IS_SETTLED = """
         SELECT 1 FROM invoices WHERE agreement_id = agreements.id AND state IN ('accepted', 'refused')))
 """
 
-#: Whether the given batcher pays for the agreement in the column {agreement}; true when no batcher is given.
-_IS_PAID_BY = """
-    (:batcher_id IS NULL OR {agreement} IN (
-        SELECT agreements.id FROM agreements JOIN allocations ON allocations.id = allocation_id
-        WHERE batcher_id = :batcher_id))
-"""
-
-_PAID = f"""
+_PAID = """
     SELECT agreement_id, state, amount, settled_at FROM invoices
     WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
 _REFUSED = "SELECT agreement_id, amount, settled_at FROM invoices WHERE state = 'refused'"
 
 # A chunk's cost becomes final with the first decision about its agreement's invoice, so these have none yet.
-_ESTIMATES = f"""
+_ESTIMATES = """
     SELECT agreement_id, cost FROM chunks
     WHERE agreement_id IS NOT NULL AND is_cost_final = 0 AND finished_at IS NOT NULL AND cost IS NOT NULL
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
-_DEBITS = f"""
+_DEBITS = """
     SELECT agreement_id, activity_id, amount FROM debit_notes
     WHERE state = 'accepted' AND NOT EXISTS (
         SELECT 1 FROM invoices
         WHERE agreement_id = debit_notes.agreement_id AND state IN ('accepted', 'refused'))
-      AND {_IS_PAID_BY.format(agreement="agreement_id")}
 """
 
 _WORK = """
@@ -264,13 +255,26 @@ class CostRow:
 
 def split_invoices(transaction: Transaction, agreement_id: str) -> None:
     """Split the accepted amount of an agreement over its finished chunks; nothing before an invoice is decided."""
-    decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
-    if not decided:
+    amount = _paid(transaction, agreement_id)
+    if amount is None:
         return
-    amount = total(Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED)
     chunks = transaction.execute(_CHUNKS_TO_SPLIT, (agreement_id,)).fetchall()
     for chunk, share in zip(chunks, split(amount, [row["seconds"] or 0.0 for row in chunks]), strict=True):
         transaction.execute(_SET_SHARE, (to_amount(share), chunk["id"]))
+
+
+def _paid(transaction: Transaction, agreement_id: str) -> Decimal | None:
+    """Return what was paid for an agreement, 0 if its invoice was refused; None before an invoice is decided."""
+    decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
+    accepted = [Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED]
+    return total(accepted) if decided else None
+
+
+def _settle(transaction: Transaction, agreement_id: str, now: str) -> None:
+    """Settle the reservation of an agreement, if its invoice is decided."""
+    amount = _paid(transaction, agreement_id)
+    if amount is not None:
+        settle_reservation(transaction, agreement_id, amount, now)
 
 
 @dataclass
@@ -299,9 +303,19 @@ class Ledger:
         """Record that an allocation was released. The first release counts."""
         self._database.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
 
-    def record_agreement(self, agreement: AgreementRecord) -> None:
-        """Record an agreement; does nothing when it is known."""
-        self._database.execute(_RECORD_AGREEMENT, to_row(agreement))
+    def record_agreement(self, agreement: AgreementRecord, commitment: ReservationRecord | None = None) -> None:
+        """Record an agreement; does nothing when it is known.
+
+        :param commitment: what it may cost; counts against the caps until its invoice is accepted or refused.
+        """
+
+        def write(transaction: Transaction) -> None:
+            transaction.execute(_RECORD_AGREEMENT, to_row(agreement))
+            if commitment is not None:
+                commit_reservation(transaction, commitment)
+                _settle(transaction, agreement.id, to_text(commitment.changed_at))
+
+        self._database.write(write)
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """Record why an agreement ended. The first end counts."""
@@ -326,6 +340,7 @@ class Ledger:
         def write(transaction: Transaction) -> None:
             if transaction.execute(_RECORD_INVOICE, row).rowcount:
                 split_invoices(transaction, invoice.agreement_id)
+                _settle(transaction, invoice.agreement_id, row["settled_at"] or row["received_at"])
 
         self._database.write(write)
 
@@ -333,7 +348,7 @@ class Ledger:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
         rows = self._database.rows(f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id")
-        return [AllocationRecord(**from_row(row, amounts=("amount",))) for row in rows]
+        return [from_row(AllocationRecord, row) for row in rows]
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -344,18 +359,14 @@ class Ledger:
         which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
         which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
         rows = self._database.rows(f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id")
-        prices = ("start_price", "price_per_cpu_second", "price_per_second")
-        return [AgreementRecord(**from_row(row, amounts=prices)) for row in rows]
+        return [from_row(AgreementRecord, row) for row in rows]
 
-    def spent(self, *, since: datetime | None = None, batcher_id: str | None = None) -> Decimal:
-        """Add up the amounts paid since a time and all open amounts.
-
-        :param batcher_id: only agreements paid from this batcher's allocations.
-        """
-        which = {"since": None if since is None else to_text(since), "batcher_id": batcher_id}
+    def spent(self, *, since: datetime | None = None) -> Decimal:
+        """Add up the amounts paid since a time and all open amounts."""
+        which = {"since": None if since is None else to_text(since)}
         with self._database.snapshot() as connection:
             paid = total(Decimal(row["amount"]) for row in connection.execute(_PAID, which))
-            unsettled = self._unsettled_costs(connection, batcher_id)
+            unsettled = self._unsettled_costs(connection)
         return total([paid, *unsettled.values()])
 
     def costs(self, by: str) -> list[CostRow]:
@@ -365,13 +376,12 @@ class Ledger:
         """
         if by not in COSTS_BY:
             raise ValueError(f"costs can be grouped by {', '.join(COSTS_BY)}, not by {by!r}")
-        everything = {"since": None, "batcher_id": None}
         with self._database.snapshot() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
-            paid = connection.execute(_PAID, everything).fetchall()
+            paid = connection.execute(_PAID, {"since": None}).fetchall()
             refused = connection.execute(_REFUSED).fetchall()
-            unsettled = self._unsettled_costs(connection, None)
+            unsettled = self._unsettled_costs(connection)
         #: agreement -> the first day on which an invoice of it was decided.
         days: dict[str, str] = {}
         for row in (*paid, *refused):
@@ -414,14 +424,13 @@ class Ledger:
         ]
 
     @staticmethod
-    def _unsettled_costs(connection: sqlite3.Connection, batcher_id: str | None) -> dict[str, Decimal]:
+    def _unsettled_costs(connection: sqlite3.Connection) -> dict[str, Decimal]:
         """Estimate the cost of every agreement without a decided invoice."""
-        which = {"batcher_id": batcher_id}
         estimates: dict[str, list[Decimal]] = defaultdict(list)
-        for row in connection.execute(_ESTIMATES, which):
+        for row in connection.execute(_ESTIMATES):
             estimates[row["agreement_id"]].append(Decimal(row["cost"]))
         activities: dict[str, dict[str, Decimal]] = defaultdict(dict)
-        for row in connection.execute(_DEBITS, which):
+        for row in connection.execute(_DEBITS):
             # Each note includes the earlier ones of its activity, so the latest is the largest.
             known = activities[row["agreement_id"]]
             known[row["activity_id"]] = max(Decimal(row["amount"]), known.get(row["activity_id"], ZERO))

@@ -8,12 +8,15 @@ may start at once on an empty home.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import sqlite_utils
 
 from provider_image.errors import ConfigError
+from store.cost_split import ZERO, to_amount, total
 from store.ledger import BillState
 from store.rows import to_text
 from store.states import RequestState
@@ -584,6 +587,74 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
     db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
 
 
+def m009_transition(db: sqlite_utils.Database) -> None:
+    """What triggers wrote before is now written by `transition`, and labels by `requests.py`."""
+    for name in (
+        "requests_batch_ended",
+        "requests_batch_known",
+        "requests_labelled",
+        "requests_unlabelled",
+        "requests_changed",
+        "requests_ended",
+        "requests_answered_at_once",
+        "batches_ended",
+        "totals_of_ended",
+        "totals_of_known",
+    ):
+        db.execute(f"DROP TRIGGER {name}")
+
+
+def m010_reservations(db: sqlite_utils.Database) -> None:
+    """Amounts that may still be spent, and the caps of batchers; agreements without a decided invoice are committed."""
+    for statement in (
+        """
+        CREATE TABLE reservations (
+            id TEXT PRIMARY KEY,
+            batcher_id TEXT NOT NULL,
+            purpose TEXT NOT NULL,
+            amount TEXT NOT NULL,
+            state TEXT NOT NULL,
+            agreement_id TEXT UNIQUE,
+            changed_at TEXT NOT NULL,
+            CHECK (state = 'reserved' OR agreement_id IS NOT NULL)
+        )
+        """,
+        "CREATE INDEX reservations_open ON reservations (state, amount) WHERE state != 'settled'",
+        "CREATE INDEX reservations_of_batcher ON reservations (batcher_id, amount)",
+        """
+        CREATE TABLE budgets (
+            batcher_id TEXT NOT NULL,
+            cap TEXT NOT NULL,
+            amount TEXT NOT NULL,
+            PRIMARY KEY (batcher_id, cap)
+        ) WITHOUT ROWID
+        """,
+    ):
+        db.execute(statement)
+    chunks: dict[str, list[Decimal]] = defaultdict(list)
+    for agreement_id, cost in db.execute(
+        "SELECT agreement_id, cost FROM chunks WHERE agreement_id IS NOT NULL AND cost IS NOT NULL"
+    ):
+        chunks[agreement_id].append(Decimal(cost))
+    notes: dict[str, dict[str, Decimal]] = defaultdict(dict)
+    for agreement_id, activity_id, amount in db.execute(
+        "SELECT agreement_id, activity_id, amount FROM debit_notes WHERE state = 'accepted'"
+    ):
+        notes[agreement_id][activity_id] = max(Decimal(amount), notes[agreement_id].get(activity_id, ZERO))
+    for id, batcher_id, model, created_at in db.execute(
+        """
+        SELECT agreements.id, coalesce(batcher_id, ''), model, agreements.created_at
+        FROM agreements LEFT JOIN allocations ON allocations.id = allocation_id
+        WHERE agreements.id NOT IN (SELECT agreement_id FROM invoices WHERE state IN ('accepted', 'refused'))
+        """
+    ).fetchall():
+        amount = max(total(chunks[id]), total(notes[id].values()))
+        db.execute(
+            "INSERT INTO reservations VALUES (?, ?, ?, ?, 'committed', ?, ?)",
+            [id, batcher_id, model, to_amount(amount), id, created_at],
+        )
+
+
 def m011_files(db: sqlite_utils.Database) -> None:
     """Files of requests beside the image: further inputs, and those of answers."""
     for statement in (
@@ -612,6 +683,8 @@ STEPS: tuple[Step, ...] = (
     m006_keys,
     m007_webhooks,
     m008_controls,
+    m009_transition,
+    m010_reservations,
     m011_files,
 )
 

@@ -213,19 +213,19 @@ class Providers:
         rows = self._database.rows(
             "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
         )
-        return [SpeedRecord(**dict(row)) for row in rows]
+        return [from_row(SpeedRecord, row) for row in rows]
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""
         rows = self._database.rows("SELECT * FROM providers ORDER BY seen_at DESC, id")
-        return [_provider(row) for row in rows]
+        return [from_row(ProviderRecord, row) for row in rows]
 
     def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:
             id = _find(transaction, id_or_name)
             change(transaction, id)
             (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
-            return _provider(row)
+            return from_row(ProviderRecord, row)
 
         return self._database.write(write)
 
@@ -243,7 +243,3 @@ def _find(transaction: Transaction, id_or_name: str) -> str:
     raise UnknownProvider(
         f"There is no provider {id_or_name}. Those that made offers, with addresses: mlg providers list --json"
     )
-
-
-def _provider(row: Any) -> ProviderRecord:
-    return ProviderRecord(**from_row(row, amounts=("start_price", "price_per_cpu_second", "price_per_second")))

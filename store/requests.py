@@ -11,6 +11,7 @@ import builtins
 import enum
 import json
 import sqlite3
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,11 +21,12 @@ from typing import Any
 from store.cost_split import equal_share
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
-from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
+from store.files import NewFile, StoredFile, digests_of_files, files_to_text
 from store.images import ImageStore, StagedImage, delete_unneeded_images
 from store.keys import count_images
-from store.rows import from_optional_text, from_text, to_text
+from store.rows import from_row, from_text, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
+from store.transition import transition, write_what_follows
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
@@ -41,17 +43,15 @@ _FIND_ANSWER = """
     LIMIT 1
 """
 
-_ADD = """
-    INSERT INTO requests (id, service, model, params, name, image_sha256, image_bytes, state, is_fresh, is_cached,
-                          created_at, due_at, finished_at, chunk_id, provider, digest, seconds, output, inputs, files,
-                          batch_id, client_id, labels, key_id, keep_seconds, deadline_at, webhook)
-    VALUES (:id, :service, :model, :params, :name, :image_sha256, :image_bytes, :state, :is_fresh, :is_cached,
-            :created_at, :created_at, :finished_at, :chunk_id, :provider, :digest, :seconds, :output, :inputs, :files,
-            :batch_id, :client_id, :labels, :key_id, :keep_seconds, :deadline_at, :webhook)
-    RETURNING *
-"""
+_ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
 
 _ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
+
+_ADD_LABELS = "INSERT INTO request_labels (name, value, number) SELECT key, value, ? FROM json_each(?)"
+
+_REMOVE_LABELS = """
+    DELETE FROM request_labels WHERE (name, value, number) IN (SELECT key, value, ? FROM json_each(?))
+"""
 
 _GET = "SELECT * FROM requests WHERE id = ?"
 
@@ -83,76 +83,52 @@ _COUNT_DUE = """
                           WHERE state = 'queued' AND model = :model AND due_at <= :now LIMIT :limit)
 """
 
-_CLAIM = """
-    UPDATE requests
-    SET state = 'claimed', token = token + 1, claimed_at = :now, lease_ends_at = :lease_ends_at
-    WHERE number IN (SELECT number FROM requests INDEXED BY requests_queued
-                     WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT :count)
-    RETURNING number, id, token, service, model, params, image_sha256, image_bytes, inputs, attempts, isolation,
-              created_at
+_NEXT_DUE = """
+    number IN (SELECT number FROM requests INDEXED BY requests_queued
+               WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT :count)
 """
 
-_RENEW = """
-    UPDATE requests SET lease_ends_at = :lease_ends_at WHERE number = :number AND token = :token AND state = 'claimed'
+# The first IN finds the rows, the second compares the tokens.
+_ARE_VALID = """
+    number IN (SELECT json_extract(value, '$[0]') FROM json_each(:claims))
+    AND (number, token) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:claims))
+    AND state = 'claimed'
 """
 
-_FINISH = """
-    UPDATE requests
-    SET state = 'done', lease_ends_at = NULL, finished_at = :now, chunk_id = :chunk_id, provider = :provider,
-        digest = :digest, seconds = :seconds, output = :output, files = :files, share = :share,
-        code = NULL, reason = NULL
-    WHERE number = :number AND token = :token AND state = 'claimed'
+_VALID = f"SELECT number FROM requests WHERE {_ARE_VALID}"
+
+_RENEW = f"UPDATE requests SET lease_ends_at = :lease_ends_at WHERE {_ARE_VALID} RETURNING number"
+
+_ANSWER = """
+    chunk_id = :chunk_id, provider = :provider, digest = :digest, seconds = :seconds, output = :output, files = :files,
+    share = :share, code = NULL, reason = NULL
 """
 
 _ANSWERS_OF_CHUNK = "SELECT answers FROM chunks WHERE id = ?"
 
 _SET_ANSWERS_OF_CHUNK = "UPDATE chunks SET answers = ? WHERE id = ?"
 
-_FAIL = """
-    UPDATE requests
-    SET state = 'failed', lease_ends_at = NULL, finished_at = :now, attempts = attempts + 1, code = :code,
-        reason = :reason
-    WHERE number = :number AND token = :token AND state = 'claimed'
-"""
-
 # The last isolation step is "alone": a chunk that fails then has only this item to blame.
-_RELEASE = """
-    UPDATE requests
-    SET lease_ends_at = NULL, code = :code, reason = :reason, due_at = :due_at,
-        isolation = CASE WHEN :blame = 'chunk' THEN min(isolation + 1, :alone) ELSE isolation END,
-        attempts = attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone)),
-        state = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone))
-                          >= :max_attempts THEN 'failed' ELSE 'queued' END,
-        finished_at = CASE WHEN attempts + (:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone))
-                                >= :max_attempts THEN :now ELSE NULL END
-    WHERE state = 'claimed' AND {which}
-"""
-_RELEASE_ONE = _RELEASE.format(which="number = :number AND token = :token")
-_RELEASE_EXPIRED = _RELEASE.format(which="lease_ends_at <= :now")
+_IS_TO_BLAME = "(:blame = 'item' OR (:blame = 'chunk' AND isolation >= :alone))"
 
-_HAS_EXPIRED = "SELECT 1 FROM requests WHERE state = 'claimed' AND lease_ends_at <= ? LIMIT 1"
-
-_CANCEL = "UPDATE requests SET state = 'cancelled', finished_at = :now WHERE id = :id AND state = 'queued' RETURNING *"
-
-_RETRY = """
-    UPDATE requests
-    SET state = 'queued', attempts = 0, finished_at = NULL, due_at = :now,
-        code = CASE WHEN code = 'expired' THEN NULL ELSE code END,
-        reason = CASE WHEN code = 'expired' THEN NULL ELSE reason END,
-        deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
-    WHERE id = :id AND state IN ('failed', 'cancelled') AND image_deleted_at IS NULL
-    RETURNING *
+_COUNT_FAILURE = f"""
+    code = :code, reason = :reason, due_at = :due_at, attempts = attempts + {_IS_TO_BLAME},
+    isolation = CASE WHEN :blame = 'chunk' THEN min(isolation + 1, :alone) ELSE isolation END
 """
 
-_IS_OVERDUE = "SELECT 1 FROM requests WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= ? LIMIT 1"
+_HAS_LEASE_ENDED = "state = 'claimed' AND lease_ends_at <= :now"
 
-_EXPIRE = f"""
-    UPDATE requests
-    SET state = 'cancelled', finished_at = :now, code = '{EXPIRED}',
-        reason = 'Its deadline passed before it was claimed.'
-    WHERE number IN (SELECT number FROM requests
-                     WHERE state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now LIMIT :rows_per_commit)
+#: Of a request that is retried.
+RESET = """
+    attempts = 0, due_at = :now, deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
 """
+
+_RESET_ONE = f"""
+    {RESET}, code = CASE WHEN code = '{EXPIRED}' THEN NULL ELSE code END,
+    reason = CASE WHEN code = '{EXPIRED}' THEN NULL ELSE reason END
+"""
+
+_IS_OVERDUE = "state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now"
 
 _BACKLOG = """
     SELECT model, min(service) AS service, count(*) AS waiting, 0 AS claimed, min(number) AS oldest_number
@@ -291,49 +267,6 @@ class RequestRecord:
         """The state as clients see it: "expired" where the deadline ended the request."""
         return "expired" if self.state is RequestState.CANCELLED and self.code == "expired" else str(self.state)
 
-    @classmethod
-    def from_row(
-        cls, row: Mapping[str, Any], *, cost: Decimal | None = None, is_cost_final: bool = False
-    ) -> RequestRecord:
-        """Build the record from a row of the table `requests` and its share of its chunk's cost."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            name=row["name"],
-            image_sha256=row["image_sha256"],
-            image_bytes=row["image_bytes"],
-            state=RequestState(row["state"]),
-            attempts=row["attempts"],
-            isolation=row["isolation"],
-            created_at=from_text(row["created_at"]),
-            due_at=from_text(row["due_at"]),
-            claimed_at=from_optional_text(row["claimed_at"]),
-            lease_ends_at=from_optional_text(row["lease_ends_at"]),
-            finished_at=from_optional_text(row["finished_at"]),
-            chunk_id=row["chunk_id"],
-            output=None if row["output"] is None else json.loads(row["output"]),
-            digest=row["digest"],
-            provider=row["provider"],
-            seconds=row["seconds"],
-            is_cached=bool(row["is_cached"]),
-            code=row["code"],
-            reason=row["reason"],
-            image_deleted_at=from_optional_text(row["image_deleted_at"]),
-            inputs=files_from_text(row["inputs"]),
-            files=files_from_text(row["files"]),
-            batch_id=row["batch_id"],
-            client_id=row["client_id"],
-            labels=json.loads(row["labels"]),
-            key_id=row["key_id"],
-            keep_seconds=row["keep_seconds"],
-            deadline_at=from_optional_text(row["deadline_at"]),
-            cost=cost,
-            is_cost_final=is_cost_final,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -368,24 +301,6 @@ class Claim:
     def input_bytes(self) -> int:
         """Size of all inputs."""
         return self.image_bytes + sum(one.size_bytes for one in self.inputs.values())
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Claim:
-        """Build the record from a row returned by the claiming statement."""
-        return cls(
-            number=row["number"],
-            id=row["id"],
-            token=row["token"],
-            service=row["service"],
-            model=row["model"],
-            params=json.loads(row["params"]),
-            image_sha256=row["image_sha256"],
-            image_bytes=row["image_bytes"],
-            attempts=row["attempts"],
-            isolation=row["isolation"],
-            created_at=from_text(row["created_at"]),
-            inputs=files_from_text(row["inputs"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +346,25 @@ def _created_at(connection: sqlite3.Connection, number: int | None) -> datetime 
     return None if row is None else from_text(row[0])
 
 
+def _take_turns(claimable: Mapping[str, int], limit: int) -> list[str]:
+    """Return the model of each claim: a full chunk of every model in turn, in the order of the mapping."""
+    left, turns = dict(claimable), list[str]()
+    while len(turns) < limit and any(left.values()):
+        for model in left:
+            count = min(ISOLATION_STEPS[0], left[model], limit - len(turns))
+            turns += [model] * count
+            left[model] -= count
+    return turns
+
+
+def _to_json(claims: Iterable[Claim]) -> str:
+    return json.dumps([(claim.number, claim.token) for claim in claims])
+
+
+def _to_record(row: Any, **cost: Any) -> RequestRecord:
+    return from_row(RequestRecord, row, output=json.loads(row["output"] or "null"), **cost)
+
+
 def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[RequestRecord]:
     """Build request records, each with its share of its chunk's cost."""
     chunks: dict[str, Any] = {}
@@ -441,78 +375,85 @@ def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[R
             chunks[chunk_id] = connection.execute(_COST_OF_CHUNK, (chunk_id,)).fetchone()
         cost, answers, is_final = chunks.get(chunk_id) or (None, 0, 0)
         if share is None or cost is None:
-            requests.append(RequestRecord.from_row(row))
+            requests.append(_to_record(row))
         else:
             own_cost = equal_share(Decimal(cost), answers, share)
-            requests.append(RequestRecord.from_row(row, cost=own_cost, is_cost_final=bool(is_final)))
+            requests.append(_to_record(row, cost=own_cost, is_cost_final=bool(is_final)))
     return requests
 
 
 def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
     """Return the columns of a request that is about to be added."""
     return {
-        "id": new.id,
-        "service": new.service,
-        "model": new.model,
+        **to_row(new),
         "params": json.dumps(new.params, sort_keys=True, separators=(",", ":")),
-        "name": new.name,
+        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
         "image_sha256": staged.sha256,
         "image_bytes": staged.size,
-        "state": str(RequestState.QUEUED),
-        "is_fresh": new.is_fresh,
-        "is_cached": False,
-        "created_at": to_text(new.created_at),
-        "finished_at": None,
-        "chunk_id": None,
-        "provider": None,
-        "digest": None,
-        "seconds": None,
-        "output": None,
         "inputs": files_to_text(
             {
                 name: StoredFile(sha256=one.sha256, size_bytes=one.size, media_type=one.media_type)
                 for name, one in staged.others.items()
             }
         ),
-        "files": "{}",
-        "batch_id": new.batch_id,
-        "client_id": new.client_id,
-        "labels": json.dumps(dict(new.labels), sort_keys=True, ensure_ascii=False),
-        "key_id": new.key_id,
-        "keep_seconds": new.keep_seconds,
-        "deadline_at": None if new.deadline_at is None else to_text(new.deadline_at),
-        "webhook": new.webhook,
+        "state": str(RequestState.QUEUED),
+        "due_at": to_text(new.created_at),
+        "digest": None,  # of the answer
     }
 
 
-def insert_request(
-    transaction: Transaction, new: NewRequest, staged: StagedImage, row: dict[str, Any]
-) -> RequestRecord:
-    """Publish the inputs and insert the row; call it inside a write. Reuses an earlier answer for equal inputs."""
-    values = row
-    if new.digest is not None and not new.is_fresh:
-        earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
+#: A request that is about to be added, its image and its columns.
+NewItem = tuple[NewRequest, StagedImage, dict[str, Any]]
+
+
+def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: datetime) -> list[RequestRecord]:
+    """Publish inputs and insert their requests; call it inside a write. Equal inputs get an earlier answer at once.
+
+    :param items: the columns are those that `request_row` returns.
+    """
+    numbers: list[int | None] = []
+    for new, staged, row in items:
+        earlier = None
+        if new.digest is not None and not new.is_fresh:
+            earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
         if earlier is not None:
-            values = {
-                **row,
-                **dict(earlier),
-                "state": str(RequestState.DONE),
-                "is_cached": True,
-                "finished_at": row["created_at"],
-            }
-    transaction.publish(staged)
-    # Fetch all rows: an open statement would prevent the release of the savepoint.
-    (added,) = transaction.execute(_ADD, values).fetchall()
-    request = RequestRecord.from_row(added)
-    _refer_to_files(transaction, request.number, request.inputs, is_input=True)
-    _refer_to_files(transaction, request.number, request.files, is_input=False)
-    return request
+            done = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
+            row = {**row, **dict(earlier), **done}
+        transaction.publish(staged)
+        numbers.append(transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid)
+    if not numbers:
+        return []
+    # Nobody else writes meanwhile, so the numbers have no gaps.
+    added = transaction.execute(_ADDED, (numbers[0], numbers[-1])).fetchall()
+    labels = [(row["number"], row["labels"]) for row in added if row["labels"] != "{}"]
+    transaction.execute_many(_ADD_LABELS, labels)
+    records = [_to_record(row) for row in added]
+    _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
+    _refer_to_files(transaction, {one.number: one.files for one in records}, is_input=False)
+    write_what_follows(
+        transaction, RequestState.DONE, [row for row in added if row["finished_at"] is not None], now=now
+    )
+    return records
 
 
-def _refer_to_files(transaction: Transaction, number: int, files: Mapping[str, StoredFile], *, is_input: bool) -> None:
-    """Record that a request refers to files, which are kept as long as its row."""
-    for one in files.values():
-        transaction.execute(_ADD_FILE, (number, is_input, one.sha256))
+def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, StoredFile]], *, is_input: bool) -> None:
+    """Record that requests, by number, refer to files, which are kept as long as their rows."""
+    rows = [(number, is_input, one.sha256) for number, named in files.items() for one in named.values()]
+    transaction.execute_many(_ADD_FILE, rows)
+
+
+def delete_requests(transaction: Transaction, images: ImageStore, which: str, values: Any) -> int:
+    """Delete requests, their labels, and files that no other request needs; call it inside a write.
+
+    :param which: SQL condition; must exclude requests that have not ended.
+    :return: how many.
+    """
+    sql = f"DELETE FROM requests WHERE {which} RETURNING number, labels, image_sha256, inputs, files"
+    deleted = transaction.execute(sql, values).fetchall()
+    labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
+    transaction.execute_many(_REMOVE_LABELS, labels)
+    delete_unneeded_images(transaction.connection, images, set().union(*map(digests_of_files, deleted)))
+    return len(deleted)
 
 
 class Requests:
@@ -538,10 +479,11 @@ class Requests:
         def write(transaction: Transaction) -> RequestRecord:
             if new.key_id is not None:
                 count_images(transaction, new.key_id, 1, now=row["created_at"])
-            return insert_request(transaction, new, staged, row)
+            (added,) = insert_requests(transaction, [(new, staged, row)], now=new.created_at)
+            return added
 
         try:
-            return self._database.write(write, has_savepoint=new.key_id is not None)
+            return self._database.write(write)
         except BaseException:
             self._images.discard(staged)
             raise
@@ -571,7 +513,6 @@ class Requests:
             before this time; with None every model is.
         """
         full = ISOLATION_STEPS[0]
-        times = {"now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
         requested_models = frozenset(models)
 
         def write(transaction: Transaction) -> list[Claim]:
@@ -581,7 +522,7 @@ class Requests:
             for (model,) in transaction.execute(_QUEUED_MODELS).fetchall():
                 if model not in requested_models:
                     continue
-                which = {"model": model, "now": times["now"], "limit": limit}
+                which = {"model": model, "now": to_text(now), "limit": limit}
                 oldest = transaction.execute(_OLDEST_DUE, which).fetchone()
                 if oldest is None:
                     continue
@@ -593,18 +534,23 @@ class Requests:
                     or transaction.execute(_HAS_REQUEUED, which).fetchone()[0]
                 )
                 claimable[model] = due if is_due_by_age else due - due % full
-            claims: list[Claim] = []
-            turns = sorted((model for model in claimable if claimable[model]), key=oldest_created_at.__getitem__)
-            while turns and len(claims) < limit:
-                for model in list(turns):
-                    count = min(full, claimable[model], limit - len(claims))
-                    if count == 0:
-                        turns.remove(model)
-                        continue
-                    rows = transaction.execute(_CLAIM, {**times, "model": model, "count": count}).fetchall()
-                    claims += sorted(map(Claim.from_row, rows), key=lambda claim: claim.number)
-                    claimable[model] -= count
-            return claims
+            oldest_first = sorted(claimable, key=oldest_created_at.__getitem__)
+            turns = _take_turns({model: claimable[model] for model in oldest_first}, limit)
+            lease = to_text(lease_ends_at)
+            rows = transition(
+                transaction,
+                RequestState.CLAIMED,
+                where=_NEXT_DUE,
+                parameters=[
+                    {"model": model, "count": count, "lease_ends_at": lease} for model, count in Counter(turns).items()
+                ],
+                columns="token = token + 1",
+                now=now,
+            )
+            claims: dict[str, deque[Claim]] = defaultdict(deque)
+            for row in sorted(rows, key=lambda row: row["number"]):
+                claims[row["model"]].append(from_row(Claim, row))
+            return [claims[model].popleft() for model in turns]
 
         # Reading needs no write lock, and most calls find nothing.
         if self._database.row(_QUEUED_MODELS) is None:
@@ -613,19 +559,9 @@ class Requests:
 
     def renew(self, claims: Iterable[Claim], *, lease_ends_at: datetime) -> set[int]:
         """Extend the leases. :return: the numbers of the claims that are still valid."""
-        claim_list = list(claims)
-
-        def write(transaction: Transaction) -> set[int]:
-            return {
-                claim.number
-                for claim in claim_list
-                if transaction.execute(
-                    _RENEW,
-                    {"lease_ends_at": to_text(lease_ends_at), "number": claim.number, "token": claim.token},
-                ).rowcount
-            }
-
-        return self._database.write(write) if claim_list else set()
+        values = {"claims": _to_json(claims), "lease_ends_at": to_text(lease_ends_at)}
+        rows = self._database.write(lambda transaction: transaction.execute(_RENEW, values).fetchall())
+        return {number for (number,) in rows}
 
     def finish(self, answers: Sequence[Answer], *, now: datetime) -> int:
         """Record answers and their files, all or none, in one commit. :return: how many claims were still valid."""
@@ -633,7 +569,7 @@ class Requests:
         try:
             for one in {one for answer in answers for one in answer.files.values()}:
                 staged[one] = self._images.stage(one.data)
-            return self._record(answers, staged, now)
+            return self._record(answers, staged, now) if answers else 0
         finally:
             for each in staged.values():
                 self._images.discard(each)
@@ -649,8 +585,6 @@ class Requests:
         rows: list[dict[str, Any]] = [
             {
                 "number": answer.claim.number,
-                "token": answer.claim.token,
-                "now": to_text(now),
                 "chunk_id": answer.chunk_id,
                 "provider": answer.provider,
                 "digest": answer.digest,
@@ -660,6 +594,7 @@ class Requests:
             }
             for answer, stored in zip(answers, files, strict=True)
         ]
+        claims = {"claims": _to_json(answer.claim for answer in answers)}
 
         def write(transaction: Transaction) -> int:
             #: chunk -> how many requests it has answered; a chunk whose start was not recorded has no row and no cost.
@@ -668,31 +603,50 @@ class Requests:
                 known = transaction.execute(_ANSWERS_OF_CHUNK, (chunk_id,)).fetchone()
                 if known is not None:
                     counts[chunk_id] = known[0]
-            recorded = 0
-            published: set[NewFile] = set()
+            valid = {number for (number,) in transaction.execute(_VALID, claims).fetchall()}
+            recorded: list[dict[str, Any]] = []
+            new_files: set[NewFile] = set()
+            references: dict[int, Mapping[str, StoredFile]] = {}
             for row, answer, stored in zip(rows, answers, files, strict=True):
-                share = counts.get(row["chunk_id"])
-                if transaction.execute(_FINISH, {**row, "share": share}).rowcount:
-                    recorded += 1
-                    for one in set(answer.files.values()) - published:
-                        transaction.publish(staged[one])
-                        published.add(one)
-                    _refer_to_files(transaction, row["number"], stored, is_input=False)
+                if row["number"] in valid:
+                    new_files.update(answer.files.values())
+                    references[row["number"]] = stored
+                    valid.remove(row["number"])
+                    share = counts.get(row["chunk_id"])
+                    recorded.append({**row, "share": share})
                     if share is not None:
                         counts[row["chunk_id"]] = share + 1
+            transition(
+                transaction,
+                RequestState.DONE,
+                where="number = :number",
+                parameters=recorded,
+                columns=_ANSWER,
+                now=now,
+            )
+            for one in new_files:
+                transaction.publish(staged[one])
+            _refer_to_files(transaction, references, is_input=False)
             for chunk_id, count in counts.items():
                 transaction.execute(_SET_ANSWERS_OF_CHUNK, (count, chunk_id))
-            return recorded
+            return len(recorded)
 
-        return self._database.write(write) if rows else 0
+        return self._database.write(write)
 
     def fail(self, claims: Iterable[Claim], *, code: str, reason: str, now: datetime) -> int:
         """Fail requests that cannot be answered, for good. :return: how many claims were still valid."""
-        rows = [
-            {"number": claim.number, "token": claim.token, "now": to_text(now), "code": code, "reason": reason}
-            for claim in claims
-        ]
-        return self._write_each(_FAIL, rows)
+        values = {"claims": _to_json(claims), "code": code, "reason": reason}
+        changed = self._database.write(
+            lambda transaction: transition(
+                transaction,
+                RequestState.FAILED,
+                where=_ARE_VALID,
+                parameters=[values],
+                columns="attempts = attempts + 1, code = :code, reason = :reason",
+                now=now,
+            )
+        )
+        return len(changed)
 
     def release(
         self,
@@ -709,31 +663,31 @@ class Requests:
         :param due_at: not claimed again before this time; None is now.
         :return: how many claims were still valid.
         """
-        shared = self._release_parameters(blame=blame, code=code, reason=reason, now=now, due_at=due_at or now)
-        return self._write_each(
-            _RELEASE_ONE, [{**shared, "number": claim.number, "token": claim.token} for claim in claims]
-        )
+        which = {"claims": _to_json(claims)}
+        return self._release(_ARE_VALID, which, blame=blame, code=code, reason=reason, now=now, due_at=due_at or now)
 
     def release_expired(self, now: datetime) -> int:
         """Release every claim whose lease has ended, blaming the chunk. :return: how many."""
-        if self._database.row(_HAS_EXPIRED, (to_text(now),)) is None:
+        if not self._has_any(_HAS_LEASE_ENDED, now):
             return 0
-        return self._write_each(
-            _RELEASE_EXPIRED,
-            [
-                self._release_parameters(
-                    blame=Blame.CHUNK,
-                    code="lease_ended",
-                    reason="The batcher that worked on it stopped.",
-                    now=now,
-                    due_at=now,
-                )
-            ],
+        reason = "The batcher that worked on it stopped."
+        return self._release(
+            _HAS_LEASE_ENDED, {}, blame=Blame.CHUNK, code="lease_ended", reason=reason, now=now, due_at=now
         )
 
-    @staticmethod
-    def _release_parameters(*, blame: Blame, code: str, reason: str, now: datetime, due_at: datetime) -> dict[str, Any]:
-        return {
+    def _release(
+        self,
+        where: str,
+        which: Mapping[str, Any],
+        *,
+        blame: Blame,
+        code: str,
+        reason: str,
+        now: datetime,
+        due_at: datetime,
+    ) -> int:
+        values = {
+            **which,
             "blame": blame.value,
             "code": code,
             "reason": reason,
@@ -743,13 +697,25 @@ class Requests:
             "max_attempts": MAX_ATTEMPTS,
         }
 
+        def write(transaction: Transaction) -> int:
+            def move(to: RequestState, condition: str) -> int:
+                changed = transition(
+                    transaction, to, where=condition, parameters=[values], columns=_COUNT_FAILURE, now=now
+                )
+                return len(changed)
+
+            used_up = f"{where} AND attempts + {_IS_TO_BLAME} >= :max_attempts"
+            return move(RequestState.FAILED, used_up) + move(RequestState.QUEUED, where)
+
+        return self._database.write(write)
+
     def cancel(self, id: str, *, now: datetime) -> RequestRecord:
         """Cancel a queued request.
 
         :raises UnknownRequest:
         :raises NotCancellable:
         """
-        return self._change_one(_CANCEL, id, now, NotCancellable)
+        return self._change_one(id, RequestState.CANCELLED, "id = :id", now=now, error_type=NotCancellable)
 
     def retry(self, id: str, *, now: datetime) -> RequestRecord:
         """Queue a failed or cancelled request again, its attempts reset.
@@ -757,7 +723,27 @@ class Requests:
         :raises UnknownRequest:
         :raises NotRetryable:
         """
-        return self._change_one(_RETRY, id, now, NotRetryable)
+        where = "id = :id AND state IN ('failed', 'cancelled') AND image_deleted_at IS NULL"
+        return self._change_one(id, RequestState.QUEUED, where, _RESET_ONE, now=now, error_type=NotRetryable)
+
+    def _change_one(
+        self,
+        id: str,
+        to: RequestState,
+        where: str,
+        columns: str = "",
+        *,
+        now: datetime,
+        error_type: type[NotCancellable] | type[NotRetryable],
+    ) -> RequestRecord:
+        def write(transaction: Transaction) -> RequestRecord:
+            changed = transition(transaction, to, where=where, parameters=[{"id": id}], columns=columns, now=now)
+            rows = transaction.execute(_GET, (id,)).fetchall()
+            if changed:
+                return _to_record(rows[0])
+            raise error_type() if rows else UnknownRequest()
+
+        return self._database.write(write)
 
     def remove(self, id: str) -> None:
         """Delete a request that has ended, and those of its files that no other request needs.
@@ -767,25 +753,32 @@ class Requests:
         """
 
         def write(transaction: Transaction) -> None:
-            removed = transaction.execute(
-                "DELETE FROM requests WHERE id = ? AND finished_at IS NOT NULL RETURNING image_sha256, inputs, files",
-                (id,),
-            ).fetchall()
-            if not removed:
-                if transaction.execute("SELECT 1 FROM requests WHERE id = ?", (id,)).fetchone() is None:
-                    raise UnknownRequest()
-                raise NotRemovable()
-            delete_unneeded_images(transaction.connection, self._images, digests_of_files(removed[0]))
+            if not delete_requests(transaction, self._images, "id = :id AND finished_at IS NOT NULL", {"id": id}):
+                raise UnknownRequest() if transaction.execute(_GET, (id,)).fetchone() is None else NotRemovable()
 
         self._database.write(write)
 
     def expire(self, now: datetime) -> int:
         """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""
-        moment = to_text(now)
-        # Reading needs no write lock, and most calls find nothing.
-        if self._database.row(_IS_OVERDUE, (moment,)) is None:
+        if not self._has_any(_IS_OVERDUE, now):
             return 0
-        return self._database.execute_in_steps(_EXPIRE, {"now": moment}, rows_per_commit=ROWS_PER_COMMIT)
+
+        def write(transaction: Transaction) -> int:
+            expired = transition(
+                transaction,
+                RequestState.CANCELLED,
+                where=f"number IN (SELECT number FROM requests WHERE {_IS_OVERDUE} LIMIT {ROWS_PER_COMMIT})",
+                parameters=[{}],
+                columns=f"code = '{EXPIRED}', reason = 'Its deadline passed before it was claimed.'",
+                now=now,
+            )
+            return len(expired)
+
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+
+    def _has_any(self, where: str, now: datetime) -> bool:
+        """Tell whether a write would find anything: reading needs no write lock, and most calls find nothing."""
+        return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", {"now": to_text(now)}) is not None
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""
@@ -825,22 +818,3 @@ class Requests:
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
             return read_requests(connection, rows)
-
-    def _write_each(self, sql: str, rows: Sequence[dict[str, Any]]) -> int:
-        """Run a statement once for each row in one commit. :return: how many rows of the table changed."""
-        if not rows:
-            return 0
-        return self._database.write(lambda transaction: sum(transaction.execute(sql, row).rowcount for row in rows))
-
-    def _change_one(
-        self, sql: str, id: str, now: datetime, error_type: type[NotCancellable] | type[NotRetryable]
-    ) -> RequestRecord:
-        def write(transaction: Transaction) -> RequestRecord:
-            changed = transaction.execute(sql, {"id": id, "now": to_text(now)}).fetchall()
-            if changed:
-                return RequestRecord.from_row(changed[0])
-            if transaction.execute("SELECT 1 FROM requests WHERE id = ?", (id,)).fetchone() is None:
-                raise UnknownRequest()
-            raise error_type()
-
-        return self._database.write(write)

@@ -6,16 +6,15 @@ for the write lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from store.changes import Changes
 from store.database import Database, Transaction
-from store.files import digests_of_files, digests_of_inputs
+from store.files import digests_of_inputs
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
+from store.requests import delete_requests
 from store.rows import to_text
 from store.webhooks import Webhooks
 
@@ -26,26 +25,33 @@ KEEP_DELIVERIES = timedelta(days=7)
 #: Rows that one commit touches.
 ROWS_PER_COMMIT = 500
 
-_IMAGES_TO_PURGE = """
-    SELECT number, image_sha256, inputs, files FROM requests
-    WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL LIMIT :rows_per_commit
+# Some requests of each kind, as conditions.
+_OLD = f"""
+    number IN (SELECT number FROM requests
+               WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
 """
 
 # Requests with a retention time of their own, which is shorter than the operator's.
-_EXPIRED_FOR_OWNER = f"""
-    SELECT number, image_sha256, inputs, files FROM requests
-    WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before LIMIT :rows_per_commit
+_OLD_FOR_OWNER = f"""
+    number IN (SELECT number FROM requests
+               WHERE keep_seconds IS NOT NULL AND finished_at IS NOT NULL AND {KEEP_UNTIL_SQL} <= :before
+               LIMIT {ROWS_PER_COMMIT})
 """
+
+_DELETE_IMAGES = f"""
+    UPDATE requests SET image_deleted_at = :now
+    WHERE number IN (SELECT number FROM requests
+                     WHERE finished_at < :before AND image_deleted_at IS NULL AND finished_at IS NOT NULL
+                     LIMIT {ROWS_PER_COMMIT})
+    RETURNING number, image_sha256, inputs
+"""
+
+_FORGET_INPUTS = "DELETE FROM request_files WHERE number = ? AND is_input"
 
 _BATCHES_TO_PURGE = f"""
     SELECT id FROM batches
     WHERE (created_at < :before OR {KEEP_UNTIL_SQL.replace("finished_at", "created_at")} <= :now)
       AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id) LIMIT :rows_per_commit
-"""
-
-_RESULTS_TO_PURGE = """
-    SELECT number, image_sha256, inputs, files FROM requests
-    WHERE finished_at < :before AND finished_at IS NOT NULL LIMIT :rows_per_commit
 """
 
 
@@ -76,39 +82,30 @@ class Retention:
         :param images_before: images of requests that ended before this time are deleted.
         :param results_before: requests that ended before this time are deleted.
         """
-        delete = ("DELETE FROM requests WHERE number = ?",)
-        results = self._purge_rows(_RESULTS_TO_PURGE, delete, results_before, digests_of_files)
-        results += self._purge_rows(_EXPIRED_FOR_OWNER, delete, now, digests_of_files)
-        forget = (
-            f"UPDATE requests SET image_deleted_at = '{to_text(now)}' WHERE number = ?",
-            "DELETE FROM request_files WHERE number = ? AND is_input",
-        )
-        images = self._purge_rows(_IMAGES_TO_PURGE, forget, images_before, digests_of_inputs)
+        results = self._purge_requests(_OLD, results_before) + self._purge_requests(_OLD_FOR_OWNER, now)
+        images = self._purge_images(images_before, now)
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
         self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
-    def _purge_rows(
-        self, find: str, changes: Sequence[str], before: datetime, digests_of: Callable[[Any], set[str]]
-    ) -> int:
-        """Change the rows that `find` selects and delete those of their files that are unneeded then.
+    def _purge_requests(self, which: str, before: datetime) -> int:
+        values = {"before": to_text(before)}
+        return self._database.write_in_steps(
+            lambda transaction: delete_requests(transaction, self._images, which, values),
+            rows_per_commit=ROWS_PER_COMMIT,
+        )
 
-        :param digests_of: returns the digests of the files that a row may not need any more.
-        :return: how many rows.
-        """
+    def _purge_images(self, before: datetime, now: datetime) -> int:
+        values = {"before": to_text(before), "now": to_text(now)}
 
         def write(transaction: Transaction) -> int:
-            found = transaction.execute(
-                find, {"before": to_text(before), "rows_per_commit": ROWS_PER_COMMIT}
-            ).fetchall()
-            for row in found:
-                for change in changes:
-                    transaction.execute(change, (row["number"],))
+            found = transaction.execute(_DELETE_IMAGES, values).fetchall()
             # The files are deleted before the commit: a crash in between leaves a finished request without its image,
             # which is what retention intends, never a queued one.
-            digests = set().union(*map(digests_of, found))
+            transaction.execute_many(_FORGET_INPUTS, [(row["number"],) for row in found])
+            digests = set().union(*map(digests_of_inputs, found))
             delete_unneeded_images(transaction.connection, self._images, digests)
             return len(found)
 

@@ -1,15 +1,21 @@
-"""How records become rows of the database, and rows become records."""
+"""How records become rows of the database, and rows become records, by the types of the record's fields."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from store.cost_split import to_amount
+
+R = TypeVar("R")
 
 
 def to_text(moment: datetime) -> str:
@@ -22,14 +28,9 @@ def from_text(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def from_optional_text(text: str | None) -> datetime | None:
-    """Parse a time that may be NULL in the database."""
-    return None if text is None else from_text(text)
-
-
 def to_row(record: Any) -> dict[str, Any]:
     """Turn a record into a row: times and amounts as text, mappings as JSON."""
-    return {name: _to_cell(value) for name, value in asdict(record).items()}
+    return {field.name: _to_cell(getattr(record, field.name)) for field in fields(record)}
 
 
 def _to_cell(value: Any) -> Any:
@@ -47,26 +48,37 @@ def insert_sql(table: str, row: Mapping[str, Any]) -> str:
     return f"{table} ({', '.join(row)}) VALUES ({', '.join(f':{column}' for column in row)})"
 
 
-def from_row(
-    row: Mapping[str, Any], *, amounts: Collection[str] = (), mappings: Collection[str] = ()
-) -> dict[str, Any]:
-    """Turn a row back into the values of a record. Columns named `*_at` and `*_until` are times, `is_*` are bools.
+def from_row(record: Callable[..., R], row: Any, **others: Any) -> R:
+    """Turn a row into a record. A field without a column has its default.
 
-    :param amounts: columns that are decimals.
-    :param mappings: columns that are JSON.
+    :param others: values of fields that are not simply those of a column.
     """
-    values: dict[str, Any] = {}
-    for name, value in dict(row).items():
-        if value is None:
-            values[name] = None
-        elif name.endswith(("_at", "_until")):
-            values[name] = from_text(value)
-        elif name.startswith("is_"):
-            values[name] = bool(value)
-        elif name in amounts:
-            values[name] = Decimal(value)
-        elif name in mappings:
-            values[name] = json.loads(value)
-        else:
-            values[name] = value
-    return values
+    values = {
+        name: value if value is None or convert is None else convert(value)
+        for name, place, convert in _plan(record, tuple(row.keys()))
+        for value in (row[place],)
+    }
+    return record(**{**values, **others})
+
+
+@functools.cache
+def _plan(record: Any, columns: tuple[str, ...]) -> list[tuple[str, int, Callable[[Any], Any] | None]]:
+    """Return the name, the column and the conversion of each field that has a column."""
+    hints = typing.get_type_hints(record)
+    names = [field.name for field in fields(record) if field.name in columns]
+    return [(name, columns.index(name), _conversion(hints[name])) for name in names]
+
+
+def _conversion(hint: Any) -> Callable[[Any], Any] | None:
+    if isinstance(hint, types.UnionType):
+        (hint,) = (option for option in hint.__args__ if option is not type(None))
+    if hint is datetime:
+        return from_text
+    if typing.get_origin(hint) is Mapping:
+        item: Any = hint.__args__[1]
+        if is_dataclass(hint.__args__[1]):
+            return lambda text: {name: item(**values) for name, values in json.loads(text).items()}
+        return json.loads
+    if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+        return typing.cast("Callable[[Any], Any]", hint)
+    return None

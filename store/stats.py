@@ -2,7 +2,7 @@
 
 Read by `server/status/dashboard.py` and `server/status/metrics.py`. Every statement reads an index, or few rows, so it
 is quick however many requests are kept: none counts requests one by one. The outcomes of all requests ever are in the
-table `totals`, which triggers keep (see `m008_controls`) and which only grows, also when retention deletes requests.
+table `totals`, which `transition` keeps and which only grows, also when retention deletes requests.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ class Stats:
 
     def list_totals(self) -> list[OutcomeTotal]:
         """List the outcomes of all requests that ever ended."""
-        return [OutcomeTotal(**dict(row)) for row in self._database.rows(_TOTALS)]
+        return [from_row(OutcomeTotal, row) for row in self._database.rows(_TOTALS)]
 
     def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """List the totals of chunks by minute and model."""
-        return [MinuteStats(**dict(row)) for row in self._database.rows(_MINUTES, (to_text(since),))]
+        return [from_row(MinuteStats, row) for row in self._database.rows(_MINUTES, (to_text(since),))]
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """Count, for each time, the requests that were accepted before it. :param times: ascending."""
@@ -144,19 +144,19 @@ class Stats:
     def list_answered(self, *, limit: int) -> list[AnsweredRequest]:
         """List the requests answered last, the latest first, except those answered with an earlier answer."""
         rows = self._database.rows(_ANSWERED, {"limit": limit})
-        return [AnsweredRequest(**from_row(row)) for row in rows]
+        return [from_row(AnsweredRequest, row) for row in rows]
 
     def list_failures(self, *, limit: int) -> list[FailureRecord]:
         """List the failed requests that arrived last, the latest first."""
-        return [FailureRecord(**from_row(row)) for row in self._database.rows(_FAILURES, (limit,))]
+        return [from_row(FailureRecord, row) for row in self._database.rows(_FAILURES, (limit,))]
 
     def list_failed_chunks(self, *, limit: int) -> list[FailureRecord]:
         """List the chunks that failed as a whole, the latest first."""
-        return [FailureRecord(**from_row(row)) for row in self._database.rows(_FAILED_CHUNKS, (limit,))]
+        return [from_row(FailureRecord, row) for row in self._database.rows(_FAILED_CHUNKS, (limit,))]
 
     def list_unfinished_chunks(self, *, limit: int) -> list[ChunkRecord]:
         """List the chunks that were dispatched and have not ended, the latest first; those of dead batchers too."""
-        return [ChunkRecord.from_row(row) for row in self._database.rows(_UNFINISHED_CHUNKS, (limit,))]
+        return [from_row(ChunkRecord, row) for row in self._database.rows(_UNFINISHED_CHUNKS, (limit,))]
 
 
 def _first_since(connection: sqlite3.Connection, time: str, low: int, high: int) -> int:

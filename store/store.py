@@ -28,6 +28,7 @@ from store.ledger import Ledger
 from store.migrations import migrate
 from store.providers import Providers
 from store.requests import Requests
+from store.reservations import Reservations
 from store.retention import Retention
 from store.search import Search
 from store.settings import HomeSettings
@@ -51,6 +52,7 @@ class Store:
         self.chunks = Chunks(self.database)
         self.batchers = Batchers(self.database)
         self.ledger = Ledger(self.database)
+        self.reservations = Reservations(self.database)
         self.providers = Providers(self.database)
         self.keys = Keys(self.database)
         self.stats = Stats(self.database)

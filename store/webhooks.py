@@ -1,6 +1,6 @@
 """Webhooks: the tables `webhook_endpoints`, `webhook_deliveries` and `webhook_secret`.
 
-Commands and views manage endpoints, `server/webhooks.py` sends. Triggers on the table `requests` add a delivery in the
+Commands and views manage endpoints, `server/webhooks.py` sends. `transition` adds a delivery in the
 transaction that makes a request or batch final, so there is exactly one for each event and URL. A delivery is sent at
 least once: when a sender dies, another one claims its delivery after the lease has ended.
 """
@@ -16,7 +16,7 @@ from datetime import datetime
 
 from provider_image.errors import MlgError
 from store.database import Database, Transaction
-from store.rows import from_row, to_row, to_text
+from store.rows import from_row, insert_sql, to_row, to_text
 
 #: The events. A request is done when it is final, whatever the outcome; a batch when all of its requests are.
 EVENTS = ("request.done", "batch.done")
@@ -28,11 +28,6 @@ MAX_DELIVERIES_PER_URL = 4
 
 #: Deliveries that one commit deletes.
 ROWS_PER_COMMIT = 500
-
-_ADD_ENDPOINT = """
-    INSERT INTO webhook_endpoints (id, url, events, secret, created_at, disabled_at, disabled_reason)
-    VALUES (:id, :url, :events, :secret, :created_at, :disabled_at, :disabled_reason)
-"""
 
 _IS_DUE = """
     SELECT 1 FROM webhook_deliveries WHERE next_at IS NOT NULL AND next_at <= ? LIMIT 1
@@ -165,7 +160,8 @@ class Webhooks:
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
-        self._database.execute(_ADD_ENDPOINT, {**to_row(endpoint), "events": ",".join(endpoint.events)})
+        row = {**to_row(endpoint), "events": ",".join(endpoint.events)}
+        self._database.execute(f"INSERT INTO {insert_sql('webhook_endpoints', row)}", row)
 
     def remove_endpoint(self, id: str) -> None:
         """Remove an endpoint and its pending deliveries. :raises UnknownWebhook:"""
@@ -180,7 +176,7 @@ class Webhooks:
     def list_endpoints(self) -> list[EndpointRecord]:
         """List the endpoints, oldest first."""
         rows = self._database.rows("SELECT * FROM webhook_endpoints ORDER BY created_at, id")
-        return [EndpointRecord(**{**from_row(row), "events": tuple(row["events"].split(","))}) for row in rows]
+        return [from_row(EndpointRecord, row, events=tuple(row["events"].split(","))) for row in rows]
 
     def secret(self, endpoint_id: str | None) -> str:
         """Return the secret that signs deliveries to an endpoint.
@@ -211,7 +207,7 @@ class Webhooks:
             "except_urls": json.dumps(sorted(except_urls)),
         }
         rows = self._database.write(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
-        return [DeliveryRecord(**from_row(row)) for row in rows]
+        return [from_row(DeliveryRecord, row) for row in rows]
 
     def save_payload(self, id: str, payload: str) -> None:
         """Save the body of a delivery, so that every attempt sends the same. The first one counts."""
@@ -265,7 +261,7 @@ class Webhooks:
         rows = self._database.rows(
             f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?", (limit,)
         )
-        return [DeliveryRecord(**from_row(row)) for row in rows]
+        return [from_row(DeliveryRecord, row) for row in rows]
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
         """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""
@@ -273,7 +269,7 @@ class Webhooks:
         rows = self._database.write(lambda transaction: transaction.execute(_REDELIVER, row).fetchall())
         if not rows:
             raise UnknownWebhook(f"There is no delivery {id[:80]}. See: mlg webhooks dead")
-        return DeliveryRecord(**from_row(rows[0]))
+        return from_row(DeliveryRecord, rows[0])
 
     def purge(self, *, before: datetime) -> int:
         """Delete deliveries that were delivered, or given up, before a time. :return: how many."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -17,13 +16,15 @@ from PIL import Image
 
 from batcher.executors import Job, Outcome
 from batcher.executors.golem.executor import GolemExecutor
-from batcher.settings import BatcherSettings
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.timings import GolemTimings
 from devnet.daemon import Devnet
 from devnet.scenario import Fault, ProviderPlan, Scenario
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
 from store.store import Store
+from tests.contexts import make_context
 from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
@@ -58,7 +59,7 @@ class GolemHarness:
         self.folder = folder
         self.models = models
         #: The executor's own folder.
-        self.work = folder.parent / "work" / executor._id
+        self.work = folder.parent / "work" / executor._context.owner
         folder.mkdir(exist_ok=True)
 
     def job(
@@ -95,7 +96,10 @@ class GolemHarness:
 
     def next_executor(self, **settings: Any) -> GolemExecutor:
         """Make the executor of another batcher of the same home."""
-        return make_executor(self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", **settings)
+        timings = self.executor._timings
+        return make_executor(
+            self.devnet, self.store, self.folder.parent, self.models, name="bbbb2222", timings=timings, **settings
+        )
 
     def paid(self) -> Decimal:
         """Return what was paid, according to the daemon."""
@@ -131,6 +135,7 @@ async def golem(
     *,
     environment: Mapping[str, str] | None = None,
     name: str = "aaaa1111",
+    timings: GolemTimings = GolemTimings(),
     **settings: Any,
 ) -> AsyncIterator[GolemHarness]:
     """Run a devnet and an executor until the block ends.
@@ -139,7 +144,7 @@ async def golem(
     :param settings: of `GolemSettings`.
     """
     async with devnet_and_store(plan, folder, models, environment=environment) as (devnet, store):
-        executor = make_executor(devnet, store, folder, models, name=name, **settings)
+        executor = make_executor(devnet, store, folder, models, name=name, timings=timings, **settings)
         try:
             await executor.start()
             yield GolemHarness(devnet, executor, store, folder / "jobs", models)
@@ -156,11 +161,16 @@ def gftp_on_path(devnet: Devnet) -> Any:
 
 
 def make_executor(
-    devnet: Devnet, store: Store, folder: Path, models: Path, *, name: str = "aaaa1111", **settings: Any
+    devnet: Devnet,
+    store: Store,
+    folder: Path,
+    models: Path,
+    *,
+    name: str = "aaaa1111",
+    timings: GolemTimings = GolemTimings(),
+    **settings: Any,
 ) -> GolemExecutor:
     """Make an executor for a devnet, with waits short enough for a test."""
-    variables = {**os.environ, **devnet.variables, "MLG_HOME": str(folder / "home")}
-    base = BatcherSettings.from_env(variables)
     pace = slowness()
     short_waits: dict[str, Any] = {
         "idle_seconds": 5.0 * pace,
@@ -168,7 +178,6 @@ def make_executor(
         "offer_seconds": 20.0 * pace,
         **settings,
     }
-    executor_settings = replace(
-        base, work=folder / "work" / name, models=models, golem=replace(base.golem, **short_waits)
-    )
-    return GolemExecutor(executor_settings, store)
+    context = make_context(folder / "work" / name, models, store=store, **devnet.variables)
+    golem_settings = replace(GolemSettings.from_env(context.environment), **short_waits)
+    return GolemExecutor(context, settings=golem_settings, timings=timings)

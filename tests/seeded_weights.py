@@ -52,7 +52,10 @@ def seeded_network(row: ModelRow, seed: int = 7, make: Callable[[], Any] | None 
             layer.rate = 0.0
     last = network.layers[-1]
     # One pass gives the normalisations their statistics and, by the same statistics, the last layer's input.
-    seen = np.asarray(keras.Model(network.input, last.input)(batch, training=True), np.float64)
+    # As a function of tensorflow, because otherwise the outputs of all layers are in memory until the end.
+    inner = keras.Model(network.input, last.input)
+    tensorflow = importlib.import_module("tensorflow")
+    seen = np.asarray(tensorflow.function(lambda images: inner(images, training=True))(batch), np.float64)
     kernel = random.normal(size=last.kernel.shape)
     logits = (seen - seen.mean(axis=0)) @ kernel
     kernel *= _DEVIATION / logits.std(axis=1).max()

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from batcher.settings import BatcherSettings
+from batcher.executors import REGISTRY, load_executor
+from batcher.settings import BatcherSettings, BatcherTimings
 from mlg import COMMANDS, cli
 from server.app import create_app
 from server.settings import ServerSettings
@@ -26,6 +27,7 @@ from store import new_id
 from store.batchers import BatcherRecord
 from store.requests import Answer, NewRequest
 from store.store import Store
+from tests.contexts import make_context
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -127,16 +129,18 @@ def test_the_containers_run_as_the_user_of_the_image() -> None:
 
 def test_every_setting_in_the_files_exists() -> None:
     known = set()
-    for place in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py", "cli/logs.py"):
-        known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', (ROOT / place).read_text()))
+    sources = [*(ROOT / "batcher").rglob("*.py"), ROOT / "server/settings.py", ROOT / "cli/logs.py"]
+    for path in sources:
+        known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', path.read_text()))
     for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
         for name in re.findall(r"\b(?:MLG|YAGNA)_[A-Z]+(?:_[A-Z]+)*", path.read_text()):
             assert name in known, f"{path}: {name}"
 
 
-def test_containers_and_units_have_enough_time_to_stop() -> None:
-    settings = BatcherSettings.from_env({})
-    needed = settings.drain_seconds + 5 + settings.golem.settle_seconds
+@pytest.mark.parametrize("executor", REGISTRY)
+def test_containers_and_units_have_enough_time_to_stop(executor: str, tmp_path: Path) -> None:
+    stop_seconds = load_executor(executor, make_context(tmp_path, tmp_path)).stop_seconds()
+    needed = BatcherSettings.from_env({}).drain_seconds + BatcherTimings().final_write_seconds + stop_seconds
 
     assert float(SERVICES["batcher"]["stop_grace_period"].rstrip("s")) > needed
     for name in ("mlg-batcher", "mlg-batch"):

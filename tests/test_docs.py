@@ -19,6 +19,10 @@ from typing import Any
 import click
 import pytest
 
+from batcher.executors import REGISTRY
+from batcher.executors.fallback import FallbackSettings
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.local import LocalSettings
 from batcher.settings import BatcherSettings
 from mlg import cli
 from provider_image.models.catalogue import CATALOGUE
@@ -161,8 +165,8 @@ def test_documented_defaults_are_those_of_the_code() -> None:
     documented = {one.name: one.default.split(" ")[0] for rows in generate_docs.settings().values() for one in rows}
     # Those depend on the machine.
     special = {"MLG_HOME", "MLG_WORKERS"}
-    server, batcher = ServerSettings.from_env({}), BatcherSettings.from_env({})
-    for settings in (server, batcher, batcher.golem):
+    records: list[Any] = [ServerSettings, BatcherSettings, FallbackSettings, LocalSettings, GolemSettings]
+    for settings in (record.from_env({}) for record in records):
         source = Path(importlib.import_module(type(settings).__module__).__file__ or "").read_text()
         for field, name in re.findall(r'(\w+)=(?:env\.\w+\(|_amount\(env,)\s*"(MLG_[A-Z_]+)"', source):
             if name not in special:
@@ -174,10 +178,14 @@ def test_documented_defaults_are_those_of_the_code() -> None:
 
 def test_every_field_of_the_settings_names_its_variable_and_its_default() -> None:
     documented = {one.name for rows in generate_docs.settings().values() for one in rows}
-    for path in ("server/settings.py", "batcher/settings.py", "batcher/executors/golem/settings.py"):
-        read = set(re.findall(r'"(MLG_[A-Z_]+)"', (ROOT / path).read_text()))
+    for path in (ROOT / "server/settings.py", *(ROOT / "batcher").rglob("*.py")):
+        read = set(re.findall(r'"(MLG_[A-Z_]+)"', path.read_text()))
 
         assert read <= documented, path
+
+
+def test_every_executor_of_the_registry_has_a_table_of_its_settings() -> None:
+    assert {name.capitalize() for name in REGISTRY} <= set(generate_docs.headings().values())
 
 
 def anchors_of(page: Path) -> set[str]:

@@ -7,15 +7,15 @@ moves files and starts work. It must not open the store, and it must not trust t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from provider_image.errors import ConfigError, MlgError
 
 if TYPE_CHECKING:
-    from batcher.settings import BatcherSettings
     from store.store import Store
 
 
@@ -43,6 +43,22 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttemptBill:
+    """What one attempt at a job cost, by this machine's clock."""
+
+    #: The provider's name and its address.
+    provider: str
+    provider_id: str
+    #: The agreement and the activity that are billed.
+    agreement_id: str
+    activity_id: str
+    #: How long the attempt took.
+    seconds: float
+    #: In GLM. The ledger corrects it when the agreement's invoice comes.
+    cost: Decimal
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a job ended."""
 
@@ -50,16 +66,13 @@ class Outcome:
     provider: str | None
     #: From the start of the work to its end; waiting for a free worker does not count.
     seconds: float
-    #: Cost, a decimal number as text; None for executors that cost nothing.
-    cost: str | None = None
     #: Why there is no results file; None if there is one.
     error: MlgError | None = None
     #: True when the failure says nothing about the items, for example because the executor is closing.
     is_blameless: bool = False
-    #: The provider's address, the agreement and the activity; None for executors that cost nothing.
-    provider_id: str | None = None
-    agreement_id: str | None = None
-    activity_id: str | None = None
+    #: What its attempts cost, failed ones included, in the order of their ends; the last one is that of `provider`.
+    #: Empty for executors that cost nothing.
+    bills: tuple[AttemptBill, ...] = ()
 
     @classmethod
     def not_run(cls, error: MlgError, *, is_blameless: bool = True) -> Outcome:
@@ -75,12 +88,17 @@ class Executor(Protocol):
     #: True when chunks leave this machine. Unless MLG_SHRINK says otherwise, the batcher then resizes images to the
     #: model's input before it packs them: less to transfer, and providers never receive the originals.
     is_remote: bool
+    #: True when its workers may see originals, and their answers need no check before the executor returns.
+    is_trusted: bool
 
     async def start(self) -> None:
         """Start. :raises MlgError: it can never work with these settings; says what to do."""
 
-    def capacity(self) -> int:
-        """Return how many jobs should be under way at once to keep the workers busy; at least 1 after `start`."""
+    def capacity(self, model: str) -> int:
+        """Return how many jobs, of all models, may be under way when one more of this model is given; at least 1.
+
+        Enough to keep the workers busy. May change while it runs.
+        """
 
     def workers(self) -> int:
         """Return how many jobs run at the same time; others under way are queued."""
@@ -91,39 +109,60 @@ class Executor(Protocol):
     async def run(self, job: Job) -> Outcome:
         """Run one job. Failures are returned, not raised; cancelling the call stops the work."""
 
+    def stop_seconds(self) -> float:
+        """Return how long `close` may take. Supervisors and unit files grant that much. Works before `start`."""
+
     async def close(self) -> None:
         """Stop every process and remove every temporary file. May be called twice."""
 
 
-#: name -> "module:Class"; the class takes the settings and the store.
+@dataclass(frozen=True, kw_only=True)
+class ExecutorContext:
+    """What an executor is made from."""
+
+    #: The batcher's name, unique in its home; the name of its folder of temporary files.
+    owner: str
+    #: The batcher's folder of temporary files.
+    work: Path
+    #: The folder of artefacts.
+    models: Path
+    #: Where executors that cost money keep their accounts: the ledger, the reservations, and what providers did.
+    store: Store
+    #: Environment variables; each executor reads its own settings from them.
+    environment: Mapping[str, str]
+
+
+#: Makes an executor; nothing starts before `Executor.start`. :raises ConfigError: a setting cannot be used.
+Factory = Callable[[ExecutorContext], Executor]
+
+#: name -> "module:Factory"; the executor's settings are in that module's folder.
 REGISTRY = {
     "local": "batcher.executors.local:LocalExecutor",
     "golem": "batcher.executors.golem.executor:GolemExecutor",
 }
 
 
-def load_executor(names: str, settings: BatcherSettings, store: Store) -> Executor:
+def load_executor(names: str, context: ExecutorContext) -> Executor:
     """Make an executor.
 
     :param names: a name of the registry, or several separated by commas: a chunk that waits too long for one goes to
         the next.
-    :param store: where executors that cost money keep their accounts.
-    :raises ConfigError: a name is not in the registry.
+    :raises ConfigError: a name is not in the registry, or a setting cannot be used.
     """
-    members = [_load_one(name.strip(), settings, store) for name in names.split(",")]
+    members = [_load_one(name.strip(), context) for name in names.split(",")]
     if len(members) == 1:
         return members[0]
     from batcher.executors.fallback import FallbackExecutor
 
-    return FallbackExecutor(members, fallback_seconds=settings.fallback_seconds)
+    return FallbackExecutor(members, context.environment)
 
 
-def _load_one(name: str, settings: BatcherSettings, store: Store) -> Executor:
+def _load_one(name: str, context: ExecutorContext) -> Executor:
     if name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise ConfigError(
             f"There is no executor {name!r}. MLG_EXECUTOR takes one of: {known}; or several, as in golem,local."
         )
     module, _, attribute = REGISTRY[name].partition(":")
-    executor: Executor = getattr(importlib.import_module(module), attribute)(settings, store)
-    return executor
+    factory: Factory = getattr(importlib.import_module(module), attribute)
+    return factory(context)

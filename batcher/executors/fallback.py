@@ -1,6 +1,6 @@
 """Several executors as one: a job that waits too long for the first goes to the next.
 
-Made by `load_executor` for settings such as `golem,local`. Weakness: the last executor takes every job that the others
+Made by `load_executor` for a setting such as `golem,local`. Weakness: the last executor takes every job that the others
 refuse, so its queue is the longest when all others are unavailable.
 """
 
@@ -8,28 +8,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Executor, Job, Outcome
+from provider_image.environment import Environment
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallbackSettings:
+    """Settings for several executors."""
+
+    #: With several executors: a chunk waits this long for one before it goes to the next.
+    #: MLG_FALLBACK_SECONDS. Defaults to 60 seconds.
+    fallback_seconds: float = 60.0
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str]) -> FallbackSettings:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
+        return cls(fallback_seconds=env.number("MLG_FALLBACK_SECONDS", cls.fallback_seconds, minimum=0, maximum=86400))
 
 
 class FallbackExecutor:
     """See `batcher.executors.Executor`.
 
     :param members: in order of preference.
-    :param fallback_seconds: a job that has not begun within this time goes to the next member.
     """
 
-    def __init__(self, members: Sequence[Executor], *, fallback_seconds: float) -> None:
+    def __init__(self, members: Sequence[Executor], environment: Mapping[str, str]) -> None:
         self._members = list(members)
-        self._fallback_seconds = fallback_seconds
+        self._settings = FallbackSettings.from_env(environment)
         self.name = ",".join(member.name for member in members)
         # Which member gets a chunk is not known when it is packed.
         self.is_remote = any(member.is_remote for member in members)
+        self.is_trusted = all(member.is_trusted for member in members)
 
     async def start(self) -> None:
         """See Executor.start. If one member fails, all are closed."""
@@ -40,12 +56,10 @@ class FallbackExecutor:
             await self.close()
             raise
 
-    def capacity(self) -> int:
-        """See Executor.capacity."""
-        return max(member.capacity() for member in self._members)
+    def capacity(self, model: str) -> int:
+        return max(member.capacity(model) for member in self._members)
 
     def workers(self) -> int:
-        """See Executor.workers."""
         return sum(member.workers() for member in self._members)
 
     def unavailable_reason(self, model: str) -> str | None:
@@ -54,7 +68,6 @@ class FallbackExecutor:
         return None if None in reasons else " ".join(reason for reason in reasons if reason)
 
     async def run(self, job: Job) -> Outcome:
-        """See Executor.run."""
         *first, last = self._members
         for member in first:
             if member.unavailable_reason(job.model) is None:
@@ -78,7 +91,7 @@ class FallbackExecutor:
         beginning = asyncio.create_task(begun.wait())
         try:
             await asyncio.wait(
-                {running, beginning}, timeout=self._fallback_seconds, return_when=asyncio.FIRST_COMPLETED
+                {running, beginning}, timeout=self._settings.fallback_seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if not begun.is_set() and not running.done():
                 return None
@@ -90,6 +103,8 @@ class FallbackExecutor:
                 task.cancel()
             await asyncio.gather(running, beginning, return_exceptions=True)
 
+    def stop_seconds(self) -> float:
+        return max(member.stop_seconds() for member in self._members)
+
     async def close(self) -> None:
-        """See Executor.close."""
         await asyncio.gather(*(member.close() for member in self._members))

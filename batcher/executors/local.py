@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batcher.executors import Job, Outcome
+from batcher.backoff import Backoff
+from batcher.executors import ExecutorContext, Job, Outcome
 from batcher.executors.worker_process import WorkerProcess
-from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
+from provider_image.environment import Environment
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
+from provider_image.precision import PRECISIONS
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
 
@@ -37,13 +39,8 @@ log = logging.getLogger(__name__)
 
 #: Jobs under way for each worker: one that it runs and one that is packed and queued, so that it never waits.
 JOBS_PER_WORKER = 2
-#: Pause before a process that died without running a job is started again; doubles up to the maximum.
-INITIAL_BACKOFF_SECONDS = 0.2
-MAX_BACKOFF_SECONDS = 5.0
 #: After this many failed starts in a row, and with no other worker running, queued jobs are ended.
 MAX_FAILED_STARTS = 3
-#: A worker that ran for this long started successfully, even if it had no job.
-STABLE_SECONDS = 5.0
 #: A grey image of one pixel, to load libraries and a model before the first request comes.
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
@@ -59,24 +56,56 @@ class _LocalQueuedJob:
     outcome: asyncio.Future[Outcome]
 
 
-class LocalExecutor:
-    """See `batcher.executors.Executor`.
+@dataclass(frozen=True, kw_only=True)
+class LocalSettings:
+    """Settings of the local executor."""
 
-    :param store: not used, since this executor costs nothing.
-    :param environment: variables for the workers, in addition to those of this process.
-    """
+    #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
+    workers: int = 1
+    #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
+    #: MLG_PRECISION. Defaults to f32.
+    precision: str = "f32"
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str]) -> LocalSettings:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
+        return cls(
+            workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
+            precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTimings:
+    """Limits of the local executor, in seconds. No settings; tests shorten them."""
+
+    #: Pauses before a process that died without running a job is started again.
+    restart_backoff: Backoff = Backoff(first_seconds=0.2, max_seconds=5.0)
+    #: A worker that ran for this long started successfully, even if it had no job.
+    stable_seconds: float = 5.0
+    #: A worker must have warmed up within this time.
+    warm_up_seconds: float = 120.0
+    #: A process must listen within this time after its start; importing takes a tenth of a second.
+    start_seconds: float = 60.0
+    #: One that was asked to end is killed after this time.
+    stop_seconds: float = 2.0
+
+
+class LocalExecutor:
+    """See `batcher.executors.Executor`. Its workers get the context's environment."""
 
     name = "local"
     is_remote = False
+    is_trusted = True
 
-    def __init__(
-        self, settings: BatcherSettings, store: object = None, *, environment: Mapping[str, str] | None = None
-    ) -> None:
-        self._settings = settings
-        self._extra = dict(environment or {})
+    def __init__(self, context: ExecutorContext, *, timings: LocalTimings = LocalTimings()) -> None:
+        self._context = context
+        self._settings = LocalSettings.from_env(context.environment)
+        self._timings = timings
         self._provider = f"local/{socket.gethostname()}"
         # A unique name: several executors may share one folder.
-        self._folder = settings.work / f"local-{secrets.token_hex(3)}"
+        self._folder = context.work / f"local-{secrets.token_hex(3)}"
         self._queued_jobs: asyncio.Queue[_LocalQueuedJob] = asyncio.Queue()
         self._worker_loops: list[asyncio.Task[None]] = []
         self._workers: dict[int, WorkerProcess] = {}
@@ -89,16 +118,13 @@ class LocalExecutor:
             asyncio.create_task(self._worker_loop(number)) for number in range(self._settings.workers)
         ]
 
-    def capacity(self) -> int:
-        """See Executor.capacity."""
+    def capacity(self, model: str) -> int:
         return JOBS_PER_WORKER * self._settings.workers
 
     def workers(self) -> int:
-        """See Executor.workers."""
         return self._settings.workers
 
     def unavailable_reason(self, model: str) -> str | None:
-        """See Executor.unavailable_reason: always None."""
         return None
 
     def pids(self) -> list[int]:
@@ -106,15 +132,16 @@ class LocalExecutor:
         return [worker.pid for worker in self._workers.values() if worker.pid is not None]
 
     async def run(self, job: Job) -> Outcome:
-        """See Executor.run."""
         if self._is_closed:
             return Outcome.not_run(WorkerDied("The executor is closed."))
         queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
         self._queued_jobs.put_nowait(queued_job)
         return await queued_job.outcome
 
+    def stop_seconds(self) -> float:
+        return self._timings.stop_seconds
+
     async def close(self) -> None:
-        """See Executor.close."""
         self._is_closed = True
         for worker_loop in self._worker_loops:
             worker_loop.cancel()
@@ -128,7 +155,7 @@ class LocalExecutor:
     async def _worker_loop(self, number: int) -> None:
         """Run one worker, and replace it when it ends, until cancelled."""
         loop = asyncio.get_running_loop()
-        pause, failed_starts = INITIAL_BACKOFF_SECONDS, 0
+        pauses, failed_starts = 0, 0
         while not self._is_closed:
             worker = self._new_worker(number)
             started_at, was_useful = loop.time(), False
@@ -148,20 +175,21 @@ class LocalExecutor:
             finally:
                 self._workers.pop(number, None)
                 await worker.stop(is_forced=not self._is_closed)
-            if was_useful or loop.time() - started_at > STABLE_SECONDS:
-                pause = INITIAL_BACKOFF_SECONDS
+            if was_useful or loop.time() - started_at > self._timings.stable_seconds:
+                pauses = 0
             else:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+                pauses += 1
+                await asyncio.sleep(self._timings.restart_backoff.after(pauses))
 
     def _new_worker(self, number: int) -> WorkerProcess:
         return WorkerProcess(
             number,
             self._folder / str(number),
-            models=self._settings.models,
+            models=self._context.models,
             threads=max(1, available_cores() // self._settings.workers),
             precision=self._settings.precision,
-            extra=self._extra,
+            environment=self._context.environment,
+            timings=self._timings,
         )
 
     async def _work_once(self, worker: WorkerProcess) -> bool:
@@ -239,7 +267,7 @@ class LocalExecutor:
 
     async def _warm_up(self, worker: WorkerProcess) -> None:
         """Classify one pixel, so that libraries and a model are loaded when the first request comes."""
-        row = _guess_first_model(self._settings.models)
+        row = _guess_first_model(self._context.models)
         if row is None or not self._queued_jobs.empty():
             return
         chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
@@ -247,7 +275,7 @@ class LocalExecutor:
         try:
             await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
             # Not wait_for: before Python 3.12 it can swallow a cancellation.
-            async with asyncio.timeout(self._settings.chunk_timeout_seconds):
+            async with asyncio.timeout(self._timings.warm_up_seconds):
                 reply = await worker.run_chunk(chunk, results)
         except TimeoutError as error:
             raise WorkerDied("It did not warm up in time.") from error

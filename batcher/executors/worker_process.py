@@ -10,22 +10,20 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batcher.subprocesses import child_environment, exit_description, module_command
 from provider_image.errors import WorkerDied
 from provider_image.runtime_paths import socket_path
 
+if TYPE_CHECKING:
+    from batcher.executors.local import LocalTimings
+
 log = logging.getLogger(__name__)
 
-#: A process must listen within this time after its start; importing takes a tenth of a second.
-START_SECONDS = 60.0
-#: A process that was asked to end is killed after this time.
-STOP_SECONDS = 2.0
 _MAX_LINE_BYTES = 1024 * 1024
 
 
@@ -33,15 +31,23 @@ class WorkerProcess:
     """A warm process, from its start to its end; a new object for each process."""
 
     def __init__(
-        self, number: int, folder: Path, *, models: Path, threads: int, precision: str, extra: Mapping[str, str]
+        self,
+        number: int,
+        folder: Path,
+        *,
+        models: Path,
+        threads: int,
+        precision: str,
+        environment: Mapping[str, str],
+        timings: LocalTimings,
     ) -> None:
         self.number = number
+        self._timings = timings
         self._folder = folder
         options = ["--place", str(folder), "--models", str(models), "--threads", str(threads)]
         options += ["--precision", precision]
         self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
-        # Not a setting: the child gets our own environment with one folder added.
-        self._environment = child_environment(os.environ, extra)
+        self._environment = child_environment(environment)
         self._process: asyncio.subprocess.Process | None = None
         self._output_readers: list[asyncio.Task[None]] = []
         self._is_ready = asyncio.Event()
@@ -68,7 +74,7 @@ class WorkerProcess:
         ]
         waits = {asyncio.create_task(self._is_ready.wait()), asyncio.create_task(self._process.wait())}
         try:
-            await asyncio.wait(waits, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=self._timings.start_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
@@ -121,7 +127,7 @@ class WorkerProcess:
             if is_forced:
                 self._kill()
             try:
-                async with asyncio.timeout(STOP_SECONDS):
+                async with asyncio.timeout(self._timings.stop_seconds):
                     await self._process.wait()
             except TimeoutError:
                 self._kill()
@@ -139,7 +145,7 @@ class WorkerProcess:
         assert self._process is not None
         try:
             # The connection breaks a moment before the system has the exit status.
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(self._timings.stop_seconds):
                 status = await self._process.wait()
         except TimeoutError:
             return "stopped responding"

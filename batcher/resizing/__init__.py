@@ -130,7 +130,7 @@ def make_resizer(settings: BatcherSettings, executor: Executor) -> Resizer | Non
     """Return the resizer for an executor; None if it gets the originals."""
     if settings.shrink == "off" or (settings.shrink == "auto" and not executor.is_remote):
         return None
-    return Resizer(settings.workers)
+    return Resizer(settings.resizers)
 
 
 class DecoderExited(Exception):

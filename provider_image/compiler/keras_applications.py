@@ -85,7 +85,8 @@ def keras_predictions(keras: Any, row: ModelRow, network: Any, images: Arrays) -
 
     module = importlib.import_module(getattr(keras.applications, str(row.keras_class)).__module__)
     batch = module.preprocess_input(np.stack(images).astype(np.float32))
-    return list(np.asarray(network(batch, training=False)))
+    # Not `network(batch)`, which would keep the outputs of all layers in memory until the end.
+    return list(network.predict(batch, batch_size=len(batch), verbose=0))
 
 
 def _load_network(keras: Any, row: ModelRow, weights: WeightsFile) -> Any:

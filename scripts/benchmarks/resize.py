@@ -21,6 +21,7 @@ import click
 from PIL import Image
 
 from batcher.cycle import Cycle
+from batcher.executors import ExecutorContext
 from batcher.executors.local import LocalExecutor
 from batcher.resizing import make_resizer
 from batcher.settings import BatcherSettings
@@ -99,10 +100,11 @@ async def rate(home: Path, models: Path, jpegs: list[bytes], choice: str) -> tup
     work = home / "work"
     work.mkdir(parents=True)
     workers = available_cores()
-    settings = BatcherSettings(work=work, models=models, workers=workers, shrink=choice)
+    settings = BatcherSettings(work=work, models=models, resizers=workers, shrink=choice)
     store = Store(HomeSettings(home=home))
     store.migrate()
-    executor = LocalExecutor(settings)
+    context = ExecutorContext(owner=work.name, work=work, models=models, store=store, environment=os.environ)
+    executor = LocalExecutor(context)
     resizer = make_resizer(settings, executor)
     await executor.start()
     try:

@@ -57,6 +57,7 @@ class TableExecutor:
 
     name = "table"
     is_remote = False
+    is_trusted = True
 
     def __init__(self, models: Path, *, slots: int = 4) -> None:
         self.models = models
@@ -82,7 +83,7 @@ class TableExecutor:
     async def start(self) -> None:
         """Do nothing."""
 
-    def capacity(self) -> int:
+    def capacity(self, model: str) -> int:
         return self.slots
 
     def workers(self) -> int:
@@ -90,6 +91,9 @@ class TableExecutor:
 
     def unavailable_reason(self, model: str) -> str | None:
         return self.unavailable_reasons.get(model)
+
+    def stop_seconds(self) -> float:
+        return 0.0
 
     async def close(self) -> None:
         """Do nothing."""
@@ -152,7 +156,7 @@ class Harness:
         self.executor: Any = TableExecutor(models)
         self.resizer: Any = None
         self.settings = BatcherSettings(
-            work=folder / "work", models=models, workers=1, max_wait_seconds=600, poll_seconds=0.05, drain_seconds=5
+            work=folder / "work", models=models, max_wait_seconds=600, poll_seconds=0.05, drain_seconds=5
         )
         self.settings.work.mkdir()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 from server.status.eta import EtaInputs, estimate
@@ -123,7 +124,11 @@ def test_a_waiting_request_shows_who_paused_the_batcher(harness: Any, batcher: A
 def test_a_batcher_with_a_paid_executor_shows_its_budget(harness: Any, batcher: Any) -> None:
     async def main() -> Any:
         stop = asyncio.Event()
-        run = asyncio.create_task(batcher(executor="golem,local").run(stop))
+        made = batcher()
+        harness.store.reservations.set_caps(
+            "batcher-", {"day": Decimal(1)}
+        )  # the name of its folder, under which executors spend
+        run = asyncio.create_task(made.run(stop))
         await harness.until(lambda: harness.store.batchers.list(seen_since=now() - timedelta(seconds=20)) != [])
         (found,) = harness.store.batchers.list(seen_since=now() - timedelta(seconds=20))
         stop.set()

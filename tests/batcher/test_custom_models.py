@@ -13,6 +13,7 @@ from batcher.executors.local import LocalExecutor, _guess_first_model
 from provider_image.images.decoding import decode
 from store.states import RequestState
 from tests.batcher.conftest import Harness
+from tests.contexts import make_context
 from tests.custom_models import classifier
 
 
@@ -38,7 +39,7 @@ def test_a_real_worker_answers_for_a_custom_model_as_keras_does(
     requests = [harness.add(photo, model="my_pets") for photo in photos.values()]
 
     async def main() -> None:
-        harness.executor = LocalExecutor(harness.settings)
+        harness.executor = LocalExecutor(make_context(harness.settings.work / "local", harness.models, MLG_WORKERS="2"))
         await harness.executor.start()
         try:
             cycle = harness.cycle()

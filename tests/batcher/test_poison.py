@@ -11,6 +11,7 @@ from PIL import Image
 from batcher.executors.local import LocalExecutor
 from store.requests import MAX_ATTEMPTS
 from store.states import RequestState
+from tests.contexts import make_context
 
 #: Decoders ignore bytes after the end of an image; here they end the process, as a bug in a decoder may.
 PLUGIN = """
@@ -36,12 +37,12 @@ def test_an_image_that_always_kills_its_worker_fails_alone(harness: Any, tmp_pat
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "sitecustomize.py").write_text(PLUGIN)
-    harness.change_settings(workers=2)
     requests = [harness.add(small_image(number) + (b"POISON" if number == 7 else b"")) for number in range(16)]
     poison = requests.pop(7)
 
     async def main() -> None:
-        harness.executor = LocalExecutor(harness.settings, environment={"PYTHONPATH": str(plugin)})
+        context = make_context(tmp_path / "local", harness.models, MLG_WORKERS="2", PYTHONPATH=str(plugin))
+        harness.executor = LocalExecutor(context)
         await harness.executor.start()
         cycle = harness.cycle()
         while harness.reload(poison)[0].state is not RequestState.FAILED:

@@ -37,6 +37,7 @@ from provider_image.services import load_service
 from store.requests import MAX_ATTEMPTS
 from store.states import RequestState
 from tests.batcher.conftest import MODEL, TableExecutor
+from tests.contexts import make_context
 from tests.decode_gate import DECODE_GATE
 from tests.process_tree import children, command_line, is_alive
 from tests.timing import wait_until
@@ -186,8 +187,8 @@ def process_all(harness: Any, choice: str) -> dict[str, Any]:
     requests = {name: harness.add(data, is_fresh=True) for name, data in (IMAGES | BAD).items()}
 
     async def main() -> None:
-        harness.change_settings(shrink=choice, workers=2)
-        harness.executor = LocalExecutor(harness.settings)
+        harness.change_settings(shrink=choice, resizers=2)
+        harness.executor = LocalExecutor(make_context(harness.settings.work / "local", harness.models, MLG_WORKERS="2"))
         harness.resizer = make_resizer(harness.settings, harness.executor)
         await harness.executor.start()
         cycle = harness.cycle()

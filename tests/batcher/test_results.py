@@ -8,7 +8,7 @@ import pytest
 
 from batcher.executors import Outcome
 from batcher.planner import PlannedItem
-from batcher.results import BACKOFF_SECONDS, UNAVAILABLE_RETRY_SECONDS, resolve_failed_chunk
+from batcher.results import ITEM_BACKOFF, UNAVAILABLE_RETRY_SECONDS, resolve_failed_chunk
 from provider_image.errors import BrokenArtefact, ChunkTimeout, NotInstalled, WorkerDied
 from store.requests import Blame, Claim
 
@@ -43,7 +43,7 @@ def test_a_single_item_is_to_blame_for_its_chunk_for_all_its_claims(claims: list
     chunk_outcome = resolve_failed_chunk([item(*claims)], failed(ChunkTimeout()))
 
     (failure,) = chunk_outcome.failures
-    assert (failure.blame, failure.delay_seconds) == (Blame.ITEM, BACKOFF_SECONDS[0])
+    assert (failure.blame, failure.delay_seconds) == (Blame.ITEM, ITEM_BACKOFF.after(1))
     assert len(failure.claims) == 4
 
 

@@ -75,7 +75,7 @@ def test_missing_tensorflow_is_one_error_line(tmp_path: Path, weights: Path) -> 
         (["densenet12"], 1, "densenet121"),
         (["vgg16", "vgg19", "--weights", "{weights}"], 2, "for several give a folder"),
         (["vgg16", "--weights", "/nowhere"], 1, "There is no weights file /nowhere"),
-        (["vgg16", "--weights", "{weights}"], 1, "does not contain the weights of VGG16"),
+        (["efficientnetv2_b0", "--weights", "{weights}"], 1, "does not contain the weights of EfficientNetV2B0"),
         (["vgg16", "--f16-within", "2"], 2, "--f16-within"),
         ([], 2, "MODEL|all"),
     ],

@@ -123,8 +123,8 @@ def test_up_restarts_killed_children_and_stops_cleanly(start: Callable[..., Up],
     assert not any(is_alive(pid) for pid in processes)
     assert [path.name for path in (up.home / "work").iterdir()] == [".lock"]
     errors = up.errors.read_text()
-    assert errors.count("the batcher was killed by signal 9; starting it again") == 1
-    assert errors.count("the server was killed by signal 9; starting it again") == 1
+    assert errors.count("the batcher was killed by SIGKILL; starting it again") == 1
+    assert errors.count("the server was killed by SIGKILL; starting it again") == 1
     assert "Traceback" not in errors
 
 

@@ -1,4 +1,4 @@
-"""The contract of Executor. A new executor adds a parameter to `kind`, not tests."""
+"""The contract of Executor. A new executor adds a function to `BACKENDS` and a row to `EXPECTED`, not tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from batcher.executors import Executor, Job, Outcome
-from batcher.executors.local import LocalExecutor
-from batcher.settings import BatcherSettings
+from batcher.executors import Executor, Job, Outcome, load_executor
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import ChunkTimeout, MalformedChunk, MlgError, WorkerDied
+from tests.contexts import make_context
 from tests.decode_gate import DECODE_GATE
-from tests.golem import golem, provider, scenario
+from tests.golem import devnet_and_store, make_executor, provider, scenario
 from tests.process_tree import is_alive
 from tests.timing import slowness, until
 
@@ -39,11 +39,14 @@ class Expected:
     malformed: type[MlgError]
     #: A word of the reason when a worker was killed.
     killed: str
+    #: Whether attempts cost money.
+    is_billed: bool = False
 
 
 EXPECTED = {
     "local": Expected(providers=("local",), malformed=MalformedChunk, killed="SIGKILL"),
-    "golem": Expected(providers=("alpha", "beta"), malformed=WorkerDied, killed="provider"),
+    "local,local": Expected(providers=("local",), malformed=MalformedChunk, killed="SIGKILL"),
+    "golem": Expected(providers=("alpha", "beta"), malformed=WorkerDied, killed="provider", is_billed=True),
 }
 
 
@@ -96,53 +99,50 @@ def small_image() -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture(params=["local", "golem"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@contextlib.asynccontextmanager
+async def local(folder: Path, models: Path, environment: dict[str, str]) -> AsyncIterator[ExecutorHarness]:
+    context = make_context(folder / "work", models, MLG_WORKERS=str(WORKERS), **environment)
+    yield ExecutorHarness(load_executor("local", context), folder / "jobs", context.work)
 
 
-@pytest.fixture
+@contextlib.asynccontextmanager
+async def fallback(folder: Path, models: Path, environment: dict[str, str]) -> AsyncIterator[ExecutorHarness]:
+    """Two executors of one worker each: what one does not begin goes to the other."""
+    context = make_context(folder / "work", models, MLG_WORKERS="1", MLG_FALLBACK_SECONDS="0.5", **environment)
+    yield ExecutorHarness(load_executor("local,local", context), folder / "jobs", context.work)
+
+
+@contextlib.asynccontextmanager
+async def golem(folder: Path, models: Path, environment: dict[str, str]) -> AsyncIterator[ExecutorHarness]:
+    """One attempt, so that a failure is the outcome; a short ban, so that the provider works again soon."""
+    plan = scenario(*(provider(name) for name in EXPECTED["golem"].providers[:WORKERS]))
+    async with devnet_and_store(plan, folder, models, environment=environment) as (devnet, store):
+        settings = {"max_workers": WORKERS, "attempts": 1, "ban_seconds": 1.0}
+        executor = make_executor(devnet, store, folder, models, **settings)
+        yield ExecutorHarness(executor, folder / "jobs", folder / "work" / "aaaa1111")
+
+
+BACKENDS = {"local": local, "fallback": fallback, "golem": golem}
+
+
+@pytest.fixture(params=BACKENDS)
 def harness(
-    kind: str, tmp_path: Path, models_folder: Path
+    request: pytest.FixtureRequest, tmp_path: Path, models_folder: Path
 ) -> Callable[[Callable[[ExecutorHarness], Coroutine[Any, Any, None]]], None]:
     """Run a test body with a started executor, and close it afterwards."""
     plugin = tmp_path / "plugin"
     plugin.mkdir()
+    (tmp_path / "jobs").mkdir()
     (plugin / "sitecustomize.py").write_text(DECODE_GATE)
-    environment = {"PYTHONPATH": str(plugin)}
-
-    @contextlib.asynccontextmanager
-    async def local() -> AsyncIterator[ExecutorHarness]:
-        folder, work = tmp_path / "jobs", tmp_path / "work"
-        folder.mkdir()
-        settings = BatcherSettings(work=work, models=models_folder, workers=WORKERS)
-        executor = LocalExecutor(settings, environment=environment)
-        await executor.start()
-        try:
-            yield ExecutorHarness(executor, folder, work)
-        finally:
-            await executor.close()
-
-    @contextlib.asynccontextmanager
-    async def golem_devnet() -> AsyncIterator[ExecutorHarness]:
-        plan = scenario(*(provider(name) for name in EXPECTED["golem"].providers[:WORKERS]))
-        # One attempt, so that a failure is the outcome; a short ban, so that the provider works again soon.
-        made = golem(
-            plan,
-            tmp_path,
-            models_folder,
-            environment=environment,
-            max_workers=WORKERS,
-            attempts=1,
-            ban_seconds=1.0,
-        )
-        async with made as harness:
-            yield ExecutorHarness(harness.executor, harness.folder, harness.work)
 
     def run(body: Callable[[ExecutorHarness], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            async with {"local": local, "golem": golem_devnet}[kind]() as made:
-                await asyncio.wait_for(body(made), 300)
+            async with BACKENDS[request.param](tmp_path, models_folder, {"PYTHONPATH": str(plugin)}) as made:
+                await made.executor.start()
+                try:
+                    await asyncio.wait_for(body(made), 300)
+                finally:
+                    await made.executor.close()
 
         asyncio.run(main())
 
@@ -158,6 +158,8 @@ def test_a_chunk_is_answered(harness: Any) -> None:
         assert (outcome.error, outcome.is_blameless) == (None, False)
         assert outcome.provider is not None and outcome.provider.startswith(harness.expected.providers)
         assert outcome.seconds > 0
+        assert [bill.provider for bill in outcome.bills] == [outcome.provider] * harness.expected.is_billed
+        assert all(bill.cost > 0 and bill.seconds == outcome.seconds for bill in outcome.bills)
         results = read_results(job.results, "chunk", MODEL, range(3))
         assert [len(item.output) for item in results.items] == [20, 20, 20]
 
@@ -166,7 +168,7 @@ def test_a_chunk_is_answered(harness: Any) -> None:
 
 def test_as_many_jobs_as_workers_run_in_parallel_and_the_rest_of_the_capacity_is_queued(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
-        names = [f"job{number}" for number in range(harness.executor.capacity())]
+        names = [f"job{number}" for number in range(harness.executor.capacity(MODEL))]
 
         runs = [asyncio.create_task(harness.executor.run(harness.job(name, is_held=True))) for name in names]
         pids = {await harness.begun(name) for name in names[: harness.executor.workers()]}
@@ -202,6 +204,7 @@ def test_a_worker_killed_during_a_job_fails_only_that_job(harness: Any) -> None:
 
         assert isinstance(outcome.error, WorkerDied)
         assert harness.expected.killed in outcome.error.reason
+        assert len(outcome.bills) == harness.expected.is_billed, "a failed attempt is billed too"
         assert not outcome.is_blameless
         for number in range(2 * WORKERS):
             await harness.assert_works(f"next{number}")
@@ -240,13 +243,26 @@ def test_cancelling_a_run_stops_the_work_and_the_next_job_works(harness: Any) ->
     harness(body)
 
 
+def test_it_knows_its_limits_and_whom_it_trusts(harness: Any) -> None:
+    async def body(harness: ExecutorHarness) -> None:
+        executor = harness.executor
+
+        assert executor.capacity(MODEL) >= executor.workers() == WORKERS
+        assert executor.unavailable_reason(MODEL) is None
+        assert executor.is_remote != executor.is_trusted, "strangers get no originals, and are not believed"
+
+    harness(body)
+
+
 def test_closing_leaves_no_process_and_no_file_and_blames_no_item(harness: Any) -> None:
     async def body(harness: ExecutorHarness) -> None:
-        jobs = [harness.job(f"job{number}", is_held=True) for number in range(harness.executor.capacity())]
+        jobs = [harness.job(f"job{number}", is_held=True) for number in range(harness.executor.capacity(MODEL))]
         runs = [asyncio.create_task(harness.executor.run(job)) for job in jobs]
         pids = [await harness.begun(f"job{number}") for number in range(harness.executor.workers())]
 
+        started_at = time.monotonic()
         await harness.executor.close()
+        seconds = time.monotonic() - started_at
         await harness.executor.close()
         outcomes: list[Outcome] = await asyncio.gather(*runs)
         late = await harness.executor.run(harness.job("late"))
@@ -254,5 +270,6 @@ def test_closing_leaves_no_process_and_no_file_and_blames_no_item(harness: Any) 
         assert all(outcome.is_blameless and outcome.error is not None for outcome in [*outcomes, late])
         assert not any(is_alive(pid) for pid in pids)
         assert list(harness.work.iterdir()) == []
+        assert 0 < seconds < harness.executor.stop_seconds() * slowness()
 
     harness(body)

@@ -315,18 +315,6 @@ def test_an_amount_counts_on_the_day_of_its_settlement_and_open_amounts_always(s
     ]
 
 
-def test_the_spending_of_one_batcher_follows_from_its_allocations(store: Store) -> None:
-    store.ledger.record_allocation(allocation("al1", batcher_id="b1"))
-    store.ledger.record_allocation(allocation("al2", batcher_id="b2"))
-    for id, allocation_id in (("a", "al1"), ("b", "al1"), ("c", "al2")):
-        store.ledger.record_agreement(agreement(id, allocation_id=allocation_id))
-    store.ledger.record_invoice(invoice("1", id="i1", agreement_id="a"))
-    store.ledger.record_debit_note(debit("2", agreement_id="b"))
-    work(store, "c1", agreement_id="c", cost="4")
-
-    assert [store.ledger.spent(batcher_id=id) for id in ("b1", "b2", "b3", None)] == [3, 4, 0, 7]
-
-
 def test_costs_have_images_chunks_and_names(store: Store) -> None:
     store.ledger.record_agreement(agreement())
     store.ledger.record_agreement(agreement("ag2", provider_id=BETA, provider_name="beta"))

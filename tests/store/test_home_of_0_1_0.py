@@ -10,10 +10,12 @@ import enum
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -112,6 +114,20 @@ def test_migrating_applies_only_the_steps_that_0_1_0_did_not_have(
     assert set(expected["migrations"]) <= set(names)
     assert applied == [name for name in names if name not in expected["migrations"]]
     assert again == []
+
+
+def test_migrating_drops_the_triggers_of_0_1_0(settings: ServerSettings) -> None:
+    def triggers() -> list[str]:
+        with closing(sqlite3.connect(settings.database)) as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
+
+    before = triggers()
+    store = Store(settings)
+    store.migrate()
+    store.close()
+
+    assert len(before) == 10
+    assert triggers() == []
 
 
 def test_every_record_reads_as_before(store: Store, expected: dict[str, Any]) -> None:

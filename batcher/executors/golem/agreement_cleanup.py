@@ -12,16 +12,15 @@ import time
 from typing import Any
 
 from batcher.executors.golem.recovery import end_agreement
+from batcher.executors.golem.timings import GolemTimings
 from batcher.executors.golem.yapapi_adapter import explain
 
 log = logging.getLogger(__name__)
 
-#: Limit for yapapi's calls at the end of an activity.
-CLEANUP_SECONDS = 5.0
 #: The reason that providers receive.
 DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
-#: Pauses between attempts to end an agreement; those that remain open are ended with the session.
-_TERMINATE_BACKOFF_SECONDS = (0.5, 2.0, 8.0)
+#: Attempts to end an agreement; those that remain open are ended with the session.
+_TERMINATE_ATTEMPTS = 3
 
 
 class AgreementCleanup:
@@ -31,9 +30,10 @@ class AgreementCleanup:
     :param model: for the log.
     """
 
-    def __init__(self, engine: Any, model: str) -> None:
+    def __init__(self, engine: Any, model: str, timings: GolemTimings) -> None:
         self._engine = engine
         self._model = model
+        self._timings = timings
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def add(self, task: asyncio.Task[Any]) -> None:
@@ -48,7 +48,7 @@ class AgreementCleanup:
         """
 
         async def terminate() -> None:
-            deadline = time.monotonic() + CLEANUP_SECONDS
+            deadline = time.monotonic() + self._timings.cleanup_seconds
             while agreement_id in pool._agreements and time.monotonic() < deadline:
                 await asyncio.sleep(0.2)
                 await pool.cycle()
@@ -61,12 +61,12 @@ class AgreementCleanup:
         """Terminate an agreement that yapapi wrongly considers terminated."""
 
         async def terminate() -> None:
-            for pause in _TERMINATE_BACKOFF_SECONDS:
+            for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
                 try:
                     return await end_agreement(self._engine, agreement_id, DONE_REASON)
                 except Exception as error:
                     log.info("an agreement for %s could not be terminated yet: %s", self._model, explain(error))
-                await asyncio.sleep(pause)
+                await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
 
         self.add(asyncio.create_task(terminate()))
 
@@ -74,7 +74,7 @@ class AgreementCleanup:
         """Wait for the tasks, for a limited time, and cancel the rest."""
         if not self._tasks:
             return
-        _, hanging = await asyncio.wait(self._tasks, timeout=CLEANUP_SECONDS)
+        _, hanging = await asyncio.wait(self._tasks, timeout=self._timings.cleanup_seconds)
         for task in hanging:
             task.cancel()
 

@@ -10,10 +10,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from batcher.executors import Job, Outcome
-from provider_image.errors import MlgError
+from batcher.executors import AttemptBill, Job, Outcome
+from provider_image.errors import MlgError, WorkerDied
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,6 +32,8 @@ class QueuedJob:
     #: Attempts that failed through the provider, and all attempts.
     failures: int = 0
     attempts: int = 0
+    #: What the attempts that have ended cost.
+    bills: list[AttemptBill] = field(default_factory=list)
     #: How the last attempt ended.
     last_outcome: Outcome | None = None
     #: Address of a provider that runs it -> what stops that attempt, and whether it is a second attempt.
@@ -45,7 +47,7 @@ class QueuedJob:
         A second attempt that is no longer needed may finish: that costs less than a new start.
         """
         if not self.outcome.done():
-            self.outcome.set_result(outcome)
+            self.outcome.set_result(replace(outcome, bills=tuple(self.bills)))
         for stop, is_second in list(self.running_attempts.values()):
             if not is_second:
                 stop()
@@ -63,6 +65,7 @@ class JobQueue:
         self._waiting: dict[str, deque[QueuedJob]] = {}
         self._running: list[QueuedJob] = []
         self._change_event = asyncio.Event()
+        self._is_closed = False
 
     def models(self) -> list[str]:
         """List the models with queued jobs."""
@@ -82,7 +85,10 @@ class JobQueue:
             yield from list(self._active(model))
 
     def put(self, queued_job: QueuedJob, *, is_retry: bool = False) -> None:
-        """Add a job; a retried job goes first."""
+        """Add a job; a retried job goes first. After `close` the job ends."""
+        if self._is_closed:
+            queued_job.complete(Outcome.not_run(WorkerDied("The executor is closed.")))
+            return
         queued_job.waiting_since = time.monotonic()
         queue = self._waiting.setdefault(queued_job.job.model, deque())
         if is_retry:
@@ -157,6 +163,11 @@ class JobQueue:
         for queued_job in failed:
             queued_job.complete(Outcome.not_run(error))
         return len(failed)
+
+    def close(self) -> None:
+        """End all queued jobs, and those that are added later."""
+        self._is_closed = True
+        self.fail_all(WorkerDied("The executor is closed."))
 
     async def wait_for_change(self, seconds: float) -> None:
         """Wait for a change, at most this long."""

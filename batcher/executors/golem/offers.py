@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from batcher.backoff import Backoff
 from batcher.executors.golem.settings import GolemSettings
 from provider_image.errors import MlgError
 
@@ -24,8 +25,8 @@ EXPECTED_IMAGES = 160
 _MIN_SCORE = 0.05
 #: Reliability of a provider that has not worked yet, the store's initial score.
 _NEW_PROVIDER_SCORE = 0.5
-#: A provider that did not sign an agreement is skipped for this long; doubles each time.
-_UNSIGNED_SECONDS = 30.0
+#: How long a provider that did not sign an agreement is skipped.
+_UNSIGNED_BACKOFF = Backoff(first_seconds=30.0, max_seconds=3600.0)
 #: Older offers do not appear in `unavailable_reason`.
 _RECENT_SECONDS = 120.0
 #: Property names of an offer, from Golem's standards.
@@ -173,7 +174,7 @@ class OfferEvaluator:
     def record_not_signed(self, provider_id: str) -> None:
         """Record that a provider did not approve a proposed agreement."""
         times = self._unsigned.get(provider_id, (0.0, 0))[1] + 1
-        self._unsigned[provider_id] = (self._now() + min(3600.0, _UNSIGNED_SECONDS * 2 ** (times - 1)), times)
+        self._unsigned[provider_id] = (self._now() + _UNSIGNED_BACKOFF.after(times), times)
 
     def record_signed(self, provider_id: str) -> None:
         """Record that a provider approved an agreement."""

@@ -12,67 +12,36 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batcher.executors.golem.ledger_writer import LedgerWriter, describe_agreement
+from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.offers import BadOffer, Price
+from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from store.ledger import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
 
+if TYPE_CHECKING:
+    from batcher.executors.golem.session import Session
+
 log = logging.getLogger(__name__)
 
-#: A bill may exceed the local estimate by this factor and time: clocks differ, and an activity ends later there.
-_TOLERANCE = Decimal("1.05")
-_TOLERANCE_SECONDS = 15.0
-#: Interval at which all unsettled invoices are fetched, in addition to the events.
-_REVIEW_SECONDS = 30.0
-#: Pause after the daemon failed; doubles up to the maximum.
-_INITIAL_BACKOFF_SECONDS = 0.5
-_MAX_BACKOFF_SECONDS = 10.0
 #: Granularity of allocations; one for a single invoice must be a step larger than it.
 _ALLOCATION_STEP = Decimal("1e-12")
-#: HTTP timeout of a poll, which the daemon holds for 5 s.
-_POLL_LIMIT_SECONDS = 20.0
+#: Pause between two polls, which the daemon holds while there is nothing new.
+_POLL_PAUSE_SECONDS = 0.05
 
 
 class PaymentProcessor:
-    """The payments of one session.
+    """The payments of one session, which is open."""
 
-    :param engine: yapapi's, started.
-    :param owner: the session's, as in the owner property of its demands.
-    :param is_left_over: returns, for the batcher part of an owner, whether its session no longer runs, so that its
-        bills are paid here.
-    :param on_paid: called with an agreement's id and its final cost, 0 if its invoice was rejected.
-    :param on_overbilled: called with the provider's address and the reason.
-    :param on_insufficient_allocation: called when the allocation is too small.
-    :param on_daemon_error: called with the error when the daemon fails, and with None when it works again.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        ledger_writer: LedgerWriter,
-        *,
-        owner: str,
-        is_left_over: Callable[[str], bool],
-        allocation_id: str,
-        on_paid: Callable[[str, Decimal], None],
-        on_overbilled: Callable[[str, str], None],
-        on_daemon_error: Callable[[BaseException | None], None],
-        on_insufficient_allocation: Callable[[], None],
-    ) -> None:
-        self._engine = engine
-        self._payment = engine._payment_api._api
-        self._market = engine._market_api._api
-        self._ledger_writer = ledger_writer
-        self._owner = owner
-        self._is_left_over = is_left_over
-        self._allocation_id = allocation_id
-        self._on_paid = on_paid
-        self._on_overbilled = on_overbilled
-        self._on_daemon_error = on_daemon_error
-        self._on_insufficient_allocation = on_insufficient_allocation
+    def __init__(self, parts: GolemParts, session: Session) -> None:
+        self._parts = parts
+        self._timings = parts.timings
+        self._session = session
+        self._engine = session.engine
+        self._payment = self._engine._payment_api._api
+        self._market = self._engine._market_api._api
         self._tasks: list[asyncio.Task[None]] = []
         #: Ended agreements of this session that are not paid -> their seconds.
         self._expected: dict[str, float] = {}
@@ -85,7 +54,7 @@ class PaymentProcessor:
         """Begin to poll for new bills, and fetch those that came before."""
         since = datetime.now(UTC)
         self._tasks = [
-            asyncio.create_task(self._run_forever(self._review, _REVIEW_SECONDS)),
+            asyncio.create_task(self._run_forever(self._review, self._timings.review_seconds)),
             asyncio.create_task(self._poll_events(self._invoices_after, since)),
             asyncio.create_task(self._poll_events(self._debit_notes_after, since)),
         ]
@@ -118,17 +87,17 @@ class PaymentProcessor:
     # Polling
 
     async def _run_forever(self, step: Callable[[], Any], pause_seconds: float) -> None:
-        pause = _INITIAL_BACKOFF_SECONDS
+        failures = 0
         while True:
             try:
                 await step()
             except Exception as error:
-                self._on_daemon_error(error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
+                self._session.report_daemon_error(error)
+                failures += 1
+                await asyncio.sleep(self._timings.payment_backoff.after(failures))
                 continue
-            self._on_daemon_error(None)
-            pause = _INITIAL_BACKOFF_SECONDS
+            self._session.report_daemon_error(None)
+            failures = 0
             await asyncio.sleep(pause_seconds)
 
     async def _poll_events(self, poll: Callable[[datetime], Any], since: datetime) -> None:
@@ -138,11 +107,11 @@ class PaymentProcessor:
             nonlocal cursor
             cursor = await poll(cursor)
 
-        await self._run_forever(step, 0.05)
+        await self._run_forever(step, _POLL_PAUSE_SECONDS)
 
     async def _invoices_after(self, cursor: datetime) -> datetime:
         for event in await self._payment.get_invoice_events(
-            after_timestamp=cursor, _request_timeout=_POLL_LIMIT_SECONDS
+            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
         ):
             cursor = max(cursor, event.event_date)
             if getattr(event, "invoice_id", None):
@@ -151,7 +120,7 @@ class PaymentProcessor:
 
     async def _debit_notes_after(self, cursor: datetime) -> datetime:
         for event in await self._payment.get_debit_note_events(
-            after_timestamp=cursor, _request_timeout=_POLL_LIMIT_SECONDS
+            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
         ):
             cursor = max(cursor, event.event_date)
             if getattr(event, "debit_note_id", None):
@@ -160,7 +129,7 @@ class PaymentProcessor:
 
     async def _review(self) -> None:
         """Process all invoices since the oldest unsettled agreement, whenever they came."""
-        open_agreements = await asyncio.to_thread(self._ledger_writer.ledger.agreements, is_settled=False)
+        open_agreements = await asyncio.to_thread(self._parts.context.store.ledger.agreements, is_settled=False)
         if not open_agreements:
             return
         since = min(each.created_at for each in open_agreements) - timedelta(minutes=5)
@@ -178,20 +147,24 @@ class PaymentProcessor:
                 return
             agreement, max_cost, is_old = checked
             amount = Decimal(str(invoice.amount))
-            self._ledger_writer.record_agreement(agreement)
+            ledger, enqueue = self._parts.context.store.ledger, self._parts.ledger_writer.enqueue
+            enqueue(ledger.record_agreement, agreement)
             # An invoice means that the agreement has ended, even if its end was not observed here.
-            self._ledger_writer.record_agreement_end(agreement.id, "The provider sent its invoice.")
+            reason = "The provider sent its invoice."
+            enqueue(ledger.end_agreement, agreement.id, reason=reason, now=datetime.now(UTC))
             if str(invoice.status) != "RECEIVED":
                 # It was accepted before, by a batcher that was killed before it could record that.
                 self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-                self._finish(invoice.agreement_id, amount)
+                self._finish(invoice.agreement_id)
                 return
             if amount > max_cost:
                 reason = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
                 log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, reason)
                 self._record_invoice(invoice, amount, BillState.REFUSED, reason)
-                self._on_overbilled(agreement.provider_id, f"Its invoice was too high. {reason}")
-                self._finish(invoice.agreement_id, Decimal(0))
+                self._parts.provider_records.record_overbilling(
+                    agreement.provider_id, f"Its invoice was too high. {reason}"
+                )
+                self._finish(invoice.agreement_id)
                 return
             self._record_invoice(invoice, amount, BillState.RECEIVED, None)
             try:
@@ -203,10 +176,10 @@ class PaymentProcessor:
                 if getattr(error, "status", None) != 400:
                     raise
                 if not is_old:
-                    self._on_insufficient_allocation()
+                    self._session.is_stale = True
                 return
             self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-            self._finish(invoice.agreement_id, amount)
+            self._finish(invoice.agreement_id)
 
     async def _accept(self, invoice: Any, amount: Decimal, *, is_old: bool) -> None:
         """Accept an invoice; one of an earlier session from an allocation of its own if necessary.
@@ -214,14 +187,13 @@ class PaymentProcessor:
         The session's allocation is limited to its own budget, and a debt from before must be paid anyway.
         """
         try:
-            await self._accept_from(self._allocation_id, invoice)
+            await self._accept_from(self._session.allocation_id, invoice)
             return
         except Exception as error:
             if not is_old or getattr(error, "status", None) != 400:
                 raise
-        tag = self._owner.partition(".")[0]
         extra = self._engine._payment_api.new_allocation(
-            tagged(amount + _ALLOCATION_STEP, tag),
+            tagged(amount + _ALLOCATION_STEP, self._session.tag),
             payment_platform=invoice.payment_platform,
             payment_address=invoice.payer_addr,
             expires=datetime.now(UTC) + timedelta(hours=1),
@@ -246,14 +218,13 @@ class PaymentProcessor:
             settled_at=None if state is BillState.RECEIVED else now,
             reason=reason,
         )
-        self._ledger_writer.record_invoice(record)
+        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_invoice, record)
 
-    def _finish(self, agreement_id: str, amount: Decimal) -> None:
+    def _finish(self, agreement_id: str) -> None:
         self._done.add(agreement_id)
         self._expected.pop(agreement_id, None)
         if not self._expected:
             self._settled.set()
-        self._on_paid(agreement_id, amount)
 
     async def _settle_debit_note(self, note: Any) -> None:
         """Accept an interim bill if it is plausible; providers stop working if it is not accepted."""
@@ -270,7 +241,7 @@ class PaymentProcessor:
                 log.warning(
                     "a debit note of provider %s for %s GLM is rejected", agreement.provider_name, f"{amount:f}"
                 )
-                self._on_overbilled(agreement.provider_id, "Its debit note was too high.")
+                self._parts.provider_records.record_overbilling(agreement.provider_id, "Its debit note was too high.")
             elif note.payment_due_date is not None:
                 # Payment before the end was not agreed; the invoice covers the whole amount.
                 log.info(
@@ -280,7 +251,7 @@ class PaymentProcessor:
                 from ya_payment.models import Acceptance
 
                 acceptance = Acceptance(
-                    total_amount_accepted=str(note.total_amount_due), allocation_id=self._allocation_id
+                    total_amount_accepted=str(note.total_amount_due), allocation_id=self._session.allocation_id
                 )
                 try:
                     await self._payment.accept_debit_note(note.debit_note_id, acceptance, _request_timeout=60)
@@ -298,7 +269,7 @@ class PaymentProcessor:
                 state=state,
                 received_at=datetime.now(UTC),
             )
-            self._ledger_writer.record_debit_note(record)
+            self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_debit_note, record)
 
     async def _max_bill(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
         """Return an agreement, the most that it can have cost, and whether an earlier session made it.
@@ -312,21 +283,18 @@ class PaymentProcessor:
                 return None  # another requestor's on the same daemon, or deleted
             raise
         owner = (agreement.demand.properties or {}).get(OWNER)
-        if not isinstance(owner, str):
-            return None
-        tag, _, batcher = owner.partition(".")
-        is_ours = tag == self._owner.partition(".")[0] and (owner == self._owner or self._is_left_over(batcher))
-        if not is_ours:
+        is_old = self._session.is_left_over(owner)
+        if owner != self._session.owner and not is_old:
             return None
         try:
-            record, price = describe_agreement(agreement, allocation_id=self._allocation_id)
+            record, price = describe_agreement(agreement, allocation_id=self._session.allocation_id)
         except BadOffer as error:
             log.warning("a bill cannot be checked and is ignored: %s", error)
             return None
-        return record, self._bill_limit(record, price), owner != self._owner
+        return record, self._bill_limit(record, price), is_old
 
     def _bill_limit(self, agreement: AgreementRecord, price: Price) -> Decimal:
         # Of a running agreement, or one of an earlier run, only the beginning is known.
         known = self._expected.get(agreement.id)
         seconds = known if known is not None else (datetime.now(UTC) - agreement.created_at).total_seconds()
-        return price.max_cost(seconds + _TOLERANCE_SECONDS) * _TOLERANCE
+        return self._timings.cost_limit(price, seconds)

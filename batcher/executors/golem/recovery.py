@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
+from batcher.executors.golem.money import GONE_REASON
 from batcher.executors.golem.offers import BadOffer
+from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
-from store.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,10 @@ class Recovery:
     :param is_gone: returns whether the session that an owner names no longer runs.
     """
 
-    def __init__(self, engine: Any, ledger: Ledger, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+    def __init__(self, parts: GolemParts, engine: Any, *, tag: str, is_gone: Callable[[str], bool]) -> None:
+        self._parts = parts
+        #: Agreements that could not be ended.
+        self._running: set[str] = set()
         #: True as long as nothing failed.
         self.is_complete = True
         #: Agreements that were terminated, so that an invoice follows -> their seconds.
@@ -96,7 +100,7 @@ class Recovery:
         self._http = engine._root_api_session
         self._agreements_url = f"{engine._api_config.market_url}/agreements"
         self._payment = engine._payment_api._api
-        self._ledger = ledger
+        self._ledger = parts.context.store.ledger
         self._tag = tag
         self._is_gone = is_gone
 
@@ -108,6 +112,8 @@ class Recovery:
         """
         closed = await self._close_demands()
         closed += await self._end_agreements()
+        # After that, because what was reserved for an agreement is committed to it first.
+        await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
         closed += await self._release_allocations(set(keep_allocations))
         if closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", closed)
@@ -131,20 +137,16 @@ class Recovery:
             agreement = await self._market.get_agreement(entry["id"])
             if self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
                 if agreement.state == "Approved":
-                    await asyncio.to_thread(self._record_agreement, agreement)
+                    await asyncio.to_thread(self._commit, agreement)
                 reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
-                is_ended = await self._try(end_agreement(self._engine, agreement.agreement_id, reason), "an agreement")
-                if is_ended:
+                id, now = agreement.agreement_id, datetime.now(UTC)
+                if await self._try(end_agreement(self._engine, id, reason), "an agreement"):
+                    ended += 1
                     if agreement.state == "Approved":
-                        age = datetime.now(UTC) - agreement.timestamp
-                        self.terminated[agreement.agreement_id] = age.total_seconds()
-                    await asyncio.to_thread(
-                        self._ledger.end_agreement,
-                        agreement.agreement_id,
-                        reason="The batcher that made it no longer runs.",
-                        now=datetime.now(UTC),
-                    )
-                ended += is_ended
+                        self.terminated[id] = (now - agreement.timestamp).total_seconds()
+                    await asyncio.to_thread(self._ledger.end_agreement, id, reason=GONE_REASON, now=now)
+                else:
+                    self._running.add(id)
         return ended
 
     async def _release_allocations(self, keep: set[str]) -> int:
@@ -170,11 +172,14 @@ class Recovery:
         tag, _, batcher = owner.partition(".")
         return tag == self._tag and self._is_gone(batcher)
 
-    def _record_agreement(self, agreement: Any) -> None:
-        """Record an agreement: its batcher may have been killed before it did."""
+    def _commit(self, agreement: Any) -> None:
+        """Record an agreement, and what it may cost by now: its batcher may have been killed before it did."""
         with contextlib.suppress(BadOffer):
-            record, _ = describe_agreement(agreement, allocation_id="unknown")
-            self._ledger.record_agreement(record)
+            record, price = describe_agreement(agreement, allocation_id="unknown")
+            batcher_id = agreement.demand.properties[OWNER].partition(".")[2].partition("-")[0]
+            seconds = (datetime.now(UTC) - record.created_at).total_seconds()
+            commitment = self._parts.money.commitment(secrets.token_hex(16), batcher_id, record, price, seconds)
+            self._ledger.record_agreement(record, commitment)
 
     async def _try(self, call: Awaitable[Any], what: str) -> bool:
         try:

@@ -13,15 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from batcher.errors import GolemUnavailable
-from batcher.executors.golem.ledger_writer import LedgerWriter
-from batcher.executors.golem.offers import OfferEvaluator, OfferRating
+from batcher.executors.golem.offers import OfferRating
+from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.payments import PaymentProcessor
 from batcher.executors.golem.recovery import Recovery, tagged
-from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.yapapi_adapter import (
     explain,
     import_yapapi,
@@ -34,44 +32,24 @@ from store.ledger import AllocationRecord
 
 log = logging.getLogger(__name__)
 
-#: The daemon must respond within this time when a session is opened.
-_OPEN_SECONDS = 30.0
-#: The session ends when all calls to the daemon have failed for this long.
-_UNREACHABLE_SECONDS = 8.0
-#: Limit for closing yapapi.
-_CLOSE_SECONDS = 20.0
-#: Attempts to close what is still open at the end, and the pause between them.
-_CLEANUP_ATTEMPTS, _CLEANUP_PAUSE_SECONDS = 3, 0.5
+#: Attempts to close what is still open at the end.
+_RECOVERY_ATTEMPTS = 3
 
 
 class Session:
     """A session; call `open` first.
 
     :param number: of the session, counted per batcher.
+    :param tag: the home's, see `recovery.py`.
     :param amount: size of the allocation, in GLM.
-    :param on_paid: see PaymentProcessor.
-    :param on_overbilled: see PaymentProcessor.
-    :param on_offer: called with the provider's address and the properties of each offer.
-    :param is_gone: returns, for the id of another batcher, whether it no longer runs.
     """
 
-    def __init__(
-        self,
-        *,
-        batcher_id: str,
-        number: int,
-        tag: str,
-        amount: Decimal,
-        folder: Path,
-        settings: GolemSettings,
-        offer_evaluator: OfferEvaluator,
-        ledger_writer: LedgerWriter,
-        on_paid: Callable[[str, Decimal], None],
-        on_overbilled: Callable[[str, str], None],
-        on_offer: Callable[[str, Mapping[str, Any]], None],
-        is_gone: Callable[[str], bool],
-    ) -> None:
-        self.owner = f"{tag}.{batcher_id}-{number}"
+    def __init__(self, parts: GolemParts, *, number: int, tag: str, amount: Decimal) -> None:
+        self._parts = parts
+        self._timings = parts.timings
+        self._batcher_id = parts.context.owner
+        self.tag = tag
+        self.owner = f"{tag}.{self._batcher_id}-{number}"
         self.day = datetime.now(UTC).date()
         #: Why the session can no longer be used; None while it can.
         self.broken_reason: str | None = None
@@ -79,20 +57,10 @@ class Session:
         self.is_stale = False
         #: Subscription id -> model: yapapi does not tell the strategy which demand an offer answers.
         self.subscription_models: dict[str, str] = {}
-        self._batcher_id = batcher_id
-        self._tag = tag
         self._amount = tagged(amount, tag)
-        self._folder = folder
-        self._settings = settings
-        self._offer_evaluator = offer_evaluator
-        self._ledger_writer = ledger_writer
-        self._on_paid = on_paid
-        self._on_overbilled = on_overbilled
-        self._on_offer = on_offer
-        self._is_gone = is_gone
         self._golem: Any = None
         self._failing_since: float | None = None
-        self._allocation_id = ""
+        self.allocation_id = ""
         self.payment_processor: PaymentProcessor | None = None
 
     @property
@@ -106,7 +74,7 @@ class Session:
         from yapapi import Golem
         from yapapi.config import ApiConfig
 
-        settings = self._settings
+        settings = self._parts.settings
         api_config = ApiConfig(app_key=settings.app_key)
         if settings.api_url:
             api_config.api_url = settings.api_url
@@ -120,8 +88,8 @@ class Session:
             api_config=api_config,
         )
         try:
-            with temporary_files_in(self._folder):
-                async with asyncio.timeout(_OPEN_SECONDS):
+            with temporary_files_in(self._parts.context.work):
+                async with asyncio.timeout(self._timings.open_seconds):
                     await self._golem.start()
         except asyncio.CancelledError:
             await self._stop()
@@ -138,7 +106,7 @@ class Session:
         for task in engine._services:
             task.cancel()  # see payments.py
         allocation = engine._budget_allocations[0]
-        self._allocation_id = allocation.id
+        self.allocation_id = allocation.id
         record = AllocationRecord(
             id=allocation.id,
             batcher_id=self._batcher_id,
@@ -147,26 +115,11 @@ class Session:
             amount=self._amount,
             created_at=datetime.now(UTC),
         )
-        self._ledger_writer.record_allocation(record)
-        self.payment_processor = PaymentProcessor(
-            engine,
-            self._ledger_writer,
-            owner=self.owner,
-            is_left_over=self._is_left_over,
-            allocation_id=allocation.id,
-            on_paid=self._on_paid,
-            on_overbilled=self._on_overbilled,
-            on_daemon_error=self._on_daemon_error,
-            on_insufficient_allocation=self._on_insufficient_allocation,
-        )
+        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_allocation, record)
+        self.payment_processor = PaymentProcessor(self._parts, self)
         self.payment_processor.start()
-        await self._recover(self._is_left_over)
+        await self._recover(self._is_over)
         log.info("opened a session with the Golem daemon", extra={"allocation": allocation.id})
-
-    @property
-    def allocation_id(self) -> str:
-        """The id of the session's allocation."""
-        return self._allocation_id
 
     async def _recover(self, is_gone: Callable[[str], bool], *, awaits_invoices: bool = False) -> bool:
         """Close what is left open.
@@ -174,10 +127,10 @@ class Session:
         :param awaits_invoices: whether the end of the session waits for the invoices of what is closed.
         :return: whether all of it is closed; the next session retries.
         """
-        recovery = Recovery(self.engine, self._ledger_writer.ledger, tag=self._tag, is_gone=is_gone)
+        recovery = Recovery(self._parts, self.engine, tag=self.tag, is_gone=is_gone)
         try:
-            async with asyncio.timeout(_OPEN_SECONDS):
-                await recovery.run(keep_allocations=[self._allocation_id])
+            async with asyncio.timeout(self._timings.open_seconds):
+                await recovery.run(keep_allocations=[self.allocation_id])
         except Exception as error:
             log.warning(
                 "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
@@ -191,17 +144,22 @@ class Session:
 
     async def _close_own(self) -> None:
         """Close what this batcher left open because a call failed: yapapi tries each call only once."""
-        for _ in range(_CLEANUP_ATTEMPTS):
+        for _ in range(_RECOVERY_ATTEMPTS):
             if await self._recover(lambda owner: owner.partition("-")[0] == self._batcher_id, awaits_invoices=True):
                 return
-            await asyncio.sleep(_CLEANUP_PAUSE_SECONDS)
+            await asyncio.sleep(self._timings.recovery_pause_seconds)
 
-    def _is_left_over(self, owner: str) -> bool:
+    def is_left_over(self, owner: object) -> bool:
+        """Return whether the owner property of a demand names a session of this home that is over."""
+        tag, _, name = owner.partition(".") if isinstance(owner, str) else ("", "", "")
+        return tag == self.tag and self._is_over(name)
+
+    def _is_over(self, name: str) -> bool:
         # Earlier sessions of this batcher are over, the current one is not.
-        batcher_id, _, _ = owner.partition("-")
+        batcher_id, _, _ = name.partition("-")
         if batcher_id == self._batcher_id:
-            return owner not in (self._batcher_id, self.owner.partition(".")[2])
-        return self._is_gone(batcher_id)
+            return name not in (self._batcher_id, self.owner.partition(".")[2])
+        return self._parts.is_gone(batcher_id)
 
     async def close(self, settle_seconds: float) -> None:
         """Wait for expected invoices, release the allocation, and close. Never raises."""
@@ -219,14 +177,18 @@ class Session:
     async def _stop(self) -> None:
         if self._golem is None:
             return
-        stopped = await run_with_timeout(_CLOSE_SECONDS, self._stop_golem(), "closing the session", log)
+        seconds = self._timings.stop_seconds
+        stopped = await run_with_timeout(seconds, self._stop_golem(), "closing the session", log)
         # Partial downloads: the file server ends with yapapi and may have created one until then.
-        for file in self._folder.glob("*.part"):
+        for file in self._parts.context.work.glob("*.part"):
             file.unlink(missing_ok=True)
-        if not stopped and self._allocation_id:
-            stopped = await run_with_timeout(_CLOSE_SECONDS, self._release(), "releasing the allocation", log)
-        if stopped and self._allocation_id:
-            self._ledger_writer.record_allocation_release(self._allocation_id)
+        if not stopped and self.allocation_id:
+            stopped = await run_with_timeout(
+                self._timings.stop_seconds, self._release(), "releasing the allocation", log
+            )
+        if stopped and self.allocation_id:
+            release = self._parts.context.store.ledger.release_allocation
+            self._parts.ledger_writer.enqueue(release, self.allocation_id, now=datetime.now(UTC))
 
     async def _stop_golem(self) -> None:
         if self._golem.operative:
@@ -241,23 +203,25 @@ class Session:
 
         async with self.engine._api_config.payment() as client:
             try:
-                await RequestorApi(client).release_allocation(self._allocation_id)
+                await RequestorApi(client).release_allocation(self.allocation_id)
             except Exception as error:
                 if getattr(error, "status", None) not in (404, 410):
                     raise
 
-    # Callbacks of yapapi and the payment processor
-
     def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> OfferRating:
-        self._on_offer(provider_id, properties)
-        return self._offer_evaluator.rate_offer(
-            self.subscription_models.get(subscription_id, ""), provider_id, properties
-        )
+        """Rate an offer for yapapi's strategy."""
+        self._parts.provider_records.record_offer(provider_id, properties)
+        model = self.subscription_models.get(subscription_id, "")
+        return self._parts.offer_evaluator.rate_offer(model, provider_id, properties)
 
-    def _on_insufficient_allocation(self) -> None:
-        self.is_stale = True
+    def fail(self, reason: str) -> None:
+        """Report that the session can no longer be used. The first reason counts."""
+        if self.broken_reason is None:
+            self.broken_reason = reason
+            log.error("%s", reason)
 
-    def _on_daemon_error(self, error: BaseException | None) -> None:
+    def report_daemon_error(self, error: BaseException | None) -> None:
+        """Report that a call to the daemon failed; None: that it works again."""
         now = time.monotonic()
         if error is None:
             self._failing_since = None
@@ -265,12 +229,11 @@ class Session:
         if self._failing_since is None:
             self._failing_since = now
             log.warning("a call to the Golem daemon failed, trying again: %s", explain(error))
-        elif now - self._failing_since > _UNREACHABLE_SECONDS and self.broken_reason is None:
-            self.broken_reason = (
+        elif now - self._failing_since > self._timings.unreachable_seconds:
+            self.fail(
                 f"The Golem daemon does not respond: {explain(error)}. The batcher reconnects by itself; "
                 "check that the daemon runs (yagna service run)."
             )
-            log.error("%s", self.broken_reason)
 
 
 def _ignore(event: object) -> None:

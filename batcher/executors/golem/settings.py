@@ -1,11 +1,12 @@
 """The settings of the golem executor: budgets, price limits, numbers of workers, timeouts.
 
-Part of `BatcherSettings`. The daemon, subnet and payment network are set by yagna's own variables. They are read here
-and passed on, because yapapi reads some of them at import and others later.
+Read by `executor.py` from its context's environment. The daemon, subnet and payment network are set by yagna's own
+variables. They are read here and passed on, because yapapi reads some of them at import and others later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -63,8 +64,9 @@ class GolemSettings:
     registry: str = "https://registry.golem.network"
 
     @classmethod
-    def from_environment(cls, env: Environment) -> GolemSettings:
+    def from_env(cls, variables: Mapping[str, str]) -> GolemSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
         return cls(
             app_key=env.text("YAGNA_APPKEY", cls.app_key),
             api_url=env.text("YAGNA_API_URL", cls.api_url).rstrip("/"),
@@ -89,6 +91,12 @@ class GolemSettings:
             runtime=env.text("MLG_GOLEM_RUNTIME", cls.runtime),
             registry=env.text("MLG_GOLEM_REGISTRY", cls.registry),
         )
+
+    @property
+    def caps(self) -> dict[str, Decimal]:
+        """The budgets that are set: run, day, total."""
+        amounts = {"run": self.budget_run, "day": self.budget_day, "total": self.budget_total}
+        return {name: amount for name, amount in amounts.items() if amount is not None}
 
 
 def _amount(env: Environment, name: str, default: Decimal | None) -> Decimal | None:

@@ -10,32 +10,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batcher.errors import GolemUnavailable
-from batcher.executors import Outcome
-from batcher.executors.golem.job_queue import JobQueue, QueuedJob
+from batcher.errors import BudgetReached, GolemUnavailable
+from batcher.executors import AttemptBill, Outcome
+from batcher.executors.golem.job_queue import QueuedJob
+from batcher.executors.golem.money import Reservation
 from batcher.executors.golem.offers import Price
-from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.timeouts import chunk_timeout, idle_seconds, straggler_seconds
+from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
+from store.errors import StoreError
+from store.ledger import ActivityRecord
+
+if TYPE_CHECKING:
+    from batcher.executors.golem.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
 #: Paths in the provider's container. They are the same for each chunk, so that its disk does not fill.
 _CHUNK, _RESULTS = "/golem/input/chunk.zip", "/golem/output/results.zip"
-#: An HTTP call can hang beyond the script's own timeout; the worker is then stopped this much later.
-_OVERTIME_SECONDS = 10.0
 #: A larger results file is rejected.
 _MAX_RESULTS_BYTES = 64 * 1024 * 1024
-#: Longest wait for work before the state is checked again.
-_IDLE_POLL_SECONDS = 1.0
+#: Limit for attempts of any kind, those that failed through this machine or the daemon included.
+_MAX_ATTEMPTS = 10
+#: How long a call that hangs is waited for when the worker ends.
+_HANGING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,244 +54,306 @@ class AttemptFailure:
     is_file_server_fault: bool = False
 
 
-@dataclass(kw_only=True, eq=False)
 class GolemWorker:
-    """A provider's activity that runs chunks, and its costs."""
+    """A provider's activity that runs chunks, and its costs.
 
-    model: str
-    provider_id: str
-    provider_name: str
-    agreement_id: str
-    activity_id: str
-    price: Price
-    created_at: datetime
-    started: float = field(default_factory=time.monotonic)
-    ended: float | None = None
-    #: Seconds that the start took; None until it is ready.
-    start_seconds: float | None = None
-    #: The job under way, and its deadline on the monotonic clock.
-    queued_job: QueuedJob | None = None
-    deadline: float | None = None
-    #: Cost attributed to its chunks so far, in GLM.
-    attributed_cost: Decimal = Decimal(0)
-    chunks: int = 0
-    #: True: it takes no further chunk. Set: it ends immediately.
-    is_stopping: bool = False
-    abort: asyncio.Event = field(default_factory=asyncio.Event)
+    :param yapapi_context: yapapi's WorkContext.
+    :param reservation: of its agreement.
+    """
+
+    def __init__(
+        self, pool: WorkerPool, yapapi_context: Any, *, provider_name: str, price: Price, reservation: Reservation
+    ) -> None:
+        self.model = pool.model
+        self.provider_id: str = yapapi_context.provider_id
+        self.provider_name = provider_name
+        self.agreement_id: str = yapapi_context._agreement.id
+        self.activity_id: str = yapapi_context.id
+        self.price = price
+        self.reservation = reservation
+        self.created_at = datetime.now(UTC)
+        self.ended_at: datetime | None = None
+        #: Seconds that the start took; None until it is ready.
+        self.start_seconds: float | None = None
+        #: The job under way.
+        self.queued_job: QueuedJob | None = None
+        self.chunks = 0
+        #: True: it takes no further chunk.
+        self.is_stopping = False
+        #: Set: it ends immediately.
+        self.abort = asyncio.Event()
+        self._pool = pool
+        self._parts = pool.parts
+        self._timings = pool.parts.timings
+        self._yapapi_context = yapapi_context
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        #: Of the start or the job under way, on the monotonic clock.
+        self._deadline: float | None = None
+        #: Cost attributed to its chunks so far.
+        self._attributed_cost = Decimal(0)
 
     def seconds(self) -> float:
         """Return how long it has been running, or ran."""
-        return (self.ended if self.ended is not None else time.monotonic()) - self.started
+        return (self._ended if self._ended is not None else time.monotonic()) - self._started
 
-    def max_cost(self) -> Decimal:
-        """Return the most that it can cost so far, if the job under way takes until its deadline."""
-        committed_seconds = 0.0 if self.deadline is None or self.ended is not None else self.deadline - time.monotonic()
-        return self.price.max_cost(self.seconds() + max(0.0, committed_seconds))
+    def is_idle(self) -> bool:
+        """Return whether it has started and runs no job."""
+        return self.queued_job is None and self.start_seconds is not None
 
-    def attribute_cost(self) -> Decimal:
-        """Return the cost since the previous chunk, which is attributed to the chunk that ends now."""
-        total = self.price.max_cost(self.seconds())
-        part, self.attributed_cost = total - self.attributed_cost, total
-        return part
+    def activity_record(self) -> ActivityRecord:
+        """Return the record of its activity as it is now."""
+        return ActivityRecord(
+            id=self.activity_id,
+            agreement_id=self.agreement_id,
+            created_at=self.created_at,
+            ended_at=self.ended_at,
+            seconds=None if self.ended_at is None else self.seconds(),
+        )
 
+    async def run(self, engine: Any, job_id: str) -> None:
+        """Run it to its end, and report every failure. Raises nothing but cancellation.
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerContext:
-    """What a worker needs of the executor, and the callbacks for its events."""
-
-    settings: GolemSettings
-    job_queue: JobQueue
-    #: Folder for downloaded files.
-    folder: Path
-    #: Returns a worker's images per second; None if unknown.
-    speed: Callable[[GolemWorker], float | None]
-    #: Returns why this much more GLM cannot be spent; None if it can.
-    over_budget_reason: Callable[[Decimal], str | None]
-    #: Returns whether an idle worker is kept, as one of the minimum of its model.
-    is_retained: Callable[[GolemWorker], bool]
-    #: Called when a worker is ready, when a chunk is answered, and when a start or a chunk fails after some seconds.
-    on_ready: Callable[[GolemWorker], None]
-    on_done: Callable[[GolemWorker, QueuedJob, Outcome], None]
-    on_failed: Callable[[GolemWorker, QueuedJob | None, AttemptFailure, float], None]
-
-
-async def run_worker(
-    engine: Any, job_id: str, yapapi_context: Any, worker: GolemWorker, worker_context: WorkerContext
-) -> None:
-    """Run a worker to its end, with all its callbacks. Raises nothing but cancellation.
-
-    :param job_id: of the yapapi job.
-    :param yapapi_context: yapapi's WorkContext.
-    """
-    scripts = _scripts(yapapi_context, worker, worker_context)
-    batches = asyncio.create_task(_process(engine, job_id, yapapi_context, scripts))
-    aborting = asyncio.create_task(worker.abort.wait())
-    started_at = time.monotonic()
-    try:
-        while not batches.done():
-            wait = _IDLE_POLL_SECONDS
-            if worker.deadline is not None:
-                wait = min(wait, max(0.05, worker.deadline + _OVERTIME_SECONDS - time.monotonic()))
-            await asyncio.wait({batches, aborting}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-            if batches.done():
-                break
-            if worker.abort.is_set():
-                break
-            if worker.deadline is not None and time.monotonic() >= worker.deadline + _OVERTIME_SECONDS:
-                late = ChunkTimeout("The provider does not respond.")
-                queued_job = worker.queued_job
-                if queued_job is not None:
-                    _finish_attempt(worker, queued_job, worker_context)
-                worker_context.on_failed(
-                    worker,
-                    queued_job,
-                    AttemptFailure(error=late, is_provider_fault=True),
-                    time.monotonic() - started_at,
-                )
-                break
-    finally:
-        was_aborted = worker.abort.is_set()
-        worker.is_stopping = True
-        aborting.cancel()
-        batches.cancel()
-        # A call that hangs is not waited for: its response is not needed.
-        await asyncio.wait({batches, aborting}, timeout=2)
-        worker.ended = time.monotonic()
-        queued_job = worker.queued_job
-        worker.deadline = None
-        if queued_job is not None:
-            _finish_attempt(worker, queued_job, worker_context)
-        error = None
-        if batches.done() and not batches.cancelled():
-            error = batches.exception()
-        if queued_job is not None or error is not None:
-            reason = explain(error) if error is not None else "it was stopped"
-            # Stopped because a second attempt, begun later, was faster: this provider hangs or is far too slow.
-            is_superseded = (
-                queued_job is not None
-                and queued_job.outcome.done()
-                and not queued_job.outcome.cancelled()
-                and was_aborted
-            )
-            stopped = AttemptFailure(error=WorkerDied(f"The worker ended: {reason}."), is_provider_fault=is_superseded)
-            worker_context.on_failed(worker, queued_job, stopped, 0.0)
-
-
-async def _process(engine: Any, job_id: str, yapapi_context: Any, scripts: AsyncGenerator[Any, Any]) -> None:
-    try:
-        await engine.process_batches(job_id, yapapi_context._agreement.id, yapapi_context._activity, scripts)
-    except StopAsyncIteration:
-        return  # how yapapi reports that there are no more scripts
-    finally:
-        await scripts.aclose()
-
-
-async def _scripts(yapapi_context: Any, worker: GolemWorker, worker_context: WorkerContext) -> AsyncGenerator[Any, Any]:
-    """Yield script after script to yapapi, which throws their errors into this generator."""
-    started_at = time.monotonic()
-    script = yapapi_context.new_script(timeout=timedelta(seconds=worker_context.settings.start_seconds))
-    script.deploy()
-    script.start()
-    worker.deadline = started_at + worker_context.settings.start_seconds
-    try:
-        yield script
-    except Exception as error:
-        worker.deadline = None
-        worker_context.on_failed(worker, None, _classify_error(error, "start"), time.monotonic() - started_at)
-        return
-    worker.deadline = None
-    worker.start_seconds = time.monotonic() - started_at
-    worker_context.on_ready(worker)
-    while True:
-        queued_job = await _next_job(worker, worker_context)
-        if queued_job is None:
-            return
-        started_at = time.monotonic()
-        received = worker_context.folder / f"{worker.activity_id[:8]}-{worker.chunks}.part"
+        :param job_id: of the yapapi job.
+        """
+        batches = asyncio.create_task(self._process(engine, job_id))
+        aborting = asyncio.create_task(self.abort.wait())
         try:
-            yield _script(yapapi_context, worker, queued_job, received)
-            await asyncio.to_thread(_accept_results, received, queued_job)
-        except Exception as error:
-            _finish_attempt(worker, queued_job, worker_context)
-            worker_context.on_failed(
-                worker, queued_job, _classify_error(error, "run the chunk"), time.monotonic() - started_at
-            )
-            return
+            while not batches.done():
+                await asyncio.wait(
+                    {batches, aborting}, timeout=self._poll_seconds(), return_when=asyncio.FIRST_COMPLETED
+                )
+                if batches.done() or self.abort.is_set():
+                    break
+                if self._deadline is not None and time.monotonic() >= self._deadline + self._timings.overtime_seconds:
+                    late = AttemptFailure(error=ChunkTimeout("The provider does not respond."), is_provider_fault=True)
+                    self._report_failure(self._finish_attempt(), late, self.seconds())
+                    break
+                await self._cover_start_or_idling()
         finally:
-            received.unlink(missing_ok=True)  # also when the worker is stopped
-        _finish_attempt(worker, queued_job, worker_context)
-        worker.chunks += 1
-        worker_context.on_done(worker, queued_job, _outcome(worker, time.monotonic() - started_at))
+            was_aborted = self.abort.is_set()
+            self.is_stopping = True
+            aborting.cancel()
+            batches.cancel()
+            # A call that hangs is not waited for: its response is not needed.
+            await asyncio.wait({batches, aborting}, timeout=_HANGING_SECONDS)
+            self._ended, self.ended_at = time.monotonic(), datetime.now(UTC)
+            queued_job = self._finish_attempt()
+            error = batches.exception() if batches.done() and not batches.cancelled() else None
+            if queued_job is not None or error is not None:
+                reason = explain(error) if error is not None else "it was stopped"
+                # Stopped because a second attempt, begun later, was faster: this provider hangs or is far too slow.
+                is_superseded = (
+                    queued_job is not None
+                    and queued_job.outcome.done()
+                    and not queued_job.outcome.cancelled()
+                    and was_aborted
+                )
+                died = WorkerDied(f"The worker ended: {reason}.")
+                self._report_failure(queued_job, AttemptFailure(error=died, is_provider_fault=is_superseded), 0.0)
 
+    def _poll_seconds(self) -> float:
+        """Return how long `run` may wait before it looks again at the time limit and the money."""
+        until = [self._timings.idle_poll_seconds]
+        if self._deadline is not None:
+            until.append(self._deadline + self._timings.overtime_seconds - time.monotonic())
+        if self.queued_job is None:
+            until.append(self._cover_left() - self._pool.first_cover_seconds / 4)
+        return max(0.05, min(until))
 
-async def _next_job(worker: GolemWorker, worker_context: WorkerContext) -> QueuedJob | None:
-    """Wait for the next job; None when the worker should end."""
-    idle_since = time.monotonic()
-    start_seconds = worker.start_seconds or 0.0
-    max_idle_seconds = idle_seconds(
-        worker.price, start_seconds=start_seconds, max_seconds=worker_context.settings.idle_seconds
-    )
-    while not worker.is_stopping:
-        queued_job = worker_context.job_queue.pop(worker.model, worker.provider_id)
-        is_second_attempt = queued_job is None
-        queued_job = queued_job or worker_context.job_queue.straggler(worker.model, worker.provider_id)
-        if queued_job is not None:
-            speed = worker_context.speed(worker)
-            seconds = chunk_timeout(
-                items=queued_job.job.items,
-                # Not in a thread: a cancellation between removing the job and returning it would lose it.
-                size_bytes=queued_job.job.chunk.stat().st_size,
-                images_per_second=speed,
-                max_seconds=queued_job.job.timeout_seconds,
-            )
-            if worker_context.over_budget_reason(worker.price.max_cost_per_second * Decimal(repr(seconds))) is not None:
-                # The executor ends all queued jobs with the reason, this one included.
-                if not is_second_attempt:
-                    worker_context.job_queue.put(queued_job, is_retry=True)
+    # Money
+
+    def _cover_left(self) -> float:
+        return self.reservation.covered_seconds - self.seconds()
+
+    async def _cover_start_or_idling(self) -> None:
+        """Reserve more while it starts or idles, and end it when the budget does not allow that."""
+        if self.queued_job is not None or self._cover_left() > self._pool.first_cover_seconds / 4:
+            return
+        try:
+            await self.reservation.extend(self.seconds() + self._pool.first_cover_seconds)
+        except BudgetReached as error:
+            log.info("the worker of provider %s ends: %s", self.provider_name, error)
+            if self.queued_job is None:
+                self.abort.set()
+        except StoreError as error:
+            log.warning("cannot reserve money for provider %s: %s", self.provider_name, error)
+            if self.queued_job is None and self._cover_left() <= 0:
+                self.abort.set()
+
+    def _bill(self, seconds: float) -> AttemptBill:
+        """Return what an attempt that ends now cost: all since the attempt before."""
+        total = self.price.max_cost(self.seconds())
+        cost, self._attributed_cost = total - self._attributed_cost, total
+        return AttemptBill(
+            provider=self.provider_name,
+            provider_id=self.provider_id,
+            agreement_id=self.agreement_id,
+            activity_id=self.activity_id,
+            seconds=seconds,
+            cost=cost,
+        )
+
+    # Scripts
+
+    async def _process(self, engine: Any, job_id: str) -> None:
+        scripts = self._scripts()
+        try:
+            await engine.process_batches(job_id, self.agreement_id, self._yapapi_context._activity, scripts)
+        except StopAsyncIteration:
+            return  # how yapapi reports that there are no more scripts
+        finally:
+            await scripts.aclose()
+
+    async def _scripts(self) -> AsyncGenerator[Any, Any]:
+        """Yield script after script to yapapi, which throws their errors into this generator."""
+        started_at = time.monotonic()
+        limit_seconds = self._parts.settings.start_seconds
+        script = self._yapapi_context.new_script(timeout=timedelta(seconds=limit_seconds))
+        script.deploy()
+        script.start()
+        self._deadline = started_at + limit_seconds
+        try:
+            yield script
+        except Exception as error:
+            self._deadline = None
+            self._report_failure(None, _classify_error(error, "start"), time.monotonic() - started_at)
+            return
+        self._deadline = None
+        self.start_seconds = time.monotonic() - started_at
+        log.info("provider %s is ready for %s after %.1f s", self.provider_name, self.model, self.start_seconds)
+        while True:
+            queued_job = await self._next_job()
+            if queued_job is None:
+                return
+            started_at = time.monotonic()
+            received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
+            try:
+                yield self._script(queued_job, received)
+                await asyncio.to_thread(_accept_results, received, queued_job)
+            except Exception as error:
+                self._finish_attempt()
+                failure = _classify_error(error, "run the chunk")
+                self._report_failure(queued_job, failure, time.monotonic() - started_at)
+                return
+            finally:
+                received.unlink(missing_ok=True)  # also when the worker is stopped
+            self._finish_attempt()
+            self.chunks += 1
+            seconds = time.monotonic() - started_at
+            self._parts.provider_records.record_success(self, images=queued_job.job.items, seconds=seconds)
+            queued_job.bills.append(self._bill(seconds))
+            queued_job.complete(Outcome(provider=self.provider_name, seconds=seconds))
+
+    def _script(self, queued_job: QueuedJob, received: Path) -> Any:
+        left = (self._deadline or time.monotonic()) - time.monotonic()
+        script = self._yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
+        script.upload_file(str(queued_job.job.chunk), _CHUNK)
+        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS)
+        script.download_file(_RESULTS, str(received))
+        return script
+
+    # Jobs
+
+    async def _next_job(self) -> QueuedJob | None:
+        """Wait for the next job, and begin it; None when the worker should end."""
+        job_queue = self._parts.job_queue
+        idle_since = time.monotonic()
+        max_idle_seconds = idle_seconds(
+            self.price, start_seconds=self.start_seconds or 0.0, max_seconds=self._parts.settings.idle_seconds
+        )
+        while not self.is_stopping:
+            queued_job = job_queue.pop(self.model, self.provider_id)
+            is_second_attempt = queued_job is None
+            queued_job = queued_job or job_queue.straggler(self.model, self.provider_id)
+            if queued_job is not None:
+                if await self._begin_attempt(queued_job, is_second_attempt=is_second_attempt):
+                    return queued_job
+                continue
+            if time.monotonic() - idle_since > max_idle_seconds and not self._pool.is_retained():
                 return None
-            _start_attempt(
-                worker,
-                queued_job,
-                worker_context,
-                seconds,
-                straggler_seconds(items=queued_job.job.items, images_per_second=speed),
-            )
-            return queued_job
-        if time.monotonic() - idle_since > max_idle_seconds and not worker_context.is_retained(worker):
-            return None
-        await worker_context.job_queue.wait_for_change(min(_IDLE_POLL_SECONDS, max(0.05, max_idle_seconds)))
-    return None
+            await job_queue.wait_for_change(min(self._timings.idle_poll_seconds, max(0.05, max_idle_seconds)))
+        return None
 
+    async def _begin_attempt(self, queued_job: QueuedJob, *, is_second_attempt: bool) -> bool:
+        """Reserve what a job may cost, and begin it. :return: False: it is back in the queue, or over."""
+        job, job_queue = queued_job.job, self._parts.job_queue
+        speed = self._parts.offer_evaluator.speed(self.model, self.provider_id)
+        seconds = self._timings.chunk_timeout(
+            items=job.items,
+            size_bytes=job.chunk.stat().st_size,
+            images_per_second=speed,
+            max_seconds=job.timeout_seconds,
+        )
+        try:
+            await self.reservation.extend(self.seconds() + seconds + self._timings.overtime_seconds)
+        except BudgetReached as error:
+            self.is_stopping = True
+            if not is_second_attempt:
+                queued_job.complete(Outcome.not_run(error))
+            job_queue.fail_all(error)
+            return False
+        except BaseException as error:
+            # Also when the worker is stopped meanwhile: the job must not be lost.
+            if not is_second_attempt:
+                job_queue.put(queued_job, is_retry=True)
+            if not isinstance(error, StoreError):
+                raise
+            log.warning("cannot reserve money for a chunk, trying again: %s", error)
+            await asyncio.sleep(self._timings.idle_poll_seconds)
+            return False
+        # Meanwhile it may have ended, or another worker may have begun a second attempt.
+        is_still_late = not is_second_attempt or job_queue.straggler(self.model, self.provider_id) is queued_job
+        if queued_job.outcome.done() or not is_still_late:
+            return False
+        now = time.monotonic()
+        self.queued_job, self._deadline = queued_job, now + seconds
+        late_after = self._timings.straggler_seconds(items=job.items, images_per_second=speed)
+        job_queue.start_attempt(
+            queued_job,
+            self.provider_id,
+            stop=self.abort.set,
+            straggler_at=None if late_after is None else now + late_after,
+        )
+        if job.on_start is not None:
+            job.on_start()
+        return True
 
-def _start_attempt(
-    worker: GolemWorker,
-    queued_job: QueuedJob,
-    worker_context: WorkerContext,
-    seconds: float,
-    straggler_after: float | None,
-) -> None:
-    now = time.monotonic()
-    worker.queued_job, worker.deadline = queued_job, now + seconds
-    straggler_at = None if straggler_after is None else now + straggler_after
-    worker_context.job_queue.start_attempt(
-        queued_job, worker.provider_id, stop=worker.abort.set, straggler_at=straggler_at
-    )
-    if queued_job.job.on_start is not None:
-        queued_job.job.on_start()
+    def _finish_attempt(self) -> QueuedJob | None:
+        """End the attempt under way. :return: its job."""
+        queued_job, self.queued_job, self._deadline = self.queued_job, None, None
+        if queued_job is not None:
+            self._parts.job_queue.finish_attempt(queued_job, self.provider_id)
+        return queued_job
 
-
-def _finish_attempt(worker: GolemWorker, queued_job: QueuedJob, worker_context: WorkerContext) -> None:
-    worker.queued_job = worker.deadline = None
-    worker_context.job_queue.finish_attempt(queued_job, worker.provider_id)
-
-
-def _script(yapapi_context: Any, worker: GolemWorker, queued_job: QueuedJob, received: Path) -> Any:
-    left = (worker.deadline or time.monotonic()) - time.monotonic()
-    script = yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
-    script.upload_file(str(queued_job.job.chunk), _CHUNK)
-    script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS)
-    script.download_file(_RESULTS, str(received))
-    return script
+    def _report_failure(self, queued_job: QueuedJob | None, failure: AttemptFailure, seconds: float) -> None:
+        """Decide what follows from a failure of the start, or of an attempt that is finished."""
+        is_over = queued_job is not None and queued_job.outcome.done()
+        if is_over and not failure.is_provider_fault:
+            return  # stopped because it is no longer needed, which is no failure
+        log.warning(
+            "provider %s failed: %s", self.provider_name, failure.error, extra={"agreement_id": self.agreement_id}
+        )
+        if failure.is_file_server_fault:
+            self._pool.session.fail(failure.error.reason)
+        if failure.is_provider_fault:
+            self._parts.provider_records.record_failure(self, queued_job, failure.error.reason, seconds)
+        if queued_job is None or is_over:
+            return
+        queued_job.bills.append(self._bill(seconds))
+        queued_job.last_outcome = Outcome(
+            provider=self.provider_name,
+            seconds=seconds,
+            error=failure.error,
+            is_blameless=not failure.is_provider_fault,
+        )
+        if queued_job.running_attempts:
+            return  # another attempt is running
+        if queued_job.failures >= self._parts.settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
+            self._parts.provider_records.lift_bans(queued_job)
+            queued_job.complete(queued_job.last_outcome)
+        else:
+            self._parts.job_queue.put(queued_job, is_retry=True)
 
 
 def _accept_results(received: Path, queued_job: QueuedJob) -> None:
@@ -300,17 +367,6 @@ def _accept_results(received: Path, queued_job: QueuedJob) -> None:
         received.replace(queued_job.job.results)
 
 
-def _outcome(worker: GolemWorker, seconds: float) -> Outcome:
-    return Outcome(
-        provider=worker.provider_name,
-        seconds=seconds,
-        cost=f"{worker.attribute_cost():f}",
-        provider_id=worker.provider_id,
-        agreement_id=worker.agreement_id,
-        activity_id=worker.activity_id,
-    )
-
-
 def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """Return what an exception of yapapi means, and whose fault it is.
 
@@ -318,26 +374,21 @@ def _classify_error(error: Exception, what: str) -> AttemptFailure:
     """
     name = type(error).__name__
     if isinstance(error, MlgError):
-        return AttemptFailure(error=error, is_provider_fault=True)
-    if name == "BatchTimeoutError":
-        return AttemptFailure(error=ChunkTimeout(f"The provider did not {what} in time."), is_provider_fault=True)
-    if name == "CommandExecutionError":
+        found = error
+    elif name == "BatchTimeoutError":
+        found = ChunkTimeout(f"The provider did not {what} in time.")
+    elif name == "CommandExecutionError":
         message = " ".join(f"{getattr(error, 'message', '') or ''} {getattr(error, 'stderr', '') or ''}".split())
-        return AttemptFailure(
-            error=WorkerDied(f"The provider could not {what}: {message[:400]}"), is_provider_fault=True
-        )
-    if name == "BatchError":
+        found = WorkerDied(f"The provider could not {what}: {message[:400]}")
+    elif name == "BatchError":
         parts = " ".join(str(each) for each in error.args if each)
-        return AttemptFailure(
-            error=WorkerDied(f"The provider ended the activity: {parts[:300]}"), is_provider_fault=True
-        )
-    if name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
+        found = WorkerDied(f"The provider ended the activity: {parts[:300]}")
+    elif name in ("ProtocolError", "TransportError", "JSONDecodeError", "BrokenPipeError") or "gftp" in str(error):
         broken = GolemUnavailable(f"The file server gftp failed: {explain(error)}. It is restarted.")
         return AttemptFailure(error=broken, is_provider_fault=False, is_file_server_fault=True)
-    if isinstance(error, OSError) and getattr(error, "filename", None):
-        return AttemptFailure(
-            error=MalformedResults(f"The results file was not downloaded: {error.strerror}."), is_provider_fault=True
-        )
-    return AttemptFailure(
-        error=GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}."), is_provider_fault=False
-    )
+    elif isinstance(error, OSError) and getattr(error, "filename", None):
+        found = MalformedResults(f"The results file was not downloaded: {error.strerror}.")
+    else:
+        failed = GolemUnavailable(f"A call to the Golem daemon failed: {explain(error)}.")
+        return AttemptFailure(error=failed, is_provider_fault=False)
+    return AttemptFailure(error=found, is_provider_fault=True)

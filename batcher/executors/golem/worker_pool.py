@@ -11,31 +11,23 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
-from batcher.executors.golem.agreement_cleanup import CLEANUP_SECONDS, DONE_REASON, AgreementCleanup
-from batcher.executors.golem.offers import OfferEvaluator, Price, describe_offer
+from batcher.errors import BudgetReached
+from batcher.executors.golem.agreement_cleanup import DONE_REASON, AgreementCleanup
+from batcher.executors.golem.ledger_writer import describe_agreement
+from batcher.executors.golem.money import Reservation
+from batcher.executors.golem.offers import BadOffer, Price, describe_offer
+from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.session import Session
-from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.worker import GolemWorker, WorkerContext, run_worker
+from batcher.executors.golem.worker import GolemWorker
 from batcher.executors.golem.yapapi_adapter import explain, make_job
 from provider_image.errors import MlgError
 
 log = logging.getLogger(__name__)
-
-#: Time to collect offers after the first, so that the best is taken.
-_OFFERS_SECONDS = 1.0
-#: A demand that brings no worker for this long, though one is needed, is published again: otherwise providers that
-#: were rejected, banned or busy make no new offer.
-_STALE_DEMAND_SECONDS = 20.0
-#: Pause after a demand failed; doubles up to the maximum.
-_INITIAL_BACKOFF_SECONDS = 0.5
-_MAX_BACKOFF_SECONDS = 15.0
-#: A demand is replaced this long before its agreements expire.
-_RENEWAL_SECONDS = 120.0
 
 #: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
@@ -45,52 +37,21 @@ class _WorkerFinished(Exception):
     """Makes yapapi destroy the activity and terminate the agreement; it would keep and pay an idle one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolEvents:
-    """Callbacks for the events of a pool."""
-
-    #: An agreement was approved: the model, and yapapi's agreement.
-    on_agreement: Callable[[str, Any], None]
-    #: An agreement has ended: its id, and why.
-    on_agreement_ended: Callable[[str, str], None]
-    #: A provider did not approve an agreement, or could not create an activity: its address.
-    on_not_signed: Callable[[str], None]
-    #: A worker starts, and ends.
-    on_worker_started: Callable[[GolemWorker], None]
-    on_worker_ended: Callable[[GolemWorker], None]
-    #: Even the cheapest of the offers, at this price, exceeds the budget.
-    on_over_budget: Callable[[Price], None]
-
-
 class WorkerPool:
-    """One model's workers within one session.
+    """One model's workers within one session."""
 
-    :param is_affordable: returns whether a new worker at this price fits into the budget.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: str,
-        session: Session,
-        payload: Any,
-        offer_evaluator: OfferEvaluator,
-        worker_context: WorkerContext,
-        settings: GolemSettings,
-        events: PoolEvents,
-        is_affordable: Callable[[Price], bool],
-    ) -> None:
+    def __init__(self, parts: GolemParts, session: Session, *, model: str, payload: Any) -> None:
+        self.parts = parts
+        self.session = session
         self.model = model
-        self._session = session
-        self._payload = payload
-        self._offer_evaluator = offer_evaluator
-        self._worker_context = worker_context
-        self._settings = settings
-        self._events = events
-        self._is_affordable = is_affordable
         #: The workers that run now.
         self.workers: set[GolemWorker] = set()
-        self._cleanup = AgreementCleanup(session.engine, model)
+        self.last_wanted = time.monotonic()
+        #: For how long a start is paid for at first, in seconds: this limit lets a small budget start workers at all.
+        self.first_cover_seconds = min(parts.timings.cover_seconds, parts.settings.start_seconds)
+        self._timings = parts.timings
+        self._payload = payload
+        self._cleanup = AgreementCleanup(session.engine, model, parts.timings)
         self._job: Any = None
         self._search_task: asyncio.Task[None] | None = None
         self._start_task: asyncio.Task[Any] | None = None
@@ -99,8 +60,11 @@ class WorkerPool:
         #: Offers withheld from yapapi's pool, because every queued job failed on their provider: address -> its entry.
         self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
-        self.last_wanted = time.monotonic()
         self._is_closing = False
+        #: Reserved for the agreement that is being made; None when none is.
+        self._hire: Reservation | None = None
+        #: Agreement -> what it may cost, and when it was made on the monotonic clock; removed with its worker.
+        self._commitments: dict[str, tuple[Reservation, float]] = {}
 
     def step(self, wanted: int) -> None:
         """Move one step towards this many workers; called several times per second."""
@@ -118,7 +82,7 @@ class WorkerPool:
             self._wanted_since = None
             return
         self._wanted_since = self._wanted_since or now
-        if now - self._wanted_since > _STALE_DEMAND_SECONDS:
+        if now - self._wanted_since > self._timings.stale_demand_seconds:
             self.restart_search()
         if not self._is_starting() and self._has_offers(now):
             self._start_task = asyncio.create_task(self._start_worker())
@@ -128,6 +92,11 @@ class WorkerPool:
         if self._wanted_since is not None and self._search_task is not None:
             self._wanted_since = time.monotonic()
             self._search_task.cancel()
+
+    def is_retained(self) -> bool:
+        """Return whether an idle worker is kept, as one of the minimum of its model."""
+        active = [worker for worker in self.workers if not worker.is_stopping]
+        return not self._is_closing and len(active) <= self.parts.settings.min_workers
 
     def abort_workers(self) -> None:
         """End all workers immediately."""
@@ -150,7 +119,7 @@ class WorkerPool:
         for task in (self._start_task, self._search_task):
             if task is not None:
                 task.cancel()
-                await asyncio.wait({task}, timeout=CLEANUP_SECONDS)
+                await asyncio.wait({task}, timeout=self._timings.cleanup_seconds)
         await self._cleanup.close()
         await self._end_job()
 
@@ -166,12 +135,12 @@ class WorkerPool:
             if self._search_task is not None:
                 self._search_task.cancel()
                 self._search_task = None
-        seconds = self._settings.rental_seconds
-        self._expires = time.monotonic() + max(seconds / 2, seconds - _RENEWAL_SECONDS)
+        seconds = self.parts.settings.rental_seconds
+        self._expires = time.monotonic() + max(seconds / 2, seconds - self._timings.renewal_seconds)
         self._first_offer = None
         self._unsuited = {}
         self._job = make_job(
-            self._session.engine,
+            self.session.engine,
             expires_at=datetime.now(UTC) + timedelta(seconds=seconds),
             payload=self._payload,
             id=f"{self.model}-{next(_numbers)}",
@@ -180,7 +149,7 @@ class WorkerPool:
 
     async def _search_loop(self) -> None:
         """Keep the demand on the market; ends only when cancelled."""
-        pause = _INITIAL_BACKOFF_SECONDS
+        failures = 1
         while True:
             started_at = time.monotonic()
             try:
@@ -190,13 +159,14 @@ class WorkerPool:
                 if task is not None and task.cancelling():
                     # Closing the demand failed, which hides the cancellation; the session closes it at its end.
                     return
-                if time.monotonic() - started_at > _MAX_BACKOFF_SECONDS:
-                    pause = _INITIAL_BACKOFF_SECONDS
+                if time.monotonic() - started_at > self._timings.search_backoff.max_seconds:
+                    failures = 1
+                pause = self._timings.search_backoff.after(failures)
                 log.warning(
                     "the search for offers for %s failed, trying again in %.1f s: %s", self.model, pause, explain(error)
                 )
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
+            await asyncio.sleep(self._timings.search_backoff.after(failures))
+            failures += 1
 
     def _has_offers(self, now: float) -> bool:
         pool = self._job.agreements_pool
@@ -204,46 +174,73 @@ class WorkerPool:
         self._unsuited = {}
         if not pool._offer_buffer:
             return False
-        # The pool may hold offers from before a ban or from when more budget was left.
-        over_budget = []
-        for provider_id, buffered in list(pool._offer_buffer.items()):
-            price = Price.from_offer(buffered.proposal.props)
-            is_affordable = self._is_affordable(price)
-            if not is_affordable:
-                over_budget.append(price)
-            if self._offer_evaluator.is_banned(provider_id) or not is_affordable:
+        # The pool may hold offers from before a ban.
+        for provider_id in list(pool._offer_buffer):
+            if self.parts.offer_evaluator.is_banned(provider_id):
                 del pool._offer_buffer[provider_id]
             elif not self._has_work_for(provider_id):
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
         if not pool._offer_buffer:
-            if over_budget and not self.workers:
-                self._events.on_over_budget(min(over_budget, key=lambda price: price.max_cost(60.0)))
             return False
         self._first_offer = self._first_offer or now
-        return now - self._first_offer >= _OFFERS_SECONDS
+        return now - self._first_offer >= self._timings.collect_offers_seconds
 
     def _has_work_for(self, provider_id: str) -> bool:
         """Return whether this provider may run a queued job; it may not run those that it failed on."""
-        job_queue = self._worker_context.job_queue
+        job_queue = self.parts.job_queue
         return not job_queue.count(self.model) or job_queue.has_job_for(self.model, provider_id)
 
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
-            self._session.subscription_models[event_fields["subscription"].id] = self.model
+            self.session.subscription_models[event_fields["subscription"].id] = self.model
         elif name == "AgreementConfirmed":
-            self._events.on_agreement(self.model, event_fields["agreement"])
+            self._commit(event_fields["agreement"])
         elif name == "AgreementTerminated":
-            self._events.on_agreement_ended(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
+            self._end_agreement(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
             if not event_fields["agreement"].terminated:
                 self._cleanup.terminate_with_retries(event_fields["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = event_fields["agreement"]._details
             if details is not None:
-                self._events.on_not_signed(details.raw_details.offer.provider_id)
+                provider_id = details.raw_details.offer.provider_id
+                log.info("provider %s did not sign an agreement", provider_id)
+                self.parts.offer_evaluator.record_not_signed(provider_id)
             if name == "ActivityCreateFailed":
                 self._cleanup.terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
             else:
                 self._cleanup.terminate_with_retries(event_fields["agreement"].id)
+
+    def _commit(self, agreement: Any) -> None:
+        """Record an agreement, which from now on may cost what was reserved for it."""
+        try:
+            record, price = describe_agreement(agreement.details.raw_details, allocation_id=self.session.allocation_id)
+        except BadOffer:
+            return
+        record = replace(record, model=self.model, created_at=datetime.now(UTC))
+        hire = self._hire
+        if hire is None or self._first_cost(price) > hire.amount:
+            # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
+            self.parts.ledger_writer.enqueue(self.parts.context.store.ledger.record_agreement, record)
+            return
+        self._hire = None
+        self._commitments[record.id] = (hire, time.monotonic())
+        hire.commit(record, price, self.first_cover_seconds)
+
+    def _check_commitment(self, agreement: Any) -> None:
+        """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
+        if agreement.id not in self._commitments:
+            self._cleanup.terminate_later(agreement.id, self._job.agreements_pool)
+            raise BudgetReached("More would be owed for this agreement than is reserved.")
+
+    def _first_cost(self, price: Price) -> Decimal:
+        return self._timings.cost_limit(price, self.first_cover_seconds)
+
+    def _end_agreement(self, agreement_id: str, reason: str) -> None:
+        ledger = self.parts.context.store.ledger
+        self.parts.ledger_writer.enqueue(ledger.end_agreement, agreement_id, reason=reason, now=datetime.now(UTC))
+        if agreement_id in self._commitments:  # no worker came of it
+            reservation, made_at = self._commitments.pop(agreement_id)
+            reservation.end(time.monotonic() - made_at)
 
     async def _end_job(self, job: Any = None) -> None:
         job = job or self._job
@@ -252,7 +249,7 @@ class WorkerPool:
         if job is self._job:
             self._job = None
         try:
-            async with asyncio.timeout(CLEANUP_SECONDS):
+            async with asyncio.timeout(self._timings.cleanup_seconds):
                 await job.agreements_pool.terminate_all(reason=DONE_REASON)
         except Exception as error:
             log.warning("agreements for %s cannot be terminated: %s", self.model, explain(error))
@@ -268,11 +265,18 @@ class WorkerPool:
         job = self._job
         before = len(self.workers)
         try:
+            self._hire = await self._reserve(job.agreements_pool)
+            if self._hire is None:
+                return
             await job.agreements_pool.cycle()
-            task = await self._session.engine.start_worker(job, self._run_worker)
+            task = await self.session.engine.start_worker(job, self._run_worker, self._check_commitment)
         except Exception as error:
             log.info("no agreement for %s: %s", self.model, explain(error))
             return
+        finally:
+            if self._hire is not None:
+                self._hire.release()
+                self._hire = None
         if task is None:
             return
         self._cleanup.add(task)
@@ -280,42 +284,66 @@ class WorkerPool:
         while not task.done() and len(self.workers) == before:
             await asyncio.sleep(0.02)
 
+    async def _reserve(self, agreements_pool: Any) -> Reservation | None:
+        """Reserve what a start may cost with the dearest offer that the budget allows, and remove all dearer ones.
+
+        :return: None: even the cheapest is above the budget. If there is no worker either, all queued jobs end.
+        :raises StoreError:
+        """
+        offers = agreements_pool._offer_buffer
+        costs = {id: self._first_cost(Price.from_offer(each.proposal.props)) for id, each in offers.items()}
+        reservation = None
+        try:
+            left = await self.parts.money.left()
+            affordable = [cost for cost in costs.values() if left is None or cost <= left]
+            if affordable or (costs and not self.workers):
+                # Without an affordable one the cheapest is tried, which says which budget is used up.
+                amount = max(affordable) if affordable else min(costs.values())
+                reservation = await self.parts.money.reserve(self.model, amount)
+        except BudgetReached as error:
+            if not self.workers:
+                self.parts.job_queue.fail_all(error)
+        for id in list(offers):
+            if id not in costs:
+                self._unsuited[id] = offers.pop(id)  # it came meanwhile
+            elif reservation is None or costs[id] > reservation.amount:
+                del offers[id]
+        return reservation
+
     async def _run_worker(self, yapapi_context: Any) -> bool:
         """Run a worker. yapapi calls this with an activity, which it destroys at the end.
 
         :param yapapi_context: yapapi's WorkContext.
         """
-        details = yapapi_context._agreement_details
-        provider_id = yapapi_context.provider_id
+        parts, ledger = self.parts, self.parts.context.store.ledger
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
+        reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
+        if reservation is None:
+            raise _WorkerFinished  # the agreement has ended already
         try:
-            name, price = describe_offer(details.provider_view.properties, provider_id)
+            properties = yapapi_context._agreement_details.provider_view.properties
+            name, price = describe_offer(properties, yapapi_context.provider_id)
         except MlgError as error:
             raise _WorkerFinished from error
-        worker = GolemWorker(
-            model=self.model,
-            provider_id=provider_id,
-            provider_name=name,
-            agreement_id=yapapi_context._agreement.id,
-            activity_id=yapapi_context.id,
-            price=price,
-            created_at=datetime.now(UTC),
-            is_stopping=self._is_closing,
-        )
+        worker = GolemWorker(self, yapapi_context, provider_name=name, price=price, reservation=reservation)
+        worker.is_stopping = self._is_closing
         self.workers.add(worker)
-        self._offer_evaluator.record_signed(provider_id)
-        self._events.on_worker_started(worker)
+        parts.offer_evaluator.record_signed(worker.provider_id)
+        log.info("provider %s starts a worker for %s", name, self.model, extra={"agreement_id": worker.agreement_id})
+        parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
         try:
-            await run_worker(
-                self._session.engine, self._job_id(yapapi_context), yapapi_context, worker, self._worker_context
-            )
+            await worker.run(self.session.engine, self._job_id(yapapi_context))
         finally:
             self.workers.discard(worker)
-            self._events.on_worker_ended(worker)
+            log.info("the worker of provider %s ended after %d chunks", name, worker.chunks)
+            worker.reservation.end(worker.seconds())
+            parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
+            if self.session.payment_processor is not None:
+                self.session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
             self._cleanup.terminate_later(worker.agreement_id, pool)
         raise _WorkerFinished
 
     def _job_id(self, yapapi_context: Any) -> str:
         """Return the id of the yapapi job of an activity; `_job` may be a renewed one."""
-        manager = self._session.engine._invoice_manager
+        manager = self.session.engine._invoice_manager
         return str(manager.agreement_job(yapapi_context._agreement.id).id)

@@ -12,10 +12,8 @@ import pytest
 from batcher.errors import NoProvider
 from batcher.executors import Job, Outcome, load_executor
 from batcher.executors.fallback import FallbackExecutor
-from batcher.settings import BatcherSettings
 from provider_image.errors import ConfigError, WorkerDied
-from store.settings import HomeSettings
-from store.store import Store
+from tests.contexts import make_context
 
 
 class Member:
@@ -24,6 +22,7 @@ class Member:
     def __init__(self, name: str, *, is_remote: bool = False) -> None:
         self.name = name
         self.is_remote = is_remote
+        self.is_trusted = not is_remote
         self.reason: str | None = None
         self.outcome = Outcome(provider=name, seconds=0.1)
         #: Awaited before it begins.
@@ -37,7 +36,7 @@ class Member:
     async def start(self) -> None:
         self.is_started = True
 
-    def capacity(self) -> int:
+    def capacity(self, model: str) -> int:
         return 4
 
     def workers(self) -> int:
@@ -45,6 +44,9 @@ class Member:
 
     def unavailable_reason(self, model: str) -> str | None:
         return self.reason
+
+    def stop_seconds(self) -> float:
+        return 3.0 if self.is_remote else 1.0
 
     async def run(self, job: Job) -> Outcome:
         self.received.append(job.chunk_id)
@@ -75,7 +77,7 @@ def local() -> Member:
 
 
 def run(golem: Member, local: Member, tmp_path: Path, *, fallback_seconds: float = 60) -> Outcome:
-    fallback = FallbackExecutor([golem, local], fallback_seconds=fallback_seconds)
+    fallback = FallbackExecutor([golem, local], {"MLG_FALLBACK_SECONDS": str(fallback_seconds)})
     job = Job(
         chunk_id="job",
         model="vgg16",
@@ -139,13 +141,14 @@ def test_a_failed_job_does_not_go_to_the_next_member(golem: Member, local: Membe
 
 
 def test_it_is_unavailable_only_if_all_members_are(golem: Member, local: Member) -> None:
-    fallback = FallbackExecutor([golem, local], fallback_seconds=1)
+    fallback = FallbackExecutor([golem, local], {})
     golem.reason = "No budget."
     one = fallback.unavailable_reason("vgg16")
     local.reason = "No capacity."
 
     assert (one, fallback.unavailable_reason("vgg16")) == (None, "No budget. No capacity.")
-    assert (fallback.name, fallback.is_remote, fallback.workers()) == ("golem,local", True, 4)
+    assert (fallback.name, fallback.is_remote, fallback.is_trusted) == ("golem,local", True, False)
+    assert (fallback.workers(), fallback.capacity("vgg16"), fallback.stop_seconds()) == (4, 4, 3.0)
 
 
 def test_if_one_member_cannot_start_the_others_are_closed(golem: Member, local: Member) -> None:
@@ -155,14 +158,24 @@ def test_if_one_member_cannot_start_the_others_are_closed(golem: Member, local: 
     local.start = fail  # type: ignore[method-assign]
 
     with pytest.raises(ConfigError, match="No key"):
-        asyncio.run(FallbackExecutor([golem, local], fallback_seconds=1).start())
+        asyncio.run(FallbackExecutor([golem, local], {}).start())
     assert not golem.is_started
 
 
 def test_executors_are_separated_by_commas_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
-    settings = BatcherSettings(work=tmp_path / "work", models=tmp_path / "models")
-    store = Store(HomeSettings(home=tmp_path))
+    context = make_context(tmp_path / "work", tmp_path / "models")
 
-    assert load_executor("golem, local", settings, store).name == "golem,local"
+    assert load_executor("golem, local", context).name == "golem,local"
     with pytest.raises(ConfigError, match="no executor 'ray'"):
-        load_executor("golem,ray", settings, store)
+        load_executor("golem,ray", context)
+
+
+@pytest.mark.parametrize(
+    ("names", "variable"),
+    [("local", "MLG_WORKERS"), ("golem", "MLG_BUDGET_DAY"), ("local,golem", "MLG_FALLBACK_SECONDS")],
+)
+def test_an_executor_reads_its_own_settings_and_names_a_variable_that_it_cannot_use(
+    names: str, variable: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=variable):
+        load_executor(names, make_context(tmp_path / "work", tmp_path / "models", **{variable: "much"}))

@@ -12,9 +12,9 @@ import pytest
 
 from batcher.executors import Job
 from batcher.executors.local import LocalExecutor
-from batcher.settings import BatcherSettings
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import WorkerDied
+from tests.contexts import make_context
 from tests.timing import until
 
 MODEL = "efficientnet_lite0"
@@ -40,7 +40,7 @@ def test_workers_start_from_a_folder_with_another_package_named_server(
     monkeypatch.chdir(tmp_path)
 
     async def main() -> None:
-        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1))
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="1"))
         await executor.start()
         outcome = await executor.run(job(tmp_path))
         await executor.close()
@@ -51,7 +51,7 @@ def test_workers_start_from_a_folder_with_another_package_named_server(
 
 def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
-        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1))
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="1"))
         await executor.start()
         await until(lambda: len(executor.pids()) == 1)
         (first,) = executor.pids()
@@ -72,8 +72,7 @@ def test_jobs_fail_without_blame_if_no_worker_can_start(
     environment = with_plugin(tmp_path / "plugin", "import os, sys; print('no luck', file=sys.stderr); os._exit(3)")
 
     async def main() -> None:
-        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=2)
-        executor = LocalExecutor(settings, environment=environment)
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="2", **environment))
         await executor.start()
         outcome = await executor.run(job(tmp_path))
         await executor.close()
@@ -94,8 +93,7 @@ def test_long_output_on_standard_error_is_logged_and_blocks_no_pipe(
     environment = with_plugin(tmp_path / "plugin", flood)
 
     async def main() -> None:
-        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1)
-        executor = LocalExecutor(settings, environment=environment)
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="1", **environment))
         await executor.start()
         outcome = await executor.run(job(tmp_path))
         await executor.close()
@@ -111,7 +109,7 @@ def test_workers_warm_up_before_the_first_job(tmp_path: Path) -> None:
     artefact = tmp_path / "models" / MODEL / "model.json"
 
     async def main() -> None:
-        executor = LocalExecutor(BatcherSettings(work=tmp_path / "work", models=tmp_path / "models", workers=1))
+        executor = LocalExecutor(make_context(tmp_path / "work", tmp_path / "models", MLG_WORKERS="1"))
         await executor.start()
         is_warm_at_start = artefact.exists()
         await until(artefact.exists)
@@ -124,8 +122,8 @@ def test_workers_warm_up_before_the_first_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_workers_compute_in_the_configured_precision(tmp_path: Path, models_folder: Path, precision: str) -> None:
     async def main() -> None:
-        settings = BatcherSettings(work=tmp_path / "work", models=models_folder, workers=1, precision=precision)
-        executor = LocalExecutor(settings)
+        context = make_context(tmp_path / "work", models_folder, MLG_WORKERS="1", MLG_PRECISION=precision)
+        executor = LocalExecutor(context)
         await executor.start()
         outcome = await executor.run(job(tmp_path))
         await executor.close()

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from devnet.provider import exe_unit as module
-from devnet.provider.exe_unit import ActivityEnded, ScriptBatchNotFound
+from devnet.provider.exe_unit import MAX_FINISHED_BATCHES, ActivityEnded, ScriptBatchNotFound
 from devnet.provider.script import BadScript
 from tests.devnet.exe_units import BOOT_COMMANDS, FOREVER, GftpProcess, exe_unit, run, run_batch, sh, transfer
 from tests.process_tree import is_alive
@@ -186,13 +185,11 @@ def test_batches_that_are_queued_run_in_order(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_only_the_latest_finished_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_FINISHED_BATCHES", 2)
-
+def test_only_the_latest_finished_batches_are_kept(tmp_path: Path) -> None:
     async def main() -> None:
         async with exe_unit(tmp_path) as unit:
             batches = []
-            for _ in range(4):
+            for _ in range(MAX_FINISHED_BATCHES + 2):
                 batches.append(await unit.execute([sh("true")]))
                 await unit.results(batches[-1], 30)
 

@@ -1,4 +1,6 @@
-"""Every Keras model of the catalogue, compiled, answers as Keras itself does.
+"""Every Keras model of the catalogue, compiled, answers as Keras itself does: `scripts/test -m every_model`.
+
+Without that option, the larger ones of an architecture are left out.
 
 The weights are seeded: `tests.seeded_weights` makes a network that tells photos apart, its file is compiled as a
 published one is, and the artefact's answers are compared with that network's own, on photos of many sizes and modes.
@@ -39,6 +41,17 @@ from tests.seeded_weights import seeded_network, write_weights
 
 ROWS = [row for row in CATALOGUE.values() if row.source == "keras"]
 SMALL = CATALOGUE["mobilenet_v2"]
+#: Models that differ from another one only in depth and width.
+LARGER = {
+    "densenet169",
+    "densenet201",
+    "resnet101",
+    "resnet152",
+    "resnet101v2",
+    "resnet152v2",
+    "vgg19",
+    "nasnet_large",
+}
 #: A row of the small network that `small_network` registers with Keras.
 TINY = dataclasses.replace(SMALL, keras_class="TinyNet")
 #: Name of the photo's file in scikit-image, mode, size and format: larger and smaller than the input, very wide, grey,
@@ -98,8 +111,7 @@ def keras_answers(row: ModelRow, network, images: list[Image.Image]) -> np.ndarr
     module = importlib.import_module(getattr(importlib.import_module("keras").applications, row.keras_class).__module__)
     side = (row.width, row.height)
     arrays = [np.asarray(image.resize(side, Image.Resampling.BICUBIC), np.float32) for image in images]
-    # One at a time: the layers of a large network for five images need gigabytes.
-    return np.concatenate([network(module.preprocess_input(array[np.newaxis]), training=False) for array in arrays])
+    return network.predict(module.preprocess_input(np.stack(arrays)), batch_size=len(arrays), verbose=0)
 
 
 @dataclasses.dataclass
@@ -113,7 +125,12 @@ class KerasModel:
     asked: tuple[str, str, str | None]
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(row, marks=[pytest.mark.every_model] if row.name in LARGER else [], id=row.name) for row in ROWS
+    ],
+)
 def keras_model(request: pytest.FixtureRequest) -> Iterator[KerasModel]:
     """Each model by Keras' own loading code, with its downloader replaced by one that downloads nothing."""
     row = request.param

@@ -35,7 +35,8 @@ def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, mod
 
             assert [outcome.error for outcome in outcomes] == [None] * 3
             assert {outcome.provider for outcome in outcomes} <= {"alpha", "beta"}
-            assert all(outcome.agreement_id and outcome.activity_id and outcome.cost for outcome in outcomes)
+            assert all(bill.agreement_id and bill.cost for outcome in outcomes for bill in outcome.bills)
+            assert [len(outcome.bills) for outcome in outcomes] == [1] * 3
             assert harness.store.ledger.spent() == harness.paid() > 0
             assert harness.store.ledger.agreements(is_settled=False) == []
             assert [each.id for each in harness.store.ledger.allocations(is_open=True)] == []
@@ -52,8 +53,8 @@ def test_a_worker_runs_many_chunks_and_ends_when_idle(tmp_path: Path, models_fol
             await until(lambda: all(each.state == "Terminated" for each in agreements()))
             (again,) = await harness.run("after")
 
-            assert len({outcome.activity_id for outcome in outcomes}) == 1
-            assert again.activity_id != outcomes[0].activity_id
+            assert len({outcome.bills[0].activity_id for outcome in outcomes}) == 1
+            assert again.bills[0].activity_id != outcomes[0].bills[0].activity_id
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
@@ -89,7 +90,7 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             await harness.run("first")
             harness.store.providers.ban("alpha", until=None, reason="Too slow.", by_operator=True)
             harness.executor._refreshed_at = float("-inf")  # forces the periodic read from the store
-            await until(lambda: harness.executor._offer_evaluator.is_banned(provider("alpha").node_id))
+            await until(lambda: harness.executor._parts.offer_evaluator.is_banned(provider("alpha").node_id))
             for pool in harness.executor._pools.values():
                 pool.abort_workers()
             await until(lambda: not any(pool.workers for pool in harness.executor._pools.values()))
@@ -183,12 +184,12 @@ def test_with_golem_and_local_the_local_executor_runs_what_golem_cannot(tmp_path
     async def main() -> None:
         async with golem(scenario(), tmp_path, models_folder) as harness:
             local = Member("local")
-            fallback = FallbackExecutor([harness.executor, local], fallback_seconds=0.5)
+            fallback = FallbackExecutor([harness.executor, local], {"MLG_FALLBACK_SECONDS": "0.5"})
 
             outcome = await fallback.run(harness.job("job"))
 
             assert outcome.provider == "local"
-            assert list(harness.executor._job_queue.queued_jobs()) == []  # type: ignore[union-attr]
+            assert list(harness.executor._job_queue.queued_jobs()) == []
 
     asyncio.run(asyncio.wait_for(main(), 300))
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from batcher.backoff import Backoff
 from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
-from batcher.executors.golem import agreement_cleanup, payments, session, worker, worker_pool
-from batcher.executors.golem import executor as executor_module
+from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
@@ -31,34 +32,39 @@ Body = Callable[[GolemHarness], Coroutine[Any, Any, None]]
 Play = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten waits that suit a public network but not a test."""
-    monkeypatch.setattr(executor_module, "_INITIAL_BACKOFF_SECONDS", 0.2)
-    monkeypatch.setattr(executor_module, "_REFRESH_SECONDS", 0.2)
-    monkeypatch.setattr(executor_module, "_EXPLAIN_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr(worker, "_OVERTIME_SECONDS", 1.0)
-    monkeypatch.setattr(agreement_cleanup, "CLEANUP_SECONDS", 1.0)
-    monkeypatch.setattr(worker_pool, "CLEANUP_SECONDS", 1.0)
-    monkeypatch.setattr(worker_pool, "_INITIAL_BACKOFF_SECONDS", 0.1)
-    monkeypatch.setattr(worker_pool, "_OFFERS_SECONDS", 0.1)
-    monkeypatch.setattr(worker_pool, "_STALE_DEMAND_SECONDS", 1.0)
-    monkeypatch.setattr(session, "_UNREACHABLE_SECONDS", 1.0)
-    monkeypatch.setattr(payments, "_INITIAL_BACKOFF_SECONDS", 0.1)
-    monkeypatch.setattr(payments, "_REVIEW_SECONDS", 0.5)
+#: Waits that suit a test, and not a public network.
+SHORT = GolemTimings(
+    session_backoff=Backoff(first_seconds=0.2, max_seconds=30.0),
+    refresh_seconds=0.2,
+    explain_wait_seconds=0.2,
+    overtime_seconds=1.0,
+    cleanup_seconds=1.0,
+    search_backoff=Backoff(first_seconds=0.1, max_seconds=15.0),
+    collect_offers_seconds=0.1,
+    stale_demand_seconds=1.0,
+    unreachable_seconds=1.0,
+    payment_backoff=Backoff(first_seconds=0.1, max_seconds=10.0),
+    review_seconds=0.5,
+)
 
 
 @pytest.fixture
 def play(tmp_path: Path, models_folder: Path) -> Play:
     """Run a test's body against a devnet of these providers."""
 
-    def play(body: Body, *providers: ProviderPlan, faults: tuple[Fault, ...] = (), **settings: Any) -> None:
+    def play(
+        body: Body,
+        *providers: ProviderPlan,
+        faults: tuple[Fault, ...] = (),
+        timings: GolemTimings = SHORT,
+        **settings: Any,
+    ) -> None:
         devnet_options = {key: settings.pop(key) for key in ("funds",) if key in settings}
         models = settings.pop("models", models_folder)
 
         async def main() -> None:
             plan = scenario(*providers, faults=faults, **devnet_options)
-            async with golem(plan, tmp_path, models, **settings) as harness:
+            async with golem(plan, tmp_path, models, timings=timings, **settings) as harness:
                 await body(harness)
 
         asyncio.run(asyncio.wait_for(main(), 300))
@@ -216,7 +222,8 @@ def test_a_chunk_is_answered_elsewhere_whatever_step_fails(play: Play) -> None:
         assert approved_providers(harness) == ["alpha", "beta", "gamma", "delta", "zeta"]
         # A provider that cannot create an activity is not banned but skipped, as if it had not signed.
         assert set(banned(harness)) == {"beta", "gamma", "delta"}
-        assert outcome.agreement_id == list(harness.devnet.market.agreements)[-1]
+        assert [bill.provider for bill in outcome.bills] == ["gamma", "delta", "zeta"], "the others failed earlier"
+        assert outcome.bills[-1].agreement_id == list(harness.devnet.market.agreements)[-1]
 
     plans = increasingly_expensive(
         ("alpha", (fault("no-activity"),)),
@@ -391,7 +398,9 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
             try:
                 for workspace, name in zip(workspaces, names, strict=True):
                     workspace.create()
-                    executors.append(make_executor(devnet, store, tmp_path, models_folder, name=name, max_workers=1))
+                    executors.append(
+                        make_executor(devnet, store, tmp_path, models_folder, name=name, timings=SHORT, max_workers=1)
+                    )
                     await executors[-1].start()
                 harnesses = [GolemHarness(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
                 runs = (harness.run(*(f"{harness.work.name}-{each}" for each in range(3))) for harness in harnesses)
@@ -420,10 +429,10 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
 
 
 def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
-    budget = Decimal("0.25")
+    budget, pace = Decimal("0.25"), slowness()
 
     async def body(harness: GolemHarness) -> None:
-        outcomes = await harness.run(*(f"chunk{number}" for number in range(40)), timeout_seconds=1)
+        outcomes = await harness.run(*(f"chunk{number}" for number in range(60)), timeout_seconds=2 * pace)
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
         await close(harness)
 
@@ -434,8 +443,10 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
         assert unavailable_reason is not None and "The budget of this run is used up" in unavailable_reason
         assert 0 < harness.paid() <= budget
 
-    expensive = provider("alpha", second="0.1")
-    play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=2.0)
+    expensive = provider("alpha", second=f"{0.04 / pace:.6f}")
+    # Without tolerances, which at this price would be more than the budget.
+    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), bill_tolerance_seconds=0.2)
+    play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
 
 
 def test_a_wallet_without_enough_funds_is_named_as_the_reason(play: Play) -> None:
@@ -563,11 +574,7 @@ def test_one_failure_of_the_daemon_on_each_path_loses_neither_work_nor_money(pla
 
 
 @pytest.mark.parametrize("is_missed", [False, True], ids=["at once", "later"])
-def test_a_daemon_that_restarts_during_the_work_needs_no_restart_of_the_executor(
-    play: Play, monkeypatch: pytest.MonkeyPatch, is_missed: bool
-) -> None:
-    monkeypatch.setattr(session, "_UNREACHABLE_SECONDS", 0.5 if is_missed else 30.0)
-
+def test_a_daemon_that_restarts_during_the_work_needs_no_restart_of_the_executor(play: Play, is_missed: bool) -> None:
     async def body(harness: GolemHarness) -> None:
         runs = asyncio.create_task(harness.run("one", "two", "three"))
         await until(lambda: has_triggered(harness, "alpha"))
@@ -581,14 +588,15 @@ def test_a_daemon_that_restarts_during_the_work_needs_no_restart_of_the_executor
         assert [each.error for each in outcomes] == [None] * 3
         assert (len(harness.devnet.payment.wallet.allocations) > 1) == is_missed, "a new session only if needed"
 
-    play(body, provider("alpha", fault("hang", times=1)), provider("beta"), max_workers=2)
+    timings = replace(SHORT, unreachable_seconds=0.5 if is_missed else 30.0)
+    play(body, provider("alpha", fault("hang", times=1)), provider("beta"), max_workers=2, timings=timings)
 
 
 def test_a_daemon_that_does_not_run_at_the_start_is_waited_for(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with devnet_and_store(scenario(provider("alpha")), tmp_path, models_folder) as (devnet, store):
             await devnet.stop()
-            executor = make_executor(devnet, store, tmp_path, models_folder)
+            executor = make_executor(devnet, store, tmp_path, models_folder, timings=SHORT)
             harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             try:
                 await executor.start()
@@ -664,22 +672,20 @@ def test_jobs_cancelled_at_any_moment_do_not_mix_up_the_files_of_others(play: Pl
 #: A batcher's executor in a separate process, which a test kills while its workers run.
 BATCHER = """
 import asyncio, os, sys
-from dataclasses import replace
 from pathlib import Path
 from batcher.executors.golem.executor import GolemExecutor
-from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
 from store.settings import HomeSettings
 from store.store import Store
+from tests.contexts import make_context
 from tests.golem import GolemHarness
 
 async def main(home, models):
-    settings = BatcherSettings.from_env(dict(os.environ))
     workspace = Workspace(home / "work", "cccc3333")
     workspace.create()
-    settings = replace(settings, work=workspace.folder, models=models)
     store = Store(HomeSettings(home=home / "home", busy_seconds=5))
-    executor = GolemExecutor(settings, store)
+    context = make_context(workspace.folder, models, store=store)
+    executor = GolemExecutor(context)
     await executor.start()
     await GolemHarness(None, executor, store, home / "jobs", models).run("one", "two")
 
@@ -700,7 +706,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
             finally:
                 batcher.kill()
                 await batcher.wait()
-            executor = make_executor(devnet, store, tmp_path, models_folder)
+            executor = make_executor(devnet, store, tmp_path, models_folder, timings=SHORT)
             harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             await executor.start()
             await until(lambda: len(devnet.payment.paid) == 2)

@@ -11,7 +11,7 @@ import pytest
 
 from batcher.executors.golem.offers import EXPECTED_IMAGES, BadOffer, OfferEvaluator, Price, provider_name
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.timeouts import chunk_timeout, idle_seconds, straggler_seconds
+from batcher.executors.golem.timings import GolemTimings, idle_seconds
 
 MODEL = "efficientnet_lite0"
 SETTINGS = GolemSettings(max_price_hour=Decimal("0.5"), max_price_start=Decimal("0.01"))
@@ -178,7 +178,7 @@ def test_a_provider_name_is_limited_to_printable_characters() -> None:
 
 def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
     def limit(**changes: Any) -> float:
-        return chunk_timeout(
+        return GolemTimings().chunk_timeout(
             **{"items": 16, "size_bytes": 0, "images_per_second": 16.0, "max_seconds": 120.0, **changes}
         )
 
@@ -188,8 +188,8 @@ def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
 
 
 def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:
-    assert straggler_seconds(items=16, images_per_second=16.0) == 5.0
-    assert straggler_seconds(items=16, images_per_second=None) is None
+    assert GolemTimings().straggler_seconds(items=16, images_per_second=16.0) == 5.0
+    assert GolemTimings().straggler_seconds(items=16, images_per_second=None) is None
 
 
 def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> None:

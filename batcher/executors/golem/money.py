@@ -1,0 +1,231 @@
+"""Money: every amount is reserved in the ledger before it can come to be owed. Amounts in GLM.
+
+`worker_pool.py` reserves before it makes an agreement and commits when it has one; `worker.py` extends the reservation
+before each chunk, and while a worker starts or idles; `payments.py` settles it with the bill, in the transaction that
+records the invoice. All batchers of a home reserve in the same table, so the caps hold for them together. The rules
+are in `store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from batcher.errors import BudgetReached
+from batcher.executors.golem.ledger_writer import LedgerWriter
+from batcher.executors.golem.offers import Price
+from batcher.executors.golem.timings import GolemTimings
+from store.errors import StoreBusy
+from store.ledger import AgreementRecord
+from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
+from store.store import Store
+
+log = logging.getLogger(__name__)
+
+#: Why an agreement ended that a killed batcher left open.
+GONE_REASON = "The batcher that made it no longer runs."
+#: With less than this, in GLM, nothing can be done.
+_SMALLEST_AMOUNT = Decimal("1e-9")
+#: Name of a cap -> its title, and what to do when it is reached.
+_MESSAGES = {
+    "run": ("The budget of this run", "Raise MLG_BUDGET_RUN, or start another run."),
+    "day": (
+        "The budget of the day",
+        "Work continues by itself tomorrow (UTC), or immediately with a higher MLG_BUDGET_DAY.",
+    ),
+    "total": ("The total budget", "Raise MLG_BUDGET_TOTAL."),
+}
+
+
+def describe_denial(denial: Denial) -> str:
+    """Return, in a sentence, which cap is reached and what to do."""
+    title, remedy = _MESSAGES[denial.cap]
+    return (
+        f"{title} is used up: {_format_amount(denial.used)} of {_format_amount(denial.limit)} GLM are spent or "
+        f"committed, and the next step may cost up to {_format_amount(denial.extra)} GLM. {remedy}"
+    )
+
+
+class Money:
+    """One batcher's spending.
+
+    :param owner: the batcher.
+    :param caps: run, day, total -> the most that may be spent.
+    :param clock: returns the current time; days are in UTC.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ledger_writer: LedgerWriter,
+        *,
+        owner: str,
+        caps: Mapping[str, Decimal],
+        timings: GolemTimings,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.ledger_writer = ledger_writer
+        self.ledger = store.ledger
+        self.reservations = store.reservations
+        self.owner = owner
+        self.timings = timings
+        self.clock = clock
+        self._caps = dict(caps)
+        #: The cheapest step that the caps did not allow; None when nothing was denied since they last had room for it.
+        self._denial: Denial | None = None
+
+    async def start(self) -> None:
+        """Make the caps known to the store."""
+        await asyncio.to_thread(self.reservations.set_caps, self.owner, self._caps)
+
+    async def reserve(self, purpose: str, amount: Decimal) -> Reservation:
+        """Reserve what an agreement may cost at first.
+
+        :raises BudgetReached: a cap does not allow it.
+        :raises StoreError:
+        """
+        reservation = Reservation(self, secrets.token_hex(16), purpose, amount)
+        await self.raise_to(reservation.id, purpose, amount)
+        self._denial = None
+        return reservation
+
+    async def raise_to(self, id: str, purpose: str, amount: Decimal) -> None:
+        """Make or raise a reservation. :raises BudgetReached: a cap does not allow it. :raises StoreError:"""
+        denial = await asyncio.to_thread(
+            self.reservations.reserve, id, batcher_id=self.owner, purpose=purpose, amount=amount, now=self.clock()
+        )
+        if denial is not None:
+            raise self._deny(denial)
+
+    def commitment(
+        self, id: str, batcher_id: str, agreement: AgreementRecord, price: Price, seconds: float
+    ) -> ReservationRecord:
+        """Return the commitment of an agreement that is paid for until some seconds after its start."""
+        return ReservationRecord(
+            id=id,
+            batcher_id=batcher_id,
+            purpose=agreement.model,
+            amount=self.timings.cost_limit(price, seconds),
+            state=ReservationState.COMMITTED,
+            agreement_id=agreement.id,
+            changed_at=self.clock(),
+        )
+
+    async def left(self) -> Decimal | None:
+        """Return what may still be spent today; None when there is no limit.
+
+        :raises BudgetReached: nothing.
+        :raises StoreError:
+        """
+        used = await self._used()
+        denial = check_caps(self._caps, used, _SMALLEST_AMOUNT)
+        if denial is not None:
+            raise self._deny(denial)
+        return amount_left(self._caps, used)
+
+    def unavailable_reason(self) -> str | None:
+        """Return, in a sentence, why nothing more can be spent now; None if it can."""
+        return None if self._denial is None else describe_denial(self._denial)
+
+    async def refresh(self) -> None:
+        """Look whether there is room again for what was denied. :raises StoreError:"""
+        if self._denial is not None and check_caps(self._caps, await self._used(), self._denial.extra) is None:
+            self._denial = None
+
+    def recover(self, is_gone: Callable[[str], bool], *, running: Collection[str]) -> None:
+        """Release what batchers that no longer run reserved without an agreement, and write off what nobody billed.
+
+        Called in a thread, after what they left at the daemon is committed.
+
+        :param running: agreements that could not be ended.
+        :raises StoreError:
+        """
+        now = self.clock()
+        for batcher_id in self.reservations.reserving_batchers():
+            if batcher_id != self.owner and is_gone(batcher_id):
+                self.reservations.release_all_of(batcher_id)
+                self.reservations.set_caps(batcher_id, {})
+        for reservation in self.reservations.list(is_open=True):
+            agreement_id = reservation.agreement_id
+            if agreement_id is not None and agreement_id not in running and is_gone(reservation.batcher_id):
+                self.ledger.end_agreement(agreement_id, reason=GONE_REASON, now=now)
+        self.reservations.write_off(ended_before=now - timedelta(seconds=self.timings.write_off_seconds), now=now)
+
+    def release_all(self) -> None:
+        """Release what is reserved without an agreement; called when no agreement is being made."""
+        self.ledger_writer.enqueue(self.reservations.release_all_of, self.owner)
+
+    def close(self) -> None:
+        """Release what is reserved without an agreement, and forget the caps."""
+        self.release_all()
+        self.ledger_writer.enqueue(self.reservations.set_caps, self.owner, {})
+
+    def _deny(self, denial: Denial) -> BudgetReached:
+        if self._denial is None:
+            log.warning("%s", describe_denial(denial))
+        if self._denial is None or denial.extra < self._denial.extra:
+            self._denial = denial
+        return BudgetReached(describe_denial(denial))
+
+    async def _used(self) -> Mapping[str, Decimal]:
+        return await asyncio.to_thread(self.reservations.used, self.owner, now=self.clock())
+
+
+class Reservation:
+    """What one agreement may cost, before and after it is made."""
+
+    def __init__(self, money: Money, id: str, purpose: str, amount: Decimal) -> None:
+        self.id = id
+        #: What was reserved at first.
+        self.amount = amount
+        #: Until when the agreement is paid for, in seconds after its start.
+        self.covered_seconds = 0.0
+        self._money = money
+        self._purpose = purpose
+        self._price: Price | None = None
+        self._committing: asyncio.Future[None] | None = None
+
+    def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
+        """Turn it into an agreement's commitment, and record the agreement.
+
+        :param seconds: until when it is paid for.
+        """
+        self._price, self.covered_seconds = price, seconds
+        commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
+        ledger = self._money.ledger
+        self._committing = self._money.ledger_writer.enqueue(ledger.record_agreement, agreement, commitment)
+
+    async def extend(self, seconds: float) -> None:
+        """Reserve more, so that the agreement is paid for until some seconds after its start.
+
+        :raises BudgetReached: a cap does not allow it.
+        :raises StoreError:
+        """
+        assert self._price is not None and self._committing is not None, "extended before it was committed"
+        if seconds <= self.covered_seconds:
+            return
+        await asyncio.wait({self._committing}, timeout=self._money.timings.idle_poll_seconds)
+        if not self._committing.done():
+            raise StoreBusy()
+        await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self._price, seconds))
+        self.covered_seconds = max(seconds, self.covered_seconds)
+
+    def end(self, seconds: float) -> None:
+        """Lower it to what the agreement may have cost when it ended after so many seconds."""
+        assert self._price is not None
+        amount = self._money.timings.cost_limit(self._price, seconds)
+        lower = self._money.reservations.lower
+        self._money.ledger_writer.enqueue(lower, self.id, amount, now=self._money.clock())
+
+    def release(self) -> None:
+        """Give it up, because no agreement came of it."""
+        self._money.ledger_writer.enqueue(self._money.reservations.release, self.id)
+
+
+def _format_amount(amount: Decimal) -> str:
+    """Format an amount for people: at most six decimal places, no exponent."""
+    return f"{amount:.6f}".rstrip("0").rstrip(".") or "0"

@@ -1,0 +1,36 @@
+"""What the sessions, worker pools and workers of one golem executor have in common.
+
+Made by `executor.py`; each part is described in its own module.
+"""
+
+from __future__ import annotations
+
+from batcher.executors import ExecutorContext
+from batcher.executors.golem.job_queue import JobQueue
+from batcher.executors.golem.ledger_writer import LedgerWriter
+from batcher.executors.golem.money import Money
+from batcher.executors.golem.offers import OfferEvaluator
+from batcher.executors.golem.provider_records import ProviderRecords
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.timings import GolemTimings
+from batcher.workspace import is_alive
+
+
+class GolemParts:
+    """One executor's parts."""
+
+    def __init__(self, context: ExecutorContext, settings: GolemSettings, timings: GolemTimings) -> None:
+        self.context = context
+        self.settings = settings
+        self.timings = timings
+        self.job_queue = JobQueue()
+        self.ledger_writer = LedgerWriter(timings)
+        self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)
+        self.offer_evaluator = OfferEvaluator(settings)
+        self.provider_records = ProviderRecords(
+            context.store.providers, settings, self.offer_evaluator, self.ledger_writer
+        )
+
+    def is_gone(self, batcher_id: str) -> bool:
+        """Return whether another batcher no longer runs."""
+        return not is_alive(self.context.work.parent, batcher_id)

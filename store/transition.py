@@ -1,0 +1,174 @@
+"""`transition`: the one function that changes the state of requests, and writes what follows from it.
+
+Called by `requests.py` and `batches.py` inside their transactions, so that a state and everything that follows from it
+are committed together or not at all:
+
+- the change feed (`changes`), one row for each change;
+- the totals (`totals`), counted by outcome, for each request that ended;
+- the progress of batches (`batches.ended`, `requests.ended_number`), for each request of a batch that ended;
+- the webhook queue (`webhook_deliveries`), for each request that ended, and for each batch whose last request ended.
+
+Each of these is written for all changed requests together, because one call may change ten thousand.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from store.database import Transaction
+from store.rows import from_text, to_text
+from store.states import EXPIRED, RequestState
+
+#: Upper bounds, in seconds, of the histogram of the time from a request's arrival to its end. Stored with the counts.
+DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400, float("inf"))
+
+#: The states from which a state is reached.
+_FROM = {
+    RequestState.QUEUED: "state IN ('claimed', 'failed', 'cancelled')",
+    RequestState.CLAIMED: "state = 'queued'",
+    RequestState.DONE: "state IN ('queued', 'claimed')",
+    RequestState.FAILED: "state = 'claimed'",
+    RequestState.CANCELLED: "state = 'queued'",
+}
+
+#: The times that a state has, beside `due_at`; the table checks it too.
+_TIMES = {
+    RequestState.QUEUED: "lease_ends_at = NULL, finished_at = NULL",
+    RequestState.CLAIMED: "lease_ends_at = :lease_ends_at, claimed_at = :now",
+    RequestState.DONE: "lease_ends_at = NULL, finished_at = :now",
+    RequestState.FAILED: "lease_ends_at = NULL, finished_at = :now",
+    RequestState.CANCELLED: "finished_at = :now",
+}
+
+#: What follows from these columns; a claim has some more.
+_COLUMNS = "number, id, model, created_at, finished_at, code, is_cached, batch_id, webhook"
+_COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, service, params, image_sha256, image_bytes, inputs, attempts, isolation"
+
+_ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
+
+_ADD_TO_TOTALS = """
+    INSERT INTO totals (model, outcome, code, up_to, count, seconds) VALUES (?, ?, ?, ?, ?, ?)
+    ON CONFLICT (model, outcome, code, up_to)
+    DO UPDATE SET count = count + excluded.count, seconds = seconds + excluded.seconds
+"""
+
+_COUNT_ENDED = "UPDATE batches SET ended = ended + ? WHERE id = ? RETURNING ended, total, webhook"
+
+_SET_ENDED_NUMBER = "UPDATE requests SET ended_number = ? WHERE number = ?"
+
+_IS_WAITING = "SELECT 1 FROM requests WHERE batch_id = ? AND state IN ('queued', 'claimed') LIMIT 1"
+
+_ENDPOINTS = "SELECT id, url, events FROM webhook_endpoints WHERE disabled_at IS NULL"
+
+_ADD_DELIVERY = """
+    INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
+    VALUES (:id, :endpoint_id, :url, :event, :subject, :state, :at, :at)
+"""
+
+
+def transition(
+    transaction: Transaction,
+    to: RequestState,
+    *,
+    where: str,
+    parameters: Iterable[Mapping[str, Any]],
+    now: datetime,
+    columns: str = "",
+) -> list[Any]:
+    """Change the state of requests and write what follows.
+
+    :param where: which requests, as SQL; those that cannot reach the state do not change.
+    :param parameters: one mapping for each time that the statement runs; `:now` is added.
+    :param columns: further assignments of the UPDATE, as SQL.
+    :return: rows of the changed requests; when they are claimed, with the columns of a claim.
+    """
+    assignments = ", ".join(filter(None, (f"state = '{to}'", _TIMES[to], columns)))
+    columns_returned = _COLUMNS_OF_CLAIM if to is RequestState.CLAIMED else _COLUMNS
+    sql = f"UPDATE requests SET {assignments} WHERE {where} AND {_FROM[to]} RETURNING {columns_returned}"
+    values = {"now": to_text(now)}
+    changed: list[Any] = []
+    for each in parameters:
+        changed += transaction.execute(sql, {**each, **values}).fetchall()
+    write_what_follows(transaction, to, changed, now=now)
+    return changed
+
+
+def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequence[Any], *, now: datetime) -> None:
+    """Write what follows from a change of state; apart from `transition` only for requests that are added as done.
+
+    :param changed: rows of the requests in their new state.
+    """
+    if not changed:
+        return
+    at = to_text(now)
+    transaction.execute_many(_ADD_CHANGE, [(row["number"], row["batch_id"], str(to), at) for row in changed])
+    if to.is_final:
+        _add_to_totals(transaction, to, changed)
+        ended_batches = _number_ends(transaction, changed)
+        _queue_webhooks(transaction, to, changed, ended_batches, at)
+
+
+def _add_to_totals(transaction: Transaction, to: RequestState, ended: Sequence[Any]) -> None:
+    totals: dict[tuple[str, str, str, float], list[float]] = defaultdict(list)
+    for row in ended:
+        outcome, code = str(to), row["code"]
+        if to is RequestState.DONE and row["is_cached"]:
+            outcome = "cached"
+        elif to is RequestState.CANCELLED and code == EXPIRED:
+            outcome = EXPIRED
+        seconds = max(0.0, (from_text(row["finished_at"]) - from_text(row["created_at"])).total_seconds())
+        up_to = next(bound for bound in DURATION_BUCKETS if seconds <= bound)
+        reason = (code or "unknown") if to is RequestState.FAILED else ""
+        totals[row["model"], outcome, reason, up_to].append(seconds)
+    transaction.execute_many(_ADD_TO_TOTALS, [(*key, len(seconds), sum(seconds)) for key, seconds in totals.items()])
+
+
+def _number_ends(transaction: Transaction, ended: Sequence[Any]) -> list[tuple[str, str | None]]:
+    """Number the requests that ended within their batches. :return: (id, webhook) of batches that have ended now."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for row in ended:
+        if row["batch_id"] is not None:
+            numbers[row["batch_id"]].append(row["number"])
+    ended_batches = []
+    for batch_id, members in numbers.items():
+        for batch in transaction.execute(_COUNT_ENDED, (len(members), batch_id)).fetchall():
+            first = batch["ended"] - len(members) + 1
+            transaction.execute_many(_SET_ENDED_NUMBER, list(enumerate(members, first)))
+            # `ended` counts every end, also one after a retry.
+            is_counted = batch["ended"] >= batch["total"]
+            if is_counted and transaction.execute(_IS_WAITING, (batch_id,)).fetchone() is None:
+                ended_batches.append((batch_id, batch["webhook"]))
+    return ended_batches
+
+
+def _queue_webhooks(
+    transaction: Transaction,
+    to: RequestState,
+    ended: Sequence[Any],
+    ended_batches: Sequence[tuple[str, str | None]],
+    at: str,
+) -> None:
+    endpoints = transaction.execute(_ENDPOINTS).fetchall()
+    events = [("request.done", row["id"], str(to), row["webhook"]) for row in ended]
+    events += [("batch.done", batch_id, str(RequestState.DONE), webhook) for batch_id, webhook in ended_batches]
+    deliveries = [
+        {
+            "id": f"msg_{secrets.token_hex(16)}",
+            "endpoint_id": endpoint_id,
+            "url": url,
+            "event": event,
+            "subject": subject,
+            "state": state,
+            "at": at,
+        }
+        for event, subject, state, webhook in events
+        for endpoint_id, url in (
+            *((endpoint["id"], endpoint["url"]) for endpoint in endpoints if event in endpoint["events"].split(",")),
+            *([] if webhook is None else [(None, webhook)]),
+        )
+    ]
+    transaction.execute_many(_ADD_DELIVERY, deliveries)

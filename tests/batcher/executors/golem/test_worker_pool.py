@@ -1,0 +1,127 @@
+"""What a worker pool reserves before it hires, with agreements that are made by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from batcher.errors import BudgetReached
+from batcher.executors.golem.parts import GolemParts
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.timings import GolemTimings
+from batcher.executors.golem.worker_pool import WorkerPool
+from store.store import Store
+from tests.contexts import make_context
+
+#: Without tolerances, so that amounts are easy to follow.
+EXACT = GolemTimings(bill_tolerance=Decimal(1), bill_tolerance_seconds=0.0, cover_seconds=10.0)
+
+
+def offer(start: str) -> dict[str, Any]:
+    """Make an offer of a start price and 0.01 GLM a second."""
+    return {
+        "golem.com.pricing.model": "linear",
+        "golem.com.usage.vector": ["golem.usage.duration_sec"],
+        "golem.com.pricing.model.linear.coeffs": [0.01, float(start)],
+    }
+
+
+def agreement(id: str, start: str) -> Any:
+    raw = SimpleNamespace(
+        agreement_id=id,
+        offer=SimpleNamespace(properties=offer(start), provider_id="0xa1fa"),
+        demand=SimpleNamespace(properties={}),
+        timestamp=datetime.now(UTC),
+    )
+    return SimpleNamespace(id=id, details=SimpleNamespace(raw_details=raw))
+
+
+def offers(**starts: str) -> Any:
+    """Make yapapi's pool with offers: provider -> start price."""
+    buffered = {name: SimpleNamespace(proposal=SimpleNamespace(props=offer(start))) for name, start in starts.items()}
+    return SimpleNamespace(_offer_buffer=buffered, _agreements={})
+
+
+@pytest.fixture
+def parts(store: Store, tmp_path: Path) -> GolemParts:
+    context = make_context(tmp_path / "work", tmp_path / "models", store=store)
+    return GolemParts(context, GolemSettings(budget_day=Decimal(1)), EXACT)
+
+
+async def make_pool(parts: GolemParts) -> WorkerPool:
+    parts.ledger_writer.start()
+    await parts.money.start()
+    session: Any = SimpleNamespace(engine=None, allocation_id="al1")
+    pool = WorkerPool(parts, session, model="resnet50", payload=None)
+    pool._job = SimpleNamespace(agreements_pool=offers())
+    return pool
+
+
+def test_the_dearest_affordable_offer_is_reserved_and_dearer_ones_are_removed(parts: GolemParts, store: Store) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        buffered = offers(cheap="0.1", middle="0.3", dear="2")
+
+        reservation = await pool._reserve(buffered)
+        await parts.ledger_writer.close()
+
+        assert reservation is not None and reservation.amount == Decimal("0.4")
+        assert set(buffered._offer_buffer) == {"cheap", "middle"}
+        assert [each.amount for each in store.reservations.list()] == [Decimal("0.4")]
+
+    asyncio.run(main())
+
+
+def test_if_even_the_cheapest_offer_is_above_the_budget_nothing_is_reserved_and_the_reason_is_known(
+    parts: GolemParts, store: Store
+) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        buffered = offers(dear="1", dearer="2")
+
+        reservation = await pool._reserve(buffered)
+        await parts.ledger_writer.close()
+
+        assert (reservation, buffered._offer_buffer, store.reservations.list()) == (None, {}, [])
+        assert "up to 1.1 GLM" in str(parts.money.unavailable_reason())
+
+    asyncio.run(main())
+
+
+def test_an_agreement_commits_its_own_price_and_may_then_have_an_activity(parts: GolemParts, store: Store) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._hire = await pool._reserve(offers(cheap="0.1", middle="0.3"))
+
+        pool._commit(agreement("a1", "0.1"))
+        pool._check_commitment(SimpleNamespace(id="a1"))
+        await parts.ledger_writer.close()
+
+        assert pool._hire is None
+        assert [(each.agreement_id, each.amount) for each in store.reservations.list()] == [("a1", Decimal("0.2"))]
+
+    asyncio.run(main())
+
+
+def test_an_agreement_that_is_dearer_than_what_was_reserved_gets_no_activity(parts: GolemParts, store: Store) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        pool._hire = await pool._reserve(offers(cheap="0.1"))
+
+        pool._commit(agreement("a1", "0.3"))
+        with pytest.raises(BudgetReached, match="More would be owed"):
+            pool._check_commitment(SimpleNamespace(id="a1"))
+        assert pool._hire is not None
+        pool._hire.release()
+        await parts.ledger_writer.close()
+
+        assert store.reservations.list() == []
+        assert [each.id for each in store.ledger.agreements()] == ["a1"], "it is known, so that its bill is"
+
+    asyncio.run(main())

@@ -1,0 +1,464 @@
+"""`transition`: whatever happens in whatever order, or is killed, what follows from a change of state is there once."""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from store import new_id
+from store.batches import BatchInProgress, BatchRecord
+from store.chunks import ChunkRecord
+from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
+from store.requests import Answer, Blame, Claim, NewRequest
+from store.settings import HomeSettings
+from store.store import Store
+from store.transition import DURATION_BUCKETS
+from store.webhooks import EVENTS, EndpointRecord
+
+ROOT = Path(__file__).parents[2]
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+FINAL = ("done", "failed", "cancelled")
+MODELS = ("resnet50", "vgg16")
+DIGEST = "d" * 64
+
+
+CHUNK = ChunkRecord(
+    id="c",
+    batcher_id="b",
+    executor="local",
+    provider=None,
+    service="classification",
+    model=MODELS[0],
+    items=1,
+    bytes_sent=1,
+    bytes_received=None,
+    dispatched_at=NOW,
+    finished_at=None,
+    seconds=None,
+    done=None,
+    failed=None,
+    cost=None,
+    code=None,
+    reason=None,
+)
+
+
+@contextmanager
+def opened(home: Path) -> Iterator[Store]:
+    store = Store(HomeSettings(home=home))
+    store.migrate()
+    yield store
+    store.close()
+
+
+@dataclass
+class Driver:
+    """Does things with a store, chosen by numbers."""
+
+    store: Store
+    now: datetime = NOW
+    claims: list[Claim] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    batches: list[str] = field(default_factory=list)
+    endpoints: list[str] = field(default_factory=list)
+
+    def new(self, choice: int, **changes: Any) -> NewRequest:
+        values: dict[str, Any] = {
+            "id": new_id(),
+            "service": "classification",
+            "model": MODELS[choice % 2],
+            "created_at": self.now,
+            "digest": DIGEST,
+            "labels": {"place": f"{choice % 3}"} if choice % 2 else {},
+            "deadline_at": self.now + timedelta(seconds=40) if choice % 3 == 1 else None,
+            "webhook": f"https://example.org/{choice % 4}" if choice % 3 == 0 else None,
+        }
+        return NewRequest(**{**values, **changes})
+
+    def add(self, choice: int) -> None:
+        new = self.new(choice)
+        self.requests.append(self.store.requests.add(new, self.store.images.stage(b"%d" % (choice % 6))).id)
+
+    def add_batch(self, choice: int) -> None:
+        webhook = "https://example.org/batch" if choice % 2 else None
+        batch = BatchRecord(
+            id=new_id(), service="classification", model=MODELS[choice % 2], created_at=self.now, webhook=webhook
+        )
+        items = [
+            (self.new(choice, webhook=None, batch_id=batch.id), self.store.images.stage(b"%d" % (place % 6)))
+            for place in range(choice % 5)
+        ]
+        self.requests += [request.id for request in self.store.batches.add(batch, items, [])]
+        self.batches.append(batch.id)
+
+    def claim(self, choice: int) -> None:
+        self.claims += self.store.requests.claim(
+            models=MODELS[: 1 + choice % 2],
+            limit=1 + choice % 20,
+            now=self.now,
+            lease_ends_at=self.now + timedelta(seconds=30),
+            oldest_before=None,
+        )
+
+    def some_claims(self, choice: int) -> list[Claim]:
+        """A few of the latest claims, among them claims that are no longer valid, and one twice."""
+        latest = self.claims[-8:]
+        first = choice % len(latest)
+        return [*latest[first : first + 1 + choice % 4], latest[first]]
+
+    def renew(self, choice: int) -> None:
+        self.store.requests.renew(self.some_claims(choice), lease_ends_at=self.now + timedelta(seconds=30))
+
+    def finish(self, choice: int) -> None:
+        answers = [
+            Answer(claim=claim, output=[["a", 0.5]], digest=DIGEST, chunk_id="c", provider="p", seconds=0.1)
+            for claim in self.some_claims(choice)
+        ]
+        self.store.requests.finish(answers, now=self.now)
+
+    def fail(self, choice: int) -> None:
+        self.store.requests.fail(self.some_claims(choice), code=f"code_{choice % 2}", reason="x", now=self.now)
+
+    def release(self, choice: int) -> None:
+        blame = (Blame.ITEM, Blame.CHUNK, Blame.ITEM, Blame.NOBODY)[choice % 4]
+        self.store.requests.release(self.some_claims(choice), blame=blame, code="x", reason="y", now=self.now)
+
+    def release_expired(self, choice: int) -> None:
+        self.store.requests.release_expired(self.now)
+
+    def expire(self, choice: int) -> None:
+        self.store.requests.expire(self.now)
+
+    def cancel(self, choice: int) -> None:
+        self.store.requests.cancel(self.requests[choice % len(self.requests)], now=self.now)
+
+    def retry(self, choice: int) -> None:
+        self.store.requests.retry(self.requests[choice % len(self.requests)], now=self.now)
+
+    def remove(self, choice: int) -> None:
+        self.store.requests.remove(self.requests[choice % len(self.requests)])
+
+    def cancel_batch(self, choice: int) -> None:
+        self.store.batches.cancel(self.batches[choice % len(self.batches)], now=self.now)
+
+    def retry_batch(self, choice: int) -> None:
+        self.store.batches.retry(self.batches[choice % len(self.batches)], now=self.now)
+
+    def remove_batch(self, choice: int) -> None:
+        self.store.batches.remove(self.batches[choice % len(self.batches)])
+
+    def purge(self, choice: int) -> None:
+        before = self.now - timedelta(seconds=choice % 90)
+        self.store.retention.purge(images_before=before, results_before=before - timedelta(seconds=20), now=self.now)
+
+    def add_endpoint(self, choice: int) -> None:
+        endpoint = EndpointRecord(
+            id=f"we_{len(self.endpoints)}",
+            url=f"https://example.org/endpoint/{choice % 2}",
+            events=(EVENTS, EVENTS[:1], EVENTS[1:])[choice % 3],
+            secret="s",
+            created_at=self.now,
+        )
+        self.store.webhooks.add_endpoint(endpoint)
+        self.endpoints.append(endpoint.id)
+
+    def disable_endpoint(self, choice: int) -> None:
+        self.store.webhooks.disable_endpoint(self.endpoints[choice % len(self.endpoints)], reason="gone", now=self.now)
+
+    def wait(self, choice: int) -> None:
+        self.now += timedelta(seconds=choice % 35)
+
+
+ACTIONS = [name for name, value in vars(Driver).items() if callable(value) and name[0] != "_"]
+ACTIONS = [name for name in ACTIONS if name not in ("new", "some_claims")]
+#: Of an action that is not possible now, or has nothing yet to choose from.
+IMPOSSIBLE = (UnknownRequest, NotCancellable, NotRetryable, NotRemovable, BatchInProgress, ZeroDivisionError)
+#: These happen more often, so that there is something to change.
+FREQUENT = ["add", "add_batch", "claim", "claim", "claim", "release", "release", "fail", "wait", "retry_batch"]
+
+
+@dataclass
+class Facts:
+    """What the database has, read by plain statements."""
+
+    requests: dict[int, dict[str, Any]]
+    batches: dict[str, dict[str, Any]]
+    endpoints: list[dict[str, Any]]
+    changes: list[tuple[int, str]]
+    totals: Counter[tuple[str, str, str, float]]
+    deliveries: Counter[tuple[str | None, str, str, str, str]]
+    labels: set[tuple[str, str, int]]
+    answers: int
+
+
+def read_facts(home: Path) -> Facts:
+    with closing(sqlite3.connect(home / "mlg.db")) as connection:
+        connection.row_factory = sqlite3.Row
+
+        def rows(sql: str) -> list[Any]:
+            return connection.execute(sql).fetchall()
+
+        return Facts(
+            requests={row["number"]: dict(row) for row in rows("SELECT * FROM requests")},
+            batches={row["id"]: dict(row) for row in rows("SELECT * FROM batches")},
+            endpoints=[dict(row) for row in rows("SELECT * FROM webhook_endpoints WHERE disabled_at IS NULL")],
+            changes=[tuple(row) for row in rows("SELECT number, state FROM changes ORDER BY seq")],
+            totals=Counter(
+                {tuple(row)[:4]: row[4] for row in rows("SELECT model, outcome, code, up_to, count FROM totals")}
+            ),
+            deliveries=Counter(
+                tuple(row) for row in rows("SELECT endpoint_id, url, event, subject, state FROM webhook_deliveries")
+            ),
+            labels={tuple(row) for row in rows("SELECT name, value, number FROM request_labels")},
+            answers=rows("SELECT total(answers) FROM chunks")[0][0],
+        )
+
+
+def outcome(request: dict[str, Any]) -> tuple[str, str, str, float]:
+    """The row of `totals` that counts a request that ended."""
+    lasted = datetime.fromisoformat(request["finished_at"]) - datetime.fromisoformat(request["created_at"])
+    up_to = min(bound for bound in DURATION_BUCKETS if lasted.total_seconds() <= bound)
+    name = request["state"]
+    if name == "done" and request["is_cached"]:
+        name = "cached"
+    if name == "cancelled" and request["code"] == "expired":
+        name = "expired"
+    return request["model"], name, request["code"] if name == "failed" else "", up_to
+
+
+def check_what_followed(before: Facts, after: Facts) -> None:
+    """Compare what one action wrote with the states before and after it."""
+    changed = {
+        number: request
+        for number, request in after.requests.items()
+        if request["state"] != (before.requests[number]["state"] if number in before.requests else "queued")
+    }
+    ended = {number: request for number, request in changed.items() if request["state"] in FINAL}
+    batches_of_ended = Counter(request["batch_id"] for request in ended.values() if request["batch_id"])
+    waiting = {r["batch_id"] for r in after.requests.values() if r["state"] in ("queued", "claimed")}
+    events = [("request.done", request["id"], request["state"], request["webhook"]) for request in ended.values()]
+    events += [("batch.done", id, "done", after.batches[id]["webhook"]) for id in batches_of_ended if id not in waiting]
+    deliveries = Counter(
+        (endpoint_id, url, event, subject, state)
+        for event, subject, state, webhook in events
+        for endpoint_id, url in [
+            *((each["id"], each["url"]) for each in after.endpoints if event in each["events"].split(",")),
+            *([(None, webhook)] if webhook else []),
+        ]
+    )
+
+    answered = [
+        request["share"] for request in ended.values() if request["state"] == "done" and not request["is_cached"]
+    ]
+
+    assert after.changes[: len(before.changes)] == before.changes
+    assert sorted(after.changes[len(before.changes) :]) == sorted((n, r["state"]) for n, r in changed.items())
+    assert after.totals - before.totals == Counter(map(outcome, ended.values()))
+    assert after.deliveries - before.deliveries == deliveries
+    assert sorted(answered) == list(range(int(before.answers), int(after.answers)))
+    for id, batch in after.batches.items():
+        earlier = before.batches[id]["ended"] if id in before.batches else 0
+        numbers = [request["ended_number"] for request in ended.values() if request["batch_id"] == id]
+        assert batch["ended"] == earlier + batches_of_ended[id]
+        assert sorted(numbers) == list(range(earlier + 1, batch["ended"] + 1))
+
+
+def check_recount(facts: Facts) -> None:
+    """Compare the feed, the totals, the webhook queue and the batches with each other; nothing may be purged."""
+    ends = [(number, state) for number, state in facts.changes if state in FINAL]
+    last = dict(facts.changes)
+
+    assert {n: r["state"] for n, r in facts.requests.items()} == {n: last.get(n, "queued") for n in facts.requests}
+    assert facts.totals.total() == len(ends)
+    assert Counter(name for _, name, _, _ in facts.totals.elements())["failed"] == [s for _, s in ends].count("failed")
+    for endpoint in facts.endpoints:
+        sent = [key for key in facts.deliveries.elements() if key[0] == endpoint["id"] and key[2] == "request.done"]
+        assert sorted((subject, state) for *_, subject, state in sent) == sorted(
+            (facts.requests[number]["id"], state) for number, state in ends
+        )
+    for id, batch in facts.batches.items():
+        members = [request for request in facts.requests.values() if request["batch_id"] == id]
+        numbers = [request["number"] for request in members]
+        ended = [request["ended_number"] for request in members if request["finished_at"] is not None]
+        assert batch["ended"] == sum(number in numbers for number, _ in ends)
+        assert len(set(ended)) == len(ended) and None not in ended
+    assert len(facts.labels) == sum(request["labels"] != "{}" for request in facts.requests.values())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32))
+def test_any_order_of_actions_writes_everything_once(seed: int) -> None:
+    choose = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as store:
+        driver = Driver(store)
+        store.chunks.start(CHUNK)
+        before = read_facts(Path(folder))
+
+        for _ in range(150):
+            name = choose.choice([*ACTIONS, *FREQUENT])
+            try:
+                getattr(driver, name)(choose.randrange(100))
+            except IMPOSSIBLE:
+                continue
+
+            after = read_facts(Path(folder))
+            check_what_followed(before, after)
+            assert len(after.labels) == sum(request["labels"] != "{}" for request in after.requests.values())
+            before = after
+
+
+# Killed
+
+
+def prepare(home: Path) -> None:
+    """Leave a batch with two claimed and one queued request, a known answer, an endpoint and labels."""
+    with opened(home) as store:
+        driver = Driver(store)
+        driver.add_endpoint(0)
+        driver.add(7)
+        driver.claim(1)
+        driver.finish(0)
+        batch = BatchRecord(
+            id="b", service="classification", model=MODELS[0], created_at=NOW, webhook="https://example.org/batch"
+        )
+        new = [driver.new(place, model=MODELS[0], digest=None, batch_id="b", id=f"r{place}") for place in range(3)]
+        store.batches.add(batch, [(each, store.images.stage(b"x")) for each in new], [])
+        store.requests.claim(
+            models=MODELS[:1], limit=2, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
+        )
+
+
+def claims_of(store: Store) -> list[Claim]:
+    """The two claims of `prepare`."""
+    found = [vars(store.requests.get(id)) for id in ("r0", "r1")]
+    names = Claim.__dataclass_fields__.keys() - {"token"}
+    return [Claim(token=1, **{name: values[name] for name in names}) for values in found]
+
+
+def answers_of(store: Store) -> list[Answer]:
+    """Answers for the two claims of `prepare`."""
+    return [
+        Answer(claim=claim, output=["x"], digest=DIGEST, chunk_id="c", provider="p", seconds=0.1)
+        for claim in claims_of(store)
+    ]
+
+
+def end_batch(store: Store) -> None:
+    """End the batch: its queued request is cancelled first, in a commit of its own."""
+    store.requests.cancel("r2", now=NOW)
+    store.requests.finish(answers_of(store), now=NOW)
+
+
+def add_known(store: Store) -> None:
+    """Add a batch whose images were answered before."""
+    driver = Driver(store)
+    batch = BatchRecord(id="known", service="classification", model=MODELS[1], created_at=NOW)
+    items = [(driver.new(7, batch_id="known"), store.images.stage(b"1")) for _ in range(2)]
+    store.batches.add(batch, items, [])
+
+
+#: What is killed, by name.
+KILLED: dict[str, Callable[[Store], object]] = {
+    "claim": lambda store: store.requests.claim(
+        models=MODELS, limit=9, now=NOW, lease_ends_at=NOW + timedelta(seconds=30), oldest_before=None
+    ),
+    "add": add_known,
+    "end_batch": end_batch,
+    "fail": lambda store: store.requests.fail(claims_of(store), code="x", reason="y", now=NOW),
+    "release": lambda store: store.requests.release_expired(NOW + timedelta(seconds=31)),
+    "cancel": lambda store: store.batches.cancel("b", now=NOW),
+}
+
+
+def kill_at_each_statement(name: str, prepared: Path, homes: Path) -> None:
+    """Do the same on copies of a home, in processes that are killed before their first, second, ... statement.
+
+    The last one has no such statement, and is not killed.
+    """
+    for position in range(1, 1000):
+        home = homes / f"{position:03d}"
+        shutil.copytree(prepared, home)
+        pid = os.fork()
+        if pid == 0:
+            left = position
+
+            def count(statement: str) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            store = Store(HomeSettings(home=home))
+            store.database.write(lambda transaction: transaction.connection.set_trace_callback(count))
+            KILLED[name](store)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1] == 0:
+            return
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_process_that_is_killed_at_any_statement_leaves_all_or_nothing(tmp_path: Path, name: str) -> None:
+    prepared, homes = tmp_path / "prepared", tmp_path / "homes"
+    prepare(prepared)
+    before = read_facts(prepared)
+    code = (
+        "import sys; from pathlib import Path; from tests.store.test_transition import kill_at_each_statement;"
+        "kill_at_each_statement(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+
+    subprocess.run([sys.executable, "-c", code, name, str(prepared), str(homes)], cwd=ROOT, check=True, timeout=300)
+
+    found = [read_facts(home) for home in sorted(homes.iterdir())]
+    for facts in found:
+        check_recount(facts)
+    assert len(found) > 8
+    assert found[0] == before
+    assert found[-1].changes[: len(before.changes)] == before.changes
+    assert len({str(facts.requests) for facts in found[:-1]}) == (2 if name == "end_batch" else 1)
+    assert found[-1] != found[-2]
+
+
+# The source
+
+
+def strings(path: Path) -> Iterator[str]:
+    """Every text in a module; an f-string with its fields left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)  # type: ignore[misc]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_no_statement_elsewhere_sets_a_state() -> None:
+    sets_state = re.compile(r"\bUPDATE\s+requests\s+SET\b(?:(?!\bWHERE\b).)*?(\bstate\s*=|\{\})", re.DOTALL)
+    modules = [path for package in ("store", "server", "batcher", "cli") for path in (ROOT / package).rglob("*.py")]
+
+    setting = [path.name for path in modules for text in strings(path) if sets_state.search(text)]
+    adding = [path.name for path in modules if re.search(r"INTO\s+requests\b|insert_sql\(.requests", path.read_text())]
+    deleting = [
+        path.name for path in modules for text in strings(path) if re.search(r"DELETE\s+FROM\s+requests\b", text)
+    ]
+
+    assert set(setting) == {"transition.py"}
+    assert adding == ["requests.py"]
+    assert set(deleting) == {"requests.py"}
