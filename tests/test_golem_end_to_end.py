@@ -17,6 +17,7 @@ from store.states import RequestState
 from store.store import Store
 from tests.golem import make_image
 from tests.system import System
+from tests.timing import wait_until
 
 
 def make_home(folder: Path, models: Path) -> Path:
@@ -102,6 +103,8 @@ def test_up_rents_a_computer_and_the_answer_names_provider_and_cost(tmp_path: Pa
         system = System(home, "--executor", "golem", **variables)
         try:
             id = system.post(make_image())["req_id"]
+            # The cost is recorded after the answer, so that nobody waits for it.
+            wait_until(lambda: "cost" in system.answer(id))
             estimated = system.answer(id)
         finally:
             system.stop()
