@@ -601,7 +601,7 @@ def m009_transition(db: sqlite_utils.Database) -> None:
         "totals_of_ended",
         "totals_of_known",
     ):
-        db.execute(f"DROP TRIGGER {name}")
+        db.execute(f"DROP TRIGGER IF EXISTS {name}")
 
 
 def m010_reservations(db: sqlite_utils.Database) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from store import new_id
+from store.database import Transaction
 from store.requests import NewRequest
 from store.rows import to_text
 from store.settings import HomeSettings
+from store.states import RequestState
 from store.store import Store
+from store.transition import write_what_follows
 
 MODELS = ("efficientnet_lite0", "resnet50", "vgg16", "densenet121", "nasnet_mobile", "xception")
 OUTPUT = json.dumps([[f"n{n:08d}", f"label_{n}", round((20 - n) / 210, 6)] for n in range(20)], separators=(",", ":"))
@@ -30,6 +33,10 @@ _REQUEST = """
     INSERT INTO requests (id, service, model, image_sha256, image_bytes, state, token, created_at, due_at, claimed_at,
                           lease_ends_at, finished_at, chunk_id, provider, digest, seconds, output, code, reason)
     VALUES (?, 'classification', ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_ENDED = """
+    SELECT number, id, model, created_at, finished_at, code, is_cached, batch_id, webhook FROM requests
+    WHERE state = ? AND number BETWEEN ? AND ?
 """
 _CHUNK = """
     INSERT INTO chunks (id, batcher_id, executor, provider, service, model, items, bytes_sent, bytes_received,
@@ -123,4 +130,17 @@ def add_day(home: Path, count: int, *, queued: int) -> None:
         connection.executemany(_AGREEMENT, [(*agreement, noon, noon) for agreement in agreements])
         connection.executemany(_INVOICE, [(f"i{n}", f"a{n}", noon, noon) for n in range(AGREEMENTS)])
         connection.commit()
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    _write_what_follows(home, count)
+
+
+def _write_what_follows(home: Path, count: int, slice_size: int = 10_000) -> None:
+    """Write the changes and the totals of the requests that ended."""
+    with opened(home) as store:
+        for first in range(1, count + 1, slice_size):
+
+            def write(transaction: Transaction, first: int = first) -> None:
+                for state in filter(lambda each: each.is_final, RequestState):
+                    rows = transaction.execute(_ENDED, (str(state), first, first + slice_size - 1)).fetchall()
+                    write_what_follows(transaction, state, rows, now=datetime.now(UTC))
+
+            store.database.write(write)

@@ -160,10 +160,11 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     )
 
     def write(transaction: Any) -> None:
-        for (trigger,) in transaction.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-            if trigger != "requests_labelled":
-                transaction.execute(f"DROP TRIGGER {trigger}")
         transaction.execute(row.replace("INSERT INTO requests", f"{numbers} INSERT INTO requests", 1))
+        transaction.execute(
+            "INSERT INTO request_labels (name, value, number) SELECT 'rare', 'yes', number FROM requests"
+            " WHERE labels != '{}'"
+        )
 
     store.database.write(write)
     yield store

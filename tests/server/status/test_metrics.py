@@ -17,7 +17,9 @@ from server.status.metrics import MAX_CODES, Family, exposition
 from store import new_id
 from store.batchers import BatcherRecord
 from store.requests import Answer, Claim, NewRequest
+from store.states import RequestState
 from store.store import Store
+from store.transition import transition
 
 MODEL = "efficientnet_lite0"
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -158,11 +160,13 @@ def test_the_histogram_counts_each_answer_once_by_how_long_it_took(harness: Metr
 def test_an_expired_request_is_counted_as_such_and_not_as_cancelled(harness: MetricsHarness) -> None:
     id = harness.add(b"one")
     harness.store.database.write(
-        lambda transaction: (
-            transaction.execute(
-                "UPDATE requests SET state = 'cancelled', code = 'expired', finished_at = created_at WHERE id = ?",
-                (id,),
-            ).rowcount
+        lambda transaction: transition(
+            transaction,
+            RequestState.CANCELLED,
+            "id = :id",
+            [{"id": id}],
+            columns="code = 'expired'",
+            now=harness.now,
         )
     )
 
@@ -248,21 +252,19 @@ def test_the_migration_counts_the_requests_of_an_older_database(
 
     def undo(transaction: Any) -> None:
         for statement in (
-            "DROP TRIGGER totals_of_ended",
-            "DROP TRIGGER totals_of_known",
             "DROP TABLE totals",
             "DROP TABLE controls",
             "DROP INDEX chunks_finished",
             "DROP INDEX chunks_under_way",
             "DROP INDEX chunks_failed",
             "ALTER TABLE batchers DROP COLUMN budget",
-            "DELETE FROM migrations WHERE name = 'm008_controls'",
+            "DELETE FROM migrations WHERE name IN ('m008_controls', 'm009_transition')",
         ):
             transaction.execute(statement).fetchall()
 
     before = {(each.outcome, each.code, each.count) for each in store.stats.list_totals()}
     store.database.write(undo)
 
-    assert store.migrate() == ["m008_controls"]
+    assert store.migrate() == ["m008_controls", "m009_transition"]
     assert {(each.outcome, each.code, each.count) for each in store.stats.list_totals()} == before
     assert len(before) == 4
