@@ -303,11 +303,11 @@ class WorkerPool:
         except BudgetReached as error:
             if not self.workers:
                 self.parts.job_queue.fail_all(error)
-        for id in list(offers):
-            if id not in costs:
-                self._unsuited[id] = offers.pop(id)  # it came meanwhile
-            elif reservation is None or costs[id] > reservation.amount:
+        for id, buffered in list(offers.items()):
+            if reservation is None or self._first_cost(Price.from_offer(buffered.proposal.props)) > reservation.amount:
                 del offers[id]
+                if id not in costs:
+                    self._unsuited[id] = buffered  # it came meanwhile
         return reservation
 
     async def _run_worker(self, yapapi_context: Any) -> bool:
