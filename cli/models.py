@@ -81,19 +81,12 @@ def check_models(as_json: bool, threads: int | None, precision: str, names: Sequ
       mlg models check ./models/densenet121 --json
     """
     settings = HomeSettings.from_env(environment())
-    from provider_image.check import check_in_process, describe
+    from provider_image.check import check_in_process, print_reports
     from provider_image.models.registry import find_folder
 
     folders = [find_folder(settings.models, name) for name in names]
-    is_ok = True
-    for number, folder in enumerate(folders):
-        report = check_in_process(folder, settings.models, threads=threads, precision=precision)
-        if as_json:
-            print_json_lines([report.to_json()])
-        else:
-            click.echo("\n".join([*[""] * bool(number), *describe(report)]))
-        is_ok = is_ok and report.is_ok
-    if not is_ok:
+    reports = (check_in_process(folder, settings.models, threads=threads, precision=precision) for folder in folders)
+    if not print_reports(reports, as_json=as_json, write=click.echo):
         raise click.exceptions.Exit(1)
 
 

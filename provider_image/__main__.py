@@ -7,6 +7,7 @@ is started per chunk, so each command imports what only it needs.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from provider_image.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from provider_image.backends import Device
+    from provider_image.check import CheckReport
 
 _DEFAULT_KEEP_WARM_SECONDS = 300.0
 
@@ -105,27 +107,22 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import json
-
-    from provider_image.check import check_in_process, check_model, describe, record_speed
+    from provider_image.check import check_in_process, check_model, print_reports, record_speed
     from provider_image.models.registry import find_folder, installed_folders
 
     folders = [find_folder(options.models, text) for text in options.names] or installed_folders(options.models)
-    is_ok = True
-    for number, folder in enumerate(folders):
-        if len(folders) == 1:
-            name = folder.name if folder.parent == options.models else None
-            report = check_model(folder, _device(options), installed_as=name)
-            record_speed(report, options.models)
-        else:
+
+    def check(folder: Path) -> CheckReport:
+        if len(folders) > 1:
             # One process per model: the memory in a report must not include that of the previous models.
-            report = check_in_process(folder, options.models, threads=options.threads, precision=options.precision)
-        if options.json:
-            print(json.dumps(report.to_json()), flush=True)
-        else:
-            print("\n".join([*[""] * bool(number), *describe(report)]), flush=True)
-        is_ok = is_ok and report.is_ok
-    return 0 if is_ok else 1
+            return check_in_process(folder, options.models, threads=options.threads, precision=options.precision)
+        name = folder.name if folder.parent == options.models else None
+        report = check_model(folder, _device(options), installed_as=name)
+        record_speed(report, options.models)
+        return report
+
+    write = functools.partial(print, flush=True)
+    return 0 if print_reports(map(check, folders), as_json=options.json, write=write) else 1
 
 
 def _parser(environment: Environment) -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import secrets
 import shutil
 import struct
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from provider_image.errors import DAMAGED_FILE_ERRORS, ChunkError
-from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS
+from provider_image.schemas import MAX_BYTES, MAX_FILES, MAX_ITEMS, parse_json
 
 #: Largest chunk.json or results.json.
 MAX_JSON_BYTES = 1024 * 1024
@@ -44,7 +43,7 @@ class Archive:
             self._zip = zipfile.ZipFile(self._file)
             self._infos = self._zip.infolist()
             self._check_entries()
-            self.document = _parse(self._read_entry(document_name, MAX_JSON_BYTES), error, document_name)
+            self.document = parse_json(self._read_entry(document_name, MAX_JSON_BYTES), error, document_name)
         except _ZIP_ERRORS as cause:
             self._file.close()
             raise error(f"{path.name} is not a valid zip: {cause}") from cause
@@ -104,26 +103,6 @@ class Archive:
         """Close the file."""
         self._zip.close()
         self._file.close()
-
-
-def _parse(raw: bytes, error: type[ChunkError], name: str) -> Any:
-    def refuse(text: str) -> Any:
-        raise ValueError(f"{text[:20]} is not a JSON number")
-
-    def number(text: str) -> float:
-        value = float(text)
-        return value if math.isfinite(value) else refuse(text)
-
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a field occurs twice")
-        return found
-
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{name} is not valid JSON: {cause}") from cause
 
 
 @contextlib.contextmanager

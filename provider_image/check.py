@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -106,6 +106,15 @@ class CheckReport:
         return cls(**{**facts, "pictures": tuple(ImageCheck(**image) for image in facts["pictures"])})
 
 
+def print_reports(reports: Iterable[CheckReport], *, as_json: bool, write: Callable[[str], object]) -> bool:
+    """Write each report as soon as it is there. :return: whether all models passed."""
+    is_ok = True
+    for number, report in enumerate(reports):
+        write(json.dumps(report.to_json()) if as_json else "\n".join([*[""] * bool(number), *describe(report)]))
+        is_ok = is_ok and report.is_ok
+    return is_ok
+
+
 def describe(report: CheckReport) -> list[str]:
     """Return the report as lines of text, the verdict last; an image has a line only if there is a problem."""
     lines = [f"{report.name} ({report.title})" if report.title else report.name]
@@ -177,7 +186,14 @@ def check_model(
         )
         if installed_as not in (None, artefact.name):
             raise BrokenArtefact(f"The folder {folder} holds the model {artefact.name}. Rename it to that.")
-        _check_facts(artefact)
+        if artefact.digest != compute_digest(artefact):
+            raise BrokenArtefact(
+                f"Its digest does not match its model.json, which was changed. {_repair_hint(artefact)}"
+            )
+        if not artefact.samples:
+            raise BrokenArtefact(
+                f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}"
+            )
         check_files(artefact)
         inputs, images = _read_images(artefact)
         report = replace(report, pictures=images)
@@ -275,14 +291,6 @@ def _tolerance(artefact: Artefact, precision: str) -> float:
     if artefact.precision != "f16" or artefact.storage is None:
         return TOLERANCE
     return min(TOLERANCE + artefact.storage.largest_difference, TOLERANCE_BF16)
-
-
-def _check_facts(artefact: Artefact) -> None:
-    """Check that the digest matches the rest of model.json, and that there is a self-test."""
-    if artefact.digest != compute_digest(artefact):
-        raise BrokenArtefact(f"Its digest does not match its model.json, which was changed. {_repair_hint(artefact)}")
-    if not artefact.samples:
-        raise BrokenArtefact(f"It has no self-test images, so its results cannot be checked. {_repair_hint(artefact)}")
 
 
 def _read_images(artefact: Artefact) -> tuple[list[bytes], tuple[ImageCheck, ...]]:

@@ -6,11 +6,10 @@ Read by the server, which stores a row in one form so that equal rows are equal 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from provider_image.errors import NotARow
+from provider_image.schemas import parse_json
 
 #: A value of a column.
 Value = str | int | float | bool | None
@@ -18,23 +17,12 @@ Value = str | int | float | bool | None
 
 def parse_row(data: bytes) -> dict[str, Value]:
     """Parse a row. :raises NotARow: it is not a JSON object with at least one value, or a value is not plain."""
-
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise NotARow("A column of the row occurs twice.")
-        return found
-
-    try:
-        row = json.loads(data, object_pairs_hook=fields)
-    except (ValueError, RecursionError) as error:
-        raise NotARow() from error
+    row = parse_json(data, NotARow, "The row")
     if not isinstance(row, dict) or not row:
         raise NotARow()
     for name, value in row.items():
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not is_finite or (value is not None and not isinstance(value, str | int | float)):
-            raise NotARow(f"The column {name[:64]!r} of the row must be a text, a finite number, true, false or null.")
+        if value is not None and not isinstance(value, str | int | float):
+            raise NotARow(f"The column {name[:64]!r} of the row must be a text, a number, true, false or null.")
     return row
 
 

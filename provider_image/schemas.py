@@ -6,11 +6,13 @@ not trusted: unknown fields, wrong types, deep nesting and long texts are refuse
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-from provider_image.errors import ChunkError, MalformedChunk, MalformedResults
+from provider_image.errors import ChunkError, MalformedChunk, MalformedResults, MlgError
 
 #: Version of both documents; a reader refuses any other.
 VERSION = 1
@@ -43,6 +45,28 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK_FIELDS = {"version", "chunk_id", "service", "model", "digest", "is_shrunk", "items"}
+
+
+def parse_json(raw: bytes, error: type[MlgError], name: str) -> Any:
+    """Parse JSON from elsewhere. :raises error: it is invalid, has a field twice, or a number that is not finite."""
+
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text[:20]} is not a JSON number")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a field occurs twice")
+        return found
+
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{name} is not valid JSON: {cause}") from cause
 
 
 def check_chunk(document: Any) -> None:

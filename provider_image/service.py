@@ -90,21 +90,15 @@ class Param:
             if not isinstance(raw, str) or raw not in self.choices:
                 raise InvalidParams(f"{self.name} takes one of: {', '.join(self.choices)}.")
             return raw
-        what = "a whole number" if self.kind == "whole" else "a number"
-        message = f"{self.name} takes {what} from {self.minimum:g} to {self.maximum:g}."
-        if isinstance(raw, bool) or not isinstance(raw, int | float | str):
-            raise InvalidParams(message)
+        is_whole = self.kind == "whole"
         try:
-            value = float(raw)
-        except (ValueError, OverflowError) as error:
-            raise InvalidParams(message) from error
-        if not math.isfinite(value) or not (self.minimum or 0) <= value <= (self.maximum or 0):
-            raise InvalidParams(message)
-        if self.kind == "whole":
-            if value != int(value):
-                raise InvalidParams(message)
-            return int(value)
-        return value
+            value = math.nan if isinstance(raw, bool) else float(raw)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not (self.minimum or 0) <= value <= (self.maximum or 0) or (is_whole and value != int(value)):
+            what = "a whole number" if is_whole else "a number"
+            raise InvalidParams(f"{self.name} takes {what} from {self.minimum:g} to {self.maximum:g}.")
+        return int(value) if is_whole else value
 
 
 def check_params(params: tuple[Param, ...], raw: Mapping[str, Any]) -> dict[str, Any]:

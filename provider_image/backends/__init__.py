@@ -59,11 +59,7 @@ Loader = Callable[["Artefact", Device], Net]
 
 
 def load_net(artefact: Artefact, device: Device) -> Net:
-    """Load an artefact with its backend.
-
-    :raises BrokenArtefact: it cannot be loaded, or its backend is not installed.
-    :raises ConfigError: the backend does not know this device or precision.
-    """
+    """Load an artefact with its backend. :raises: as a `Loader`, also if the backend is not installed."""
     if artefact.backend not in REGISTRY:
         raise BrokenArtefact(
             f"The model {artefact.name} needs the backend {artefact.backend[:64]!r}, which is not installed. "
