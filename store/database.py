@@ -76,7 +76,8 @@ class Transaction:
 
     def execute_many(self, sql: str, parameters: Sequence[Any]) -> None:
         """Run one statement for each of these parameters."""
-        self.connection.executemany(sql, parameters)
+        if parameters:
+            self.connection.executemany(sql, parameters)
 
     def publish(self, staged: StagedImage) -> None:
         """Give a staged image and its other inputs their final names, which they lose if the write is not committed."""

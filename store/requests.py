@@ -362,7 +362,8 @@ def _to_json(claims: Iterable[Claim]) -> str:
 
 
 def _to_record(row: Any, **cost: Any) -> RequestRecord:
-    return from_row(RequestRecord, row, output=json.loads(row["output"] or "null"), **cost)
+    output = row["output"]
+    return from_row(RequestRecord, row, output=None if output is None else json.loads(output), **cost)
 
 
 def read_requests(connection: sqlite3.Connection, rows: Iterable[Any]) -> list[RequestRecord]:

@@ -38,6 +38,8 @@ def to_row(record: Any, **others: Any) -> dict[str, Any]:
 
 
 def _to_cell(value: Any) -> Any:
+    if value is None or type(value) in (str, int, bool, float):  # most of them
+        return value
     if isinstance(value, datetime):
         return to_text(value)
     if isinstance(value, Decimal):
@@ -65,6 +67,10 @@ def from_row(record: Callable[..., R], row: Any, **others: Any) -> R:
     return record(**{**values, **others})
 
 
+def _to_mapping(text: str) -> Any:
+    return {} if text == "{}" else json.loads(text)
+
+
 @functools.cache
 def _plan(record: Any, columns: tuple[str, ...]) -> list[tuple[str, int, Callable[[Any], Any] | None]]:
     """Return the name, the column and the conversion of each field that has a column."""
@@ -81,8 +87,8 @@ def _conversion(hint: Any) -> Callable[[Any], Any] | None:
     if typing.get_origin(hint) is Mapping:
         item: Any = hint.__args__[1]
         if is_dataclass(hint.__args__[1]):
-            return lambda text: {name: item(**values) for name, values in json.loads(text).items()}
-        return json.loads
+            return lambda text: {name: item(**values) for name, values in _to_mapping(text).items()}
+        return _to_mapping
     if hint in (Decimal, bool) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
         return typing.cast("Callable[[Any], Any]", hint)
     return None
