@@ -14,8 +14,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from devnet.errors import Conflict, Gone, NotFound, TimedOut
-from devnet.records import Agreement, Demand, Proposal, from_rows, to_rows
-from devnet.timing import EventFeed, format_time, utc_now
+from devnet.records import Agreement, Demand, Proposal
+from devnet.timing import ChangeNotifier, format_time, utc_now
 
 if TYPE_CHECKING:
     from devnet.provider.agent import Provider
@@ -30,7 +30,7 @@ class Agreements(dict[str, Agreement]):
 
     def __init__(self, *, providers: Mapping[str, Provider], on_change: Callable[[], None]) -> None:
         super().__init__()
-        self.events = EventFeed()
+        self._notifier = ChangeNotifier()
         self._providers = providers
         self._on_change = on_change
 
@@ -73,12 +73,12 @@ class Agreements(dict[str, Agreement]):
         self._expire()
         return list(self.values())
 
-    def confirm(self, agreement_id: str, session_id: str | None) -> None:
+    def confirm(self, agreement_id: str) -> None:
         """Sign an agreement for the requestor and send it to the provider."""
         agreement = self.find(agreement_id)
         if agreement.state != "Proposal":
             raise Gone(agreement.state)
-        agreement.state, agreement.session_id = "Pending", session_id
+        agreement.state = "Pending"
         self._on_change()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
@@ -90,7 +90,7 @@ class Agreements(dict[str, Agreement]):
         if agreement.state == "Proposal":
             raise Conflict("The agreement has not been confirmed yet.")
         left = max(0.0, (agreement.valid_to - utc_now()).total_seconds())
-        await self.events.notifier.wait_until(
+        await self._notifier.wait_until(
             lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left)
         )
         self._expire()
@@ -114,8 +114,7 @@ class Agreements(dict[str, Agreement]):
         if agreement.state != "Pending":
             return False
         agreement.state, agreement.approved_at = "Approved", utc_now()
-        self._add_event("AgreementApprovedEvent", agreement)
-        self._on_change()
+        self._changed()
         return True
 
     def reject(self, agreement: Agreement, message: str) -> None:
@@ -134,25 +133,6 @@ class Agreements(dict[str, Agreement]):
             raise Gone(agreement.state)
         self._end(agreement, "Terminated", terminator, reason)
 
-    def termination(self, agreement_id: str) -> dict[str, Any]:
-        """Return the event of an agreement's termination. :raises NotFound: it was not terminated."""
-        self.find(agreement_id)
-        for event in self.events:
-            if event["agreementId"] == agreement_id and event["eventType"] == "AgreementTerminatedEvent":
-                return event
-        raise NotFound("The agreement was not terminated.")
-
-    # Across restarts
-
-    def dump(self) -> dict[str, Any]:
-        """Return the state as JSON values."""
-        return {"agreements": to_rows(self), "events": self.events}
-
-    def load(self, dumped: Mapping[str, Any]) -> None:
-        """Restore the state from the result of `dump`."""
-        self.update(from_rows(Agreement, dumped["agreements"]))
-        self.events[:] = dumped["events"]
-
     # Changes
 
     def _expire(self) -> None:
@@ -163,13 +143,11 @@ class Agreements(dict[str, Agreement]):
 
     def _end(self, agreement: Agreement, state: str, terminator: str | None, reason: dict[str, Any] | None) -> None:
         agreement.state, agreement.terminator, agreement.reason = state, terminator, reason
-        if state != "Expired":
-            extra = {"terminator": terminator, "signature": "devnet"} if state == "Terminated" else {}
-            self._add_event(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
-        self._on_change()
+        self._changed()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
             provider.agreement_ended(agreement)
 
-    def _add_event(self, kind: str, agreement: Agreement, **fields: Any) -> None:
-        self.events.add(eventType=kind, agreementId=agreement.agreement_id, **fields)
+    def _changed(self) -> None:
+        self._notifier.notify()
+        self._on_change()

@@ -163,14 +163,14 @@ class MarketService:
         return {
             "demands": to_rows(self.demands),
             "proposals": to_rows(self.proposals),
-            **self.agreements.dump(),
+            "agreements": to_rows(self.agreements),
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
         """Restore the state from the result of `dump`."""
         self.demands = from_rows(Demand, dumped["demands"])
         self.proposals = from_rows(Proposal, dumped["proposals"])
-        self.agreements.load(dumped)
+        self.agreements.update(from_rows(Agreement, dumped["agreements"]))
 
     # Changes
 

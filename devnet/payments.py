@@ -6,7 +6,6 @@ transferred.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -16,8 +15,6 @@ from devnet.errors import ApiError
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_rows, to_rows
 from devnet.timing import EventFeed
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
-
-_REJECTION_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
 
 
 class PaymentService:
@@ -31,7 +28,6 @@ class PaymentService:
         self.invoices: dict[str, Bill] = {}
         self.debit_notes: dict[str, Bill] = {}
         self.invoice_events, self.debit_note_events = EventFeed(), EventFeed()
-        self.payments = EventFeed("timestamp")
         #: Agreement id -> amount accepted so far, by invoice or debit notes.
         self.accepted: dict[str, Decimal] = {}
         #: Agreement id -> amount paid so far.
@@ -97,22 +93,11 @@ class PaymentService:
         allocation.spent += needed
         self.accepted[bill.agreement_id] = accepted + needed
         bill.status = "ACCEPTED"
-        unpaid = total - self.paid.get(bill.agreement_id, Decimal(0))
         # A debit note without a due date is only accepted; the invoice pays it.
-        if bill.due_at is not None and unpaid > 0:
-            self._pay(bill, allocation, unpaid)
+        if bill.due_at is not None:
+            self.paid[bill.agreement_id] = max(total, self.paid.get(bill.agreement_id, Decimal(0)))
         self._on_change()
         return True
-
-    def reject(self, bill: Bill, rejection: Mapping[str, Any]) -> None:
-        """Reject a bill; it can be accepted later."""
-        if rejection.get("rejectionReason") not in _REJECTION_REASONS:
-            raise ApiError(f"rejectionReason must be one of {', '.join(_REJECTION_REASONS)}.")
-        parse_amount(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
-        if bill.status == "ACCEPTED":
-            raise ApiError("The bill has already been accepted.")
-        bill.status = "REJECTED"
-        self._on_change()
 
     def _total(self, bill: Bill) -> Decimal:
         """Return what is accepted of an agreement when a bill of it is."""
@@ -126,23 +111,6 @@ class PaymentService:
                 highest[activity_id] = max(highest.get(activity_id, Decimal(0)), each.amount)
         return sum(highest.values(), Decimal(0))
 
-    def _pay(self, bill: Bill, allocation: Allocation, amount: Decimal) -> None:
-        share = {"amount": format_amount(amount), "allocationId": allocation.allocation_id}
-        is_note = bill.usage is not None
-        self.paid[bill.agreement_id] = self.paid.get(bill.agreement_id, Decimal(0)) + amount
-        self.payments.add(
-            paymentId=str(uuid.uuid4()),
-            payerId=self._requestor_id,
-            payeeId=bill.issuer_id,
-            payerAddr=bill.payer_address,
-            payeeAddr=bill.issuer_id,
-            paymentPlatform=bill.platform,
-            amount=format_amount(amount),
-            agreementPayments=[] if is_note else [{"agreementId": bill.agreement_id, **share}],
-            activityPayments=[{"activityId": bill.activity_ids[0], **share}] if is_note else [],
-            details="",
-        )
-
     # Across restarts
 
     def dump(self) -> dict[str, Any]:
@@ -151,7 +119,6 @@ class PaymentService:
             "allocations": to_rows(self.wallet.allocations),
             "invoices": to_rows(self.invoices),
             "debit_notes": to_rows(self.debit_notes),
-            "payments": self.payments,
             "invoice_events": self.invoice_events,
             "debit_note_events": self.debit_note_events,
             "accepted": {key: format_amount(each) for key, each in self.accepted.items()},
@@ -163,7 +130,6 @@ class PaymentService:
         self.wallet.allocations.update(from_rows(Allocation, dumped["allocations"]))
         self.invoices.update(from_rows(Bill, dumped["invoices"]))
         self.debit_notes.update(from_rows(Bill, dumped["debit_notes"]))
-        self.payments[:] = dumped["payments"]
         self.invoice_events[:] = dumped["invoice_events"]
         self.debit_note_events[:] = dumped["debit_note_events"]
         self.accepted.update((key, Decimal(each)) for key, each in dumped["accepted"].items())

@@ -25,7 +25,6 @@ _API_NAMES = {
     "created_at": "timestamp",
     "approved_at": "approvedDate",
     "due_at": "paymentDueDate",
-    "session_id": "appSessionId",
     "platform": "paymentPlatform",
     "payer_address": "payerAddr",
 }
@@ -87,7 +86,6 @@ class Agreement:
     state: str
     created_at: datetime = field(default_factory=utc_now)
     approved_at: datetime | None = None
-    session_id: str | None = None
     #: Which side ended it, and why.
     terminator: str | None = None
     reason: dict[str, Any] | None = None
@@ -105,8 +103,7 @@ class Agreement:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        names = ("agreement_id", "demand", "offer", "valid_to", "state", "created_at", "approved_at", "session_id")
-        return _api_fields(self, *names)
+        return _api_fields(self, "agreement_id", "demand", "offer", "valid_to", "state", "created_at", "approved_at")
 
     def to_api_summary(self) -> dict[str, Any]:
         """Return the agreement as the API's list of agreements shows it."""
@@ -200,20 +197,20 @@ def to_rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def from_rows(kind: type[_Record], rows: Iterable[Mapping[str, Any]]) -> dict[str, _Record]:
-    """Make records, by id, from the result of `to_rows`."""
+    """Make records, by id, from the result of `to_rows`. Unknown fields are left out."""
     known = fields(kind)  # type: ignore[arg-type]
     found = {}
     for row in rows:
-        values = dict(row)
-        for each in known:
-            value = values.get(each.name)
-            if isinstance(value, str) and str(each.type).startswith("datetime"):
-                values[each.name] = parse_time(value)
-            elif isinstance(value, str) and each.type == "Decimal":
-                values[each.name] = Decimal(value)
+        values = {each.name: _from_json(row[each.name], str(each.type)) for each in known if each.name in row}
         # The id is the first field.
         found[values[known[0].name]] = kind(**values)
     return found
+
+
+def _from_json(value: Any, kind: str) -> Any:
+    if isinstance(value, str) and kind.startswith("datetime"):
+        return parse_time(value)
+    return Decimal(value) if kind == "Decimal" else value
 
 
 def _to_json(value: Any) -> Any:

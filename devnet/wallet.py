@@ -66,26 +66,6 @@ class Wallet:
         """List the allocations that have not been released."""
         return [each for each in self.allocations.values() if not each.is_released]
 
-    def amend(self, allocation_id: str, body: Mapping[str, Any]) -> Allocation:
-        """Change an allocation's amount or timeout."""
-        allocation = self.find(allocation_id)
-        total = allocation.total
-        if body.get("totalAmount") is not None:
-            total = parse_amount(body["totalAmount"], "totalAmount")
-        if total < allocation.spent:
-            raise ApiError(
-                f"{format_amount(allocation.spent)} GLM of this allocation are spent; its total cannot be "
-                f"{format_amount(total)} GLM."
-            )
-        if total - allocation.total > self.free_funds:
-            raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
-        if body.get("timeout") is not None:
-            read_time("timeout", body["timeout"])
-            allocation.extra["timeout"] = body["timeout"]
-        allocation.total = total
-        self.on_change()
-        return allocation
-
     def release(self, allocation_id: str) -> Allocation:
         """Release the remaining amount of an allocation."""
         allocation = self.allocations.get(allocation_id)

@@ -86,5 +86,4 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
     routes.add("GET", f"{activity}/exec/{{batch_id}}", results)
     routes.add("GET", f"{activity}/state", state)
     routes.add("GET", f"{activity}/usage", usage)
-    routes.add("GET", f"{activity}/agreement", lambda call: activities.agreement_of(call["activity_id"]).agreement_id)
     return routes

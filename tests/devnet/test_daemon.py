@@ -104,7 +104,8 @@ async def test_a_new_daemon_loads_the_state_file_of_another(requestor: Requestor
         allocation_id, key, url = client.allocation_id, client.devnet.app_key, client.devnet.url
     document = json.loads(state.read_text())
     for agreement in document["market"]["agreements"]:
-        del agreement["price_factor"]  # version 0.1.0 had no such field
+        del agreement["price_factor"]  # version 0.1.0 had no such field, but another one
+        agreement["session_id"] = None
     state.write_text(json.dumps(document))
     async with requestor(single_provider(), state=state) as client:
         assert (client.devnet.app_key, client.devnet.url) == (key, url)
