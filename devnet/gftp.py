@@ -32,7 +32,7 @@ REQUESTOR_ID = "0x" + "de" * 20
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")
 _LOCK = "lock"
 _BLOCK_BYTES = 1024 * 1024
-_METHODS = ("version", "publish", "receive", "close", "upload", "download", "shutdown")
+_METHODS = ("version", "publish", "receive", "close", "shutdown")
 
 
 class TransferFailed(Exception):
@@ -199,7 +199,7 @@ class _GftpServer:
             result = self._call(message["method"], message.get("params", {}))
         except _RpcError as error:
             response = _error_response(message.get("id"), error.code, str(error))
-        except (TransferFailed, OSError, ValueError) as error:  # ValueError: a NUL in a path
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a path
             response = _error_response(message.get("id"), -32000, str(error))
         else:
             response = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
@@ -237,14 +237,6 @@ class _GftpServer:
         except FileNotFoundError:
             return "error"
         return "ok"
-
-    def _upload(self, file: str, url: str) -> dict[str, str]:
-        deliver(self._exchange, Path(file), url)
-        return {"file": file, "url": url}
-
-    def _download(self, url: str, output_file: str) -> dict[str, str]:
-        fetch(self._exchange, url, Path(output_file))
-        return {"file": output_file, "url": url}
 
     def _shutdown(self) -> str:
         self.is_shut_down = True

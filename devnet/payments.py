@@ -28,10 +28,6 @@ class PaymentService:
         self.invoices: dict[str, Bill] = {}
         self.debit_notes: dict[str, Bill] = {}
         self.invoice_events, self.debit_note_events = EventFeed(), EventFeed()
-        #: Agreement id -> amount accepted so far, by invoice or debit notes.
-        self.accepted: dict[str, Decimal] = {}
-        #: Agreement id -> amount paid so far.
-        self.paid: dict[str, Decimal] = {}
         self._requestor_id = requestor_id
         self._on_change = on_change
         self.wallet = Wallet(requestor_id=requestor_id, funds=funds, on_change=on_change)
@@ -75,7 +71,7 @@ class PaymentService:
     # The requestor's side
 
     def accept(self, bill: Bill, acceptance: Mapping[str, Any]) -> bool:
-        """Accept a bill, and pay what was not paid before. :return: False if it had been accepted already."""
+        """Accept a bill, and spend what was not spent before. :return: False if it had been accepted already."""
         if bill.status == "ACCEPTED":
             return False
         amount = parse_amount(acceptance.get("totalAmountAccepted"), "totalAmountAccepted")
@@ -84,32 +80,29 @@ class PaymentService:
             raise ApiError(f"The accepted amount must be {format_amount(bill.amount)}, not {format_amount(amount)}.")
         if (allocation.address, allocation.platform) != (bill.payer_address, bill.platform):
             raise ApiError("The allocation is for another address or payment platform.")
-        total, accepted = self._total(bill), self.accepted.get(bill.agreement_id, Decimal(0))
-        needed = max(Decimal(0), total - accepted)
+        needed = self.accepted(bill.agreement_id, bill) - self.accepted(bill.agreement_id)
         if needed > allocation.remaining:
             raise ApiError(
                 f"Not enough funds. Allocated: {format_amount(allocation.remaining)}, needed: {format_amount(needed)}."
             )
         allocation.spent += needed
-        self.accepted[bill.agreement_id] = accepted + needed
         bill.status = "ACCEPTED"
-        # A debit note without a due date is only accepted; the invoice pays it.
-        if bill.due_at is not None:
-            self.paid[bill.agreement_id] = max(total, self.paid.get(bill.agreement_id, Decimal(0)))
         self._on_change()
         return True
 
-    def _total(self, bill: Bill) -> Decimal:
-        """Return what is accepted of an agreement when a bill of it is."""
-        if bill.usage is None:
-            return bill.amount
+    def accepted(self, agreement_id: str, *more: Bill) -> Decimal:
+        """Return how much of an agreement's cost has been accepted, or would be with more bills."""
         # Each debit note is the total of its activity, and an agreement can have several activities.
-        highest = {bill.activity_ids[0]: bill.amount}
-        for each in self.debit_notes.values():
-            if each.agreement_id == bill.agreement_id and each.status == "ACCEPTED":
-                activity_id = each.activity_ids[0]
-                highest[activity_id] = max(highest.get(activity_id, Decimal(0)), each.amount)
-        return sum(highest.values(), Decimal(0))
+        highest: dict[str, Decimal] = {}
+        invoiced = Decimal(0)
+        for bill in (*self.invoices.values(), *self.debit_notes.values(), *more):
+            if bill.agreement_id != agreement_id or (bill.status != "ACCEPTED" and bill not in more):
+                continue
+            if bill.usage is None:
+                invoiced = max(invoiced, bill.amount)
+            else:
+                highest[bill.activity_ids[0]] = max(highest.get(bill.activity_ids[0], Decimal(0)), bill.amount)
+        return max(invoiced, sum(highest.values(), Decimal(0)))
 
     # Across restarts
 
@@ -121,8 +114,6 @@ class PaymentService:
             "debit_notes": to_rows(self.debit_notes),
             "invoice_events": self.invoice_events,
             "debit_note_events": self.debit_note_events,
-            "accepted": {key: format_amount(each) for key, each in self.accepted.items()},
-            "paid": {key: format_amount(each) for key, each in self.paid.items()},
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
@@ -132,5 +123,3 @@ class PaymentService:
         self.debit_notes.update(from_rows(Bill, dumped["debit_notes"]))
         self.invoice_events[:] = dumped["invoice_events"]
         self.debit_note_events[:] = dumped["debit_note_events"]
-        self.accepted.update((key, Decimal(each)) for key, each in dumped["accepted"].items())
-        self.paid.update((key, Decimal(each)) for key, each in dumped["paid"].items())

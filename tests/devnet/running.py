@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,10 @@ async def run_devnet(
         (options["home"] / "models").symlink_to(models)
     async with Devnet(scenario, folder=folder / "devnet", **options) as devnet:
         yield devnet
+
+
+def paid(devnet: Devnet) -> dict[str, Decimal]:
+    """Return what is paid of each agreement. A debit note without a due date is only accepted; the invoice pays it."""
+    bills = [*devnet.payment.invoices.values(), *devnet.payment.debit_notes.values()]
+    payers = [bill.agreement_id for bill in bills if bill.status == "ACCEPTED" and bill.due_at is not None]
+    return {agreement_id: devnet.payment.accepted(agreement_id) for agreement_id in payers}

@@ -10,6 +10,7 @@ import pytest
 from devnet.provider.invoicing import activity_amount
 from devnet.scenario import Fault
 from tests.devnet.requestor import PAYMENT, PLATFORM, Requestor, RequestorRunner, single_provider
+from tests.devnet.running import paid
 from tests.timing import until
 
 
@@ -80,7 +81,7 @@ async def test_an_invoice_is_the_exact_price_of_the_usage_and_is_paid_once(reque
         assert await client.remaining() == 1 - Decimal(invoice["amount"])
         (listed,) = await client.request_ok("GET", f"{PAYMENT}/invoices")
         assert listed["status"] == "ACCEPTED"
-        assert client.devnet.payment.paid == {agreement_id: Decimal(invoice["amount"])}
+        assert paid(client.devnet) == {agreement_id: Decimal(invoice["amount"])}
         await client.request_ok("DELETE", f"{PAYMENT}/allocations/{client.allocation_id}")
         assert client.devnet.payment.wallet.free_funds == 1000 - Decimal(invoice["amount"])
 
@@ -154,7 +155,7 @@ async def test_debit_notes_grow_and_count_towards_the_invoice(requestor: Request
         assert await client.remaining() == 1 - amounts[2]
         await client.accept("invoices", invoice["invoiceId"], invoice["amount"])
         assert await client.remaining() == 1 - amounts[-1]
-        assert list(client.devnet.payment.paid.values()) == [amounts[-1]]
+        assert list(paid(client.devnet).values()) == [amounts[-1]]
         assert (await client.request("GET", f"{PAYMENT}/debitNotes/none"))[0] == 404
 
 
@@ -165,11 +166,11 @@ async def test_payable_debit_notes_are_paid_at_once_and_only_once(requestor: Req
         assert all("paymentDueDate" in note for note in notes)
         for note in notes[:2]:
             await client.accept("debitNotes", str(note["debitNoteId"]), str(note["totalAmountDue"]))
-            assert list(client.devnet.payment.paid.values()) == [Decimal(str(note["totalAmountDue"]))]
+            assert list(paid(client.devnet).values()) == [Decimal(str(note["totalAmountDue"]))]
         invoice = await client.invoice()
         assert invoice is not None
         await client.accept("invoices", invoice["invoiceId"], invoice["amount"])
-        assert list(client.devnet.payment.paid.values()) == [Decimal(invoice["amount"])]
+        assert list(paid(client.devnet).values()) == [Decimal(invoice["amount"])]
         assert await client.remaining() == 1 - Decimal(invoice["amount"])
 
 

@@ -24,6 +24,7 @@ from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
+from tests.devnet.running import paid
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
 from tests.timing import slowness, until
@@ -133,7 +134,7 @@ def test_the_cheapest_provider_that_always_fails_is_paid_once_banned_and_replace
         assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 4
         assert approved_providers(harness) == ["alpha", "beta"]
         failed = next(each for each in harness.devnet.market.agreements.values())
-        assert harness.devnet.payment.paid[failed.agreement_id] > 0
+        assert paid(harness.devnet)[failed.agreement_id] > 0
         assert list(banned(harness)) == ["alpha"]
         assert {row.name: row.paid > 0 for row in harness.store.ledger.costs("provider")} == {
             "alpha": True,
@@ -709,7 +710,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
             executor = make_executor(devnet, store, tmp_path, models_folder, timings=SHORT)
             harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             await executor.start()
-            await until(lambda: len(devnet.payment.paid) == 2)
+            await until(lambda: len(paid(devnet)) == 2)
             open_after = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             await close(harness)
 
@@ -731,7 +732,7 @@ def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play:
 
         assert seconds < 10 * slowness()
         assert all(each.is_blameless and each.error is not None for each in outcomes)
-        assert len(harness.devnet.payment.paid) == 2
+        assert len(paid(harness.devnet)) == 2
         assert file_servers() == []
         assert banned(harness) == {}
 
