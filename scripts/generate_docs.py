@@ -186,14 +186,14 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
 }
 
 
-def generate(root: Path = ROOT) -> dict[Path, str]:
-    """Return the whole text that each file with a generated part should have.
+def stale() -> dict[Path, str]:
+    """Return the files that are out of date, with the whole text that they should have.
 
     :raises ValueError: a file lacks the comments of a part that belongs into it.
     """
     texts: dict[Path, str] = {}
     for name, (file, write) in PARTS.items():
-        path = root / file
+        path = ROOT / file
         text = texts.get(path) or path.read_text()
         start, end = f"<!-- generated: {name} -->", "<!-- end -->"
         before, found, rest = text.partition(start)
@@ -201,12 +201,7 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
         if not found or not has_end:
             raise ValueError(f"{file} has no generated part {name!r}: put {start} and {end} where it belongs.")
         texts[path] = f"{before}{start}\n\n{write()}\n\n{end}{after}"
-    return texts
-
-
-def stale(root: Path = ROOT) -> dict[Path, str]:
-    """Return the files that are out of date, with the text that they should have."""
-    return {path: text for path, text in generate(root).items() if path.read_text() != text}
+    return {path: text for path, text in texts.items() if path.read_text() != text}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The compiled Keras models against Keras itself: a cold chunk of 16, warm throughput, memory, and the machine's limit.
 
 Both sides get the same photos and the same seeded weights and alternate in one run. Models are compiled before the
-measurement and only once, in the folder of `keras_models.cache_folder`.
+measurement and only once, in the folder `keras_models.CACHE`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from provider_image.models.catalogue import CATALOGUE
 from provider_image.runtime import NetCache, run_chunk
 from scripts.benchmarks import photos
 from scripts.benchmarks.chunk import cold_run
-from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, artefact_of, cache_folder, weights_of
+from scripts.benchmarks.keras_models import CACHE, ORIGINAL_MODELS, artefact_of, weights_of
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
 from scripts.benchmarks.measuring import parallel_rate, print_table, rate, rounds_option, seconds_option, timed
 
@@ -48,7 +48,7 @@ def runtime_rates(artefact: Artefact, chunk: Path) -> dict[str, Callable[[float]
     Whole chunks from file to file as in a worker, including decoding (chunk), and the bare net on ready arrays, as many
     threads as cores, in f32 and in bf16 (net, bf16). Nets are loaded when they are first needed.
     """
-    f32, bf16 = (NetCache(cache_folder() / "models", Device(precision=precision)) for precision in ("f32", "bf16"))
+    f32, bf16 = (NetCache(CACHE / "models", Device(precision=precision)) for precision in ("f32", "bf16"))
     with open_chunk(chunk) as reader:
         images = [reader.read_inputs(item)["image"] for item in reader.items]
     arrays = [decode(image, artefact.height, artefact.width, artefact.crop) for image in images]
@@ -70,7 +70,7 @@ def measure(artefact: Artefact, jpegs: list[bytes], rounds: int, seconds: float)
     :return: medians: seconds (cold, keras_cold) and megabytes (memory, keras_memory) of a cold chunk, and warm images
         per second (chunk, net, bf16, keras); the number of images with the same first label on both sides.
     """
-    name, models = artefact.name, cache_folder() / "models"
+    name, models = artefact.name, CACHE / "models"
     seen: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         chunk, answers = photos.make_chunk(Path(folder) / "chunk.zip", name, jpegs), Path(folder) / "keras.json"
@@ -132,17 +132,16 @@ def row(artefact: Artefact, seen: dict[str, float], limit: float) -> list[str]:
 
 @click.command()
 @click.option("--models", help="Names, separated by commas; all sixteen if not given.")
-@click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_MODELS)}.")
 @rounds_option(3)
 @seconds_option(2.0)
-def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
-    """Measure the compiled Keras models. Example: scripts/bench models --quick
+def main(models: str | None, rounds: int, seconds: float) -> None:
+    """Measure the compiled Keras models. Example: scripts/bench models --models nasnet_mobile,resnet50,densenet121
 
     Compiling takes 10 minutes and 6 GB the first time, measuring some 60 seconds a model: 20 minutes for sixteen.
     """
-    limit, jpegs = f32_gigaflops(), photos.jpegs_of_quality((500, 375), 90)
+    limit, jpegs = f32_gigaflops(), [photos.encode(name, (500, 375), [90]) for name in photos.PHOTOS]
     rows, figures = [], []
-    for name in models.split(",") if models else QUICK_MODELS if quick else ORIGINAL_MODELS:
+    for name in models.split(",") if models else ORIGINAL_MODELS:
         artefact = artefact_of(name)
         seen, same_first = measure(artefact, jpegs, rounds, seconds)
         figures.append(seen)
