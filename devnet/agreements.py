@@ -104,7 +104,7 @@ class Agreements(dict[str, Agreement]):
         agreement = self.find(agreement_id)
         if agreement.state not in ("Proposal", "Pending"):
             raise Gone(agreement.state)
-        self._end(agreement, "Cancelled", "Requestor", reason)
+        self._end(agreement, "Cancelled", reason)
 
     # The provider's side
 
@@ -120,18 +120,18 @@ class Agreements(dict[str, Agreement]):
     def reject(self, agreement: Agreement, message: str) -> None:
         """Reject an agreement for the provider."""
         if agreement.state == "Pending":
-            self._end(agreement, "Rejected", "Provider", {"message": message})
+            self._end(agreement, "Rejected", {"message": message})
 
     # Both sides
 
-    def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
-        """Terminate an approved agreement for the "Requestor" or the "Provider"."""
+    def terminate(self, agreement_id: str, reason: dict[str, Any] | None) -> None:
+        """Terminate an approved agreement."""
         agreement = self.find(agreement_id)
         if agreement.state in ("Proposal", "Pending"):
             raise Conflict(f"The agreement has not been approved yet: {agreement.state}.")
         if agreement.state != "Approved":
             raise Gone(agreement.state)
-        self._end(agreement, "Terminated", terminator, reason)
+        self._end(agreement, "Terminated", reason)
 
     # Changes
 
@@ -139,10 +139,10 @@ class Agreements(dict[str, Agreement]):
         now = utc_now()
         for agreement in self.values():
             if agreement.state in ("Proposal", "Pending") and agreement.valid_to <= now:
-                self._end(agreement, "Expired", None, None)
+                self._end(agreement, "Expired", None)
 
-    def _end(self, agreement: Agreement, state: str, terminator: str | None, reason: dict[str, Any] | None) -> None:
-        agreement.state, agreement.terminator, agreement.reason = state, terminator, reason
+    def _end(self, agreement: Agreement, state: str, reason: dict[str, Any] | None) -> None:
+        agreement.state, agreement.reason = state, reason
         self._changed()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from devnet.timing import format_time, parse_time, utc_now
@@ -86,8 +86,7 @@ class Agreement:
     state: str
     created_at: datetime = field(default_factory=utc_now)
     approved_at: datetime | None = None
-    #: Which side ended it, and why.
-    terminator: str | None = None
+    #: Why it ended.
     reason: dict[str, Any] | None = None
     #: Activity id -> its usage counters, as last read.
     usage: dict[str, list[float]] = field(default_factory=dict)
@@ -176,6 +175,15 @@ def format_amount(amount: Decimal) -> str:
     """Format an amount exactly and without an exponent."""
     text = format(amount, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def parse_decimal(value: object) -> Decimal | None:
+    """Parse a decimal number; None if the value is no finite one."""
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
 
 
 # As JSON

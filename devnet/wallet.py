@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
-from devnet.records import Allocation, format_amount
+from devnet.records import Allocation, format_amount, parse_decimal
 from devnet.timing import read_time
 
 #: The payment platforms of the simulated accounts: testnets only.
@@ -105,11 +105,8 @@ class Wallet:
 
 def parse_amount(value: object, name: str) -> Decimal:
     """Parse an amount. :raises ApiError: the value is not a decimal number of 0 or more."""
-    try:
-        amount = Decimal(str(value))
-    except InvalidOperation:
-        amount = Decimal("NaN")
-    if not amount.is_finite() or amount < 0:
+    amount = parse_decimal(value)
+    if amount is None or amount < 0:
         raise ApiError(f"{name} must be a decimal number, 0 or more, not {value!r}.")
     return amount
 

@@ -12,10 +12,9 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from aiohttp import web
@@ -67,9 +66,6 @@ class CallJournal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def __iter__(self) -> Iterator[ApiCall]:
-        return iter(tuple(self.calls))
-
     def add(
         self, at: datetime, request: web.Request, body: bytes, response: web.StreamResponse | None, seconds: float
     ) -> None:
@@ -92,14 +88,6 @@ class CallJournal:
         if self._file is not None:
             row = {**asdict(call), "at": format_time(call.at), "seconds": round(call.seconds, 4)}
             self._file.write(json.dumps(row) + "\n")
-
-    def matching(self, pattern: str) -> list[ApiCall]:
-        """Return the calls whose "METHOD /path" matches a glob, oldest first."""
-        return [call for call in self.calls if fnmatchcase(f"{call.method} {call.path}", pattern)]
-
-    def failed(self) -> list[ApiCall]:
-        """Return the calls that were answered with an error, except waits that timed out."""
-        return [call for call in self.calls if call.status is not None and call.status >= 400 and call.status != 408]
 
     def close(self) -> None:
         """Close the file."""

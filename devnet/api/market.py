@@ -38,9 +38,6 @@ def market_routes(market: MarketService) -> Routes:
             provider.record_contact()
         return call["agreement_id"]
 
-    def terminate(call: IncomingCall) -> None:
-        agreements.terminate(contact(call), "Requestor", call.reason())
-
     def wait(call: IncomingCall) -> Any:
         # As published: a timeout of 0 waits without a limit.
         return agreements.wait_for_approval(contact(call), call.timeout_seconds() or None)
@@ -64,7 +61,7 @@ def market_routes(market: MarketService) -> Routes:
     routes.add("POST", f"{agreement}/confirm", lambda call: agreements.confirm(contact(call)), 204)
     routes.add("POST", f"{agreement}/wait", wait, 204)
     routes.add("POST", f"{agreement}/cancel", lambda call: agreements.cancel(contact(call), call.reason()), 204)
-    routes.add("POST", f"{agreement}/terminate", terminate, 204)
+    routes.add("POST", f"{agreement}/terminate", lambda call: agreements.terminate(contact(call), call.reason()), 204)
     return routes
 
 

@@ -196,7 +196,7 @@ class Provider:
 
     def _terminate(self, agreement: Agreement, reason: str) -> None:
         self._report(f"{self.plan.name} terminates {agreement.short_name}: {reason}")
-        self._market.agreements.terminate(agreement.agreement_id, "Provider", {"message": reason})
+        self._market.agreements.terminate(agreement.agreement_id, {"message": reason})
 
     def _release(self) -> None:
         self.agreement = None

@@ -42,7 +42,7 @@ class _ActivityTerminated(Exception):
 class ExeUnit:
     """The exe-unit of an activity. Must be made in a running event loop.
 
-    :param folder: the activity's folder; made here, removed at its end. All activities save results files beside it.
+    :param folder: the activity's folder; made here, removed at its end.
     :param exchange: the folder that the `gftp` program shares with the daemon.
     :param environment: the environment of programs.
     :param cpus: the processor cores that programs may use; all if None.
@@ -63,7 +63,7 @@ class ExeUnit:
         self._speed = min(1.0, plan.speed)
         self._exchange = exchange
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
-        self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "results")
+        self._fault_injector = FaultInjector(plan.name, faults)
         self.state = "Initialized"
         #: Why the activity was terminated; None if it was not.
         self.reason: str | None = None

@@ -95,7 +95,7 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
         await second.close()
         assert devnet.market.list_open_demands() == devnet.payment.wallet.list_active() == []
         assert "Approved" not in {each.state for each in devnet.market.agreements.values()}
-        recordings.executor.extend(devnet.journal)
+        recordings.executor.extend(devnet.journal.calls)
 
 
 async def record_yapapi(recordings: Recordings, folder: Path) -> None:
@@ -112,7 +112,7 @@ async def record_yapapi(recordings: Recordings, folder: Path) -> None:
         out, errors = await program.communicate()
         assert program.returncode == 0, errors.decode()
         assert len(json.loads(out)["answers"]) == 6
-        recordings.yapapi.extend(devnet.journal)
+        recordings.yapapi.extend(devnet.journal.calls)
 
 
 async def record_every_call(recordings: Recordings, folder: Path) -> None:
@@ -132,7 +132,7 @@ async def record_every_call(recordings: Recordings, folder: Path) -> None:
         await client.request_ok("GET", f"{MARKET}/agreements", state="Terminated")
         assert (await client.request("POST", f"{MARKET}/agreements/{agreement_id}/confirm"))[0] == 410
         await _call_payment(client)
-        recordings.every_call.extend(client.devnet.journal)
+        recordings.every_call.extend(client.devnet.journal.calls)
 
 
 async def _call_market(client: Requestor) -> None:

@@ -124,7 +124,7 @@ def test_closing_a_url_leaves_those_of_other_servers(gftp: GftpProcess, tmp_path
         ('{"id": 1, "method": "_leave"}', -32601),
         ('{"id": 1, "method": "publish"}', -32602),
         ('{"id": 1, "method": "publish", "params": ["a"]}', -32602),
-        ('{"id": 1, "method": "publish", "params": {"files": "a"}}', -32602),
+        ('{"id": 1, "method": "publish", "params": {"files": [1]}}', -32602),
         ('{"id": 1, "method": "publish", "params": {"files": ["/none/such"]}}', -32000),
         ('{"id": 1, "method": "receive", "params": {"output_file": "/none/such"}}', -32000),
     ],

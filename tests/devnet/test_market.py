@@ -80,7 +80,7 @@ async def test_an_agreement_ends_when_its_demand_expires(requestor: RequestorRun
         activity_id = await client.activity(agreement_id)
         agreement = client.devnet.market.agreements[agreement_id]
         await until(lambda: agreement.state == "Terminated")
-        assert agreement.terminator == "Provider"
+        assert agreement.reason == {"message": "The demand has expired."}
         await until(lambda: client.devnet.activities.reason(activity_id))
         state = await client.request_ok("GET", f"{ACTIVITY}/activity/{activity_id}/state")
         assert state["state"] == ["Terminated", None]
@@ -232,9 +232,12 @@ async def test_an_agreement_for_several_activities_outlives_the_first(requestor:
         assert invoice is not None and invoice["activityIds"] == activities
 
 
-@pytest.mark.parametrize("setting", ["idle_seconds", "silent_seconds"])
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("idle_seconds", "It has no activity."), ("silent_seconds", "The requestor is inactive.")],
+)
 async def test_a_provider_terminates_an_agreement_with_an_inactive_requestor(
-    requestor: RequestorRunner, setting: str
+    requestor: RequestorRunner, setting: str, reason: str
 ) -> None:
     async with requestor(single_provider(**{setting: 0.3})) as client:
         agreement_id = await client.agree(await client.subscribe())
@@ -242,7 +245,7 @@ async def test_a_provider_terminates_an_agreement_with_an_inactive_requestor(
             await client.activity(agreement_id)
         agreement = client.devnet.market.agreements[agreement_id]
         await until(lambda: agreement.state == "Terminated")
-        assert agreement.terminator == "Provider"
+        assert agreement.reason == {"message": reason}
 
 
 async def test_an_agreement_can_be_cancelled_before_a_slow_approval(requestor: RequestorRunner) -> None:
@@ -288,4 +291,6 @@ async def test_a_provider_terminates_an_agreement_during_a_batch(requestor: Requ
         assert status in (404, 410)
         state = await client.request_ok("GET", f"{path}/state")
         assert state["state"][0] == "Terminated" and state["reason"]
-        assert client.devnet.market.agreements[agreement_id].terminator == "Provider"
+        assert client.devnet.market.agreements[agreement_id].reason == {
+            "message": "Fault of the scenario: drop-agreement."
+        }

@@ -24,7 +24,7 @@ from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
-from tests.devnet.running import paid
+from tests.devnet.running import calls_matching, paid
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
 from tests.timing import slowness, until
@@ -418,7 +418,7 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
             bills = {**devnet.payment.invoices, **devnet.payment.debit_notes}
             accepted = [
                 (bills[call.path.split("/")[-2]].agreement_id, json.loads(call.request)["allocationId"])
-                for call in devnet.journal.matching("POST /payment-api/v1/*/accept")
+                for call in calls_matching(devnet, "POST /payment-api/v1/*/accept")
             ]
             assert set(accepted) == set(allocation_of.items())
             assert len(set(allocation_of.values())) == 2
@@ -702,7 +702,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
             words = (sys.executable, "-c", BATCHER, str(tmp_path), str(models_folder))
             batcher = await asyncio.create_subprocess_exec(*words, env=environment)
             try:
-                await until(lambda: len(devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+                await until(lambda: len(calls_matching(devnet, "POST /activity-api/v1/activity/*/exec")) >= 4)
                 open_before = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             finally:
                 batcher.kill()
@@ -724,7 +724,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
 def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         runs = asyncio.create_task(harness.run("one", "two", "three", "four"))
-        await until(lambda: len(harness.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+        await until(lambda: len(calls_matching(harness.devnet, "POST /activity-api/v1/activity/*/exec")) >= 4)
         started_at = time.monotonic()
         await close(harness)
         seconds = time.monotonic() - started_at
