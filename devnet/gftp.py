@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 #: From version 0.7.3 on, yapapi closes URLs after use.
 VERSION = "0.17.3 (devnet)"
-#: The requestor's node id: the publisher in URLs, not needed to find a file.
+#: The requestor's node id, which is its wallet's address too. In URLs the publisher; not needed to find a file.
 REQUESTOR_ID = "0x" + "de" * 20
 
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")

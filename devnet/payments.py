@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from devnet.errors import ApiError
+from devnet.gftp import REQUESTOR_ID
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_rows, to_rows
 from devnet.timing import EventFeed
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
@@ -24,13 +25,12 @@ class PaymentService:
     :param on_change: called after every change of the state that is kept over a restart.
     """
 
-    def __init__(self, *, requestor_id: str, funds: Decimal, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, funds: Decimal, on_change: Callable[[], None]) -> None:
         self.invoices: dict[str, Bill] = {}
         self.debit_notes: dict[str, Bill] = {}
         self.invoice_events, self.debit_note_events = EventFeed(), EventFeed()
-        self._requestor_id = requestor_id
         self._on_change = on_change
-        self.wallet = Wallet(requestor_id=requestor_id, funds=funds, on_change=on_change)
+        self.wallet = Wallet(funds=funds, on_change=on_change)
 
     # The providers' side
 
@@ -56,10 +56,10 @@ class PaymentService:
     def _bill(self, agreement: Agreement, activity_ids: list[str], amount: Decimal, due_at: datetime | None) -> Bill:
         properties = agreement.demand["properties"]
         platform = str(properties.get("golem.com.payment.chosen-platform", PLATFORMS[0]))
-        address = properties.get(f"golem.com.payment.platform.{platform}.address", self._requestor_id)
+        address = properties.get(f"golem.com.payment.platform.{platform}.address", REQUESTOR_ID)
         return Bill(
             issuer_id=agreement.provider_id,
-            recipient_id=self._requestor_id,
+            recipient_id=REQUESTOR_ID,
             payer_address=str(address),
             platform=platform,
             agreement_id=agreement.agreement_id,

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
+from devnet.gftp import REQUESTOR_ID
 from devnet.records import Allocation, format_amount, parse_decimal
 from devnet.timing import read_time
 
@@ -22,8 +23,6 @@ PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
 class Wallet:
     """All allocations of a devnet."""
 
-    #: The owner; also the wallet's address, unless an allocation names another.
-    requestor_id: str
     #: The initial balance, in GLM.
     funds: Decimal
     on_change: Callable[[], None]
@@ -46,7 +45,7 @@ class Wallet:
         if body.get("timeout") is not None:
             read_time("timeout", body["timeout"])
         allocation = Allocation(
-            address=str(body.get("address") or self.requestor_id),
+            address=str(body.get("address") or REQUESTOR_ID),
             platform=_platform(body.get("paymentPlatform")),
             total=total,
             extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
@@ -98,7 +97,7 @@ class Wallet:
         accounts = []
         for platform in PLATFORMS:
             driver, network, token = platform.split("-")
-            account = {"platform": platform, "address": self.requestor_id, "driver": driver, "network": network}
+            account = {"platform": platform, "address": REQUESTOR_ID, "driver": driver, "network": network}
             accounts.append({**account, "token": token, "send": True, "receive": False})
         return accounts
 

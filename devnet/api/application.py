@@ -21,6 +21,7 @@ from aiohttp import web
 
 from devnet.api import EventStream, Routes
 from devnet.errors import ApiError
+from devnet.gftp import REQUESTOR_ID
 from devnet.scenario import DAEMON, FaultSchedule
 from devnet.timing import format_time, utc_now
 
@@ -97,9 +98,9 @@ class CallJournal:
 
 
 def make_application(
-    routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: FaultSchedule
+    routes: list[web.RouteDef], *, app_key: str, journal: CallJournal, faults: FaultSchedule
 ) -> web.Application:
-    """Make the application of all routes; `identity` is the requestor's node id."""
+    """Make the application of all routes."""
 
     async def answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Check the app key, inject the daemon's faults, and report errors."""
@@ -145,7 +146,7 @@ def make_application(
 
     dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
     version = {"current": {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}}
-    me = {"identity": identity, "name": "devnet", "role": "manager"}
+    me = {"identity": REQUESTOR_ID, "name": "devnet", "role": "manager"}
     app = web.Application(middlewares=[record], client_max_size=MAX_BODY_BYTES)
     general = Routes("")
     general.add("GET", "/me", lambda call: me)
