@@ -14,8 +14,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from devnet.errors import Conflict, Gone, NotFound, TimedOut
-from devnet.records import Agreement, Demand, Proposal, from_rows, to_rows
-from devnet.timing import EventFeed, format_time, utc_now
+from devnet.records import Agreement, Demand, Proposal
+from devnet.timing import ChangeNotifier, format_time, utc_now
 
 if TYPE_CHECKING:
     from devnet.provider.agent import Provider
@@ -30,7 +30,7 @@ class Agreements(dict[str, Agreement]):
 
     def __init__(self, *, providers: Mapping[str, Provider], on_change: Callable[[], None]) -> None:
         super().__init__()
-        self.events = EventFeed()
+        self._notifier = ChangeNotifier()
         self._providers = providers
         self._on_change = on_change
 
@@ -73,12 +73,12 @@ class Agreements(dict[str, Agreement]):
         self._expire()
         return list(self.values())
 
-    def confirm(self, agreement_id: str, session_id: str | None) -> None:
+    def confirm(self, agreement_id: str) -> None:
         """Sign an agreement for the requestor and send it to the provider."""
         agreement = self.find(agreement_id)
         if agreement.state != "Proposal":
             raise Gone(agreement.state)
-        agreement.state, agreement.session_id = "Pending", session_id
+        agreement.state = "Pending"
         self._on_change()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
@@ -90,7 +90,7 @@ class Agreements(dict[str, Agreement]):
         if agreement.state == "Proposal":
             raise Conflict("The agreement has not been confirmed yet.")
         left = max(0.0, (agreement.valid_to - utc_now()).total_seconds())
-        await self.events.notifier.wait_until(
+        await self._notifier.wait_until(
             lambda: agreement.state != "Pending", left if seconds is None else min(seconds, left)
         )
         self._expire()
@@ -104,7 +104,7 @@ class Agreements(dict[str, Agreement]):
         agreement = self.find(agreement_id)
         if agreement.state not in ("Proposal", "Pending"):
             raise Gone(agreement.state)
-        self._end(agreement, "Cancelled", "Requestor", reason)
+        self._end(agreement, "Cancelled", reason)
 
     # The provider's side
 
@@ -114,44 +114,24 @@ class Agreements(dict[str, Agreement]):
         if agreement.state != "Pending":
             return False
         agreement.state, agreement.approved_at = "Approved", utc_now()
-        self._add_event("AgreementApprovedEvent", agreement)
-        self._on_change()
+        self._changed()
         return True
 
     def reject(self, agreement: Agreement, message: str) -> None:
         """Reject an agreement for the provider."""
         if agreement.state == "Pending":
-            self._end(agreement, "Rejected", "Provider", {"message": message})
+            self._end(agreement, "Rejected", {"message": message})
 
     # Both sides
 
-    def terminate(self, agreement_id: str, terminator: str, reason: dict[str, Any] | None) -> None:
-        """Terminate an approved agreement for the "Requestor" or the "Provider"."""
+    def terminate(self, agreement_id: str, reason: dict[str, Any] | None) -> None:
+        """Terminate an approved agreement."""
         agreement = self.find(agreement_id)
         if agreement.state in ("Proposal", "Pending"):
             raise Conflict(f"The agreement has not been approved yet: {agreement.state}.")
         if agreement.state != "Approved":
             raise Gone(agreement.state)
-        self._end(agreement, "Terminated", terminator, reason)
-
-    def termination(self, agreement_id: str) -> dict[str, Any]:
-        """Return the event of an agreement's termination. :raises NotFound: it was not terminated."""
-        self.find(agreement_id)
-        for event in self.events:
-            if event["agreementId"] == agreement_id and event["eventType"] == "AgreementTerminatedEvent":
-                return event
-        raise NotFound("The agreement was not terminated.")
-
-    # Across restarts
-
-    def dump(self) -> dict[str, Any]:
-        """Return the state as JSON values."""
-        return {"agreements": to_rows(self), "events": self.events}
-
-    def load(self, dumped: Mapping[str, Any]) -> None:
-        """Restore the state from the result of `dump`."""
-        self.update(from_rows(Agreement, dumped["agreements"]))
-        self.events[:] = dumped["events"]
+        self._end(agreement, "Terminated", reason)
 
     # Changes
 
@@ -159,17 +139,15 @@ class Agreements(dict[str, Agreement]):
         now = utc_now()
         for agreement in self.values():
             if agreement.state in ("Proposal", "Pending") and agreement.valid_to <= now:
-                self._end(agreement, "Expired", None, None)
+                self._end(agreement, "Expired", None)
 
-    def _end(self, agreement: Agreement, state: str, terminator: str | None, reason: dict[str, Any] | None) -> None:
-        agreement.state, agreement.terminator, agreement.reason = state, terminator, reason
-        if state != "Expired":
-            extra = {"terminator": terminator, "signature": "devnet"} if state == "Terminated" else {}
-            self._add_event(f"Agreement{state}Event", agreement, **extra, **({"reason": reason} if reason else {}))
-        self._on_change()
+    def _end(self, agreement: Agreement, state: str, reason: dict[str, Any] | None) -> None:
+        agreement.state, agreement.reason = state, reason
+        self._changed()
         provider = self._providers.get(agreement.provider_id)
         if provider is not None:
             provider.agreement_ended(agreement)
 
-    def _add_event(self, kind: str, agreement: Agreement, **fields: Any) -> None:
-        self.events.add(eventType=kind, agreementId=agreement.agreement_id, **fields)
+    def _changed(self) -> None:
+        self._notifier.notify()
+        self._on_change()

@@ -13,10 +13,10 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from devnet.errors import ApiError
+from devnet.records import parse_decimal
 
 #: Deeper nesting is an error or an attack.
 MAX_DEPTH = 60
@@ -38,10 +38,10 @@ _ESCAPE = re.compile(r"\\([0-9a-fA-F]{2})")
 def parse(text: str) -> Constraint:
     """Parse a constraint. An empty one is always satisfied. :raises ApiError: with the position of the error."""
     parser = _Parser(text)
-    if parser.is_at_end():
+    if not parser.peek():
         return lambda properties: True
     constraint = parser.group(0)
-    if not parser.is_at_end():
+    if parser.peek():
         raise parser.error("there is more after the last bracket")
     return constraint
 
@@ -50,10 +50,6 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
         self._position = 0
-
-    def is_at_end(self) -> bool:
-        self._skip_space()
-        return self._position >= len(self._text)
 
     def error(self, what: str) -> ApiError:
         near = self._text[self._position : self._position + 20]
@@ -64,14 +60,14 @@ class _Parser:
         if depth > MAX_DEPTH:
             raise self.error(f"it is nested deeper than {MAX_DEPTH} brackets")
         self._expect("(")
-        symbol = self._peek()
+        symbol = self.peek()
         parts: list[Constraint] = []
         if symbol == "!":
             self._position += 1
             parts = [self.group(depth + 1)]
         elif symbol in ("&", "|"):
             self._position += 1
-            while self._peek() == "(":
+            while self.peek() == "(":
                 parts.append(self.group(depth + 1))
         elif symbol != ")":
             parts = [self._comparison()]
@@ -100,17 +96,15 @@ class _Parser:
         return compare
 
     def _expect(self, symbol: str) -> None:
-        if self._peek() != symbol:
+        if self.peek() != symbol:
             raise self.error(f"{symbol!r} was expected")
         self._position += 1
 
-    def _peek(self) -> str:
-        self._skip_space()
-        return self._text[self._position : self._position + 1]
-
-    def _skip_space(self) -> None:
-        while self._position < len(self._text) and self._text[self._position].isspace():
+    def peek(self) -> str:
+        """Skip white space and return the next character; empty at the end."""
+        while self._text[self._position : self._position + 1].isspace():
             self._position += 1
+        return self._text[self._position : self._position + 1]
 
 
 def _matches_item(item: object, symbol: str, wanted: str) -> bool:
@@ -119,7 +113,7 @@ def _matches_item(item: object, symbol: str, wanted: str) -> bool:
         pieces = (re.escape(_unescape(piece)) for piece in wanted.split("*"))
         return re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
     wanted = _unescape(wanted)
-    wanted_number, number = _number(wanted), None if isinstance(item, bool) else _number(text)
+    wanted_number, number = parse_decimal(wanted), None if isinstance(item, bool) else parse_decimal(text)
     if symbol == "=":
         return text == wanted or (wanted_number is not None and wanted_number == number)
     if wanted_number is not None and number is not None:
@@ -129,11 +123,3 @@ def _matches_item(item: object, symbol: str, wanted: str) -> bool:
 
 def _unescape(value: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), value)
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None

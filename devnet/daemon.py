@@ -26,7 +26,7 @@ from devnet.api.activities import activity_routes
 from devnet.api.application import CallJournal, make_application
 from devnet.api.market import market_routes
 from devnet.api.payments import payment_routes
-from devnet.gftp import REQUESTOR_ID, remove_dead_servers, write_program
+from devnet.gftp import remove_dead_servers, write_program
 from devnet.market import MarketService
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
@@ -123,9 +123,7 @@ class Devnet:
             *payment_routes(self.payment, self.market, self._report),
             *activity_routes(self.activities, self.market),
         ]
-        app = make_application(
-            routes, identity=REQUESTOR_ID, app_key=self.app_key, journal=self.journal, faults=self.faults
-        )
+        app = make_application(routes, app_key=self.app_key, journal=self.journal, faults=self.faults)
         # handler_cancellation: a call ends when its caller disconnects. shutdown_timeout: `stop` does not wait for
         # calls; 0 would mean no limit.
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
@@ -171,10 +169,8 @@ class Devnet:
             self._activities_folder = Path(
                 tempfile.mkdtemp(prefix="mlg-dn-", dir=base if len(base) < _MAX_FOLDER_LENGTH else "/tmp")
             )
-        self.market = MarketService(requestor_id=REQUESTOR_ID, on_change=self._state.changed)
-        self.payment = PaymentService(
-            requestor_id=REQUESTOR_ID, funds=self.scenario.funds, on_change=self._state.changed
-        )
+        self.market = MarketService(on_change=self._state.changed)
+        self.payment = PaymentService(funds=self.scenario.funds, on_change=self._state.changed)
         self.activities = Activities(
             folder=self._activities_folder,
             exchange=self._exchange,

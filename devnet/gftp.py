@@ -20,19 +20,19 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 #: From version 0.7.3 on, yapapi closes URLs after use.
 VERSION = "0.17.3 (devnet)"
-#: The requestor's node id: the publisher in URLs, not needed to find a file.
+#: The requestor's node id, which is its wallet's address too. In URLs the publisher; not needed to find a file.
 REQUESTOR_ID = "0x" + "de" * 20
 
 _URL = re.compile(r"gftp://0x[0-9a-f]{40}/([0-9a-f]{64})")
 _LOCK = "lock"
 _BLOCK_BYTES = 1024 * 1024
-_METHODS = ("version", "publish", "receive", "close", "upload", "download", "shutdown")
+_METHODS = ("version", "publish", "receive", "close", "shutdown")
 
 
 class TransferFailed(Exception):
@@ -155,14 +155,6 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-class _RpcError(Exception):
-    """A JSON-RPC error with its code."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class _GftpServer:
     """A server. It publishes in its own folder, so that no other server can close its URLs."""
 
@@ -195,28 +187,19 @@ class _GftpServer:
             return _error_response(None, -32700, "The message is not JSON.")
         if not isinstance(message, dict) or not isinstance(message.get("method"), str):
             return _error_response(None, -32600, "The message is not a JSON-RPC request.")
-        try:
-            result = self._call(message["method"], message.get("params", {}))
-        except _RpcError as error:
-            response = _error_response(message.get("id"), error.code, str(error))
-        except (TransferFailed, OSError, ValueError) as error:  # ValueError: a NUL in a path
-            response = _error_response(message.get("id"), -32000, str(error))
-        else:
-            response = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
-        return response if "id" in message else None
-
-    def _call(self, method: str, params: Any) -> object:
+        method, number = message["method"], message.get("id")
         if method not in _METHODS:
-            raise _RpcError(-32601, f"There is no method {method!r}. Known: {', '.join(_METHODS)}.")
-        call: Callable[..., object] = getattr(self, f"_{method}")
-        parameter_types = {name: kind for name, kind in call.__annotations__.items() if name != "return"}
-        if not isinstance(params, dict) or params.keys() != parameter_types.keys():
-            raise _RpcError(-32602, f"{method} has these named parameters: {', '.join(parameter_types) or 'none'}.")
-        for name, value in params.items():
-            texts = value if parameter_types[name] == "list[str]" else [value]
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise _RpcError(-32602, f"{method}: {name} must be a {parameter_types[name]}.")
-        return call(**params)
+            known = ", ".join(_METHODS)
+            response = _error_response(number, -32601, f"There is no method {method!r}. Known: {known}.")
+        else:
+            try:
+                result = getattr(self, f"_{method}")(**message.get("params", {}))
+                response = {"jsonrpc": "2.0", "id": number, "result": result}
+            except TypeError as error:
+                response = _error_response(number, -32602, f"Invalid parameters of {method}: {error}")
+            except (OSError, ValueError) as error:  # ValueError: a NUL in a path
+                response = _error_response(number, -32000, str(error))
+        return response if "id" in message else None
 
     def _version(self) -> str:
         return VERSION
@@ -237,14 +220,6 @@ class _GftpServer:
         except FileNotFoundError:
             return "error"
         return "ok"
-
-    def _upload(self, file: str, url: str) -> dict[str, str]:
-        deliver(self._exchange, Path(file), url)
-        return {"file": file, "url": url}
-
-    def _download(self, url: str, output_file: str) -> dict[str, str]:
-        fetch(self._exchange, url, Path(output_file))
-        return {"file": output_file, "url": url}
 
     def _shutdown(self) -> str:
         self.is_shut_down = True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from devnet.agreements import Agreements
 from devnet.constraints import parse
 from devnet.errors import ApiError, Conflict, Gone, NotFound
+from devnet.gftp import REQUESTOR_ID
 from devnet.records import Agreement, Demand, Proposal, from_rows, to_rows
 from devnet.timing import ChangeNotifier, format_time, utc_now
 
@@ -29,13 +30,12 @@ class MarketService:
     :param on_change: called after every change of the state that is kept over a restart.
     """
 
-    def __init__(self, *, requestor_id: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, on_change: Callable[[], None]) -> None:
         self.demands: dict[str, Demand] = {}
         self.proposals: dict[str, Proposal] = {}
         #: Node id -> provider. They hear of what happens in the requestor's call, so they return at once.
         self.providers: dict[str, Provider] = {}
         self.agreements = Agreements(providers=self.providers, on_change=on_change)
-        self._requestor_id = requestor_id
         self._on_change = on_change
         self._notifier = ChangeNotifier()
 
@@ -45,7 +45,7 @@ class MarketService:
         """Open a demand. :raises ApiError: the constraints or the expiration are invalid."""
         parse(constraints)
         demand = Demand(
-            requestor_id=self._requestor_id,
+            requestor_id=REQUESTOR_ID,
             properties=dict(properties),
             constraints=constraints,
             expires_at=expiration(properties),
@@ -109,7 +109,7 @@ class MarketService:
         parse(constraints)
         expiration(properties)
         proposal = Proposal(
-            issuer_id=self._requestor_id,
+            issuer_id=REQUESTOR_ID,
             demand_id=demand_id,
             offer_id=received.offer_id,
             state="Draft",
@@ -136,7 +136,7 @@ class MarketService:
         """Return a provider's proposal for an open demand. :raises NotFound: there is none."""
         self.find_open_demand(demand_id)
         proposal = self.proposals.get(proposal_id)
-        if proposal is None or proposal.demand_id != demand_id or proposal.issuer_id == self._requestor_id:
+        if proposal is None or proposal.demand_id != demand_id or proposal.issuer_id == REQUESTOR_ID:
             raise NotFound(f"There is no proposal {proposal_id} for this demand.")
         return proposal
 
@@ -144,7 +144,7 @@ class MarketService:
         """Make an agreement from a provider's draft proposal. :raises Conflict: the proposal was not negotiated."""
         self._expire()
         draft = self.proposals.get(proposal_id)
-        if draft is None or draft.issuer_id == self._requestor_id:
+        if draft is None or draft.issuer_id == REQUESTOR_ID:
             raise NotFound(f"There is no proposal {proposal_id}, or its demand is closed or expired.")
         if draft.state == "Rejected":
             raise Gone(f"The proposal {proposal_id} was rejected.")
@@ -163,14 +163,14 @@ class MarketService:
         return {
             "demands": to_rows(self.demands),
             "proposals": to_rows(self.proposals),
-            **self.agreements.dump(),
+            "agreements": to_rows(self.agreements),
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
         """Restore the state from the result of `dump`."""
         self.demands = from_rows(Demand, dumped["demands"])
         self.proposals = from_rows(Proposal, dumped["proposals"])
-        self.agreements.load(dumped)
+        self.agreements.update(from_rows(Agreement, dumped["agreements"]))
 
     # Changes
 

@@ -6,18 +6,16 @@ transferred.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from devnet.errors import ApiError
+from devnet.gftp import REQUESTOR_ID
 from devnet.records import Agreement, Allocation, Bill, format_amount, from_rows, to_rows
 from devnet.timing import EventFeed
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
-
-_REJECTION_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
 
 
 class PaymentService:
@@ -27,18 +25,12 @@ class PaymentService:
     :param on_change: called after every change of the state that is kept over a restart.
     """
 
-    def __init__(self, *, requestor_id: str, funds: Decimal, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, funds: Decimal, on_change: Callable[[], None]) -> None:
         self.invoices: dict[str, Bill] = {}
         self.debit_notes: dict[str, Bill] = {}
         self.invoice_events, self.debit_note_events = EventFeed(), EventFeed()
-        self.payments = EventFeed("timestamp")
-        #: Agreement id -> amount accepted so far, by invoice or debit notes.
-        self.accepted: dict[str, Decimal] = {}
-        #: Agreement id -> amount paid so far.
-        self.paid: dict[str, Decimal] = {}
-        self._requestor_id = requestor_id
         self._on_change = on_change
-        self.wallet = Wallet(requestor_id=requestor_id, funds=funds, on_change=on_change)
+        self.wallet = Wallet(funds=funds, on_change=on_change)
 
     # The providers' side
 
@@ -64,10 +56,10 @@ class PaymentService:
     def _bill(self, agreement: Agreement, activity_ids: list[str], amount: Decimal, due_at: datetime | None) -> Bill:
         properties = agreement.demand["properties"]
         platform = str(properties.get("golem.com.payment.chosen-platform", PLATFORMS[0]))
-        address = properties.get(f"golem.com.payment.platform.{platform}.address", self._requestor_id)
+        address = properties.get(f"golem.com.payment.platform.{platform}.address", REQUESTOR_ID)
         return Bill(
             issuer_id=agreement.provider_id,
-            recipient_id=self._requestor_id,
+            recipient_id=REQUESTOR_ID,
             payer_address=str(address),
             platform=platform,
             agreement_id=agreement.agreement_id,
@@ -79,7 +71,7 @@ class PaymentService:
     # The requestor's side
 
     def accept(self, bill: Bill, acceptance: Mapping[str, Any]) -> bool:
-        """Accept a bill, and pay what was not paid before. :return: False if it had been accepted already."""
+        """Accept a bill, and spend what was not spent before. :return: False if it had been accepted already."""
         if bill.status == "ACCEPTED":
             return False
         amount = parse_amount(acceptance.get("totalAmountAccepted"), "totalAmountAccepted")
@@ -88,60 +80,29 @@ class PaymentService:
             raise ApiError(f"The accepted amount must be {format_amount(bill.amount)}, not {format_amount(amount)}.")
         if (allocation.address, allocation.platform) != (bill.payer_address, bill.platform):
             raise ApiError("The allocation is for another address or payment platform.")
-        total, accepted = self._total(bill), self.accepted.get(bill.agreement_id, Decimal(0))
-        needed = max(Decimal(0), total - accepted)
+        needed = self.accepted(bill.agreement_id, bill) - self.accepted(bill.agreement_id)
         if needed > allocation.remaining:
             raise ApiError(
                 f"Not enough funds. Allocated: {format_amount(allocation.remaining)}, needed: {format_amount(needed)}."
             )
         allocation.spent += needed
-        self.accepted[bill.agreement_id] = accepted + needed
         bill.status = "ACCEPTED"
-        unpaid = total - self.paid.get(bill.agreement_id, Decimal(0))
-        # A debit note without a due date is only accepted; the invoice pays it.
-        if bill.due_at is not None and unpaid > 0:
-            self._pay(bill, allocation, unpaid)
         self._on_change()
         return True
 
-    def reject(self, bill: Bill, rejection: Mapping[str, Any]) -> None:
-        """Reject a bill; it can be accepted later."""
-        if rejection.get("rejectionReason") not in _REJECTION_REASONS:
-            raise ApiError(f"rejectionReason must be one of {', '.join(_REJECTION_REASONS)}.")
-        parse_amount(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
-        if bill.status == "ACCEPTED":
-            raise ApiError("The bill has already been accepted.")
-        bill.status = "REJECTED"
-        self._on_change()
-
-    def _total(self, bill: Bill) -> Decimal:
-        """Return what is accepted of an agreement when a bill of it is."""
-        if bill.usage is None:
-            return bill.amount
+    def accepted(self, agreement_id: str, *more: Bill) -> Decimal:
+        """Return how much of an agreement's cost has been accepted, or would be with more bills."""
         # Each debit note is the total of its activity, and an agreement can have several activities.
-        highest = {bill.activity_ids[0]: bill.amount}
-        for each in self.debit_notes.values():
-            if each.agreement_id == bill.agreement_id and each.status == "ACCEPTED":
-                activity_id = each.activity_ids[0]
-                highest[activity_id] = max(highest.get(activity_id, Decimal(0)), each.amount)
-        return sum(highest.values(), Decimal(0))
-
-    def _pay(self, bill: Bill, allocation: Allocation, amount: Decimal) -> None:
-        share = {"amount": format_amount(amount), "allocationId": allocation.allocation_id}
-        is_note = bill.usage is not None
-        self.paid[bill.agreement_id] = self.paid.get(bill.agreement_id, Decimal(0)) + amount
-        self.payments.add(
-            paymentId=str(uuid.uuid4()),
-            payerId=self._requestor_id,
-            payeeId=bill.issuer_id,
-            payerAddr=bill.payer_address,
-            payeeAddr=bill.issuer_id,
-            paymentPlatform=bill.platform,
-            amount=format_amount(amount),
-            agreementPayments=[] if is_note else [{"agreementId": bill.agreement_id, **share}],
-            activityPayments=[{"activityId": bill.activity_ids[0], **share}] if is_note else [],
-            details="",
-        )
+        highest: dict[str, Decimal] = {}
+        invoiced = Decimal(0)
+        for bill in (*self.invoices.values(), *self.debit_notes.values(), *more):
+            if bill.agreement_id != agreement_id or (bill.status != "ACCEPTED" and bill not in more):
+                continue
+            if bill.usage is None:
+                invoiced = max(invoiced, bill.amount)
+            else:
+                highest[bill.activity_ids[0]] = max(highest.get(bill.activity_ids[0], Decimal(0)), bill.amount)
+        return max(invoiced, sum(highest.values(), Decimal(0)))
 
     # Across restarts
 
@@ -151,11 +112,8 @@ class PaymentService:
             "allocations": to_rows(self.wallet.allocations),
             "invoices": to_rows(self.invoices),
             "debit_notes": to_rows(self.debit_notes),
-            "payments": self.payments,
             "invoice_events": self.invoice_events,
             "debit_note_events": self.debit_note_events,
-            "accepted": {key: format_amount(each) for key, each in self.accepted.items()},
-            "paid": {key: format_amount(each) for key, each in self.paid.items()},
         }
 
     def load(self, dumped: Mapping[str, Any]) -> None:
@@ -163,8 +121,5 @@ class PaymentService:
         self.wallet.allocations.update(from_rows(Allocation, dumped["allocations"]))
         self.invoices.update(from_rows(Bill, dumped["invoices"]))
         self.debit_notes.update(from_rows(Bill, dumped["debit_notes"]))
-        self.payments[:] = dumped["payments"]
         self.invoice_events[:] = dumped["invoice_events"]
         self.debit_note_events[:] = dumped["debit_note_events"]
-        self.accepted.update((key, Decimal(each)) for key, each in dumped["accepted"].items())
-        self.paid.update((key, Decimal(each)) for key, each in dumped["paid"].items())

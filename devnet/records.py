@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from devnet.timing import format_time, parse_time, utc_now
@@ -25,7 +25,6 @@ _API_NAMES = {
     "created_at": "timestamp",
     "approved_at": "approvedDate",
     "due_at": "paymentDueDate",
-    "session_id": "appSessionId",
     "platform": "paymentPlatform",
     "payer_address": "payerAddr",
 }
@@ -87,9 +86,7 @@ class Agreement:
     state: str
     created_at: datetime = field(default_factory=utc_now)
     approved_at: datetime | None = None
-    session_id: str | None = None
-    #: Which side ended it, and why.
-    terminator: str | None = None
+    #: Why it ended.
     reason: dict[str, Any] | None = None
     #: Activity id -> its usage counters, as last read.
     usage: dict[str, list[float]] = field(default_factory=dict)
@@ -105,8 +102,7 @@ class Agreement:
 
     def to_api(self) -> dict[str, Any]:
         """Return the record as the API shows it."""
-        names = ("agreement_id", "demand", "offer", "valid_to", "state", "created_at", "approved_at", "session_id")
-        return _api_fields(self, *names)
+        return _api_fields(self, "agreement_id", "demand", "offer", "valid_to", "state", "created_at", "approved_at")
 
     def to_api_summary(self) -> dict[str, Any]:
         """Return the agreement as the API's list of agreements shows it."""
@@ -181,6 +177,15 @@ def format_amount(amount: Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def parse_decimal(value: object) -> Decimal | None:
+    """Parse a decimal number; None if the value is no finite one."""
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
 # As JSON
 
 
@@ -200,20 +205,20 @@ def to_rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def from_rows(kind: type[_Record], rows: Iterable[Mapping[str, Any]]) -> dict[str, _Record]:
-    """Make records, by id, from the result of `to_rows`."""
+    """Make records, by id, from the result of `to_rows`. Unknown fields are left out."""
     known = fields(kind)  # type: ignore[arg-type]
     found = {}
     for row in rows:
-        values = dict(row)
-        for each in known:
-            value = values.get(each.name)
-            if isinstance(value, str) and str(each.type).startswith("datetime"):
-                values[each.name] = parse_time(value)
-            elif isinstance(value, str) and each.type == "Decimal":
-                values[each.name] = Decimal(value)
+        values = {each.name: _from_json(row[each.name], str(each.type)) for each in known if each.name in row}
         # The id is the first field.
         found[values[known[0].name]] = kind(**values)
     return found
+
+
+def _from_json(value: Any, kind: str) -> Any:
+    if isinstance(value, str) and kind.startswith("datetime"):
+        return parse_time(value)
+    return Decimal(value) if kind == "Decimal" else value
 
 
 def _to_json(value: Any) -> Any:

@@ -23,11 +23,12 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from devnet.records import parse_decimal
 from provider_image.errors import ConfigError
 
 PROVIDER_NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
@@ -56,7 +57,7 @@ PROVIDER_KINDS = {
     "truncate": "The output files are cut in half.",
     "oversize": "The output files are far larger than announced.",
     "wrong-digest": "The results file names the digest of another model.",
-    "swap-results": "The results file contains the results of another chunk.",
+    "swap-results": "The results file names another chunk.",
     "die": "The exe-unit dies during a batch.",
     "vanish-http": "The daemon's calls for the activity hang.",
 }
@@ -261,11 +262,8 @@ def _value(value: object, kind: str, path: str) -> object:
     if kind in ("int", "int | None") and is_number and isinstance(value, int):
         return value
     if (kind in ("float", "Decimal") and is_number) or (kind == "Decimal" and isinstance(value, str)):
-        try:
-            number = Decimal(str(value))
-        except InvalidOperation:
-            number = Decimal("NaN")
-        if number.is_finite():
+        number = parse_decimal(value)
+        if number is not None:
             return number if kind == "Decimal" else float(number)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return tuple(value)

@@ -65,25 +65,20 @@ class ChangeNotifier:
 class EventFeed(list[dict[str, Any]]):
     """Events, oldest first. Their times strictly increase: requestors ask for those after the last that they have."""
 
-    def __init__(self, time_key: str = "eventDate") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.notifier = ChangeNotifier()
-        self._time_key = time_key
+        self._notifier = ChangeNotifier()
 
     def add(self, **fields: Any) -> None:
         """Add an event with the current time, or a microsecond after the last one."""
         now = utc_now()
         if self:
-            now = max(now, parse_time(self[-1][self._time_key]) + timedelta(microseconds=1))
-        self.append({self._time_key: format_time(now), **fields})
-        self.notifier.notify()
+            now = max(now, parse_time(self[-1]["eventDate"]) + timedelta(microseconds=1))
+        self.append({"eventDate": format_time(now), **fields})
+        self._notifier.notify()
 
-    async def poll(
-        self, after: datetime | None, seconds: float, max_items: int, is_wanted: Callable[[dict[str, Any]], bool]
-    ) -> list[dict[str, Any]]:
-        """Return the wanted events after a time; wait for so many seconds if there are none."""
+    async def poll(self, after: datetime | None, seconds: float, max_items: int) -> list[dict[str, Any]]:
+        """Return the events after a time; wait for so many seconds if there are none."""
         since = "" if after is None else format_time(after)
-        found = await self.notifier.wait_until(
-            lambda: [each for each in self if each[self._time_key] > since and is_wanted(each)], seconds
-        )
+        found = await self._notifier.wait_until(lambda: [each for each in self if each["eventDate"] > since], seconds)
         return found[:max_items]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from devnet.errors import ApiError, Gone, NotFound
-from devnet.records import Allocation, format_amount
+from devnet.gftp import REQUESTOR_ID
+from devnet.records import Allocation, format_amount, parse_decimal
 from devnet.timing import read_time
 
 #: The payment platforms of the simulated accounts: testnets only.
@@ -22,8 +23,6 @@ PLATFORMS = ("erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm")
 class Wallet:
     """All allocations of a devnet."""
 
-    #: The owner; also the wallet's address, unless an allocation names another.
-    requestor_id: str
     #: The initial balance, in GLM.
     funds: Decimal
     on_change: Callable[[], None]
@@ -46,7 +45,7 @@ class Wallet:
         if body.get("timeout") is not None:
             read_time("timeout", body["timeout"])
         allocation = Allocation(
-            address=str(body.get("address") or self.requestor_id),
+            address=str(body.get("address") or REQUESTOR_ID),
             platform=_platform(body.get("paymentPlatform")),
             total=total,
             extra={key: body[key] for key in ("timeout", "extendTimeout", "deposit") if body.get(key) is not None},
@@ -65,26 +64,6 @@ class Wallet:
     def list_active(self) -> list[Allocation]:
         """List the allocations that have not been released."""
         return [each for each in self.allocations.values() if not each.is_released]
-
-    def amend(self, allocation_id: str, body: Mapping[str, Any]) -> Allocation:
-        """Change an allocation's amount or timeout."""
-        allocation = self.find(allocation_id)
-        total = allocation.total
-        if body.get("totalAmount") is not None:
-            total = parse_amount(body["totalAmount"], "totalAmount")
-        if total < allocation.spent:
-            raise ApiError(
-                f"{format_amount(allocation.spent)} GLM of this allocation are spent; its total cannot be "
-                f"{format_amount(total)} GLM."
-            )
-        if total - allocation.total > self.free_funds:
-            raise ApiError(f"Not enough funds. Free: {format_amount(self.free_funds)} GLM.")
-        if body.get("timeout") is not None:
-            read_time("timeout", body["timeout"])
-            allocation.extra["timeout"] = body["timeout"]
-        allocation.total = total
-        self.on_change()
-        return allocation
 
     def release(self, allocation_id: str) -> Allocation:
         """Release the remaining amount of an allocation."""
@@ -118,18 +97,15 @@ class Wallet:
         accounts = []
         for platform in PLATFORMS:
             driver, network, token = platform.split("-")
-            account = {"platform": platform, "address": self.requestor_id, "driver": driver, "network": network}
+            account = {"platform": platform, "address": REQUESTOR_ID, "driver": driver, "network": network}
             accounts.append({**account, "token": token, "send": True, "receive": False})
         return accounts
 
 
 def parse_amount(value: object, name: str) -> Decimal:
     """Parse an amount. :raises ApiError: the value is not a decimal number of 0 or more."""
-    try:
-        amount = Decimal(str(value))
-    except InvalidOperation:
-        amount = Decimal("NaN")
-    if not amount.is_finite() or amount < 0:
+    amount = parse_decimal(value)
+    if amount is None or amount < 0:
         raise ApiError(f"{name} must be a decimal number, 0 or more, not {value!r}.")
     return amount
 

@@ -2,22 +2,18 @@
 
 Called by `scripts/generate_docs` and by `tests/test_docs.py`, which fails when a file is out of date. A generated part
 stands between two comments, `<!-- generated: NAME -->` and `<!-- end -->`; everything outside of them is written by
-hand and is left alone. Only the screenshot of README.md needs a server.
+hand and is left alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import inspect
-import io
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,14 +186,14 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
 }
 
 
-def generate(root: Path = ROOT) -> dict[Path, str]:
-    """Return the whole text that each file with a generated part should have.
+def stale() -> dict[Path, str]:
+    """Return the files that are out of date, with the whole text that they should have.
 
     :raises ValueError: a file lacks the comments of a part that belongs into it.
     """
     texts: dict[Path, str] = {}
     for name, (file, write) in PARTS.items():
-        path = root / file
+        path = ROOT / file
         text = texts.get(path) or path.read_text()
         start, end = f"<!-- generated: {name} -->", "<!-- end -->"
         before, found, rest = text.partition(start)
@@ -205,65 +201,14 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
         if not found or not has_end:
             raise ValueError(f"{file} has no generated part {name!r}: put {start} and {end} where it belongs.")
         texts[path] = f"{before}{start}\n\n{write()}\n\n{end}{after}"
-    return texts
+    return {path: text for path, text in texts.items() if path.read_text() != text}
 
 
-def stale(root: Path = ROOT) -> dict[Path, str]:
-    """Return the files that are out of date, with the text that they should have."""
-    return {path: text for path, text in generate(root).items() if path.read_text() != text}
-
-
-def main() -> int:
-    """Write what is out of date, or only name it."""
-    parser = argparse.ArgumentParser(prog="scripts/generate_docs", description=inspect.getdoc(sys.modules[__name__]))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is out of date")
-    parser.add_argument("--screenshot", action="store_true", help="also take docs/images/home.png again")
-    options = parser.parse_args()
-    changed = stale()
-    for path, text in changed.items():
-        print(f"{path.relative_to(ROOT)} {'is out of date' if options.check else 'written'}")
-        if not options.check:
-            path.write_text(text)
-    if options.check:
-        return 1 if changed else 0
-    if options.screenshot:
-        take_screenshot(ROOT / "docs/images/home.png")
-    return 0
-
-
-def take_screenshot(target: Path) -> None:
-    """Send two photos through the home page of a whole system and write what chromium shows then, in 128 colours."""
-    import skimage.data
-    from PIL import Image
-    from playwright.sync_api import sync_playwright
-
-    from tests.system import System
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        raise SystemExit("scripts/generate_docs: --screenshot needs chromium (Debian: apt-get install chromium)")
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        photos = []
-        for name, shown_as in (("coffee", "coffee.jpg"), ("chelsea", "kitten.jpg")):
-            photos.append(f"{folder}/{shown_as}")
-            Image.fromarray(getattr(skimage.data, name)()).save(photos[-1], "JPEG", quality=90)
-        system = System(Path(folder, "home"), no_proxy="127.0.0.1")
-        try:
-            browser = playwright.chromium.launch(executable_path=chromium)
-            page = browser.new_page(base_url=system.base, viewport={"width": 1200, "height": 900})
-            page.goto("/")
-            page.set_input_files("#files", photos)
-            for label in ("tiger.cat", "espresso"):
-                page.locator("#answers").get_by_text(re.compile(label)).first.wait_for()
-            # The strip that moves while an answer is awaited ends with a transition.
-            page.wait_for_timeout(800)
-            page.evaluate("window.scrollTo(0, 0)")
-            shot = page.screenshot(animations="disabled", full_page=True)
-            browser.close()
-        finally:
-            system.stop()
-    image = Image.open(io.BytesIO(shot)).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
+def main() -> None:
+    """Write what is out of date."""
+    for path, text in stale().items():
+        print(f"{path.relative_to(ROOT)} written")
+        path.write_text(text)
 
 
 def _sources() -> Iterator[Path]:
@@ -343,4 +288,4 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,7 +25,7 @@ from provider_image.models.artefact import find_artefact
 from store.settings import HomeSettings
 from store.store import Store
 from tests.contexts import make_context
-from tests.devnet.running import run_devnet
+from tests.devnet.running import paid, run_devnet
 from tests.timing import slowness
 
 MODEL = "efficientnet_lite0"
@@ -104,7 +104,7 @@ class GolemHarness:
 
     def paid(self) -> Decimal:
         """Return what was paid, according to the daemon."""
-        return sum(self.devnet.payment.paid.values(), Decimal(0))
+        return sum(paid(self.devnet).values(), Decimal(0))
 
 
 @contextlib.asynccontextmanager

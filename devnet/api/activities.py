@@ -71,7 +71,7 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
             return {"state": ["Terminated", None], "reason": reason}
         unit = find(call).unit
         await unit.block_if_vanished()
-        return {"state": list(unit.state), **({} if unit.reason is None else {"reason": unit.reason})}
+        return {"state": [unit.state, None], **({} if unit.reason is None else {"reason": unit.reason})}
 
     async def usage(call: IncomingCall) -> dict[str, Any]:
         if activities.reason(call["activity_id"]) is None:
@@ -86,5 +86,4 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
     routes.add("GET", f"{activity}/exec/{{batch_id}}", results)
     routes.add("GET", f"{activity}/state", state)
     routes.add("GET", f"{activity}/usage", usage)
-    routes.add("GET", f"{activity}/agreement", lambda call: activities.agreement_of(call["activity_id"]).agreement_id)
     return routes

@@ -12,16 +12,16 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from aiohttp import web
 
 from devnet.api import EventStream, Routes
 from devnet.errors import ApiError
+from devnet.gftp import REQUESTOR_ID
 from devnet.scenario import DAEMON, FaultSchedule
 from devnet.timing import format_time, utc_now
 
@@ -67,9 +67,6 @@ class CallJournal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def __iter__(self) -> Iterator[ApiCall]:
-        return iter(tuple(self.calls))
-
     def add(
         self, at: datetime, request: web.Request, body: bytes, response: web.StreamResponse | None, seconds: float
     ) -> None:
@@ -93,14 +90,6 @@ class CallJournal:
             row = {**asdict(call), "at": format_time(call.at), "seconds": round(call.seconds, 4)}
             self._file.write(json.dumps(row) + "\n")
 
-    def matching(self, pattern: str) -> list[ApiCall]:
-        """Return the calls whose "METHOD /path" matches a glob, oldest first."""
-        return [call for call in self.calls if fnmatchcase(f"{call.method} {call.path}", pattern)]
-
-    def failed(self) -> list[ApiCall]:
-        """Return the calls that were answered with an error, except waits that timed out."""
-        return [call for call in self.calls if call.status is not None and call.status >= 400 and call.status != 408]
-
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
@@ -109,9 +98,9 @@ class CallJournal:
 
 
 def make_application(
-    routes: list[web.RouteDef], *, identity: str, app_key: str, journal: CallJournal, faults: FaultSchedule
+    routes: list[web.RouteDef], *, app_key: str, journal: CallJournal, faults: FaultSchedule
 ) -> web.Application:
-    """Make the application of all routes; `identity` is the requestor's node id."""
+    """Make the application of all routes."""
 
     async def answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Check the app key, inject the daemon's faults, and report errors."""
@@ -157,7 +146,7 @@ def make_application(
 
     dates = dict.fromkeys(("releaseTs", "insertionTs", "updateTs"), "2026-01-01T00:00:00")
     version = {"current": {"version": VERSION, "name": f"v{VERSION} devnet", "seen": True, **dates}}
-    me = {"identity": identity, "name": "devnet", "role": "manager"}
+    me = {"identity": REQUESTOR_ID, "name": "devnet", "role": "manager"}
     app = web.Application(middlewares=[record], client_max_size=MAX_BODY_BYTES)
     general = Routes("")
     general.add("GET", "/me", lambda call: me)

@@ -23,15 +23,7 @@ def market_routes(market: MarketService) -> Routes:
         state = call.query("state")
         if state is not None and state not in STATES:
             raise ApiError(f"state must be one of {', '.join(STATES)}, not {state!r}.")
-        after, before, session_id = call.time("afterDate"), call.time("beforeDate"), call.query("appSessionId")
-        return [
-            each.to_api_summary()
-            for each in agreements.list_all()
-            if state in (None, each.state)
-            and session_id in (None, each.session_id)
-            and (after is None or each.created_at > after)
-            and (before is None or each.created_at < before)
-        ]
+        return [each.to_api_summary() for each in agreements.list_all() if state in (None, each.state)]
 
     def create_agreement(call: IncomingCall) -> str:
         body = call.object("proposalId", "validTo")
@@ -46,25 +38,12 @@ def market_routes(market: MarketService) -> Routes:
             provider.record_contact()
         return call["agreement_id"]
 
-    def confirm(call: IncomingCall) -> None:
-        agreements.confirm(contact(call), call.query("appSessionId"))
-
-    def terminate(call: IncomingCall) -> None:
-        agreements.terminate(contact(call), "Requestor", call.reason())
-
     def wait(call: IncomingCall) -> Any:
         # As published: a timeout of 0 waits without a limit.
         return agreements.wait_for_approval(contact(call), call.timeout_seconds() or None)
 
     def demand_events(call: IncomingCall) -> Any:
         return market.poll(call["demand_id"], call.timeout_seconds(), call.max_items("maxEvents"))
-
-    def agreement_events(call: IncomingCall) -> Any:
-        session_id = call.query("appSessionId")
-        return agreements.events.poll(
-            *call.polling(),
-            lambda event: session_id is None or agreements[event["agreementId"]].session_id == session_id,
-        )
 
     routes = Routes("/market-api/v1")
     routes.add("GET", "/demands", lambda call: [demand.to_api() for demand in market.list_open_demands()])
@@ -73,19 +52,16 @@ def market_routes(market: MarketService) -> Routes:
     routes.add("DELETE", demand, lambda call: market.unsubscribe(call["demand_id"]), 204)
     routes.add("GET", f"{demand}/events", demand_events)
     proposal = f"{demand}/proposals/{{proposal_id}}"
-    routes.add("GET", proposal, lambda call: market.proposal(*_proposal_ids(call)).to_api())
     routes.add("POST", proposal, lambda call: market.counter(*_proposal_ids(call), *_terms(call)).proposal_id, 201)
     routes.add("POST", f"{proposal}/reject", reject, 204)
     routes.add("GET", "/agreements", list_agreements)
     routes.add("POST", "/agreements", create_agreement, 201)
     agreement = "/agreements/{agreement_id}"
     routes.add("GET", agreement, lambda call: agreements.find(contact(call)).to_api())
-    routes.add("POST", f"{agreement}/confirm", confirm, 204)
+    routes.add("POST", f"{agreement}/confirm", lambda call: agreements.confirm(contact(call)), 204)
     routes.add("POST", f"{agreement}/wait", wait, 204)
     routes.add("POST", f"{agreement}/cancel", lambda call: agreements.cancel(contact(call), call.reason()), 204)
-    routes.add("POST", f"{agreement}/terminate", terminate, 204)
-    routes.add("POST", f"{agreement}/terminate/reason", lambda call: agreements.termination(contact(call)))
-    routes.add("GET", "/agreementEvents", agreement_events)
+    routes.add("POST", f"{agreement}/terminate", lambda call: agreements.terminate(contact(call), call.reason()), 204)
     return routes
 
 

@@ -10,7 +10,6 @@ from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.payments import PaymentService
 from devnet.records import Bill, format_amount
-from devnet.timing import EventFeed
 
 
 def payment_routes(payment: PaymentService, market: MarketService, report: Callable[[str], None]) -> Routes:
@@ -57,54 +56,20 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
             after, max_items = call.time("afterTimestamp"), call.max_items("maxItems")
             return [bill.to_api() for bill in bills.values() if after is None or bill.created_at > after][:max_items]
 
-        def reject(call: IncomingCall) -> None:
-            payment.reject(find(call), call.object("rejectionReason", "totalAmountAccepted"))
-
         routes.add("GET", f"/{name}", list_bills)
         routes.add("GET", f"/{name}/{{bill_id}}", lambda call: find(call).to_api())
         routes.add("POST", f"/{name}/{{bill_id}}/accept", lambda call: accept(call, find(call)))
-        routes.add("POST", f"/{name}/{{bill_id}}/reject", reject)
-
-    def poll(feed: EventFeed) -> Callable[[IncomingCall], Any]:
-        def handle(call: IncomingCall) -> Any:
-            session_id = call.query("appSessionId")
-            platform = "-".join(filter(None, (call.query("driver"), call.query("network"))))
-
-            def is_wanted(item: dict[str, Any]) -> bool:
-                return is_of_session(item, session_id) and platform in item.get("paymentPlatform", platform)
-
-            return feed.poll(*call.polling(), is_wanted)
-
-        return handle
-
-    def is_of_session(item: dict[str, Any], session_id: str | None) -> bool:
-        if session_id is None:
-            return True
-        bills = {**payment.invoices, **payment.debit_notes}
-        bill = bills.get(item.get("invoiceId") or item.get("debitNoteId") or "")
-        agreement = market.agreements.get(bill.agreement_id) if bill is not None else None
-        return agreement is not None and agreement.session_id == session_id
-
-    def payment_by_id(call: IncomingCall) -> dict[str, Any]:
-        for each in payment.payments:
-            if each["paymentId"] == call["payment_id"]:
-                return each
-        raise NotFound(f"There is no payment {call['payment_id']}.")
 
     routes = Routes("/payment-api/v1")
     routes.add("POST", "/allocations", allocate, 201)
     routes.add("GET", "/allocations", lambda call: [each.to_api() for each in wallet.list_active()])
     allocation = "/allocations/{allocation_id}"
     routes.add("GET", allocation, lambda call: wallet.find(call["allocation_id"]).to_api())
-    routes.add("PUT", allocation, lambda call: wallet.amend(call["allocation_id"], call.object()).to_api())
     routes.add("DELETE", allocation, release)
     routes.add("GET", "/demandDecorations", decorations)
     routes.add("GET", "/requestorAccounts", lambda call: wallet.accounts())
-    routes.add("GET", "/invoiceEvents", poll(payment.invoice_events))
-    routes.add("GET", "/debitNoteEvents", poll(payment.debit_note_events))
-    routes.add("GET", "/payments", poll(payment.payments))
-    routes.add("GET", "/payments/status", lambda call: [])
-    routes.add("GET", "/payments/{payment_id}", payment_by_id)
+    routes.add("GET", "/invoiceEvents", lambda call: payment.invoice_events.poll(*call.polling()))
+    routes.add("GET", "/debitNoteEvents", lambda call: payment.debit_note_events.poll(*call.polling()))
     add_bill_routes("invoices", payment.invoices)
     add_bill_routes("debitNotes", payment.debit_notes)
     return routes

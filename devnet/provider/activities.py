@@ -65,7 +65,6 @@ class Activities:
             faults=self.faults,
             environment=self.environment,
             cpus=owner.cpus,
-            on_crash=self._on_crash,
         )
         self._running[activity_id] = Activity(activity_id=activity_id, agreement=agreement, owner=owner, unit=unit)
         self._agreements[activity_id] = agreement
@@ -129,9 +128,3 @@ class Activities:
         """Write the usage of running activities into their agreements."""
         for activity_id in self._running:
             self.usage(activity_id)
-
-    def _on_crash(self, activity_id: str) -> None:
-        # The unit continues to answer calls until the requestor destroys the activity.
-        if activity_id in self._running:
-            self.usage(activity_id)
-            self.on_change()

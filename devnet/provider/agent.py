@@ -19,7 +19,7 @@ from devnet.market import MarketService, expiration
 from devnet.payments import PaymentService
 from devnet.provider.activities import Activities
 from devnet.provider.invoicing import Invoicer
-from devnet.provider.offers import Offer, make_offers
+from devnet.provider.offers import offer_constraints, offer_properties
 from devnet.records import Agreement, Demand, Proposal
 from devnet.scenario import FaultSchedule, ProviderPlan, Scenario
 from devnet.timing import ChangeNotifier
@@ -54,7 +54,9 @@ class Provider:
         self._activities = activities
         self._fault = functools.partial(faults.triggers, plan.name)
         self._report = report
-        self._offers = {offer.offer_id: offer for offer in make_offers(plan, scenario.subnet)}
+        #: Id of an offer -> its properties.
+        self._offers = {f"{plan.name}-{each}": offer_properties(plan, each, scenario.subnet) for each in plan.runtimes}
+        self._constraints = offer_constraints(scenario.subnet)
         self._notifier = ChangeNotifier()
         self._last_contact_at = 0.0
         self._idle_since = 0.0
@@ -72,8 +74,7 @@ class Provider:
                 self.agreement_confirmed(agreement)
             elif agreement.approved_at is not None and not agreement.is_billed:
                 self._spawn(self._invoicer.send_invoice(agreement))
-        if self.agreement is None:
-            self._propose_to_all()
+        self._propose_to_all()
 
     async def close(self) -> None:
         """Cancel all tasks."""
@@ -86,15 +87,15 @@ class Provider:
     def demand_opened(self, demand: Demand) -> None:
         """Propose to a new demand, unless busy."""
         if self.agreement is None:
-            self._propose_to(demand)
+            for offer_id in self._offers:
+                self._propose(offer_id, demand)
 
     def proposal_countered(self, proposal: Proposal) -> None:
         """Answer a counter-proposal. A busy provider does not; it makes a new proposal when it is free."""
         if self.agreement is not None or self._fault("no-answer"):
             return
-        offer = self._offers.get(proposal.offer_id)
-        if offer is not None:
-            self._propose(offer, proposal)
+        if proposal.offer_id in self._offers:
+            self._propose(proposal.offer_id, proposal)
 
     def agreement_confirmed(self, agreement: Agreement) -> None:
         """Approve or reject an agreement that the requestor signed."""
@@ -195,7 +196,7 @@ class Provider:
 
     def _terminate(self, agreement: Agreement, reason: str) -> None:
         self._report(f"{self.plan.name} terminates {agreement.short_name}: {reason}")
-        self._market.agreements.terminate(agreement.agreement_id, "Provider", {"message": reason})
+        self._market.agreements.terminate(agreement.agreement_id, {"message": reason})
 
     def _release(self) -> None:
         self.agreement = None
@@ -205,25 +206,22 @@ class Provider:
 
     def _propose_to_all(self) -> None:
         for demand in self._market.list_open_demands():
-            self._propose_to(demand)
+            self.demand_opened(demand)
 
-    def _propose_to(self, demand: Demand) -> None:
-        for offer in self._offers.values():
-            self._propose(offer, demand)
-
-    def _propose(self, offer: Offer, other: Demand | Proposal) -> None:
+    def _propose(self, offer_id: str, other: Demand | Proposal) -> None:
         """Propose an offer to a demand, or answer a counter-proposal with it, if it suits both sides."""
-        if not parse(other.constraints)(offer.properties) or not parse(offer.constraints)(other.properties):
+        properties = self._offers[offer_id]
+        if not parse(other.constraints)(properties) or not parse(self._constraints)(other.properties):
             return
         counter_id = other.proposal_id if isinstance(other, Proposal) else None
         self._market.propose(
             Proposal(
                 issuer_id=self.node_id,
                 demand_id=other.demand_id,
-                offer_id=offer.offer_id,
+                offer_id=offer_id,
                 state="Initial" if counter_id is None else "Draft",
-                properties=dict(offer.properties),
-                constraints=offer.constraints,
+                properties=dict(properties),
+                constraints=self._constraints,
                 previous_id=counter_id,
             )
         )

@@ -38,19 +38,14 @@ _CONTAINER = "container:"
 class _ActivityTerminated(Exception):
     """The activity terminates by a command or a fault."""
 
-    def __init__(self, reason: str, *, is_crash: bool) -> None:
-        super().__init__(reason)
-        self.is_crash = is_crash
-
 
 class ExeUnit:
     """The exe-unit of an activity. Must be made in a running event loop.
 
-    :param folder: the activity's folder; made here, removed at its end. All activities save results files beside it.
+    :param folder: the activity's folder; made here, removed at its end.
     :param exchange: the folder that the `gftp` program shares with the daemon.
     :param environment: the environment of programs.
     :param cpus: the processor cores that programs may use; all if None.
-    :param on_crash: called with the activity's id when it crashes, not when it is destroyed.
     """
 
     def __init__(
@@ -63,15 +58,13 @@ class ExeUnit:
         faults: FaultSchedule,
         environment: Mapping[str, str],
         cpus: frozenset[int] | None,
-        on_crash: Callable[[str], None] | None = None,
     ) -> None:
         self.activity_id = activity_id
         self._speed = min(1.0, plan.speed)
         self._exchange = exchange
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
-        self._fault_injector = FaultInjector(plan.name, faults, folder.parent / "results")
-        self._on_crash = on_crash
-        self._state = "Initialized"
+        self._fault_injector = FaultInjector(plan.name, faults)
+        self.state = "Initialized"
         #: Why the activity was terminated; None if it was not.
         self.reason: str | None = None
         self._batches: dict[str, ScriptBatch] = {}
@@ -84,11 +77,6 @@ class ExeUnit:
         self._seconds: float | None = None
 
     # Called by the API
-
-    @property
-    def state(self) -> tuple[str, str | None]:
-        """Return the state of the activity, and the one to which it is changing: none, because it changes at once."""
-        return self._state, None
 
     def usage(self) -> list[float]:
         """Return seconds of processor time, longer on a slow provider, and seconds since the activity was created."""
@@ -110,7 +98,7 @@ class ExeUnit:
         """Return the results of a batch so far, as soon as it is finished or after the timeout in seconds."""
         await self.block_if_vanished()
         batch = self._batch(batch_id)
-        await batch.notifier.wait_until(lambda: batch.is_finished or self._state == "Terminated", timeout)
+        await batch.notifier.wait_until(lambda: batch.is_finished or self.state == "Terminated", timeout)
         await self.block_if_vanished()
         if not batch.is_finished:
             self._raise_if_ended()
@@ -136,25 +124,23 @@ class ExeUnit:
 
     async def end(self, reason: str = "The activity was destroyed.") -> None:
         """End the activity: kill its processes and remove its folder. May be called twice."""
-        await asyncio.shield(self._terminate(reason, is_crash=False))
+        await asyncio.shield(self._terminate(reason))
 
-    def _terminate(self, reason: str, *, is_crash: bool) -> asyncio.Task[None]:
+    def _terminate(self, reason: str) -> asyncio.Task[None]:
         """Terminate the activity, once. :return: the task that cleans up."""
         if self._cleanup_task is None:
-            self._state, self.reason = "Terminated", reason
+            self.state, self.reason = "Terminated", reason
             self._seconds = time.monotonic() - self._created_at
-            self._cleanup_task = asyncio.create_task(self._clean_up(is_crash=is_crash))
+            self._cleanup_task = asyncio.create_task(self._clean_up())
             for batch in self._batches.values():
                 batch.notifier.notify()
         return self._cleanup_task
 
-    async def _clean_up(self, *, is_crash: bool) -> None:
+    async def _clean_up(self) -> None:
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
         self._sandbox.processes.cpu_seconds()  # measures them for the last time
         await self._sandbox.remove()
-        if is_crash and self._on_crash is not None:
-            self._on_crash(self.activity_id)
 
     def _batch(self, batch_id: str) -> ScriptBatch:
         batch = self._batches.get(batch_id)
@@ -163,12 +149,12 @@ class ExeUnit:
         return batch
 
     def _raise_if_ended(self) -> None:
-        if self._state == "Terminated":
+        if self.state == "Terminated":
             raise Gone(f"The activity has terminated. {self.reason}")
 
     async def _events(self, batch: ScriptBatch) -> AsyncIterator[dict[str, Any]]:
         def is_over() -> bool:
-            return batch.is_finished or self._state == "Terminated"
+            return batch.is_finished or self.state == "Terminated"
 
         while True:
             await batch.notifier.wait_until(lambda: batch.events or is_over(), None)
@@ -186,10 +172,10 @@ class ExeUnit:
                 await self._run_batch(await self._queue.get())
         except _ActivityTerminated as end:
             log.info("activity %s: %s", self.activity_id, end)
-            self._terminate(str(end), is_crash=end.is_crash)
+            self._terminate(str(end))
         except Exception:
             log.exception("activity %s failed", self.activity_id)
-            self._terminate("Internal error of the devnet; see its log.", is_crash=True)
+            self._terminate("Internal error of the devnet; see its log.")
 
     async def _run_batch(self, batch: ScriptBatch) -> None:
         for index, command in enumerate(batch.commands):
@@ -209,20 +195,20 @@ class ExeUnit:
             if error is not None:
                 return
             if command.ends_activity:
-                raise _ActivityTerminated("The script terminated the activity.", is_crash=False)
+                raise _ActivityTerminated("The script terminated the activity.")
 
     async def _run_command(
         self, command: Command, streams: Mapping[str, OutputCapture], add_event: Callable[[dict[str, Any]], None]
     ) -> None:
-        if self._state not in ALLOWED_STATES[command.name]:
-            raise CommandFailed(f"{command.name} is not allowed in the state {self._state}.")
+        if self.state not in ALLOWED_STATES[command.name]:
+            raise CommandFailed(f"{command.name} is not allowed in the state {self.state}.")
         body = command.body
         if command.name == "deploy":
             if self._fault_injector.first("fail-deploy"):
                 raise CommandFailed("Fault of the scenario: fail-deploy.")
-            self._state = "Deployed"
+            self.state = "Deployed"
         elif command.name == "start":
-            self._state = "Ready"
+            self.state = "Ready"
         elif command.name == "transfer":
             size = await self._transfer(body["from"], body["to"])
             if body.get("progress") is not None:
@@ -259,7 +245,7 @@ class ExeUnit:
         with contextlib.suppress(TimeoutError, CommandFailed, PathOutsideSandbox):
             async with asyncio.timeout(fault.seconds):
                 await self._run_program(entry_point, arguments, streams)
-        raise _ActivityTerminated("The exe-unit was killed.", is_crash=True)
+        raise _ActivityTerminated("The exe-unit was killed.")
 
     async def _run_program(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         before = self._sandbox.list_outputs()

@@ -1,9 +1,8 @@
-"""The offers that a provider makes on the market, in Golem's properties."""
+"""The offers that a provider makes on the market, one per runtime, in Golem's properties."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from typing import Any
 
 from devnet.scenario import ProviderPlan
@@ -14,29 +13,13 @@ USAGE_VECTOR = ["golem.usage.cpu_sec", "golem.usage.duration_sec"]
 _CAPABILITIES = {"vm": ["inet", "manifest-support", "start-entrypoint"]}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """An offer of a provider, for one runtime."""
-
-    offer_id: str
-    properties: dict[str, Any]
-    constraints: str
+def offer_constraints(subnet: str) -> str:
+    """Return what every offer in a subnet requires of a demand."""
+    return f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
 
 
-def make_offers(plan: ProviderPlan, subnet: str) -> list[Offer]:
-    """Make the offers of a provider, one per runtime."""
-    constraints = f"(&(golem.srv.comp.expiration>0)(golem.node.debug.subnet={subnet}))"
-    return [
-        Offer(
-            offer_id=f"{plan.name}-{runtime}",
-            properties=_properties(plan, runtime, subnet),
-            constraints=constraints,
-        )
-        for runtime in plan.runtimes
-    ]
-
-
-def _properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str, Any]:
+def offer_properties(plan: ProviderPlan, runtime: str, subnet: str) -> dict[str, Any]:
+    """Return the properties of a provider's offer of a runtime."""
     machine = platform.machine()
     return {
         "golem.node.id.name": plan.name,

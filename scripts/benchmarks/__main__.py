@@ -9,14 +9,12 @@ NAMES = (
     "backlog",
     "chunk",
     "dashboard",
-    "decode_overlap",
     "drain",
     "golem",
     "models",
     "reduced_scale",
     "resize",
     "startup",
-    "upload_checks",
     "uploads",
 )
 

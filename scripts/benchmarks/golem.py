@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import sqlite3
 import subprocess
 import time
@@ -72,20 +71,11 @@ def devnet(folder: Path, home: Path, plan: Path) -> Iterator[dict[str, str]]:
     """Run a devnet during the block. :return: the environment variables that it prints."""
     variables = folder / f"devnet-{time.monotonic_ns()}.env"
     command = processes.mlg("devnet", "--scenario", str(plan), "--home", str(home), "--env-file", str(variables))
-    with (folder / "devnet.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        while not variables.exists():
-            if process.poll() is not None:
-                raise RuntimeError((folder / "devnet.log").read_text()[-2000:])
-            time.sleep(0.05)
+    with processes.running(command, folder / "devnet.log", variables.exists):
         shell = f". {variables}; env -0"
         printed = subprocess.run(["sh", "-c", shell], capture_output=True, check=True).stdout
         found = dict(line.split("=", 1) for line in os.fsdecode(printed).split("\0") if "=" in line)
         yield {name: found[name] for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "YAGNA_SUBNET", "PATH")}
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
 
 
 def query(home: Path, sql: str) -> list[Any]:

@@ -25,24 +25,19 @@ ORIGINAL_MODELS = (
     "resnet152v2", "vgg16", "vgg19", "nasnet_large", "nasnet_mobile", "xception", "inception_v3",
     "inception_resnet_v2",
 )  # fmt: skip
-#: A small, a medium and a deep one, for a quick run.
-QUICK_MODELS = ("nasnet_mobile", "resnet50", "densenet121")
-
-
-def cache_folder() -> Path:
-    """Return the folder for compiled models and their weights; 6 GB once all sixteen are there."""
-    return Path(tempfile.gettempdir()) / "mlg-bench-keras"
+#: The folder for compiled models and their weights; 6 GB once all sixteen are there.
+CACHE = Path(tempfile.gettempdir()) / "mlg-bench-keras"
 
 
 def weights_of(name: str) -> Path:
     """Return the path of the weights that Keras loads."""
     # Not NAME.weights.h5: Keras takes that ending for its newer layout, which the published files do not have.
-    return cache_folder() / "weights" / f"{name}.h5"
+    return CACHE / "weights" / f"{name}.h5"
 
 
 def artefact_of(name: str) -> Artefact:
     """Return a model in the folder `models` of the cache, made first if necessary: Keras' take up to two minutes."""
-    models = cache_folder() / "models"
+    models = CACHE / "models"
     if CATALOGUE[name].source != "keras":
         return ensure_installed(models, name)
     with contextlib.suppress(NotInstalled, BrokenArtefact):
@@ -56,13 +51,13 @@ def _compile(name: str) -> None:
     from provider_image.compiler.keras_applications import build
     from tests.seeded_weights import seeded_network, write_weights
 
-    row, weights, cache = CATALOGUE[name], weights_of(name), cache_folder()
+    row, weights = CATALOGUE[name], weights_of(name)
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         partial = weights.with_suffix(".tmp")
         write_weights(seeded_network(row), partial)
         partial.replace(weights)
-    build(cache / "models", row, find_weights(row, WeightsSources(given=weights, cache=cache)))
+    build(CACHE / "models", row, find_weights(row, WeightsSources(given=weights, cache=CACHE)))
 
 
 if __name__ == "__main__":

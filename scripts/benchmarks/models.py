@@ -1,7 +1,7 @@
 """The compiled Keras models against Keras itself: a cold chunk of 16, warm throughput, memory, and the machine's limit.
 
 Both sides get the same photos and the same seeded weights and alternate in one run. Models are compiled before the
-measurement and only once, in the folder of `keras_models.cache_folder`.
+measurement and only once, in the folder `keras_models.CACHE`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from provider_image.backends import Device
+from provider_image.chunk import open_chunk
+from provider_image.images.decoding import decode
 from provider_image.models.artefact import Artefact
 from provider_image.models.catalogue import CATALOGUE
+from provider_image.runtime import NetCache, run_chunk
 from scripts.benchmarks import photos
 from scripts.benchmarks.chunk import cold_run
-from scripts.benchmarks.keras_models import ORIGINAL_MODELS, QUICK_MODELS, artefact_of, cache_folder, weights_of
+from scripts.benchmarks.keras_models import CACHE, ORIGINAL_MODELS, artefact_of, weights_of
 from scripts.benchmarks.limits import f32_gigaflops, gigaflops_of
-from scripts.benchmarks.measuring import print_table, rounds_option, seconds_option, timed
-from scripts.benchmarks.runtime_rates import runtime_rates
+from scripts.benchmarks.measuring import parallel_rate, print_table, rate, rounds_option, seconds_option, timed
 
 HEAD = (
     "model", "MB", "cold s", "Keras", "times", "peak MB", "Keras", "share", "chunk /s", "net /s", "Keras /s",
@@ -38,13 +42,35 @@ TARGETS = {
 }
 
 
+def runtime_rates(artefact: Artefact, chunk: Path) -> dict[str, Callable[[float], float]]:
+    """Return what is measured of mlg's runtime: name -> a function that works for some seconds and returns images/s.
+
+    Whole chunks from file to file as in a worker, including decoding (chunk), and the bare net on ready arrays, as many
+    threads as cores, in f32 and in bf16 (net, bf16). Nets are loaded when they are first needed.
+    """
+    f32, bf16 = (NetCache(CACHE / "models", Device(precision=precision)) for precision in ("f32", "bf16"))
+    with open_chunk(chunk) as reader:
+        images = [reader.read_inputs(item)["image"] for item in reader.items]
+    arrays = [decode(image, artefact.height, artefact.width, artefact.crop) for image in images]
+
+    def net_rate(cache: NetCache, seconds: float) -> float:
+        net = cache.get("classification", artefact.name, None).net
+        return parallel_rate(lambda array: net.infer([array]), arrays, seconds)
+
+    return {
+        "chunk": lambda seconds: rate(lambda: len(run_chunk(chunk, chunk.with_suffix(".warm"), f32).items), seconds),
+        "net": lambda seconds: net_rate(f32, seconds),
+        "bf16": lambda seconds: net_rate(bf16, seconds),
+    }
+
+
 def measure(artefact: Artefact, jpegs: list[bytes], rounds: int, seconds: float) -> tuple[dict[str, float], int]:
     """Measure both sides of one model in turns.
 
     :return: medians: seconds (cold, keras_cold) and megabytes (memory, keras_memory) of a cold chunk, and warm images
         per second (chunk, net, bf16, keras); the number of images with the same first label on both sides.
     """
-    name, models = artefact.name, cache_folder() / "models"
+    name, models = artefact.name, CACHE / "models"
     seen: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="mlg-bench-") as folder:
         chunk, answers = photos.make_chunk(Path(folder) / "chunk.zip", name, jpegs), Path(folder) / "keras.json"
@@ -66,7 +92,7 @@ def measure(artefact: Artefact, jpegs: list[bytes], rounds: int, seconds: float)
         same_first = sum(a == b[0] for a, b in zip(firsts, keras_answers["best"], strict=True))
 
         has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
-        rates = runtime_rates(models, name, chunk)
+        rates = runtime_rates(artefact, chunk)
         ways = {way: rates[way] for way in ("chunk", "net", *(["bf16"] if has_bf16 else []))}
         pipe = subprocess.PIPE
         with subprocess.Popen(keras_command("warm"), stdin=pipe, stdout=pipe, text=True, bufsize=1) as keras:
@@ -106,17 +132,16 @@ def row(artefact: Artefact, seen: dict[str, float], limit: float) -> list[str]:
 
 @click.command()
 @click.option("--models", help="Names, separated by commas; all sixteen if not given.")
-@click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK_MODELS)}.")
 @rounds_option(3)
 @seconds_option(2.0)
-def main(models: str | None, quick: bool, rounds: int, seconds: float) -> None:
-    """Measure the compiled Keras models. Example: scripts/bench models --quick
+def main(models: str | None, rounds: int, seconds: float) -> None:
+    """Measure the compiled Keras models. Example: scripts/bench models --models nasnet_mobile,resnet50,densenet121
 
     Compiling takes 10 minutes and 6 GB the first time, measuring some 60 seconds a model: 20 minutes for sixteen.
     """
-    limit, jpegs = f32_gigaflops(), photos.jpegs_of_quality((500, 375), 90)
+    limit, jpegs = f32_gigaflops(), [photos.encode(name, (500, 375), [90]) for name in photos.PHOTOS]
     rows, figures = [], []
-    for name in models.split(",") if models else QUICK_MODELS if quick else ORIGINAL_MODELS:
+    for name in models.split(",") if models else ORIGINAL_MODELS:
         artefact = artefact_of(name)
         seen, same_first = measure(artefact, jpegs, rounds, seconds)
         figures.append(seen)

@@ -49,11 +49,6 @@ def photo_jpegs(size: tuple[int, int] = (800, 600), max_bytes: int = 113 * 1024)
     return [encode(name, size, range(98, 10, -1), max_bytes) for name in PHOTOS]
 
 
-def jpegs_of_quality(size: tuple[int, int], quality: int) -> list[bytes]:
-    """Encode each photo with a quality."""
-    return [encode(name, size, [quality]) for name in PHOTOS]
-
-
 def make_unique(jpeg: bytes, number: int) -> bytes:
     """Return the same image with a different comment."""
     return jpeg[:6] + f"{number:0{UNIQUE_BYTES}d}".encode() + jpeg[6 + UNIQUE_BYTES :]

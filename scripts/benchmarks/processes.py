@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,31 +24,19 @@ def mlg(*words: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *command: str, **env: str) -> Iterator[str]:
-    """Run a server, which gets the option --port, until the block ends; enter it when the server responds.
-
-    :param folder: for the log.
-    :return: the server's address.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base, log = f"http://127.0.0.1:{port}", folder / "server.log"
+def running(command: list[str], log: Path, is_ready: Callable[[], bool], **env: str) -> Iterator[None]:
+    """Run a program until the block ends; enter it when the program is ready."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env={**os.environ, **env},
+            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **env}
         )
     try:
         deadline = time.monotonic() + 30
-        while not _answers(f"{base}/healthz"):
+        while not is_ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.05)
-        yield base
+        yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -57,6 +45,17 @@ def serving(folder: Path, *command: str, **env: str) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *command: str, **env: str) -> Iterator[str]:
+    """Run a server, which gets the option --port and logs to a folder, until the block ends. :return: its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = f"http://127.0.0.1:{port}"
+    with running([*command, "--port", str(port)], folder / "server.log", lambda: _answers(f"{base}/healthz"), **env):
+        yield base
 
 
 def serving_home(folder: Path, home: Path, **env: str) -> contextlib.AbstractContextManager[str]:

@@ -85,7 +85,6 @@ async def exe_unit(
     cpus: frozenset[int] | None = None,
     activity_id: str = "activity",
     is_started: bool = True,
-    on_crash: Any = None,
     **plan: Any,
 ) -> AsyncIterator[ExeUnit]:
     """Make an exe-unit, by default deployed and started, and end it after the block."""
@@ -97,7 +96,6 @@ async def exe_unit(
         faults=shared_faults or FaultSchedule({"alpha": faults}),
         environment=environment or {"PATH": os.defpath},
         cpus=cpus,
-        on_crash=on_crash,
     )
     try:
         if is_started:

@@ -20,6 +20,7 @@ from devnet.scenario import Fault, default_scenario
 from provider_image.errors import ConfigError
 from tests.conftest import DevnetRunner
 from tests.devnet.requestor import ACTIVITY, MARKET, PAYMENT, RequestorRunner, run_command, single_provider
+from tests.devnet.running import calls_matching, failed_calls
 from tests.timing import until
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +46,8 @@ async def test_yapapi_completes_six_tasks_and_pays_for_them(devnet: DevnetRunner
         assert printed["answers"] == {str(number): f"TASK {number}" for number in range(6)}
         assert len(printed["providers"]) >= 2
         # yapapi may still poll a demand that it closes at the same moment.
-        polls = net.journal.matching("GET /market-api/v1/demands/*/events")
-        assert [call for call in net.journal.failed() if call not in polls] == []
+        polls = calls_matching(net, "GET /market-api/v1/demands/*/events")
+        assert [call for call in failed_calls(net) if call not in polls] == []
         bills = list(net.payment.invoices.values())
         assert {bill.status for bill in bills} == {"ACCEPTED"}
         assert len(bills) == len(net.market.agreements) == len(printed["providers"])
@@ -104,7 +105,8 @@ async def test_a_new_daemon_loads_the_state_file_of_another(requestor: Requestor
         allocation_id, key, url = client.allocation_id, client.devnet.app_key, client.devnet.url
     document = json.loads(state.read_text())
     for agreement in document["market"]["agreements"]:
-        del agreement["price_factor"]  # version 0.1.0 had no such field
+        del agreement["price_factor"]  # version 0.1.0 had no such field, but another one
+        agreement["session_id"] = None
     state.write_text(json.dumps(document))
     async with requestor(single_provider(), state=state) as client:
         assert (client.devnet.app_key, client.devnet.url) == (key, url)
@@ -143,7 +145,7 @@ async def test_calls_fail_hang_and_are_aborted_as_the_scenario_says(requestor: R
         with pytest.raises(aiohttp.ClientConnectionError):
             await client.request("GET", f"{MARKET}/demands")
         assert (await client.request("GET", f"{MARKET}/demands"))[0] == 200
-        (slow,) = client.devnet.journal.matching("GET /version/*")
+        (slow,) = calls_matching(client.devnet, "GET /version/*")
         assert slow.seconds >= 0.1
 
 
@@ -175,7 +177,7 @@ async def test_every_call_is_in_the_journal(requestor: RequestorRunner, tmp_path
     async with requestor(single_provider(), journal=file) as client:
         await client.allocate("0.25")
         await client.request("GET", f"{PAYMENT}/allocations/none")
-        (failed,) = client.devnet.journal.failed()
+        (failed,) = failed_calls(client.devnet)
         assert (failed.status, failed.path) == (404, f"{PAYMENT}/allocations/none")
     first, second = (json.loads(line) for line in file.read_text().splitlines())
     assert (first["method"], first["status"]) == ("POST", 201)

@@ -124,10 +124,9 @@ def test_closing_a_url_leaves_those_of_other_servers(gftp: GftpProcess, tmp_path
         ('{"id": 1, "method": "_leave"}', -32601),
         ('{"id": 1, "method": "publish"}', -32602),
         ('{"id": 1, "method": "publish", "params": ["a"]}', -32602),
-        ('{"id": 1, "method": "publish", "params": {"files": "a"}}', -32602),
+        ('{"id": 1, "method": "publish", "params": {"files": [1]}}', -32602),
         ('{"id": 1, "method": "publish", "params": {"files": ["/none/such"]}}', -32000),
         ('{"id": 1, "method": "receive", "params": {"output_file": "/none/such"}}', -32000),
-        ('{"id": 1, "method": "download", "params": {"url": "gftp://x/y", "output_file": "a"}}', -32000),
     ],
 )
 def test_the_server_survives_an_invalid_request(gftp: GftpProcess, line: str, code: int) -> None:
@@ -135,17 +134,6 @@ def test_the_server_survives_an_invalid_request(gftp: GftpProcess, line: str, co
 
     assert response["error"]["code"] == code and response["error"]["message"]
     assert gftp.call("version")
-
-
-def test_files_are_transferred_between_two_servers(gftp: GftpProcess, tmp_path: Path) -> None:
-    other = GftpProcess(tmp_path)
-    source, target = gftp.publish(make_file(tmp_path)), gftp.receive(tmp_path / "received")
-
-    other.call("download", url=source, output_file=str(tmp_path / "got"))
-    other.call("upload", file=str(tmp_path / "got"), url=target)
-
-    assert (tmp_path / "received").read_bytes() == (tmp_path / "got").read_bytes() == b"some bytes"
-    other.end()
 
 
 def test_it_ends_with_its_standard_input_and_leaves_no_files(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:

@@ -47,6 +47,7 @@ KNOWN_DEVIATIONS = {
     (f"GET {PAYMENT}/debitNotes/{{debitNoteId}}", "answer.usageCounterVector", "type"): _VECTOR,
 }
 _SCAN = "For tools that inspect the market; neither yapapi nor the executor does."
+_UNUSED = "Neither yapapi nor the executor makes this call."
 _NOT_THERE = "According to the description itself, the daemon does not implement it."
 #: Published calls of a requestor that the devnet does not implement -> reason.
 UNIMPLEMENTED = {
@@ -58,11 +59,17 @@ UNIMPLEMENTED = {
     f"GET {PAYMENT}/invoices/{{invoiceId}}/payments": _NOT_THERE,
     f"POST {PAYMENT}/invoices": "For providers; those of the devnet do not use HTTP.",
     f"POST {ACTIVITY}/activity/{{activityId}}/encrypted": "The providers have no enclaves.",
-    f"GET {ACTIVITY}/activity/{{activityId}}/command": "Neither yapapi nor the executor asks what is running.",
-}
-#: Responses as published that yapapi's client cannot parse -> why it does not matter.
-UNREADABLE = {
-    f"GET {MARKET}/agreementEvents": "The client expects another event of a similar name. yapapi does not call it.",
+    f"GET {ACTIVITY}/activity/{{activityId}}/command": _UNUSED,
+    f"GET {ACTIVITY}/activity/{{activityId}}/agreement": _UNUSED,
+    f"GET {MARKET}/demands/{{subscriptionId}}/proposals/{{proposalId}}": _UNUSED,
+    f"GET {MARKET}/agreementEvents": _UNUSED,
+    f"POST {MARKET}/agreements/{{agreementId}}/terminate/reason": _UNUSED,
+    f"PUT {PAYMENT}/allocations/{{allocationId}}": _UNUSED,
+    f"POST {PAYMENT}/debitNotes/{{debitNoteId}}/reject": _UNUSED,
+    f"POST {PAYMENT}/invoices/{{invoiceId}}/reject": _UNUSED,
+    f"GET {PAYMENT}/payments": _UNUSED,
+    f"GET {PAYMENT}/payments/status": _UNUSED,
+    f"GET {PAYMENT}/payments/{{paymentId}}": _UNUSED,
 }
 
 
@@ -210,7 +217,7 @@ def test_yapapis_models_accept_every_response(recordings: Recordings) -> None:
     for call in recordings.calls:
         name = without_parameter_names(published_name(call.method, call.path) or "")
         client, type_ = types.get(name, (None, ""))
-        is_read = type_ and name not in UNREADABLE and not call.answer.startswith("event: ")
+        is_read = type_ and not call.answer.startswith("event: ")
         if not is_read or call.status is None or call.status >= 300:
             continue
         value = client.deserialize(SimpleNamespace(data=call.answer), type_)
@@ -218,4 +225,4 @@ def test_yapapis_models_accept_every_response(recordings: Recordings) -> None:
         assert value is not None and (not isinstance(expected, list) or len(value) == len(expected)), call
         read.add(name)
 
-    assert {name for name in recordings.routes - set(UNREADABLE) if types.get(name, (None, ""))[1]} == read
+    assert {name for name in recordings.routes if types.get(name, (None, ""))[1]} == read

@@ -33,7 +33,7 @@ async def test_the_commands_of_an_activity_change_its_state(tmp_path: Path) -> N
             await run_batch(unit, command)
             states.append(unit.state)
 
-        assert [state for state, following in states if following is None] == [
+        assert states == [
             "Initialized",
             "Deployed",
             "Ready",
@@ -219,7 +219,7 @@ async def test_events_are_streamed_while_the_command_runs(tmp_path: Path) -> Non
             if event["kind"] == {"stdout": "here\n"}:
                 break
 
-        assert unit.state == ("Ready", None)
+        assert unit.state == "Ready"
 
 
 async def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
 
         assert not any(is_alive(pid) for pid in pids)
         assert not (tmp_path / "activity").exists()
-        assert (unit.state, unit.reason) == (("Terminated", None), "The activity was destroyed.")
+        assert (unit.state, unit.reason) == ("Terminated", "The activity was destroyed.")
         with pytest.raises(Gone):
             await unit.execute([sh("true")])
 
@@ -369,7 +369,7 @@ async def test_activities_are_separate(tmp_path: Path) -> None:
         assert (await run_batch(one, sh("ls /golem/work")))[0]["stdout"] == ""
         await one.end()
 
-        assert two.state == ("Ready", None) and two._sandbox.processes.pids()
+        assert two.state == "Ready" and two._sandbox.processes.pids()
 
 
 async def test_no_descriptors_are_left_open(tmp_path: Path) -> None:

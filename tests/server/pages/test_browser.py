@@ -143,6 +143,7 @@ def test_chosen_dropped_and_pasted_images_get_live_results(
             [upload_file("chelsea.jpg", variant(photos["chelsea"], 1)), upload_file("coffee.jpg", photos["coffee"])],
         )
         page.wait_for_selector(".answer:nth-child(2) .state.done")
+        session.save_screenshot("home")
         for way in ("drop", "paste"):
             data = base64.b64encode(variant(photos["rocket"], len(way))).decode()
             assert page.evaluate(DROP_OR_PASTE_SCRIPT, [way, f"{way}.jpg", data])

@@ -24,6 +24,7 @@ from batcher.executors.golem.timings import GolemTimings
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
+from tests.devnet.running import calls_matching, paid
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
 from tests.timing import slowness, until
@@ -133,7 +134,7 @@ def test_the_cheapest_provider_that_always_fails_is_paid_once_banned_and_replace
         assert [(each.error, each.provider) for each in outcomes] == [(None, "beta")] * 4
         assert approved_providers(harness) == ["alpha", "beta"]
         failed = next(each for each in harness.devnet.market.agreements.values())
-        assert harness.devnet.payment.paid[failed.agreement_id] > 0
+        assert paid(harness.devnet)[failed.agreement_id] > 0
         assert list(banned(harness)) == ["alpha"]
         assert {row.name: row.paid > 0 for row in harness.store.ledger.costs("provider")} == {
             "alpha": True,
@@ -417,7 +418,7 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
             bills = {**devnet.payment.invoices, **devnet.payment.debit_notes}
             accepted = [
                 (bills[call.path.split("/")[-2]].agreement_id, json.loads(call.request)["allocationId"])
-                for call in devnet.journal.matching("POST /payment-api/v1/*/accept")
+                for call in calls_matching(devnet, "POST /payment-api/v1/*/accept")
             ]
             assert set(accepted) == set(allocation_of.items())
             assert len(set(allocation_of.values())) == 2
@@ -701,7 +702,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
             words = (sys.executable, "-c", BATCHER, str(tmp_path), str(models_folder))
             batcher = await asyncio.create_subprocess_exec(*words, env=environment)
             try:
-                await until(lambda: len(devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+                await until(lambda: len(calls_matching(devnet, "POST /activity-api/v1/activity/*/exec")) >= 4)
                 open_before = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             finally:
                 batcher.kill()
@@ -709,7 +710,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
             executor = make_executor(devnet, store, tmp_path, models_folder, timings=SHORT)
             harness = GolemHarness(devnet, executor, store, tmp_path / "jobs", models_folder)
             await executor.start()
-            await until(lambda: len(devnet.payment.paid) == 2)
+            await until(lambda: len(paid(devnet)) == 2)
             open_after = len(devnet.market.list_open_demands()), len(devnet.payment.wallet.list_active())
             await close(harness)
 
@@ -723,7 +724,7 @@ def test_the_next_batcher_closes_and_pays_what_a_killed_batcher_left_open(tmp_pa
 def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         runs = asyncio.create_task(harness.run("one", "two", "three", "four"))
-        await until(lambda: len(harness.devnet.journal.matching("POST /activity-api/v1/activity/*/exec")) >= 4)
+        await until(lambda: len(calls_matching(harness.devnet, "POST /activity-api/v1/activity/*/exec")) >= 4)
         started_at = time.monotonic()
         await close(harness)
         seconds = time.monotonic() - started_at
@@ -731,7 +732,7 @@ def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play:
 
         assert seconds < 10 * slowness()
         assert all(each.is_blameless and each.error is not None for each in outcomes)
-        assert len(harness.devnet.payment.paid) == 2
+        assert len(paid(harness.devnet)) == 2
         assert file_servers() == []
         assert banned(harness) == {}
 
