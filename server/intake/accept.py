@@ -29,14 +29,14 @@ from server.auth.guard import check_quota, current_key_id
 from server.errors import BacklogFull, FetchingDisabled
 from server.intake.batch_parser import detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
-from server.intake.staging import Stager
+from server.intake.staging import StagedItem, Stager
 from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, input_hint, read_json, read_upload
 from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
-from store.batches import BatchRecord, RefusedItem
+from store.batches import BatchRecord
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
 
@@ -51,22 +51,12 @@ class AcceptedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AcceptedItem:
-    """One item of a batch: a request, or why it was refused."""
-
-    position: int
-    client_id: str
-    request: RequestRecord | None = None
-    refused: RefusedItem | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class AcceptedBatch:
     """A batch of which all requests are stored."""
 
     batch: BatchRecord
     #: In the order in which they were sent.
-    items: Sequence[AcceptedItem]
+    items: Sequence[StagedItem]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,18 +228,8 @@ class Intake:
             raise
         refused = [one.refused for one in outcomes if one.refused is not None]
         added = iter(self._store.batches.add(batch, staged, refused))
-        return AcceptedBatch(
-            batch=batch,
-            items=[
-                AcceptedItem(
-                    position=one.item.position,
-                    client_id=one.item.client_id,
-                    request=None if one.staged is None else next(added),
-                    refused=one.refused,
-                )
-                for one in outcomes
-            ],
-        )
+        items = [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
+        return AcceptedBatch(batch=batch, items=items)
 
     # Checks
 
@@ -257,14 +237,8 @@ class Intake:
         row = find_row(self._settings.models, model)
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
-        return _Submission(
-            row=row,
-            service=service,
-            digest=self._artefact_digest(row),
-            options=options,
-            key_id=current_key_id(),
-            **checked,
-        )
+        digest, key_id = self._artefact_digest(row), current_key_id()
+        return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
 
     def _check_fields(self, service: Service, fields: Mapping[str, str]) -> dict[str, Any]:
         """Check what comes beside an image. :return: fields of a _Submission. :raises InvalidParams:"""

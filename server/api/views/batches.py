@@ -21,9 +21,9 @@ from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
-from server.intake.accept import AcceptedItem
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
+from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
 from server.record_json import fields, to_json
 from server.serializers import parse_read_params
@@ -45,6 +45,7 @@ _AFTER = Field(name="after", help="The `cursor` of the last line that you have: 
 _REFUSED = "client_id position code reason"
 _BINARY = {"type": "string", "format": "binary"}
 _operation = functools.partial(operation, tag="batches")
+_results_operation = functools.partial(_operation, scope=Scope.READ, query=(_AFTER, *service_fields(is_read=True)))
 
 
 class BatchViews(Views):
@@ -129,11 +130,9 @@ class BatchViews(Views):
         self._get_batch(id)
         return json_response({"success": True, "deleted": self._store.batches.remove(id)})
 
-    @_operation(
+    @_results_operation(
         "GET /batches/<id>/results.jsonl",
         "Results of a batch as JSON lines, in the order in which they ended",
-        Scope.READ,
-        query=(_AFTER, *service_fields(is_read=True)),
         content_type="application/jsonl",
     )
     def results_jsonl(self, id: str) -> flask.Response:
@@ -146,11 +145,9 @@ class BatchViews(Views):
 
         return _download(lines(), "application/jsonl")
 
-    @_operation(
+    @_results_operation(
         "GET /batches/<id>/results.csv",
         "Results of a batch as CSV, in the order in which they ended",
-        Scope.READ,
-        query=(_AFTER, *service_fields(is_read=True)),
         content_type="text/csv",
     )
     def results_csv(self, id: str) -> flask.Response:
@@ -245,11 +242,11 @@ class BatchViews(Views):
                 yield {**self._context.serialize(request, params), "cursor": after}
 
 
-def _show_item(item: AcceptedItem) -> dict[str, Any]:
-    if item.request is None:
-        assert item.refused is not None
-        return {**fields(item.refused, _REFUSED), "req_id": None, "status": "refused"}
-    shown = {**fields(item, "client_id position"), "req_id": item.request.id, "status": item.request.status}
+def _show_item(one: StagedItem) -> dict[str, Any]:
+    if one.request is None:
+        assert one.refused is not None
+        return {**fields(one.refused, _REFUSED), "req_id": None, "status": "refused"}
+    shown = {**fields(one.item, "client_id position"), "req_id": one.request.id, "status": one.request.status}
     return {**shown, "code": None, "reason": None}
 
 
