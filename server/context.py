@@ -38,7 +38,6 @@ class Context:
 
     settings: ServerSettings
     store: Store
-    #: Accepts images.
     intake: Intake
     #: Holds reads until their request is final.
     long_poller: LongPoller
@@ -46,7 +45,6 @@ class Context:
     change_dispatcher: ChangeDispatcher
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
-    #: Returns the time.
     clock: Callable[[], datetime]
     #: Cached counts of the queue.
     queue_stats: QueueStats

@@ -40,7 +40,6 @@ class Operation:
 
     #: Methods and path: "GET|POST /readPrediction/<id>".
     route: str
-    #: One line.
     summary: str
     #: The scope that a key needs; None is open to everybody.
     scope: Scope | None

@@ -112,11 +112,9 @@ class Target:
     """A URL that was checked."""
 
     host: str
-    #: Path and query.
     path: str
     port: int = _PORT
     is_secure: bool = True
-    #: Value of the header Host.
     host_header: str
 
 

@@ -58,7 +58,6 @@ class SavedResponse:
 
     #: Identifies the request body that it belongs to.
     fingerprint: str
-    #: HTTP status.
     status: int
     #: The headers that are repeated.
     headers: Mapping[str, str] = field(default_factory=dict)

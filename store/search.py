@@ -39,9 +39,7 @@ class Query:
 
     #: A state of the store, or "expired"; "cancelled" leaves the expired ones out.
     status: str | None = None
-    #: The model's canonical name.
     model: str | None = None
-    #: The batch that the request belongs to.
     batch_id: str | None = None
     #: The API key that it was sent with.
     key_id: str | None = None
@@ -59,7 +57,6 @@ class Query:
 class Page:
     """One page of matching requests, newest first."""
 
-    #: The requests.
     requests: Sequence[RequestRecord]
     #: `before` of the next page; None at the end.
     next_before: int | None

@@ -50,7 +50,6 @@ class PageQuery:
     key_id: str | None
     #: Only numbers below this.
     before: int | None
-    #: How many at most.
     limit: int
     #: The other parameters, without those that may be repeated.
     fields: Mapping[str, str]

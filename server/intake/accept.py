@@ -150,7 +150,11 @@ class Intake:
         if is_json and not self._settings.fetches_urls and not _row_limits(inputs):
             raise FetchingDisabled()
         self._check_capacity()
-        upload = self._read_json_upload(request, inputs) if is_json else self._read_upload(request, inputs)
+        max_bytes, reads = self._settings.max_image_bytes, self._active_reads
+        if is_json:
+            upload = self._read_json_upload(request, inputs)
+        else:
+            upload = read_upload(request, inputs, max_image_bytes=max_bytes, active_reads=reads)
         add_fields(fields, upload.fields.items())
         if submission is None:
             submission = self._check(fields.pop("model", ""), fields, options)
@@ -274,10 +278,6 @@ class Intake:
     def _check_backlog(self, new_requests: int) -> None:
         if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
             raise BacklogFull()
-
-    def _read_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
-        limit = self._settings.max_image_bytes
-        return read_upload(request, inputs, max_image_bytes=limit, active_reads=self._active_reads)
 
     def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
         """Read the table rows in a JSON body, or fetch the image at its URL."""

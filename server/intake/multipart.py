@@ -28,11 +28,9 @@ _HINT = "Let the client build the form, for example: curl -F image=@kitten.jpg U
 class Part:
     """One field of the form."""
 
-    #: The field's name.
     name: str
     #: The client's file name; None for a plain field.
     filename: str | None
-    #: The bytes.
     data: bytes
 
 
