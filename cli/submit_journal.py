@@ -64,10 +64,7 @@ class SubmitJournal:
         self._write([{"key": batch.key, "files": dict(batch.files)}])
 
     def finish(self, batch: SentBatch, ids: Mapping[str, str]) -> None:
-        """Record what the server acknowledged of a batch; durable on return.
-
-        :param ids: sha256 -> request id.
-        """
+        """Record what the server acknowledged of a batch; durable on return. :param ids: sha256 -> request id."""
         acknowledged = [{"sha256": sha256, "req_id": req_id} for sha256, req_id in ids.items()]
         self._write([*acknowledged, {"finished": batch.key}])
         self._ids.update(ids)

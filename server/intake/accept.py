@@ -42,24 +42,6 @@ from store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class AcceptedImage:
-    """A single image, or other inputs, that became a request."""
-
-    request: RequestRecord
-    #: The read-time parameters that the client sent, checked. They are not stored, as equal images share an answer.
-    read_params: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AcceptedBatch:
-    """A batch of which all requests are stored."""
-
-    batch: BatchRecord
-    #: In the order in which they were sent.
-    items: Sequence[StagedItem]
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Submission:
     """All that is known of a request apart from its inputs; a batch's requests share it."""
 
@@ -68,12 +50,12 @@ class _Submission:
     #: None if the artefact is built on first use.
     digest: str | None
     options: RequestOptions
-    params: Mapping[str, Any]
-    #: Those of the read-time parameters that were sent.
+    #: Of the read-time parameters those that the client sent. They are not stored, as equal images share an answer.
     read_params: Mapping[str, Any]
     is_fresh: bool
     webhook: str | None
     key_id: str | None
+    params: Mapping[str, Any]
 
     def new_request(self, *, created_at: datetime, name: str | None) -> NewRequest:
         return NewRequest(
@@ -85,11 +67,9 @@ class _Submission:
             digest=self.digest,
             is_fresh=self.is_fresh,
             webhook=self.webhook,
-            labels=self.options.labels,
             key_id=self.key_id,
-            keep_seconds=self.options.keep_seconds,
-            deadline_at=self.options.deadline_at,
             created_at=created_at,
+            **vars(self.options),
         )
 
     def new_batch(self, *, created_at: datetime, name: str | None) -> BatchRecord:
@@ -99,12 +79,10 @@ class _Submission:
             model=self.row.name,
             params=self.params,
             name=name,
-            labels=self.options.labels,
             key_id=self.key_id,
             created_at=created_at,
-            deadline_at=self.options.deadline_at,
-            keep_seconds=self.options.keep_seconds,
             webhook=self.webhook,
+            **vars(self.options),
         )
 
 
@@ -135,11 +113,11 @@ class Intake:
         self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
         self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
 
-    def accept_image(self, request: Request, model: str | None) -> AcceptedImage:
+    def accept_image(self, request: Request, model: str | None) -> tuple[RequestRecord, Mapping[str, Any]]:
         """Accept one image, the body's or the one at the URL in its JSON, or the other inputs that the model takes.
 
         :param model: None when the form's field `model` has it, as on the page.
-        :return: after inputs and request are durable.
+        :return: after inputs and request are durable: the request, and the read-time parameters that were sent.
         :raises MlgError: nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
@@ -175,12 +153,12 @@ class Intake:
                         "curl -F image=@kitten.jpg URL"
                     ) from error
                 raise
-            return AcceptedImage(request=self._store.requests.add(new, staged), read_params=submission.read_params)
+            return self._store.requests.add(new, staged), submission.read_params
 
-    def accept_batch(self, request: Request, model: str) -> AcceptedBatch:
+    def accept_batch(self, request: Request, model: str) -> tuple[BatchRecord, Sequence[StagedItem]]:
         """Accept the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
 
-        :return: after all inputs and requests are durable.
+        :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
@@ -232,8 +210,7 @@ class Intake:
             raise
         refused = [one.refused for one in outcomes if one.refused is not None]
         added = iter(self._store.batches.add(batch, staged, refused))
-        items = [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
-        return AcceptedBatch(batch=batch, items=items)
+        return batch, [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
 
     # Checks
 

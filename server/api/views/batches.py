@@ -18,7 +18,7 @@ import flask
 
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
-from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
+from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.batch_parser import MAX_ITEMS
@@ -76,20 +76,19 @@ class BatchViews(Views):
     )
     def request_predictions(self, model: str) -> flask.Response:
         """Accept many images: 202 when all that are accepted are durable, with an id or a reason for each."""
-        accepted = self._context.intake.accept_batch(flask.request, model)
-        items = [_show_item(item) for item in accepted.items]
-        status_url = f"/batches/{accepted.batch.id}"
-        count = sum(item.request is not None for item in accepted.items)
+        batch, items = self._context.intake.accept_batch(flask.request, model)
+        status_url = f"/batches/{batch.id}"
+        count = sum(item.request is not None for item in items)
         return json_response(
             {
                 "success": True,
-                "batch_id": accepted.batch.id,
+                "batch_id": batch.id,
                 "status_url": status_url,
                 "results_url": f"{status_url}/results.jsonl",
-                "model": accepted.batch.model,
+                "model": batch.model,
                 "accepted": count,
                 "refused": len(items) - count,
-                "items": items,
+                "items": [_show_item(item) for item in items],
             },
             202,
             {"Location": status_url},
@@ -173,9 +172,9 @@ class BatchViews(Views):
         self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
-            SheetItem(
-                read=functools.partial(self._context.read_image, request),
-                lines=_sheet_lines(request, self._context.serialize(request)["preds"]),
+            (
+                functools.partial(self._context.read_image, request),
+                _sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
         ]
