@@ -1,7 +1,6 @@
 """The command `mlg devnet`.
 
-Loaded through the table in `mlg.py`. The only module of the product that imports the package devnet, inside functions,
-because devnet needs the extra `devnet`.
+The only module of the product that imports the package devnet, inside functions, because devnet needs an extra.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The group `mlg models`: lists, checks and (in `compile.py`) installs models.
-
-Loaded through the table in `mlg.py`. Heavy modules are imported in the functions, so that `--help` is fast.
-"""
+"""The group `mlg models`: lists, checks and (in `compile.py`) installs models."""
 
 from __future__ import annotations
 

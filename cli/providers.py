@@ -1,7 +1,6 @@
 """The group `mlg providers`: lists the providers of rented computers, bans and unbans them.
 
-Loaded through the table in `mlg.py`. It uses the store directly; batchers read bans there before they choose a
-provider.
+It uses the store directly; batchers read bans there before they choose a provider.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The group `mlg requests`: lists, shows, retries and cancels requests.
-
-Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs.
-"""
+"""The group `mlg requests`: lists, shows, retries and cancels requests."""
 
 from __future__ import annotations
 

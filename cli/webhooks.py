@@ -1,7 +1,6 @@
 """The group `mlg webhooks`: addresses to notify when a request or a batch is done, and the messages sent to them.
 
-Loaded through the table in `mlg.py`. It uses the store directly. The server processes send the messages; only `test`
-sends one itself.
+The server processes send the messages; only `test` sends one itself.
 """
 
 from __future__ import annotations

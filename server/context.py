@@ -46,9 +46,7 @@ class Context:
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
     clock: Callable[[], datetime]
-    #: Cached counts of the queue.
     queue_stats: QueueStats
-    #: Cached figures for operators.
     dashboard: Dashboard
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore

@@ -59,10 +59,8 @@ class Pause:
     """Why and since when work is paused, and by whom."""
 
     mode: Mode
-    #: Who paused it; free text.
     by: str
     since: datetime
-    #: The operator's reason; None if none was given.
     reason: str | None = None
 
     @property

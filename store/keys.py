@@ -102,7 +102,6 @@ class KeyRecord:
     #: Requests a minute; None is unlimited.
     requests_per_minute: int | None = None
     created_at: datetime
-    #: When it expires; None is never.
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     #: When it was last used, to TOUCH_SECONDS.

@@ -35,19 +35,16 @@ _FIRST_SINCE = "SELECT number FROM requests WHERE created_at >= ? ORDER BY creat
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """The filters of a search; None does not filter."""
+    """The filters of a search; None does not filter. Accepted between `since`, included, and `until`."""
 
     #: A state of the store, or "expired"; "cancelled" leaves the expired ones out.
     status: str | None = None
     model: str | None = None
     batch_id: str | None = None
-    #: The API key that it was sent with.
     key_id: str | None = None
     #: All of these, as (name, value).
     labels: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    #: Accepted at that time or later.
     since: datetime | None = None
-    #: Accepted before that time.
     until: datetime | None = None
     #: Contained in the file name; the case of ASCII letters does not matter.
     text: str | None = None

@@ -72,13 +72,10 @@ class MinuteStats:
     #: Start of the minute as text: 2026-11-21T10:12.
     minute: str
     model: str
-    #: Chunks that ended.
     chunks: int
     #: Requests answered; equal images are computed once, so this may be more than `images`.
     answered: int
-    #: Images computed.
     images: int
-    #: Items that failed.
     failed: int
     #: Sum of the chunks' seconds.
     seconds: float

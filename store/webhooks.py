@@ -119,7 +119,6 @@ class DeliveryRecord:
     event: str
     #: The request's or the batch's id.
     subject: str
-    #: The final state.
     state: str
     #: The body; None before the first attempt.
     payload: str | None
@@ -129,7 +128,6 @@ class DeliveryRecord:
     #: When it is sent next, or when the lease of the current attempt ends; None once it is delivered or dead.
     next_at: datetime | None
     delivered_at: datetime | None
-    #: When it was given up.
     dead_at: datetime | None
     last_status: int | None
     last_error: str | None

@@ -78,7 +78,7 @@ def enum(values: Iterable[str], help: str) -> Schema:
     return {"type": "string", "enum": list(values), "description": help}
 
 
-_STATUSES = (*map(str, RequestState), EXPIRED)
+STATUSES = (*map(str, RequestState), EXPIRED)
 _MODEL = string("The model's canonical name.")
 _LABELS = map_of("string", "The client's labels.")
 _CACHED = boolean("Whether the answer is reused from an equal image.")
@@ -103,7 +103,7 @@ _ERROR = {
 _SUBMITTED = success(
     "req_id status status_url model cached",
     req_id=string("Reads the answer."),
-    status=enum(_STATUSES, "`done` at once if an equal image was answered before."),
+    status=enum(STATUSES, "`done` at once if an equal image was answered before."),
     status_url=string("Path of the answer."),
     model=_MODEL,
     cached=_CACHED,
@@ -113,7 +113,7 @@ _SUBMITTED = success(
 _REQUEST = success(
     "req_id status preds model service name created_at attempts",
     req_id=string("Its id."),
-    status=enum(_STATUSES, "Its state; done, failed, cancelled and expired are final."),
+    status=enum(STATUSES, "Its state; done, failed, cancelled and expired are final."),
     files={
         "type": "object",
         "additionalProperties": object_schema(
@@ -197,7 +197,7 @@ _BATCH_SUBMITTED = success(
         object_schema(
             **_REFUSED,
             req_id=nullable(string("Reads the answer; null if it was refused.")),
-            status=enum((*_STATUSES, "refused"), "Its state."),
+            status=enum((*STATUSES, "refused"), "Its state."),
         )
     ),
 )

@@ -25,7 +25,7 @@ from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
-from server.record_json import fields, to_json
+from server.record_json import fields, given_fields, to_json
 from server.serializers import parse_read_params
 from store.batches import BatchRecord
 from store.keys import Scope
@@ -217,8 +217,7 @@ class BatchViews(Views):
             "cost_is_final": progress.is_cost_final,
             "results_url": f"/batches/{batch.id}/results.jsonl",
         }
-        options = fields(batch, "deadline_at cancelled_at keep_seconds")
-        shown |= {name: value for name, value in options.items() if value is not None}
+        shown |= given_fields(batch, "deadline_at cancelled_at keep_seconds")
         if is_whole:
             last = self._store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
