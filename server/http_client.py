@@ -233,17 +233,8 @@ class HttpClient:
                     channel.do_handshake()
                 connection = http.client.HTTPConnection(target.host, target.port)
                 connection.sock = channel
-                connection.request(
-                    method,
-                    target.path,
-                    body=body,
-                    headers={
-                        "Host": target.host_header,
-                        "User-Agent": "mlg",
-                        "Connection": "close",
-                        **(headers or {}),
-                    },
-                )
+                always = {"Host": target.host_header, "User-Agent": "mlg", "Connection": "close"}
+                connection.request(method, target.path, body=body, headers={**always, **(headers or {})})
                 yield stack.enter_context(contextlib.closing(connection.getresponse()))
             # A connection that was cut looks like one that ended, and half a response like a whole one.
             _seconds_left(give_up_at)
