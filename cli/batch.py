@@ -1,7 +1,4 @@
-"""The command `mlg batch`: the batcher, on a timer or once.
-
-Loaded through the table in `mlg.py`. Heavy modules are imported in the function, so that `--help` is fast.
-"""
+"""The command `mlg batch`: the batcher, on a timer or once."""
 
 from __future__ import annotations
 

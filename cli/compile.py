@@ -1,7 +1,6 @@
 """The command `mlg models compile`: installs models by building their artefacts from weights.
 
-Part of the group in `models.py`. Results go to stdout, progress to stderr. The compiler is imported in the functions,
-so that `--help` is fast.
+Part of the group in `models.py`. Results go to stdout, progress to stderr.
 """
 
 from __future__ import annotations

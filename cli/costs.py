@@ -1,7 +1,4 @@
-"""The command `mlg costs`: what rented computers cost, read from the ledger of a home.
-
-Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs.
-"""
+"""The command `mlg costs`: what rented computers cost, read from the ledger of a home."""
 
 from __future__ import annotations
 

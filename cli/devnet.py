@@ -1,7 +1,6 @@
 """The command `mlg devnet`.
 
-Loaded through the table in `mlg.py`. The only module of the product that imports the package devnet, inside functions,
-because devnet needs the extra `devnet`.
+The only module of the product that imports the package devnet, inside functions, because devnet needs an extra.
 """
 
 from __future__ import annotations
@@ -41,13 +40,7 @@ DEFAULT_PROVIDERS = 3
 @click.option("--subnet", metavar="NAME", help="Subnet of the offers. [the scenario's, or devnet]")
 @home_option
 def devnet(
-    providers: int | None,
-    scenario: Path | None,
-    port: int | None,
-    env_file: Path | None,
-    state: Path | None,
-    journal: Path | None,
-    subnet: str | None,
+    providers: int | None, scenario: Path | None, port: int | None, subnet: str | None, **files: Path | None
 ) -> None:
     """Run a simulated Golem network on this computer until Ctrl-C or SIGTERM, for trying out and for tests.
 
@@ -74,7 +67,7 @@ def devnet(
     configure_logging()
     import asyncio
 
-    asyncio.run(_run(plan, home=home, port=port or 0, env_file=env_file, state=state, journal=journal))
+    asyncio.run(_run(plan, home=home, port=port or 0, **files))
 
 
 def _require_aiohttp() -> None:

@@ -1,6 +1,6 @@
 """The group `mlg image`: builds the provider image and publishes it for Golem.
 
-Loaded through the table in `mlg.py`. The work is done by `batcher/image_build/builder.py`.
+The work is done by `batcher/image_build/builder.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The group `mlg keys`: creates, lists and revokes the API keys of a server.
 
-Loaded through the table in `mlg.py`. It uses the store directly. `create` writes the key to stdout and nothing else, so
-that it can be piped into a password manager; the key cannot be shown again.
+`create` writes the key to stdout and nothing else, so that it can be piped into a password manager; the key cannot be
+shown again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The group `mlg models`: lists, checks and (in `compile.py`) installs models.
-
-Loaded through the table in `mlg.py`. Heavy modules are imported in the functions, so that `--help` is fast.
-"""
+"""The group `mlg models`: lists, checks and (in `compile.py`) installs models."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def models(context: click.Context, as_json: bool) -> None:
       mlg models check efficientnet_lite0
     """
     if context.invoked_subcommand is None:
-        _list_models(as_json)
+        context.invoke(list_models, as_json=as_json)
 
 
 @models.command("list")
@@ -47,7 +44,23 @@ def list_models(as_json: bool) -> None:
     Example:
       mlg models list --json
     """
-    _list_models(as_json)
+    settings = HomeSettings.from_env(environment())
+    from server.serializers import serialize_models
+
+    rows = serialize_models(settings.models)
+    if as_json:
+        print_json_lines(rows)
+        return
+    has_titles = width() >= _MIN_WIDTH_WITH_TITLES
+    names = ("model", "title") if has_titles else ("model",)
+    columns = ("service", "input", "installed", "digest", "MB", "weights", "images/s")
+    table = make_table(*names, *columns, right=("MB", "images/s"))
+    for row in rows:
+        titles = (row["title"],) if has_titles else ()
+        table.add_row(row["name"], *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
+    print_table(table)
+    if any(row["installed"] and row["images_per_second"] is None for row in rows):
+        click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
 
 
 models.add_command(compile_models)
@@ -88,26 +101,6 @@ def check_models(as_json: bool, threads: int | None, precision: str, names: Sequ
     reports = (check_in_process(folder, settings.models, threads=threads, precision=precision) for folder in folders)
     if not print_reports(reports, as_json=as_json, write=click.echo):
         raise click.exceptions.Exit(1)
-
-
-def _list_models(as_json: bool) -> None:
-    settings = HomeSettings.from_env(environment())
-    from server.serializers import serialize_models
-
-    rows = serialize_models(settings.models)
-    if as_json:
-        print_json_lines(rows)
-        return
-    has_titles = width() >= _MIN_WIDTH_WITH_TITLES
-    names = ("model", "title") if has_titles else ("model",)
-    columns = ("service", "input", "installed", "digest", "MB", "weights", "images/s")
-    table = make_table(*names, *columns, right=("MB", "images/s"))
-    for row in rows:
-        titles = (row["title"],) if has_titles else ()
-        table.add_row(row["name"], *titles, row["service"], f"{row['height']} x {row['width']}", *_installed_cells(row))
-    print_table(table)
-    if any(row["installed"] and row["images_per_second"] is None for row in rows):
-        click.echo("To measure images/s on this machine: mlg models check MODEL", err=True)
 
 
 def _installed_cells(row: dict[str, Any]) -> tuple[str, ...]:

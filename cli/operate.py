@@ -1,7 +1,6 @@
 """The group `mlg operate`: pauses, drains, resumes and triggers the batchers of a home, and shows its status.
 
-Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs; batchers check there
-for changes twice a second.
+It uses the store directly; batchers check there for changes twice a second.
 """
 
 from __future__ import annotations

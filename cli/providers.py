@@ -1,7 +1,6 @@
 """The group `mlg providers`: lists the providers of rented computers, bans and unbans them.
 
-Loaded through the table in `mlg.py`. It uses the store directly; batchers read bans there before they choose a
-provider.
+It uses the store directly; batchers read bans there before they choose a provider.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ def list_providers(as_json: bool) -> None:
     with open_store() as store:
         found = store.providers.list()
         costs = {row.key: row for row in store.ledger.costs("provider")}
-        speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in store.providers.speeds():
-            speeds[speed.provider_id][speed.model] = speed.images_per_second
+        speeds = defaultdict(dict, store.providers.speeds_by_model())
     now = datetime.now(UTC)
     if as_json:
         print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)

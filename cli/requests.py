@@ -1,7 +1,4 @@
-"""The group `mlg requests`: lists, shows, retries and cancels requests.
-
-Loaded through the table in `mlg.py`. It uses the store directly, so it works while no server runs.
-"""
+"""The group `mlg requests`: lists, shows, retries and cancels requests."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from store.settings import HomeSettings
 
 if TYPE_CHECKING:
     from store.requests import RequestRecord
+
+ids_argument = click.argument("ids", nargs=-1, required=True, metavar="ID...")
 
 
 @click.group()
@@ -117,7 +116,7 @@ def show(id: str, files: Path | None, as_json: bool) -> None:
 
 @requests.command()
 @home_option
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@ids_argument
 def retry(ids: Sequence[str]) -> None:
     """Queue failed or cancelled requests again. Their attempts are counted from zero.
 
@@ -132,7 +131,7 @@ def retry(ids: Sequence[str]) -> None:
 
 @requests.command()
 @home_option
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@ids_argument
 def cancel(ids: Sequence[str]) -> None:
     """Cancel requests that have not been dispatched yet.
 

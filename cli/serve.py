@@ -1,8 +1,4 @@
-"""The commands `mlg serve` and `mlg migrate`.
-
-Loaded through the table in `mlg.py`. Settings are read here, once. Heavy modules are imported in the functions, so that
-`--help` is fast.
-"""
+"""The commands `mlg serve` and `mlg migrate`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The command `mlg submit`: sends images to a server, in batches, and collects the results.
 
-Loaded through the table in `mlg.py`. It talks to the server only through `mlg_client`. A journal (`submit_journal.py`)
-records what the server has acknowledged, so that an interrupted run can be repeated and sends only what is missing.
-httpx and rich are imported in the functions that need them, so that `--help` is fast.
+It talks to the server only through `mlg_client`. A journal (`submit_journal.py`) records what the server has
+acknowledged, so that an interrupted run can be repeated and sends only what is missing.
 """
 
 from __future__ import annotations

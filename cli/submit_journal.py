@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from store.errors import StoreUnavailable
@@ -53,9 +52,7 @@ class SubmitJournal:
     def __enter__(self) -> SubmitJournal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def find(self, sha256: str) -> str | None:
@@ -67,10 +64,7 @@ class SubmitJournal:
         self._write([{"key": batch.key, "files": dict(batch.files)}])
 
     def finish(self, batch: SentBatch, ids: Mapping[str, str]) -> None:
-        """Record what the server acknowledged of a batch; durable on return.
-
-        :param ids: sha256 -> request id.
-        """
+        """Record what the server acknowledged of a batch; durable on return. :param ids: sha256 -> request id."""
         acknowledged = [{"sha256": sha256, "req_id": req_id} for sha256, req_id in ids.items()]
         self._write([*acknowledged, {"finished": batch.key}])
         self._ids.update(ids)

@@ -1,7 +1,4 @@
-"""The command `mlg up`: the server, the batcher and its workers on this machine, under one supervisor.
-
-Loaded through the table in `mlg.py`. Heavy modules are imported in the function, so that `--help` is fast.
-"""
+"""The command `mlg up`: the server, the batcher and its workers on this machine, under one supervisor."""
 
 from __future__ import annotations
 

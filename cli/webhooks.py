@@ -1,7 +1,6 @@
 """The group `mlg webhooks`: addresses to notify when a request or a batch is done, and the messages sent to them.
 
-Loaded through the table in `mlg.py`. It uses the store directly. The server processes send the messages; only `test`
-sends one itself.
+The server processes send the messages; only `test` sends one itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.open_store import open_store
-from cli.options import environment, home_option, json_option
+from cli.options import environment, home_option, json_option, with_options
 from cli.tables import local_time, make_table, print_json_lines, print_records, print_table, printable
 from provider_image.errors import ConfigError
 from server.record_json import fields
@@ -22,6 +21,12 @@ from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from store.webhooks import DeliveryRecord, EndpointRecord
+
+list_options = with_options(
+    click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number."),
+    home_option,
+    json_option,
+)
 
 
 @click.group()
@@ -166,9 +171,7 @@ def test_webhook(id: str) -> None:
 
 @webhooks.command("deliveries")
 @click.option("--state", type=click.Choice(["pending", "delivered", "dead"]), help="Only messages in this state.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
-@home_option
-@json_option
+@list_options
 def list_deliveries(state: str | None, limit: int, as_json: bool) -> None:
     """List the messages, newest first.
 
@@ -176,40 +179,6 @@ def list_deliveries(state: str | None, limit: int, as_json: bool) -> None:
     Example:
       mlg webhooks deliveries --state pending
     """
-    _list_messages(state, limit, as_json)
-
-
-@webhooks.command("dead")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Maximum number.")
-@home_option
-@json_option
-def list_dead(limit: int, as_json: bool) -> None:
-    """List the messages that could not be delivered, newest first. The server does not send them again by itself.
-
-    \b
-    Example:
-      mlg webhooks dead --json
-    """
-    _list_messages("dead", limit, as_json)
-
-
-@webhooks.command("redeliver")
-@click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@home_option
-def redeliver(ids: tuple[str, ...]) -> None:
-    """Queue messages to be sent again. A running server sends them.
-
-    \b
-    Example:
-      mlg webhooks redeliver msg_0123456789abcdef0123456789abcdef
-    """
-    with open_store() as store:
-        for id in ids:
-            delivery = store.webhooks.redeliver(id, now=datetime.now(UTC))
-            click.echo(f"{delivery.id}  {delivery.url}")
-
-
-def _list_messages(state: str | None, limit: int, as_json: bool) -> None:
     with open_store() as store:
         found = store.webhooks.list_deliveries(status=state, limit=limit)
     if as_json:
@@ -230,6 +199,35 @@ def _list_messages(state: str | None, limit: int, as_json: bool) -> None:
         },
         right=("attempts",),
     )
+
+
+@webhooks.command("dead")
+@list_options
+@click.pass_context
+def list_dead(context: click.Context, limit: int, as_json: bool) -> None:
+    """List the messages that could not be delivered, newest first. The server does not send them again by itself.
+
+    \b
+    Example:
+      mlg webhooks dead --json
+    """
+    context.invoke(list_deliveries, state="dead", limit=limit, as_json=as_json)
+
+
+@webhooks.command("redeliver")
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@home_option
+def redeliver(ids: tuple[str, ...]) -> None:
+    """Queue messages to be sent again. A running server sends them.
+
+    \b
+    Example:
+      mlg webhooks redeliver msg_0123456789abcdef0123456789abcdef
+    """
+    with open_store() as store:
+        for id in ids:
+            delivery = store.webhooks.redeliver(id, now=datetime.now(UTC))
+            click.echo(f"{delivery.id}  {delivery.url}")
 
 
 def _state(delivery: DeliveryRecord) -> str:

@@ -1,12 +1,15 @@
 """Typed settings from environment variables; the error for a bad value names its variable.
 
-Used by the `from_env` of each package's settings, which the commands call once. Nothing else reads `os.environ`.
+A package declares its settings as a dataclass whose fields are made by `setting` and `home_setting`; the commands read
+it once with `from_env`. Nothing else reads `os.environ`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
 from pathlib import Path
+from typing import Any, Self
 
 from provider_image.errors import ConfigError
 
@@ -67,3 +70,52 @@ class Environment:
         if not minimum <= value <= maximum:  # also refuses nan
             raise ConfigError(f"{name}={text} is out of range: {minimum:g} to {maximum:g}.")
         return value
+
+
+def setting(
+    variable: str,
+    default: Any,
+    *,
+    minimum: float = 0,
+    maximum: float = 0,
+    choices: tuple[str, ...] = (),
+    parse: Callable[[str, str], Any] | None = None,
+    unset: Callable[[], Any] | None = None,
+) -> Any:
+    """Declare a field of Settings that an environment variable sets; it is read as what its default is.
+
+    :param minimum: with `maximum`, the range of a number.
+    :param choices: the texts that are allowed.
+    :param parse: reads the variable's name and text, if it is of another type.
+    :param unset: returns the value if the variable is not set, where that depends on the machine.
+    """
+
+    def read(env: Environment) -> Any:
+        value = default if unset is None else unset()
+        if parse is not None:
+            text = env.text(variable, "")
+            return parse(variable, text) if text else value
+        if isinstance(value, bool):
+            return env.boolean(variable, value)
+        if isinstance(value, int):
+            return env.integer(variable, value, minimum=int(minimum), maximum=int(maximum))
+        if isinstance(value, float):
+            return env.number(variable, value, minimum=minimum, maximum=maximum)
+        return env.choice(variable, value, choices) if choices else env.text(variable, value)
+
+    return field(default=default, metadata={"variable": variable, "read": read})
+
+
+def home_setting(folder: str = "") -> Any:
+    """Declare a field of Settings with the home, or a folder in it; it has no default."""
+    return field(metadata={"variable": "MLG_HOME", "read": lambda env: env.path("MLG_HOME", "~/.mlg") / folder})
+
+
+class Settings:
+    """A dataclass whose fields are declared by `setting` and `home_setting`."""
+
+    @classmethod
+    def from_env(cls, variables: Mapping[str, str]) -> Self:
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
+        env = Environment(variables)
+        return cls(**{one.name: one.metadata["read"](env) for one in fields(cls)})  # type: ignore[arg-type]

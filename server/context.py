@@ -38,7 +38,6 @@ class Context:
 
     settings: ServerSettings
     store: Store
-    #: Accepts images.
     intake: Intake
     #: Holds reads until their request is final.
     long_poller: LongPoller
@@ -46,11 +45,8 @@ class Context:
     change_dispatcher: ChangeDispatcher
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
-    #: Returns the time.
     clock: Callable[[], datetime]
-    #: Cached counts of the queue.
     queue_stats: QueueStats
-    #: Cached figures for operators.
     dashboard: Dashboard
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore

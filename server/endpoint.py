@@ -29,7 +29,6 @@ class Field:
 
     name: str
     help: str
-    #: JSON Schema.
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
     is_required: bool = False
 
@@ -40,7 +39,6 @@ class Operation:
 
     #: Methods and path: "GET|POST /readPrediction/<id>".
     route: str
-    #: One line.
     summary: str
     #: The scope that a key needs; None is open to everybody.
     scope: Scope | None
@@ -51,7 +49,6 @@ class Operation:
     body: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: Status -> name of a schema in `server/api/schemas.py`, or a JSON Schema; errors that every view has are left out.
     responses: Mapping[int, str | Mapping[str, Any]] = field(default_factory=dict)
-    #: Content type of the responses.
     content_type: str = "application/json"
 
     @property

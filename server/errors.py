@@ -10,18 +10,8 @@ from collections.abc import Mapping
 
 from provider_image import errors
 from provider_image.errors import BadInput, MlgError, TooManyBytes
+from store import errors as store_errors
 from store.batches import BatchInProgress, DuplicateClientId
-from store.errors import (
-    DiskFull,
-    ImageGone,
-    LimitReached,
-    NotCancellable,
-    NotRemovable,
-    NotRetryable,
-    StoreBusy,
-    StoreError,
-    UnknownRequest,
-)
 from store.idempotency import IdempotencyKeyReused
 from store.providers import UnknownProvider
 from store.webhooks import UnknownWebhook
@@ -55,7 +45,7 @@ class WrongHost(AccessRefused):
     """This server does not serve this host name. Add it to MLG_ALLOWED_HOSTS, or use http://127.0.0.1"""
 
 
-class RateLimited(LimitReached):
+class RateLimited(store_errors.LimitReached):
     """The API key sends too many requests. Send the next one when this minute is over."""
 
 
@@ -99,43 +89,37 @@ class DeliveryFailed(MlgError):
     """The receiver could not be reached."""
 
 
-#: HTTP status of each error: the class's own row, else that of its nearest base class.
-HTTP_STATUS: Mapping[type[MlgError], int] = {
-    MlgError: 500,
-    BadInput: 400,
-    KeyMissing: 401,
-    KeyRefused: 401,
-    AccessRefused: 403,
-    errors.UnknownModel: 404,
-    UnknownRequest: 404,
-    UnknownProvider: 404,
-    UnknownWebhook: 404,
-    NotCancellable: 409,
-    NotRetryable: 409,
-    NotRemovable: 409,
-    BatchInProgress: 409,
-    DuplicateClientId: 409,
-    ImageGone: 410,
-    errors.ImageTooLarge: 413,
-    TooManyBytes: 413,
-    errors.UnsupportedFormat: 415,
-    UnsupportedMediaType: 415,
-    WrongHost: 421,
-    IdempotencyKeyReused: 422,
-    LimitReached: 429,
-    FetchFailed: 502,
-    errors.NotInstalled: 503,
-    errors.ModelError: 503,
-    BacklogFull: 503,
-    StreamsFull: 503,
-    StoreError: 503,
-    DiskFull: 507,
+#: HTTP status -> the errors that have it.
+_KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
+    500: (MlgError,),
+    400: (BadInput,),
+    401: (KeyMissing, KeyRefused),
+    403: (AccessRefused,),
+    404: (errors.UnknownModel, store_errors.UnknownRequest, UnknownProvider, UnknownWebhook),
+    409: (
+        store_errors.NotCancellable,
+        store_errors.NotRetryable,
+        store_errors.NotRemovable,
+        BatchInProgress,
+        DuplicateClientId,
+    ),
+    410: (store_errors.ImageGone,),
+    413: (errors.ImageTooLarge, TooManyBytes),
+    415: (errors.UnsupportedFormat, UnsupportedMediaType),
+    421: (WrongHost,),
+    422: (IdempotencyKeyReused,),
+    429: (store_errors.LimitReached,),
+    502: (FetchFailed,),
+    503: (errors.NotInstalled, errors.ModelError, BacklogFull, StreamsFull, store_errors.StoreError),
+    507: (store_errors.DiskFull,),
 }
+#: HTTP status of each error: the class's own row, else that of its nearest base class.
+HTTP_STATUS = {kind: status for status, kinds in _KINDS.items() for kind in kinds}
 #: Seconds after which a client may try again, for temporary errors; looked up in the same way.
 RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
-    StoreBusy: 1,
-    StoreError: 5,
-    DiskFull: 60,
+    store_errors.StoreBusy: 1,
+    store_errors.StoreError: 5,
+    store_errors.DiskFull: 60,
     BacklogFull: 30,
     StreamsFull: 5,
     errors.NotInstalled: 60,

@@ -43,8 +43,8 @@ _PRIVATE_NAMES = (".localhost", ".local", ".localdomain", ".internal", ".intrane
 
 # From the IANA registries of special-purpose addresses. Written out, because `ipaddress` differs between versions of
 # Python.
-_NON_PUBLIC_IPV4 = tuple(
-    ipaddress.IPv4Network(network)
+_NON_PUBLIC = tuple(
+    ipaddress.ip_network(network)
     for network in (
         "0.0.0.0/8",  # this network
         "10.0.0.0/8",  # private
@@ -65,12 +65,6 @@ _NON_PUBLIC_IPV4 = tuple(
         "203.0.113.0/24",  # documentation
         "224.0.0.0/4",  # multicast
         "240.0.0.0/4",  # reserved, broadcast
-    )
-)
-_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
-_NON_PUBLIC_IPV6 = tuple(
-    ipaddress.IPv6Network(network)
-    for network in (
         "2001::/23",  # protocols: Teredo, benchmarks, ORCHID
         "2001:db8::/32",  # documentation
         "2002::/16",  # 6to4
@@ -79,6 +73,7 @@ _NON_PUBLIC_IPV6 = tuple(
         "3fff::/20",  # documentation
     )
 )
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 #: The last 32 bits are the IPv4 address that a gateway connects to.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -96,8 +91,10 @@ def is_public(address: str) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
+    if any(parsed in network for network in _NON_PUBLIC):
+        return False
     if isinstance(parsed, ipaddress.IPv4Address):
-        return not any(parsed in network for network in _NON_PUBLIC_IPV4)
+        return True
     if parsed.scope_id is not None:
         return False
     if parsed.ipv4_mapped is not None:
@@ -107,7 +104,7 @@ def is_public(address: str) -> bool:
     # ISATAP also carries an IPv4 address, behind any prefix.
     if (int(parsed) >> 32) & 0xFDFFFFFF == 0x5EFE:
         return False
-    return parsed in _PUBLIC_IPV6 and not any(parsed in network for network in _NON_PUBLIC_IPV6)
+    return parsed in _PUBLIC_IPV6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +112,9 @@ class Target:
     """A URL that was checked."""
 
     host: str
-    #: Path and query.
     path: str
     port: int = _PORT
     is_secure: bool = True
-    #: Value of the header Host.
     host_header: str
 
 
@@ -238,17 +233,8 @@ class HttpClient:
                     channel.do_handshake()
                 connection = http.client.HTTPConnection(target.host, target.port)
                 connection.sock = channel
-                connection.request(
-                    method,
-                    target.path,
-                    body=body,
-                    headers={
-                        "Host": target.host_header,
-                        "User-Agent": "mlg",
-                        "Connection": "close",
-                        **(headers or {}),
-                    },
-                )
+                always = {"Host": target.host_header, "User-Agent": "mlg", "Connection": "close"}
+                connection.request(method, target.path, body=body, headers={**always, **(headers or {})})
                 yield stack.enter_context(contextlib.closing(connection.getresponse()))
             # A connection that was cut looks like one that ended, and half a response like a whole one.
             _seconds_left(give_up_at)

@@ -28,3 +28,8 @@ def to_json(value: Any) -> Any:
 def fields(record: object, names: str) -> dict[str, Any]:
     """Return fields of a record as JSON. :param names: their names, separated by spaces."""
     return {name: to_json(getattr(record, name)) for name in names.split()}
+
+
+def given_fields(record: object, names: str) -> dict[str, Any]:
+    """Return those of the fields that are neither None nor empty, as JSON."""
+    return {name: value for name, value in fields(record, names).items() if value or value == 0}

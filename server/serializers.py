@@ -17,10 +17,9 @@ from provider_image.models.registry import list_rows
 from provider_image.models.speed import read_speed
 from provider_image.service import check_params, primary_input
 from provider_image.services import REGISTRY, load_service
-from server.record_json import fields
+from server.record_json import fields, given_fields
 from server.status.eta import WaitEstimate
 from store.requests import RequestRecord
-from store.rows import to_text
 from store.states import RequestState
 from store.webhooks import DeliveryRecord
 
@@ -38,7 +37,7 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
         "status": request.status,
         "preds": None,
         **fields(request, "model service name created_at attempts"),
-        **{name: value for name, value in fields(request, "batch_id client_id labels").items() if value},
+        **given_fields(request, "batch_id client_id labels"),
     }
     if request.state is RequestState.DONE:
         is_known = request.service in REGISTRY  # the package that has it may have been removed
@@ -56,12 +55,9 @@ def serialize_request(request: RequestRecord, params: Mapping[str, Any], wait: W
             }
             for name, one in request.files.items()
         }
-    if request.finished_at is not None:
-        result["finished_at"] = to_text(request.finished_at)
+    result |= given_fields(request, "finished_at")
     if wait is not None:
-        result |= fields(wait, "waiting_for eta_seconds")
-        if wait.ahead is not None:
-            result["ahead"] = wait.ahead
+        result |= {**fields(wait, "waiting_for eta_seconds"), **given_fields(wait, "ahead")}
     if request.state is not RequestState.DONE and request.reason is not None:
         # Also while it is queued again: why the last attempt failed.
         result |= fields(request, "reason code")

@@ -39,12 +39,9 @@ _ALL = "SELECT name, value, changed_at, changed_by FROM controls ORDER BY name"
 class Control:
     """One value, and who set it."""
 
-    #: Its name.
     name: str
-    #: The value; JSON.
     value: Mapping[str, Any]
     changed_at: datetime
-    #: Who changed it; free text.
     changed_by: str
 
 
@@ -62,10 +59,8 @@ class Pause:
     """Why and since when work is paused, and by whom."""
 
     mode: Mode
-    #: Who paused it; free text.
     by: str
     since: datetime
-    #: The operator's reason; None if none was given.
     reason: str | None = None
 
     @property
@@ -99,15 +94,16 @@ class Controls:
     def state(self) -> ControlState:
         """Read the current values. :raises StoreError:"""
         found = {control.name: control for control in self.list()}
-        run = found.get(RUN_NOW)
-        token = None if run is None else run.value.get("token")
-        return ControlState(pause=_to_pause(found.get(PAUSE)), run_token=token if isinstance(token, str) else None)
+        token = found[RUN_NOW].value.get("token") if RUN_NOW in found else None
+        pause = _to_pause(found[PAUSE]) if PAUSE in found else None
+        return ControlState(pause=pause, run_token=token if isinstance(token, str) else None)
 
     def pause(self, mode: Mode, *, by: str, now: datetime, reason: str | None = None) -> Pause:
         """Stop all batchers from claiming anything new."""
-        cleaned_reason = _clean(reason or "") or None
-        control = self.set(PAUSE, {"mode": str(mode), "reason": cleaned_reason}, by=by, now=now)
-        return Pause(mode=mode, by=control.changed_by, since=control.changed_at, reason=cleaned_reason)
+        value = {"mode": str(mode), "reason": _clean(reason or "") or None}
+        pause = _to_pause(self.set(PAUSE, value, by=by, now=now))
+        assert pause is not None
+        return pause
 
     def resume(self, *, by: str, now: datetime) -> None:
         """Let batchers claim again."""
@@ -139,16 +135,12 @@ class Controls:
         return self._database.records(Control, _ALL)
 
 
-def _to_pause(control: Control | None) -> Pause | None:
-    if control is None or control.value.get("mode") not in set(Mode):
+def _to_pause(control: Control) -> Pause | None:
+    mode, reason = control.value.get("mode"), control.value.get("reason")
+    if mode not in set(Mode):
         return None
-    reason = control.value.get("reason")
-    return Pause(
-        mode=Mode(control.value["mode"]),
-        by=control.changed_by,
-        since=control.changed_at,
-        reason=reason if isinstance(reason, str) else None,
-    )
+    reason = reason if isinstance(reason, str) else None
+    return Pause(mode=Mode(mode), by=control.changed_by, since=control.changed_at, reason=reason)
 
 
 def _clean(text: str) -> str:

@@ -54,15 +54,12 @@ class IdempotencyKeyReused(MlgError):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedResponse:
-    """The first response to a request."""
+    """The first response to a request; its body is not compressed here."""
 
     #: Identifies the request body that it belongs to.
     fingerprint: str
-    #: HTTP status.
     status: int
-    #: The headers that are repeated.
     headers: Mapping[str, str] = field(default_factory=dict)
-    #: The body, uncompressed.
     body: bytes = b""
 
 
@@ -70,7 +67,6 @@ class SavedResponse:
 class EarlierRequest:
     """An earlier request under the same key."""
 
-    #: Method and path of the earlier request.
     operation: str
     #: Its response; None while it is in progress.
     response: SavedResponse | None

@@ -93,21 +93,16 @@ class KeyRecord:
 
     #: Twelve letters and digits; not secret.
     id: str
-    #: The operator's name for it.
     name: str
     #: Hash of the whole key.
     sha256: str = field(repr=False)
-    #: What it allows.
     scopes: frozenset[Scope]
     #: Images a day (UTC); None is unlimited.
     images_per_day: int | None = None
     #: Requests a minute; None is unlimited.
     requests_per_minute: int | None = None
-    #: When it was made.
     created_at: datetime
-    #: When it expires; None is never.
     expires_at: datetime | None = None
-    #: When it was revoked.
     revoked_at: datetime | None = None
     #: When it was last used, to TOUCH_SECONDS.
     last_used_at: datetime | None = None

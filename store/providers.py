@@ -206,7 +206,14 @@ class Providers:
 
     def speed(self, model: str) -> dict[str, float]:
         """Return how many images a second of a model each provider answered recently: address -> speed."""
-        return {found.provider_id: found.images_per_second for found in self.speeds() if found.model == model}
+        return {id: by_model[model] for id, by_model in self.speeds_by_model().items() if model in by_model}
+
+    def speeds_by_model(self) -> dict[str, dict[str, float]]:
+        """Return the speeds of all providers: address -> model -> images a second."""
+        found: dict[str, dict[str, float]] = {}
+        for speed in self.speeds():
+            found.setdefault(speed.provider_id, {})[speed.model] = speed.images_per_second
+        return found
 
     def speeds(self) -> list[SpeedRecord]:
         """List the speeds of all providers and models."""

@@ -35,21 +35,16 @@ _FIRST_SINCE = "SELECT number FROM requests WHERE created_at >= ? ORDER BY creat
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """The filters of a search; None does not filter."""
+    """The filters of a search; None does not filter. Accepted between `since`, included, and `until`."""
 
     #: A state of the store, or "expired"; "cancelled" leaves the expired ones out.
     status: str | None = None
-    #: The model's canonical name.
     model: str | None = None
-    #: The batch that the request belongs to.
     batch_id: str | None = None
-    #: The API key that it was sent with.
     key_id: str | None = None
     #: All of these, as (name, value).
     labels: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    #: Accepted at that time or later.
     since: datetime | None = None
-    #: Accepted before that time.
     until: datetime | None = None
     #: Contained in the file name; the case of ASCII letters does not matter.
     text: str | None = None
@@ -59,7 +54,6 @@ class Query:
 class Page:
     """One page of matching requests, newest first."""
 
-    #: The requests.
     requests: Sequence[RequestRecord]
     #: `before` of the next page; None at the end.
     next_before: int | None

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from store.chunks import ChunkRecord
 from store.database import Database
-from store.rows import from_row, to_text
+from store.rows import to_text
 
 # SQLite's record of AUTOINCREMENT: numbers have no gaps and are never reused.
 _ACCEPTED = "SELECT seq FROM sqlite_sequence WHERE name = 'requests'"
@@ -72,13 +72,10 @@ class MinuteStats:
     #: Start of the minute as text: 2026-11-21T10:12.
     minute: str
     model: str
-    #: Chunks that ended.
     chunks: int
     #: Requests answered; equal images are computed once, so this may be more than `images`.
     answered: int
-    #: Images computed.
     images: int
-    #: Items that failed.
     failed: int
     #: Sum of the chunks' seconds.
     seconds: float
@@ -127,7 +124,7 @@ class Stats:
 
     def list_minute_stats(self, since: datetime) -> list[MinuteStats]:
         """List the totals of chunks by minute and model."""
-        return [from_row(MinuteStats, row) for row in self._database.rows(_MINUTES, (to_text(since),))]
+        return self._database.records(MinuteStats, _MINUTES, (to_text(since),))
 
     def count_accepted_before(self, times: Sequence[datetime]) -> list[int]:
         """Count, for each time, the requests that were accepted before it. :param times: ascending."""

@@ -95,17 +95,14 @@ class EndpointRecord:
 
     #: Starts with "we_".
     id: str
-    #: Where deliveries go.
     url: str
     #: Which of EVENTS it receives.
     events: tuple[str, ...]
     #: Signs the deliveries.
     secret: str
-    #: When it was added.
     created_at: datetime
     #: Since when it receives nothing any more; None while it is enabled.
     disabled_at: datetime | None = None
-    #: Why it was disabled.
     disabled_reason: str | None = None
 
 
@@ -117,29 +114,22 @@ class DeliveryRecord:
     id: str
     #: The endpoint; None for a URL that was sent with a request or batch.
     endpoint_id: str | None
-    #: Where it is sent.
     url: str
     #: One of EVENTS.
     event: str
     #: The request's or the batch's id.
     subject: str
-    #: The final state.
     state: str
     #: The body; None before the first attempt.
     payload: str | None
-    #: When the event happened.
     created_at: datetime
     #: Attempts so far, the current one included.
     attempts: int
     #: When it is sent next, or when the lease of the current attempt ends; None once it is delivered or dead.
     next_at: datetime | None
-    #: When the receiver accepted it.
     delivered_at: datetime | None
-    #: When it was given up.
     dead_at: datetime | None
-    #: HTTP status of the last response.
     last_status: int | None
-    #: Error of the last attempt.
     last_error: str | None
 
     @property

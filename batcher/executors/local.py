@@ -15,7 +15,6 @@ import logging
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from batcher.executors.worker_process import WorkerProcess
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
-from provider_image.environment import Environment
+from provider_image.environment import Settings, setting
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
@@ -57,23 +56,14 @@ class _LocalQueuedJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalSettings:
+class LocalSettings(Settings):
     """Settings of the local executor."""
 
     #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
-    workers: int = 1
+    workers: int = setting("MLG_WORKERS", 1, unset=available_cores, minimum=1, maximum=256)
     #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
-    precision: str = "f32"
-
-    @classmethod
-    def from_env(cls, variables: Mapping[str, str]) -> LocalSettings:
-        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
-        env = Environment(variables)
-        return cls(
-            workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
-            precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
-        )
+    precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from batcher.errors import ContainerImageError
 from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
-from provider_image.environment import Environment
+from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, look_up
@@ -35,29 +35,22 @@ _NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|
 _NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
 
 
+def _repository(variable: str, text: str) -> str:
+    if not REPOSITORY.fullmatch(text):
+        raise ConfigError(f"{variable}={text!r} does not have the form user/repository, in lower case.")
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImageSettings:
+class ImageSettings(Settings):
     """Settings of `mlg image`."""
 
     #: Folder of the installed artefacts; in the home.
-    models: Path
+    models: Path = home_setting("models")
     #: The container engine, a name or a path; empty takes the first that works. MLG_IMAGE_ENGINE. Defaults to empty.
-    engine: str = ""
+    engine: str = setting("MLG_IMAGE_ENGINE", "")
     #: user/repository on Golem's registry to publish to. MLG_IMAGE_REGISTRY. Defaults to empty.
-    registry: str = ""
-
-    @classmethod
-    def from_env(cls, variables: Mapping[str, str]) -> ImageSettings:
-        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
-        env = Environment(variables)
-        registry = env.text("MLG_IMAGE_REGISTRY", cls.registry)
-        if registry and not REPOSITORY.fullmatch(registry):
-            raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} does not have the form user/repository, in lower case.")
-        return cls(
-            models=env.path("MLG_HOME", "~/.mlg") / "models",
-            engine=env.text("MLG_IMAGE_ENGINE", cls.engine),
-            registry=registry,
-        )
+    registry: str = setting("MLG_IMAGE_REGISTRY", "", parse=_repository)
 
 
 def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:

@@ -177,7 +177,14 @@ class _HashingBody:
 
     def read(self, size: int = -1) -> bytes:
         """Read like the server's stream."""
-        return self._record(self._stream.read(size) if size is not None and size >= 0 else self._stream.read(), size)
+        piece: bytes = self._stream.read(size) if size is not None and size >= 0 else self._stream.read()
+        if piece:
+            self._size += len(piece)
+            self._update(piece)
+            self.on_read()
+        if (not piece and size != 0) or (self._declared is not None and self._size >= self._declared):
+            self._is_at_end = True
+        return piece
 
     def read_rest(self, max_bytes: int) -> bool:
         """Read the rest, at most `max_bytes`. :return: whether the end was reached."""
@@ -200,15 +207,6 @@ class _HashingBody:
         final = self._hash.copy()
         final.update(self._carry)
         return final.hexdigest()
-
-    def _record(self, piece: bytes, size: int | None) -> bytes:
-        if piece:
-            self._size += len(piece)
-            self._update(piece)
-            self.on_read()
-        if (not piece and size != 0) or (self._declared is not None and self._size >= self._declared):
-            self._is_at_end = True
-        return piece
 
     def _update(self, piece: bytes) -> None:
         """Hash what was read without a form's boundaries, also those across two reads."""

@@ -54,8 +54,12 @@ _CLIENT_CALLS = {
     "retry_batch": 'client.retry_batch("ID")',
     "models": "print([model.name for model in client.models() if model.is_installed])",
 }
-
-
+#: Statuses, and the header that their responses have: its name, what it is, its type.
+_HEADERS = (
+    (range(300, 400), "Location", "The next page.", "string"),
+    ((202,), "Location", "Path of the answer.", "string"),
+    ((429, 503, 507), "Retry-After", "Seconds after which to try again.", "integer"),
+)
 _SUCCESS_TEXTS = {
     200: "Success.",
     201: "Created.",
@@ -223,24 +227,17 @@ def _error_statuses(call: Call) -> list[int]:
 
 def _response(status: int, schema: str | Mapping[str, Any], content_type: str) -> dict[str, Any]:
     is_error = status >= 400
-    described: dict[str, Any] = {
-        "description": _error_text(status) if is_error else _SUCCESS_TEXTS.get(status, "Done.")
-    }
+    text = _error_text(status) if is_error else _SUCCESS_TEXTS.get(status, "Done.")
     if status in (204, 304):
-        return described
+        return {"description": text}
     kind = "application/json" if is_error else content_type
     content_schema = ref(schema) if isinstance(schema, str) else dict(schema)
     if not kind.endswith("json"):
         content_schema = {"type": "string"}
-    if 300 <= status < 400:
-        described["headers"] = {"Location": {"description": "The next page.", "schema": {"type": "string"}}}
-    described["content"] = {kind: {"schema": content_schema}}
-    if status == 202:
-        described["headers"] = {"Location": {"description": "Path of the answer.", "schema": {"type": "string"}}}
-    if status in (429, 503, 507):
-        described["headers"] = {
-            "Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}}
-        }
+    described: dict[str, Any] = {"description": text, "content": {kind: {"schema": content_schema}}}
+    for statuses, name, help, type in _HEADERS:
+        if status in statuses:
+            described["headers"] = {name: {"description": help, "schema": {"type": type}}}
     return described
 
 

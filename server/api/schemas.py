@@ -46,14 +46,16 @@ def nullable(schema: Schema) -> Schema:
     return {**schema, "type": [schema["type"], "null"]}
 
 
-def object_schema(required: str, **properties: Schema) -> Schema:
-    """Describe an object. :param required: the names of the required properties, separated by spaces."""
-    return {"type": "object", "required": required.split(), "properties": properties}
+def object_schema(required: str | None = None, /, **properties: Schema) -> Schema:
+    """Describe an object. :param required: the required properties, with spaces between; None for all."""
+    names = list(properties) if required is None else required.split()
+    return {"type": "object", "required": names, "properties": properties}
 
 
-def success(required: str, **properties: Schema) -> Schema:
+def success(required: str | None = None, /, **properties: Schema) -> Schema:
     """Describe a response that is not an error."""
-    return object_schema(f"success {required}", success={"const": True}, **properties)
+    names = None if required is None else f"success {required}"
+    return object_schema(names, success={"const": True}, **properties)
 
 
 def ref(name: str) -> Schema:
@@ -76,7 +78,7 @@ def enum(values: Iterable[str], help: str) -> Schema:
     return {"type": "string", "enum": list(values), "description": help}
 
 
-_STATUSES = (*map(str, RequestState), EXPIRED)
+STATUSES = (*map(str, RequestState), EXPIRED)
 _MODEL = string("The model's canonical name.")
 _LABELS = map_of("string", "The client's labels.")
 _CACHED = boolean("Whether the answer is reused from an equal image.")
@@ -92,7 +94,6 @@ _REFUSED = {
 
 _ERROR = {
     **object_schema(
-        "success reason code",
         success={"const": False},
         reason=string("What happened and what to do, for people."),
         code=string("The same in one word, for programs; it is stable, the reason is not."),
@@ -102,7 +103,7 @@ _ERROR = {
 _SUBMITTED = success(
     "req_id status status_url model cached",
     req_id=string("Reads the answer."),
-    status=enum(_STATUSES, "`done` at once if an equal image was answered before."),
+    status=enum(STATUSES, "`done` at once if an equal image was answered before."),
     status_url=string("Path of the answer."),
     model=_MODEL,
     cached=_CACHED,
@@ -112,11 +113,10 @@ _SUBMITTED = success(
 _REQUEST = success(
     "req_id status preds model service name created_at attempts",
     req_id=string("Its id."),
-    status=enum(_STATUSES, "Its state; done, failed, cancelled and expired are final."),
+    status=enum(STATUSES, "Its state; done, failed, cancelled and expired are final."),
     files={
         "type": "object",
         "additionalProperties": object_schema(
-            "url media_type bytes",
             url=string("Path of the file."),
             media_type=string("Its media type."),
             bytes=integer("Its size."),
@@ -154,7 +154,7 @@ _DETAIL = object_schema(
     picture_url=nullable(string("Path of the image; null after it was deleted.")),
     timeline=list_of(
         {
-            **object_schema("event at", event=string("What happened."), at=nullable(timestamp("When."))),
+            **object_schema(event=string("What happened."), at=nullable(timestamp("When."))),
             "additionalProperties": True,
         },
         "What happened to it, in order.",
@@ -175,7 +175,7 @@ _BATCH = success(
     cancelled_at=timestamp("When it was cancelled."),
     keep_seconds=number("Seconds that each request is kept after its end.", minimum=0),
     total=integer("Images that were accepted."),
-    counts=object_schema(" ".join(_COUNTS), **{state: integer("How many.") for state in _COUNTS}),
+    counts=object_schema(**{state: integer("How many.") for state in _COUNTS}),
     progress=number("The share of requests that have ended.", minimum=0, maximum=1),
     cost=nullable(string("Its cost, in GLM; null where nothing is paid.")),
     cost_is_final=boolean("Whether all invoices were settled."),
@@ -183,11 +183,10 @@ _BATCH = success(
     eta_seconds=nullable(number("Estimated seconds until its end; null when unknown.", minimum=0)),
     waiting_for=string("Why it has not ended, for people."),
     failures=map_of("integer", "Code of the failed requests, and how many have it."),
-    refused=list_of(object_schema(" ".join(_REFUSED), **_REFUSED)),
+    refused=list_of(object_schema(**_REFUSED)),
     changed=integer("Requests that were cancelled or queued again."),
 )
 _BATCH_SUBMITTED = success(
-    "batch_id status_url results_url model accepted refused items",
     batch_id=string("Reads the batch."),
     status_url=string("Path of its progress."),
     results_url=string("Path of its results."),
@@ -196,16 +195,13 @@ _BATCH_SUBMITTED = success(
     refused=integer("Images that were refused."),
     items=list_of(
         object_schema(
-            f"{' '.join(_REFUSED)} req_id status",
             **_REFUSED,
             req_id=nullable(string("Reads the answer; null if it was refused.")),
-            status=enum((*_STATUSES, "refused"), "Its state."),
+            status=enum((*STATUSES, "refused"), "Its state."),
         )
     ),
 )
 _CATALOGUE_MODEL = object_schema(
-    "name title service source height width installed builds_on_first_use digest size_bytes storage "
-    "images_per_second install",
     name=string("The name in paths; case and separators do not matter."),
     title=string("The name for people."),
     service=enum(REGISTRY, "What kind of work it does."),
@@ -237,19 +233,18 @@ def schemas() -> Mapping[str, Schema]:
             "required": [*request["required"], *_DETAIL["required"]],
             "properties": {**request["properties"], **_DETAIL["properties"]},
         },
-        "Requests": success("requests next", requests=list_of(_without_success(request)), next=_NEXT),
+        "Requests": success(requests=list_of(_without_success(request)), next=_NEXT),
         "Batch": _BATCH,
-        "Batches": success("batches next", batches=list_of(_without_success(_BATCH)), next=_NEXT),
+        "Batches": success(batches=list_of(_without_success(_BATCH)), next=_NEXT),
         "BatchSubmitted": _BATCH_SUBMITTED,
         "Model": _CATALOGUE_MODEL,
-        "Models": success("models", models=list_of(ref("Model"))),
+        "Models": success(models=list_of(ref("Model"))),
         "Index": success(
-            "name routes try",
             name=string("The name of the program."),
             routes=map_of("string", "Summaries."),
             **{"try": list_of({"type": "string"}, "Commands to copy.")},
         ),
-        "Health": success("status", status={"const": "alive"}),
+        "Health": success(status={"const": "alive"}),
         "Readiness": success(
             "status store batchers",
             status={"const": "ready"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from provider_image.errors import BadInput, BrokenImage
@@ -31,16 +30,6 @@ _LINES = 2
 _GREY = (221, 221, 221)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SheetItem:
-    """One image of a sheet."""
-
-    #: Returns the bytes, or raises ImageGone.
-    read: Callable[[], bytes]
-    #: The text below it.
-    lines: Sequence[str]
-
-
 def media_type(data: bytes, max_pixels: int) -> str:
     """Return the media type of an accepted image. :raises BadInput:"""
     return MEDIA_TYPES[read_header(data, max_pixels).format]
@@ -56,8 +45,11 @@ def thumbnail(data: bytes, size: int, max_pixels: int) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
-    """Make a PNG of up to SHEET_ITEMS images with their text below."""
+def contact_sheet(items: Sequence[tuple[Callable[[], bytes], Sequence[str]]], max_pixels: int) -> bytes:
+    """Make a PNG of up to SHEET_ITEMS images with lines of text below.
+
+    :param items: a function that returns the bytes or raises ImageGone, and the lines.
+    """
     import PIL.Image
     import PIL.ImageDraw
 
@@ -67,18 +59,18 @@ def contact_sheet(items: Sequence[SheetItem], max_pixels: int) -> bytes:
     width, height = SHEET_PIXELS + 8, SHEET_PIXELS + 8 + _LINES * _LINE_PIXELS
     sheet = PIL.Image.new("RGB", (columns * width, rows * height), "white")
     draw = PIL.ImageDraw.Draw(sheet)
-    for position, item in enumerate(shown):
+    for position, (read, lines) in enumerate(shown):
         left, top = position % columns * width + 4, position // columns * height + 4
         small: PIL.Image.Image | None = None
         try:
-            small = _decode_small(item.read(), SHEET_PIXELS, max_pixels)
+            small = _decode_small(read(), SHEET_PIXELS, max_pixels)
         except (BadInput, ImageGone) as error:
             log.info("an image of a contact sheet cannot be shown: %s", error)
         if small is None:
             draw.rectangle((left, top, left + SHEET_PIXELS, top + SHEET_PIXELS), fill=_GREY)
         else:
             sheet.paste(small, (left + (SHEET_PIXELS - small.width) // 2, top + (SHEET_PIXELS - small.height) // 2))
-        for line, text in enumerate(item.lines[:_LINES]):
+        for line, text in enumerate(lines[:_LINES]):
             draw.text((left, top + SHEET_PIXELS + line * _LINE_PIXELS), _truncate(text), fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

@@ -19,7 +19,7 @@ import ipaddress
 import logging
 from collections.abc import Callable
 from datetime import datetime
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import flask
@@ -35,6 +35,7 @@ from server.settings import ServerSettings
 from store.batches import BatchRecord, UnknownBatch
 from store.errors import QuotaReached, StoreError, UnknownRequest
 from store.keys import KeyRecord, Keys, Scope
+from store.requests import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +43,7 @@ _EXTENSION = "mlg_access"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class Owned(Protocol):
-    """A request or a batch: it was created with a key, or without one."""
-
-    @property
-    def key_id(self) -> str | None:
-        """The key it was created with."""
-
-
-Record = TypeVar("Record", bound=Owned)
+Record = TypeVar("Record", RequestRecord, BatchRecord)
 
 # For views
 
@@ -73,7 +66,7 @@ def visible_key_id() -> str | None:
     return None if key is None or key.is_operator else key.id
 
 
-def is_owner(record: Owned) -> bool:
+def is_owner(record: RequestRecord | BatchRecord) -> bool:
     """Tell whether the caller may see and change a record. Operators may, and everybody where no key is required."""
     key = current_key()
     if key is None:
@@ -157,14 +150,10 @@ class Guard:
     def __init__(self, app: flask.Flask, settings: ServerSettings, keys: Keys, clock: Callable[[], datetime]) -> None:
         self._app = app
         self._settings = settings
-        self._clock = clock
+        self.now = clock
         self.key_cache = KeyCache(keys)
         self.limits = Limits(keys)
         self.sessions = Sessions(settings.home)
-
-    def now(self) -> datetime:
-        """Return the time."""
-        return self._clock()
 
     def is_open(self) -> bool:
         """Tell whether everybody may do everything. :raises StoreError:"""

@@ -36,11 +36,8 @@ class Limit:
 
     #: Its name in the headers.
     name: str
-    #: What is allowed in a window.
     quota: int
-    #: Length of the window.
     window_seconds: int
-    #: What is left of the quota.
     left: int
     #: Until the next window.
     reset_seconds: int

@@ -29,44 +29,16 @@ from server.auth.guard import check_quota, current_key_id
 from server.errors import BacklogFull, FetchingDisabled
 from server.intake.batch_parser import detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
-from server.intake.staging import Stager
+from server.intake.staging import StagedItem, Stager
 from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, input_hint, read_json, read_upload
 from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
-from store.batches import BatchRecord, RefusedItem
+from store.batches import BatchRecord
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
-
-
-@dataclass(frozen=True, kw_only=True)
-class AcceptedImage:
-    """A single image, or other inputs, that became a request."""
-
-    request: RequestRecord
-    #: The read-time parameters that the client sent, checked. They are not stored, as equal images share an answer.
-    read_params: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AcceptedItem:
-    """One item of a batch: a request, or why it was refused."""
-
-    position: int
-    client_id: str
-    request: RequestRecord | None = None
-    refused: RefusedItem | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AcceptedBatch:
-    """A batch of which all requests are stored."""
-
-    batch: BatchRecord
-    #: In the order in which they were sent.
-    items: Sequence[AcceptedItem]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +50,12 @@ class _Submission:
     #: None if the artefact is built on first use.
     digest: str | None
     options: RequestOptions
-    params: Mapping[str, Any]
-    #: Those of the read-time parameters that were sent.
+    #: Of the read-time parameters those that the client sent. They are not stored, as equal images share an answer.
     read_params: Mapping[str, Any]
     is_fresh: bool
     webhook: str | None
     key_id: str | None
+    params: Mapping[str, Any]
 
     def new_request(self, *, created_at: datetime, name: str | None) -> NewRequest:
         return NewRequest(
@@ -95,11 +67,9 @@ class _Submission:
             digest=self.digest,
             is_fresh=self.is_fresh,
             webhook=self.webhook,
-            labels=self.options.labels,
             key_id=self.key_id,
-            keep_seconds=self.options.keep_seconds,
-            deadline_at=self.options.deadline_at,
             created_at=created_at,
+            **vars(self.options),
         )
 
     def new_batch(self, *, created_at: datetime, name: str | None) -> BatchRecord:
@@ -109,12 +79,10 @@ class _Submission:
             model=self.row.name,
             params=self.params,
             name=name,
-            labels=self.options.labels,
             key_id=self.key_id,
             created_at=created_at,
-            deadline_at=self.options.deadline_at,
-            keep_seconds=self.options.keep_seconds,
             webhook=self.webhook,
+            **vars(self.options),
         )
 
 
@@ -145,11 +113,11 @@ class Intake:
         self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
         self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
 
-    def accept_image(self, request: Request, model: str | None) -> AcceptedImage:
+    def accept_image(self, request: Request, model: str | None) -> tuple[RequestRecord, Mapping[str, Any]]:
         """Accept one image, the body's or the one at the URL in its JSON, or the other inputs that the model takes.
 
         :param model: None when the form's field `model` has it, as on the page.
-        :return: after inputs and request are durable.
+        :return: after inputs and request are durable: the request, and the read-time parameters that were sent.
         :raises MlgError: nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
@@ -160,7 +128,11 @@ class Intake:
         if is_json and not self._settings.fetches_urls and not _row_limits(inputs):
             raise FetchingDisabled()
         self._check_capacity()
-        upload = self._read_json_upload(request, inputs) if is_json else self._read_upload(request, inputs)
+        max_bytes, reads = self._settings.max_image_bytes, self._active_reads
+        if is_json:
+            upload = self._read_json_upload(request, inputs)
+        else:
+            upload = read_upload(request, inputs, max_image_bytes=max_bytes, active_reads=reads)
         add_fields(fields, upload.fields.items())
         if submission is None:
             submission = self._check(fields.pop("model", ""), fields, options)
@@ -181,12 +153,12 @@ class Intake:
                         "curl -F image=@kitten.jpg URL"
                     ) from error
                 raise
-            return AcceptedImage(request=self._store.requests.add(new, staged), read_params=submission.read_params)
+            return self._store.requests.add(new, staged), submission.read_params
 
-    def accept_batch(self, request: Request, model: str) -> AcceptedBatch:
+    def accept_batch(self, request: Request, model: str) -> tuple[BatchRecord, Sequence[StagedItem]]:
         """Accept the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
 
-        :return: after all inputs and requests are durable.
+        :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
         :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
         """
         fields, options = read_request_options(request, self._clock())
@@ -238,18 +210,7 @@ class Intake:
             raise
         refused = [one.refused for one in outcomes if one.refused is not None]
         added = iter(self._store.batches.add(batch, staged, refused))
-        return AcceptedBatch(
-            batch=batch,
-            items=[
-                AcceptedItem(
-                    position=one.item.position,
-                    client_id=one.item.client_id,
-                    request=None if one.staged is None else next(added),
-                    refused=one.refused,
-                )
-                for one in outcomes
-            ],
-        )
+        return batch, [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
 
     # Checks
 
@@ -257,14 +218,8 @@ class Intake:
         row = find_row(self._settings.models, model)
         service = load_service(row.service)
         checked = self._check_fields(service, fields)
-        return _Submission(
-            row=row,
-            service=service,
-            digest=self._artefact_digest(row),
-            options=options,
-            key_id=current_key_id(),
-            **checked,
-        )
+        digest, key_id = self._artefact_digest(row), current_key_id()
+        return _Submission(row=row, service=service, digest=digest, options=options, key_id=key_id, **checked)
 
     def _check_fields(self, service: Service, fields: Mapping[str, str]) -> dict[str, Any]:
         """Check what comes beside an image. :return: fields of a _Submission. :raises InvalidParams:"""
@@ -300,10 +255,6 @@ class Intake:
     def _check_backlog(self, new_requests: int) -> None:
         if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
             raise BacklogFull()
-
-    def _read_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
-        limit = self._settings.max_image_bytes
-        return read_upload(request, inputs, max_image_bytes=limit, active_reads=self._active_reads)
 
     def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
         """Read the table rows in a JSON body, or fetch the image at its URL."""

@@ -54,7 +54,6 @@ _USAGE = (
 class BatchItem:
     """One item of a batch, not yet checked: the bytes of its input, or its URL, or why it cannot be read."""
 
-    #: From 0.
     position: int
     #: Unique in the batch.
     client_id: str

@@ -28,19 +28,14 @@ _HINT = "Let the client build the form, for example: curl -F image=@kitten.jpg U
 class Part:
     """One field of the form."""
 
-    #: The field's name.
     name: str
     #: The client's file name; None for a plain field.
     filename: str | None
-    #: The bytes.
     data: bytes
 
 
 def split(body: bytes, boundary: str) -> list[Part]:
-    """Split a body into its parts.
-
-    :raises MalformedRequest: it does not follow RFC 2046, or has too many parts.
-    """
+    """Split a body into its parts. :raises MalformedRequest: it does not follow RFC 2046, or has too many parts."""
     if not 0 < len(boundary) <= MAX_BOUNDARY_LENGTH:
         raise MalformedRequest(f"The Content-Type of a form needs a boundary. {_HINT}")
     dashes = b"--" + boundary.encode("latin-1", "replace")

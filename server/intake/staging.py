@@ -24,6 +24,7 @@ from server.settings import ServerSettings
 from store.batches import RefusedItem
 from store.errors import StoreError
 from store.images import ImageStore, StagedImage
+from store.requests import RequestRecord
 
 #: Images of one batch that are staged at the same time.
 MAX_CONCURRENT_ITEMS = 8
@@ -33,11 +34,12 @@ MAX_FETCH_SECONDS = 240.0
 
 @dataclass(frozen=True, kw_only=True)
 class StagedItem:
-    """One item of a batch after its check: staged, or refused."""
+    """One item of a batch after its check: staged, and then with its request, or refused."""
 
     item: BatchItem
     staged: StagedImage | None = None
     refused: RefusedItem | None = None
+    request: RequestRecord | None = None
 
 
 class Stager:

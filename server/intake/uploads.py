@@ -50,7 +50,6 @@ class Upload:
     inputs: Mapping[str, bytes]
     #: The client's file name of the first, cleaned; only shown.
     name: str | None = None
-    #: The other fields of the form.
     fields: Mapping[str, str] = field(default_factory=dict)
     #: True when the image was sent as a plain field without a file name: most likely an @ was forgotten.
     is_plain_field: bool = False

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from provider_image.errors import MlgError
 from server.errors import StreamsFull
@@ -44,9 +43,10 @@ class Listener:
     """What one stream listens to, and the changes that it has not read yet."""
 
     def __init__(self, *, numbers: Collection[int] = (), batch_id: str | None = None, is_all: bool = False) -> None:
-        self.numbers = frozenset(numbers)
         self.batch_id = batch_id
         self.is_all = is_all
+        #: The requests and the batch, by which the dispatcher finds it.
+        self.keys: set[int | str] = {*numbers, *(() if batch_id is None else (batch_id,))}
         self._condition = threading.Condition()
         self._pending: collections.deque[Change] = collections.deque()
         self._is_notified = False
@@ -91,8 +91,8 @@ class ChangeDispatcher:
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
-        self._by_number: dict[int, set[Listener]] = collections.defaultdict(set)
-        self._by_batch: dict[str, set[Listener]] = collections.defaultdict(set)
+        #: Number of a request or id of a batch -> its listeners.
+        self._by_key: dict[int | str, set[Listener]] = collections.defaultdict(set)
         self._cursor = 0
         self._is_running = False
         self.is_stopped = False
@@ -109,13 +109,6 @@ class ChangeDispatcher:
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
         """Notify a listener of every change inside of the `with` statement. :raises StoreError:"""
-        self._add(listener)
-        try:
-            yield
-        finally:
-            self._remove(listener)
-
-    def _add(self, listener: Listener) -> None:
         with self._lock:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
@@ -123,18 +116,17 @@ class ChangeDispatcher:
                 self._is_running = True
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
             self._listeners.add(listener)
-            for number in listener.numbers:
-                self._by_number[number].add(listener)
-            if listener.batch_id is not None:
-                self._by_batch[listener.batch_id].add(listener)
-
-    def _remove(self, listener: Listener) -> None:
-        with self._lock:
-            self._listeners.discard(listener)
-            for number in listener.numbers:
-                self._remove_from_index(self._by_number, number, listener)
-            if listener.batch_id is not None:
-                self._remove_from_index(self._by_batch, listener.batch_id, listener)
+            for key in listener.keys:
+                self._by_key[key].add(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.discard(listener)
+                for key in listener.keys:
+                    self._by_key[key].discard(listener)
+                    if not self._by_key[key]:
+                        del self._by_key[key]
 
     def stop(self) -> None:
         """End every stream now, and begin none any more: the server is stopping."""
@@ -170,7 +162,7 @@ class ChangeDispatcher:
         interested: dict[int, set[Listener]] = {}
         with self._lock:
             for number, change in latest.items():
-                found = self._by_number.get(number, set()) | self._by_batch.get(change.batch_id or "", set())
+                found = self._by_key.get(number, set()) | self._by_key.get(change.batch_id or "", set())
                 if found:
                     interested[number] = found
             for listener in self._listeners:
@@ -184,9 +176,3 @@ class ChangeDispatcher:
                     listener.put(found_change)
         self._cursor = changes[-1].seq
         return len(changes)
-
-    @staticmethod
-    def _remove_from_index(index: dict[Any, set[Listener]], key: Any, listener: Listener) -> None:
-        index[key].discard(listener)
-        if not index[key]:
-            del index[key]

@@ -45,11 +45,10 @@ def _call(path: str, method: str, described: Mapping[str, Any], base: str) -> di
     schema = content[kind]["schema"] if kind else {}
     scopes = [scope for scheme in described["security"] for scope in scheme.get("bearer", [])]
     return {
+        **described,
         "id": described["operationId"],
         "method": method,
         "path": path,
-        "summary": described["summary"],
-        "description": described["description"],
         "scope": scopes[0] if scopes else None,
         "parameters": [_field(entry["name"], entry["in"], entry["schema"], entry) for entry in described["parameters"]],
         "body_kind": kind,

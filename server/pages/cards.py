@@ -32,11 +32,9 @@ TOP_CLASSES = 5
 class Step:
     """One step in the history of a request."""
 
-    #: What happened.
     title: str
     #: When it happened; None for the present step of an unfinished request.
     at: datetime | None = None
-    #: Details.
     text: str = ""
     #: done, open or bad; the CSS class.
     kind: str = "done"

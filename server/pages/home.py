@@ -47,5 +47,5 @@ class HomeViews(Views):
     @operation("POST /ui/send", "The form that sends an image", Scope.SUBMIT, tag=PAGES)
     def send_form(self) -> Response:
         """Accept an image from a browser without JavaScript and redirect to the request's page."""
-        request = self._context.intake.accept_image(flask.request, model=None).request
+        request, _ = self._context.intake.accept_image(flask.request, model=None)
         return flask.redirect(f"/ui/requests/{request.id}", 303)

@@ -22,7 +22,7 @@ from server.pages.render import page
 
 _HOME_PAGE, _LOGIN_PAGE = "/", "/ui/login"
 _BODY = object_schema("key", key=string("An API key.", format="password"), next=string("Path of the page to go to."))
-_ANSWER = success("")
+_ANSWER = success()
 
 
 class LoginViews(Views):
@@ -44,14 +44,10 @@ class LoginViews(Views):
     def log_in(self) -> Response:
         """Set the session cookie: 303 to a page for browsers, JSON for programs."""
         check_same_origin(is_strict=False)
-        is_json = flask.request.mimetype == "application/json"
-        reads = self._context.active_reads
-        fields = (
-            read_json(flask.request, active_reads=reads)[0]
-            if is_json
-            else read_fields(flask.request, active_reads=reads)
-        )
-        if "key" in flask.request.args:
+        request, reads = flask.request, self._context.active_reads
+        is_json = request.mimetype == "application/json"
+        fields = read_json(request, active_reads=reads)[0] if is_json else read_fields(request, active_reads=reads)
+        if "key" in request.args:
             raise MalformedRequest("Send the key in the body: a key in the URL ends up in logs.")
         guard = get_guard(flask.current_app)
         next_page = safe_next_page(fields.get("next", ""))

@@ -80,11 +80,8 @@ def page(template: str, *, status: int = 200, **variables: Any) -> flask.Respons
     :param template: a file in `templates/` that extends `base.html`.
     :param variables: the template's variables; the values are escaped.
     """
-    html = (
-        _environment()
-        .get_template(template)
-        .render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
-    )
+    found = _environment().get_template(template)
+    html = found.render(path=flask.request.path, key=current_key(), needs_key=_is_login_available(), **variables)
     response = flask.Response(html, status, mimetype="text/html")
     # `/` is a page for browsers and JSON for programs.
     response.headers.update({**_HEADERS, "Cache-Control": "no-store", "Vary": "Accept, Cookie"})
@@ -113,13 +110,13 @@ def _render_error(response: flask.Response) -> Any:
         query = {"next": path} if flask.request.method == "GET" else {}
         return _with_error_headers(response, flask.redirect(url_with_query("/ui/login", query), 303))
     body = response.get_json(silent=True) or {}
+    is_unknown = body.get("code") == "not_found"
+    reason = "This page does not exist." if is_unknown else body.get("reason", "The request failed.")
     shown = page(
         "error.html",
         status=response.status_code,
         title=_ERROR_TITLES.get(response.status_code, "Something went wrong"),
-        reason="This page does not exist."
-        if body.get("code") == "not_found"
-        else body.get("reason", "The request failed."),
+        reason=reason,
     )
     return _with_error_headers(response, shown)
 

@@ -10,7 +10,7 @@ the store.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -43,6 +43,8 @@ RECENT_FAILURES = 500
 MAX_CHUNKS = 200
 #: Providers that are listed, the most recently seen first.
 MAX_PROVIDERS = 100
+#: The counts of a minute beside the requests that arrived.
+_TOTALS = ("answered", "images", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +58,6 @@ class Spending:
     providers: Sequence[ProviderRecord]
     #: Provider -> model -> images per second.
     speeds: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MinuteTotals:
-    """The counts of one minute, over all models."""
-
-    minute: str
-    arrived: int
-    answered: int
-    images: int
-    failed: int
 
 
 class Dashboard:
@@ -151,7 +142,7 @@ class Dashboard:
         alive = {batcher.id for batcher in self.queue_stats.batchers()}
         return [chunk for chunk in self._chunks.get() if chunk.batcher_id in alive]
 
-    def _read_minutes(self) -> list[MinuteTotals]:
+    def _read_minutes(self) -> list[dict[str, Any]]:
         """Read the latest minutes, at first those of a whole day, and sum over the models."""
         now = self.clock().astimezone(UTC).replace(second=0, microsecond=0)
         first = now - timedelta(minutes=DAY_MINUTES - 1)
@@ -176,15 +167,8 @@ class Dashboard:
         for back in range(DAY_MINUTES - 1, -1, -1):
             minute = _minute_key(now - timedelta(minutes=back))
             rows = retained.get(minute, {}).values()
-            sums.append(
-                MinuteTotals(
-                    minute=minute,
-                    arrived=arrivals.get(minute, 0),
-                    answered=sum(row.answered for row in rows),
-                    images=sum(row.images for row in rows),
-                    failed=sum(row.failed for row in rows),
-                )
-            )
+            totals = {name: sum(getattr(row, name) for row in rows) for name in _TOTALS}
+            sums.append({"minute": minute, "arrived": arrivals.get(minute, 0), **totals})
         return sums
 
     def _read_failures(self) -> dict[str, Any]:
@@ -196,16 +180,13 @@ class Dashboard:
 
     def _read_spending(self) -> Spending:
         midnight = self.clock().astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-        speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in self.store.providers.speeds():
-            speeds[speed.provider_id][speed.model] = speed.images_per_second
         return Spending(
             total=self.store.ledger.spent(),
             today=self.store.ledger.spent(since=midnight),
             allocations=self.store.ledger.allocations(is_open=True),
             by_provider={row.key: row for row in self.store.ledger.costs("provider")},
             providers=self.store.providers.list(),
-            speeds=dict(speeds),
+            speeds=self.store.providers.speeds_by_model(),
         )
 
     def _throughput_json(self) -> dict[str, Any]:
@@ -215,14 +196,12 @@ class Dashboard:
         counts = self._arrived
         return {
             "hour": _throughput_row(
-                chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute.arrived for minute in chart)
+                chart, CHART_MINUTES - 1 + seconds_of_last / 60, sum(minute["arrived"] for minute in chart)
             ),
             "day": _throughput_row(
                 minutes, DAY_MINUTES - 1 + seconds_of_last / 60, self.store.stats.count_accepted() - counts[min(counts)]
             ),
-            "minutes": [
-                {"minute": each.minute + "Z", **fields(each, "arrived answered images failed")} for each in chart
-            ],
+            "minutes": [{**each, "minute": each["minute"] + "Z"} for each in chart],
         }
 
     def _providers_json(self, now: datetime) -> list[dict[str, Any]]:
@@ -276,17 +255,11 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def _throughput_row(minutes: Sequence[MinuteTotals], length: float, arrived: int) -> dict[str, Any]:
+def _throughput_row(minutes: Sequence[dict[str, Any]], length: float, arrived: int) -> dict[str, Any]:
     """Sum minutes up. :param length: minutes that have passed, including the elapsed part of the present one."""
-    answered, images = sum(each.answered for each in minutes), sum(each.images for each in minutes)
-    return {
-        "arrived": arrived,
-        "answered": answered,
-        "images": images,
-        "failed": sum(each.failed for each in minutes),
-        "answered_per_minute": round(answered / length, 2),
-        "images_per_minute": round(images / length, 2),
-    }
+    totals = {name: sum(each[name] for each in minutes) for name in _TOTALS}
+    rates = {f"{name}_per_minute": round(totals[name] / length, 2) for name in ("answered", "images")}
+    return {"arrived": arrived, **totals, **rates}
 
 
 def _latency_row(answers: Sequence[AnsweredRequest]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ FULL_CHUNK_ITEMS = ISOLATION_STEPS[0]
 class EtaInputs:
     """What the estimates of all requests for one model have in common."""
 
-    #: The live batchers.
     batchers: Sequence[BatcherRecord]
     #: Waiting and claimed requests, by model.
     backlog: Sequence[ModelBacklog]
@@ -41,7 +40,6 @@ class EtaInputs:
 class WaitEstimate:
     """Why a request waits, and for how long."""
 
-    #: The reason, in whole sentences.
     waiting_for: str
     #: Seconds from now until the result; None if unknown.
     eta_seconds: float | None

@@ -56,13 +56,8 @@ def exposition(families: Iterable[Family]) -> str:
 
 def families(dashboard: Dashboard) -> Iterator[Family]:
     """Yield all metrics. :raises StoreError:"""
-    yield _single(
-        "mlg_build_info",
-        "The version of the server; always 1.",
-        1,
-        version=_VERSION,
-        python=platform.python_version(),
-    )
+    python = platform.python_version()
+    yield _single("mlg_build_info", "The version of the server; always 1.", 1, version=_VERSION, python=python)
     yield from _request_metrics(dashboard)
     yield from _queue(dashboard)
     yield from _workers(dashboard)
@@ -128,7 +123,7 @@ def _queue(dashboard: Dashboard) -> Iterator[Family]:
     ):
         yield _by_label(name, help, "model", [(row["model"], row[key] or 0) for row in queue])
     minutes = dashboard.minutes.get()[-CHART_MINUTES:]
-    answered, images = sum(each.answered for each in minutes), sum(each.images for each in minutes)
+    answered, images = (sum(each[name] for each in minutes) for name in ("answered", "images"))
     yield _single("mlg_answered_last_hour", "Requests answered by chunks in the last hour.", answered)
     yield _single("mlg_images_last_hour", "Images processed in the last hour.", images)
     pause = dashboard.store.controls.state().pause
@@ -153,12 +148,9 @@ def _spending(dashboard: Dashboard) -> Iterator[Family]:
     yield _single("mlg_spent_glm", "Spent in GLM: paid, and an estimate of open bills.", spending.total)
     yield _single("mlg_spent_today_glm", "Spent since midnight UTC, in GLM.", spending.today)
     budgets = [(period, smallest_budget(batchers, period)) for period in ("day", "total")]
-    yield _by_label(
-        "mlg_budget_glm",
-        "The smallest budget of the live batchers, in GLM; no series without a budget.",
-        "period",
-        [(period, float(amount)) for period, amount in budgets if amount is not None],
-    )
+    limits = [(period, float(amount)) for period, amount in budgets if amount is not None]
+    help = "The smallest budget of the live batchers, in GLM; no series without a budget."
+    yield _by_label("mlg_budget_glm", help, "period", limits)
     allocated = sum(each.amount for each in spending.allocations)
     yield _single("mlg_allocations_open", "Open allocations.", len(spending.allocations))
     yield _single("mlg_allocated_glm", "Amount reserved by open allocations, in GLM.", allocated)

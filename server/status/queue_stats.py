@@ -7,7 +7,6 @@ readers use the counts there are. Used for estimates, for the limit on the backl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from server.status.eta import ALIVE_SECONDS
@@ -23,12 +22,6 @@ FRESH_SECONDS = 1.0
 STALE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Counts:
-    backlog: Sequence[ModelBacklog]
-    batchers: Sequence[BatcherRecord]
-
-
 class QueueStats:
     """The counts of one server process."""
 
@@ -39,11 +32,11 @@ class QueueStats:
 
     def backlog(self) -> Sequence[ModelBacklog]:
         """Return what is queued and claimed, by model. :raises StoreError:"""
-        return self._counts.get().backlog
+        return self._counts.get()[0]
 
     def batchers(self) -> Sequence[BatcherRecord]:
         """List the batchers that are alive. :raises StoreError:"""
-        return self._counts.get().batchers
+        return self._counts.get()[1]
 
     def waiting(self) -> int:
         """Count the requests that are queued. :raises StoreError:"""
@@ -64,8 +57,6 @@ class QueueStats:
             )
         return cache.get()
 
-    def _load(self) -> _Counts:
+    def _load(self) -> tuple[Sequence[ModelBacklog], Sequence[BatcherRecord]]:
         alive_since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)
-        return _Counts(
-            backlog=self._store.requests.backlog(), batchers=self._store.batchers.list(seen_since=alive_since)
-        )
+        return self._store.requests.backlog(), self._store.batchers.list(seen_since=alive_since)

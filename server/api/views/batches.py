@@ -18,14 +18,14 @@ import flask
 
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
-from server.api.thumbnails import SHEET_ITEMS, SheetItem, contact_sheet
+from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
-from server.intake.accept import AcceptedItem
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
+from server.intake.staging import StagedItem
 from server.intake.uploads import query_fields
-from server.record_json import fields, to_json
+from server.record_json import fields, given_fields, to_json
 from server.serializers import parse_read_params
 from store.batches import BatchRecord
 from store.keys import Scope
@@ -45,6 +45,7 @@ _AFTER = Field(name="after", help="The `cursor` of the last line that you have: 
 _REFUSED = "client_id position code reason"
 _BINARY = {"type": "string", "format": "binary"}
 _operation = functools.partial(operation, tag="batches")
+_results_operation = functools.partial(_operation, scope=Scope.READ, query=(_AFTER, *service_fields(is_read=True)))
 
 
 class BatchViews(Views):
@@ -75,20 +76,19 @@ class BatchViews(Views):
     )
     def request_predictions(self, model: str) -> flask.Response:
         """Accept many images: 202 when all that are accepted are durable, with an id or a reason for each."""
-        accepted = self._context.intake.accept_batch(flask.request, model)
-        items = [_show_item(item) for item in accepted.items]
-        status_url = f"/batches/{accepted.batch.id}"
-        count = sum(item.request is not None for item in accepted.items)
+        batch, items = self._context.intake.accept_batch(flask.request, model)
+        status_url = f"/batches/{batch.id}"
+        count = sum(item.request is not None for item in items)
         return json_response(
             {
                 "success": True,
-                "batch_id": accepted.batch.id,
+                "batch_id": batch.id,
                 "status_url": status_url,
                 "results_url": f"{status_url}/results.jsonl",
-                "model": accepted.batch.model,
+                "model": batch.model,
                 "accepted": count,
                 "refused": len(items) - count,
-                "items": items,
+                "items": [_show_item(item) for item in items],
             },
             202,
             {"Location": status_url},
@@ -129,11 +129,9 @@ class BatchViews(Views):
         self._get_batch(id)
         return json_response({"success": True, "deleted": self._store.batches.remove(id)})
 
-    @_operation(
+    @_results_operation(
         "GET /batches/<id>/results.jsonl",
         "Results of a batch as JSON lines, in the order in which they ended",
-        Scope.READ,
-        query=(_AFTER, *service_fields(is_read=True)),
         content_type="application/jsonl",
     )
     def results_jsonl(self, id: str) -> flask.Response:
@@ -146,11 +144,9 @@ class BatchViews(Views):
 
         return _download(lines(), "application/jsonl")
 
-    @_operation(
+    @_results_operation(
         "GET /batches/<id>/results.csv",
         "Results of a batch as CSV, in the order in which they ended",
-        Scope.READ,
-        query=(_AFTER, *service_fields(is_read=True)),
         content_type="text/csv",
     )
     def results_csv(self, id: str) -> flask.Response:
@@ -176,9 +172,9 @@ class BatchViews(Views):
         self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
         items = [
-            SheetItem(
-                read=functools.partial(self._context.read_image, request),
-                lines=_sheet_lines(request, self._context.serialize(request)["preds"]),
+            (
+                functools.partial(self._context.read_image, request),
+                _sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
         ]
@@ -221,8 +217,7 @@ class BatchViews(Views):
             "cost_is_final": progress.is_cost_final,
             "results_url": f"/batches/{batch.id}/results.jsonl",
         }
-        options = fields(batch, "deadline_at cancelled_at keep_seconds")
-        shown |= {name: value for name, value in options.items() if value is not None}
+        shown |= given_fields(batch, "deadline_at cancelled_at keep_seconds")
         if is_whole:
             last = self._store.batches.last_unfinished(batch.id, progress)
             wait = None if last is None else self._context.estimate_wait(last)
@@ -245,11 +240,11 @@ class BatchViews(Views):
                 yield {**self._context.serialize(request, params), "cursor": after}
 
 
-def _show_item(item: AcceptedItem) -> dict[str, Any]:
-    if item.request is None:
-        assert item.refused is not None
-        return {**fields(item.refused, _REFUSED), "req_id": None, "status": "refused"}
-    shown = {**fields(item, "client_id position"), "req_id": item.request.id, "status": item.request.status}
+def _show_item(one: StagedItem) -> dict[str, Any]:
+    if one.request is None:
+        assert one.refused is not None
+        return {**fields(one.refused, _REFUSED), "req_id": None, "status": "refused"}
+    shown = {**fields(one.item, "client_id position"), "req_id": one.request.id, "status": one.request.status}
     return {**shown, "code": None, "reason": None}
 
 

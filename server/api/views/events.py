@@ -30,7 +30,9 @@ _ALL = Field(
     help="1: how many requests change to which state, those of all keys; needs the scope operate.",
     schema={"type": "string", "enum": ["1"]},
 )
-_operation = functools.partial(operation, tag="events")
+_operation = functools.partial(
+    operation, tag="events", scope=Scope.READ, content_type="text/event-stream", responses={204: {}}
+)
 
 
 class EventViews(Views):
@@ -39,10 +41,7 @@ class EventViews(Views):
     @_operation(
         "GET /events",
         "Stream requests: an event whenever one changes, until all are final",
-        Scope.READ,
         query=(_IDS, _ALL),
-        content_type="text/event-stream",
-        responses={204: {}},
     )
     def events(self) -> flask.Response:
         """Stream the changes of the requests in `ids`."""
@@ -66,9 +65,6 @@ class EventViews(Views):
     @_operation(
         "GET /batches/<id>/events",
         "Stream a batch: its progress, and an event whenever one of its requests changes",
-        Scope.READ,
-        content_type="text/event-stream",
-        responses={204: {}},
     )
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""

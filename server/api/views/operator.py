@@ -46,7 +46,8 @@ _PROVIDER = success(
 )
 _STATUS: dict[str, Any] = {"type": "object", "required": ["success", "at", "queue", "batchers", "throughput", "money"]}
 _REASON = Field(name="reason", help="Why; shown to clients whose requests wait.")
-_operation = functools.partial(operation, tag="operator")
+_operation = functools.partial(operation, tag="operator", scope=Scope.OPERATE)
+_control = functools.partial(_operation, returns=_CONTROL_SCHEMA)
 
 
 class OperatorViews(Views):
@@ -54,45 +55,31 @@ class OperatorViews(Views):
 
     # Figures
 
-    @_operation("GET /operator/status", "Read all figures of the operator's page", Scope.OPERATE, returns=_STATUS)
+    @_operation("GET /operator/status", "Read all figures of the operator's page", returns=_STATUS)
     def operator_status(self) -> flask.Response:
         """Return all figures."""
         return json_response({"success": True, **self._context.dashboard.status()})
 
     # Controls
 
-    @_operation(
-        "POST /operator/pause",
-        "Claim nothing new until work is resumed",
-        Scope.OPERATE,
-        returns=_CONTROL_SCHEMA,
-        query=(_REASON,),
-    )
+    @_control("POST /operator/pause", "Claim nothing new until work is resumed", query=(_REASON,))
     def pause(self) -> Response:
         """Pause: claimed requests are finished, all others wait."""
         return self._pause(Mode.PAUSED)
 
-    @_operation(
-        "POST /operator/drain",
-        "Claim nothing new before the batchers are stopped",
-        Scope.OPERATE,
-        returns=_CONTROL_SCHEMA,
-        query=(_REASON,),
-    )
+    @_control("POST /operator/drain", "Claim nothing new before the batchers are stopped", query=(_REASON,))
     def drain(self) -> Response:
         """Drain: a pause before the batchers are stopped."""
         return self._pause(Mode.DRAINING)
 
-    @_operation("POST /operator/resume", "Resume work", Scope.OPERATE, returns=_CONTROL_SCHEMA)
+    @_control("POST /operator/resume", "Resume work")
     def resume(self) -> Response:
         """End a pause or a drain."""
         self._fields()
         self._store.controls.resume(by=_caller_name(), now=self._now())
         return _respond({"hold": None})
 
-    @_operation(
-        "POST /operator/run", "Make every batcher claim all queued requests now", Scope.OPERATE, returns=_CONTROL_SCHEMA
-    )
+    @_control("POST /operator/run", "Make every batcher claim all queued requests now")
     def run_now(self) -> Response:
         """Run a cycle now."""
         self._fields()
@@ -102,7 +89,6 @@ class OperatorViews(Views):
     @_operation(
         "POST /operator/providers/<id>/ban",
         "Give a provider no more work",
-        Scope.OPERATE,
         returns=_PROVIDER,
         query=(
             Field(name="reason", help="Why."),
@@ -126,13 +112,13 @@ class OperatorViews(Views):
         )
         return self._provider_response(provider)
 
-    @_operation("POST /operator/providers/<id>/unban", "Lift a provider's ban", Scope.OPERATE, returns=_PROVIDER)
+    @_operation("POST /operator/providers/<id>/unban", "Lift a provider's ban", returns=_PROVIDER)
     def unban(self, id: str) -> Response:
         """Lift a ban, also one that a batcher has set."""
         self._fields()
         return self._provider_response(self._store.providers.unban(id))
 
-    @_operation("GET /metrics", "Metrics for Prometheus", Scope.READ, content_type="text/plain")
+    @_operation("GET /metrics", "Metrics for Prometheus", scope=Scope.READ, content_type="text/plain")
     def metrics(self) -> flask.Response:
         """Return the metrics in Prometheus' text format."""
         return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))

@@ -45,10 +45,9 @@ class PredictionViews(Views):
     )
     def request_prediction(self, model: str) -> flask.Response:
         """Accept an image: 202 when it and its request are durable."""
-        accepted = self._context.intake.accept_image(flask.request, model)
-        request = accepted.request
+        request, read_params = self._context.intake.accept_image(flask.request, model)
         # What only changes the view is not stored (equal images share an answer), so it is passed on in the URL.
-        query = f"?{urlencode(accepted.read_params)}" if accepted.read_params else ""
+        query = f"?{urlencode(read_params)}" if read_params else ""
         status_url = f"/readPrediction/{request.id}{query}"
         return json_response(
             {

@@ -11,6 +11,7 @@ from provider_image import errors
 from provider_image.models.registry import find_row
 from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field, to_cursor
 from server.api.responses import json_response
+from server.api.schemas import STATUSES
 from server.api.thumbnails import (
     MAX_THUMBNAIL_PIXELS,
     MIN_THUMBNAIL_PIXELS,
@@ -21,18 +22,17 @@ from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name
-from server.record_json import fields
+from server.record_json import fields, given_fields
 from server.serializers import is_image
 from store.errors import UnknownFile
 from store.keys import Scope
 from store.requests import RequestRecord
 from store.rows import to_text
 from store.search import Query
-from store.states import EXPIRED, RequestState
+from store.states import RequestState
 
-_STATUSES = (*map(str, RequestState), EXPIRED)
 _FILTERS = (
-    state_field(_STATUSES),
+    state_field(STATUSES),
     Field(name="model", help="Only those for this model."),
     Field(name="batch", help="Only those of this batch."),
     LABEL,
@@ -59,7 +59,7 @@ class RequestViews(Views):
         page = PageQuery.from_request(flask.request, [field.name for field in _FILTERS], repeatable="label")
         fields = page.fields
         query = Query(
-            status=parse_state(fields.get("state"), _STATUSES),
+            status=parse_state(fields.get("state"), STATUSES),
             model=self._model(fields.get("model")),
             batch_id=fields.get("batch"),
             key_id=page.key_id,
@@ -83,9 +83,8 @@ class RequestViews(Views):
             **fields(request, "params image_sha256 image_bytes"),
             "picture_url": None if request.image_deleted_at is not None else f"/requests/{request.id}/picture",
             "timeline": self._timeline(request),
+            **given_fields(request, "deadline_at keep_seconds"),
         }
-        options = fields(request, "deadline_at keep_seconds")
-        shown |= {name: value for name, value in options.items() if value is not None}
         return json_response({"success": True, **shown})
 
     @_operation(

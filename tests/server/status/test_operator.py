@@ -228,10 +228,10 @@ def test_past_minutes_are_not_read_again_except_for_chunks_that_end_late(
 
     minutes = dashboard._read_minutes()
 
-    assert sum(each.images for each in minutes) == 7
+    assert sum(each["images"] for each in minutes) == 7
     assert starts[1] - starts[0] > timedelta(hours=23)
     harness.advance(25 * 3600)
-    assert sum(each.images for each in dashboard._read_minutes()) == 0
+    assert sum(each["images"] for each in dashboard._read_minutes()) == 0
 
 
 def test_latencies_are_percentiles_of_the_latest_results(harness: OperatorHarness) -> None:
