@@ -6,7 +6,6 @@ provider.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -53,9 +52,7 @@ def list_providers(as_json: bool) -> None:
     with open_store() as store:
         found = store.providers.list()
         costs = {row.key: row for row in store.ledger.costs("provider")}
-        speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in store.providers.speeds():
-            speeds[speed.provider_id][speed.model] = speed.images_per_second
+        speeds = store.providers.speeds()
     now = datetime.now(UTC)
     if as_json:
         print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,22 +114,6 @@ class ProviderRecord:
         return self.ban_reason is not None and (self.banned_until is None or self.banned_until > now)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeedRecord:
-    """How fast one provider answered one model recently."""
-
-    provider_id: str
-    model: str
-    #: Decaying sums of images and of the seconds that they took.
-    images: float
-    seconds: float
-
-    @property
-    def images_per_second(self) -> float:
-        """The speed."""
-        return self.images / self.seconds
-
-
 class Providers:
     """The providers, their speeds and bans."""
 
@@ -206,13 +191,15 @@ class Providers:
 
     def speed(self, model: str) -> dict[str, float]:
         """Return how many images a second of a model each provider answered recently: address -> speed."""
-        return {found.provider_id: found.images_per_second for found in self.speeds() if found.model == model}
+        return {id: speeds[model] for id, speeds in self.speeds().items() if model in speeds}
 
-    def speeds(self) -> list[SpeedRecord]:
-        """List the speeds of all providers and models."""
-        return self._database.records(
-            SpeedRecord, "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
-        )
+    def speeds(self) -> defaultdict[str, dict[str, float]]:
+        """Return all speeds: address -> model -> images per second."""
+        found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        # The sums of images and seconds decay, see _RECORD_SPEED.
+        for row in self._database.rows("SELECT * FROM provider_speeds ORDER BY provider_id, model"):
+            found[row["provider_id"]][row["model"]] = row["images"] / row["seconds"]
+        return found
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""

@@ -10,7 +10,7 @@ the store.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -196,16 +196,13 @@ class Dashboard:
 
     def _read_spending(self) -> Spending:
         midnight = self.clock().astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-        speeds: dict[str, dict[str, float]] = defaultdict(dict)
-        for speed in self.store.providers.speeds():
-            speeds[speed.provider_id][speed.model] = speed.images_per_second
         return Spending(
             total=self.store.ledger.spent(),
             today=self.store.ledger.spent(since=midnight),
             allocations=self.store.ledger.allocations(is_open=True),
             by_provider={row.key: row for row in self.store.ledger.costs("provider")},
             providers=self.store.providers.list(),
-            speeds=dict(speeds),
+            speeds=self.store.providers.speeds(),
         )
 
     def _throughput_json(self) -> dict[str, Any]:
