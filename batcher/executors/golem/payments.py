@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
-from batcher.executors.golem.offers import BadOffer, Price
+from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
@@ -52,12 +52,13 @@ class PaymentProcessor:
 
     def start(self) -> None:
         """Begin to poll for new bills, and fetch those that came before."""
-        since = datetime.now(UTC)
-        self._tasks = [
-            asyncio.create_task(self._run_forever(self._review, self._timings.review_seconds)),
-            asyncio.create_task(self._poll_events(self._invoices_after, since)),
-            asyncio.create_task(self._poll_events(self._debit_notes_after, since)),
-        ]
+        api = self._payment
+        invoices = self._poll(api.get_invoice_events, "invoice_id", api.get_invoice, self._settle_invoice)
+        debit_notes = self._poll(
+            api.get_debit_note_events, "debit_note_id", api.get_debit_note, self._settle_debit_note
+        )
+        reviews = self._run_forever(self._review, self._timings.review_seconds)
+        self._tasks = [asyncio.create_task(each) for each in (reviews, invoices, debit_notes)]
 
     def expect_invoice(self, agreement_id: str, seconds: float) -> None:
         """Expect the invoice of an agreement that has ended.
@@ -100,32 +101,27 @@ class PaymentProcessor:
             failures = 0
             await asyncio.sleep(pause_seconds)
 
-    async def _poll_events(self, poll: Callable[[datetime], Any], since: datetime) -> None:
-        cursor = since
+    async def _poll(
+        self,
+        get_events: Callable[..., Any],
+        id_name: str,
+        get_bill: Callable[[str], Any],
+        settle: Callable[[Any], Any],
+    ) -> None:
+        """Settle the bills of one kind that come from now on."""
+        cursor = datetime.now(UTC)
 
         async def step() -> None:
             nonlocal cursor
-            cursor = await poll(cursor)
+            latest = cursor
+            for event in await get_events(after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds):
+                latest = max(latest, event.event_date)
+                bill_id = getattr(event, id_name, None)
+                if bill_id:
+                    await settle(await get_bill(bill_id))
+            cursor = latest  # not before: what failed is fetched again
 
         await self._run_forever(step, _POLL_PAUSE_SECONDS)
-
-    async def _invoices_after(self, cursor: datetime) -> datetime:
-        for event in await self._payment.get_invoice_events(
-            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
-        ):
-            cursor = max(cursor, event.event_date)
-            if getattr(event, "invoice_id", None):
-                await self._settle_invoice(await self._payment.get_invoice(event.invoice_id))
-        return cursor
-
-    async def _debit_notes_after(self, cursor: datetime) -> datetime:
-        for event in await self._payment.get_debit_note_events(
-            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
-        ):
-            cursor = max(cursor, event.event_date)
-            if getattr(event, "debit_note_id", None):
-                await self._settle_debit_note(await self._payment.get_debit_note(event.debit_note_id))
-        return cursor
 
     async def _review(self) -> None:
         """Process all invoices since the oldest unsettled agreement, whenever they came."""
@@ -202,9 +198,7 @@ class PaymentProcessor:
             await self._accept_from(allocation.id, invoice)
 
     async def _accept_from(self, allocation_id: str, invoice: Any) -> None:
-        from ya_payment.models import Acceptance
-
-        acceptance = Acceptance(total_amount_accepted=str(invoice.amount), allocation_id=allocation_id)
+        acceptance = _acceptance(invoice.amount, allocation_id)
         await self._payment.accept_invoice(invoice.invoice_id, acceptance, _request_timeout=60)
 
     def _record_invoice(self, invoice: Any, amount: Decimal, state: BillState, reason: str | None) -> None:
@@ -248,11 +242,7 @@ class PaymentProcessor:
                     "a debit note of provider %s demands immediate payment and is ignored", agreement.provider_name
                 )
             else:
-                from ya_payment.models import Acceptance
-
-                acceptance = Acceptance(
-                    total_amount_accepted=str(note.total_amount_due), allocation_id=self._session.allocation_id
-                )
+                acceptance = _acceptance(note.total_amount_due, self._session.allocation_id)
                 try:
                     await self._payment.accept_debit_note(note.debit_note_id, acceptance, _request_timeout=60)
                     state = BillState.ACCEPTED
@@ -291,10 +281,12 @@ class PaymentProcessor:
         except BadOffer as error:
             log.warning("a bill cannot be checked and is ignored: %s", error)
             return None
-        return record, self._bill_limit(record, price), is_old
-
-    def _bill_limit(self, agreement: AgreementRecord, price: Price) -> Decimal:
         # Of a running agreement, or one of an earlier run, only the beginning is known.
-        known = self._expected.get(agreement.id)
-        seconds = known if known is not None else (datetime.now(UTC) - agreement.created_at).total_seconds()
-        return self._timings.cost_limit(price, seconds)
+        since_start = (datetime.now(UTC) - record.created_at).total_seconds()
+        return record, self._timings.cost_limit(price, self._expected.get(agreement_id, since_start)), is_old
+
+
+def _acceptance(amount: str, allocation_id: str) -> Any:
+    from ya_payment.models import Acceptance
+
+    return Acceptance(total_amount_accepted=str(amount), allocation_id=allocation_id)
