@@ -14,6 +14,8 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -107,23 +109,19 @@ class GolemExecutor:
         pool = self._pools.get(model)
         if pool is None or pool.workers:
             return None
-        oldest = min(
-            (each.waiting_since for each in self._job_queue.queued_jobs() if each.job.model == model), default=None
-        )
+        oldest = min((each.waiting_since for each in self._job_queue.queued_jobs(model)), default=None)
         if oldest is None or time.monotonic() - oldest < self._timings.explain_wait_seconds:
             return None
         return self._parts.offer_evaluator.unavailable_reason(model)
 
     async def run(self, job: Job) -> Outcome:
-        queued_job = QueuedJob(
-            job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic()
-        )
+        queued_job = QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
         self._job_queue.put(queued_job)
         try:
             return await queued_job.outcome
         finally:
             # After a cancellation the job is removed from the queue, or stopped on its worker.
-            self._job_queue.remove([queued_job])
+            self._job_queue.remove(queued_job)
             if queued_job.outcome.cancelled():
                 queued_job.cancel()
 
@@ -214,7 +212,7 @@ class GolemExecutor:
             await self._step_pools(session)
 
     async def _step_pools(self, session: Session) -> None:
-        waiting = {model: self._job_queue.count(model) for model in self._job_queue.models()}
+        waiting = Counter(each.job.model for each in self._job_queue.queued_jobs())
         for model in waiting:
             if model not in self._pools:
                 try:
@@ -229,7 +227,7 @@ class GolemExecutor:
                 del self._pools[model]
                 await pool.close(0.0)
 
-    def _distribute_workers(self, waiting: dict[str, int]) -> dict[str, int]:
+    def _distribute_workers(self, waiting: Mapping[str, int]) -> dict[str, int]:
         """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
         now = time.monotonic()
         max_workers = self._settings.max_workers
@@ -265,7 +263,7 @@ class GolemExecutor:
 
     async def _new_pool(self, model: str, session: Session) -> WorkerPool:
         speeds = await asyncio.to_thread(self._context.store.providers.speed, model)
-        self._parts.offer_evaluator.update_speeds(model, speeds)
+        self._parts.offer_evaluator.speeds[model].update(speeds)
         payload = await make_payload(model, session.owner, self._context.models, self._settings)
         return WorkerPool(self._parts, session, model=model, payload=payload)
 
@@ -292,26 +290,26 @@ class GolemExecutor:
         if now - self._refreshed_at < self._timings.refresh_seconds:
             return
         self._refreshed_at = now
-        banned = self._parts.offer_evaluator.banned()
+        banned = set(self._parts.offer_evaluator.banned)
         try:
             await asyncio.to_thread(self._parts.provider_records.refresh)
             await self._parts.money.refresh()
         except MlgError as error:
             log.warning("cannot read the ledger: %s", error)
-        if banned - self._parts.offer_evaluator.banned():
+        if banned - set(self._parts.offer_evaluator.banned):
             for pool in self._pools.values():
                 pool.restart_search()
 
     def _expire_waiting(self) -> None:
         """End jobs that have waited too long for a provider."""
         now = time.monotonic()
-        for queued_job in list(self._job_queue.queued_jobs()):
+        for queued_job in self._job_queue.queued_jobs():
             if now - queued_job.waiting_since < self._settings.offer_seconds:
                 continue
             pool = self._pools.get(queued_job.job.model)
             if pool is not None and any(worker.provider_id not in queued_job.failed_on for worker in pool.workers):
                 continue  # one of these workers will take it
-            self._job_queue.remove([queued_job])
+            self._job_queue.remove(queued_job)
             if queued_job.last_outcome is not None and not queued_job.last_outcome.is_blameless:
                 # Every available provider has failed on it.
                 self._parts.provider_records.lift_bans(queued_job)

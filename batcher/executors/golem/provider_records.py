@@ -50,10 +50,8 @@ class ProviderRecords:
 
     def refresh(self) -> None:
         """Read bans by operators and other batchers, and scores, from the store. Called in a thread."""
-        self._offer_evaluator.update_providers(
-            banned=self._providers.banned(datetime.now(UTC)),
-            reliability={each.id: each.score for each in self._providers.list()},
-        )
+        self._offer_evaluator.banned = self._providers.banned(datetime.now(UTC))
+        self._offer_evaluator.reliability = {each.id: each.score for each in self._providers.list()}
 
     def record_offer(self, provider_id: str, properties: Mapping[str, Any]) -> None:
         """Record a provider's prices, unless they were recorded recently."""
@@ -79,7 +77,7 @@ class ProviderRecords:
         """Record that a provider answered a chunk."""
         self._failures.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
-        self._offer_evaluator.update_speeds(worker.model, {worker.provider_id: images / max(1e-3, seconds)})
+        self._offer_evaluator.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
 
     def record_failure(self, worker: GolemWorker, queued_job: QueuedJob | None, reason: str, seconds: float) -> None:
         """Record that a provider failed, on this chunk if it had one, and ban it."""
@@ -97,7 +95,7 @@ class ProviderRecords:
             return
         for provider_id in queued_job.banned_providers:
             self._failures.pop(provider_id, None)
-            self._offer_evaluator.unban(provider_id)
+            self._offer_evaluator.banned.pop(provider_id, None)
             self._ledger_writer.enqueue(self._unban, provider_id)
 
     def record_overbilling(self, provider_id: str, reason: str) -> None:
@@ -116,7 +114,7 @@ class ProviderRecords:
         )
 
     def _ban(self, provider_id: str, reason: str, seconds: float) -> None:
-        self._offer_evaluator.ban(provider_id, reason)
+        self._offer_evaluator.banned[provider_id] = reason
         until = datetime.now(UTC) + timedelta(seconds=seconds)
         self._ledger_writer.enqueue(
             self._providers.ban, provider_id, until=until, reason=reason[:500], by_operator=False

@@ -16,7 +16,6 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.errors import GolemUnavailable
-from batcher.executors.golem.offers import OfferRating
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.payments import PaymentProcessor
 from batcher.executors.golem.recovery import Recovery, tagged
@@ -84,7 +83,7 @@ class Session:
             subnet_tag=settings.subnet,
             payment_driver=settings.payment_driver,
             payment_network=settings.payment_network,
-            event_consumer=_ignore,
+            event_consumer=lambda event: None,  # yapapi would log them otherwise
             api_config=api_config,
         )
         try:
@@ -208,7 +207,7 @@ class Session:
                 if getattr(error, "status", None) not in (404, 410):
                     raise
 
-    def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> OfferRating:
+    def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> float:
         """Rate an offer for yapapi's strategy."""
         self._parts.provider_records.record_offer(provider_id, properties)
         model = self.subscription_models.get(subscription_id, "")
@@ -234,7 +233,3 @@ class Session:
                 f"The Golem daemon does not respond: {explain(error)}. The batcher reconnects by itself; "
                 "check that the daemon runs (yagna service run)."
             )
-
-
-def _ignore(event: object) -> None:
-    """Consume yapapi's events, which it would log otherwise."""

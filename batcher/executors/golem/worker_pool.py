@@ -17,11 +17,11 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.errors import BudgetReached
-from batcher.executors.golem.agreement_cleanup import DONE_REASON, AgreementCleanup
 from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.money import Reservation
 from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.parts import GolemParts
+from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.worker import GolemWorker
 from batcher.executors.golem.yapapi_adapter import explain, make_job
@@ -29,6 +29,10 @@ from provider_image.errors import MlgError
 
 log = logging.getLogger(__name__)
 
+#: Why an agreement is ended; providers receive it.
+_DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
+#: Attempts to end an agreement; those that remain open are ended with the session.
+_TERMINATE_ATTEMPTS = 3
 #: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
 
@@ -51,7 +55,8 @@ class WorkerPool:
         self.first_cover_seconds = min(parts.timings.cover_seconds, parts.settings.start_seconds)
         self._timings = parts.timings
         self._payload = payload
-        self._cleanup = AgreementCleanup(session.engine, model, parts.timings)
+        #: Workers, and what ends agreements and demands; they run in the background.
+        self._background: set[asyncio.Task[Any]] = set()
         self._job: Any = None
         self._search_task: asyncio.Task[None] | None = None
         self._start_task: asyncio.Task[Any] | None = None
@@ -98,11 +103,6 @@ class WorkerPool:
         active = [worker for worker in self.workers if not worker.is_stopping]
         return not self._is_closing and len(active) <= self.parts.settings.min_workers
 
-    def abort_workers(self) -> None:
-        """End all workers immediately."""
-        for worker in self.workers:
-            worker.abort.set()
-
     def drain(self) -> None:
         """Start nothing more; workers finish their chunk and end."""
         self._is_closing = True
@@ -115,12 +115,16 @@ class WorkerPool:
         deadline = time.monotonic() + seconds
         while self.workers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self.abort_workers()
+        for worker in self.workers:
+            worker.abort.set()
         for task in (self._start_task, self._search_task):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task}, timeout=self._timings.cleanup_seconds)
-        await self._cleanup.close()
+        if self._background:
+            _, hanging = await asyncio.wait(self._background, timeout=self._timings.cleanup_seconds)
+            for task in hanging:
+                task.cancel()
         await self._end_job()
 
     # The demand
@@ -131,7 +135,7 @@ class WorkerPool:
             old = self._job
             for worker in self.workers:
                 worker.is_stopping = True
-            self._cleanup.add(asyncio.create_task(self._end_job(old)))
+            self._keep(asyncio.create_task(self._end_job(old)))
             if self._search_task is not None:
                 self._search_task.cancel()
                 self._search_task = None
@@ -176,7 +180,7 @@ class WorkerPool:
             return False
         # The pool may hold offers from before a ban.
         for provider_id in list(pool._offer_buffer):
-            if self.parts.offer_evaluator.is_banned(provider_id):
+            if provider_id in self.parts.offer_evaluator.banned:
                 del pool._offer_buffer[provider_id]
             elif not self._has_work_for(provider_id):
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
@@ -187,8 +191,8 @@ class WorkerPool:
 
     def _has_work_for(self, provider_id: str) -> bool:
         """Return whether this provider may run a queued job; it may not run those that it failed on."""
-        job_queue = self.parts.job_queue
-        return not job_queue.count(self.model) or job_queue.has_job_for(self.model, provider_id)
+        queued_jobs = self.parts.job_queue.queued_jobs(self.model)
+        return not queued_jobs or any(provider_id not in each.failed_on for each in queued_jobs)
 
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
@@ -198,7 +202,7 @@ class WorkerPool:
         elif name == "AgreementTerminated":
             self._end_agreement(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
             if not event_fields["agreement"].terminated:
-                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
+                self._terminate_with_retries(event_fields["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = event_fields["agreement"]._details
             if details is not None:
@@ -206,9 +210,9 @@ class WorkerPool:
                 log.info("provider %s did not sign an agreement", provider_id)
                 self.parts.offer_evaluator.record_not_signed(provider_id)
             if name == "ActivityCreateFailed":
-                self._cleanup.terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
+                self._terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
             else:
-                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
+                self._terminate_with_retries(event_fields["agreement"].id)
 
     def _commit(self, agreement: Any) -> None:
         """Record an agreement, which from now on may cost what was reserved for it."""
@@ -229,7 +233,7 @@ class WorkerPool:
     def _check_commitment(self, agreement: Any) -> None:
         """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
         if agreement.id not in self._commitments:
-            self._cleanup.terminate_later(agreement.id, self._job.agreements_pool)
+            self._terminate_later(agreement.id, self._job.agreements_pool)
             raise BudgetReached("More would be owed for this agreement than is reserved.")
 
     def _first_cost(self, price: Price) -> Decimal:
@@ -250,10 +254,54 @@ class WorkerPool:
             self._job = None
         try:
             async with asyncio.timeout(self._timings.cleanup_seconds):
-                await job.agreements_pool.terminate_all(reason=DONE_REASON)
+                await job.agreements_pool.terminate_all(reason=_DONE_REASON)
         except Exception as error:
             log.warning("agreements for %s cannot be terminated: %s", self.model, explain(error))
         job.finished.set()
+
+    # Agreements are ended even if yapapi or the daemon fails to: yapapi asks the daemon once, can be blocked by a call
+    # that hangs, and misses an approval that arrives too late.
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task until it is done, and log its failure."""
+
+        def discard(task: asyncio.Task[Any]) -> None:
+            self._background.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                log.info("a worker for %s failed: %s", self.model, explain(error))
+
+        self._background.add(task)
+        task.add_done_callback(discard)
+
+    def _terminate_later(self, agreement_id: str, pool: Any) -> None:
+        """Terminate an agreement if yapapi, which should do so now, does not.
+
+        :param pool: yapapi's pool of agreements.
+        """
+
+        async def terminate() -> None:
+            deadline = time.monotonic() + self._timings.cleanup_seconds
+            while agreement_id in pool._agreements and time.monotonic() < deadline:
+                await asyncio.sleep(0.2)
+                await pool.cycle()
+            if agreement_id in pool._agreements:
+                await pool._terminate_agreement(agreement_id, _DONE_REASON)
+
+        self._keep(asyncio.create_task(terminate()))
+
+    def _terminate_with_retries(self, agreement_id: str) -> None:
+        """Terminate an agreement that yapapi wrongly considers terminated."""
+
+        async def terminate() -> None:
+            for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
+                try:
+                    return await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
+                except Exception as error:
+                    log.info("an agreement for %s could not be terminated yet: %s", self.model, explain(error))
+                await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
+
+        self._keep(asyncio.create_task(terminate()))
 
     # Workers
 
@@ -279,7 +327,7 @@ class WorkerPool:
                 self._hire = None
         if task is None:
             return
-        self._cleanup.add(task)
+        self._keep(task)
         # The activity is created within the task; another start before that would be one too many.
         while not task.done() and len(self.workers) == before:
             await asyncio.sleep(0.02)
@@ -340,7 +388,7 @@ class WorkerPool:
             parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
             if self.session.payment_processor is not None:
                 self.session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
-            self._cleanup.terminate_later(worker.agreement_id, pool)
+            self._terminate_later(worker.agreement_id, pool)
         raise _WorkerFinished
 
     def _job_id(self, yapapi_context: Any) -> str:
