@@ -34,7 +34,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from store.cost_split import EXACT, ZERO, split, to_amount, total
+from store.amounts import EXACT, ROUNDED, ZERO, split, to_amount, total
 from store.database import Database, Transaction
 from store.reservations import ReservationRecord, commit_reservation, settle_reservation
 from store.rows import insert_sql, to_row, to_text
@@ -81,11 +81,8 @@ _IS_SETTLED = """
 """
 
 _PAID = """
-    SELECT agreement_id, state, amount, settled_at FROM invoices
-    WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
+    SELECT amount FROM invoices WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
 """
-
-_REFUSED = "SELECT agreement_id, amount, settled_at FROM invoices WHERE state = 'refused'"
 
 # A chunk's cost becomes final with the first decision about its agreement's invoice, so these have none yet.
 _ESTIMATES = """
@@ -225,6 +222,16 @@ class CostRow:
     #: Sum of the refused invoices; they are not paid.
     refused: Decimal = ZERO
 
+    @property
+    def spent(self) -> Decimal:
+        """The paid and open amounts."""
+        return EXACT.add(self.paid, self.open)
+
+    @property
+    def per_1000_images(self) -> Decimal | None:
+        """What was spent for a thousand images; None without images."""
+        return ROUNDED.divide(EXACT.multiply(self.spent, 1000), self.images) if self.images else None
+
 
 def split_invoices(transaction: Transaction, agreement_id: str) -> None:
     """Split the accepted amount of an agreement over its finished chunks; nothing before an invoice is decided."""
@@ -353,12 +360,11 @@ class Ledger:
         with self._database.snapshot() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
-            paid = connection.execute(_PAID, {"since": None}).fetchall()
-            refused = connection.execute(_REFUSED).fetchall()
+            bills = connection.execute("SELECT * FROM invoices WHERE state IN ('accepted', 'refused')").fetchall()
             unsettled = self._unsettled_costs(connection)
         #: agreement -> the first day on which an invoice of it was decided.
         days: dict[str, str] = {}
-        for row in (*paid, *refused):
+        for row in bills:
             day, agreement_id = row["settled_at"][:10], row["agreement_id"]
             days[agreement_id] = min(day, days.get(agreement_id, day))
         found: dict[str, CostRow] = {"total": CostRow(key="total", name="total")} if by == "total" else {}
@@ -377,10 +383,9 @@ class Ledger:
             both: Any = EXACT.add(known_amount, amount) if isinstance(amount, Decimal) else known_amount + amount
             found[key] = replace(row, **{column: both})
 
-        for row in paid:
-            add("paid", Decimal(row["amount"]), row["agreement_id"], row["settled_at"][:10])
-        for row in refused:
-            add("refused", Decimal(row["amount"]), row["agreement_id"], row["settled_at"][:10])
+        for row in bills:
+            column = "paid" if row["state"] == BillState.ACCEPTED else "refused"
+            add(column, Decimal(row["amount"]), row["agreement_id"], row["settled_at"][:10])
         for agreement_id, amount in unsettled.items():
             add("open", amount, agreement_id, OPEN)
         for agreement_id, row in work.items():

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from provider_image.errors import MlgError
-from store.cost_split import to_amount
+from store.amounts import to_amount
 from store.database import Database, Transaction
 from store.rows import from_row, to_text
 
@@ -108,6 +108,15 @@ class ProviderRecord:
     ban_reason: str | None
     #: True when an operator banned it, not a batcher.
     is_banned_by_operator: bool
+
+    @property
+    def price_per_hour(self) -> Decimal:
+        """The price of an hour with one busy core, without the start price."""
+        return 3600 * (self.price_per_second + self.price_per_cpu_second)
+
+    def price_per_1000_images(self, images_per_second: float) -> Decimal:
+        """Estimate the price of a thousand images at a measured speed, with one busy core and without the start."""
+        return self.price_per_hour / 3600 * 1000 / Decimal(repr(max(1e-6, images_per_second)))
 
     def is_banned(self, now: datetime) -> bool:
         """Tell whether it is banned now."""

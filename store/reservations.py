@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
-from store.cost_split import EXACT, ZERO, to_amount, total
+from store.amounts import EXACT, ZERO, to_amount, total
 from store.database import Database, Transaction
 from store.rows import from_row, to_row, to_text
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from store import new_id
+from store.amounts import total
 from store.chunks import ChunkRecord
-from store.cost_split import total
 from store.ledger import (
     COSTS_BY,
     ActivityRecord,
