@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -59,7 +58,10 @@ _BAN = """
                         OR (banned_until IS NOT NULL AND (:until IS NULL OR :until > banned_until)))
 """
 
-_UNBAN = "UPDATE providers SET banned_until = NULL, ban_reason = NULL, is_banned_by_operator = 0 WHERE id = :id"
+_UNBAN = """
+    UPDATE providers SET banned_until = NULL, ban_reason = NULL, is_banned_by_operator = 0
+    WHERE id = :id AND (:by_operator OR NOT is_banned_by_operator)
+"""
 
 _BANNED = """
     SELECT id, ban_reason FROM providers WHERE ban_reason IS NOT NULL AND (banned_until IS NULL OR banned_until > ?)
@@ -183,16 +185,12 @@ class Providers:
         :param until: end of the ban; None is for good.
         :raises UnknownProvider: none or several match.
         """
-        row = {
-            "until": None if until is None else to_text(until),
-            "reason": reason,
-            "by_operator": by_operator,
-        }
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
+        end = None if until is None else to_text(until)
+        return self._change(id_or_name, _BAN, until=end, reason=reason, by_operator=by_operator)
 
-    def unban(self, id_or_name: str) -> ProviderRecord:
-        """Lift a ban. :raises UnknownProvider:"""
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
+    def unban(self, id_or_name: str, *, by_operator: bool = True) -> ProviderRecord:
+        """Lift a ban; a batcher does not lift an operator's. :raises UnknownProvider:"""
+        return self._change(id_or_name, _UNBAN, by_operator=by_operator)
 
     def banned(self, now: datetime) -> dict[str, str]:
         """Return the providers that are banned now: address -> reason."""
@@ -214,10 +212,10 @@ class Providers:
         """List the providers, the last seen first."""
         return self._database.records(ProviderRecord, "SELECT * FROM providers ORDER BY seen_at DESC, id")
 
-    def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
+    def _change(self, id_or_name: str, sql: str, **parameters: Any) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:
             id = _find(transaction, id_or_name)
-            change(transaction, id)
+            transaction.execute(sql, {**parameters, "id": id})
             (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
             return from_row(ProviderRecord, row)
 

@@ -63,7 +63,6 @@ class GolemExecutor:
         self._pools: dict[str, WorkerPool] = {}
         self._session_task: asyncio.Task[None] | None = None
         self._closing_task: asyncio.Task[None] | None = None
-        self._is_closed = False
         #: Why there is no session; None when there is one.
         self._session_error: str | None = "The batcher is connecting to the Golem daemon."
         self._refreshed_at = float("-inf")
@@ -87,12 +86,12 @@ class GolemExecutor:
         await asyncio.to_thread(self._context.work.mkdir, parents=True, exist_ok=True)
         self._parts.ledger_writer.start()
         await self._parts.money.start()
-        self._session_task = asyncio.create_task(self._session_loop())
+        session_task = self._session_task = asyncio.create_task(self._session_loop())
         first = asyncio.create_task(self._first_attempt_done.wait())
-        await asyncio.wait({first, self._session_task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({first, session_task}, return_when=asyncio.FIRST_COMPLETED)
         first.cancel()
-        if self._session_task.done():
-            self._session_task.result()  # raises a ConfigError; otherwise the task does not end
+        if session_task.done():
+            session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
         return JOBS_PER_WORKER * self._settings.max_workers
@@ -133,12 +132,11 @@ class GolemExecutor:
 
     async def close(self) -> None:
         self._job_queue.close()
-        if self._is_closed or self._session_task is None:
-            self._is_closed = True
+        session_task, self._session_task = self._session_task, None
+        if session_task is None:
             return
-        self._is_closed = True
-        self._session_task.cancel()
-        await asyncio.gather(self._session_task, return_exceptions=True)
+        session_task.cancel()
+        await asyncio.gather(session_task, return_exceptions=True)
         if self._closing_task is not None:
             await self._closing_task
         await self._end_session(self._settings.settle_seconds)

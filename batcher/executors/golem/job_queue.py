@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,12 +26,9 @@ class QueuedJob:
     outcome: asyncio.Future[Outcome]
     #: When it was queued last, on the monotonic clock.
     waiting_since: float = 0.0
-    #: Addresses of the providers that failed on it; they do not get it again.
+    #: Addresses of the providers that failed on it and were banned for that; they do not get it again.
     failed_on: set[str] = field(default_factory=set)
-    #: Addresses of the providers banned for it; lifted if the chunk itself is at fault.
-    banned_providers: set[str] = field(default_factory=set)
-    #: Attempts that failed through the provider, and all attempts.
-    failures: int = 0
+    #: Attempts of any kind.
     attempts: int = 0
     #: What the attempts that have ended cost.
     bills: list[AttemptBill] = field(default_factory=list)
@@ -38,8 +36,8 @@ class QueuedJob:
     last_outcome: Outcome | None = None
     #: Address of a provider that runs it -> what stops that attempt, and whether it is a second attempt.
     running_attempts: dict[str, tuple[Callable[[], None], bool]] = field(default_factory=dict)
-    #: From then on, on the monotonic clock, an idle worker may run it too; None if unknown.
-    straggler_at: float | None = None
+    #: From then on, on the monotonic clock, an idle worker may run it too.
+    straggler_at: float = math.inf
 
     def complete(self, outcome: Outcome) -> None:
         """Set the outcome, unless it is set already, and stop the other attempts.
@@ -89,7 +87,7 @@ class JobQueue:
         return None
 
     def start_attempt(
-        self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float | None
+        self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float
     ) -> None:
         """Record that a provider runs a job.
 
@@ -114,10 +112,9 @@ class JobQueue:
         """
         now = time.monotonic()
         for queued_job in self._running:
-            is_late = queued_job.straggler_at is not None and now > queued_job.straggler_at
             had_it = provider_id in {*queued_job.failed_on, *queued_job.running_attempts}
             is_possible = queued_job.job.model == model and len(queued_job.running_attempts) == 1 and not had_it
-            if is_late and is_possible and not queued_job.outcome.done():
+            if now > queued_job.straggler_at and is_possible and not queued_job.outcome.done():
                 return queued_job
         return None
 

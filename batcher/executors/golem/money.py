@@ -186,7 +186,9 @@ class Reservation:
         self.covered_seconds = 0.0
         self._money = money
         self._purpose = purpose
-        self._price: Price | None = None
+        #: The agreement and its price, once it is committed.
+        self.agreement: AgreementRecord | None = None
+        self.price: Price | None = None
         self._committing: asyncio.Future[None] | None = None
 
     def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
@@ -194,7 +196,7 @@ class Reservation:
 
         :param seconds: until when it is paid for.
         """
-        self._price, self.covered_seconds = price, seconds
+        self.agreement, self.price, self.covered_seconds = agreement, price, seconds
         commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
         ledger = self._money.ledger
         self._committing = self._money.ledger_writer.enqueue(ledger.record_agreement, agreement, commitment)
@@ -205,19 +207,19 @@ class Reservation:
         :raises BudgetReached: a cap does not allow it.
         :raises StoreError:
         """
-        assert self._price is not None and self._committing is not None, "extended before it was committed"
+        assert self.price is not None and self._committing is not None, "extended before it was committed"
         if seconds <= self.covered_seconds:
             return
         await asyncio.wait({self._committing}, timeout=self._money.timings.idle_poll_seconds)
         if not self._committing.done():
             raise StoreBusy()
-        await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self._price, seconds))
+        await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self.price, seconds))
         self.covered_seconds = max(seconds, self.covered_seconds)
 
     def end(self, seconds: float) -> None:
         """Lower it to what the agreement may have cost when it ended after so many seconds."""
-        assert self._price is not None
-        amount = self._money.timings.cost_limit(self._price, seconds)
+        assert self.price is not None
+        amount = self._money.timings.cost_limit(self.price, seconds)
         lower = self._money.reservations.lower
         self._money.ledger_writer.enqueue(lower, self.id, amount, now=self._money.clock())
 

@@ -148,34 +148,36 @@ class PaymentProcessor:
             # An invoice means that the agreement has ended, even if its end was not observed here.
             reason = "The provider sent its invoice."
             enqueue(ledger.end_agreement, agreement.id, reason=reason, now=datetime.now(UTC))
-            if str(invoice.status) != "RECEIVED":
-                # It was accepted before, by a batcher that was killed before it could record that.
-                self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-                self._finish(invoice.agreement_id)
-                return
-            if amount > max_cost:
-                reason = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
-                log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, reason)
-                self._record_invoice(invoice, amount, BillState.REFUSED, reason)
+            state, refusal = BillState.ACCEPTED, None
+            # Otherwise it was accepted before, by a batcher that was killed before it could record that.
+            is_new = str(invoice.status) == "RECEIVED"
+            if is_new and amount > max_cost:
+                state, refusal = (
+                    BillState.REFUSED,
+                    f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed.",
+                )
+                log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, refusal)
                 self._parts.provider_records.record_overbilling(
-                    agreement.provider_id, f"Its invoice was too high. {reason}"
+                    agreement.provider_id, f"Its invoice was too high. {refusal}"
                 )
-                self._finish(invoice.agreement_id)
-                return
-            self._record_invoice(invoice, amount, BillState.RECEIVED, None)
-            try:
-                await self._accept(invoice, amount, is_old=is_old)
-            except Exception as error:
-                log.warning(
-                    "the invoice of provider %s cannot be paid yet: %s", agreement.provider_name, explain(error)
-                )
-                if getattr(error, "status", None) != 400:
-                    raise
-                if not is_old:
-                    self._session.is_stale = True
-                return
-            self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-            self._finish(invoice.agreement_id)
+            elif is_new:
+                self._record_invoice(invoice, amount, BillState.RECEIVED, None)
+                try:
+                    await self._accept(invoice, amount, is_old=is_old)
+                except Exception as error:
+                    log.warning(
+                        "the invoice of provider %s cannot be paid yet: %s", agreement.provider_name, explain(error)
+                    )
+                    if getattr(error, "status", None) != 400:
+                        raise
+                    if not is_old:
+                        self._session.is_stale = True
+                    return
+            self._record_invoice(invoice, amount, state, refusal)
+            self._done.add(agreement.id)
+            self._expected.pop(agreement.id, None)
+            if not self._expected:
+                self._settled.set()
 
     async def _accept(self, invoice: Any, amount: Decimal, *, is_old: bool) -> None:
         """Accept an invoice; one of an earlier session from an allocation of its own if necessary.
@@ -213,12 +215,6 @@ class PaymentProcessor:
             reason=reason,
         )
         self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_invoice, record)
-
-    def _finish(self, agreement_id: str) -> None:
-        self._done.add(agreement_id)
-        self._expected.pop(agreement_id, None)
-        if not self._expected:
-            self._settled.set()
 
     async def _settle_debit_note(self, note: Any) -> None:
         """Accept an interim bill if it is plausible; providers stop working if it is not accepted."""

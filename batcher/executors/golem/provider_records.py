@@ -85,18 +85,16 @@ class ProviderRecords:
         failures_in_a_row = self._failures[worker.provider_id] = self._failures.get(worker.provider_id, 0) + 1
         self._ban(worker.provider_id, reason, self._ban_backoff.after(failures_in_a_row))
         if queued_job is not None:
-            queued_job.failures += 1
             queued_job.failed_on.add(worker.provider_id)
-            queued_job.banned_providers.add(worker.provider_id)
 
     def lift_bans(self, queued_job: QueuedJob) -> None:
         """Lift the bans caused by a chunk that failed on several providers."""
         if len(queued_job.failed_on) < 2:
             return
-        for provider_id in queued_job.banned_providers:
+        for provider_id in queued_job.failed_on:
             self._failures.pop(provider_id, None)
             self._offer_evaluator.banned.pop(provider_id, None)
-            self._ledger_writer.enqueue(self._unban, provider_id)
+            self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)
 
     def record_overbilling(self, provider_id: str, reason: str) -> None:
         """Ban a provider that charged more than it can have earned."""
@@ -119,8 +117,3 @@ class ProviderRecords:
         self._ledger_writer.enqueue(
             self._providers.ban, provider_id, until=until, reason=reason[:500], by_operator=False
         )
-
-    def _unban(self, provider_id: str) -> None:
-        known = {each.id: each for each in self._providers.list()}
-        if provider_id in known and not known[provider_id].is_banned_by_operator:
-            self._providers.unban(provider_id)

@@ -5,6 +5,7 @@ They suit a public network. They are no settings; tests shorten them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -114,10 +115,10 @@ class GolemTimings:
         transfer = size_bytes / self.min_bytes_per_second
         return min(max_seconds, self.timeout_grace_seconds + self.timeout_factor * items / images_per_second + transfer)
 
-    def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float | None:
-        """Return after how long an idle worker may try a chunk too; None if the speed is unknown."""
+    def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float:
+        """Return after how long an idle worker may try a chunk too; infinite if the speed is unknown."""
         if images_per_second is None or images_per_second <= 0:
-            return None
+            return math.inf
         return self.straggler_grace_seconds + self.straggler_factor * items / images_per_second
 
 

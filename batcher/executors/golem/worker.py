@@ -21,7 +21,6 @@ from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
@@ -58,18 +57,17 @@ class GolemWorker:
     """A provider's activity that runs chunks, and its costs.
 
     :param yapapi_context: yapapi's WorkContext.
-    :param reservation: of its agreement.
+    :param reservation: of its agreement, which is committed.
     """
 
-    def __init__(
-        self, pool: WorkerPool, yapapi_context: Any, *, provider_name: str, price: Price, reservation: Reservation
-    ) -> None:
+    def __init__(self, pool: WorkerPool, yapapi_context: Any, reservation: Reservation) -> None:
+        assert reservation.agreement is not None and reservation.price is not None, "it is not committed"
         self.model = pool.model
         self.provider_id: str = yapapi_context.provider_id
-        self.provider_name = provider_name
+        self.provider_name = reservation.agreement.provider_name
         self.agreement_id: str = yapapi_context._agreement.id
         self.activity_id: str = yapapi_context.id
-        self.price = price
+        self.price = reservation.price
         self.reservation = reservation
         self.created_at = datetime.now(UTC)
         self.ended_at: datetime | None = None
@@ -308,13 +306,8 @@ class GolemWorker:
             return False
         now = time.monotonic()
         self.queued_job, self._deadline = queued_job, now + seconds
-        late_after = self._timings.straggler_seconds(items=job.items, images_per_second=speed)
-        job_queue.start_attempt(
-            queued_job,
-            self.provider_id,
-            stop=self.abort.set,
-            straggler_at=None if late_after is None else now + late_after,
-        )
+        straggler_at = now + self._timings.straggler_seconds(items=job.items, images_per_second=speed)
+        job_queue.start_attempt(queued_job, self.provider_id, stop=self.abort.set, straggler_at=straggler_at)
         if job.on_start is not None:
             job.on_start()
         return True
@@ -349,7 +342,7 @@ class GolemWorker:
         )
         if queued_job.running_attempts:
             return  # another attempt is running
-        if queued_job.failures >= self._parts.settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
+        if len(queued_job.failed_on) >= self._parts.settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
             self._parts.provider_records.lift_bans(queued_job)
             queued_job.complete(queued_job.last_outcome)
         else:

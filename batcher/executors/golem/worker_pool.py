@@ -19,13 +19,12 @@ from typing import Any
 from batcher.errors import BudgetReached
 from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.offers import BadOffer, Price, describe_offer
+from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.worker import GolemWorker
 from batcher.executors.golem.yapapi_adapter import explain, make_job
-from provider_image.errors import MlgError
 
 log = logging.getLogger(__name__)
 
@@ -125,17 +124,18 @@ class WorkerPool:
             _, hanging = await asyncio.wait(self._background, timeout=self._timings.cleanup_seconds)
             for task in hanging:
                 task.cancel()
-        await self._end_job()
+        job, self._job = self._job, None
+        if job is not None:
+            await self._end_job(job)
 
     # The demand
 
     def _renew(self) -> None:
         """Make a new demand; workers of the old one finish their chunk."""
         if self._job is not None:
-            old = self._job
             for worker in self.workers:
                 worker.is_stopping = True
-            self._keep(asyncio.create_task(self._end_job(old)))
+            self._keep(asyncio.create_task(self._end_job(self._job)))
             if self._search_task is not None:
                 self._search_task.cancel()
                 self._search_task = None
@@ -246,12 +246,7 @@ class WorkerPool:
             reservation, made_at = self._commitments.pop(agreement_id)
             reservation.end(time.monotonic() - made_at)
 
-    async def _end_job(self, job: Any = None) -> None:
-        job = job or self._job
-        if job is None:
-            return
-        if job is self._job:
-            self._job = None
+    async def _end_job(self, job: Any) -> None:
         try:
             async with asyncio.timeout(self._timings.cleanup_seconds):
                 await job.agreements_pool.terminate_all(reason=_DONE_REASON)
@@ -368,12 +363,8 @@ class WorkerPool:
         reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
         if reservation is None:
             raise _WorkerFinished  # the agreement has ended already
-        try:
-            properties = yapapi_context._agreement_details.provider_view.properties
-            name, price = describe_offer(properties, yapapi_context.provider_id)
-        except MlgError as error:
-            raise _WorkerFinished from error
-        worker = GolemWorker(self, yapapi_context, provider_name=name, price=price, reservation=reservation)
+        worker = GolemWorker(self, yapapi_context, reservation)
+        name = worker.provider_name
         worker.is_stopping = self._is_closing
         self.workers.add(worker)
         parts.offer_evaluator.record_signed(worker.provider_id)

@@ -187,7 +187,7 @@ def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
 
 def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:
     assert GolemTimings().straggler_seconds(items=16, images_per_second=16.0) == 5.0
-    assert GolemTimings().straggler_seconds(items=16, images_per_second=None) is None
+    assert GolemTimings().straggler_seconds(items=16, images_per_second=None) == float("inf")
 
 
 def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> None:
