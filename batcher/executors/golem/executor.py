@@ -111,7 +111,7 @@ class GolemExecutor:
         oldest = min((each.waiting_since for each in self._job_queue.queued_jobs(model)), default=None)
         if oldest is None or time.monotonic() - oldest < self._timings.explain_wait_seconds:
             return None
-        return self._parts.offer_evaluator.unavailable_reason(model)
+        return self._parts.provider_records.unavailable_reason(model)
 
     async def run(self, job: Job) -> Outcome:
         queued_job = QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
@@ -241,9 +241,8 @@ class GolemExecutor:
             for model in wanted:
                 if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
                     shared[model] += 1
-        worker_count = sum(len(pool.workers) for pool in self._pools.values())
-        starving = [model for model, pool in self._pools.items() if waiting.get(model) and not pool.workers]
-        if worker_count >= max_workers and starving:
+        is_full = sum(len(pool.workers) for pool in self._pools.values()) >= max_workers
+        if is_full and any(waiting.get(model) and not pool.workers for model, pool in self._pools.items()):
             self._release_one_worker()
         return shared
 
@@ -261,7 +260,7 @@ class GolemExecutor:
 
     async def _new_pool(self, model: str, session: Session) -> WorkerPool:
         speeds = await asyncio.to_thread(self._context.store.providers.speed, model)
-        self._parts.offer_evaluator.speeds[model].update(speeds)
+        self._parts.provider_records.speeds[model].update(speeds)
         payload = await make_payload(model, session.owner, self._context.models, self._settings)
         return WorkerPool(self._parts, session, model=model, payload=payload)
 
@@ -273,11 +272,9 @@ class GolemExecutor:
 
     async def _end_session_now(self, settle_seconds: float) -> None:
         pools, self._pools = list(self._pools.values()), {}
-        grace_seconds = (
-            self._timings.close_seconds if self._session is not None and self._session.broken_reason is None else 0.0
-        )
-        await asyncio.gather(*(pool.close(grace_seconds) for pool in pools))
         session, self._session = self._session, None
+        is_usable = session is not None and session.broken_reason is None
+        await asyncio.gather(*(pool.close(self._timings.close_seconds if is_usable else 0.0) for pool in pools))
         if session is not None:
             self._parts.money.release_all()  # a hire that was cancelled may have left its reservation
             await session.close(settle_seconds)
@@ -288,13 +285,13 @@ class GolemExecutor:
         if now - self._refreshed_at < self._timings.refresh_seconds:
             return
         self._refreshed_at = now
-        banned = set(self._parts.offer_evaluator.banned)
+        banned = set(self._parts.provider_records.banned)
         try:
             await asyncio.to_thread(self._parts.provider_records.refresh)
             await self._parts.money.refresh()
         except MlgError as error:
             log.warning("cannot read the ledger: %s", error)
-        if banned - set(self._parts.offer_evaluator.banned):
+        if banned - set(self._parts.provider_records.banned):
             for pool in self._pools.values():
                 pool.restart_search()
 
@@ -315,5 +312,5 @@ class GolemExecutor:
             elif self._session_error is not None:
                 queued_job.complete(Outcome.not_run(GolemUnavailable(self._session_error)))
             else:
-                reason = self._parts.offer_evaluator.unavailable_reason(queued_job.job.model)
+                reason = self._parts.provider_records.unavailable_reason(queued_job.job.model)
                 queued_job.complete(Outcome.not_run(NoProvider(reason)))

@@ -125,7 +125,7 @@ class PaymentProcessor:
 
     async def _review(self) -> None:
         """Process all invoices since the oldest unsettled agreement, whenever they came."""
-        open_agreements = await asyncio.to_thread(self._parts.context.store.ledger.agreements, is_settled=False)
+        open_agreements = await asyncio.to_thread(self._parts.ledger.agreements, is_settled=False)
         if not open_agreements:
             return
         since = min(each.created_at for each in open_agreements) - timedelta(minutes=5)
@@ -143,7 +143,7 @@ class PaymentProcessor:
                 return
             agreement, max_cost, is_old = checked
             amount = Decimal(str(invoice.amount))
-            ledger, enqueue = self._parts.context.store.ledger, self._parts.ledger_writer.enqueue
+            ledger, enqueue = self._parts.ledger, self._parts.ledger_writer.enqueue
             enqueue(ledger.record_agreement, agreement)
             # An invoice means that the agreement has ended, even if its end was not observed here.
             reason = "The provider sent its invoice."
@@ -214,7 +214,7 @@ class PaymentProcessor:
             settled_at=None if state is BillState.RECEIVED else now,
             reason=reason,
         )
-        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_invoice, record)
+        self._parts.ledger_writer.enqueue(self._parts.ledger.record_invoice, record)
 
     async def _settle_debit_note(self, note: Any) -> None:
         """Accept an interim bill if it is plausible; providers stop working if it is not accepted."""
@@ -255,7 +255,7 @@ class PaymentProcessor:
                 state=state,
                 received_at=datetime.now(UTC),
             )
-            self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_debit_note, record)
+            self._parts.ledger_writer.enqueue(self._parts.ledger.record_debit_note, record)
 
     async def _max_bill(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
         """Return an agreement, the most that it can have cost, and whether an earlier session made it.

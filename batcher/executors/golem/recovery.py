@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -99,23 +99,19 @@ class Recovery:
         self._engine = engine
         self._market = engine._market_api._api
         self._payment = engine._payment_api._api
-        self._ledger = parts.context.store.ledger
+        self._ledger = parts.ledger
         self._tag = tag
         self._is_gone = is_gone
 
-    async def run(self, *, keep_allocations: Iterable[str]) -> None:
-        """Close everything that is left over.
-
-        :param keep_allocations: ids that are in use.
-        :raises Exception: the daemon fails; the next run closes the rest.
-        """
+    async def run(self, *, keep_allocation: str) -> None:
+        """Close all that is left over. :raises Exception: the daemon fails; the next run closes the rest."""
         for demand in await self._market.get_demands():
             if self._is_left_over((demand.properties or {}).get(OWNER)):
                 await self._try(self._market.unsubscribe_demand(demand.demand_id), "a demand")
         await self._end_agreements()
         # After that, because what was reserved for an agreement is committed to it first.
         await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
-        await self._release_allocations(set(keep_allocations))
+        await self._release_allocations(keep_allocation)
         if self._closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", self._closed)
 
@@ -141,7 +137,7 @@ class Recovery:
                 else:
                     self._running.add(id)
 
-    async def _release_allocations(self, keep: set[str]) -> None:
+    async def _release_allocations(self, keep: str) -> None:
         recorded = {each.id: each for each in await asyncio.to_thread(self._ledger.allocations)}
         for allocation in await self._payment.get_allocations():
             id, record = allocation.allocation_id, recorded.get(allocation.allocation_id)
@@ -150,7 +146,7 @@ class Recovery:
                 is_left_over = is_tagged(Decimal(str(allocation.total_amount)), self._tag) and age > _UNRECORDED_SECONDS
             else:
                 is_left_over = self._is_gone(record.batcher_id)
-            if not is_left_over or id in keep:
+            if not is_left_over or id == keep:
                 continue
             if await self._try(self._payment.release_allocation(id), "an allocation"):
                 await asyncio.to_thread(self._ledger.release_allocation, id, now=datetime.now(UTC))

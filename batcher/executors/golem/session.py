@@ -114,7 +114,7 @@ class Session:
             amount=self._amount,
             created_at=datetime.now(UTC),
         )
-        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_allocation, record)
+        self._parts.ledger_writer.enqueue(self._parts.ledger.record_allocation, record)
         self.payment_processor = PaymentProcessor(self._parts, self)
         self.payment_processor.start()
         await self._recover(self._is_over)
@@ -129,7 +129,7 @@ class Session:
         recovery = Recovery(self._parts, self.engine, tag=self.tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(self._timings.open_seconds):
-                await recovery.run(keep_allocations=[self.allocation_id])
+                await recovery.run(keep_allocation=self.allocation_id)
         except Exception as error:
             log.warning(
                 "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
@@ -186,7 +186,7 @@ class Session:
                 self._timings.stop_seconds, self._release(), "releasing the allocation", log
             )
         if stopped and self.allocation_id:
-            release = self._parts.context.store.ledger.release_allocation
+            release = self._parts.ledger.release_allocation
             self._parts.ledger_writer.enqueue(release, self.allocation_id, now=datetime.now(UTC))
 
     async def _stop_golem(self) -> None:
@@ -211,7 +211,7 @@ class Session:
         """Rate an offer for yapapi's strategy."""
         self._parts.provider_records.record_offer(provider_id, properties)
         model = self.subscription_models.get(subscription_id, "")
-        return self._parts.offer_evaluator.rate_offer(model, provider_id, properties)
+        return self._parts.provider_records.rate_offer(model, provider_id, properties)
 
     def fail(self, reason: str) -> None:
         """Report that the session can no longer be used. The first reason counts."""

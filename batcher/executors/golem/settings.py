@@ -6,6 +6,7 @@ variables. They are read here and passed on, because yapapi reads some of them a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -103,10 +104,8 @@ def _amount(env: Environment, name: str, default: Decimal | None) -> Decimal | N
     text = env.text(name, "none" if default is None else str(default))
     if text == "none":
         return None
-    try:
+    with contextlib.suppress(InvalidOperation):
         amount = Decimal(text)
-    except InvalidOperation as error:
-        raise ConfigError(f"{name} is {text!r}, which is not an amount. Use for example 0.5, or none.") from error
-    if not amount.is_finite() or amount < 0:
-        raise ConfigError(f"{name} is {text}, which is not an amount. Use for example 0.5, or none.")
-    return amount
+        if amount.is_finite() and amount >= 0:
+            return amount
+    raise ConfigError(f"{name} is {text!r}, which is not an amount. Use for example 0.5, or none.")

@@ -70,7 +70,6 @@ class GolemWorker:
         self.price = reservation.price
         self.reservation = reservation
         self.created_at = datetime.now(UTC)
-        self.ended_at: datetime | None = None
         #: Seconds that the start took; None until it is ready.
         self.start_seconds: float | None = None
         #: The job under way.
@@ -105,8 +104,8 @@ class GolemWorker:
             id=self.activity_id,
             agreement_id=self.agreement_id,
             created_at=self.created_at,
-            ended_at=self.ended_at,
-            seconds=None if self.ended_at is None else self.seconds(),
+            ended_at=None if self._ended is None else self.created_at + timedelta(seconds=self.seconds()),
+            seconds=None if self._ended is None else self.seconds(),
         )
 
     async def run(self, engine: Any, job_id: str) -> None:
@@ -135,18 +134,14 @@ class GolemWorker:
             batches.cancel()
             # A call that hangs is not waited for: its response is not needed.
             await asyncio.wait({batches, aborting}, timeout=_HANGING_SECONDS)
-            self._ended, self.ended_at = time.monotonic(), datetime.now(UTC)
+            self._ended = time.monotonic()
             queued_job = self._finish_attempt()
             error = batches.exception() if batches.done() and not batches.cancelled() else None
             if queued_job is not None or error is not None:
                 reason = explain(error) if error is not None else "it was stopped"
                 # Stopped because a second attempt, begun later, was faster: this provider hangs or is far too slow.
-                is_superseded = (
-                    queued_job is not None
-                    and queued_job.outcome.done()
-                    and not queued_job.outcome.cancelled()
-                    and was_aborted
-                )
+                outcome = None if queued_job is None else queued_job.outcome
+                is_superseded = was_aborted and outcome is not None and outcome.done() and not outcome.cancelled()
                 died = WorkerDied(f"The worker ended: {reason}.")
                 self._report_failure(queued_job, AttemptFailure(error=died, is_provider_fault=is_superseded), 0.0)
 
@@ -276,7 +271,7 @@ class GolemWorker:
     async def _begin_attempt(self, queued_job: QueuedJob, *, is_second_attempt: bool) -> bool:
         """Reserve what a job may cost, and begin it. :return: False: it is back in the queue, or over."""
         job, job_queue = queued_job.job, self._parts.job_queue
-        speed = self._parts.offer_evaluator.speed(self.model, self.provider_id)
+        speed = self._parts.provider_records.speed(self.model, self.provider_id)
         seconds = self._timings.chunk_timeout(
             items=job.items,
             size_bytes=job.chunk.stat().st_size,

@@ -176,11 +176,9 @@ class WorkerPool:
         pool = self._job.agreements_pool
         pool._offer_buffer.update({**self._unsuited, **pool._offer_buffer})
         self._unsuited = {}
-        if not pool._offer_buffer:
-            return False
         # The pool may hold offers from before a ban.
         for provider_id in list(pool._offer_buffer):
-            if provider_id in self.parts.offer_evaluator.banned:
+            if provider_id in self.parts.provider_records.banned:
                 del pool._offer_buffer[provider_id]
             elif not self._has_work_for(provider_id):
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
@@ -208,7 +206,7 @@ class WorkerPool:
             if details is not None:
                 provider_id = details.raw_details.offer.provider_id
                 log.info("provider %s did not sign an agreement", provider_id)
-                self.parts.offer_evaluator.record_not_signed(provider_id)
+                self.parts.provider_records.record_not_signed(provider_id)
             if name == "ActivityCreateFailed":
                 self._terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
             else:
@@ -224,7 +222,7 @@ class WorkerPool:
         hire = self._hire
         if hire is None or self._first_cost(price) > hire.amount:
             # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
-            self.parts.ledger_writer.enqueue(self.parts.context.store.ledger.record_agreement, record)
+            self.parts.ledger_writer.enqueue(self.parts.ledger.record_agreement, record)
             return
         self._hire = None
         self._commitments[record.id] = (hire, time.monotonic())
@@ -240,7 +238,7 @@ class WorkerPool:
         return self._timings.cost_limit(price, self.first_cover_seconds)
 
     def _end_agreement(self, agreement_id: str, reason: str) -> None:
-        ledger = self.parts.context.store.ledger
+        ledger = self.parts.ledger
         self.parts.ledger_writer.enqueue(ledger.end_agreement, agreement_id, reason=reason, now=datetime.now(UTC))
         if agreement_id in self._commitments:  # no worker came of it
             reservation, made_at = self._commitments.pop(agreement_id)
@@ -358,7 +356,7 @@ class WorkerPool:
 
         :param yapapi_context: yapapi's WorkContext.
         """
-        parts, ledger = self.parts, self.parts.context.store.ledger
+        parts = self.parts
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
         reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
         if reservation is None:
@@ -367,16 +365,16 @@ class WorkerPool:
         name = worker.provider_name
         worker.is_stopping = self._is_closing
         self.workers.add(worker)
-        parts.offer_evaluator.record_signed(worker.provider_id)
+        parts.provider_records.record_signed(worker.provider_id)
         log.info("provider %s starts a worker for %s", name, self.model, extra={"agreement_id": worker.agreement_id})
-        parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
+        parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
         try:
             await worker.run(self.session.engine, self._job_id(yapapi_context))
         finally:
             self.workers.discard(worker)
             log.info("the worker of provider %s ended after %d chunks", name, worker.chunks)
             worker.reservation.end(worker.seconds())
-            parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
+            parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
             if self.session.payment_processor is not None:
                 self.session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
             self._terminate_later(worker.agreement_id, pool)

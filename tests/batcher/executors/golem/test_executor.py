@@ -90,7 +90,7 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             await harness.run("first")
             harness.store.providers.ban("alpha", until=None, reason="Too slow.", by_operator=True)
             harness.executor._refreshed_at = float("-inf")  # forces the periodic read from the store
-            await until(lambda: harness.executor._parts.offer_evaluator.banned.get(provider("alpha").node_id))
+            await until(lambda: harness.executor._parts.provider_records.banned.get(provider("alpha").node_id))
             for pool in harness.executor._pools.values():
                 for worker in pool.workers:
                     worker.abort.set()
