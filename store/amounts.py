@@ -73,10 +73,7 @@ def split(amount: Decimal, weights: Sequence[float]) -> list[Decimal]:
 
 
 def equal_share(amount: Decimal, count: int, position: int) -> Decimal:
-    """Return one share of an amount that is split equally, exactly as `split` with equal weights does.
-
-    :param position: 0 to count - 1.
-    """
+    """Return one share, counted from 0, of an amount that is split equally, as `split` with equal weights does."""
     units, places = _to_units(amount)
     share, remainder = divmod(units, count)
     return _from_units(share + (position < remainder), places)

@@ -326,9 +326,8 @@ class Ledger:
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
-        return self._database.records(
-            AllocationRecord, f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
-        )
+        sql = f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
+        return self._database.records(AllocationRecord, sql)
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -336,11 +335,10 @@ class Ledger:
         :param is_open: True for those in force, False for those that ended.
         :param is_settled: True for those that ended and have an accepted or refused invoice, False for the others.
         """
-        which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
-        which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
-        return self._database.records(
-            AgreementRecord, f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
-        )
+        in_force = {None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]
+        settled = {None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]
+        sql = f"SELECT * FROM agreements WHERE {in_force} AND {settled} ORDER BY created_at, id"
+        return self._database.records(AgreementRecord, sql)
 
     def spent(self, *, since: datetime | None = None) -> Decimal:
         """Add up the amounts paid since a time and all open amounts."""

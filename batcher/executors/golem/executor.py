@@ -41,10 +41,7 @@ _DEFAULT_ALLOCATION = Decimal(10)
 
 
 class GolemExecutor:
-    """See `batcher.executors.Executor`.
-
-    :param settings: read from the context's environment unless given.
-    """
+    """See `batcher.executors.Executor`. Settings are read from the context's environment unless given."""
 
     name = "golem"
     is_remote = True

@@ -89,11 +89,7 @@ class JobQueue:
     def start_attempt(
         self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float
     ) -> None:
-        """Record that a provider runs a job.
-
-        :param stop: called when its answer is no longer needed.
-        :param straggler_at: from then on, on the monotonic clock, an idle worker may run the job too.
-        """
+        """Record that a provider runs a job. :param stop: called when its answer is no longer needed."""
         queued_job.attempts += 1
         queued_job.running_attempts[provider_id] = (stop, bool(queued_job.running_attempts))
         queued_job.straggler_at = straggler_at

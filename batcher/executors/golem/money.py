@@ -53,9 +53,7 @@ def describe_denial(denial: Denial) -> str:
 class Money:
     """One batcher's spending.
 
-    :param owner: the batcher.
     :param caps: run, day, total -> the most that may be spent.
-    :param clock: returns the current time; days are in UTC.
     """
 
     def __init__(
@@ -83,11 +81,7 @@ class Money:
         await asyncio.to_thread(self.reservations.set_caps, self.owner, self._caps)
 
     async def reserve(self, purpose: str, amount: Decimal) -> Reservation:
-        """Reserve what an agreement may cost at first.
-
-        :raises BudgetReached: a cap does not allow it.
-        :raises StoreError:
-        """
+        """Reserve what an agreement may cost at first. :raises BudgetReached: a cap forbids it. :raises StoreError:"""
         reservation = Reservation(self, secrets.token_hex(16), purpose, amount)
         await self.raise_to(reservation.id, purpose, amount)
         self._denial = None
@@ -116,11 +110,7 @@ class Money:
         )
 
     async def left(self) -> Decimal | None:
-        """Return what may still be spent today; None when there is no limit.
-
-        :raises BudgetReached: nothing.
-        :raises StoreError:
-        """
+        """Return what may be spent today; None without a limit. :raises BudgetReached: nothing. :raises StoreError:"""
         used = await self._used()
         denial = check_caps(self._caps, used, _SMALLEST_AMOUNT)
         if denial is not None:
@@ -142,7 +132,6 @@ class Money:
         Called in a thread, after what they left at the daemon is committed.
 
         :param running: agreements that could not be ended.
-        :raises StoreError:
         """
         now = self.clock()
         for batcher_id in self.reservations.reserving_batchers():
@@ -192,10 +181,7 @@ class Reservation:
         self._committing: asyncio.Future[None] | None = None
 
     def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
-        """Turn it into an agreement's commitment, and record the agreement.
-
-        :param seconds: until when it is paid for.
-        """
+        """Record an agreement, and commit what it costs until some seconds after its start."""
         self.agreement, self.price, self.covered_seconds = agreement, price, seconds
         commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
         ledger = self._money.ledger

@@ -30,7 +30,6 @@ async def make_payload(model: str, owner: str, models: Path, settings: GolemSett
     """Make a model's demand: its published container image if there is one, else a runtime with built-in models.
 
     :param owner: identifies the demand as ours, see `recovery.py`.
-    :param models: the folder of artefacts.
     :raises GolemUnavailable: the image registry does not respond, or the published image holds another build of the
         model than is installed here.
     :raises ContainerImageError: the lock file cannot be read.

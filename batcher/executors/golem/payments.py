@@ -8,6 +8,7 @@ debit note) with the most that the agreement can have cost by the local clock, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -61,21 +62,16 @@ class PaymentProcessor:
         self._tasks = [asyncio.create_task(each) for each in (reviews, invoices, debit_notes)]
 
     def expect_invoice(self, agreement_id: str, seconds: float) -> None:
-        """Expect the invoice of an agreement that has ended.
-
-        :param seconds: how long its activity ran, by the local clock.
-        """
+        """Expect the invoice of an agreement that has ended, whose activity ran this long by the local clock."""
         if agreement_id not in self._done:
             self._expected.setdefault(agreement_id, seconds)
             self._settled.clear()
 
     async def wait_until_settled(self, seconds: float) -> int:
         """Wait for the expected invoices, at most this long. :return: how many are missing."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
-        except TimeoutError:
-            pass
         return len(self._expected)
 
     async def close(self) -> None:

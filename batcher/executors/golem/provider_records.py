@@ -45,10 +45,7 @@ _OFFER_SECONDS = 3600.0
 
 
 class ProviderRecords:
-    """One batcher's providers.
-
-    :param monotonic: returns seconds that never decrease.
-    """
+    """One batcher's providers."""
 
     def __init__(
         self,

@@ -36,10 +36,7 @@ _LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 def home_tag(file: Path) -> str:
-    """Return the random name of a home, which providers see; created on the first call.
-
-    :param file: where it is kept.
-    """
+    """Return the random name of a home, which providers see; created on the first call, and kept in a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -65,7 +62,6 @@ def is_tagged(amount: Decimal, tag: str) -> bool:
 async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) -> None:
     """End an agreement, also one that is not approved yet; does nothing if it has ended.
 
-    :param engine: yapapi's, started.
     :raises Exception: the daemon fails, or the provider approves it at the same moment.
     """
     market = engine._market_api._api
@@ -80,11 +76,7 @@ async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) 
 
 
 class Recovery:
-    """One cleanup.
-
-    :param engine: yapapi's, started.
-    :param is_gone: returns whether the session that an owner names no longer runs.
-    """
+    """One cleanup. :param is_gone: returns whether the session that an owner names no longer runs."""
 
     def __init__(self, parts: GolemParts, engine: Any, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         self._parts = parts

@@ -38,7 +38,6 @@ _RECOVERY_ATTEMPTS = 3
 class Session:
     """A session; call `open` first.
 
-    :param number: of the session, counted per batcher.
     :param tag: the home's, see `recovery.py`.
     :param amount: size of the allocation, in GLM.
     """

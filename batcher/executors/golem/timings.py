@@ -105,11 +105,7 @@ class GolemTimings:
     def chunk_timeout(
         self, *, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float
     ) -> float:
-        """Return how long a chunk may take, transfer included.
-
-        :param images_per_second: measured; None if unknown, which returns `max_seconds`.
-        :param max_seconds: the upper limit.
-        """
+        """Return how long a chunk may take, transfer included; `max_seconds` if the speed is unknown."""
         if images_per_second is None or images_per_second <= 0:
             return max_seconds
         transfer = size_bytes / self.min_bytes_per_second
@@ -128,7 +124,6 @@ def idle_seconds(price: Price, *, start_seconds: float, max_seconds: float) -> f
     Without knowledge of the future this costs at most twice the optimum (the ski rental problem).
 
     :param start_seconds: how long the start took; it is paid for too.
-    :param max_seconds: the upper limit, even if idling is free.
     """
     if price.second <= 0:
         return max_seconds

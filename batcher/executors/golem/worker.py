@@ -109,10 +109,7 @@ class GolemWorker:
         )
 
     async def run(self, engine: Any, job_id: str) -> None:
-        """Run it to its end, and report every failure. Raises nothing but cancellation.
-
-        :param job_id: of the yapapi job.
-        """
+        """Run it to its end, and report every failure. Raises nothing but cancellation."""
         batches = asyncio.create_task(self._process(engine, job_id))
         aborting = asyncio.create_task(self.abort.wait())
         try:
@@ -356,10 +353,7 @@ def _accept_results(received: Path, queued_job: QueuedJob) -> None:
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:
-    """Return what an exception of yapapi means, and whose fault it is.
-
-    :param what: the step that failed, as a verb.
-    """
+    """Return what an exception of yapapi means, and whose fault it is. :param what: the step that failed, as a verb."""
     name = type(error).__name__
     if isinstance(error, MlgError):
         found = error

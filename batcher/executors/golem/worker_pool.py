@@ -165,10 +165,7 @@ class WorkerPool:
                     return
                 if time.monotonic() - started_at > self._timings.search_backoff.max_seconds:
                     failures = 1
-                pause = self._timings.search_backoff.after(failures)
-                log.warning(
-                    "the search for offers for %s failed, trying again in %.1f s: %s", self.model, pause, explain(error)
-                )
+                log.warning("the search for offers for %s failed, trying again: %s", self.model, explain(error))
             await asyncio.sleep(self._timings.search_backoff.after(failures))
             failures += 1
 
@@ -268,10 +265,7 @@ class WorkerPool:
         task.add_done_callback(discard)
 
     def _terminate_later(self, agreement_id: str, pool: Any) -> None:
-        """Terminate an agreement if yapapi, which should do so now, does not.
-
-        :param pool: yapapi's pool of agreements.
-        """
+        """Terminate an agreement if yapapi, which should do so now, does not."""
 
         async def terminate() -> None:
             deadline = time.monotonic() + self._timings.cleanup_seconds
@@ -352,10 +346,7 @@ class WorkerPool:
         return reservation
 
     async def _run_worker(self, yapapi_context: Any) -> bool:
-        """Run a worker. yapapi calls this with an activity, which it destroys at the end.
-
-        :param yapapi_context: yapapi's WorkContext.
-        """
+        """Run a worker. yapapi calls this with its WorkContext of an activity, which it destroys at the end."""
         parts = self.parts
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
         reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))

@@ -92,10 +92,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 async def run_with_timeout(seconds: float, work: Awaitable[Any], what: str, log: logging.Logger) -> bool:
-    """Await something that may fail or hang, and log that in one line. :return: whether it succeeded.
-
-    :param what: its name in the log.
-    """
+    """Await something that may fail or hang, and log that in one line. :return: whether it succeeded."""
     task = asyncio.ensure_future(work)
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:
