@@ -148,10 +148,8 @@ class PaymentProcessor:
             # Otherwise it was accepted before, by a batcher that was killed before it could record that.
             is_new = str(invoice.status) == "RECEIVED"
             if is_new and amount > max_cost:
-                state, refusal = (
-                    BillState.REFUSED,
-                    f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed.",
-                )
+                state = BillState.REFUSED
+                refusal = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
                 log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, refusal)
                 self._parts.provider_records.record_overbilling(
                     agreement.provider_id, f"Its invoice was too high. {refusal}"
