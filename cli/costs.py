@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,18 +10,13 @@ from cli.open_store import open_store
 from cli.options import home_option, json_option
 from cli.tables import print_json_lines, print_records, printable, short_address
 from server.record_json import fields
-from store.amounts import cost_per_1000_images
 
 if TYPE_CHECKING:
     from store.ledger import CostRow
 
-_NUMBERS: Mapping[str, str | Callable[[CostRow], object]] = {
-    "images": "images",
-    "chunks": "chunks",
-    "paid": "paid",
-    "open": "open",
-    "refused": "refused",
-    "per 1000 images": cost_per_1000_images,
+_NUMBERS = {
+    **{name: name for name in ("images", "chunks", "paid", "open", "refused")},
+    "per 1000 images": "per_1000_images",
 }
 
 
@@ -84,7 +78,6 @@ def _name(row: CostRow) -> str:
 
 
 def _to_json(row: CostRow, by: str) -> dict[str, Any]:
-    price = cost_per_1000_images(row)
     # The price is rounded, because nobody pays exactly this amount.
-    rounded = None if price is None else float(price)
-    return {"by": by, **fields(row, "key name images chunks paid open refused"), "per_1000_images": rounded}
+    price = None if row.per_1000_images is None else float(row.per_1000_images)
+    return {"by": by, **fields(row, "key name images chunks paid open refused"), "per_1000_images": price}

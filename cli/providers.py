@@ -5,7 +5,6 @@ It uses the store directly; batchers read bans there before they choose a provid
 
 from __future__ import annotations
 
-from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,17 @@ from cli.open_store import open_store
 from cli.options import home_option, json_option, parse_duration
 from cli.tables import local_time, print_json_lines, print_records, printable, short_address
 from server.record_json import fields, to_json
-from store.amounts import format_amount, price_per_1000_images, price_per_hour
+from store.amounts import format_amount
 
 if TYPE_CHECKING:
     from store.ledger import CostRow
     from store.providers import ProviderRecord
+
+
+#: An address may have the short form of the list.
+_name_or_id = click.argument(
+    "name_or_id", metavar="NAME_OR_ID", callback=lambda context, parameter, value: value.removesuffix("…")
+)
 
 
 @click.group()
@@ -52,7 +57,7 @@ def list_providers(as_json: bool) -> None:
     with open_store() as store:
         found = store.providers.list()
         costs = {row.key: row for row in store.ledger.costs("provider")}
-        speeds = defaultdict(dict, store.providers.speeds_by_model())
+        speeds = store.providers.speeds()
     now = datetime.now(UTC)
     if as_json:
         print_json_lines(_to_json(provider, speeds[provider.id], costs.get(provider.id), now) for provider in found)
@@ -60,7 +65,7 @@ def list_providers(as_json: bool) -> None:
 
     def speed_cell(provider: ProviderRecord) -> str:
         return ", ".join(
-            f"{model} {speed:.1f} ({format_amount(price_per_1000_images(provider, speed))})"
+            f"{model} {speed:.1f} ({format_amount(provider.price_per_1000_images(speed))})"
             for model, speed in speeds[provider.id].items()
         )
 
@@ -69,7 +74,7 @@ def list_providers(as_json: bool) -> None:
         {
             "name": lambda provider: printable(provider.name),
             "id": lambda provider: short_address(provider.id),
-            "per hour": price_per_hour,
+            "per hour": "price_per_hour",
             "start": "start_price",
             "done": "done",
             "failed": "failed",
@@ -84,7 +89,7 @@ def list_providers(as_json: bool) -> None:
 
 @providers.command()
 @home_option
-@click.argument("name_or_id", metavar="NAME_OR_ID")
+@_name_or_id
 @click.option(
     "--for",
     "duration",
@@ -106,13 +111,13 @@ def ban(name_or_id: str, duration: timedelta | None, reason: str) -> None:
     now = datetime.now(UTC)
     until = None if duration is None else now + duration
     with open_store() as store:
-        provider = store.providers.ban(_strip_ellipsis(name_or_id), until=until, reason=reason, by_operator=True)
+        provider = store.providers.ban(name_or_id, until=until, reason=reason, by_operator=True)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tbanned {_until(provider)}")
 
 
 @providers.command()
 @home_option
-@click.argument("name_or_id", metavar="NAME_OR_ID")
+@_name_or_id
 def unban(name_or_id: str) -> None:
     """Lift the ban of a provider. It does not matter whether an operator or a batcher banned it.
 
@@ -121,17 +126,12 @@ def unban(name_or_id: str) -> None:
       mlg providers unban slowpoke
     """
     with open_store() as store:
-        provider = store.providers.unban(_strip_ellipsis(name_or_id))
+        provider = store.providers.unban(name_or_id)
     click.echo(f"{printable(provider.name)}\t{provider.id}\tnot banned")
 
 
-def _strip_ellipsis(name_or_id: str) -> str:
-    """Accept an address in the short form of the list."""
-    return name_or_id.removesuffix("…")
-
-
 def _spent(costs: CostRow | None) -> Decimal:
-    return Decimal(0) if costs is None else costs.paid + costs.open
+    return Decimal(0) if costs is None else costs.spent
 
 
 def _until(provider: ProviderRecord) -> str:
@@ -147,12 +147,12 @@ def _to_json(
 ) -> dict[str, Any]:
     return {
         **fields(provider, "id name first_seen_at seen_at start_price price_per_cpu_second price_per_second"),
-        "per_hour": to_json(price_per_hour(provider)),
+        "per_hour": to_json(provider.price_per_hour),
         **fields(provider, "done failed images"),
         "score": round(provider.score, 4),
         "images_per_second": {model: round(speed, 3) for model, speed in speeds.items()},
         "per_1000_images": {
-            model: to_json(price_per_1000_images(provider, speed).quantize(Decimal("1e-9")))
+            model: to_json(provider.price_per_1000_images(speed).quantize(Decimal("1e-9")))
             for model, speed in speeds.items()
         },
         "spent": to_json(_spent(costs)),

@@ -10,7 +10,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from store.cost_split import to_amount
+from store.amounts import to_amount
 from store.rows import to_text
 
 

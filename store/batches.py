@@ -24,7 +24,7 @@ from decimal import Decimal
 from typing import Any
 
 from provider_image.errors import MlgError
-from store.cost_split import equal_share, total
+from store.amounts import equal_share, total
 from store.database import Database, Transaction
 from store.errors import UnknownRequest
 from store.images import ImageStore, StagedImage

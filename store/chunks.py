@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from store.cost_split import to_amount
+from store.amounts import to_amount
 from store.database import Database, Transaction
 from store.ledger import split_invoices
 from store.rows import from_row, insert_sql, to_row, to_text

@@ -29,15 +29,15 @@ import enum
 import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from store.cost_split import ZERO, split, to_amount, total
+from store.amounts import EXACT, ROUNDED, ZERO, split, to_amount, total
 from store.database import Database, Transaction
 from store.reservations import ReservationRecord, commit_reservation, settle_reservation
-from store.rows import to_row, to_text
+from store.rows import insert_sql, to_row, to_text
 
 #: What costs can be grouped by.
 COSTS_BY = ("day", "model", "provider", "total")
@@ -47,50 +47,23 @@ OPEN = "open"
 #: Key of costs of an unknown agreement.
 UNKNOWN = "unknown"
 
-_RECORD_ALLOCATION = """
-    INSERT INTO allocations (id, batcher_id, platform, address, amount, created_at, released_at)
-    VALUES (:id, :batcher_id, :platform, :address, :amount, :created_at, :released_at)
-    ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, released_at = coalesce(released_at, excluded.released_at)
+#: What a record of a row that is known changes.
+_ON_KNOWN_ALLOCATION = "UPDATE SET amount = excluded.amount, released_at = coalesce(released_at, excluded.released_at)"
+_ON_KNOWN_ACTIVITY = """
+    UPDATE SET ended_at = coalesce(ended_at, excluded.ended_at),
+        cpu_seconds = coalesce(excluded.cpu_seconds, cpu_seconds), seconds = coalesce(excluded.seconds, seconds)
 """
-
-_RELEASE_ALLOCATION = "UPDATE allocations SET released_at = :now WHERE id = :id AND released_at IS NULL"
-
-_RECORD_AGREEMENT = """
-    INSERT INTO agreements (id, allocation_id, provider_id, provider_name, model, start_price, price_per_cpu_second,
-                            price_per_second, created_at, ended_at, reason)
-    VALUES (:id, :allocation_id, :provider_id, :provider_name, :model, :start_price, :price_per_cpu_second,
-            :price_per_second, :created_at, :ended_at, :reason)
-    ON CONFLICT (id) DO NOTHING
-"""
-
-_END_AGREEMENT = "UPDATE agreements SET ended_at = :now, reason = :reason WHERE id = :id AND ended_at IS NULL"
-
-_RECORD_ACTIVITY = """
-    INSERT INTO activities (id, agreement_id, created_at, ended_at, cpu_seconds, seconds)
-    VALUES (:id, :agreement_id, :created_at, :ended_at, :cpu_seconds, :seconds)
-    ON CONFLICT (id) DO UPDATE
-    SET ended_at = coalesce(ended_at, excluded.ended_at), cpu_seconds = coalesce(excluded.cpu_seconds, cpu_seconds),
-        seconds = coalesce(excluded.seconds, seconds)
-"""
-
 # The state only moves on, and once it is decided the amount is fixed: a repeated or late event changes nothing.
 _IS_LATER_STATE = """
     CASE excluded.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
     > CASE {table}.state WHEN 'received' THEN 0 WHEN 'refused' THEN 1 ELSE 2 END
 """
-
-_RECORD_DEBIT_NOTE = f"""
-    INSERT INTO debit_notes (id, activity_id, agreement_id, amount, state, received_at)
-    VALUES (:id, :activity_id, :agreement_id, :amount, :state, :received_at)
-    ON CONFLICT (id) DO UPDATE SET amount = excluded.amount, state = excluded.state
-    WHERE {_IS_LATER_STATE.format(table="debit_notes")}
+_ON_KNOWN_DEBIT_NOTE = f"""
+    UPDATE SET amount = excluded.amount, state = excluded.state WHERE {_IS_LATER_STATE.format(table="debit_notes")}
 """
-
-_RECORD_INVOICE = f"""
-    INSERT INTO invoices (id, agreement_id, amount, state, received_at, settled_at, reason)
-    VALUES (:id, :agreement_id, :amount, :state, :received_at, :settled_at, :reason)
-    ON CONFLICT (id) DO UPDATE
-    SET amount = excluded.amount, state = excluded.state, settled_at = excluded.settled_at, reason = excluded.reason
+_ON_KNOWN_INVOICE = f"""
+    UPDATE SET amount = excluded.amount, state = excluded.state, settled_at = excluded.settled_at,
+        reason = excluded.reason
     WHERE {_IS_LATER_STATE.format(table="invoices")}
 """
 
@@ -108,11 +81,8 @@ _IS_SETTLED = """
 """
 
 _PAID = """
-    SELECT agreement_id, state, amount, settled_at FROM invoices
-    WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
+    SELECT amount FROM invoices WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
 """
-
-_REFUSED = "SELECT agreement_id, amount, settled_at FROM invoices WHERE state = 'refused'"
 
 # A chunk's cost becomes final with the first decision about its agreement's invoice, so these have none yet.
 _ESTIMATES = """
@@ -242,15 +212,25 @@ class CostRow:
     #: The key as it is shown: a provider's name.
     name: str
     #: Requests answered.
-    images: int
+    images: int = 0
     #: Chunks that ended.
-    chunks: int
+    chunks: int = 0
     #: Sum of the accepted invoices.
-    paid: Decimal
+    paid: Decimal = ZERO
     #: Estimated costs of agreements without an accepted or refused invoice.
-    open: Decimal
+    open: Decimal = ZERO
     #: Sum of the refused invoices; they are not paid.
-    refused: Decimal
+    refused: Decimal = ZERO
+
+    @property
+    def spent(self) -> Decimal:
+        """The paid and open amounts."""
+        return EXACT.add(self.paid, self.open)
+
+    @property
+    def per_1000_images(self) -> Decimal | None:
+        """What was spent for a thousand images; None without images."""
+        return ROUNDED.divide(EXACT.multiply(self.spent, 1000), self.images) if self.images else None
 
 
 def split_invoices(transaction: Transaction, agreement_id: str) -> None:
@@ -277,16 +257,10 @@ def _settle(transaction: Transaction, agreement_id: str, now: str) -> None:
         settle_reservation(transaction, agreement_id, amount, now)
 
 
-@dataclass
-class _CostSum:
-    """The amounts of a CostRow before they are added up."""
-
-    name: str
-    images: int = 0
-    chunks: int = 0
-    paid: list[Decimal] = field(default_factory=list)
-    open: list[Decimal] = field(default_factory=list)
-    refused: list[Decimal] = field(default_factory=list)
+def _record(transaction: Transaction, table: str, row: Mapping[str, Any], on_known: str = "NOTHING") -> bool:
+    """Add a row, or change the known one. :return: whether that changed anything."""
+    sql = f"INSERT INTO {insert_sql(table, row)} ON CONFLICT (id) DO {on_known}"
+    return bool(transaction.execute(sql, row).rowcount)
 
 
 class Ledger:
@@ -297,11 +271,13 @@ class Ledger:
 
     def record_allocation(self, allocation: AllocationRecord) -> None:
         """Record an allocation or its new amount. A released one stays released."""
-        self._database.execute(_RECORD_ALLOCATION, to_row(allocation))
+        row = to_row(allocation)
+        self._database.write(lambda transaction: _record(transaction, "allocations", row, _ON_KNOWN_ALLOCATION))
 
     def release_allocation(self, id: str, *, now: datetime) -> None:
         """Record that an allocation was released. The first release counts."""
-        self._database.execute(_RELEASE_ALLOCATION, {"id": id, "now": to_text(now)})
+        sql = "UPDATE allocations SET released_at = ? WHERE id = ? AND released_at IS NULL"
+        self._database.execute(sql, (to_text(now), id))
 
     def record_agreement(self, agreement: AgreementRecord, commitment: ReservationRecord | None = None) -> None:
         """Record an agreement; does nothing when it is known.
@@ -310,7 +286,7 @@ class Ledger:
         """
 
         def write(transaction: Transaction) -> None:
-            transaction.execute(_RECORD_AGREEMENT, to_row(agreement))
+            _record(transaction, "agreements", to_row(agreement))
             if commitment is not None:
                 commit_reservation(transaction, commitment)
                 _settle(transaction, agreement.id, to_text(commitment.changed_at))
@@ -319,15 +295,18 @@ class Ledger:
 
     def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
         """Record why an agreement ended. The first end counts."""
-        self._database.execute(_END_AGREEMENT, {"id": id, "reason": reason, "now": to_text(now)})
+        sql = "UPDATE agreements SET ended_at = ?, reason = ? WHERE id = ? AND ended_at IS NULL"
+        self._database.execute(sql, (to_text(now), reason, id))
 
     def record_activity(self, activity: ActivityRecord) -> None:
         """Record an activity, its end or its usage. None changes nothing."""
-        self._database.execute(_RECORD_ACTIVITY, to_row(activity))
+        row = to_row(activity)
+        self._database.write(lambda transaction: _record(transaction, "activities", row, _ON_KNOWN_ACTIVITY))
 
     def record_debit_note(self, note: DebitNoteRecord) -> None:
         """Record a debit note or its new state."""
-        self._database.execute(_RECORD_DEBIT_NOTE, to_row(note))
+        row = to_row(note)
+        self._database.write(lambda transaction: _record(transaction, "debit_notes", row, _ON_KNOWN_DEBIT_NOTE))
 
     def record_invoice(self, invoice: InvoiceRecord) -> None:
         """Record an invoice or its new state; split it over the agreement's chunks once it is accepted."""
@@ -338,7 +317,7 @@ class Ledger:
             row["settled_at"] = row["received_at"]
 
         def write(transaction: Transaction) -> None:
-            if transaction.execute(_RECORD_INVOICE, row).rowcount:
+            if _record(transaction, "invoices", row, _ON_KNOWN_INVOICE):
                 split_invoices(transaction, invoice.agreement_id)
                 _settle(transaction, invoice.agreement_id, row["settled_at"] or row["received_at"])
 
@@ -347,9 +326,8 @@ class Ledger:
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
         which = {None: "1", True: "released_at IS NULL", False: "released_at IS NOT NULL"}[is_open]
-        return self._database.records(
-            AllocationRecord, f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
-        )
+        sql = f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
+        return self._database.records(AllocationRecord, sql)
 
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
@@ -357,11 +335,10 @@ class Ledger:
         :param is_open: True for those in force, False for those that ended.
         :param is_settled: True for those that ended and have an accepted or refused invoice, False for the others.
         """
-        which = [{None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]]
-        which += [{None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]]
-        return self._database.records(
-            AgreementRecord, f"SELECT * FROM agreements WHERE {' AND '.join(which)} ORDER BY created_at, id"
-        )
+        in_force = {None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]
+        settled = {None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]
+        sql = f"SELECT * FROM agreements WHERE {in_force} AND {settled} ORDER BY created_at, id"
+        return self._database.records(AgreementRecord, sql)
 
     def spent(self, *, since: datetime | None = None) -> Decimal:
         """Add up the amounts paid since a time and all open amounts."""
@@ -381,17 +358,16 @@ class Ledger:
         with self._database.snapshot() as connection:
             agreements = {row["id"]: row for row in connection.execute("SELECT * FROM agreements")}
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
-            paid = connection.execute(_PAID, {"since": None}).fetchall()
-            refused = connection.execute(_REFUSED).fetchall()
+            bills = connection.execute("SELECT * FROM invoices WHERE state IN ('accepted', 'refused')").fetchall()
             unsettled = self._unsettled_costs(connection)
         #: agreement -> the first day on which an invoice of it was decided.
         days: dict[str, str] = {}
-        for row in (*paid, *refused):
+        for row in bills:
             day, agreement_id = row["settled_at"][:10], row["agreement_id"]
             days[agreement_id] = min(day, days.get(agreement_id, day))
-        sums: dict[str, _CostSum] = {"total": _CostSum("total")} if by == "total" else {}
+        found: dict[str, CostRow] = {"total": CostRow(key="total", name="total")} if by == "total" else {}
 
-        def sum_of(agreement_id: str, day: str) -> _CostSum:
+        def add(column: str, amount: Decimal | int, agreement_id: str, day: str) -> None:
             # An unknown agreement may still have chunks.
             known: Mapping[str, Any] = dict(agreements.get(agreement_id) or work.get(agreement_id) or {})
             key, name = {
@@ -400,30 +376,20 @@ class Ledger:
                 "provider": (known.get("provider_id") or UNKNOWN, known.get("provider_name") or UNKNOWN),
                 "total": ("total", "total"),
             }[by]
-            return sums.setdefault(key, _CostSum(name))
+            row = found.get(key) or CostRow(key=key, name=name)
+            known_amount = getattr(row, column)
+            both: Any = EXACT.add(known_amount, amount) if isinstance(amount, Decimal) else known_amount + amount
+            found[key] = replace(row, **{column: both})
 
-        for row in paid:
-            sum_of(row["agreement_id"], row["settled_at"][:10]).paid.append(Decimal(row["amount"]))
-        for row in refused:
-            sum_of(row["agreement_id"], row["settled_at"][:10]).refused.append(Decimal(row["amount"]))
+        for row in bills:
+            column = "paid" if row["state"] == BillState.ACCEPTED else "refused"
+            add(column, Decimal(row["amount"]), row["agreement_id"], row["settled_at"][:10])
         for agreement_id, amount in unsettled.items():
-            sum_of(agreement_id, OPEN).open.append(amount)
+            add("open", amount, agreement_id, OPEN)
         for agreement_id, row in work.items():
-            found = sum_of(agreement_id, days.get(agreement_id, OPEN))
-            found.chunks += row["chunks"]
-            found.images += row["images"]
-        return [
-            CostRow(
-                key=key,
-                name=found.name,
-                images=found.images,
-                chunks=found.chunks,
-                paid=total(found.paid),
-                open=total(found.open),
-                refused=total(found.refused),
-            )
-            for key, found in sorted(sums.items())
-        ]
+            for column in ("chunks", "images"):
+                add(column, row[column], agreement_id, days.get(agreement_id, OPEN))
+        return [row for _, row in sorted(found.items())]
 
     @staticmethod
     def _unsettled_costs(connection: sqlite3.Connection) -> dict[str, Decimal]:

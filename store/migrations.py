@@ -16,7 +16,7 @@ from decimal import Decimal
 import sqlite_utils
 
 from provider_image.errors import ConfigError
-from store.cost_split import ZERO, to_amount, total
+from store.amounts import ZERO, to_amount, total
 from store.ledger import BillState
 from store.rows import to_text
 from store.states import RequestState

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from provider_image.errors import MlgError
-from store.cost_split import to_amount
+from store.amounts import to_amount
 from store.database import Database, Transaction
 from store.rows import from_row, to_text
 
@@ -58,7 +58,10 @@ _BAN = """
                         OR (banned_until IS NOT NULL AND (:until IS NULL OR :until > banned_until)))
 """
 
-_UNBAN = "UPDATE providers SET banned_until = NULL, ban_reason = NULL, is_banned_by_operator = 0 WHERE id = :id"
+_UNBAN = """
+    UPDATE providers SET banned_until = NULL, ban_reason = NULL, is_banned_by_operator = 0
+    WHERE id = :id AND (:by_operator OR NOT is_banned_by_operator)
+"""
 
 _BANNED = """
     SELECT id, ban_reason FROM providers WHERE ban_reason IS NOT NULL AND (banned_until IS NULL OR banned_until > ?)
@@ -108,25 +111,18 @@ class ProviderRecord:
     #: True when an operator banned it, not a batcher.
     is_banned_by_operator: bool
 
+    @property
+    def price_per_hour(self) -> Decimal:
+        """The price of an hour with one busy core, without the start price."""
+        return 3600 * (self.price_per_second + self.price_per_cpu_second)
+
+    def price_per_1000_images(self, images_per_second: float) -> Decimal:
+        """Estimate the price of a thousand images at a measured speed, with one busy core and without the start."""
+        return self.price_per_hour / 3600 * 1000 / Decimal(repr(max(1e-6, images_per_second)))
+
     def is_banned(self, now: datetime) -> bool:
         """Tell whether it is banned now."""
         return self.ban_reason is not None and (self.banned_until is None or self.banned_until > now)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedRecord:
-    """How fast one provider answered one model recently."""
-
-    provider_id: str
-    model: str
-    #: Decaying sums of images and of the seconds that they took.
-    images: float
-    seconds: float
-
-    @property
-    def images_per_second(self) -> float:
-        """The speed."""
-        return self.images / self.seconds
 
 
 class Providers:
@@ -189,16 +185,12 @@ class Providers:
         :param until: end of the ban; None is for good.
         :raises UnknownProvider: none or several match.
         """
-        row = {
-            "until": None if until is None else to_text(until),
-            "reason": reason,
-            "by_operator": by_operator,
-        }
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_BAN, {**row, "id": id}))
+        end = None if until is None else to_text(until)
+        return self._change(id_or_name, _BAN, until=end, reason=reason, by_operator=by_operator)
 
-    def unban(self, id_or_name: str) -> ProviderRecord:
-        """Lift a ban. :raises UnknownProvider:"""
-        return self._change(id_or_name, lambda transaction, id: transaction.execute(_UNBAN, {"id": id}))
+    def unban(self, id_or_name: str, *, by_operator: bool = True) -> ProviderRecord:
+        """Lift a ban; a batcher does not lift an operator's. :raises UnknownProvider:"""
+        return self._change(id_or_name, _UNBAN, by_operator=by_operator)
 
     def banned(self, now: datetime) -> dict[str, str]:
         """Return the providers that are banned now: address -> reason."""
@@ -206,29 +198,24 @@ class Providers:
 
     def speed(self, model: str) -> dict[str, float]:
         """Return how many images a second of a model each provider answered recently: address -> speed."""
-        return {id: by_model[model] for id, by_model in self.speeds_by_model().items() if model in by_model}
+        return {id: speeds[model] for id, speeds in self.speeds().items() if model in speeds}
 
-    def speeds_by_model(self) -> dict[str, dict[str, float]]:
-        """Return the speeds of all providers: address -> model -> images a second."""
-        found: dict[str, dict[str, float]] = {}
-        for speed in self.speeds():
-            found.setdefault(speed.provider_id, {})[speed.model] = speed.images_per_second
+    def speeds(self) -> defaultdict[str, dict[str, float]]:
+        """Return all speeds: address -> model -> images per second."""
+        found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        # The sums of images and seconds decay, see _RECORD_SPEED.
+        for row in self._database.rows("SELECT * FROM provider_speeds ORDER BY provider_id, model"):
+            found[row["provider_id"]][row["model"]] = row["images"] / row["seconds"]
         return found
-
-    def speeds(self) -> list[SpeedRecord]:
-        """List the speeds of all providers and models."""
-        return self._database.records(
-            SpeedRecord, "SELECT provider_id, model, images, seconds FROM provider_speeds ORDER BY provider_id, model"
-        )
 
     def list(self) -> builtins.list[ProviderRecord]:
         """List the providers, the last seen first."""
         return self._database.records(ProviderRecord, "SELECT * FROM providers ORDER BY seen_at DESC, id")
 
-    def _change(self, id_or_name: str, change: Callable[[Transaction, str], Any]) -> ProviderRecord:
+    def _change(self, id_or_name: str, sql: str, **parameters: Any) -> ProviderRecord:
         def write(transaction: Transaction) -> ProviderRecord:
             id = _find(transaction, id_or_name)
-            change(transaction, id)
+            transaction.execute(sql, {**parameters, "id": id})
             (row,) = transaction.execute("SELECT * FROM providers WHERE id = ?", (id,)).fetchall()
             return from_row(ProviderRecord, row)
 

@@ -18,7 +18,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from store.cost_split import equal_share
+from store.amounts import equal_share
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
 from store.files import NewFile, StoredFile, digests_of_files, files_to_text

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
-from store.cost_split import EXACT, ZERO, to_amount, total
+from store.amounts import EXACT, ZERO, to_amount, total
 from store.database import Database, Transaction
 from store.rows import from_row, to_row, to_text
 
@@ -125,12 +125,12 @@ def commit_reservation(transaction: Transaction, commitment: ReservationRecord) 
     """
     known = _find(transaction, "agreement_id", commitment.agreement_id)
     if known is None:
-        _save(transaction, commitment)
+        transaction.execute(_SAVE, to_row(commitment))
         return
     if known.id != commitment.id:
         transaction.execute(_RELEASE, (commitment.id,))
     if known.state is not ReservationState.SETTLED:
-        _save(transaction, replace(known, amount=max(known.amount, commitment.amount)))
+        transaction.execute(_SAVE, to_row(replace(known, amount=max(known.amount, commitment.amount))))
 
 
 def settle_reservation(transaction: Transaction, agreement_id: str, amount: Decimal, now: str) -> None:
@@ -176,7 +176,8 @@ class Reservations:
             denial = check_caps(caps, used_amounts(transaction.connection, caps, batcher_id, now), extra)
             if denial is None:
                 new = ReservationRecord(id=id, batcher_id=batcher_id, purpose=purpose, amount=amount, changed_at=now)
-                _save(transaction, new if known is None else replace(known, amount=amount, changed_at=now))
+                record = new if known is None else replace(known, amount=amount, changed_at=now)
+                transaction.execute(_SAVE, to_row(record))
             return denial
 
         return self._database.write(write)
@@ -187,7 +188,7 @@ class Reservations:
         def write(transaction: Transaction) -> None:
             known = _find(transaction, "id", id)
             if known is not None and known.state is ReservationState.COMMITTED and amount < known.amount:
-                _save(transaction, replace(known, amount=amount, changed_at=now))
+                transaction.execute(_SAVE, to_row(replace(known, amount=amount, changed_at=now)))
 
         self._database.write(write)
 
@@ -200,10 +201,7 @@ class Reservations:
         self._database.execute("DELETE FROM reservations WHERE batcher_id = ? AND state = 'reserved'", (batcher_id,))
 
     def write_off(self, *, ended_before: datetime, now: datetime) -> int:
-        """Settle, with nothing, agreements that ended long ago without a bill; one that comes later still counts.
-
-        :return: how many.
-        """
+        """Settle, with nothing, agreements that ended long ago without a bill; one that comes later still counts."""
         return self._database.execute(_WRITE_OFF, {"before": to_text(ended_before), "now": to_text(now)})
 
     def list(self, *, is_open: bool | None = None) -> builtins.list[ReservationRecord]:
@@ -221,10 +219,6 @@ class Reservations:
 def _find(transaction: Transaction, column: str, value: str | None) -> ReservationRecord | None:
     row = transaction.execute(f"SELECT * FROM reservations WHERE {column} = ?", (value,)).fetchone()
     return None if row is None else from_row(ReservationRecord, row)
-
-
-def _save(transaction: Transaction, record: ReservationRecord) -> None:
-    transaction.execute(_SAVE, to_row(record))
 
 
 def _read_caps(connection: sqlite3.Connection, batcher_id: str) -> dict[str, Decimal]:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from store.cost_split import to_amount
+from store.amounts import to_amount
 
 R = TypeVar("R")
 

@@ -30,7 +30,7 @@ HEAVY_IN_COMMANDS = (*HEAVY, "flask", "granian", "apscheduler", "httpx", "rich",
 #: everything that is not named.
 LEVELS = {
     "provider_image": ("errors", "*", "compiler __main__"),
-    "store": ("errors cost_split settings states", "files images rows", "database", "*", "store"),
+    "store": ("errors amounts settings states", "files images rows", "database", "*", "store"),
     "server": (
         "errors settings address record_json http_client endpoint status",
         "live auth serializers",

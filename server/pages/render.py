@@ -29,7 +29,7 @@ from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS, best_class
 from server.serializers import is_image
 from server.status.eta import format_duration
-from store.cost_split import to_amount
+from store.amounts import to_amount
 from store.errors import StoreError
 from store.rows import to_text
 

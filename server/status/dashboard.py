@@ -20,7 +20,7 @@ from typing import Any
 from server.record_json import fields, to_json
 from server.status.queue_stats import QueueStats
 from server.status.stale_cache import StaleCache
-from store.amounts import format_amount, price_per_1000_images, price_per_hour
+from store.amounts import format_amount
 from store.batchers import BatcherRecord
 from store.chunks import ChunkRecord
 from store.ledger import AllocationRecord, CostRow
@@ -186,7 +186,7 @@ class Dashboard:
             allocations=self.store.ledger.allocations(is_open=True),
             by_provider={row.key: row for row in self.store.ledger.costs("provider")},
             providers=self.store.providers.list(),
-            speeds=self.store.providers.speeds_by_model(),
+            speeds=self.store.providers.speeds(),
         )
 
     def _throughput_json(self) -> dict[str, Any]:
@@ -302,13 +302,13 @@ def _provider_row(
     provider: ProviderRecord, speeds: dict[str, float], costs: CostRow | None, now: datetime
 ) -> dict[str, Any]:
     """Return a provider as JSON. :param speeds: model -> images per second."""
-    spent = Decimal(0) if costs is None else costs.paid + costs.open
-    best = min((price_per_1000_images(provider, speed) for speed in speeds.values()), default=None)
+    spent = Decimal(0) if costs is None else costs.spent
+    best = min((provider.price_per_1000_images(speed) for speed in speeds.values()), default=None)
     return {
         **fields(provider, "id name"),
         "score": round(provider.score, 3),
         **fields(provider, "done failed images"),
-        "per_hour": format_amount(price_per_hour(provider)),
+        "per_hour": format_amount(provider.price_per_hour),
         "per_1000_images": None if best is None else format_amount(best),
         "spent": format_amount(spent),
         "seen_at": to_text(provider.seen_at),

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from store.cost_split import total
+from store.amounts import total
 from store.database import Transaction
 from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps

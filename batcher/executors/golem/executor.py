@@ -14,6 +14,8 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -39,10 +41,7 @@ _DEFAULT_ALLOCATION = Decimal(10)
 
 
 class GolemExecutor:
-    """See `batcher.executors.Executor`.
-
-    :param settings: read from the context's environment unless given.
-    """
+    """See `batcher.executors.Executor`. Settings are read from the context's environment unless given."""
 
     name = "golem"
     is_remote = True
@@ -61,7 +60,6 @@ class GolemExecutor:
         self._pools: dict[str, WorkerPool] = {}
         self._session_task: asyncio.Task[None] | None = None
         self._closing_task: asyncio.Task[None] | None = None
-        self._is_closed = False
         #: Why there is no session; None when there is one.
         self._session_error: str | None = "The batcher is connecting to the Golem daemon."
         self._refreshed_at = float("-inf")
@@ -85,12 +83,12 @@ class GolemExecutor:
         await asyncio.to_thread(self._context.work.mkdir, parents=True, exist_ok=True)
         self._parts.ledger_writer.start()
         await self._parts.money.start()
-        self._session_task = asyncio.create_task(self._session_loop())
+        session_task = self._session_task = asyncio.create_task(self._session_loop())
         first = asyncio.create_task(self._first_attempt_done.wait())
-        await asyncio.wait({first, self._session_task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({first, session_task}, return_when=asyncio.FIRST_COMPLETED)
         first.cancel()
-        if self._session_task.done():
-            self._session_task.result()  # raises a ConfigError; otherwise the task does not end
+        if session_task.done():
+            session_task.result()  # raises a ConfigError; otherwise the task does not end
 
     def capacity(self, model: str) -> int:
         return JOBS_PER_WORKER * self._settings.max_workers
@@ -107,23 +105,19 @@ class GolemExecutor:
         pool = self._pools.get(model)
         if pool is None or pool.workers:
             return None
-        oldest = min(
-            (each.waiting_since for each in self._job_queue.queued_jobs() if each.job.model == model), default=None
-        )
+        oldest = min((each.waiting_since for each in self._job_queue.queued_jobs(model)), default=None)
         if oldest is None or time.monotonic() - oldest < self._timings.explain_wait_seconds:
             return None
-        return self._parts.offer_evaluator.unavailable_reason(model)
+        return self._parts.provider_records.unavailable_reason(model)
 
     async def run(self, job: Job) -> Outcome:
-        queued_job = QueuedJob(
-            job=job, outcome=asyncio.get_running_loop().create_future(), waiting_since=time.monotonic()
-        )
+        queued_job = QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
         self._job_queue.put(queued_job)
         try:
             return await queued_job.outcome
         finally:
             # After a cancellation the job is removed from the queue, or stopped on its worker.
-            self._job_queue.remove([queued_job])
+            self._job_queue.remove(queued_job)
             if queued_job.outcome.cancelled():
                 queued_job.cancel()
 
@@ -135,12 +129,11 @@ class GolemExecutor:
 
     async def close(self) -> None:
         self._job_queue.close()
-        if self._is_closed or self._session_task is None:
-            self._is_closed = True
+        session_task, self._session_task = self._session_task, None
+        if session_task is None:
             return
-        self._is_closed = True
-        self._session_task.cancel()
-        await asyncio.gather(self._session_task, return_exceptions=True)
+        session_task.cancel()
+        await asyncio.gather(session_task, return_exceptions=True)
         if self._closing_task is not None:
             await self._closing_task
         await self._end_session(self._settings.settle_seconds)
@@ -214,7 +207,7 @@ class GolemExecutor:
             await self._step_pools(session)
 
     async def _step_pools(self, session: Session) -> None:
-        waiting = {model: self._job_queue.count(model) for model in self._job_queue.models()}
+        waiting = Counter(each.job.model for each in self._job_queue.queued_jobs())
         for model in waiting:
             if model not in self._pools:
                 try:
@@ -229,7 +222,7 @@ class GolemExecutor:
                 del self._pools[model]
                 await pool.close(0.0)
 
-    def _distribute_workers(self, waiting: dict[str, int]) -> dict[str, int]:
+    def _distribute_workers(self, waiting: Mapping[str, int]) -> dict[str, int]:
         """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
         now = time.monotonic()
         max_workers = self._settings.max_workers
@@ -245,9 +238,8 @@ class GolemExecutor:
             for model in wanted:
                 if shared[model] < wanted[model] and sum(shared.values()) < max_workers:
                     shared[model] += 1
-        worker_count = sum(len(pool.workers) for pool in self._pools.values())
-        starving = [model for model, pool in self._pools.items() if waiting.get(model) and not pool.workers]
-        if worker_count >= max_workers and starving:
+        is_full = sum(len(pool.workers) for pool in self._pools.values()) >= max_workers
+        if is_full and any(waiting.get(model) and not pool.workers for model, pool in self._pools.items()):
             self._release_one_worker()
         return shared
 
@@ -265,7 +257,7 @@ class GolemExecutor:
 
     async def _new_pool(self, model: str, session: Session) -> WorkerPool:
         speeds = await asyncio.to_thread(self._context.store.providers.speed, model)
-        self._parts.offer_evaluator.update_speeds(model, speeds)
+        self._parts.provider_records.speeds[model].update(speeds)
         payload = await make_payload(model, session.owner, self._context.models, self._settings)
         return WorkerPool(self._parts, session, model=model, payload=payload)
 
@@ -277,11 +269,9 @@ class GolemExecutor:
 
     async def _end_session_now(self, settle_seconds: float) -> None:
         pools, self._pools = list(self._pools.values()), {}
-        grace_seconds = (
-            self._timings.close_seconds if self._session is not None and self._session.broken_reason is None else 0.0
-        )
-        await asyncio.gather(*(pool.close(grace_seconds) for pool in pools))
         session, self._session = self._session, None
+        is_usable = session is not None and session.broken_reason is None
+        await asyncio.gather(*(pool.close(self._timings.close_seconds if is_usable else 0.0) for pool in pools))
         if session is not None:
             self._parts.money.release_all()  # a hire that was cancelled may have left its reservation
             await session.close(settle_seconds)
@@ -292,26 +282,26 @@ class GolemExecutor:
         if now - self._refreshed_at < self._timings.refresh_seconds:
             return
         self._refreshed_at = now
-        banned = self._parts.offer_evaluator.banned()
+        banned = set(self._parts.provider_records.banned)
         try:
             await asyncio.to_thread(self._parts.provider_records.refresh)
             await self._parts.money.refresh()
         except MlgError as error:
             log.warning("cannot read the ledger: %s", error)
-        if banned - self._parts.offer_evaluator.banned():
+        if banned - set(self._parts.provider_records.banned):
             for pool in self._pools.values():
                 pool.restart_search()
 
     def _expire_waiting(self) -> None:
         """End jobs that have waited too long for a provider."""
         now = time.monotonic()
-        for queued_job in list(self._job_queue.queued_jobs()):
+        for queued_job in self._job_queue.queued_jobs():
             if now - queued_job.waiting_since < self._settings.offer_seconds:
                 continue
             pool = self._pools.get(queued_job.job.model)
             if pool is not None and any(worker.provider_id not in queued_job.failed_on for worker in pool.workers):
                 continue  # one of these workers will take it
-            self._job_queue.remove([queued_job])
+            self._job_queue.remove(queued_job)
             if queued_job.last_outcome is not None and not queued_job.last_outcome.is_blameless:
                 # Every available provider has failed on it.
                 self._parts.provider_records.lift_bans(queued_job)
@@ -319,5 +309,5 @@ class GolemExecutor:
             elif self._session_error is not None:
                 queued_job.complete(Outcome.not_run(GolemUnavailable(self._session_error)))
             else:
-                reason = self._parts.offer_evaluator.unavailable_reason(queued_job.job.model)
+                reason = self._parts.provider_records.unavailable_reason(queued_job.job.model)
                 queued_job.complete(Outcome.not_run(NoProvider(reason)))

@@ -7,9 +7,10 @@ to one event loop; nothing here waits for the network.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from batcher.executors import AttemptBill, Job, Outcome
@@ -23,14 +24,11 @@ class QueuedJob:
     job: Job
     #: Set when the job is over; cancelled when the caller no longer waits.
     outcome: asyncio.Future[Outcome]
-    #: When it was queued, on the monotonic clock.
-    waiting_since: float
-    #: Addresses of the providers that failed on it; they do not get it again.
+    #: When it was queued last, on the monotonic clock.
+    waiting_since: float = 0.0
+    #: Addresses of the providers that failed on it and were banned for that; they do not get it again.
     failed_on: set[str] = field(default_factory=set)
-    #: Addresses of the providers banned for it; lifted if the chunk itself is at fault.
-    banned_providers: set[str] = field(default_factory=set)
-    #: Attempts that failed through the provider, and all attempts.
-    failures: int = 0
+    #: Attempts of any kind.
     attempts: int = 0
     #: What the attempts that have ended cost.
     bills: list[AttemptBill] = field(default_factory=list)
@@ -38,8 +36,8 @@ class QueuedJob:
     last_outcome: Outcome | None = None
     #: Address of a provider that runs it -> what stops that attempt, and whether it is a second attempt.
     running_attempts: dict[str, tuple[Callable[[], None], bool]] = field(default_factory=dict)
-    #: From then on, on the monotonic clock, an idle worker may run it too; None if unknown.
-    straggler_at: float | None = None
+    #: From then on, on the monotonic clock, an idle worker may run it too.
+    straggler_at: float = math.inf
 
     def complete(self, outcome: Outcome) -> None:
         """Set the outcome, unless it is set already, and stop the other attempts.
@@ -59,30 +57,17 @@ class QueuedJob:
 
 
 class JobQueue:
-    """Queued jobs by model, oldest first."""
+    """The queued jobs of all models, and the running ones that may get a second attempt."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[QueuedJob]] = {}
+        self._waiting: list[QueuedJob] = []
         self._running: list[QueuedJob] = []
         self._change_event = asyncio.Event()
         self._is_closed = False
 
-    def models(self) -> list[str]:
-        """List the models with queued jobs."""
-        return [model for model in self._waiting if self.count(model)]
-
-    def count(self, model: str) -> int:
-        """Count the queued jobs of a model."""
-        return sum(1 for _ in self._active(model))
-
-    def has_job_for(self, model: str, provider_id: str) -> bool:
-        """Return whether a job is queued that this provider may run."""
-        return any(provider_id not in queued_job.failed_on for queued_job in self._active(model))
-
-    def queued_jobs(self) -> Iterator[QueuedJob]:
-        """Iterate over all queued jobs."""
-        for model in list(self._waiting):
-            yield from list(self._active(model))
+    def queued_jobs(self, model: str | None = None) -> list[QueuedJob]:
+        """List the queued jobs, of one model if it is given, in the order in which they are run."""
+        return [each for each in self._waiting if model in (None, each.job.model) and not each.outcome.done()]
 
     def put(self, queued_job: QueuedJob, *, is_retry: bool = False) -> None:
         """Add a job; a retried job goes first. After `close` the job ends."""
@@ -90,29 +75,21 @@ class JobQueue:
             queued_job.complete(Outcome.not_run(WorkerDied("The executor is closed.")))
             return
         queued_job.waiting_since = time.monotonic()
-        queue = self._waiting.setdefault(queued_job.job.model, deque())
-        if is_retry:
-            queue.appendleft(queued_job)
-        else:
-            queue.append(queued_job)
+        self._waiting.insert(0 if is_retry else len(self._waiting), queued_job)
         self.notify()
 
     def pop(self, model: str, provider_id: str) -> QueuedJob | None:
         """Remove and return the oldest job that this provider may run; None if there is none."""
-        for queued_job in self._active(model):
+        for queued_job in self.queued_jobs(model):
             if provider_id not in queued_job.failed_on:
-                self._waiting[model].remove(queued_job)
+                self._waiting.remove(queued_job)
                 return queued_job
         return None
 
     def start_attempt(
-        self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float | None
+        self, queued_job: QueuedJob, provider_id: str, *, stop: Callable[[], None], straggler_at: float
     ) -> None:
-        """Record that a provider runs a job.
-
-        :param stop: called when its answer is no longer needed.
-        :param straggler_at: from then on, on the monotonic clock, an idle worker may run the job too.
-        """
+        """Record that a provider runs a job. :param stop: called when its answer is no longer needed."""
         queued_job.attempts += 1
         queued_job.running_attempts[provider_id] = (stop, bool(queued_job.running_attempts))
         queued_job.straggler_at = straggler_at
@@ -131,38 +108,22 @@ class JobQueue:
         """
         now = time.monotonic()
         for queued_job in self._running:
-            is_late = (
-                queued_job.straggler_at is not None
-                and now > queued_job.straggler_at
-                and len(queued_job.running_attempts) == 1
-            )
-            is_possible = queued_job.job.model == model and provider_id not in {
-                *queued_job.failed_on,
-                *queued_job.running_attempts,
-            }
-            if is_late and is_possible and not queued_job.outcome.done():
+            had_it = provider_id in {*queued_job.failed_on, *queued_job.running_attempts}
+            is_possible = queued_job.job.model == model and len(queued_job.running_attempts) == 1 and not had_it
+            if now > queued_job.straggler_at and is_possible and not queued_job.outcome.done():
                 return queued_job
         return None
 
-    def remove(self, queued_jobs: Iterable[QueuedJob]) -> list[QueuedJob]:
-        """Remove these from the queue. :return: those that were queued."""
-        removed = []
-        for queued_job in queued_jobs:
-            queue = self._waiting.get(queued_job.job.model, deque())
-            if queued_job in queue:
-                queue.remove(queued_job)
-                removed.append(queued_job)
-        return removed
+    def remove(self, queued_job: QueuedJob) -> None:
+        """Remove a job from the queue, if it is there."""
+        if queued_job in self._waiting:
+            self._waiting.remove(queued_job)
 
-    def fail_all(self, error: MlgError, *, model: str | None = None) -> int:
-        """End all queued jobs without blame. :return: how many.
-
-        :param model: only the jobs of this model.
-        """
-        failed = self.remove([each for each in self.queued_jobs() if model in (None, each.job.model)])
-        for queued_job in failed:
+    def fail_all(self, error: MlgError, *, model: str | None = None) -> None:
+        """End all queued jobs, or those of one model, without blame."""
+        for queued_job in self.queued_jobs(model):
+            self.remove(queued_job)
             queued_job.complete(Outcome.not_run(error))
-        return len(failed)
 
     def close(self) -> None:
         """End all queued jobs, and those that are added later."""
@@ -171,17 +132,11 @@ class JobQueue:
 
     async def wait_for_change(self, seconds: float) -> None:
         """Wait for a change, at most this long."""
-        change_event = self._change_event
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await change_event.wait()
-        except TimeoutError:
-            return
+                await self._change_event.wait()
 
     def notify(self) -> None:
         """Wake all that wait for a change."""
         change_event, self._change_event = self._change_event, asyncio.Event()
         change_event.set()
-
-    def _active(self, model: str) -> Iterator[QueuedJob]:
-        return (queued_job for queued_job in self._waiting.get(model, ()) if not queued_job.outcome.done())

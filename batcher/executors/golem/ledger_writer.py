@@ -25,11 +25,7 @@ P = ParamSpec("P")
 
 
 def describe_agreement(agreement: Any, *, allocation_id: str) -> tuple[AgreementRecord, Price]:
-    """Return the record of an agreement, and its price.
-
-    :param agreement: as the daemon returns it.
-    :raises BadOffer: its prices cannot be read.
-    """
+    """Return the record of an agreement of the daemon, and its price. :raises BadOffer: the price cannot be read."""
     offer = agreement.offer
     name, price = describe_offer(offer.properties, offer.provider_id)
     record = AgreementRecord(

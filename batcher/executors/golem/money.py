@@ -53,9 +53,7 @@ def describe_denial(denial: Denial) -> str:
 class Money:
     """One batcher's spending.
 
-    :param owner: the batcher.
     :param caps: run, day, total -> the most that may be spent.
-    :param clock: returns the current time; days are in UTC.
     """
 
     def __init__(
@@ -83,11 +81,7 @@ class Money:
         await asyncio.to_thread(self.reservations.set_caps, self.owner, self._caps)
 
     async def reserve(self, purpose: str, amount: Decimal) -> Reservation:
-        """Reserve what an agreement may cost at first.
-
-        :raises BudgetReached: a cap does not allow it.
-        :raises StoreError:
-        """
+        """Reserve what an agreement may cost at first. :raises BudgetReached: a cap forbids it. :raises StoreError:"""
         reservation = Reservation(self, secrets.token_hex(16), purpose, amount)
         await self.raise_to(reservation.id, purpose, amount)
         self._denial = None
@@ -116,11 +110,7 @@ class Money:
         )
 
     async def left(self) -> Decimal | None:
-        """Return what may still be spent today; None when there is no limit.
-
-        :raises BudgetReached: nothing.
-        :raises StoreError:
-        """
+        """Return what may be spent today; None without a limit. :raises BudgetReached: nothing. :raises StoreError:"""
         used = await self._used()
         denial = check_caps(self._caps, used, _SMALLEST_AMOUNT)
         if denial is not None:
@@ -142,7 +132,6 @@ class Money:
         Called in a thread, after what they left at the daemon is committed.
 
         :param running: agreements that could not be ended.
-        :raises StoreError:
         """
         now = self.clock()
         for batcher_id in self.reservations.reserving_batchers():
@@ -186,15 +175,14 @@ class Reservation:
         self.covered_seconds = 0.0
         self._money = money
         self._purpose = purpose
-        self._price: Price | None = None
+        #: The agreement and its price, once it is committed.
+        self.agreement: AgreementRecord | None = None
+        self.price: Price | None = None
         self._committing: asyncio.Future[None] | None = None
 
     def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
-        """Turn it into an agreement's commitment, and record the agreement.
-
-        :param seconds: until when it is paid for.
-        """
-        self._price, self.covered_seconds = price, seconds
+        """Record an agreement, and commit what it costs until some seconds after its start."""
+        self.agreement, self.price, self.covered_seconds = agreement, price, seconds
         commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
         ledger = self._money.ledger
         self._committing = self._money.ledger_writer.enqueue(ledger.record_agreement, agreement, commitment)
@@ -205,19 +193,19 @@ class Reservation:
         :raises BudgetReached: a cap does not allow it.
         :raises StoreError:
         """
-        assert self._price is not None and self._committing is not None, "extended before it was committed"
+        assert self.price is not None and self._committing is not None, "extended before it was committed"
         if seconds <= self.covered_seconds:
             return
         await asyncio.wait({self._committing}, timeout=self._money.timings.idle_poll_seconds)
         if not self._committing.done():
             raise StoreBusy()
-        await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self._price, seconds))
+        await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self.price, seconds))
         self.covered_seconds = max(seconds, self.covered_seconds)
 
     def end(self, seconds: float) -> None:
         """Lower it to what the agreement may have cost when it ended after so many seconds."""
-        assert self._price is not None
-        amount = self._money.timings.cost_limit(self._price, seconds)
+        assert self.price is not None
+        amount = self._money.timings.cost_limit(self.price, seconds)
         lower = self._money.reservations.lower
         self._money.ledger_writer.enqueue(lower, self.id, amount, now=self._money.clock())
 

@@ -9,7 +9,6 @@ from batcher.executors import ExecutorContext
 from batcher.executors.golem.job_queue import JobQueue
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.money import Money
-from batcher.executors.golem.offers import OfferEvaluator
 from batcher.executors.golem.provider_records import ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
@@ -24,12 +23,10 @@ class GolemParts:
         self.settings = settings
         self.timings = timings
         self.job_queue = JobQueue()
+        self.ledger = context.store.ledger
         self.ledger_writer = LedgerWriter(timings)
         self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)
-        self.offer_evaluator = OfferEvaluator(settings)
-        self.provider_records = ProviderRecords(
-            context.store.providers, settings, self.offer_evaluator, self.ledger_writer
-        )
+        self.provider_records = ProviderRecords(context.store.providers, settings, self.ledger_writer)
 
     def is_gone(self, batcher_id: str) -> bool:
         """Return whether another batcher no longer runs."""

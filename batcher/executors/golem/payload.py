@@ -12,7 +12,7 @@ from typing import Any
 
 from batcher.errors import GolemUnavailable
 from batcher.executors.golem.settings import GolemSettings
-from batcher.executors.golem.yapapi_adapter import Requirements, builtin_payload, explain, image_payload
+from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from batcher.image_build.lock import read_lock
 from provider_image.errors import ModelError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
@@ -26,19 +26,10 @@ _MEMORY_FACTOR = 3.0
 _UNKNOWN_BYTES = 64 * 1024 * 1024
 
 
-def requirements_for(size_bytes: int) -> Requirements:
-    """Return what a model with an artefact of this size needs."""
-    size = size_bytes / _GIB
-    return Requirements(
-        memory_gib=round(_BASE_MEMORY + _MEMORY_FACTOR * size, 2), storage_gib=round(_BASE_STORAGE + 2 * size, 2)
-    )
-
-
 async def make_payload(model: str, owner: str, models: Path, settings: GolemSettings) -> Any:
     """Make a model's demand: its published container image if there is one, else a runtime with built-in models.
 
     :param owner: identifies the demand as ours, see `recovery.py`.
-    :param models: the folder of artefacts.
     :raises GolemUnavailable: the image registry does not respond, or the published image holds another build of the
         model than is installed here.
     :raises ContainerImageError: the lock file cannot be read.
@@ -46,19 +37,42 @@ async def make_payload(model: str, owner: str, models: Path, settings: GolemSett
     artefact: Artefact | None = None
     with contextlib.suppress(NotInstalled, ModelError):
         artefact = find_artefact(models, model)
-    requirements = requirements_for(_UNKNOWN_BYTES if artefact is None else artefact.size_bytes)
+    size = (_UNKNOWN_BYTES if artefact is None else artefact.size_bytes) / _GIB
+    memory, storage = round(_BASE_MEMORY + _MEMORY_FACTOR * size, 2), round(_BASE_STORAGE + 2 * size, 2)
     published = (await asyncio.to_thread(read_lock)).get(model)
-    if published is None:
-        return builtin_payload(settings.runtime, requirements, owner, model)
-    if artefact is not None and artefact.digest != published.digest:
+    if published is not None and artefact is not None and artefact.digest != published.digest:
         raise GolemUnavailable(
             f"The published image of {model} holds another build of it (digest {published.digest[:12]}) than the one "
             f"installed here ({artefact.digest[:12]}), so its results would be rejected. Run: mlg image push {model}"
         )
+    from yapapi.payload import Payload, vm
+
+    package: Payload | None = None
     try:
-        return await image_payload(published.hash, settings.registry, requirements, owner, model)
+        if published is not None:
+            package = await vm.repo(
+                image_hash=published.hash,
+                image_use_https=True,
+                repository_url=settings.registry.rstrip("/"),
+                min_mem_gib=memory,
+                min_storage_gib=storage,
+                min_cpu_threads=1,
+            )
     except Exception as error:
         raise GolemUnavailable(
             f"The image registry {settings.registry} does not return the address of the image of {model}: "
             f"{explain(error)}. Check MLG_GOLEM_REGISTRY."
         ) from error
+
+    class ModelPayload(Payload):  # type: ignore[misc, unused-ignore]
+        async def decorate_demand(self, demand: Any) -> None:
+            if package is not None:
+                await package.decorate_demand(demand)
+            else:
+                demand.ensure(
+                    f"(&(golem.runtime.name={settings.runtime})(golem.inf.mem.gib>={memory:g})"
+                    f"(golem.inf.storage.gib>={storage:g})(golem.inf.cpu.threads>=1))"
+                )
+            demand.add_properties({OWNER: owner, "golem.srv.app.mlg.model": model})
+
+    return ModelPayload()

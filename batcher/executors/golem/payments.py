@@ -8,6 +8,7 @@ debit note) with the most that the agreement can have cost by the local clock, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
-from batcher.executors.golem.offers import BadOffer, Price
+from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
@@ -52,29 +53,25 @@ class PaymentProcessor:
 
     def start(self) -> None:
         """Begin to poll for new bills, and fetch those that came before."""
-        since = datetime.now(UTC)
-        self._tasks = [
-            asyncio.create_task(self._run_forever(self._review, self._timings.review_seconds)),
-            asyncio.create_task(self._poll_events(self._invoices_after, since)),
-            asyncio.create_task(self._poll_events(self._debit_notes_after, since)),
-        ]
+        api = self._payment
+        invoices = self._poll(api.get_invoice_events, "invoice_id", api.get_invoice, self._settle_invoice)
+        debit_notes = self._poll(
+            api.get_debit_note_events, "debit_note_id", api.get_debit_note, self._settle_debit_note
+        )
+        reviews = self._run_forever(self._review, self._timings.review_seconds)
+        self._tasks = [asyncio.create_task(each) for each in (reviews, invoices, debit_notes)]
 
     def expect_invoice(self, agreement_id: str, seconds: float) -> None:
-        """Expect the invoice of an agreement that has ended.
-
-        :param seconds: how long its activity ran, by the local clock.
-        """
+        """Expect the invoice of an agreement that has ended, whose activity ran this long by the local clock."""
         if agreement_id not in self._done:
             self._expected.setdefault(agreement_id, seconds)
             self._settled.clear()
 
     async def wait_until_settled(self, seconds: float) -> int:
         """Wait for the expected invoices, at most this long. :return: how many are missing."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
-        except TimeoutError:
-            pass
         return len(self._expected)
 
     async def close(self) -> None:
@@ -100,36 +97,31 @@ class PaymentProcessor:
             failures = 0
             await asyncio.sleep(pause_seconds)
 
-    async def _poll_events(self, poll: Callable[[datetime], Any], since: datetime) -> None:
-        cursor = since
+    async def _poll(
+        self,
+        get_events: Callable[..., Any],
+        id_name: str,
+        get_bill: Callable[[str], Any],
+        settle: Callable[[Any], Any],
+    ) -> None:
+        """Settle the bills of one kind that come from now on."""
+        cursor = datetime.now(UTC)
 
         async def step() -> None:
             nonlocal cursor
-            cursor = await poll(cursor)
+            latest = cursor
+            for event in await get_events(after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds):
+                latest = max(latest, event.event_date)
+                bill_id = getattr(event, id_name, None)
+                if bill_id:
+                    await settle(await get_bill(bill_id))
+            cursor = latest  # not before: what failed is fetched again
 
         await self._run_forever(step, _POLL_PAUSE_SECONDS)
 
-    async def _invoices_after(self, cursor: datetime) -> datetime:
-        for event in await self._payment.get_invoice_events(
-            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
-        ):
-            cursor = max(cursor, event.event_date)
-            if getattr(event, "invoice_id", None):
-                await self._settle_invoice(await self._payment.get_invoice(event.invoice_id))
-        return cursor
-
-    async def _debit_notes_after(self, cursor: datetime) -> datetime:
-        for event in await self._payment.get_debit_note_events(
-            after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds
-        ):
-            cursor = max(cursor, event.event_date)
-            if getattr(event, "debit_note_id", None):
-                await self._settle_debit_note(await self._payment.get_debit_note(event.debit_note_id))
-        return cursor
-
     async def _review(self) -> None:
         """Process all invoices since the oldest unsettled agreement, whenever they came."""
-        open_agreements = await asyncio.to_thread(self._parts.context.store.ledger.agreements, is_settled=False)
+        open_agreements = await asyncio.to_thread(self._parts.ledger.agreements, is_settled=False)
         if not open_agreements:
             return
         since = min(each.created_at for each in open_agreements) - timedelta(minutes=5)
@@ -147,39 +139,39 @@ class PaymentProcessor:
                 return
             agreement, max_cost, is_old = checked
             amount = Decimal(str(invoice.amount))
-            ledger, enqueue = self._parts.context.store.ledger, self._parts.ledger_writer.enqueue
+            ledger, enqueue = self._parts.ledger, self._parts.ledger_writer.enqueue
             enqueue(ledger.record_agreement, agreement)
             # An invoice means that the agreement has ended, even if its end was not observed here.
             reason = "The provider sent its invoice."
             enqueue(ledger.end_agreement, agreement.id, reason=reason, now=datetime.now(UTC))
-            if str(invoice.status) != "RECEIVED":
-                # It was accepted before, by a batcher that was killed before it could record that.
-                self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-                self._finish(invoice.agreement_id)
-                return
-            if amount > max_cost:
-                reason = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
-                log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, reason)
-                self._record_invoice(invoice, amount, BillState.REFUSED, reason)
+            state, refusal = BillState.ACCEPTED, None
+            # Otherwise it was accepted before, by a batcher that was killed before it could record that.
+            is_new = str(invoice.status) == "RECEIVED"
+            if is_new and amount > max_cost:
+                state = BillState.REFUSED
+                refusal = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
+                log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, refusal)
                 self._parts.provider_records.record_overbilling(
-                    agreement.provider_id, f"Its invoice was too high. {reason}"
+                    agreement.provider_id, f"Its invoice was too high. {refusal}"
                 )
-                self._finish(invoice.agreement_id)
-                return
-            self._record_invoice(invoice, amount, BillState.RECEIVED, None)
-            try:
-                await self._accept(invoice, amount, is_old=is_old)
-            except Exception as error:
-                log.warning(
-                    "the invoice of provider %s cannot be paid yet: %s", agreement.provider_name, explain(error)
-                )
-                if getattr(error, "status", None) != 400:
-                    raise
-                if not is_old:
-                    self._session.is_stale = True
-                return
-            self._record_invoice(invoice, amount, BillState.ACCEPTED, None)
-            self._finish(invoice.agreement_id)
+            elif is_new:
+                self._record_invoice(invoice, amount, BillState.RECEIVED, None)
+                try:
+                    await self._accept(invoice, amount, is_old=is_old)
+                except Exception as error:
+                    log.warning(
+                        "the invoice of provider %s cannot be paid yet: %s", agreement.provider_name, explain(error)
+                    )
+                    if getattr(error, "status", None) != 400:
+                        raise
+                    if not is_old:
+                        self._session.is_stale = True
+                    return
+            self._record_invoice(invoice, amount, state, refusal)
+            self._done.add(agreement.id)
+            self._expected.pop(agreement.id, None)
+            if not self._expected:
+                self._settled.set()
 
     async def _accept(self, invoice: Any, amount: Decimal, *, is_old: bool) -> None:
         """Accept an invoice; one of an earlier session from an allocation of its own if necessary.
@@ -202,9 +194,7 @@ class PaymentProcessor:
             await self._accept_from(allocation.id, invoice)
 
     async def _accept_from(self, allocation_id: str, invoice: Any) -> None:
-        from ya_payment.models import Acceptance
-
-        acceptance = Acceptance(total_amount_accepted=str(invoice.amount), allocation_id=allocation_id)
+        acceptance = _acceptance(invoice.amount, allocation_id)
         await self._payment.accept_invoice(invoice.invoice_id, acceptance, _request_timeout=60)
 
     def _record_invoice(self, invoice: Any, amount: Decimal, state: BillState, reason: str | None) -> None:
@@ -218,13 +208,7 @@ class PaymentProcessor:
             settled_at=None if state is BillState.RECEIVED else now,
             reason=reason,
         )
-        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_invoice, record)
-
-    def _finish(self, agreement_id: str) -> None:
-        self._done.add(agreement_id)
-        self._expected.pop(agreement_id, None)
-        if not self._expected:
-            self._settled.set()
+        self._parts.ledger_writer.enqueue(self._parts.ledger.record_invoice, record)
 
     async def _settle_debit_note(self, note: Any) -> None:
         """Accept an interim bill if it is plausible; providers stop working if it is not accepted."""
@@ -248,11 +232,7 @@ class PaymentProcessor:
                     "a debit note of provider %s demands immediate payment and is ignored", agreement.provider_name
                 )
             else:
-                from ya_payment.models import Acceptance
-
-                acceptance = Acceptance(
-                    total_amount_accepted=str(note.total_amount_due), allocation_id=self._session.allocation_id
-                )
+                acceptance = _acceptance(note.total_amount_due, self._session.allocation_id)
                 try:
                     await self._payment.accept_debit_note(note.debit_note_id, acceptance, _request_timeout=60)
                     state = BillState.ACCEPTED
@@ -269,7 +249,7 @@ class PaymentProcessor:
                 state=state,
                 received_at=datetime.now(UTC),
             )
-            self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_debit_note, record)
+            self._parts.ledger_writer.enqueue(self._parts.ledger.record_debit_note, record)
 
     async def _max_bill(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
         """Return an agreement, the most that it can have cost, and whether an earlier session made it.
@@ -291,10 +271,12 @@ class PaymentProcessor:
         except BadOffer as error:
             log.warning("a bill cannot be checked and is ignored: %s", error)
             return None
-        return record, self._bill_limit(record, price), is_old
-
-    def _bill_limit(self, agreement: AgreementRecord, price: Price) -> Decimal:
         # Of a running agreement, or one of an earlier run, only the beginning is known.
-        known = self._expected.get(agreement.id)
-        seconds = known if known is not None else (datetime.now(UTC) - agreement.created_at).total_seconds()
-        return self._timings.cost_limit(price, seconds)
+        since_start = (datetime.now(UTC) - record.created_at).total_seconds()
+        return record, self._timings.cost_limit(price, self._expected.get(agreement_id, since_start)), is_old
+
+
+def _acceptance(amount: str, allocation_id: str) -> Any:
+    from ya_payment.models import Acceptance
+
+    return Acceptance(total_amount_accepted=str(amount), allocation_id=allocation_id)

@@ -1,26 +1,41 @@
-"""What one batcher learns of providers: their offers, how their work ended, and who is banned for that.
+"""What one batcher knows of providers: their offers, how their work ended, who is banned, and which offer is best.
 
 A provider that fails is banned, twice as long for each further failure in a row. But when a chunk fails on several
-providers, the chunk is at fault, and their bans are lifted. `offers.py` rates with it, the store keeps it.
+providers, the chunk is at fault, and their bans are lifted. yapapi's market strategy asks for the rating of each offer,
+which is by the cost per image, not per hour: the price divided by the provider's measured speed, start-up included,
+weighted by the provider's reliability. The store keeps what is learned.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from batcher.backoff import Backoff
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.ledger_writer import LedgerWriter
-from batcher.executors.golem.offers import BadOffer, OfferEvaluator, Price, describe_offer
+from batcher.executors.golem.offers import BadOffer, Price, describe_offer
 from batcher.executors.golem.settings import GolemSettings
 from store.providers import Providers
 
 if TYPE_CHECKING:
     from batcher.executors.golem.worker import GolemWorker
 
+#: Assumed speed of a provider as long as none was measured, in images per second.
+ASSUMED_SPEED = 5.0
+#: Images that a new activity is expected to process; they share the price of its start.
+EXPECTED_IMAGES = 160
+#: Lowest reliability in a rating. Providers that fail are excluded by bans, not by their rating.
+_MIN_SCORE = 0.05
+#: Reliability of a provider that has not worked yet, the store's initial score.
+_NEW_PROVIDER_SCORE = 0.5
+#: How long a provider that did not sign an agreement is skipped.
+_UNSIGNED_BACKOFF = Backoff(first_seconds=30.0, max_seconds=3600.0)
+#: Older offers do not appear in `unavailable_reason`.
+_RECENT_SECONDS = 120.0
 #: Longest ban for failures.
 _MAX_BAN_SECONDS = 7 * 86_400.0
 #: Ban of a provider that charged too much.
@@ -30,19 +45,31 @@ _OFFER_SECONDS = 3600.0
 
 
 class ProviderRecords:
-    """The offers, the work and the bans of one batcher's providers."""
+    """One batcher's providers."""
 
     def __init__(
         self,
         providers: Providers,
         settings: GolemSettings,
-        offer_evaluator: OfferEvaluator,
         ledger_writer: LedgerWriter,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ban_backoff = Backoff(first_seconds=settings.ban_seconds, max_seconds=_MAX_BAN_SECONDS)
-        self._offer_evaluator = offer_evaluator
-        self._ledger_writer = ledger_writer
         self._providers = providers
+        self._settings = settings
+        self._ledger_writer = ledger_writer
+        self._now = monotonic
+        self._ban_backoff = Backoff(first_seconds=settings.ban_seconds, max_seconds=_MAX_BAN_SECONDS)
+        #: Address -> reason. Has what this batcher decides before the store has it.
+        self.banned: dict[str, str] = {}
+        #: Address -> 0 to 1.
+        self.reliability: dict[str, float] = {}
+        #: Model -> address -> images per second, as far as it was measured.
+        self.speeds: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        #: Address -> (skipped until, how often it did not sign).
+        self._unsigned: dict[str, tuple[float, int]] = {}
+        #: (model, address) -> (time, why its offer was rejected, in words that fit after "2 providers").
+        self._recent: dict[tuple[str, str], tuple[float, str | None]] = {}
         #: Address -> failures in a row.
         self._failures: dict[str, int] = {}
         #: Address -> when its offer was recorded, and the price.
@@ -50,10 +77,8 @@ class ProviderRecords:
 
     def refresh(self) -> None:
         """Read bans by operators and other batchers, and scores, from the store. Called in a thread."""
-        self._offer_evaluator.update_providers(
-            banned=self._providers.banned(datetime.now(UTC)),
-            reliability={each.id: each.score for each in self._providers.list()},
-        )
+        self.banned = self._providers.banned(datetime.now(UTC))
+        self.reliability = {each.id: each.score for each in self._providers.list()}
 
     def record_offer(self, provider_id: str, properties: Mapping[str, Any]) -> None:
         """Record a provider's prices, unless they were recorded recently."""
@@ -62,9 +87,9 @@ class ProviderRecords:
         except BadOffer:
             return
         known = self._offers.get(provider_id)
-        if known is not None and known[1] == price and time.monotonic() - known[0] < _OFFER_SECONDS:
+        if known is not None and known[1] == price and self._now() - known[0] < _OFFER_SECONDS:
             return
-        self._offers[provider_id] = (time.monotonic(), price)
+        self._offers[provider_id] = (self._now(), price)
         self._ledger_writer.enqueue(
             self._providers.record_offer,
             provider_id,
@@ -79,7 +104,7 @@ class ProviderRecords:
         """Record that a provider answered a chunk."""
         self._failures.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
-        self._offer_evaluator.update_speeds(worker.model, {worker.provider_id: images / max(1e-3, seconds)})
+        self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
 
     def record_failure(self, worker: GolemWorker, queued_job: QueuedJob | None, reason: str, seconds: float) -> None:
         """Record that a provider failed, on this chunk if it had one, and ban it."""
@@ -87,18 +112,16 @@ class ProviderRecords:
         failures_in_a_row = self._failures[worker.provider_id] = self._failures.get(worker.provider_id, 0) + 1
         self._ban(worker.provider_id, reason, self._ban_backoff.after(failures_in_a_row))
         if queued_job is not None:
-            queued_job.failures += 1
             queued_job.failed_on.add(worker.provider_id)
-            queued_job.banned_providers.add(worker.provider_id)
 
     def lift_bans(self, queued_job: QueuedJob) -> None:
         """Lift the bans caused by a chunk that failed on several providers."""
         if len(queued_job.failed_on) < 2:
             return
-        for provider_id in queued_job.banned_providers:
+        for provider_id in queued_job.failed_on:
             self._failures.pop(provider_id, None)
-            self._offer_evaluator.unban(provider_id)
-            self._ledger_writer.enqueue(self._unban, provider_id)
+            self.banned.pop(provider_id, None)
+            self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)
 
     def record_overbilling(self, provider_id: str, reason: str) -> None:
         """Ban a provider that charged more than it can have earned."""
@@ -116,13 +139,71 @@ class ProviderRecords:
         )
 
     def _ban(self, provider_id: str, reason: str, seconds: float) -> None:
-        self._offer_evaluator.ban(provider_id, reason)
+        self.banned[provider_id] = reason
         until = datetime.now(UTC) + timedelta(seconds=seconds)
         self._ledger_writer.enqueue(
             self._providers.ban, provider_id, until=until, reason=reason[:500], by_operator=False
         )
 
-    def _unban(self, provider_id: str) -> None:
-        known = {each.id: each for each in self._providers.list()}
-        if provider_id in known and not known[provider_id].is_banned_by_operator:
-            self._providers.unban(provider_id)
+    # Rating
+
+    def speed(self, model: str, provider_id: str) -> float | None:
+        """Return a provider's images per second; for a new one the mean of the others; None if none is known."""
+        known = self.speeds[model]
+        return known.get(provider_id, sum(known.values()) / len(known) if known else None)
+
+    def record_not_signed(self, provider_id: str) -> None:
+        """Record that a provider did not approve a proposed agreement."""
+        times = self._unsigned.get(provider_id, (0.0, 0))[1] + 1
+        self._unsigned[provider_id] = (self._now() + _UNSIGNED_BACKOFF.after(times), times)
+
+    def record_signed(self, provider_id: str) -> None:
+        """Record that a provider approved an agreement."""
+        self._unsigned.pop(provider_id, None)
+
+    def rate_offer(self, model: str, provider_id: str, properties: Mapping[str, Any]) -> float:
+        """Rate an offer on yapapi's scale, where more is better and less than zero is rejected."""
+        try:
+            price = Price.from_offer(properties)
+        except BadOffer:
+            price = None
+        rejection = self._rejection(provider_id, price)
+        self._recent[model, provider_id] = (self._now(), rejection)
+        if price is None or rejection is not None:
+            return -1.0
+        cost = float(price.per_image(self.speed(model, provider_id) or ASSUMED_SPEED, EXPECTED_IMAGES))
+        # yapapi prefers higher scores; a price of zero would be infinite.
+        return max(_MIN_SCORE, self.reliability.get(provider_id, _NEW_PROVIDER_SCORE)) / max(cost, 1e-12)
+
+    def _rejection(self, provider_id: str, price: Price | None) -> str | None:
+        if provider_id in self.banned:
+            return "banned"
+        if self._unsigned.get(provider_id, (0.0, 0))[0] > self._now():
+            return "did not sign recently"
+        if price is None:
+            return "with unreadable prices"
+        settings = self._settings
+        if settings.max_price_start is not None and price.start > settings.max_price_start:
+            return f"above {settings.max_price_start} GLM per start (MLG_MAX_PRICE_START)"
+        if settings.max_price_hour is not None and price.per_hour > settings.max_price_hour:
+            return f"above {settings.max_price_hour} GLM per hour (MLG_MAX_PRICE_HOUR)"
+        return None
+
+    def unavailable_reason(self, model: str) -> str:
+        """Return, in a sentence, why no provider works on a model, and what to do."""
+        since = self._now() - _RECENT_SECONDS
+        recent = [reason for (of, _), (at, reason) in self._recent.items() if of == model and at > since]
+        if not recent:
+            return (
+                "No provider on the market offers what the model needs. The search continues; "
+                "MLG_EXECUTOR=golem,local uses this machine meanwhile."
+            )
+        rejections = Counter(reason for reason in recent if reason is not None)
+        acceptable = len(recent) - rejections.total()
+        parts = [f"{count} {reason}" for reason, count in sorted(rejections.items())]
+        if acceptable:
+            parts.insert(0, f"{acceptable} busy or not responding")
+        offers = "1 offer" if len(recent) == 1 else f"{len(recent)} offers"
+        return (
+            f"No provider is available: of {offers}, {', '.join(parts)}. The search continues. See: mlg providers list"
+        )

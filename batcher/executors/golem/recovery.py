@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -36,10 +36,7 @@ _LIVE_STATES = ("Proposal", "Pending", "Approved")
 
 
 def home_tag(file: Path) -> str:
-    """Return the random name of a home, which providers see; created on the first call.
-
-    :param file: where it is kept.
-    """
+    """Return the random name of a home, which providers see; created on the first call, and kept in a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -59,13 +56,12 @@ def tagged(amount: Decimal, tag: str) -> Decimal:
 
 def is_tagged(amount: Decimal, tag: str) -> bool:
     """Return whether an amount was made by `tagged` with this tag."""
-    return amount % Decimal("1e-12") == (int(tag, 16) % (_TAGS - 1) + 1) * _TAG_UNIT
+    return amount % Decimal("1e-12") == tagged(Decimal(0), tag)
 
 
 async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) -> None:
     """End an agreement, also one that is not approved yet; does nothing if it has ended.
 
-    :param engine: yapapi's, started.
     :raises Exception: the daemon fails, or the provider approves it at the same moment.
     """
     market = engine._market_api._api
@@ -80,57 +76,43 @@ async def end_agreement(engine: Any, agreement_id: str, reason: dict[str, str]) 
 
 
 class Recovery:
-    """One cleanup.
-
-    :param engine: yapapi's, started.
-    :param is_gone: returns whether the session that an owner names no longer runs.
-    """
+    """One cleanup. :param is_gone: returns whether the session that an owner names no longer runs."""
 
     def __init__(self, parts: GolemParts, engine: Any, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         self._parts = parts
         #: Agreements that could not be ended.
         self._running: set[str] = set()
+        #: How many demands, agreements and allocations were closed.
+        self._closed = 0
         #: True as long as nothing failed.
         self.is_complete = True
         #: Agreements that were terminated, so that an invoice follows -> their seconds.
         self.terminated: dict[str, float] = {}
         self._engine = engine
         self._market = engine._market_api._api
-        # yapapi's client cannot list agreements, so this call is made without it.
-        self._http = engine._root_api_session
-        self._agreements_url = f"{engine._api_config.market_url}/agreements"
         self._payment = engine._payment_api._api
-        self._ledger = parts.context.store.ledger
+        self._ledger = parts.ledger
         self._tag = tag
         self._is_gone = is_gone
 
-    async def run(self, *, keep_allocations: Iterable[str]) -> int:
-        """Close everything that is left over. :return: how many demands, agreements and allocations were closed.
-
-        :param keep_allocations: ids that are in use.
-        :raises Exception: the daemon fails; the next run closes the rest.
-        """
-        closed = await self._close_demands()
-        closed += await self._end_agreements()
-        # After that, because what was reserved for an agreement is committed to it first.
-        await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
-        closed += await self._release_allocations(set(keep_allocations))
-        if closed:
-            log.warning("closed %d demands, agreements and allocations of batchers that no longer run", closed)
-        return closed
-
-    async def _close_demands(self) -> int:
-        closed = 0
+    async def run(self, *, keep_allocation: str) -> None:
+        """Close all that is left over. :raises Exception: the daemon fails; the next run closes the rest."""
         for demand in await self._market.get_demands():
             if self._is_left_over((demand.properties or {}).get(OWNER)):
-                closed += await self._try(self._market.unsubscribe_demand(demand.demand_id), "a demand")
-        return closed
+                await self._try(self._market.unsubscribe_demand(demand.demand_id), "a demand")
+        await self._end_agreements()
+        # After that, because what was reserved for an agreement is committed to it first.
+        await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
+        await self._release_allocations(keep_allocation)
+        if self._closed:
+            log.warning("closed %d demands, agreements and allocations of batchers that no longer run", self._closed)
 
-    async def _end_agreements(self) -> int:
-        ended = 0
+    async def _end_agreements(self) -> None:
         listed: list[dict[str, Any]] = []
+        # yapapi's client cannot list agreements, so this call is made without it.
+        url, http = f"{self._engine._api_config.market_url}/agreements", self._engine._root_api_session
         for state in _LIVE_STATES:
-            async with self._http.get(self._agreements_url, params={"state": state}) as response:
+            async with http.get(url, params={"state": state}) as response:
                 response.raise_for_status()
                 listed += await response.json()
         for entry in listed:
@@ -141,16 +123,13 @@ class Recovery:
                 reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
                 id, now = agreement.agreement_id, datetime.now(UTC)
                 if await self._try(end_agreement(self._engine, id, reason), "an agreement"):
-                    ended += 1
                     if agreement.state == "Approved":
                         self.terminated[id] = (now - agreement.timestamp).total_seconds()
                     await asyncio.to_thread(self._ledger.end_agreement, id, reason=GONE_REASON, now=now)
                 else:
                     self._running.add(id)
-        return ended
 
-    async def _release_allocations(self, keep: set[str]) -> int:
-        released = 0
+    async def _release_allocations(self, keep: str) -> None:
         recorded = {each.id: each for each in await asyncio.to_thread(self._ledger.allocations)}
         for allocation in await self._payment.get_allocations():
             id, record = allocation.allocation_id, recorded.get(allocation.allocation_id)
@@ -159,12 +138,10 @@ class Recovery:
                 is_left_over = is_tagged(Decimal(str(allocation.total_amount)), self._tag) and age > _UNRECORDED_SECONDS
             else:
                 is_left_over = self._is_gone(record.batcher_id)
-            if not is_left_over or id in keep:
+            if not is_left_over or id == keep:
                 continue
             if await self._try(self._payment.release_allocation(id), "an allocation"):
-                released += 1
                 await asyncio.to_thread(self._ledger.release_allocation, id, now=datetime.now(UTC))
-        return released
 
     def _is_left_over(self, owner: object) -> bool:
         if not isinstance(owner, str):
@@ -185,9 +162,9 @@ class Recovery:
         try:
             await call
         except Exception as error:
-            if getattr(error, "status", None) in (404, 410):
-                return True  # it is closed already
-            log.warning("%s that was left over cannot be closed: %s", what, explain(error))
-            self.is_complete = False
-            return False
+            if getattr(error, "status", None) not in (404, 410):  # those mean that it is closed already
+                log.warning("%s that was left over cannot be closed: %s", what, explain(error))
+                self.is_complete = False
+                return False
+        self._closed += 1
         return True

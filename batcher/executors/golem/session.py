@@ -16,7 +16,6 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.errors import GolemUnavailable
-from batcher.executors.golem.offers import OfferRating
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.payments import PaymentProcessor
 from batcher.executors.golem.recovery import Recovery, tagged
@@ -39,7 +38,6 @@ _RECOVERY_ATTEMPTS = 3
 class Session:
     """A session; call `open` first.
 
-    :param number: of the session, counted per batcher.
     :param tag: the home's, see `recovery.py`.
     :param amount: size of the allocation, in GLM.
     """
@@ -84,7 +82,7 @@ class Session:
             subnet_tag=settings.subnet,
             payment_driver=settings.payment_driver,
             payment_network=settings.payment_network,
-            event_consumer=_ignore,
+            event_consumer=lambda event: None,  # yapapi would log them otherwise
             api_config=api_config,
         )
         try:
@@ -115,7 +113,7 @@ class Session:
             amount=self._amount,
             created_at=datetime.now(UTC),
         )
-        self._parts.ledger_writer.enqueue(self._parts.context.store.ledger.record_allocation, record)
+        self._parts.ledger_writer.enqueue(self._parts.ledger.record_allocation, record)
         self.payment_processor = PaymentProcessor(self._parts, self)
         self.payment_processor.start()
         await self._recover(self._is_over)
@@ -130,7 +128,7 @@ class Session:
         recovery = Recovery(self._parts, self.engine, tag=self.tag, is_gone=is_gone)
         try:
             async with asyncio.timeout(self._timings.open_seconds):
-                await recovery.run(keep_allocations=[self.allocation_id])
+                await recovery.run(keep_allocation=self.allocation_id)
         except Exception as error:
             log.warning(
                 "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
@@ -187,7 +185,7 @@ class Session:
                 self._timings.stop_seconds, self._release(), "releasing the allocation", log
             )
         if stopped and self.allocation_id:
-            release = self._parts.context.store.ledger.release_allocation
+            release = self._parts.ledger.release_allocation
             self._parts.ledger_writer.enqueue(release, self.allocation_id, now=datetime.now(UTC))
 
     async def _stop_golem(self) -> None:
@@ -208,11 +206,11 @@ class Session:
                 if getattr(error, "status", None) not in (404, 410):
                     raise
 
-    def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> OfferRating:
+    def _rate_offer(self, provider_id: str, properties: Mapping[str, Any], subscription_id: str) -> float:
         """Rate an offer for yapapi's strategy."""
         self._parts.provider_records.record_offer(provider_id, properties)
         model = self.subscription_models.get(subscription_id, "")
-        return self._parts.offer_evaluator.rate_offer(model, provider_id, properties)
+        return self._parts.provider_records.rate_offer(model, provider_id, properties)
 
     def fail(self, reason: str) -> None:
         """Report that the session can no longer be used. The first reason counts."""
@@ -234,7 +232,3 @@ class Session:
                 f"The Golem daemon does not respond: {explain(error)}. The batcher reconnects by itself; "
                 "check that the daemon runs (yagna service run)."
             )
-
-
-def _ignore(event: object) -> None:
-    """Consume yapapi's events, which it would log otherwise."""

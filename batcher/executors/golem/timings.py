@@ -5,6 +5,7 @@ They suit a public network. They are no settings; tests shorten them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -104,20 +105,16 @@ class GolemTimings:
     def chunk_timeout(
         self, *, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float
     ) -> float:
-        """Return how long a chunk may take, transfer included.
-
-        :param images_per_second: measured; None if unknown, which returns `max_seconds`.
-        :param max_seconds: the upper limit.
-        """
+        """Return how long a chunk may take, transfer included; `max_seconds` if the speed is unknown."""
         if images_per_second is None or images_per_second <= 0:
             return max_seconds
         transfer = size_bytes / self.min_bytes_per_second
         return min(max_seconds, self.timeout_grace_seconds + self.timeout_factor * items / images_per_second + transfer)
 
-    def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float | None:
-        """Return after how long an idle worker may try a chunk too; None if the speed is unknown."""
+    def straggler_seconds(self, *, items: int, images_per_second: float | None) -> float:
+        """Return after how long an idle worker may try a chunk too; infinite if the speed is unknown."""
         if images_per_second is None or images_per_second <= 0:
-            return None
+            return math.inf
         return self.straggler_grace_seconds + self.straggler_factor * items / images_per_second
 
 
@@ -127,7 +124,6 @@ def idle_seconds(price: Price, *, start_seconds: float, max_seconds: float) -> f
     Without knowledge of the future this costs at most twice the optimum (the ski rental problem).
 
     :param start_seconds: how long the start took; it is paid for too.
-    :param max_seconds: the upper limit, even if idling is free.
     """
     if price.second <= 0:
         return max_seconds

@@ -21,7 +21,6 @@ from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.offers import Price
 from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
@@ -58,21 +57,19 @@ class GolemWorker:
     """A provider's activity that runs chunks, and its costs.
 
     :param yapapi_context: yapapi's WorkContext.
-    :param reservation: of its agreement.
+    :param reservation: of its agreement, which is committed.
     """
 
-    def __init__(
-        self, pool: WorkerPool, yapapi_context: Any, *, provider_name: str, price: Price, reservation: Reservation
-    ) -> None:
+    def __init__(self, pool: WorkerPool, yapapi_context: Any, reservation: Reservation) -> None:
+        assert reservation.agreement is not None and reservation.price is not None, "it is not committed"
         self.model = pool.model
         self.provider_id: str = yapapi_context.provider_id
-        self.provider_name = provider_name
+        self.provider_name = reservation.agreement.provider_name
         self.agreement_id: str = yapapi_context._agreement.id
         self.activity_id: str = yapapi_context.id
-        self.price = price
+        self.price = reservation.price
         self.reservation = reservation
         self.created_at = datetime.now(UTC)
-        self.ended_at: datetime | None = None
         #: Seconds that the start took; None until it is ready.
         self.start_seconds: float | None = None
         #: The job under way.
@@ -107,15 +104,12 @@ class GolemWorker:
             id=self.activity_id,
             agreement_id=self.agreement_id,
             created_at=self.created_at,
-            ended_at=self.ended_at,
-            seconds=None if self.ended_at is None else self.seconds(),
+            ended_at=None if self._ended is None else self.created_at + timedelta(seconds=self.seconds()),
+            seconds=None if self._ended is None else self.seconds(),
         )
 
     async def run(self, engine: Any, job_id: str) -> None:
-        """Run it to its end, and report every failure. Raises nothing but cancellation.
-
-        :param job_id: of the yapapi job.
-        """
+        """Run it to its end, and report every failure. Raises nothing but cancellation."""
         batches = asyncio.create_task(self._process(engine, job_id))
         aborting = asyncio.create_task(self.abort.wait())
         try:
@@ -137,18 +131,14 @@ class GolemWorker:
             batches.cancel()
             # A call that hangs is not waited for: its response is not needed.
             await asyncio.wait({batches, aborting}, timeout=_HANGING_SECONDS)
-            self._ended, self.ended_at = time.monotonic(), datetime.now(UTC)
+            self._ended = time.monotonic()
             queued_job = self._finish_attempt()
             error = batches.exception() if batches.done() and not batches.cancelled() else None
             if queued_job is not None or error is not None:
                 reason = explain(error) if error is not None else "it was stopped"
                 # Stopped because a second attempt, begun later, was faster: this provider hangs or is far too slow.
-                is_superseded = (
-                    queued_job is not None
-                    and queued_job.outcome.done()
-                    and not queued_job.outcome.cancelled()
-                    and was_aborted
-                )
+                outcome = None if queued_job is None else queued_job.outcome
+                is_superseded = was_aborted and outcome is not None and outcome.done() and not outcome.cancelled()
                 died = WorkerDied(f"The worker ended: {reason}.")
                 self._report_failure(queued_job, AttemptFailure(error=died, is_provider_fault=is_superseded), 0.0)
 
@@ -278,7 +268,7 @@ class GolemWorker:
     async def _begin_attempt(self, queued_job: QueuedJob, *, is_second_attempt: bool) -> bool:
         """Reserve what a job may cost, and begin it. :return: False: it is back in the queue, or over."""
         job, job_queue = queued_job.job, self._parts.job_queue
-        speed = self._parts.offer_evaluator.speed(self.model, self.provider_id)
+        speed = self._parts.provider_records.speed(self.model, self.provider_id)
         seconds = self._timings.chunk_timeout(
             items=job.items,
             size_bytes=job.chunk.stat().st_size,
@@ -308,13 +298,8 @@ class GolemWorker:
             return False
         now = time.monotonic()
         self.queued_job, self._deadline = queued_job, now + seconds
-        late_after = self._timings.straggler_seconds(items=job.items, images_per_second=speed)
-        job_queue.start_attempt(
-            queued_job,
-            self.provider_id,
-            stop=self.abort.set,
-            straggler_at=None if late_after is None else now + late_after,
-        )
+        straggler_at = now + self._timings.straggler_seconds(items=job.items, images_per_second=speed)
+        job_queue.start_attempt(queued_job, self.provider_id, stop=self.abort.set, straggler_at=straggler_at)
         if job.on_start is not None:
             job.on_start()
         return True
@@ -349,7 +334,7 @@ class GolemWorker:
         )
         if queued_job.running_attempts:
             return  # another attempt is running
-        if queued_job.failures >= self._parts.settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
+        if len(queued_job.failed_on) >= self._parts.settings.attempts or queued_job.attempts >= _MAX_ATTEMPTS:
             self._parts.provider_records.lift_bans(queued_job)
             queued_job.complete(queued_job.last_outcome)
         else:
@@ -368,10 +353,7 @@ def _accept_results(received: Path, queued_job: QueuedJob) -> None:
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:
-    """Return what an exception of yapapi means, and whose fault it is.
-
-    :param what: the step that failed, as a verb.
-    """
+    """Return what an exception of yapapi means, and whose fault it is. :param what: the step that failed, as a verb."""
     name = type(error).__name__
     if isinstance(error, MlgError):
         found = error

@@ -17,18 +17,21 @@ from decimal import Decimal
 from typing import Any
 
 from batcher.errors import BudgetReached
-from batcher.executors.golem.agreement_cleanup import DONE_REASON, AgreementCleanup
 from batcher.executors.golem.ledger_writer import describe_agreement
 from batcher.executors.golem.money import Reservation
-from batcher.executors.golem.offers import BadOffer, Price, describe_offer
+from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.parts import GolemParts
+from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
 from batcher.executors.golem.worker import GolemWorker
 from batcher.executors.golem.yapapi_adapter import explain, make_job
-from provider_image.errors import MlgError
 
 log = logging.getLogger(__name__)
 
+#: Why an agreement is ended; providers receive it.
+_DONE_REASON = {"message": "All work is done", "golem.requestor.code": "Success"}
+#: Attempts to end an agreement; those that remain open are ended with the session.
+_TERMINATE_ATTEMPTS = 3
 #: yapapi needs unique names of jobs within a process.
 _numbers = itertools.count(1)
 
@@ -51,7 +54,8 @@ class WorkerPool:
         self.first_cover_seconds = min(parts.timings.cover_seconds, parts.settings.start_seconds)
         self._timings = parts.timings
         self._payload = payload
-        self._cleanup = AgreementCleanup(session.engine, model, parts.timings)
+        #: Workers, and what ends agreements and demands; they run in the background.
+        self._background: set[asyncio.Task[Any]] = set()
         self._job: Any = None
         self._search_task: asyncio.Task[None] | None = None
         self._start_task: asyncio.Task[Any] | None = None
@@ -98,11 +102,6 @@ class WorkerPool:
         active = [worker for worker in self.workers if not worker.is_stopping]
         return not self._is_closing and len(active) <= self.parts.settings.min_workers
 
-    def abort_workers(self) -> None:
-        """End all workers immediately."""
-        for worker in self.workers:
-            worker.abort.set()
-
     def drain(self) -> None:
         """Start nothing more; workers finish their chunk and end."""
         self._is_closing = True
@@ -115,23 +114,28 @@ class WorkerPool:
         deadline = time.monotonic() + seconds
         while self.workers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self.abort_workers()
+        for worker in self.workers:
+            worker.abort.set()
         for task in (self._start_task, self._search_task):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task}, timeout=self._timings.cleanup_seconds)
-        await self._cleanup.close()
-        await self._end_job()
+        if self._background:
+            _, hanging = await asyncio.wait(self._background, timeout=self._timings.cleanup_seconds)
+            for task in hanging:
+                task.cancel()
+        job, self._job = self._job, None
+        if job is not None:
+            await self._end_job(job)
 
     # The demand
 
     def _renew(self) -> None:
         """Make a new demand; workers of the old one finish their chunk."""
         if self._job is not None:
-            old = self._job
             for worker in self.workers:
                 worker.is_stopping = True
-            self._cleanup.add(asyncio.create_task(self._end_job(old)))
+            self._keep(asyncio.create_task(self._end_job(self._job)))
             if self._search_task is not None:
                 self._search_task.cancel()
                 self._search_task = None
@@ -161,10 +165,7 @@ class WorkerPool:
                     return
                 if time.monotonic() - started_at > self._timings.search_backoff.max_seconds:
                     failures = 1
-                pause = self._timings.search_backoff.after(failures)
-                log.warning(
-                    "the search for offers for %s failed, trying again in %.1f s: %s", self.model, pause, explain(error)
-                )
+                log.warning("the search for offers for %s failed, trying again: %s", self.model, explain(error))
             await asyncio.sleep(self._timings.search_backoff.after(failures))
             failures += 1
 
@@ -172,11 +173,9 @@ class WorkerPool:
         pool = self._job.agreements_pool
         pool._offer_buffer.update({**self._unsuited, **pool._offer_buffer})
         self._unsuited = {}
-        if not pool._offer_buffer:
-            return False
         # The pool may hold offers from before a ban.
         for provider_id in list(pool._offer_buffer):
-            if self.parts.offer_evaluator.is_banned(provider_id):
+            if provider_id in self.parts.provider_records.banned:
                 del pool._offer_buffer[provider_id]
             elif not self._has_work_for(provider_id):
                 self._unsuited[provider_id] = pool._offer_buffer.pop(provider_id)
@@ -187,8 +186,8 @@ class WorkerPool:
 
     def _has_work_for(self, provider_id: str) -> bool:
         """Return whether this provider may run a queued job; it may not run those that it failed on."""
-        job_queue = self.parts.job_queue
-        return not job_queue.count(self.model) or job_queue.has_job_for(self.model, provider_id)
+        queued_jobs = self.parts.job_queue.queued_jobs(self.model)
+        return not queued_jobs or any(provider_id not in each.failed_on for each in queued_jobs)
 
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
@@ -198,17 +197,17 @@ class WorkerPool:
         elif name == "AgreementTerminated":
             self._end_agreement(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
             if not event_fields["agreement"].terminated:
-                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
+                self._terminate_with_retries(event_fields["agreement"].id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = event_fields["agreement"]._details
             if details is not None:
                 provider_id = details.raw_details.offer.provider_id
                 log.info("provider %s did not sign an agreement", provider_id)
-                self.parts.offer_evaluator.record_not_signed(provider_id)
+                self.parts.provider_records.record_not_signed(provider_id)
             if name == "ActivityCreateFailed":
-                self._cleanup.terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
+                self._terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
             else:
-                self._cleanup.terminate_with_retries(event_fields["agreement"].id)
+                self._terminate_with_retries(event_fields["agreement"].id)
 
     def _commit(self, agreement: Any) -> None:
         """Record an agreement, which from now on may cost what was reserved for it."""
@@ -220,7 +219,7 @@ class WorkerPool:
         hire = self._hire
         if hire is None or self._first_cost(price) > hire.amount:
             # An offer that came after the reservation was taken; `_check_commitment` ends the agreement.
-            self.parts.ledger_writer.enqueue(self.parts.context.store.ledger.record_agreement, record)
+            self.parts.ledger_writer.enqueue(self.parts.ledger.record_agreement, record)
             return
         self._hire = None
         self._commitments[record.id] = (hire, time.monotonic())
@@ -229,31 +228,67 @@ class WorkerPool:
     def _check_commitment(self, agreement: Any) -> None:
         """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
         if agreement.id not in self._commitments:
-            self._cleanup.terminate_later(agreement.id, self._job.agreements_pool)
+            self._terminate_later(agreement.id, self._job.agreements_pool)
             raise BudgetReached("More would be owed for this agreement than is reserved.")
 
     def _first_cost(self, price: Price) -> Decimal:
         return self._timings.cost_limit(price, self.first_cover_seconds)
 
     def _end_agreement(self, agreement_id: str, reason: str) -> None:
-        ledger = self.parts.context.store.ledger
+        ledger = self.parts.ledger
         self.parts.ledger_writer.enqueue(ledger.end_agreement, agreement_id, reason=reason, now=datetime.now(UTC))
         if agreement_id in self._commitments:  # no worker came of it
             reservation, made_at = self._commitments.pop(agreement_id)
             reservation.end(time.monotonic() - made_at)
 
-    async def _end_job(self, job: Any = None) -> None:
-        job = job or self._job
-        if job is None:
-            return
-        if job is self._job:
-            self._job = None
+    async def _end_job(self, job: Any) -> None:
         try:
             async with asyncio.timeout(self._timings.cleanup_seconds):
-                await job.agreements_pool.terminate_all(reason=DONE_REASON)
+                await job.agreements_pool.terminate_all(reason=_DONE_REASON)
         except Exception as error:
             log.warning("agreements for %s cannot be terminated: %s", self.model, explain(error))
         job.finished.set()
+
+    # Agreements are ended even if yapapi or the daemon fails to: yapapi asks the daemon once, can be blocked by a call
+    # that hangs, and misses an approval that arrives too late.
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task until it is done, and log its failure."""
+
+        def discard(task: asyncio.Task[Any]) -> None:
+            self._background.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                log.info("a worker for %s failed: %s", self.model, explain(error))
+
+        self._background.add(task)
+        task.add_done_callback(discard)
+
+    def _terminate_later(self, agreement_id: str, pool: Any) -> None:
+        """Terminate an agreement if yapapi, which should do so now, does not."""
+
+        async def terminate() -> None:
+            deadline = time.monotonic() + self._timings.cleanup_seconds
+            while agreement_id in pool._agreements and time.monotonic() < deadline:
+                await asyncio.sleep(0.2)
+                await pool.cycle()
+            if agreement_id in pool._agreements:
+                await pool._terminate_agreement(agreement_id, _DONE_REASON)
+
+        self._keep(asyncio.create_task(terminate()))
+
+    def _terminate_with_retries(self, agreement_id: str) -> None:
+        """Terminate an agreement that yapapi wrongly considers terminated."""
+
+        async def terminate() -> None:
+            for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
+                try:
+                    return await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
+                except Exception as error:
+                    log.info("an agreement for %s could not be terminated yet: %s", self.model, explain(error))
+                await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
+
+        self._keep(asyncio.create_task(terminate()))
 
     # Workers
 
@@ -279,7 +314,7 @@ class WorkerPool:
                 self._hire = None
         if task is None:
             return
-        self._cleanup.add(task)
+        self._keep(task)
         # The activity is created within the task; another start before that would be one too many.
         while not task.done() and len(self.workers) == before:
             await asyncio.sleep(0.02)
@@ -311,36 +346,29 @@ class WorkerPool:
         return reservation
 
     async def _run_worker(self, yapapi_context: Any) -> bool:
-        """Run a worker. yapapi calls this with an activity, which it destroys at the end.
-
-        :param yapapi_context: yapapi's WorkContext.
-        """
-        parts, ledger = self.parts, self.parts.context.store.ledger
+        """Run a worker. yapapi calls this with its WorkContext of an activity, which it destroys at the end."""
+        parts = self.parts
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
         reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
         if reservation is None:
             raise _WorkerFinished  # the agreement has ended already
-        try:
-            properties = yapapi_context._agreement_details.provider_view.properties
-            name, price = describe_offer(properties, yapapi_context.provider_id)
-        except MlgError as error:
-            raise _WorkerFinished from error
-        worker = GolemWorker(self, yapapi_context, provider_name=name, price=price, reservation=reservation)
+        worker = GolemWorker(self, yapapi_context, reservation)
+        name = worker.provider_name
         worker.is_stopping = self._is_closing
         self.workers.add(worker)
-        parts.offer_evaluator.record_signed(worker.provider_id)
+        parts.provider_records.record_signed(worker.provider_id)
         log.info("provider %s starts a worker for %s", name, self.model, extra={"agreement_id": worker.agreement_id})
-        parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
+        parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
         try:
             await worker.run(self.session.engine, self._job_id(yapapi_context))
         finally:
             self.workers.discard(worker)
             log.info("the worker of provider %s ended after %d chunks", name, worker.chunks)
             worker.reservation.end(worker.seconds())
-            parts.ledger_writer.enqueue(ledger.record_activity, worker.activity_record())
+            parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
             if self.session.payment_processor is not None:
                 self.session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
-            self._cleanup.terminate_later(worker.agreement_id, pool)
+            self._terminate_later(worker.agreement_id, pool)
         raise _WorkerFinished
 
     def _job_id(self, yapapi_context: Any) -> str:

@@ -1,4 +1,4 @@
-"""Everything that subclasses or patches yapapi: demands, the market strategy, jobs, the file server.
+"""What subclasses or patches yapapi: the market strategy, jobs, the file server. Demands are in `payload.py`.
 
 Imported early, so yapapi itself is imported inside the functions. yapapi is used below its own task executor (Job,
 start_worker, process_batches), because that executor retries without limit, ends a job after one failed poll and keeps
@@ -14,24 +14,12 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from batcher.executors.golem.offers import OfferRating
-
 #: The property that identifies our demands and agreements, even those of a batcher that was killed.
 OWNER = "golem.srv.app.mlg.owner"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Requirements:
-    """What a model needs of a provider."""
-
-    memory_gib: float
-    storage_gib: float
-    threads: int = 1
 
 
 def import_yapapi() -> None:
@@ -46,43 +34,7 @@ def import_yapapi() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def builtin_payload(runtime: str, requirements: Requirements, owner: str, model: str) -> Any:
-    """Make the demand for a provider whose runtime has built-in models."""
-    from yapapi.payload import Payload
-
-    class BuiltIn(Payload):  # type: ignore[misc, unused-ignore]
-        async def decorate_demand(self, demand: Any) -> None:
-            demand.add_properties({OWNER: owner, "golem.srv.app.mlg.model": model})
-            demand.ensure(
-                f"(&(golem.runtime.name={runtime})(golem.inf.mem.gib>={requirements.memory_gib:g})"
-                f"(golem.inf.storage.gib>={requirements.storage_gib:g})(golem.inf.cpu.threads>={requirements.threads}))"
-            )
-
-    return BuiltIn()
-
-
-async def image_payload(image_hash: str, registry: str, requirements: Requirements, owner: str, model: str) -> Any:
-    """Make the demand for a provider that runs a published container image; asks the registry for its address."""
-    from yapapi.payload import Payload, vm
-
-    package = await vm.repo(
-        image_hash=image_hash,
-        image_use_https=True,
-        repository_url=registry.rstrip("/"),
-        min_mem_gib=requirements.memory_gib,
-        min_storage_gib=requirements.storage_gib,
-        min_cpu_threads=requirements.threads,
-    )
-
-    class Image(Payload):  # type: ignore[misc, unused-ignore]
-        async def decorate_demand(self, demand: Any) -> None:
-            await package.decorate_demand(demand)
-            demand.add_properties({OWNER: owner, "golem.srv.app.mlg.model": model})
-
-    return Image()
-
-
-def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], OfferRating]) -> Any:
+def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], float]) -> Any:
     """Make the market strategy.
 
     :param rate_offer: called with the provider's address, the offer's properties and the subscription id.
@@ -91,7 +43,7 @@ def make_strategy(rate_offer: Callable[[str, Mapping[str, Any], str], OfferRatin
 
     class CheapestPerImage(MarketStrategy):  # type: ignore[misc, unused-ignore]
         async def score_offer(self, offer: Any) -> float:
-            return rate_offer(offer.issuer, offer.props, offer._subscription.id).score
+            return rate_offer(offer.issuer, offer.props, offer._subscription.id)
 
     return CheapestPerImage()
 
@@ -140,10 +92,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 async def run_with_timeout(seconds: float, work: Awaitable[Any], what: str, log: logging.Logger) -> bool:
-    """Await something that may fail or hang, and log that in one line. :return: whether it succeeded.
-
-    :param what: its name in the log.
-    """
+    """Await something that may fail or hang, and log that in one line. :return: whether it succeeded."""
     task = asyncio.ensure_future(work)
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:

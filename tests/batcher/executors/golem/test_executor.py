@@ -90,9 +90,10 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             await harness.run("first")
             harness.store.providers.ban("alpha", until=None, reason="Too slow.", by_operator=True)
             harness.executor._refreshed_at = float("-inf")  # forces the periodic read from the store
-            await until(lambda: harness.executor._parts.offer_evaluator.is_banned(provider("alpha").node_id))
+            await until(lambda: harness.executor._parts.provider_records.banned.get(provider("alpha").node_id))
             for pool in harness.executor._pools.values():
-                pool.abort_workers()
+                for worker in pool.workers:
+                    worker.abort.set()
             await until(lambda: not any(pool.workers for pool in harness.executor._pools.values()))
             waiting = asyncio.create_task(harness.executor.run(harness.job("second")))
             await until(lambda: "1 banned" in str(harness.executor.unavailable_reason(MODEL)))

@@ -1,4 +1,4 @@
-"""Rating of offers: prices, speeds, bans, limits. Pure, so each case is a table row."""
+"""Rating of offers: prices, speeds, bans, limits. Each case is a table row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from batcher.executors.golem.offers import EXPECTED_IMAGES, BadOffer, OfferEvaluator, Price, provider_name
+from batcher.executors.golem.ledger_writer import LedgerWriter
+from batcher.executors.golem.offers import BadOffer, Price, provider_name
+from batcher.executors.golem.provider_records import EXPECTED_IMAGES, ProviderRecords
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings, idle_seconds
+from store.store import Store
 
 MODEL = "efficientnet_lite0"
 SETTINGS = GolemSettings(max_price_hour=Decimal("0.5"), max_price_start=Decimal("0.01"))
@@ -35,9 +38,13 @@ class Time:
         return self.now
 
 
+def make_records(store: Store, settings: GolemSettings = SETTINGS, **options: Any) -> ProviderRecords:
+    return ProviderRecords(store.providers, settings, LedgerWriter(GolemTimings()), **options)
+
+
 @pytest.fixture
-def offer_evaluator() -> OfferEvaluator:
-    return OfferEvaluator(SETTINGS, monotonic=Time())
+def provider_records(store: Store) -> ProviderRecords:
+    return make_records(store, monotonic=Time())
 
 
 def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> None:
@@ -66,11 +73,11 @@ def test_a_price_is_read_from_an_offer_whatever_the_order_of_its_counters() -> N
         {"golem.inf.cpu.threads": "many"},
     ],
 )
-def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], offer_evaluator: OfferEvaluator) -> None:
+def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], provider_records: ProviderRecords) -> None:
     with pytest.raises(BadOffer):
         Price.from_offer(offer(**change))
 
-    assert offer_evaluator.rate_offer(MODEL, "0x1", offer(**change)).score < 0
+    assert provider_records.rate_offer(MODEL, "0x1", offer(**change)) < 0
 
 
 def test_an_unknown_counter_with_price_zero_is_accepted() -> None:
@@ -81,18 +88,18 @@ def test_an_unknown_counter_with_price_zero_is_accepted() -> None:
     assert Price.from_offer(properties) == Price.from_offer(offer())
 
 
-def test_the_price_per_hour_counts_all_threads(offer_evaluator: OfferEvaluator) -> None:
-    assert offer_evaluator.rate_offer(MODEL, "0x1", offer()).score > 0
-    assert offer_evaluator.rate_offer(MODEL, "0x1", offer(**{"golem.inf.cpu.threads": 8})).score < 0
+def test_the_price_per_hour_counts_all_threads(provider_records: ProviderRecords) -> None:
+    assert provider_records.rate_offer(MODEL, "0x1", offer()) > 0
+    assert provider_records.rate_offer(MODEL, "0x1", offer(**{"golem.inf.cpu.threads": 8})) < 0
 
 
-def test_the_lowest_cost_per_image_wins_over_the_lowest_price_per_hour(offer_evaluator: OfferEvaluator) -> None:
-    offer_evaluator.update_speeds(MODEL, {"0xfast": 40.0, "0xslow": 4.0})
+def test_the_lowest_cost_per_image_wins_over_the_lowest_price_per_hour(provider_records: ProviderRecords) -> None:
+    provider_records.speeds[MODEL] = {"0xfast": 40.0, "0xslow": 4.0}
 
-    fast = offer_evaluator.rate_offer(MODEL, "0xfast", offer(cpu=0.0001))
-    slow = offer_evaluator.rate_offer(MODEL, "0xslow", offer(cpu=0.00005))
+    fast = provider_records.rate_offer(MODEL, "0xfast", offer(cpu=0.0001))
+    slow = provider_records.rate_offer(MODEL, "0xslow", offer(cpu=0.00005))
 
-    assert fast.score > slow.score > 0
+    assert fast > slow > 0
 
 
 def test_the_price_of_the_start_is_shared_by_the_images() -> None:
@@ -101,74 +108,79 @@ def test_the_price_of_the_start_is_shared_by_the_images() -> None:
     assert price.per_image(40, 1) > price.per_image(40, EXPECTED_IMAGES) > price.per_image(80, EXPECTED_IMAGES)
 
 
-def test_a_reliable_provider_wins_over_an_unreliable_one_at_the_same_price(offer_evaluator: OfferEvaluator) -> None:
-    offer_evaluator.update_providers(banned={}, reliability={"0xgood": 1.0, "0xbad": 0.2})
+def test_a_reliable_provider_wins_over_an_unreliable_one_at_the_same_price(provider_records: ProviderRecords) -> None:
+    provider_records.reliability = {"0xgood": 1.0, "0xbad": 0.2}
 
     assert (
-        offer_evaluator.rate_offer(MODEL, "0xgood", offer()).score
-        > offer_evaluator.rate_offer(MODEL, "0xbad", offer()).score
-        > 0
+        provider_records.rate_offer(MODEL, "0xgood", offer()) > provider_records.rate_offer(MODEL, "0xbad", offer()) > 0
     )
 
 
-def test_a_new_provider_is_assumed_to_be_as_fast_as_the_mean_of_the_others(offer_evaluator: OfferEvaluator) -> None:
-    offer_evaluator.update_speeds(MODEL, {"0x1": 10.0, "0x2": 30.0})
+def test_a_new_provider_is_assumed_to_be_as_fast_as_the_mean_of_the_others(provider_records: ProviderRecords) -> None:
+    provider_records.speeds[MODEL] = {"0x1": 10.0, "0x2": 30.0}
 
-    assert offer_evaluator.speed(MODEL, "0xnew") == 20.0
-    assert offer_evaluator.speed("vgg16", "0x1") is None
+    assert provider_records.speed(MODEL, "0xnew") == 20.0
+    assert provider_records.speed("vgg16", "0x1") is None
 
 
 @pytest.mark.parametrize(
     ("prepare", "properties", "words"),
     [
-        (lambda offer_evaluator: offer_evaluator.ban("0x1", "It sent wrong results."), offer(), "1 banned"),
-        (lambda offer_evaluator: offer_evaluator.record_not_signed("0x1"), offer(), "1 did not sign recently"),
-        (lambda offer_evaluator: None, offer(start=0.02), "1 above 0.01 GLM per start (MLG_MAX_PRICE_START)"),
-        (lambda offer_evaluator: None, offer(second=0.001), "1 above 0.5 GLM per hour (MLG_MAX_PRICE_HOUR)"),
         (
-            lambda offer_evaluator: None,
+            lambda provider_records: provider_records.banned.update({"0x1": "It sent wrong results."}),
+            offer(),
+            "1 banned",
+        ),
+        (lambda provider_records: provider_records.record_not_signed("0x1"), offer(), "1 did not sign recently"),
+        (lambda provider_records: None, offer(start=0.02), "1 above 0.01 GLM per start (MLG_MAX_PRICE_START)"),
+        (lambda provider_records: None, offer(second=0.001), "1 above 0.5 GLM per hour (MLG_MAX_PRICE_HOUR)"),
+        (
+            lambda provider_records: None,
             offer(**{"golem.com.usage.vector": []}),
             "1 with unreadable prices",
         ),
-        (lambda offer_evaluator: None, offer(), "1 busy or not responding"),
+        (lambda provider_records: None, offer(), "1 busy or not responding"),
     ],
 )
 def test_the_reason_for_no_provider_is_one_sentence_with_counts(
-    prepare: Callable[[OfferEvaluator], object], properties: dict[str, Any], words: str, offer_evaluator: OfferEvaluator
+    prepare: Callable[[ProviderRecords], object],
+    properties: dict[str, Any],
+    words: str,
+    provider_records: ProviderRecords,
 ) -> None:
-    prepare(offer_evaluator)
-    offer_evaluator.rate_offer(MODEL, "0x1", properties)
+    prepare(provider_records)
+    provider_records.rate_offer(MODEL, "0x1", properties)
 
-    reason = offer_evaluator.unavailable_reason(MODEL)
+    reason = provider_records.unavailable_reason(MODEL)
     assert reason == (f"No provider is available: of 1 offer, {words}. The search continues. See: mlg providers list")
-    assert offer_evaluator.unavailable_reason("vgg16") == (
+    assert provider_records.unavailable_reason("vgg16") == (
         "No provider on the market offers what the model needs. The search continues; "
         "MLG_EXECUTOR=golem,local uses this machine meanwhile."
     )
 
 
-def test_a_provider_that_does_not_sign_is_skipped_longer_each_time_until_it_signs() -> None:
+def test_a_provider_that_does_not_sign_is_skipped_longer_each_time_until_it_signs(store: Store) -> None:
     time = Time()
-    offer_evaluator = OfferEvaluator(SETTINGS, monotonic=time)
+    provider_records = make_records(store, monotonic=time)
     waits = []
     for _ in range(3):
-        offer_evaluator.record_not_signed("0x1")
+        provider_records.record_not_signed("0x1")
         started_at = time.now
-        while offer_evaluator.rate_offer(MODEL, "0x1", offer()).score < 0:
+        while provider_records.rate_offer(MODEL, "0x1", offer()) < 0:
             time.now += 1
         waits.append(time.now - started_at)
-    offer_evaluator.record_signed("0x1")
-    offer_evaluator.record_not_signed("0x1")
+    provider_records.record_signed("0x1")
+    provider_records.record_not_signed("0x1")
     time.now += waits[0]
 
     assert waits == sorted(set(waits))
-    assert offer_evaluator.rate_offer(MODEL, "0x1", offer()).score > 0
+    assert provider_records.rate_offer(MODEL, "0x1", offer()) > 0
 
 
-def test_without_price_limits_any_price_is_accepted() -> None:
-    offer_evaluator = OfferEvaluator(replace(SETTINGS, max_price_hour=None, max_price_start=None))
+def test_without_price_limits_any_price_is_accepted(store: Store) -> None:
+    provider_records = make_records(store, replace(SETTINGS, max_price_hour=None, max_price_start=None))
 
-    assert offer_evaluator.rate_offer(MODEL, "0x1", offer(start=9.0, cpu=1.0)).score > 0
+    assert provider_records.rate_offer(MODEL, "0x1", offer(start=9.0, cpu=1.0)) > 0
 
 
 def test_a_provider_name_is_limited_to_printable_characters() -> None:
@@ -189,7 +201,7 @@ def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
 
 def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:
     assert GolemTimings().straggler_seconds(items=16, images_per_second=16.0) == 5.0
-    assert GolemTimings().straggler_seconds(items=16, images_per_second=None) is None
+    assert GolemTimings().straggler_seconds(items=16, images_per_second=None) == float("inf")
 
 
 def test_an_idle_worker_is_kept_until_idling_has_cost_as_much_as_a_start() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.cost_split import equal_share, split, to_amount, total
+from store.amounts import equal_share, split, to_amount, total
 
 UNIT = Decimal("1e-18")
 
