@@ -9,20 +9,17 @@ is found while holding the lock is stale. It must not serve other users: nobody 
 
 from __future__ import annotations
 
-import collections
+import asyncio
 import contextlib
 import fcntl
 import json
 import logging
 import os
-import queue
-import selectors
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,8 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 64 * 1024
 #: Connections that were made just before an idle process stopped listening have this long to send a request.
 _GRACE_SECONDS = 1.0
+#: Interval at which a process that is about to end checks whether it may.
+_POLL_SECONDS = 0.01
 
 
 @contextlib.contextmanager
@@ -66,19 +65,12 @@ def serve(
         path = socket_path(runtime_folder)
         make_private_folder(path.parent)
         path.unlink(missing_ok=True)  # stale, because this process holds the lock
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        listener.listen(64)
+        if exit_with_stdin:
+            threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
         try:
-            server = _WarmServer(listener, path, nets, idle_seconds)
-            if exit_with_stdin:
-                threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-            server.install_signal_handlers()  # before on_ready, after which a signal may come
-            on_ready()
-            server.run()
+            asyncio.run(_WarmServer(path, nets, idle_seconds).run(on_ready))
         finally:
             path.unlink(missing_ok=True)
-            listener.close()
 
 
 def _exit_with_stdin(path: Path) -> None:
@@ -89,152 +81,73 @@ def _exit_with_stdin(path: Path) -> None:
     os._exit(0)  # from a thread, and without waiting for the current items: the parent is gone
 
 
-@dataclass(eq=False, kw_only=True)
-class _Connection:
-    """A connection of a client."""
-
-    connection: socket.socket
-    #: The received part of an incomplete line.
-    received: bytearray = field(default_factory=bytearray)
-    #: Number of its jobs that wait or run.
-    jobs: int = 0
-    #: True when the client will send nothing more; it may still wait for a reply.
-    has_ended: bool = False
-
-
 class _WarmServer:
     """A loop for connections and signals, and a thread that processes chunks, so that neither blocks the other."""
 
-    def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
-        self._listener, self._path, self._nets = listener, path, nets
-        self._idle_seconds = idle_seconds
+    def __init__(self, path: Path, nets: NetCache, idle_seconds: float) -> None:
+        self._path, self._nets, self._idle_seconds = path, nets, idle_seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
+        #: Connected clients, and jobs that wait or run.
+        self._clients = self._jobs = 0
         self._active_at = time.monotonic()
-        self._is_listening, self._is_stopping = True, False
-        self._waiting: collections.deque[tuple[_Connection, bytes]] = collections.deque()
-        self._current: _Connection | None = None
-        self._jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        for each in (self._wake_reader, self._wake_writer, listener):
-            each.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._clients: dict[socket.socket, _Connection] = {}
+        self._stop_requested = asyncio.Event()
 
-    def install_signal_handlers(self) -> None:
-        """Let SIGTERM and SIGINT stop the loop."""
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def run(self) -> None:
+    async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until it is time to stop."""
-        threading.Thread(target=self._run_jobs, daemon=True).start()
-        while not self._is_finished():
-            for key, _ in self._selector.select(self._select_timeout()):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fileobj is self._wake_reader:
-                    with contextlib.suppress(BlockingIOError):
-                        self._wake_reader.recv(4096)
-                else:
-                    self._receive(self._clients[key.fileobj])  # type: ignore[index]
-            self._process_events()
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._is_stopping = True
-
-    def _select_timeout(self) -> float | None:
-        if self._current is not None or (self._is_listening and not self._idle_seconds):
-            return None
-        limit = self._idle_seconds if self._is_listening else _GRACE_SECONDS
-        return max(0.0, self._active_at + limit - time.monotonic())
-
-    def _is_finished(self) -> bool:
-        if self._current is not None or self._waiting:
-            return False
-        if self._is_stopping:
-            return True
-        return not self._is_listening and (not self._clients or self._select_timeout() == 0)
-
-    def _process_events(self) -> None:
-        while not self._replies.empty():
-            assert self._current is not None
-            self._send(self._current, self._replies.get())
-            self._current, self._active_at = None, time.monotonic()
-        if self._is_stopping:
-            self._stop_listening()
-            while self._waiting:
-                client, _ = self._waiting.popleft()
-                stopped = WorkerDied("The warm process was stopped before it began the chunk.")
-                self._send(client, {"ok": False, **stopped.to_reply()})
-        elif self._is_listening and self._idle_seconds and not self._waiting and self._select_timeout() == 0:
-            # Stops accepting connections; those that were just made are still served.
-            self._accept()
-            self._stop_listening()
-            self._active_at = time.monotonic()
-        if self._current is None and self._waiting:
-            self._current, line = self._waiting.popleft()
-            self._jobs.put(line)
-
-    def _stop_listening(self) -> None:
-        if self._is_listening:
+        for number in (signal.SIGTERM, signal.SIGINT):  # before on_ready, after which a signal may come
+            asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
+        async with await asyncio.start_unix_server(
+            self._serve_client, self._path, backlog=64, limit=_MAX_LINE_BYTES
+        ) as listener:
+            on_ready()
+            await self._wait_until_idle()
+            # No new connections can be made; those that were just made are still served.
             self._path.unlink(missing_ok=True)
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._is_listening = False
-
-    def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                self._clients[connection] = _Connection(connection=connection)
-                self._selector.register(connection, selectors.EVENT_READ)
-
-    def _receive(self, client: _Connection) -> None:
-        try:
-            data = client.connection.recv(_MAX_LINE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        client.received += data
-        *lines, rest = bytes(client.received).split(b"\n")
-        client.received = bytearray(rest)
-        for line in lines:
-            client.jobs += 1
             self._active_at = time.monotonic()
-            self._waiting.append((client, line))
-        if not data or len(rest) > _MAX_LINE_BYTES:
-            client.has_ended = True
-            self._selector.unregister(client.connection)
-            self._close_if_done(client)
+            await asyncio.sleep(_POLL_SECONDS)
+            while self._jobs or (self._clients and self._idle_for() < self._grace_seconds()):
+                await asyncio.sleep(_POLL_SECONDS)
+            listener.close()
 
-    def _send(self, client: _Connection, reply: dict[str, Any]) -> None:
-        client.jobs -= 1
+    async def _wait_until_idle(self) -> None:
+        """Wait until there was no work for `idle_seconds`, or until a signal."""
+        limit = self._idle_seconds or None
+        while limit is None or self._jobs or self._idle_for() < limit:
+            rest = limit if limit is None or self._jobs else limit - self._idle_for()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest):
+                    await self._stop_requested.wait()
+                    return
+
+    def _grace_seconds(self) -> float:
+        return 0.0 if self._stop_requested.is_set() else _GRACE_SECONDS
+
+    def _idle_for(self) -> float:
+        return time.monotonic() - self._active_at
+
+    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
         try:
-            client.connection.sendall(json.dumps(reply).encode() + b"\n")
-        except OSError as error:
-            logger.info("client has gone before the reply: %s", error)
-        self._close_if_done(client)
-
-    def _close_if_done(self, client: _Connection) -> None:
-        if client.has_ended and not client.jobs:
-            self._clients.pop(client.connection, None)
-            client.connection.close()
-
-    def _run_jobs(self) -> None:
-        while True:
-            reply = self._run_job(self._jobs.get())
-            self._replies.put(reply)
-            with contextlib.suppress(BlockingIOError):  # if the pipe is full, the loop wakes anyway
-                self._wake_writer.send(b"\0")
+            while (line := await reader.readline()).endswith(b"\n"):
+                self._jobs += 1
+                try:
+                    reply = await asyncio.get_running_loop().run_in_executor(self._thread, self._run_job, line)
+                    writer.write(json.dumps(reply).encode() + b"\n")
+                    await writer.drain()
+                finally:
+                    self._jobs -= 1
+                    self._active_at = time.monotonic()
+        except (OSError, ValueError) as error:  # it has gone, or its line is too long
+            logger.info("the connection of a client is closed: %s", error)
+        finally:
+            self._clients -= 1
+            writer.close()
 
     def _run_job(self, line: bytes) -> dict[str, Any]:
         started = time.perf_counter()
         try:
+            if self._stop_requested.is_set():
+                raise WorkerDied("The warm process was stopped before it began the chunk.")
             chunk, results = _parse_job(line)
             run_chunk(chunk, results, self._nets)
         except MlgError as error:

@@ -112,11 +112,8 @@ class Resizer:
         decoder = self._free.get()
         try:
             for _ in range(_MAX_STARTS):
-                try:
-                    reply = decoder.run(job, self._limit_seconds)
-                except DecoderExited:
-                    continue
-                return reply
+                with contextlib.suppress(DecoderExited):
+                    return decoder.run(job, self._limit_seconds)
         except (WorkerDied, ChunkTimeout) as error:
             if self._is_closed:
                 raise _closed_error() from error
