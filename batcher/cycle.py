@@ -288,8 +288,17 @@ class Cycle:
                 self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
             items = planned.items if packed is None else packed.items
             chunk_outcome = resolve_failed_chunk(items, failed, is_stopping=self._is_stopping)
+        cause = chunk_outcome.error
+        if cause is not None and not self._is_stopping:
+            log_fields = {"model": planned.model, "code": cause.code, "items": len(planned.items)}
+            log.warning("a chunk failed: %s", cause, extra=log_fields)
+        if cause is not None and chunk_outcome.is_model_unusable:
+            until = asyncio.get_running_loop().time() + UNAVAILABLE_RETRY_SECONDS
+            self._unavailable_models[planned.model] = (until, cause.reason)
         try:
-            await self._record(planned, packed, outcome, chunk_outcome)
+            await self._write(chunk_outcome)
+            if packed is not None and packed.items:
+                await asyncio.to_thread(self._record_end, packed, outcome, chunk_outcome)
         finally:
             for claim in planned.claims:
                 self._open_claims.pop((claim.number, claim.token), None)
@@ -331,19 +340,6 @@ class Cycle:
             run.cancel()
             self._runs.discard(run)
         return _stopped_outcome() if run.cancelled() else run.result()
-
-    async def _record(
-        self, planned: PlannedChunk, packed: PackedChunk | None, outcome: Outcome, chunk_outcome: ChunkOutcome
-    ) -> None:
-        if chunk_outcome.error is not None and not self._is_stopping:
-            log_fields = {"model": planned.model, "code": chunk_outcome.error.code, "items": len(planned.items)}
-            log.warning("a chunk failed: %s", chunk_outcome.error, extra=log_fields)
-        if chunk_outcome.is_model_unusable and chunk_outcome.error is not None:
-            until = asyncio.get_running_loop().time() + UNAVAILABLE_RETRY_SECONDS
-            self._unavailable_models[planned.model] = (until, chunk_outcome.error.reason)
-        await self._write(chunk_outcome)
-        if packed is not None and packed.items:
-            await asyncio.to_thread(self._record_end, packed, outcome, chunk_outcome)
 
     # The records of chunks serve people and estimates: when the store does not accept one, work continues without it.
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from batcher.backoff import Backoff
 from provider_image.cores import available_cores
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
+from provider_image.schemas import MAX_BYTES, MAX_ITEMS
+from store.settings import home_folder
 
 #: Values of MLG_SHRINK.
 SHRINK_CHOICES = ("auto", "on", "off")
@@ -49,48 +51,33 @@ class BatcherSettings:
     #: Folder of model artefacts; in the home.
     models: Path
     #: Where chunks run: local, golem, or golem,local. MLG_EXECUTOR. Defaults to local.
-    executor: str = "local"
+    executor: str = setting("MLG_EXECUTOR", "local")
     #: Seconds between two cycles that process all waiting requests. MLG_EVERY_SECONDS. Defaults to 600 seconds.
-    every_seconds: float = 600.0
+    every_seconds: float = setting("MLG_EVERY_SECONDS", 600.0, minimum=0.05, maximum=86400)
     #: A request waits at most this long for its chunk to fill. MLG_MAX_WAIT_SECONDS. Defaults to 600 seconds.
-    max_wait_seconds: float = 600.0
+    max_wait_seconds: float = setting("MLG_MAX_WAIT_SECONDS", 600.0, minimum=0, maximum=86400)
     #: Seconds between two checks for due chunks. MLG_POLL_SECONDS. Defaults to 1 second.
-    poll_seconds: float = 1.0
+    poll_seconds: float = setting("MLG_POLL_SECONDS", 1.0, minimum=0.01, maximum=3600)
     #: Maximum number of items in a chunk. MLG_CHUNK_ITEMS. Defaults to 16.
-    chunk_items: int = 16
+    chunk_items: int = setting("MLG_CHUNK_ITEMS", MAX_ITEMS, minimum=1, maximum=MAX_ITEMS)
     #: Maximum bytes of images in a chunk. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
-    chunk_bytes: int = 64 * 1024 * 1024
+    chunk_bytes: int = setting("MLG_CHUNK_BYTES", MAX_BYTES, minimum=65536, maximum=MAX_BYTES)
     #: Seconds after which a claim that is not renewed returns to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
-    lease_seconds: float = 30.0
+    lease_seconds: float = setting("MLG_LEASE_SECONDS", 30.0, minimum=1, maximum=59)
     #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.
-    chunk_timeout_seconds: float = 120.0
+    chunk_timeout_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=18000)
     #: Seconds for chunks under way to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
-    drain_seconds: float = 10.0
+    drain_seconds: float = setting("MLG_DRAIN_SECONDS", 10.0, minimum=0, maximum=3600)
     #: Number of resizing processes: MLG_WORKERS, as for local workers.
     resizers: int = 1
     #: Whether images are resized to the model's input before they are sent: on, off, or auto, which resizes if chunks
     #: leave this machine. MLG_SHRINK. Defaults to auto.
-    shrink: str = "auto"
+    shrink: str = setting("MLG_SHRINK", "auto", choices=SHRINK_CHOICES)
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> BatcherSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
         env = Environment(variables)
-        home = env.path("MLG_HOME", "~/.mlg")
-        return cls(
-            work=home / "work",
-            models=home / "models",
-            executor=env.text("MLG_EXECUTOR", cls.executor),
-            every_seconds=env.number("MLG_EVERY_SECONDS", cls.every_seconds, minimum=0.05, maximum=86400),
-            max_wait_seconds=env.number("MLG_MAX_WAIT_SECONDS", cls.max_wait_seconds, minimum=0, maximum=86400),
-            poll_seconds=env.number("MLG_POLL_SECONDS", cls.poll_seconds, minimum=0.01, maximum=3600),
-            chunk_items=env.integer("MLG_CHUNK_ITEMS", cls.chunk_items, minimum=1, maximum=16),
-            chunk_bytes=env.integer("MLG_CHUNK_BYTES", cls.chunk_bytes, minimum=65536, maximum=64 * 1024 * 1024),
-            lease_seconds=env.number("MLG_LEASE_SECONDS", cls.lease_seconds, minimum=1, maximum=59),
-            chunk_timeout_seconds=env.number(
-                "MLG_CHUNK_TIMEOUT_SECONDS", cls.chunk_timeout_seconds, minimum=0.1, maximum=18000
-            ),
-            drain_seconds=env.number("MLG_DRAIN_SECONDS", cls.drain_seconds, minimum=0, maximum=3600),
-            resizers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
-            shrink=env.choice("MLG_SHRINK", cls.shrink, SHRINK_CHOICES),
-        )
+        home = home_folder(env)
+        resizers = env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256)
+        return env.record(cls, work=home / "work", models=home / "models", resizers=resizers)

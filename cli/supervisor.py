@@ -165,7 +165,7 @@ class Supervisor:
         arguments = [*child.command, "--parent-fd", str(self._parent_read)]
         inherited = [self._parent_read]
         ready_write: int | None = None
-        variables: dict[str, str] = {}
+        variables = dict(self._variables)
         if child is self._server and self._address is not None:
             variables["MLG_PORT"] = str(self._address[1])  # after a restart it must have the same port
         elif child is self._server:
@@ -177,7 +177,7 @@ class Supervisor:
         try:
             child.process = subprocess.Popen(
                 module_command("mlg", *arguments),
-                env=child_environment(self._variables, variables),
+                env=child_environment(variables),
                 stdin=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,

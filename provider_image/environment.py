@@ -5,13 +5,26 @@ Used by the `from_env` of each package's settings, which the commands call once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from provider_image.errors import ConfigError
 
 _TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 _FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
+
+Record = TypeVar("Record")
+
+
+def setting(variable: str, default: Any, **limits: Any) -> Any:
+    """Declare a field of a settings record, which `Environment.record` reads.
+
+    :param limits: what the method of `Environment` for the default's type takes.
+    """
+    import dataclasses  # here, because this module is imported for every chunk
+
+    return dataclasses.field(default=default, metadata={"variable": variable, "limits": limits})
 
 
 class Environment:
@@ -19,6 +32,21 @@ class Environment:
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
+
+    def record(self, kind: type[Record], **given: Any) -> Record:
+        """Read a settings record: the fields that `setting` declared; `given` has the others.
+
+        :raises ConfigError: a value cannot be used.
+        """
+        import dataclasses
+
+        readers: dict[object, Callable[..., Any]] = {bool: self.boolean, int: self.integer, float: self.number}
+        for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+            if each.name not in given and "variable" in each.metadata:
+                limits = each.metadata["limits"]
+                read = readers.get(type(each.default), self.choice if limits else self.text)
+                given[each.name] = read(each.metadata["variable"], each.default, **limits)
+        return kind(**given)
 
     def text(self, name: str, default: str) -> str:
         """Return a text; an empty value counts as unset."""

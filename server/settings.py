@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
 from provider_image.errors import ConfigError
-from store.settings import HomeSettings
+from store.settings import HomeSettings, home_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,62 +19,44 @@ class ServerSettings(HomeSettings):
     """What `mlg serve` needs."""
 
     #: Address to listen on. MLG_HOST. Defaults to 127.0.0.1.
-    host: str = "127.0.0.1"
+    host: str = setting("MLG_HOST", "127.0.0.1")
     #: Port to listen on; 0 takes a free one. MLG_PORT. Defaults to 5000.
-    port: int = 5000
+    port: int = setting("MLG_PORT", 5000, minimum=0, maximum=65535)
     #: Server processes. MLG_SERVER_PROCESSES. Defaults to 1.
-    server_processes: int = 1
+    server_processes: int = setting("MLG_SERVER_PROCESSES", 1, minimum=1, maximum=64)
     #: Requests that one server process works on at once. MLG_SERVER_THREADS. Defaults to 32.
-    server_threads: int = 32
+    server_threads: int = setting("MLG_SERVER_THREADS", 32, minimum=2, maximum=1024)
     #: Largest image in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 2097152 (2 MB).
-    max_image_bytes: int = 2 * 1024 * 1024
+    max_image_bytes: int = setting("MLG_MAX_IMAGE_BYTES", 2 * 1024 * 1024, minimum=1024, maximum=64 * 1024 * 1024)
     #: Largest body of a batch in bytes, and of what a zip in it unpacks to.
     #: MLG_MAX_BATCH_BYTES. Defaults to 2147483648 (2 GB).
-    max_batch_bytes: int = 2 * 1024**3
+    max_batch_bytes: int = setting("MLG_MAX_BATCH_BYTES", 2 * 1024**3, minimum=1024, maximum=1024**4)
     #: Most pixels an image may declare. MLG_MAX_PIXELS. Defaults to 36000000.
-    max_pixels: int = 36_000_000
+    max_pixels: int = setting("MLG_MAX_PIXELS", 36_000_000, minimum=1, maximum=170_000_000)
     #: Requests that may be queued before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
-    max_backlog: int = 1_000_000
+    max_backlog: int = setting("MLG_MAX_BACKLOG", 1_000_000, minimum=1, maximum=1_000_000_000)
     #: Longest time in seconds that `?wait=` holds an answer. MLG_MAX_HOLD_SECONDS. Defaults to 60 seconds.
-    max_hold_seconds: float = 60.0
+    max_hold_seconds: float = setting("MLG_MAX_HOLD_SECONDS", 60.0, minimum=0, maximum=3600)
     #: Serve everybody on any address while there are no API keys. MLG_OPEN. Defaults to 0.
-    is_open: bool = False
+    is_open: bool = setting("MLG_OPEN", False)
     #: Host names, with commas between, by which a server without API keys is reached beside this machine's own.
     #: MLG_ALLOWED_HOSTS. Defaults to none.
     allowed_hosts: frozenset[str] = frozenset()
     #: Fetch images by URL for clients. MLG_FETCH_URLS. Defaults to 0.
-    fetches_urls: bool = False
+    fetches_urls: bool = setting("MLG_FETCH_URLS", False)
     #: Seconds that fetching one image may take. MLG_FETCH_SECONDS. Defaults to 10 seconds.
-    fetch_seconds: float = 10.0
+    fetch_seconds: float = setting("MLG_FETCH_SECONDS", 10.0, minimum=0.1, maximum=60)
     #: Event streams that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.
-    max_streams: int = 256
+    max_streams: int = setting("MLG_MAX_STREAMS", 256, minimum=1, maximum=10_000)
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
-    allows_private_webhooks: bool = False
+    allows_private_webhooks: bool = setting("MLG_WEBHOOKS_PRIVATE", False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> ServerSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
         env = Environment(environ)
-        return cls(
-            **vars(HomeSettings.from_env(environ)),
-            host=env.text("MLG_HOST", cls.host),
-            port=env.integer("MLG_PORT", cls.port, minimum=0, maximum=65535),
-            server_processes=env.integer("MLG_SERVER_PROCESSES", cls.server_processes, minimum=1, maximum=64),
-            server_threads=env.integer("MLG_SERVER_THREADS", cls.server_threads, minimum=2, maximum=1024),
-            max_image_bytes=env.integer(
-                "MLG_MAX_IMAGE_BYTES", cls.max_image_bytes, minimum=1024, maximum=64 * 1024 * 1024
-            ),
-            max_batch_bytes=env.integer("MLG_MAX_BATCH_BYTES", cls.max_batch_bytes, minimum=1024, maximum=1024**4),
-            max_pixels=env.integer("MLG_MAX_PIXELS", cls.max_pixels, minimum=1, maximum=170_000_000),
-            max_backlog=env.integer("MLG_MAX_BACKLOG", cls.max_backlog, minimum=1, maximum=1_000_000_000),
-            max_hold_seconds=env.number("MLG_MAX_HOLD_SECONDS", cls.max_hold_seconds, minimum=0, maximum=3600),
-            is_open=env.boolean("MLG_OPEN", cls.is_open),
-            allowed_hosts=_hosts(env.text("MLG_ALLOWED_HOSTS", "none")),
-            fetches_urls=env.boolean("MLG_FETCH_URLS", cls.fetches_urls),
-            fetch_seconds=env.number("MLG_FETCH_SECONDS", cls.fetch_seconds, minimum=0.1, maximum=60),
-            max_streams=env.integer("MLG_MAX_STREAMS", cls.max_streams, minimum=1, maximum=10_000),
-            allows_private_webhooks=env.boolean("MLG_WEBHOOKS_PRIVATE", cls.allows_private_webhooks),
-        )
+        hosts = _hosts(env.text("MLG_ALLOWED_HOSTS", "none"))
+        return env.record(cls, home=home_folder(env), allowed_hosts=hosts)
 
 
 def _hosts(text: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,11 @@ class HomeSettings:
     #: Folder that holds the database, the images and the models. MLG_HOME. Defaults to ~/.mlg.
     home: Path
     #: Seconds to wait for a locked database. MLG_BUSY_SECONDS. Defaults to 5 seconds.
-    busy_seconds: float = 5.0
+    busy_seconds: float = setting("MLG_BUSY_SECONDS", 5.0, minimum=0.01, maximum=300)
     #: Seconds that images of finished requests are kept. MLG_KEEP_PICTURES_SECONDS. Defaults to 604800 (7 days).
-    keep_images_seconds: float = 7 * 86400.0
+    keep_images_seconds: float = setting("MLG_KEEP_PICTURES_SECONDS", 7 * 86400.0, minimum=0, maximum=3.2e9)
     #: Seconds that finished requests are kept. MLG_KEEP_RESULTS_SECONDS. Defaults to 2592000 (30 days).
-    keep_results_seconds: float = 30 * 86400.0
+    keep_results_seconds: float = setting("MLG_KEEP_RESULTS_SECONDS", 30 * 86400.0, minimum=0, maximum=3.2e9)
 
     @property
     def database(self) -> Path:
@@ -47,18 +47,11 @@ class HomeSettings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> HomeSettings:
-        """Read the settings.
-
-        :raises ConfigError: a value cannot be used; names the variable.
-        """
+        """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
         env = Environment(environ)
-        return HomeSettings(
-            home=env.path("MLG_HOME", "~/.mlg"),
-            busy_seconds=env.number("MLG_BUSY_SECONDS", cls.busy_seconds, minimum=0.01, maximum=300),
-            keep_images_seconds=env.number(
-                "MLG_KEEP_PICTURES_SECONDS", cls.keep_images_seconds, minimum=0, maximum=3.2e9
-            ),
-            keep_results_seconds=env.number(
-                "MLG_KEEP_RESULTS_SECONDS", cls.keep_results_seconds, minimum=0, maximum=3.2e9
-            ),
-        )
+        return env.record(HomeSettings, home=home_folder(env))
+
+
+def home_folder(env: Environment) -> Path:
+    """Return the home."""
+    return env.path("MLG_HOME", "~/.mlg")

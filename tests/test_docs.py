@@ -172,7 +172,9 @@ def test_documented_defaults_are_those_of_the_code() -> None:
     records: list[Any] = [ServerSettings, BatcherSettings, FallbackSettings, LocalSettings, GolemSettings]
     for settings in (record.from_env({}) for record in records):
         source = Path(importlib.import_module(type(settings).__module__).__file__ or "").read_text()
-        for field, name in re.findall(r'(\w+)=(?:env\.\w+\(|_amount\(env,)\s*"(MLG_[A-Z_]+)"', source):
+        for field, name in re.findall(
+            r'(\w+)(?:: \w+ = setting\(|=env\.\w+\(|=_amount\(env,)\s*"(MLG_[A-Z_]+)"', source
+        ):
             if name not in special:
                 value: Any = getattr(settings, field)
                 value = "none" if value is None else str(value) if isinstance(value, Decimal) else value

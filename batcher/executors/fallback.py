@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from batcher.errors import ExecutorUnavailable
 from batcher.executors import Executor, Job, Outcome
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,12 @@ class FallbackSettings:
 
     #: With several executors: a chunk waits this long for one before it goes to the next.
     #: MLG_FALLBACK_SECONDS. Defaults to 60 seconds.
-    fallback_seconds: float = 60.0
+    fallback_seconds: float = setting("MLG_FALLBACK_SECONDS", 60.0, minimum=0, maximum=86400)
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> FallbackSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
-        env = Environment(variables)
-        return cls(fallback_seconds=env.number("MLG_FALLBACK_SECONDS", cls.fallback_seconds, minimum=0, maximum=86400))
+        return Environment(variables).record(cls)
 
 
 class FallbackExecutor:

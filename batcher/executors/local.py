@@ -27,7 +27,7 @@ from batcher.waiting import wait_for_first
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
 from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
@@ -65,16 +65,13 @@ class LocalSettings:
     workers: int = 1
     #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
-    precision: str = "f32"
+    precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
 
     @classmethod
     def from_env(cls, variables: Mapping[str, str]) -> LocalSettings:
         """Read the settings. :raises ConfigError: a value cannot be used; names the variable."""
         env = Environment(variables)
-        return cls(
-            workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256),
-            precision=env.choice("MLG_PRECISION", cls.precision, tuple(PRECISIONS)),
-        )
+        return env.record(cls, workers=env.integer("MLG_WORKERS", available_cores(), minimum=1, maximum=256))
 
 
 @dataclass(frozen=True, kw_only=True)

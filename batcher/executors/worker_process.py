@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class WorkerProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 env=self._environment,
+                limit=_MAX_LINE_BYTES,
                 # Ctrl-C reaches every process of the terminal's group; only the batcher must handle it.
                 start_new_session=True,
             )
@@ -137,23 +138,16 @@ class WorkerProcess:
         return exit_description(status)
 
     async def _read_output(self, stream: asyncio.StreamReader) -> None:
-        async for line in _lines(stream):
-            if line == "ready":
+        while True:
+            try:
+                line = (await stream.readline()).decode(errors="replace")
+            except ValueError:
+                continue  # too long a line: only its end is logged, and the pipe does not fill up
+            if not line:
+                return
+            text = line.rstrip()
+            if text == "ready":
                 self._is_ready.set()
-            else:
-                self._last_line = line
-                log.warning("worker %d: %s", self.number, line)
-
-
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Iterate over lines of any length; StreamReader.readline fails on long ones, and the pipe would fill up."""
-    buffer = b""
-    while data := await stream.read(65536):
-        *lines, buffer = (buffer + data).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield line.decode(errors="replace").rstrip()
-        if len(buffer) > _MAX_LINE_BYTES:
-            buffer = buffer[-1024:]
-    if buffer.strip():
-        yield buffer.decode(errors="replace").rstrip()
+            elif text:
+                self._last_line = text
+                log.warning("worker %d: %s", self.number, text)

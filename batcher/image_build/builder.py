@@ -23,11 +23,12 @@ from batcher.errors import ContainerImageError
 from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
-from provider_image.environment import Environment
+from provider_image.environment import Environment, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
+from store.settings import home_folder
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 #: Messages of gvmkit-build when it is not logged in, or cannot store a token.
@@ -42,7 +43,7 @@ class ImageSettings:
     #: Folder of the installed artefacts; in the home.
     models: Path
     #: The container engine, a name or a path; empty takes the first that works. MLG_IMAGE_ENGINE. Defaults to empty.
-    engine: str = ""
+    engine: str = setting("MLG_IMAGE_ENGINE", "")
     #: user/repository on Golem's registry to publish to. MLG_IMAGE_REGISTRY. Defaults to empty.
     registry: str = ""
 
@@ -53,11 +54,7 @@ class ImageSettings:
         registry = env.text("MLG_IMAGE_REGISTRY", cls.registry)
         if registry and not REPOSITORY.fullmatch(registry):
             raise ConfigError(f"MLG_IMAGE_REGISTRY={registry!r} does not have the form user/repository, in lower case.")
-        return cls(
-            models=env.path("MLG_HOME", "~/.mlg") / "models",
-            engine=env.text("MLG_IMAGE_ENGINE", cls.engine),
-            registry=registry,
-        )
+        return env.record(cls, models=home_folder(env) / "models", registry=registry)
 
 
 def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
