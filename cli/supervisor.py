@@ -101,7 +101,7 @@ class Supervisor:
                 status = self._supervise_all(store)
                 self._stop()
         finally:
-            self._kill()
+            self._stop(is_forced=True)
             store.close()
             for descriptor in (self._parent_read, self._parent_write):
                 os.close(descriptor)
@@ -247,31 +247,23 @@ class Supervisor:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _stop(self) -> None:
-        """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once."""
-        batcher_seconds = self._batcher_settings.drain_seconds + self._executor.stop_seconds()
-        grace = {"batcher": batcher_seconds + GRACE_SECONDS, "server": GRACE_SECONDS}
+    def _stop(self, *, is_forced: bool = False) -> None:
+        """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once.
+
+        :param is_forced: kill what is left after an error; there is nothing after an orderly stop.
+        """
         for child in (self._batcher, self._server):
             if child.process is None:
                 continue
             child.process.terminate()  # no effect on a process that has ended
-            deadline = time.monotonic() + grace[child.name]
+            grace_seconds = 0.0 if is_forced else GRACE_SECONDS
+            if child is self._batcher and not is_forced:
+                grace_seconds += self._batcher_settings.drain_seconds + self._executor.stop_seconds()
+            deadline = time.monotonic() + grace_seconds
             while child.process.poll() is None:
-                if self._signals > 1 or time.monotonic() > deadline:
+                if self._signals > 1 or time.monotonic() >= deadline:
                     log.warning("killing the %s", child.name)
-                    _kill_session(child.process)
+                    # It leads its own session, so this kills the worker processes of the server as well.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.process.pid, signal.SIGKILL)
                 time.sleep(_POLL_SECONDS)
-
-    def _kill(self) -> None:
-        """Kill the children that are left after an error; there are none after an orderly stop."""
-        for child in (self._batcher, self._server):
-            if child.process is not None:
-                if child.process.poll() is None:
-                    _kill_session(child.process)
-                child.process.wait()
-
-
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    # The child leads its own session, so this kills the worker processes of the server as well.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)

@@ -9,13 +9,14 @@ is found while holding the lock is stale. It must not serve other users: nobody 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
 import logging
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,12 +66,15 @@ def serve(
         path = socket_path(runtime_folder)
         make_private_folder(path.parent)
         path.unlink(missing_ok=True)  # stale, because this process holds the lock
-        if exit_with_stdin:
-            threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-        try:
-            asyncio.run(_WarmServer(path, nets, idle_seconds).run(on_ready))
-        finally:
-            path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(str(path))
+                listener.listen(64)
+                if exit_with_stdin:
+                    threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
+                _WarmServer(listener, path, nets, idle_seconds).run(on_ready)
+            finally:
+                path.unlink(missing_ok=True)
 
 
 def _exit_with_stdin(path: Path) -> None:
@@ -82,71 +86,82 @@ def _exit_with_stdin(path: Path) -> None:
 
 
 class _WarmServer:
-    """A loop for connections and signals, and a thread that processes chunks, so that neither blocks the other."""
+    """A loop that accepts connections, a thread for each of them, and one thread that processes chunks in turn."""
 
-    def __init__(self, path: Path, nets: NetCache, idle_seconds: float) -> None:
-        self._path, self._nets, self._idle_seconds = path, nets, idle_seconds
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
+    def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
+        self._listener, self._path, self._nets = listener, path, nets
+        self._idle_seconds = idle_seconds
+        self._chunk_thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
+        self._lock = threading.Lock()
         #: Connected clients, and jobs that wait or run.
         self._clients = self._jobs = 0
         self._active_at = time.monotonic()
-        self._stop_requested = asyncio.Event()
+        self._is_stopping = False
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
+    def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until it is time to stop."""
-        for number in (signal.SIGTERM, signal.SIGINT):  # before on_ready, after which a signal may come
-            asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
-        async with await asyncio.start_unix_server(
-            self._serve_client, self._path, backlog=64, limit=_MAX_LINE_BYTES
-        ) as listener:
+        wake_reader, wake_writer = socket.socketpair()
+        with wake_reader, wake_writer:
+            for each in (wake_writer, self._listener):
+                each.setblocking(False)
+            signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before on_ready, after which a signal may come
+                signal.signal(number, self._on_signal)
             on_ready()
-            await self._wait_until_idle()
+            limit = self._idle_seconds or None
+            while not self._is_stopping and (limit is None or self._jobs or self._idle_for() < limit):
+                rest = limit if limit is None or self._jobs else max(0.0, limit - self._idle_for())
+                select.select([self._listener, wake_reader], [], [], rest)
+                self._accept()
             # No new connections can be made; those that were just made are still served.
             self._path.unlink(missing_ok=True)
+            self._accept()
             self._active_at = time.monotonic()
-            await asyncio.sleep(_POLL_SECONDS)
-            while self._jobs or (self._clients and self._idle_for() < self._grace_seconds()):
-                await asyncio.sleep(_POLL_SECONDS)
-            listener.close()
+            while self._jobs or (self._clients and self._idle_for() < (0 if self._is_stopping else _GRACE_SECONDS)):
+                time.sleep(_POLL_SECONDS)
+            signal.set_wakeup_fd(-1)
 
-    async def _wait_until_idle(self) -> None:
-        """Wait until there was no work for `idle_seconds`, or until a signal."""
-        limit = self._idle_seconds or None
-        while limit is None or self._jobs or self._idle_for() < limit:
-            rest = limit if limit is None or self._jobs else limit - self._idle_for()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rest):
-                    await self._stop_requested.wait()
-                    return
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._is_stopping = True
 
-    def _grace_seconds(self) -> float:
-        return 0.0 if self._stop_requested.is_set() else _GRACE_SECONDS
+    def _count(self, *, clients: int = 0, jobs: int = 0) -> None:
+        """Add to the numbers of clients and jobs."""
+        with self._lock:
+            self._clients += clients
+            self._jobs += jobs
+            if jobs:
+                self._active_at = time.monotonic()
 
     def _idle_for(self) -> float:
         return time.monotonic() - self._active_at
 
-    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while True:
+                connection, _ = self._listener.accept()
+                self._count(clients=1)
+                threading.Thread(target=self._serve_client, args=(connection,), daemon=True).start()
+
+    def _serve_client(self, connection: socket.socket) -> None:
         try:
-            while (line := await reader.readline()).endswith(b"\n"):
-                self._jobs += 1
-                try:
-                    reply = await asyncio.get_running_loop().run_in_executor(self._thread, self._run_job, line)
-                    writer.write(json.dumps(reply).encode() + b"\n")
-                    await writer.drain()
-                finally:
-                    self._jobs -= 1
-                    self._active_at = time.monotonic()
-        except (OSError, ValueError) as error:  # it has gone, or its line is too long
-            logger.info("the connection of a client is closed: %s", error)
+            with connection, connection.makefile("rwb") as stream:
+                while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
+                    self._count(jobs=1)
+                    try:
+                        reply = self._chunk_thread.submit(self._run_job, line).result()
+                        stream.write(json.dumps(reply).encode() + b"\n")
+                        stream.flush()
+                    finally:
+                        self._count(jobs=-1)
+        except OSError as error:
+            logger.info("client has gone before the reply: %s", error)
         finally:
-            self._clients -= 1
-            writer.close()
+            self._count(clients=-1)
 
     def _run_job(self, line: bytes) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            if self._stop_requested.is_set():
+            if self._is_stopping:
                 raise WorkerDied("The warm process was stopped before it began the chunk.")
             chunk, results = _parse_job(line)
             run_chunk(chunk, results, self._nets)
