@@ -14,17 +14,17 @@ import asyncio
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from batcher.chunk_log import ChunkLog
 from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
 from batcher.packing import PackedChunk, pack
-from batcher.planner import PlannedChunk, PlannedItem, plan
+from batcher.planner import PlannedChunk, plan
 from batcher.resizing import Resizer
 from batcher.result_writer import ResultWriter, Tally
 from batcher.results import (
@@ -36,10 +36,12 @@ from batcher.results import (
     resolve_unsent_items,
 )
 from batcher.settings import BatcherSettings, BatcherTimings
+from batcher.waiting import wait_for_first
 from provider_image.compiler import can_build_now
 from provider_image.errors import ChunkError, MlgError
 from provider_image.models.artefact import installed_digest
 from provider_image.models.registry import list_rows
+from store.chunks import ChunkRecord
 from store.errors import StoreError, StoreUnavailable
 from store.requests import ISOLATION_STEPS, Claim
 from store.store import Store
@@ -91,7 +93,7 @@ class Cycle:
         self._resizer = resizer
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
-        self._chunk_log = ChunkLog(store.chunks, batcher_id=batcher_id, executor=executor.name, clock=clock)
+        self._batcher_id = batcher_id
         self._wake = asyncio.Event()
         self._is_flushing = False
         self._is_stopping = False
@@ -153,7 +155,6 @@ class Cycle:
         self._tally = Tally()
         choose = models or (lambda: available_models(self._settings.models))
         renewing = asyncio.create_task(self._renew_leases())
-        stopping = asyncio.create_task(stop.wait())
         try:
             while not stop.is_set():
                 self._wake.clear()
@@ -164,14 +165,17 @@ class Cycle:
                 if not claimed and not self._tasks:
                     break
                 if not claimed or self._free_slots() <= 0:
-                    await self._wait_for_change(stopping)
+                    # With a timeout, because leases and back-offs expire without an event.
+                    await wait_for_first(
+                        self._wake.wait(), stop.wait(), timeout_seconds=self._timings.lease_check_seconds
+                    )
             if stop.is_set():
                 await self._drain()
         finally:
             # Tasks remain only after a failure of the cycle itself; their leases expire.
-            for task in (*self._tasks, *self._runs, renewing, stopping):
+            for task in (*self._tasks, *self._runs, renewing):
                 task.cancel()
-            await asyncio.gather(*self._tasks, *self._runs, renewing, stopping, return_exceptions=True)
+            await asyncio.gather(*self._tasks, *self._runs, renewing, return_exceptions=True)
         self._tally.seconds = loop.time() - started_at
         return self._tally
 
@@ -248,16 +252,6 @@ class Cycle:
         self._tasks.discard(task)
         self._wake.set()
 
-    async def _wait_for_change(self, stopping: asyncio.Task[bool]) -> None:
-        # With a timeout, because leases and back-offs expire without an event.
-        waking = asyncio.create_task(self._wake.wait())
-        try:
-            await asyncio.wait(
-                {waking, stopping}, timeout=self._timings.lease_check_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            waking.cancel()
-
     # One chunk
 
     async def _process_chunk(self, planned: PlannedChunk) -> None:
@@ -268,7 +262,7 @@ class Cycle:
         try:
             try:
                 packed = await asyncio.get_running_loop().run_in_executor(self._packers, self._pack, planned)
-                if packed.missing or packed.rejected:
+                if packed.rejected:
                     await self._write(resolve_unsent_items(packed))
                 if packed.items:
                     outcome = await self._dispatch(packed)
@@ -294,8 +288,17 @@ class Cycle:
                 self._no_claim_before = asyncio.get_running_loop().time() + self._timings.store_backoff.max_seconds
             items = planned.items if packed is None else packed.items
             chunk_outcome = resolve_failed_chunk(items, failed, is_stopping=self._is_stopping)
+        cause = chunk_outcome.error
+        if cause is not None and not self._is_stopping:
+            log_fields = {"model": planned.model, "code": cause.code, "items": len(planned.items)}
+            log.warning("a chunk failed: %s", cause, extra=log_fields)
+        if cause is not None and chunk_outcome.is_model_unusable:
+            until = asyncio.get_running_loop().time() + UNAVAILABLE_RETRY_SECONDS
+            self._unavailable_models[planned.model] = (until, cause.reason)
         try:
-            await self._record(planned, packed, outcome, chunk_outcome)
+            await self._write(chunk_outcome)
+            if packed is not None and packed.items:
+                await asyncio.to_thread(self._record_end, packed, outcome, chunk_outcome)
         finally:
             for claim in planned.claims:
                 self._open_claims.pop((claim.number, claim.token), None)
@@ -312,7 +315,7 @@ class Cycle:
             resizer=self._resizer,
         )
         if packed.items:
-            self._chunk_log.record_start(packed)
+            self._record_start(packed)
         return packed
 
     async def _dispatch(self, packed: PackedChunk) -> Outcome:
@@ -338,20 +341,48 @@ class Cycle:
             self._runs.discard(run)
         return _stopped_outcome() if run.cancelled() else run.result()
 
-    async def _record(
-        self, planned: PlannedChunk, packed: PackedChunk | None, outcome: Outcome, chunk_outcome: ChunkOutcome
-    ) -> None:
-        if chunk_outcome.error is not None and not self._is_stopping:
-            log_fields = {"model": planned.model, "code": chunk_outcome.error.code, "items": len(planned.items)}
-            log.warning("a chunk failed: %s", chunk_outcome.error, extra=log_fields)
-        if chunk_outcome.is_model_unusable and chunk_outcome.error is not None:
-            until = asyncio.get_running_loop().time() + UNAVAILABLE_RETRY_SECONDS
-            self._unavailable_models[planned.model] = (until, chunk_outcome.error.reason)
-        await self._write(chunk_outcome)
-        if packed is not None and packed.items:
-            await asyncio.to_thread(self._chunk_log.record_end, packed, outcome, chunk_outcome)
+    # The records of chunks serve people and estimates: when the store does not accept one, work continues without it.
 
-    async def _write(self, chunk_outcome: ChunkOutcome) -> None:
+    def _record_start(self, packed: PackedChunk) -> None:
+        record = ChunkRecord(
+            id=packed.chunk_id,
+            batcher_id=self._batcher_id,
+            executor=self._executor.name,
+            service=packed.planned.service,
+            model=packed.planned.model,
+            items=len(packed.items),
+            bytes_sent=packed.size_bytes,
+            dispatched_at=self._clock(),
+        )
+        try:
+            self._store.chunks.start(record)
+        except StoreError as error:
+            log.warning("cannot record the start of a chunk: %s", error, extra={"chunk_id": packed.chunk_id})
+
+    def _record_end(self, packed: PackedChunk, outcome: Outcome, chunk_outcome: ChunkOutcome) -> None:
+        error = chunk_outcome.error
+        # Attempts before the last one are in the ledger with their own agreements.
+        bill = outcome.bills[-1] if outcome.bills and outcome.provider is not None else None
+        try:
+            self._store.chunks.finish(
+                packed.chunk_id,
+                provider=outcome.provider,
+                bytes_received=packed.results.stat().st_size if packed.results.exists() else None,
+                seconds=outcome.seconds,
+                done=chunk_outcome.items_done,
+                failed=len(packed.items) - chunk_outcome.items_done,
+                cost=None if bill is None else f"{bill.cost:f}",
+                code=error.code if error else None,
+                reason=error.reason if error else None,
+                provider_id=None if bill is None else bill.provider_id,
+                agreement_id=None if bill is None else bill.agreement_id,
+                activity_id=None if bill is None else bill.activity_id,
+                now=self._clock(),
+            )
+        except StoreError as store_error:
+            log.warning("cannot record the end of a chunk: %s", store_error, extra={"chunk_id": packed.chunk_id})
+
+    async def _write(self, chunk_outcome: ChunkOutcome, *, is_retried: bool = True) -> None:
         """Write an outcome into the store; retry until it is written or the claims are lost."""
         claims = chunk_outcome.claims
         result_writer = ResultWriter(self._store.requests, chunk_outcome)
@@ -361,6 +392,9 @@ class Cycle:
                 await asyncio.to_thread(result_writer.write_pending, self._clock())
                 break
             except StoreError as error:
+                if not is_retried:
+                    log.warning("cannot release claims, they are queued again when their leases expire: %s", error)
+                    break
                 if not any((claim.number, claim.token) in self._open_claims for claim in claims):
                     log.error("results are dropped, their leases expired before the store accepted them: %s", error)
                     break
@@ -400,7 +434,8 @@ class Cycle:
         unstarted = [item for planned in self._ready for item in planned.items]
         self._ready.clear()
         if unstarted:
-            await self._release(unstarted)
+            released = resolve_failed_chunk(unstarted, _stopped_outcome(), is_stopping=True)
+            await self._write(released, is_retried=False)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._settings.drain_seconds)
         for run in self._runs:
@@ -409,16 +444,6 @@ class Cycle:
             await asyncio.to_thread(self._resizer.close)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._timings.final_write_seconds)
-
-    async def _release(self, items: Iterable[PlannedItem]) -> None:
-        result_writer = ResultWriter(
-            self._store.requests, resolve_failed_chunk(items, _stopped_outcome(), is_stopping=True)
-        )
-        try:
-            await asyncio.to_thread(result_writer.write_pending, self._clock())
-        except StoreError as error:
-            log.warning("cannot release claims, they are queued again when their leases expire: %s", error)
-        self._tally.add(result_writer.tally)
 
 
 def _stopped_outcome() -> Outcome:
@@ -430,6 +455,4 @@ def _without_lost_claims(planned: PlannedChunk, open_claims: Collection[tuple[in
     items = tuple(
         item for item in planned.items if any((claim.number, claim.token) in open_claims for claim in item.claims)
     )
-    if not items or len(items) == len(planned.items):
-        return planned
-    return PlannedChunk(service=planned.service, model=planned.model, isolation=planned.isolation, items=items)
+    return replace(planned, items=items or planned.items)

@@ -30,6 +30,13 @@ class ContainerImageError(MlgError):
     code = "image_error"
 
 
+class ImageMissing(MlgError):
+    """The image's file is missing from the store. Send the image again."""
+
+    code = "picture_missing"
+    permanent = True
+
+
 class ResizingUnavailable(ChunkError):
     """No process that resizes images can be started, so nothing is sent. See the batcher's log."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from batcher.errors import ImageMissing
 from batcher.planner import PlannedChunk, PlannedItem
 from batcher.resizing import Resizer
 from provider_image.chunk import ChunkItem, write_chunk
@@ -19,14 +20,6 @@ from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.service import primary_input
 from provider_image.services import load_service
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectedItem:
-    """An item that is not sent, and why."""
-
-    item: PlannedItem
-    error: MlgError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +32,8 @@ class PackedChunk:
     planned: PlannedChunk
     #: The items in the file, by their number in the chunk.
     items: tuple[PlannedItem, ...]
-    #: Items left out because files of theirs are missing.
-    missing: tuple[PlannedItem, ...]
-    #: Items left out because they could not be resized.
-    rejected: tuple[RejectedItem, ...]
+    #: Items left out, because files of theirs are missing or could not be resized, and why.
+    rejected: tuple[tuple[PlannedItem, MlgError], ...]
     #: The chunk file; not written when there are no items.
     chunk: Path
     #: Where the results file will be.
@@ -89,7 +80,7 @@ def pack(
         digests |= {name: one.sha256 for name, one in item.first.inputs.items()}
         ready.append(_PackableItem(item=item, inputs={name: image_path(each) for name, each in digests.items()}))
     ready = [each for each in ready if each.exists()]
-    rejected: tuple[RejectedItem, ...] = ()
+    rejected: list[tuple[PlannedItem, MlgError]] = []
     # Looked up once, so that digest and input size belong to the same artefact.
     model = _model(models, planned.model)
     images = {name for name, one in service.inputs.items() if one.kind == "image"}
@@ -115,13 +106,13 @@ def pack(
             continue
         break
     items = tuple(each.item for each in ready)
-    not_missing = [*items, *(each.item for each in rejected)]
+    not_missing = [*items, *(item for item, _ in rejected)]
+    rejected += [(item, ImageMissing()) for item in planned.items if item not in not_missing]
     return PackedChunk(
         chunk_id=chunk_id,
         planned=planned,
         items=items,
-        missing=tuple(item for item in planned.items if item not in not_missing),
-        rejected=rejected,
+        rejected=tuple(rejected),
         chunk=chunk,
         results=results,
         size_bytes=size_bytes,
@@ -138,17 +129,18 @@ def _model(models: Path, name: str) -> ModelFacts | None:
 
 def _resize_items(
     resizer: Resizer, model: ModelFacts | None, images: Collection[str], originals: list[_PackableItem]
-) -> tuple[list[_PackableItem], tuple[RejectedItem, ...]]:
+) -> tuple[list[_PackableItem], list[tuple[PlannedItem, MlgError]]]:
     if model is None:
         raise NotInstalled()
     paths = [
         {name: path for name, path in each.inputs.items() if name in images and isinstance(path, Path)}
         for each in originals
     ]
-    ready, rejected = [], []
+    ready: list[_PackableItem] = []
+    rejected: list[tuple[PlannedItem, MlgError]] = []
     for each, resized in zip(originals, resizer.resize(model, paths), strict=True):
         if isinstance(resized, MlgError):
-            rejected.append(RejectedItem(item=each.item, error=resized))
+            rejected.append((each.item, resized))
         elif not isinstance(resized, FileNotFoundError):
             ready.append(_PackableItem(item=each.item, inputs={**each.inputs, **resized}))
-    return ready, tuple(rejected)
+    return ready, rejected

@@ -10,12 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from provider_image.schemas import MAX_BYTES, MAX_ITEMS
 from store.requests import ISOLATION_STEPS, Claim
-
-#: Maximum number of items in a chunk.
-MAX_ITEMS = 16
-#: Maximum bytes of inputs in a chunk.
-MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 
@@ -43,20 +42,17 @@ class ResultWriter:
     def __init__(self, requests: Requests, chunk_outcome: ChunkOutcome) -> None:
         self._requests = requests
         self.tally = Tally()
-        self._steps: deque[Callable[[datetime], None]] = deque()
-        if chunk_outcome.answers:
-            self._steps.append(lambda now: self._finish(chunk_outcome, now))
-        for failure in chunk_outcome.failures:
-            self._steps.append(lambda now, failure=failure: self._fail_or_release(failure, now))  # type: ignore[misc]
+        self._answers = chunk_outcome.answers
+        self._failures = deque(chunk_outcome.failures)
 
     def write_pending(self, now: datetime) -> None:
         """Write what is not yet written. :raises StoreError: the store is unavailable; call again later."""
-        while self._steps:
-            self._steps[0](now)
-            self._steps.popleft()
-
-    def _finish(self, chunk_outcome: ChunkOutcome, now: datetime) -> None:
-        self.tally.done += self._requests.finish(chunk_outcome.answers, now=now)
+        if self._answers:
+            self.tally.done += self._requests.finish(self._answers, now=now)
+            self._answers = ()
+        while self._failures:
+            self._fail_or_release(self._failures[0], now)
+            self._failures.popleft()
 
     def _fail_or_release(self, failure: ClaimFailure, now: datetime) -> None:
         code, reason = failure.code, failure.reason

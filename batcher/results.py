@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from batcher.errors import ExecutorUnavailable
+from batcher.errors import ExecutorUnavailable, ImageMissing
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
@@ -75,17 +75,7 @@ class ChunkOutcome:
 
 def resolve_unsent_items(packed: PackedChunk) -> ChunkOutcome:
     """Fail the items that are not sent, whatever happens to the chunk."""
-    missing = [
-        ClaimFailure(
-            claims=item.claims,
-            code="picture_missing",
-            reason="The image's file is missing from the store. Send the image again.",
-            blame=None,
-        )
-        for item in packed.missing
-    ]
-    rejected = [_item_failure(each.item, each.error) for each in packed.rejected]
-    return ChunkOutcome(failures=(*missing, *rejected))
+    return ChunkOutcome(failures=tuple(_item_failure(item, error) for item, error in packed.rejected))
 
 
 def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
@@ -99,23 +89,20 @@ def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_sto
     if outcome.error is not None:
         return resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
     try:
-        artefact = find_artefact(models, packed.planned.model)
-        results = read_results(
-            packed.results, packed.chunk_id, packed.planned.model, range(len(packed.items)), artefact.digest
-        )
+        artefact, results = _read(packed, models, packed.results)
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
     failures: list[ClaimFailure] = []
-    items_done = 0
-    for item, result in zip(packed.items, results.items, strict=True):
-        item_error = _item_error(packed.planned.service, artefact, item, result)
-        if item_error is None:
-            items_done += 1
-            answers += _answers(packed, item, result, artefact, outcome.provider)
+    for item, result in results:
+        try:
+            _check_item(packed.planned.service, artefact, item, result)
+        except MlgError as error:
+            failures.append(_item_failure(item, error))
         else:
-            failures.append(_item_failure(item, item_error))
+            answers += _answers(packed, item, result, artefact, outcome.provider)
+    items_done = len(packed.items) - len(failures)
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
 
@@ -126,12 +113,10 @@ def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
 
     :raises MlgError: it answers another chunk or model, is damaged, or has values out of range.
     """
-    artefact = find_artefact(models, packed.planned.model)
-    numbers = range(len(packed.items))
-    found = read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest)
-    for item, result in zip(packed.items, found.items, strict=True):
+    artefact, found = _read(packed, models, results)
+    for item, result in found:
         if result.error is None:
-            _check_output(packed.planned.service, artefact, item, result)
+            _check_item(packed.planned.service, artefact, item, result)
 
 
 def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
@@ -153,22 +138,22 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
-def _check_output(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
-    """Check what a provider returned for an item. :raises MlgError:"""
+def _read(packed: PackedChunk, models: Path, results: Path) -> tuple[Artefact, list[tuple[PlannedItem, ItemResult]]]:
+    """Read a results file: the artefact that must have answered, and the items with their results."""
+    artefact = find_artefact(models, packed.planned.model)
+    numbers = range(len(packed.items))
+    found = read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest)
+    return artefact, list(zip(packed.items, found.items, strict=True))
+
+
+def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
+    """Check what a provider returned for an item. :raises MlgError: it is invalid, or is an error."""
+    if result.error is not None:
+        raise result.error
     service = load_service(service_name)
     check_files(service.outputs, result.files)
     output = Output(data=result.output, files=result.files)
     service.check_output(artefact, check_params(service.params, item.first.params), output)
-
-
-def _item_error(service: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> MlgError | None:
-    if result.error is not None:
-        return result.error
-    try:
-        _check_output(service, artefact, item, result)
-    except MlgError as error:
-        return error
-    return None
 
 
 def _answers(
@@ -191,7 +176,7 @@ def _answers(
 
 
 def _item_failure(item: PlannedItem, error: MlgError) -> ClaimFailure:
-    if isinstance(error, BadInput):
+    if isinstance(error, BadInput | ImageMissing):
         # Decided by the error's class here, not by the provider's `permanent` flag.
         return _make_failure([item], error, None)
     return _blame_item(item, error)

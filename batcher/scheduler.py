@@ -25,6 +25,7 @@ from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.resizing import make_resizer
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
+from batcher.waiting import wait_for_first
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
 from provider_image.models.artefact import find_artefact
@@ -40,22 +41,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class OnceReport:
-    """Counts of a single run, in requests."""
+    """What a single run did, and what it left."""
 
-    done: int
-    failed: int
-    #: Released to be tried again; those tried again also count in the other fields.
-    released: int
-    #: Dispatched chunks.
-    chunks: int
-    seconds: float
+    #: Requests that were released and tried again also count as done or failed.
+    tally: Tally
     #: Model -> (number of requests that still wait, why).
     left: dict[str, tuple[int, str]]
 
     @property
     def is_clean(self) -> bool:
         """True when nothing failed and nothing waits."""
-        return not self.failed and not self.left
+        return not self.tally.failed and not self.left
 
 
 class Batcher:
@@ -108,7 +104,7 @@ class Batcher:
             polling = asyncio.create_task(self._poll_loop())
             try:
                 while not stop.is_set():
-                    await _wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
+                    await wait_for_first(self._cycle.wait_for_wakeup(), stop.wait())
                     tally = await self._cycle.run(stop)
                     if tally.claimed:
                         log.info("cycle ended", extra={**asdict(tally), "seconds": round(tally.seconds, 3)})
@@ -136,17 +132,11 @@ class Batcher:
                 models = waiting.keys() & available_models(self._settings.models)
                 if stop.is_set() or all(self._cycle.unavailable_reason(model) is not None for model in models):
                     break
-                await _wait_for_first(asyncio.sleep(self._timings.once_poll_seconds), stop.wait())
+                await wait_for_first(asyncio.sleep(self._timings.once_poll_seconds), stop.wait())
             left = {model: (count, self._waiting_reason(model)) for model, count in waiting.items()}
             await self._purge()
-        return OnceReport(
-            done=total.done,
-            failed=total.failed,
-            released=total.released,
-            chunks=total.chunks,
-            seconds=time.monotonic() - started_at,
-            left=left,
-        )
+        total.seconds = time.monotonic() - started_at
+        return OnceReport(tally=total, left=left)
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[AsyncIOScheduler]:
@@ -301,17 +291,6 @@ class _InitialBacklog:
             self._models = frozenset(self.count())
             self._counted_at = time.monotonic()
         return self._models
-
-
-async def _wait_for_first(*awaitables: object) -> None:
-    """Wait until the first of these ends, and cancel the others."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]  # type: ignore[call-overload]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_batcher(

@@ -12,6 +12,7 @@ from pathlib import Path
 from batcher.backoff import Backoff
 from provider_image.cores import available_cores
 from provider_image.environment import Settings, home_setting, setting
+from provider_image.schemas import MAX_BYTES, MAX_ITEMS
 
 #: Values of MLG_SHRINK.
 SHRINK_CHOICES = ("auto", "on", "off")
@@ -56,9 +57,9 @@ class BatcherSettings(Settings):
     #: Seconds between two checks for due chunks. MLG_POLL_SECONDS. Defaults to 1 second.
     poll_seconds: float = setting("MLG_POLL_SECONDS", 1.0, minimum=0.01, maximum=3600)
     #: Maximum number of items in a chunk. MLG_CHUNK_ITEMS. Defaults to 16.
-    chunk_items: int = setting("MLG_CHUNK_ITEMS", 16, minimum=1, maximum=16)
+    chunk_items: int = setting("MLG_CHUNK_ITEMS", MAX_ITEMS, minimum=1, maximum=MAX_ITEMS)
     #: Maximum bytes of images in a chunk. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
-    chunk_bytes: int = setting("MLG_CHUNK_BYTES", 64 * 1024 * 1024, minimum=65536, maximum=64 * 1024 * 1024)
+    chunk_bytes: int = setting("MLG_CHUNK_BYTES", MAX_BYTES, minimum=65536, maximum=MAX_BYTES)
     #: Seconds after which a claim that is not renewed returns to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
     lease_seconds: float = setting("MLG_LEASE_SECONDS", 30.0, minimum=1, maximum=59)
     #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.

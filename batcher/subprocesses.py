@@ -25,20 +25,13 @@ def module_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def child_environment(variables: Mapping[str, str], extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment in which a child finds this project's packages.
-
-    :param variables: the environment to start from.
-    :param extra: overrides it; its PYTHONPATH goes before the others.
-    """
-    environment = {**variables, **(extra or {})}
-    folders = [(extra or {}).get("PYTHONPATH", ""), variables.get("PYTHONPATH", "")]
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return these variables, with which a child finds this project's packages too."""
     # Installed packages are found without it; site-packages in PYTHONPATH would go before the standard library.
-    if Path(sysconfig.get_paths()["purelib"]).resolve() != _ROOT:
-        folders.insert(1, str(_ROOT))
-    joined = os.pathsep.join(folder for folder in folders if folder)
-    environment.pop("PYTHONPATH", None)
-    return {**environment, "PYTHONPATH": joined} if joined else environment
+    if Path(sysconfig.get_paths()["purelib"]).resolve() == _ROOT:
+        return dict(variables)
+    folders = [variables.get("PYTHONPATH", ""), str(_ROOT)]
+    return {**variables, "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
 
 
 def exit_description(status: int) -> str:

@@ -5,12 +5,10 @@ Made by `batcher.scheduler`. The next batcher that starts removes the folders of
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from store.errors import StoreUnavailable
@@ -38,8 +36,10 @@ class Workspace:
         """
         try:
             self._work.mkdir(parents=True, exist_ok=True)
-            with self._work_folder_lock():
-                removed = [folder.name for folder in self._dead_folders()]
+            # Without it, a batcher that starts could remove a folder that another has created but not locked yet.
+            with (self._work / ".lock").open("w") as lock_file:
+                fcntl.flock(lock_file, fcntl.LOCK_EX)
+                removed = [path.name for path in sorted(self._work.iterdir()) if path.is_dir() and not _is_locked(path)]
                 for name in removed:
                     shutil.rmtree(self._work / name, ignore_errors=True)
                 self.folder.mkdir(mode=0o700)
@@ -61,16 +61,6 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
-
-    @contextlib.contextmanager
-    def _work_folder_lock(self) -> Iterator[None]:
-        # Without it, a batcher that starts could remove a folder that another has created but not locked yet.
-        with (self._work / ".lock").open("w") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-            yield
-
-    def _dead_folders(self) -> list[Path]:
-        return [folder for folder in sorted(self._work.iterdir()) if folder.is_dir() and not _is_locked(folder)]
 
 
 def is_alive(work: Path, batcher_id: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import click
 
@@ -68,16 +67,16 @@ def batch(once: bool, as_json: bool, parent_fd: int | None) -> None:
         )
     if report is None:
         return
+    tally = report.tally
     if as_json:
         left = [{"model": model, "count": count, "reason": why} for model, (count, why) in report.left.items()]
-        click.echo(json.dumps({**asdict(report), "left": left}))
+        counts = {name: getattr(tally, name) for name in ("done", "failed", "released", "chunks", "seconds")}
+        click.echo(json.dumps({**counts, "left": left}))
     else:
-        click.echo(
-            f"{report.done} answered, {report.failed} failed, in {report.chunks} chunks and {report.seconds:.1f} s"
-        )
+        click.echo(f"{tally.done} answered, {tally.failed} failed, in {tally.chunks} chunks and {tally.seconds:.1f} s")
     for model, (count, why) in report.left.items():
         click.echo(f"mlg: {count} requests for {model} are still queued: {why}", err=True)
-    if report.failed:
+    if tally.failed:
         click.echo("mlg: some requests failed; see: mlg requests list --status failed", err=True)
     if not report.is_clean:
         raise click.exceptions.Exit(1)

@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from batcher.backoff import Backoff
@@ -40,7 +40,7 @@ STABLE_SECONDS = 10.0
 READY_SECONDS = 60.0
 #: Time that a child gets to stop, beyond the time that it gives its own work.
 GRACE_SECONDS = 15.0
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.025
 
 
 def with_short_waits(variables: Mapping[str, str]) -> dict[str, str]:
@@ -56,13 +56,11 @@ class _Child:
     command: tuple[str, ...]
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
-    #: When to start it, by the monotonic clock; None while it runs.
-    start_at: float | None = 0.0
+    #: When to start it again after it ended, by the monotonic clock.
+    start_at: float = 0.0
     #: How often it ended soon after its start, in a row.
     failures: int = 0
     is_ready: bool = False
-    #: Environment variables for this child only.
-    extra_variables: dict[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -100,12 +98,10 @@ class Supervisor:
             check_exposure(self._settings, store.keys)
             self._executor = self._load_executor(store)
             with self._signal_handlers():
-                status = self._start_all(store)
-                if status == 0:
-                    self._watch()
+                status = self._supervise_all(store)
                 self._stop()
         finally:
-            self._kill()
+            self._stop(is_forced=True)
             store.close()
             for descriptor in (self._parent_read, self._parent_write):
                 os.close(descriptor)
@@ -125,30 +121,28 @@ class Supervisor:
 
     # Starting and watching
 
-    def _start_all(self, store: Store) -> int:
+    def _supervise_all(self, store: Store) -> int:
+        """Start the children, and restart them until a signal arrives. :return: the exit status."""
         deadline = time.monotonic() + READY_SECONDS
         started_at = datetime.now(UTC) - timedelta(seconds=1)
-        while not self._stop_requested.is_set():
-            for child in (self._server, self._batcher):
-                status = self._supervise(child)
-                if status is not None and status > 0:
-                    # It has written why to stderr, which it shares with us; a restart would only repeat that.
-                    return 1
-            self._read_address()
-            self._batcher.is_ready = self._batcher.is_ready or self._is_registered(store, started_at)
-            if self._server.is_ready and self._batcher.is_ready:
-                self._write_line(self._startup_message())
-                return 0
-            if time.monotonic() > deadline:
-                late = next(child.name for child in (self._server, self._batcher) if not child.is_ready)
-                raise MlgError(f"The {late} was not ready within {READY_SECONDS:g} s; see the lines above.")
-            self._stop_requested.wait(_POLL_SECONDS / 2)
-        return 0
-
-    def _watch(self) -> None:
+        is_up = False
         while not self._stop_requested.wait(_POLL_SECONDS):
             for child in (self._server, self._batcher):
-                self._supervise(child)
+                status = self._supervise(child)
+                if status is not None and status > 0 and not is_up:
+                    # It has written why to stderr, which it shares with us; a restart would only repeat that.
+                    return 1
+            if is_up:
+                continue
+            self._read_address()
+            self._batcher.is_ready = self._batcher.is_ready or self._is_registered(store, started_at)
+            late = [child.name for child in (self._server, self._batcher) if not child.is_ready]
+            if not late:
+                self._write_line(self._startup_message())
+                is_up = True
+            elif time.monotonic() > deadline:
+                raise MlgError(f"The {late[0]} was not ready within {READY_SECONDS:g} s; see the lines above.")
+        return 0
 
     def _supervise(self, child: _Child) -> int | None:
         """Start the child if it is due. :return: its exit status if it has just ended, else None."""
@@ -163,7 +157,7 @@ class Supervisor:
             if child.is_ready or status < 0:
                 log.warning("the %s %s; starting it again in %.1f s", child.name, exit_description(status), pause)
             return status
-        if child.start_at is not None and now >= child.start_at:
+        if now >= child.start_at:
             self._start(child)
         return None
 
@@ -171,7 +165,10 @@ class Supervisor:
         arguments = [*child.command, "--parent-fd", str(self._parent_read)]
         inherited = [self._parent_read]
         ready_write: int | None = None
-        if child is self._server and self._address is None:
+        variables = dict(self._variables)
+        if child is self._server and self._address is not None:
+            variables["MLG_PORT"] = str(self._address[1])  # after a restart it must have the same port
+        elif child is self._server:
             self._close_ready()
             self._ready_fd, ready_write = os.pipe()
             os.set_blocking(self._ready_fd, False)
@@ -180,7 +177,7 @@ class Supervisor:
         try:
             child.process = subprocess.Popen(
                 module_command("mlg", *arguments),
-                env=child_environment(self._variables, child.extra_variables),
+                env=child_environment(variables),
                 stdin=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,
@@ -188,7 +185,7 @@ class Supervisor:
         finally:
             if ready_write is not None:
                 os.close(ready_write)
-        child.started_at, child.start_at = time.monotonic(), None
+        child.started_at = time.monotonic()
 
     def _read_address(self) -> None:
         """Read where the server listens, if it has written that yet."""
@@ -203,8 +200,6 @@ class Supervisor:
             host, _, port = line.strip().rpartition(" ")
             self._address = (host, int(port))
             self._server.is_ready = True
-            # After a restart the server must have the same port.
-            self._server.extra_variables["MLG_PORT"] = port
 
     def _close_ready(self) -> None:
         if self._ready_fd is not None:
@@ -252,31 +247,23 @@ class Supervisor:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _stop(self) -> None:
-        """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once."""
-        batcher_seconds = self._batcher_settings.drain_seconds + self._executor.stop_seconds()
-        grace = {"batcher": batcher_seconds + GRACE_SECONDS, "server": GRACE_SECONDS}
+    def _stop(self, *, is_forced: bool = False) -> None:
+        """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once.
+
+        :param is_forced: kill what is left after an error; there is nothing after an orderly stop.
+        """
         for child in (self._batcher, self._server):
-            if child.process is None or child.process.poll() is not None:
+            if child.process is None:
                 continue
-            child.process.terminate()
-            deadline = time.monotonic() + grace[child.name]
+            child.process.terminate()  # no effect on a process that has ended
+            grace_seconds = 0.0 if is_forced else GRACE_SECONDS
+            if child is self._batcher and not is_forced:
+                grace_seconds += self._batcher_settings.drain_seconds + self._executor.stop_seconds()
+            deadline = time.monotonic() + grace_seconds
             while child.process.poll() is None:
-                if self._signals > 1 or time.monotonic() > deadline:
+                if self._signals > 1 or time.monotonic() >= deadline:
                     log.warning("killing the %s", child.name)
-                    _kill_session(child.process)
-                time.sleep(_POLL_SECONDS / 2)
-
-    def _kill(self) -> None:
-        """Kill the children that are left after an error; there are none after an orderly stop."""
-        for child in (self._batcher, self._server):
-            if child.process is not None:
-                if child.process.poll() is None:
-                    _kill_session(child.process)
-                child.process.wait()
-
-
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    # The child leads its own session, so this kills the worker processes of the server as well.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+                    # It leads its own session, so this kills the worker processes of the server as well.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.process.pid, signal.SIGKILL)
+                time.sleep(_POLL_SECONDS)

@@ -38,10 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare_for_work()
         if options.command == "check":
             return _check(options)
-        if options.command == "serve":
-            _serve(options)
-        else:
-            _run_cold(options)
+        _run_here(options)
     except (MlgError, OSError) as error:
         if is_debugging:
             import traceback
@@ -61,12 +58,6 @@ def _prepare_for_work() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Pillow warns of invalid metadata in images, about which nothing can be done here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _run_cold(options: argparse.Namespace) -> None:
-    from provider_image.runtime import NetCache, run_chunk
-
-    run_chunk(options.chunk, options.results, NetCache(options.models, _device(options)))
 
 
 def _device(options: argparse.Namespace) -> Device:
@@ -93,13 +84,17 @@ def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
     )
 
 
-def _serve(options: argparse.Namespace) -> None:
-    from provider_image.runtime import NetCache
+def _run_here(options: argparse.Namespace) -> None:
+    from provider_image.runtime import NetCache, run_chunk
     from provider_image.warm_server import serve
 
+    nets = NetCache(options.models, _device(options))
+    if options.command == "run":
+        run_chunk(options.chunk, options.results, nets)
+        return
     serve(
         options.place,
-        NetCache(options.models, _device(options)),
+        nets,
         idle_seconds=options.idle_seconds,
         exit_with_stdin=options.exit_with_stdin,
         on_ready=lambda: print("ready", flush=True),

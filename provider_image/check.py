@@ -7,7 +7,6 @@ missing model, as a chunk would, and repairs no damaged one.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -203,16 +202,13 @@ def check_model(
         net = service.load(artefact, device)
         report = replace(report, load_seconds=time.perf_counter() - started)
         benchmark = _Benchmark(service=service, artefact=artefact, net=net, inputs=inputs)
-        images = tuple(
-            benchmark.compare(number, _tolerance(artefact, precision), precision) for number in range(len(inputs))
-        )
+        images = tuple(benchmark.compare(number, precision) for number in range(len(inputs)))
         report = replace(report, pictures=images, versions=versions())
         _raise_if_wrong(artefact, images)
-        report = replace(
-            report,
-            images_per_second=benchmark.rate(benchmark.run_item, threads, seconds),
-            net_images_per_second=benchmark.rate(benchmark.net_only(), threads, seconds / 2),
-        )
+        report = replace(report, images_per_second=benchmark.rate(benchmark.run_item, threads, seconds))
+        items = [benchmark.prepare_item(number) for number in range(len(inputs))]
+        rate_of_net = benchmark.rate(lambda number: benchmark.run(items[number]), threads, seconds / 2)
+        report = replace(report, net_images_per_second=rate_of_net)
     except ConfigError:
         raise
     except MlgError as error:
@@ -335,31 +331,30 @@ class _Benchmark:
     net: Net
     inputs: Sequence[bytes]
 
+    def params(self) -> Mapping[str, Any]:
+        """Return the default parameters."""
+        return check_params(self.service.params, {})
+
     def prepare_item(self, number: int) -> Any:
         """Decode one image."""
         inputs = {primary_input(self.service): self.inputs[number]}
-        return self.service.prepare(self.artefact, inputs, check_params(self.service.params, {}))
+        return self.service.prepare(self.artefact, inputs, self.params())
 
     def run(self, item: Any) -> Output:
         """Run what was decoded."""
-        return self.service.run(self.net, [item], [check_params(self.service.params, {})])[0]
+        return self.service.run(self.net, [item], [self.params()])[0]
 
     def run_item(self, number: int) -> Output:
         """Decode and run one image, like an item of a chunk."""
         return self.run(self.prepare_item(number))
 
-    def net_only(self) -> Callable[[int], Output]:
-        """Decode the images once, and return a function that runs one of them."""
-        items = [self.prepare_item(number) for number in range(len(self.inputs))]
-        return lambda number: self.run(items[number])
-
-    def compare(self, number: int, tolerance: float, precision: str) -> ImageCheck:
+    def compare(self, number: int, precision: str) -> ImageCheck:
         """Run one image and compare the result with the recorded one."""
-        sample = self.artefact.samples[number]
-        expected, params = Output(data=sample.output), check_params(self.service.params, {})
+        sample, tolerance = self.artefact.samples[number], _tolerance(self.artefact, precision)
+        expected = Output(data=sample.output)
         try:
             if not self.service.outputs:
-                self.service.check_output(self.artefact, params, expected)
+                self.service.check_output(self.artefact, self.params(), expected)
         except MlgError as error:
             return ImageCheck(file=sample.file, problem=f"the recorded result is invalid: {error.reason}")
         try:
@@ -378,14 +373,13 @@ class _Benchmark:
         """Measure the images per second of that many threads; each finishes its current image when the time is over."""
 
         def loop(first: int, limit: float) -> float:
-            started = time.perf_counter()
-            for done in itertools.count(1):
+            started, done, elapsed = time.perf_counter(), 0, 0.0
+            while not done or elapsed < limit:
+                done += 1
                 run_item((first + done) % len(self.inputs))
                 elapsed = time.perf_counter() - started
-                if elapsed >= limit:
-                    # The threads end at different times, which matters for a slow model: each has its own rate.
-                    return done / elapsed
-            raise AssertionError("unreachable")
+            # The threads end at different times, which matters for a slow model: each has its own rate.
+            return done / elapsed
 
         with ThreadPoolExecutor(threads, thread_name_prefix="check") as pool:
             list(pool.map(loop, range(threads), [0.1 * seconds] * threads))  # warms up every thread and stream

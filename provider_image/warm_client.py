@@ -111,16 +111,14 @@ def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _send_job(connection: socket.socket, line: bytes) -> dict[str, Any]:
-    received = b""
     try:
         connection.sendall(line)
-        while not received.endswith(b"\n"):
-            data = connection.recv(65536)
-            if not data:
-                raise WorkerDied("The warm process ended before it had written the results. Run the chunk again.")
-            received += data
+        with connection.makefile("rb") as replies:
+            received = replies.readline()
     except OSError as error:
         raise WorkerDied(f"The warm process ended before it had written the results: {error}") from error
+    if not received.endswith(b"\n"):
+        raise WorkerDied("The warm process ended before it had written the results. Run the chunk again.")
     reply: dict[str, Any] = json.loads(received)
     return reply
 

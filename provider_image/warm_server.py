@@ -9,20 +9,18 @@ is found while holding the lock is stale. It must not serve other users: nobody 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
 import json
 import logging
 import os
-import queue
-import selectors
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,8 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 64 * 1024
 #: Connections that were made just before an idle process stopped listening have this long to send a request.
 _GRACE_SECONDS = 1.0
+#: Interval at which a process that is about to end checks whether it may.
+_POLL_SECONDS = 0.01
 
 
 @contextlib.contextmanager
@@ -66,19 +66,15 @@ def serve(
         path = socket_path(runtime_folder)
         make_private_folder(path.parent)
         path.unlink(missing_ok=True)  # stale, because this process holds the lock
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        listener.listen(64)
-        try:
-            server = _WarmServer(listener, path, nets, idle_seconds)
-            if exit_with_stdin:
-                threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
-            server.install_signal_handlers()  # before on_ready, after which a signal may come
-            on_ready()
-            server.run()
-        finally:
-            path.unlink(missing_ok=True)
-            listener.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(str(path))
+                listener.listen(64)
+                if exit_with_stdin:
+                    threading.Thread(target=_exit_with_stdin, args=(path,), daemon=True).start()
+                _WarmServer(listener, path, nets, idle_seconds).run(on_ready)
+            finally:
+                path.unlink(missing_ok=True)
 
 
 def _exit_with_stdin(path: Path) -> None:
@@ -89,152 +85,84 @@ def _exit_with_stdin(path: Path) -> None:
     os._exit(0)  # from a thread, and without waiting for the current items: the parent is gone
 
 
-@dataclass(eq=False, kw_only=True)
-class _Connection:
-    """A connection of a client."""
-
-    connection: socket.socket
-    #: The received part of an incomplete line.
-    received: bytearray = field(default_factory=bytearray)
-    #: Number of its jobs that wait or run.
-    jobs: int = 0
-    #: True when the client will send nothing more; it may still wait for a reply.
-    has_ended: bool = False
-
-
 class _WarmServer:
-    """A loop for connections and signals, and a thread that processes chunks, so that neither blocks the other."""
+    """A loop that accepts connections, a thread for each of them, and one thread that processes chunks in turn."""
 
     def __init__(self, listener: socket.socket, path: Path, nets: NetCache, idle_seconds: float) -> None:
         self._listener, self._path, self._nets = listener, path, nets
         self._idle_seconds = idle_seconds
+        self._chunk_thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
+        self._lock = threading.Lock()
+        #: Connected clients, and jobs that wait or run.
+        self._clients = self._jobs = 0
         self._active_at = time.monotonic()
-        self._is_listening, self._is_stopping = True, False
-        self._waiting: collections.deque[tuple[_Connection, bytes]] = collections.deque()
-        self._current: _Connection | None = None
-        self._jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        for each in (self._wake_reader, self._wake_writer, listener):
-            each.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._clients: dict[socket.socket, _Connection] = {}
+        self._is_stopping = False
 
-    def install_signal_handlers(self) -> None:
-        """Let SIGTERM and SIGINT stop the loop."""
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def run(self) -> None:
+    def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until it is time to stop."""
-        threading.Thread(target=self._run_jobs, daemon=True).start()
-        while not self._is_finished():
-            for key, _ in self._selector.select(self._select_timeout()):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fileobj is self._wake_reader:
-                    with contextlib.suppress(BlockingIOError):
-                        self._wake_reader.recv(4096)
-                else:
-                    self._receive(self._clients[key.fileobj])  # type: ignore[index]
-            self._process_events()
+        wake_reader, wake_writer = socket.socketpair()
+        with wake_reader, wake_writer:
+            for each in (wake_writer, self._listener):
+                each.setblocking(False)
+            signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before on_ready, after which a signal may come
+                signal.signal(number, self._on_signal)
+            on_ready()
+            limit = self._idle_seconds or None
+            while not self._is_stopping and (limit is None or self._jobs or self._idle_for() < limit):
+                rest = limit if limit is None or self._jobs else max(0.0, limit - self._idle_for())
+                select.select([self._listener, wake_reader], [], [], rest)
+                self._accept()
+            # No new connections can be made; those that were just made are still served.
+            self._path.unlink(missing_ok=True)
+            self._accept()
+            self._active_at = time.monotonic()
+            while self._jobs or (self._clients and self._idle_for() < (0 if self._is_stopping else _GRACE_SECONDS)):
+                time.sleep(_POLL_SECONDS)
+            signal.set_wakeup_fd(-1)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._is_stopping = True
 
-    def _select_timeout(self) -> float | None:
-        if self._current is not None or (self._is_listening and not self._idle_seconds):
-            return None
-        limit = self._idle_seconds if self._is_listening else _GRACE_SECONDS
-        return max(0.0, self._active_at + limit - time.monotonic())
+    def _count(self, *, clients: int = 0, jobs: int = 0) -> None:
+        """Add to the numbers of clients and jobs."""
+        with self._lock:
+            self._clients += clients
+            self._jobs += jobs
+            if jobs:
+                self._active_at = time.monotonic()
 
-    def _is_finished(self) -> bool:
-        if self._current is not None or self._waiting:
-            return False
-        if self._is_stopping:
-            return True
-        return not self._is_listening and (not self._clients or self._select_timeout() == 0)
-
-    def _process_events(self) -> None:
-        while not self._replies.empty():
-            assert self._current is not None
-            self._send(self._current, self._replies.get())
-            self._current, self._active_at = None, time.monotonic()
-        if self._is_stopping:
-            self._stop_listening()
-            while self._waiting:
-                client, _ = self._waiting.popleft()
-                stopped = WorkerDied("The warm process was stopped before it began the chunk.")
-                self._send(client, {"ok": False, **stopped.to_reply()})
-        elif self._is_listening and self._idle_seconds and not self._waiting and self._select_timeout() == 0:
-            # Stops accepting connections; those that were just made are still served.
-            self._accept()
-            self._stop_listening()
-            self._active_at = time.monotonic()
-        if self._current is None and self._waiting:
-            self._current, line = self._waiting.popleft()
-            self._jobs.put(line)
-
-    def _stop_listening(self) -> None:
-        if self._is_listening:
-            self._path.unlink(missing_ok=True)
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._is_listening = False
+    def _idle_for(self) -> float:
+        return time.monotonic() - self._active_at
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
                 connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                self._clients[connection] = _Connection(connection=connection)
-                self._selector.register(connection, selectors.EVENT_READ)
+                self._count(clients=1)
+                threading.Thread(target=self._serve_client, args=(connection,), daemon=True).start()
 
-    def _receive(self, client: _Connection) -> None:
+    def _serve_client(self, connection: socket.socket) -> None:
         try:
-            data = client.connection.recv(_MAX_LINE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        client.received += data
-        *lines, rest = bytes(client.received).split(b"\n")
-        client.received = bytearray(rest)
-        for line in lines:
-            client.jobs += 1
-            self._active_at = time.monotonic()
-            self._waiting.append((client, line))
-        if not data or len(rest) > _MAX_LINE_BYTES:
-            client.has_ended = True
-            self._selector.unregister(client.connection)
-            self._close_if_done(client)
-
-    def _send(self, client: _Connection, reply: dict[str, Any]) -> None:
-        client.jobs -= 1
-        try:
-            client.connection.sendall(json.dumps(reply).encode() + b"\n")
+            with connection, connection.makefile("rwb") as stream:
+                while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
+                    self._count(jobs=1)
+                    try:
+                        reply = self._chunk_thread.submit(self._run_job, line).result()
+                        stream.write(json.dumps(reply).encode() + b"\n")
+                        stream.flush()
+                    finally:
+                        self._count(jobs=-1)
         except OSError as error:
             logger.info("client has gone before the reply: %s", error)
-        self._close_if_done(client)
-
-    def _close_if_done(self, client: _Connection) -> None:
-        if client.has_ended and not client.jobs:
-            self._clients.pop(client.connection, None)
-            client.connection.close()
-
-    def _run_jobs(self) -> None:
-        while True:
-            reply = self._run_job(self._jobs.get())
-            self._replies.put(reply)
-            with contextlib.suppress(BlockingIOError):  # if the pipe is full, the loop wakes anyway
-                self._wake_writer.send(b"\0")
+        finally:
+            self._count(clients=-1)
 
     def _run_job(self, line: bytes) -> dict[str, Any]:
         started = time.perf_counter()
         try:
+            if self._is_stopping:
+                raise WorkerDied("The warm process was stopped before it began the chunk.")
             chunk, results = _parse_job(line)
             run_chunk(chunk, results, self._nets)
         except MlgError as error:

@@ -130,7 +130,10 @@ def test_the_containers_run_as_the_user_of_the_image() -> None:
 
 def test_every_setting_in_the_files_exists() -> None:
     known = set()
-    sources = [*(ROOT / "batcher").rglob("*.py"), ROOT / "server/settings.py", ROOT / "cli/logs.py"]
+    sources = [
+        *(ROOT / "batcher").rglob("*.py"),
+        *(ROOT / f"{each}.py" for each in ("store/settings", "server/settings", "cli/logs")),
+    ]
     for path in sources:
         known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', path.read_text()))
     for path in (path for path in DEPLOY.rglob("*") if path.is_file()):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import secrets
 import shutil
 import socket
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from batcher.backoff import Backoff
 from batcher.executors import ExecutorContext, Job, Outcome
 from batcher.executors.worker_process import WorkerProcess
+from batcher.waiting import wait_for_first
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
 from provider_image.cores import available_cores
@@ -96,7 +97,10 @@ class LocalExecutor:
         self._provider = f"local/{socket.gethostname()}"
         # A unique name: several executors may share one folder.
         self._folder = context.work / f"local-{secrets.token_hex(3)}"
-        self._queued_jobs: asyncio.Queue[_LocalQueuedJob] = asyncio.Queue()
+        self._options = ["--models", str(context.models), "--precision", self._settings.precision]
+        self._options += ["--threads", str(max(1, available_cores() // self._settings.workers))]
+        self._queued_jobs: deque[_LocalQueuedJob] = deque()
+        self._job_added = asyncio.Event()
         self._worker_loops: list[asyncio.Task[None]] = []
         self._workers: dict[int, WorkerProcess] = {}
         self._is_closed = False
@@ -125,7 +129,8 @@ class LocalExecutor:
         if self._is_closed:
             return Outcome.not_run(WorkerDied("The executor is closed."))
         queued_job = _LocalQueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
-        self._queued_jobs.put_nowait(queued_job)
+        self._queued_jobs.append(queued_job)
+        self._job_added.set()
         return await queued_job.outcome
 
     def stop_seconds(self) -> float:
@@ -147,14 +152,15 @@ class LocalExecutor:
         loop = asyncio.get_running_loop()
         pauses, failed_starts = 0, 0
         while not self._is_closed:
-            worker = self._new_worker(number)
+            folder = self._folder / str(number)
+            worker = WorkerProcess(number, folder, self._options, self._context.environment, self._timings)
             started_at, was_useful = loop.time(), False
             try:
                 await worker.start()
                 self._workers[number] = worker
                 failed_starts = 0
                 await self._warm_up(worker)
-                while await self._work_once(worker):
+                while await self._run_job(worker, await self._next_job(worker)):
                     was_useful = True
                 was_useful = True  # a chunk ended it, so the next start needs no pause
             except WorkerDied as error:
@@ -171,86 +177,55 @@ class LocalExecutor:
                 pauses += 1
                 await asyncio.sleep(self._timings.restart_backoff.after(pauses))
 
-    def _new_worker(self, number: int) -> WorkerProcess:
-        return WorkerProcess(
-            number,
-            self._folder / str(number),
-            models=self._context.models,
-            threads=max(1, available_cores() // self._settings.workers),
-            precision=self._settings.precision,
-            environment=self._context.environment,
-            timings=self._timings,
-        )
-
-    async def _work_once(self, worker: WorkerProcess) -> bool:
-        """Wait for a job and run it.
-
-        :return: whether the worker can go on.
-        :raises WorkerDied: it ended while it was idle.
-        """
-        get_job = asyncio.create_task(self._queued_jobs.get())
-        worker_exit = asyncio.create_task(worker.wait())
-        is_over = False
-        try:
-            await asyncio.wait({get_job, worker_exit}, return_when=asyncio.FIRST_COMPLETED)
-            is_over = worker.has_ended
-        except asyncio.CancelledError:
-            is_over = True
-            raise
-        finally:
-            for task in (get_job, worker_exit):
-                task.cancel()  # no effect on a task that is done
-            await asyncio.gather(get_job, worker_exit, return_exceptions=True)
-            if is_over and not get_job.cancelled():
-                self._queued_jobs.put_nowait(get_job.result())
-        if is_over:
-            raise WorkerDied("It ended while it was idle.")
-        queued_job = get_job.result()
-        if queued_job.outcome.done():
-            return True
-        try:
-            return await self._run_job(worker, queued_job)
-        finally:
-            if not queued_job.outcome.done():
-                queued_job.outcome.set_result(Outcome.not_run(WorkerDied("The executor was closed.")))
+    async def _next_job(self, worker: WorkerProcess) -> _LocalQueuedJob:
+        """Wait for a job. :raises WorkerDied: the worker ended while it was idle."""
+        while not worker.has_ended:
+            if self._queued_jobs:
+                return self._queued_jobs.popleft()
+            self._job_added.clear()
+            await wait_for_first(self._job_added.wait(), worker.wait())
+        raise WorkerDied("It ended while it was idle.")
 
     async def _run_job(self, worker: WorkerProcess, queued_job: _LocalQueuedJob) -> bool:
-        """Run one job. :return: whether the worker can go on."""
-        job, loop = queued_job.job, asyncio.get_running_loop()
+        """Run one job, unless it was cancelled. :return: whether the worker can go on."""
+        job, outcome, loop = queued_job.job, queued_job.outcome, asyncio.get_running_loop()
+        if outcome.done():
+            return True
         if job.on_start is not None:
             job.on_start()
         started_at = loop.time()
-        run_chunk_task = asyncio.create_task(worker.run_chunk(job.chunk, job.results))
-        waits: set[asyncio.Future[Any]] = {run_chunk_task, queued_job.outcome}
+        running = asyncio.create_task(worker.run_chunk(job.chunk, job.results))
+        waits: set[asyncio.Future[Any]] = {running, outcome}
+        error: MlgError | None = None
+        can_go_on = False
         try:
             await asyncio.wait(waits, timeout=job.timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            is_answered = run_chunk_task.done()
-            run_chunk_task.cancel()
-            await asyncio.gather(run_chunk_task, return_exceptions=True)
-        seconds = loop.time() - started_at
-        error: MlgError | None
-        can_go_on = False
-        if is_answered:
-            try:
-                reply = run_chunk_task.result()
-            except WorkerDied as died:
-                error = died
-            else:
+            if running.done():
+                reply = running.result()
                 error = None if reply.get("ok") is True else error_from_reply(reply)
                 can_go_on = True
-        else:
-            error = ChunkTimeout(f"The chunk took longer than {job.timeout_seconds:g} s, so its worker was stopped.")
-        if queued_job.outcome.done():
+            else:
+                error = ChunkTimeout(
+                    f"The chunk took longer than {job.timeout_seconds:g} s, so its worker was stopped."
+                )
+        except WorkerDied as died:
+            error = died
+        except BaseException:
+            if not outcome.done():
+                outcome.set_result(Outcome.not_run(WorkerDied("The executor was closed.")))
+            raise
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        if outcome.done():
             log.info("worker %d: its chunk was cancelled", worker.number, extra={"chunk_id": job.chunk_id})
             return can_go_on
         # A worker that was asked to stop replies so; only one that died during a chunk makes its items suspicious.
         is_blameless = can_go_on and isinstance(error, WorkerDied)
         if not can_go_on:
             log.warning("worker %d: %s", worker.number, error, extra={"chunk_id": job.chunk_id})
-        queued_job.outcome.set_result(
-            Outcome(provider=self._provider, seconds=seconds, error=error, is_blameless=is_blameless)
-        )
+        seconds = loop.time() - started_at
+        outcome.set_result(Outcome(provider=self._provider, seconds=seconds, error=error, is_blameless=is_blameless))
         return can_go_on
 
     # Warming up, ending queued jobs
@@ -258,7 +233,7 @@ class LocalExecutor:
     async def _warm_up(self, worker: WorkerProcess) -> None:
         """Classify one pixel, so that libraries and a model are loaded when the first request comes."""
         row = _guess_first_model(self._context.models)
-        if row is None or not self._queued_jobs.empty():
+        if row is None or self._queued_jobs:
             return
         chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
         item = ChunkItem(number=0, inputs={primary_input(load_service(row.service)): _PIXEL})
@@ -279,11 +254,10 @@ class LocalExecutor:
                 path.unlink(missing_ok=True)
 
     def _fail_waiting(self, reason: str) -> None:
-        with contextlib.suppress(asyncio.QueueEmpty):
-            while True:
-                queued_job = self._queued_jobs.get_nowait()
-                if not queued_job.outcome.done():
-                    queued_job.outcome.set_result(Outcome.not_run(WorkerDied(reason)))
+        while self._queued_jobs:
+            outcome = self._queued_jobs.popleft().outcome
+            if not outcome.done():
+                outcome.set_result(Outcome.not_run(WorkerDied(reason)))
 
 
 def _guess_first_model(models: Path) -> ModelFacts | None:

@@ -11,11 +11,12 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batcher.subprocesses import child_environment, exit_description, module_command
+from batcher.waiting import wait_for_first
 from provider_image.errors import WorkerDied
 from provider_image.runtime_paths import socket_path
 
@@ -31,27 +32,18 @@ class WorkerProcess:
     """A warm process, from its start to its end; a new object for each process."""
 
     def __init__(
-        self,
-        number: int,
-        folder: Path,
-        *,
-        models: Path,
-        threads: int,
-        precision: str,
-        environment: Mapping[str, str],
-        timings: LocalTimings,
+        self, number: int, folder: Path, options: Sequence[str], environment: Mapping[str, str], timings: LocalTimings
     ) -> None:
         self.number = number
         self._timings = timings
         self._folder = folder
-        options = ["--place", str(folder), "--models", str(models), "--threads", str(threads)]
-        options += ["--precision", precision]
-        self._command = module_command("provider_image", "serve", *options, "--idle-seconds", "0", "--exit-with-stdin")
+        always = ("--place", str(folder), "--idle-seconds", "0", "--exit-with-stdin")
+        self._command = module_command("provider_image", "serve", *always, *options)
         self._environment = child_environment(environment)
         self._process: asyncio.subprocess.Process | None = None
-        self._output_readers: list[asyncio.Task[None]] = []
+        self._output_reader: asyncio.Task[None] | None = None
         self._is_ready = asyncio.Event()
-        self._last_stderr_line = ""
+        self._last_line = ""
 
     async def start(self) -> None:
         """Start the process and wait until it listens. :raises WorkerDied: it does not; quotes its last output."""
@@ -60,27 +52,20 @@ class WorkerProcess:
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
                 env=self._environment,
+                limit=_MAX_LINE_BYTES,
                 # Ctrl-C reaches every process of the terminal's group; only the batcher must handle it.
                 start_new_session=True,
             )
         except OSError as error:
             raise WorkerDied(f"A worker process cannot be started: {error}") from error
-        assert self._process.stdout is not None and self._process.stderr is not None
-        self._output_readers = [
-            asyncio.create_task(self._read_stdout(self._process.stdout)),
-            asyncio.create_task(self._log_stderr(self._process.stderr)),
-        ]
-        waits = {asyncio.create_task(self._is_ready.wait()), asyncio.create_task(self._process.wait())}
-        try:
-            await asyncio.wait(waits, timeout=self._timings.start_seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        assert self._process.stdout is not None
+        self._output_reader = asyncio.create_task(self._read_output(self._process.stdout))
+        await wait_for_first(self._is_ready.wait(), self._process.wait(), timeout_seconds=self._timings.start_seconds)
         if not self._is_ready.is_set():
             how = await self._exit_description() if self._process.returncode is not None else "was not ready in time"
-            raise WorkerDied(f"A worker process {how} at its start. {self._last_stderr_line}".strip())
+            raise WorkerDied(f"A worker process {how} at its start. {self._last_line}".strip())
 
     @property
     def pid(self) -> int | None:
@@ -132,7 +117,8 @@ class WorkerProcess:
             except TimeoutError:
                 self._kill()
                 await self._process.wait()
-            await asyncio.gather(*self._output_readers)
+            if self._output_reader is not None:
+                await self._output_reader
         socket_path(self._folder).unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -151,28 +137,17 @@ class WorkerProcess:
             return "stopped responding"
         return exit_description(status)
 
-    async def _read_stdout(self, stream: asyncio.StreamReader) -> None:
-        async for line in _lines(stream):
-            if line == "ready":
+    async def _read_output(self, stream: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = (await stream.readline()).decode(errors="replace")
+            except ValueError:
+                continue  # too long a line: only its end is logged, and the pipe does not fill up
+            if not line:
+                return
+            text = line.rstrip()
+            if text == "ready":
                 self._is_ready.set()
-            else:
-                log.info("worker %d: %s", self.number, line)
-
-    async def _log_stderr(self, stream: asyncio.StreamReader) -> None:
-        async for line in _lines(stream):
-            self._last_stderr_line = line
-            log.warning("worker %d: %s", self.number, line)
-
-
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Iterate over lines of any length; StreamReader.readline fails on long ones, and the pipe would fill up."""
-    buffer = b""
-    while data := await stream.read(65536):
-        *lines, buffer = (buffer + data).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield line.decode(errors="replace").rstrip()
-        if len(buffer) > _MAX_LINE_BYTES:
-            buffer = buffer[-1024:]
-    if buffer.strip():
-        yield buffer.decode(errors="replace").rstrip()
+            elif text:
+                self._last_line = text
+                log.warning("worker %d: %s", self.number, text)

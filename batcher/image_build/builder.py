@@ -26,7 +26,7 @@ from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
-from provider_image.models.catalogue import CATALOGUE, look_up
+from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -59,11 +59,7 @@ def canonical_names(models: Path, spellings: Sequence[str]) -> list[str]:
     :param models: the folder of artefacts, where custom models are installed; they are not checked.
     :raises UnknownModel: there is no such model; names the most similar.
     """
-    names = []
-    for spelling in spellings:
-        row = look_up(spelling)
-        name = find_custom_name(models, spelling) if row is None else row.name
-        names.append(name or find_row(models, spelling).name)
+    names = [find_custom_name(models, spelling) or find_row(models, spelling).name for spelling in spellings]
     return list(dict.fromkeys(names))
 
 

@@ -63,13 +63,7 @@ class ContainerEngine:
     def labels(self, image: str) -> dict[str, str]:
         """Read an image's labels. :raises ContainerImageError: there is no such image."""
         inspect_command = ["inspect", "--type", "image"] if self.name == "buildah" else ["image", "inspect"]
-        result = subprocess.run(
-            [self.program, *inspect_command, image],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = _run(self.program, *inspect_command, image)
         if result.returncode:
             raise ContainerImageError(f"{self.name} has no image {image}. Build it first: mlg image build MODEL")
         try:
@@ -108,17 +102,21 @@ def find_engine(wanted: str = "") -> ContainerEngine:
     raise ContainerImageError("No container engine is installed. Install docker, podman or buildah.")
 
 
+def _run(*command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+
+
 def _probe_failure(program: str, probe: Sequence[str]) -> str | None:
     try:
-        result = subprocess.run(
-            [program, *probe],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PROBE_SECONDS,
-            check=False,
-        )
+        result = _run(program, *probe, timeout=_PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         return f"no response within {_PROBE_SECONDS:g} seconds"
     except OSError as error:

@@ -5,25 +5,25 @@ process, so `__main__.py` does it in warm processes, up to MLG_WORKERS of them, 
 has one image at a time, so it is known which image killed it. This is not a `ProcessPoolExecutor`, which cannot tell
 which job broke it and leaves its processes behind when the batcher is killed.
 
-A process and the batcher talk over a Unix socket, the process's standard input: one line of JSON for each job (`size`
-has height, width and crop, `inputs` a path by name, and there is `limit_seconds`), and one line of JSON for each reply,
-followed by the resized inputs' bytes. The process reads the files itself, so the originals do not pass through the
-batcher. It ends when the batcher's end of the socket closes, for whatever reason.
+A process and the batcher exchange messages over a Unix socket, the process's standard input: one of JSON for each job
+(`size` has height, width and crop, `inputs` a path by name, and there is `limit_seconds`), and one of JSON for each
+reply, followed by one for each resized input that it names. The process reads the files itself, so the originals do not
+pass through the batcher. It ends when the batcher's end of the socket closes, for whatever reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,9 @@ ITEM_TIMEOUT_SECONDS = 30.0
 #: A process must be ready within this time after its start; importing takes a tenth of a second.
 START_SECONDS = 60.0
 #: What a process sends when it is ready.
-READY = b"ready\n"
-#: Longest line in both directions: names, sizes, a reason.
-MAX_LINE_BYTES = 64 * 1024
+READY = b"ready"
+#: Longest message of JSON in both directions: names, sizes, a reason.
+MAX_JSON_BYTES = 64 * 1024
 #: The kernel ends a process this long after the timeout of its item: a process that hangs while it holds the GIL would
 #: not notice that its batcher has ended.
 KILL_MARGIN_SECONDS = 5.0
@@ -69,7 +69,7 @@ class Resizer:
     ) -> None:
         self._limit_seconds = limit_seconds
         self._is_closed = False
-        variables = child_environment(os.environ, environment)
+        variables = child_environment({**os.environ, **(environment or {})})
         self._decoders = [Decoder(variables) for _ in range(workers)]
         # Last in, first out, so that no more processes are started than are needed at the same time.
         self._free: queue.LifoQueue[Decoder] = queue.LifoQueue()
@@ -112,11 +112,8 @@ class Resizer:
         decoder = self._free.get()
         try:
             for _ in range(_MAX_STARTS):
-                try:
-                    reply = decoder.run(job, self._limit_seconds)
-                except DecoderExited:
-                    continue
-                return reply
+                with contextlib.suppress(DecoderExited):
+                    return decoder.run(job, self._limit_seconds)
         except (WorkerDied, ChunkTimeout) as error:
             if self._is_closed:
                 raise _closed_error() from error
@@ -146,8 +143,7 @@ class Decoder:
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._stream: io.BufferedRWPair | None = None
+        self._connection: Connection[bytes, bytes] | None = None
         self._is_retired = False
         #: Prevents a start after `retire`.
         self._lock = threading.Lock()
@@ -170,20 +166,19 @@ class Decoder:
         if self.pid is None:
             self.stop()
             self._start()
-        assert self._socket is not None and self._stream is not None
+        assert self._connection is not None
         try:
-            self._socket.settimeout(limit_seconds)
-            self._stream.write(json.dumps({**job, "limit_seconds": limit_seconds}).encode() + b"\n")
-            self._stream.flush()
-            reply, data = self._read_reply()
-        except TimeoutError as error:
-            self.stop()
-            raise _timeout_error(limit_seconds) from error
+            self._connection.send_bytes(json.dumps({**job, "limit_seconds": limit_seconds}).encode())
+            if not self._connection.poll(limit_seconds):
+                self.stop()
+                raise _timeout_error(limit_seconds)
+            reply = json.loads(self._connection.recv_bytes(MAX_JSON_BYTES))
+            data = {str(name): self._connection.recv_bytes(MAX_BYTES) for name in reply.get("inputs", ())}
         except (BrokenPipeError, ConnectionResetError) as error:
             # The kernel raises these only if the job was never read: this item did not end the process.
             self.stop()
             raise DecoderExited() from error
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, AttributeError, TypeError) as error:
             status = self._exit_status()
             if status == -signal.SIGALRM:
                 raise _timeout_error(limit_seconds) from error
@@ -209,12 +204,9 @@ class Decoder:
         """Kill the process, wait for it, and close its socket. :return: its exit status; None if none ran."""
         with self._lock:
             process, self._process = self._process, None
-        if self._stream is not None:
-            with contextlib.suppress(OSError):  # unsent data is not needed
-                self._stream.close()
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = self._stream = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         if process is None:
             return None
         process.kill()
@@ -229,24 +221,8 @@ class Decoder:
                 process.wait(EXIT_GRACE_SECONDS)
         return self.stop() or 0
 
-    def _read_reply(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Read a reply and the inputs behind it. :raises EOFError: it is incomplete."""
-        assert self._stream is not None
-        line = self._stream.readline(MAX_LINE_BYTES)
-        if not line.endswith(b"\n"):
-            raise EOFError
-        reply: dict[str, Any] = json.loads(line)
-        data = {}
-        for name, size in reply.get("sizes", {}).items():
-            if not 0 <= size <= MAX_BYTES:
-                raise ValueError(size)
-            data[name] = self._stream.read(size)
-            if len(data[name]) != size:
-                raise EOFError
-        return reply, data
-
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = Pipe()
         try:
             with self._lock:
                 if self._is_retired:
@@ -266,11 +242,10 @@ class Decoder:
             raise
         finally:
             theirs.close()
-        self._socket, self._stream = ours, (stream := ours.makefile("rwb"))
-        ours.settimeout(START_SECONDS)
+        self._connection = ours
         try:
-            is_ready = stream.readline(MAX_LINE_BYTES) == READY
-        except OSError:
+            is_ready = ours.poll(START_SECONDS) and ours.recv_bytes(MAX_JSON_BYTES) == READY
+        except (OSError, EOFError):
             is_ready = False
         if not is_ready:
             how = exit_description(self._exit_status())

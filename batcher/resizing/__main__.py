@@ -6,19 +6,20 @@ know of requests: a malicious image may take control of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from batcher.resizing import KILL_MARGIN_SECONDS, MAX_LINE_BYTES, READY
+from batcher.resizing import KILL_MARGIN_SECONDS, MAX_JSON_BYTES, READY
 from provider_image.errors import InferenceFailed, MlgError
 from provider_image.images.resizing import resize
 from provider_image.schemas import MAX_REASON
@@ -32,18 +33,16 @@ def main() -> int:
     # Pillow warns of odd metadata in images, which cannot be fixed here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     threading.Thread(target=_exit_with_batcher, daemon=True).start()
-    with socket.socket(fileno=sys.stdin.fileno()) as batcher, batcher.makefile("rwb") as stream:
-        stream.write(READY)
-        stream.flush()
-        while line := stream.readline(MAX_LINE_BYTES):
-            job = json.loads(line)
+    with Connection(sys.stdin.fileno()) as batcher, contextlib.suppress(EOFError):
+        batcher.send_bytes(READY)
+        while True:
+            job = json.loads(batcher.recv_bytes(MAX_JSON_BYTES))
             signal.setitimer(signal.ITIMER_REAL, job["limit_seconds"] + KILL_MARGIN_SECONDS)
             reply, data = _run_job(job)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            stream.write(json.dumps(reply).encode() + b"\n")
+            batcher.send_bytes(json.dumps({**reply, "inputs": list(data)}).encode())
             for each in data.values():
-                stream.write(each)
-            stream.flush()
+                batcher.send_bytes(each)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             del data
     return 0
 
@@ -68,7 +67,7 @@ def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
         reply = InferenceFailed.from_exception(error).to_reply()
         # Truncated like a reason in a results file, so that clients see the same text.
         return {**reply, "reason": reply["reason"][:MAX_REASON]}, {}
-    return {"sizes": {name: len(each) for name, each in data.items()}}, data
+    return {}, data
 
 
 if __name__ == "__main__":

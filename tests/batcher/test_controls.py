@@ -93,7 +93,7 @@ def test_a_single_run_during_a_pause_reports_the_waiting_requests_with_the_reaso
 
     report = asyncio.run(asyncio.wait_for(main(), 300))
 
-    assert (report.done, report.left) == (0, {MODEL: (1, given.notice)})
+    assert (report.tally.done, report.left) == (0, {MODEL: (1, given.notice)})
 
 
 def test_a_waiting_request_shows_who_paused_the_batcher(harness: Any, batcher: Any) -> None:

@@ -144,7 +144,7 @@ def test_once_processes_everything_and_is_clean(harness: Any, batcher: Any) -> N
 
     report = run_once(batcher)
 
-    assert (report.done, report.failed, report.left, report.is_clean) == (40, 0, {}, True)
+    assert (report.tally.done, report.tally.failed, report.left, report.is_clean) == (40, 0, {}, True)
     assert {request.state for request in harness.reload(*requests)} == {RequestState.DONE}
     assert alive(harness) == []
 
@@ -171,7 +171,7 @@ def test_once_waits_for_back_offs_and_reports_what_failed(harness: Any, batcher:
 
     (found,) = harness.reload(flaky)
     assert (found.state, found.attempts) == (RequestState.DONE, 1)
-    assert (report.done, report.failed, report.released, report.is_clean) == (2, 0, 1, True)
+    assert (report.tally.done, report.tally.failed, report.tally.released, report.is_clean) == (2, 0, 1, True)
 
 
 def test_once_is_not_clean_when_a_request_failed(harness: Any, batcher: Any) -> None:
@@ -179,7 +179,7 @@ def test_once_is_not_clean_when_a_request_failed(harness: Any, batcher: Any) -> 
 
     report = run_once(batcher)
 
-    assert (report.failed, report.is_clean) == (1, False)
+    assert (report.tally.failed, report.is_clean) == (1, False)
 
 
 def test_once_reports_the_requests_that_cannot_be_processed_with_the_reason(harness: Any, batcher: Any) -> None:
@@ -207,7 +207,7 @@ def test_once_ends_even_if_new_requests_keep_coming(harness: Any, batcher: Any) 
 
     report = run_once(batcher)
 
-    assert report.done >= 20
+    assert report.tally.done >= 20
     assert report.left == {}
 
 

@@ -25,7 +25,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m provider_image "$@"\n')
     program.chmod(0o755)
-    return child_environment(os.environ, {"PATH": f"{program.parent}:{os.environ['PATH']}"})
+    return child_environment({**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"})
 
 
 @pytest.fixture
