@@ -31,7 +31,8 @@ _SECRET_FILE = "session.secret"
 class Sessions:
     """Creates and reads the cookies of one home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, max_age_seconds: int = SESSION_SECONDS) -> None:
+        self._max_age_seconds = max_age_seconds
         self._file = home / _SECRET_FILE
         self._signer: URLSafeTimedSerializer | None = None
 
@@ -43,7 +44,7 @@ class Sessions:
         if self._signer is None and not self._file.exists():
             return None
         try:
-            id = self._get_signer().loads(cookie, max_age=SESSION_SECONDS)
+            id = self._get_signer().loads(cookie, max_age=self._max_age_seconds)
         except BadData:
             return None
         return id if isinstance(id, str) else None

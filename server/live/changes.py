@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.025
 #: Changes that one poll reads.
 MAX_CHANGES_PER_POLL = 1000
-#: Changes that are pending for a slow listener; beyond that it reads them from the feed again.
-MAX_PENDING_CHANGES = 5000
 
 
 @dataclass(eq=False)
@@ -52,10 +50,10 @@ class Listener:
         self._is_notified = False
         self._has_overflowed = False
 
-    def put(self, change: Change) -> None:
-        """Add a change."""
+    def put(self, change: Change, *, max_pending: int) -> None:
+        """Add a change. :param max_pending: beyond that many, the listener reads them from the feed again."""
         with self._condition:
-            if len(self._pending) >= MAX_PENDING_CHANGES:
+            if len(self._pending) >= max_pending:
                 self._pending.clear()
                 self._has_overflowed = True
             if not self._has_overflowed:
@@ -86,8 +84,14 @@ class Listener:
 class ChangeDispatcher:
     """The listeners of one server process; `capacity` of them have a slot."""
 
-    def __init__(self, changes: Changes, *, capacity: int) -> None:
+    def __init__(
+        self, changes: Changes, *, capacity: int, heartbeat_seconds: float = 15.0, max_pending: int = 5000
+    ) -> None:
         self._changes = changes
+        #: Time after which an idle stream sends a comment; so a client that has disconnected is noticed.
+        self.heartbeat_seconds = heartbeat_seconds
+        #: Changes that are pending for a slow listener at most.
+        self.max_pending = max_pending
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
@@ -173,6 +177,6 @@ class ChangeDispatcher:
             if position[0] == latest[request.number].seq:
                 found_change = Change(position, request)
                 for listener in interested[request.number]:
-                    listener.put(found_change)
+                    listener.put(found_change, max_pending=self.max_pending)
         self._cursor = changes[-1].seq
         return len(changes)

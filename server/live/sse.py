@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 #: Marks a response that is sent piece by piece; see `server/process.py`.
 STREAMED = "mlg.streamed"
-#: Seconds after which an idle stream sends a comment; so a client that has disconnected is noticed.
-HEARTBEAT_SECONDS = 15.0
 #: Delay before a browser reconnects.
 RETRY_MILLISECONDS = 2000
 #: Seconds between two messages of a stream of counts.
@@ -135,8 +133,8 @@ def stream_counts(
                 yield f"id: {cursor}\nevent: changes\ndata: {json.dumps(data)}\n\n".encode()
                 time.sleep(COUNT_SECONDS)
             began = time.monotonic()
-            listener.wait(HEARTBEAT_SECONDS)
-            if time.monotonic() - began >= HEARTBEAT_SECONDS:
+            listener.wait(change_dispatcher.heartbeat_seconds)
+            if time.monotonic() - began >= change_dispatcher.heartbeat_seconds:
                 yield b": alive\n\n"
 
 
@@ -174,7 +172,7 @@ def _stream_changes(
             yield f"id: {last}-{_END}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
             return None
         began = time.monotonic()
-        found = listener.wait(HEARTBEAT_SECONDS)
+        found = listener.wait(change_dispatcher.heartbeat_seconds)
         if found is None:
             return last
         has_changes = False
@@ -185,7 +183,7 @@ def _stream_changes(
                 yield _event(change, serialize)
         if has_changes:
             yield from _progress(listener, states)
-        elif time.monotonic() - began >= HEARTBEAT_SECONDS:
+        elif time.monotonic() - began >= change_dispatcher.heartbeat_seconds:
             yield b": alive\n\n"
     return None
 

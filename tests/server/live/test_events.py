@@ -268,8 +268,8 @@ def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClien
     assert [status("/events?all=1", who) for who in (mine, operator)] == [403, 200]
 
 
-def test_an_idle_stream_sends_heartbeats(client: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.live.sse.HEARTBEAT_SECONDS", 0.05)
+def test_an_idle_stream_sends_heartbeats(client: flask.testing.FlaskClient) -> None:
+    get_context(client.application).change_dispatcher.heartbeat_seconds = 0.05
     for path in (f"/events?ids={post(client)}", "/events?all=1"):
         stream = client.get(path)
 
@@ -287,9 +287,9 @@ def test_a_head_request_takes_no_slot(settings: ServerSettings, store: Store) ->
 
 
 def test_a_slow_listener_reads_from_the_feed_again(
-    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
 ) -> None:
-    monkeypatch.setattr("server.live.changes.MAX_PENDING_CHANGES", 2)
+    get_context(client.application).change_dispatcher.max_pending = 2
     ids = [post(client) for _ in range(8)]
     stream = client.get(f"/events?ids={','.join(ids)}")
     pieces = stream.iter_encoded()

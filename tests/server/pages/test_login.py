@@ -171,11 +171,13 @@ def test_a_session_ends_with_its_key(
     assert other.get("/readPrediction/x").status_code == 401
 
 
-def test_a_session_expires(client: flask.testing.FlaskClient, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_expires(settings: ServerSettings, client: flask.testing.FlaskClient, key: str) -> None:
     log_in(client, key)
-    monkeypatch.setattr("server.auth.sessions.SESSION_SECONDS", -1)
+    cookie = client.get_cookie(COOKIE)
+    assert cookie is not None
 
-    assert client.get("/readPrediction/x").status_code == 401
+    assert Sessions(settings.home).key_id(cookie.value) == key[4:16]
+    assert Sessions(settings.home, max_age_seconds=-1).key_id(cookie.value) is None
 
 
 def test_a_cookie_of_another_home_or_a_modified_one_is_rejected(
