@@ -184,7 +184,7 @@ def test_compiled_model_answers_as_keras_does(keras_model, tmp_path):
         assert np.abs(np.log(answer) - np.log(right)).max() <= 0.01
         assert np.abs(answer.sum() - 1) < 1e-4
         # Labels that are nearer together than two answers within the tolerance may change places.
-        pair = [top_labels(artefact.labels, each) for each in (right, answer)]
+        pair = [Output(data=top_labels(artefact.labels, each)) for each in (right, answer)]
         assert service.compare(*pair, 2 * TOLERANCE).is_same_order
     assert len({top_labels(artefact.labels, right)[0][0] for right in expected}) >= 3, "the photos get the same labels"
 
