@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 36_000_000
 #: A JPEG is decoded at a half, a quarter or an eighth of its size while the part that is used remains at least this
 #: many times as large as the model's input. The smallest margin at which the top five labels of EfficientNet-Lite0 are
-#: unchanged in all cases that `scripts/bench reduced_scale` tries; at 2.5 and 3 the fifth and the sixth label swap
+#: unchanged in all cases measured (docs/measurements.md); at 2.5 and 3 the fifth and the sixth label swap
 #: where they are within half a percent of each other. Such near-ties remain: no lossy step preserves all of them.
 DRAFT_MARGIN = 4.0
 

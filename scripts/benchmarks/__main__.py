@@ -12,8 +12,6 @@ NAMES = (
     "drain",
     "golem",
     "models",
-    "reduced_scale",
-    "resize",
     "startup",
     "uploads",
 )
