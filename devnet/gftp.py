@@ -62,31 +62,31 @@ def resolve_url(exchange: Path, url: str) -> PublishedFile:
     raise TransferFailed(f"Nothing is published at {url}")
 
 
-def fetch(exchange: Path, url: str, target: Path) -> int:
-    """Copy a published file of the requestor to `target`. :return: its bytes. :raises TransferFailed: why not."""
+def fetch(exchange: Path, url: str, target: Path) -> None:
+    """Copy a published file of the requestor to `target`. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if published.is_target:
         raise TransferFailed(f"There is no file to read at {url}")
-    return _transfer(published.file, target, f"{url} cannot be fetched")
+    _transfer(published.file, target, f"{url} cannot be fetched")
 
 
-def deliver(exchange: Path, source: Path, url: str) -> int:
-    """Copy `source` to a file that the requestor waits for. :return: its bytes. :raises TransferFailed: why not."""
+def deliver(exchange: Path, source: Path, url: str) -> None:
+    """Copy `source` to a file that the requestor waits for. :raises TransferFailed: why not."""
     published = resolve_url(exchange, url)
     if not published.is_target:
         raise TransferFailed(f"No file is expected at {url}")
-    return _transfer(source, published.file, f"{source.name} cannot be delivered")
+    _transfer(source, published.file, f"{source.name} cannot be delivered")
 
 
-def _transfer(source: Path, target: Path, failure: str) -> int:
+def _transfer(source: Path, target: Path, failure: str) -> None:
     try:
-        return copy_file(source, target)
+        copy_file(source, target)
     except OSError as error:
         raise TransferFailed(f"{failure}: {error.strerror or error}") from error
 
 
-def copy_file(source: Path, target: Path) -> int:
-    """Copy a file atomically; blocks of zeros become holes. :return: its bytes."""
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically; blocks of zeros become holes."""
     part = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.part")
     try:
         with source.open("rb") as reader, part.open("xb") as writer:
@@ -96,12 +96,10 @@ def copy_file(source: Path, target: Path) -> int:
                     writer.seek(len(block), os.SEEK_CUR)
                 else:
                     writer.write(block)
-            size = writer.tell()
-            writer.truncate(size)
+            writer.truncate()
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    return size
 
 
 def write_program(bin_folder: Path, exchange: Path) -> Path:

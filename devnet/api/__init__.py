@@ -1,4 +1,4 @@
-"""The daemon's HTTP API: what a call asks for, how it is answered, and the event streams that answer some.
+"""The daemon's HTTP API: what a call asks for, and how it is answered.
 
 `application.py` makes the application; `market.py`, `activities.py` and `payments.py` contain the calls of the three
 APIs as tables of routes. Only the daemon imports this package, because it needs aiohttp.
@@ -103,33 +103,14 @@ class Routes(list[web.RouteDef]):
     def add(self, method: str, path: str, handle: Callable[[IncomingCall], Any], status: int = 200) -> None:
         """Add a route.
 
-        :param handle: returns the answer as JSON values, a whole response, or an awaitable of one of them.
+        :param handle: returns the answer as JSON values, or an awaitable of it.
         :param status: of the answer; 204 has no body.
         """
 
-        async def respond(request: web.Request) -> web.StreamResponse:
+        async def respond(request: web.Request) -> web.Response:
             answer = handle(IncomingCall(request, await request.text()))
             if inspect.isawaitable(answer):
                 answer = await answer
-            if isinstance(answer, web.StreamResponse):
-                return answer
             return web.Response(status=204) if status == 204 else web.json_response(answer, status=status)
 
         self.append(web.route(method, self._root + path, respond))
-
-
-class EventStream(web.StreamResponse):
-    """A response that consists of server-sent events. To be prepared before the first event."""
-
-    def __init__(self) -> None:
-        super().__init__(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        #: All bytes sent so far, for the journal; a batch has few and short events.
-        self.sent = bytearray()
-        self._number = 0
-
-    async def send(self, kind: str, event: dict[str, Any]) -> None:
-        """Send an event as JSON."""
-        text = f"event: {kind}\ndata: {json.dumps(event)}\nid: {self._number}\n\n".encode()
-        self._number += 1
-        self.sent += text
-        await self.write(text)

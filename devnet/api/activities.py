@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from devnet.api import EventStream, IncomingCall, Routes
+from devnet.api import IncomingCall, Routes
 from devnet.errors import ApiError, NotFound
 from devnet.market import MarketService
 from devnet.provider.activities import Activities, Activity
@@ -54,16 +54,9 @@ def activity_routes(activities: Activities, market: MarketService) -> Routes:
         return batch_id
 
     async def results(call: IncomingCall) -> Any:
-        unit = find(call).unit
-        if "text/event-stream" not in call.request.headers.get("Accept", ""):
-            return await unit.results(call["batch_id"], call.timeout_seconds())
-        await unit.block_if_vanished()
-        events = unit.stream(call["batch_id"])
-        response = EventStream()
-        await response.prepare(call.request)
-        async for event in events:
-            await response.send("runtime", event)
-        return response
+        if "text/event-stream" in call.request.headers.get("Accept", ""):
+            raise ApiError("The devnet does not stream the events of a batch; poll for its results.")
+        return await find(call).unit.results(call["batch_id"], call.timeout_seconds())
 
     async def state(call: IncomingCall) -> dict[str, Any]:
         reason = activities.reason(call["activity_id"])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from devnet.api import EventStream, Routes
+from devnet.api import Routes
 from devnet.errors import ApiError
 from devnet.gftp import REQUESTOR_ID
 from devnet.scenario import DAEMON, FaultSchedule
@@ -71,7 +71,7 @@ class CallJournal:
         self, at: datetime, request: web.Request, body: bytes, response: web.StreamResponse | None, seconds: float
     ) -> None:
         """Record a call; without a response, the caller disconnected before."""
-        answer = bytes(response.sent) if isinstance(response, EventStream) else getattr(response, "body", None)
+        answer = getattr(response, "body", None)
         answer = answer if isinstance(answer, bytes) else b""
         call = ApiCall(
             at=at,

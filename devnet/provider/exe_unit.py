@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +101,7 @@ class ExeUnit:
         await self.block_if_vanished()
         if not batch.is_finished:
             self._raise_if_ended()
-        elif not batch.is_streamed:
-            batch.events.clear()  # a requestor that polls does not stream
         return list(batch.results)
-
-    def stream(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield the events of a batch as they occur. :raises NotFound: they were streamed before."""
-        batch = self._batch(batch_id)
-        if batch.is_streamed:  # yapapi fails on repeated events
-            raise NotFound(f"The events of batch {batch_id} have already been streamed.")
-        batch.is_streamed = True
-        return self._events(batch)
 
     async def block_if_vanished(self) -> None:
         """Block if the fault vanish-http has occurred. :raises TimedOut: at the end of the fault's time."""
@@ -152,18 +141,6 @@ class ExeUnit:
         if self.state == "Terminated":
             raise Gone(f"The activity has terminated. {self.reason}")
 
-    async def _events(self, batch: ScriptBatch) -> AsyncIterator[dict[str, Any]]:
-        def is_over() -> bool:
-            return batch.is_finished or self.state == "Terminated"
-
-        while True:
-            await batch.notifier.wait_until(lambda: batch.events or is_over(), None)
-            events, batch.events = batch.events, []
-            for event in events:
-                yield event
-            if not batch.events and is_over():
-                return
-
     # Execution
 
     async def _run_batches(self) -> None:
@@ -179,27 +156,22 @@ class ExeUnit:
 
     async def _run_batch(self, batch: ScriptBatch) -> None:
         for index, command in enumerate(batch.commands):
-            add_event = functools.partial(batch.add_event, index)
-            add_event({"started": {"command": command.raw}})
-            streams = {name: _capture(name, command, add_event) for name in ("stdout", "stderr")}
+            captured = command.body.get("capture") or {}
+            streams = {name: OutputCapture(captured.get(name) is not None) for name in ("stdout", "stderr")}
             error = None
             try:
-                await self._run_command(command, streams, add_event)
+                await self._run_command(command, streams)
             except CommandFailed as failure:
                 error = failure
             except (PathOutsideSandbox, TransferFailed, OSError) as failure:
                 error = CommandFailed(str(failure))
-            for stream in streams.values():
-                stream.close()
             batch.add_result(index, error, streams["stdout"].text, streams["stderr"].text)
             if error is not None:
                 return
-            if command.ends_activity:
+            if command.name == "terminate":
                 raise _ActivityTerminated("The script terminated the activity.")
 
-    async def _run_command(
-        self, command: Command, streams: Mapping[str, OutputCapture], add_event: Callable[[dict[str, Any]], None]
-    ) -> None:
+    async def _run_command(self, command: Command, streams: Mapping[str, OutputCapture]) -> None:
         if self.state not in ALLOWED_STATES[command.name]:
             raise CommandFailed(f"{command.name} is not allowed in the state {self.state}.")
         body = command.body
@@ -210,23 +182,22 @@ class ExeUnit:
         elif command.name == "start":
             self.state = "Ready"
         elif command.name == "transfer":
-            size = await self._transfer(body["from"], body["to"])
-            if body.get("progress") is not None:
-                add_event({"progress": {"step": [1, 1], "message": None, "progress": [size, size], "unit": "Bytes"}})
+            await self._transfer(body["from"], body["to"])
         elif command.name == "run":
             await self._run(body["entry_point"], body.get("args") or [], streams)
         elif command.name == "sign":
             raise CommandFailed("The devnet does not support the command sign.")
 
-    async def _transfer(self, source: str, target: str) -> int:
+    async def _transfer(self, source: str, target: str) -> None:
         if target.startswith(_CONTAINER) and not source.startswith(_CONTAINER):
             path = self._sandbox.host_path(target.removeprefix(_CONTAINER))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return await asyncio.to_thread(fetch, self._exchange, source, path)
-        if source.startswith(_CONTAINER) and not target.startswith(_CONTAINER):
+            await asyncio.to_thread(fetch, self._exchange, source, path)
+        elif source.startswith(_CONTAINER) and not target.startswith(_CONTAINER):
             path = self._sandbox.host_path(source.removeprefix(_CONTAINER))
-            return await asyncio.to_thread(deliver, self._exchange, path, target)
-        raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
+            await asyncio.to_thread(deliver, self._exchange, path, target)
+        else:
+            raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         fault = self._fault_injector.first(*FAULTS_BEFORE_RUN)
@@ -259,7 +230,3 @@ class ExeUnit:
             raise CommandFailed.from_exit_status(status)
         changed = [path for path, file_stamp in self._sandbox.list_outputs().items() if before.get(path) != file_stamp]
         self._fault_injector.corrupt(changed)
-
-
-def _capture(name: str, command: Command, add_event: Callable[[dict[str, Any]], None]) -> OutputCapture:
-    return OutputCapture((command.body.get("capture") or {}).get(name), lambda text: add_event({name: text}))

@@ -99,12 +99,12 @@ async def record_executor(recordings: Recordings, folder: Path, models: Path) ->
 
 
 async def record_yapapi(recordings: Recordings, folder: Path) -> None:
-    """Record the unmodified yapapi, which runs tasks and streams their events."""
+    """Record the unmodified yapapi, which runs tasks."""
     folder.mkdir()
     async with run_devnet(folder, default_scenario(3)) as devnet:
         _record_full_bodies(devnet)
         program = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-W", "ignore", str(Path(__file__).with_name("yapapi_tasks.py")), str(folder), "stream"),
+            *(sys.executable, "-W", "ignore", str(Path(__file__).with_name("yapapi_tasks.py")), str(folder)),
             env={**os.environ, **devnet.variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -165,11 +165,6 @@ async def _call_activity(client: Requestor, agreement_id: str) -> None:
     await client.request_ok("GET", f"{path}/state")
     command_batch = run_command("/bin/sh", "-c", "echo out; echo err >&2")
     await client.results(activity_id, await client.execute(activity_id, command_batch))
-    streams = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
-    command = {"entry_point": "/bin/sh", "args": ["-c", "echo out; echo err >&2; exit 1"], "capture": streams}
-    batch_id = await client.execute(activity_id, {"run": command})
-    await client.stream(activity_id, batch_id)
-    await client.results(activity_id, batch_id)
     await client.request_ok("GET", f"{path}/usage")
     await client.destroy(activity_id)
     await client.request_ok("GET", f"{path}/state")

@@ -43,10 +43,10 @@ class Requestor:
         self._session = session
 
     async def request(
-        self, method: str, path: str, body: Any = None, *, key: str | None = None, **query: Any
+        self, method: str, path: str, body: Any = None, *, key: str | None = None, accept: str = "*/*", **query: Any
     ) -> tuple[int, Any]:
         """Make a call. :return: the status, and the body parsed as JSON."""
-        headers = {"Authorization": f"Bearer {self.devnet.app_key if key is None else key}"}
+        headers = {"Authorization": f"Bearer {self.devnet.app_key if key is None else key}", "Accept": accept}
         url, parameters = self.devnet.url + path, {name: str(value) for name, value in query.items()}
         data = None if body is None else json.dumps(body)
         async with self._session.request(method, url, params=parameters, data=data, headers=headers) as response:
@@ -121,13 +121,6 @@ class Requestor:
     async def results(self, activity_id: str, batch_id: str) -> list[dict[str, Any]]:
         path = f"{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
         return list(await self.request_ok("GET", path, timeout=60))
-
-    async def stream(self, activity_id: str, batch_id: str) -> str:
-        """Return the response with the runtime events of a batch."""
-        headers = {"Authorization": f"Bearer {self.devnet.app_key}", "Accept": "text/event-stream"}
-        url = f"{self.devnet.url}{ACTIVITY}/activity/{activity_id}/exec/{batch_id}"
-        async with self._session.get(url, headers=headers) as response:
-            return await response.text()
 
     async def destroy(self, activity_id: str) -> None:
         await self.request_ok("DELETE", f"{ACTIVITY}/activity/{activity_id}")

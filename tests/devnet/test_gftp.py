@@ -239,8 +239,8 @@ def test_yapapi_works_with_it(tmp_path: Path, exchange: Path, monkeypatch: pytes
 def test_transfers_copy_files_in_both_directions(gftp: GftpProcess, tmp_path: Path, exchange: Path) -> None:
     source, target = gftp.publish(make_file(tmp_path)), gftp.receive(tmp_path / "received")
 
-    assert fetch(exchange, source, tmp_path / "inside") == 10
-    assert deliver(exchange, tmp_path / "inside", target) == 10
+    fetch(exchange, source, tmp_path / "inside")
+    deliver(exchange, tmp_path / "inside", target)
 
     assert (tmp_path / "received").read_bytes() == b"some bytes"
 
@@ -279,8 +279,9 @@ def test_zeros_are_copied_as_holes(tmp_path: Path) -> None:
     source = make_file(tmp_path, b"begin")
     os.truncate(source, 50_000_000)
 
-    assert copy_file(source, tmp_path / "target") == 50_000_000
+    copy_file(source, tmp_path / "target")
 
+    assert (tmp_path / "target").stat().st_size == 50_000_000
     assert (tmp_path / "target").stat().st_blocks * 512 < 4_000_000
     assert (tmp_path / "target").read_bytes()[:6] == b"begin\0"
 

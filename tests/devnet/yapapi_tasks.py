@@ -38,8 +38,7 @@ async def main(folder: Path) -> None:
             yield script
             task.accept_result(target.read_text())
 
-    is_streaming = sys.argv[2:] == ["stream"]
-    async with Golem(budget=Decimal("1"), subnet_tag="devnet", stream_output=is_streaming) as golem:
+    async with Golem(budget=Decimal("1"), subnet_tag="devnet") as golem:
         tasks = [Task(data=number) for number in range(6)]
         limit = timedelta(minutes=2)
         async for task in golem.execute_tasks(worker, tasks, payload=Mlg(), max_workers=3, timeout=limit):

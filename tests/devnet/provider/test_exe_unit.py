@@ -1,10 +1,9 @@
-"""The exe-unit: its states, the execution of batches, polling, streaming, transfers, usage and its end."""
+"""The exe-unit: its states, the execution of batches, polling, transfers, usage and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,7 @@ async def test_a_command_fails_in_a_state_that_does_not_allow_it(tmp_path: Path)
         [{"run": {"entry_point": "/bin/sh", "capture": {"stdin": {"stream": {}}}}}],
         [{"run": {"entry_point": "/bin/sh", "capture": {"stdout": {"sometimes": {}}}}}],
         [{"run": {"entry_point": "/bin/sh", "capture": {"stdout": "stream"}}}],
+        [{"run": {"entry_point": "/bin/sh", "capture": {"stdout": {"atEnd": {"head": 4}}}}}],
         [{"transfer": {"from": "container:/golem/input/a"}}],
     ],
 )
@@ -171,66 +171,6 @@ async def test_only_the_latest_finished_batches_are_kept(tmp_path: Path) -> None
         assert await unit.results(batches[-2], 0)
 
 
-# Streaming
-
-
-async def kinds(events: AsyncIterator[dict[str, Any]]) -> list[tuple[int, str, Any]]:
-    found = []
-    async for event in events:
-        [(kind, value)] = event["kind"].items()
-        found.append((event["index"], kind, value))
-    return found
-
-
-async def test_events_are_streamed_until_the_batch_is_finished(tmp_path: Path) -> None:
-    async with exe_unit(tmp_path) as unit:
-        commands = [sh("echo out"), sh("echo err >&2; exit 3"), sh("true")]
-        batch = await unit.execute(commands)
-
-        found = await kinds(unit.stream(batch))
-
-        assert found == [
-            (0, "started", {"command": commands[0]}),
-            (0, "stdout", "out\n"),
-            (0, "finished", {"return_code": 0, "message": None}),
-            (1, "started", {"command": commands[1]}),
-            (1, "stderr", "err\n"),
-            (1, "finished", {"return_code": 3, "message": "ExeScript command exited with code 3"}),
-        ]
-
-
-async def test_yapapi_parses_every_event(tmp_path: Path) -> None:
-    activity = pytest.importorskip("yapapi.rest.activity")
-    import json
-    from types import SimpleNamespace
-
-    async with exe_unit(tmp_path) as unit:
-        batch = await unit.execute([sh("echo out; echo err >&2")])
-        async for event in unit.stream(batch):
-            assert event["batch_id"] == batch
-            message = SimpleNamespace(type="runtime", data=json.dumps(event))
-            assert activity._message_event_to_event_data(message)[1]["cmd_idx"] == 0
-
-
-async def test_events_are_streamed_while_the_command_runs(tmp_path: Path) -> None:
-    async with exe_unit(tmp_path) as unit:
-        batch = await unit.execute([sh(f"echo here; {FOREVER}")])
-        async for event in unit.stream(batch):
-            if event["kind"] == {"stdout": "here\n"}:
-                break
-
-        assert unit.state == "Ready"
-
-
-async def test_events_can_be_streamed_only_once(tmp_path: Path) -> None:
-    async with exe_unit(tmp_path) as unit:
-        batch = await unit.execute([sh("true")])
-        await kinds(unit.stream(batch))
-
-        with pytest.raises(NotFound):
-            unit.stream(batch)
-
-
 # Transfers
 
 
@@ -242,17 +182,14 @@ async def test_files_are_transferred_in_both_directions(tmp_path: Path) -> None:
     async with exe_unit(tmp_path) as unit:
         upload = transfer(source, "container:/golem/input/new/sent")
         upload["transfer"]["progress"] = {"updateInterval": None, "updateStep": None}
-        batch = await unit.execute(
-            [
-                upload,
-                sh("cp /golem/input/new/sent /golem/output/copy"),
-                transfer("container:/golem/output/copy", target),
-            ]
+        results = await run_batch(
+            unit,
+            upload,
+            sh("cp /golem/input/new/sent /golem/output/copy"),
+            transfer("container:/golem/output/copy", target),
         )
-        found = await kinds(unit.stream(batch))
 
-        assert [value["return_code"] for _, kind, value in found if kind == "finished"] == [0, 0, 0]
-        assert [value["progress"] for _, kind, value in found if kind == "progress"] == [[14, 14]]
+        assert [result["result"] for result in results] == ["Ok", "Ok", "Ok"]
     gftp.end()
 
     assert (tmp_path / "got").read_bytes() == b"there and back"
@@ -321,7 +258,6 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
     async with exe_unit(tmp_path) as unit:
         batch = await unit.execute([sh(f"setsid sleep 60 & {FOREVER}")])
         waiting = asyncio.create_task(unit.results(batch, 60))
-        streaming = asyncio.create_task(kinds(unit.stream(batch)))
         await until(has_begun(tmp_path))
         # A process that is just starting a program is not found for a moment.
         pids = await until(lambda: found if len(found := unit._sandbox.processes.pids()) >= 2 else [])
@@ -330,7 +266,6 @@ async def test_destroying_kills_all_processes_and_ends_waiting_calls(tmp_path: P
             await asyncio.gather(unit.end(), unit.end())
             with pytest.raises(Gone):
                 await waiting
-            await streaming
         await unit.end()
 
         assert not any(is_alive(pid) for pid in pids)
