@@ -132,7 +132,10 @@ def test_every_setting_in_the_files_exists() -> None:
     known = set()
     sources = [
         *(ROOT / "batcher").rglob("*.py"),
-        *(ROOT / f"{each}.py" for each in ("store/settings", "server/settings", "cli/logs")),
+        *(
+            ROOT / f"{each}.py"
+            for each in ("provider_image/environment", "store/settings", "server/settings", "cli/logs")
+        ),
     ]
     for path in sources:
         known |= set(re.findall(r'"((?:MLG|YAGNA)_[A-Z_]+)"', path.read_text()))

@@ -132,8 +132,8 @@ def test_signal_lets_the_chunk_under_way_finish(tmp_path, start_warm_server, slo
     server = start_warm_server(options=("--threads", "2")).wait_until_ready()
     server.send_and_receive(job(chunk, tmp_path / "first.zip"))
     under_way = server.send(job(slow_chunk, tmp_path / "r.zip"))
-    waiting = server.send(job(chunk, tmp_path / "waiting.zip"))
     wait_for_work(server.process.pid)
+    waiting = server.send(job(chunk, tmp_path / "waiting.zip"))
 
     server.process.send_signal(number)
     turned_away, finished = read_reply(waiting), read_reply(under_way)
