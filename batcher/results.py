@@ -148,12 +148,20 @@ def _read(packed: PackedChunk, models: Path, results: Path) -> tuple[Artefact, l
 
 def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
     """Check what a provider returned for an item. :raises MlgError: it is invalid, or is an error."""
+    if isinstance(result.error, ImageMissing):
+        raise MalformedResults("A provider cannot know whether an image is missing here.")
     if result.error is not None:
         raise result.error
     service = load_service(service_name)
-    check_files(service.outputs, result.files)
-    output = Output(data=result.output, files=result.files)
-    service.check_output(artefact, check_params(service.params, item.first.params), output)
+    params = check_params(service.params, item.first.params)
+    try:
+        check_files(service.outputs, result.files)
+        service.check_output(artefact, params, Output(data=result.output, files=result.files))
+    except MalformedResults:
+        raise
+    except Exception as error:
+        # Whatever a check raises, it is about the output: the provider is to blame, not the client's input.
+        raise MalformedResults(f"The output cannot be checked ({type(error).__name__}: {error}).") from error
 
 
 def _answers(

@@ -158,9 +158,9 @@ def _change_each(ids: Sequence[str], change: Callable[[str], RequestRecord]) -> 
 
 
 def _to_json(request: RequestRecord) -> dict[str, Any]:
-    from server.serializers import serialize_request
+    from server.serializers import parse_read_params, serialize_request
 
-    return {"number": request.number, **serialize_request(request, {"top": 5}, None)}
+    return {"number": request.number, **serialize_request(request, parse_read_params(request.service, {}), None)}
 
 
 def _short_result(request: RequestRecord) -> str | None:

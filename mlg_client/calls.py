@@ -437,9 +437,10 @@ class Calls(abc.ABC):
         if request is None or data.get("status") not in FINAL:
             return None
         ended = Request.from_answer(data)
-        if not ended.is_read or (top is not None and ended.preds is not None and len(ended.preds) < top):
+        is_list = isinstance(ended.preds, list)  # other services than classification have other outputs
+        if not ended.is_read or (top is not None and is_list and len(ended.preds) < top):
             return await self._read_known(request, top=top)
-        return replace(ended, preds=ended.preds[:top]) if ended.preds else ended
+        return replace(ended, preds=ended.preds[:top]) if is_list else ended
 
     def _event_request(
         self, ids: Sequence[str], batch_id: str | None, last_id: str | None, give_up_at: float | None

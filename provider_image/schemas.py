@@ -64,7 +64,12 @@ def parse_json(raw: bytes, error: type[MlgError], name: str) -> Any:
         return found
 
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
+        found = json.loads(raw.decode("utf-8"), parse_constant=refuse, parse_float=number, object_pairs_hook=fields)
+        if b"\\u" in raw:
+            json.dumps(
+                found, ensure_ascii=False
+            ).encode()  # an escape may name half a character, which nothing can encode
+        return found
     except (ValueError, RecursionError) as cause:
         raise error(f"{name} is not valid JSON: {cause}") from cause
 

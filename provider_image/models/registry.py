@@ -94,10 +94,14 @@ def installed_folders(models: Path) -> list[Path]:
 
 def _custom_row(models: Path, name: str) -> ModelFacts:
     artefact = find_artefact(models, name)
-    if artefact.name != name or artefact.service not in REGISTRY:
+    if artefact.name != name:
         raise BrokenArtefact(
-            f"{models / name} holds the model {artefact.name[:64]!r} for {artefact.service[:64]!r}, which cannot be "
-            f"used under this name. Delete {models / name}."
+            f"{models / name} holds the model {artefact.name[:64]!r}, which cannot be used under this name. "
+            f"Delete {models / name}."
+        )
+    if artefact.service not in REGISTRY:
+        raise BrokenArtefact(
+            f"The model {name} needs the service {artefact.service[:64]!r}. Install the package that has it."
         )
     return dataclasses.replace(artefact, source="own")
 

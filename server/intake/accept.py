@@ -258,7 +258,8 @@ class Intake:
 
     def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
         """Read the table rows in a JSON body, or fetch the image at its URL."""
-        limits = _row_limits(inputs)
+        most = self._settings.max_image_bytes
+        limits = {name: min(limit, most) for name, limit in _row_limits(inputs).items()}
         fields, rows = read_json(request, active_reads=self._active_reads, rows=limits)
         first = next(iter(inputs))
         if first in limits:

@@ -78,10 +78,10 @@ class Stager:
 
     def _check(self, one: Input, data: bytes, model: ModelFacts) -> tuple[bytes, str]:
         """Check one input. :return: the bytes to store, and their media type. :raises BadInput:"""
+        if len(data) > one.max_bytes:
+            raise errors.TooManyBytes(f"The {one.kind} may have at most {one.max_bytes} bytes.")
         if one.kind == "image":
             return data, MEDIA_TYPES[read_header(data, self._settings.max_pixels).format]
-        if len(data) > one.max_bytes:
-            raise errors.TooManyBytes(f"A {one.kind} may have at most {one.max_bytes} bytes here.")
         if one.kind == "row":
             row = parse_row(data)
             if model.columns:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from batcher.errors import ImageMissing
 from batcher.executors import Outcome
 from batcher.planner import PlannedItem
-from batcher.results import ITEM_BACKOFF, UNAVAILABLE_RETRY_SECONDS, resolve_failed_chunk
-from provider_image.errors import BrokenArtefact, ChunkTimeout, NotInstalled, WorkerDied
+from batcher.results import ITEM_BACKOFF, UNAVAILABLE_RETRY_SECONDS, _check_item, resolve_failed_chunk
+from provider_image.chunk import ItemResult
+from provider_image.errors import (
+    BrokenArtefact,
+    BrokenImage,
+    ChunkTimeout,
+    MalformedResults,
+    NotInstalled,
+    WorkerDied,
+)
 from store.requests import Blame, Claim
 
 
@@ -64,3 +73,28 @@ def test_items_released_at_a_stop_are_due_immediately(claims: list[Claim]) -> No
 
     assert [(failure.blame, failure.delay_seconds) for failure in chunk_outcome.failures] == [(Blame.NOBODY, 0.0)]
     assert not chunk_outcome.is_model_unusable
+
+
+@pytest.mark.parametrize("raised", [KeyError("label"), BrokenImage("an output file that is no image")])
+def test_whatever_the_check_of_an_output_raises_the_provider_is_to_blame(
+    claims: list[Claim], monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    class Careless:
+        params = ()
+        outputs: ClassVar[dict[str, Any]] = {}
+
+        def check_output(self, *_: Any) -> None:
+            raise raised
+
+    monkeypatch.setattr("batcher.results.load_service", lambda name: Careless())
+    artefact: Any = None
+
+    with pytest.raises(MalformedResults, match="cannot be checked"):
+        _check_item("careless", artefact, item(claims[0]), ItemResult(number=0, output={}))
+
+
+def test_a_provider_cannot_say_that_an_image_is_missing_here(claims: list[Claim]) -> None:
+    artefact: Any = None
+
+    with pytest.raises(MalformedResults, match="missing"):
+        _check_item("classification", artefact, item(claims[0]), ItemResult(number=0, error=ImageMissing()))

@@ -366,6 +366,18 @@ def test_the_requested_number_of_labels_comes_from_the_event_or_a_read() -> None
     assert [request.url.path for request in received] == ["/events", "/events", "/readPrediction/r1"]
 
 
+@pytest.mark.parametrize("output", [{"species": "setosa"}, 0.5])
+def test_an_output_that_is_not_a_list_of_labels_is_yielded_as_it_is(output: Any) -> None:
+    done = {"success": True, "req_id": "r1", "status": "done", "model": "m", "preds": output}
+    event = httpx.Response(200, text=f"data: {json.dumps(done)}\n\n", headers={"Content-Type": "text/event-stream"})
+    transport, _ = scripted(event)
+
+    with Client(URL, transport=transport) as calls:
+        (ended,) = calls.as_completed([Request(id="r1", status="queued", model="m")], top=3)
+
+    assert ended.preds == output
+
+
 def test_leaving_the_loop_early_closes_the_stream_also_while_an_event_loop_runs() -> None:
     class Events(httpx.SyncByteStream):
         is_closed = False

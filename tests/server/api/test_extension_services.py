@@ -133,6 +133,8 @@ def test_a_row_is_accepted_in_any_form_and_stored_in_one(
         ({"json": {"row": {**ROW, "sepal_length": {"cm": 1}}}}, 400, "not_a_row", "sepal_length"),
         ({"data": {"row": '{"sepal_length": NaN}'}, "content_type": FORM}, 400, "not_a_row", "not a JSON number"),
         ({"data": {"row": '{"a": 1, "a": 2}'}, "content_type": FORM}, 400, "not_a_row", "twice"),
+        ({"data": {"row": '{"a": "\\ud800"}'}, "content_type": FORM}, 400, "not_a_row", "surrogates not allowed"),
+        ({"json": {"row": {"a": "\ud800"}}}, 400, "not_a_row", "surrogates not allowed"),
         ({"data": {"row": ""}, "content_type": FORM}, 400, "malformed_request", "`row` is empty"),
         (
             {"data": {"row": json.dumps({**ROW, "note": "x" * 1000})}, "content_type": FORM},
