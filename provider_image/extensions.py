@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Extensions(Mapping[str, str]):
@@ -26,7 +29,15 @@ class Extensions(Mapping[str, str]):
     def _all(self) -> Mapping[str, str]:
         from importlib.metadata import entry_points  # imported here because it takes milliseconds
 
-        return {**{point.name: point.value for point in entry_points(group=self._group)}, **self._built_in}
+        found = {}
+        for point in entry_points(group=self._group):
+            try:
+                point.load()
+            except Exception:  # what the package of somebody else raises must not stop this project
+                logger.exception("%s %r cannot be imported, so it is left out", self._group, point.name)
+            else:
+                found[point.name] = point.value
+        return {**found, **self._built_in}
 
     def refresh(self) -> None:
         """Look for installed packages again at the next use."""
