@@ -166,7 +166,10 @@ class Decoder:
         if self.pid is None:
             self.stop()
             self._start()
-        assert self._connection is not None
+        assert self._connection is not None and self._process is not None
+        # A process that a malicious image controls could send half a message.
+        killer = threading.Timer(limit_seconds + KILL_MARGIN_SECONDS, self._process.kill)
+        killer.start()
         try:
             self._connection.send_bytes(json.dumps({**job, "limit_seconds": limit_seconds}).encode())
             if not self._connection.poll(limit_seconds):
@@ -186,6 +189,8 @@ class Decoder:
                 f"The process that decodes images {exit_description(status)} at this one. "
                 "Save it again in an image program and send that file."
             ) from error
+        finally:
+            killer.cancel()
         if "errno" in reply:
             missing_or_unreadable = OSError(reply["errno"], reply["text"])
             if isinstance(missing_or_unreadable, FileNotFoundError):

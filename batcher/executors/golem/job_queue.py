@@ -70,7 +70,9 @@ class JobQueue:
         return [each for each in self._waiting if model in (None, each.job.model) and not each.outcome.done()]
 
     def put(self, queued_job: QueuedJob, *, is_retry: bool = False) -> None:
-        """Add a job; a retried job goes first. After `close` the job ends."""
+        """Add a job; a retried job goes first. After `close` the job ends; one that nobody waits for is left out."""
+        if queued_job.outcome.done():
+            return
         if self._is_closed:
             queued_job.complete(Outcome.not_run(WorkerDied("The executor is closed.")))
             return

@@ -160,7 +160,8 @@ async def test_an_exe_unit_that_dies_removes_everything(tmp_path: Path, seconds:
     fault = Fault(kind="die", after=1, seconds=seconds)
     async with exe_unit(tmp_path, fault) as unit:
         await run_batch(unit, sh("setsid sleep 60 &"))
-        [left] = unit._sandbox.processes.pids()
+        processes = unit._sandbox.processes
+        left = await until(lambda: processes.pids()[0] if len(processes.pids()) == 1 else 0)
         # If the program ends first, the exe-unit dies then, so the test does not wait for `seconds`.
         batch = await unit.execute([sh("true"), sh("touch /golem/work/not")])
 
