@@ -158,8 +158,8 @@ class Blame(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewRequest:
-    """A request that is about to be added."""
+class RequestFacts:
+    """What a client says of a request; it does not change."""
 
     #: Unguessable and unique; see `store.new_id`.
     id: str
@@ -171,10 +171,6 @@ class NewRequest:
     params: Mapping[str, Any] = field(default_factory=dict)
     #: The client's own file name, cleaned; only shown, never used as a path.
     name: str | None = None
-    #: Digest of the installed artefact. An earlier answer of the same artefact for the same bytes is reused.
-    digest: str | None = None
-    #: True when the client wants a new answer even if there is an earlier one.
-    is_fresh: bool = False
     #: The batch it belongs to.
     batch_id: str | None = None
     #: The client's own id, unique in its batch.
@@ -187,28 +183,28 @@ class NewRequest:
     keep_seconds: float | None = None
     #: If it is still queued then, it expires.
     deadline_at: datetime | None = None
-    #: URL that is notified when the request is done.
-    webhook: str | None = None
     #: When it was accepted.
     created_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestRecord:
+class NewRequest(RequestFacts):
+    """A request that is about to be added."""
+
+    #: Digest of the installed artefact. An earlier answer of the same artefact for the same bytes is reused.
+    digest: str | None = None
+    #: True when the client wants a new answer even if there is an earlier one.
+    is_fresh: bool = False
+    #: URL that is notified when the request is done.
+    webhook: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRecord(RequestFacts):
     """One request as it is stored."""
 
     #: Counts up in the order of arrival; the queue's order.
     number: int
-    #: The id that the client knows.
-    id: str
-    #: The kind of service.
-    service: str
-    #: The model's canonical name.
-    model: str
-    #: Options of the service.
-    params: Mapping[str, Any]
-    #: The client's file name; only shown.
-    name: str | None
     #: Sha256 of the image's bytes, lower-case hex.
     image_sha256: str
     #: Size of the image.
@@ -219,8 +215,6 @@ class RequestRecord:
     attempts: int
     #: Index into ISOLATION_STEPS.
     isolation: int
-    #: When it was accepted.
-    created_at: datetime
     #: Not claimed before this time.
     due_at: datetime
     #: When the current or last claim was made.
@@ -250,18 +244,6 @@ class RequestRecord:
     #: Its inputs beside the image, and the files of its answer, by name.
     inputs: Mapping[str, StoredFile] = field(default_factory=dict)
     files: Mapping[str, StoredFile] = field(default_factory=dict)
-    #: The batch it belongs to.
-    batch_id: str | None = None
-    #: The client's own id, unique in its batch.
-    client_id: str | None = None
-    #: The client's labels.
-    labels: Mapping[str, str] = field(default_factory=dict)
-    #: The API key it was sent with; None where none is required.
-    key_id: str | None = None
-    #: Seconds that it is kept after its end; None leaves that to the operator.
-    keep_seconds: float | None = None
-    #: If it is still queued then, it expires.
-    deadline_at: datetime | None = None
     #: Its share of its chunk's cost, in GLM; None where nothing is paid, and for a reused answer.
     cost: Decimal | None = None
     #: False while the cost is an estimate.
