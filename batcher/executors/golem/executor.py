@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 
-from batcher.errors import GolemUnavailable, NoProvider
+from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
 from batcher.executors import ExecutorContext, Job, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 JOBS_PER_WORKER = 2
 #: Size of an allocation, in GLM, when no budget is set.
 _DEFAULT_ALLOCATION = Decimal(10)
+#: Size of one for a session that only settles: old invoices get allocations of their own.
+_SMALLEST_ALLOCATION = Decimal("0.0001")
 
 
 class GolemExecutor:
@@ -172,12 +174,22 @@ class GolemExecutor:
             await self._end_session(0.0)
 
     async def _open(self) -> None:
-        left = await self._parts.money.left()
-        self._sessions += 1
-        amount = _DEFAULT_ALLOCATION if left is None else left
-        session = Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
+        try:
+            left = await self._parts.money.left()
+        except BudgetReached:
+            if await asyncio.to_thread(self._parts.money.has_leftovers, self._parts.is_gone):
+                # What is left open counts against the caps until it is settled, and only a session settles it.
+                session = self._new_session(_SMALLEST_ALLOCATION)
+                await session.open(awaits_invoices=True)
+                await session.close(self._settings.settle_seconds)
+            raise
+        session = self._new_session(_DEFAULT_ALLOCATION if left is None else left)
         await session.open()
         self._session = session
+
+    def _new_session(self, amount: Decimal) -> Session:
+        self._sessions += 1
+        return Session(self._parts, number=self._sessions, tag=self._tag, amount=amount)
 
     async def _wait_without_session(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -144,6 +144,11 @@ class Money:
                 self.ledger.end_agreement(agreement_id, reason=GONE_REASON, now=now)
         self.reservations.write_off(ended_before=now - timedelta(seconds=self.timings.write_off_seconds), now=now)
 
+    def has_leftovers(self, is_gone: Callable[[str], bool]) -> bool:
+        """Return whether something is open that no running batcher but this one will settle."""
+        found = self.reservations.list(is_open=True)
+        return any(each.batcher_id == self.owner or is_gone(each.batcher_id) for each in found)
+
     def release_all(self) -> None:
         """Release what is reserved without an agreement; called when no agreement is being made."""
         self.ledger_writer.enqueue(self.reservations.release_all_of, self.owner)

@@ -66,8 +66,12 @@ class Session:
         """yapapi's engine, once open."""
         return self._golem._engine
 
-    async def open(self) -> None:
-        """Open the session. :raises GolemUnavailable: the daemon cannot be used; says why."""
+    async def open(self, *, awaits_invoices: bool = False) -> None:
+        """Open the session.
+
+        :param awaits_invoices: whether the end of the session waits for the invoices of what others left open.
+        :raises GolemUnavailable: the daemon cannot be used; says why.
+        """
         import_yapapi()
         from yapapi import Golem
         from yapapi.config import ApiConfig
@@ -116,7 +120,7 @@ class Session:
         self._parts.ledger_writer.enqueue(self._parts.ledger.record_allocation, record)
         self.payment_processor = PaymentProcessor(self._parts, self)
         self.payment_processor.start()
-        await self._recover(self._is_over)
+        await self._recover(self._is_over, awaits_invoices=awaits_invoices)
         log.info("opened a session with the Golem daemon", extra={"allocation": allocation.id})
 
     async def _recover(self, is_gone: Callable[[str], bool], *, awaits_invoices: bool = False) -> bool:

@@ -387,6 +387,27 @@ def test_an_old_invoice_is_paid_even_if_the_new_budget_is_smaller(play: Play) ->
     play(body, provider("alpha", fault("late-bill", seconds=0.3)), faults=unread, settle_seconds=0.0)
 
 
+def test_what_is_left_open_is_settled_although_the_budget_is_used_up(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        await harness.run("one")
+        await close(harness, unbilled=["alpha"])
+        await until(lambda: harness.devnet.payment.invoices != {})
+        # Less than what may be owed for the agreement that is left open.
+        next_executor = harness.next_executor(budget_total=Decimal("0.0000001"))
+        try:
+            await next_executor.start()
+            await until(lambda: harness.store.ledger.agreements(is_settled=False) == [])
+        finally:
+            await next_executor.close()
+
+        assert harness.store.ledger.spent() == harness.paid() > 0
+        assert harness.store.reservations.list(is_open=True) == []
+        assert harness.devnet.payment.wallet.list_active() == []
+
+    unread = (fault("http-500", path="GET /payment-api/v1/debitNoteEvents"),)
+    play(body, provider("alpha", fault("late-bill", seconds=0.3)), faults=unread, settle_seconds=0.0)
+
+
 def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_folder: Path) -> None:
     async def main() -> None:
         async with devnet_and_store(scenario(provider("alpha"), provider("beta")), tmp_path, models_folder) as (
