@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share, total
@@ -34,6 +33,7 @@ from store.requests import (
     ROWS_PER_COMMIT,
     NewRequest,
     RequestRecord,
+    SubmissionFacts,
     delete_requests,
     insert_requests,
     read_requests,
@@ -111,29 +111,9 @@ class RefusedItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchRecord:
+class BatchRecord(SubmissionFacts):
     """One batch as it was accepted; its outcome is in `BatchProgress`."""
 
-    #: Unguessable and unique; made by `store.new_id`.
-    id: str
-    #: The kind of service.
-    service: str
-    #: The model's canonical name.
-    model: str
-    #: Options of the service, the same for all requests of the batch.
-    params: Mapping[str, Any] = field(default_factory=dict)
-    #: The client's name for it; only shown.
-    name: str | None = None
-    #: The client's labels; each request has them too.
-    labels: Mapping[str, str] = field(default_factory=dict)
-    #: The API key it was sent with; None where none is required.
-    key_id: str | None = None
-    #: When it was accepted.
-    created_at: datetime
-    #: Requests that are still queued then expire.
-    deadline_at: datetime | None = None
-    #: Seconds that each request is kept after its end; None leaves that to the operator.
-    keep_seconds: float | None = None
     #: Requests that were accepted.
     total: int = 0
     #: Items that were refused.

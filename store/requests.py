@@ -158,8 +158,8 @@ class Blame(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestFacts:
-    """What a client says of a request; it does not change."""
+class SubmissionFacts:
+    """What a client says of a request, or of all requests of a batch; it does not change."""
 
     #: Unguessable and unique; see `store.new_id`.
     id: str
@@ -169,12 +169,8 @@ class RequestFacts:
     model: str
     #: Options of the service, already checked by it.
     params: Mapping[str, Any] = field(default_factory=dict)
-    #: The client's own file name, cleaned; only shown, never used as a path.
+    #: The client's own name of the file or the batch, cleaned; only shown, never used as a path.
     name: str | None = None
-    #: The batch it belongs to.
-    batch_id: str | None = None
-    #: The client's own id, unique in its batch.
-    client_id: str | None = None
     #: The client's labels.
     labels: Mapping[str, str] = field(default_factory=dict)
     #: The API key it was sent with; None where none is required.
@@ -185,6 +181,16 @@ class RequestFacts:
     deadline_at: datetime | None = None
     #: When it was accepted.
     created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFacts(SubmissionFacts):
+    """What a client says of one request."""
+
+    #: The batch it belongs to.
+    batch_id: str | None = None
+    #: The client's own id, unique in its batch.
+    client_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
