@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 INPUT = CATALOGUE["efficientnet_lite0"]
 #: Loaded by every decoder. An image that ends in POISON ends its process, as a bug in a decoder may. One that ends in
 #: HOLD:PATH creates PATH.begun with the process's id when it begins, and waits until PATH exists. One that ends in LOCK
-#: hangs and holds the GIL.
+#: hangs and holds the GIL. One that ends in HALF sends the beginning of a message and hangs, and no alarm ends it.
 PLUGIN = (
     DECODE_GATE
     + """
@@ -58,6 +58,11 @@ def decode(data, *arguments, plain=imaging.decode, **options):
     if bytes(data).endswith(b"LOCK"):
         print("locked", file=__import__("sys").stderr, flush=True)
         ctypes.PyDLL(None).sleep(1000)
+    if bytes(data).endswith(b"HALF"):
+        __import__("signal").setitimer(0, 0)
+        os.write(0, (100).to_bytes(4, "big") + b'{"code":')
+        while True:
+            __import__("time").sleep(1000)
     return plain(data, *arguments, **options)
 
 imaging.decode = decode
@@ -441,6 +446,15 @@ def test_an_image_that_hangs_times_out_and_the_others_are_resized(resizer: Any, 
     results = resize(made, tmp_path, small_image(1), small_image(2) + end, small_image(3))
 
     assert isinstance(results[1], ChunkTimeout) and "1 s" in results[1].reason
+    assert [results[0].keys(), results[2].keys()] == [{"image"}, {"image"}]
+
+
+def test_a_process_that_sends_half_a_message_and_hangs_is_killed(resizer: Any, tmp_path: Path) -> None:
+    made = resizer(workers=1, limit_seconds=0.5)
+
+    results = resize(made, tmp_path, small_image(1), small_image(2) + b"HALF", small_image(3))
+
+    assert isinstance(results[1], WorkerDied) and "SIGKILL" in results[1].reason
     assert [results[0].keys(), results[2].keys()] == [{"image"}, {"image"}]
 
 
