@@ -44,10 +44,14 @@ _END = "end"
 
 
 class Stream:
-    """The body of a response, piece by piece; an error ends it. Releases its slot however it ends."""
+    """The body of a response, piece by piece; an error ends it. Releases its slot however it ends.
 
-    def __init__(self, pieces: Generator[bytes, None, None], on_close: Callable[[], None]) -> None:
+    :param listener: no piece is written after its end, also to a client that reads slowly what happened before.
+    """
+
+    def __init__(self, pieces: Generator[bytes, None, None], listener: Listener, on_close: Callable[[], None]) -> None:
         self._pieces = pieces
+        self._listener = listener
         self._on_close: Callable[[], None] | None = on_close
 
     def __iter__(self) -> Stream:
@@ -55,7 +59,8 @@ class Stream:
 
     def __next__(self) -> bytes:
         try:
-            return next(self._pieces)
+            if not self._listener.is_ended:
+                return next(self._pieces)
         except StopIteration:
             raise
         except MlgError as error:
@@ -90,7 +95,7 @@ def stream_requests(
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     with change_dispatcher.listening(listener):
         cursor = parse_id(last_id)
-        while not change_dispatcher.is_stopped:
+        while not listener.is_ended:
             snapshot = feed.snapshot(ids=ids, batch_id=listener.batch_id)
             if not snapshot.floor <= cursor[0] <= snapshot.latest:
                 cursor = _START  # too old, or of another database
@@ -125,7 +130,7 @@ def stream_counts(
     with change_dispatcher.listening(listener):
         last = parse_id(last_id)[0]
         cursor = int(last) if last >= 0 else feed.latest()
-        while not change_dispatcher.is_stopped:
+        while not listener.is_ended:
             latest, counts = feed.count(cursor)
             if latest > cursor:
                 cursor = latest
@@ -167,7 +172,7 @@ def _stream_changes(
     :return: if the listener has too many pending changes, the last change that was written; else None.
     """
     last = covered
-    while not change_dispatcher.is_stopped:
+    while not listener.is_ended:
         if all(state.is_final for state in states.values()):
             yield f"id: {last}-{_END}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
             return None
