@@ -16,7 +16,7 @@ from typing import Any
 
 import flask
 
-from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
+from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.auth.guard import caller_check
@@ -98,11 +98,11 @@ class BatchViews(Views):
     @_operation("GET /batches", "List batches, newest first", Scope.READ, returns="Batches", query=(CURSOR, LIMIT))
     def list_batches(self) -> flask.Response:
         """List batches, newest first."""
-        page = PageQuery.from_request(flask.request)
+        page = PageQuery.from_request(flask.request, self._cursors("batches"))
         found = self._store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
         shown = [self._serialize(batch) for batch in found[: page.limit]]
-        following = to_cursor(found[page.limit - 1].number) if len(found) > page.limit else None
-        return json_response({"success": True, "batches": shown, "next": following})
+        last = found[page.limit - 1].number if len(found) > page.limit else None
+        return json_response({"success": True, "batches": shown, "next": page.next_cursor(last)})
 
     @_operation("GET /batches/<id>", "Read the progress of a batch", Scope.READ, returns=_BATCH, query=(WAIT,))
     def show_batch(self, id: str) -> flask.Response:

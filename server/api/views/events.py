@@ -80,6 +80,7 @@ class EventViews(Views):
             context.change_dispatcher,
             context.store.changes,
             listener,
+            cursors=self._cursors("events"),
             ids=ids,
             last_id=last_id,
             serialize=context.serialize,
@@ -91,7 +92,13 @@ class EventViews(Views):
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
         listener = Listener(is_all=True, is_allowed=caller_check())
-        pieces = stream_counts(self._context.change_dispatcher, self._store.changes, listener, last_id=last_id)
+        pieces = stream_counts(
+            self._context.change_dispatcher,
+            self._store.changes,
+            listener,
+            cursors=self._cursors("events"),
+            last_id=last_id,
+        )
         return self._response(pieces, listener)
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:

@@ -54,7 +54,18 @@ def test_a_single_request_has_labels_and_is_found_by_them(
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=201", "limit=x", "cursor=x", "cursor=%ff", "state=gone", "since=soon", "more=1", "q=a&q=b"],
+    [
+        "limit=0",
+        "limit=201",
+        "limit=x",
+        "cursor=x",
+        "cursor=",
+        "cursor=%ff",
+        "state=gone",
+        "since=soon",
+        "more=1",
+        "q=a&q=b",
+    ],
 )
 def test_a_query_that_cannot_be_read_is_refused(client: flask.testing.FlaskClient, query: str) -> None:
     assert client.get(f"/requests?{query}").status_code == 400

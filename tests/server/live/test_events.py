@@ -24,7 +24,6 @@ from server.app import create_app, get_context
 from server.auth.guard import get_guard
 from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.live.changes import ChangeDispatcher, Listener
-from server.live.sse import is_end_id, parse_id
 from server.settings import ServerSettings
 from store import keys
 from store.keys import Scope
@@ -414,23 +413,41 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: Store) -> No
     assert client.get(f"/events?ids={id}").status_code == 503
 
 
-@pytest.mark.parametrize(
-    ("text", "position"),
-    [
-        (None, (-1, -1)),
-        ("", (-1, -1)),
-        ("x", (-1, -1)),
-        ("-3", (-1, -1)),
-        ("9" * 16, (-1, -1)),
-        ("7-x", (-1, -1)),
-        ("7", (7, float("inf"))),
-        ("7-end", (7, float("inf"))),
-        ("7-12", (7, 12)),
-    ],
-)
-def test_an_event_id_is_a_position_in_the_feed(text: str | None, position: tuple[float, float]) -> None:
-    assert parse_id(text) == position
-    assert is_end_id(text) == (text == "7-end")
+@pytest.mark.parametrize("last_id", ["", "x", "7", "7-end", ".end", "A" * 43, "é", "A" * 5000])
+def test_an_id_that_is_none_of_the_stream_is_its_start(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], last_id: str
+) -> None:
+    id = post(client)
+    answer()
+
+    response = client.get(f"/events?ids={id}", headers={"Last-Event-ID": last_id})
+
+    assert response.status_code == (204 if last_id == ".end" else 200)
+    assert states_of(parse(response.text)) == ([] if last_id == ".end" else [(id, "done")])
+
+
+def test_the_ids_of_events_tell_nothing_of_other_keys(
+    client: flask.testing.FlaskClient, store: Store, answer: Callable[..., list[str]]
+) -> None:
+    mine, other = (make_key(store, name, Scope.SUBMIT, Scope.READ) for name in ("mine", "other"))
+    id, theirs = (
+        client.post(URL, data=make_image(), content_type="image/png", headers=headers).json["req_id"]
+        for headers in (mine, other)
+    )
+    answer()
+
+    events, events_of_other = (
+        parse(client.get(f"/events?ids={one}", headers=headers).text) for one, headers in ((id, mine), (theirs, other))
+    )
+    again = client.get(f"/events?ids={theirs}", headers={**other, "Last-Event-ID": events[0]["id"]})
+
+    codecs = get_context(client.application).cursors
+    record = store.requests.get(id)
+    (position, _), *_ = store.changes.read_changed([record.number])
+    assert codecs.codec("events", record.key_id).read(events[0]["id"]) == (position[0], 2**62)
+    assert not {event["id"] for event in events} & {event["id"] for event in events_of_other}
+    # An id of another key is none of this one's.
+    assert states_of(parse(again.text)) == [(theirs, "done")]
 
 
 def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.testing.FlaskClient) -> None:
