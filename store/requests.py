@@ -47,7 +47,9 @@ _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
 
 _ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
-_ADD_LABELS = "INSERT INTO request_labels (name, value, number) SELECT key, value, ? FROM json_each(?)"
+_ADD_LABELS = """
+    INSERT INTO request_labels (name, value, number, key_id) SELECT key, value, ?, ? FROM json_each(?)
+"""
 
 _REMOVE_LABELS = """
     DELETE FROM request_labels WHERE (name, value, number) IN (SELECT key, value, ? FROM json_each(?))
@@ -414,7 +416,7 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
         return []
     # Nobody else writes meanwhile, so the numbers have no gaps.
     added = transaction.execute(_ADDED, (numbers[0], numbers[-1])).fetchall()
-    labels = [(row["number"], row["labels"]) for row in added if row["labels"] != "{}"]
+    labels = [(row["number"], row["key_id"], row["labels"]) for row in added if row["labels"] != "{}"]
     transaction.execute_many(_ADD_LABELS, labels)
     records = [_to_record(row) for row in added]
     _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
