@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import flask.testing
 import pytest
 
+from provider_image.models.artefact import installed_digest
+from server.app import create_app
 from server.settings import ServerSettings
 from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.requests import Answer
 from store.search import Query, _SearchSql
 from store.store import Store
+from tests.conftest import OUTPUT
 from tests.timing import slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -259,16 +264,48 @@ def test_a_key_finds_its_own_by_label_in_one_read(crowded: Store) -> None:
     assert found.next_before is None
 
 
+def make_headers(store: Store, name: str) -> dict[str, str]:
+    """Create an API key; return the headers that send it."""
+    id, key = make_key()
+    scopes = frozenset({Scope.SUBMIT, Scope.READ})
+    store.keys.add(KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC)))
+    return {"X-API-Key": key}
+
+
+@pytest.mark.parametrize("shares_answers", [False, True])
+def test_an_image_of_another_key_is_known_only_where_answers_are_shared(
+    settings: ServerSettings, store: Store, photos: dict[str, bytes], shares_answers: bool
+) -> None:
+    client = create_app(replace(settings, shares_answers=shares_answers), store).test_client()
+    alice, bob = make_headers(store, "alice"), make_headers(store, "bob")
+
+    def send_with(headers: dict[str, str]) -> tuple[bool, str]:
+        sent = client.post(URL, data=photos["rocket"], content_type="image/jpeg", headers=headers).json
+        image = (io.BytesIO(photos["rocket"]), "a.jpg")
+        batch = client.post(URL.replace("Prediction", "Predictions"), data={"image": [image]}, headers=headers).json
+        return sent["cached"], batch["items"][0]["status"]
+
+    before = send_with(alice)
+    digest = installed_digest(settings.models, "efficientnet_lite0")
+    now = datetime.now(UTC)
+    claims = store.requests.claim(
+        models=["efficientnet_lite0"], limit=9, now=now, lease_ends_at=now + timedelta(hours=1), oldest_before=None
+    )
+    answers = [
+        Answer(claim=claim, output=OUTPUT, digest=str(digest), chunk_id="c", provider="p", seconds=0.1)
+        for claim in claims
+    ]
+    store.requests.finish(answers, now=now)
+
+    assert before == (False, "queued")
+    assert send_with(alice) == (True, "done")
+    assert send_with(bob) == ((True, "done") if shares_answers else (False, "queued"))
+
+
 def test_a_cursor_of_another_key_is_refused(
     client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes]
 ) -> None:
-    headers = []
-    for name in ("alice", "bob"):
-        id, key = make_key()
-        scopes = frozenset({Scope.SUBMIT, Scope.READ})
-        record = KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC))
-        store.keys.add(record)
-        headers.append({"X-API-Key": key})
+    headers = [make_headers(store, name) for name in ("alice", "bob")]
     for _ in range(2):
         client.post(URL, data=photos["rocket"], content_type="image/jpeg", headers=headers[0])
 
