@@ -217,11 +217,23 @@ def test_health_and_the_first_page_are_open_to_everybody(
 
 
 @pytest.mark.parametrize(
-    ("scope", "sends", "reads", "cancels"),
-    [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
+    ("scope", "sends", "reads", "cancels", "measures"),
+    [
+        (Scope.SUBMIT, 202, 403, 200, 403),
+        (Scope.READ, 403, 404, 403, 403),
+        (Scope.METRICS, 403, 403, 403, 200),
+        (Scope.OPERATE, 202, 200, 200, 200),
+    ],
 )
 def test_a_key_is_limited_to_its_scopes(
-    client: flask.testing.FlaskClient, make: Make, image: bytes, scope: Scope, sends: int, reads: int, cancels: int
+    client: flask.testing.FlaskClient,
+    make: Make,
+    image: bytes,
+    scope: Scope,
+    sends: int,
+    reads: int,
+    cancels: int,
+    measures: int,
 ) -> None:
     key = make("one", scope)
     sent = send(client, image, key)
@@ -230,8 +242,11 @@ def test_a_key_is_limited_to_its_scopes(
     read = client.get(f"/readPrediction/{id}", headers=bearer(key))
     cancelled = client.delete(f"/requests/{id}", headers=bearer(key))
 
-    assert (sent.status_code, read.status_code, cancelled.status_code) == (sends, reads, cancels)
-    for answer in (sent, read, cancelled):
+    measured = client.get("/metrics", headers=bearer(key))
+
+    answers = (sent, read, cancelled, measured)
+    assert tuple(answer.status_code for answer in answers) == (sends, reads, cancels, measures)
+    for answer in answers:
         assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
 
 
