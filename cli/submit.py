@@ -69,7 +69,8 @@ def submit(
 ) -> None:
     """Send images, or folders of images, to a server.
 
-    After an interruption run the same command again: images that the server has acknowledged are not sent twice.
+    After an interruption run the same command again: images that the server has acknowledged are not sent twice, except
+    those that have failed, expired or been cancelled since.
 
     Each line on stdout is a file and its request id, separated by a tab; with --wait the status and the best label
     follow. The exit status is 1 if any image failed.
@@ -199,7 +200,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def send_all(rows: Sequence[Row], client: Client, model: str, journal: SubmitJournal, *, top: int) -> Iterator[Row]:
-    """Send the images that the server has not acknowledged yet; identical images are sent once.
+    """Send the images that the server has not acknowledged yet, or that ended without a result; identical ones once.
 
     :return: each file when it was acknowledged, now or in an earlier run, or refused, in the order of the files.
     :raises ClientError: the server is unreachable, or refuses every image for this model. The journal has what was
@@ -214,7 +215,8 @@ def send_all(rows: Sequence[Row], client: Client, model: str, journal: SubmitJou
                 new.setdefault(image.sha256, image)
         known = {sha256: id for sha256 in new if (id := journal.find(sha256)) is not None}
         for sha256, request in zip(known, client.read_many(known.values(), top=top), strict=True):
-            if request is not None:
+            # What ended without a result is sent again.
+            if request is not None and (request.status == "done" or not request.is_final):
                 outcomes[sha256] = request
         missing = [image for sha256, image in new.items() if sha256 not in outcomes]
         if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ _MAX_ID_LENGTH = 200
 class ImageUpload:
     """An image to send."""
 
-    #: Unique in its batch.
+    #: Its name for the client; `split` makes it unique in its batch.
     id: str
     #: The file name.
     name: str
@@ -55,7 +56,7 @@ def load(image: Image, *, name: str | None = None, id: str | None = None) -> Ima
         data, file_name = image.read(), getattr(image, "name", None)
         default_name = Path(file_name).name if isinstance(file_name, str) else default_name
     name = name or default_name
-    return ImageUpload(id=(id or name)[-_MAX_ID_LENGTH:], name=name, data=data)
+    return ImageUpload(id=id or name, name=name, data=data)
 
 
 def form_fields(inputs: Inputs) -> list[tuple[str, tuple[str | None, bytes, str]]]:
@@ -82,17 +83,24 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def split(uploads: Iterable[ImageUpload]) -> Iterator[list[ImageUpload]]:
-    """Divide images into batches lazily, so that only one batch is in memory."""
+    """Divide images into batches lazily, so that only one batch is in memory. Their ids are unique in a batch."""
     batch: dict[str, ImageUpload] = {}
     size_bytes = 0
     for upload in uploads:
         if batch and (len(batch) == MAX_BATCH_IMAGES or size_bytes + len(upload.data) > MAX_BATCH_BYTES):
             yield list(batch.values())
             batch, size_bytes = {}, 0
-        id = upload.id
-        if id in batch:
-            id = f"{len(batch)}:{id}"[:_MAX_ID_LENGTH]
+        id, number = _clean_id(upload.id), len(batch)
+        cleaned = id
+        while not id or id in batch:
+            id, number = f"{number}:{cleaned}"[:_MAX_ID_LENGTH].strip(), number + 1
         batch[id] = ImageUpload(id=id, name=upload.name, data=upload.data)
         size_bytes += len(upload.data)
     if batch:
         yield list(batch.values())
+
+
+def _clean_id(text: str) -> str:
+    """Shorten an id, and leave out what the server leaves out: two ids that differ in nothing else are equal to it."""
+    visible = "".join(character for character in text if unicodedata.category(character)[0] != "C")
+    return visible.strip()[-_MAX_ID_LENGTH:].strip()

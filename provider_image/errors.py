@@ -57,6 +57,10 @@ DAMAGED_FILE_ERRORS = (
     struct.error,
     zlib.error,
 )
+#: Between the code of a base and that of an error of another package, in replies.
+_BASE_END = "__"
+#: What `schemas.py` accepts as a code.
+_MAX_CODE_LENGTH = 64
 
 
 class MlgError(Exception):
@@ -81,8 +85,14 @@ class MlgError(Exception):
         return str(self)
 
     def to_reply(self) -> dict[str, Any]:
-        """Return what crosses the wire; see `error_from_reply`."""
-        return {"code": self.code, "reason": self.reason, "permanent": self.permanent}
+        """Return what crosses the wire; see `error_from_reply`.
+
+        The code of an error of another package comes after that of its base in this module, which every reader knows.
+        """
+        base = next(kind for kind in type(self).__mro__ if issubclass(kind, MlgError) and kind.__module__ == __name__)
+        both = f"{base.code}{_BASE_END}{self.code}"
+        code = self.code if base is type(self) else both if len(both) <= _MAX_CODE_LENGTH else base.code
+        return {"code": code, "reason": self.reason, "permanent": self.permanent}
 
 
 class BadInput(MlgError):
@@ -213,9 +223,13 @@ class ConfigError(MlgError):
 
 
 def error_from_reply(reply: Mapping[str, Any]) -> MlgError:
-    """Rebuild the error from what `to_reply` returned, elsewhere. An unknown code becomes a ChunkError."""
+    """Rebuild the error from what `to_reply` returned, elsewhere.
+
+    A class that is not loaded here becomes its base in this module, an unknown code a ChunkError.
+    """
     kinds: list[type[MlgError]] = [MlgError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
-    found = next((kind for kind in kinds if kind.code == reply.get("code")), ChunkError)
+    base, _, own = str(reply.get("code")).rpartition(_BASE_END)
+    found = next((kind for code in (own, base) for kind in kinds if kind.code == code), ChunkError)
     return found(str(reply.get("reason", "")) or None)

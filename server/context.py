@@ -15,7 +15,8 @@ import flask
 
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import CATALOGUE, install_command
-from server.auth.guard import owned
+from server.auth.cursors import CursorCodec, Cursors
+from server.auth.guard import owned, visible_key_id
 from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
 from server.intake.uploads import ActiveReads
@@ -43,6 +44,8 @@ class Context:
     long_poller: LongPoller
     #: Notifies event streams and held reads of changes.
     change_dispatcher: ChangeDispatcher
+    #: Positions in lists and streams, as clients get them.
+    cursors: Cursors
     #: Counts the threads that read bodies.
     active_reads: ActiveReads
     clock: Callable[[], datetime]
@@ -67,6 +70,7 @@ class Context:
             # Held reads take at most half of the threads.
             long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.server_threads // 2),
             change_dispatcher=change_dispatcher,
+            cursors=Cursors(settings.home),
             active_reads=active_reads,
             clock=clock,
             queue_stats=queue_stats,
@@ -135,6 +139,10 @@ class Views:
     def _get_batch(self, id: str) -> BatchRecord:
         """Return a batch of the caller's. :raises UnknownBatch:"""
         return owned(self._store.batches.get, id)
+
+    def _cursors(self, list_name: str) -> CursorCodec:
+        """Return what writes and reads the cursors of a list for the caller."""
+        return self._context.cursors.codec(list_name, visible_key_id())
 
     def register(self, app: flask.Flask) -> None:
         """Add the views to an application, in the order in which they are defined."""

@@ -41,6 +41,7 @@ from provider_image.errors import ConfigError, MlgError
 from server.address import reachable_host
 from server.app import create_app, get_context
 from server.auth.guard import check_exposure
+from server.auth.home_secret import read_home_secret
 from server.context import Context
 from server.http_client import HttpClient
 from server.intake.uploads import ActiveReads
@@ -92,6 +93,7 @@ def serve(
         store.migrate()
         store.check()
         check_exposure(settings, store.keys)
+        read_home_secret(settings.home)  # created now, so that lists can be read later also when the disk is full
     finally:
         store.close()
     # The workers inherit the socket, the pipe and the imported modules; 3.14 would choose another method.

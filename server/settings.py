@@ -53,6 +53,9 @@ class ServerSettings(HomeSettings):
     allowed_hosts: frozenset[str] = setting("MLG_ALLOWED_HOSTS", frozenset(), parse=_hosts)
     #: Fetch images by URL for clients. MLG_FETCH_URLS. Defaults to 0.
     fetches_urls: bool = setting("MLG_FETCH_URLS", False)
+    #: Reuse an earlier answer to the same image also for another API key, whose owner can then tell that the image was
+    #: sent before. MLG_SHARE_ANSWERS. Defaults to 0.
+    shares_answers: bool = setting("MLG_SHARE_ANSWERS", False)
     #: Seconds that fetching one image may take. MLG_FETCH_SECONDS. Defaults to 10 seconds.
     fetch_seconds: float = setting("MLG_FETCH_SECONDS", 10.0, minimum=0.1, maximum=60)
     #: Event streams that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.

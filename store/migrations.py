@@ -674,6 +674,19 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m016_leaks(db: sqlite_utils.Database) -> None:
+    """The labels of each key: a search of one key walks over no request of another."""
+    for statement in (
+        "ALTER TABLE request_labels ADD COLUMN key_id TEXT",
+        """
+        UPDATE request_labels SET key_id = (SELECT key_id FROM requests WHERE requests.number = request_labels.number)
+        WHERE number IN (SELECT number FROM requests WHERE key_id IS NOT NULL)
+        """,
+        "CREATE INDEX request_labels_key ON request_labels (key_id, name, value, number) WHERE key_id IS NOT NULL",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -686,6 +699,7 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m016_leaks,
 )
 
 

@@ -40,14 +40,17 @@ _FIND_ANSWER = """
     SELECT output, files, digest, provider, seconds, chunk_id FROM requests
     WHERE image_sha256 = :image_sha256 AND model = :model AND service = :service AND params = :params
       AND inputs = :inputs AND digest = :digest AND state = 'done'
-    LIMIT 1
 """
+
+_FIND_OWN_ANSWER = f"{_FIND_ANSWER} AND key_id IS :key_id"
 
 _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
 
 _ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
-_ADD_LABELS = "INSERT INTO request_labels (name, value, number) SELECT key, value, ? FROM json_each(?)"
+_ADD_LABELS = """
+    INSERT INTO request_labels (name, value, number, key_id) SELECT key, value, ?, ? FROM json_each(?)
+"""
 
 _REMOVE_LABELS = """
     DELETE FROM request_labels WHERE (name, value, number) IN (SELECT key, value, ? FROM json_each(?))
@@ -197,10 +200,13 @@ class RequestFacts(SubmissionFacts):
 class NewRequest(RequestFacts):
     """A request that is about to be added."""
 
-    #: Digest of the installed artefact. An earlier answer of the same artefact for the same bytes is reused.
+    #: Digest of the installed artefact. An earlier answer of the same artefact for the same bytes and the same key is
+    #: reused.
     digest: str | None = None
     #: True when the client wants a new answer even if there is an earlier one.
     is_fresh: bool = False
+    #: True when an earlier answer to a request of another key may be reused too.
+    shares_answers: bool = False
     #: URL that is notified when the request is done.
     webhook: str | None = None
 
@@ -388,6 +394,7 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
         state=str(RequestState.QUEUED),
         digest=None,  # of the answer
     )
+    del row["shares_answers"]  # not stored
     return {**row, "due_at": row["created_at"]}
 
 
@@ -404,7 +411,8 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
     for new, staged, row in items:
         earlier = None
         if new.digest is not None and not new.is_fresh:
-            earlier = transaction.execute(_FIND_ANSWER, {**row, "digest": new.digest}).fetchone()
+            find = _FIND_ANSWER if new.shares_answers else _FIND_OWN_ANSWER
+            earlier = transaction.execute(f"{find} LIMIT 1", {**row, "digest": new.digest}).fetchone()
         if earlier is not None:
             ended = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
             row = {**row, **dict(earlier), **ended}
@@ -414,7 +422,7 @@ def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: 
         return []
     # Nobody else writes meanwhile, so the numbers have no gaps.
     added = transaction.execute(_ADDED, (numbers[0], numbers[-1])).fetchall()
-    labels = [(row["number"], row["labels"]) for row in added if row["labels"] != "{}"]
+    labels = [(row["number"], row["key_id"], row["labels"]) for row in added if row["labels"] != "{}"]
     transaction.execute_many(_ADD_LABELS, labels)
     records = [_to_record(row) for row in added]
     _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
@@ -454,8 +462,8 @@ class Requests:
     def add(self, new: NewRequest, staged: StagedImage) -> RequestRecord:
         """Add a request and publish its image; return when both are durable.
 
-        When the same artefact has answered an equal image before, and the request is not fresh, it is done at once
-        with that answer and `is_cached`. After an error neither the row nor the image is left behind.
+        When the same artefact has answered an equal image of the same key before, and the request is not fresh, it is
+        done at once with that answer and `is_cached`. After an error neither the row nor the image is left behind.
 
         :raises StoreBusy: locked for too long.
         :raises StoreUnavailable: read-only or gone.

@@ -4,7 +4,10 @@ Used by `server/api/views/requests.py` and by the pages. `Requests.list` is for 
 
 A page takes bounded time: only so many requests are scanned. When few of them match, a page comes back short, or empty,
 and `next_before` tells where to go on; only None is the end. A filter that is used alone (a state, a model, a batch, a
-label, a key) has an index of its own, so its pages are always full.
+label, a key, a label of a key) has an index of its own, so its pages are always full.
+
+With a key, only requests of that key are walked over. Otherwise `next_before` would tell a client about the requests of
+others: that many have a label, or belong to a batch.
 
 Each page is one statement: an inner one walks down one index, the best that the query allows, over a bounded number of
 requests; an outer one reads the rows and applies the other filters. Weakness: a filter without an index (a rare name, a
@@ -86,18 +89,25 @@ class _SearchSql:
         state = self._state_of(query)
         if query.batch_id is not None:
             self._use_index("requests_batch", "batch_id = :batch_id")
+            if query.key_id is not None:
+                # Evaluated once: the requests of a batch have its key.
+                batch = "SELECT 1 FROM batches WHERE id = :batch_id AND key_id = :key_id"
+                self.index_conditions.append(f"EXISTS ({batch})")
         elif labels:
             name, value = labels.pop(0)
             self.values |= {"label_name": name, "label_value": value}
             self.source = "request_labels"
             self.index_conditions += ["name = :label_name", "value = :label_value"]
+            if query.key_id is not None:
+                self.source += " INDEXED BY request_labels_key"
+                self.index_conditions.append("key_id = :key_id")
         elif state is not None and state not in (RequestState.DONE, RequestState.CLAIMED) and query.key_id is None:
             if state is RequestState.QUEUED and query.model is not None:
                 self._use_index("requests_queued", "model = :model", "state = 'queued'")
             else:
                 index = "requests_waiting" if state is RequestState.QUEUED else f"requests_{state}"
                 self._use_index(index, f"state = '{state}'")
-        elif state is RequestState.CLAIMED:
+        elif state is RequestState.CLAIMED and query.key_id is None:
             self._use_index("requests_claimed", "state = 'claimed'")
         elif query.key_id is not None:
             self._use_index("requests_key", "key_id = :key_id")

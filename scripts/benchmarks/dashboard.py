@@ -9,7 +9,7 @@ import httpx
 
 from scripts.benchmarks import processes, stored_requests
 from scripts.benchmarks.measuring import milliseconds, print_table, timed, work_folder
-from server.api.query import to_cursor
+from server.auth.cursors import Cursors
 
 
 @click.command()
@@ -23,12 +23,13 @@ def main(count: int, times: int, depths: str) -> None:
         "GET /metrics": ("/metrics", {}),
         "GET /ui/operator": ("/ui/operator", {}),
     }
-    for depth in map(int, depths.split(",")):
-        cursor = {"cursor": str(to_cursor(count - depth))} if depth else {}
-        calls[f"GET /requests, {depth} from the newest"] = ("/requests", cursor)
     rows = []
     with work_folder() as folder:
         seconds = timed(lambda: stored_requests.add_day(folder / "home", count, queued=100))
+        cursors = Cursors(folder / "home").codec("requests", None)
+        for depth in map(int, depths.split(",")):
+            cursor = {"cursor": cursors.write(count - depth)} if depth else {}
+            calls[f"GET /requests, {depth} from the newest"] = ("/requests", cursor)
         size = (folder / "home" / "mlg.db").stat().st_size / 1e6
         with processes.serving_home(folder, folder / "home") as base, httpx.Client(base_url=base, timeout=60) as client:
             for name, (path, query) in calls.items():

@@ -5,14 +5,13 @@ Used by the views. A parameter that a view does not declare is an error, so that
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import flask
 
 from provider_image.errors import InvalidParams
+from server.auth.cursors import CursorCodec
 from server.auth.guard import visible_key_id
 from server.endpoint import Field
 from server.intake.uploads import query_fields
@@ -48,6 +47,7 @@ class PageQuery:
 
     #: Only entries of this key; None shows all.
     key_id: str | None
+    cursors: CursorCodec
     #: Only numbers below this.
     before: int | None
     limit: int
@@ -56,17 +56,26 @@ class PageQuery:
 
     @classmethod
     def from_request(
-        cls, request: flask.Request, others: Collection[str] = (), *, repeatable: str | None = None
+        cls,
+        request: flask.Request,
+        cursors: CursorCodec,
+        others: Collection[str] = (),
+        *,
+        repeatable: str | None = None,
     ) -> PageQuery:
         """Read the query. :param others: the other parameters that the list has. :raises InvalidParams:"""
         fields = read_query(request, *others, "cursor", "limit", repeatable=repeatable)
-        cursor = fields.pop("cursor", None)
         return cls(
             key_id=visible_key_id(),
-            before=None if cursor is None else _from_cursor(cursor),
+            cursors=cursors,
+            before=parse_cursor(cursors, "cursor", fields.pop("cursor", None)),
             limit=parse_limit(fields.pop("limit", None), MAX_PAGE_SIZE),
             fields=fields,
         )
+
+    def next_cursor(self, number: int | None) -> str | None:
+        """Write where the next page starts; None at the end of the list."""
+        return None if number is None else self.cursors.write(number)
 
 
 def read_query(request: flask.Request, *known: str, repeatable: str | None = None) -> dict[str, str]:
@@ -113,23 +122,18 @@ def parse_limit(text: str | None, maximum: int) -> int:
     return int(text)
 
 
+def parse_cursor(cursors: CursorCodec, name: str, text: str | None) -> int | None:
+    """Read the number where a page starts; None without a cursor. :raises InvalidParams:"""
+    if text is None:
+        return None
+    found = cursors.read(text)
+    if found is None:
+        raise InvalidParams(f"{name} takes a value from an earlier response, for the same list and API key.")
+    return found[0]
+
+
 def parse_number(name: str, text: str) -> int:
     """Read a number that an earlier response contained. :raises InvalidParams:"""
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise InvalidParams(f"{name} takes a value from an earlier response.")
     return int(text)
-
-
-def to_cursor(number: int | None) -> str | None:
-    """Write a position in a list; None at its end."""
-    return None if number is None else base64.urlsafe_b64encode(f"n{number}".encode()).decode().rstrip("=")
-
-
-def _from_cursor(text: str) -> int:
-    try:
-        plain = base64.urlsafe_b64decode(text[:64] + "=" * (-len(text[:64]) % 4)).decode("ascii")
-    except (binascii.Error, ValueError):
-        plain = ""
-    if not plain.startswith("n"):
-        raise InvalidParams("cursor takes the `next` of the previous page.")
-    return parse_number("cursor", plain[1:])

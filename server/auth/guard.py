@@ -10,7 +10,8 @@
   requests that change something must come from this server's own pages.
 
 A view must not read keys itself: it calls `owned`, `visible_key_id`, `current_key_id` and `check_quota`. A revoked key
-is refused after a few seconds at the latest, see `key_cache.py`.
+is refused after a few seconds at the latest, see `key_cache.py`; what takes longer checks the caller again, see
+`caller_check`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,27 @@ def owned(look_up: Callable[[str], Record], id: str) -> Record:
     if not is_owner(record):
         raise UnknownBatch() if isinstance(record, BatchRecord) else UnknownRequest()
     return record
+
+
+def caller_check() -> Callable[[], bool]:
+    """Return a function that tells whether the caller of this request is still allowed to send it.
+
+    For views that take long. It may be called in any thread and outside of the request, and raises nothing.
+    """
+    guard, key, cookie = get_guard(flask.current_app), current_key(), flask.g.get("session_cookie")
+
+    def is_allowed() -> bool:
+        try:
+            if key is None:
+                return guard.is_open()
+            if cookie is not None and guard.sessions.key_id(cookie) != key.id:
+                return False
+            return guard.key_cache.find_by_id(key.id, guard.now()) is not None
+        except StoreError as error:
+            log.warning("cannot check again whether a caller is allowed: %s", error)
+            return False
+
+    return is_allowed
 
 
 def check_quota() -> None:
@@ -233,6 +255,7 @@ class Guard:
                 check_same_origin(is_strict=True)
             id = self.sessions.key_id(cookie)
             record = None if id is None else self.key_cache.find_by_id(id, now)
+            flask.g.session_cookie = cookie
         else:
             raise KeyMissing()
         if record is None:

@@ -53,6 +53,7 @@ class _Submission:
     #: Of the read-time parameters those that the client sent. They are not stored, as equal images share an answer.
     read_params: Mapping[str, Any]
     is_fresh: bool
+    shares_answers: bool
     webhook: str | None
     key_id: str | None
     params: Mapping[str, Any]
@@ -66,6 +67,7 @@ class _Submission:
             name=name,
             digest=self.digest,
             is_fresh=self.is_fresh,
+            shares_answers=self.shares_answers,
             webhook=self.webhook,
             key_id=self.key_id,
             created_at=created_at,
@@ -232,6 +234,7 @@ class Intake:
             "params": {name: value for name, value in params.items() if name not in read_time},
             "read_params": {name: value for name, value in params.items() if name in read_time and name in raw},
             "is_fresh": is_fresh,
+            "shares_answers": self._settings.shares_answers,
             "webhook": webhook,
         }
 

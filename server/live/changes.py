@@ -2,7 +2,8 @@
 
 Used by `sse.py`, which writes them as events, and by `long_poll.py`. One thread per server process polls the feed
 for all listeners; without a listener there is no thread. When a request changes several times between two polls, its
-listeners get the last state only.
+listeners get the last state only. The thread also checks each listener's API key again, and ends those whose key is not
+valid any more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from provider_image.errors import MlgError
@@ -38,11 +39,24 @@ class Change:
 
 
 class Listener:
-    """What one stream listens to, and the changes that it has not read yet."""
+    """What one stream listens to, and the changes that it has not read yet.
 
-    def __init__(self, *, numbers: Collection[int] = (), batch_id: str | None = None, is_all: bool = False) -> None:
+    :param is_allowed: tells whether it may still listen; called again and again, must not raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_allowed: Callable[[], bool],
+        numbers: Collection[int] = (),
+        batch_id: str | None = None,
+        is_all: bool = False,
+    ) -> None:
+        self.is_allowed = is_allowed
         self.batch_id = batch_id
         self.is_all = is_all
+        #: True once nothing may be read from it any more.
+        self.is_ended = False
         #: The requests and the batch, by which the dispatcher finds it.
         self.keys: set[int | str] = {*numbers, *(() if batch_id is None else (batch_id,))}
         self._condition = threading.Condition()
@@ -67,10 +81,16 @@ class Listener:
             self._is_notified = True
             self._condition.notify()
 
+    def end(self) -> None:
+        """End its waits from now on."""
+        with self._condition:
+            self.is_ended = True
+            self._condition.notify()
+
     def wait(self, seconds: float) -> list[Change] | None:
         """Wait for changes. :return: the pending ones; None when there were too many, and the feed must be read."""
         with self._condition:
-            if not self._is_notified:
+            if not self._is_notified and not self.is_ended:
                 self._condition.wait(seconds)
             self._is_notified = False
             if self._has_overflowed:
@@ -85,13 +105,21 @@ class ChangeDispatcher:
     """The listeners of one server process; `capacity` of them have a slot."""
 
     def __init__(
-        self, changes: Changes, *, capacity: int, heartbeat_seconds: float = 15.0, max_pending: int = 5000
+        self,
+        changes: Changes,
+        *,
+        capacity: int,
+        heartbeat_seconds: float = 15.0,
+        max_pending: int = 5000,
+        check_seconds: float = 1.0,
     ) -> None:
         self._changes = changes
         #: Time after which an idle stream sends a comment; so a client that has disconnected is noticed.
         self.heartbeat_seconds = heartbeat_seconds
         #: Changes that are pending for a slow listener at most.
         self.max_pending = max_pending
+        #: Time after which it is checked again whether the listeners are allowed.
+        self.check_seconds = check_seconds
         self._slots = threading.BoundedSemaphore(max(1, capacity))
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
@@ -113,6 +141,8 @@ class ChangeDispatcher:
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
         """Notify a listener of every change inside of the `with` statement. :raises StoreError:"""
+        if not listener.is_allowed():
+            listener.end()
         with self._lock:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
@@ -122,6 +152,8 @@ class ChangeDispatcher:
             self._listeners.add(listener)
             for key in listener.keys:
                 self._by_key[key].add(listener)
+            if self.is_stopped:
+                listener.end()
         try:
             yield
         finally:
@@ -137,9 +169,10 @@ class ChangeDispatcher:
         with self._lock:
             self.is_stopped = True
             for listener in self._listeners:
-                listener.wake()
+                listener.end()
 
     def _poll_loop(self) -> None:
+        checked_at = time.monotonic()
         while True:
             with self._lock:
                 if not self._listeners or self.is_stopped:
@@ -147,6 +180,9 @@ class ChangeDispatcher:
                     return
             count = 0
             try:
+                if time.monotonic() - checked_at >= self.check_seconds:
+                    checked_at = time.monotonic()
+                    self._end_refused_listeners()
                 count = self._dispatch_changes()
             except MlgError as error:
                 log.warning("cannot read the changes: %s", error)
@@ -155,6 +191,13 @@ class ChangeDispatcher:
                 log.exception("cannot read the changes")
             if count < MAX_CHANGES_PER_POLL:
                 time.sleep(POLL_SECONDS)
+
+    def _end_refused_listeners(self) -> None:
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            if not listener.is_allowed():
+                listener.end()
 
     def _dispatch_changes(self) -> int:
         """Add the changes since the last poll to their listeners. :return: how many there were."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
+from server.errors import KeyRefused
 from server.live.changes import ChangeDispatcher, Listener
 from store.requests import RequestRecord, Requests
 
@@ -27,20 +29,26 @@ class LongPoller:
         self._check_seconds = check_seconds
         self._slots = threading.BoundedSemaphore(max(1, capacity))
 
-    def wait_until_final(self, request: RequestRecord, seconds: float) -> RequestRecord:
+    def wait_until_final(
+        self, request: RequestRecord, seconds: float, *, is_allowed: Callable[[], bool]
+    ) -> RequestRecord:
         """Wait until the request is final or the time is over; return its state then. Without a free slot, do not wait.
 
-        :raises UnknownRequest: it was deleted meanwhile. :raises StoreError:
+        :param is_allowed: see `Listener`.
+        :raises UnknownRequest: it was deleted meanwhile. :raises KeyRefused: the caller's key was revoked meanwhile.
+        :raises StoreError:
         """
         if request.state.is_final or seconds <= 0 or self._change_dispatcher.is_stopped:
             return request
         if not self._slots.acquire(blocking=False):
             return request
         give_up_at = time.monotonic() + seconds
-        listener = Listener(numbers=[request.number])
+        listener = Listener(numbers=[request.number], is_allowed=is_allowed)
         try:
             with self._change_dispatcher.listening(listener):
                 while True:
+                    if not is_allowed():
+                        raise KeyRefused()
                     # Read while the changes are listened to, so that none is missed.
                     request = self._requests.get(request.id)
                     left = give_up_at - time.monotonic()

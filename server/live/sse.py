@@ -3,9 +3,9 @@
 Used by `server/api/views/events.py`. Every stream has its own thread, which waits for the changes of `changes.py` and
 writes them.
 
-The id of an event is the position of its request in the change feed (see `store/changes.py`). Events come in the order
-of the positions, so a client that reconnects with the last id it has seen (`Last-Event-ID`) gets what it missed, and
-nothing twice.
+The id of an event is the position of its request in the change feed (see `store/changes.py`), written as a cursor of
+the client's key. Events come in the order of the positions, so a client that reconnects with the last id it has seen
+(`Last-Event-ID`) gets what it missed, and nothing twice.
 
 Weakness: a client that keeps its connection open and reads nothing holds its thread and its slot until its connection
 ends. Slots are limited (MLG_MAX_STREAMS) and have their own threads, so uploads are not affected.
@@ -16,14 +16,14 @@ from __future__ import annotations
 import collections
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any
 
 from provider_image.errors import MlgError
+from server.auth.cursors import CursorCodec
 from server.live.changes import Change, ChangeDispatcher, Listener
-from store.changes import Changes
+from store.changes import Changes, Position
 from store.requests import RequestRecord
 from store.states import RequestState
 
@@ -38,16 +38,20 @@ COUNT_SECONDS = 0.5
 #: Requests that are read in one query when a stream begins.
 PAGE_SIZE = 200
 #: In place of a request's number: after all requests of that change.
-_AFTER_CHANGE = math.inf
-_START: tuple[float, float] = (-1.0, -1.0)
-_END = "end"
+_AFTER_CHANGE = 2**62
+_START: Position = (-1, -1)
+_END = ".end"
 
 
 class Stream:
-    """The body of a response, piece by piece; an error ends it. Releases its slot however it ends."""
+    """The body of a response, piece by piece; an error ends it. Releases its slot however it ends.
 
-    def __init__(self, pieces: Generator[bytes, None, None], on_close: Callable[[], None]) -> None:
+    :param listener: no piece is written after its end, also to a client that reads slowly what happened before.
+    """
+
+    def __init__(self, pieces: Generator[bytes, None, None], listener: Listener, on_close: Callable[[], None]) -> None:
         self._pieces = pieces
+        self._listener = listener
         self._on_close: Callable[[], None] | None = on_close
 
     def __iter__(self) -> Stream:
@@ -55,7 +59,8 @@ class Stream:
 
     def __next__(self) -> bytes:
         try:
-            return next(self._pieces)
+            if not self._listener.is_ended:
+                return next(self._pieces)
         except StopIteration:
             raise
         except MlgError as error:
@@ -78,6 +83,7 @@ def stream_requests(
     feed: Changes,
     listener: Listener,
     *,
+    cursors: CursorCodec,
     ids: Collection[str],
     last_id: str | None,
     serialize: Callable[[RequestRecord], Mapping[str, Any]],
@@ -89,8 +95,8 @@ def stream_requests(
     """
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     with change_dispatcher.listening(listener):
-        cursor = parse_id(last_id)
-        while not change_dispatcher.is_stopped:
+        cursor = _position(cursors, last_id)
+        while not listener.is_ended:
             snapshot = feed.snapshot(ids=ids, batch_id=listener.batch_id)
             if not snapshot.floor <= cursor[0] <= snapshot.latest:
                 cursor = _START  # too old, or of another database
@@ -109,28 +115,34 @@ def stream_requests(
                 requests = {request.number: request for request in read.values()}
                 for number, position in page.items():
                     if number in requests:
-                        yield _event(Change(position, requests[number]), serialize, snapshot.floor)
+                        yield _event(Change(position, requests[number]), serialize, cursors, snapshot.floor)
             yield from _progress(listener, states)
-            last = yield from _stream_changes(change_dispatcher, listener, states, snapshot.latest, serialize)
+            last = yield from _stream_changes(change_dispatcher, listener, states, snapshot.latest, serialize, cursors)
             if last is None:
                 return
-            cursor = (float(last), _AFTER_CHANGE)
+            cursor = (last, _AFTER_CHANGE)
 
 
 def stream_counts(
-    change_dispatcher: ChangeDispatcher, feed: Changes, listener: Listener, *, last_id: str | None
+    change_dispatcher: ChangeDispatcher,
+    feed: Changes,
+    listener: Listener,
+    *,
+    cursors: CursorCodec,
+    last_id: str | None,
 ) -> Generator[bytes, None, None]:
     """Write how many requests changed to which state since the last message, until the client disconnects."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     with change_dispatcher.listening(listener):
-        last = parse_id(last_id)[0]
-        cursor = int(last) if last >= 0 else feed.latest()
-        while not change_dispatcher.is_stopped:
+        last, _ = _position(cursors, last_id)
+        cursor = last if last >= 0 else feed.latest()
+        while not listener.is_ended:
             latest, counts = feed.count(cursor)
             if latest > cursor:
                 cursor = latest
                 data = {"changes": {str(state): count for state, count in counts.items()}}
-                yield f"id: {cursor}\nevent: changes\ndata: {json.dumps(data)}\n\n".encode()
+                id = cursors.write(cursor, _AFTER_CHANGE)
+                yield f"id: {id}\nevent: changes\ndata: {json.dumps(data)}\n\n".encode()
                 time.sleep(COUNT_SECONDS)
             began = time.monotonic()
             listener.wait(change_dispatcher.heartbeat_seconds)
@@ -138,19 +150,15 @@ def stream_counts(
                 yield b": alive\n\n"
 
 
-def parse_id(text: str | None) -> tuple[float, float]:
-    """Read the position of a client; any text that is not an event id is the start."""
-    seq, has_number, number = (text or "").removesuffix(f"-{_END}").partition("-")
-    if not (seq.isascii() and seq.isdigit()) or len(seq) > 15:
-        return _START
-    if not has_number:
-        return float(seq), _AFTER_CHANGE
-    return (float(seq), float(number)) if number.isascii() and number.isdigit() and len(number) <= 15 else _START
-
-
 def is_end_id(text: str | None) -> bool:
     """Tell whether a client has received the end of its stream."""
-    return text is not None and text.endswith(f"-{_END}")
+    return text is not None and text.endswith(_END)
+
+
+def _position(cursors: CursorCodec, id: str | None) -> Position:
+    """Read the position of a client; any text that is not an event id of its key is the start."""
+    found = cursors.read((id or "").removesuffix(_END))
+    return _START if found is None else (found[0], found[1])
 
 
 def _stream_changes(
@@ -159,6 +167,7 @@ def _stream_changes(
     states: dict[int, RequestState],
     covered: int,
     serialize: Callable[[RequestRecord], Mapping[str, Any]],
+    cursors: CursorCodec,
 ) -> Generator[bytes, None, int | None]:
     """Write events as changes arrive, until all requests are final, the server stops or the listener overflows.
 
@@ -167,9 +176,10 @@ def _stream_changes(
     :return: if the listener has too many pending changes, the last change that was written; else None.
     """
     last = covered
-    while not change_dispatcher.is_stopped:
+    while not listener.is_ended:
         if all(state.is_final for state in states.values()):
-            yield f"id: {last}-{_END}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
+            id = cursors.write(last, _AFTER_CHANGE) + _END
+            yield f"id: {id}\nevent: end\ndata: {json.dumps(_counts(states))}\n\n".encode()
             return None
         began = time.monotonic()
         found = listener.wait(change_dispatcher.heartbeat_seconds)
@@ -180,7 +190,7 @@ def _stream_changes(
             if change.position[0] > covered:
                 states[change.request.number] = change.request.state
                 last, has_changes = change.position[0], True
-                yield _event(change, serialize)
+                yield _event(change, serialize, cursors)
         if has_changes:
             yield from _progress(listener, states)
         elif time.monotonic() - began >= change_dispatcher.heartbeat_seconds:
@@ -200,9 +210,11 @@ def _counts(states: Mapping[int, RequestState]) -> dict[str, Any]:
     return {"items": len(states), **{str(state): counted[state] for state in RequestState}}
 
 
-def _event(change: Change, serialize: Callable[[RequestRecord], Mapping[str, Any]], floor: int = -1) -> bytes:
+def _event(
+    change: Change, serialize: Callable[[RequestRecord], Mapping[str, Any]], cursors: CursorCodec, floor: int = -1
+) -> bytes:
     if change.text is None:
         change.text = json.dumps(serialize(change.request), separators=(",", ":"), ensure_ascii=False)
     seq, number = change.position
-    id = f"{seq}" if seq > floor else f"{seq}-{number}"
+    id = cursors.write(seq, _AFTER_CHANGE if seq > floor else number)
     return f"id: {id}\nevent: request\ndata: {change.text}\n\n".encode()

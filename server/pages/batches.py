@@ -11,12 +11,13 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import MlgError
+from server.api.query import parse_cursor
 from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
 from server.pages.cards import STATE_LABELS
 from server.pages.render import page, url_with_query
-from server.pages.requests import CARDS_PER_PAGE, check_number, check_state
+from server.pages.requests import CARDS_PER_PAGE, check_state
 from store.batches import BatchRecord
 from store.keys import Scope
 from store.search import Query
@@ -37,7 +38,8 @@ class BatchPageViews(Views):
     @operation("GET /ui/batches", "The list of batches", Scope.READ, tag=PAGES)
     def batches_page(self) -> flask.Response:
         """List batches, newest first, with their progress."""
-        before = check_number(flask.request.args.get("before", ""), "before")
+        cursors = self._cursors("batches")
+        before = parse_cursor(cursors, "before", flask.request.args.get("before") or None)
         store = self._store
         found = store.batches.list(key_id=visible_key_id(), before=before, limit=CARDS_PER_PAGE + 1)
         shown = [(batch, store.batches.progress(batch.id)) for batch in found[:CARDS_PER_PAGE]]
@@ -46,7 +48,7 @@ class BatchPageViews(Views):
             batches=shown,
             is_live=before is None and any(progress.waiting for _, progress in shown),
             is_later=before is not None,
-            older=url_with_query("/ui/batches", {"before": str(found[CARDS_PER_PAGE - 1].number)})
+            older=url_with_query("/ui/batches", {"before": cursors.write(found[CARDS_PER_PAGE - 1].number)})
             if len(found) > CARDS_PER_PAGE
             else None,
         )
@@ -77,20 +79,21 @@ class BatchPageViews(Views):
         return flask.redirect(f"/ui/batches/{id}", 303)
 
     def _render(self, batch: BatchRecord, *, notice: str | None = None, code: int = 200) -> flask.Response:
-        store, fields = self._store, flask.request.args
+        store, fields, cursors = self._store, flask.request.args, self._cursors("requests")
         state = check_state(fields.get("state", ""))
-        after, before = (check_number(fields.get(name, ""), name) for name in ("after", "before"))
+        after, before = (parse_cursor(cursors, name, fields.get(name) or None) for name in ("after", "before"))
         url = f"/ui/batches/{batch.id}"
         more: dict[str, str] | None = None
         if state is None:
             items = store.batches.items(batch.id, after=after or 0, limit=CARDS_PER_PAGE + 1)
             if len(items) > CARDS_PER_PAGE:
                 items = items[:CARDS_PER_PAGE]
-                more = {"after": str(items[-1].number)}
+                more = {"after": cursors.write(items[-1].number)}
         else:
             found = store.search.find(Query(batch_id=batch.id, status=state), before=before, limit=CARDS_PER_PAGE)
             items = list(found.requests)
-            more = None if found.next_before is None else {"state": state, "before": str(found.next_before)}
+            if found.next_before is not None:
+                more = {"state": state, "before": cursors.write(found.next_before)}
         progress = store.batches.progress(batch.id)
         counts = [(name, label, getattr(progress, name)) for name, label in STATE_LABELS.items()]
         last = store.batches.last_unfinished(batch.id, progress)

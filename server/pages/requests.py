@@ -10,6 +10,7 @@ import flask
 from werkzeug.wrappers import Response
 
 from provider_image.errors import InvalidParams, MlgError
+from server.api.query import parse_cursor
 from server.auth.guard import visible_key_id
 from server.context import Views
 from server.endpoint import PAGES, operation
@@ -38,9 +39,10 @@ class RequestPageViews(Views):
             model=fields["model"] or None,
             text=fields["q"][:200] or None,
         )
-        shown, next_before = self._find(query, check_number(fields["before"], "before"))
+        cursors = self._cursors("requests")
+        shown, next_before = self._find(query, parse_cursor(cursors, "before", fields["before"] or None))
         filters = {name: fields[name] for name in ("q", "state", "model") if fields[name]}
-        older = None if next_before is None else url_with_query("/ui/requests", {**filters, "before": str(next_before)})
+        more = None if next_before is None else {**filters, "before": cursors.write(next_before)}
         return page(
             "requests.html",
             items=shown,
@@ -55,7 +57,7 @@ class RequestPageViews(Views):
             is_later=bool(fields["before"]),
             live=[] if fields["before"] else [request.id for request in shown if not request.state.is_final],
             newest=url_with_query("/ui/requests", filters),
-            older=older,
+            older=None if more is None else url_with_query("/ui/requests", more),
         )
 
     @operation("GET /ui/requests/<id>", "The page of one request", Scope.READ, tag=PAGES)
@@ -120,12 +122,3 @@ def check_state(value: str) -> str | None:
     if value and value not in STATE_LABELS:
         raise InvalidParams(f"state must be one of: {', '.join(STATE_LABELS)}.")
     return value or None
-
-
-def check_number(value: str, name: str) -> int | None:
-    """Check the number of the request or batch where a page starts. :raises InvalidParams:"""
-    if not value:
-        return None
-    if not (value.isascii() and value.isdigit() and len(value) < 19):
-        raise InvalidParams(f"{name} must be a number as in the link to the next page.")
-    return int(value)

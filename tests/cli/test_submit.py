@@ -26,6 +26,8 @@ from cli.submit_journal import SubmitJournal
 from mlg_client import Client
 from provider_image.errors import ConfigError
 from store.requests import Answer, RequestRecord
+from store.rows import to_text
+from store.states import RequestState
 from store.store import Store
 from tests.conftest import MODEL, OUTPUT, ROOT, RunningServer
 from tests.timing import DEADLINE_SECONDS, slowness, wait_until
@@ -292,6 +294,35 @@ def test_ids_that_the_server_does_not_know_are_sent_again(submit: Submit, store:
     assert again.returncode == 0
     assert len(all_requests(store)) == 6
     assert dict(lines(again))[str(folder / "b.png")] != "forgotten"
+
+
+def test_what_ended_without_a_result_ends_the_wait_and_is_sent_again_by_the_next_run(
+    submit: Submit, store: Store, folder: Path
+) -> None:
+    process = submit.start("--wait", folder)
+    wait_until(lambda: len(all_requests(store)) == 5)
+    now = datetime.now(UTC)
+    lease = now + timedelta(seconds=30)
+    done, failed = store.requests.claim(models=[MODEL], limit=2, now=now, lease_ends_at=lease, oldest_before=None)
+    waiting = [request.id for request in all_requests(store) if request.state is RequestState.QUEUED]
+    store.requests.finish(
+        [Answer(claim=done, output=OUTPUT, digest="d" * 64, chunk_id="c", provider="p", seconds=0.01)], now=now
+    )
+    store.requests.fail([failed], code="broken_image", reason="It is torn.", now=now)
+    store.requests.cancel(waiting[0], now=now)
+    store.database.execute("UPDATE requests SET deadline_at = ? WHERE state = 'queued'", (to_text(now),))
+    store.requests.expire(now)
+
+    output, errors = process.communicate(timeout=DEADLINE_SECONDS)
+    again = submit(folder)
+
+    statuses = sorted(line.split("\t")[2] for line in output.decode().splitlines())
+    assert (process.returncode, statuses) == (1, ["cancelled", "done", "expired", "expired", "failed"]), errors
+    assert again.returncode == 0, again.stderr
+    ended = {failed.id, *waiting}
+    assert len(all_requests(store)) == 5 + len(ended)
+    assert done.id in dict(lines(again)).values()
+    assert not ended & {id for _, id in lines(again)}
 
 
 def test_ctrl_c_saves_the_state_and_explains_how_to_continue(

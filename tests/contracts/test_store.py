@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,11 +37,9 @@ def add(
     model: str = "resnet50",
     at: datetime = NOW,
     digest: str | None = None,
-    is_fresh: bool = False,
+    **facts: Any,
 ) -> RequestRecord:
-    new = NewRequest(
-        id=new_id(), service="classification", model=model, digest=digest, is_fresh=is_fresh, created_at=at
-    )
+    new = NewRequest(id=new_id(), service="classification", model=model, digest=digest, created_at=at, **facts)
     return store.requests.add(new, store.images.stage(data))
 
 
@@ -106,6 +105,20 @@ def test_an_answer_is_not_reused_when_anything_differs(store: Store, difference:
     again = add(store, **{"data": b"same", "digest": DIGEST, **difference})  # type: ignore[arg-type]
 
     assert (again.state, again.is_cached) == (RequestState.QUEUED, False)
+
+
+@pytest.mark.parametrize("by", ["alice", None])
+@pytest.mark.parametrize("to", ["alice", "bob", None])
+@pytest.mark.parametrize("shares_answers", [False, True])
+def test_an_answer_is_reused_for_its_own_key_unless_answers_are_shared(
+    store: Store, by: str | None, to: str | None, shares_answers: bool
+) -> None:
+    add(store, b"same", key_id=by)
+    store.requests.finish([answer(claim) for claim in claim_all(store)], now=after(1))
+
+    again = add(store, b"same", digest=DIGEST, key_id=to, shares_answers=shares_answers)
+
+    assert again.is_cached is (by == to or shares_answers)
 
 
 def test_claim_takes_the_oldest_first(store: Store) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 import mlg_client
 from mlg_client import AsyncClient, Client, Refused, Request, StillWaiting, Unavailable, Unreachable
+from mlg_client.uploads import load, split
 from server.settings import ServerSettings
 from store.requests import Answer
 from store.store import Store
@@ -174,6 +175,41 @@ def test_many_images_are_sent_once_under_one_key_and_each_has_an_outcome(calls: 
     assert calls.batch(batch.ids[0])["total"] == 2
     with pytest.raises(ValueError, match="shorter"):
         calls.submit_many(images, MODEL, names=["a.png"])
+
+
+def test_each_image_has_an_id_of_its_own_whatever_its_name(calls: Client) -> None:
+    long = "n" * 201
+    names = [
+        "2:image",
+        "image",
+        "image",
+        "a.png",
+        " a.png",
+        "a\u200b.png",
+        "3:a.png",
+        "3:a.png",
+        long,
+        f"{long}x",
+        long,
+    ]
+    names += [" " * 300, "\t", "11", "12", "x" * 100 + " " * 150 + "y" * 199, "y" * 199]
+
+    batch = calls.submit_many([image(number) for number in range(len(names))], MODEL, names=names)
+
+    assert len(batch.requests) == len(names)
+    assert len(batch.ids) == 1
+    found = [calls.read(request.id).raw["client_id"] for request in batch.requests]
+    assert len(set(found)) == len(names)
+    assert found[:4] == ["2:image", "image", "3:image", "a.png"]
+    assert max(map(len, found)) == 200
+
+
+def test_images_after_a_file_whose_name_looks_like_an_id_are_all_sent() -> None:
+    uploads = [load(b"1", name="2:image"), load(b"2"), load(b"3")]
+
+    (batch,) = split(uploads)
+
+    assert [upload.data for upload in batch] == [b"1", b"2", b"3"]
 
 
 def test_many_requests_are_read_and_unknown_ones_are_none(calls: Client, answer: Callable[..., list[str]]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from provider_image.errors import ConfigError
-from store import new_id
+from store import migrations, new_id
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
 from store.migrations import STEPS
 from store.requests import NewRequest, RequestRecord
@@ -260,3 +260,29 @@ def test_frequent_queries_use_an_index(store: Store, tmp_path: Path) -> None:
         assert "TEMP B-TREE" not in plan
 
     connection.close()
+
+
+def test_the_labels_of_an_earlier_version_belong_to_the_keys_of_their_requests(
+    settings: HomeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(migrations, "STEPS", STEPS[: STEPS.index(migrations.m016_leaks)])
+        old = Store(settings)
+        old.migrate()
+        old.close()
+    with sqlite3.connect(settings.database) as connection:
+        for number, key_id in ((1, "alice"), (2, "bob"), (3, None)):
+            connection.execute(
+                "INSERT INTO requests (number, id, service, model, image_sha256, image_bytes, state, created_at,"
+                " due_at, labels, key_id) VALUES (?, ?, 'classification', 'm', ?, 1, 'queued', 'x', 'x', ?, ?)",
+                (number, f"r{number}", "0" * 64, '{"a": "b"}', key_id),
+            )
+            connection.execute("INSERT INTO request_labels (name, value, number) VALUES ('a', 'b', ?)", (number,))
+    connection.close()
+    store = Store(settings)
+
+    store.migrate()
+
+    rows = store.database.rows("SELECT number, key_id FROM request_labels ORDER BY number")
+    assert [tuple(row) for row in rows] == [(1, "alice"), (2, "bob"), (3, None)]
+    store.close()

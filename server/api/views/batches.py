@@ -16,9 +16,10 @@ from typing import Any
 
 import flask
 
-from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
+from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
+from server.auth.guard import caller_check
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.batch_parser import MAX_ITEMS
@@ -97,11 +98,11 @@ class BatchViews(Views):
     @_operation("GET /batches", "List batches, newest first", Scope.READ, returns="Batches", query=(CURSOR, LIMIT))
     def list_batches(self) -> flask.Response:
         """List batches, newest first."""
-        page = PageQuery.from_request(flask.request)
+        page = PageQuery.from_request(flask.request, self._cursors("batches"))
         found = self._store.batches.list(key_id=page.key_id, before=page.before, limit=page.limit + 1)
         shown = [self._serialize(batch) for batch in found[: page.limit]]
-        following = to_cursor(found[page.limit - 1].number) if len(found) > page.limit else None
-        return json_response({"success": True, "batches": shown, "next": following})
+        last = found[page.limit - 1].number if len(found) > page.limit else None
+        return json_response({"success": True, "batches": shown, "next": page.next_cursor(last)})
 
     @_operation("GET /batches/<id>", "Read the progress of a batch", Scope.READ, returns=_BATCH, query=(WAIT,))
     def show_batch(self, id: str) -> flask.Response:
@@ -109,10 +110,13 @@ class BatchViews(Views):
         batch = self._get_batch(id)
         fields = read_query(flask.request, "wait")
         give_up_at = time.monotonic() + parse_wait_seconds(fields.get("wait"), self._context.settings.max_hold_seconds)
-        progress = self._store.batches.progress(id)
+        progress, is_allowed = self._store.batches.progress(id), caller_check()
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
             last = self._store.batches.last_unfinished(batch.id, progress)
-            if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
+            if last is None:
+                break
+            last = self._context.long_poller.wait_until_final(last, seconds, is_allowed=is_allowed)
+            if not last.state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._store.batches.progress(id)
         return json_response({"success": True, **self._serialize(self._get_batch(id), is_whole=True)})

@@ -12,7 +12,7 @@ import flask
 
 from provider_image.errors import InvalidParams
 from server.api.responses import set_headers
-from server.auth.guard import is_owner, visible_key_id
+from server.auth.guard import caller_check, is_owner, visible_key_id
 from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import ScopeMissing
@@ -60,7 +60,7 @@ class EventViews(Views):
         unknown = set(wanted) - visible
         if unknown:
             raise UnknownRequest(f"There is no request {min(unknown)[:64]}. It was never accepted here, or is deleted.")
-        return self._stream(Listener(numbers=numbers), ids=wanted)
+        return self._stream(Listener(numbers=numbers, is_allowed=caller_check()), ids=wanted)
 
     @_operation(
         "GET /batches/<id>/events",
@@ -69,7 +69,7 @@ class EventViews(Views):
     def batch_events(self, id: str) -> flask.Response:
         """Stream the changes of a batch."""
         self._get_batch(id)
-        return self._stream(Listener(batch_id=id), ids=[])
+        return self._stream(Listener(batch_id=id, is_allowed=caller_check()), ids=[])
 
     def _stream(self, listener: Listener, *, ids: list[str]) -> flask.Response:
         context, last_id = self._context, flask.request.headers.get("Last-Event-ID")
@@ -80,29 +80,38 @@ class EventViews(Views):
             context.change_dispatcher,
             context.store.changes,
             listener,
+            cursors=self._cursors("events"),
             ids=ids,
             last_id=last_id,
             serialize=context.serialize,
         )
-        return self._response(pieces)
+        return self._response(pieces, listener)
 
     def _stream_all(self) -> flask.Response:
         if visible_key_id() is not None:
             raise ScopeMissing("/events?all=1 needs an API key with the scope operate.")
         last_id = flask.request.headers.get("Last-Event-ID")
-        return self._response(
-            stream_counts(self._context.change_dispatcher, self._store.changes, Listener(is_all=True), last_id=last_id)
+        listener = Listener(is_all=True, is_allowed=caller_check())
+        pieces = stream_counts(
+            self._context.change_dispatcher,
+            self._store.changes,
+            listener,
+            cursors=self._cursors("events"),
+            last_id=last_id,
         )
+        return self._response(pieces, listener)
 
     def _is_final(self, listener: Listener, ids: list[str]) -> bool:
         snapshot = self._store.changes.snapshot(ids=ids, batch_id=listener.batch_id)
         return all(state.is_final for _, state in snapshot.requests)
 
-    def _response(self, pieces: Generator[bytes, None, None]) -> flask.Response:
+    def _response(self, pieces: Generator[bytes, None, None], listener: Listener) -> flask.Response:
         change_dispatcher = self._context.change_dispatcher
         change_dispatcher.acquire_slot()
         flask.request.environ[STREAMED] = True
-        response = flask.Response(Stream(pieces, change_dispatcher.release_slot), mimetype="text/event-stream")
+        response = flask.Response(
+            Stream(pieces, listener, change_dispatcher.release_slot), mimetype="text/event-stream"
+        )
         set_headers(response)
         # A proxy must not buffer events.
         response.headers["X-Accel-Buffering"] = "no"

@@ -118,7 +118,7 @@ class OperatorViews(Views):
         self._fields()
         return self._provider_response(self._store.providers.unban(id))
 
-    @_operation("GET /metrics", "Metrics for Prometheus", scope=Scope.READ, content_type="text/plain")
+    @_operation("GET /metrics", "Metrics for Prometheus", scope=Scope.METRICS, content_type="text/plain")
     def metrics(self) -> flask.Response:
         """Return the metrics in Prometheus' text format."""
         return set_headers(flask.Response(exposition(families(self._context.dashboard)), content_type=CONTENT_TYPE))

@@ -10,6 +10,7 @@ import flask
 
 from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
+from server.auth.guard import caller_check
 from server.context import Views
 from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
@@ -76,7 +77,8 @@ class PredictionViews(Views):
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
         request = self._get_request(id)
         params = parse_read_params(request.service, fields)
-        return self._response(self._context.long_poller.wait_until_final(request, wait_seconds), params)
+        found = self._context.long_poller.wait_until_final(request, wait_seconds, is_allowed=caller_check())
+        return self._response(found, params)
 
     @operation(
         "DELETE /requests/<id>",

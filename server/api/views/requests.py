@@ -9,7 +9,7 @@ import flask
 
 from provider_image import errors
 from provider_image.models.registry import find_row
-from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field, to_cursor
+from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field
 from server.api.responses import json_response
 from server.api.schemas import STATUSES
 from server.api.thumbnails import (
@@ -56,7 +56,9 @@ class RequestViews(Views):
     )
     def list_requests(self) -> flask.Response:
         """List requests. A page may be short although more follow: `next` tells whether they do."""
-        page = PageQuery.from_request(flask.request, [field.name for field in _FILTERS], repeatable="label")
+        page = PageQuery.from_request(
+            flask.request, self._cursors("requests"), [field.name for field in _FILTERS], repeatable="label"
+        )
         fields = page.fields
         query = Query(
             status=parse_state(fields.get("state"), STATUSES),
@@ -70,7 +72,7 @@ class RequestViews(Views):
         )
         found = self._store.search.find(query, before=page.before, limit=page.limit)
         shown = [self._context.serialize(request) for request in found.requests]
-        return json_response({"success": True, "requests": shown, "next": to_cursor(found.next_before)})
+        return json_response({"success": True, "requests": shown, "next": page.next_cursor(found.next_before)})
 
     @_operation(
         "GET /requests/<id>", "Read all details of a request, and what happened to it", Scope.READ, returns="Detail"

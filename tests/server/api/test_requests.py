@@ -5,15 +5,22 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import flask.testing
 import pytest
 
+from provider_image.models.artefact import installed_digest
+from server.app import create_app
 from server.settings import ServerSettings
+from store.keys import KeyRecord, Scope, hash_key, make_key
+from store.requests import Answer
 from store.search import Query, _SearchSql
 from store.store import Store
+from tests.conftest import OUTPUT
 from tests.timing import slowness
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -54,7 +61,18 @@ def test_a_single_request_has_labels_and_is_found_by_them(
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=201", "limit=x", "cursor=x", "cursor=%ff", "state=gone", "since=soon", "more=1", "q=a&q=b"],
+    [
+        "limit=0",
+        "limit=201",
+        "limit=x",
+        "cursor=x",
+        "cursor=",
+        "cursor=%ff",
+        "state=gone",
+        "since=soon",
+        "more=1",
+        "q=a&q=b",
+    ],
 )
 def test_a_query_that_cannot_be_read_is_refused(client: flask.testing.FlaskClient, query: str) -> None:
     assert client.get(f"/requests?{query}").status_code == 400
@@ -145,14 +163,19 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store.migrate()
     row = """
         INSERT INTO requests (id, service, model, name, image_sha256, image_bytes, state, created_at, due_at,
-                              finished_at, digest, output, reason, code, labels, key_id)
+                              finished_at, digest, output, reason, code, labels, key_id, batch_id,
+                              lease_ends_at)
         SELECT printf('%032x', value), 'classification', 'm' || (value % 3), 'picture ' || value,
                printf('%064x', value), 1,
-               CASE WHEN value % 100 = 7 THEN 'failed' WHEN value % 5 = 0 THEN 'queued' ELSE 'done' END,
+               CASE WHEN value % 100 = 7 THEN 'failed' WHEN value % 5 = 0 THEN 'queued'
+                    WHEN value % 10 = 3 THEN 'claimed' ELSE 'done' END,
                strftime('%Y-%m-%dT%H:%M:%fZ', 1700000000 + value, 'unixepoch'), '2026-11-20T12:00:00.000Z',
-               CASE WHEN value % 5 = 0 AND value % 100 != 7 THEN NULL ELSE '2026-11-20T12:00:00.000Z' END, 'd',
-               CASE WHEN value % 100 = 7 OR value % 5 = 0 THEN NULL ELSE '[]' END, 'r', 'c',
-               CASE WHEN value % 1000 = 1 THEN '{"rare": "yes"}' ELSE '{}' END, 'k' || (value % 7)
+               CASE WHEN value % 5 = 0 OR value % 10 = 3 THEN NULL ELSE '2026-11-20T12:00:00.000Z' END, 'd',
+               CASE WHEN value % 100 = 7 OR value % 5 = 0 OR value % 10 = 3 THEN NULL ELSE '[]' END, 'r', 'c',
+               CASE WHEN value % 1000 = 1 THEN '{"rare": "yes"}' WHEN value % 10 = 2 THEN '{"common": "yes"}'
+                    ELSE '{}' END,
+               'k' || (value % 7), CASE WHEN value % 10 = 9 THEN 'big' END,
+               CASE WHEN value % 10 = 3 THEN '2026-11-20T12:00:00.000Z' END
         FROM generate
     """
     numbers = (
@@ -162,8 +185,12 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     def write(transaction: Any) -> None:
         transaction.execute(row.replace("INSERT INTO requests", f"{numbers} INSERT INTO requests", 1))
         transaction.execute(
-            "INSERT INTO request_labels (name, value, number) SELECT 'rare', 'yes', number FROM requests"
-            " WHERE labels != '{}'"
+            "INSERT INTO request_labels (name, value, number, key_id)"
+            " SELECT key, value, number, key_id FROM requests, json_each(labels)"
+        )
+        transaction.execute(
+            "INSERT INTO batches (id, service, model, params, labels, key_id, created_at, total, refused)"
+            " VALUES ('big', 's', 'm', '{}', '{}', 'k1', '2026-11-20T12:00:00.000Z', 6000, 0)"
         )
 
     store.database.write(write)
@@ -185,6 +212,9 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         (Query(batch_id="b"), "requests_batch"),
         (Query(key_id="k1"), "requests_key"),
         (Query(key_id="k1", status="failed"), "requests_key"),
+        (Query(key_id="k1", status="claimed"), "requests_key"),
+        (Query(key_id="k1", labels=(("rare", "yes"),)), "request_labels_key"),
+        (Query(key_id="k1", batch_id="big"), "requests_batch"),
         (Query(text="no such name"), "requests_name"),
     ],
 )
@@ -203,9 +233,90 @@ def test_a_page_uses_one_index_and_sorts_nothing(
     assert time.perf_counter() - started_at < 1 * slowness()
 
 
-def test_labels_and_times_use_an_index(crowded: Store) -> None:
-    from datetime import UTC, datetime
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"labels": (("common", "yes"),)},
+        {"labels": (("common", "yes"), ("rare", "yes"))},
+        {"labels": (("common", "yes"),), "model": "m1", "text": "9"},
+        {"batch_id": "big"},
+        {"batch_id": "big", "status": "failed"},
+        {"batch_id": "big", "labels": (("common", "yes"),)},
+        {"model": "m1"},
+        {"model": "m1", "status": "queued"},
+        {"text": "picture"},
+        {},
+        *({"status": status} for status in ("queued", "claimed", "done", "failed", "cancelled", "expired")),
+    ],
+)
+def test_a_search_tells_nothing_of_the_requests_of_other_keys(crowded: Store, filters: dict[str, Any]) -> None:
+    everybody, nobody = (crowded.search.find(Query(key_id=key_id, **filters), limit=1) for key_id in (None, "another"))
 
+    assert everybody.next_before is not None or filters.get("status") in ("cancelled", "expired")
+    assert (nobody.requests, nobody.next_before) == ([], None)
+
+
+def test_a_key_finds_its_own_by_label_in_one_read(crowded: Store) -> None:
+    found = crowded.search.find(Query(key_id="k1", labels=(("rare", "yes"),)), limit=200)
+
+    # One of a thousand numbers is labelled, and every seventh is this key's.
+    assert [row.number for row in found.requests] == [n for n in range(60_000, 0, -1) if n % 1000 == 1 and n % 7 == 1]
+    assert found.next_before is None
+
+
+def make_headers(store: Store, name: str) -> dict[str, str]:
+    """Create an API key; return the headers that send it."""
+    id, key = make_key()
+    scopes = frozenset({Scope.SUBMIT, Scope.READ})
+    store.keys.add(KeyRecord(id=id, name=name, sha256=hash_key(key), scopes=scopes, created_at=datetime.now(UTC)))
+    return {"X-API-Key": key}
+
+
+@pytest.mark.parametrize("shares_answers", [False, True])
+def test_an_image_of_another_key_is_known_only_where_answers_are_shared(
+    settings: ServerSettings, store: Store, photos: dict[str, bytes], shares_answers: bool
+) -> None:
+    client = create_app(replace(settings, shares_answers=shares_answers), store).test_client()
+    alice, bob = make_headers(store, "alice"), make_headers(store, "bob")
+
+    def send_with(headers: dict[str, str]) -> tuple[bool, str]:
+        sent = client.post(URL, data=photos["rocket"], content_type="image/jpeg", headers=headers).json
+        image = (io.BytesIO(photos["rocket"]), "a.jpg")
+        batch = client.post(URL.replace("Prediction", "Predictions"), data={"image": [image]}, headers=headers).json
+        return sent["cached"], batch["items"][0]["status"]
+
+    before = send_with(alice)
+    digest = installed_digest(settings.models, "efficientnet_lite0")
+    now = datetime.now(UTC)
+    claims = store.requests.claim(
+        models=["efficientnet_lite0"], limit=9, now=now, lease_ends_at=now + timedelta(hours=1), oldest_before=None
+    )
+    answers = [
+        Answer(claim=claim, output=OUTPUT, digest=str(digest), chunk_id="c", provider="p", seconds=0.1)
+        for claim in claims
+    ]
+    store.requests.finish(answers, now=now)
+
+    assert before == (False, "queued")
+    assert send_with(alice) == (True, "done")
+    assert send_with(bob) == ((True, "done") if shares_answers else (False, "queued"))
+
+
+def test_a_cursor_of_another_key_is_refused(
+    client: flask.testing.FlaskClient, store: Store, photos: dict[str, bytes]
+) -> None:
+    headers = [make_headers(store, name) for name in ("alice", "bob")]
+    for _ in range(2):
+        client.post(URL, data=photos["rocket"], content_type="image/jpeg", headers=headers[0])
+
+    following = client.get("/requests?limit=1", headers=headers[0]).json["next"]
+    statuses = [client.get(f"/requests?cursor={following}", headers=one).status_code for one in headers]
+
+    assert statuses == [200, 400]
+    assert client.get(f"/batches?cursor={following}", headers=headers[0]).status_code == 400
+
+
+def test_labels_and_times_use_an_index(crowded: Store) -> None:
     rare = crowded.search.find(Query(labels=(("rare", "yes"),)), limit=200)
     early = datetime.fromtimestamp(1_700_000_100, UTC)
 

@@ -217,11 +217,23 @@ def test_health_and_the_first_page_are_open_to_everybody(
 
 
 @pytest.mark.parametrize(
-    ("scope", "sends", "reads", "cancels"),
-    [(Scope.SUBMIT, 202, 403, 200), (Scope.READ, 403, 404, 403), (Scope.OPERATE, 202, 200, 200)],
+    ("scope", "sends", "reads", "cancels", "measures"),
+    [
+        (Scope.SUBMIT, 202, 403, 200, 403),
+        (Scope.READ, 403, 404, 403, 403),
+        (Scope.METRICS, 403, 403, 403, 200),
+        (Scope.OPERATE, 202, 200, 200, 200),
+    ],
 )
 def test_a_key_is_limited_to_its_scopes(
-    client: flask.testing.FlaskClient, make: Make, image: bytes, scope: Scope, sends: int, reads: int, cancels: int
+    client: flask.testing.FlaskClient,
+    make: Make,
+    image: bytes,
+    scope: Scope,
+    sends: int,
+    reads: int,
+    cancels: int,
+    measures: int,
 ) -> None:
     key = make("one", scope)
     sent = send(client, image, key)
@@ -230,8 +242,11 @@ def test_a_key_is_limited_to_its_scopes(
     read = client.get(f"/readPrediction/{id}", headers=bearer(key))
     cancelled = client.delete(f"/requests/{id}", headers=bearer(key))
 
-    assert (sent.status_code, read.status_code, cancelled.status_code) == (sends, reads, cancels)
-    for answer in (sent, read, cancelled):
+    measured = client.get("/metrics", headers=bearer(key))
+
+    answers = (sent, read, cancelled, measured)
+    assert tuple(answer.status_code for answer in answers) == (sends, reads, cancels, measures)
+    for answer in answers:
         assert answer.status_code != 403 or answer.json["code"] == "scope_missing"
 
 
@@ -284,16 +299,29 @@ def test_requests_from_before_the_first_key_are_for_operators(
     assert statuses == [404, 200]
 
 
-def test_a_request_of_another_key_looks_like_an_unknown_one(
+def test_what_another_key_sent_looks_like_something_unknown_in_every_view(
     client: flask.testing.FlaskClient, make: Make, image: bytes
 ) -> None:
     alice, bob = make("alice"), make("bob")
-    id = send(client, image, alice).json["req_id"]
+    form = {"image": (io.BytesIO(image), "a.png")}
+    batch = client.post(f"/requestPredictions/{MODEL}", data=form, headers=bearer(alice)).json
+    ids = {"request": batch["items"][0]["req_id"], "batch": batch["batch_id"], "absent": "0" * 32}
+    calls = {("/events?ids=<id>", "GET"), ("/requests?batch=<id>", "GET")}
+    for rule in client.application.url_map.iter_rules():
+        described = get_operation(client.application.view_functions[rule.endpoint])
+        if described is not None and described.scope in (Scope.READ, Scope.SUBMIT) and "<id>" in rule.rule:
+            calls |= {(rule.rule, method) for method in described.methods}
+    last_id = {"Last-Event-ID": ".end"}
 
-    foreign = client.get(f"/readPrediction/{id}", headers=bearer(bob))
-    absent = client.get(f"/readPrediction/{'0' * 32}", headers=bearer(bob))
-
-    assert (foreign.status_code, foreign.json) == (absent.status_code, absent.json)
+    for path, method in calls:
+        answers = set()
+        for id in ids.values():
+            url = path.replace("<id>", id).replace("<name>", "x.png")
+            response = client.open(url, method=method, headers={**bearer(bob), **last_id})
+            answers.add((response.status_code, response.text.replace(id, "ID")))
+        assert {status for status, _ in answers} == {200 if path.startswith("/requests?") else 404}, path
+        assert len(answers) == 1, (path, answers)
+    assert len(calls) > 15
 
 
 # Limits

@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 from server.app import create_app, get_context
+from server.auth.guard import get_guard
+from server.auth.key_cache import FRESH_SECONDS, KeyCache
 from server.live.changes import ChangeDispatcher, Listener
-from server.live.sse import is_end_id, parse_id
 from server.settings import ServerSettings
 from store import keys
 from store.keys import Scope
@@ -268,6 +269,91 @@ def test_nobody_streams_requests_of_another_key(client: flask.testing.FlaskClien
     assert [status("/events?all=1", who) for who in (mine, operator)] == [403, 200]
 
 
+@pytest.fixture
+def watchful(client: flask.testing.FlaskClient, store: Store) -> flask.testing.FlaskClient:
+    """The application; each look at a key reads it from the store, and open streams are checked without a pause."""
+    guard, events = get_guard(client.application), get_context(client.application).change_dispatcher
+    assert FRESH_SECONDS + events.check_seconds < 5
+    guard.key_cache = KeyCache(store.keys, monotonic=itertools.count(step=60).__next__)
+    events.check_seconds = 0.0
+    return client
+
+
+@pytest.mark.parametrize("path", ["/events?ids={id}", "/batches/{batch}/events", "/events?all=1"])
+def test_a_stream_ends_with_its_key(watchful: flask.testing.FlaskClient, store: Store, path: str) -> None:
+    mine, others = make_key(store, "mine", Scope.OPERATE), make_key(store, "other", Scope.READ)
+    sent = watchful.post(
+        f"/requestPredictions/{MODEL}", data={"image": [(io.BytesIO(make_image()), "k.png")]}, headers=mine
+    ).json
+    stream = watchful.get(path.format(id=sent["items"][0]["req_id"], batch=sent["batch_id"]), headers=mine)
+    pieces = stream.iter_encoded()
+    next(pieces)
+
+    store.keys.revoke("other", now=datetime.now(UTC))
+    reader = threading.Thread(target=list, args=(pieces,))
+    reader.start()
+    reader.join(0.2)
+    was_open = reader.is_alive()
+    store.keys.revoke("mine", now=datetime.now(UTC))
+    reader.join(DEADLINE_SECONDS)
+
+    assert was_open
+    assert not reader.is_alive()
+    stream.close()
+    assert watchful.get("/events?all=1", headers=others).status_code == 401
+
+
+def test_a_slow_reader_gets_nothing_after_the_end_of_its_key(watchful: flask.testing.FlaskClient, store: Store) -> None:
+    mine = make_key(store, "mine", Scope.SUBMIT, Scope.READ)
+    ids = [
+        watchful.post(f"{URL}?fresh=1", data=make_image(), content_type="image/png", headers=mine).json["req_id"]
+        for _ in range(3)
+    ]
+    stream = watchful.get(f"/events?ids={','.join(ids)}", headers=mine)
+    pieces = stream.iter_encoded()
+    first = [next(pieces), next(pieces)]
+
+    store.keys.revoke("mine", now=datetime.now(UTC))
+    (listener,) = get_context(watchful.application).change_dispatcher._listeners
+    wait_until(lambda: listener.is_ended)
+
+    assert b"event: request" in first[1]
+    assert list(pieces) == []
+    stream.close()
+
+
+def test_the_streams_of_an_open_server_end_with_the_first_key(
+    watchful: flask.testing.FlaskClient, store: Store
+) -> None:
+    stream = watchful.get(f"/events?ids={post(watchful)}")
+    reader = threading.Thread(target=lambda: list(stream.iter_encoded()))
+    reader.start()
+
+    make_key(store, "first", Scope.OPERATE)
+    reader.join(DEADLINE_SECONDS)
+
+    assert not reader.is_alive()
+    stream.close()
+
+
+def test_a_stream_ends_with_the_session_of_its_browser(watchful: flask.testing.FlaskClient, store: Store) -> None:
+    key = make_key(store, "mine", Scope.OPERATE)["Authorization"].removeprefix("Bearer ")
+    watchful.post("/login", data={"key": key}, headers={"Origin": "http://localhost"})
+    stream = watchful.get("/events?all=1")
+    reader = threading.Thread(target=lambda: list(stream.iter_encoded()))
+    reader.start()
+    reader.join(0.2)
+    was_open = reader.is_alive()
+
+    get_guard(watchful.application).sessions._max_age_seconds = -1
+    reader.join(DEADLINE_SECONDS)
+
+    assert stream.status_code == 200
+    assert was_open
+    assert not reader.is_alive()
+    stream.close()
+
+
 def test_an_idle_stream_sends_heartbeats(client: flask.testing.FlaskClient) -> None:
     get_context(client.application).change_dispatcher.heartbeat_seconds = 0.05
     for path in (f"/events?ids={post(client)}", "/events?all=1"):
@@ -327,23 +413,41 @@ def test_stopping_ends_the_streams(settings: ServerSettings, store: Store) -> No
     assert client.get(f"/events?ids={id}").status_code == 503
 
 
-@pytest.mark.parametrize(
-    ("text", "position"),
-    [
-        (None, (-1, -1)),
-        ("", (-1, -1)),
-        ("x", (-1, -1)),
-        ("-3", (-1, -1)),
-        ("9" * 16, (-1, -1)),
-        ("7-x", (-1, -1)),
-        ("7", (7, float("inf"))),
-        ("7-end", (7, float("inf"))),
-        ("7-12", (7, 12)),
-    ],
-)
-def test_an_event_id_is_a_position_in_the_feed(text: str | None, position: tuple[float, float]) -> None:
-    assert parse_id(text) == position
-    assert is_end_id(text) == (text == "7-end")
+@pytest.mark.parametrize("last_id", ["", "x", "7", "7-end", ".end", "A" * 43, "é", "A" * 5000])
+def test_an_id_that_is_none_of_the_stream_is_its_start(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]], last_id: str
+) -> None:
+    id = post(client)
+    answer()
+
+    response = client.get(f"/events?ids={id}", headers={"Last-Event-ID": last_id})
+
+    assert response.status_code == (204 if last_id == ".end" else 200)
+    assert states_of(parse(response.text)) == ([] if last_id == ".end" else [(id, "done")])
+
+
+def test_the_ids_of_events_tell_nothing_of_other_keys(
+    client: flask.testing.FlaskClient, store: Store, answer: Callable[..., list[str]]
+) -> None:
+    mine, other = (make_key(store, name, Scope.SUBMIT, Scope.READ) for name in ("mine", "other"))
+    id, theirs = (
+        client.post(URL, data=make_image(), content_type="image/png", headers=headers).json["req_id"]
+        for headers in (mine, other)
+    )
+    answer()
+
+    events, events_of_other = (
+        parse(client.get(f"/events?ids={one}", headers=headers).text) for one, headers in ((id, mine), (theirs, other))
+    )
+    again = client.get(f"/events?ids={theirs}", headers={**other, "Last-Event-ID": events[0]["id"]})
+
+    codecs = get_context(client.application).cursors
+    record = store.requests.get(id)
+    (position, _), *_ = store.changes.read_changed([record.number])
+    assert codecs.codec("events", record.key_id).read(events[0]["id"]) == (position[0], 2**62)
+    assert not {event["id"] for event in events} & {event["id"] for event in events_of_other}
+    # An id of another key is none of this one's.
+    assert states_of(parse(again.text)) == [(theirs, "done")]
 
 
 def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.testing.FlaskClient) -> None:
@@ -360,7 +464,7 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
 
     events = ChangeDispatcher(Failing(), capacity=1)
     number = store.requests.get(post(client)).number
-    listener = Listener(numbers=[number])
+    listener = Listener(numbers=[number], is_allowed=lambda: True)
 
     with events.listening(listener):
         store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))

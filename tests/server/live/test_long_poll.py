@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import flask.testing
 import pytest
 from PIL import Image
 
-from server.app import create_app
+from server.app import create_app, get_context
+from server.auth.guard import get_guard
+from server.auth.key_cache import KeyCache
+from server.errors import KeyRefused
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
 from server.settings import ServerSettings
@@ -22,9 +26,11 @@ from server.status.queue_stats import FRESH_SECONDS, QueueStats
 from store.batchers import BatcherRecord
 from store.chunks import Throughput
 from store.errors import UnknownRequest
+from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.requests import ModelBacklog, RequestRecord
 from store.states import RequestState
 from store.store import Store
+from tests.conftest import MODEL
 from tests.timing import slowness, wait_until
 
 URL = "/requestPrediction/efficientnet_lite0"
@@ -269,6 +275,10 @@ def post(client: flask.testing.FlaskClient) -> str:
     return id
 
 
+def always() -> bool:
+    return True
+
+
 def notifier_threads() -> int:
     return sum(thread.name == "events" for thread in threading.enumerate())
 
@@ -310,12 +320,12 @@ def test_a_read_without_a_free_slot_is_answered_at_once(client: flask.testing.Fl
     queued = store.requests.get(post(client))
     change_dispatcher = ChangeDispatcher(store.changes, capacity=1)
     long_poller = LongPoller(change_dispatcher, store.requests, capacity=1)
-    holder = threading.Thread(target=long_poller.wait_until_final, args=(queued, 30))
+    holder = threading.Thread(target=lambda: long_poller.wait_until_final(queued, 30, is_allowed=always))
     holder.start()
     wait_until(notifier_threads)
     began = time.monotonic()
 
-    request = long_poller.wait_until_final(queued, 30)
+    request = long_poller.wait_until_final(queued, 30, is_allowed=always)
 
     assert request.state is RequestState.QUEUED
     assert time.monotonic() - began < 5 * slowness()
@@ -347,11 +357,11 @@ def test_stopping_answers_held_reads(client: flask.testing.FlaskClient, store: S
     threading.Timer(0.2, change_dispatcher.stop).start()
     began = time.monotonic()
 
-    request = long_poller.wait_until_final(queued, 30)
+    request = long_poller.wait_until_final(queued, 30, is_allowed=always)
 
     assert request.state is RequestState.QUEUED
     assert time.monotonic() - began < 10 * slowness()
-    assert long_poller.wait_until_final(queued, 30) is queued
+    assert long_poller.wait_until_final(queued, 30, is_allowed=always) is queued
 
 
 def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
@@ -361,7 +371,47 @@ def test_a_request_that_is_deleted_during_a_held_read_is_unknown(
     gone = replace(queued, id="gone")
 
     with pytest.raises(UnknownRequest):
-        LongPoller(ChangeDispatcher(store.changes, capacity=1), store.requests, capacity=1).wait_until_final(gone, 30)
+        LongPoller(ChangeDispatcher(store.changes, capacity=1), store.requests, capacity=1).wait_until_final(
+            gone, 30, is_allowed=always
+        )
+
+
+def test_a_held_read_ends_with_its_key(client: flask.testing.FlaskClient, store: Store) -> None:
+    queued = store.requests.get(post(client))
+    change_dispatcher = ChangeDispatcher(store.changes, capacity=1, check_seconds=0.0)
+    long_poller = LongPoller(change_dispatcher, store.requests, capacity=1, check_seconds=3600)
+    answers = iter([True, True, True, True, False])
+
+    with pytest.raises(KeyRefused):
+        long_poller.wait_until_final(queued, 3600, is_allowed=lambda: next(answers, False))
+
+
+@pytest.mark.parametrize("path", ["/readPrediction/{id}", "/batches/{batch}"])
+def test_a_revoked_key_gets_no_answer_to_what_it_waits_for(
+    client: flask.testing.FlaskClient, store: Store, path: str
+) -> None:
+    guard = get_guard(client.application)
+    get_context(client.application).change_dispatcher.check_seconds = 0.0
+    id, key = make_key()
+    now = datetime.now(UTC)
+    scopes = frozenset({Scope.SUBMIT, Scope.READ})
+    store.keys.add(KeyRecord(id=id, name="mine", sha256=hash_key(key), scopes=scopes, created_at=now))
+    headers = {"X-API-Key": key}
+    image = (io.BytesIO(make_image()), "olive.png")
+    sent = client.post(f"/requestPredictions/{MODEL}", data={"image": [image]}, headers=headers).json
+    guard.key_cache = KeyCache(store.keys, monotonic=itertools.count(step=60).__next__)
+    url = path.format(id=sent["items"][0]["req_id"], batch=sent["batch_id"])
+
+    def revoke() -> None:
+        wait_until(notifier_threads)
+        store.keys.revoke(id, now=now)
+
+    thread = threading.Thread(target=revoke)
+    thread.start()
+    response = client.get(f"{url}?wait=60", headers=headers)
+    thread.join()
+
+    assert (response.status_code, response.json["code"]) == (401, "key_refused")
 
 
 def test_a_deletion_during_a_held_read_is_noticed_without_a_change(
@@ -374,7 +424,7 @@ def test_a_deletion_during_a_held_read_is_noticed_without_a_change(
 
     def hold() -> None:
         try:
-            long_poller.wait_until_final(queued, 60)
+            long_poller.wait_until_final(queued, 60, is_allowed=always)
         except UnknownRequest as error:
             found.append(type(error))
 

@@ -205,7 +205,7 @@ def test_requests_are_filtered_by_state_model_and_name(
 
 def test_an_invalid_filter_is_explained_on_a_page(client: flask.testing.FlaskClient) -> None:
     assert "state must be one of" in get_page(client, "/ui/requests?state=lost", 400)
-    assert "before must be a number" in get_page(client, "/ui/requests?before=-1", 400)
+    assert "before takes a value from" in get_page(client, "/ui/requests?before=-1", 400)
 
 
 def test_links_to_older_requests_show_each_request_once(client: flask.testing.FlaskClient) -> None:
