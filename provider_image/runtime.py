@@ -155,11 +155,7 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
     for item in batch:
         started = time.perf_counter()
         try:
-            params = check_params(loaded.service.params, item.params)
-            inputs = reader.read_inputs(item)
-            prepared = loaded.service.prepare(loaded.artefact, inputs, params, is_resized=reader.is_resized)
-            del inputs
-            ready.append((item.number, prepared, params))
+            ready.append((item.number, *prepare_item(loaded.service, loaded.artefact, reader, item)))
         except Exception as error:  # noqa: BLE001 - one item must not affect the others
             outcomes[item.number] = error
         seconds[item.number] = time.perf_counter() - started
@@ -168,6 +164,18 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
     for number, _, _ in ready:
         seconds[number] += (time.perf_counter() - started) / len(ready)
     return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
+
+
+def prepare_item(
+    service: Service, artefact: Artefact, reader: ChunkReader, item: ItemEntry
+) -> tuple[Any, Mapping[str, Any]]:
+    """Read and decode an item. :return: what the service's `prepare` returned, and the parameters.
+
+    :raises BadInput: its inputs or parameters cannot be used.
+    :raises MalformedChunk: it is damaged.
+    """
+    params = check_params(service.params, item.params)
+    return service.prepare(artefact, reader.read_inputs(item), params, is_resized=reader.is_resized), params
 
 
 def _run_ready(loaded: LoadedModel, ready: Sequence[_ReadyItem]) -> dict[int, Output | Exception]:

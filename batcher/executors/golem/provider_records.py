@@ -101,10 +101,11 @@ class ProviderRecords:
         )
 
     def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
-        """Record that a provider answered a chunk."""
+        """Record that a provider answered a chunk. :param images: those that it has computed."""
         self._failures.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
-        self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
+        if images:
+            self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
 
     def record_failure(self, worker: GolemWorker, queued_job: QueuedJob | None, reason: str, seconds: float) -> None:
         """Record that a provider failed, on this chunk if it had one, and ban it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,15 @@ def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], pro
         Price.from_offer(offer(**change))
 
     assert provider_records.rate_offer(MODEL, "0x1", offer(**change)) < 0
+
+
+async def test_a_chunk_without_a_computed_image_does_not_change_the_speed(provider_records: ProviderRecords) -> None:
+    worker: Any = SimpleNamespace(model=MODEL, provider_id="0x1")
+    provider_records.record_success(worker, images=16, seconds=2.0)
+
+    provider_records.record_success(worker, images=0, seconds=0.001)
+
+    assert provider_records.speed(MODEL, "0x1") == 8.0
 
 
 def test_an_unknown_counter_with_price_zero_is_accepted() -> None:
