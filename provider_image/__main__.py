@@ -88,10 +88,10 @@ def _run_here(options: argparse.Namespace) -> None:
     from provider_image.runtime import NetCache, run_chunk
     from provider_image.warm_server import serve
 
-    nets = NetCache(options.models, _device(options))
     if options.command == "run":
-        run_chunk(options.chunk, options.results, nets)
+        run_chunk(options.chunk, options.results, NetCache(options.models, _device(options)))
         return
+    nets = NetCache(options.models, _device(options), max_bytes=options.models_bytes)
     serve(
         options.place,
         nets,
@@ -166,6 +166,12 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         metavar="S",
         default=_DEFAULT_KEEP_WARM_SECONDS,
         help="exit after S seconds without work; 0 disables this (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--models-bytes",
+        type=int,
+        metavar="N",
+        help="most memory of models that stay loaded; the current one may need more (default: half of the memory)",
     )
     serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(

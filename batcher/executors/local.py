@@ -25,13 +25,14 @@ from batcher.executors.worker_process import WorkerProcess
 from batcher.waiting import wait_for_first
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
-from provider_image.cores import available_cores
+from provider_image.cores import default_processes, threads_per_process
 from provider_image.environment import Settings, setting
 from provider_image.errors import ChunkError, ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
 from provider_image.precision import PRECISIONS
+from provider_image.runtime import default_net_bytes
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
 
@@ -60,8 +61,9 @@ class _LocalQueuedJob:
 class LocalSettings(Settings):
     """Settings of the local executor."""
 
-    #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
-    workers: int = setting("MLG_WORKERS", 1, unset=available_cores, minimum=1, maximum=256)
+    #: Number of local worker processes, which share the cores, and of resizing processes.
+    #: MLG_WORKERS. Defaults to the number of cores; with over 8 cores to fewer workers with several threads each.
+    workers: int = setting("MLG_WORKERS", 1, unset=default_processes, minimum=1, maximum=256)
     #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
     precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
@@ -101,7 +103,8 @@ class LocalExecutor:
         # A unique name: several executors may share one folder.
         self._folder = context.work / f"local-{secrets.token_hex(3)}"
         self._options = ["--models", str(context.models), "--precision", self._settings.precision]
-        self._options += ["--threads", str(max(1, available_cores() // self._settings.workers))]
+        self._options += ["--threads", str(threads_per_process(self._settings.workers))]
+        self._options += ["--models-bytes", str(default_net_bytes(self._settings.workers))]
         self._queued_jobs: deque[_LocalQueuedJob] = deque()
         self._job_added = asyncio.Event()
         self._worker_loops: list[asyncio.Task[None]] = []
