@@ -33,6 +33,7 @@ from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
 from provider_image.precision import PRECISIONS
 from provider_image.runtime import default_net_bytes
+from provider_image.schemas import MAX_CHUNK_SECONDS
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
 
@@ -69,7 +70,7 @@ class LocalSettings(Settings):
     precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
     #: Seconds that loading a model at the start may take, at least two minutes: MLG_CHUNK_TIMEOUT_SECONDS, because a
     #: chunk that has to load its model gets as long.
-    warm_up_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=18000)
+    warm_up_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
