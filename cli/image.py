@@ -43,7 +43,9 @@ def image() -> None:
     is_flag=True,
     help="Fail if a model is not installed in the home, instead of compiling it.",
 )
-@click.option("--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim]")
+@click.option(
+    "--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim-bookworm]"
+)
 @tag_option
 @home_option
 def build(models: Sequence[str], weights: Path | None, installed: bool, base: str | None, tag: str | None) -> None:

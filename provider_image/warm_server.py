@@ -177,7 +177,8 @@ class _WarmServer:
                     if self._current is connection and hang_up.poll(0):
                         hang_up.unregister(connection)
                         self._current = None
-                        signal.setitimer(signal.ITIMER_REAL, _ABANDONED_SECONDS)
+                        left = signal.getitimer(signal.ITIMER_REAL)[0] or _ABANDONED_SECONDS
+                        signal.setitimer(signal.ITIMER_REAL, min(left, _ABANDONED_SECONDS))
 
     def _begin(self, connection: socket.socket | None, limit_seconds: float = 0.0) -> None:
         """Begin a chunk, or end one; the system ends the process after its limit, also if it holds the GIL."""
