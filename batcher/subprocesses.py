@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from provider_image.environment import SECRETS
+from provider_image.environment import without_secrets
 
 #: The folder that contains the packages and mlg.py.
 _ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ def child_environment(variables: Mapping[str, str], *, has_secrets: bool = False
     :param has_secrets: with the keys of the Golem daemon and of accounts. A child that decodes images or answers HTTP
         requests gets none: the bytes of a stranger may take control of it.
     """
-    variables = {name: value for name, value in variables.items() if has_secrets or name not in SECRETS}
+    variables = dict(variables) if has_secrets else without_secrets(variables)
     # Installed packages are found without it; site-packages in PYTHONPATH would go before the standard library.
     if Path(sysconfig.get_paths()["purelib"]).resolve() == _ROOT:
         return variables

@@ -22,6 +22,7 @@ from typing import Any
 
 from provider_image.backends import Device, Net
 from provider_image.cores import available_cores
+from provider_image.environment import without_secrets
 from provider_image.errors import BrokenArtefact, ConfigError, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, check_files, read_artefact
 from provider_image.models.catalogue import CATALOGUE, install_command
@@ -238,7 +239,7 @@ def check_in_process(folder: Path, models: Path, *, threads: int | None, precisi
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_SECONDS,
-            env={**os.environ, "PYTHONSAFEPATH": ""},  # the package is found by the working folder
+            env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.cores import available_cores
+from provider_image.environment import without_secrets
 from provider_image.errors import ChunkTimeout, WorkerDied, error_from_reply
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
 from provider_image.schemas import MAX_CHUNK_SECONDS
@@ -117,7 +118,7 @@ def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": ""},  # the package is found by the working folder
+            env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
         )
     _processes.append(process)
     return process

@@ -26,7 +26,7 @@ from typing import Any
 
 from provider_image.compiler.installing import build_folder
 from provider_image.cores import available_memory_bytes
-from provider_image.environment import SECRETS
+from provider_image.environment import without_secrets
 from provider_image.errors import CompilationFailed, MlgError, error_from_reply
 from provider_image.models.artefact import Artefact, is_model_name, read_artefact
 
@@ -81,13 +81,12 @@ def build(
     """
     max_bytes = memory_limit_bytes() if max_bytes is None else max_bytes
     job = pickle.dumps((target, max_bytes, max_cpu_seconds, (models, *arguments), options))
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
     process = subprocess.Popen(
         [sys.executable, "-m", "provider_image.compiler.confined", str(os.getpid())],
         cwd=_PACKAGE_PARENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**variables, "PYTHONSAFEPATH": ""},  # the package is found by the working folder
+        env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
     )
     assert process.stdin is not None and process.stdout is not None
     reply: dict[str, Any] | None = None
