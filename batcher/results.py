@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from batcher.errors import ExecutorUnavailable, ImageMissing, ResizingUnavailable
+from batcher.errors import ExecutorUnavailable, ImageMissing, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
@@ -118,7 +118,7 @@ def resolve_chunk(
             if try_item is not None and isinstance(result.error, BadInput):
                 raise try_item(packed.chunk, models, result.number) or _untrue(result.error)
             _check_item(packed.planned.service, artefact, item, result)
-        except ResizingUnavailable as error:
+        except (ResizingUnavailable, UntrueResults) as error:
             failures.append(_make_failure([item], error, Blame.NOBODY, UNAVAILABLE_RETRY_SECONDS))
         except MlgError as error:
             failures.append(_item_failure(item, error))
@@ -135,8 +135,8 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
     here either.
 
     :return: the number of items with an output.
-    :raises MlgError: it answers another chunk or model, is damaged, has values out of range, or says untruly that an
-        input cannot be used.
+    :raises UntrueResults: it says untruly that an input cannot be used, or was computed in another precision.
+    :raises MlgError: it answers another chunk or model, is damaged, or has values out of range.
     """
     try:
         artefact = find_artefact(models, packed.planned.model)
@@ -144,7 +144,7 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
         return 0  # missing here, which is not the provider's fault; `resolve_chunk` says so
     found = _read(packed, artefact, results)
     if found.precision != _REMOTE_PRECISION:
-        raise MalformedResults(f"The results were computed in {found.precision}, not in {_REMOTE_PRECISION}.")
+        raise UntrueResults(f"The results were computed in {found.precision}, not in {_REMOTE_PRECISION}.")
     for item, result in zip(packed.items, found.items, strict=True):
         if result.error is None:
             _check_item(packed.planned.service, artefact, item, result)
@@ -166,7 +166,7 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     failed = tuple(items)
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
-    if outcome.is_blameless or is_model_unusable:
+    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults):
         delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
         failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
@@ -184,8 +184,8 @@ def _read(packed: PackedChunk, artefact: Artefact, results: Path) -> Results:
     return read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest, max_bytes=max_bytes)
 
 
-def _untrue(error: MlgError) -> MalformedResults:
-    return MalformedResults(f"A provider refused an input that can be used ({error.code}: {error.reason})")
+def _untrue(error: MlgError) -> UntrueResults:
+    return UntrueResults(f"A provider refused an input that can be used ({error.code}: {error.reason})")
 
 
 def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:

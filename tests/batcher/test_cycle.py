@@ -94,7 +94,7 @@ def test_a_lie_about_an_image_fails_no_request_for_good(harness: Any) -> None:
     harness.run()
 
     (found,) = harness.reload(request)
-    assert (found.state, found.attempts, found.code) == (RequestState.QUEUED, 1, "malformed_results")
+    assert (found.state, found.attempts, found.code) == (RequestState.QUEUED, 0, "malformed_results")
 
 
 def test_an_image_whose_file_is_missing_fails_alone_with_a_reason(harness: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from batcher.errors import ImageMissing, ResizingUnavailable
+from batcher.errors import ImageMissing, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk, pack
 from batcher.planner import PlannedItem, plan
@@ -70,6 +70,15 @@ def test_a_single_item_is_to_blame_for_its_chunk_for_all_its_claims(claims: list
     (failure,) = chunk_outcome.failures
     assert (failure.blame, failure.delay_seconds) == (Blame.ITEM, ITEM_BACKOFF.after(1))
     assert len(failure.claims) == 4
+
+
+def test_results_that_are_proven_wrong_blame_no_item(claims: list[Claim]) -> None:
+    chunk_outcome = resolve_failed_chunk([item(*claims)], failed(UntrueResults()))
+
+    assert {(failure.blame, failure.code) for failure in chunk_outcome.failures} == {
+        (Blame.NOBODY, "malformed_results")
+    }
+    assert not chunk_outcome.is_model_unusable
 
 
 @pytest.mark.parametrize("error", [NotInstalled(), BrokenArtefact()])
@@ -169,7 +178,7 @@ DONE = Outcome(provider="p", seconds=1.0)
 def test_a_provider_that_refuses_an_input_that_can_be_used_has_not_answered(harness: Any, answered: Write) -> None:
     packed = answered(REFUSED)
 
-    with pytest.raises(MalformedResults, match=r"can be used.*a lie"):
+    with pytest.raises(UntrueResults, match=r"can be used.*a lie"):
         check_results(packed, harness.models, trying(None, None, None, None), packed.results)
 
 
@@ -198,7 +207,7 @@ def test_a_provider_is_not_blamed_for_what_cannot_be_tried_or_is_missing_here(
 def test_results_in_another_precision_are_no_answer(harness: Any, answered: Write) -> None:
     packed = answered(precision="bf16")
 
-    with pytest.raises(MalformedResults, match="bf16"):
+    with pytest.raises(UntrueResults, match="bf16"):
         check_results(packed, harness.models, trying(), packed.results)
 
 
@@ -210,7 +219,7 @@ def test_an_item_fails_for_good_only_for_a_reason_that_is_found_here(harness: An
 
     assert [(each.blame, each.code) for each in outcome.failures] == [
         (None, "unsupported_format"),
-        (Blame.ITEM, "malformed_results"),
+        (Blame.NOBODY, "malformed_results"),
     ]
     assert outcome.failures[0].reason == "found here"
     assert outcome.items_done == 2

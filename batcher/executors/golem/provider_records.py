@@ -117,9 +117,10 @@ class ProviderRecords:
 
     def lift_bans(self, queued_job: QueuedJob) -> None:
         """Lift the bans caused by a chunk that failed on several providers."""
-        if len(queued_job.failed_on) < 2:
+        suspicious = queued_job.failed_on - queued_job.proven_wrong
+        if len(suspicious) < 2:
             return
-        for provider_id in queued_job.failed_on:
+        for provider_id in suspicious:
             self._failures.pop(provider_id, None)
             self.banned.pop(provider_id, None)
             self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batcher.errors import BudgetReached, GolemUnavailable
+from batcher.errors import BudgetReached, GolemUnavailable, UntrueResults
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
@@ -323,6 +323,8 @@ class GolemWorker:
             self._pool.session.fail(failure.error.reason)
         if failure.is_provider_fault:
             self._parts.provider_records.record_failure(self, queued_job, failure.error.reason, seconds)
+            if queued_job is not None and isinstance(failure.error, UntrueResults):
+                queued_job.proven_wrong.add(self.provider_id)
         if queued_job is None or is_over:
             return
         queued_job.bills.append(self._bill(seconds))
