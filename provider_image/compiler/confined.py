@@ -3,7 +3,8 @@
 Called by `mlg models compile`. Keras, HDF5 and tensorflow read such files in C code, and a small file may describe a
 huge network. The process may use a share of the memory and some processor time, opens no socket, cannot trace other
 processes, gets no secrets, and ends with its parent. What it says is only used after it was checked. Weaknesses: it can
-read and write the user's files, and on other processors than x86-64 and 64-bit ARM the network is not taken from it.
+read and write the user's files, and it keeps the network on other processors than x86-64 and 64-bit ARM and where the
+system has no such filters; the steps then say so.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def main(parent: int) -> int:
         output.write(json.dumps(message) + "\n")
 
     target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
-    _confine(max_bytes, max_cpu_seconds)
+    problem = _confine(max_bytes, max_cpu_seconds)
+    if problem is not None:
+        send({"step": f"the network cannot be taken from the process: {problem}"})
     if os.getppid() != parent:  # it ended before this process would have been told
         return 1
     module, _, function = target.partition(":")
@@ -162,8 +165,8 @@ def main(parent: int) -> int:
     return 0
 
 
-def _confine(max_bytes: int, max_cpu_seconds: int) -> None:
-    """Limit what this process may do, irrevocably. :raises CompilationFailed: the network cannot be taken from it."""
+def _confine(max_bytes: int, max_cpu_seconds: int) -> str | None:
+    """Limit what this process may do, irrevocably. :return: why it keeps the network; None if it does not."""
     for kind, limit in (
         (resource.RLIMIT_DATA, max_bytes),
         (resource.RLIMIT_CPU, max_cpu_seconds),
@@ -178,14 +181,15 @@ def _confine(max_bytes: int, max_cpu_seconds: int) -> None:
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if platform.machine() not in _REFUSED_CALLS or struct.calcsize("P") != 8:
-        return
+        return f"mlg cannot filter system calls on {platform.machine()}"
     filters = _call_filter(*_REFUSED_CALLS[platform.machine()])
     packed = ctypes.create_string_buffer(b"".join(filters))
     program = ctypes.create_string_buffer(struct.pack("HP", len(filters), ctypes.addressof(packed)))
     if prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(
         _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0
     ):
-        raise CompilationFailed(f"The network cannot be taken from the process: {os.strerror(ctypes.get_errno())}.")
+        return os.strerror(ctypes.get_errno())
+    return None
 
 
 def _call_filter(machine: int, calls: Sequence[int]) -> list[bytes]:
