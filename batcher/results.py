@@ -113,13 +113,14 @@ def resolve_chunk(
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
     failures: list[ClaimFailure] = []
+    delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
     for item, result in zip(packed.items, results.items, strict=True):
         try:
             if try_item is not None and isinstance(result.error, BadInput):
                 raise try_item(packed.chunk, models, result.number) or _untrue(result.error)
             _check_item(packed.planned.service, artefact, item, result)
         except (ResizingUnavailable, UntrueResults) as error:
-            failures.append(_make_failure([item], error, Blame.NOBODY, UNAVAILABLE_RETRY_SECONDS))
+            failures.append(_make_failure([item], error, Blame.NOBODY, delay))
         except MlgError as error:
             failures.append(_item_failure(item, error))
         else:
@@ -150,7 +151,7 @@ def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results:
             _check_item(packed.planned.service, artefact, item, result)
         elif not isinstance(result.error, BadInput):
             # The item may be at fault, but nobody knows before it fails elsewhere too.
-            raise InferenceFailed(f"The provider failed on an item: {result.error.reason}")
+            raise InferenceFailed(f"The provider failed on an item: {_printable(result.error)[:200]}")
         else:
             with contextlib.suppress(ResizingUnavailable):
                 if try_item(packed.chunk, models, result.number) is None:
@@ -185,7 +186,7 @@ def _read(packed: PackedChunk, artefact: Artefact, results: Path) -> Results:
 
 
 def _untrue(error: MlgError) -> UntrueResults:
-    return UntrueResults(f"A provider refused an input that can be used ({error.code}: {error.reason})")
+    return UntrueResults(f"A provider refused an input that can be used: {error.code}, {_printable(error)[:200]}")
 
 
 def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
