@@ -8,8 +8,9 @@
 # It has no tensorflow: models whose weights come from Keras are compiled elsewhere, and their folders are copied to the
 # volume's models/. The volume must be a local disk, because SQLite's write-ahead log requires one.
 
-# Any image with Python 3.11 or newer as python3, its venv module and libstdc++; the same for both stages.
-ARG BASE=python:3.11-slim
+# Any image with Python 3.11 or newer as python3, its venv module and libstdc++; the same for both stages. A tag changes
+# with each security update: to build the same image again, give a digest: --build-arg BASE=python@sha256:...
+ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS builder
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE mlg.py /src/
@@ -21,12 +22,17 @@ COPY mlg_client /src/mlg_client
 COPY cli /src/cli
 COPY devnet /src/devnet
 COPY scripts/prune_runtime /src/
-# Removes pip and the parts of openvino for other devices and formats, which are not needed.
+# pip and setuptools first, at fixed versions, and no others for building mlg. Removes pip and the parts of openvino for
+# other devices and formats, which are not needed. setuptools stays: yapapi, which rents computers, imports its
+# pkg_resources.
 RUN python3 -m venv /opt/mlg \
-    && /opt/mlg/bin/python -m pip install --quiet --no-cache-dir --no-compile --constraint /src/constraints.txt /src \
-    && /opt/mlg/bin/python -m pip uninstall --quiet --yes openvino-telemetry setuptools \
-    && /opt/mlg/bin/python -m pip uninstall --quiet --yes pip \
+    && /opt/mlg/bin/python -m pip install --quiet --no-cache-dir --no-compile --constraint /src/constraints.txt \
+        pip setuptools \
+    && /opt/mlg/bin/python -m pip install --quiet --no-cache-dir --no-compile --no-build-isolation \
+        --constraint /src/constraints.txt /src \
+    && /opt/mlg/bin/python -m pip uninstall --quiet --yes openvino-telemetry pip \
     && /src/prune_runtime /opt/mlg/lib/python3*/site-packages \
+    && /opt/mlg/bin/python -W ignore -c 'import yapapi' \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/mlg/lib \
     && mkdir /home-of-mlg
 

@@ -30,6 +30,7 @@ from batcher.result_writer import ResultWriter, Tally
 from batcher.results import (
     UNAVAILABLE_RETRY_SECONDS,
     ChunkOutcome,
+    TryItem,
     check_results,
     resolve_chunk,
     resolve_failed_chunk,
@@ -69,6 +70,7 @@ class Cycle:
 
     :param folder: the batcher's folder for temporary files.
     :param resizer: resizes images before they are packed; closed if stopping takes too long. None sends originals.
+    :param try_item: tries the inputs that a worker refused; None trusts all workers.
     :param clock: returns the current time.
     """
 
@@ -81,6 +83,7 @@ class Cycle:
         folder: Path,
         batcher_id: str,
         resizer: Resizer | None = None,
+        try_item: TryItem | None = None,
         clock: Callable[[], datetime] = now_utc,
         timings: BatcherTimings = BatcherTimings(),
     ) -> None:
@@ -91,6 +94,7 @@ class Cycle:
         self._folder = folder
         self._clock = clock
         self._resizer = resizer
+        self._try_item = try_item
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
         self._packers = None if resizer is None else ThreadPoolExecutor(MAX_PACKING_THREADS, thread_name_prefix="pack")
         self._batcher_id = batcher_id
@@ -270,7 +274,12 @@ class Cycle:
                 self._slots_taken -= 1
                 self._wake.set()
             chunk_outcome = await asyncio.to_thread(
-                resolve_chunk, packed, outcome, self._settings.models, is_stopping=self._is_stopping
+                resolve_chunk,
+                packed,
+                outcome,
+                self._settings.models,
+                try_item=self._try_item,
+                is_stopping=self._is_stopping,
             )
         except OSError as error:
             # A full disk or a missing folder is no item's fault. But an image on a bad sector (EIO) must not block its
@@ -328,7 +337,7 @@ class Cycle:
             chunk=packed.chunk,
             results=packed.results,
             timeout_seconds=self._settings.chunk_timeout_seconds,
-            check=None if self._executor.is_trusted else partial(check_results, packed, self._settings.models),
+            check=self._try_item and partial(check_results, packed, self._settings.models, self._try_item),
         )
         self._tally.chunks += 1
         run = asyncio.create_task(self._executor.run(job))

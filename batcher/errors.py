@@ -5,7 +5,7 @@ A class's docstring is its default message; it says what to do.
 
 from __future__ import annotations
 
-from provider_image.errors import ChunkError, MlgError
+from provider_image.errors import ChunkError, MalformedResults, MlgError
 
 
 class ExecutorUnavailable(MlgError):
@@ -28,6 +28,12 @@ class ContainerImageError(MlgError):
     """The container image could not be built or published."""
 
     code = "image_error"
+
+
+class UntrueResults(MalformedResults):
+    """The results are proven to be wrong, so the provider is at fault and no item."""
+
+    code = "malformed_results"
 
 
 class ImageMissing(MlgError):

@@ -1,24 +1,27 @@
 """Decides the outcome of each claim of a chunk: answered, failed, or tried again.
 
 Called by `batcher.cycle` in a thread. A results file is not trusted: it is accepted only if it answers exactly this
-chunk with the artefact that is installed here, and each output passes the service's check. Must not open the store.
+chunk with the artefact that is installed here, and each output passes the service's check. That an input cannot be used
+is not taken from a stranger: it is tried here. Must not open the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from batcher.backoff import Backoff
-from batcher.errors import ExecutorUnavailable, ImageMissing
+from batcher.errors import ExecutorUnavailable, ImageMissing, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
 from batcher.packing import PackedChunk
 from batcher.planner import PlannedItem
-from provider_image.chunk import ItemResult, read_results
+from provider_image.chunk import ItemResult, Results, read_results
 from provider_image.errors import (
     BadInput,
     ChunkError,
+    InferenceFailed,
     MalformedResults,
     MlgError,
     ModelError,
@@ -37,6 +40,12 @@ ITEM_BACKOFF = Backoff(first_seconds=1.0, max_seconds=16.0, factor=4.0)
 UNAVAILABLE_RETRY_SECONDS = 30.0
 #: Errors of the model, not of the items: other chunks of the model would fail the same way.
 MODEL_ERRORS = (NotInstalled, ModelError, UnknownModel, ExecutorUnavailable)
+#: The precision that is asked of workers that are not trusted.
+_REMOTE_PRECISION = "f32"
+
+#: Tries on this machine whether the model can take the inputs of an item: chunk file, models folder, number -> None, or
+#: why not. :raises ResizingUnavailable: that cannot be tried now.
+TryItem = Callable[[Path, Path, int], MlgError | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +87,18 @@ def resolve_unsent_items(packed: PackedChunk) -> ChunkOutcome:
     return ChunkOutcome(failures=tuple(_item_failure(item, error) for item, error in packed.rejected))
 
 
-def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_stopping: bool = False) -> ChunkOutcome:
+def resolve_chunk(
+    packed: PackedChunk,
+    outcome: Outcome,
+    models: Path,
+    *,
+    try_item: TryItem | None = None,
+    is_stopping: bool = False,
+) -> ChunkOutcome:
     """Decide the outcome of the items that were sent; for the others see `resolve_unsent_items`.
 
     :param models: the folder of artefacts.
+    :param try_item: confirms that an input cannot be used; None if the executor's workers are trusted.
     :param is_stopping: items released without blame are due again immediately, for other batchers.
     """
     if not packed.items:
@@ -89,34 +106,57 @@ def resolve_chunk(packed: PackedChunk, outcome: Outcome, models: Path, *, is_sto
     if outcome.error is not None:
         return resolve_failed_chunk(packed.items, outcome, is_stopping=is_stopping)
     try:
-        artefact, results = _read(packed, models, packed.results)
+        artefact = find_artefact(models, packed.planned.model)
+        results = _read(packed, artefact, packed.results)
     except (MalformedResults, *MODEL_ERRORS) as error:
         failed = Outcome(provider=outcome.provider, seconds=outcome.seconds, error=error)
         return resolve_failed_chunk(packed.items, failed, is_stopping=is_stopping)
     answers: list[Answer] = []
     failures: list[ClaimFailure] = []
-    for item, result in results:
+    delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
+    for item, result in zip(packed.items, results.items, strict=True):
         try:
+            if try_item is not None and isinstance(result.error, BadInput):
+                raise try_item(packed.chunk, models, result.number) or _untrue(result.error)
             _check_item(packed.planned.service, artefact, item, result)
+        except (ResizingUnavailable, UntrueResults) as error:
+            failures.append(_make_failure([item], error, Blame.NOBODY, delay))
         except MlgError as error:
             failures.append(_item_failure(item, error))
         else:
-            answers += _answers(packed, item, result, artefact, outcome.provider)
+            answers += _answers(packed, item, result, artefact, results.precision, outcome)
     items_done = len(packed.items) - len(failures)
     return ChunkOutcome(answers=tuple(answers), failures=tuple(failures), items_done=items_done)
 
 
-def check_results(packed: PackedChunk, models: Path, results: Path) -> None:
-    """Check whether a results file is a valid answer to a chunk, without computing anything.
+def check_results(packed: PackedChunk, models: Path, try_item: TryItem, results: Path) -> int:
+    """Check whether a stranger's results file is a valid answer to a chunk, without computing anything.
 
-    For executors that can try another provider. Items may have failed, but each output must be valid.
+    For executors that try another provider then. Each item must have a valid output, or an input that cannot be used
+    here either.
 
+    :return: the number of items with an output.
+    :raises UntrueResults: it says untruly that an input cannot be used, or was computed in another precision.
     :raises MlgError: it answers another chunk or model, is damaged, or has values out of range.
     """
-    artefact, found = _read(packed, models, results)
-    for item, result in found:
+    try:
+        artefact = find_artefact(models, packed.planned.model)
+    except MODEL_ERRORS:
+        return 0  # missing here, which is not the provider's fault; `resolve_chunk` says so
+    found = _read(packed, artefact, results)
+    if found.precision != _REMOTE_PRECISION:
+        raise UntrueResults(f"The results were computed in {found.precision}, not in {_REMOTE_PRECISION}.")
+    for item, result in zip(packed.items, found.items, strict=True):
         if result.error is None:
             _check_item(packed.planned.service, artefact, item, result)
+        elif not isinstance(result.error, BadInput):
+            # The item may be at fault, but nobody knows before it fails elsewhere too.
+            raise InferenceFailed(f"The provider failed on an item: {_printable(result.error)[:200]}")
+        else:
+            with contextlib.suppress(ResizingUnavailable):
+                if try_item(packed.chunk, models, result.number) is None:
+                    raise _untrue(result.error)
+    return sum(result.error is None for result in found.items)
 
 
 def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_stopping: bool = False) -> ChunkOutcome:
@@ -127,7 +167,7 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     failed = tuple(items)
     error = outcome.error or ChunkError()
     is_model_unusable = isinstance(error, MODEL_ERRORS)
-    if outcome.is_blameless or is_model_unusable:
+    if outcome.is_blameless or is_model_unusable or isinstance(error, UntrueResults):
         delay = 0.0 if is_stopping else UNAVAILABLE_RETRY_SECONDS
         failures = [_make_failure(failed, error, Blame.NOBODY, delay)]
     elif len(failed) == 1:
@@ -138,12 +178,15 @@ def resolve_failed_chunk(items: Iterable[PlannedItem], outcome: Outcome, *, is_s
     return ChunkOutcome(failures=tuple(failures if failed else ()), error=error, is_model_unusable=is_model_unusable)
 
 
-def _read(packed: PackedChunk, models: Path, results: Path) -> tuple[Artefact, list[tuple[PlannedItem, ItemResult]]]:
-    """Read a results file: the artefact that must have answered, and the items with their results."""
-    artefact = find_artefact(models, packed.planned.model)
-    numbers = range(len(packed.items))
-    found = read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest)
-    return artefact, list(zip(packed.items, found.items, strict=True))
+def _read(packed: PackedChunk, artefact: Artefact, results: Path) -> Results:
+    """Read a results file. :param artefact: the one that must have answered."""
+    numbers, outputs = range(len(packed.items)), load_service(packed.planned.service).outputs
+    max_bytes = {name: one.max_bytes for name, one in outputs.items()}
+    return read_results(results, packed.chunk_id, packed.planned.model, numbers, artefact.digest, max_bytes=max_bytes)
+
+
+def _untrue(error: MlgError) -> UntrueResults:
+    return UntrueResults(f"A provider refused an input that can be used: {error.code}, {_printable(error)[:200]}")
 
 
 def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result: ItemResult) -> None:
@@ -165,7 +208,7 @@ def _check_item(service_name: str, artefact: Artefact, item: PlannedItem, result
 
 
 def _answers(
-    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, provider: str | None
+    packed: PackedChunk, item: PlannedItem, result: ItemResult, artefact: Artefact, precision: str, outcome: Outcome
 ) -> list[Answer]:
     outputs = load_service(packed.planned.service).outputs
     files = {name: NewFile(data=data, media_type=outputs[name].media_type) for name, data in result.files.items()}
@@ -174,10 +217,11 @@ def _answers(
             claim=claim,
             output=result.output,
             files=files,
-            digest=artefact.digest,
+            # An answer in another precision is none to later requests, which look for the artefact's digest.
+            digest=artefact.digest if precision == _REMOTE_PRECISION else f"{artefact.digest}-{precision}",
             chunk_id=packed.chunk_id,
-            provider=provider or "unknown",
-            seconds=result.seconds,
+            provider=outcome.provider or "unknown",
+            seconds=min(result.seconds, outcome.seconds),
         )
         for claim in item.claims
     ]

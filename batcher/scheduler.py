@@ -22,7 +22,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from batcher.cycle import Cycle, available_models, now_utc
 from batcher.executors import Executor, ExecutorContext, load_executor
-from batcher.resizing import make_resizer
+from batcher.resizing import Resizer, is_resizing
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
 from batcher.waiting import wait_for_first
@@ -83,14 +83,17 @@ class Batcher:
         self._started_at = clock()
         #: The operator's controls as last read; None before the first time.
         self._control_state: ControlState | None = None
-        self._resizer = make_resizer(settings, executor)
+        is_resized = is_resizing(settings, executor)
+        #: Also tries what a stranger says of an input. Its processes are started when they are needed.
+        self._resizer = Resizer(settings.resizers) if is_resized or not executor.is_trusted else None
         self._cycle = Cycle(
             store=store,
             executor=executor,
             settings=settings,
             folder=workspace.folder,
             batcher_id=batcher_id,
-            resizer=self._resizer,
+            resizer=self._resizer if is_resized else None,
+            try_item=None if executor.is_trusted or self._resizer is None else self._resizer.try_item,
             clock=clock,
             timings=timings,
         )

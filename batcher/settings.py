@@ -12,7 +12,7 @@ from pathlib import Path
 from batcher.backoff import Backoff
 from provider_image.cores import available_cores
 from provider_image.environment import Settings, home_setting, setting
-from provider_image.schemas import MAX_BYTES, MAX_ITEMS
+from provider_image.schemas import MAX_BYTES, MAX_CHUNK_SECONDS, MAX_ITEMS
 
 #: Values of MLG_SHRINK.
 SHRINK_CHOICES = ("auto", "on", "off")
@@ -63,7 +63,7 @@ class BatcherSettings(Settings):
     #: Seconds after which a claim that is not renewed returns to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
     lease_seconds: float = setting("MLG_LEASE_SECONDS", 30.0, minimum=1, maximum=59)
     #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.
-    chunk_timeout_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=18000)
+    chunk_timeout_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)
     #: Seconds for chunks under way to finish when the batcher stops. MLG_DRAIN_SECONDS. Defaults to 10 seconds.
     drain_seconds: float = setting("MLG_DRAIN_SECONDS", 10.0, minimum=0, maximum=3600)
     #: Number of resizing processes: MLG_WORKERS, as for local workers.

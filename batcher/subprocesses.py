@@ -13,6 +13,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from provider_image.environment import without_secrets
+
 #: The folder that contains the packages and mlg.py.
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,11 +27,16 @@ def module_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return these variables, with which a child finds this project's packages too."""
+def child_environment(variables: Mapping[str, str], *, has_secrets: bool = False) -> dict[str, str]:
+    """Return these variables, with which a child finds this project's packages too.
+
+    :param has_secrets: with the keys of the Golem daemon and of accounts. A child that decodes images or answers HTTP
+        requests gets none: the bytes of a stranger may take control of it.
+    """
+    variables = dict(variables) if has_secrets else without_secrets(variables)
     # Installed packages are found without it; site-packages in PYTHONPATH would go before the standard library.
     if Path(sysconfig.get_paths()["purelib"]).resolve() == _ROOT:
-        return dict(variables)
+        return variables
     folders = [variables.get("PYTHONPATH", ""), str(_ROOT)]
     return {**variables, "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
 

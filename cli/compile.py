@@ -120,7 +120,7 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
     steps = _StepReporter(row.name)
     try:
         if row.source == "keras":
-            from provider_image.compiler import keras_applications
+            from provider_image.compiler import confined
             from provider_image.compiler.keras_weights import find_weights
             from provider_image.precision import TOLERANCE
 
@@ -128,8 +128,10 @@ def _build(row: ModelRow, models: Path, sources: WeightsSources, *, again: bool,
             weights = find_weights(row, sources, progress=steps.downloaded)
             if not weights.is_published:
                 steps.note(f"{weights.path} is not the file that Keras publishes; the model is listed as `own`.")
-            return keras_applications.build(
+            return confined.build(
+                "provider_image.compiler.keras_applications:build",
                 models,
+                row.name,
                 row,
                 weights,
                 again=again,
@@ -165,11 +167,17 @@ def _custom_model(
 
 
 def _build_custom(custom: CustomModel, models: Path, f16_within: float | None) -> Artefact:
-    from provider_image.compiler.custom import build
+    from provider_image.compiler import confined
     from provider_image.precision import TOLERANCE
 
-    tolerance = TOLERANCE if f16_within is None else f16_within
-    return build(models, custom, f16_within=tolerance, on_step=_StepReporter(custom.name[:64]).begin)
+    return confined.build(
+        "provider_image.compiler.custom:build",
+        models,
+        custom.name,
+        custom,
+        f16_within=TOLERANCE if f16_within is None else f16_within,
+        on_step=_StepReporter(custom.name[:64]).begin,
+    )
 
 
 def _installed_message(artefact: Artefact) -> str:

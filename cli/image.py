@@ -35,23 +35,25 @@ def image() -> None:
 @models_argument
 @file_option(
     "--weights",
-    "Folder with weights files of Keras models; all of them are passed to the engine. [default: download]",
+    "Folder with weights files; all Keras models are compiled from them. [default: download]",
     metavar="DIR",
 )
 @click.option(
     "--installed",
     is_flag=True,
-    help="Copy all models from the home, where they are installed, instead of compiling them.",
+    help="Fail if a model is not installed in the home, instead of compiling it.",
 )
-@click.option("--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim]")
+@click.option(
+    "--base", metavar="IMAGE", help="Base image, with Python 3.11 or newer. [default: python:3.11-slim-bookworm]"
+)
 @tag_option
 @home_option
 def build(models: Sequence[str], weights: Path | None, installed: bool, base: str | None, tag: str | None) -> None:
     """Build a container image with the given models. Uses docker, podman or buildah.
 
-    Needs a source checkout. Models of the catalogue are compiled during the build; custom models are copied from the
-    home, where they must be installed. The output of the engine goes to stderr; the lines on stdout name the image and
-    the digest of each model in it.
+    Needs a source checkout. Models that are installed in the home are copied from there, others of the catalogue are
+    compiled during the build; custom models must be installed. The output of the engine goes to stderr; the lines on
+    stdout name the image and the digest of each model in it.
 
     \b
     Example:

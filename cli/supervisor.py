@@ -66,7 +66,7 @@ class _Child:
 class Supervisor:
     """Starts, watches and stops the children.
 
-    :param variables: the environment with the options in it; the children get it unchanged.
+    :param variables: the environment with the options in it; only the batcher gets the secrets in it.
     :param write_line: writes a message for the user.
     :raises ConfigError: a setting is invalid.
     """
@@ -177,7 +177,7 @@ class Supervisor:
         try:
             child.process = subprocess.Popen(
                 module_command("mlg", *arguments),
-                env=child_environment(variables),
+                env=child_environment(variables, has_secrets=child is self._batcher),
                 stdin=subprocess.DEVNULL,
                 pass_fds=inherited,
                 start_new_session=True,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from provider_image.environment import Environment
 from provider_image.errors import MlgError
 from provider_image.precision import PRECISIONS
+from provider_image.schemas import MAX_CHUNK_SECONDS
 
 if TYPE_CHECKING:
     from provider_image.backends import Device
@@ -81,6 +82,7 @@ def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
         threads=options.threads,
         precision=options.precision,
         keep_warm_seconds=keep_warm_seconds,
+        limit_seconds=options.timeout,
     )
 
 
@@ -88,10 +90,10 @@ def _run_here(options: argparse.Namespace) -> None:
     from provider_image.runtime import NetCache, run_chunk
     from provider_image.warm_server import serve
 
-    nets = NetCache(options.models, _device(options))
     if options.command == "run":
-        run_chunk(options.chunk, options.results, nets)
+        run_chunk(options.chunk, options.results, NetCache(options.models, _device(options)))
         return
+    nets = NetCache(options.models, _device(options), max_bytes=options.models_bytes)
     serve(
         options.place,
         nets,
@@ -146,6 +148,13 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         default=environment.path("MLG_PLACE", "") if environment.text("MLG_PLACE", "") else None,
         help="folder for the warm processes' sockets (default: MLG_PLACE, else /tmp/mlg-UID)",
     )
+    run.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        default=MAX_CHUNK_SECONDS,
+        help="end the warm process if it needs more than S seconds for the chunk (default: %(default)g)",
+    )
     run.add_argument("--cold", action="store_true", help="process the chunk in this process, not in a warm one")
     serve = commands.add_parser(
         "serve",
@@ -158,7 +167,11 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         epilog="example:\n  mlg-provider serve --place /tmp/warm --models ~/.mlg/models --idle-seconds 60",
     )
     serve.add_argument(
-        "--place", type=_path, metavar="DIR", required=True, help="private folder for the lock and the socket"
+        "--place",
+        type=_path,
+        metavar="DIR",
+        required=True,
+        help="folder for the lock and the socket, which must be private or is made",
     )
     serve.add_argument(
         "--idle-seconds",
@@ -166,6 +179,12 @@ def _parser(environment: Environment) -> argparse.ArgumentParser:
         metavar="S",
         default=_DEFAULT_KEEP_WARM_SECONDS,
         help="exit after S seconds without work; 0 disables this (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--models-bytes",
+        type=int,
+        metavar="N",
+        help="most memory of models that stay loaded; the current one may need more (default: half of the memory)",
     )
     serve.add_argument("--exit-with-stdin", action="store_true", help="exit immediately when standard input is closed")
     check = commands.add_parser(

@@ -211,12 +211,21 @@ def write_results(path: Path, results: Results) -> None:
         add_json(archive, "results.json", document, MalformedResults)
 
 
-def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int], digest: str | None = None) -> Results:
+def read_results(
+    path: Path,
+    chunk_id: str,
+    model: str,
+    numbers: Collection[int],
+    digest: str | None = None,
+    *,
+    max_bytes: Mapping[str, int] | None = None,
+) -> Results:
     """Read a results file and check that it belongs to this chunk: its id, model, digest and exactly its items.
 
     The outputs themselves are checked by the service's `check_output`.
 
     :param digest: digest of the required artefact; None accepts any.
+    :param max_bytes: name of each file that an item may have -> its most bytes; no other is read. None accepts any.
     :raises MalformedResults: it cannot be read, violates the format, or belongs to another chunk.
     """
     with contextlib.closing(Archive(path, "results.json", MalformedResults)) as archive:
@@ -229,6 +238,9 @@ def read_results(path: Path, chunk_id: str, model: str, numbers: Collection[int]
         if sorted(found) != sorted(numbers):
             raise MalformedResults(f"The results are for the items {sorted(found)}, not {sorted(numbers)}.")
         archive.check_files(_sizes(document, "files"))
+        for name, size in (each for item in document["items"] for each in item.get("files", {}).items()):
+            if max_bytes is not None and size > max_bytes.get(name, -1):
+                raise MalformedResults(f"The results have the file {name} of {size} bytes, which nobody asked for.")
         items = tuple(_item_result(archive, item) for item in sorted(document["items"], key=lambda i: int(i["number"])))
     load_seconds = float(document["load_seconds"])
     return Results(**{name: document[name] for name in RESULTS_FIELDS} | {"load_seconds": load_seconds, "items": items})

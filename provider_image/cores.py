@@ -1,4 +1,4 @@
-"""The number of cores that this process may use, by its affinity and the container's CPU quota.
+"""The cores and the memory that this process may use, by its affinity and the limits of its container.
 
 In a container that is limited to two of 64 cores, 64 threads are slower than two. Read by the runtime, the check and
 the batcher's settings.
@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+#: Most processes that compute at the same time by default; with more cores, each gets several threads.
+_MAX_PROCESSES = 8
+#: Assumed where the system does not say how much memory there is.
+_UNKNOWN_MEMORY_BYTES = 4 * 1024**3
 
 
 def available_cores(root: Path = Path("/")) -> int:
@@ -21,23 +27,54 @@ def available_cores(root: Path = Path("/")) -> int:
     return cores if math.isinf(quota) else max(1, min(cores, math.ceil(quota - 0.01)))
 
 
+def default_processes() -> int:
+    """Return how many processes should share the cores: one a core, and on large machines fewer with several threads.
+
+    Each process loads its own models, and threads of one compute as fast.
+    """
+    cores = available_cores()
+    return math.ceil(cores / math.ceil(cores / _MAX_PROCESSES))
+
+
+def threads_per_process(processes: int) -> int:
+    """Return how many threads each process needs to use all cores."""
+    return math.ceil(available_cores() / processes)
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Return the memory of this machine, or of this process's container if that is less.
+
+    :param root: as in `available_cores`.
+    """
+    lines = (line.split() for line in _read(root / "proc/meminfo").splitlines())
+    found = [int(words[1]) * 1024 for words in lines if words[:1] == ["MemTotal:"]]
+    for folder in _control_groups(root, "memory", ("memory",)):
+        texts = (_read(folder / name).strip() for name in ("memory.max", "memory.limit_in_bytes"))
+        found += [int(text) for text in texts if text.isdecimal() and int(text) > 0]
+    return min(found, default=_UNKNOWN_MEMORY_BYTES)
+
+
 def _quotas(root: Path) -> list[float]:
     """Return the limits of this process's control groups and their parents, in cores."""
     found = []
+    for folder in _control_groups(root, "cpu", ("cpu", "cpu,cpuacct")):
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        found += _cores(quota, period)
+        found += _cores(_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip())
+    return found
+
+
+def _control_groups(root: Path, controller: str, v1_folders: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the folders of this process's control groups for a controller, of both generations, and their parents."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
-            for base in ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
-                for folder in _ancestors(root / base, group):
-                    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-                    found += _cores(quota, period)
-        elif "cpu" in controllers.split(","):
-            for base in ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"):
-                for folder in _ancestors(root / base, group):
-                    quota = _read(folder / "cpu.cfs_quota_us").strip()
-                    found += _cores(quota, _read(folder / "cpu.cfs_period_us").strip())
-    return found
+            bases: tuple[str, ...] = ("", "unified")
+        else:
+            bases = v1_folders if controller in controllers.split(",") else ()
+        for base in bases:
+            yield from _ancestors(root / "sys/fs/cgroup" / base, group)
 
 
 def _ancestors(base: Path, group: str) -> list[Path]:

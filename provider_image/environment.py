@@ -13,8 +13,15 @@ from typing import Any, Self
 
 from provider_image.errors import ConfigError
 
+#: Variables that give access to money or to accounts.
+_SECRETS = frozenset({"YAGNA_APPKEY", "YAGNA_AUTOCONF_APPKEY", "MLG_API_KEY", "REGISTRY_USER", "REGISTRY_TOKEN"})
 _TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 _FALSE_WORDS = frozenset({"0", "false", "no", "off", ""})
+
+
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for a process that reads bytes of strangers, who might take control of it."""
+    return {name: value for name, value in variables.items() if name not in _SECRETS}
 
 
 class Environment:

@@ -21,6 +21,7 @@ from typing import Any
 
 from provider_image.backends import Device, Net
 from provider_image.chunk import ChunkReader, ItemEntry, ItemResult, Results, open_chunk, write_results
+from provider_image.cores import available_memory_bytes
 from provider_image.errors import BrokenArtefact, InferenceFailed, MalformedChunk, MlgError, NotInstalled
 from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.service import Output, Service, are_inputs, check_params, describe_inputs
@@ -30,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 #: Number of an item, what the service's `prepare` returned for it, and its parameters.
 _ReadyItem = tuple[int, Any, Mapping[str, Any]]
-#: Number of nets that remain loaded; the least recently used is dropped first.
-MAX_LOADED_NETS = 4
+#: What a loaded net takes beside its weights: buffers and code.
+_NET_BYTES = 64 * 1024 * 1024
+#: Share of the memory that loaded nets may take, of all processes together.
+_NETS_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +49,32 @@ class LoadedModel:
     seconds: float
 
 
+def default_net_bytes(processes: int = 1) -> int:
+    """Return how much memory the loaded nets of each of so many processes may take."""
+    return int(available_memory_bytes() * _NETS_SHARE / processes)
+
+
+def net_bytes(artefact: Artefact) -> int:
+    """Estimate the memory that an artefact takes when it is loaded; f16 weights become f32."""
+    return artefact.size_bytes * (2 if artefact.precision == "f16" else 1) + _NET_BYTES
+
+
 class NetCache:
-    """The loaded nets of one process. Not thread-safe: used by one chunk at a time."""
+    """The loaded nets of one process. Not thread-safe: used by one chunk at a time.
+
+    :param max_bytes: most memory of the nets that remain loaded, by `net_bytes`; the least recently used is dropped
+        first. The one in use may be larger. None takes half of the memory that there is.
+    """
 
     def __init__(
         self,
         models: Path,
         device: Device | None = None,
         *,
+        max_bytes: int | None = None,
         find_service: Callable[[str], Service] = load_service,
     ) -> None:
+        self._max_bytes = default_net_bytes() if max_bytes is None else max_bytes
         #: What the nets run on.
         self.device = device or Device()
         self._models = models
@@ -72,7 +91,24 @@ class NetCache:
         """
         started = time.perf_counter()
         implementation = self._find_service(service)
-        artefact = _find_or_build(self._models, model)
+        artefact = self._find(service, model, digest)
+        key = (artefact.folder, artefact.digest)
+        if key in self._nets:
+            self._nets.move_to_end(key)
+            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key], seconds=0.0)
+        self._make_room(artefact)
+        try:
+            net = implementation.load(artefact, self.device)
+        except BrokenArtefact as error:
+            # Its model.json is intact, so the damage is only found now. Meanwhile it may have been installed again.
+            current = self._find(service, model, digest)
+            artefact = self._find(service, model, digest, error) if current is artefact else current
+            net = implementation.load(artefact, self.device)
+        self._nets[artefact.folder, artefact.digest] = net
+        return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
+
+    def _find(self, service: str, model: str, digest: str | None, broken: BrokenArtefact | None = None) -> Artefact:
+        artefact = _find_or_build(self._models, model, broken)
         if artefact.service != service:
             raise MalformedChunk(f"The model {model} is for {artefact.service}, not for {service[:64]}.")
         if digest is not None and digest != artefact.digest:
@@ -80,20 +116,13 @@ class NetCache:
                 f"The chunk requires {model} with digest {digest[:12]}; the installed one has {artefact.digest[:12]}. "
                 "Use the same version of mlg on both machines, then install the model again."
             )
-        key = (artefact.folder, artefact.digest)
-        if key in self._nets:
-            self._nets.move_to_end(key)
-            return LoadedModel(service=implementation, artefact=artefact, net=self._nets[key], seconds=0.0)
-        while len(self._nets) >= MAX_LOADED_NETS:
+        return artefact
+
+    def _make_room(self, artefact: Artefact) -> None:
+        """Drop the least recently used nets until this one fits beside the others."""
+        left = self._max_bytes - net_bytes(artefact)
+        while self._nets and sum(net_bytes(net.artefact) for net in self._nets.values()) > left:
             self._nets.popitem(last=False)
-        try:
-            net = implementation.load(artefact, self.device)
-        except BrokenArtefact as error:
-            # Its model.json is intact, so the damage is only found now.
-            artefact = _find_or_build(self._models, model, error)
-            net = implementation.load(artefact, self.device)
-        self._nets[key] = net
-        return LoadedModel(service=implementation, artefact=artefact, net=net, seconds=time.perf_counter() - started)
 
 
 def _has_compiler() -> bool:
@@ -155,11 +184,7 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
     for item in batch:
         started = time.perf_counter()
         try:
-            params = check_params(loaded.service.params, item.params)
-            inputs = reader.read_inputs(item)
-            prepared = loaded.service.prepare(loaded.artefact, inputs, params, is_resized=reader.is_resized)
-            del inputs
-            ready.append((item.number, prepared, params))
+            ready.append((item.number, *prepare_item(loaded.service, loaded.artefact, reader, item)))
         except Exception as error:  # noqa: BLE001 - one item must not affect the others
             outcomes[item.number] = error
         seconds[item.number] = time.perf_counter() - started
@@ -168,6 +193,18 @@ def _run_batch(reader: ChunkReader, loaded: LoadedModel, batch: Sequence[ItemEnt
     for number, _, _ in ready:
         seconds[number] += (time.perf_counter() - started) / len(ready)
     return [_result(reader, item.number, outcomes[item.number], seconds[item.number]) for item in batch]
+
+
+def prepare_item(
+    service: Service, artefact: Artefact, reader: ChunkReader, item: ItemEntry
+) -> tuple[Any, Mapping[str, Any]]:
+    """Read and decode an item. :return: what the service's `prepare` returned, and the parameters.
+
+    :raises BadInput: its inputs or parameters cannot be used.
+    :raises MalformedChunk: it is damaged.
+    """
+    params = check_params(service.params, item.params)
+    return service.prepare(artefact, reader.read_inputs(item), params, is_resized=reader.is_resized), params
 
 
 def _run_ready(loaded: LoadedModel, ready: Sequence[_ReadyItem]) -> dict[int, Output | Exception]:

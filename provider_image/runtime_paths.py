@@ -31,9 +31,9 @@ def socket_path(runtime_folder: Path) -> Path:
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only this user can access.
+    """Make a folder that only this user can access. One that exists is not changed, because it may have other uses.
 
-    :raises ConfigError: the path is a link or another user's folder, or it cannot be made.
+    :raises ConfigError: the path is a link, or a folder that another user owns or can access, or it cannot be made.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def make_private_folder(path: Path) -> Path:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise ConfigError(f"{path} is a link or belongs to another user. Remove it or choose another --place.")
         if stat.S_IMODE(status.st_mode) & 0o077:
-            path.chmod(0o700)
+            raise ConfigError(f"Other users can access {path}. Choose a --place that does not exist yet.")
     except OSError as error:
         raise ConfigError(f"The folder {path} cannot be used: {error}") from error
     return path

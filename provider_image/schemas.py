@@ -20,6 +20,8 @@ VERSION = 1
 MAX_ITEMS = 16
 #: Most bytes of all inputs in a chunk, or of all output files in a results file.
 MAX_BYTES = 64 * 1024 * 1024
+#: The longest that a requestor waits for a chunk, in seconds.
+MAX_CHUNK_SECONDS = 18_000.0
 #: Most files of one item.
 MAX_FILES = 8
 #: Most levels of lists and objects in params and outputs.

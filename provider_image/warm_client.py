@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provider_image.cores import available_cores
-from provider_image.errors import WorkerDied, error_from_reply
+from provider_image.environment import without_secrets
+from provider_image.errors import ChunkTimeout, WorkerDied, error_from_reply
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
+from provider_image.schemas import MAX_CHUNK_SECONDS
 
 if TYPE_CHECKING:
     import subprocess
@@ -52,23 +54,35 @@ def run(
     threads: int | None = None,
     precision: str = "f32",
     keep_warm_seconds: float = 300.0,
+    limit_seconds: float = MAX_CHUNK_SECONDS,
 ) -> float:
     """Process a chunk in a warm process.
 
     :param runtime_root: see `server_folder`.
     :param keep_warm_seconds: a process that is started here exits after this long without work.
-    :return: seconds that the chunk took, without the time that it waited for other chunks.
+    :param limit_seconds: the process ends if the chunk takes longer, without the time that it waited for others.
+    :return: seconds that the chunk took, likewise.
     :raises WorkerDied: the process could not be started, or exited during the chunk.
+    :raises ChunkTimeout: the chunk took too long.
     :raises MlgError: the error of the chunk as a whole.
     """
     folder = server_folder(runtime_root, models, threads, precision)
-    make_private_folder(folder.parent)
+    if runtime_root is None:
+        make_private_folder(folder.parent)
     make_private_folder(folder)
     options = ["--models", str(models.absolute()), "--threads", str(threads or available_cores())]
     options += ["--precision", precision, "--idle-seconds", f"{keep_warm_seconds:g}"]
     with _connect_or_start(folder, options) as connection:
-        job = {"chunk": str(chunk.absolute()), "results": str(results.absolute())}
-        reply = _send_job(connection, json.dumps(job).encode() + b"\n")
+        job = {"chunk": str(chunk.absolute()), "results": str(results.absolute()), "limit_seconds": limit_seconds}
+        started = time.monotonic()
+        try:
+            reply = _send_job(connection, json.dumps(job).encode() + b"\n")
+        except WorkerDied as error:
+            if time.monotonic() - started < limit_seconds:
+                raise
+            raise ChunkTimeout(
+                f"The chunk took longer than {limit_seconds:g} s, so its warm process was ended."
+            ) from error
     if reply.get("ok") is not True:
         raise error_from_reply(reply)
     return float(reply["seconds"])
@@ -104,7 +118,7 @@ def _start(folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "PYTHONSAFEPATH": ""},  # the package is found by the working folder
+            env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
         )
     _processes.append(process)
     return process

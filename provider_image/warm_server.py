@@ -2,9 +2,11 @@
 
 Runs as `mlg-provider serve`, which the local executor starts once per worker, and `warm_client.py` when none is
 running. The protocol is JSON lines: the request `{"chunk": PATH, "results": PATH}` is answered by
-`{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD, "reason": TEXT, "permanent": BOOL}`. A file lock in its
-folder ensures that only one process serves there. The system releases the lock when the process dies, so a socket that
-is found while holding the lock is stale. It must not serve other users: nobody else can access its folder.
+`{"ok": true, "seconds": S}` or `{"ok": false, "code": WORD, "reason": TEXT, "permanent": BOOL}`. If the request has
+`limit_seconds` and the chunk takes longer, the process ends: an item that hangs must not block the chunks that follow.
+A file lock in its folder ensures that only one process serves there. The system releases the lock when the process
+dies, so a socket that is found while holding the lock is stale. It must not serve other users: nobody else can access
+its folder.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from provider_image.errors import ChunkError, ConfigError, MalformedRequest, MlgError, WorkerDied
 from provider_image.runtime import NetCache, run_chunk
 from provider_image.runtime_paths import make_private_folder, socket_path
+from provider_image.schemas import MAX_CHUNK_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,9 @@ _MAX_LINE_BYTES = 64 * 1024
 _GRACE_SECONDS = 1.0
 #: Interval at which a process that is about to end checks whether it may.
 _POLL_SECONDS = 0.01
+#: Interval at which it is checked whether the client of a chunk is still there, and how long the chunk may then go on.
+_CLIENT_SECONDS = 1.0
+_ABANDONED_SECONDS = 30.0
 
 
 @contextlib.contextmanager
@@ -97,6 +103,8 @@ class _WarmServer:
         self._clients = self._jobs = 0
         self._active_at = time.monotonic()
         self._is_stopping = False
+        #: The connection whose chunk is under way.
+        self._current: socket.socket | None = None
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until it is time to stop."""
@@ -148,7 +156,7 @@ class _WarmServer:
                 while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
                     self._count(jobs=1)
                     try:
-                        reply = self._chunk_thread.submit(self._run_job, line).result()
+                        reply = self._wait(self._chunk_thread.submit(self._run_job, line, connection), connection)
                         stream.write(json.dumps(reply).encode() + b"\n")
                         stream.flush()
                     finally:
@@ -158,27 +166,53 @@ class _WarmServer:
         finally:
             self._count(clients=-1)
 
-    def _run_job(self, line: bytes) -> dict[str, Any]:
+    def _wait(self, job: Future[dict[str, Any]], connection: socket.socket) -> dict[str, Any]:
+        hang_up = select.poll()
+        hang_up.register(connection, 0)  # reported without being requested
+        while True:
+            try:
+                return job.result(_CLIENT_SECONDS)
+            except TimeoutError:
+                with self._lock:
+                    if self._current is connection and hang_up.poll(0):
+                        hang_up.unregister(connection)
+                        self._current = None
+                        left = signal.getitimer(signal.ITIMER_REAL)[0] or _ABANDONED_SECONDS
+                        signal.setitimer(signal.ITIMER_REAL, min(left, _ABANDONED_SECONDS))
+
+    def _begin(self, connection: socket.socket | None, limit_seconds: float = 0.0) -> None:
+        """Begin a chunk, or end one; the system ends the process after its limit, also if it holds the GIL."""
+        with self._lock:
+            self._current = connection
+            signal.setitimer(signal.ITIMER_REAL, limit_seconds)
+
+    def _run_job(self, line: bytes, connection: socket.socket) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             if self._is_stopping:
                 raise WorkerDied("The warm process was stopped before it began the chunk.")
-            chunk, results = _parse_job(line)
+            chunk, results, limit_seconds = _parse_job(line)
+            self._begin(connection, limit_seconds)
             run_chunk(chunk, results, self._nets)
         except MlgError as error:
             return {"ok": False, **error.to_reply()}
         except Exception as error:
             logger.exception("chunk failed")
             return {"ok": False, **ChunkError(f"{type(error).__name__}: {error}").to_reply()}
+        finally:
+            self._begin(None)
         return {"ok": True, "seconds": round(time.perf_counter() - started, 6)}
 
 
-def _parse_job(line: bytes) -> tuple[Path, Path]:
+def _parse_job(line: bytes) -> tuple[Path, Path, float]:
+    """Return the chunk, the results file and the limit, 0 if there is none. :raises MalformedRequest:"""
     try:
         job = json.loads(line)
-        chunk, results = Path(job["chunk"]), Path(job["results"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        chunk, results, limit = Path(job["chunk"]), Path(job["results"]), float(job.get("limit_seconds", 0))
+        if not 0 <= limit <= MAX_CHUNK_SECONDS:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedRequest('Send one line: {"chunk": "/a/chunk.zip", "results": "/a/results.zip"}') from error
     if not (chunk.is_absolute() and results.is_absolute()):
         raise MalformedRequest("Both paths must be absolute: the warm process has another working folder.")
-    return chunk, results
+    return chunk, results, limit

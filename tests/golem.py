@@ -78,8 +78,9 @@ class GolemHarness:
         items = [ChunkItem(number=number, inputs={"image": data or make_image(number)}) for number in range(images)]
         write_chunk(chunk, name, "classification", model, digest, items)
 
-        def check(path: Path) -> None:
-            read_results(path, name, model, range(images), digest)
+        def check(path: Path) -> int:
+            results = read_results(path, name, model, range(images), digest)
+            return sum(item.error is None for item in results.items)
 
         return Job(
             chunk_id=name,

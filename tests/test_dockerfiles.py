@@ -77,8 +77,14 @@ def test_every_install_is_pinned_and_the_base_can_be_chosen(file: Path) -> None:
     commands = "\n".join(found["builder"])
     installs = re.findall(r"pip install [^&;]*", commands)
 
-    assert "ARG BASE=python:3.11-slim" in found[""]
+    assert "ARG BASE=python:3.11-slim-bookworm" in found[""]
     assert installs and all("--constraint " in install and "--no-cache-dir" in install for install in installs)
+    # Also what packages are built with: pip and setuptools come first, and builds use these.
+    assert installs[0].endswith("pip setuptools ")
+    of_project = [install for install in installs if re.search(r" (/src|\"\.\$extra\")$", install.rstrip())]
+    assert len(of_project) == 1 and "--no-build-isolation" in of_project[0]
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert all(re.search(rf"^{name}==", constraints, re.MULTILINE) for name in ("pip", "setuptools"))
     assert "prune_runtime" in commands and not re.search("https?://|index-url", commands)
 
 
@@ -139,6 +145,13 @@ def test_the_requestor_serves_and_has_a_health_check() -> None:
     assert "EXPOSE 5000" in instructions and 'CMD ["mlg", "up"]' in instructions
     assert "/healthz" in of_kind("HEALTHCHECK", instructions)[0]
     assert "MLG_HOME=/var/lib/mlg" in " ".join(of_kind("ENV", instructions))
+
+
+def test_the_requestor_keeps_what_yapapi_imports() -> None:
+    commands = " ".join(stages(REQUESTOR)["builder"])
+
+    assert "setuptools" not in " ".join(re.findall(r"pip uninstall [^&]*", commands))
+    assert commands.index("prune_runtime /opt/mlg") < commands.index("import yapapi")
 
 
 def test_pruning_refuses_a_folder_without_the_packages(tmp_path: Path) -> None:

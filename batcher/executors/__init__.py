@@ -35,9 +35,10 @@ class Job:
     results: Path
     #: The executor stops the job after this time.
     timeout_seconds: float
-    #: Raises MlgError unless the file at a path is a valid answer to this chunk. Executors whose workers are not
-    #: trusted call it in a thread, and try the chunk elsewhere when it raises. None: no such check is needed.
-    check: Callable[[Path], None] | None = None
+    #: Returns how many items the file at a path answers; raises MlgError unless it is a valid answer to this chunk.
+    #: Executors whose workers are not trusted call it in a thread, and try the chunk elsewhere when it raises. None: no
+    #: such check is needed.
+    check: Callable[[Path], int] | None = None
     #: Called when a worker begins; again for each further attempt.
     on_start: Callable[[], None] | None = None
 

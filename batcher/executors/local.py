@@ -25,13 +25,15 @@ from batcher.executors.worker_process import WorkerProcess
 from batcher.waiting import wait_for_first
 from provider_image.chunk import ChunkItem, write_chunk
 from provider_image.compiler import can_build_now
-from provider_image.cores import available_cores
+from provider_image.cores import default_processes, threads_per_process
 from provider_image.environment import Settings, setting
-from provider_image.errors import ChunkTimeout, MlgError, WorkerDied, error_from_reply
+from provider_image.errors import ChunkError, ChunkTimeout, MlgError, WorkerDied, error_from_reply
 from provider_image.models.artefact import installed_digest
 from provider_image.models.catalogue import ModelFacts
 from provider_image.models.registry import list_rows
 from provider_image.precision import PRECISIONS
+from provider_image.runtime import default_net_bytes
+from provider_image.schemas import MAX_CHUNK_SECONDS
 from provider_image.service import Service, are_inputs, primary_input
 from provider_image.services import load_service
 
@@ -60,11 +62,15 @@ class _LocalQueuedJob:
 class LocalSettings(Settings):
     """Settings of the local executor."""
 
-    #: Number of local worker processes, and of resizing processes. MLG_WORKERS. Defaults to the number of cores.
-    workers: int = setting("MLG_WORKERS", 1, unset=available_cores, minimum=1, maximum=256)
+    #: Number of local worker processes, which share the cores, and of resizing processes.
+    #: MLG_WORKERS. Defaults to the number of cores; with over 8 cores to fewer workers with several threads each.
+    workers: int = setting("MLG_WORKERS", 1, unset=default_processes, minimum=1, maximum=256)
     #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
     precision: str = setting("MLG_PRECISION", "f32", choices=tuple(PRECISIONS))
+    #: Seconds that loading a model at the start may take, at least two minutes: MLG_CHUNK_TIMEOUT_SECONDS, because a
+    #: chunk that has to load its model gets as long.
+    warm_up_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ class LocalTimings:
     restart_backoff: Backoff = Backoff(first_seconds=0.2, max_seconds=5.0)
     #: A worker that ran for this long started successfully, even if it had no job.
     stable_seconds: float = 5.0
-    #: A worker must have warmed up within this time.
+    #: A worker must have warmed up within this time, or that of the settings, if it is longer.
     warm_up_seconds: float = 120.0
     #: A process must listen within this time after its start; importing takes a tenth of a second.
     start_seconds: float = 60.0
@@ -98,7 +104,8 @@ class LocalExecutor:
         # A unique name: several executors may share one folder.
         self._folder = context.work / f"local-{secrets.token_hex(3)}"
         self._options = ["--models", str(context.models), "--precision", self._settings.precision]
-        self._options += ["--threads", str(max(1, available_cores() // self._settings.workers))]
+        self._options += ["--threads", str(threads_per_process(self._settings.workers))]
+        self._options += ["--models-bytes", str(default_net_bytes(self._settings.workers))]
         self._queued_jobs: deque[_LocalQueuedJob] = deque()
         self._job_added = asyncio.Event()
         self._worker_loops: list[asyncio.Task[None]] = []
@@ -154,23 +161,28 @@ class LocalExecutor:
         while not self._is_closed:
             folder = self._folder / str(number)
             worker = WorkerProcess(number, folder, self._options, self._context.environment, self._timings)
-            started_at, was_useful = loop.time(), False
+            started_at, was_useful, has_started = loop.time(), False, False
             try:
-                await worker.start()
-                self._workers[number] = worker
-                failed_starts = 0
-                await self._warm_up(worker)
-                while await self._run_job(worker, await self._next_job(worker)):
-                    was_useful = True
-                was_useful = True  # a chunk ended it, so the next start needs no pause
-            except WorkerDied as error:
-                log.warning("worker %d: %s", number, error)
-                failed_starts += number not in self._workers
+                try:
+                    await worker.start()
+                    self._workers[number], has_started = worker, True
+                    failed_starts = 0
+                    await self._warm_up(worker)
+                    while await self._run_job(worker, await self._next_job(worker)):
+                        was_useful = True
+                    was_useful = True  # a chunk ended it, so the next start needs no pause
+                finally:
+                    self._workers.pop(number, None)
+                    await worker.stop(is_forced=not self._is_closed)
+            except Exception as error:
+                if isinstance(error, WorkerDied):
+                    log.warning("worker %d: %s", number, error)
+                else:
+                    # A bug here may end a process, but never the loop: queued jobs would wait for ever.
+                    log.exception("worker %d failed, it is started again", number)
+                failed_starts += not has_started
                 if failed_starts >= MAX_FAILED_STARTS and not self._workers:
                     self._fail_waiting(f"No worker process can be started, see the batcher's log. {error}")
-            finally:
-                self._workers.pop(number, None)
-                await worker.stop(is_forced=not self._is_closed)
             if was_useful or loop.time() - started_at > self._timings.stable_seconds:
                 pauses = 0
             else:
@@ -191,14 +203,14 @@ class LocalExecutor:
         job, outcome, loop = queued_job.job, queued_job.outcome, asyncio.get_running_loop()
         if outcome.done():
             return True
-        if job.on_start is not None:
-            job.on_start()
         started_at = loop.time()
         running = asyncio.create_task(worker.run_chunk(job.chunk, job.results))
         waits: set[asyncio.Future[Any]] = {running, outcome}
         error: MlgError | None = None
         can_go_on = False
         try:
+            if job.on_start is not None:
+                job.on_start()
             await asyncio.wait(waits, timeout=job.timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 reply = running.result()
@@ -210,10 +222,13 @@ class LocalExecutor:
                 )
         except WorkerDied as died:
             error = died
-        except BaseException:
+        except asyncio.CancelledError:
             if not outcome.done():
                 outcome.set_result(Outcome.not_run(WorkerDied("The executor was closed.")))
             raise
+        except Exception as unexpected:
+            log.exception("worker %d failed", worker.number, extra={"chunk_id": job.chunk_id})
+            error = ChunkError(f"{type(unexpected).__name__}: {unexpected}")
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -232,20 +247,22 @@ class LocalExecutor:
 
     async def _warm_up(self, worker: WorkerProcess) -> None:
         """Classify one pixel, so that libraries and a model are loaded when the first request comes."""
-        row = _guess_first_model(self._context.models)
-        if row is None or self._queued_jobs:
-            return
         chunk, results = (self._folder / f"warm-up-{worker.number}-{kind}.zip" for kind in ("chunk", "results"))
-        item = ChunkItem(number=0, inputs={primary_input(load_service(row.service)): _PIXEL})
         try:
+            row = _guess_first_model(self._context.models)
+            if row is None or self._queued_jobs:
+                return
+            item = ChunkItem(number=0, inputs={primary_input(load_service(row.service)): _PIXEL})
             await asyncio.to_thread(write_chunk, chunk, "warm-up", row.service, row.name, None, [item])
             # Not wait_for: before Python 3.12 it can swallow a cancellation.
-            async with asyncio.timeout(self._timings.warm_up_seconds):
+            async with asyncio.timeout(max(self._timings.warm_up_seconds, self._settings.warm_up_seconds)):
                 reply = await worker.run_chunk(chunk, results)
         except TimeoutError as error:
             raise WorkerDied("It did not warm up in time.") from error
-        except OSError as error:
-            log.warning("worker %d could not warm up: %s", worker.number, error)
+        except WorkerDied:
+            raise
+        except Exception as error:  # noqa: BLE001 - it may still be able to run chunks of other models
+            log.warning("worker %d could not warm up: %s: %s", worker.number, type(error).__name__, error)
         else:
             if reply.get("ok") is not True:
                 log.warning("worker %d could not warm up: %s", worker.number, reply.get("reason"))

@@ -25,7 +25,7 @@ from batcher.image_build.context import check_checkout, find_intact_artefact, ma
 from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
-from provider_image.models.artefact import check_files, read_artefact
+from provider_image.models.artefact import check_files, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
@@ -93,14 +93,15 @@ def build_image(
 ) -> tuple[str, dict[str, str]]:
     """Build the provider image with these models.
 
-    Catalogue models are compiled in the build. Custom models, which cannot be compiled there, are copied from the
-    folder of artefacts.
+    Catalogue models that are not installed here are compiled in the build. Others are copied from the folder of
+    artefacts, so that the image has the same digests as this machine; custom models always.
 
     The engine runs twice: the first run exports the compiled artefacts, and the second, which has everything cached,
     puts their digests into the labels. So the digests are those of the files in the image.
 
-    :param weights: folder of weights files; None downloads those that Keras publishes.
-    :param installed: copy the installed artefacts of catalogue models too, instead of compiling them.
+    :param weights: folder of weights files, from which all catalogue models are compiled; None downloads those that
+        Keras publishes, for models that are not installed.
+    :param installed: fail if a model is not installed, instead of compiling it.
     :param base: base image; None takes the Dockerfile's.
     :return: the image's name, and each model's digest.
     :raises MlgError: it cannot be built; says what to do.
@@ -113,7 +114,11 @@ def build_image(
         raise ContainerImageError(f"There is no folder of weights {weights}. Create it with the weights files.")
     check_checkout()
     copied_artefacts = [
-        find_intact_artefact(settings.models, model) for model in names if installed or model not in CATALOGUE
+        find_intact_artefact(settings.models, model)
+        for model in names
+        if installed
+        or model not in CATALOGUE
+        or (weights is None and installed_digest(settings.models, model) is not None)
     ]
     engine = find_engine(settings.engine)
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:

@@ -7,8 +7,9 @@ which job broke it and leaves its processes behind when the batcher is killed.
 
 A process and the batcher exchange messages over a Unix socket, the process's standard input: one of JSON for each job
 (`size` has height, width and crop, `inputs` a path by name, and there is `limit_seconds`), and one of JSON for each
-reply, followed by one for each resized input that it names. The process reads the files itself, so the originals do not
-pass through the batcher. It ends when the batcher's end of the socket closes, for whatever reason.
+reply, followed by one for each resized input that it names. A job may also name an item of a chunk file (`chunk`),
+whose inputs are then only tried. The process reads the files itself, so the originals do not pass through the batcher.
+It ends when the batcher's end of the socket closes, for whatever reason.
 """
 
 from __future__ import annotations
@@ -87,7 +88,19 @@ class Resizer:
         :raises OSError: an existing file cannot be read.
         """
         size = {"height": model.height, "width": model.width, "crop": model.crop}
-        jobs = [{"size": size, "inputs": {name: str(path) for name, path in item.items()}} for item in items]
+        return self._run([{"size": size, "inputs": {name: str(path) for name, path in item.items()}} for item in items])
+
+    def try_item(self, chunk: Path, models: Path, number: int) -> MlgError | None:
+        """Decode the inputs of an item of a chunk file as a worker does.
+
+        :param models: the folder of artefacts.
+        :return: None, or why they cannot be used; WorkerDied and ChunkTimeout as in `resize`.
+        :raises ResizingUnavailable: as `resize`.
+        """
+        (found,) = self._run([{"chunk": {"path": str(chunk), "models": str(models), "number": number}}])
+        return found if isinstance(found, MlgError) else None
+
+    def _run(self, jobs: Iterable[Mapping[str, Any]]) -> list[ResizeResult]:
         try:
             return list(self._threads.map(self._resize_one, jobs))
         except RuntimeError as error:
@@ -123,11 +136,9 @@ class Resizer:
         raise _closed_error() if self._is_closed else ResizingUnavailable()
 
 
-def make_resizer(settings: BatcherSettings, executor: Executor) -> Resizer | None:
-    """Return the resizer for an executor; None if it gets the originals."""
-    if settings.shrink == "off" or (settings.shrink == "auto" and not executor.is_remote):
-        return None
-    return Resizer(settings.resizers)
+def is_resizing(settings: BatcherSettings, executor: Executor) -> bool:
+    """Tell whether an executor gets resized images; else it gets the originals."""
+    return settings.shrink == "on" or (settings.shrink == "auto" and executor.is_remote)
 
 
 class DecoderExited(Exception):

@@ -15,14 +15,19 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from batcher.resizing import KILL_MARGIN_SECONDS, MAX_JSON_BYTES, READY
+from provider_image.chunk import open_chunk
 from provider_image.errors import InferenceFailed, MlgError
 from provider_image.images.resizing import resize
+from provider_image.models.artefact import find_artefact
+from provider_image.runtime import prepare_item
 from provider_image.schemas import MAX_REASON
+from provider_image.services import load_service
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +60,31 @@ def _exit_with_batcher() -> None:
 
 
 def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if "chunk" in job:
+        return _reply_of(lambda: _try_item(**job["chunk"]))
     try:
         inputs = {name: Path(path).read_bytes() for name, path in job["inputs"].items()}
     except OSError as error:
         return {"errno": error.errno, "text": error.strerror}, {}
+    return _reply_of(lambda: {name: resize(each, **job["size"]) for name, each in inputs.items()})
+
+
+def _try_item(path: str, models: str, number: int) -> dict[str, bytes]:
+    with open_chunk(Path(path)) as reader:
+        artefact = find_artefact(Path(models), reader.model)
+        prepare_item(load_service(reader.service), artefact, reader, reader.items[number])
+    return {}
+
+
+def _reply_of(work: Callable[[], dict[str, bytes]]) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
-        data = {name: resize(each, **job["size"]) for name, each in inputs.items()}
+        return {}, work()
     except Exception as error:
         if not isinstance(error, MlgError):
             log.exception("item failed")
         reply = InferenceFailed.from_exception(error).to_reply()
         # Truncated like a reason in a results file, so that clients see the same text.
         return {**reply, "reason": reply["reason"][:MAX_REASON]}, {}
-    return {}, data
 
 
 if __name__ == "__main__":

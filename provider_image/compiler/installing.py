@@ -6,6 +6,7 @@ Called by `verification.py` and the builders. Must not import openvino.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from provider_image.errors import NotInstalled
-from provider_image.models.artefact import FORMAT_VERSION, Artefact, compute_digest, read_artefact
+from provider_image.models.artefact import Artefact, compute_digest, read_artefact
 from provider_image.models.catalogue import ModelFacts
+
+# Constants of Linux' renameat2.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -36,12 +40,12 @@ def build_folder(models: Path, name: str) -> Iterator[Path]:
         with (models / f".{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for leftover in models.glob(f".{name}.*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
             folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=models))
             try:
                 yield folder
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
     except OSError as error:
         raise NotInstalled(f"The model {name} could not be written to {models}: {error}") from error
 
@@ -62,7 +66,7 @@ def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]
     """
     artefact = replace(artefact, files={file: _size_and_sha256(folder / file) for file in files})
     artefact = replace(artefact, digest=compute_digest(artefact))
-    document = {"format": FORMAT_VERSION, **asdict(artefact)}
+    document = asdict(artefact)
     del document["folder"]
     (folder / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     folder.chmod(0o755)  # mkdtemp makes it private
@@ -70,13 +74,30 @@ def install(artefact: Artefact, folder: Path, models: Path, files: Sequence[str]
     for path in (*(folder / file for file in file_names), folder):
         _fsync(path)
     target = models / artefact.name
-    if target.exists():
-        # If this process is killed after it, the next builder removes the old folder.
-        target.rename(folder.with_name(f".{artefact.name}.old.tmp"))
-    folder.rename(target)
-    shutil.rmtree(folder.with_name(f".{artefact.name}.old.tmp"), ignore_errors=True)
+    # If this process is killed from here on, the next builder removes the old folder.
+    if not _exchange(folder, target):
+        old = folder.with_name(f".{artefact.name}.old.tmp")
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+        _remove(old)
     _fsync(models)
     return read_artefact(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that neither name is missing for a moment.
+
+    :return: False: there is no other, or this system or file system cannot do that.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():  # an installed model may be a link to its folder
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size_and_sha256(path: Path) -> tuple[int, str]:

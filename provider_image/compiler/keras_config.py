@@ -3,7 +3,7 @@
 Called by `keras_file.py`. Keras' own `safe_mode` is not relied on, because it was bypassed more than once:
 CVE-2025-1550 imported any module, CVE-2025-8747 called get_file, CVE-2025-9906 disabled it in the config,
 CVE-2025-12058 read files and URLs through lookup layers. All lists are of what is allowed, never of what is forbidden.
-Weakness: the memory that an allowed layer takes is not limited. Must not import keras.
+Weakness: the memory that an allowed layer takes is only limited by the process (`confined.py`). Must not import keras.
 """
 
 from __future__ import annotations

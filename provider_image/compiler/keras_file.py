@@ -2,8 +2,8 @@
 
 Called by `custom.py`. No code of the file is run and no file that it names is read: the config is compared with lists
 of what is allowed (`keras_config.py`), and weights that refer to other files are refused. Keras loads a copy with
-nothing else in it, so that two readers cannot see different things in one archive. Weakness: the HDF5 library is
-trusted with damaged files.
+nothing else in it, so that two readers cannot see different things in one archive. Weakness: the HDF5 library reads
+damaged files, which is why the command runs all of this in a confined process (`confined.py`).
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def verify_and_install(
     """
     on_step("comparing")
     openvino = import_openvino()
+    _rename(graph, draft.name)
     openvino.save_model(graph, str(folder / "model.xml"), compress_to_fp16=False)
     files = self_test_images()
     arrays = [decode(data, draft.height, draft.width, draft.crop) for data in files.values()]
@@ -77,6 +78,18 @@ def verify_and_install(
         samples.append(Sample(file=file, sha256=hashlib.sha256(data).hexdigest(), output=output))
     artefact = replace(draft, precision=precision, storage=storage, samples=tuple(samples))
     return install(artefact, folder, models, GRAPH_FILES)
+
+
+def _rename(graph: Any, name: str) -> None:
+    """Name everything in a graph after its place.
+
+    The digest covers the file with the names, and OpenVINO and Keras count what they name over the life of a process.
+    """
+    graph.set_friendly_name(name)
+    for number, operation in enumerate(graph.get_ordered_ops()):
+        operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
+        for output in operation.outputs():
+            output.get_tensor().set_names(set())
 
 
 def _run(draft: Artefact, folder: Path, arrays: Arrays) -> Arrays:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,9 +26,9 @@ from provider_image.models.catalogue import ModelFacts, install_command
 logger = logging.getLogger(__name__)
 
 #: Version of model.json that is written, and those that are read. Version 2 knew only classifiers of an image for
-#: OpenVINO; such an artefact has the same digest in both.
-FORMAT_VERSION = 3
-_READABLE_VERSIONS = (2, 3)
+#: OpenVINO; such an artefact has the same digest in version 3. Since version 4 the digest covers the backend's files.
+FORMAT_VERSION = 4
+_READABLE_VERSIONS = (2, 3, 4)
 #: Ending of the recipe of weights that are stored as f16, where the digest has no precision of its own.
 _F16_SUFFIX = "-f16"
 #: Names that are safe as a folder's name. They come from chunk files, too, so they are not trusted.
@@ -36,10 +38,14 @@ _MAX_JSON_BYTES = 4 * 1024 * 1024
 #: Types of fields that are converted alone.
 _PLAIN_TYPES: dict[object, Callable[[Any], Any]] = {"str": str, "int": int, "float": float, "bool": bool}
 
+#: An artefact that cannot be used is read again after this time: its other files may have been repaired meanwhile.
+_RETRY_SECONDS = 1.0
+
 #: mtime_ns, size and inode of a model.json.
 _Signature = tuple[int, int, int]
-#: Path of a model.json -> its signature when it was read, and the artefact or the error.
-_cache: dict[str, tuple[_Signature, Artefact | ModelError]] = {}
+#: Path of a model.json -> its signature when it was read, the artefact or the error, and until when it counts, on the
+#: monotonic clock.
+_cache: dict[str, tuple[_Signature, Artefact | ModelError, float]] = {}
 _cache_lock = threading.Lock()
 
 
@@ -72,6 +78,8 @@ class Storage:
 class Artefact(ModelFacts):
     """An installed model, or one that is being built, which has no digest, files and folder yet."""
 
+    #: Version of its model.json.
+    format: int = FORMAT_VERSION
     #: The name of the backend that loads it.
     backend: str = "openvino"
     #: Precision of the stored weights: f32 or f16. Independent of that of the inference: f16 weights become f32 when
@@ -91,7 +99,8 @@ class Artefact(ModelFacts):
     samples: tuple[Sample, ...] = ()
     #: The program that gave those results, for example `keras 3.15.1`.
     reference: str
-    #: Identifies the artefact: equal on every machine that builds the same weights with the same recipe.
+    #: Identifies the artefact: equal on every machine that builds the same weights with the same recipe and version of
+    #: OpenVINO.
     digest: str = ""
     #: File name -> (bytes, sha256) of the backend's files.
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
@@ -107,15 +116,18 @@ class Artefact(ModelFacts):
 def compute_digest(artefact: Artefact) -> str:
     """Compute an artefact's digest from everything that can change an answer.
 
-    The bytes of the backend's files are not part of it, because OpenVINO may write them differently in another version.
-    What format 2 could not say is only part of it where it differs from what format 2 meant: a classifier that is built
-    again has the digest of the one that was installed, and answers of providers that have either are accepted.
+    So are the digests of the backend's files: other weights with new samples are another artefact. Before format 4 they
+    were not, and what format 2 could not say was only part of it where it differed from what format 2 meant. Artefacts
+    of these formats keep their digest, so that nothing that is installed or published has to be compiled again.
     """
     names = ["weights_sha256", "name", "service", "height", "width", "preprocessing", "crop", "labels"]
-    facts = {"format": 2, "recipe": artefact.recipe + _F16_SUFFIX * (artefact.precision == "f16")}
+    facts: dict[str, Any] = {"format": 2, "recipe": artefact.recipe + _F16_SUFFIX * (artefact.precision == "f16")}
     if (artefact.columns, artefact.backend, artefact.preprocessing_version) != ((), "openvino", 1):
         names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
         facts = {"format": 3}
+    if artefact.format >= 4:
+        names += ["recipe", "columns", "backend", "precision", "preprocessing_version"]
+        facts = {"format": 4, "files": {file: sha256 for file, (_, sha256) in artefact.files.items()}}
     facts |= {name: getattr(artefact, name) for name in names}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -139,18 +151,21 @@ def read_artefact(folder: Path) -> Artefact:
                 f"The model {folder.name} has format {facts['format']!r}; this version reads {FORMAT_VERSION}. "
                 f"Install it again: {install_command(folder.name)}"
             )
-        artefact = _parse(facts if facts["format"] == FORMAT_VERSION else _from_format_2(facts), folder)
+        artefact = _parse(_from_format_2(facts) if facts["format"] == 2 else facts, folder)
         for file in (*artefact.files, *(sample.file for sample in artefact.samples)):
             # A model.json may come from elsewhere, and names in it must not lead out of its folder.
             if not _FILE.fullmatch(file):
                 raise ValueError(f"{file!r} is not a plain file name")
         for file, (size, _) in artefact.files.items():
             if (folder / file).stat().st_size != size:
-                raise BrokenArtefact(f"{folder / file} is cut short. Delete the folder and install the model again.")
+                raise BrokenArtefact(
+                    f"{folder / file} is cut short. If the folder is still being copied, wait until it is complete; "
+                    f"otherwise delete it, then: {install_command(folder.name)}"
+                )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BrokenArtefact(
-            f"The model {folder.name} is damaged ({type(error).__name__}: {error}). "
-            f"Delete {folder}, then: {install_command(folder.name)}"
+            f"The model {folder.name} is damaged or still being copied ({type(error).__name__}: {error}). "
+            f"If it stays so, delete {folder}, then: {install_command(folder.name)}"
         ) from error
     return artefact
 
@@ -183,10 +198,15 @@ def plain_fields(kind: type, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_files(artefact: Artefact) -> None:
-    """Compare the backend's files with their recorded digests; some 10 ms for 20 MB.
+    """Compare the backend's files with their recorded digests, and these with the artefact's; some 10 ms for 20 MB.
 
     :raises BrokenArtefact: a file has changed. A flipped bit in the weights gives wrong results, not errors.
     """
+    if artefact.digest != compute_digest(artefact):
+        raise BrokenArtefact(
+            f"The model {artefact.name} was changed: its digest does not match its model.json. "
+            f"Delete {artefact.folder}, then: {install_command(artefact.name)}"
+        )
     for file, (_, sha256) in artefact.files.items():
         try:
             with (artefact.folder / file).open("rb") as handle:
@@ -222,14 +242,15 @@ def find_artefact(models: Path, name: str) -> Artefact:
         raise _not_installed(name) from error
     signature = (status.st_mtime_ns, status.st_size, status.st_ino)
     cached = _cache.get(path)
-    if cached is None or cached[0] != signature:
+    if cached is None or cached[0] != signature or time.monotonic() > cached[2]:
         found: Artefact | ModelError
         try:
-            found = read_artefact(folder)
+            found, until = read_artefact(folder), math.inf
         except ModelError as error:
-            logger.warning("model cannot be used: %s", error, extra={"model": name})
-            found = error
-        cached = (signature, found)
+            if cached is None or str(cached[1]) != str(error):
+                logger.warning("model cannot be used: %s", error, extra={"model": name})
+            found, until = error, time.monotonic() + _RETRY_SECONDS
+        cached = (signature, found, until)
         with _cache_lock:
             _cache[path] = cached
     if isinstance(cached[1], ModelError):

@@ -155,6 +155,8 @@ class Harness:
         self.clock: Callable[[], datetime] = Clock()
         self.executor: Any = TableExecutor(models)
         self.resizer: Any = None
+        #: What the cycle tries refused inputs with; None: the executor is trusted.
+        self.try_item: Any = None
         self.settings = BatcherSettings(
             work=folder / "work", models=models, max_wait_seconds=600, poll_seconds=0.05, drain_seconds=5
         )
@@ -185,6 +187,7 @@ class Harness:
             folder=self.settings.work,
             batcher_id="batcher",
             resizer=self.resizer,
+            try_item=self.try_item,
             clock=self.clock,
         )
 

@@ -87,6 +87,16 @@ def test_an_image_that_cannot_be_decoded_fails_alone_and_immediately(harness: An
     assert (report.done, report.failed, report.chunks) == (15, 1, 1)
 
 
+def test_a_lie_about_an_image_fails_no_request_for_good(harness: Any) -> None:
+    request = harness.add(b"broken")
+    harness.try_item = lambda chunk, models, number: None
+
+    harness.run()
+
+    (found,) = harness.reload(request)
+    assert (found.state, found.attempts, found.code) == (RequestState.QUEUED, 0, "malformed_results")
+
+
 def test_an_image_whose_file_is_missing_fails_alone_with_a_reason(harness: Any) -> None:
     gone = harness.add(b"gone")
     others = harness.add_many(3)

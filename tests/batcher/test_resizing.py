@@ -24,12 +24,12 @@ from batcher.errors import ResizingUnavailable
 from batcher.executors.local import LocalExecutor
 from batcher.packing import pack
 from batcher.planner import plan
-from batcher.resizing import Resizer, make_resizer
+from batcher.resizing import Resizer, is_resizing
 from batcher.scheduler import Batcher
 from batcher.settings import BatcherSettings
 from batcher.workspace import Workspace
-from provider_image.chunk import open_chunk
-from provider_image.errors import BadInput, ChunkTimeout, ConfigError, WorkerDied
+from provider_image.chunk import ChunkItem, open_chunk, write_chunk
+from provider_image.errors import BadInput, ChunkTimeout, ConfigError, NotAnImage, WorkerDied
 from provider_image.images.resizing import resize as resize_image
 from provider_image.models.artefact import find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
@@ -194,7 +194,7 @@ def process_all(harness: Any, choice: str) -> dict[str, Any]:
     async def main() -> None:
         harness.change_settings(shrink=choice, resizers=2)
         harness.executor = LocalExecutor(make_context(harness.settings.work / "local", harness.models, MLG_WORKERS="2"))
-        harness.resizer = make_resizer(harness.settings, harness.executor)
+        harness.resizer = Resizer(2) if is_resizing(harness.settings, harness.executor) else None
         await harness.executor.start()
         cycle = harness.cycle()
         cycle.flush()
@@ -231,6 +231,22 @@ def test_a_model_that_is_built_on_first_use_gets_the_same_pixels(harness: Any, t
 
     assert found[0][1] == found[1][1]
     assert [found[0][0], found[1][0]] == [find_artefact(harness.models, MODEL).digest, None]
+
+
+# Inputs that a stranger refused
+
+
+def test_the_inputs_of_a_chunk_are_tried_as_a_worker_does(tmp_path: Path, models_folder: Path, resizer: Any) -> None:
+    inputs = [small_image(), BAD["text"], small_image() + b"POISON"]
+    chunk = tmp_path / "chunk.zip"
+    items = [ChunkItem(number=number, inputs={"image": data}) for number, data in enumerate(inputs)]
+    write_chunk(chunk, "c", "classification", MODEL, None, items)
+
+    found = [resizer().try_item(chunk, models_folder, number) for number in range(3)]
+
+    assert found[0] is None
+    assert isinstance(found[1], NotAnImage)
+    assert isinstance(found[2], WorkerDied)
 
 
 # What is sent

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from batcher.errors import ImageMissing
+from batcher.errors import ImageMissing, ResizingUnavailable, UntrueResults
 from batcher.executors import Outcome
-from batcher.planner import PlannedItem
-from batcher.results import ITEM_BACKOFF, UNAVAILABLE_RETRY_SECONDS, _check_item, resolve_failed_chunk
-from provider_image.chunk import ItemResult
+from batcher.packing import PackedChunk, pack
+from batcher.planner import PlannedItem, plan
+from batcher.results import (
+    ITEM_BACKOFF,
+    UNAVAILABLE_RETRY_SECONDS,
+    _check_item,
+    check_results,
+    resolve_chunk,
+    resolve_failed_chunk,
+)
+from provider_image.chunk import ItemResult, Results, write_results
 from provider_image.errors import (
     BrokenArtefact,
     BrokenImage,
     ChunkTimeout,
+    InferenceFailed,
     MalformedResults,
+    MlgError,
     NotInstalled,
+    UnsupportedFormat,
     WorkerDied,
 )
+from provider_image.models.artefact import find_artefact
 from store.requests import Blame, Claim
+from tests.batcher.conftest import MODEL, output_for
 
 
 def item(*claims: Claim) -> PlannedItem:
@@ -54,6 +70,15 @@ def test_a_single_item_is_to_blame_for_its_chunk_for_all_its_claims(claims: list
     (failure,) = chunk_outcome.failures
     assert (failure.blame, failure.delay_seconds) == (Blame.ITEM, ITEM_BACKOFF.after(1))
     assert len(failure.claims) == 4
+
+
+def test_results_that_are_proven_wrong_blame_no_item(claims: list[Claim]) -> None:
+    chunk_outcome = resolve_failed_chunk([item(*claims)], failed(UntrueResults()))
+
+    assert {(failure.blame, failure.code) for failure in chunk_outcome.failures} == {
+        (Blame.NOBODY, "malformed_results")
+    }
+    assert not chunk_outcome.is_model_unusable
 
 
 @pytest.mark.parametrize("error", [NotInstalled(), BrokenArtefact()])
@@ -98,3 +123,131 @@ def test_a_provider_cannot_say_that_an_image_is_missing_here(claims: list[Claim]
 
     with pytest.raises(MalformedResults, match="missing"):
         _check_item("classification", artefact, item(claims[0]), ItemResult(number=0, error=ImageMissing()))
+
+
+# What a stranger says of an item
+
+Write = Callable[..., PackedChunk]
+
+
+@pytest.fixture
+def answered(harness: Any, claims: list[Claim], tmp_path: Path) -> Write:
+    """Pack a chunk of four and write a results file for it: the given results, and valid ones for the other items."""
+
+    def write(*given: ItemResult, **facts: Any) -> PackedChunk:
+        options = {"image_path": harness.store.images.path, "models": harness.models, "resizer": None}
+        packed = pack(plan(claims)[0], folder=tmp_path, **options)
+        artefact = find_artefact(harness.models, MODEL)
+        items = {
+            number: ItemResult(number=number, output=output_for(artefact, b"?"), seconds=7.0) for number in range(4)
+        }
+        items |= {each.number: each for each in given}
+        results = Results(
+            chunk_id=packed.chunk_id,
+            model=MODEL,
+            digest=artefact.digest,
+            versions={},
+            precision="f32",
+            cpu="",
+            load_seconds=0.0,
+            peak_memory_bytes=1,
+            items=tuple(items.values()),
+        )
+        write_results(packed.results, replace(results, **facts))
+        return packed
+
+    return write
+
+
+def trying(*found: MlgError | None) -> Any:
+    """What the inputs of the items are found to be when they are tried here."""
+
+    def try_item(chunk: Path, models: Path, number: int) -> MlgError | None:
+        error = found[number]
+        if isinstance(error, ResizingUnavailable):
+            raise error
+        return error
+
+    return try_item
+
+
+REFUSED = ItemResult(number=1, error=BrokenImage("a lie"))
+DONE = Outcome(provider="p", seconds=1.0)
+
+
+def test_a_provider_that_refuses_an_input_that_can_be_used_has_not_answered(harness: Any, answered: Write) -> None:
+    packed = answered(REFUSED)
+
+    with pytest.raises(UntrueResults, match=r"can be used.*a lie"):
+        check_results(packed, harness.models, trying(None, None, None, None), packed.results)
+
+
+def test_an_input_that_cannot_be_used_here_either_is_an_answer_but_no_image(harness: Any, answered: Write) -> None:
+    packed = answered(REFUSED)
+
+    assert check_results(packed, harness.models, trying(None, BrokenImage(), None, None), packed.results) == 3
+
+
+def test_any_other_failure_of_an_item_is_one_of_the_provider(harness: Any, answered: Write) -> None:
+    packed = answered(ItemResult(number=2, error=NotInstalled("nothing is installed")))
+
+    with pytest.raises(InferenceFailed, match="nothing is installed"):
+        check_results(packed, harness.models, trying(), packed.results)
+
+
+def test_a_provider_is_not_blamed_for_what_cannot_be_tried_or_is_missing_here(
+    harness: Any, answered: Write, tmp_path: Path
+) -> None:
+    packed = answered(REFUSED)
+
+    assert check_results(packed, harness.models, trying(None, ResizingUnavailable()), packed.results) == 3
+    assert check_results(packed, tmp_path / "nothing", trying(), packed.results) == 0
+
+
+def test_results_in_another_precision_are_no_answer(harness: Any, answered: Write) -> None:
+    packed = answered(precision="bf16")
+
+    with pytest.raises(UntrueResults, match="bf16"):
+        check_results(packed, harness.models, trying(), packed.results)
+
+
+def test_an_item_fails_for_good_only_for_a_reason_that_is_found_here(harness: Any, answered: Write) -> None:
+    packed = answered(REFUSED, ItemResult(number=2, error=BrokenImage("a lie")))
+    found = trying(None, UnsupportedFormat("found here"), None, None)
+
+    outcome = resolve_chunk(packed, DONE, harness.models, try_item=found)
+
+    assert [(each.blame, each.code) for each in outcome.failures] == [
+        (None, "unsupported_format"),
+        (Blame.NOBODY, "malformed_results"),
+    ]
+    assert outcome.failures[0].reason == "found here"
+    assert outcome.items_done == 2
+
+
+def test_an_item_is_queued_again_without_blame_if_its_input_cannot_be_tried(harness: Any, answered: Write) -> None:
+    packed = answered(REFUSED)
+
+    outcome = resolve_chunk(packed, DONE, harness.models, try_item=trying(None, ResizingUnavailable()))
+
+    assert [(each.blame, each.delay_seconds) for each in outcome.failures] == [
+        (Blame.NOBODY, UNAVAILABLE_RETRY_SECONDS)
+    ]
+
+
+def test_the_word_of_a_worker_that_is_trusted_is_enough(harness: Any, answered: Write) -> None:
+    outcome = resolve_chunk(answered(REFUSED), DONE, harness.models)
+
+    assert [(each.blame, each.reason) for each in outcome.failures] == [(None, "a lie")]
+
+
+def test_an_item_cannot_have_taken_longer_than_its_chunk(harness: Any, answered: Write) -> None:
+    outcome = resolve_chunk(answered(), DONE, harness.models)
+
+    assert {answer.seconds for answer in outcome.answers} == {1.0}
+
+
+def test_an_answer_in_another_precision_is_not_that_of_the_artefact(harness: Any, answered: Write) -> None:
+    outcome = resolve_chunk(answered(precision="bf16"), DONE, harness.models)
+
+    assert {answer.digest for answer in outcome.answers} == {f"{find_artefact(harness.models, MODEL).digest}-bf16"}

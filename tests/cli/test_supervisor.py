@@ -94,13 +94,22 @@ def classify(base: str, photo: bytes) -> dict[str, Any]:
     return wait_until(lambda: (found := ask(f"{base}/readPrediction/{id}?wait=5"))["preds"] and found)
 
 
-def test_up_restarts_killed_children_and_stops_cleanly(start: Callable[..., Up], photos: dict[str, bytes]) -> None:
+def has_app_key(pid: int) -> bool:
+    return b"YAGNA_APPKEY=" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_up_restarts_killed_children_and_stops_cleanly(
+    start: Callable[..., Up], photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YAGNA_APPKEY", "only the batcher needs it")
     up = start("--port", "0", "--workers", "1")
     message = up.read_startup_message()
     base = address(message)
 
     first = classify(base, photos["chelsea"])
     batcher, server = up.child("batch"), up.child("serve")
+    others = [server, *descendants(server), *descendants(batcher)]
+    assert has_app_key(batcher) and len(others) > 1 and not any(map(has_app_key, others))
     os.kill(batcher, signal.SIGKILL)
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: not is_alive(batcher) and not is_alive(server))

@@ -362,6 +362,23 @@ def test_results_must_have_exactly_the_items_of_the_chunk(tmp_path, numbers):
         read_results(tmp_path / "r.zip", "id-1", "vgg16", numbers)
 
 
+@pytest.mark.parametrize("max_bytes", [{}, {"mask.png": 6}, {"out.png": 5}])
+def test_files_that_nobody_asked_for_are_refused_before_they_are_read(tmp_path, monkeypatch, max_bytes):
+    write_results(tmp_path / "r.zip", results())
+    monkeypatch.setattr(archive.Archive, "read", lambda *_: pytest.fail("it was read"))
+
+    with pytest.raises(MalformedResults, match=r"out\.png of 6 bytes, which nobody asked for"):
+        read_results(tmp_path / "r.zip", "id-1", "vgg16", [0, 1], DIGEST, max_bytes=max_bytes)
+
+
+def test_files_that_were_asked_for_are_read(tmp_path):
+    write_results(tmp_path / "r.zip", results())
+
+    found = read_results(tmp_path / "r.zip", "id-1", "vgg16", [0, 1], DIGEST, max_bytes={"out.png": 6})
+
+    assert len(found.items[0].files["out.png"]) == 6
+
+
 def test_document_just_within_its_limit_is_read(chunk):
     with zipfile.ZipFile(chunk) as found:
         length = len(found.read("chunk.json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from provider_image.environment import Settings, home_setting, setting
+from provider_image.environment import Settings, home_setting, setting, without_secrets
 from provider_image.errors import ConfigError
 
 
@@ -63,3 +63,9 @@ def test_a_value_that_cannot_be_used_names_its_variable(variable: str, text: str
 def test_a_folder_of_the_home_has_no_default() -> None:
     with pytest.raises(TypeError, match="folder"):
         _Example()
+
+
+def test_secrets_are_left_out() -> None:
+    variables = {"YAGNA_APPKEY": "x", "MLG_API_KEY": "x", "REGISTRY_TOKEN": "x", "MLG_HOME": "/home", "PATH": "/bin"}
+
+    assert without_secrets(variables) == {"MLG_HOME": "/home", "PATH": "/bin"}

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ from provider_image.chunk import ChunkItem, open_chunk, read_results, write_chun
 from provider_image.errors import BrokenImage, InferenceFailed, MalformedChunk, NotInstalled, UnknownModel
 from provider_image.images.decoding import decode
 from provider_image.images.resizing import encode_resized
-from provider_image.models.artefact import installed_digest
-from provider_image.runtime import MAX_LOADED_NETS, NetCache, cpu_name, peak_memory_bytes, run_chunk
+from provider_image.models.artefact import find_artefact, installed_digest
+from provider_image.runtime import NetCache, cpu_name, net_bytes, peak_memory_bytes, run_chunk
 from provider_image.service import Output
 from provider_image.services import load_service
 from provider_image.services.classification import Classification
@@ -211,22 +212,43 @@ def test_net_is_loaded_once(models_folder):
     assert first.net is second.net
 
 
-def test_nets_that_are_kept_are_few(tmp_path, models_folder):
+def test_nets_stay_loaded_within_a_number_of_bytes(tmp_path, models_folder):
     import json
 
-    for number in range(MAX_LOADED_NETS + 1):
+    for number in range(4):
         folder = shutil.copytree(models_folder / "efficientnet_lite0", tmp_path / f"model{number}")
         facts = json.loads((folder / "model.json").read_text())
         (folder / "model.json").write_text(json.dumps(facts | {"name": f"model{number}"}))
     service = Counting()
-    nets = NetCache(tmp_path, find_service=lambda name: service)
+    limit = 3 * net_bytes(find_artefact(tmp_path, "model0"))
+    nets = NetCache(tmp_path, max_bytes=limit, find_service=lambda name: service)
 
-    for number in range(MAX_LOADED_NETS + 1):
+    for number in range(4):
         nets.get("classification", f"model{number}", None)
+    loads = service.loads
     nets.get("classification", "model1", None)
+    assert service.loads == loads
     nets.get("classification", "model0", None)
 
-    assert service.loads == MAX_LOADED_NETS + 2
+    assert service.loads == loads + 1
+
+
+def test_a_net_larger_than_the_limit_is_loaded_alone(models_folder):
+    service = Counting()
+    nets = NetCache(models_folder, max_bytes=1, find_service=lambda name: service)
+
+    for _ in range(2):
+        nets.get("classification", "efficientnet_lite0", None)
+
+    assert service.loads == 1
+
+
+def test_f16_weights_are_counted_as_the_f32_that_they_become(models_folder):
+    artefact = find_artefact(models_folder, "efficientnet_lite0")
+
+    halves = net_bytes(replace(artefact, precision="f16")) - net_bytes(replace(artefact, precision="f32"))
+
+    assert halves == artefact.size_bytes
 
 
 def test_memory_does_not_grow_with_the_chunk(tmp_path, models_folder):

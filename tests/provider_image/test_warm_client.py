@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from provider_image.chunk import read_results
 from provider_image.warm_client import server_folder
+from tests.decode_gate import DECODE_GATE
 from tests.process_tree import wait_for_work
-from tests.provider_image.conftest import ROOT, environment, make_chunk
+from tests.provider_image.conftest import ROOT, encode_image, environment, make_chunk
 from tests.provider_image.test_warm_server import is_alive
 from tests.timing import slowness, wait_until
 
@@ -143,6 +145,58 @@ def test_death_in_mid_chunk_is_one_line_and_status_one(tmp_path, chunk, slow_chu
     assert errors.count("\n") == 1
     assert not (tmp_path / "slow.zip").exists()
     assert command("run", chunk, tmp_path / "after.zip", *options).returncode == 0
+
+
+@pytest.fixture
+def held(tmp_path, models_folder, monkeypatch):
+    """A chunk whose item hangs until a file exists; returns both. Abandoned chunks are ended quickly."""
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    hurry = "import provider_image.warm_server as warm\nwarm._CLIENT_SECONDS = warm._ABANDONED_SECONDS = 0.1\n"
+    (plugin / "sitecustomize.py").write_text(DECODE_GATE + hurry)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    gate = tmp_path / "gate"
+    image = encode_image(Image.new("RGB", (8, 8)), "PNG") + b"HOLD:" + os.fsencode(gate)
+    return make_chunk(tmp_path / "held.zip", [image]), gate
+
+
+def test_item_that_hangs_ends_its_run_and_does_not_block_the_next(tmp_path, chunk, held, runtime_folder, models_folder):
+    options = ("--models", models_folder, "--place", runtime_folder)
+
+    hanging = command("run", held[0], tmp_path / "held-results.zip", "--timeout", "1", *options)
+    following = command("run", chunk, tmp_path / "r.zip", *options)
+
+    assert hanging.returncode == 1
+    assert hanging.stderr == "Error: The chunk took longer than 1 s, so its warm process was ended.\n"
+    assert (following.returncode, following.stderr) == (0, "")
+
+
+def test_item_that_hangs_does_not_block_the_next_run_when_its_own_is_killed(
+    tmp_path, chunk, held, runtime_folder, models_folder
+):
+    options = ("--models", models_folder, "--place", runtime_folder)
+    hanging = subprocess.Popen(
+        [sys.executable, "-m", "provider_image", "run", held[0], tmp_path / "held-results.zip", *options], cwd=ROOT
+    )
+    wait_until(held[1].with_suffix(".begun").exists)
+
+    hanging.kill()
+    hanging.wait()
+    wait_until(lambda: not warm_pids(runtime_folder))
+    following = command("run", chunk, tmp_path / "r.zip", *options)
+
+    assert (following.returncode, following.stderr) == (0, "")
+
+
+def test_place_of_a_run_may_have_other_uses(tmp_path, chunk, models_folder, runtime_folder):
+    runtime_folder.mkdir()
+    runtime_folder.chmod(0o1777)
+
+    done = command("run", chunk, tmp_path / "r.zip", "--models", models_folder, "--place", runtime_folder)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert runtime_folder.stat().st_mode & 0o7777 == 0o1777
+    assert [path.stat().st_mode & 0o777 for path in runtime_folder.iterdir()] == [0o700]
 
 
 @pytest.mark.parametrize("how", [(), ("--cold",)])

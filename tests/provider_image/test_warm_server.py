@@ -1,5 +1,6 @@
 """The warm process: one job after another, survives bad ones, ends when it should and leaves nothing behind."""
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,9 @@ import pytest
 
 from provider_image.chunk import read_results
 from provider_image.errors import BrokenImage, ChunkError, ConfigError, NotInstalled, error_from_reply
+from provider_image.runtime import NetCache
 from provider_image.runtime_paths import make_private_folder, socket_path, user_runtime_folder
+from provider_image.warm_server import _WarmServer
 from tests.process_tree import is_alive, wait_for_work
 from tests.provider_image.conftest import make_chunk, read_reply
 from tests.timing import slowness, wait_until
@@ -104,6 +107,27 @@ def test_client_that_leaves_or_talks_rubbish_harms_nobody(tmp_path, start_warm_s
 
     assert server.send_and_receive(job(chunk, tmp_path / "r.zip"))["ok"]
     assert wait_until((tmp_path / "left.zip").exists)  # each client has a thread: it may come second
+
+
+@pytest.mark.timeout(method="thread")  # the other method uses the timer that is tested
+def test_limit_of_a_chunk_counts_only_during_the_chunk(tmp_path, models_folder, chunk):
+    seen = []
+
+    class Watching(NetCache):
+        def get(self, *arguments):
+            seen.append(signal.getitimer(signal.ITIMER_REAL)[0])
+            return super().get(*arguments)
+
+    server = _WarmServer(None, tmp_path / "socket", Watching(models_folder), 0)
+
+    replies = [
+        server._run_job(json.dumps({**job(chunk, tmp_path / "r.zip"), **limit}).encode(), None)
+        for limit in ({"limit_seconds": 500}, {})
+    ]
+
+    assert [reply["ok"] for reply in replies] == [True, True]
+    assert 0 < seen[0] <= 500 and seen[1] == 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_idle_process_ends_and_removes_its_socket(start_warm_server):
@@ -243,11 +267,20 @@ def test_long_place_gets_a_short_socket(tmp_path, start_warm_server, chunk):
 
 
 def test_place_is_private(tmp_path, start_warm_server):
-    (tmp_path / "place").mkdir(mode=0o755)
-
     server = start_warm_server().wait_until_ready()
 
     assert server.runtime_folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_folder_that_others_can_access_is_refused_and_not_changed(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o1777)  # as /tmp
+
+    with pytest.raises(ConfigError, match="Other users can access"):
+        make_private_folder(place)
+
+    assert place.stat().st_mode & 0o7777 == 0o1777
 
 
 def test_link_is_not_a_private_folder(tmp_path):

@@ -28,6 +28,8 @@ class QueuedJob:
     waiting_since: float = 0.0
     #: Addresses of the providers that failed on it and were banned for that; they do not get it again.
     failed_on: set[str] = field(default_factory=set)
+    #: Those of them whose results were proven to be wrong, which says nothing about the chunk.
+    proven_wrong: set[str] = field(default_factory=set)
     #: Attempts of any kind.
     attempts: int = 0
     #: What the attempts that have ended cost.

@@ -101,10 +101,11 @@ class ProviderRecords:
         )
 
     def record_success(self, worker: GolemWorker, *, images: int, seconds: float) -> None:
-        """Record that a provider answered a chunk."""
+        """Record that a provider answered a chunk. :param images: those that it has computed."""
         self._failures.pop(worker.provider_id, None)
         self._record_work(worker, images, seconds, is_failure=False)
-        self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
+        if images:
+            self.speeds[worker.model][worker.provider_id] = images / max(1e-3, seconds)
 
     def record_failure(self, worker: GolemWorker, queued_job: QueuedJob | None, reason: str, seconds: float) -> None:
         """Record that a provider failed, on this chunk if it had one, and ban it."""
@@ -116,9 +117,10 @@ class ProviderRecords:
 
     def lift_bans(self, queued_job: QueuedJob) -> None:
         """Lift the bans caused by a chunk that failed on several providers."""
-        if len(queued_job.failed_on) < 2:
+        suspicious = queued_job.failed_on - queued_job.proven_wrong
+        if len(suspicious) < 2:
             return
-        for provider_id in queued_job.failed_on:
+        for provider_id in suspicious:
             self._failures.pop(provider_id, None)
             self.banned.pop(provider_id, None)
             self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batcher.errors import BudgetReached, GolemUnavailable
+from batcher.errors import BudgetReached, GolemUnavailable, UntrueResults
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
@@ -220,7 +220,7 @@ class GolemWorker:
             received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
             try:
                 yield self._script(queued_job, received)
-                await asyncio.to_thread(_accept_results, received, queued_job)
+                images = await asyncio.to_thread(_accept_results, received, queued_job)
             except Exception as error:
                 self._finish_attempt()
                 failure = _classify_error(error, "run the chunk")
@@ -231,7 +231,7 @@ class GolemWorker:
             self._finish_attempt()
             self.chunks += 1
             seconds = time.monotonic() - started_at
-            self._parts.provider_records.record_success(self, images=queued_job.job.items, seconds=seconds)
+            self._parts.provider_records.record_success(self, images=images, seconds=seconds)
             queued_job.bills.append(self._bill(seconds))
             queued_job.complete(Outcome(provider=self.provider_name, seconds=seconds))
 
@@ -323,6 +323,8 @@ class GolemWorker:
             self._pool.session.fail(failure.error.reason)
         if failure.is_provider_fault:
             self._parts.provider_records.record_failure(self, queued_job, failure.error.reason, seconds)
+            if queued_job is not None and isinstance(failure.error, UntrueResults):
+                queued_job.proven_wrong.add(self.provider_id)
         if queued_job is None or is_over:
             return
         queued_job.bills.append(self._bill(seconds))
@@ -341,15 +343,18 @@ class GolemWorker:
             self._parts.job_queue.put(queued_job, is_retry=True)
 
 
-def _accept_results(received: Path, queued_job: QueuedJob) -> None:
-    """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk."""
+def _accept_results(received: Path, queued_job: QueuedJob) -> int:
+    """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk.
+
+    :return: the number of items that it answers.
+    """
     size = received.stat().st_size
     if size > _MAX_RESULTS_BYTES:
         raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
-    if queued_job.job.check is not None:
-        queued_job.job.check(received)
+    images = queued_job.job.items if queued_job.job.check is None else queued_job.job.check(received)
     if not queued_job.outcome.done():  # otherwise another attempt was faster
         received.replace(queued_job.job.results)
+    return images
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batcher.executors import Job
 from batcher.executors.local import LocalExecutor
+from batcher.executors.worker_process import WorkerProcess
+from batcher.subprocesses import child_environment
 from provider_image.chunk import ChunkItem, read_results, write_chunk
-from provider_image.errors import WorkerDied
+from provider_image.errors import ChunkError, WorkerDied
 from tests.contexts import make_context
 from tests.timing import until
 
@@ -132,3 +138,98 @@ def test_workers_compute_in_the_configured_precision(tmp_path: Path, models_fold
     asyncio.run(main())
 
     assert read_results(tmp_path / "r.zip", "c", MODEL, [0]).precision == precision
+
+
+def test_a_bug_neither_ends_the_loop_of_a_worker_nor_leaves_a_job_without_outcome(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class BuggyProcess(WorkerProcess):
+        starts = 0
+
+        async def start(self) -> None:
+            BuggyProcess.starts += 1
+            if BuggyProcess.starts == 1:
+                raise ValueError("a bug at the start")
+            await super().start()
+
+        async def stop(self, *, is_forced: bool = False) -> None:
+            await super().stop(is_forced=is_forced)
+            if BuggyProcess.starts == 2:
+                raise ValueError("a bug at the end")
+
+    def on_start() -> None:
+        raise ValueError("a bug in a callback")
+
+    monkeypatch.setattr("batcher.executors.local.WorkerProcess", BuggyProcess)
+
+    async def main() -> None:
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="1"))
+        await executor.start()
+        failed = await executor.run(replace(job(tmp_path), on_start=on_start))
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert isinstance(failed.error, ChunkError) and "a bug in a callback" in failed.error.reason
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+    assert BuggyProcess.starts == 3
+    assert [record.message for record in caplog.records if record.exc_info] == [
+        "worker 0 failed, it is started again",
+        "worker 0 failed",
+        "worker 0 failed, it is started again",
+    ]
+
+
+def test_a_worker_serves_though_it_could_not_warm_up(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def guess(models: Path) -> None:
+        raise KeyError("a bug in another package's service")
+
+    monkeypatch.setattr("batcher.executors.local._guess_first_model", guess)
+
+    async def main() -> None:
+        executor = LocalExecutor(make_context(tmp_path / "work", models_folder, MLG_WORKERS="1"))
+        await executor.start()
+        outcome = await executor.run(job(tmp_path))
+        await executor.close()
+        assert outcome.error is None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("chunk_timeout", "expected"), [(None, 120), ("5", 120), ("600", 600)])
+def test_warming_up_may_take_as_long_as_a_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_timeout: str | None, expected: float
+) -> None:
+    limits = []
+
+    @contextlib.asynccontextmanager
+    async def timeout(seconds: float) -> AsyncIterator[None]:
+        limits.append(seconds)
+        yield
+
+    class Process:
+        number = 0
+
+        async def run_chunk(self, chunk: Path, results: Path) -> dict[str, Any]:
+            return {"ok": True}
+
+    variables = {} if chunk_timeout is None else {"MLG_CHUNK_TIMEOUT_SECONDS": chunk_timeout}
+    executor = LocalExecutor(make_context(tmp_path, tmp_path / "models", **variables))
+    executor._folder.mkdir()
+    monkeypatch.setattr("batcher.executors.local.asyncio.timeout", timeout)
+    process: Any = Process()
+
+    asyncio.run(executor._warm_up(process))
+
+    assert limits == [expected]
+
+
+def test_processes_that_see_bytes_of_strangers_get_no_secrets() -> None:
+    variables = {"YAGNA_APPKEY": "secret", "MLG_API_KEY": "secret", "REGISTRY_TOKEN": "secret", "MLG_HOME": "/home"}
+
+    assert "secret" not in child_environment(variables).values()
+    assert child_environment(variables)["MLG_HOME"] == "/home"
+    assert variables.items() <= child_environment(variables, has_secrets=True).items()

@@ -48,11 +48,11 @@ def test_answers_agree_with_the_reference_to_a_tenth_of_a_percent(models_folder,
     assert list(shown) == list(expected)
 
 
-def test_digest_is_the_one_that_version_0_1_0_gave(models_folder):
-    artefact = ensure_installed(models_folder, "efficientnet_lite0")
+def test_digest_of_format_2_is_the_one_that_version_0_1_0_gave(models_folder):
+    artefact = replace(ensure_installed(models_folder, "efficientnet_lite0"), format=2)
 
     # Both from the model.json files that the code of mlg 0.1.0 writes, of format 2.
-    assert artefact.digest == "ee9e000329261f0cdcdc475633a098d74bd31f7fc52835f0fe557a8566eb8c76"
+    assert compute_digest(artefact) == "ee9e000329261f0cdcdc475633a098d74bd31f7fc52835f0fe557a8566eb8c76"
     assert (
         compute_digest(replace(artefact, precision="f16"))
         == "03f3b51b53d7da1e6dd28e317a9c27e6582c80a9814f3be4b6f48890b0b06115"

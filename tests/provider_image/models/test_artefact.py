@@ -1,5 +1,6 @@
 """Artefacts on disk: read, told apart, built once, never half."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,19 +8,23 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from provider_image.backends import Device
 from provider_image.backends.openvino import load_net
 from provider_image.check import check_model
-from provider_image.compiler import can_build_now, ensure_installed, lite0
+from provider_image.compiler import build, can_build_now, ensure_installed, installing, lite0
 from provider_image.compiler.installing import begin_artefact, build_folder
 from provider_image.errors import BrokenArtefact, NotInstalled, UnknownModel
 from provider_image.models.artefact import compute_digest, find_artefact, installed_digest, read_artefact
 from provider_image.models.catalogue import CATALOGUE
 from tests.provider_image.conftest import ROOT
-from tests.timing import cpu_slowness
+from tests.timing import cpu_slowness, wait_until
+
+#: The digest of efficientnet_lite0 in formats 2 and 3.
+OLD_DIGEST = "ee9e000329261f0cdcdc475633a098d74bd31f7fc52835f0fe557a8566eb8c76"
 
 
 @pytest.fixture
@@ -36,32 +41,106 @@ def test_artefact_describes_the_model(models_folder):
     assert artefact.weights_sha256 == lite0.WEIGHTS_SHA256
 
 
-def as_format_2(folder):
-    """Write an artefact's model.json as mlg 0.1.0 did."""
+def with_format(folder, number):
+    """Write an artefact's model.json as in format 2, of mlg 0.1.0, or 3, and return what must be read from it."""
     facts = json.loads((folder / "model.json").read_text())
+    expected = replace(read_artefact(folder), format=number)
+    expected = replace(expected, digest=compute_digest(expected))
+    facts |= {"format": number, "digest": expected.digest}
+    if number == 3:
+        (folder / "model.json").write_text(json.dumps(facts))
+        return expected
     storage = {"kept": facts.pop("precision"), **facts["storage"]}
     for name in ("backend", "columns", "preprocessing_version"):
         del facts[name]
     self_test = {name: facts.pop(name) for name in ("reference", "samples")}
-    facts = {**facts, "format": 2, "storage": storage, "self_test": self_test}
+    facts = {**facts, "storage": storage, "self_test": self_test}
+    (folder / "model.json").write_text(json.dumps(facts))
+    return expected
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_artefact_of_an_older_format_keeps_its_digest(models, number):
+    folder = models / "efficientnet_lite0"
+
+    expected = with_format(folder, number)
+
+    assert read_artefact(folder) == expected
+    assert installed_digest(models, "efficientnet_lite0") == expected.digest == OLD_DIGEST
+    assert check_model(folder, seconds=0.01).is_ok
+
+
+def test_other_weights_with_new_samples_are_another_artefact(models):
+    """Somebody who zeroes the weights and records what they answer cannot keep the digest."""
+    folder = models / "efficientnet_lite0"
+    weights = bytes((folder / "model.bin").stat().st_size)
+    (folder / "model.bin").write_bytes(weights)
+    facts = json.loads((folder / "model.json").read_text())
+    facts["files"]["model.bin"][1] = hashlib.sha256(weights).hexdigest()
     (folder / "model.json").write_text(json.dumps(facts))
 
+    with pytest.raises(BrokenArtefact, match="digest"):
+        load_net(read_artefact(folder), Device(threads=1))
+    assert "digest" in check_model(folder, seconds=0.01).problem
 
-def test_artefact_of_version_0_1_0_is_the_same_artefact(models):
-    folder = models / "efficientnet_lite0"
-    new = read_artefact(folder)
 
-    as_format_2(folder)
+@pytest.mark.parametrize(
+    "damage", [lambda folder: os.truncate(folder / "model.bin", 1000), lambda folder: (folder / "model.bin").unlink()]
+)
+def test_repaired_artefact_is_usable_without_a_restart(models, models_folder, caplog, damage):
+    damage(models / "efficientnet_lite0")
+    with pytest.raises(BrokenArtefact, match="copied"):
+        find_artefact(models, "efficientnet_lite0")
 
-    assert read_artefact(folder) == new
-    assert installed_digest(models, "efficientnet_lite0") == new.digest
-    assert check_model(folder, seconds=0.01).is_ok
+    shutil.copy(models_folder / "efficientnet_lite0/model.bin", models / "efficientnet_lite0/model.bin")
+
+    expected = installed_digest(models_folder, "efficientnet_lite0")
+    wait_until(lambda: installed_digest(models, "efficientnet_lite0") == expected)
+
+
+def test_damage_is_logged_once(models, caplog):
+    os.truncate(models / "efficientnet_lite0" / "model.bin", 1000)
+
+    started = time.monotonic()
+    while time.monotonic() < started + 1.1:  # longer than an artefact that cannot be used stays unread
+        assert installed_digest(models, "efficientnet_lite0") is None
+
+    assert len(caplog.records) == 1
+
+
+def test_model_that_is_replaced_is_never_absent(models, monkeypatch):
+    installed = models / "efficientnet_lite0"
+
+    def rename(path, target, plain=Path.rename):
+        plain(path, target)
+        assert (installed / "model.json").exists()
+
+    monkeypatch.setattr(Path, "rename", rename)
+    before = (installed / "model.json").stat().st_ino
+
+    build(models, CATALOGUE["efficientnet_lite0"], again=True)
+
+    assert (installed / "model.json").stat().st_ino != before
+    assert sorted(path.name for path in models.iterdir()) == [".efficientnet_lite0.lock", "efficientnet_lite0"]
+
+
+def test_model_is_replaced_where_folders_cannot_be_exchanged(models, models_folder, monkeypatch):
+    (models / "efficientnet_lite0").rename(models / "elsewhere")
+    (models / "efficientnet_lite0").symlink_to(models / "elsewhere")
+    monkeypatch.setattr(installing, "_exchange", lambda one, other: False)
+
+    artefact = build(models, CATALOGUE["efficientnet_lite0"], again=True)
+
+    assert artefact == replace(read_artefact(models_folder / "efficientnet_lite0"), folder=artefact.folder)
+    assert not (models / "efficientnet_lite0").is_symlink()
+    assert not list(models.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"precision": "f16"},
+        {"files": {"model.bin": (1, "2" * 64)}},
         {"backend": "affine"},
         {"preprocessing_version": 2},
         {"labels": (("n1", "cat"),)},
@@ -75,8 +154,12 @@ def test_artefact_of_version_0_1_0_is_the_same_artefact(models):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_digest_covers_what_can_change_an_answer(change):
+@pytest.mark.parametrize("number", [3, 4])
+def test_digest_covers_what_can_change_an_answer(number, change):
+    if number == 3 and "files" in change:
+        pytest.skip("the files are part of it since format 4")
     facts = {"labels": (("n1", "dog"),), "weights_sha256": "1" * 64, "recipe": "lite0-1", "reference": "openvino"}
+    facts |= {"files": {"model.bin": (1, "1" * 64)}, "format": number}
     artefact = begin_artefact(CATALOGUE["efficientnet_lite0"], **facts)
 
     assert compute_digest(artefact) != compute_digest(replace(artefact, **change))
@@ -123,9 +206,11 @@ def test_changed_artefact_is_read_again(models):
     before = installed_digest(models, "efficientnet_lite0")
     path = models / "efficientnet_lite0" / "model.json"
 
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "0" * 64}))
+    changed = replace(read_artefact(path.parent), recipe="lite0-2")
+    digest = compute_digest(changed)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": "lite0-2", "digest": digest}))
 
-    assert before != installed_digest(models, "efficientnet_lite0") == "0" * 64
+    assert before != installed_digest(models, "efficientnet_lite0") == digest
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,29 @@ def test_an_offer_with_unreadable_prices_is_rejected(change: dict[str, Any], pro
         Price.from_offer(offer(**change))
 
     assert provider_records.rate_offer(MODEL, "0x1", offer(**change)) < 0
+
+
+async def test_a_chunk_without_a_computed_image_does_not_change_the_speed(provider_records: ProviderRecords) -> None:
+    worker: Any = SimpleNamespace(model=MODEL, provider_id="0x1")
+    provider_records.record_success(worker, images=16, seconds=2.0)
+
+    provider_records.record_success(worker, images=0, seconds=0.001)
+
+    assert provider_records.speed(MODEL, "0x1") == 8.0
+
+
+async def test_bans_for_proven_lies_are_not_lifted_when_a_chunk_fails_elsewhere_too(
+    provider_records: ProviderRecords,
+) -> None:
+    queued_job: Any = SimpleNamespace(failed_on=set(), proven_wrong=set())
+    for provider_id in ("0xliar", "0xother", "0x1", "0x2"):
+        worker: Any = SimpleNamespace(model=MODEL, provider_id=provider_id)
+        provider_records.record_failure(worker, queued_job, "it failed", 1.0)
+    queued_job.proven_wrong = {"0xliar", "0xother"}
+
+    provider_records.lift_bans(queued_job)
+
+    assert provider_records.banned.keys() == {"0xliar", "0xother"}
 
 
 def test_an_unknown_counter_with_price_zero_is_accepted() -> None:

@@ -1,0 +1,215 @@
+"""Builds from files of strangers in a process of their own: without a network, and with limits.
+
+Called by `mlg models compile`. Keras, HDF5 and tensorflow read such files in C code, and a small file may describe a
+huge network. The process may use a share of the memory and some processor time, opens no socket, cannot trace other
+processes, gets no secrets, and ends with its parent. What it says is only used after it was checked. Weaknesses: it can
+read and write the user's files, and it keeps the network on other processors than x86-64 and 64-bit ARM and where the
+system has no such filters; the steps then say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import pickle
+import platform
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from provider_image.compiler.installing import build_folder
+from provider_image.cores import available_memory_bytes
+from provider_image.environment import without_secrets
+from provider_image.errors import CompilationFailed, MlgError, error_from_reply
+from provider_image.models.artefact import Artefact, is_model_name, read_artefact
+
+logger = logging.getLogger(__name__)
+
+#: Most processor time of a build, of all threads together. The slowest model of the catalogue takes some minutes.
+MAX_CPU_SECONDS = 7200
+#: Share of the memory that a build may take, and what it may take at least.
+_MEMORY_SHARE = 0.75
+_MIN_MEMORY_BYTES = 4 * 1024**3
+#: Largest file that it may write.
+_MAX_FILE_BYTES = 16 * 1024**3
+#: Longest line that is read from it.
+_MAX_LINE_BYTES = 65_536
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+# Constants of Linux.
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
+#: Machine -> its number, and those of socket, io_uring_setup (which opens sockets too), ptrace, process_vm_readv,
+#: process_vm_writev and pidfd_getfd.
+_REFUSED_CALLS = {
+    "x86_64": (0xC000003E, (41, 425, 101, 310, 311, 438)),
+    "aarch64": (0xC00000B7, (198, 425, 117, 270, 271, 438)),
+}
+
+
+def memory_limit_bytes() -> int:
+    """Return the most memory of a build."""
+    return max(_MIN_MEMORY_BYTES, int(available_memory_bytes() * _MEMORY_SHARE))
+
+
+def build(
+    target: str,
+    models: Path,
+    name: str,
+    *arguments: Any,
+    on_step: Callable[[str], None] = lambda step: None,
+    max_bytes: int | None = None,
+    max_cpu_seconds: int = MAX_CPU_SECONDS,
+    **options: Any,
+) -> Artefact:
+    """Call a builder in a confined process.
+
+    :param target: "module:function" of the builder, which takes the models folder, the arguments and the options.
+    :param name: the model's name.
+    :param on_step: called with the name of each step.
+    :param max_bytes: most memory; None takes `memory_limit_bytes`.
+    :raises MlgError: as the builder.
+    :raises CompilationFailed: the process ended without an answer, for example because of its limits.
+    """
+    max_bytes = memory_limit_bytes() if max_bytes is None else max_bytes
+    job = pickle.dumps((target, max_bytes, max_cpu_seconds, (models, *arguments), options))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "provider_image.compiler.confined", str(os.getpid())],
+        cwd=_PACKAGE_PARENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**without_secrets(os.environ), "PYTHONSAFEPATH": ""},  # the package is found by the working folder
+    )
+    assert process.stdin is not None and process.stdout is not None
+    reply: dict[str, Any] | None = None
+    is_done = False
+    try:
+        with process.stdin as stdin:
+            stdin.write(job)
+        while line := process.stdout.readline(_MAX_LINE_BYTES):
+            message = _parse(line)
+            if "step" in message:
+                on_step("".join(filter(str.isprintable, str(message["step"])))[:200])
+            else:
+                reply = message
+        status = process.wait()
+        is_done = reply == {"done": True} and status == 0
+    except BrokenPipeError:
+        status = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if not is_done and is_model_name(name):
+            with build_folder(models, name):
+                pass  # this has removed what it left
+    if is_done:
+        return read_artefact(models / name)
+    if reply is not None and isinstance(reply.get("error"), dict):
+        raise error_from_reply(reply["error"])
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    raise CompilationFailed(
+        f"The process that builds {name} {how}. It may use {max_bytes / 1e9:.1f} GB of memory and {max_cpu_seconds} s "
+        "of processor time: the model needs more than that, or its file is damaged."
+    )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+# In the process
+
+
+def main(parent: int) -> int:
+    """Run the builder that standard input describes, and write its steps and its end as lines of JSON."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no message
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which kills this process
+
+    def send(message: dict[str, Any]) -> None:
+        output.write(json.dumps(message) + "\n")
+
+    target, max_bytes, max_cpu_seconds, arguments, options = pickle.loads(sys.stdin.buffer.read())
+    problem = _confine(max_bytes, max_cpu_seconds)
+    if problem is not None:
+        send({"step": f"the network cannot be taken from the process: {problem}"})
+    if os.getppid() != parent:  # it ended before this process would have been told
+        return 1
+    module, _, function = target.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(
+            *arguments, on_step=lambda step: send({"step": step}), **options
+        )
+    except MlgError as error:
+        send({"error": error.to_reply()})
+        return 1
+    except Exception as error:
+        logger.exception("build failed")
+        send({"error": CompilationFailed(f"{type(error).__name__}: {error}"[:1000]).to_reply()})
+        return 1
+    send({"done": True})
+    return 0
+
+
+def _confine(max_bytes: int, max_cpu_seconds: int) -> str | None:
+    """Limit what this process may do, irrevocably. :return: why it keeps the network; None if it does not."""
+    for kind, limit in (
+        (resource.RLIMIT_DATA, max_bytes),
+        (resource.RLIMIT_CPU, max_cpu_seconds),
+        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        most = resource.getrlimit(kind)[1]
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        # One more until the system kills it: SIGXCPU tells the parent why it ended.
+        resource.setrlimit(kind, (limit, limit + 1 if most == resource.RLIM_INFINITY else most))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if platform.machine() not in _REFUSED_CALLS or struct.calcsize("P") != 8:
+        return f"mlg cannot filter system calls on {platform.machine()}"
+    filters = _call_filter(*_REFUSED_CALLS[platform.machine()])
+    packed = ctypes.create_string_buffer(b"".join(filters))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(filters), ctypes.addressof(packed)))
+    if prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(
+        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0
+    ):
+        return os.strerror(ctypes.get_errno())
+    return None
+
+
+def _call_filter(machine: int, calls: Sequence[int]) -> list[bytes]:
+    """Return a program for seccomp that lets these system calls fail with EPERM, also those of other machines."""
+    load, if_equal, if_at_least, end = 0x20, 0x15, 0x35, 0x06
+    refuse = (end, 0, 0, _REFUSE)
+    # It sees the number of the call at 0 and the machine at 4. A test names how many instructions to skip, if it is
+    # true and if it is false; `refuse` is skipped or not. Numbers from 2^30 on are those of another ABI of x86-64.
+    program = [
+        (load, 0, 0, 4),
+        (if_equal, 1, 0, machine),
+        refuse,
+        (load, 0, 0, 0),
+        (if_at_least, 0, 1, 1 << 30),
+        refuse,
+    ]
+    for call in calls:
+        program += [(if_equal, 0, 1, call), refuse]
+    return [struct.pack("HBBI", *one) for one in [*program, (end, 0, 0, _ALLOW)]]
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
