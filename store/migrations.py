@@ -674,6 +674,49 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m015_bills(db: sqlite_utils.Database) -> None:
+    """Decisions about bills, and agreements that are written off. What was refused before stays refused."""
+    settled = "SELECT agreement_id FROM invoices WHERE state IN ('accepted', 'refused')"
+    for statement in (
+        "ALTER TABLE agreements ADD COLUMN written_off_at TEXT",
+        """
+        CREATE TABLE decisions (
+            bill_id TEXT PRIMARY KEY,
+            kind TEXT NOT NULL CHECK (kind IN ('invoice', 'debit_note')),
+            agreement_id TEXT NOT NULL,
+            activity_id TEXT,
+            amount TEXT NOT NULL,
+            max_amount TEXT NOT NULL,
+            is_refused INTEGER NOT NULL CHECK (is_refused IN (0, 1)),
+            reason TEXT,
+            decided_at TEXT NOT NULL,
+            finished_at TEXT,
+            CHECK ((reason IS NOT NULL) = is_refused)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX agreements_written_off ON agreements (created_at) WHERE written_off_at IS NOT NULL",
+        "CREATE INDEX decisions_agreement ON decisions (agreement_id, kind)",
+        "CREATE INDEX decisions_unfinished ON decisions (decided_at) WHERE finished_at IS NULL",
+        "CREATE INDEX decisions_refused ON decisions (decided_at) WHERE is_refused = 1",
+        """
+        INSERT INTO decisions (bill_id, kind, agreement_id, amount, max_amount, is_refused, reason, decided_at)
+        SELECT id, 'invoice', agreement_id, amount, '0', 1, coalesce(reason, 'It was refused.'), settled_at
+        FROM invoices WHERE state = 'refused'
+        """,
+        # Until now these only no longer counted against the budget.
+        f"""
+        UPDATE agreements SET written_off_at = (
+            SELECT changed_at FROM reservations WHERE agreement_id = agreements.id AND state = 'settled')
+        WHERE ended_at IS NOT NULL AND id NOT IN ({settled})
+        """,
+        """
+        UPDATE chunks SET cost = '0', is_cost_final = 1 WHERE finished_at IS NOT NULL
+        AND agreement_id IN (SELECT id FROM agreements WHERE written_off_at IS NOT NULL)
+        """,
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -686,6 +729,7 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m015_bills,
 )
 
 

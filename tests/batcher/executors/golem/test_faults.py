@@ -467,7 +467,7 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
 
     expensive = provider("alpha", second=f"{0.04 / pace:.6f}")
     # Without tolerances, which at this price would be more than the budget.
-    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), bill_tolerance_seconds=0.2)
+    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), ending_seconds=0.2)
     play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
 
 
