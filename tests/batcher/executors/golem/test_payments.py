@@ -479,26 +479,21 @@ def test_a_daemon_that_cannot_be_told_of_a_refusal_is_not_asked_again(play: Play
     play(body)
 
 
-def test_what_the_operator_settled_at_the_daemon_is_a_fact(play: Play) -> None:
+def test_what_was_settled_at_the_daemon_before_is_a_fact(play: Play) -> None:
     async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
         batcher = await next_batcher()
-        paid, rejected, _ = await batcher.hire(), await batcher.hire(), await batcher.hire()
-        for id in (paid, rejected):
-            await batcher.end(id)
+        paid, rejected = await batcher.hire(), await batcher.hire()
         first, second = daemon.send_invoice(paid, "5"), daemon.send_invoice(rejected, "0.001")
-        await batcher.settle()  # refuses the one and pays the other
-        daemon.service.accept(
-            daemon.service.invoices[first], {"totalAmountAccepted": "5", "allocationId": daemon.allocate("5")}
-        )
-        third = daemon.send_invoice(await batcher.hire(), "0.001")
-        daemon.service.reject(
-            daemon.service.invoices[third], {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0"}
-        )
-        await (await next_batcher()).settle()
+        acceptance = {"totalAmountAccepted": "5", "allocationId": daemon.allocate("5")}
+        daemon.service.accept(daemon.service.invoices[first], acceptance)
+        rejection = {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0"}
+        daemon.service.reject(daemon.service.invoices[second], rejection)
+        await batcher.settle()
 
-        assert daemon.service.invoices[second].status == "ACCEPTED"
-        assert daemon.service.invoices[third].status == "REJECTED"
-        assert daemon.paid() == Decimal("5.001")
+        assert store.ledger.spent() == daemon.paid() == 5
+        assert daemon.service.invoices[second].status == "REJECTED"
+        assert [(each.bill_id, each.finished_at) for each in store.decisions.refused()] == [(second, daemon.now)]
+        assert store.reservations.list(is_open=True) == []
 
     play(body)
 
