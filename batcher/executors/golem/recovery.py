@@ -120,26 +120,25 @@ class Recovery:
 
     async def _end_agreements(self) -> None:
         # Before the daemon lists its own, so that none that is made meanwhile is missed in the list.
-        recorded = await asyncio.to_thread(self._ledger.agreements, is_open=True)
-        live = await self._list_live()
-        ids = dict.fromkeys([*(each.id for each in recorded), *live])
-        if all([await self._try(self._end_agreement(id), "an agreement") for id in ids]):
+        ids = {each.id: None for each in await asyncio.to_thread(self._ledger.agreements, is_open=True)}
+        is_all = await self._try(self._add_live(ids), "agreements that are not in the ledger")
+        for id in ids:
+            is_all &= await self._try(self._end_agreement(id), "an agreement")
+        if is_all:
             # What was reserved for an agreement has been committed to it.
             await asyncio.to_thread(self._parts.money.recover, self._is_gone)
 
-    async def _list_live(self) -> list[str]:
-        """List the agreements that may cost something; those in the ledger have to do if the daemon has no list."""
-        live: list[str] = []
+    async def _add_live(self, ids: dict[str, None]) -> None:
+        """Add the agreements that cost something or still can, as the daemon lists them."""
         # yapapi's client cannot list agreements, so this call is made without it.
         url, http = f"{self._engine._api_config.market_url}/agreements", self._engine._root_api_session
         for state in _LIVE_STATES:
             async with http.get(url, params={"state": state}) as response:
                 if response.status in NO_SUCH_CALL:
-                    log.info("the daemon cannot list agreements: only those in the ledger are looked for")
-                    return []
+                    log.info("the daemon cannot list agreements: those that are not in the ledger are not found")
+                    return
                 response.raise_for_status()
-                live += [entry["id"] for entry in await response.json()]
-        return live
+                ids.update((entry["id"], None) for entry in await response.json())
 
     async def _end_agreement(self, id: str) -> None:
         """End an agreement that is left over, and record its end."""
