@@ -79,6 +79,8 @@ class _BilledAgreement:
     record: AgreementRecord
     price: Price
     valid_to: datetime
+    #: Made by this session, whose allocation is for it.
+    is_own: bool
 
 
 class PaymentProcessor:
@@ -316,7 +318,8 @@ class PaymentProcessor:
             log.warning("a bill cannot be checked and is ignored: %s", error)
             self._foreign_agreements.add(agreement_id)
             return None
-        return _BilledAgreement(record=record, price=price, valid_to=agreement.valid_to)
+        is_own = owner == self._session.owner
+        return _BilledAgreement(record=record, price=price, valid_to=agreement.valid_to, is_own=is_own)
 
     async def _decide(self, calls: _Calls, bill: Any, agreement: _BilledAgreement) -> DecisionRecord:
         """Judge a bill: by what its agreement can have cost until its end, or until now while it runs."""
@@ -367,7 +370,7 @@ class PaymentProcessor:
     async def _carry_out(self, calls: _Calls, decision: DecisionRecord, agreement: _BilledAgreement, bill: Any) -> None:
         """Accept a bill that is to be paid; tell the daemon of one that is refused. :raises Exception: it fails."""
         if not decision.is_refused:
-            await self._accept(calls, decision, bill)
+            await self._accept(calls, decision, agreement, bill)
             return
         if decision.amount > decision.max_amount and decision.reason != BILLED_BEFORE:
             reason = f"Its {calls.title} was too high. {decision.reason}"
@@ -375,7 +378,7 @@ class PaymentProcessor:
         if str(bill.status) != _REJECTED:
             await self._reject(calls, decision)
 
-    async def _accept(self, calls: _Calls, decision: DecisionRecord, bill: Any) -> None:
+    async def _accept(self, calls: _Calls, decision: DecisionRecord, agreement: _BilledAgreement, bill: Any) -> None:
         """Accept a bill; an invoice from an allocation of its own if necessary.
 
         The session's allocation is limited to its own budget, and a debt from before must be paid anyway.
@@ -394,6 +397,8 @@ class PaymentProcessor:
         )
         async with extra as allocation:
             await self._accept_from(allocation.id, calls, decision)
+        if agreement.is_own:
+            self._session.is_stale = True  # its allocation is used up
 
     async def _accept_from(self, allocation_id: str, calls: _Calls, decision: DecisionRecord) -> None:
         from ya_payment.models import Acceptance

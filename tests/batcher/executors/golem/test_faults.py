@@ -536,6 +536,30 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
     play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
 
 
+def test_a_worker_that_is_kept_ends_before_the_budget_is_used_up(play: Play) -> None:
+    budget, pace = Decimal("0.1"), slowness()
+
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one", timeout_seconds=2 * pace)
+        reserved = []
+
+        def has_ended() -> bool:
+            reserved.append(sum(each.amount for each in harness.store.reservations.list()))
+            return harness.store.ledger.agreements(is_open=True) == []
+
+        await until(has_ended)
+        await close(harness)
+
+        assert outcome.error is None
+        assert len(set(reserved)) > 2, "it was reserved step by step"
+        assert max(reserved) <= budget and 0 < harness.paid() <= budget
+
+    kept = provider("alpha", second=f"{0.015 / pace:.6f}", price_per_cpu_second=Decimal(0))
+    timings = replace(SHORT, overtime_seconds=0.1, ending_seconds=1.0 * pace, cover_seconds=1.0 * pace)
+    settings = {"min_workers": 1, "idle_seconds": 0.2, "start_seconds": 4 * pace, "max_price_hour": None}
+    play(body, kept, budget_run=budget, timings=timings, **settings)
+
+
 def test_a_wallet_without_enough_funds_is_named_as_the_reason(play: Play) -> None:
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one")

@@ -47,7 +47,11 @@ PLATFORM = "erc20-holesky-tglm"
 #: 0.01 GLM for the start, 0.001 GLM a second.
 PRICE = Price(start=Decimal("0.01"), cpu_second=Decimal(0), second=Decimal("0.001"))
 TIMINGS = GolemTimings(
-    payment_backoff=Backoff(first_seconds=0.001, max_seconds=0.01), cover_seconds=60.0, ending_seconds=10.0
+    payment_backoff=Backoff(first_seconds=0.001, max_seconds=0.01),
+    cover_seconds=60.0,
+    ending_seconds=10.0,
+    # So long the tests wait for a bill that cannot be settled; the others take milliseconds.
+    unreachable_seconds=4.0,
 )
 
 
@@ -234,7 +238,7 @@ class Batcher:
             monotonic=lambda: daemon.now.timestamp(),
         )
         self.allocation_id = daemon.allocate("0.001")
-        session: Any = SimpleNamespace(
+        self.session: Any = SimpleNamespace(
             engine=daemon.engine(),
             owner=f"{TAG}.{name}-1",
             tag=TAG,
@@ -242,8 +246,9 @@ class Batcher:
             is_left_over=lambda owner: str(owner).partition(".")[2].partition("-")[0] in dead,
             is_of_this_home=lambda owner: str(owner).startswith(TAG),
             report_daemon_error=lambda error: None,
+            is_stale=False,
         )
-        self.processor = PaymentProcessor(self.parts, session)
+        self.processor = PaymentProcessor(self.parts, self.session)
         self._poll_notes = self.processor._poll_new(self.processor._calls[BillKind.DEBIT_NOTE])
 
     async def start(self) -> None:
@@ -399,6 +404,31 @@ def test_an_invoice_that_cannot_be_paid_delays_no_other(play: Play) -> None:
         assert 20 <= still_open <= 30
         assert missing == 0
         assert store.ledger.spent() == daemon.paid() == Decimal("0.6")
+
+    play(body)
+
+
+def test_an_invoice_above_the_allocation_is_paid_from_another_and_the_session_replaced(play: Play) -> None:
+    async def body(daemon: Daemon, next_batcher: Any, store: Store) -> None:
+        batcher = await next_batcher()
+        old = await batcher.hire()
+        daemon.send_invoice(old, "0.01")
+        last = await next_batcher()
+        await last.settle()
+        is_stale_after_old = last.session.is_stale
+        own = await last.hire()
+        daemon.failing["accept_invoice", daemon.send_invoice(own, "0.01")] = 400
+        await asyncio.wait_for(asyncio.gather(last.settle(), return_exceptions=True), 60)
+        is_stale_after_failure = last.session.is_stale
+        daemon.failing.clear()
+        await until(lambda: last.session.is_stale)
+
+        assert (is_stale_after_old, is_stale_after_failure) == (False, False)
+        assert [each.allocation_id for each in daemon.service.wallet.list_active()] == [
+            batcher.allocation_id,
+            last.allocation_id,
+        ]
+        assert daemon.paid() == Decimal("0.02")
 
     play(body)
 
