@@ -700,7 +700,7 @@ def m015_bills(db: sqlite_utils.Database) -> None:
         "CREATE INDEX decisions_refused ON decisions (decided_at) WHERE is_refused = 1",
         """
         INSERT INTO decisions (bill_id, kind, agreement_id, amount, max_amount, is_refused, reason, decided_at)
-        SELECT id, 'invoice', agreement_id, amount, '0', 1, coalesce(reason, 'It was refused.'), settled_at
+        SELECT id, 'invoice', agreement_id, amount, amount, 1, coalesce(reason, 'It was refused.'), settled_at
         FROM invoices WHERE state = 'refused'
         """,
         # Until now these only no longer counted against the budget.

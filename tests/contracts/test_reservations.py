@@ -259,6 +259,33 @@ def test_a_home_from_before_commits_what_its_open_agreements_were_estimated_to_c
     assert used == {"total": Decimal("0.27")}
 
 
+def test_a_home_from_before_writes_off_what_no_longer_counted_against_the_budget(tmp_path: Path) -> None:
+    store = Store(HomeSettings(home=tmp_path / "home", busy_seconds=5))
+    store.migrate()
+    for id in ("given up", "billed", "open"):
+        commit(store, id, "0.2")
+        store.ledger.end_agreement(id, reason="done", now=NOON)
+    store.ledger.record_invoice(invoice("billed", "0.1", BillState.REFUSED))
+    store.close()
+    with sqlite3.connect(tmp_path / "home" / "mlg.db") as database:
+        database.execute("UPDATE reservations SET state = 'settled', amount = '0' WHERE agreement_id = 'given up'")
+        database.execute("DROP INDEX agreements_written_off")
+        database.execute("ALTER TABLE agreements DROP COLUMN written_off_at")
+        database.execute("DROP TABLE decisions")
+        database.execute("DELETE FROM migrations WHERE name = 'm015_bills'")
+    database.close()
+
+    store = Store(HomeSettings(home=tmp_path / "home", busy_seconds=5))
+    applied = store.migrate()
+    written_off, unsettled = store.ledger.written_off(since=NOON), store.ledger.agreements(is_settled=False)
+    refused = store.decisions.refused()
+    store.close()
+
+    assert applied == ["m015_bills"]
+    assert ([each.id for each in written_off], [each.id for each in unsettled]) == (["given up"], ["open"])
+    assert [(each.agreement_id, each.finished_at) for each in refused] == [("billed", None)]
+
+
 def chunk() -> Any:
     from store.chunks import ChunkRecord
 

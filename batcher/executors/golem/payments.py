@@ -200,10 +200,9 @@ class PaymentProcessor:
         started_at = self._now()
         unsettled = await asyncio.to_thread(self._ledger.agreements, is_settled=False)
         await asyncio.to_thread(self._parts.money.write_off, unsettled)
+        unfinished = {(each.kind, each.bill_id) for each in await asyncio.to_thread(self._decisions.unfinished)}
         postponed, self._postponed = self._postponed, set()
-        for decision in await asyncio.to_thread(self._decisions.unfinished):
-            postponed.add((decision.kind, decision.bill_id))
-        for kind, bill_id in postponed:
+        for kind, bill_id in unfinished | postponed:
             self._begin(kind, bill_id)
         since = self._reviewed_at
         if since is None:  # all invoices that may be open, whenever they came
