@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -102,14 +102,14 @@ class Recovery:
 
         :raises StoreError:
         """
-        parts = {
-            "demands": self._end_demands(),
-            "agreements": self._end_agreements(),
-            "allocations": self._release_allocations(keep_allocation),
+        parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "demands": self._end_demands,
+            "agreements": self._end_agreements,
+            "allocations": lambda: self._release_allocations(keep_allocation),
         }
         seconds = self._parts.timings.open_seconds / len(parts)
-        for what, part in parts.items():
-            await self._try(asyncio.wait_for(part, seconds), what)
+        for what, close in parts.items():
+            await self._try(asyncio.wait_for(close(), seconds), what)
         if self._closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", self._closed)
 
