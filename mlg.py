@@ -21,6 +21,7 @@ COMMANDS = {
     "requests": ("cli.requests:requests", "List, show, retry or cancel requests."),
     "models": ("cli.models:models", "List, install or check models."),
     "image": ("cli.image:image", "Build and publish the provider image."),
+    "bills": ("cli.bills:bills", "Show what is not billed or was refused, or write it off."),
     "costs": ("cli.costs:costs", "Show the cost of rented computers."),
     "providers": ("cli.providers:providers", "List, ban or unban providers."),
     "keys": ("cli.keys:keys", "Create, list or revoke API keys."),

@@ -17,6 +17,9 @@ from devnet.records import Agreement, Allocation, Bill, format_amount, from_rows
 from devnet.timing import EventFeed
 from devnet.wallet import PLATFORMS, Wallet, parse_amount
 
+#: The published reasons for rejecting a bill.
+REJECTION_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
+
 
 class PaymentService:
     """All bills and payments of a devnet.
@@ -89,6 +92,17 @@ class PaymentService:
         bill.status = "ACCEPTED"
         self._on_change()
         return True
+
+    def reject(self, bill: Bill, rejection: Mapping[str, Any]) -> None:
+        """Reject a bill, which may still be accepted later. :raises ApiError: it is accepted, or the body is wrong."""
+        reason = rejection.get("rejectionReason")
+        if reason not in REJECTION_REASONS:
+            raise ApiError(f"rejectionReason must be one of {', '.join(REJECTION_REASONS)}, not {reason!r}.")
+        parse_amount(rejection.get("totalAmountAccepted"), "totalAmountAccepted")
+        if bill.status == "ACCEPTED":
+            raise ApiError("An accepted bill cannot be rejected.")
+        bill.status = "REJECTED"
+        self._on_change()
 
     def accepted(self, agreement_id: str, *more: Bill) -> Decimal:
         """Return how much of an agreement's cost has been accepted, or would be with more bills."""

@@ -3,7 +3,7 @@
 Executors that pay write it; budgets, commands and the dashboard read it. An agreement costs
 
 - its accepted invoice;
-- nothing, when its invoice was refused;
+- nothing, when its invoice was refused, or when it was written off because none came;
 - until then the larger of its accepted debit notes (the latest of each activity) and the estimated costs of its chunks.
   An invoice that is neither accepted nor refused yet changes nothing.
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 import enum
 import sqlite3
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -36,7 +36,7 @@ from typing import Any
 
 from store.amounts import EXACT, ROUNDED, ZERO, split, to_amount, total
 from store.database import Database, Transaction
-from store.reservations import ReservationRecord, commit_reservation, settle_reservation
+from store.reservations import ReservationRecord, change_commitment, commit_reservation, settle_reservation
 from store.rows import insert_sql, to_row, to_text
 
 #: What costs can be grouped by.
@@ -76,9 +76,12 @@ _CHUNKS_TO_SPLIT = """
 _SET_SHARE = "UPDATE chunks SET cost = ?, is_cost_final = 1 WHERE id = ?"
 
 _IS_SETTLED = """
-    (ended_at IS NOT NULL AND EXISTS (
-        SELECT 1 FROM invoices WHERE agreement_id = agreements.id AND state IN ('accepted', 'refused')))
+    (ended_at IS NOT NULL AND (written_off_at IS NOT NULL OR EXISTS (
+        SELECT 1 FROM invoices WHERE agreement_id = agreements.id AND state IN ('accepted', 'refused'))))
 """
+
+_END = "UPDATE agreements SET ended_at = ?, reason = ? WHERE id = ? AND ended_at IS NULL"
+_WRITE_OFF = f"UPDATE agreements SET written_off_at = ? WHERE id = ? AND ended_at IS NOT NULL AND NOT {_IS_SETTLED}"
 
 _PAID = """
     SELECT amount FROM invoices WHERE state = 'accepted' AND (:since IS NULL OR settled_at >= :since)
@@ -94,7 +97,8 @@ _DEBITS = """
     SELECT agreement_id, activity_id, amount FROM debit_notes
     WHERE state = 'accepted' AND NOT EXISTS (
         SELECT 1 FROM invoices
-        WHERE agreement_id = debit_notes.agreement_id AND state IN ('accepted', 'refused'))
+        WHERE agreement_id = debit_notes.agreement_id AND state IN ('accepted', 'refused')
+    ) AND NOT EXISTS (SELECT 1 FROM agreements WHERE id = debit_notes.agreement_id AND written_off_at IS NOT NULL)
 """
 
 _WORK = """
@@ -158,6 +162,8 @@ class AgreementRecord:
     ended_at: datetime | None = None
     #: Why it ended.
     reason: str | None = None
+    #: When it was given up to wait for its invoice. One that comes later counts nevertheless.
+    written_off_at: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +250,12 @@ def split_invoices(transaction: Transaction, agreement_id: str) -> None:
 
 
 def _paid(transaction: Transaction, agreement_id: str) -> Decimal | None:
-    """Return what was paid for an agreement, 0 if its invoice was refused; None before an invoice is decided."""
+    """Return what was paid for an agreement, 0 if it is settled without payment; None before it is settled."""
     decided = transaction.execute(_DECIDED, (agreement_id,)).fetchall()
-    accepted = [Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED]
-    return total(accepted) if decided else None
+    if not decided:
+        row = transaction.execute("SELECT written_off_at FROM agreements WHERE id = ?", (agreement_id,)).fetchone()
+        return None if row is None or row["written_off_at"] is None else ZERO
+    return total(Decimal(row["amount"]) for row in decided if row["state"] == BillState.ACCEPTED)
 
 
 def _settle(transaction: Transaction, agreement_id: str, now: str) -> None:
@@ -255,6 +263,23 @@ def _settle(transaction: Transaction, agreement_id: str, now: str) -> None:
     amount = _paid(transaction, agreement_id)
     if amount is not None:
         settle_reservation(transaction, agreement_id, amount, now)
+
+
+def write_debit_note(transaction: Transaction, note: DebitNoteRecord) -> None:
+    """Write a debit note or its new state."""
+    _record(transaction, "debit_notes", to_row(note), _ON_KNOWN_DEBIT_NOTE)
+
+
+def write_invoice(transaction: Transaction, invoice: InvoiceRecord) -> None:
+    """Write an invoice or its new state, and what follows from it for the agreement."""
+    row = to_row(invoice)
+    if invoice.state == BillState.RECEIVED:
+        row["settled_at"] = None
+    elif invoice.settled_at is None:
+        row["settled_at"] = row["received_at"]
+    if _record(transaction, "invoices", row, _ON_KNOWN_INVOICE):
+        split_invoices(transaction, invoice.agreement_id)
+        _settle(transaction, invoice.agreement_id, row["settled_at"] or row["received_at"])
 
 
 def _record(transaction: Transaction, table: str, row: Mapping[str, Any], on_known: str = "NOTHING") -> bool:
@@ -293,10 +318,35 @@ class Ledger:
 
         self._database.write(write)
 
-    def end_agreement(self, id: str, *, reason: str, now: datetime) -> None:
-        """Record why an agreement ended. The first end counts."""
-        sql = "UPDATE agreements SET ended_at = ?, reason = ? WHERE id = ? AND ended_at IS NULL"
-        self._database.execute(sql, (to_text(now), reason, id))
+    def end_agreement(self, id: str, *, reason: str, now: datetime, owed: Decimal | None = None) -> None:
+        """Record when and why an agreement ended. The first end counts.
+
+        :param owed: the most that it may cost until then; replaces what is committed to it. None leaves that.
+        """
+
+        def write(transaction: Transaction) -> None:
+            is_first = transaction.execute(_END, (to_text(now), reason, id)).rowcount
+            if is_first and owed is not None:
+                change_commitment(transaction, id, owed, to_text(now))
+
+        self._database.write(write)
+
+    def write_off(self, ids: Iterable[str], *, now: datetime) -> list[str]:
+        """Give up to wait for the invoices of agreements; those that run or are settled are left out.
+
+        They no longer count. An invoice that comes later counts nevertheless.
+
+        :return: the agreements that were written off.
+        """
+
+        def write(transaction: Transaction) -> list[str]:
+            found = [id for id in ids if transaction.execute(_WRITE_OFF, (to_text(now), id)).rowcount]
+            for id in found:
+                split_invoices(transaction, id)
+                _settle(transaction, id, to_text(now))
+            return found
+
+        return self._database.write(write)
 
     def record_activity(self, activity: ActivityRecord) -> None:
         """Record an activity, its end or its usage. None changes nothing."""
@@ -305,23 +355,11 @@ class Ledger:
 
     def record_debit_note(self, note: DebitNoteRecord) -> None:
         """Record a debit note or its new state."""
-        row = to_row(note)
-        self._database.write(lambda transaction: _record(transaction, "debit_notes", row, _ON_KNOWN_DEBIT_NOTE))
+        self._database.write(lambda transaction: write_debit_note(transaction, note))
 
     def record_invoice(self, invoice: InvoiceRecord) -> None:
         """Record an invoice or its new state; split it over the agreement's chunks once it is accepted."""
-        row = to_row(invoice)
-        if invoice.state == BillState.RECEIVED:
-            row["settled_at"] = None
-        elif invoice.settled_at is None:
-            row["settled_at"] = row["received_at"]
-
-        def write(transaction: Transaction) -> None:
-            if _record(transaction, "invoices", row, _ON_KNOWN_INVOICE):
-                split_invoices(transaction, invoice.agreement_id)
-                _settle(transaction, invoice.agreement_id, row["settled_at"] or row["received_at"])
-
-        self._database.write(write)
+        self._database.write(lambda transaction: write_invoice(transaction, invoice))
 
     def allocations(self, *, is_open: bool | None = None) -> list[AllocationRecord]:
         """List allocations, oldest first. :param is_open: True for unreleased ones, False for released ones."""
@@ -329,16 +367,27 @@ class Ledger:
         sql = f"SELECT * FROM allocations WHERE {which} ORDER BY created_at, id"
         return self._database.records(AllocationRecord, sql)
 
+    def agreement(self, id: str) -> AgreementRecord | None:
+        """Return an agreement; None if it is not known."""
+        found = self._database.records(AgreementRecord, "SELECT * FROM agreements WHERE id = ?", (id,))
+        return found[0] if found else None
+
     def agreements(self, *, is_open: bool | None = None, is_settled: bool | None = None) -> list[AgreementRecord]:
         """List agreements, oldest first.
 
         :param is_open: True for those in force, False for those that ended.
-        :param is_settled: True for those that ended and have an accepted or refused invoice, False for the others.
+        :param is_settled: True for those that ended and have an accepted or refused invoice or were written off,
+            False for the others.
         """
         in_force = {None: "1", True: "ended_at IS NULL", False: "ended_at IS NOT NULL"}[is_open]
         settled = {None: "1", True: _IS_SETTLED, False: f"NOT {_IS_SETTLED}"}[is_settled]
         sql = f"SELECT * FROM agreements WHERE {in_force} AND {settled} ORDER BY created_at, id"
         return self._database.records(AgreementRecord, sql)
+
+    def written_off(self, *, since: datetime) -> list[AgreementRecord]:
+        """List the agreements made since a time that were written off, oldest first."""
+        sql = "SELECT * FROM agreements WHERE written_off_at IS NOT NULL AND created_at >= ? ORDER BY created_at, id"
+        return self._database.records(AgreementRecord, sql, (to_text(since),))
 
     def spent(self, *, since: datetime | None = None) -> Decimal:
         """Add up the amounts paid since a time and all open amounts."""
@@ -360,11 +409,14 @@ class Ledger:
             work = {row["agreement_id"]: row for row in connection.execute(_WORK)}
             bills = connection.execute("SELECT * FROM invoices WHERE state IN ('accepted', 'refused')").fetchall()
             unsettled = self._unsettled_costs(connection)
-        #: agreement -> the first day on which an invoice of it was decided.
+        #: agreement -> the first day on which an invoice of it was decided, or the day on which it was written off.
         days: dict[str, str] = {}
         for row in bills:
             day, agreement_id = row["settled_at"][:10], row["agreement_id"]
             days[agreement_id] = min(day, days.get(agreement_id, day))
+        for agreement_id, row in agreements.items():
+            if row["written_off_at"] is not None:
+                days.setdefault(agreement_id, row["written_off_at"][:10])
         found: dict[str, CostRow] = {"total": CostRow(key="total", name="total")} if by == "total" else {}
 
         def add(column: str, amount: Decimal | int, agreement_id: str, day: str) -> None:

@@ -417,75 +417,6 @@ def m006_keys(db: sqlite_utils.Database) -> None:
 _DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400)
 
 
-def m008_controls(db: sqlite_utils.Database) -> None:
-    """Controls, and statistics for operators: totals that retention does not change, and indexes of chunks."""
-    for statement in (
-        """
-        CREATE TABLE controls (
-            name TEXT PRIMARY KEY,
-            value TEXT NOT NULL,
-            changed_at TEXT NOT NULL,
-            changed_by TEXT NOT NULL
-        )
-        """,
-        # Number of requests by outcome. Kept by triggers, because requests end in many statements; counting the
-        # requests themselves would be slow, and the count would fall when old ones are deleted.
-        """
-        CREATE TABLE totals (
-            model TEXT NOT NULL,
-            outcome TEXT NOT NULL,
-            code TEXT NOT NULL,
-            up_to REAL NOT NULL,
-            count INTEGER NOT NULL,
-            seconds REAL NOT NULL,
-            PRIMARY KEY (model, outcome, code, up_to)
-        ) WITHOUT ROWID
-        """,
-        "ALTER TABLE batchers ADD COLUMN budget TEXT NOT NULL DEFAULT '{}'",
-        # Covers the throughput of a day.
-        "CREATE INDEX chunks_finished ON chunks (finished_at, model, done, failed, answers, seconds) "
-        "WHERE finished_at IS NOT NULL",
-        "CREATE INDEX chunks_under_way ON chunks (dispatched_at) WHERE finished_at IS NULL",
-        "CREATE INDEX chunks_failed ON chunks (finished_at) WHERE code IS NOT NULL",
-    ):
-        db.execute(statement)
-
-    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _DURATION_BUCKETS)
-
-    def facts(row: str, source: str = "") -> str:
-        # A subquery with a limit is evaluated once and not copied into each place that uses its column.
-        return f"""
-            SELECT model, CASE WHEN state = 'done' AND is_cached THEN 'cached'
-                               WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END,
-                CASE state WHEN 'failed' THEN coalesce(code, 'unknown') ELSE '' END,
-                CASE {classes} ELSE 9e999 END, 1, seconds
-            FROM (SELECT {row}model AS model, {row}state AS state, {row}is_cached AS is_cached, {row}code AS code,
-                         max(0, round((julianday({row}finished_at) - julianday({row}created_at)) * 86400, 3)) AS seconds
-                  {source} LIMIT -1)
-            WHERE true
-        """
-
-    def count(selection: str) -> str:
-        return f"""
-            INSERT INTO totals (model, outcome, code, up_to, count, seconds) {selection}
-            ON CONFLICT (model, outcome, code, up_to)
-            DO UPDATE SET count = count + 1, seconds = seconds + excluded.seconds
-        """
-
-    db.execute(count(facts("", "FROM requests WHERE finished_at IS NOT NULL")))
-    new = count(facts("NEW."))
-    db.execute(
-        f"""
-        CREATE TRIGGER totals_of_ended AFTER UPDATE OF state ON requests
-        WHEN NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
-        BEGIN {new}; END
-        """
-    )
-    db.execute(
-        f"CREATE TRIGGER totals_of_known AFTER INSERT ON requests WHEN NEW.finished_at IS NOT NULL BEGIN {new}; END"
-    )
-
-
 def m007_webhooks(db: sqlite_utils.Database) -> None:
     """The change feed and the webhook deliveries, both filled by triggers."""
     final = ", ".join(f"'{state}'" for state in RequestState if state.is_final)
@@ -587,6 +518,75 @@ def m007_webhooks(db: sqlite_utils.Database) -> None:
     db.execute("INSERT INTO webhook_secret (secret) VALUES (?)", [new_secret()])
 
 
+def m008_controls(db: sqlite_utils.Database) -> None:
+    """Controls, and statistics for operators: totals that retention does not change, and indexes of chunks."""
+    for statement in (
+        """
+        CREATE TABLE controls (
+            name TEXT PRIMARY KEY,
+            value TEXT NOT NULL,
+            changed_at TEXT NOT NULL,
+            changed_by TEXT NOT NULL
+        )
+        """,
+        # Number of requests by outcome. Kept by triggers, because requests end in many statements; counting the
+        # requests themselves would be slow, and the count would fall when old ones are deleted.
+        """
+        CREATE TABLE totals (
+            model TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            code TEXT NOT NULL,
+            up_to REAL NOT NULL,
+            count INTEGER NOT NULL,
+            seconds REAL NOT NULL,
+            PRIMARY KEY (model, outcome, code, up_to)
+        ) WITHOUT ROWID
+        """,
+        "ALTER TABLE batchers ADD COLUMN budget TEXT NOT NULL DEFAULT '{}'",
+        # Covers the throughput of a day.
+        "CREATE INDEX chunks_finished ON chunks (finished_at, model, done, failed, answers, seconds) "
+        "WHERE finished_at IS NOT NULL",
+        "CREATE INDEX chunks_under_way ON chunks (dispatched_at) WHERE finished_at IS NULL",
+        "CREATE INDEX chunks_failed ON chunks (finished_at) WHERE code IS NOT NULL",
+    ):
+        db.execute(statement)
+
+    classes = " ".join(f"WHEN seconds <= {end} THEN {end}" for end in _DURATION_BUCKETS)
+
+    def facts(row: str, source: str = "") -> str:
+        # A subquery with a limit is evaluated once and not copied into each place that uses its column.
+        return f"""
+            SELECT model, CASE WHEN state = 'done' AND is_cached THEN 'cached'
+                               WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END,
+                CASE state WHEN 'failed' THEN coalesce(code, 'unknown') ELSE '' END,
+                CASE {classes} ELSE 9e999 END, 1, seconds
+            FROM (SELECT {row}model AS model, {row}state AS state, {row}is_cached AS is_cached, {row}code AS code,
+                         max(0, round((julianday({row}finished_at) - julianday({row}created_at)) * 86400, 3)) AS seconds
+                  {source} LIMIT -1)
+            WHERE true
+        """
+
+    def count(selection: str) -> str:
+        return f"""
+            INSERT INTO totals (model, outcome, code, up_to, count, seconds) {selection}
+            ON CONFLICT (model, outcome, code, up_to)
+            DO UPDATE SET count = count + 1, seconds = seconds + excluded.seconds
+        """
+
+    db.execute(count(facts("", "FROM requests WHERE finished_at IS NOT NULL")))
+    new = count(facts("NEW."))
+    db.execute(
+        f"""
+        CREATE TRIGGER totals_of_ended AFTER UPDATE OF state ON requests
+        WHEN NEW.finished_at IS NOT NULL AND OLD.finished_at IS NULL
+        BEGIN {new}; END
+        """
+    )
+    db.execute(
+        f"CREATE TRIGGER totals_of_known AFTER INSERT ON requests WHEN NEW.finished_at IS NOT NULL BEGIN {new}; END"
+    )
+
+
 def m009_transition(db: sqlite_utils.Database) -> None:
     """What triggers wrote before is now written by `transition`, and labels by `requests.py`."""
     for name in (
@@ -674,6 +674,49 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m015_bills(db: sqlite_utils.Database) -> None:
+    """Decisions about bills, and agreements that are written off. What was refused before stays refused."""
+    settled = "SELECT agreement_id FROM invoices WHERE state IN ('accepted', 'refused')"
+    for statement in (
+        "ALTER TABLE agreements ADD COLUMN written_off_at TEXT",
+        """
+        CREATE TABLE decisions (
+            bill_id TEXT PRIMARY KEY,
+            kind TEXT NOT NULL CHECK (kind IN ('invoice', 'debit_note')),
+            agreement_id TEXT NOT NULL,
+            activity_id TEXT,
+            amount TEXT NOT NULL,
+            max_amount TEXT NOT NULL,
+            is_refused INTEGER NOT NULL CHECK (is_refused IN (0, 1)),
+            reason TEXT,
+            decided_at TEXT NOT NULL,
+            finished_at TEXT,
+            CHECK ((reason IS NOT NULL) = is_refused)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX agreements_written_off ON agreements (created_at) WHERE written_off_at IS NOT NULL",
+        "CREATE INDEX decisions_agreement ON decisions (agreement_id, kind)",
+        "CREATE INDEX decisions_unfinished ON decisions (decided_at) WHERE finished_at IS NULL",
+        "CREATE INDEX decisions_refused ON decisions (decided_at) WHERE is_refused = 1",
+        """
+        INSERT INTO decisions (bill_id, kind, agreement_id, amount, max_amount, is_refused, reason, decided_at)
+        SELECT id, 'invoice', agreement_id, amount, amount, 1, coalesce(reason, 'It was refused.'), settled_at
+        FROM invoices WHERE state = 'refused'
+        """,
+        # Until now these only no longer counted against the budget.
+        f"""
+        UPDATE agreements SET written_off_at = (
+            SELECT changed_at FROM reservations WHERE agreement_id = agreements.id AND state = 'settled')
+        WHERE ended_at IS NOT NULL AND id NOT IN ({settled})
+        """,
+        """
+        UPDATE chunks SET cost = '0', is_cost_final = 1 WHERE finished_at IS NOT NULL
+        AND agreement_id IN (SELECT id FROM agreements WHERE written_off_at IS NOT NULL)
+        """,
+    ):
+        db.execute(statement)
+
+
 def m016_leaks(db: sqlite_utils.Database) -> None:
     """The labels of each key: a search of one key walks over no request of another."""
     for statement in (
@@ -699,6 +742,7 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m015_bills,
     m016_leaks,
 )
 

@@ -41,11 +41,7 @@ _RELEASE = "DELETE FROM reservations WHERE id = ? AND state = 'reserved'"
 
 _SETTLE = "UPDATE reservations SET state = 'settled', amount = ?, changed_at = ? WHERE agreement_id = ?"
 
-_WRITE_OFF = """
-    UPDATE reservations SET state = 'settled', amount = '0', changed_at = :now
-    WHERE state = 'committed'
-      AND agreement_id IN (SELECT id FROM agreements WHERE ended_at IS NOT NULL AND ended_at < :before)
-"""
+_CHANGE = "UPDATE reservations SET amount = ?, changed_at = ? WHERE agreement_id = ? AND state = 'committed'"
 
 
 class ReservationState(enum.StrEnum):
@@ -133,6 +129,11 @@ def commit_reservation(transaction: Transaction, commitment: ReservationRecord) 
         transaction.execute(_SAVE, to_row(replace(known, amount=max(known.amount, commitment.amount))))
 
 
+def change_commitment(transaction: Transaction, agreement_id: str, amount: Decimal, now: str) -> None:
+    """Replace an agreement's commitment by what it may have cost by its end."""
+    transaction.execute(_CHANGE, (to_amount(amount), now, agreement_id))
+
+
 def settle_reservation(transaction: Transaction, agreement_id: str, amount: Decimal, now: str) -> None:
     """Replace an agreement's commitment by what was paid."""
     transaction.execute(_SETTLE, (to_amount(amount), now, agreement_id))
@@ -164,6 +165,11 @@ class Reservations:
         with self._database.snapshot() as connection:
             return used_amounts(connection, _read_caps(connection, batcher_id), batcher_id, now)
 
+    def used_by_all(self, *, now: datetime) -> dict[str, Decimal]:
+        """Return what counts against the caps on the day and on the total, which all batchers share."""
+        with self._database.snapshot() as connection:
+            return used_amounts(connection, ("day", "total"), "", now)
+
     def reserve(self, id: str, *, batcher_id: str, purpose: str, amount: Decimal, now: datetime) -> Denial | None:
         """Reserve an amount, or raise an open reservation or commitment to it. :return: None if that was possible."""
 
@@ -182,16 +188,6 @@ class Reservations:
 
         return self._database.write(write)
 
-    def lower(self, id: str, amount: Decimal, *, now: datetime) -> None:
-        """Lower a commitment to what its agreement may have cost by its end; does nothing if it is lower."""
-
-        def write(transaction: Transaction) -> None:
-            known = _find(transaction, "id", id)
-            if known is not None and known.state is ReservationState.COMMITTED and amount < known.amount:
-                transaction.execute(_SAVE, to_row(replace(known, amount=amount, changed_at=now)))
-
-        self._database.write(write)
-
     def release(self, id: str) -> None:
         """Give up a reservation that no agreement came of."""
         self._database.execute(_RELEASE, (id,))
@@ -199,10 +195,6 @@ class Reservations:
     def release_all_of(self, batcher_id: str) -> None:
         """Give up what a batcher reserved without an agreement."""
         self._database.execute("DELETE FROM reservations WHERE batcher_id = ? AND state = 'reserved'", (batcher_id,))
-
-    def write_off(self, *, ended_before: datetime, now: datetime) -> int:
-        """Settle, with nothing, agreements that ended long ago without a bill; one that comes later still counts."""
-        return self._database.execute(_WRITE_OFF, {"before": to_text(ended_before), "now": to_text(now)})
 
     def list(self, *, is_open: bool | None = None) -> builtins.list[ReservationRecord]:
         """List reservations in the order of their last change. :param is_open: False for settled ones only."""

@@ -20,6 +20,7 @@ from store.changes import Changes
 from store.chunks import Chunks
 from store.controls import Controls
 from store.database import Database, connect, database_error
+from store.decisions import Decisions
 from store.errors import StoreUnavailable
 from store.idempotency import Idempotency
 from store.images import ImageStore, as_store_error
@@ -53,6 +54,7 @@ class Store:
         self.batchers = Batchers(self.database)
         self.ledger = Ledger(self.database)
         self.reservations = Reservations(self.database)
+        self.decisions = Decisions(self.database)
         self.providers = Providers(self.database)
         self.keys = Keys(self.database)
         self.stats = Stats(self.database)

@@ -44,6 +44,11 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
         if bill.usage is not None and provider is not None and provider.agreement is agreement:
             provider.record_contact()
 
+    def reject(call: IncomingCall, bill: Bill) -> None:
+        payment.reject(bill, call.object("rejectionReason", "totalAmountAccepted"))
+        if bill.usage is None:
+            report(f"the requestor rejects an invoice for {format_amount(bill.amount)} GLM")
+
     def add_bill_routes(name: str, bills: Mapping[str, Bill]) -> None:
         """Add the routes of the invoices or the debit notes."""
 
@@ -59,6 +64,7 @@ def payment_routes(payment: PaymentService, market: MarketService, report: Calla
         routes.add("GET", f"/{name}", list_bills)
         routes.add("GET", f"/{name}/{{bill_id}}", lambda call: find(call).to_api())
         routes.add("POST", f"/{name}/{{bill_id}}/accept", lambda call: accept(call, find(call)))
+        routes.add("POST", f"/{name}/{{bill_id}}/reject", lambda call: reject(call, find(call)))
 
     routes = Routes("/payment-api/v1")
     routes.add("POST", "/allocations", allocate, 201)

@@ -53,6 +53,8 @@ class Spending:
 
     total: Decimal
     today: Decimal
+    #: What counts against budgets, as the batchers see it: paid, and reserved for agreements; day and total.
+    used: dict[str, Decimal]
     allocations: Sequence[AllocationRecord]
     by_provider: dict[str, CostRow]
     providers: Sequence[ProviderRecord]
@@ -179,10 +181,11 @@ class Dashboard:
         }
 
     def _read_spending(self) -> Spending:
-        midnight = self.clock().astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        now = self.clock().astimezone(UTC)
         return Spending(
             total=self.store.ledger.spent(),
-            today=self.store.ledger.spent(since=midnight),
+            today=self.store.ledger.spent(since=now.replace(hour=0, minute=0, second=0, microsecond=0)),
+            used=self.store.reservations.used_by_all(now=now),
             allocations=self.store.ledger.allocations(is_open=True),
             by_provider={row.key: row for row in self.store.ledger.costs("provider")},
             providers=self.store.providers.list(),
@@ -214,15 +217,17 @@ class Dashboard:
     def _spending_json(self, batchers: Sequence[BatcherRecord]) -> dict[str, Any]:
         spending = self.spending.get()
         budget = {name: smallest_budget(batchers, name) for name in ("day", "total")}
-        spent = {"day": spending.today, "total": spending.total}
         left = {
-            name: None if amount is None else max(Decimal(0), amount - spent[name]) for name, amount in budget.items()
+            name: None if amount is None else max(Decimal(0), amount - spending.used[name])
+            for name, amount in budget.items()
         }
         return {
             **fields(spending, "today total"),
             "today_shown": format_amount(spending.today),
             "left_day_shown": None if left["day"] is None else format_amount(left["day"]),
             "total_shown": format_amount(spending.total),
+            **{f"used_{name}": to_json(amount) for name, amount in spending.used.items()},
+            **{f"used_{name}_shown": format_amount(amount) for name, amount in spending.used.items()},
             **{f"budget_{name}": to_json(amount) for name, amount in budget.items()},
             **{f"left_{name}": to_json(amount) for name, amount in left.items()},
             "allocations": [fields(each, "id amount created_at") for each in spending.allocations],

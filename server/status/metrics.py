@@ -151,6 +151,9 @@ def _spending(dashboard: Dashboard) -> Iterator[Family]:
     limits = [(period, float(amount)) for period, amount in budgets if amount is not None]
     help = "The smallest budget of the live batchers, in GLM; no series without a budget."
     yield _by_label("mlg_budget_glm", help, "period", limits)
+    used = [(period, float(amount)) for period, amount in spending.used.items()]
+    help = "What counts against budgets, in GLM: paid, and reserved for what is rented."
+    yield _by_label("mlg_budget_used_glm", help, "period", used)
     allocated = sum(each.amount for each in spending.allocations)
     yield _single("mlg_allocations_open", "Open allocations.", len(spending.allocations))
     yield _single("mlg_allocated_glm", "Amount reserved by open allocations, in GLM.", allocated)

@@ -1,4 +1,4 @@
-"""The commands `mlg costs` and `mlg providers`, and the cost in `mlg requests show`."""
+"""The commands `mlg costs`, `mlg bills` and `mlg providers`, and the cost in `mlg requests show`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from cli.bills import bills
 from cli.costs import costs
 from cli.providers import providers
 from cli.requests import requests
@@ -20,6 +21,7 @@ from provider_image.errors import ConfigError
 from store import new_id
 from store.amounts import format_amount
 from store.chunks import ChunkRecord
+from store.decisions import BillKind, DecisionRecord
 from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
 from store.providers import UnknownProvider
 from store.requests import Answer, NewRequest
@@ -139,6 +141,48 @@ def test_costs_in_json_are_exact(run: Callable[..., str], history: list[str]) ->
     assert (beta["paid"], beta["refused"], beta["per_1000_images"]) == ("0", "9", None)
     assert (total["by"], total["images"], total["chunks"], total["paid"]) == ("total", 4, 2, "0.1")
     assert (allocation["by"], allocation["key"], allocation["amount"]) == ("allocation", "al1", "5")
+
+
+def test_open_agreements_are_listed_and_written_off(run: Callable[..., str], store: Store, history: list[str]) -> None:
+    with pytest.raises(ConfigError, match="has not ended without a settled invoice"):
+        run(bills, "write-off", "open")
+    store.ledger.end_agreement("open", reason="done", now=NOW)
+
+    shown, (listed, *_) = run(bills, "open"), lines(run(bills, "open", "--json"))
+    run(bills, "write-off", "open", "--all", status=2)
+    with pytest.raises(ConfigError, match="has not ended"):
+        run(bills, "write-off", "paid")
+    done = run(bills, "write-off", "op")
+
+    # "paid" and "refused" have decided invoices, but nobody has seen their end.
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["open", "paid", "refused"]
+    assert (listed["id"], listed["provider_name"], listed["reserved"]) == ("open", "alpha", None)
+    assert done == "open\twritten off\n"
+    assert run(bills, "write-off", "--all") == ""
+    (total, _) = lines(run(costs, "--json"))[-2:]
+    assert (total["open"], total["paid"]) == ("0", "0.1")
+
+
+def test_refused_bills_are_listed_with_the_reason(run: Callable[..., str], store: Store) -> None:
+    store.decisions.decide(
+        DecisionRecord(
+            bill_id="i1",
+            kind=BillKind.INVOICE,
+            agreement_id="a1",
+            amount=Decimal(9),
+            max_amount=Decimal("0.5"),
+            is_refused=True,
+            reason="too\x1b much",
+            decided_at=NOW,
+        )
+    )
+
+    row = run(bills, "refused").splitlines()[-1]
+    (listed,) = lines(run(bills, "refused", "--json"))
+
+    assert row.split()[:4] == ["i1", "invoice", "9.000000", "0.500000"] and row.endswith("not yet")
+    assert "\x1b" not in row
+    assert (listed["max_amount"], listed["finished_at"]) == ("0.5", None)
 
 
 def test_costs_of_a_home_without_any_are_zero(run: Callable[..., str], store: Store) -> None:

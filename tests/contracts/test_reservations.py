@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from store.amounts import total
 from store.database import Transaction
-from store.ledger import AgreementRecord, AllocationRecord, BillState, InvoiceRecord
+from store.ledger import AgreementRecord, AllocationRecord, BillState, DebitNoteRecord, InvoiceRecord
 from store.reservations import Denial, ReservationRecord, ReservationState, amount_left, check_caps
 from store.settings import HomeSettings
 from store.store import Store
@@ -175,23 +175,43 @@ def test_an_agreement_that_nobody_billed_is_written_off_and_a_late_bill_counts_n
     store.reservations.set_caps("b1", {"run": Decimal(1)})
     for id in ("a1", "a2", "running"):
         commit(store, id, "0.2")
-    store.ledger.end_agreement("a1", reason="done", now=NOON)
-    store.ledger.end_agreement("a2", reason="done", now=NOON + timedelta(hours=2))
+    for id in ("a1", "a2"):
+        store.ledger.end_agreement(id, reason="done", now=NOON)
+    store.ledger.record_debit_note(
+        DebitNoteRecord(
+            id="d1", activity_id="ac1", agreement_id="a1", amount=Decimal("0.1"), state=BillState.ACCEPTED,
+            received_at=NOON,
+        )
+    )  # fmt: skip
+    store.ledger.record_invoice(invoice("a2", "0.05", BillState.ACCEPTED))
+    open_before = store.ledger.spent()
 
-    count = store.reservations.write_off(ended_before=NOON + timedelta(hours=1), now=NOON + timedelta(days=1))
-    used = store.reservations.used("b1", now=NOON)
+    ids = store.ledger.write_off(["a1", "a2", "running", "unknown"], now=NOON + timedelta(days=1))
+    again = store.ledger.write_off(["a1"], now=NOON + timedelta(days=2))
+    used, spent = store.reservations.used("b1", now=NOON), store.ledger.spent()
+    unsettled = store.ledger.agreements(is_settled=False)
+    written_off = store.ledger.written_off(since=NOON)
     store.ledger.record_invoice(invoice("a1", "0.15", BillState.ACCEPTED))
 
-    assert (count, used) == (1, {"run": Decimal("0.4")})
-    assert store.reservations.used("b1", now=NOON) == {"run": Decimal("0.55")}
+    assert (ids, again, open_before) == (["a1"], [], Decimal("0.15"))
+    assert (used, spent) == ({"run": Decimal("0.25")}, Decimal("0.05"))
+    assert [each.id for each in unsettled] == ["running"]
+    assert [(each.id, each.written_off_at) for each in written_off] == [("a1", NOON + timedelta(days=1))]
+    assert store.reservations.used("b1", now=NOON) == {"run": Decimal("0.4")}
+    assert store.ledger.spent() == Decimal("0.2")
 
 
-def test_a_commitment_is_lowered_at_the_end_of_its_agreement_but_not_raised(store: Store) -> None:
-    commit(store, "a1", "0.5")
-    for amount in ("0.7", "0.3", "0.4"):
-        store.reservations.lower("r-a1", Decimal(amount), now=NOON)
+def test_an_agreement_that_ended_is_committed_with_what_it_may_have_cost_by_then(store: Store) -> None:
+    for id in ("a1", "a2", "a3"):
+        commit(store, id, "0.5")
 
-    assert open_amount(store) == Decimal("0.3")
+    store.ledger.end_agreement("a1", reason="done", now=NOON, owed=Decimal("0.3"))
+    store.ledger.end_agreement("a1", reason="again", now=NOON + timedelta(hours=1), owed=Decimal("0.4"))
+    store.ledger.end_agreement("a2", reason="late", now=NOON, owed=Decimal("0.7"))
+    store.ledger.end_agreement("a3", reason="gone", now=NOON)
+
+    amounts = {each.agreement_id: each.amount for each in store.reservations.list(is_open=True)}
+    assert amounts == {"a1": Decimal("0.3"), "a2": Decimal("0.7"), "a3": Decimal("0.5")}
 
 
 def test_an_agreement_found_at_the_daemon_takes_over_the_reservation_of_its_dead_batcher(store: Store) -> None:
@@ -237,6 +257,33 @@ def test_a_home_from_before_commits_what_its_open_agreements_were_estimated_to_c
     assert applied == ["m010_reservations"]
     assert (committed.agreement_id, committed.batcher_id, committed.amount) == ("open", "old", Decimal("0.07"))
     assert used == {"total": Decimal("0.27")}
+
+
+def test_a_home_from_before_writes_off_what_no_longer_counted_against_the_budget(tmp_path: Path) -> None:
+    store = Store(HomeSettings(home=tmp_path / "home", busy_seconds=5))
+    store.migrate()
+    for id in ("given up", "billed", "open"):
+        commit(store, id, "0.2")
+        store.ledger.end_agreement(id, reason="done", now=NOON)
+    store.ledger.record_invoice(invoice("billed", "0.1", BillState.REFUSED))
+    store.close()
+    with sqlite3.connect(tmp_path / "home" / "mlg.db") as database:
+        database.execute("UPDATE reservations SET state = 'settled', amount = '0' WHERE agreement_id = 'given up'")
+        database.execute("DROP INDEX agreements_written_off")
+        database.execute("ALTER TABLE agreements DROP COLUMN written_off_at")
+        database.execute("DROP TABLE decisions")
+        database.execute("DELETE FROM migrations WHERE name = 'm015_bills'")
+    database.close()
+
+    store = Store(HomeSettings(home=tmp_path / "home", busy_seconds=5))
+    applied = store.migrate()
+    written_off, unsettled = store.ledger.written_off(since=NOON), store.ledger.agreements(is_settled=False)
+    refused = store.decisions.refused()
+    store.close()
+
+    assert applied == ["m015_bills"]
+    assert ([each.id for each in written_off], [each.id for each in unsettled]) == (["given up"], ["open"])
+    assert [(each.agreement_id, each.finished_at) for each in refused] == [("billed", None)]
 
 
 def chunk() -> Any:
@@ -308,8 +355,7 @@ class Spending(RuleBasedStateMachine):
     def end(self, data: Any, part: Decimal) -> None:
         id = data.draw(st.sampled_from(sorted(self.committed)))
         batcher, amount = self.committed.pop(id)
-        self.store.reservations.lower(f"r-{id}", amount * part, now=self.now)
-        self.store.ledger.end_agreement(id, reason="done", now=self.now)
+        self.store.ledger.end_agreement(id, reason="done", now=self.now, owed=amount * part)
         self.ended[id] = (batcher, amount * part)
 
     @precondition(lambda self: self.committed or self.ended)
@@ -338,7 +384,8 @@ class Spending(RuleBasedStateMachine):
     @rule()
     def wait_a_day(self) -> None:
         self.now += timedelta(days=1)
-        self.store.reservations.write_off(ended_before=self.now - timedelta(hours=12), now=self.now)
+        written_off = self.store.ledger.write_off([*self.ended, *self.committed, *self.paid], now=self.now)
+        assert sorted(written_off) == sorted(self.ended)
         self.ended = {}
 
     @invariant()
@@ -386,8 +433,7 @@ def spend(store: Store, pay: Callable[[str], None]) -> None:
         reserve(store, f"r-{id}", "0.2")
         commit(store, id, "0.15")
         reserve(store, f"r-{id}", "0.3")
-        store.reservations.lower(f"r-{id}", Decimal("0.25"), now=NOON)
-        store.ledger.end_agreement(id, reason="done", now=NOON)
+        store.ledger.end_agreement(id, reason="done", now=NOON, owed=Decimal("0.25"))
         store.ledger.record_invoice(invoice(id, "0.2", BillState.RECEIVED))
         if state is BillState.ACCEPTED:
             pay(id)
@@ -445,7 +491,7 @@ def test_a_kill_before_any_statement_loses_and_doubles_nothing(tmp_path: Path) -
         store.reservations.release_all_of("b1")
         committed = {each.agreement_id: each for each in store.reservations.list()}
         assert committed.keys() == known, "exactly one for each agreement, and none without one"
-        store.reservations.write_off(ended_before=NOON + timedelta(days=1), now=NOON + timedelta(days=2))
+        store.ledger.write_off(known, now=NOON + timedelta(days=2))
         for id in known - {each.id for each in store.ledger.agreements(is_open=False)}:
             store.ledger.record_invoice(invoice(id, "0.2", BillState.REFUSED))  # ended by the recovery
         assert store.reservations.list(is_open=True) == [], kill_at

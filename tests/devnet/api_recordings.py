@@ -184,6 +184,7 @@ async def _call_payment(client: Requestor) -> None:
         first, *_ = await client.request_ok("GET", f"{PAYMENT}/{event}", timeout=60, afterTimestamp=since)
         await client.request_ok("GET", f"{PAYMENT}/{kind}", afterTimestamp=since, maxItems=5)
         bill = await client.request_ok("GET", f"{PAYMENT}/{kind}/{first[key]}")
+        assert (await client.reject(kind, first[key]))[0] == 200
         assert (await client.accept(kind, first[key], bill[amount]))[0] == 200
         assert (await client.accept(kind, "none", bill[amount]))[0] == 404
     await client.request_ok("GET", allocation)

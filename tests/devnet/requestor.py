@@ -147,6 +147,10 @@ class Requestor:
         body = {"totalAmountAccepted": amount, "allocationId": self.allocation_id}
         return await self.request("POST", f"{PAYMENT}/{kind}/{bill_id}/accept", body)
 
+    async def reject(self, kind: str, bill_id: str, reason: str = "INCORRECT_AMOUNT") -> tuple[int, Any]:
+        body = {"rejectionReason": reason, "totalAmountAccepted": "0", "message": "A test."}
+        return await self.request("POST", f"{PAYMENT}/{kind}/{bill_id}/reject", body)
+
     async def remaining(self) -> Decimal:
         return Decimal((await self.request_ok("GET", f"{PAYMENT}/allocations/{self.allocation_id}"))["remainingAmount"])
 

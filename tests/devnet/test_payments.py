@@ -112,6 +112,21 @@ async def test_an_invoice_is_accepted_only_with_its_amount_and_enough_funds(requ
         assert (status, "another address" in answer["message"]) == (400, True)
 
 
+async def test_a_rejected_invoice_can_be_accepted_and_an_accepted_one_not_rejected(requestor: RequestorRunner) -> None:
+    async with requestor(single_provider()) as client:
+        agreement_id = await client.complete_agreement(await client.subscribe())
+        invoice = await client.invoice()
+        assert invoice is not None
+        assert (await client.reject("invoices", "none"))[0] == 404
+        assert (await client.reject("invoices", invoice["invoiceId"], "TOO_MUCH"))[0] == 400
+        assert await client.reject("invoices", invoice["invoiceId"]) == (200, None)
+        (listed,) = await client.request_ok("GET", f"{PAYMENT}/invoices")
+        assert (listed["status"], paid(client.devnet)) == ("REJECTED", {})
+        assert (await client.accept("invoices", invoice["invoiceId"], invoice["amount"]))[0] == 200
+        assert (await client.reject("invoices", invoice["invoiceId"]))[0] == 400
+        assert list(paid(client.devnet)) == [agreement_id]
+
+
 async def test_events_have_strictly_increasing_times(requestor: RequestorRunner) -> None:
     async with requestor(single_provider()) as client:
         demand_id = await client.subscribe()

@@ -55,8 +55,6 @@ UNIMPLEMENTED = {
     f"GET {MARKET}/agreementEvents": _UNUSED,
     f"POST {MARKET}/agreements/{{agreementId}}/terminate/reason": _UNUSED,
     f"PUT {PAYMENT}/allocations/{{allocationId}}": _UNUSED,
-    f"POST {PAYMENT}/debitNotes/{{debitNoteId}}/reject": _UNUSED,
-    f"POST {PAYMENT}/invoices/{{invoiceId}}/reject": _UNUSED,
     f"GET {PAYMENT}/payments": _UNUSED,
     f"GET {PAYMENT}/payments/status": _UNUSED,
     f"GET {PAYMENT}/payments/{{paymentId}}": _UNUSED,

@@ -44,7 +44,7 @@ START = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 #: Fields of records that have another name today.
 RENAMED_FIELDS = {"pictures_per_day": "images_per_day"}
 #: Fields that records did not have; those of the home are empty.
-NEW_FIELDS = {"inputs", "files"}
+NEW_FIELDS = {"inputs", "files", "written_off_at"}
 
 
 def at(seconds: float) -> datetime:
@@ -327,6 +327,13 @@ def test_costs_add_up_to_the_same(store: Store, expected: dict[str, Any]) -> Non
     assert store.ledger.spent() == total.paid + total.open
     # 0.030000000000000001 in units of the 18th decimal: the remainder of one unit goes to the first request.
     assert paid == [Decimal("0.010000000000000001"), Decimal("0.01"), Decimal("0.01")]
+
+
+def test_a_bill_that_was_refused_stays_refused_and_the_daemon_will_be_told(store: Store) -> None:
+    refused = store.decisions.refused()
+
+    assert [(each.amount, each.finished_at) for each in refused] == [(9, None)]
+    assert store.decisions.unfinished() == refused
 
 
 def test_the_pause_and_the_bans_last_until_they_are_lifted(store: Store) -> None:

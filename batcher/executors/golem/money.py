@@ -1,9 +1,10 @@
 """Money: every amount is reserved in the ledger before it can come to be owed. Amounts in GLM.
 
 `worker_pool.py` reserves before it makes an agreement and commits when it has one; `worker.py` extends the reservation
-before each chunk, and while a worker starts or idles; `payments.py` settles it with the bill, in the transaction that
-records the invoice. All batchers of a home reserve in the same table, so the caps hold for them together. The rules
-are in `store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
+before each chunk, and while a worker starts or idles; `end_agreement` replaces it by what the agreement may cost until
+the end that the daemon acknowledged, and `payments.py` settles it with the bill, in the transaction that records the
+invoice. All batchers of a home reserve in the same table, so the caps hold for them together. The rules are in
+`store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -26,8 +28,6 @@ from store.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Why an agreement ended that a killed batcher left open.
-GONE_REASON = "The batcher that made it no longer runs."
 #: With less than this, in GLM, nothing can be done.
 _SMALLEST_AMOUNT = Decimal("1e-9")
 #: Name of a cap -> its title, and what to do when it is reached.
@@ -65,6 +65,7 @@ class Money:
         caps: Mapping[str, Decimal],
         timings: GolemTimings,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ledger_writer = ledger_writer
         self.ledger = store.ledger
@@ -72,6 +73,9 @@ class Money:
         self.owner = owner
         self.timings = timings
         self.clock = clock
+        self.monotonic = monotonic
+        #: The agreements of this batcher that run: id -> what is committed to it.
+        self.running: dict[str, Reservation] = {}
         self._caps = dict(caps)
         #: The cheapest step that the caps did not allow; None when nothing was denied since they last had room for it.
         self._denial: Denial | None = None
@@ -126,23 +130,34 @@ class Money:
         if self._denial is not None and check_caps(self._caps, await self._used(), self._denial.extra) is None:
             self._denial = None
 
-    def recover(self, is_gone: Callable[[str], bool], *, running: Collection[str]) -> None:
-        """Release what batchers that no longer run reserved without an agreement, and write off what nobody billed.
+    def end_agreement(self, agreement_id: str, reason: str) -> None:
+        """Record that the daemon has acknowledged the end of an agreement, and what it may have cost until now."""
+        reservation, now = self.running.pop(agreement_id, None), self.clock()
+        owed = None
+        if reservation is not None and reservation.agreement is not None and reservation.price is not None:
+            seconds = reservation.seconds()
+            now = reservation.agreement.created_at + timedelta(seconds=seconds)
+            owed = self.timings.bill_limit(reservation.price, seconds)
+        self.ledger_writer.enqueue(self.ledger.end_agreement, agreement_id, reason=reason, now=now, owed=owed)
+
+    def recover(self, is_gone: Callable[[str], bool]) -> None:
+        """Release what batchers that no longer run reserved without an agreement.
 
         Called in a thread, after what they left at the daemon is committed.
-
-        :param running: agreements that could not be ended.
         """
-        now = self.clock()
         for batcher_id in self.reservations.reserving_batchers():
             if batcher_id != self.owner and is_gone(batcher_id):
                 self.reservations.release_all_of(batcher_id)
                 self.reservations.set_caps(batcher_id, {})
-        for reservation in self.reservations.list(is_open=True):
-            agreement_id = reservation.agreement_id
-            if agreement_id is not None and agreement_id not in running and is_gone(reservation.batcher_id):
-                self.ledger.end_agreement(agreement_id, reason=GONE_REASON, now=now)
-        self.reservations.write_off(ended_before=now - timedelta(seconds=self.timings.write_off_seconds), now=now)
+
+    def write_off(self, unsettled: Iterable[AgreementRecord]) -> None:
+        """Write off those agreements that ended so long ago that no bill is expected any more. Called in a thread."""
+        now = self.clock()
+        before = now - timedelta(seconds=self.timings.write_off_seconds)
+        ids = [each.id for each in unsettled if each.ended_at is not None and each.ended_at < before]
+        written_off = self.ledger.write_off(ids, now=now) if ids else []
+        if written_off:
+            log.warning("%d agreements were never billed and are written off", len(written_off))
 
     def has_leftovers(self, is_gone: Callable[[str], bool]) -> bool:
         """Return whether something is open that no running batcher but this one will settle."""
@@ -184,10 +199,23 @@ class Reservation:
         self.agreement: AgreementRecord | None = None
         self.price: Price | None = None
         self._committing: asyncio.Future[None] | None = None
+        self._committed_at = 0.0
+
+    def seconds(self) -> float:
+        """Return how long ago it was committed.
+
+        By the clock that says more: the monotonic one stands still while the machine is suspended, and the other one
+        may be set back.
+        """
+        assert self.agreement is not None, "it is not committed"
+        since = (self._money.clock() - self.agreement.created_at).total_seconds()
+        return max(since, self._money.monotonic() - self._committed_at)
 
     def commit(self, agreement: AgreementRecord, price: Price, seconds: float) -> None:
         """Record an agreement, and commit what it costs until some seconds after its start."""
         self.agreement, self.price, self.covered_seconds = agreement, price, seconds
+        self._committed_at = self._money.monotonic()
+        self._money.running[agreement.id] = self
         commitment = self._money.commitment(self.id, self._money.owner, agreement, price, seconds)
         ledger = self._money.ledger
         self._committing = self._money.ledger_writer.enqueue(ledger.record_agreement, agreement, commitment)
@@ -206,13 +234,6 @@ class Reservation:
             raise StoreBusy()
         await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self.price, seconds))
         self.covered_seconds = max(seconds, self.covered_seconds)
-
-    def end(self, seconds: float) -> None:
-        """Lower it to what the agreement may have cost when it ended after so many seconds."""
-        assert self.price is not None
-        amount = self._money.timings.cost_limit(self.price, seconds)
-        lower = self._money.reservations.lower
-        self._money.ledger_writer.enqueue(lower, self.id, amount, now=self._money.clock())
 
     def release(self) -> None:
         """Give it up, because no agreement came of it."""

@@ -1,25 +1,34 @@
-"""Checks and pays invoices and debit notes, those of earlier runs included.
+"""Judges invoices and debit notes, once each, and pays them or tells the daemon that they are rejected.
 
 Run by `session.py`. yapapi's own payment loops are switched off: one failed poll ends them, they pay any amount, and
 one unexpected debit note makes them terminate the agreement with its work. This module compares a bill (an invoice or a
-debit note) with the most that the agreement can have cost by the local clock, and records it in the ledger.
+debit note) with the most that the agreement can have cost by the local clock until its end, keeps the decision in the
+store (`store/decisions.py`), and then carries it out. A batcher that is killed in between leaves a decision that the
+next one carries out; nobody judges the bill again.
+
+Bills are found by the daemon's events, which are kept and ordered; its lists of bills are neither ordered nor complete
+above the size of a page. Each bill is settled in a task of its own, which tries again until it succeeds, so that one
+that cannot be paid, for example because its provider is offline, delays no other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
-from batcher.executors.golem.offers import BadOffer
+from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.parts import GolemParts
-from batcher.executors.golem.recovery import tagged
+from batcher.executors.golem.recovery import NO_SUCH_CALL, tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
+from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
 from store.ledger import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
 
 if TYPE_CHECKING:
@@ -31,6 +40,47 @@ log = logging.getLogger(__name__)
 _ALLOCATION_STEP = Decimal("1e-12")
 #: Pause between two polls, which the daemon holds while there is nothing new.
 _POLL_PAUSE_SECONDS = 0.05
+#: Largest page of events that the daemon returns, and the resolution of their times.
+_PAGE_EVENTS = 100
+_EVENT_RESOLUTION = timedelta(milliseconds=1)
+#: An event may be seen this much later than its time says.
+_LATE_EVENTS = timedelta(minutes=5)
+#: Limit for a call that the daemon passes on to the provider.
+_PROVIDER_SECONDS = 60
+#: Bills that are settled at the same time.
+_MAX_SETTLING = 16
+#: Why a debit note is refused that must be paid before the end; the invoice covers the whole amount.
+_NOT_AGREED = "It demands payment before the end of the agreement, which was not agreed."
+#: Statuses of bills at the daemon.
+_PAYABLE, _PAID, _REJECTED, _CANCELLED = ("RECEIVED", "FAILED"), ("ACCEPTED", "SETTLED"), "REJECTED", "CANCELLED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Calls:
+    """The daemon's calls for one kind of bill, and the names of its fields."""
+
+    kind: BillKind
+    get_events: Callable[..., Any]
+    get: Callable[..., Any]
+    accept: Callable[..., Any]
+    reject: Callable[..., Any]
+    id_name: str
+    amount_name: str
+
+    @property
+    def title(self) -> str:
+        return str(self.kind).replace("_", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BilledAgreement:
+    """The agreement of a bill."""
+
+    record: AgreementRecord
+    price: Price
+    valid_to: datetime
+    #: Made by this session, whose allocation is for it.
+    is_own: bool
 
 
 class PaymentProcessor:
@@ -39,32 +89,59 @@ class PaymentProcessor:
     def __init__(self, parts: GolemParts, session: Session) -> None:
         self._parts = parts
         self._timings = parts.timings
+        self._ledger, self._decisions = parts.ledger, parts.context.store.decisions
+        self._now = parts.money.clock
         self._session = session
         self._engine = session.engine
-        self._payment = self._engine._payment_api._api
         self._market = self._engine._market_api._api
+        api = self._engine._payment_api._api
+        self._calls = {
+            BillKind.INVOICE: _Calls(
+                kind=BillKind.INVOICE,
+                get_events=api.get_invoice_events,
+                get=api.get_invoice,
+                accept=api.accept_invoice,
+                reject=api.reject_invoice,
+                id_name="invoice_id",
+                amount_name="amount",
+            ),
+            BillKind.DEBIT_NOTE: _Calls(
+                kind=BillKind.DEBIT_NOTE,
+                get_events=api.get_debit_note_events,
+                get=api.get_debit_note,
+                accept=api.accept_debit_note,
+                reject=api.reject_debit_note,
+                id_name="debit_note_id",
+                amount_name="total_amount_due",
+            ),
+        }
         self._tasks: list[asyncio.Task[None]] = []
-        #: Ended agreements of this session that are not paid -> their seconds.
-        self._expected: dict[str, float] = {}
+        #: Ended agreements of this session whose invoice is not settled.
+        self._expected: set[str] = set()
         self._settled = asyncio.Event()
         self._settled.set()
+        #: Agreements whose invoice is settled, and those of others.
+        self._settled_agreements: set[str] = set()
+        self._foreign_agreements: set[str] = set()
+        #: Bills that need no more attention, and those that are being settled.
         self._done: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._settling: dict[str, asyncio.Task[None]] = {}
+        #: Bills of other batchers, which may have to be settled here if those end.
+        self._postponed: set[tuple[BillKind, str]] = set()
+        #: All invoices that came before were seen; None before the first review.
+        self._reviewed_at: datetime | None = None
+        self._slots = asyncio.Semaphore(_MAX_SETTLING)
 
     def start(self) -> None:
-        """Begin to poll for new bills, and fetch those that came before."""
-        api = self._payment
-        invoices = self._poll(api.get_invoice_events, "invoice_id", api.get_invoice, self._settle_invoice)
-        debit_notes = self._poll(
-            api.get_debit_note_events, "debit_note_id", api.get_debit_note, self._settle_debit_note
-        )
-        reviews = self._run_forever(self._review, self._timings.review_seconds)
-        self._tasks = [asyncio.create_task(each) for each in (reviews, invoices, debit_notes)]
+        """Begin to poll for new bills, and to settle those that came before."""
+        steps = [(self._review, self._timings.review_seconds)]
+        steps += [(self._poll_new(calls), _POLL_PAUSE_SECONDS) for calls in self._calls.values()]
+        self._tasks = [asyncio.create_task(self._run_forever(step, pause)) for step, pause in steps]
 
-    def expect_invoice(self, agreement_id: str, seconds: float) -> None:
-        """Expect the invoice of an agreement that has ended, whose activity ran this long by the local clock."""
-        if agreement_id not in self._done:
-            self._expected.setdefault(agreement_id, seconds)
+    def expect_invoice(self, agreement_id: str) -> None:
+        """Expect the invoice of an agreement that has ended."""
+        if agreement_id not in self._settled_agreements:
+            self._expected.add(agreement_id)
             self._settled.clear()
 
     async def wait_until_settled(self, seconds: float) -> int:
@@ -74,14 +151,25 @@ class PaymentProcessor:
                 await self._settled.wait()
         return len(self._expected)
 
+    async def settle_known(self) -> None:
+        """Settle the bills that the daemon has now, within a limited time."""
+        try:
+            async with asyncio.timeout(self._timings.open_seconds):
+                await self._review()
+                if self._settling:
+                    await asyncio.wait([*self._settling.values()], timeout=self._timings.unreachable_seconds)
+        except Exception as error:
+            log.warning("bills from before cannot be settled yet: %s", explain(error))
+
     async def close(self) -> None:
         """Stop polling."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._settling.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
 
-    # Polling
+    # Finding bills
 
     async def _run_forever(self, step: Callable[[], Any], pause_seconds: float) -> None:
         failures = 0
@@ -97,186 +185,267 @@ class PaymentProcessor:
             failures = 0
             await asyncio.sleep(pause_seconds)
 
-    async def _poll(
-        self,
-        get_events: Callable[..., Any],
-        id_name: str,
-        get_bill: Callable[[str], Any],
-        settle: Callable[[Any], Any],
-    ) -> None:
-        """Settle the bills of one kind that come from now on."""
-        cursor = datetime.now(UTC)
+    def _poll_new(self, calls: _Calls) -> Callable[[], Any]:
+        """Return a step that waits for bills of one kind that come from now on."""
+        cursor = self._now()
 
         async def step() -> None:
             nonlocal cursor
-            latest = cursor
-            for event in await get_events(after_timestamp=cursor, _request_timeout=self._timings.poll_limit_seconds):
-                latest = max(latest, event.event_date)
-                bill_id = getattr(event, id_name, None)
-                if bill_id:
-                    await settle(await get_bill(bill_id))
-            cursor = latest  # not before: what failed is fetched again
+            cursor, _ = await self._read_events(calls, cursor)
 
-        await self._run_forever(step, _POLL_PAUSE_SECONDS)
+        return step
 
     async def _review(self) -> None:
-        """Process all invoices since the oldest unsettled agreement, whenever they came."""
-        open_agreements = await asyncio.to_thread(self._parts.ledger.agreements, is_settled=False)
-        if not open_agreements:
-            return
-        since = min(each.created_at for each in open_agreements) - timedelta(minutes=5)
-        for invoice in await self._payment.get_invoices(after_timestamp=since):
-            await self._settle_invoice(invoice)
+        """Look for everything that is open: decisions that are not carried out, and bills that were missed."""
+        started_at = self._now()
+        unsettled = await asyncio.to_thread(self._ledger.agreements, is_settled=False)
+        await asyncio.to_thread(self._parts.money.write_off, unsettled)
+        unfinished = {(each.kind, each.bill_id) for each in await asyncio.to_thread(self._decisions.unfinished)}
+        postponed, self._postponed = self._postponed, set()
+        for kind, bill_id in unfinished | postponed:
+            self._begin(kind, bill_id)
+        since = self._reviewed_at
+        if since is None:  # all invoices that may be open, whenever they came
+            late = started_at - timedelta(seconds=self._timings.late_invoice_seconds)
+            written_off = await asyncio.to_thread(self._ledger.written_off, since=late)
+            since = min((each.created_at for each in (*unsettled, *written_off)), default=started_at)
+        calls, cursor, is_full = self._calls[BillKind.INVOICE], since - _LATE_EVENTS, True
+        while is_full:
+            cursor, is_full = await self._read_events(calls, cursor, timeout=0)
+        self._reviewed_at = started_at
 
-    # Checking and paying
+    async def _read_events(self, calls: _Calls, after: datetime, **options: Any) -> tuple[datetime, bool]:
+        """Begin to settle the bills of one page of events.
 
-    async def _settle_invoice(self, invoice: Any) -> None:
-        async with self._lock:
-            if invoice.agreement_id in self._done or str(invoice.status) not in ("RECEIVED", "ACCEPTED", "SETTLED"):
-                return
-            checked = await self._max_bill(invoice.agreement_id)
-            if checked is None:
-                return
-            agreement, max_cost, is_old = checked
-            amount = Decimal(str(invoice.amount))
-            ledger, enqueue = self._parts.ledger, self._parts.ledger_writer.enqueue
-            enqueue(ledger.record_agreement, agreement)
-            # An invoice means that the agreement has ended, even if its end was not observed here.
-            reason = "The provider sent its invoice."
-            enqueue(ledger.end_agreement, agreement.id, reason=reason, now=datetime.now(UTC))
-            state, refusal = BillState.ACCEPTED, None
-            # Otherwise it was accepted before, by a batcher that was killed before it could record that.
-            is_new = str(invoice.status) == "RECEIVED"
-            if is_new and amount > max_cost:
-                state = BillState.REFUSED
-                refusal = f"It charges {amount:f} GLM, and at most {max_cost:f} GLM can be owed."
-                log.warning("the invoice of provider %s is rejected: %s", agreement.provider_name, refusal)
-                self._parts.provider_records.record_overbilling(
-                    agreement.provider_id, f"Its invoice was too high. {refusal}"
-                )
-            elif is_new:
-                self._record_invoice(invoice, amount, BillState.RECEIVED, None)
-                try:
-                    await self._accept(invoice, amount, is_old=is_old)
-                except Exception as error:
-                    log.warning(
-                        "the invoice of provider %s cannot be paid yet: %s", agreement.provider_name, explain(error)
-                    )
-                    if getattr(error, "status", None) != 400:
-                        raise
-                    if not is_old:
-                        self._session.is_stale = True
-                    return
-            self._record_invoice(invoice, amount, state, refusal)
-            self._done.add(agreement.id)
-            self._expected.pop(agreement.id, None)
-            if not self._expected:
-                self._settled.set()
-
-    async def _accept(self, invoice: Any, amount: Decimal, *, is_old: bool) -> None:
-        """Accept an invoice; one of an earlier session from an allocation of its own if necessary.
-
-        The session's allocation is limited to its own budget, and a debt from before must be paid anyway.
+        :return: where the next page begins, and whether this one was full.
         """
+        limit = self._timings.poll_limit_seconds
+        events = await calls.get_events(
+            after_timestamp=after, max_events=_PAGE_EVENTS, _request_timeout=limit, **options
+        )
+        for event in events:
+            bill_id = getattr(event, calls.id_name, None)
+            if bill_id:
+                self._begin(calls.kind, bill_id)
+        last = max((event.event_date for event in events), default=after)
+        is_full = len(events) >= _PAGE_EVENTS
+        # Further events may have the time of the last one.
+        return (max(last - _EVENT_RESOLUTION, after) if is_full and last - _EVENT_RESOLUTION > after else last), is_full
+
+    def _begin(self, kind: BillKind, bill_id: str) -> None:
+        """Begin to settle a bill, unless that is done or under way."""
+        if bill_id not in self._done and bill_id not in self._settling:
+            self._settling[bill_id] = asyncio.create_task(self._settle_with_retries(self._calls[kind], bill_id))
+
+    # Settling one bill
+
+    async def _settle_with_retries(self, calls: _Calls, bill_id: str) -> None:
         try:
-            await self._accept_from(self._session.allocation_id, invoice)
-            return
-        except Exception as error:
-            if not is_old or getattr(error, "status", None) != 400:
-                raise
-        extra = self._engine._payment_api.new_allocation(
-            tagged(amount + _ALLOCATION_STEP, self._session.tag),
-            payment_platform=invoice.payment_platform,
-            payment_address=invoice.payer_addr,
-            expires=datetime.now(UTC) + timedelta(hours=1),
-        )
-        async with extra as allocation:
-            await self._accept_from(allocation.id, invoice)
-
-    async def _accept_from(self, allocation_id: str, invoice: Any) -> None:
-        acceptance = _acceptance(invoice.amount, allocation_id)
-        await self._payment.accept_invoice(invoice.invoice_id, acceptance, _request_timeout=60)
-
-    def _record_invoice(self, invoice: Any, amount: Decimal, state: BillState, reason: str | None) -> None:
-        now = datetime.now(UTC)
-        record = InvoiceRecord(
-            id=invoice.invoice_id,
-            agreement_id=invoice.agreement_id,
-            amount=amount,
-            state=state,
-            received_at=now,
-            settled_at=None if state is BillState.RECEIVED else now,
-            reason=reason,
-        )
-        self._parts.ledger_writer.enqueue(self._parts.ledger.record_invoice, record)
-
-    async def _settle_debit_note(self, note: Any) -> None:
-        """Accept an interim bill if it is plausible; providers stop working if it is not accepted."""
-        async with self._lock:
-            if str(note.status) != "RECEIVED":
-                return
-            checked = await self._max_bill(note.agreement_id)
-            if checked is None:
-                return
-            agreement, max_cost, _ = checked
-            amount = Decimal(str(note.total_amount_due))
-            state = BillState.REFUSED
-            if amount > max_cost:
-                log.warning(
-                    "a debit note of provider %s for %s GLM is rejected", agreement.provider_name, f"{amount:f}"
-                )
-                self._parts.provider_records.record_overbilling(agreement.provider_id, "Its debit note was too high.")
-            elif note.payment_due_date is not None:
-                # Payment before the end was not agreed; the invoice covers the whole amount.
-                log.info(
-                    "a debit note of provider %s demands immediate payment and is ignored", agreement.provider_name
-                )
-            else:
-                acceptance = _acceptance(note.total_amount_due, self._session.allocation_id)
+            for failures in itertools.count(1):
                 try:
-                    await self._payment.accept_debit_note(note.debit_note_id, acceptance, _request_timeout=60)
-                    state = BillState.ACCEPTED
+                    async with self._slots:
+                        is_done = await self._settle(calls, bill_id)
+                    break
                 except Exception as error:
-                    log.warning(
-                        "a debit note of provider %s cannot be accepted: %s", agreement.provider_name, explain(error)
-                    )
-                    state = BillState.RECEIVED
-            record = DebitNoteRecord(
-                id=note.debit_note_id,
-                activity_id=note.activity_id,
-                agreement_id=note.agreement_id,
-                amount=amount,
-                state=state,
-                received_at=datetime.now(UTC),
-            )
-            self._parts.ledger_writer.enqueue(self._parts.ledger.record_debit_note, record)
+                    if failures == 1:
+                        log.warning("the %s %s cannot be settled yet: %s", calls.title, bill_id, explain(error))
+                await asyncio.sleep(self._timings.payment_backoff.after(failures))
+            if is_done:
+                self._done.add(bill_id)
+            else:
+                self._postponed.add((calls.kind, bill_id))
+        finally:
+            self._settling.pop(bill_id, None)
 
-    async def _max_bill(self, agreement_id: str) -> tuple[AgreementRecord, Decimal, bool] | None:
-        """Return an agreement, the most that it can have cost, and whether an earlier session made it.
+    async def _settle(self, calls: _Calls, bill_id: str) -> bool:
+        """Judge a bill, unless that was done before, and carry the decision out.
 
-        :return: None: it is not ours to pay.
+        :return: whether it needs no more attention; otherwise it is looked at again in the next review.
         """
+        decision = await asyncio.to_thread(self._decisions.get, bill_id)
+        if decision is not None and decision.finished_at is not None:
+            if decision.kind is BillKind.INVOICE:
+                self._note_settled(decision.agreement_id)
+            return True
+        try:
+            bill = await calls.get(bill_id, _request_timeout=self._timings.poll_limit_seconds)
+        except Exception as error:
+            if getattr(error, "status", None) != 404:
+                raise
+            return True  # another daemon's
+        id, status = bill.agreement_id, str(bill.status)
+        if calls.kind is BillKind.DEBIT_NOTE and id in self._settled_agreements:
+            return True
+        agreement = await self._find_agreement(id)
+        if agreement is None:
+            return id in self._foreign_agreements
+        if status in _PAID:
+            # By a batcher that was killed before it could record that, or by the operator.
+            await asyncio.to_thread(self._record_paid, calls, bill)
+        elif status in _PAYABLE or status == _REJECTED:
+            decision = decision or await self._decide(calls, bill, agreement)
+            if status == _REJECTED and not decision.is_refused:
+                log.warning("the %s %s was rejected at the daemon and is not paid", calls.title, bill_id)
+                return True
+            await self._carry_out(calls, decision, agreement, bill)
+        else:
+            return status == _CANCELLED
+        await asyncio.to_thread(self._decisions.finish, bill_id, now=self._now())
+        if calls.kind is BillKind.INVOICE:
+            self._note_settled(id)
+        return True
+
+    async def _find_agreement(self, agreement_id: str) -> _BilledAgreement | None:
+        """Return the agreement of a bill; None if it is not ours to pay."""
+        if agreement_id in self._foreign_agreements:
+            return None
         try:
             agreement = await self._market.get_agreement(agreement_id)
         except Exception as error:
-            if getattr(error, "status", None) == 404:
-                return None  # another requestor's on the same daemon, or deleted
-            raise
+            if getattr(error, "status", None) != 404:
+                raise
+            self._foreign_agreements.add(agreement_id)  # another requestor's on the same daemon, or deleted
+            return None
         owner = (agreement.demand.properties or {}).get(OWNER)
-        is_old = self._session.is_left_over(owner)
-        if owner != self._session.owner and not is_old:
+        if owner != self._session.owner and not self._session.is_left_over(owner):
+            if not self._session.is_of_this_home(owner):
+                self._foreign_agreements.add(agreement_id)
             return None
         try:
             record, price = describe_agreement(agreement, allocation_id=self._session.allocation_id)
         except BadOffer as error:
             log.warning("a bill cannot be checked and is ignored: %s", error)
+            self._foreign_agreements.add(agreement_id)
             return None
-        # Of a running agreement, or one of an earlier run, only the beginning is known.
-        since_start = (datetime.now(UTC) - record.created_at).total_seconds()
-        return record, self._timings.cost_limit(price, self._expected.get(agreement_id, since_start)), is_old
+        is_own = owner == self._session.owner
+        return _BilledAgreement(record=record, price=price, valid_to=agreement.valid_to, is_own=is_own)
 
+    async def _decide(self, calls: _Calls, bill: Any, agreement: _BilledAgreement) -> DecisionRecord:
+        """Judge a bill: by what its agreement can have cost until its end, or until now while it runs."""
+        id, amount = bill.agreement_id, Decimal(str(getattr(bill, calls.amount_name)))
+        max_amount = await asyncio.to_thread(self._max_amount, calls.kind, id, agreement)
+        refusal = None
+        if str(bill.status) == _REJECTED:
+            refusal = "It was rejected at the daemon."
+        elif amount > max_amount:
+            refusal = f"It charges {amount:f} GLM, and at most {max_amount:f} GLM can be owed."
+        elif calls.kind is BillKind.DEBIT_NOTE and bill.payment_due_date is not None:
+            refusal = _NOT_AGREED
+        made = DecisionRecord(
+            bill_id=getattr(bill, calls.id_name),
+            kind=calls.kind,
+            agreement_id=id,
+            activity_id=bill.activity_id if calls.kind is BillKind.DEBIT_NOTE else None,
+            amount=amount,
+            max_amount=max_amount,
+            is_refused=refusal is not None,
+            reason=refusal,
+            decided_at=self._now(),
+        )
+        decision = await asyncio.to_thread(self._decisions.decide, made)
+        if decision.is_refused:
+            name = agreement.record.provider_name
+            log.warning("the %s of provider %s is rejected: %s", calls.title, name, decision.reason)
+        return decision
 
-def _acceptance(amount: str, allocation_id: str) -> Any:
-    from ya_payment.models import Acceptance
+    def _max_amount(self, kind: BillKind, agreement_id: str, agreement: _BilledAgreement) -> Decimal:
+        """Return the most that a bill may demand. Called in a thread."""
+        ledger, running = self._ledger, self._parts.money.running.get(agreement_id)
+        ledger.record_agreement(agreement.record)
+        known = ledger.agreement(agreement_id)
+        assert known is not None, "it was recorded"
+        seconds = min(self._now(), agreement.valid_to) - known.created_at
+        if running is not None:
+            seconds = max(seconds, timedelta(seconds=running.seconds()))
+        if kind is BillKind.INVOICE and known.ended_at is None:
+            # An invoice means that the agreement has ended, even if its end was not observed here.
+            now = known.created_at + seconds
+            ledger.end_agreement(agreement_id, reason="The provider sent its invoice.", now=now)
+            known = ledger.agreement(agreement_id) or known
+        if known.ended_at is not None:
+            seconds = known.ended_at - known.created_at
+        return self._timings.bill_limit(agreement.price, seconds.total_seconds())
 
-    return Acceptance(total_amount_accepted=str(amount), allocation_id=allocation_id)
+    async def _carry_out(self, calls: _Calls, decision: DecisionRecord, agreement: _BilledAgreement, bill: Any) -> None:
+        """Accept a bill that is to be paid; tell the daemon of one that is refused. :raises Exception: it fails."""
+        if not decision.is_refused:
+            await self._accept(calls, decision, agreement, bill)
+            return
+        if decision.amount > decision.max_amount and decision.reason != BILLED_BEFORE:
+            reason = f"Its {calls.title} was too high. {decision.reason}"
+            self._parts.provider_records.record_overbilling(agreement.record.provider_id, reason)
+        if str(bill.status) != _REJECTED:
+            await self._reject(calls, decision)
+
+    async def _accept(self, calls: _Calls, decision: DecisionRecord, agreement: _BilledAgreement, bill: Any) -> None:
+        """Accept a bill; an invoice from an allocation of its own if necessary.
+
+        The session's allocation is limited to its own budget, and a debt from before must be paid anyway.
+        """
+        try:
+            await self._accept_from(self._session.allocation_id, calls, decision)
+            return
+        except Exception as error:
+            if calls.kind is not BillKind.INVOICE or getattr(error, "status", None) != 400:
+                raise
+        extra = self._engine._payment_api.new_allocation(
+            tagged(decision.amount + _ALLOCATION_STEP, self._session.tag),
+            payment_platform=bill.payment_platform,
+            payment_address=bill.payer_addr,
+            expires=self._now() + timedelta(hours=1),
+        )
+        async with extra as allocation:
+            await self._accept_from(allocation.id, calls, decision)
+        if agreement.is_own:
+            self._session.is_stale = True  # its allocation is used up
+
+    async def _accept_from(self, allocation_id: str, calls: _Calls, decision: DecisionRecord) -> None:
+        from ya_payment.models import Acceptance
+
+        acceptance = Acceptance(total_amount_accepted=f"{decision.amount:f}", allocation_id=allocation_id)
+        await calls.accept(decision.bill_id, acceptance, _request_timeout=_PROVIDER_SECONDS)
+
+    async def _reject(self, calls: _Calls, decision: DecisionRecord) -> None:
+        from ya_payment.models import Rejection
+
+        why: Any = "INCORRECT_AMOUNT"
+        rejection = Rejection(rejection_reason=why, total_amount_accepted="0", message=decision.reason)
+        try:
+            await calls.reject(decision.bill_id, rejection, _request_timeout=_PROVIDER_SECONDS)
+        except Exception as error:
+            if getattr(error, "status", None) not in NO_SUCH_CALL:
+                raise
+            log.info("the daemon cannot be told that a bill is rejected: %s", explain(error))
+
+    def _record_paid(self, calls: _Calls, bill: Any) -> None:
+        """Record a bill that the daemon has accepted. Called in a thread."""
+        now, amount = self._now(), Decimal(str(getattr(bill, calls.amount_name)))
+        state = BillState.ACCEPTED
+        if calls.kind is BillKind.INVOICE:
+            self._ledger.record_invoice(
+                InvoiceRecord(
+                    id=bill.invoice_id,
+                    agreement_id=bill.agreement_id,
+                    amount=amount,
+                    state=state,
+                    received_at=now,
+                    settled_at=now,
+                )
+            )
+            return
+        self._ledger.record_debit_note(
+            DebitNoteRecord(
+                id=bill.debit_note_id,
+                activity_id=bill.activity_id,
+                agreement_id=bill.agreement_id,
+                amount=amount,
+                state=state,
+                received_at=now,
+            )
+        )
+
+    def _note_settled(self, agreement_id: str) -> None:
+        self._settled_agreements.add(agreement_id)
+        self._expected.discard(agreement_id)
+        if not self._expected:
+            self._settled.set()

@@ -12,17 +12,17 @@ import contextlib
 import fcntl
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from batcher.executors.golem.ledger_writer import describe_agreement
-from batcher.executors.golem.money import GONE_REASON
 from batcher.executors.golem.offers import BadOffer
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
+from store.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ _TAG_UNIT = Decimal("1e-18")
 _TAGS = 1_000_000
 #: An allocation younger than this that is not in the ledger may belong to a running batcher about to record it.
 _UNRECORDED_SECONDS = 120.0
+#: Why an agreement ended that a killed batcher left open.
+GONE_REASON = "The batcher that made it no longer runs."
+#: Statuses of a daemon that does not have a call.
+NO_SUCH_CALL = (404, 405, 501)
 #: States of an agreement that costs something or still can.
 _LIVE_STATES = ("Proposal", "Pending", "Approved")
 
@@ -80,14 +84,12 @@ class Recovery:
 
     def __init__(self, parts: GolemParts, engine: Any, *, tag: str, is_gone: Callable[[str], bool]) -> None:
         self._parts = parts
-        #: Agreements that could not be ended.
-        self._running: set[str] = set()
         #: How many demands, agreements and allocations were closed.
         self._closed = 0
         #: True as long as nothing failed.
         self.is_complete = True
-        #: Agreements that were terminated, so that an invoice follows -> their seconds.
-        self.terminated: dict[str, float] = {}
+        #: Agreements that were terminated, so that an invoice follows.
+        self.terminated: list[str] = []
         self._engine = engine
         self._market = engine._market_api._api
         self._payment = engine._payment_api._api
@@ -96,38 +98,73 @@ class Recovery:
         self._is_gone = is_gone
 
     async def run(self, *, keep_allocation: str) -> None:
-        """Close all that is left over. :raises Exception: the daemon fails; the next run closes the rest."""
-        for demand in await self._market.get_demands():
-            if self._is_left_over((demand.properties or {}).get(OWNER)):
-                await self._try(self._market.unsubscribe_demand(demand.demand_id), "a demand")
-        await self._end_agreements()
-        # After that, because what was reserved for an agreement is committed to it first.
-        await asyncio.to_thread(self._parts.money.recover, self._is_gone, running=self._running)
-        await self._release_allocations(keep_allocation)
+        """Close all that is left over. Each part is tried, whatever fails; the next run closes the rest.
+
+        :raises StoreError:
+        """
+        parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "demands": self._end_demands,
+            "agreements": self._end_agreements,
+            "allocations": lambda: self._release_allocations(keep_allocation),
+        }
+        seconds = self._parts.timings.open_seconds / len(parts)
+        for what, close in parts.items():
+            await self._try(asyncio.wait_for(close(), seconds), what)
         if self._closed:
             log.warning("closed %d demands, agreements and allocations of batchers that no longer run", self._closed)
 
+    async def _end_demands(self) -> None:
+        for demand in await self._market.get_demands():
+            if self._is_left_over((demand.properties or {}).get(OWNER)):
+                await self._close(self._market.unsubscribe_demand(demand.demand_id), "a demand")
+
     async def _end_agreements(self) -> None:
-        listed: list[dict[str, Any]] = []
+        # Before the daemon lists its own, so that none that is made meanwhile is missed in the list.
+        ids = {each.id: None for each in await asyncio.to_thread(self._ledger.agreements, is_open=True)}
+        is_all = await self._try(self._add_live(ids), "agreements that are not in the ledger")
+        for id in ids:
+            is_all &= await self._try(self._end_agreement(id), "an agreement")
+        if is_all:
+            # What was reserved for an agreement has been committed to it.
+            await asyncio.to_thread(self._parts.money.recover, self._is_gone)
+
+    async def _add_live(self, ids: dict[str, None]) -> None:
+        """Add the agreements that cost something or still can, as the daemon lists them."""
         # yapapi's client cannot list agreements, so this call is made without it.
         url, http = f"{self._engine._api_config.market_url}/agreements", self._engine._root_api_session
         for state in _LIVE_STATES:
             async with http.get(url, params={"state": state}) as response:
+                if response.status in NO_SUCH_CALL:
+                    log.info("the daemon cannot list agreements: those that are not in the ledger are not found")
+                    return
                 response.raise_for_status()
-                listed += await response.json()
-        for entry in listed:
-            agreement = await self._market.get_agreement(entry["id"])
-            if self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
-                if agreement.state == "Approved":
-                    await asyncio.to_thread(self._commit, agreement)
-                reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
-                id, now = agreement.agreement_id, datetime.now(UTC)
-                if await self._try(end_agreement(self._engine, id, reason), "an agreement"):
-                    if agreement.state == "Approved":
-                        self.terminated[id] = (now - agreement.timestamp).total_seconds()
-                    await asyncio.to_thread(self._ledger.end_agreement, id, reason=GONE_REASON, now=now)
-                else:
-                    self._running.add(id)
+                ids.update((entry["id"], None) for entry in await response.json())
+
+    async def _end_agreement(self, id: str) -> None:
+        """End an agreement that is left over, and record its end."""
+        try:
+            agreement = await self._market.get_agreement(id)
+        except Exception as error:
+            if getattr(error, "status", None) != 404:
+                raise
+            # Another daemon's. What its batcher committed to it counts until it is written off.
+            await asyncio.to_thread(self._end_unknown, id)
+            return
+        if not self._is_left_over((agreement.demand.properties or {}).get(OWNER)):
+            return
+        was_approved = agreement.state == "Approved"
+        if was_approved:
+            await asyncio.to_thread(self._commit, agreement)
+        if agreement.state in _LIVE_STATES:
+            reason = {"message": "The requestor no longer runs", "golem.requestor.code": "Cancelled"}
+            if not await self._close(end_agreement(self._engine, id, reason), "an agreement"):
+                return
+            if was_approved:
+                self.terminated.append(id)
+        if id in self._parts.money.running:
+            self._parts.money.end_agreement(id, GONE_REASON)
+        else:
+            await asyncio.to_thread(self._record_end, agreement)
 
     async def _release_allocations(self, keep: str) -> None:
         recorded = {each.id: each for each in await asyncio.to_thread(self._ledger.allocations)}
@@ -140,7 +177,7 @@ class Recovery:
                 is_left_over = self._is_gone(record.batcher_id)
             if not is_left_over or id == keep:
                 continue
-            if await self._try(self._payment.release_allocation(id), "an allocation"):
+            if await self._close(self._payment.release_allocation(id), "an allocation"):
                 await asyncio.to_thread(self._ledger.release_allocation, id, now=datetime.now(UTC))
 
     def _is_left_over(self, owner: object) -> bool:
@@ -158,7 +195,22 @@ class Recovery:
             commitment = self._parts.money.commitment(secrets.token_hex(16), batcher_id, record, price, seconds)
             self._ledger.record_agreement(record, commitment)
 
-    async def _try(self, call: Awaitable[Any], what: str) -> bool:
+    def _record_end(self, agreement: Any) -> None:
+        """Record that an agreement has ended; if it did so by itself, nobody knows when, so the latest time counts."""
+        known, now = self._ledger.agreement(agreement.agreement_id), min(datetime.now(UTC), agreement.valid_to)
+        owed = None
+        if known is not None:
+            with contextlib.suppress(BadOffer):
+                _, price = describe_agreement(agreement, allocation_id="unknown")
+                owed = self._parts.timings.bill_limit(price, (now - known.created_at).total_seconds())
+        self._ledger.end_agreement(agreement.agreement_id, reason=GONE_REASON, now=now, owed=owed)
+
+    def _end_unknown(self, id: str) -> None:
+        batchers = {each.agreement_id: each.batcher_id for each in self._parts.money.reservations.list(is_open=True)}
+        if id in batchers and self._is_gone(batchers[id]):
+            self._ledger.end_agreement(id, reason=GONE_REASON, now=datetime.now(UTC))
+
+    async def _close(self, call: Awaitable[Any], what: str) -> bool:
         try:
             await call
         except Exception as error:
@@ -167,4 +219,16 @@ class Recovery:
                 self.is_complete = False
                 return False
         self._closed += 1
+        return True
+
+    async def _try(self, step: Awaitable[None], what: str) -> bool:
+        """Run a step, and log its failure. :return: whether it succeeded."""
+        try:
+            await step
+        except StoreError:
+            raise
+        except Exception as error:
+            log.warning("%s that may be left over cannot be closed yet: %s", what, explain(error))
+            self.is_complete = False
+            return False
         return True

@@ -121,6 +121,8 @@ class Session:
         self.payment_processor = PaymentProcessor(self._parts, self)
         self.payment_processor.start()
         await self._recover(self._is_over, awaits_invoices=awaits_invoices)
+        if awaits_invoices:
+            await self.payment_processor.settle_known()
         log.info("opened a session with the Golem daemon", extra={"allocation": allocation.id})
 
     async def _recover(self, is_gone: Callable[[str], bool], *, awaits_invoices: bool = False) -> bool:
@@ -131,8 +133,7 @@ class Session:
         """
         recovery = Recovery(self._parts, self.engine, tag=self.tag, is_gone=is_gone)
         try:
-            async with asyncio.timeout(self._timings.open_seconds):
-                await recovery.run(keep_allocation=self.allocation_id)
+            await recovery.run(keep_allocation=self.allocation_id)
         except Exception as error:
             log.warning(
                 "demands, agreements or allocations that were left over cannot be closed yet: %s", explain(error)
@@ -140,8 +141,8 @@ class Session:
             return False
         finally:
             if awaits_invoices and self.payment_processor is not None:
-                for agreement_id, seconds in recovery.terminated.items():
-                    self.payment_processor.expect_invoice(agreement_id, seconds)
+                for agreement_id in recovery.terminated:
+                    self.payment_processor.expect_invoice(agreement_id)
         return recovery.is_complete
 
     async def _close_own(self) -> None:
@@ -153,8 +154,11 @@ class Session:
 
     def is_left_over(self, owner: object) -> bool:
         """Return whether the owner property of a demand names a session of this home that is over."""
-        tag, _, name = owner.partition(".") if isinstance(owner, str) else ("", "", "")
-        return tag == self.tag and self._is_over(name)
+        return self.is_of_this_home(owner) and self._is_over(str(owner).partition(".")[2])
+
+    def is_of_this_home(self, owner: object) -> bool:
+        """Return whether the owner property of a demand names a session of this home."""
+        return isinstance(owner, str) and owner.partition(".")[0] == self.tag
 
     def _is_over(self, name: str) -> bool:
         # Earlier sessions of this batcher are over, the current one is not.

@@ -84,23 +84,29 @@ class GolemTimings:
 
     # Bills
 
-    #: A bill may exceed the local estimate by this factor and time: clocks differ, and an activity ends later there.
+    #: A bill may exceed the cost of the time from the agreement's start to its end by this factor, because a provider
+    #: measures processor time more coarsely. It is a factor and not a time, which on a short hire would be a multiple.
     bill_tolerance: Decimal = Decimal("1.05")
-    bill_tolerance_seconds: float = 15.0
-    #: Interval at which all unsettled invoices are fetched, in addition to the events.
+    #: So long it may take until the daemon has acknowledged the end of an agreement; money for that is reserved too.
+    ending_seconds: float = 15.0
+    #: Interval at which all events since the oldest unsettled agreement are read again, in addition to new ones.
     review_seconds: float = 30.0
-    #: Pauses after the daemon failed, and the timeout of a poll, which the daemon holds for 5 s.
+    #: Pauses after the daemon failed or a bill could not be settled, and the timeout of a poll, which the daemon holds
+    #: for 5 s.
     payment_backoff: Backoff = Backoff(first_seconds=0.5, max_seconds=10.0)
     poll_limit_seconds: float = 20.0
-    #: An agreement that ended this long ago without a bill no longer counts against the budget.
+    #: An agreement that ended this long ago without an invoice is written off: it no longer counts. An invoice that
+    #: comes later is paid nevertheless, if it comes within `late_invoice_seconds`.
     write_off_seconds: float = 86_400.0
+    late_invoice_seconds: float = 30 * 86_400.0
+
+    def bill_limit(self, price: Price, seconds: float) -> Decimal:
+        """Return the most that is paid for an agreement: its start, and all seconds until its end, work or not."""
+        return price.max_cost(seconds) * self.bill_tolerance
 
     def cost_limit(self, price: Price, seconds: float) -> Decimal:
-        """Return the most that an agreement can come to cost: its start, and all seconds until its end, work or not.
-
-        So much is reserved before, and no higher bill is paid.
-        """
-        return price.max_cost(seconds + self.bill_tolerance_seconds) * self.bill_tolerance
+        """Return what is reserved for an agreement that should end after so many seconds."""
+        return self.bill_limit(price, seconds + self.ending_seconds)
 
     def chunk_timeout(
         self, *, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float

@@ -67,8 +67,8 @@ class WorkerPool:
         self._is_closing = False
         #: Reserved for the agreement that is being made; None when none is.
         self._hire: Reservation | None = None
-        #: Agreement -> what it may cost, and when it was made on the monotonic clock; removed with its worker.
-        self._commitments: dict[str, tuple[Reservation, float]] = {}
+        #: Agreements without a worker -> what they may cost.
+        self._commitments: dict[str, Reservation] = {}
 
     def step(self, wanted: int) -> None:
         """Move one step towards this many workers; called several times per second."""
@@ -195,9 +195,12 @@ class WorkerPool:
         elif name == "AgreementConfirmed":
             self._commit(event_fields["agreement"])
         elif name == "AgreementTerminated":
-            self._end_agreement(event_fields["agreement"].id, str(event_fields["reason"].get("message")))
-            if not event_fields["agreement"].terminated:
-                self._terminate_with_retries(event_fields["agreement"].id)
+            agreement_id = event_fields["agreement"].id
+            self._commitments.pop(agreement_id, None)  # no worker came of it
+            if event_fields["agreement"].terminated:
+                self.parts.money.end_agreement(agreement_id, str(event_fields["reason"].get("message")))
+            else:
+                self._terminate_with_retries(agreement_id)
         elif name in ("AgreementRejected", "ActivityCreateFailed"):
             details = event_fields["agreement"]._details
             if details is not None:
@@ -222,7 +225,7 @@ class WorkerPool:
             self.parts.ledger_writer.enqueue(self.parts.ledger.record_agreement, record)
             return
         self._hire = None
-        self._commitments[record.id] = (hire, time.monotonic())
+        self._commitments[record.id] = hire
         hire.commit(record, price, self.first_cover_seconds)
 
     def _check_commitment(self, agreement: Any) -> None:
@@ -233,13 +236,6 @@ class WorkerPool:
 
     def _first_cost(self, price: Price) -> Decimal:
         return self._timings.cost_limit(price, self.first_cover_seconds)
-
-    def _end_agreement(self, agreement_id: str, reason: str) -> None:
-        ledger = self.parts.ledger
-        self.parts.ledger_writer.enqueue(ledger.end_agreement, agreement_id, reason=reason, now=datetime.now(UTC))
-        if agreement_id in self._commitments:  # no worker came of it
-            reservation, made_at = self._commitments.pop(agreement_id)
-            reservation.end(time.monotonic() - made_at)
 
     async def _end_job(self, job: Any) -> None:
         try:
@@ -283,7 +279,8 @@ class WorkerPool:
         async def terminate() -> None:
             for attempt in range(1, _TERMINATE_ATTEMPTS + 1):
                 try:
-                    return await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
+                    await end_agreement(self.session.engine, agreement_id, _DONE_REASON)
+                    return self.parts.money.end_agreement(agreement_id, _DONE_REASON["message"])
                 except Exception as error:
                     log.info("an agreement for %s could not be terminated yet: %s", self.model, explain(error))
                 await asyncio.sleep(self._timings.terminate_backoff.after(attempt))
@@ -349,7 +346,7 @@ class WorkerPool:
         """Run a worker. yapapi calls this with its WorkContext of an activity, which it destroys at the end."""
         parts = self.parts
         pool = self._job.agreements_pool  # kept, because a renewed demand has another
-        reservation, _ = self._commitments.pop(yapapi_context._agreement.id, (None, 0.0))
+        reservation = self._commitments.pop(yapapi_context._agreement.id, None)
         if reservation is None:
             raise _WorkerFinished  # the agreement has ended already
         worker = GolemWorker(self, yapapi_context, reservation)
@@ -364,10 +361,9 @@ class WorkerPool:
         finally:
             self.workers.discard(worker)
             log.info("the worker of provider %s ended after %d chunks", name, worker.chunks)
-            worker.reservation.end(worker.seconds())
             parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
             if self.session.payment_processor is not None:
-                self.session.payment_processor.expect_invoice(worker.agreement_id, worker.seconds())
+                self.session.payment_processor.expect_invoice(worker.agreement_id)
             self._terminate_later(worker.agreement_id, pool)
         raise _WorkerFinished
 

@@ -205,6 +205,7 @@ def test_queue_batchers_providers_and_spending_have_gauges(harness: MetricsHarne
         )
     harness.client.post("/operator/providers/beta/ban")
     harness.client.post("/operator/pause")
+    harness.store.reservations.reserve("r1", batcher_id="b1", purpose=MODEL, amount=Decimal("0.25"), now=harness.now)
 
     read = harness.read()
 
@@ -219,6 +220,8 @@ def test_queue_batchers_providers_and_spending_have_gauges(harness: MetricsHarne
         ("mlg_hold", {"mode": "paused"}, 1),
         ("mlg_hold", {"mode": "draining"}, 0),
         ("mlg_budget_glm", {"period": "day"}, 0.5),
+        ("mlg_budget_used_glm", {"period": "day"}, 0.25),
+        ("mlg_budget_used_glm", {"period": "total"}, 0.25),
         ("mlg_spent_glm", {}, 0),
     ):
         assert read[name, tuple(sorted(labels.items()))] == value, name

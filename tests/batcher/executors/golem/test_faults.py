@@ -16,14 +16,18 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from batcher.backoff import Backoff
 from batcher.errors import BudgetReached, GolemUnavailable, NoProvider
 from batcher.executors.golem.timings import GolemTimings
+from batcher.executors.golem.yapapi_adapter import OWNER
 from batcher.workspace import Workspace
 from devnet.scenario import DAEMON, Fault, ProviderPlan
 from provider_image.errors import ChunkTimeout, WorkerDied
+from store.ledger import AgreementRecord, AllocationRecord
+from tests.devnet.requestor import Requestor
 from tests.devnet.running import calls_matching, paid
 from tests.golem import MODEL, GolemHarness, devnet_and_store, golem, make_executor, provider, scenario
 from tests.process_tree import command_line, descendants
@@ -342,9 +346,70 @@ def test_an_invoice_that_is_too_high_is_rejected_and_its_provider_banned(play: P
         (total,) = harness.store.ledger.costs("total")
         assert total.refused > total.paid == harness.paid() > 0
         assert "too high" in banned(harness)["alpha"]
+        assert [each.status for each in harness.devnet.payment.invoices.values()] == ["REJECTED", "ACCEPTED"]
 
     greedy = (fault("overbill", factor=20.0),)
     play(body, *increasingly_expensive(("alpha", greedy), ("beta", ())), idle_seconds=0.2)
+
+
+def test_a_provider_that_the_daemon_did_not_tell_of_the_end_is_paid_until_it_was_told(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        await until(lambda: paid(harness.devnet) != {})
+        await close(harness)
+
+        assert outcome.error is None
+        assert banned(harness) == {}
+        assert harness.store.decisions.refused() == []
+
+    # Nearly all of the bill is for time; the agreement goes on for some seconds after the worker has ended.
+    deaf = (
+        fault("http-500", path="DELETE /activity-api/v1/activity/*", times=2),
+        fault("http-500", path="POST /market-api/v1/agreements/*/terminate", times=2),
+    )
+    plan = provider("alpha", start="0.000001", second="0.0001", price_per_cpu_second=Decimal(0))
+    timings = replace(SHORT, ending_seconds=0.0, terminate_backoff=Backoff(first_seconds=3.0, max_seconds=3.0))
+    play(body, plan, faults=deaf, idle_seconds=0.1, timings=timings)
+
+
+def test_agreements_and_allocations_are_closed_although_the_daemon_cannot_list_agreements(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        async with aiohttp.ClientSession() as http:
+            dead = Requestor(harness.devnet, http)
+            allocation = await dead.allocate("0.1")
+            tag = (harness.work.parent / "golem-home").read_text().strip()
+            id = await dead.agree(await dead.subscribe(**{OWNER: f"{tag}.dead0001-1"}))
+        record = AllocationRecord(
+            id=dead.allocation_id,
+            batcher_id="dead0001",
+            platform=allocation["paymentPlatform"],
+            address=allocation["address"],
+            amount=Decimal("0.1"),
+            created_at=datetime.now(UTC),
+        )
+        harness.store.ledger.record_allocation(record)
+        agreement = AgreementRecord(
+            id=id,
+            allocation_id=record.id,
+            provider_id="0x1",
+            provider_name="alpha",
+            model=MODEL,
+            start_price=Decimal(0),
+            price_per_cpu_second=Decimal(0),
+            price_per_second=Decimal(0),
+            created_at=datetime.now(UTC),
+        )
+        harness.store.ledger.record_agreement(agreement)
+        next_executor = harness.next_executor()
+        await next_executor.start()
+        await next_executor.close()
+
+        assert harness.devnet.market.agreements[id].state == "Terminated"
+        assert dead.allocation_id not in {each.allocation_id for each in harness.devnet.payment.wallet.list_active()}
+        assert dead.allocation_id not in {each.id for each in harness.store.ledger.allocations(is_open=True)}
+        assert harness.store.ledger.agreements(is_open=True) == []
+
+    play(body, provider("alpha"), faults=(fault("http-500", path="GET /market-api/v1/agreements"),))
 
 
 def test_an_invoice_that_comes_after_the_end_is_paid_by_the_next_batcher(play: Play) -> None:
@@ -467,8 +532,32 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
 
     expensive = provider("alpha", second=f"{0.04 / pace:.6f}")
     # Without tolerances, which at this price would be more than the budget.
-    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), bill_tolerance_seconds=0.2)
+    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), ending_seconds=0.2)
     play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
+
+
+def test_a_worker_that_is_kept_ends_before_the_budget_is_used_up(play: Play) -> None:
+    budget, pace = Decimal("0.1"), slowness()
+
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one", timeout_seconds=2 * pace)
+        reserved = []
+
+        def has_ended() -> bool:
+            reserved.append(sum(each.amount for each in harness.store.reservations.list()))
+            return harness.store.ledger.agreements(is_open=True) == []
+
+        await until(has_ended)
+        await close(harness)
+
+        assert outcome.error is None
+        assert len(set(reserved)) > 2, "it was reserved step by step"
+        assert max(reserved) <= budget and 0 < harness.paid() <= budget
+
+    kept = provider("alpha", second=f"{0.015 / pace:.6f}", price_per_cpu_second=Decimal(0))
+    timings = replace(SHORT, overtime_seconds=0.1, ending_seconds=1.0 * pace, cover_seconds=1.0 * pace)
+    settings = {"min_workers": 1, "idle_seconds": 0.2, "start_seconds": 4 * pace, "max_price_hour": None}
+    play(body, kept, budget_run=budget, timings=timings, **settings)
 
 
 def test_a_wallet_without_enough_funds_is_named_as_the_reason(play: Play) -> None:
@@ -696,6 +785,7 @@ BATCHER = """
 import asyncio, os, sys
 from pathlib import Path
 from batcher.executors.golem.executor import GolemExecutor
+from batcher.executors.golem.yapapi_adapter import OWNER
 from batcher.workspace import Workspace
 from store.settings import HomeSettings
 from store.store import Store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -25,7 +24,7 @@ from store.store import Store
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 PRICE = Price(start=Decimal("0.1"), cpu_second=Decimal(0), second=Decimal("0.01"))
 #: Without tolerances, so that amounts are easy to follow.
-EXACT = GolemTimings(bill_tolerance=Decimal(1), bill_tolerance_seconds=0.0)
+EXACT = GolemTimings(bill_tolerance=Decimal(1), ending_seconds=0.0)
 AGREEMENT = AgreementRecord(
     id="a1",
     allocation_id="al1",
@@ -45,6 +44,7 @@ class Spender:
     def __init__(self, store: Store, owner: str = "b1", **caps: str) -> None:
         self.store = store
         self.now = NOON
+        self.monotonic = 0.0
         self.writer = LedgerWriter(EXACT)
         self.money = Money(
             store,
@@ -53,6 +53,7 @@ class Spender:
             caps={name: Decimal(cap) for name, cap in caps.items()},
             timings=EXACT,
             clock=lambda: self.now,
+            monotonic=lambda: self.monotonic,
         )
 
     async def __aenter__(self) -> Spender:
@@ -113,7 +114,8 @@ def test_start_work_and_idling_are_reserved_step_by_step_until_the_budget_is_use
             assert reservation.covered_seconds == 40.0
             with pytest.raises(BudgetReached):
                 await spender.money.left()
-            reservation.end(12.0)
+            spender.now += timedelta(seconds=12)
+            spender.money.end_agreement("a1", "done")
 
         assert open_amounts(store) == [Decimal("0.22")]
 
@@ -194,24 +196,56 @@ def test_the_next_batcher_releases_what_a_dead_one_reserved_and_writes_off_what_
         dead.writer.start()
         await dead.money.start()
         await dead.money.reserve("resnet50", Decimal("0.2"))
-        reservation = await dead.money.reserve("resnet50", Decimal("0.3"))
-        reservation.commit(replace(AGREEMENT, id="unbilled"), PRICE, 5.0)
-        running = await dead.money.reserve("resnet50", Decimal("0.2"))
-        running.commit(replace(AGREEMENT, id="running"), PRICE, 2.0)
+        for id, seconds in (("unbilled", 5.0), ("running", 2.0)):
+            reservation = await dead.money.reserve("resnet50", Decimal("0.3"))
+            reservation.commit(replace(AGREEMENT, id=id), PRICE, seconds)
+        dead.money.end_agreement("unbilled", "done")
         await dead.writer.close()
 
         async with Spender(store, "b1", day="1") as spender:
-            recover = functools.partial(spender.money.recover, lambda batcher_id: batcher_id == "dead")
-            await asyncio.to_thread(recover, running={"running"})
+            await asyncio.to_thread(spender.money.recover, lambda batcher_id: batcher_id == "dead")
+            await asyncio.to_thread(spender.money.write_off, store.ledger.agreements(is_settled=False))
             left_at_first = await spender.money.left()
             spender.now += timedelta(days=2)
-            await asyncio.to_thread(recover, running={"running"})
+            await asyncio.to_thread(spender.money.write_off, store.ledger.agreements(is_settled=False))
             left_later = await spender.money.left()
-            await asyncio.to_thread(recover, running=())
 
-            assert left_at_first == Decimal("0.73")  # 1 - 0.15 - 0.12
+            assert left_at_first == Decimal("0.78")  # 1 - 0.1 - 0.12
             assert left_later == Decimal("0.88"), "what still runs is not written off"
-            assert store.ledger.agreements(is_open=True) == []
             assert store.reservations.caps("dead") == {}
 
     run(body())
+
+
+@pytest.mark.parametrize(
+    ("wall", "monotonic"),
+    [(30.0, 30.0), (-3600.0, 30.0), (30.0, 5.0)],
+    ids=["both clocks", "set back", "suspended"],
+)
+def test_an_agreement_lasts_as_long_as_the_clock_says_that_says_more(
+    store: Store, wall: float, monotonic: float
+) -> None:
+    async def body() -> None:
+        async with Spender(store, day="1") as spender:
+            reservation = await spender.money.reserve("resnet50", Decimal("0.3"))
+            reservation.commit(AGREEMENT, PRICE, 10.0)
+            spender.now += timedelta(seconds=wall)
+            spender.monotonic += monotonic
+            spender.money.end_agreement("a1", "done")
+
+    run(body())
+
+    ended = store.ledger.agreement("a1")
+    assert ended is not None and ended.ended_at == NOON + timedelta(seconds=30)
+    assert open_amounts(store) == [Decimal("0.4")], "more than was reserved, because it is owed"
+
+
+@given(
+    st.decimals(0, 1, places=4),
+    st.decimals("0.000001", 1, places=6),
+    st.floats(0.1, 100_000),
+)
+def test_the_tolerance_for_a_bill_is_a_small_part_of_it(start: Decimal, second: Decimal, seconds: float) -> None:
+    price = Price(start=start, cpu_second=second, second=second, threads=2)
+
+    assert price.max_cost(seconds) < GolemTimings().bill_limit(price, seconds) < price.max_cost(seconds) * 11 / 10

@@ -20,7 +20,7 @@ from store.store import Store
 from tests.contexts import make_context
 
 #: Without tolerances, so that amounts are easy to follow.
-EXACT = GolemTimings(bill_tolerance=Decimal(1), bill_tolerance_seconds=0.0, cover_seconds=10.0)
+EXACT = GolemTimings(bill_tolerance=Decimal(1), ending_seconds=0.0, cover_seconds=10.0)
 
 
 def offer(start: str) -> dict[str, Any]:
