@@ -123,6 +123,8 @@ class Deliverer:
         self._lock = threading.Lock()
         #: Id -> owner and host of a message that is being sent.
         self._sending: dict[str, tuple[str, str]] = {}
+        #: When no more than these are in progress, the group that was begun last has ended, or others instead.
+        self._wake_below = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
 
@@ -139,6 +141,7 @@ class Deliverer:
         """Begin to send some of what is due, at most GROUP_SIZE. :return: the threads that send."""
         with self._lock:
             sending = list(self._sending.values())
+            self._wake_below = len(sending)
         free = MAX_CONCURRENT_SENDS - len(sending)
         if free <= 0:
             return []
@@ -174,7 +177,6 @@ class Deliverer:
             except Exception:
                 # The thread must survive any failure.
                 log.exception("cannot read the webhooks that are due")
-            # Sooner than the next poll only when all that was begun has ended.
             self._stopping.wait(GROUP_PAUSE_SECONDS)
             self._wake.wait(POLL_SECONDS - GROUP_PAUSE_SECONDS)
 
@@ -190,9 +192,8 @@ class Deliverer:
     def _end(self, delivery: DeliveryRecord) -> None:
         with self._lock:
             del self._sending[delivery.id]
-            is_idle = not self._sending
-        if is_idle:
-            self._wake.set()
+            if len(self._sending) <= self._wake_below:
+                self._wake.set()
 
     def _attempt(self, delivery: DeliveryRecord) -> None:
         payload = delivery.payload

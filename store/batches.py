@@ -17,7 +17,6 @@ Long because it has the records, the statements and the rules of one noun.
 from __future__ import annotations
 
 import builtins
-import collections
 import functools
 import json
 import logging
@@ -27,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share, total
@@ -222,10 +221,10 @@ class BatchProgress:
         return self.done + self.failed + self.cancelled + self.expired
 
 
-_Step = WriteFunction[None]
+_Result = TypeVar("_Result")
 
 
-def _in_parts(write: Callable[[slice, Transaction], None], count: int) -> list[_Step]:
+def _in_parts(write: Callable[[slice, Transaction], _Result], count: int) -> list[WriteFunction[_Result]]:
     """Return a write for each slice of so many items."""
     starts = range(0, count, ROWS_PER_COMMIT)
     return [functools.partial(write, slice(start, start + ROWS_PER_COMMIT)) for start in starts]
@@ -251,7 +250,6 @@ class Batches:
         del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
         numbers: list[int] = []
-        records: list[RequestRecord] = []
         started = time.monotonic()
 
         def lease() -> dict[str, Any]:
@@ -280,26 +278,36 @@ class Batches:
             if not items:
                 end_empty_batch(transaction, row, now=batch.created_at)
 
-        def answer(part: slice, transaction: Transaction) -> None:
-            records.extend(answer_known(transaction, numbers[part], rows[part], now=batch.created_at))
+        def answer(part: slice, transaction: Transaction) -> list[RequestRecord]:
+            return answer_known(transaction, numbers[part], rows[part], now=batch.created_at)
 
-        def arrive(transaction: Transaction) -> None:
+        before = [begin, *_in_parts(refuse, len(refused_items)), *_in_parts(insert, len(items)), show]
+        answers = _in_parts(answer, len(items))
+
+        def write_whole(transaction: Transaction) -> list[RequestRecord]:
+            for step in before:
+                step(transaction)
+            found = [record for step in answers for record in step(transaction)]
             transaction.execute(_ARRIVE, (batch.id,))
+            return found
 
-        before: list[_Step] = [begin, *_in_parts(refuse, len(refused_items)), *_in_parts(insert, len(items)), show]
-        after: list[_Step] = [*_in_parts(answer, len(items)), arrive]
+        is_begun = False
         try:
             if len(items) + len(refused_items) <= ROWS_PER_COMMIT:
-                self._database.write(lambda transaction: [step(transaction) for step in (*before, *after)])
-                return records
-            collections.deque(self._database.write_each(before), maxlen=0)
+                return self._database.write(write_whole)
+            for _ in self._database.write_each(before):
+                is_begun = True
         except BaseException:
-            self._abandon_after_error(batch.id)
+            if is_begun:
+                self._abandon_after_error(batch.id)
             for _, staged in items:
                 self._images.discard(staged)
             raise
+        records: list[RequestRecord] = []
         try:
-            collections.deque(self._database.write_each(after), maxlen=0)
+            for found in self._database.write_each(answers):
+                records += found
+            self._database.execute(_ARRIVE, (batch.id,))
         except StoreError as error:
             # It is accepted; what has no earlier answer yet is claimed after a while.
             log.warning("cannot answer a batch with earlier answers: %s", error, extra={"batch": batch.id})

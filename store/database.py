@@ -347,8 +347,8 @@ class Database:
 
     def _delete_unneeded(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
         """Delete files after the commit, under new locks: another request may refer to them by now."""
-        while digests := transaction.take_unneeded():
-            try:
+        try:
+            while digests := transaction.take_unneeded():
                 self._begin(connection)
                 try:
                     for sha256 in digests:
@@ -356,9 +356,9 @@ class Database:
                             self._images.delete(sha256)
                 finally:
                     connection.execute("ROLLBACK")
-            except (sqlite3.Error, OSError):
-                # What was asked for is committed.
-                log.exception("could not delete files that no request needs; the next purge will")
+        except (sqlite3.Error, OSError):
+            # What was asked for is committed.
+            log.exception("could not delete files that no request needs; the next purge will")
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Get the write lock. Another process holds it for some milliseconds at most.

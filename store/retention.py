@@ -54,11 +54,6 @@ _BATCHES_TO_PURGE = f"""
       AND arrival = 0 AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id)
 """
 
-_DELETE_IDEMPOTENCY = """
-    DELETE FROM idempotency WHERE rowid IN (
-        SELECT rowid FROM idempotency WHERE expires_at <= :now LIMIT :rows_per_commit)
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class PurgeReport:
@@ -101,7 +96,7 @@ class Retention:
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
-        self._database.execute_in_steps(_DELETE_IDEMPOTENCY, {"now": to_text(now)}, rows_per_commit=ROWS_PER_COMMIT)
+        self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_requests(self, which: str, before: datetime) -> int:
