@@ -196,6 +196,9 @@ class Webhooks:
         self._database = database
         #: Owner -> host with which the next claim begins; only of owners with many hosts.
         self._first_hosts: dict[str, str] = {}
+        #: Owner -> number of the claim that took its deliveries last.
+        self._last_claims: dict[str, int] = {}
+        self._claims = 0
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
@@ -256,7 +259,7 @@ class Webhooks:
         per_owner: int,
         sending: Collection[tuple[str, str]] = (),
     ) -> list[DeliveryRecord]:
-        """Claim due deliveries, in turns of their owners, and of an owner's in turns of its hosts, the oldest first.
+        """Claim due deliveries, in turns of their owners, and of an owner's in turns of its hosts.
 
         :param per_owner: how many of one owner may be in progress, and of one host MAX_DELIVERIES_PER_HOST.
         :param sending: owner and host of each delivery that the process has in progress.
@@ -265,25 +268,29 @@ class Webhooks:
         if self._database.row(_IS_DUE, (to_text(now),)) is None:
             return []
         owners, hosts = Counter(owner for owner, _ in sending), Counter(sending)
-        #: (how many of the owner are in progress by then, when it was due, id).
-        found: list[tuple[int, str, str]] = []
+        #: (how many of the owner are in progress by then, when it had its last turn, id, owner).
+        found: list[tuple[int, int, str, str]] = []
         with self._database.read() as connection:
             for owner in self._values(connection, _NEXT_OWNER, ()):
                 count = per_owner - owners[owner]
                 if count > 0:
                     due = self._due(connection, owner, hosts, to_text(now))
-                    found += [(owners[owner] + turn, *each) for turn, each in enumerate(due[:count])]
-        ids = [id for _, _, id in sorted(found)[:limit]]
-        if not ids:
+                    last = self._last_claims.get(owner, 0)
+                    found += [(owners[owner] + turn, last, id, owner) for turn, id in enumerate(due[:count])]
+        chosen = sorted(found)[:limit]
+        if not chosen:
             return []
+        self._claims += 1
+        self._last_claims |= {owner: self._claims for *_, owner in chosen}
+        ids = [id for _, _, id, _ in chosen]
         values = {"ids": json.dumps(ids), "now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
         rows = self._database.write(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
         return [from_row(DeliveryRecord, row) for row in rows]
 
     def _due(
         self, connection: sqlite3.Connection, owner: str, sending: Mapping[tuple[str, str], int], now: str
-    ) -> list[tuple[str, str]]:
-        """Return when they were due and the ids of an owner's deliveries that may be claimed, in turns of the hosts."""
+    ) -> list[str]:
+        """Return the ids of an owner's deliveries that may be claimed, in turns of the hosts, the oldest first."""
         first = self._first_hosts.pop(owner, "")
         hosts = list(itertools.islice(self._values(connection, _NEXT_HOST, (owner,), first), MAX_HOSTS_PER_CLAIM))
         if len(hosts) == MAX_HOSTS_PER_CLAIM:
@@ -293,7 +300,7 @@ class Webhooks:
             count = max(0, MAX_DELIVERIES_PER_HOST - sending.get((owner, host), 0))
             rows = connection.execute(_DUE, (owner, host, now, count)).fetchall()
             due += [(turn, next_at, id) for turn, (id, next_at) in enumerate(rows)]
-        return [(next_at, id) for _, next_at, id in sorted(due)]
+        return [id for *_, id in sorted(due)]
 
     @staticmethod
     def _values(connection: sqlite3.Connection, sql: str, first: tuple[str, ...], start: str = "") -> Iterator[str]:

@@ -180,6 +180,21 @@ def test_owners_take_turns_and_each_gets_only_its_share(store: Store) -> None:
     assert [one.owner for one in left] == ["many", "many"]
 
 
+def test_an_owner_with_older_deliveries_does_not_come_first_each_time(store: Store) -> None:
+    for _ in range(4):
+        add(store, key_id="old", webhook=URL)
+    answer_all(store)
+    for number in range(2):
+        add(store, key_id="new", webhook=f"{URL}/{number}")
+    store.requests.cancel(store.requests.list(limit=1)[0].id, now=NOW + timedelta(hours=1))
+    store.requests.cancel(store.requests.list(limit=2)[1].id, now=NOW + timedelta(hours=1))
+
+    owners = [one.owner for _ in range(5) for one in claim(store, now=NOW + timedelta(hours=2), limit=1)]
+
+    assert sorted(owners[:2]) == sorted(owners[2:4]) == ["new", "old"]
+    assert owners[4] == "old"
+
+
 def test_an_owner_with_many_hosts_is_looked_at_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.webhooks.MAX_HOSTS_PER_CLAIM", 3)
     for number in range(7):
