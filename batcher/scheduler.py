@@ -248,6 +248,7 @@ class Batcher:
     async def _shut_down(self, scheduler: AsyncIOScheduler) -> None:
         if scheduler.running:
             scheduler.shutdown(wait=False)
+        self._store.retention.stop()
         if self._resizer is not None:
             await asyncio.to_thread(self._resizer.close)
         await self._executor.close()

@@ -56,7 +56,7 @@ def webhooks() -> None:
 @home_option
 @json_option
 def add_webhook(url: str, events: str, as_json: bool) -> None:
-    """Add an address. Prints its id and the secret that signs its messages.
+    """Add an address. Prints its id and the secret that signs its messages, which is not shown again.
 
     The receiver uses the secret to verify the signature (https://www.standardwebhooks.com). It is notified of the
     requests and batches of all clients.
@@ -80,43 +80,64 @@ def add_webhook(url: str, events: str, as_json: bool) -> None:
         )
         store.webhooks.add_endpoint(endpoint)
     if as_json:
-        print_json_lines([_endpoint_to_json(endpoint, has_secret=True)])
+        print_json_lines([{**_endpoint_to_json(endpoint), "secret": endpoint.secret}])
     else:
         click.echo(f"{endpoint.id}  {endpoint.secret}")
 
 
 @webhooks.command("list")
-@click.option(
-    "--show-secret",
-    is_flag=True,
-    help="Show the secrets too, and the one for addresses given with requests.",
-)
 @home_option
 @json_option
-def list_webhooks(show_secret: bool, as_json: bool) -> None:
+def list_webhooks(as_json: bool) -> None:
     """List the addresses, and whether each is active.
 
     \b
     Example:
       mlg webhooks list
-      mlg webhooks list --show-secret
     """
     with open_store() as store:
         endpoints = store.webhooks.list_endpoints()
-        shared_secret = store.webhooks.secret(None)
     if as_json:
-        print_json_lines(_endpoint_to_json(endpoint, has_secret=show_secret) for endpoint in endpoints)
-        if show_secret:
-            print_json_lines([{"id": None, "secret": shared_secret}])
+        print_json_lines(_endpoint_to_json(endpoint) for endpoint in endpoints)
         return
-    table = make_table("id", "url", "events", "state", *(["secret"] if show_secret else []))
+    table = make_table("id", "url", "events", "state")
     for endpoint in endpoints:
         state = "on" if endpoint.disabled_at is None else f"off: {endpoint.disabled_reason}"
-        secret = [endpoint.secret] if show_secret else []
-        table.add_row(endpoint.id, printable(endpoint.url), ", ".join(endpoint.events), state, *secret)
-    if show_secret:
-        table.add_row("-", "(addresses given with requests)", "", "on", shared_secret)
+        table.add_row(endpoint.id, printable(endpoint.url), ", ".join(endpoint.events), state)
     print_table(table)
+
+
+@webhooks.command("rotate")
+@click.argument("id", required=False, metavar="[ID]")
+@home_option
+@json_option
+def rotate_secret(id: str | None, as_json: bool) -> None:
+    """Replace a secret that signs messages, and print the new one. It is not shown again.
+
+    ID is that of an address in `mlg webhooks list`, or the id or name of an API key, whose secret signs messages to the
+    addresses that were given with its requests. Without ID it is the secret for requests without a key. All messages
+    are signed with the new secret at once, also those that are sent again.
+
+    \b
+    Example:
+      mlg webhooks rotate we_0123456789ab
+      mlg webhooks rotate alice
+    """
+    from store.keys import UnknownKey
+
+    with open_store() as store:
+        keys = [key for key in store.keys.list() if id in (key.id, key.name) and key.revoked_at is None]
+        keys.sort(key=lambda key: key.id != id)  # names can be chosen freely
+        if id is None or keys:
+            secret = store.webhooks.rotate_secret(None, keys[0].id if keys else "")
+        elif id.startswith("we_"):
+            secret = store.webhooks.rotate_secret(id)
+        else:
+            raise UnknownKey()
+    if as_json:
+        print_json_lines([{"id": id, "secret": secret}])
+    else:
+        click.echo(secret)
 
 
 @webhooks.command("remove")
@@ -234,6 +255,5 @@ def _state(delivery: DeliveryRecord) -> str:
     return delivery.status if delivery.next_at is None else f"next attempt {local_time(delivery.next_at)}"
 
 
-def _endpoint_to_json(endpoint: EndpointRecord, *, has_secret: bool) -> dict[str, Any]:
-    secret = " secret" if has_secret else ""
-    return fields(endpoint, f"id url events created_at disabled_at disabled_reason{secret}")
+def _endpoint_to_json(endpoint: EndpointRecord) -> dict[str, Any]:
+    return fields(endpoint, "id url events created_at disabled_at disabled_reason")

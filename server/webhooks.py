@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import collections
 import hashlib
 import hmac
 import json
@@ -20,7 +19,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -46,8 +45,12 @@ SEND_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 #: Seconds between two polls for messages that are due.
 POLL_SECONDS = 0.25
-#: Messages that one process sends at once.
-MAX_CONCURRENT_SENDS = 8
+#: Messages that one process sends at once, and those of one owner; one when half of all are in progress.
+MAX_CONCURRENT_SENDS = 32
+MAX_SENDS_PER_OWNER = 8
+#: Messages that are begun together, and seconds between two such groups: uploads need the processor too.
+GROUP_SIZE = 8
+GROUP_PAUSE_SECONDS = 0.05
 #: The longest delay that a receiver may ask for with Retry-After.
 _MAX_RETRY_AFTER_SECONDS = 86_400
 
@@ -118,8 +121,10 @@ class Deliverer:
         self._clock = clock
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
-        #: URL -> how many messages are being sent to it.
-        self._sending: collections.Counter[str] = collections.Counter()
+        #: Id -> owner and host of a message that is being sent.
+        self._sending: dict[str, tuple[str, str]] = {}
+        #: When no more than these are in progress, the group that was begun last has ended, or others instead.
+        self._wake_below = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
 
@@ -133,21 +138,32 @@ class Deliverer:
         self._wake.set()
 
     def send_due(self) -> list[threading.Thread]:
-        """Begin to send what is due, at most MAX_CONCURRENT_SENDS at once. :return: the threads that send."""
+        """Begin to send some of what is due, at most GROUP_SIZE. :return: the threads that send."""
         with self._lock:
-            busy_urls, free = set(self._sending), MAX_CONCURRENT_SENDS - self._sending.total()
+            sending = list(self._sending.values())
+            self._wake_below = len(sending)
+        free = MAX_CONCURRENT_SENDS - len(sending)
         if free <= 0:
             return []
         now = self._clock()
         claimed = self._outbox.webhooks.claim_deliveries(
-            now=now, lease_ends_at=now + timedelta(seconds=LEASE_SECONDS), limit=free, except_urls=busy_urls
+            now=now,
+            lease_ends_at=now + timedelta(seconds=LEASE_SECONDS),
+            limit=min(free, GROUP_SIZE),
+            per_owner=MAX_SENDS_PER_OWNER if free > MAX_CONCURRENT_SENDS // 2 else 1,
+            sending=sending,
         )
         threads = []
         for delivery in claimed:
             with self._lock:
-                self._sending[delivery.url] += 1
+                self._sending[delivery.id] = delivery.owner, delivery.host
             thread = threading.Thread(target=self._send, args=(delivery,), name="webhook", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                # No thread can be started now; another attempt is made when the lease ends.
+                self._end(delivery)
+                raise
             threads.append(thread)
         return threads
 
@@ -161,7 +177,8 @@ class Deliverer:
             except Exception:
                 # The thread must survive any failure.
                 log.exception("cannot read the webhooks that are due")
-            self._wake.wait(POLL_SECONDS)
+            self._stopping.wait(GROUP_PAUSE_SECONDS)
+            self._wake.wait(POLL_SECONDS - GROUP_PAUSE_SECONDS)
 
     def _send(self, delivery: DeliveryRecord) -> None:
         try:
@@ -170,10 +187,13 @@ class Deliverer:
             # It is sent again when the lease ends.
             log.exception("cannot send a webhook", extra={"delivery": delivery.id})
         finally:
-            with self._lock:
-                self._sending[delivery.url] -= 1
-                self._sending += collections.Counter()  # removes those at zero
-            self._wake.set()
+            self._end(delivery)
+
+    def _end(self, delivery: DeliveryRecord) -> None:
+        with self._lock:
+            del self._sending[delivery.id]
+            if len(self._sending) <= self._wake_below:
+                self._wake.set()
 
     def _attempt(self, delivery: DeliveryRecord) -> None:
         payload = delivery.payload
@@ -182,7 +202,8 @@ class Deliverer:
             if payload is None:
                 self._outbox.webhooks.delete_delivery(delivery.id)
                 return
-            self._outbox.webhooks.save_payload(delivery.id, payload)
+            if not self._outbox.webhooks.save_payload(delivery.id, payload):
+                payload = self._message(delivery, self._deleted_data(delivery))
         status: int | None = None
         retry_after: str | None = None
         error: str | None = None
@@ -191,7 +212,7 @@ class Deliverer:
                 delivery.url,
                 id=delivery.id,
                 body=payload.encode(),
-                secret=self._outbox.webhooks.secret(delivery.endpoint_id),
+                secret=self._outbox.webhooks.secret(delivery.endpoint_id, delivery.owner),
                 now=self._clock(),
                 http_client=self._http_client,
             )
@@ -238,8 +259,16 @@ class Deliverer:
                     return None
                 data = serialize_request(request, parse_read_params(request.service, {}), None)
         except UnknownRequest:
-            # Deleted already; the receiver learns at least that it ended.
-            name = "batch_id" if delivery.event == "batch.done" else "req_id"
-            data = {name: delivery.subject, "status": delivery.state}
+            data = self._deleted_data(delivery)
+        return self._message(delivery, data)
+
+    @staticmethod
+    def _deleted_data(delivery: DeliveryRecord) -> dict[str, Any]:
+        """Of what was deleted the receiver learns at least that it ended."""
+        name = "batch_id" if delivery.event == "batch.done" else "req_id"
+        return {name: delivery.subject, "status": delivery.state}
+
+    @staticmethod
+    def _message(delivery: DeliveryRecord, data: Mapping[str, Any]) -> str:
         message = {"type": delivery.event, "timestamp": to_text(delivery.created_at), "data": data}
         return json.dumps(message, separators=(",", ":"), ensure_ascii=False)

@@ -3,37 +3,45 @@
 The server adds, reads, cancels and retries; the batcher lets requests expire. An item that a batch refused (a file that
 is no image) is kept beside it, so that a client that sent ten thousand finds the three that were refused.
 
-Guarantees beside those in `store/__init__.py`: a batch is added whole or not at all, in one commit. Requests that ended
-are numbered in the order of the commits (see `transition.py`), so a client that has read the results up to
-a number and asks again later misses nothing and reads nothing twice; a request that is retried ends again, under a new
-number.
+Guarantees beside those in `store/__init__.py`: a batch is added whole or not at all. A large one is added in slices, so
+that the write lock is never held for long. Its requests are hidden until one row of `batches` shows them all; earlier
+answers are given after that, before the rest is claimed. What a killed process left hidden is deleted by
+`finish_interrupted`. Requests that ended are numbered in the order of the commits (see `transition.py`), so a client
+that has read the results up to a number and asks again later misses nothing and reads nothing twice; a request that is
+retried ends again, under a new number. Cancelling, retrying and deleting a large batch takes several commits; a process
+that is killed in between has done a part of it, and doing it again does the rest.
 
-Weakness: adding a batch is one commit however large it is, so for ten thousand images other writers wait about a
-second. Long because it has the records, the statements and the rules of one noun.
+Long because it has the records, the statements and the rules of one noun.
 """
 
 from __future__ import annotations
 
 import builtins
+import functools
 import json
+import logging
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
+from typing import Any, TypeVar
 
 from provider_image.errors import MlgError
 from store.amounts import equal_share, total
-from store.database import Database, Transaction
-from store.errors import UnknownRequest
+from store.database import Database, Transaction, WriteFunction
+from store.errors import StoreError, StoreUnavailable, UnknownRequest
 from store.images import ImageStore, StagedImage
 from store.keys import count_images
 from store.requests import (
+    FORGET_PAYLOAD,
     RESET,
     ROWS_PER_COMMIT,
     NewRequest,
     RequestRecord,
     SubmissionFacts,
+    answer_known,
     delete_requests,
     insert_requests,
     read_requests,
@@ -41,7 +49,9 @@ from store.requests import (
 )
 from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import transition
+from store.transition import end_empty_batch, transition
+
+log = logging.getLogger(__name__)
 
 _ADD_REFUSAL = """
     INSERT INTO batch_refusals (batch_id, position, client_id, code, reason)
@@ -74,8 +84,62 @@ _IS_IN_PROGRESS = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id AND state IN ('queued', 'claimed'))
 """
 
-_SOME_ITEMS = f"""
-    number IN (SELECT number FROM requests WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
+_SOME_ENDED_ITEMS = f"""
+    number IN (SELECT number FROM requests INDEXED BY requests_batch
+               WHERE batch_id = :id AND finished_at IS NOT NULL LIMIT {ROWS_PER_COMMIT})
+"""
+
+# Of a batch that is hidden; nothing of it was ever claimed.
+_SOME_HIDDEN_ITEMS = f"""
+    number IN (SELECT number FROM requests INDEXED BY requests_batch WHERE batch_id = :id LIMIT {ROWS_PER_COMMIT})
+"""
+
+_DELETE_REFUSALS = """
+    DELETE FROM batch_refusals WHERE batch_id = :id AND position IN (
+        SELECT position FROM batch_refusals WHERE batch_id = :id LIMIT :rows_per_commit)
+"""
+
+#: Values of `batches.arrival`; 0 is one that has arrived. HIDDEN while its requests are added, VISIBLE while it gets
+#: its earlier answers, before the rest is claimed, ABANDONED while what was added is deleted.
+_HIDDEN, _VISIBLE, _ABANDONED = 1, 2, 3
+
+#: A batch that gets no slice for so long was left by a process that was killed.
+ARRIVAL_SECONDS = 600.0
+
+_IS_SHOWN = f"arrival IN (0, {_VISIBLE})"
+
+_GET = f"SELECT * FROM batches WHERE id = ? AND {_IS_SHOWN}"
+
+_ADD_SLICE = f"""
+    UPDATE batches SET arrived = arrived + :count, arrival_ends_at = :arrival_ends_at
+    WHERE id = :id AND arrival = {_HIDDEN}
+"""
+
+_SHOW = f"""
+    UPDATE batches SET arrival = {_VISIBLE}, arrival_ends_at = :arrival_ends_at WHERE id = :id AND arrival = {_HIDDEN}
+    RETURNING *
+"""
+
+_ARRIVE = f"UPDATE batches SET arrival = 0, arrival_ends_at = NULL WHERE id = ? AND arrival = {_VISIBLE}"
+
+_INTERRUPTED = f"""
+    SELECT id, arrival FROM batches WHERE arrival > 0 AND (arrival = {_ABANDONED} OR arrival_ends_at <= ?)
+"""
+
+# A slow process that still adds to it notices that.
+_ABANDON = f"""
+    UPDATE batches SET arrival = {_ABANDONED} WHERE id = :id AND arrival = {_HIDDEN} AND arrival_ends_at <= :now
+"""
+
+_IS_ABANDONED = f"SELECT 1 FROM batches WHERE id = :id AND arrival = {_ABANDONED}"
+
+_SOME_TO_CHANGE = f"""
+    number IN (SELECT number FROM requests INDEXED BY requests_batch
+               WHERE batch_id = :id AND number > :after AND {{which}} ORDER BY number LIMIT {ROWS_PER_COMMIT})
+"""
+
+_DELETE_EMPTY = """
+    DELETE FROM batches WHERE id = :id AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = :id)
 """
 
 
@@ -157,6 +221,15 @@ class BatchProgress:
         return self.done + self.failed + self.cancelled + self.expired
 
 
+_Result = TypeVar("_Result")
+
+
+def _in_parts(write: Callable[[slice, Transaction], _Result], count: int) -> list[WriteFunction[_Result]]:
+    """Return a write for each slice of so many items."""
+    starts = range(0, count, ROWS_PER_COMMIT)
+    return [functools.partial(write, slice(start, start + ROWS_PER_COMMIT)) for start in starts]
+
+
 class Batches:
     """The batches, their requests and their refused items."""
 
@@ -173,27 +246,117 @@ class Batches:
         :raises QuotaReached: likewise.
         """
         labels = json.dumps(dict(batch.labels), sort_keys=True, ensure_ascii=False)
-        values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items))
+        values = to_row(batch, labels=labels, total=len(items), refused=len(refused_items), arrival=_HIDDEN)
         del values["number"]
         rows = [(new, staged, request_row(new, staged)) for new, staged in items]
+        numbers: list[int] = []
+        started = time.monotonic()
 
-        def write(transaction: Transaction) -> list[RequestRecord]:
+        def lease() -> dict[str, Any]:
+            seconds = time.monotonic() - started + ARRIVAL_SECONDS
+            return {"id": batch.id, "arrival_ends_at": to_text(batch.created_at + timedelta(seconds=seconds))}
+
+        def begin(transaction: Transaction) -> None:
+            row = {**values, **lease()}
+            transaction.execute(f"INSERT INTO {insert_sql('batches', row)}", row)
+
+        def refuse(part: slice, transaction: Transaction) -> None:
+            refused = [to_row(one, batch_id=batch.id) for one in refused_items[part]]
+            transaction.execute_many(_ADD_REFUSAL, refused)
+
+        def insert(part: slice, transaction: Transaction) -> None:
+            if not transaction.execute(_ADD_SLICE, {**lease(), "count": len(rows[part])}).rowcount:
+                raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")
+            numbers.extend(insert_requests(transaction, rows[part]))
+
+        def show(transaction: Transaction) -> None:
             if batch.key_id is not None:
                 count_images(transaction, batch.key_id, len(items), now=to_text(batch.created_at))
-            transaction.execute(f"INSERT INTO {insert_sql('batches', values)}", values)
-            transaction.execute_many(_ADD_REFUSAL, [to_row(one, batch_id=batch.id) for one in refused_items])
-            return insert_requests(transaction, rows, now=batch.created_at)
+            row = transaction.execute(_SHOW, lease()).fetchone()
+            if row is None:
+                raise StoreUnavailable("Adding the batch took too long. Send it again, in smaller parts.")
+            if not items:
+                end_empty_batch(transaction, row, now=batch.created_at)
 
+        def answer(part: slice, transaction: Transaction) -> list[RequestRecord]:
+            return answer_known(transaction, numbers[part], rows[part], now=batch.created_at)
+
+        before = [begin, *_in_parts(refuse, len(refused_items)), *_in_parts(insert, len(items)), show]
+        answers = _in_parts(answer, len(items))
+
+        def write_whole(transaction: Transaction) -> list[RequestRecord]:
+            for step in before:
+                step(transaction)
+            found = [record for step in answers for record in step(transaction)]
+            transaction.execute(_ARRIVE, (batch.id,))
+            return found
+
+        is_begun = False
         try:
-            return self._database.write(write)
+            if len(items) + len(refused_items) <= ROWS_PER_COMMIT:
+                return self._database.write(write_whole)
+            for _ in self._database.write_each(before):
+                is_begun = True
         except BaseException:
+            if is_begun:
+                self._abandon_after_error(batch.id)
             for _, staged in items:
                 self._images.discard(staged)
             raise
+        records: list[RequestRecord] = []
+        try:
+            for found in self._database.write_each(answers):
+                records += found
+            self._database.execute(_ARRIVE, (batch.id,))
+        except StoreError as error:
+            # It is accepted; what has no earlier answer yet is claimed after a while.
+            log.warning("cannot answer a batch with earlier answers: %s", error, extra={"batch": batch.id})
+            records += self.items(batch.id, after=records[-1].number if records else 0, limit=len(items))
+        return records
+
+    def _abandon_after_error(self, id: str) -> None:
+        try:
+            self._delete_abandoned(id, "9999")
+        except StoreError as error:
+            log.warning("cannot delete what was added of a batch, the next purge will: %s", error, extra={"batch": id})
+
+    def _delete_abandoned(self, id: str, now: str) -> None:
+        """Delete what was added of a hidden batch whose lease has ended by a time, as text."""
+        values = {"id": id, "now": now}
+        self._database.execute(_ABANDON, values)
+
+        def write(transaction: Transaction) -> int:
+            if transaction.execute(_IS_ABANDONED, values).fetchone() is None:
+                return 0
+            removed = delete_requests(transaction, _SOME_HIDDEN_ITEMS, values)
+            transaction.execute("UPDATE batches SET arrived = arrived - ? WHERE id = ?", (removed, id))
+            return removed
+
+        if self._database.row(_IS_ABANDONED, values) is not None:
+            self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+            self.delete_empty(id)
+
+    def finish_interrupted(self, *, now: datetime) -> None:
+        """Delete the hidden batches that killed processes left, and release visible ones."""
+        for row in self._database.rows(_INTERRUPTED, (to_text(now),)):
+            if row["arrival"] == _VISIBLE:
+                self._database.execute(_ARRIVE, (row["id"],))
+            else:
+                self._delete_abandoned(row["id"], to_text(now))
+
+    def delete_empty(self, id: str) -> None:
+        """Delete a batch that has no requests any more, its refused items, and what webhooks say of it."""
+        self._database.execute_in_steps(_DELETE_REFUSALS, {"id": id}, rows_per_commit=ROWS_PER_COMMIT)
+
+        def write(transaction: Transaction) -> None:
+            if transaction.execute(_DELETE_EMPTY, {"id": id}).rowcount:
+                transaction.execute(FORGET_PAYLOAD, (id,))
+
+        self._database.write(write)
 
     def get(self, id: str) -> BatchRecord:
         """Read one batch. :raises UnknownBatch:"""
-        row = self._database.row("SELECT * FROM batches WHERE id = ?", (id,))
+        row = self._database.row(_GET, (id,))
         if row is None:
             raise UnknownBatch()
         return from_row(BatchRecord, row)
@@ -222,8 +385,11 @@ class Batches:
             if state == RequestState.FAILED:
                 failures[row["code"] or "unknown"] += row["count"]
             if row["shares"] is not None and row["cost"] is not None:
-                amount = Decimal(row["cost"])
-                costs += [equal_share(amount, row["answers"], int(share)) for share in row["shares"].split(",")]
+                amount, shares = Decimal(row["cost"]), row["shares"].split(",")
+                if len(shares) == row["answers"]:
+                    costs.append(amount)
+                else:
+                    costs += [equal_share(amount, row["answers"], int(share)) for share in shares]
                 is_final = is_final and bool(row["is_cost_final"])
         return BatchProgress(
             **{name: counts[name] for name in (*RequestState, EXPIRED)},
@@ -260,9 +426,9 @@ class Batches:
         """Cancel the queued requests of a batch. :return: how many. :raises UnknownBatch:"""
         return self._change_items(
             id,
-            "UPDATE batches SET cancelled_at = coalesce(cancelled_at, :now) WHERE id = :id",
+            "coalesce(cancelled_at, :now)",
             RequestState.CANCELLED,
-            where="batch_id = :id",
+            which="state = 'queued'",
             columns="code = NULL, reason = NULL",
             now=now,
         )
@@ -275,43 +441,48 @@ class Batches:
         """
         return self._change_items(
             id,
-            "UPDATE batches SET cancelled_at = NULL WHERE id = :id",
+            "NULL",
             RequestState.QUEUED,
-            where="batch_id = :id AND state = 'failed' AND image_deleted_at IS NULL",
+            which="state = 'failed' AND image_deleted_at IS NULL",
             columns=RESET,
             now=now,
         )
 
     def _change_items(
-        self, id: str, change_batch: str, to: RequestState, *, where: str, columns: str, now: datetime
+        self, id: str, cancelled_at: str, to: RequestState, *, which: str, columns: str, now: datetime
     ) -> int:
-        def write(transaction: Transaction) -> int:
-            if not transaction.execute(change_batch, {"id": id, "now": to_text(now)}).rowcount:
-                raise UnknownBatch()
-            return len(transition(transaction, to, where, [{"id": id}], columns=columns, now=now))
+        change_batch = f"UPDATE batches SET cancelled_at = {cancelled_at} WHERE id = :id AND {_IS_SHOWN}"
+        where = _SOME_TO_CHANGE.format(which=which)
+        values = {"id": id, "now": to_text(now), "after": 0}
 
-        return self._database.write(write)
+        def write(transaction: Transaction) -> int:
+            if not transaction.execute(change_batch, values).rowcount:
+                raise UnknownBatch()
+            changed = transition(transaction, to, where, [values], columns=columns, now=now)
+            values["after"] = max((row["number"] for row in changed), default=0)
+            return len(changed)
+
+        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
     def remove(self, id: str) -> int:
         """Delete a batch with its requests and images.
 
         :return: how many requests.
         :raises UnknownBatch:
-        :raises BatchInProgress: nothing was deleted.
+        :raises BatchInProgress: nothing was deleted, unless some were queued again meanwhile.
         """
 
         def write(transaction: Transaction) -> int:
-            if transaction.execute("SELECT 1 FROM batches WHERE id = ?", (id,)).fetchone() is None:
+            batch = transaction.execute(_GET, (id,)).fetchone()
+            if batch is None:
                 raise UnknownBatch()
-            if transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
+            if batch["arrival"] or transaction.execute(_IS_IN_PROGRESS, {"id": id}).fetchone()[0]:
                 raise BatchInProgress()
-            removed = delete_requests(transaction, self._images, _SOME_ITEMS, {"id": id})
-            if removed < ROWS_PER_COMMIT:
-                transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
-                transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
-            return removed
+            return delete_requests(transaction, _SOME_ENDED_ITEMS, {"id": id})
 
-        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        removed = self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        self.delete_empty(id)
+        return removed
 
     def list(
         self, *, key_id: str | None = None, before: int | None = None, limit: int = 50
@@ -321,10 +492,10 @@ class Batches:
         :param key_id: only those of this key.
         :param before: only lower numbers.
         """
-        conditions = ["key_id = :key_id"] if key_id is not None else []
+        conditions = [_IS_SHOWN, *(["key_id = :key_id"] if key_id is not None else [])]
         conditions += ["number < :before"] if before is not None else []
         return self._database.records(
             BatchRecord,
-            f"SELECT * FROM batches WHERE {' AND '.join(conditions) or '1'} ORDER BY number DESC LIMIT :limit",
+            f"SELECT * FROM batches WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT :limit",
             {"key_id": key_id, "before": before, "limit": limit},
         )

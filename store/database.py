@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from store.errors import DiskFull, StoreBusy, StoreError, StoreUnavailable
-from store.images import ImageStore, StagedImage, is_referenced
+from store.images import ImageStore, StagedImage, is_needed
 from store.rows import from_row
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ log = logging.getLogger(__name__)
 MAX_WRITES_PER_COMMIT = 128
 #: Pause between two attempts to get the write lock.
 LOCK_POLL_SECONDS = 0.0005
+#: Files that are deleted while the write lock is held once.
+FILES_PER_LOCK = 16
+#: The longest pause between two commits of a write in steps.
+MAX_STEP_PAUSE_SECONDS = 0.1
 
 
 def database_error(error: sqlite3.Error, database: Path) -> StoreError:
@@ -69,6 +74,7 @@ class Transaction:
         self.connection = connection
         self._images = images
         self._published: list[str] = []
+        self._unneeded: set[str] = set()
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
         """Run one statement."""
@@ -94,12 +100,23 @@ class Transaction:
         if self._published:
             self._images.sync()
 
+    def delete_files(self, digests: Iterable[str]) -> None:
+        """Delete files after the commit, except those that a request needs then.
+
+        A crash in between leaves files that no request needs, which a purge finds; never a request without its files.
+        """
+        self._unneeded.update(digests)
+
+    def take_unneeded(self) -> list[str]:
+        """Take some of the files that are to be deleted; empty when none is left."""
+        return [self._unneeded.pop() for _ in range(min(len(self._unneeded), FILES_PER_LOCK))]
+
     def unpublish(self, keep: int = 0) -> None:
-        """Delete the images that were published after the first `keep`, unless a request refers to them."""
+        """Delete the images that were published after the first `keep`, unless a request needs them."""
         self._published, undone = self._published[:keep], self._published[keep:]
         try:
             for sha256 in undone:
-                if not is_referenced(self.connection, sha256):
+                if not is_needed(self.connection, sha256):
                     self._images.delete(sha256)
         except OSError:
             log.exception("could not delete images of a write that failed; the next purge will")
@@ -226,11 +243,20 @@ class Database:
         :return: how many rows it changed in all.
         """
         total = 0
-        while True:
-            changed = self.write(write)
+        for changed in self.write_each(itertools.repeat(write)):
             total += changed
             if changed < rows_per_commit:
-                return total
+                break
+        return total
+
+    def write_each(self, writes: Iterable[WriteFunction[T]]) -> Iterator[T]:
+        """Run writes, each in a commit of its own. Between them others have the lock for as long as each took."""
+        pause = 0.0
+        for write in writes:
+            time.sleep(pause)
+            started = time.monotonic()
+            yield self.write(write)
+            pause = min(time.monotonic() - started, MAX_STEP_PAUSE_SECONDS)
 
     def execute_in_steps(self, sql: str, parameters: Mapping[str, Any], *, rows_per_commit: int) -> int:
         """Run a statement in small commits, see `write_in_steps`. :param sql: has a `LIMIT :rows_per_commit`."""
@@ -317,6 +343,22 @@ class Database:
             if transaction.count_published():
                 self._unpublish_after_rollback(connection, transaction)
             raise
+        self._delete_unneeded(connection, transaction)
+
+    def _delete_unneeded(self, connection: sqlite3.Connection, transaction: Transaction) -> None:
+        """Delete files after the commit, under new locks: another request may refer to them by now."""
+        try:
+            while digests := transaction.take_unneeded():
+                self._begin(connection)
+                try:
+                    for sha256 in digests:
+                        if not is_needed(connection, sha256):
+                            self._images.delete(sha256)
+                finally:
+                    connection.execute("ROLLBACK")
+        except (sqlite3.Error, OSError):
+            # What was asked for is committed.
+            log.exception("could not delete files that no request needs; the next purge will")
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Get the write lock. Another process holds it for some milliseconds at most.

@@ -17,7 +17,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 #: Staged files of killed processes are deleted when they are older than this.
 LEFTOVER_SECONDS = 3600.0
-
-_IS_REFERENCED = """
-    SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = :sha256)
-        OR EXISTS (SELECT 1 FROM request_files WHERE sha256 = :sha256)
-"""
 
 _IS_NEEDED = """
     SELECT EXISTS (SELECT 1 FROM requests WHERE image_sha256 = :sha256 AND image_deleted_at IS NULL)
@@ -172,13 +167,6 @@ class ImageStore:
         return swept
 
 
-def is_referenced(connection: sqlite3.Connection, sha256: str) -> bool:
-    """Tell whether any request refers to a file. A file without a reference was never acknowledged to a client."""
-    return bool(connection.execute(_IS_REFERENCED, {"sha256": sha256}).fetchone()[0])
-
-
-def delete_unneeded_images(connection: sqlite3.Connection, images: ImageStore, digests: Iterable[str]) -> None:
-    """Delete those files that no request needs any more; call it inside the write that changes the requests."""
-    for sha256 in digests:
-        if not connection.execute(_IS_NEEDED, {"sha256": sha256}).fetchone()[0]:
-            images.delete(sha256)
+def is_needed(connection: sqlite3.Connection, sha256: str) -> bool:
+    """Tell whether any request needs a file. One that none needs was never acknowledged, or is to be deleted."""
+    return bool(connection.execute(_IS_NEEDED, {"sha256": sha256}).fetchone()[0])

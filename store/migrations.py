@@ -20,7 +20,7 @@ from store.amounts import ZERO, to_amount, total
 from store.ledger import BillState
 from store.rows import to_text
 from store.states import RequestState
-from store.webhooks import new_secret
+from store.webhooks import host_of, new_secret
 
 Step = Callable[[sqlite_utils.Database], None]
 
@@ -674,6 +674,69 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m012_locks(db: sqlite_utils.Database) -> None:
+    """Columns and indexes with which no statement holds the write lock for long; batches that arrive in slices."""
+    status = "CASE WHEN state = 'cancelled' AND code = 'expired' THEN 'expired' ELSE state END"
+    for statement in (
+        # One index told answers and files by their image, and read every request with an equal image for both.
+        "DROP INDEX requests_image",
+        "CREATE INDEX requests_answer ON requests (image_sha256, model, digest, params, inputs, key_id) "
+        "WHERE state = 'done'",
+        "CREATE INDEX requests_image_kept ON requests (image_sha256) WHERE image_deleted_at IS NULL",
+        # What retention deletes next: the images that are deleted already are not in it.
+        "CREATE INDEX requests_finished_with_image ON requests (finished_at) "
+        "WHERE finished_at IS NOT NULL AND image_deleted_at IS NULL",
+        # Covers claims, so that requests that may not be claimed yet are skipped quickly.
+        "DROP INDEX requests_queued",
+        "CREATE INDEX requests_queued ON requests (model, number, service, due_at, batch_id) WHERE state = 'queued'",
+        # Pages of a list by status.
+        "DROP INDEX requests_waiting",
+        "DROP INDEX requests_done",
+        f"CREATE INDEX requests_status ON requests ({status}, number)",
+        f"CREATE INDEX requests_key_status ON requests (key_id, {status}, number) WHERE key_id IS NOT NULL",
+        # See `batches.py`: 0 arrived, 1 hidden, 2 visible and not claimed yet.
+        "ALTER TABLE batches ADD COLUMN arrival INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE batches ADD COLUMN arrival_ends_at TEXT",
+        "ALTER TABLE batches ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX batches_arriving ON batches (arrival, id) WHERE arrival > 0",
+        # Deliveries are claimed by owner (an endpoint, a key, or nobody) and host.
+        "ALTER TABLE webhook_deliveries ADD COLUMN owner TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE webhook_deliveries ADD COLUMN host TEXT NOT NULL DEFAULT ''",
+        "CREATE INDEX webhook_deliveries_claimed ON webhook_deliveries (owner, host, next_at) "
+        "WHERE next_at IS NOT NULL",
+        "DROP INDEX webhook_deliveries_dead",
+        "DROP INDEX webhook_deliveries_delivered",
+        "CREATE INDEX webhook_deliveries_ended ON webhook_deliveries (coalesce(delivered_at, dead_at)) "
+        "WHERE next_at IS NULL",
+        # The lists, newest first: every index ends with the rowid.
+        "CREATE INDEX webhook_deliveries_status ON webhook_deliveries "
+        "(CASE WHEN next_at IS NOT NULL THEN 'pending' WHEN delivered_at IS NOT NULL THEN 'delivered' ELSE 'dead' END)",
+        "CREATE INDEX webhook_deliveries_payload ON webhook_deliveries (subject) WHERE payload IS NOT NULL",
+    ):
+        db.execute(statement)
+    pending = db.execute(
+        """
+        SELECT webhook_deliveries.id, url,
+               coalesce(endpoint_id, requests.key_id, batches.key_id, '')
+        FROM webhook_deliveries
+        LEFT JOIN requests ON requests.id = subject LEFT JOIN batches ON batches.id = subject
+        """
+    ).fetchall()
+    for id, url, owner in pending:
+        db.execute("UPDATE webhook_deliveries SET owner = ?, host = ? WHERE id = ?", [owner, host_of(url), id])
+
+
+def m014_webhook_secrets(db: sqlite_utils.Database) -> None:
+    """A secret for each key. Keys that there are keep the one that they shared, until it is rotated."""
+    for statement in (
+        "CREATE TABLE webhook_secrets (owner TEXT PRIMARY KEY, secret TEXT NOT NULL) WITHOUT ROWID",
+        "INSERT INTO webhook_secrets SELECT '', secret FROM webhook_secret",
+        "INSERT INTO webhook_secrets SELECT api_keys.id, secret FROM api_keys, webhook_secret",
+        "DROP TABLE webhook_secret",
+    ):
+        db.execute(statement)
+
+
 def m015_bills(db: sqlite_utils.Database) -> None:
     """Decisions about bills, and agreements that are written off. What was refused before stays refused."""
     settled = "SELECT agreement_id FROM invoices WHERE state IN ('accepted', 'refused')"
@@ -742,6 +805,8 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m012_locks,
+    m014_webhook_secrets,
     m015_bills,
     m016_leaks,
 )

@@ -12,7 +12,7 @@ import enum
 import json
 import sqlite3
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -21,23 +21,33 @@ from typing import Any
 from store.amounts import equal_share
 from store.database import Database, Transaction
 from store.errors import NotCancellable, NotRemovable, NotRetryable, UnknownRequest
-from store.files import NewFile, StoredFile, digests_of_files, files_to_text
-from store.images import ImageStore, StagedImage, delete_unneeded_images
+from store.files import NewFile, StoredFile, digests_of_files, files_from_text, files_to_text
+from store.images import ImageStore, StagedImage
 from store.keys import count_images
 from store.rows import from_row, insert_sql, to_row, to_text
 from store.states import EXPIRED, RequestState
-from store.transition import transition, write_what_follows
+from store.transition import transition
 
 #: Maximum number of items in a chunk, by how often an item was in a chunk that failed as a whole. The last is alone.
 ISOLATION_STEPS = (16, 4, 1)
-#: Requests that one commit deletes or lets expire.
-ROWS_PER_COMMIT = 500
+#: Requests that one commit of many adds, changes or deletes: each changes a page of every index.
+ROWS_PER_COMMIT = 50
 
 #: A request fails after this many failures that it is to blame for.
 MAX_ATTEMPTS = 3
 
+#: Batches whose requests nobody sees yet, see `batches.py`. The first condition selects the index.
+HIDDEN_BATCHES = "SELECT id FROM batches WHERE arrival > 0 AND arrival != 2"
+IS_VISIBLE = f"coalesce(batch_id, '') NOT IN ({HIDDEN_BATCHES})"
+
+# Of a visible batch the earlier answers are given before the rest is claimed.
+_IS_CLAIMABLE = """
+    state = 'queued' AND model = :model AND due_at <= :now AND coalesce(batch_id, '') NOT IN (
+        SELECT id FROM batches WHERE arrival > 0 AND (arrival != 2 OR arrival_ends_at > :now))
+"""
+
 _FIND_ANSWER = """
-    SELECT output, files, digest, provider, seconds, chunk_id FROM requests
+    SELECT output, files, digest, provider, seconds, chunk_id FROM requests INDEXED BY requests_answer
     WHERE image_sha256 = :image_sha256 AND model = :model AND service = :service AND params = :params
       AND inputs = :inputs AND digest = :digest AND state = 'done'
 """
@@ -45,6 +55,9 @@ _FIND_ANSWER = """
 _FIND_OWN_ANSWER = f"{_FIND_ANSWER} AND key_id IS :key_id"
 
 _ADDED = "SELECT * FROM requests WHERE number BETWEEN ? AND ? ORDER BY number"
+
+#: Also a webhook that is sent again then says only that the request or the batch has ended.
+FORGET_PAYLOAD = "UPDATE webhook_deliveries SET payload = NULL WHERE subject = ? AND payload IS NOT NULL"
 
 _ADD_FILE = "INSERT OR IGNORE INTO request_files (number, is_input, sha256) VALUES (?, ?, ?)"
 
@@ -71,9 +84,8 @@ _QUEUED_MODELS = """
 
 # INDEXED BY: without statistics SQLite may choose another index that begins with the model, and then reads every
 # answered request of the model too.
-_OLDEST_DUE = """
-    SELECT created_at FROM requests INDEXED BY requests_queued
-    WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT 1
+_OLDEST_DUE = f"""
+    SELECT created_at FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT 1
 """
 
 _HAS_REQUEUED = """
@@ -81,14 +93,13 @@ _HAS_REQUEUED = """
                    WHERE state = 'queued' AND claimed_at IS NOT NULL AND model = :model AND due_at <= :now)
 """
 
-_COUNT_DUE = """
-    SELECT count(*) FROM (SELECT 1 FROM requests INDEXED BY requests_queued
-                          WHERE state = 'queued' AND model = :model AND due_at <= :now LIMIT :limit)
+_COUNT_DUE = f"""
+    SELECT count(*) FROM (SELECT 1 FROM requests INDEXED BY requests_queued WHERE {_IS_CLAIMABLE} LIMIT :limit)
 """
 
-_NEXT_DUE = """
+_NEXT_DUE = f"""
     number IN (SELECT number FROM requests INDEXED BY requests_queued
-               WHERE state = 'queued' AND model = :model AND due_at <= :now ORDER BY number LIMIT :count)
+               WHERE {_IS_CLAIMABLE} ORDER BY number LIMIT :count)
 """
 
 # The first IN finds the rows, the second compares the tokens.
@@ -107,6 +118,11 @@ _ANSWER = """
     share = :share, code = NULL, reason = NULL
 """
 
+_KNOWN_ANSWER = """
+    output = :output, files = :files, digest = :digest, provider = :provider, seconds = :seconds, chunk_id = :chunk_id,
+    is_cached = 1
+"""
+
 _ANSWERS_OF_CHUNK = "SELECT answers FROM chunks WHERE id = ?"
 
 _SET_ANSWERS_OF_CHUNK = "UPDATE chunks SET answers = ? WHERE id = ?"
@@ -121,6 +137,8 @@ _COUNT_FAILURE = f"""
 
 _HAS_LEASE_ENDED = "state = 'claimed' AND lease_ends_at <= :now"
 
+_SOME_ENDED_LEASES = f"number IN (SELECT number FROM requests WHERE {_HAS_LEASE_ENDED} LIMIT {ROWS_PER_COMMIT})"
+
 #: Of a request that is retried.
 RESET = """
     attempts = 0, due_at = :now, deadline_at = CASE WHEN deadline_at <= :now THEN NULL ELSE deadline_at END
@@ -131,8 +149,9 @@ _RESET_ONE = f"""
     reason = CASE WHEN code = '{EXPIRED}' THEN NULL ELSE reason END
 """
 
-_IS_OVERDUE = "state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now"
+_IS_OVERDUE = f"state = 'queued' AND deadline_at IS NOT NULL AND deadline_at <= :now AND {IS_VISIBLE}"
 
+# Requests of a hidden batch are subtracted: looking for them one by one would take time for each that is queued.
 _BACKLOG = """
     SELECT backlog.*, requests.created_at AS oldest_at FROM (
         SELECT model, min(service) AS service, sum(waiting) AS waiting, sum(claimed) AS claimed,
@@ -141,8 +160,10 @@ _BACKLOG = """
               FROM requests INDEXED BY requests_queued WHERE state = 'queued' GROUP BY model
               UNION ALL
               SELECT model, min(service), 0, count(*), NULL
-              FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model)
-        GROUP BY model
+              FROM requests INDEXED BY requests_claimed WHERE state = 'claimed' GROUP BY model
+              UNION ALL
+              SELECT model, service, -arrived, 0, NULL FROM batches WHERE arrival > 0 AND arrival != 2)
+        GROUP BY model HAVING sum(waiting) > 0 OR sum(claimed) > 0
     ) AS backlog LEFT JOIN requests ON requests.number = oldest_number ORDER BY backlog.model
 """
 
@@ -402,34 +423,48 @@ def request_row(new: NewRequest, staged: StagedImage) -> dict[str, Any]:
 NewItem = tuple[NewRequest, StagedImage, dict[str, Any]]
 
 
-def insert_requests(transaction: Transaction, items: Sequence[NewItem], *, now: datetime) -> list[RequestRecord]:
-    """Publish inputs and insert their requests; call it inside a write. Equal inputs get an earlier answer at once.
+def insert_requests(transaction: Transaction, items: Sequence[NewItem]) -> builtins.list[int]:
+    """Publish inputs and insert their requests as queued; call it inside a write, and then `answer_known`.
 
     :param items: the columns are those that `request_row` returns.
+    :return: the numbers; without gaps, because nobody else writes meanwhile.
     """
-    numbers: list[int | None] = []
-    for new, staged, row in items:
-        earlier = None
+    numbers: list[int] = []
+    labels: list[tuple[int, str | None, str]] = []
+    files: dict[int, Mapping[str, StoredFile]] = {}
+    for _, staged, row in items:
+        transaction.publish(staged)
+        number = transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid
+        assert number is not None
+        numbers.append(number)
+        if row["labels"] != "{}":
+            labels.append((number, row["key_id"], row["labels"]))
+        files[number] = files_from_text(row["inputs"])
+    transaction.execute_many(_ADD_LABELS, labels)
+    _refer_to_files(transaction, files, is_input=True)
+    return numbers
+
+
+def answer_known(
+    transaction: Transaction, numbers: Sequence[int], items: Sequence[NewItem], *, now: datetime
+) -> builtins.list[RequestRecord]:
+    """Answer those new requests for which there is an earlier answer of the same artefact to equal inputs.
+
+    :param numbers: what `insert_requests` returned for these items.
+    :return: all of the requests, as they are now.
+    """
+    known: list[dict[str, Any]] = []
+    for number, (new, _, row) in zip(numbers, items, strict=True):
         if new.digest is not None and not new.is_fresh:
             find = _FIND_ANSWER if new.shares_answers else _FIND_OWN_ANSWER
             earlier = transaction.execute(f"{find} LIMIT 1", {**row, "digest": new.digest}).fetchone()
-        if earlier is not None:
-            ended = {"state": str(RequestState.DONE), "is_cached": True, "finished_at": row["created_at"]}
-            row = {**row, **dict(earlier), **ended}
-        transaction.publish(staged)
-        numbers.append(transaction.execute(f"INSERT INTO {insert_sql('requests', row)}", row).lastrowid)
-    if not numbers:
-        return []
-    # Nobody else writes meanwhile, so the numbers have no gaps.
-    added = transaction.execute(_ADDED, (numbers[0], numbers[-1])).fetchall()
-    labels = [(row["number"], row["key_id"], row["labels"]) for row in added if row["labels"] != "{}"]
-    transaction.execute_many(_ADD_LABELS, labels)
-    records = [_to_record(row) for row in added]
-    _refer_to_files(transaction, {one.number: one.inputs for one in records}, is_input=True)
-    _refer_to_files(transaction, {one.number: one.files for one in records}, is_input=False)
-    done = [row for row in added if row["finished_at"] is not None]
-    write_what_follows(transaction, RequestState.DONE, done, now=now)
-    return records
+            if earlier is not None:
+                known.append({**dict(earlier), "number": number})
+    changed = transition(transaction, RequestState.DONE, "number = :number", known, columns=_KNOWN_ANSWER, now=now)
+    done = {row["number"] for row in changed}
+    files = {each["number"]: files_from_text(each["files"]) for each in known if each["number"] in done}
+    _refer_to_files(transaction, files, is_input=False)
+    return [_to_record(row) for row in transaction.execute(_ADDED, (numbers[0], numbers[-1]))]
 
 
 def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, StoredFile]], *, is_input: bool) -> None:
@@ -438,17 +473,18 @@ def _refer_to_files(transaction: Transaction, files: Mapping[int, Mapping[str, S
     transaction.execute_many(_ADD_FILE, rows)
 
 
-def delete_requests(transaction: Transaction, images: ImageStore, which: str, values: Any) -> int:
-    """Delete requests, their labels, and files that no other request needs; call it inside a write.
+def delete_requests(transaction: Transaction, which: str, values: Any) -> int:
+    """Delete requests, their labels, what webhooks say of them, and after the commit files that no other needs.
 
-    :param which: SQL condition; must exclude requests that have not ended.
+    :param which: SQL condition; must exclude requests that have not ended, except those of a hidden batch.
     :return: how many.
     """
-    sql = f"DELETE FROM requests WHERE {which} RETURNING number, labels, image_sha256, inputs, files"
+    sql = f"DELETE FROM requests WHERE {which} RETURNING id, number, labels, image_sha256, inputs, files"
     deleted = transaction.execute(sql, values).fetchall()
     labels = [(row["number"], row["labels"]) for row in deleted if row["labels"] != "{}"]
     transaction.execute_many(_REMOVE_LABELS, labels)
-    delete_unneeded_images(transaction.connection, images, set().union(*map(digests_of_files, deleted)))
+    transaction.execute_many(FORGET_PAYLOAD, [(row["id"],) for row in deleted])
+    transaction.delete_files(set().union(*map(digests_of_files, deleted)))
     return len(deleted)
 
 
@@ -475,7 +511,8 @@ class Requests:
         def write(transaction: Transaction) -> RequestRecord:
             if new.key_id is not None:
                 count_images(transaction, new.key_id, 1, now=row["created_at"])
-            (added,) = insert_requests(transaction, [(new, staged, row)], now=new.created_at)
+            items = [(new, staged, row)]
+            (added,) = answer_known(transaction, insert_requests(transaction, items), items, now=new.created_at)
             return added
 
         try:
@@ -642,7 +679,7 @@ class Requests:
         :return: how many claims were still valid.
         """
         values = {"claims": _to_json(claims), "code": code, "reason": reason, "due_at": to_text(due_at or now)}
-        return self._release(_ARE_VALID, values, blame, now)
+        return self._database.write(self._release(_ARE_VALID, values, blame, now))
 
     def release_expired(self, now: datetime) -> int:
         """Release every claim whose lease has ended, blaming the chunk. :return: how many."""
@@ -650,9 +687,13 @@ class Requests:
             return 0
         reason = "The batcher that worked on it stopped."
         values = {"code": "lease_ended", "reason": reason, "due_at": to_text(now)}
-        return self._release(_HAS_LEASE_ENDED, values, Blame.CHUNK, now)
+        return self._database.write_in_steps(
+            self._release(_SOME_ENDED_LEASES, values, Blame.CHUNK, now), rows_per_commit=ROWS_PER_COMMIT
+        )
 
-    def _release(self, where: str, values: Mapping[str, Any], blame: Blame, now: datetime) -> int:
+    def _release(
+        self, where: str, values: Mapping[str, Any], blame: Blame, now: datetime
+    ) -> Callable[[Transaction], int]:
         limits = {"blame": blame.value, "alone": len(ISOLATION_STEPS) - 1, "max_attempts": MAX_ATTEMPTS}
         parameters = [{**values, **limits}]
         used_up = f"{where} AND attempts + {_IS_TO_BLAME} >= :max_attempts"
@@ -662,7 +703,7 @@ class Requests:
             queued = transition(transaction, RequestState.QUEUED, where, parameters, columns=_COUNT_FAILURE, now=now)
             return len(failed) + len(queued)
 
-        return self._database.write(write)
+        return write
 
     def cancel(self, id: str, *, now: datetime) -> RequestRecord:
         """Cancel a queued request.
@@ -708,7 +749,7 @@ class Requests:
         """
 
         def write(transaction: Transaction) -> None:
-            if not delete_requests(transaction, self._images, "id = :id AND finished_at IS NOT NULL", {"id": id}):
+            if not delete_requests(transaction, "id = :id AND finished_at IS NOT NULL", {"id": id}):
                 raise UnknownRequest() if transaction.execute(_GET, (id,)).fetchone() is None else NotRemovable()
 
         self._database.write(write)
@@ -743,13 +784,13 @@ class Requests:
     ) -> builtins.list[RequestRecord]:
         """List requests, newest first. :param before: only lower numbers."""
         # The state is in the text, not a parameter: only then can SQLite use the partial indexes.
-        conditions = [f"state = '{RequestState(state)}'"] if state is not None else []
+        conditions = [IS_VISIBLE]
+        conditions += [f"state = '{RequestState(state)}'"] if state is not None else []
         conditions += ["model = :model"] if model is not None else []
         conditions += ["number < :before"] if before is not None else []
-        where = " AND ".join(conditions) or "1"
         with self._database.read() as connection:
             rows = connection.execute(
-                f"SELECT * FROM requests WHERE {where} ORDER BY number DESC LIMIT :limit",
+                f"SELECT * FROM requests WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT :limit",
                 {"model": model, "before": before, "limit": limit},
             ).fetchall()
             return read_requests(connection, rows)

@@ -6,15 +6,17 @@ for the write lock.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from store.batches import Batches
 from store.changes import Changes
-from store.database import Database, Transaction
+from store.database import Database, Transaction, WriteFunction
 from store.files import digests_of_inputs
-from store.images import ImageStore, delete_unneeded_images, is_referenced
+from store.images import ImageStore, is_needed
 from store.migrations import KEEP_UNTIL_SQL
-from store.requests import delete_requests
+from store.requests import ROWS_PER_COMMIT, delete_requests
 from store.rows import to_text
 from store.webhooks import Webhooks
 
@@ -22,8 +24,6 @@ from store.webhooks import Webhooks
 KEEP_CHANGES = timedelta(days=1)
 #: How long delivered and dead webhook deliveries are kept, to be shown and sent again.
 KEEP_DELIVERIES = timedelta(days=7)
-#: Rows that one commit touches.
-ROWS_PER_COMMIT = 500
 
 # Some requests of each kind, as conditions.
 _OLD = f"""
@@ -51,7 +51,7 @@ _FORGET_INPUTS = "DELETE FROM request_files WHERE number = ? AND is_input"
 _BATCHES_TO_PURGE = f"""
     SELECT id FROM batches
     WHERE (created_at < :before OR {KEEP_UNTIL_SQL.replace("finished_at", "created_at")} <= :now)
-      AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id) LIMIT :rows_per_commit
+      AND arrival = 0 AND NOT EXISTS (SELECT 1 FROM requests WHERE batch_id = batches.id)
 """
 
 
@@ -70,11 +70,19 @@ class PurgeReport:
 class Retention:
     """Deleting what is old, changes and webhook deliveries included."""
 
-    def __init__(self, database: Database, images: ImageStore, changes: Changes, webhooks: Webhooks) -> None:
+    def __init__(
+        self, database: Database, images: ImageStore, batches: Batches, changes: Changes, webhooks: Webhooks
+    ) -> None:
         self._database = database
         self._images = images
+        self._batches = batches
         self._changes = changes
         self._webhooks = webhooks
+        self._is_stopping = threading.Event()
+
+    def stop(self) -> None:
+        """End a purge that is in progress soon. The next one goes on."""
+        self._is_stopping.set()
 
     def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
@@ -82,6 +90,7 @@ class Retention:
         :param images_before: images of requests that ended before this time are deleted.
         :param results_before: requests that ended before this time are deleted.
         """
+        self._batches.finish_interrupted(now=now)
         results = self._purge_requests(_OLD, results_before) + self._purge_requests(_OLD_FOR_OWNER, now)
         images = self._purge_images(images_before, now)
         self._purge_batches(results_before, now)
@@ -92,50 +101,35 @@ class Retention:
 
     def _purge_requests(self, which: str, before: datetime) -> int:
         values = {"before": to_text(before)}
-        return self._database.write_in_steps(
-            lambda transaction: delete_requests(transaction, self._images, which, values),
-            rows_per_commit=ROWS_PER_COMMIT,
-        )
+        return self._in_steps(lambda transaction: delete_requests(transaction, which, values))
 
     def _purge_images(self, before: datetime, now: datetime) -> int:
         values = {"before": to_text(before), "now": to_text(now)}
 
         def write(transaction: Transaction) -> int:
             found = transaction.execute(_DELETE_IMAGES, values).fetchall()
-            # The files are deleted before the commit: a crash in between leaves a finished request without its image,
-            # which is what retention intends, never a queued one.
             transaction.execute_many(_FORGET_INPUTS, [(row["number"],) for row in found])
-            digests = set().union(*map(digests_of_inputs, found))
-            delete_unneeded_images(transaction.connection, self._images, digests)
+            transaction.delete_files(set().union(*map(digests_of_inputs, found)))
             return len(found)
 
-        return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        return self._in_steps(write)
+
+    def _in_steps(self, write: WriteFunction[int]) -> int:
+        return self._database.write_in_steps(
+            lambda transaction: 0 if self._is_stopping.is_set() else write(transaction), rows_per_commit=ROWS_PER_COMMIT
+        )
 
     def _purge_batches(self, before: datetime, now: datetime) -> None:
         """Delete batches that have no requests left."""
-        values = {"before": to_text(before), "now": to_text(now), "rows_per_commit": ROWS_PER_COMMIT}
-
-        def write(transaction: Transaction) -> int:
-            found = transaction.execute(_BATCHES_TO_PURGE, values).fetchall()
-            for (id,) in found:
-                transaction.execute("DELETE FROM batch_refusals WHERE batch_id = ?", (id,))
-                transaction.execute("DELETE FROM batches WHERE id = ?", (id,))
-            return len(found)
-
-        self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
+        for (id,) in self._database.rows(_BATCHES_TO_PURGE, {"before": to_text(before), "now": to_text(now)}):
+            self._batches.delete_empty(id)
 
     def _sweep(self, now: datetime) -> int:
-        """Delete files that killed processes left: staged ones, and images whose row was never committed."""
+        """Delete files that killed processes left: staged ones, and those that no request needs."""
         swept = self._images.sweep_staging(now=now.timestamp())
         with self._database.read() as connection:
-            candidates = [sha256 for sha256 in self._images.list_digests() if not is_referenced(connection, sha256)]
-
-        def write(transaction: Transaction) -> int:
+            unneeded = [sha256 for sha256 in self._images.list_digests() if not is_needed(connection, sha256)]
+        if unneeded:
             # Checked again under the lock: a row may have been added since.
-            return sum(
-                self._images.delete(sha256)
-                for sha256 in candidates
-                if not is_referenced(transaction.connection, sha256)
-            )
-
-        return swept + self._database.write(write) if candidates else swept
+            self._database.write(lambda transaction: transaction.delete_files(unneeded))
+        return swept + sum(not self._images.path(sha256).exists() for sha256 in unneeded)

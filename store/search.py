@@ -4,7 +4,8 @@ Used by `server/api/views/requests.py` and by the pages. `Requests.list` is for 
 
 A page takes bounded time: only so many requests are scanned. When few of them match, a page comes back short, or empty,
 and `next_before` tells where to go on; only None is the end. A filter that is used alone (a state, a model, a batch, a
-label, a key, a label of a key) has an index of its own, so its pages are always full.
+label, a key, a label of a key), and a state together with a key, has an index of its own, so its pages are full, except
+while a large batch arrives, whose requests are hidden.
 
 With a key, only requests of that key are walked over. Otherwise `next_before` would tell a client about the requests of
 others: that many have a label, or belong to a batch.
@@ -23,7 +24,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from store.database import Database
-from store.requests import RequestRecord, read_requests
+from store.requests import IS_VISIBLE, RequestRecord, read_requests
 from store.rows import to_text
 from store.states import EXPIRED, RequestState
 
@@ -32,6 +33,9 @@ MAX_ROWS_SCANNED = 5_000
 MAX_NAMES_SCANNED = 30_000
 #: Requests that arrive at the same time may be numbered in a different order from their times, but within this.
 MAX_ARRIVAL_SKEW_SECONDS = 120.0
+
+# As in the indexes `requests_status` and `requests_key_status`.
+_STATUS = f"CASE WHEN state = '{RequestState.CANCELLED}' AND code = '{EXPIRED}' THEN '{EXPIRED}' ELSE state END"
 
 _FIRST_SINCE = "SELECT number FROM requests WHERE created_at >= ? ORDER BY created_at LIMIT 1"
 
@@ -67,6 +71,7 @@ class _SearchSql:
 
     def __init__(self, query: Query, before: int | None, limit: int) -> None:
         self.values: dict[str, Any] = {
+            "status": query.status,
             "batch_id": query.batch_id,
             "key_id": query.key_id,
             "model": query.model,
@@ -81,12 +86,14 @@ class _SearchSql:
         self.scan_limit = MAX_ROWS_SCANNED
         self._choose_index(query)
         if not self.filters:
-            self.scan_limit = limit + 1
+            # The walk ends with the page, unless what it meets is hidden.
+            self.scan_limit = MAX_NAMES_SCANNED
+        self.filters.append(IS_VISIBLE)
         self.values["scan_limit"] = self.scan_limit
 
     def _choose_index(self, query: Query) -> None:
         labels = list(query.labels)
-        state = self._state_of(query)
+        status = f"{_STATUS} = :status"
         if query.batch_id is not None:
             self._use_index("requests_batch", "batch_id = :batch_id")
             if query.key_id is not None:
@@ -101,20 +108,18 @@ class _SearchSql:
             if query.key_id is not None:
                 self.source += " INDEXED BY request_labels_key"
                 self.index_conditions.append("key_id = :key_id")
-        elif state is not None and state not in (RequestState.DONE, RequestState.CLAIMED) and query.key_id is None:
-            if state is RequestState.QUEUED and query.model is not None:
-                self._use_index("requests_queued", "model = :model", "state = 'queued'")
-            else:
-                index = "requests_waiting" if state is RequestState.QUEUED else f"requests_{state}"
-                self._use_index(index, f"state = '{state}'")
-        elif state is RequestState.CLAIMED and query.key_id is None:
-            self._use_index("requests_claimed", "state = 'claimed'")
+        elif query.key_id is not None and query.status is not None:
+            self._use_index("requests_key_status", "key_id = :key_id", status)
         elif query.key_id is not None:
             self._use_index("requests_key", "key_id = :key_id")
+        elif query.status == RequestState.QUEUED and query.model is not None:
+            self._use_index("requests_queued", "model = :model", "state = 'queued'")
+        elif query.status == RequestState.DONE and query.model is not None:
+            self._use_index("requests_model", "model = :model")  # most requests of a model are done
+        elif query.status is not None:
+            self._use_index("requests_status", status)
         elif query.model is not None:
             self._use_index("requests_model", "model = :model")
-        elif state is not None:
-            self._use_index("requests_done", f"state = '{state}'")
         elif query.text is not None:
             # LIKE is evaluated on the index alone, so many more fit into the same time.
             self._use_index("requests_name", "name IS NOT NULL")
@@ -124,15 +129,10 @@ class _SearchSql:
             (query.batch_id, "batch_id = :batch_id"),
             (query.key_id, "key_id = :key_id"),
             (query.model, "model = :model"),
+            (query.status, status),
         ):
             if given is not None and condition not in indexed:
                 self.filters.append(condition)
-        if state is not None and f"state = '{state}'" not in indexed:
-            self.filters.append(f"state = '{state}'")
-        if query.status == EXPIRED:
-            self.filters.append(f"code = '{EXPIRED}'")
-        elif state is RequestState.CANCELLED:
-            self.filters.append(f"code IS NOT '{EXPIRED}'")
         for position, (name, value) in enumerate(labels):
             self.values |= {f"name_{position}": name, f"value_{position}": value}
             self.filters.append(
@@ -148,17 +148,11 @@ class _SearchSql:
                 self.values[name] = to_text(moment)
                 self.filters.append(f"created_at {sign} :{name}")
 
-    @staticmethod
-    def _state_of(query: Query) -> RequestState | None:
-        if query.status is None:
-            return None
-        return RequestState.CANCELLED if query.status == EXPIRED else RequestState(query.status)
-
     def _use_index(self, index: str, *conditions: str) -> None:
         self.source = f"requests INDEXED BY {index}"
         self.index_conditions += conditions
-        if index in ("requests_waiting", "requests_done", "requests_model"):
-            self.index_conditions.append("number > 0")  # the indexes require it, see m005_batches
+        if index == "requests_model":
+            self.index_conditions.append("number > 0")  # the index requires it, see m005_batches
 
     def add_time_bounds(self, connection: sqlite3.Connection, since: datetime | None, until: datetime | None) -> None:
         """Turn times into numbers, so that the walk starts and ends near them."""

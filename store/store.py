@@ -62,7 +62,7 @@ class Store:
         self.controls = Controls(self.database)
         self.changes = Changes(self.database)
         self.webhooks = Webhooks(self.database)
-        self.retention = Retention(self.database, self.images, self.changes, self.webhooks)
+        self.retention = Retention(self.database, self.images, self.batches, self.changes, self.webhooks)
 
     def migrate(self) -> list[str]:
         """Create the home if necessary and bring the database to the current schema.

@@ -22,6 +22,7 @@ from typing import Any
 from store.database import Transaction
 from store.rows import from_text, to_text
 from store.states import EXPIRED, RequestState
+from store.webhooks import host_of
 
 #: Upper bounds, in seconds, of the histogram of the time from a request's arrival to its end. Stored with the counts.
 DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600, 14400, 86400, float("inf"))
@@ -45,7 +46,7 @@ _TIMES = {
 }
 
 #: What follows from these columns; a claim has some more.
-_COLUMNS = "number, id, model, created_at, finished_at, code, is_cached, batch_id, webhook"
+_COLUMNS = "number, id, model, created_at, finished_at, code, is_cached, batch_id, key_id, webhook"
 _COLUMNS_OF_CLAIM = f"{_COLUMNS}, token, service, params, image_sha256, image_bytes, inputs, attempts, isolation"
 
 _ADD_CHANGE = "INSERT INTO changes (number, batch_id, state, at) VALUES (?, ?, ?, ?)"
@@ -56,7 +57,7 @@ _ADD_TO_TOTALS = """
     DO UPDATE SET count = count + excluded.count, seconds = seconds + excluded.seconds
 """
 
-_COUNT_ENDED = "UPDATE batches SET ended = ended + ? WHERE id = ? RETURNING ended, total, webhook"
+_COUNT_ENDED = "UPDATE batches SET ended = ended + ? WHERE id = ? RETURNING id, ended, total, key_id, webhook"
 
 _SET_ENDED_NUMBER = "UPDATE requests SET ended_number = ? WHERE number = ?"
 
@@ -65,8 +66,8 @@ _IS_WAITING = "SELECT 1 FROM requests WHERE batch_id = ? AND state IN ('queued',
 _ENDPOINTS = "SELECT id, url, events FROM webhook_endpoints WHERE disabled_at IS NULL"
 
 _ADD_DELIVERY = """
-    INSERT INTO webhook_deliveries (id, endpoint_id, url, event, subject, state, created_at, next_at)
-    VALUES (:id, :endpoint_id, :url, :event, :subject, :state, :at, :at)
+    INSERT INTO webhook_deliveries (id, endpoint_id, owner, host, url, event, subject, state, created_at, next_at)
+    VALUES (:id, :endpoint_id, :owner, :host, :url, :event, :subject, :state, :at, :at)
 """
 
 
@@ -98,7 +99,7 @@ def transition(
 
 
 def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequence[Any], *, now: datetime) -> None:
-    """Write what follows from a change of state; apart from `transition` only for requests that are added as done.
+    """Write what follows from a change of state; apart from `transition` only for a benchmark's requests.
 
     :param changed: rows of the requests in their new state.
     """
@@ -109,7 +110,13 @@ def write_what_follows(transaction: Transaction, to: RequestState, changed: Sequ
     if to.is_final:
         _add_to_totals(transaction, to, changed)
         ended_batches = _number_ends(transaction, changed)
-        _queue_webhooks(transaction, to, changed, ended_batches, at)
+        events = [("request.done", row["id"], str(to), row["key_id"], row["webhook"]) for row in changed]
+        _queue_webhooks(transaction, [*events, *map(_batch_done, ended_batches)], at)
+
+
+def end_empty_batch(transaction: Transaction, batch: Any, *, now: datetime) -> None:
+    """Write what follows from the end of a batch that has no requests. :param batch: its row."""
+    _queue_webhooks(transaction, [_batch_done(batch)], to_text(now))
 
 
 def _add_to_totals(transaction: Transaction, to: RequestState, ended: Sequence[Any]) -> None:
@@ -127,8 +134,8 @@ def _add_to_totals(transaction: Transaction, to: RequestState, ended: Sequence[A
     transaction.execute_many(_ADD_TO_TOTALS, [(*key, len(seconds), sum(seconds)) for key, seconds in totals.items()])
 
 
-def _number_ends(transaction: Transaction, ended: Sequence[Any]) -> list[tuple[str, str | None]]:
-    """Number the requests that ended within their batches. :return: (id, webhook) of batches that have ended now."""
+def _number_ends(transaction: Transaction, ended: Sequence[Any]) -> list[Any]:
+    """Number the requests that ended within their batches. :return: rows of batches that have ended now."""
     numbers: dict[str, list[int]] = defaultdict(list)
     for row in ended:
         if row["batch_id"] is not None:
@@ -141,31 +148,33 @@ def _number_ends(transaction: Transaction, ended: Sequence[Any]) -> list[tuple[s
             # `ended` counts every end, also one after a retry.
             is_counted = batch["ended"] >= batch["total"]
             if is_counted and transaction.execute(_IS_WAITING, (batch_id,)).fetchone() is None:
-                ended_batches.append((batch_id, batch["webhook"]))
+                ended_batches.append(batch)
     return ended_batches
 
 
-def _queue_webhooks(
-    transaction: Transaction,
-    to: RequestState,
-    ended: Sequence[Any],
-    ended_batches: Sequence[tuple[str, str | None]],
-    at: str,
-) -> None:
+#: A message: event, id of the request or batch, its state, its key, and its own webhook.
+_Event = tuple[str, str, str, str | None, str | None]
+
+
+def _batch_done(batch: Any) -> _Event:
+    return "batch.done", batch["id"], str(RequestState.DONE), batch["key_id"], batch["webhook"]
+
+
+def _queue_webhooks(transaction: Transaction, events: Sequence[_Event], at: str) -> None:
     endpoints = transaction.execute(_ENDPOINTS).fetchall()
-    events = [("request.done", row["id"], str(to), row["webhook"]) for row in ended]
-    events += [("batch.done", batch_id, str(RequestState.DONE), webhook) for batch_id, webhook in ended_batches]
     deliveries = [
         {
             "id": f"msg_{secrets.token_hex(16)}",
             "endpoint_id": endpoint_id,
+            "owner": endpoint_id or key_id or "",
+            "host": host_of(url),
             "url": url,
             "event": event,
             "subject": subject,
             "state": state,
             "at": at,
         }
-        for event, subject, state, webhook in events
+        for event, subject, state, key_id, webhook in events
         for endpoint_id, url in (
             *((endpoint["id"], endpoint["url"]) for endpoint in endpoints if event in endpoint["events"].split(",")),
             *([] if webhook is None else [(None, webhook)]),

@@ -1,21 +1,31 @@
-"""Webhooks: the tables `webhook_endpoints`, `webhook_deliveries` and `webhook_secret`.
+"""Webhooks: the tables `webhook_endpoints`, `webhook_deliveries` and `webhook_secrets`.
 
 Commands and views manage endpoints, `server/webhooks.py` sends. `transition` adds a delivery in the
 transaction that makes a request or batch final, so there is exactly one for each event and URL. A delivery is sent at
 least once: when a sender dies, another one claims its delivery after the lease has ended.
+
+A delivery belongs to an owner: the endpoint, else the key with which its URL was sent, else nobody (""). Claims are
+divided among owners, so that one whose receivers do not answer delays only itself; and among its hosts. Each owner has
+a secret of its own.
+
+Weakness: of an owner with more than MAX_HOSTS_PER_CLAIM hosts, one claim sees only a part of them.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+import re
 import secrets
-from collections.abc import Collection
+import sqlite3
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from provider_image.errors import MlgError
-from store.database import Database, Transaction
+from store.database import Database
 from store.rows import from_row, insert_sql, to_row, to_text
 
 #: The events. A request is done when it is final, whatever the outcome; a batch when all of its requests are.
@@ -23,26 +33,45 @@ EVENTS = ("request.done", "batch.done")
 #: Prefix that marks a text as a webhook secret.
 SECRET_PREFIX = "whsec_"
 _SECRET_BYTES = 32
-#: Deliveries that one claim takes for one URL.
-MAX_DELIVERIES_PER_URL = 4
+#: Deliveries to one host of an owner that a process sends at once.
+MAX_DELIVERIES_PER_HOST = 4
+#: Hosts of one owner that one claim looks at; the next one looks at those behind them.
+MAX_HOSTS_PER_CLAIM = 100
 
-#: Deliveries that one commit deletes.
-ROWS_PER_COMMIT = 500
+#: Deliveries that one commit changes or deletes.
+ROWS_PER_COMMIT = 100
 
 _IS_DUE = """
     SELECT 1 FROM webhook_deliveries WHERE next_at IS NOT NULL AND next_at <= ? LIMIT 1
 """
 
-# A few for each URL, so that a URL that does not answer does not delay the others.
+# Skip scans: one step of the index for each owner and host, however many deliveries wait.
+_NEXT_OWNER = """
+    SELECT min(owner) FROM webhook_deliveries INDEXED BY webhook_deliveries_claimed
+    WHERE next_at IS NOT NULL AND owner >= ?
+"""
+
+_NEXT_HOST = """
+    SELECT min(host) FROM webhook_deliveries INDEXED BY webhook_deliveries_claimed
+    WHERE next_at IS NOT NULL AND owner = ? AND host >= ?
+"""
+
+_DUE = """
+    SELECT id, next_at FROM webhook_deliveries INDEXED BY webhook_deliveries_claimed
+    WHERE next_at IS NOT NULL AND owner = ? AND host = ? AND next_at <= ? ORDER BY next_at LIMIT ?
+"""
+
 _CLAIM = """
     UPDATE webhook_deliveries SET attempts = attempts + 1, next_at = :lease_ends_at
-    WHERE id IN (
-        SELECT id FROM (
-            SELECT id, next_at, row_number() OVER (PARTITION BY url ORDER BY next_at, id) AS place
-            FROM webhook_deliveries
-            WHERE next_at IS NOT NULL AND next_at <= :now AND url NOT IN (SELECT value FROM json_each(:except_urls)))
-        WHERE place <= :max_per_url ORDER BY next_at LIMIT :limit)
+    WHERE id IN (SELECT value FROM json_each(:ids)) AND next_at <= :now
     RETURNING *
+"""
+
+# Not when the request or batch was deleted meanwhile: what was said of it must not stay.
+_SAVE_PAYLOAD = """
+    UPDATE webhook_deliveries SET payload = coalesce(payload, :payload)
+    WHERE id = :id AND (EXISTS (SELECT 1 FROM requests WHERE requests.id = subject)
+                        OR EXISTS (SELECT 1 FROM batches WHERE batches.id = subject))
 """
 
 # The number of attempts is the fencing token.
@@ -52,9 +81,13 @@ _FINISH_DELIVERY = """
     WHERE id = :id AND attempts = :attempts AND next_at IS NOT NULL
 """
 
-_GIVE_UP = """
-    UPDATE webhook_deliveries SET next_at = NULL, dead_at = :now, last_error = :reason
-    WHERE endpoint_id = :id AND next_at IS NOT NULL
+_SOME_PENDING = """
+    id IN (SELECT id FROM webhook_deliveries INDEXED BY webhook_deliveries_claimed
+           WHERE owner = :id AND next_at IS NOT NULL LIMIT :rows_per_commit)
+"""
+
+_GIVE_UP = f"""
+    UPDATE webhook_deliveries SET next_at = NULL, dead_at = :now, last_error = :reason WHERE {_SOME_PENDING}
 """
 
 _REDELIVER = """
@@ -64,23 +97,33 @@ _REDELIVER = """
 
 _PURGE = """
     DELETE FROM webhook_deliveries WHERE id IN (
-        SELECT id FROM webhook_deliveries WHERE delivered_at < :before
-        UNION ALL
-        SELECT id FROM webhook_deliveries WHERE dead_at < :before
-        LIMIT :rows_per_commit)
+        SELECT id FROM webhook_deliveries INDEXED BY webhook_deliveries_ended
+        WHERE next_at IS NULL AND coalesce(delivered_at, dead_at) < :before LIMIT :rows_per_commit)
 """
 
-_WHICH = {
-    None: "1",
-    "pending": "next_at IS NOT NULL",
-    "delivered": "delivered_at IS NOT NULL",
-    "dead": "dead_at IS NOT NULL",
-}
+# As in the index `webhook_deliveries_status`. Rows are numbered in the order in which they were added.
+_STATUS = "CASE WHEN next_at IS NOT NULL THEN 'pending' WHEN delivered_at IS NOT NULL THEN 'delivered' ELSE 'dead' END"
+
+_LIST = f"SELECT * FROM webhook_deliveries WHERE {_STATUS} = :status ORDER BY rowid DESC LIMIT :limit"
+
+_LIST_ALL = "SELECT * FROM webhook_deliveries ORDER BY rowid DESC LIMIT :limit"
+
+# A key that has none yet gets one that nobody knows, until it is rotated.
+_ADD_SECRET = "INSERT OR IGNORE INTO webhook_secrets (owner, secret) VALUES (?, ?)"
+
+_ROTATE_SECRET = """
+    INSERT INTO webhook_secrets (owner, secret) VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET secret = excluded.secret
+"""
 
 
 def new_secret() -> str:
     """Make a secret for signing deliveries."""
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL, with its port; of any text, because a URL is checked where it comes in."""
+    return re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2].lower()
 
 
 class UnknownWebhook(MlgError):
@@ -114,6 +157,10 @@ class DeliveryRecord:
     id: str
     #: The endpoint; None for a URL that was sent with a request or batch.
     endpoint_id: str | None
+    #: The endpoint's id, or the id of the key that the URL was sent with; empty without one.
+    owner: str
+    #: Host of the URL, with its port.
+    host: str
     url: str
     #: One of EVENTS.
     event: str
@@ -147,6 +194,11 @@ class Webhooks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        #: Owner -> host with which the next claim begins; only of owners with many hosts.
+        self._first_hosts: dict[str, str] = {}
+        #: Owner -> number of the claim that took its deliveries last.
+        self._last_claims: dict[str, int] = {}
+        self._claims = 0
 
     def add_endpoint(self, endpoint: EndpointRecord) -> None:
         """Add an endpoint."""
@@ -156,54 +208,113 @@ class Webhooks:
     def remove_endpoint(self, id: str) -> None:
         """Remove an endpoint and its pending deliveries. :raises UnknownWebhook:"""
 
-        def write(transaction: Transaction) -> int:
-            transaction.execute("DELETE FROM webhook_deliveries WHERE endpoint_id = ? AND next_at IS NOT NULL", (id,))
-            return transaction.execute("DELETE FROM webhook_endpoints WHERE id = ?", (id,)).rowcount
-
-        if not self._database.write(write):
+        if not self._database.execute("DELETE FROM webhook_endpoints WHERE id = ?", (id,)):
             raise UnknownWebhook(f"There is no webhook {id[:80]}. See: mlg webhooks list")
+        self._database.execute_in_steps(
+            f"DELETE FROM webhook_deliveries WHERE {_SOME_PENDING}", {"id": id}, rows_per_commit=ROWS_PER_COMMIT
+        )
 
     def list_endpoints(self) -> list[EndpointRecord]:
         """List the endpoints, oldest first."""
         rows = self._database.rows("SELECT * FROM webhook_endpoints ORDER BY created_at, id")
         return [from_row(EndpointRecord, row, events=tuple(row["events"].split(","))) for row in rows]
 
-    def secret(self, endpoint_id: str | None) -> str:
-        """Return the secret that signs deliveries to an endpoint.
+    def secret(self, endpoint_id: str | None, key_id: str = "") -> str:
+        """Return the secret that signs deliveries to an endpoint, or to URLs that were sent with a key.
 
         :param endpoint_id: None for URLs that were sent with requests and batches.
-        :raises UnknownWebhook:
+        :param key_id: empty for those that were sent without a key.
+        :raises UnknownWebhook: there is no such endpoint.
         """
-        if endpoint_id is None:
-            row = self._database.row("SELECT secret FROM webhook_secret")
-        else:
+        if endpoint_id is not None:
             row = self._database.row("SELECT secret FROM webhook_endpoints WHERE id = ?", (endpoint_id,))
+            if row is None:
+                raise UnknownWebhook()
+            return str(row[0])
+        read = "SELECT secret FROM webhook_secrets WHERE owner = ?"
+        row = self._database.row(read, (key_id,))
         if row is None:
-            raise UnknownWebhook()
+            self._database.execute(_ADD_SECRET, (key_id, new_secret()))
+            row = self._database.row(read, (key_id,))
         return str(row[0])
 
+    def rotate_secret(self, endpoint_id: str | None, key_id: str = "") -> str:
+        """Replace a secret at once; the parameters are those of `secret`. :return: the new one.
+
+        :raises UnknownWebhook:
+        """
+        secret = new_secret()
+        if endpoint_id is None:
+            self._database.execute(_ROTATE_SECRET, (key_id, secret))
+        elif not self._database.execute("UPDATE webhook_endpoints SET secret = ? WHERE id = ?", (secret, endpoint_id)):
+            raise UnknownWebhook(f"There is no webhook {endpoint_id[:80]}. See: mlg webhooks list")
+        return secret
+
     def claim_deliveries(
-        self, *, now: datetime, lease_ends_at: datetime, limit: int, except_urls: Collection[str]
+        self,
+        *,
+        now: datetime,
+        lease_ends_at: datetime,
+        limit: int,
+        per_owner: int,
+        sending: Collection[tuple[str, str]] = (),
     ) -> list[DeliveryRecord]:
-        """Claim due deliveries, the longest due first, at most MAX_DELIVERIES_PER_URL for each URL."""
-        # Reading needs no write lock, and most calls find nothing.
+        """Claim due deliveries, in turns of their owners, and of an owner's in turns of its hosts.
+
+        :param per_owner: how many of one owner may be in progress, and of one host MAX_DELIVERIES_PER_HOST.
+        :param sending: owner and host of each delivery that the process has in progress.
+        """
+        # Reading needs no write lock: it is held only for those that were chosen.
         if self._database.row(_IS_DUE, (to_text(now),)) is None:
             return []
-        values = {
-            "now": to_text(now),
-            "lease_ends_at": to_text(lease_ends_at),
-            "limit": limit,
-            "max_per_url": MAX_DELIVERIES_PER_URL,
-            "except_urls": json.dumps(sorted(except_urls)),
-        }
+        owners, hosts = Counter(owner for owner, _ in sending), Counter(sending)
+        #: (how many of the owner are in progress by then, when it had its last turn, id, owner).
+        found: list[tuple[int, int, str, str]] = []
+        with self._database.read() as connection:
+            for owner in self._values(connection, _NEXT_OWNER, ()):
+                count = per_owner - owners[owner]
+                if count > 0:
+                    due = self._due(connection, owner, hosts, to_text(now))
+                    last = self._last_claims.get(owner, 0)
+                    found += [(owners[owner] + turn, last, id, owner) for turn, id in enumerate(due[:count])]
+        chosen = sorted(found)[:limit]
+        if not chosen:
+            return []
+        self._claims += 1
+        self._last_claims |= {owner: self._claims for *_, owner in chosen}
+        ids = [id for _, _, id, _ in chosen]
+        values = {"ids": json.dumps(ids), "now": to_text(now), "lease_ends_at": to_text(lease_ends_at)}
         rows = self._database.write(lambda transaction: transaction.execute(_CLAIM, values).fetchall())
         return [from_row(DeliveryRecord, row) for row in rows]
 
-    def save_payload(self, id: str, payload: str) -> None:
-        """Save the body of a delivery, so that every attempt sends the same. The first one counts."""
-        self._database.execute(
-            "UPDATE webhook_deliveries SET payload = coalesce(payload, ?) WHERE id = ?", (payload, id)
-        )
+    def _due(
+        self, connection: sqlite3.Connection, owner: str, sending: Mapping[tuple[str, str], int], now: str
+    ) -> list[str]:
+        """Return the ids of an owner's deliveries that may be claimed, in turns of the hosts, the oldest first."""
+        first = self._first_hosts.pop(owner, "")
+        hosts = list(itertools.islice(self._values(connection, _NEXT_HOST, (owner,), first), MAX_HOSTS_PER_CLAIM))
+        if len(hosts) == MAX_HOSTS_PER_CLAIM:
+            self._first_hosts[owner] = f"{hosts[-1]}\0"
+        due = []
+        for host in hosts:
+            count = max(0, MAX_DELIVERIES_PER_HOST - sending.get((owner, host), 0))
+            rows = connection.execute(_DUE, (owner, host, now, count)).fetchall()
+            due += [(turn, next_at, id) for turn, (id, next_at) in enumerate(rows)]
+        return [id for *_, id in sorted(due)]
+
+    @staticmethod
+    def _values(connection: sqlite3.Connection, sql: str, first: tuple[str, ...], start: str = "") -> Iterator[str]:
+        """Walk over the different values of a column, in order. :param sql: finds the first from a value on."""
+        while (value := connection.execute(sql, (*first, start)).fetchone()[0]) is not None:
+            yield value
+            start = f"{value}\0"
+
+    def save_payload(self, id: str, payload: str) -> bool:
+        """Save the body of a delivery, so that every attempt sends the same. The first one counts.
+
+        :return: False when the request or batch was deleted meanwhile; then nothing was saved.
+        """
+        return bool(self._database.execute(_SAVE_PAYLOAD, {"id": id, "payload": payload}))
 
     def delete_delivery(self, id: str) -> None:
         """Delete a delivery whose event no longer holds."""
@@ -237,22 +348,15 @@ class Webhooks:
     def disable_endpoint(self, id: str, *, reason: str, now: datetime) -> None:
         """Disable an endpoint and give up its pending deliveries."""
         row = {"id": id, "reason": reason, "now": to_text(now)}
-
-        def write(transaction: Transaction) -> None:
-            transaction.execute(
-                "UPDATE webhook_endpoints SET disabled_at = :now, disabled_reason = :reason WHERE id = :id", row
-            )
-            transaction.execute(_GIVE_UP, row)
-
-        self._database.write(write)
+        self._database.execute(
+            "UPDATE webhook_endpoints SET disabled_at = :now, disabled_reason = :reason WHERE id = :id", row
+        )
+        self._database.execute_in_steps(_GIVE_UP, row, rows_per_commit=ROWS_PER_COMMIT)
 
     def list_deliveries(self, *, status: str | None = None, limit: int = 50) -> list[DeliveryRecord]:
         """List deliveries, newest first. :param status: one of DELIVERY_STATES; None lists all."""
-        return self._database.records(
-            DeliveryRecord,
-            f"SELECT * FROM webhook_deliveries WHERE {_WHICH[status]} ORDER BY created_at DESC, id LIMIT ?",
-            (limit,),
-        )
+        sql = _LIST_ALL if status is None else _LIST
+        return self._database.records(DeliveryRecord, sql, {"status": status, "limit": limit})
 
     def redeliver(self, id: str, *, now: datetime) -> DeliveryRecord:
         """Queue a delivery again, due now, its attempts reset. :raises UnknownWebhook:"""

@@ -224,7 +224,9 @@ def check_what_followed(before: Facts, after: Facts) -> None:
     batches_of_ended = Counter(request["batch_id"] for request in ended.values() if request["batch_id"])
     waiting = {r["batch_id"] for r in after.requests.values() if r["state"] in ("queued", "claimed")}
     events = [("request.done", request["id"], request["state"], request["webhook"]) for request in ended.values()]
-    events += [("batch.done", id, "done", after.batches[id]["webhook"]) for id in batches_of_ended if id not in waiting]
+    empty = [id for id, batch in after.batches.items() if not batch["total"] and id not in before.batches]
+    ended_batches = [*(id for id in batches_of_ended if id not in waiting), *empty]
+    events += [("batch.done", id, "done", after.batches[id]["webhook"]) for id in ended_batches]
     deliveries = Counter(
         (endpoint_id, url, event, subject, state)
         for event, subject, state, webhook in events

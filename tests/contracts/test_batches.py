@@ -156,6 +156,22 @@ def test_the_cost_of_a_batch_is_the_exact_sum_of_its_shares(store: Store) -> Non
     assert not progress.is_cost_final
 
 
+def test_batches_that_share_a_chunk_share_its_cost(store: Store) -> None:
+    batches = [batch_of(store, count)[0] for count in (3, 4)]
+    chunk = {"id": "c1", "batcher_id": "b", "executor": "golem", "service": "classification", "model": MODEL}
+    store.chunks.start(ChunkRecord(**chunk, items=7, bytes_sent=1, dispatched_at=NOW))  # type: ignore[arg-type]
+    store.requests.finish([answer(one) for one in claim(store)], now=after(1))
+    ended = {"bytes_received": 1, "seconds": 1.0, "done": 7, "failed": 0, "code": None, "reason": None}
+    store.chunks.finish("c1", provider="p", cost="0.1", now=after(1), **ended)  # type: ignore[arg-type]
+    store.requests.remove(store.batches.items(batches[0].id)[0].id)
+
+    costs = [store.batches.progress(batch.id).cost for batch in batches]
+
+    assert costs == [sum(one.cost or 0 for one in store.batches.items(batch.id)) for batch in batches]
+    # Ten to the seventeenth divided by seven is 14285714285714285 and 5 left over, one each for the first five.
+    assert costs == [Decimal("0.028571428571428572"), Decimal("0.057142857142857142")]
+
+
 def test_results_are_in_the_order_in_which_they_ended_and_none_is_missed(store: Store) -> None:
     batch, _ = batch_of(store, 6)
     claims = claim(store)

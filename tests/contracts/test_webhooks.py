@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -43,9 +44,17 @@ def answer_all(store: Store) -> None:
     )
 
 
-def claim(store: Store, *, now: datetime = NOW, excluded: tuple[str, ...] = ()) -> list[DeliveryRecord]:
+def claim(
+    store: Store,
+    *,
+    now: datetime = NOW,
+    limit: int = 100,
+    per_owner: int = 100,
+    sending: Collection[tuple[str, str]] = (),
+) -> list[DeliveryRecord]:
+    lease_ends_at = now + timedelta(seconds=60)
     return store.webhooks.claim_deliveries(
-        now=now, lease_ends_at=now + timedelta(seconds=60), limit=100, except_urls=excluded
+        now=now, lease_ends_at=lease_ends_at, limit=limit, per_owner=per_owner, sending=sending
     )
 
 
@@ -146,14 +155,55 @@ def test_a_delivery_is_claimed_by_one_sender_until_its_lease_ends(store: Store) 
     assert store.webhooks.list_deliveries()[0].status == "delivered"
 
 
-def test_a_url_gets_a_few_at_once_and_none_while_it_is_excluded(store: Store) -> None:
-    for _ in range(9):
-        add(store, webhook=URL)
+def test_a_host_gets_a_few_at_once_and_none_while_it_is_busy(store: Store) -> None:
+    for number in range(9):
+        add(store, webhook=f"{URL}?{number}")
     add(store, webhook="https://example.net/other")
     answer_all(store)
 
-    assert [one.url for one in claim(store, excluded=(URL,))] == ["https://example.net/other"]
+    assert [one.url for one in claim(store, sending=[("", "example.org")] * 4)] == ["https://example.net/other"]
     assert len(claim(store)) == 4
+
+
+def test_owners_take_turns_and_each_gets_only_its_share(store: Store) -> None:
+    for number in range(20):
+        add(store, key_id="many", webhook=f"https://{number}.example.org/")
+    add(store, key_id="few", webhook=URL)
+    add(store, webhook=URL)
+    answer_all(store)
+
+    shared = claim(store, limit=4)
+    busy = [("many", f"{number}.example.org") for number in range(3)]
+    left = claim(store, limit=4, per_owner=5, sending=busy)
+
+    assert sorted(one.owner for one in shared) == ["", "few", "many", "many"]
+    assert [one.owner for one in left] == ["many", "many"]
+
+
+def test_an_owner_with_older_deliveries_does_not_come_first_each_time(store: Store) -> None:
+    for _ in range(4):
+        add(store, key_id="old", webhook=URL)
+    answer_all(store)
+    for number in range(2):
+        add(store, key_id="new", webhook=f"{URL}/{number}")
+    store.requests.cancel(store.requests.list(limit=1)[0].id, now=NOW + timedelta(hours=1))
+    store.requests.cancel(store.requests.list(limit=2)[1].id, now=NOW + timedelta(hours=1))
+
+    owners = [one.owner for _ in range(5) for one in claim(store, now=NOW + timedelta(hours=2), limit=1)]
+
+    assert sorted(owners[:2]) == sorted(owners[2:4]) == ["new", "old"]
+    assert owners[4] == "old"
+
+
+def test_an_owner_with_many_hosts_is_looked_at_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.webhooks.MAX_HOSTS_PER_CLAIM", 3)
+    for number in range(7):
+        add(store, key_id="many", webhook=f"https://{number}.example.org/")
+    answer_all(store)
+
+    parts = [claim(store) for _ in range(4)]
+
+    assert [len(part) for part in parts] == [3, 3, 1, 0]
 
 
 def test_a_dead_delivery_can_be_sent_again_under_its_id(store: Store) -> None:

@@ -9,7 +9,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -28,11 +28,12 @@ from server.errors import DeliveryFailed
 from server.http_client import HttpClient
 from server.settings import ServerSettings
 from server.webhooks import JITTER, RETRY_SECONDS, Deliverer, check_webhook, send, sign
+from store.keys import KeyRecord, Scope, UnknownKey, hash_key, make_key
 from store.requests import Answer
 from store.store import Store
-from store.webhooks import EndpointRecord, UnknownWebhook, new_secret
+from store.webhooks import MAX_DELIVERIES_PER_HOST, EndpointRecord, UnknownWebhook, new_secret
 from tests.conftest import MODEL, OUTPUT, RunningServer
-from tests.timing import DEADLINE_SECONDS
+from tests.timing import DEADLINE_SECONDS, wait_until
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 #: Sends also to this machine.
@@ -101,9 +102,11 @@ def make_image() -> bytes:
     return file.getvalue()
 
 
-def post(client: flask.testing.FlaskClient, webhook: str | None = None) -> str:
+def post(
+    client: flask.testing.FlaskClient, webhook: str | None = None, headers: Mapping[str, str] | None = None
+) -> str:
     fields = {"image": (io.BytesIO(make_image()), "k.png"), "fresh": "1", **({"webhook": webhook} if webhook else {})}
-    response = client.post(f"/requestPrediction/{MODEL}", data=fields)
+    response = client.post(f"/requestPrediction/{MODEL}", data=fields, headers=headers)
     assert response.status_code == 202, response.text
     id: str = response.json["req_id"]
     return id
@@ -417,6 +420,59 @@ def test_a_slow_receiver_delays_only_itself(
     assert sum(one.last_error is not None for one in store.webhooks.list_deliveries()) >= 4
 
 
+def test_a_client_whose_receivers_hang_does_not_delay_the_messages_of_others(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    headers = []
+    for name in ("slow", "other"):
+        key_id, key = make_key()
+        scopes = frozenset({Scope.SUBMIT})
+        store.keys.add(KeyRecord(id=key_id, name=name, sha256=hash_key(key), scopes=scopes, created_at=NOW))
+        headers.append({"Authorization": f"Bearer {key}"})
+    receiver.may_answer.clear()
+    for number in range(16):
+        post(client, f"{receiver.url}&{number}", headers=headers[0])
+    other = post(client, receiver.url, headers=headers[1])
+    answer()
+
+    threads = [thread for _ in range(5) for thread in deliverer.send_due()]
+    wait_until(lambda: len(receiver.got) == MAX_DELIVERIES_PER_HOST + 1)
+    receiver.may_answer.set()
+    for thread in threads:
+        thread.join()
+
+    assert other in [message["data"]["req_id"] for message in receiver.messages()]
+    assert len(threads) == MAX_DELIVERIES_PER_HOST + 1
+
+
+def test_each_key_has_a_secret_of_its_own_that_it_can_replace(
+    client: flask.testing.FlaskClient,
+    store: Store,
+    receiver: Receiver,
+    deliverer: Deliverer,
+    answer: Callable[..., list[str]],
+) -> None:
+    key_id, key = make_key()
+    scopes = frozenset({Scope.SUBMIT})
+    store.keys.add(KeyRecord(id=key_id, name="a", sha256=hash_key(key), scopes=scopes, created_at=NOW))
+    headers = {"Authorization": f"Bearer {key}"}
+    secrets = [client.post("/webhooks/secret", headers=headers).json["secret"] for _ in range(2)]
+    post(client, receiver.url, headers=headers)
+    answer()
+
+    send_due(deliverer)
+
+    ((got, body),) = receiver.got
+    signatures = [sign(secret, got["webhook-id"], int(got["webhook-timestamp"]), body) for secret in secrets]
+    assert got["webhook-signature"] == signatures[1] != signatures[0]
+    assert store.webhooks.secret(None) not in secrets
+    assert store.webhooks.secret(None, "another key") not in secrets
+
+
 def test_several_servers_deliver_once_and_a_batch_sends_its_end(
     start_server: Callable[..., RunningServer], receiver: Receiver
 ) -> None:
@@ -508,13 +564,23 @@ def test_an_endpoint_is_added_listed_tested_and_removed(
     assert store.webhooks.list_endpoints() == []
 
 
-def test_secrets_are_shown_on_request(run: Callable[..., str], store: Store) -> None:
+def test_a_secret_is_printed_once_and_replaced_by_a_command(run: Callable[..., str], store: Store) -> None:
     added = json.loads(run("add", "http://10.0.0.5/x", "--json"))
+    key_id, _ = make_key()
+    store.keys.add(KeyRecord(id=key_id, name="alice", sha256="0" * 64, scopes=frozenset({Scope.READ}), created_at=NOW))
+    shared = store.webhooks.secret(None)
 
-    shown = [json.loads(line) for line in run("list", "--show-secret", "--json").splitlines()]
+    of_webhook, of_key, of_nobody = run("rotate", added["id"]), run("rotate", "alice"), run("rotate")
 
-    assert [one["secret"] for one in shown] == [added["secret"], store.webhooks.secret(None)]
-    assert added["secret"] in run("list", "--show-secret")
+    assert "secret" not in run("list", "--json")
+    assert len({added["secret"], shared, of_webhook.strip(), of_key.strip(), of_nobody.strip()}) == 5
+    assert store.webhooks.secret(added["id"]) == of_webhook.strip()
+    assert store.webhooks.secret(None, key_id) == of_key.strip()
+    assert store.webhooks.secret(None) == of_nobody.strip()
+    with pytest.raises(UnknownWebhook):
+        run("rotate", "we_9")
+    with pytest.raises(UnknownKey):
+        run("rotate", "nobody")
 
 
 def test_the_commands_report_errors(run: Callable[..., str], receiver: Receiver) -> None:

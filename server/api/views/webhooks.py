@@ -1,6 +1,6 @@
-"""Views of webhook deliveries, for operators: list them, send one again.
+"""Views of webhooks: a new secret for the caller's key; for operators, list deliveries and send one again.
 
-Webhooks are added and removed with `mlg webhooks`; no secret is ever shown here.
+Webhooks are added and removed with `mlg webhooks`. A secret is shown once, when it is made.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import flask
 
 from server.api.query import limit_field, parse_limit, parse_state, read_query, state_field
 from server.api.responses import json_response
+from server.auth.guard import current_key_id
 from server.context import Views
 from server.endpoint import operation
 from server.serializers import serialize_delivery
@@ -28,7 +29,23 @@ _operation = functools.partial(operation, tag="webhooks")
 
 
 class WebhookViews(Views):
-    """The views of webhook deliveries."""
+    """The views of webhooks."""
+
+    @_operation(
+        "POST /webhooks/secret",
+        "Make a new secret for the webhooks of your requests",
+        Scope.SUBMIT,
+        returns={
+            "type": "object",
+            "required": ["success", "secret"],
+            "properties": {"success": {"type": "boolean"}, "secret": {"type": "string"}},
+        },
+    )
+    def rotate_secret(self) -> flask.Response:
+        """Replace the secret that signs messages to the URLs that were sent with the caller's key, and show it once."""
+        read_query(flask.request)
+        secret = self._store.webhooks.rotate_secret(None, current_key_id() or "")
+        return json_response({"success": True, "secret": secret})
 
     @_operation(
         "GET /webhooks/deliveries",
