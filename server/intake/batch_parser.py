@@ -155,6 +155,11 @@ def parse_items(
         raise MalformedRequest(f"The batch has no image. {_USAGE}")
 
 
+def _shorten(filename: str | None) -> str:
+    """Return the end of a file name that serves as an id: a long name must not refuse the whole batch."""
+    return (filename or "")[-MAX_CLIENT_ID_LENGTH:]
+
+
 def _client_id(given: str | None, position: int) -> str:
     """Clean an item's id; its position if there is none. :raises MalformedRequest: too long."""
     label = "".join(character for character in given or "" if unicodedata.category(character)[0] != "C").strip()
@@ -192,7 +197,7 @@ def _form_items(
             is_too_large = len(content) > max_image_bytes
             yield BatchItem(
                 position=position,
-                client_id=_client_id(given or filename, position),
+                client_id=_client_id(given or _shorten(filename), position),
                 name=clean_name(filename),
                 data=None if is_too_large else content,
                 error=too_many_bytes(max_image_bytes) if is_too_large else None,
@@ -308,7 +313,7 @@ def _zip_item(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, position: int, m
             error = BrokenImage(f"This file of the zip is damaged ({failure}).")
     return BatchItem(
         position=position,
-        client_id=_client_id(entry.filename, position),
+        client_id=_client_id(_shorten(entry.filename), position),
         name=clean_name(entry.filename),
         data=data,
         error=error,

@@ -102,6 +102,19 @@ def test_bad_items_are_refused_and_the_others_accepted(
     assert (shown["total"], shown["counts"]["refused"], shown["counts"]["queued"]) == (2, 3, 2)
 
 
+def test_a_long_file_name_refuses_nothing_and_a_long_client_id_the_batch(client: flask.testing.FlaskClient) -> None:
+    long = "n" * 250 + ".png"
+    files = [(io.BytesIO(make_image(number)), name) for number, name in enumerate([long, "short.png"])]
+
+    form = client.post(URL, data={"image": files}).get_json()
+    archive = send(client, zipped((long, make_image(1)), ("short.png", make_image(2)))).get_json()
+    given = client.post(URL, data={"client_id": "i" * 201, "image": (io.BytesIO(make_image(3)), "a.png")})
+
+    for reply in (form, archive):
+        assert [item["client_id"] for item in reply["items"]] == [long[-200:], "short.png"]
+    assert (given.status_code, given.get_json()["code"]) == (400, "malformed_request")
+
+
 def test_an_archive_may_be_sent_in_a_form(client: flask.testing.FlaskClient) -> None:
     archive = (io.BytesIO(zipped(("a.png", make_image(1)))), "all.zip")
 
