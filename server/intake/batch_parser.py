@@ -155,6 +155,11 @@ def parse_items(
         raise MalformedRequest(f"The batch has no image. {_USAGE}")
 
 
+def _shorten(filename: str | None) -> str:
+    """Return the end of a file name that serves as an id: a long name must not refuse the whole batch."""
+    return (filename or "")[-MAX_CLIENT_ID_LENGTH:]
+
+
 def _client_id(given: str | None, position: int) -> str:
     """Clean an item's id; its position if there is none. :raises MalformedRequest: too long."""
     label = "".join(character for character in given or "" if unicodedata.category(character)[0] != "C").strip()
