@@ -17,7 +17,7 @@ import pytest
 
 from provider_image.backends import REGISTRY, Device, load_net
 from provider_image.errors import BrokenArtefact, ConfigError, InferenceFailed
-from provider_image.models.artefact import find_artefact, read_artefact
+from provider_image.models.artefact import compute_digest, find_artefact, read_artefact
 from tests.extensions import install_extension_models
 
 #: Backend -> (model, shape of its input, type of its input).
@@ -138,6 +138,8 @@ def test_file_that_was_never_valid_is_a_broken_artefact(folder: Path) -> None:
         content = b"not what this backend can load"
         (folder / file).write_bytes(content)
         facts["files"][file] = [len(content), hashlib.sha256(content).hexdigest()]
+    (folder / "model.json").write_text(json.dumps(facts))
+    facts["digest"] = compute_digest(read_artefact(folder))
     (folder / "model.json").write_text(json.dumps(facts))
 
     with pytest.raises(BrokenArtefact, match="cannot"):

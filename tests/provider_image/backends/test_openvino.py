@@ -16,7 +16,7 @@ import pytest
 from provider_image.backends import Device
 from provider_image.backends.openvino import OpenvinoNet, compile_graph, import_openvino, load_net
 from provider_image.errors import BrokenArtefact
-from provider_image.models.artefact import read_artefact
+from provider_image.models.artefact import compute_digest, read_artefact
 from tests.provider_image.conftest import ROOT
 
 MEGABYTE = 1024 * 1024
@@ -66,6 +66,8 @@ def test_graph_that_openvino_cannot_load_is_a_broken_artefact(folder, file, cont
     (folder / file).write_bytes(content)
     facts = json.loads((folder / "model.json").read_text())
     facts["files"][file] = [len(content), hashlib.sha256(content).hexdigest()]
+    (folder / "model.json").write_text(json.dumps(facts))
+    facts["digest"] = compute_digest(read_artefact(folder))
     (folder / "model.json").write_text(json.dumps(facts))
 
     with pytest.raises(BrokenArtefact, match="OpenVINO cannot load"):
