@@ -59,3 +59,13 @@ class ServerSettings(HomeSettings):
     max_streams: int = setting("MLG_MAX_STREAMS", 256, minimum=1, maximum=10_000)
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
     allows_private_webhooks: bool = setting("MLG_WEBHOOKS_PRIVATE", False)
+
+    @property
+    def reading_threads(self) -> int:
+        """Threads of a process that read bodies: more than work, so that slow clients do not block the others."""
+        return 8 * self.server_threads
+
+    @property
+    def max_held_reads(self) -> int:
+        """Reads with `?wait=` that a process holds at once."""
+        return 4 * self.server_threads

@@ -674,6 +674,40 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m013_idempotency(db: sqlite_utils.Database) -> None:
+    """Idempotency keys: reserved for a process instead of for a time, limited for each owner."""
+    for statement in (
+        "ALTER TABLE idempotency RENAME TO idempotency_before",
+        "DROP INDEX idempotency_expires",
+        """
+        CREATE TABLE idempotency (
+            owner TEXT NOT NULL,
+            key TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            token TEXT NOT NULL,
+            expires_at TEXT NOT NULL,
+            position INTEGER,
+            status INTEGER,
+            headers TEXT,
+            body BLOB,
+            PRIMARY KEY (owner, key),
+            CHECK ((status IS NULL) = (position IS NULL))
+        )
+        """,
+        # Fingerprints were made in another way, so any request matches. No process works on those without a response.
+        """
+        INSERT INTO idempotency (owner, key, fingerprint, token, expires_at, position, status, headers, body)
+        SELECT owner, key, '', token, expires_at,
+               sum(max(512, length(body))) OVER (PARTITION BY owner ORDER BY expires_at, key), status, headers, body
+        FROM idempotency_before WHERE status IS NOT NULL
+        """,
+        "DROP TABLE idempotency_before",
+        "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+        "CREATE INDEX idempotency_position ON idempotency (owner, position)",
+    ):
+        db.execute(statement)
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -686,6 +720,7 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m013_idempotency,
 )
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from store.changes import Changes
 from store.database import Database, Transaction
 from store.files import digests_of_inputs
+from store.idempotency import Idempotency
 from store.images import ImageStore, delete_unneeded_images, is_referenced
 from store.migrations import KEEP_UNTIL_SQL
 from store.requests import delete_requests
@@ -70,11 +71,19 @@ class PurgeReport:
 class Retention:
     """Deleting what is old, changes and webhook deliveries included."""
 
-    def __init__(self, database: Database, images: ImageStore, changes: Changes, webhooks: Webhooks) -> None:
+    def __init__(
+        self,
+        database: Database,
+        images: ImageStore,
+        changes: Changes,
+        webhooks: Webhooks,
+        idempotency: Idempotency,
+    ) -> None:
         self._database = database
         self._images = images
         self._changes = changes
         self._webhooks = webhooks
+        self._idempotency = idempotency
 
     def purge(self, *, images_before: datetime, results_before: datetime, now: datetime) -> PurgeReport:
         """Delete what is old, and files that killed processes left. Requests that have not ended are never touched.
@@ -87,7 +96,7 @@ class Retention:
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
-        self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
+        self._idempotency.purge(now=now)
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_requests(self, which: str, before: datetime) -> int:

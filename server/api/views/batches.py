@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import flask
+from werkzeug.wrappers import Response
 
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
+from server.intake.accept import ReceivedBatch
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
@@ -74,9 +76,13 @@ class BatchViews(Views):
         },
         responses={202: "BatchSubmitted"},
     )
-    def request_predictions(self, model: str) -> flask.Response:
+    def request_predictions(self, model: str) -> Response:
         """Accept many images: 202 when all that are accepted are durable, with an id or a reason for each."""
-        batch, items = self._context.intake.accept_batch(flask.request, model)
+        with self._context.intake.read_batch(flask.request, model) as received:
+            return self._context.repetitions.once(received.digest, lambda: self._add(received))
+
+    def _add(self, received: ReceivedBatch) -> flask.Response:
+        batch, items = self._context.intake.add_batch(received)
         status_url = f"/batches/{batch.id}"
         count = sum(item.request is not None for item in items)
         return json_response(
@@ -112,7 +118,10 @@ class BatchViews(Views):
         progress = self._store.batches.progress(id)
         while progress.waiting and (seconds := give_up_at - time.monotonic()) > 0:
             last = self._store.batches.last_unfinished(batch.id, progress)
-            if last is None or not self._context.long_poller.wait_until_final(last, seconds).state.is_final:
+            if last is None:
+                break
+            last = self._context.long_poller.wait_until_final(last, seconds)
+            if not last.state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._store.batches.progress(id)
         return json_response({"success": True, **self._serialize(self._get_batch(id), is_whole=True)})
