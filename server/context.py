@@ -67,7 +67,7 @@ class Context:
             intake=Intake(
                 settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
             ),
-            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.server_threads // 2),
+            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.max_held_reads),
             change_dispatcher=change_dispatcher,
             active_reads=active_reads,
             clock=clock,

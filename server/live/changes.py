@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from provider_image.errors import MlgError
+from server.auth.limits import FairSlots
 from server.errors import StreamsFull
 from store.changes import Changes, Position
 from store.requests import RequestRecord
@@ -82,7 +83,7 @@ class Listener:
 
 
 class ChangeDispatcher:
-    """The listeners of one server process; `capacity` of them have a slot."""
+    """The listeners of one server process; `capacity` of them have a slot, shared fairly by the clients."""
 
     def __init__(
         self, changes: Changes, *, capacity: int, heartbeat_seconds: float = 15.0, max_pending: int = 5000
@@ -92,7 +93,7 @@ class ChangeDispatcher:
         self.heartbeat_seconds = heartbeat_seconds
         #: Changes that are pending for a slow listener at most.
         self.max_pending = max_pending
-        self._slots = threading.BoundedSemaphore(max(1, capacity))
+        self._slots = FairSlots(capacity)
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
         #: Number of a request or id of a batch -> its listeners.
@@ -101,14 +102,14 @@ class ChangeDispatcher:
         self._is_running = False
         self.is_stopped = False
 
-    def acquire_slot(self) -> None:
-        """Acquire a slot for a listener. :raises StreamsFull:"""
-        if self.is_stopped or not self._slots.acquire(blocking=False):
+    def acquire_slot(self, client: str | None) -> None:
+        """Acquire a slot for a listener of a client. :raises StreamsFull:"""
+        if self.is_stopped or not self._slots.acquire(client):
             raise StreamsFull()
 
-    def release_slot(self) -> None:
+    def release_slot(self, client: str | None) -> None:
         """Release a slot."""
-        self._slots.release()
+        self._slots.release(client)
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -117,8 +118,8 @@ class ChangeDispatcher:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
                 self._cursor = self._changes.latest()
-                self._is_running = True
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
+                self._is_running = True
             self._listeners.add(listener)
             for key in listener.keys:
                 self._by_key[key].add(listener)

@@ -20,6 +20,7 @@ from werkzeug.wrappers import Response
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query, to_cursor
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
+from server.auth.guard import current_key_id
 from server.context import Views
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import ReceivedBatch
@@ -120,7 +121,7 @@ class BatchViews(Views):
             last = self._store.batches.last_unfinished(batch.id, progress)
             if last is None:
                 break
-            last = self._context.long_poller.wait_until_final(last, seconds)
+            last = self._context.long_poller.wait_until_final(last, seconds, client=current_key_id())
             if not last.state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._store.batches.progress(id)

@@ -11,6 +11,7 @@ from werkzeug.wrappers import Response
 
 from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
+from server.auth.guard import current_key_id
 from server.context import Views
 from server.endpoint import form_schema, input_schemas, operation, service_fields
 from server.intake.accept import ReceivedImage
@@ -82,7 +83,8 @@ class PredictionViews(Views):
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
         request = self._get_request(id)
         params = parse_read_params(request.service, fields)
-        return self._response(self._context.long_poller.wait_until_final(request, wait_seconds), params)
+        held = self._context.long_poller.wait_until_final(request, wait_seconds, client=current_key_id())
+        return self._response(held, params)
 
     @operation(
         "DELETE /requests/<id>",
