@@ -22,6 +22,7 @@ from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.auth.guard import current_key_id
 from server.context import Views
+from server.csv_cells import to_cell
 from server.endpoint import Field, operation, service_fields
 from server.intake.accept import ReceivedBatch
 from server.intake.batch_parser import MAX_ITEMS
@@ -167,7 +168,7 @@ class BatchViews(Views):
             yield _csv_line(_CSV_COLUMNS)
             for shown in self._results(batch, after, params):
                 shown |= dict(zip(("label_id", "label", "probability"), _top_prediction(shown["preds"]), strict=True))
-                yield _csv_line(["" if (cell := shown.get(name)) is None else cell for name in _CSV_COLUMNS])
+                yield _csv_line([to_cell(shown.get(name)) for name in _CSV_COLUMNS])
 
         return _download(lines(), "text/csv; charset=utf-8")
 
