@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import threading
+import weakref
 from pathlib import Path
 
 from store.images import as_store_error
@@ -37,6 +38,9 @@ class ProcessLock:
                 except OSError as error:
                     raise as_store_error(error, self._folder) from error
                 self._id = id
+                # A process that is forked has the descriptor too, and would hold the lock beyond the end of this one.
+                this = weakref.ref(self)
+                os.register_at_fork(after_in_child=lambda: None if (lock := this()) is None else lock._forget(id))
             return self._id
 
     def is_alive(self, id: str) -> bool:
@@ -53,6 +57,13 @@ class ProcessLock:
                 (self._folder / self._id).unlink(missing_ok=True)
                 os.close(self._descriptor)
                 self._id = None
+
+    def _forget(self, id: str) -> None:
+        """Leave the lock to the process that has forked this one."""
+        self._mutex = threading.Lock()  # another thread may have held it
+        if self._id == id:
+            os.close(self._descriptor)
+            self._id = None
 
     @staticmethod
     def _lock(path: Path) -> int:
