@@ -12,6 +12,7 @@ NAMES = (
     "drain",
     "golem",
     "models",
+    "slow_clients",
     "startup",
     "uploads",
 )
