@@ -77,6 +77,7 @@ class BatchViews(Views):
             },
         },
         responses={202: "BatchSubmitted"},
+        errors=(411,),
     )
     def request_predictions(self, model: str) -> Response:
         """Accept many images: 202 when all that are accepted are durable, with an id or a reason for each."""
