@@ -67,7 +67,7 @@ class FetchFailed(MlgError):
 
 
 class LengthMissing(BadInput):
-    """JSON lines need a Content-Length: without one, a connection that broke would look like their end."""
+    """This body needs a Content-Length: without one, a connection that broke would look like its end."""
 
 
 class TooManyUploads(MlgError):

@@ -26,7 +26,7 @@ from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooMan
 from provider_image.service import Input, describe_inputs
 from server.auth.guard import current_key_id, get_guard
 from server.auth.limits import FairSlots
-from server.errors import TooManyUploads, UnsupportedMediaType
+from server.errors import LengthMissing, TooManyUploads, UnsupportedMediaType
 from server.intake import multipart
 
 #: Bytes of a form beside its image: boundaries, headers, and the other fields.
@@ -128,6 +128,7 @@ class BodyDigest:
     def __init__(self, kind: str, boundary: str) -> None:
         self._hash = hashlib.sha256(kind.encode("utf-8", "replace") + b"\0")
         is_form = kind == "multipart/form-data" and 0 < len(boundary) <= multipart.MAX_BOUNDARY_LENGTH
+        is_form &= boundary.isprintable()
         # It has one CR, its first byte, so that two of them never overlap.
         self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace") if is_form else b""
         # The first delimiter of a form has no line end before it.
@@ -218,7 +219,7 @@ def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str
 
     The body can be read once, so the fields are kept with the request.
 
-    :raises MalformedRequest: :raises TooManyBytes:
+    :raises MalformedRequest: :raises TooManyBytes: :raises LengthMissing:
     """
     if "fields" not in flask.g:
         flask.g.fields = _read_fields(request, active_reads)
@@ -229,6 +230,8 @@ def _read_fields(request: Request, active_reads: ActiveReads) -> dict[str, str]:
     fields = query_fields(request)
     kind, _ = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     if request.method == "POST" and kind.lower() == "application/x-www-form-urlencoded":
+        if request.content_length is None and "Transfer-Encoding" in request.headers:
+            raise LengthMissing()
         body = _read_body(request, MAX_FIELD_BYTES, MAX_FIELD_BYTES, active_reads)
         try:
             pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELD_BYTES // 16)
