@@ -25,6 +25,7 @@ from cli.options import environment, file_option, home_option
 from cli.submit_journal import SentBatch, SubmitJournal
 from provider_image.environment import Environment
 from provider_image.errors import ConfigError, MlgError
+from server.csv_cells import to_cell
 from store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def write_rows(rows: Sequence[Row], out: Path) -> None:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerows(_csv_rows(row))
+            writer.writerows({name: to_cell(value) for name, value in one.items()} for one in _csv_rows(row))
     else:
         for row in rows:
             text.write(json.dumps(_json_row(row)) + "\n")

@@ -2,7 +2,7 @@
 
 Each line imports only from the lines above it, and from its own; the store and provider_image are below all of them:
 
-    errors, settings, address, record_json
+    errors, settings, address, record_json, csv_cells
     endpoint, http_client
     status/, live/, auth/
     serializers

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 
 import flask
 
-from server.api.idempotency import install_idempotency
 from server.api.responses import install_error_handlers
 from server.api.views.batches import BatchViews
 from server.api.views.events import EventViews
@@ -62,7 +61,8 @@ def create_app(
     context = Context.create(settings, store, clock)
     app.extensions[_EXTENSION] = context
     install_guard(app, settings, store.keys, clock)
-    install_idempotency(app, context)
+    # After the guard, because idempotency keys are separate for each API key.
+    app.before_request(context.repetitions.answer_repeated)
     for views in VIEWS:
         views(context).register(app)
     install_error_handlers(app)

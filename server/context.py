@@ -19,6 +19,7 @@ from server.auth.cursors import CursorCodec, Cursors
 from server.auth.guard import owned, visible_key_id
 from server.endpoint import get_operation
 from server.intake.accept import Intake, can_build
+from server.intake.idempotency import Repetitions, is_repeatable
 from server.intake.uploads import ActiveReads
 from server.live.changes import ChangeDispatcher
 from server.live.long_poll import LongPoller
@@ -46,18 +47,20 @@ class Context:
     change_dispatcher: ChangeDispatcher
     #: Positions in lists and streams, as clients get them.
     cursors: Cursors
-    #: Counts the threads that read bodies.
+    #: The threads that read bodies.
     active_reads: ActiveReads
     clock: Callable[[], datetime]
     queue_stats: QueueStats
     dashboard: Dashboard
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore
+    #: Answers requests that are sent again.
+    repetitions: Repetitions
 
     @classmethod
     def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
         """Create the context of one server process."""
-        active_reads = ActiveReads()
+        active_reads = ActiveReads(settings.reading_threads)
         queue_stats = QueueStats(store)
         work_slots = threading.BoundedSemaphore(settings.server_threads)
         change_dispatcher = ChangeDispatcher(store.changes, capacity=settings.max_streams)
@@ -67,8 +70,7 @@ class Context:
             intake=Intake(
                 settings, store, queue_stats=queue_stats, active_reads=active_reads, work_slots=work_slots, clock=clock
             ),
-            # Held reads take at most half of the threads.
-            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.server_threads // 2),
+            long_poller=LongPoller(change_dispatcher, store.requests, capacity=settings.max_held_reads),
             change_dispatcher=change_dispatcher,
             cursors=Cursors(settings.home),
             active_reads=active_reads,
@@ -76,6 +78,9 @@ class Context:
             queue_stats=queue_stats,
             dashboard=Dashboard(store, queue_stats, clock),
             work_slots=work_slots,
+            repetitions=Repetitions(
+                store.idempotency, active_reads=active_reads, max_body_bytes=settings.max_batch_bytes, clock=clock
+            ),
         )
 
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -150,4 +155,6 @@ class Views:
             view = getattr(self, name)
             declared = get_operation(view)
             if declared is not None:
+                if is_repeatable(declared) and not declared.body:
+                    view = self._context.repetitions.wrap(view)
                 app.add_url_rule(declared.path, name, view, methods=declared.methods)

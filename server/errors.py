@@ -66,6 +66,14 @@ class FetchFailed(MlgError):
     """The image could not be fetched. Check its URL, or send the image itself."""
 
 
+class LengthMissing(BadInput):
+    """This body needs a Content-Length: without one, a connection that broke would look like its end."""
+
+
+class TooManyUploads(MlgError):
+    """Too many requests of this client are being received at once. Send it again in a moment."""
+
+
 class UnsupportedMediaType(BadInput):
     """This content type is not accepted. Send multipart/form-data with the field `image`, or raw bytes as image/*."""
 
@@ -76,6 +84,10 @@ class TooManyItems(TooManyBytes):
 
 class BacklogFull(MlgError):
     """Too many requests are waiting already. Send the image again later."""
+
+
+class KeyUnderWay(MlgError):
+    """The first request under this Idempotency-Key is still running. Send it again in a moment."""
 
 
 # Live events and webhooks
@@ -102,15 +114,17 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
         store_errors.NotRemovable,
         BatchInProgress,
         DuplicateClientId,
+        KeyUnderWay,
     ),
     410: (store_errors.ImageGone,),
+    411: (LengthMissing,),
     413: (errors.ImageTooLarge, TooManyBytes),
     415: (errors.UnsupportedFormat, UnsupportedMediaType),
     421: (WrongHost,),
     422: (IdempotencyKeyReused,),
     429: (store_errors.LimitReached,),
     502: (FetchFailed,),
-    503: (errors.NotInstalled, errors.ModelError, BacklogFull, StreamsFull, store_errors.StoreError),
+    503: (errors.NotInstalled, errors.ModelError, BacklogFull, StreamsFull, TooManyUploads, store_errors.StoreError),
     507: (store_errors.DiskFull,),
 }
 #: HTTP status of each error: the class's own row, else that of its nearest base class.
@@ -122,6 +136,8 @@ RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
     store_errors.DiskFull: 60,
     BacklogFull: 30,
     StreamsFull: 5,
+    TooManyUploads: 1,
+    KeyUnderWay: 1,
     errors.NotInstalled: 60,
     errors.ModelError: 60,
 }

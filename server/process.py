@@ -7,13 +7,14 @@ application. Four things that granian does not do are done here:
   without an error, and a worker's death resets the connections in its queue. This one is exclusive and shared by the
   workers.
 - A pipe tells the workers that the main process stops, or was killed: then they end too instead of keeping the port.
-- Granian waits without limit for a request's body. So more threads read than work, the kernel probes connections, and
-  a worker whose reading threads are all blocked by slow clients is replaced.
+- Granian waits without limit for a request's body. So more threads read than work, no client gets all of them (see
+  `ActiveReads`), the kernel probes connections, and a worker whose reading threads are all blocked is replaced.
 - Granian asks a streamed response for its next piece in one of the reading threads, and closes it when a piece cannot
   be sent. So there is one more thread for every stream, and each stream writes a heartbeat.
 
-Weakness: a client that stalls on purpose blocks a thread for up to a minute. On the open internet, run the server
-behind a proxy that buffers requests.
+Weakness: a client that stalls on purpose keeps its thread. Without a key it gets only a few, so that nobody but those
+who log in from its address has to wait; a key gets half of them. On the open internet, run the server behind a proxy
+that buffers requests.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from server.auth.guard import check_exposure
 from server.auth.home_secret import read_home_secret
 from server.context import Context
 from server.http_client import HttpClient
-from server.intake.uploads import ActiveReads
+from server.intake.uploads import ActiveThreads
 from server.live.sse import STREAMED
 from server.settings import ServerSettings
 from server.webhooks import Deliverer
@@ -66,8 +67,6 @@ ORPHAN_SECONDS = 2.0
 TAKEOVER_SECONDS = 5.0
 #: A stopping worker ends when no request has been running for this long.
 QUIET_SECONDS = 0.25
-#: Reading threads per working thread.
-READING_THREADS_FACTOR = 4
 
 
 def serve(
@@ -177,10 +176,11 @@ class _GranianServer(MPServer):
         self._settings = settings
         self._listener = listener
         self._on_ready = on_ready
-        self._reading_threads = READING_THREADS_FACTOR * settings.server_threads
         # The reading end becomes readable in the workers when no process holds the writing end any more.
         self._stop_reader, self._stop_writer = os.pipe()
         self._private_fds = {each: _file_identity(each) for each in (self._stop_writer, *private_fds)}
+        # Each stream and each held read keeps a thread, which must not be one of those that read bodies.
+        waiting = settings.max_streams + settings.max_held_reads
         super().__init__(
             "mlg",
             address=host,
@@ -189,10 +189,10 @@ class _GranianServer(MPServer):
             http=HTTPModes.http1,
             websockets=False,
             workers=settings.server_processes,
-            # Each stream keeps a thread, which must not be one of those that read uploads.
-            blocking_threads=self._reading_threads + settings.max_streams,
+            # Some are left for all that neither reads a body nor waits, `/healthz` for example.
+            blocking_threads=settings.reading_threads + waiting + settings.server_threads,
             backlog=CONNECTIONS,
-            backpressure=CONNECTIONS + settings.max_streams,
+            backpressure=CONNECTIONS + waiting,
             http1_settings=HTTP1Settings(header_read_timeout=int(HEADER_SECONDS * 1000)),
             log_level=LogLevels.error,
             # Granian's own handlers write to stdout; its messages go to the log of the server instead.
@@ -237,7 +237,7 @@ class _GranianServer(MPServer):
         settings = self._settings
         store = Store(settings)
         app = create_app(settings, store)
-        active_requests = ActiveReads()
+        active_requests = ActiveThreads()
         deliverer = Deliverer(store, http_client=HttpClient(allows_private=settings.allows_private_webhooks))
         deliverer.start()
         watched = (get_context(app), deliverer, active_requests)
@@ -275,11 +275,11 @@ class _GranianServer(MPServer):
                 return
             time.sleep(0.02)
 
-    def _supervise_worker(self, context: Context, deliverer: Deliverer, active_requests: ActiveReads) -> None:
+    def _supervise_worker(self, context: Context, deliverer: Deliverer, active_requests: ActiveThreads) -> None:
         """Supervise one worker, from inside it."""
         main_pid = self.pid
         while not select.select([self._stop_reader], [], [], 5.0)[0]:
-            if context.active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._reading_threads:
+            if context.active_reads.count_older_than(SLOW_BODY_SECONDS) >= 0.9 * self._settings.reading_threads:
                 log.error("slow clients block every reading thread; this worker is replaced")
                 os._exit(1)
         # Held reads are answered and streams end now, so that they do not delay the stop.

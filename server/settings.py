@@ -58,7 +58,18 @@ class ServerSettings(HomeSettings):
     shares_answers: bool = setting("MLG_SHARE_ANSWERS", False)
     #: Seconds that fetching one image may take. MLG_FETCH_SECONDS. Defaults to 10 seconds.
     fetch_seconds: float = setting("MLG_FETCH_SECONDS", 10.0, minimum=0.1, maximum=60)
-    #: Event streams that one server process keeps open. MLG_MAX_STREAMS. Defaults to 256.
+    #: Event streams that one server process keeps open, at most half of them for one API key.
+    #: MLG_MAX_STREAMS. Defaults to 256.
     max_streams: int = setting("MLG_MAX_STREAMS", 256, minimum=1, maximum=10_000)
     #: Send webhooks also to private addresses and without TLS. MLG_WEBHOOKS_PRIVATE. Defaults to 0.
     allows_private_webhooks: bool = setting("MLG_WEBHOOKS_PRIVATE", False)
+
+    @property
+    def reading_threads(self) -> int:
+        """Threads of a process that read bodies: more than work, so that slow clients do not block the others."""
+        return 8 * self.server_threads
+
+    @property
+    def max_held_reads(self) -> int:
+        """Reads with `?wait=` that a process holds at once."""
+        return 4 * self.server_threads

@@ -1,17 +1,19 @@
 """Idempotency keys: the table `idempotency`.
 
 A client that does not know whether its request arrived repeats it under the same key. Used by
-`server/api/idempotency.py`. The store keeps the operation and the first response for each owner and key. While
-the first request is in progress the key is reserved under a lease, so a server that is killed in the middle of a
-request leaves nothing permanent. An owner is an API key's id, or the empty text where none is required. Bodies are
-compressed. `retention.py` deletes expired keys.
+`server/intake/idempotency.py`. The store keeps a fingerprint of the request and its response for each owner and key.
+While the request is in progress the key is reserved for the process that works on it, until that process ends (see
+`process_lock.py`). An owner is an API key's id, or the empty text where none is required. Bodies are compressed, and
+the responses of one owner are limited together: the oldest make room. `retention.py` deletes expired keys.
 
 Weakness: the work and the response are two commits. A server that is killed between them leaves a key without a
-response, and the repetition, once the lease has ended, does the work again.
+response, and the repetition does the work again.
 """
 
 from __future__ import annotations
 
+import secrets
+import sqlite3
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,34 +21,50 @@ from datetime import datetime
 
 from provider_image.errors import MlgError
 from store.database import Database, Transaction
+from store.process_lock import ProcessLock
 from store.rows import from_row, to_row, to_text
 
-# A key is free again when it has expired, or when its server was killed before it saved a response.
-_RESERVE = """
-    INSERT INTO idempotency (owner, key, operation, token, lease_ends_at, expires_at)
-    VALUES (:owner, :key, :operation, :token, :lease_ends_at, :expires_at)
-    ON CONFLICT (owner, key) DO UPDATE
-    SET operation = excluded.operation, token = excluded.token, lease_ends_at = excluded.lease_ends_at,
-        expires_at = excluded.expires_at, fingerprint = NULL, status = NULL, headers = NULL, body = NULL
-    WHERE idempotency.expires_at <= :now OR (idempotency.status IS NULL AND idempotency.lease_ends_at <= :now)
-"""
+#: All responses of one owner, compressed; each counts as MIN_BYTES at least, so the number is limited as well.
+MAX_BYTES_PER_OWNER = 128 * 1024 * 1024
+MIN_BYTES = 512
+#: Fingerprint of a request that was answered by a version before fingerprints covered everything; any request matches.
+ANY_FINGERPRINT = ""
+_ROWS_PER_COMMIT = 500
 
-_READ = "SELECT * FROM idempotency WHERE owner = :owner AND key = :key"
+_READ = "SELECT * FROM idempotency WHERE owner = :owner AND key = :key AND expires_at > :now"
+
+_RESERVE = """
+    INSERT OR REPLACE INTO idempotency (owner, key, fingerprint, token, expires_at)
+    VALUES (:owner, :key, :fingerprint, :token, :expires_at)
+"""
 
 _IS_RESERVED = "owner = :owner AND key = :key AND token = :token AND status IS NULL"
 
-_RENEW = f"UPDATE idempotency SET lease_ends_at = :lease_ends_at WHERE {_IS_RESERVED}"
-
+# The position is the number of bytes of the owner's responses up to this one.
 _SAVE_RESPONSE = f"""
-    UPDATE idempotency SET fingerprint = :fingerprint, status = :status, headers = :headers, body = :body
+    UPDATE idempotency
+    SET status = :status, headers = :headers, body = :body,
+        position = :size + coalesce((SELECT max(position) FROM idempotency WHERE owner = :owner), 0)
     WHERE {_IS_RESERVED}
+    RETURNING position
+"""
+
+_MAKE_ROOM = f"""
+    DELETE FROM idempotency WHERE rowid IN (
+        SELECT rowid FROM idempotency WHERE owner = :owner AND position <= :before
+        ORDER BY position LIMIT {_ROWS_PER_COMMIT})
 """
 
 _RELEASE = f"DELETE FROM idempotency WHERE {_IS_RESERVED}"
 
+_PURGE = """
+    DELETE FROM idempotency WHERE rowid IN (
+        SELECT rowid FROM idempotency WHERE expires_at <= :now LIMIT :rows_per_commit)
+"""
+
 
 class IdempotencyKeyReused(MlgError):
-    """This key was used for a different request. Use a new key for each request."""
+    """This Idempotency-Key was used for a different request. Use a new key for each request."""
 
     code = "key_reused"
     permanent = True
@@ -56,8 +74,6 @@ class IdempotencyKeyReused(MlgError):
 class SavedResponse:
     """The first response to a request; its body is not compressed here."""
 
-    #: Identifies the request body that it belongs to.
-    fingerprint: str
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -67,66 +83,90 @@ class SavedResponse:
 class EarlierRequest:
     """An earlier request under the same key."""
 
-    operation: str
+    #: Identifies the request.
+    fingerprint: str
     #: Its response; None while it is in progress.
     response: SavedResponse | None
-    #: When its lease ends, if it is in progress.
-    lease_ends_at: datetime
+
+    def check(self, fingerprint: str) -> None:
+        """Check that a request is this one. :raises IdempotencyKeyReused:"""
+        if self.fingerprint not in (fingerprint, ANY_FINGERPRINT):
+            raise IdempotencyKeyReused()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyReservation:
+    """A key that is reserved for a request in progress."""
+
+    owner: str
+    key: str
+    #: Starts with the id of the process that works on the request.
+    token: str
 
 
 class Idempotency:
     """The idempotency keys."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, max_bytes_per_owner: int = MAX_BYTES_PER_OWNER) -> None:
         self._database = database
+        self._max_bytes_per_owner = max_bytes_per_owner
+        self._process = ProcessLock(database.path.parent / "locks")
+
+    def find(self, owner: str, key: str, *, now: datetime) -> EarlierRequest | None:
+        """Find the request that has a key; None if the key is free. :raises StoreError:"""
+        return self._earlier(self._database.row(_READ, {"owner": owner, "key": key, "now": to_text(now)}))
 
     def reserve(
-        self,
-        owner: str,
-        key: str,
-        *,
-        operation: str,
-        token: str,
-        now: datetime,
-        lease_ends_at: datetime,
-        expires_at: datetime,
-    ) -> EarlierRequest | None:
-        """Reserve a key, in one statement: of two simultaneous requests one succeeds.
+        self, owner: str, key: str, fingerprint: str, *, now: datetime, expires_at: datetime
+    ) -> KeyReservation | EarlierRequest:
+        """Reserve a key: of two simultaneous requests one succeeds. :return: the request that has it, if another has.
 
-        :param token: proves the reservation to the other methods.
-        :return: None when the key is reserved now, else the earlier request.
+        :raises StoreError:
         """
-        values = {
-            "owner": owner,
-            "key": key,
-            "operation": operation,
-            "token": token,
-            "now": to_text(now),
-            "lease_ends_at": to_text(lease_ends_at),
-            "expires_at": to_text(expires_at),
-        }
+        token = f"{self._process.acquire()}-{secrets.token_hex(8)}"
+        values = {"owner": owner, "key": key, "fingerprint": fingerprint, "token": token}
+        times = {"now": to_text(now), "expires_at": to_text(expires_at)}
 
-        def write(transaction: Transaction) -> EarlierRequest | None:
-            if transaction.execute(_RESERVE, values).rowcount:
-                return None
-            row = transaction.execute(_READ, values).fetchone()
-            is_answered = row["status"] is not None
-            response = from_row(SavedResponse, row, body=zlib.decompress(row["body"])) if is_answered else None
-            return from_row(EarlierRequest, row, response=response)
+        def write(transaction: Transaction) -> KeyReservation | EarlierRequest:
+            earlier = self._earlier(transaction.execute(_READ, {**values, **times}).fetchone())
+            if earlier is None:
+                transaction.execute(_RESERVE, {**values, **times})
+            return earlier or KeyReservation(owner=owner, key=key, token=token)
 
         return self._database.write(write)
 
-    def renew(self, owner: str, key: str, token: str, *, lease_ends_at: datetime) -> bool:
-        """Extend the lease. :return: whether the key is still reserved by this token."""
-        return self._change(_RENEW, owner, key, token, lease_ends_at=to_text(lease_ends_at))
+    def save_response(self, reservation: KeyReservation, response: SavedResponse) -> bool:
+        """Save the response for repetitions. :return: whether the key was still reserved. :raises StoreError:"""
+        body = zlib.compress(response.body, 1)
+        values = {**to_row(response, body=body), **vars(reservation), "size": max(MIN_BYTES, len(body))}
 
-    def save_response(self, owner: str, key: str, token: str, response: SavedResponse) -> bool:
-        """Save the response for repetitions. :return: whether the key was still reserved by this token."""
-        return self._change(_SAVE_RESPONSE, owner, key, token, **to_row(response, body=zlib.compress(response.body, 1)))
+        def write(transaction: Transaction) -> bool:
+            saved = transaction.execute(_SAVE_RESPONSE, values).fetchone()
+            if saved is not None:
+                before = saved["position"] - self._max_bytes_per_owner
+                transaction.execute(_MAKE_ROOM, {"owner": reservation.owner, "before": before})
+            return saved is not None
 
-    def release(self, owner: str, key: str, token: str) -> bool:
-        """Free the key: there is no response worth keeping. :return: whether it was still reserved by this token."""
-        return self._change(_RELEASE, owner, key, token)
+        return self._database.write(write)
 
-    def _change(self, sql: str, owner: str, key: str, token: str, **values: str | int | bytes) -> bool:
-        return bool(self._database.execute(sql, {"owner": owner, "key": key, "token": token, **values}))
+    def release(self, reservation: KeyReservation) -> bool:
+        """Free the key: there is no response worth keeping. :return: whether it was still reserved."""
+        return bool(self._database.execute(_RELEASE, vars(reservation)))
+
+    def purge(self, *, now: datetime) -> int:
+        """Delete expired keys. :return: how many."""
+        return self._database.execute_in_steps(_PURGE, {"now": to_text(now)}, rows_per_commit=_ROWS_PER_COMMIT)
+
+    def close(self) -> None:
+        """Give up what this process has reserved."""
+        self._process.release()
+
+    def _earlier(self, row: sqlite3.Row | None) -> EarlierRequest | None:
+        """Read a row; None if its key is free, because the process that reserved it has ended."""
+        if row is None:
+            return None
+        if row["status"] is not None:
+            response = from_row(SavedResponse, row, body=zlib.decompress(row["body"]))
+            return EarlierRequest(fingerprint=row["fingerprint"], response=response)
+        is_alive = self._process.is_alive(row["token"].partition("-")[0])
+        return EarlierRequest(fingerprint=row["fingerprint"], response=None) if is_alive else None

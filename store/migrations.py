@@ -726,6 +726,40 @@ def m012_locks(db: sqlite_utils.Database) -> None:
         db.execute("UPDATE webhook_deliveries SET owner = ?, host = ? WHERE id = ?", [owner, host_of(url), id])
 
 
+def m013_idempotency(db: sqlite_utils.Database) -> None:
+    """Idempotency keys: reserved for a process instead of for a time, limited for each owner."""
+    for statement in (
+        "ALTER TABLE idempotency RENAME TO idempotency_before",
+        "DROP INDEX idempotency_expires",
+        """
+        CREATE TABLE idempotency (
+            owner TEXT NOT NULL,
+            key TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            token TEXT NOT NULL,
+            expires_at TEXT NOT NULL,
+            position INTEGER,
+            status INTEGER,
+            headers TEXT,
+            body BLOB,
+            PRIMARY KEY (owner, key),
+            CHECK ((status IS NULL) = (position IS NULL))
+        )
+        """,
+        # Fingerprints were made in another way, so any request matches. No process works on those without a response.
+        """
+        INSERT INTO idempotency (owner, key, fingerprint, token, expires_at, position, status, headers, body)
+        SELECT owner, key, '', token, expires_at,
+               sum(max(512, length(body))) OVER (PARTITION BY owner ORDER BY expires_at, key), status, headers, body
+        FROM idempotency_before WHERE status IS NOT NULL
+        """,
+        "DROP TABLE idempotency_before",
+        "CREATE INDEX idempotency_expires ON idempotency (expires_at)",
+        "CREATE INDEX idempotency_position ON idempotency (owner, position)",
+    ):
+        db.execute(statement)
+
+
 def m014_webhook_secrets(db: sqlite_utils.Database) -> None:
     """A secret for each key. Keys that there are keep the one that they shared, until it is rotated."""
     for statement in (
@@ -806,6 +840,7 @@ STEPS: tuple[Step, ...] = (
     m010_reservations,
     m011_files,
     m012_locks,
+    m013_idempotency,
     m014_webhook_secrets,
     m015_bills,
     m016_leaks,

@@ -14,6 +14,7 @@ from store.batches import Batches
 from store.changes import Changes
 from store.database import Database, Transaction, WriteFunction
 from store.files import digests_of_inputs
+from store.idempotency import Idempotency
 from store.images import ImageStore, is_needed
 from store.migrations import KEEP_UNTIL_SQL
 from store.requests import ROWS_PER_COMMIT, delete_requests
@@ -71,13 +72,20 @@ class Retention:
     """Deleting what is old, changes and webhook deliveries included."""
 
     def __init__(
-        self, database: Database, images: ImageStore, batches: Batches, changes: Changes, webhooks: Webhooks
+        self,
+        database: Database,
+        images: ImageStore,
+        batches: Batches,
+        changes: Changes,
+        webhooks: Webhooks,
+        idempotency: Idempotency,
     ) -> None:
         self._database = database
         self._images = images
         self._batches = batches
         self._changes = changes
         self._webhooks = webhooks
+        self._idempotency = idempotency
         self._is_stopping = threading.Event()
 
     def stop(self) -> None:
@@ -96,7 +104,7 @@ class Retention:
         self._purge_batches(results_before, now)
         self._changes.purge(before=now - KEEP_CHANGES)
         self._webhooks.purge(before=now - KEEP_DELIVERIES)
-        self._database.execute("DELETE FROM idempotency WHERE expires_at <= ?", (to_text(now),))
+        self._idempotency.purge(now=now)
         return PurgeReport(images=images, results=results, leftovers=self._sweep(now))
 
     def _purge_requests(self, which: str, before: datetime) -> int:

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 def to_text(moment: datetime) -> str:
     """Format an aware time as sortable UTC text with milliseconds, as it is in the database."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
 
 
 def from_text(text: str) -> datetime:

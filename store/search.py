@@ -20,7 +20,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from store.database import Database
@@ -64,6 +64,14 @@ class Page:
     requests: Sequence[RequestRecord]
     #: `before` of the next page; None at the end.
     next_before: int | None
+
+
+def _shift(moment: datetime, seconds: float) -> datetime:
+    """Move a time, at most to the first or last that there is."""
+    try:
+        return moment + timedelta(seconds=seconds)
+    except OverflowError:
+        return (datetime.min if seconds < 0 else datetime.max).replace(tzinfo=UTC)
 
 
 class _SearchSql:
@@ -156,13 +164,12 @@ class _SearchSql:
 
     def add_time_bounds(self, connection: sqlite3.Connection, since: datetime | None, until: datetime | None) -> None:
         """Turn times into numbers, so that the walk starts and ends near them."""
-        slack = timedelta(seconds=MAX_ARRIVAL_SKEW_SECONDS)
         if since is not None:
-            row = connection.execute(_FIRST_SINCE, (to_text(since - slack),)).fetchone()
+            row = connection.execute(_FIRST_SINCE, (to_text(_shift(since, -MAX_ARRIVAL_SKEW_SECONDS)),)).fetchone()
             self.values["lowest"] = 2**62 if row is None else row[0]
             self.index_conditions.append("number >= :lowest")
         if until is not None:
-            row = connection.execute(_FIRST_SINCE, (to_text(until + slack),)).fetchone()
+            row = connection.execute(_FIRST_SINCE, (to_text(_shift(until, MAX_ARRIVAL_SKEW_SECONDS)),)).fetchone()
             if row is not None:
                 # One bound, not two: SQLite would start at the one and skip row by row to the other.
                 before = self.values["before"]

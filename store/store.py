@@ -62,7 +62,9 @@ class Store:
         self.controls = Controls(self.database)
         self.changes = Changes(self.database)
         self.webhooks = Webhooks(self.database)
-        self.retention = Retention(self.database, self.images, self.batches, self.changes, self.webhooks)
+        self.retention = Retention(
+            self.database, self.images, self.batches, self.changes, self.webhooks, self.idempotency
+        )
 
     def migrate(self) -> list[str]:
         """Create the home if necessary and bring the database to the current schema.
@@ -113,6 +115,7 @@ class Store:
 
     def close(self) -> None:
         """Commit pending writes and close every connection."""
+        self.idempotency.close()
         self.database.close()
 
     def __repr__(self) -> str:

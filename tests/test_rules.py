@@ -32,7 +32,7 @@ LEVELS = {
     "provider_image": ("errors", "*", "compiler __main__"),
     "store": ("errors amounts settings states", "files images rows", "database", "*", "store"),
     "server": (
-        "errors settings address record_json http_client endpoint status",
+        "errors settings address record_json csv_cells http_client endpoint status",
         "live auth serializers",
         "webhooks",
         "intake",

@@ -13,6 +13,7 @@ NAMES = (
     "golem",
     "models",
     "retention",
+    "slow_clients",
     "startup",
     "uploads",
 )

@@ -19,11 +19,11 @@ import flask
 
 from provider_image import errors
 from provider_image.models.catalogue import CATALOGUE
-from server.api.idempotency import HEADER, MAX_KEY_LENGTH
 from server.api.schemas import ref, schemas
 from server.endpoint import PAGES, Field, Operation, get_operation
 from server.errors import HTTP_STATUS, http_status
-from store.keys import Scope
+from server.intake.idempotency import MAX_KEY_LENGTH, is_repeatable
+from server.intake.uploads import IDEMPOTENCY_KEY
 
 VERSION = "3.1.0"
 _EXTENSION = "mlg_openapi"
@@ -38,7 +38,7 @@ _PATH_PARAMETERS = {
     "id": Field(name="id", help="An id from the server."),
 }
 _IDEMPOTENCY_KEY = Field(
-    name=HEADER,
+    name=IDEMPOTENCY_KEY,
     help="Any text: sent again under the same key, a request gets the first response, and nothing is done twice.",
     schema={"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH},
 )
@@ -92,7 +92,7 @@ class Call:
     @property
     def takes_idempotency_key(self) -> bool:
         """Tell whether an idempotency key is accepted; see `idempotency.py`."""
-        return self.method == "POST" and self.operation.scope not in (None, Scope.READ)
+        return is_repeatable(self.operation)
 
 
 def list_calls(app: flask.Flask) -> Iterator[Call]:

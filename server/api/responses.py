@@ -15,7 +15,7 @@ import flask
 from werkzeug.exceptions import HTTPException
 
 from provider_image.errors import MlgError, ModelError
-from server.errors import http_status, retry_after_seconds
+from server.errors import RETRY_AFTER_SECONDS, http_status, retry_after_seconds
 from store.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ def _error_response(error: MlgError) -> flask.Response:
         return _internal_error(error)
     if isinstance(error, StoreError | ModelError):
         log.error("%s: %s", error.code, error.reason, extra={"path": flask.request.path})
-    seconds = retry_after_seconds(type(error)) if status in (503, 507) else None
+    is_temporary = status in (503, 507) or type(error) in RETRY_AFTER_SECONDS
+    seconds = retry_after_seconds(type(error)) if is_temporary else None
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     return error_response(error.reason, error.code, status, headers)
 

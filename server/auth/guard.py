@@ -9,7 +9,7 @@
 - Otherwise a key is required: `Authorization: Bearer KEY`, `X-API-Key: KEY`, or the cookie of a login. With a cookie,
   requests that change something must come from this server's own pages.
 
-A view must not read keys itself: it calls `owned`, `visible_key_id`, `current_key_id` and `check_quota`. A revoked key
+A view must not read keys itself: it calls `owned`, `visible_key_id`, `current_key_id` and `quota_left`. A revoked key
 is refused after a few seconds at the latest, see `key_cache.py`; what takes longer checks the caller again, see
 `caller_check`.
 """
@@ -108,10 +108,10 @@ def caller_check() -> Callable[[], bool]:
     return is_allowed
 
 
-def check_quota() -> None:
-    """Refuse an image over the daily quota of the caller's key, before it is read.
+def quota_left() -> int | None:
+    """Return how many images the caller's key may send today; None if that is not limited.
 
-    The store counts it again, exactly, in the commit that adds it.
+    The store counts it again, exactly, in the commit that adds images.
 
     :raises QuotaReached:
     """
@@ -119,6 +119,7 @@ def check_quota() -> None:
     limit = None if key is None else guard.limits.daily_limit(key, guard.now())
     if limit is not None and not limit.left:
         raise QuotaReached()
+    return None if limit is None else limit.left
 
 
 def check_same_origin(*, is_strict: bool) -> None:
@@ -221,7 +222,7 @@ class Guard:
         except StoreError as error:
             log.warning("cannot read what is left of a quota: %s", error)
             return response
-        # A request over the minute's limit never reaches a view, so every other 429 is the store's or `check_quota`'s.
+        # A request over the minute's limit never reaches a view, so every other 429 is the store's or `quota_left`'s.
         refused_by = flask.g.get("refused_by", IMAGES_PER_DAY) if response.status_code == 429 else None
         response.headers.update(limit_headers([limit for limit in found if limit is not None], refused_by=refused_by))
         return response

@@ -1,6 +1,6 @@
-"""The limits of a key by the minute and by the day, and the headers that report them.
+"""What one client may take: requests by the minute, images by the day, and slots of a server process.
 
-Used by `guard.py`. Two limits:
+The first two are applied by `guard.py`, and reported in headers:
 
 - Images per day (UTC). The store counts them in the commit that adds them, so the quota is exact for any number of
   server processes; here it is checked early, before an upload is read in vain.
@@ -15,8 +15,11 @@ images, so the names of the limits contain what they count.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -50,6 +53,55 @@ class _MinuteGrants:
     minute: int
     granted_left: int = 0
     left_elsewhere: int = 0
+
+
+class FairSlots:
+    """Slots of one server process, for example to read bodies, that its clients share.
+
+    A client gets another slot only while it holds fewer than are free: one alone takes at most half of them, and what
+    several take always leaves some to the next.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._lock = threading.Lock()
+        self._free = max(1, capacity)
+        self._held: Counter[str | None] = Counter()
+
+    def acquire(self, client: str | None) -> bool:
+        """Take a slot, without waiting for one.
+
+        :param client: None if all callers are one client, as on a server without keys; it may take all slots.
+        :return: whether there is one for this client.
+        """
+        with self._lock:
+            if self._free <= (0 if client is None else self._held[client]):
+                return False
+            self._free -= 1
+            self._held[client] += 1
+            return True
+
+    def release(self, client: str | None) -> None:
+        """Give back a slot that the client has taken."""
+        with self._lock:
+            self._free += 1
+            self._held[client] -= 1
+            if not self._held[client]:
+                del self._held[client]
+
+    def count_held(self) -> int:
+        """Count the slots that are taken."""
+        with self._lock:
+            return self._held.total()
+
+    @contextlib.contextmanager
+    def holding(self, client: str | None) -> Iterator[bool]:
+        """Hold a slot inside of the `with` statement, which gets whether there is one."""
+        is_held = self.acquire(client)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self.release(client)
 
 
 class Limits:

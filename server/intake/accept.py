@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import IO, Any
 
 from flask import Request
 
@@ -25,18 +25,29 @@ from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.models.registry import find_row
 from provider_image.service import Input, Service, are_inputs, check_params, primary_input
 from provider_image.services import load_service
-from server.auth.guard import check_quota, current_key_id
+from server.auth.guard import current_key_id, quota_left
 from server.errors import BacklogFull, FetchingDisabled
-from server.intake.batch_parser import detect_format, parse_items, spool
+from server.intake.batch_parser import body_too_large, detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
 from server.intake.staging import StagedItem, Stager
-from server.intake.uploads import ActiveReads, Upload, add_fields, clean_name, input_hint, read_json, read_upload
+from server.intake.uploads import (
+    FORM_ALLOWANCE_BYTES,
+    ActiveReads,
+    Upload,
+    add_fields,
+    body_digest,
+    clean_name,
+    input_hint,
+    read_json,
+    read_upload,
+)
 from server.intake.url_fetcher import name_from_url
 from server.settings import ServerSettings
 from server.status.queue_stats import QueueStats
 from server.webhooks import check_webhook
 from store import new_id
 from store.batches import BatchRecord
+from store.errors import QuotaReached
 from store.requests import NewRequest, RequestRecord
 from store.store import Store
 
@@ -88,6 +99,30 @@ class _Submission:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReceivedImage:
+    """A request that was read and not yet checked."""
+
+    submission: _Submission
+    upload: Upload
+    #: Of the first input, if the upload does not have it.
+    url: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedBatch:
+    """A batch that was read; its items are not yet checked."""
+
+    submission: _Submission
+    name: str | None
+    file: IO[bytes]
+    #: As `detect_format` returns it.
+    kind: str
+    boundary: str
+    #: Of the whole body; None for a request without an idempotency key.
+    digest: str | None
+
+
 class Intake:
     """Accepts images in one server process.
 
@@ -115,12 +150,11 @@ class Intake:
         self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
         self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
 
-    def accept_image(self, request: Request, model: str | None) -> tuple[RequestRecord, Mapping[str, Any]]:
-        """Accept one image, the body's or the one at the URL in its JSON, or the other inputs that the model takes.
+    def read_image(self, request: Request, model: str | None) -> ReceivedImage:
+        """Read one image, the body's or the URL of one in its JSON, or the other inputs that the model takes.
 
         :param model: None when the form's field `model` has it, as on the page.
-        :return: after inputs and request are durable: the request, and the read-time parameters that were sent.
-        :raises MlgError: nothing is kept.
+        :raises MlgError: the request cannot be accepted.
         """
         fields, options = read_request_options(request, self._clock())
         submission = None if model is None else self._check(model, fields, options)
@@ -129,20 +163,35 @@ class Intake:
         is_json = request.mimetype == "application/json"
         if is_json and not self._settings.fetches_urls and not _row_limits(inputs):
             raise FetchingDisabled()
-        self._check_capacity()
+        self._room()
         max_bytes, reads = self._settings.max_image_bytes, self._active_reads
         if is_json:
-            upload = self._read_json_upload(request, inputs)
+            upload, url = self._read_json_upload(request, inputs)
         else:
-            upload = read_upload(request, inputs, max_image_bytes=max_bytes, active_reads=reads)
+            upload, url = read_upload(request, inputs, max_image_bytes=max_bytes, active_reads=reads), None
         add_fields(fields, upload.fields.items())
         if submission is None:
             submission = self._check(fields.pop("model", ""), fields, options)
         elif upload.fields:
             submission = replace(submission, **self._check_fields(submission.service, fields))
-        if not are_inputs(submission.service, upload.inputs):
-            given = ", ".join(f"`{name}`" for name in upload.inputs)
-            raise errors.MalformedRequest(f"The request has {given}. {input_hint(submission.service.inputs)}")
+        given = [*upload.inputs, *(() if url is None else (next(iter(inputs)),))]
+        if not are_inputs(submission.service, given):
+            names = ", ".join(f"`{name}`" for name in given)
+            raise errors.MalformedRequest(f"The request has {names}. {input_hint(submission.service.inputs)}")
+        return ReceivedImage(submission=submission, upload=upload, url=url)
+
+    def add_image(self, received: ReceivedImage) -> tuple[RequestRecord, Mapping[str, Any]]:
+        """Fetch the image if it was sent as a URL, check it and add its request.
+
+        :return: after inputs and request are durable: the request, and the read-time parameters that were sent.
+        :raises MlgError: nothing is kept.
+        """
+        submission, upload = received.submission, received.upload
+        if received.url is not None:
+            with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
+                data = self._stager.fetch(received.url, self._settings.fetch_seconds)
+            first = primary_input(submission.service)
+            upload = replace(upload, inputs={first: data, **upload.inputs}, name=name_from_url(received.url))
         # The clock is read only now: a slow upload must not be dated back, lists are in the order of arrival.
         new = submission.new_request(created_at=self._clock(), name=upload.name)
         with self._work_slots:
@@ -157,11 +206,11 @@ class Intake:
                 raise
             return self._store.requests.add(new, staged), submission.read_params
 
-    def accept_batch(self, request: Request, model: str) -> tuple[BatchRecord, Sequence[StagedItem]]:
-        """Accept the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
+    @contextlib.contextmanager
+    def read_batch(self, request: Request, model: str) -> Iterator[ReceivedBatch]:
+        """Read the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
 
-        :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
-        :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
+        :raises MlgError: the batch cannot be accepted.
         """
         fields, options = read_request_options(request, self._clock())
         name = clean_name(fields.pop("name", None))
@@ -174,30 +223,62 @@ class Intake:
         is_urls = kind == "lines" and not is_row
         if is_urls and not self._settings.fetches_urls:
             raise FetchingDisabled()
-        self._check_capacity()
-        folder, max_bytes = self._settings.home, self._settings.max_batch_bytes
+        room, is_full = self._room()
+        max_bytes = self._settings.max_batch_bytes
+        too_large: errors.MlgError = body_too_large(max_bytes)
+        if max_bytes > room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES):
+            # More bytes hold more images than may be accepted, or some that are too large.
+            max_bytes, too_large = room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES), is_full
+        digest = body_digest(request)
+        with spool(
+            request,
+            folder=self._settings.home,
+            max_bytes=max_bytes,
+            too_large=too_large,
+            active_reads=self._active_reads,
+            digest=digest,
+        ) as file:
+            yield ReceivedBatch(
+                submission=submission,
+                name=name,
+                file=file,
+                kind=kind,
+                boundary=boundary,
+                digest=None if digest is None else digest.hexdigest(),
+            )
+
+    def add_batch(self, received: ReceivedBatch) -> tuple[BatchRecord, Sequence[StagedItem]]:
+        """Check the items of a batch and add their requests.
+
+        :return: after all inputs and requests are durable: the batch, and its items in the order of the body.
+        :raises MlgError: the body cannot be read, or nothing is accepted now; nothing is kept.
+        """
+        submission, service = received.submission, received.submission.service
+        is_row = service.inputs[primary_input(service)].kind == "row"
+        room, is_full = self._room()
         with (
-            spool(request, folder=folder, max_bytes=max_bytes, active_reads=self._active_reads) as file,
             _slot(self._batch_fetch_slots, "Too many batches of URLs are being fetched already. Send it again later.")
-            if is_urls
-            else self._work_slots,
+            if received.kind == "lines" and not is_row
+            else self._work_slots
         ):
             outcomes = self._stager.stage_items(
                 parse_items(
-                    file,
-                    kind,
-                    boundary,
+                    received.file,
+                    received.kind,
+                    received.boundary,
                     input_name=primary_input(service),
                     is_row=is_row,
-                    folder=folder,
+                    folder=self._settings.home,
                     max_image_bytes=self._settings.max_image_bytes,
-                    max_bytes=max_bytes,
+                    max_bytes=self._settings.max_batch_bytes,
                 ),
                 submission.row,
                 service,
+                room=room,
+                is_full=is_full,
             )
         # The clock is read only now, as above.
-        batch = submission.new_batch(created_at=self._clock(), name=name)
+        batch = submission.new_batch(created_at=self._clock(), name=received.name)
         # A batch's webhook gets one message for all its requests.
         new = replace(submission.new_request(created_at=batch.created_at, name=None), webhook=None, batch_id=batch.id)
         staged = [
@@ -205,11 +286,6 @@ class Intake:
             for one in outcomes
             if one.staged is not None
         ]
-        try:
-            self._check_backlog(len(staged))
-        except errors.MlgError:
-            self._stager.discard(outcomes)
-            raise
         refused = [one.refused for one in outcomes if one.refused is not None]
         added = iter(self._store.batches.add(batch, staged, refused))
         return batch, [one if one.staged is None else replace(one, request=next(added)) for one in outcomes]
@@ -247,36 +323,34 @@ class Intake:
                 raise
             return None
 
-    def _check_capacity(self) -> None:
-        """Refuse what the backlog or the quota would refuse later, before the body is read.
+    def _room(self) -> tuple[int, errors.MlgError]:
+        """Count the requests that may be accepted now, so that no more are read than the store would take.
 
+        :return: at least 1, and the error for more.
         :raises BacklogFull: :raises QuotaReached:
         """
-        self._check_backlog(1)
-        check_quota()
+        room, is_full = self._settings.max_backlog - self._queue_stats.waiting(), BacklogFull()
+        if room <= 0:
+            raise is_full
+        left = quota_left()
+        return (room, is_full) if left is None or room < left else (left, QuotaReached())
 
-    def _check_backlog(self, new_requests: int) -> None:
-        if self._queue_stats.waiting() + new_requests > self._settings.max_backlog:
-            raise BacklogFull()
-
-    def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> Upload:
-        """Read the table rows in a JSON body, or fetch the image at its URL."""
+    def _read_json_upload(self, request: Request, inputs: Mapping[str, Input]) -> tuple[Upload, str | None]:
+        """Read the table rows in a JSON body, or the URL of its image."""
         most = self._settings.max_image_bytes
         limits = {name: min(limit, most) for name, limit in _row_limits(inputs).items()}
-        fields, rows = read_json(request, active_reads=self._active_reads, rows=limits)
+        fields, rows, digest = read_json(request, active_reads=self._active_reads, rows=limits)
         first = next(iter(inputs))
         if first in limits:
             if first not in rows:
                 raise errors.MalformedRequest(f"The JSON has no `{first}`. {input_hint(inputs)}")
-            return Upload(inputs=rows, fields=fields)
+            return Upload(inputs=rows, fields=fields, digest=digest), None
         if not self._settings.fetches_urls:
             raise FetchingDisabled()
         url = fields.pop("url", None)
         if url is None:
             raise errors.MalformedRequest('The JSON has no `url`. Send {"url": "https://example.org/kitten.jpg"}')
-        with _slot(self._fetch_slots, "Too many images are being fetched already. Send the URL again later."):
-            data = self._stager.fetch(url, self._settings.fetch_seconds)
-        return Upload(inputs={first: data, **rows}, name=name_from_url(url), fields=fields)
+        return Upload(inputs=rows, fields=fields, digest=digest), url
 
 
 def _row_limits(inputs: Mapping[str, Input]) -> dict[str, int]:

@@ -26,8 +26,8 @@ from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart as forms
 
 from provider_image.errors import BrokenImage, EmptyImage, MalformedRequest, MlgError, TooManyBytes
-from server.errors import TooManyItems, UnsupportedMediaType
-from server.intake.uploads import ActiveReads, clean_name, too_many_bytes
+from server.errors import LengthMissing, TooManyItems, UnsupportedMediaType
+from server.intake.uploads import ActiveReads, BodyDigest, clean_name, read_pieces, too_many_bytes
 from store.batches import DuplicateClientId
 from store.images import as_store_error
 
@@ -35,7 +35,6 @@ from store.images import as_store_error
 MAX_ITEMS = 10_000
 #: Longest client id of an item, in characters.
 MAX_CLIENT_ID_LENGTH = 200
-_BUFFER_BYTES = 1024 * 1024
 #: Headers of one part of a form, and the text before the first.
 _MAX_HEADER_BYTES = 64 * 1024
 #: A line of JSON.
@@ -64,33 +63,31 @@ class BatchItem:
     error: MlgError | None = None
 
 
-def spool(request: Request, *, folder: Path, max_bytes: int, active_reads: ActiveReads) -> IO[bytes]:
+def spool(
+    request: Request,
+    *,
+    folder: Path,
+    max_bytes: int,
+    too_large: MlgError,
+    active_reads: ActiveReads,
+    digest: BodyDigest | None = None,
+) -> IO[bytes]:
     """Write a request's body to a temporary file; the caller closes it.
 
-    :raises TooManyBytes: :raises MalformedRequest: it ends too early, or is empty. :raises StoreError:
+    :param too_large: raised for a body of more than `max_bytes`.
+    :param digest: gets the body.
+    :raises MalformedRequest: it ends too early, or is empty. :raises StoreError:
     """
-    declared = request.content_length
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("A body with a Content-Encoding is not accepted. Send a zip as application/zip.")
-    if declared is not None and declared > max_bytes:
-        raise _body_too_large(max_bytes)
-    stream = request.environ["wsgi.input"]
-    size = 0
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller's
         try:
-            if declared is not None or request.environ.get("wsgi.input_terminated"):
-                with active_reads.track():
-                    while piece := stream.read(
-                        _BUFFER_BYTES if declared is None else min(_BUFFER_BYTES, declared - size)
-                    ):
-                        size += len(piece)
-                        if size > max_bytes:
-                            raise _body_too_large(max_bytes)
-                        file.write(piece)
-            if declared is not None and size < declared:
-                raise MalformedRequest(f"The connection ended after {size} of {declared} bytes. Send it again.")
-            if not size:
+            for piece in read_pieces(request, max_bytes, too_large, active_reads):
+                file.write(piece)
+                if digest is not None:
+                    digest.update(piece)
+            if not file.tell():
                 raise MalformedRequest(f"The request has no body. {_USAGE}")
             file.seek(0)
         except BaseException:
@@ -102,7 +99,10 @@ def spool(request: Request, *, folder: Path, max_bytes: int, active_reads: Activ
 
 
 def detect_format(request: Request) -> tuple[str, str]:
-    """Return whether a body is a form, a zip or lines, and a form's boundary. :raises UnsupportedMediaType:"""
+    """Return whether a body is a form, a zip or lines, and a form's boundary.
+
+    :raises UnsupportedMediaType: :raises LengthMissing: of lines, which have no end of their own.
+    """
     kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     kind = kind.lower()
     if kind == "multipart/form-data":
@@ -110,6 +110,8 @@ def detect_format(request: Request) -> tuple[str, str]:
     if kind in ("application/zip", "application/x-zip-compressed"):
         return "zip", ""
     if kind in ("application/jsonl", "application/x-ndjson", "application/ndjson", "application/x-jsonlines"):
+        if request.content_length is None:
+            raise LengthMissing()
         return "lines", ""
     raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {_USAGE}")
 
@@ -168,12 +170,8 @@ def _client_id(given: str | None, position: int) -> str:
     return label or str(position)
 
 
-def _shorten(filename: str | None) -> str:
-    """Return the end of a file name that serves as an id: a long name must not refuse the whole batch."""
-    return (filename or "")[-MAX_CLIENT_ID_LENGTH:]
-
-
-def _body_too_large(max_bytes: int) -> TooManyBytes:
+def body_too_large(max_bytes: int) -> TooManyBytes:
+    """Build the error for a batch over the limit."""
     return TooManyBytes(f"A batch takes at most {max_bytes} bytes (MLG_MAX_BATCH_BYTES). Send several batches.")
 
 

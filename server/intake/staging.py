@@ -89,19 +89,31 @@ class Stager:
             return format_row(row), "application/json"
         return data, "application/octet-stream"
 
-    def stage_items(self, items: Iterator[BatchItem], row: ModelFacts, service: Service) -> list[StagedItem]:
-        """Check and stage items, several at a time, in order. :raises MlgError: nothing is left behind."""
+    def stage_items(
+        self, items: Iterator[BatchItem], row: ModelFacts, service: Service, *, room: int, is_full: errors.MlgError
+    ) -> list[StagedItem]:
+        """Check and stage items, several at a time, in order.
+
+        :raises MlgError: `is_full`, if more than `room` items can be used, or what the items raise. Nothing is left
+            behind.
+        """
         outcomes: list[StagedItem] = []
         give_up_at = time.monotonic() + MAX_FETCH_SECONDS
         with ThreadPoolExecutor(MAX_CONCURRENT_ITEMS, thread_name_prefix="batch") as threads:
             waiting: deque[Future[StagedItem]] = deque()
             try:
                 for item in items:
+                    if room < 0:
+                        raise is_full
                     waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service))
                     if len(waiting) > 2 * MAX_CONCURRENT_ITEMS:
                         outcomes.append(waiting.popleft().result())
+                        room -= outcomes[-1].staged is not None
                 while waiting:
                     outcomes.append(waiting.popleft().result())
+                    room -= outcomes[-1].staged is not None
+                if room < 0:
+                    raise is_full
             except BaseException:
                 for future in waiting:
                     if not future.cancel() and future.exception() is None:

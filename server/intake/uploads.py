@@ -9,29 +9,39 @@ most a few megabytes, and temporary files would cost more than they save. The in
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl
 
+import flask
 from flask import Request
 from werkzeug.http import parse_options_header
 
-from provider_image.errors import EmptyImage, MalformedRequest, TooManyBytes
+from provider_image.errors import EmptyImage, MalformedRequest, MlgError, TooManyBytes
 from provider_image.service import Input, describe_inputs
-from server.errors import UnsupportedMediaType
+from server.auth.guard import current_key_id, get_guard
+from server.auth.limits import FairSlots
+from server.errors import LengthMissing, TooManyUploads, UnsupportedMediaType
 from server.intake import multipart
 
 #: Bytes of a form beside its image: boundaries, headers, and the other fields.
 FORM_ALLOWANCE_BYTES = 64 * 1024
 #: Longest file name that is kept, in characters.
 MAX_NAME_LENGTH = 200
+#: The header of a request that may be sent again, see `server/intake/idempotency.py`.
+IDEMPOTENCY_KEY = "Idempotency-Key"
+#: Of the threads that read bodies, one in so many may read for callers without a key, where a key is required.
+ANONYMOUS_SHARE = 16
 #: Largest body of a request that carries only fields.
 MAX_FIELD_BYTES = 8192
 _BUFFER_BYTES = 64 * 1024
+#: Bytes of a large body that are read at once.
+PIECE_BYTES = 1024 * 1024
 #: Bytes that are read and discarded of a body that is too large and has no declared length.
 _MAX_DISCARDED_BYTES = 32 * 1024 * 1024
 
@@ -53,10 +63,12 @@ class Upload:
     fields: Mapping[str, str] = field(default_factory=dict)
     #: True when the image was sent as a plain field without a file name: most likely an @ was forgotten.
     is_plain_field: bool = False
+    #: Of the whole body; None for a request without an idempotency key.
+    digest: str | None = None
 
 
-class ActiveReads:
-    """The threads that are reading now, and since when; shows that all threads wait for slow clients."""
+class ActiveThreads:
+    """The threads that are inside of something now, and since when."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,6 +93,74 @@ class ActiveReads:
             return sum(since <= limit for since in self._since.values())
 
 
+class ActiveReads:
+    """The threads that read bodies now. A slow client keeps its thread, so each gets only a share of them.
+
+    :param threads: how many may read at once, for clients with keys or on a server without any.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._slots = FairSlots(threads)
+        self._anonymous_slots = FairSlots(max(2, threads // ANONYMOUS_SHARE))
+        self._threads = ActiveThreads()
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        """Count the caller inside of the `with` statement, for the client of the request. :raises TooManyUploads:"""
+        client = current_key_id()
+        if client is None and not get_guard(flask.current_app).is_open():
+            slot = self._anonymous_slots.holding(flask.request.remote_addr or "")
+        else:
+            slot = self._slots.holding(client)
+        with slot as is_held, self._threads.track():
+            if not is_held:
+                raise TooManyUploads()
+            yield
+
+    def count_older_than(self, seconds: float) -> int:
+        """Count those that have been reading for at least so long."""
+        return self._threads.count_older_than(seconds)
+
+
+class BodyDigest:
+    """The SHA-256 of a body and its content type, without the boundary of a form, in linear time."""
+
+    def __init__(self, kind: str, boundary: str) -> None:
+        self._hash = hashlib.sha256(kind.encode("utf-8", "replace") + b"\0")
+        is_form = kind == "multipart/form-data" and 0 < len(boundary) <= multipart.MAX_BOUNDARY_LENGTH
+        is_form &= boundary.isprintable()
+        # It has one CR, its first byte, so that two of them never overlap.
+        self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace") if is_form else b""
+        # The first delimiter of a form has no line end before it.
+        self._held = b"\r\n" if is_form else b""
+
+    def update(self, piece: bytes) -> None:
+        """Add the next piece of the body."""
+        if not self._delimiter:
+            self._hash.update(piece)
+            return
+        data, size = self._held + piece, len(self._delimiter)
+        last = data.rfind(self._delimiter)
+        # What may be the beginning of a delimiter is held back.
+        end = max(last + size if last >= 0 else 0, len(data) - size + 1, 0)
+        self._hash.update(data[:end].replace(self._delimiter, b"\r\n--"))
+        self._held = data[end:]
+
+    def hexdigest(self) -> str:
+        """Return the digest; all of the body must have been added."""
+        final = self._hash.copy()
+        final.update(self._held)
+        return final.hexdigest()
+
+
+def body_digest(request: Request) -> BodyDigest | None:
+    """Begin the digest of a request's body; None if no idempotency key needs it."""
+    if IDEMPOTENCY_KEY not in request.headers:
+        return None
+    kind, options = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
+    return BodyDigest(kind.lower(), options.get("boundary", ""))
+
+
 def read_upload(
     request: Request, inputs: Mapping[str, Input], *, max_image_bytes: int, active_reads: ActiveReads
 ) -> Upload:
@@ -100,13 +180,14 @@ def read_upload(
         body = _read_body(request, limit, max_image_bytes, active_reads)
         if not body:
             raise EmptyImage(f"The request has no body. {_FORM_HINT}")
-        return _from_form(multipart.split(body, options.get("boundary", "")), inputs, max_image_bytes)
+        upload = _from_form(multipart.split(body, options.get("boundary", "")), inputs, max_image_bytes)
+        return replace(upload, digest=_digest(request, body))
     first, one = next(iter(inputs.items()))
     if one.kind != "row" and (_accepts(one, kind) or kind in ("", "application/octet-stream")):
         body = _read_body(request, max_image_bytes, max_image_bytes, active_reads)
         if not body:
             raise EmptyImage()
-        return Upload(inputs={first: body})
+        return Upload(inputs={first: body}, digest=_digest(request, body))
     if one.kind != "image":
         raise UnsupportedMediaType(f"The content type {kind[:80]!r} is not accepted. {input_hint(inputs)}")
     if kind == "application/x-www-form-urlencoded":
@@ -121,6 +202,14 @@ def input_hint(inputs: Mapping[str, Input]) -> str:
     return f"This model takes {describe_inputs(inputs)}. Send a form with these fields{json_hint}."
 
 
+def _digest(request: Request, body: bytes) -> str | None:
+    digest = body_digest(request)
+    if digest is None:
+        return None
+    digest.update(body)
+    return digest.hexdigest()
+
+
 def _accepts(one: Input, media_type: str) -> bool:
     return media_type in one.media_types or ("image/*" in one.media_types and media_type.startswith("image/"))
 
@@ -128,11 +217,21 @@ def _accepts(one: Input, media_type: str) -> bool:
 def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str]:
     """Read the fields of a request without an image: the query, and a urlencoded body if there is one.
 
-    :raises MalformedRequest: :raises TooManyBytes:
+    The body can be read once, so the fields are kept with the request.
+
+    :raises MalformedRequest: :raises TooManyBytes: :raises LengthMissing:
     """
+    if "fields" not in flask.g:
+        flask.g.fields = _read_fields(request, active_reads)
+    return dict(flask.g.fields)
+
+
+def _read_fields(request: Request, active_reads: ActiveReads) -> dict[str, str]:
     fields = query_fields(request)
     kind, _ = parse_options_header(request.environ.get("CONTENT_TYPE", ""))
     if request.method == "POST" and kind.lower() == "application/x-www-form-urlencoded":
+        if request.content_length is None and "Transfer-Encoding" in request.headers:
+            raise LengthMissing()
         body = _read_body(request, MAX_FIELD_BYTES, MAX_FIELD_BYTES, active_reads)
         try:
             pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELD_BYTES // 16)
@@ -144,11 +243,11 @@ def read_fields(request: Request, *, active_reads: ActiveReads) -> dict[str, str
 
 def read_json(
     request: Request, *, active_reads: ActiveReads, rows: Mapping[str, int] | None = None
-) -> tuple[dict[str, str], dict[str, bytes]]:
+) -> tuple[dict[str, str], dict[str, bytes], str | None]:
     """Read a request whose body is a JSON object of plain values; numbers and booleans become text.
 
     :param rows: name of a field that holds an object, a table row -> its most bytes.
-    :return: the fields, and the rows.
+    :return: the fields, the rows, and the digest of the body for a request with an idempotency key.
     :raises MalformedRequest: :raises TooManyBytes:
     """
     limit = MAX_FIELD_BYTES + sum((rows or {}).values())
@@ -168,7 +267,9 @@ def read_json(
             raise MalformedRequest(f"{name[:64]!r} must be a string, a number, true or false.")
         else:
             fields[name] = value if isinstance(value, str) else json.dumps(value)
-    return fields, given_rows
+            if any(unicodedata.category(character) == "Cs" for character in fields[name]):
+                raise MalformedRequest(f"{name[:64]!r} has half of a character (a lone surrogate).")
+    return fields, given_rows, _digest(request, body)
 
 
 def query_fields(request: Request, *, repeatable: str | None = None) -> dict[str, str]:
@@ -246,6 +347,32 @@ def too_many_bytes(max_image_bytes: int) -> TooManyBytes:
     )
 
 
+def read_pieces(request: Request, max_bytes: int, too_large: MlgError, active_reads: ActiveReads) -> Iterator[bytes]:
+    """Read a body piece by piece.
+
+    :raises MlgError: `too_large`, if it has more than `max_bytes`. :raises MalformedRequest: it ends too early.
+    :raises TooManyUploads:
+    """
+    declared = request.content_length
+    if declared is not None and declared > max_bytes:
+        raise too_large
+    if declared is None and not request.environ.get("wsgi.input_terminated"):
+        return  # neither a length nor chunks: there is no body
+    stream, size = request.environ["wsgi.input"], 0
+    with active_reads.track():
+        while piece := stream.read(PIECE_BYTES if declared is None else min(PIECE_BYTES, declared - size)):
+            size += len(piece)
+            if size > max_bytes:
+                raise too_large
+            yield piece
+    if declared is not None and size < declared:
+        raise _cut_short(size, declared)
+
+
+def _cut_short(size: int, declared: int) -> MalformedRequest:
+    return MalformedRequest(f"The connection ended after {size} of {declared} bytes. Send the request again.")
+
+
 def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads: ActiveReads) -> bytes:
     """Read a body of at most `limit` bytes."""
     declared = request.content_length
@@ -258,9 +385,7 @@ def _read_body(request: Request, limit: int, max_image_bytes: int, active_reads:
         if declared is not None:
             body: bytes = stream.read(declared)
             if len(body) < declared:
-                raise MalformedRequest(
-                    f"The connection ended after {len(body)} of {declared} bytes. Send the request again."
-                )
+                raise _cut_short(len(body), declared)
             return body
         pieces: list[bytes] = []
         size = 0

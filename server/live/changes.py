@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from provider_image.errors import MlgError
+from server.auth.limits import FairSlots
 from server.errors import StreamsFull
 from store.changes import Changes, Position
 from store.requests import RequestRecord
@@ -102,7 +103,7 @@ class Listener:
 
 
 class ChangeDispatcher:
-    """The listeners of one server process; `capacity` of them have a slot."""
+    """The listeners of one server process; `capacity` of them have a slot, shared fairly by the clients."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class ChangeDispatcher:
         self.max_pending = max_pending
         #: Time after which it is checked again whether the listeners are allowed.
         self.check_seconds = check_seconds
-        self._slots = threading.BoundedSemaphore(max(1, capacity))
+        self._slots = FairSlots(capacity)
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
         #: Number of a request or id of a batch -> its listeners.
@@ -129,14 +130,14 @@ class ChangeDispatcher:
         self._is_running = False
         self.is_stopped = False
 
-    def acquire_slot(self) -> None:
-        """Acquire a slot for a listener. :raises StreamsFull:"""
-        if self.is_stopped or not self._slots.acquire(blocking=False):
+    def acquire_slot(self, client: str | None) -> None:
+        """Acquire a slot for a listener of a client. :raises StreamsFull:"""
+        if self.is_stopped or not self._slots.acquire(client):
             raise StreamsFull()
 
-    def release_slot(self) -> None:
+    def release_slot(self, client: str | None) -> None:
         """Release a slot."""
-        self._slots.release()
+        self._slots.release(client)
 
     @contextlib.contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -147,8 +148,8 @@ class ChangeDispatcher:
             if not self._is_running and not self.is_stopped:
                 # Read here and not by the thread, so that changes before it starts are included.
                 self._cursor = self._changes.latest()
-                self._is_running = True
                 threading.Thread(target=self._poll_loop, name="events", daemon=True).start()
+                self._is_running = True
             self._listeners.add(listener)
             for key in listener.keys:
                 self._by_key[key].add(listener)

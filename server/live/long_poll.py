@@ -5,10 +5,10 @@ Used by the views. A held read listens to the changes of its request, see `chang
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
+from server.auth.limits import FairSlots
 from server.errors import KeyRefused
 from server.live.changes import ChangeDispatcher, Listener
 from store.requests import RequestRecord, Requests
@@ -17,7 +17,7 @@ from store.requests import RequestRecord, Requests
 class LongPoller:
     """The reads that are held by one server process.
 
-    :param capacity: how many are held at once; further ones are answered at once.
+    :param capacity: how many are held at once, shared fairly by the clients; further ones are answered at once.
     :param check_seconds: a read looks at its request at least so often, because what is deleted has no further changes.
     """
 
@@ -27,24 +27,29 @@ class LongPoller:
         self._change_dispatcher = change_dispatcher
         self._requests = requests
         self._check_seconds = check_seconds
-        self._slots = threading.BoundedSemaphore(max(1, capacity))
+        self._slots = FairSlots(capacity)
+
+    def count_held(self) -> int:
+        """Count the reads that are held now."""
+        return self._slots.count_held()
 
     def wait_until_final(
-        self, request: RequestRecord, seconds: float, *, is_allowed: Callable[[], bool]
+        self, request: RequestRecord, seconds: float, *, client: str | None = None, is_allowed: Callable[[], bool]
     ) -> RequestRecord:
         """Wait until the request is final or the time is over; return its state then. Without a free slot, do not wait.
 
+        :param client: whose slot it takes, see `FairSlots`.
         :param is_allowed: see `Listener`.
         :raises UnknownRequest: it was deleted meanwhile. :raises KeyRefused: the caller's key was revoked meanwhile.
         :raises StoreError:
         """
         if request.state.is_final or seconds <= 0 or self._change_dispatcher.is_stopped:
             return request
-        if not self._slots.acquire(blocking=False):
-            return request
         give_up_at = time.monotonic() + seconds
         listener = Listener(numbers=[request.number], is_allowed=is_allowed)
-        try:
+        with self._slots.holding(client) as is_held:
+            if not is_held:
+                return request
             with self._change_dispatcher.listening(listener):
                 while True:
                     if not is_allowed():
@@ -55,5 +60,3 @@ class LongPoller:
                     if request.state.is_final or left <= 0 or self._change_dispatcher.is_stopped:
                         return request
                     listener.wait(min(left, self._check_seconds))
-        finally:
-            self._slots.release()

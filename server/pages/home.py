@@ -47,5 +47,6 @@ class HomeViews(Views):
     @operation("POST /ui/send", "The form that sends an image", Scope.SUBMIT, tag=PAGES)
     def send_form(self) -> Response:
         """Accept an image from a browser without JavaScript and redirect to the request's page."""
-        request, _ = self._context.intake.accept_image(flask.request, model=None)
+        intake = self._context.intake
+        request, _ = intake.add_image(intake.read_image(flask.request, model=None))
         return flask.redirect(f"/ui/requests/{request.id}", 303)

@@ -40,7 +40,7 @@ class StaleCache(Generic[Value]):
         age = float("inf") if entry is None else time.monotonic() - entry[0]
         if entry is not None and age < self._stale_seconds:
             if age >= self._fresh_seconds and self._lock.acquire(blocking=False):
-                threading.Thread(target=self._refresh_in_background, name="refresh", daemon=True).start()
+                self._start_refresh()
             return entry[1]
         with self._lock:
             if self._entry is entry or self._entry is None:
@@ -50,6 +50,14 @@ class StaleCache(Generic[Value]):
     def invalidate(self) -> None:
         """Let the next reader reload the value."""
         self._entry = None
+
+    def _start_refresh(self) -> None:
+        """Start the thread that reloads and then releases the lock."""
+        try:
+            threading.Thread(target=self._refresh_in_background, name="refresh", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._lock.release()
+            log.warning("cannot refresh a cached value: %s", error)
 
     def _refresh_in_background(self) -> None:
         """Reload while readers use the old value; the caller has acquired the lock."""

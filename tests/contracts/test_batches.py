@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
 import tempfile
 import threading
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,13 +20,15 @@ from store import new_id
 from store.batches import BatchInProgress, BatchRecord, RefusedItem, UnknownBatch
 from store.chunks import ChunkRecord
 from store.errors import NotRemovable, StoreUnavailable, UnknownRequest
-from store.idempotency import SavedResponse
+from store.idempotency import MIN_BYTES, EarlierRequest, Idempotency, KeyReservation, SavedResponse
 from store.images import StagedImage
 from store.requests import Answer, Claim, NewRequest, RequestRecord
 from store.search import Query
 from store.states import RequestState
 from store.store import Store
+from tests.conftest import ROOT
 from tests.contracts.conftest import OpenStore
+from tests.process_tree import ends_with_tests
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 MODEL = "resnet50"
@@ -391,61 +397,120 @@ def test_only_ended_requests_are_removed_and_an_image_stays_while_another_reques
 # Idempotency keys
 
 
-def reserve(store: Store, token: str, *, owner: str = "", at: datetime = NOW) -> object:
-    return store.idempotency.reserve(
-        owner,
-        "key",
-        operation="POST /x",
-        token=token,
-        now=at,
-        lease_ends_at=at + timedelta(seconds=60),
-        expires_at=at + timedelta(days=1),
-    )
+#: Reserves a key; another process, forked from it, outlives it.
+DIES_WITH_A_KEY = """
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from store.settings import HomeSettings
+from store.store import Store
+
+now = datetime.now(UTC)
+store = Store(HomeSettings(home=Path(sys.argv[1])))
+store.idempotency.reserve("", "key", "print", now=now, expires_at=now + timedelta(days=1))
+if os.fork():
+    print("reserved", flush=True)
+sys.stdin.read()
+"""
+
+
+def reserve(store: Store, *, key: str = "key", owner: str = "", at: datetime = NOW) -> KeyReservation | EarlierRequest:
+    return store.idempotency.reserve(owner, key, "print", now=at, expires_at=at + timedelta(days=1))
+
+
+def reserved(store: Store, **arguments: Any) -> KeyReservation:
+    found = reserve(store, **arguments)
+    assert isinstance(found, KeyReservation)
+    return found
 
 
 def test_of_many_simultaneous_reservations_of_a_key_one_succeeds(store: Store) -> None:
     results: list[object] = []
-    threads = [threading.Thread(target=lambda n=n: results.append(reserve(store, f"t{n}"))) for n in range(8)]
+    threads = [threading.Thread(target=lambda: results.append(reserve(store))) for _ in range(8)]
 
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
 
-    assert sum(found is None for found in results) == 1
+    assert sum(isinstance(found, KeyReservation) for found in results) == 1
     assert len(results) == 8
 
 
 def test_a_response_is_kept_for_its_owner_until_it_expires(store: Store) -> None:
-    kept = SavedResponse(fingerprint="f", status=202, headers={"Location": "/x"}, body=b"{}" * 100)
-    reserve(store, "t1")
+    kept = SavedResponse(status=202, headers={"Location": "/x"}, body=b"{}" * 100)
 
-    assert store.idempotency.save_response("", "key", "t1", kept)
+    assert store.idempotency.save_response(reserved(store), kept)
 
-    found = reserve(store, "t2", at=after(3600))
-    assert found is not None and found.response == kept  # type: ignore[attr-defined]
-    assert reserve(store, "t3", owner="another") is None
-    assert reserve(store, "t4", at=after(86_401)) is None
+    found = EarlierRequest(fingerprint="print", response=kept)
+    assert reserve(store, at=after(3600)) == found == store.idempotency.find("", "key", now=after(3600))
+    reserved(store, owner="another")
+    assert store.idempotency.find("", "key", now=after(86_401)) is None
+    reserved(store, at=after(86_401))
 
 
-def test_a_reservation_of_a_killed_server_ends_with_its_lease_and_its_token_no_longer_counts(
-    store: Store,
-) -> None:
-    reserve(store, "t1")
+def test_a_released_key_is_free_and_its_reservation_no_longer_counts(store: Store) -> None:
+    first = reserved(store)
+    assert store.idempotency.release(first)
 
-    assert reserve(store, "t2", at=after(59)) is not None
-    assert reserve(store, "t2", at=after(61)) is None
+    second = reserved(store)
 
-    assert not store.idempotency.save_response("", "key", "t1", SavedResponse(fingerprint="f", status=200))
-    assert not store.idempotency.release("", "key", "t1")
-    assert store.idempotency.renew("", "key", "t2", lease_ends_at=after(500))
-    assert reserve(store, "t3", at=after(400)) is not None
+    assert not store.idempotency.save_response(first, SavedResponse(status=200))
+    assert not store.idempotency.release(first)
+    assert store.idempotency.save_response(second, SavedResponse(status=200))
+
+
+def test_a_key_is_reserved_as_long_as_the_process_runs_that_works_on_it(store: Store) -> None:
+    home = store.database.path.parent
+    with subprocess.Popen(
+        ends_with_tests(sys.executable, "-c", DIES_WITH_A_KEY, str(home)),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"reserved\n"
+        now = datetime.now(UTC)
+
+        # However long it takes, and whatever the clock does.
+        assert isinstance(reserve(store, at=now + timedelta(hours=23)), EarlierRequest)
+        other.kill()
+        other.wait(120)
+
+        reserved(store, at=now)
+    assert len(list((home / "locks").iterdir())) == 1  # that of this process
+
+
+def test_the_responses_of_one_owner_are_limited_and_the_oldest_make_room(store: Store) -> None:
+    idempotency = Idempotency(store.database, max_bytes_per_owner=10 * MIN_BYTES)
+    expires_at = after(86_400)
+    for owner, count in (("a", 15), ("b", 3)):
+        for number in range(count):
+            found = idempotency.reserve(owner, f"k{number}", "print", now=NOW, expires_at=expires_at)
+            assert isinstance(found, KeyReservation)
+            idempotency.save_response(found, SavedResponse(status=200, body=b"{}"))
+    kept = {owner: [n for n in range(15) if idempotency.find(owner, f"k{n}", now=NOW)] for owner in "ab"}
+    idempotency.close()
+
+    assert kept == {"a": list(range(5, 15)), "b": [0, 1, 2]}
+
+
+def test_a_large_response_takes_the_room_of_many(store: Store) -> None:
+    idempotency = Idempotency(store.database, max_bytes_per_owner=10 * MIN_BYTES)
+    for number, size in enumerate((2, 2, 2, 9 * MIN_BYTES)):
+        found = idempotency.reserve("", f"k{number}", "print", now=NOW, expires_at=after(86_400))
+        assert isinstance(found, KeyReservation)
+        idempotency.save_response(found, SavedResponse(status=200, body=random.Random(1).randbytes(size)))
+    kept = [n for n in range(4) if idempotency.find("", f"k{n}", now=NOW)]
+    idempotency.close()
+
+    assert kept == [2, 3]
 
 
 def test_expired_idempotency_keys_are_purged(store: Store) -> None:
-    reserve(store, "t1")
+    found = reserved(store)
     long_ago = NOW - timedelta(days=30)
 
     store.retention.purge(images_before=long_ago, results_before=long_ago, now=after(90_000))
 
-    assert not store.idempotency.release("", "key", "t1")
+    assert not store.idempotency.release(found)

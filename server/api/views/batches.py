@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import flask
+from werkzeug.wrappers import Response
 
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query
 from server.api.responses import json_response, set_headers
 from server.api.thumbnails import SHEET_ITEMS, contact_sheet
-from server.auth.guard import caller_check
+from server.auth.guard import caller_check, current_key_id
 from server.context import Views
+from server.csv_cells import to_cell
 from server.endpoint import Field, operation, service_fields
+from server.intake.accept import ReceivedBatch
 from server.intake.batch_parser import MAX_ITEMS
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.staging import StagedItem
@@ -74,10 +77,15 @@ class BatchViews(Views):
             },
         },
         responses={202: "BatchSubmitted"},
+        errors=(411,),
     )
-    def request_predictions(self, model: str) -> flask.Response:
+    def request_predictions(self, model: str) -> Response:
         """Accept many images: 202 when all that are accepted are durable, with an id or a reason for each."""
-        batch, items = self._context.intake.accept_batch(flask.request, model)
+        with self._context.intake.read_batch(flask.request, model) as received:
+            return self._context.repetitions.once(received.digest, lambda: self._add(received))
+
+    def _add(self, received: ReceivedBatch) -> flask.Response:
+        batch, items = self._context.intake.add_batch(received)
         status_url = f"/batches/{batch.id}"
         count = sum(item.request is not None for item in items)
         return json_response(
@@ -115,7 +123,9 @@ class BatchViews(Views):
             last = self._store.batches.last_unfinished(batch.id, progress)
             if last is None:
                 break
-            last = self._context.long_poller.wait_until_final(last, seconds, is_allowed=is_allowed)
+            last = self._context.long_poller.wait_until_final(
+                last, seconds, client=current_key_id(), is_allowed=is_allowed
+            )
             if not last.state.is_final:
                 break  # the time is over, or no more reads are held
             progress = self._store.batches.progress(id)
@@ -161,7 +171,7 @@ class BatchViews(Views):
             yield _csv_line(_CSV_COLUMNS)
             for shown in self._results(batch, after, params):
                 shown |= dict(zip(("label_id", "label", "probability"), _top_prediction(shown["preds"]), strict=True))
-                yield _csv_line(["" if (cell := shown.get(name)) is None else cell for name in _CSV_COLUMNS])
+                yield _csv_line([to_cell(shown.get(name)) for name in _CSV_COLUMNS])
 
         return _download(lines(), "text/csv; charset=utf-8")
 

@@ -12,7 +12,7 @@ import flask
 
 from provider_image.errors import InvalidParams
 from server.api.responses import set_headers
-from server.auth.guard import caller_check, is_owner, visible_key_id
+from server.auth.guard import caller_check, current_key_id, is_owner, visible_key_id
 from server.context import Views
 from server.endpoint import Field, operation
 from server.errors import ScopeMissing
@@ -107,10 +107,12 @@ class EventViews(Views):
 
     def _response(self, pieces: Generator[bytes, None, None], listener: Listener) -> flask.Response:
         change_dispatcher = self._context.change_dispatcher
-        change_dispatcher.acquire_slot()
+        client = current_key_id()
+        change_dispatcher.acquire_slot(client)
         flask.request.environ[STREAMED] = True
         response = flask.Response(
-            Stream(pieces, listener, change_dispatcher.release_slot), mimetype="text/event-stream"
+            Stream(pieces, listener, functools.partial(change_dispatcher.release_slot, client)),
+            mimetype="text/event-stream",
         )
         set_headers(response)
         # A proxy must not buffer events.

@@ -7,12 +7,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 import flask
+from werkzeug.wrappers import Response
 
 from server.api.query import WAIT, parse_wait_seconds
 from server.api.responses import json_response
-from server.auth.guard import caller_check
+from server.auth.guard import caller_check, current_key_id
 from server.context import Views
 from server.endpoint import form_schema, input_schemas, operation, service_fields
+from server.intake.accept import ReceivedImage
 from server.intake.request_options import FRESH, REQUEST_OPTIONS, WEBHOOK
 from server.intake.uploads import read_fields
 from server.serializers import parse_read_params
@@ -44,9 +46,13 @@ class PredictionViews(Views):
         },
         responses={202: "Submitted"},
     )
-    def request_prediction(self, model: str) -> flask.Response:
+    def request_prediction(self, model: str) -> Response:
         """Accept an image: 202 when it and its request are durable."""
-        request, read_params = self._context.intake.accept_image(flask.request, model)
+        received = self._context.intake.read_image(flask.request, model)
+        return self._context.repetitions.once(received.upload.digest, lambda: self._add(received))
+
+    def _add(self, received: ReceivedImage) -> flask.Response:
+        request, read_params = self._context.intake.add_image(received)
         # What only changes the view is not stored (equal images share an answer), so it is passed on in the URL.
         query = f"?{urlencode(read_params)}" if read_params else ""
         status_url = f"/readPrediction/{request.id}{query}"
@@ -77,8 +83,10 @@ class PredictionViews(Views):
         wait_seconds = parse_wait_seconds(fields.pop("wait", None), self._context.settings.max_hold_seconds)
         request = self._get_request(id)
         params = parse_read_params(request.service, fields)
-        found = self._context.long_poller.wait_until_final(request, wait_seconds, is_allowed=caller_check())
-        return self._response(found, params)
+        held = self._context.long_poller.wait_until_final(
+            request, wait_seconds, client=current_key_id(), is_allowed=caller_check()
+        )
+        return self._response(held, params)
 
     @operation(
         "DELETE /requests/<id>",

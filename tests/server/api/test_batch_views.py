@@ -8,6 +8,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from server.app import create_app
 from server.settings import ServerSettings
+from store.keys import KeyRecord, Scope, hash_key, make_key
 from store.store import Store
 
 URL = "/requestPredictions/efficientnet_lite0"
@@ -181,8 +183,6 @@ def test_a_body_that_cannot_be_read_is_refused_as_a_whole(
     status: int,
     code: str,
 ) -> None:
-    from dataclasses import replace
-
     client = create_app(replace(settings, max_batch_bytes=10_000_000), store).test_client()
 
     reply = send(client, body, kind)
@@ -205,8 +205,6 @@ def test_an_entry_with_a_false_size_fails_alone(client: flask.testing.FlaskClien
 def test_lines_of_urls_are_fetched_and_each_fails_alone(
     settings: ServerSettings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     from server.errors import FetchFailed
 
     def fetch(url: str, *, max_image_bytes: int, seconds: float) -> bytes:
@@ -269,6 +267,80 @@ def test_results_are_lines_and_rows_that_can_be_resumed_from_a_cursor(
         (f"{n}.png", "done", "label_0") for n in range(3)
     ]
     assert client.get(f"{url}/results.jsonl?after=x").status_code == 400
+
+
+def test_no_cell_of_a_csv_file_is_a_formula(
+    client: flask.testing.FlaskClient, answer: Callable[..., list[str]]
+) -> None:
+    names = ['=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\uff1d1", "a=1"]
+    url = send(client, zipped(*((name, make_image(n)) for n, name in enumerate(names)))).get_json()["status_url"]
+    answer(fail_with="=1+1")
+
+    rows = list(csv.DictReader(io.StringIO(client.get(f"{url}/results.csv").get_data(as_text=True))))
+
+    assert [row["client_id"] for row in rows] == [*(f"'{name}" for name in names[:-1]), "a=1"]
+    assert [row["reason"] for row in rows] == ["'=1+1"] * len(names)
+
+
+def add_key(store: Store, images_per_day: int) -> dict[str, str]:
+    id, key = make_key()
+    store.keys.add(
+        KeyRecord(
+            id=id,
+            name=id,
+            sha256=hash_key(key),
+            scopes=frozenset({Scope.SUBMIT}),
+            images_per_day=images_per_day,
+            created_at=datetime.now(UTC),
+        )
+    )
+    return {"X-API-Key": key}
+
+
+@pytest.mark.parametrize("limit", ["quota", "backlog"])
+def test_a_batch_over_a_limit_is_staged_only_a_little_beyond_it(
+    settings: ServerSettings,
+    store: Store,
+    stored_state: Callable[[], tuple[list[str], int]],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+) -> None:
+    client = create_app(replace(settings, max_backlog=1 if limit == "backlog" else 1000), store).test_client()
+    headers = add_key(store, 1 if limit == "quota" else 1000)
+    staged, real = [0], store.images.stage
+
+    def count(data: bytes) -> Any:
+        staged[0] += 1
+        return real(data)
+
+    monkeypatch.setattr(store.images, "stage", count)
+    body = zipped(*((f"{n}.png", make_image(n)) for n in range(60)))
+
+    reply = client.post(URL, data=body, content_type="application/zip", headers=headers)
+
+    assert (reply.status_code, reply.get_json()["code"]) == (
+        (429, "quota_reached") if limit == "quota" else (503, "backlog_full")
+    )
+    assert staged[0] < 30
+    assert stored_state() == ([], 0)
+
+
+def test_a_batch_of_a_limited_key_may_have_images_that_are_refused(settings: ServerSettings, store: Store) -> None:
+    client = create_app(settings, store).test_client()
+    body = zipped(*((f"{n}.png", b"broken") for n in range(40)), ("good.png", make_image(1)))
+
+    reply = client.post(URL, data=body, content_type="application/zip", headers=add_key(store, 1))
+
+    assert (reply.status_code, reply.get_json()["accepted"]) == (202, 1)
+
+
+def test_a_body_that_is_larger_than_the_quota_has_room_for_is_not_read(settings: ServerSettings, store: Store) -> None:
+    client = create_app(settings, store).test_client()
+    body = io.BytesIO(b"x" * 4_000_000)
+
+    reply = client.post(URL, input_stream=body, content_type="application/zip", headers=add_key(store, 1))
+
+    assert (reply.status_code, reply.get_json()["code"], body.tell()) == (429, "quota_reached", 0)
 
 
 def test_a_batch_is_cancelled_retried_and_deleted(
@@ -336,8 +408,6 @@ def test_a_batch_leaves_no_file_beside_its_images(client: flask.testing.FlaskCli
 
 
 def test_a_batch_of_another_key_is_not_found(settings: ServerSettings, store: Store) -> None:
-    from store.keys import KeyRecord, Scope, hash_key, make_key
-
     client = create_app(settings, store).test_client()
     keys = {}
     for name in ("alice", "bob"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -322,3 +323,27 @@ def test_labels_and_times_use_an_index(crowded: Store) -> None:
 
     assert (len(rare.requests), rare.next_before) == (60, None)
     assert [row.number for row in crowded.search.find(Query(until=early), limit=200).requests] == list(range(99, 0, -1))
+
+
+def test_a_list_may_begin_and_end_at_any_time(client: flask.testing.FlaskClient, photos: dict[str, bytes]) -> None:
+    id = send(client, photos["rocket"])
+    moments = ("0001-01-01", "0999-01-01", "2000-01-01", "9998-01-01", "9999-12-31")
+    for moment, name, zone in itertools.product(moments, ("since", "until"), ("", "Z", "+14:00", "-14:00")):
+        reply = client.get("/requests", query_string={name: f"{moment}T12:00:00.999999{zone}"})
+
+        if (moment[:4], zone) in (("0001", "+14:00"), ("9999", "-14:00")):  # in UTC in no year that there is
+            assert (reply.status_code, reply.get_json()["code"]) == (400, "invalid_params")
+            continue
+        shown = [request["req_id"] for request in reply.get_json()["requests"]]
+        assert shown == ([id] if (moment < "2020") == (name == "since") else []), (moment, name, zone)
+
+
+@pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59.999Z", "3.2e9"])
+def test_a_deadline_may_be_far_away(
+    client: flask.testing.FlaskClient, photos: dict[str, bytes], answer: Callable[..., list[str]], deadline: str
+) -> None:
+    id = send(client, photos["rocket"], query=f"?deadline={deadline}&keep_seconds=3.2e9")
+
+    assert client.get(f"/readPrediction/{id}").get_json()["status"] == "queued"
+    assert answer() == [id]
+    assert client.get(f"/requests/{id}").get_json()["status"] == "done"

@@ -474,6 +474,26 @@ def test_a_dispatcher_that_cannot_read_polls_again(store: Store, client: flask.t
     assert [one.request.state for one in found] == [RequestState.CANCELLED]
 
 
+def test_a_listener_is_notified_after_no_thread_could_be_started(
+    client: flask.testing.FlaskClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = ChangeDispatcher(store.changes, capacity=1)
+    number = store.requests.get(post(client)).number
+    listener = Listener(numbers=[number])
+
+    def no_thread(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without_threads, pytest.raises(RuntimeError):
+        without_threads.setattr(threading.Thread, "start", no_thread)
+        with events.listening(Listener(numbers=[number])):
+            pass
+    with events.listening(listener):
+        store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))
+
+        assert listener.wait(120)
+
+
 # Through a real server
 
 

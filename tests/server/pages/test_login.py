@@ -230,3 +230,10 @@ def test_a_public_page_knows_who_is_signed_in(client: flask.testing.FlaskClient,
         client.get("/", headers={"Accept": "application/json"})
 
         assert flask.g.key.name == "alice"
+
+
+@pytest.mark.parametrize("body", [rb'{"key": "\ud800"}', rb'{"key": "a", "next": "\udfff"}', rb'{"\ud800": "a"}'])
+def test_half_of_a_character_is_refused(client: flask.testing.FlaskClient, body: bytes) -> None:
+    reply = client.post("/login", data=body, content_type="application/json")
+
+    assert reply.status_code in (400, 401)

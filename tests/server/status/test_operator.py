@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -341,6 +342,28 @@ def test_a_cached_figure_is_loaded_again_when_it_is_stale_or_invalidated(monkeyp
     assert cache.get() == 1
     cache.invalidate()
     assert cache.get() == 2
+
+
+def test_a_cached_figure_is_loaded_again_after_no_thread_could_be_started(monkeypatch: Any) -> None:
+    clock, now = iter(range(100)), [0.0]
+    monkeypatch.setattr("server.status.stale_cache.time.monotonic", lambda: now[0])
+    cache = StaleCache(lambda: next(clock), fresh_seconds=1, stale_seconds=5)
+    cache.get()
+    now[0] = 2.0
+
+    def no_thread(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without_threads:
+        without_threads.setattr(threading.Thread, "start", no_thread)
+        assert cache.get() == 0
+    now[0] = 6.0
+
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.append(cache.get()), daemon=True)
+    reader.start()
+    reader.join(120)
+    assert found == [1]
 
 
 @pytest.mark.parametrize(
