@@ -114,7 +114,7 @@ class ImageTooLarge(BadInput):
 
 
 class TooManyBytes(BadInput):
-    """The image file is too large. Send at most 2 MB: a smaller size or a stronger JPEG compression helps."""
+    """The image file is too large. Send at most 16 MB: a smaller size or a stronger JPEG compression helps."""
 
     code = "too_large"
 
