@@ -189,6 +189,10 @@ class MalformedResults(ChunkError):
     """The results file does not match the chunk, or cannot be read."""
 
 
+class DecodingUnavailable(MlgError):
+    """Images cannot be decoded now: no process for it can be started. Try again later; see the log."""
+
+
 class WorkerDied(ChunkError):
     """The worker process ended before it had written its results."""
 

@@ -26,6 +26,7 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
+from server.thumbnails import Thumbnails
 from store.batches import BatchRecord
 from store.errors import ImageGone
 from store.requests import RequestRecord
@@ -50,6 +51,7 @@ class Context:
     dashboard: Dashboard
     #: Bodies are read by more threads than work at once, so that slow clients do not block the others.
     work_slots: threading.BoundedSemaphore
+    thumbnails: Thumbnails
 
     @classmethod
     def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
@@ -72,6 +74,7 @@ class Context:
             queue_stats=queue_stats,
             dashboard=Dashboard(store, queue_stats, clock),
             work_slots=work_slots,
+            thumbnails=Thumbnails(store.images, max_waiting=max(2, settings.server_threads // 2)),
         )
 
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:

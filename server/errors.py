@@ -110,7 +110,14 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     422: (IdempotencyKeyReused,),
     429: (store_errors.LimitReached,),
     502: (FetchFailed,),
-    503: (errors.NotInstalled, errors.ModelError, BacklogFull, StreamsFull, store_errors.StoreError),
+    503: (
+        errors.NotInstalled,
+        errors.ModelError,
+        errors.DecodingUnavailable,
+        BacklogFull,
+        StreamsFull,
+        store_errors.StoreError,
+    ),
     507: (store_errors.DiskFull,),
 }
 #: HTTP status of each error: the class's own row, else that of its nearest base class.
@@ -122,6 +129,7 @@ RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
     store_errors.DiskFull: 60,
     BacklogFull: 30,
     StreamsFull: 5,
+    errors.DecodingUnavailable: 2,
     errors.NotInstalled: 60,
     errors.ModelError: 60,
 }

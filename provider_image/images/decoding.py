@@ -337,7 +337,7 @@ def _converter(image: PIL.Image.Image) -> _Converter | None:
 def _composite_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     import PIL.Image
 
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" and "transparency" not in image.info else image.convert("RGBA")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 

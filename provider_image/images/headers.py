@@ -32,7 +32,7 @@ MAX_SIDE = 65_535
 MAX_DECODING_BYTES = 186 * 1024 * 1024
 #: Most scans of a JPEG, and most pixels of all of them: each scan takes the time of a pass over the image, however few
 #: bytes it has. Usual are 10.
-MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1_000_000_000
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 720_000_000
 #: Most pixels and bytes of a run-length coded BMP, which Pillow decodes in Python.
 _MAX_RLE = 2_000_000
 #: Most bytes before the first frame of a GIF, which Pillow reads in Python, and most blocks of that frame.

@@ -369,7 +369,7 @@ def test_auto_resizes_if_chunks_leave_this_machine(
 
     assert harness.executor.resized_flags == [is_resized]
     assert (harness.executor.images == [[GOOD]]) is not is_resized
-    assert not [pid for pid in children(os.getpid()) if "batcher.resizing" in command_line(pid)]
+    assert not [pid for pid in children(os.getpid()) if "provider_image.decoders" in command_line(pid)]
 
 
 def test_the_local_executor_is_not_remote() -> None:
