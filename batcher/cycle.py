@@ -23,8 +23,8 @@ from pathlib import Path
 
 from batcher.errors import ResizingUnavailable
 from batcher.executors import Executor, Job, Outcome
-from batcher.packing import PackedChunk, pack
-from batcher.planner import PlannedChunk, plan
+from batcher.packing import PackedChunk, pack, resized_bytes
+from batcher.planner import PlannedChunk, plan, stored_bytes
 from batcher.resizing import Resizer
 from batcher.result_writer import ResultWriter, Tally
 from batcher.results import (
@@ -214,7 +214,9 @@ class Cycle:
         if is_lease_check_due:
             self._lease_checked_at = loop.time()
         self._open_claims.update(((claim.number, claim.token), claim) for claim in claims)
-        self._ready.extend(plan(claims, max_items=self._settings.chunk_items, max_bytes=self._settings.chunk_bytes))
+        packed_bytes = stored_bytes if self._resizer is None else resized_bytes(self._settings.models)
+        max_items, max_bytes = self._settings.chunk_items, self._settings.chunk_bytes
+        self._ready.extend(plan(claims, max_items=max_items, max_bytes=max_bytes, packed_bytes=packed_bytes))
         self._tally.claimed += len(claims)
         if is_flushing and (len(claims) < limit or not self._possible_models):
             self._is_flushing = False

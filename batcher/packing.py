@@ -6,6 +6,7 @@ that it does not affect the others.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from provider_image.models.artefact import Artefact, find_artefact
 from provider_image.models.catalogue import CATALOGUE, ModelFacts
 from provider_image.service import primary_input
 from provider_image.services import load_service
+from store.requests import Claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,32 @@ def pack(
         results=results,
         size_bytes=size_bytes,
     )
+
+
+def resized_bytes(models: Path) -> Callable[[Claim], int]:
+    """Return what tells the most bytes that a claim takes in a chunk when its images are resized."""
+
+    @functools.cache
+    def image_inputs(service: str, model: str) -> Mapping[str, int]:
+        """Return the size of each input that is an image, by its name; the first input is called ""."""
+        try:
+            implementation = load_service(service)
+        except MlgError:  # packing tells why
+            return {}
+        found = _model(models, model)
+        if found is None or not found.height:
+            return {}
+        first = primary_input(implementation)
+        size = 4 * found.height * found.width + 1024  # lossless: what is noise takes three bytes a pixel
+        images = (name for name, one in implementation.inputs.items() if one.kind == "image")
+        return {"" if name == first else name: size for name in images}
+
+    def packed_bytes(claim: Claim) -> int:
+        resized = image_inputs(claim.service, claim.model)
+        sizes = {"": claim.image_bytes} | {name: one.size_bytes for name, one in claim.inputs.items()}
+        return sum(resized.get(name, size) for name, size in sizes.items())
+
+    return packed_bytes
 
 
 def _model(models: Path, name: str) -> ModelFacts | None:

@@ -6,7 +6,7 @@ Called by `batcher.cycle`. Only the bytes of the inputs count, not the few hundr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,23 @@ class PlannedChunk:
         return sum(item.first.input_bytes for item in self.items)
 
 
-def plan(claims: Iterable[Claim], *, max_items: int = MAX_ITEMS, max_bytes: int = MAX_BYTES) -> list[PlannedChunk]:
+def stored_bytes(claim: Claim) -> int:
+    """Return the size of a claim's inputs as they were sent."""
+    return claim.input_bytes
+
+
+def plan(
+    claims: Iterable[Claim],
+    *,
+    max_items: int = MAX_ITEMS,
+    max_bytes: int = MAX_BYTES,
+    packed_bytes: Callable[[Claim], int] = stored_bytes,
+) -> list[PlannedChunk]:
     """Plan chunks: each claim in exactly one, oldest first within a model and among chunks.
 
     An item larger than `max_bytes` gets a chunk of its own.
+
+    :param packed_bytes: what the inputs of a claim take in a chunk.
     """
     groups: dict[tuple[str, str, int], list[Claim]] = {}
     for claim in sorted(claims, key=lambda claim: claim.number):
@@ -63,7 +76,7 @@ def plan(claims: Iterable[Claim], *, max_items: int = MAX_ITEMS, max_bytes: int 
     chunks = [
         PlannedChunk(service=service, model=model, isolation=isolation, items=tuple(items))
         for (service, model, isolation), group in groups.items()
-        for items in _fill(_join_equal(group), min(max_items, ISOLATION_STEPS[isolation]), max_bytes)
+        for items in _fill(_join_equal(group), min(max_items, ISOLATION_STEPS[isolation]), max_bytes, packed_bytes)
     ]
     return sorted(chunks, key=lambda chunk: chunk.items[0].first.number)
 
@@ -79,12 +92,14 @@ def _join_equal(group: Sequence[Claim]) -> list[PlannedItem]:
     return [PlannedItem(claims=tuple(claims)) for claims in joined.values()]
 
 
-def _fill(items: Iterable[PlannedItem], max_items: int, max_bytes: int) -> list[list[PlannedItem]]:
+def _fill(
+    items: Iterable[PlannedItem], max_items: int, max_bytes: int, packed_bytes: Callable[[Claim], int]
+) -> list[list[PlannedItem]]:
     # Next fit, not best fit: an older item is never sent after a younger one.
     filled: list[list[PlannedItem]] = []
     size = 0
     for item in items:
-        item_bytes = item.first.input_bytes
+        item_bytes = packed_bytes(item.first)
         if not filled or len(filled[-1]) >= max_items or size + item_bytes > max_bytes:
             filled.append([])
             size = 0

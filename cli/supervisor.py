@@ -21,8 +21,8 @@ from datetime import UTC, datetime, timedelta
 from batcher.backoff import Backoff
 from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.settings import BatcherSettings
-from batcher.subprocesses import child_environment, exit_description, module_command
 from provider_image.errors import MlgError
+from provider_image.subprocesses import child_environment, exit_description, module_command
 from server.address import base_url
 from server.auth.guard import check_exposure
 from server.settings import ServerSettings

@@ -124,7 +124,7 @@ class ImageTooLarge(BadInput):
 
 
 class TooManyBytes(BadInput):
-    """The image file is too large. Send at most 2 MB: a smaller size or a stronger JPEG compression helps."""
+    """The image file is too large. Send at most 16 MB: a smaller size or a stronger JPEG compression helps."""
 
     code = "too_large"
 
@@ -197,6 +197,10 @@ class MalformedChunk(ChunkError):
 
 class MalformedResults(ChunkError):
     """The results file does not match the chunk, or cannot be read."""
+
+
+class DecodingUnavailable(MlgError):
+    """Images cannot be decoded now: no process for it can be started. Try again later; see the log."""
 
 
 class WorkerDied(ChunkError):

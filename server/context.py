@@ -28,6 +28,7 @@ from server.settings import ServerSettings
 from server.status.dashboard import Dashboard
 from server.status.eta import EtaInputs, WaitEstimate, estimate
 from server.status.queue_stats import QueueStats
+from server.thumbnails import Thumbnails
 from store.batches import BatchRecord
 from store.errors import ImageGone
 from store.requests import RequestRecord
@@ -56,6 +57,7 @@ class Context:
     work_slots: threading.BoundedSemaphore
     #: Answers requests that are sent again.
     repetitions: Repetitions
+    thumbnails: Thumbnails
 
     @classmethod
     def create(cls, settings: ServerSettings, store: Store, clock: Callable[[], datetime]) -> Context:
@@ -81,6 +83,7 @@ class Context:
             repetitions=Repetitions(
                 store.idempotency, active_reads=active_reads, max_body_bytes=settings.max_batch_bytes, clock=clock
             ),
+            thumbnails=Thumbnails(store.images, max_waiting=max(2, settings.server_threads // 2)),
         )
 
     def serialize(self, request: RequestRecord, params: Mapping[str, Any] | None = None) -> dict[str, Any]:

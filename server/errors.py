@@ -124,7 +124,15 @@ _KINDS: Mapping[int, tuple[type[MlgError], ...]] = {
     422: (IdempotencyKeyReused,),
     429: (store_errors.LimitReached,),
     502: (FetchFailed,),
-    503: (errors.NotInstalled, errors.ModelError, BacklogFull, StreamsFull, TooManyUploads, store_errors.StoreError),
+    503: (
+        errors.NotInstalled,
+        errors.ModelError,
+        errors.DecodingUnavailable,
+        BacklogFull,
+        StreamsFull,
+        TooManyUploads,
+        store_errors.StoreError,
+    ),
     507: (store_errors.DiskFull,),
 }
 #: HTTP status of each error: the class's own row, else that of its nearest base class.
@@ -138,6 +146,7 @@ RETRY_AFTER_SECONDS: Mapping[type[MlgError], int] = {
     StreamsFull: 5,
     TooManyUploads: 1,
     KeyUnderWay: 1,
+    errors.DecodingUnavailable: 2,
     errors.NotInstalled: 60,
     errors.ModelError: 60,
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from provider_image.environment import setting
 from provider_image.errors import ConfigError
+from provider_image.images.headers import MAX_PIXELS
 from store.settings import HomeSettings
 
 
@@ -35,13 +36,13 @@ class ServerSettings(HomeSettings):
     server_processes: int = setting("MLG_SERVER_PROCESSES", 1, minimum=1, maximum=64)
     #: Requests that one server process works on at once. MLG_SERVER_THREADS. Defaults to 32.
     server_threads: int = setting("MLG_SERVER_THREADS", 32, minimum=2, maximum=1024)
-    #: Largest image in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 2097152 (2 MB).
-    max_image_bytes: int = setting("MLG_MAX_IMAGE_BYTES", 2 * 1024 * 1024, minimum=1024, maximum=64 * 1024 * 1024)
+    #: Largest image in bytes. MLG_MAX_IMAGE_BYTES. Defaults to 16777216 (16 MB).
+    max_image_bytes: int = setting("MLG_MAX_IMAGE_BYTES", 16 * 1024 * 1024, minimum=1024, maximum=64 * 1024 * 1024)
     #: Largest body of a batch in bytes, and of what a zip in it unpacks to.
     #: MLG_MAX_BATCH_BYTES. Defaults to 2147483648 (2 GB).
     max_batch_bytes: int = setting("MLG_MAX_BATCH_BYTES", 2 * 1024**3, minimum=1024, maximum=1024**4)
-    #: Most pixels an image may declare. MLG_MAX_PIXELS. Defaults to 36000000.
-    max_pixels: int = setting("MLG_MAX_PIXELS", 36_000_000, minimum=1, maximum=170_000_000)
+    #: Most pixels an image may declare, at most what is decoded. MLG_MAX_PIXELS. Defaults to 36000000.
+    max_pixels: int = setting("MLG_MAX_PIXELS", MAX_PIXELS, minimum=1, maximum=MAX_PIXELS)
     #: Requests that may be queued before new ones are refused with 503. MLG_MAX_BACKLOG. Defaults to 1000000.
     max_backlog: int = setting("MLG_MAX_BACKLOG", 1_000_000, minimum=1, maximum=1_000_000_000)
     #: Longest time in seconds that `?wait=` holds an answer. MLG_MAX_HOLD_SECONDS. Defaults to 60 seconds.

@@ -2,6 +2,7 @@
 
     blobs/tmp/<random>            staged; nothing refers to it
     blobs/pictures/<sha256>       published; rows of `requests` and `request_files` refer to it
+    blobs/thumbnails/<sha256>-160 made of it for pages when needed, and deleted with it
 
 All published images are in one folder on purpose: a commit that publishes sixteen images then syncs one folder and not
 sixteen (0.3 ms against 2.9 ms on ext4, where every fsync is a flush of the disk).
@@ -27,6 +28,8 @@ from store.errors import DiskFull, StoreError, StoreUnavailable
 if TYPE_CHECKING:
     import sqlite3
 
+#: Sides of the thumbnails that are kept: those of contact sheets, lists and the page of a request.
+THUMBNAIL_SIDES = (128, 160, 640)
 #: Staged files of killed processes are deleted when they are older than this.
 LEFTOVER_SECONDS = 3600.0
 
@@ -80,12 +83,14 @@ class ImageStore:
         self.published_folder = folder / "pictures"
         self._published_path = str(self.published_folder)
         self._staging = folder / "tmp"
+        self._thumbnails = folder / "thumbnails"
 
     def create(self) -> None:
         """Create the folders. :raises StoreUnavailable: they cannot be created."""
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
             self.published_folder.mkdir(exist_ok=True)
+            self._thumbnails.mkdir(exist_ok=True)
             sync_folder(self.folder)
         except OSError as error:
             raise as_store_error(error, self.folder) from error
@@ -144,11 +149,37 @@ class ImageStore:
             raise as_store_error(error, self.folder) from error
 
     def delete(self, sha256: str) -> bool:
-        """Delete an image. Only under the store's write lock. :return: whether it existed."""
+        """Delete an image with its thumbnails. Only under the store's write lock. :return: whether it existed."""
+        existed = False
         with contextlib.suppress(FileNotFoundError):
             self.path(sha256).unlink()
-            return True
-        return False
+            existed = True
+        self._delete_thumbnails(sha256)
+        return existed
+
+    def thumbnail_path(self, sha256: str, side: int) -> Path:
+        """Return the path of a thumbnail of an image, whether or not it exists."""
+        return self._thumbnails / f"{sha256}-{side}"
+
+    def keep_thumbnail(self, sha256: str, side: int, data: bytes) -> None:
+        """Keep a thumbnail for as long as its image is stored.
+
+        :param side: one of THUMBNAIL_SIDES.
+        :raises StoreError: it cannot be written; nothing is left behind.
+        """
+        path = self._staging / secrets.token_hex(16)
+        try:
+            path.write_bytes(data)
+            path.rename(self.thumbnail_path(sha256, side))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise as_store_error(error, self.folder) from error
+        if not self.path(sha256).exists():  # deleted meanwhile, and its thumbnails before this one
+            self._delete_thumbnails(sha256)
+
+    def _delete_thumbnails(self, sha256: str) -> None:
+        for side in THUMBNAIL_SIDES:
+            self.thumbnail_path(sha256, side).unlink(missing_ok=True)
 
     def list_digests(self) -> Iterator[str]:
         """Iterate over the digests of the published images."""

@@ -34,7 +34,7 @@ LEVELS = {
     "server": (
         "errors settings address record_json csv_cells http_client endpoint status",
         "live auth serializers",
-        "webhooks",
+        "webhooks thumbnails",
         "intake",
         "context",
         "api",
@@ -43,7 +43,7 @@ LEVELS = {
         "process",
     ),
     "batcher": (
-        "backoff errors subprocesses waiting workspace planner",
+        "backoff errors waiting workspace planner",
         "image_build",
         "executors settings",
         "resizing",

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batcher.subprocesses import child_environment, exit_description, module_command
 from batcher.waiting import wait_for_first
 from provider_image.errors import WorkerDied
 from provider_image.runtime_paths import socket_path
+from provider_image.subprocesses import child_environment, exit_description, module_command
 
 if TYPE_CHECKING:
     from batcher.executors.local import LocalTimings

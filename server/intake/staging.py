@@ -28,6 +28,8 @@ from store.requests import RequestRecord
 
 #: Images of one batch that are staged at the same time.
 MAX_CONCURRENT_ITEMS = 8
+#: Bytes of images of one batch that were read and wait to be staged; one may be larger.
+MAX_WAITING_BYTES = 32 * 1024 * 1024
 #: Seconds that fetching all images of one batch may take; those that are missing then are refused.
 MAX_FETCH_SECONDS = 240.0
 
@@ -101,12 +103,15 @@ class Stager:
         give_up_at = time.monotonic() + MAX_FETCH_SECONDS
         with ThreadPoolExecutor(MAX_CONCURRENT_ITEMS, thread_name_prefix="batch") as threads:
             waiting: deque[Future[StagedItem]] = deque()
+            sizes: deque[int] = deque()  # of those that wait
             try:
                 for item in items:
                     if room < 0:
                         raise is_full
                     waiting.append(threads.submit(self._stage_item, item, give_up_at, row, service))
-                    if len(waiting) > 2 * MAX_CONCURRENT_ITEMS:
+                    sizes.append(len(item.data or b""))
+                    while len(waiting) > 2 * MAX_CONCURRENT_ITEMS or sum(sizes) > MAX_WAITING_BYTES:
+                        sizes.popleft()
                         outcomes.append(waiting.popleft().result())
                         room -= outcomes[-1].staged is not None
                 while waiting:

@@ -175,3 +175,12 @@ def test_an_item_over_the_byte_limit_gets_its_own_chunk() -> None:
 
 def test_no_claims_give_no_chunks() -> None:
     assert plan([]) == []
+
+
+def test_images_that_are_resized_count_with_what_they_are_in_the_chunk() -> None:
+    claims = [claim(number, image_bytes=16 * 1024 * 1024) for number in range(16)]
+
+    as_sent, resized = plan(claims), plan(claims, packed_bytes=lambda claim: 200_000)
+
+    assert [len(chunk.items) for chunk in as_sent] == [4, 4, 4, 4]
+    assert [len(chunk.items) for chunk in resized] == [16]

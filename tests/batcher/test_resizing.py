@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from PIL import Image
 
 from batcher.errors import ResizingUnavailable
 from batcher.executors.local import LocalExecutor
-from batcher.packing import pack
+from batcher.packing import pack, resized_bytes
 from batcher.planner import plan
 from batcher.resizing import Resizer, is_resizing
 from batcher.scheduler import Batcher
@@ -288,6 +289,29 @@ def test_a_chunk_is_small_and_contains_nothing_of_the_original_but_pixels(harnes
     assert [record.bytes_sent for record in harness.store.chunks.list()] == [len(chunk)]
 
 
+def test_images_share_a_chunk_if_they_fit_into_it_resized(harness: Any, resizer: Any) -> None:
+    # What follows the end of a PNG is ignored. Resized to 224 x 224, six of them are at most 1.2 MB.
+    harness.change_settings(chunk_bytes=3_000_000)
+    for is_resized in (True, False):
+        harness.resizer = resizer() if is_resized else None
+        for number in range(6):
+            harness.add(small_image(number).ljust(1_000_000, b"\0"), is_fresh=True)
+        harness.run()
+
+    assert [len(images) for images in harness.executor.images] == [6, 3, 3]
+
+
+def test_size_of_a_resized_input_is_not_underestimated(harness: Any) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8))
+    harness.add(encode_image(noise, "PNG"))
+    now = harness.clock.now
+    (claim,) = harness.store.requests.claim(models={MODEL}, limit=1, now=now, lease_ends_at=now, oldest_before=None)
+    size = resized_bytes(harness.models)
+
+    assert len(resize_image(encode_image(noise, "PNG"), 224, 224, None)) < size(claim) < 300_000
+    assert size(replace(claim, model="unknown")) == size(replace(claim, service="unknown")) == claim.image_bytes
+
+
 def test_an_invalid_image_is_not_sent_and_fails_before_the_others_are_answered(harness: Any, resizer: Any) -> None:
     harness.resizer = resizer()
     bad = harness.add(BAD["a damaged PNG"])
@@ -366,7 +390,7 @@ def test_auto_resizes_if_chunks_leave_this_machine(
 
     assert harness.executor.resized_flags == [is_resized]
     assert (harness.executor.images == [[GOOD]]) is not is_resized
-    assert not [pid for pid in children(os.getpid()) if "batcher.resizing" in command_line(pid)]
+    assert not [pid for pid in children(os.getpid()) if "provider_image.decoders" in command_line(pid)]
 
 
 def test_the_local_executor_is_not_remote() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import flask
 from werkzeug.wrappers import Response
 
+from provider_image.images.thumbnails import SHEET_ITEMS
 from server.api.query import CURSOR, LIMIT, WAIT, PageQuery, parse_number, parse_wait_seconds, read_query
 from server.api.responses import json_response, set_headers
-from server.api.thumbnails import SHEET_ITEMS, contact_sheet
 from server.auth.guard import caller_check, current_key_id
 from server.context import Views
 from server.csv_cells import to_cell
@@ -185,15 +185,14 @@ class BatchViews(Views):
         """Draw the first images of a batch, with their most likely labels."""
         self._get_batch(id)
         found = self._store.batches.items(id, limit=SHEET_ITEMS)
-        items = [
+        cells = [
             (
-                functools.partial(self._context.read_image, request),
+                request.image_sha256 if request.image_deleted_at is None else None,
                 _sheet_lines(request, self._context.serialize(request)["preds"]),
             )
             for request in found
         ]
-        with self._context.work_slots:
-            sheet = contact_sheet(items, self._context.settings.max_pixels)
+        sheet = self._context.thumbnails.sheet(cells)
         return _download(iter((sheet,)), "image/png")
 
     @_operation("POST /batches/<id>/cancel", "Cancel the queued requests of a batch", Scope.SUBMIT, returns=_BATCH)

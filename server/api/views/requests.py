@@ -8,23 +8,19 @@ from typing import Any
 import flask
 
 from provider_image import errors
+from provider_image.images.headers import MAX_PIXELS, MEDIA_TYPES, read_header
 from provider_image.models.registry import find_row
 from server.api.query import CURSOR, LIMIT, PageQuery, parse_state, read_query, state_field
 from server.api.responses import json_response
 from server.api.schemas import STATUSES
-from server.api.thumbnails import (
-    MAX_THUMBNAIL_PIXELS,
-    MIN_THUMBNAIL_PIXELS,
-    media_type,
-    thumbnail,
-)
 from server.context import Views
 from server.endpoint import Field, operation
 from server.intake.request_options import LABEL, parse_labels, parse_timestamp
 from server.intake.uploads import clean_name
 from server.record_json import fields, given_fields
 from server.serializers import is_image
-from store.errors import UnknownFile
+from server.thumbnails import MAX_THUMBNAIL_PIXELS, MIN_THUMBNAIL_PIXELS
+from store.errors import ImageGone, UnknownFile
 from store.keys import Scope
 from store.requests import RequestRecord
 from store.rows import to_text
@@ -101,17 +97,16 @@ class RequestViews(Views):
         """Return the image as it was sent, or a thumbnail; for a service without images its first input."""
         size = _size(read_query(flask.request, "size").get("size"))
         request = self._get_request(id)
-        data = self._context.read_image(request)
-        max_pixels = self._context.settings.max_pixels
         etag = f"{request.image_sha256}-{size or 'whole'}"
         if size is None:
-            kind = media_type(data, max_pixels) if is_image(request) else "application/octet-stream"
+            data = self._context.read_image(request)
+            is_shown = is_image(request)
+            kind = MEDIA_TYPES[read_header(data, MAX_PIXELS).format] if is_shown else "application/octet-stream"
             return _file_response(data, kind, etag=etag, name=clean_name(request.name) or "picture")
-        if etag in flask.request.if_none_match:
-            data = b""  # not sent
-        else:
-            with self._context.work_slots:
-                data = thumbnail(data, size, max_pixels)
+        if request.image_deleted_at is not None:
+            raise ImageGone()
+        is_known = etag in flask.request.if_none_match  # then it is not sent
+        data = b"" if is_known else self._context.thumbnails.get(request.image_sha256, size)
         return _file_response(data, "image/jpeg", etag=etag)
 
     @_operation("GET /requests/<id>/files/<name>", "A file of an answer", Scope.READ, errors=(410,), content_type="*/*")

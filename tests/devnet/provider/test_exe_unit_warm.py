@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from batcher.subprocesses import child_environment
 from devnet.scenario import Fault
 from provider_image.chunk import ChunkItem, read_results, write_chunk
 from provider_image.errors import MalformedResults
+from provider_image.subprocesses import child_environment
 from tests.devnet.exe_units import GftpProcess, exe_unit, run, run_batch, transfer
 from tests.process_tree import command_line, is_alive
 

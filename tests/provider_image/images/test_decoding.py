@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from provider_image.errors import BadInput, BrokenImage, ImageTooLarge, NotAnImage
-from provider_image.images.decoding import MAX_PIXELS, decode
+from provider_image.images.decoding import MAX_PIXELS, decode, decode_to_fit
 from provider_image.images.headers import read_header
 from tests.provider_image.conftest import encode_image
 from tests.provider_image.images.test_headers import GRADIENT, bombs, images_by_format
@@ -102,6 +102,13 @@ def test_transparent_colour_of_rgb_is_white():
     assert level(encode_image(Image.new("RGB", (32, 32), (1, 2, 3)), "PNG", transparency=(1, 2, 3))) == 255
 
 
+def test_transparent_value_of_sixteen_bit_grey_is_white():
+    image = Image.fromarray(np.full((32, 32), 5, np.uint16))
+
+    assert level(encode_image(image, "PNG", transparency=5)) == 255
+    assert level(encode_image(image, "PNG", transparency=6)) == 0
+
+
 def test_black_and_white_keeps_both():
     assert level(encode_image(Image.new("1", (32, 32), 1), "PNG")) == 255
     assert level(encode_image(Image.new("1", (32, 32), 0), "TIFF")) == 0
@@ -144,6 +151,12 @@ def test_thirty_two_bit_tiff_becomes_something_sensible(values, expected):
     assert level(encode_image(Image.fromarray(values), "TIFF")) == pytest.approx(expected, abs=1)
 
 
+@pytest.mark.parametrize(("value", "expected"), [(-5, 0), (70_000, 255)])
+def test_thirty_two_bit_tiff_of_one_value_outside_the_range_is_black_or_white(value, expected):
+    assert level(encode_image(Image.fromarray(np.full((32, 32), value, np.int32)), "TIFF")) == expected
+    assert level(encode_image(Image.fromarray(np.full((32, 32), value, np.float32)), "TIFF")) == expected
+
+
 def test_tiff_that_is_not_finite_is_broken():
     values = np.full((32, 32), np.nan, np.float32)
 
@@ -169,6 +182,81 @@ def test_images_are_turned_upright(orientation, options):
 
     assert pixels[16, 8, 0] > 200 > 80 > pixels[16, 8, 2]
     assert pixels[16, 56, 2] > 200 > 80 > pixels[16, 56, 0]
+
+
+def test_png_with_exif_data_behind_its_pixels_is_turned():
+    data = turned("PNG", 6)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack_from(">I", data, start)[0]
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert moved.index(b"eXIf") > moved.index(b"IDAT")
+
+    assert np.array_equal(decode(moved, 32, 64, None), decode(data, 32, 64, None))
+
+
+def composited(image: Image.Image) -> Image.Image:
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("mode", "crop"), [("RGB", 0.5), ("RGBA", None), ("P", 0.9), ("LA", None)])
+def test_bands_give_the_same_pixels_as_the_whole(orientation, mode, crop):
+    # 1.3 million pixels are three bands. Noise shows any difference in the order of steps.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1100, 4), np.uint8))
+    image = noise.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    methods = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # of Image.Transpose, as Pillow's exif_transpose has them
+    upright = image if orientation == 1 else image.transpose(Image.Transpose(methods[orientation]))
+    side = int((crop or 1) * 1100)
+    left, top = (upright.width - side + 1) // 2, (upright.height - side + 1) // 2
+    box = (0, 0, *upright.size) if crop is None else (left, top, left + side, top + side)
+    expected = composited(upright).resize((160, 120), Image.Resampling.BICUBIC, box=box)
+
+    pixels = decode(encode_image(image, "PNG", exif=exif, compress_level=1), 120, 160, crop)
+
+    assert np.array_equal(pixels, np.asarray(expected))
+
+
+def test_image_that_cannot_be_converted_as_a_whole_is_turned_and_resized_alike():
+    # 25 million pixels of four bytes, so that no second copy fits into the limit.
+    image = Image.new("RGBA", (5600, 4500), "red")
+    image.paste("blue", (0, 0, 5600, 2250))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the upper half is on the right when upright
+
+    pixels = decode(encode_image(image, "PNG", exif=exif, compress_level=1), 64, 64, None)
+
+    assert (pixels[:, :31] == [255, 0, 0]).all()
+    assert (pixels[:, 33:] == [0, 0, 255]).all()
+
+
+def test_image_many_times_as_high_as_wide_is_resized_in_little_memory():
+    image = Image.new("RGB", (300, 60_000), "red")
+    image.paste("blue", (0, 30_000, 300, 60_000))
+
+    pixels = decode(encode_image(image, "PNG", compress_level=1), 64, 64, None)
+
+    assert (pixels[:31] == [255, 0, 0]).all() and (pixels[33:] == [0, 0, 255]).all()
+
+
+def test_progressive_jpeg_is_reduced_where_full_scale_would_take_too_much_memory():
+    data = encode_image(HALVES.resize((6000, 5000)), "JPEG", progressive=True, quality=30)
+
+    pixels = decode(data, 1600, 1600, None)  # four times that is over full scale
+
+    assert pixels.shape == (1600, 1600, 3)
+    assert pixels[800, 100, 0] > 200 > 60 > pixels[800, 100, 2]
+
+
+def test_fitting_keeps_proportions_and_does_not_enlarge():
+    large, small = encode_image(HALVES.resize((1000, 500)), "JPEG"), encode_image(HALVES, "PNG")
+
+    assert decode_to_fit(large, 200).size == (200, 100)
+    assert decode_to_fit(small, 200).size == (64, 32)
+    assert decode_to_fit(turned("JPEG", 6), 16).size == (16, 8)
+    assert decode_to_fit(encode_image(Image.new("L", (1, 3000)), "PNG"), 16).size == (1, 16)
 
 
 def test_orientation_that_makes_no_sense_is_ignored():

@@ -3,6 +3,7 @@
 import io
 import struct
 import time
+import zlib
 
 import pytest
 from PIL import Image
@@ -221,3 +222,148 @@ def test_pillow_agrees_about_sizes():
             facts = read_header(data, MAX_PIXELS)
 
             assert image.size == (facts.width, facts.height)
+
+
+def progressive(extra_scans: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A progressive JPEG whose last scan, some bytes long, is repeated."""
+    data = encode_image(Image.new("L", size, 100), "JPEG", progressive=True)
+    tables = data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda"))
+    return data[:-2] + data[tables:-2] * extra_scans + b"\xff\xd9"
+
+
+def test_scans_of_a_progressive_jpeg_are_limited():
+    usual = encode_image(GRADIENT, "JPEG", progressive=True).count(b"\xff\xda")
+
+    assert 6 <= usual <= 12  # libjpeg writes 10 for colour and 6 for grey
+    assert read_header(progressive(90), MAX_PIXELS).format == "JPEG"
+    for extra in (100, 300, 24_800):
+        with pytest.raises(ImageTooLarge, match="scans; at most 100"):
+            read_header(progressive(extra), MAX_PIXELS)
+
+
+def test_fewer_scans_are_allowed_in_larger_images():
+    data = bytearray(progressive(25))
+    read_header(bytes(data), MAX_PIXELS)
+    struct.pack_into(">HH", data, data.index(b"\xff\xc2") + 5, 6000, 6000)
+
+    with pytest.raises(ImageTooLarge, match="at most 20"):
+        read_header(bytes(data), MAX_PIXELS)
+
+
+def test_scans_of_single_components_are_limited_without_progression_too():
+    data = encode_image(GRADIENT, "JPEG")
+    scan = data.index(b"\xff\xda")
+    one = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # of the first component only
+
+    read_header(data[:scan] + one * 3 + data[scan:], MAX_PIXELS)
+    with pytest.raises(ImageTooLarge, match="scans"):
+        read_header(data[:scan] + one * 300 + data[scan:], MAX_PIXELS)
+
+
+def test_arithmetic_jpeg_is_named():
+    data = encode_image(GRADIENT, "JPEG").replace(b"\xff\xc0", b"\xff\xc9")
+
+    with pytest.raises(UnsupportedFormat, match="arithmetic"):
+        read_header(data, MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "least", "most"),
+    [  # bytes a pixel, from what the decoders of Pillow 13 were seen to take
+        ("JPEG", {}, 0, 0),
+        ("JPEG", {"progressive": True, "subsampling": 0}, 6, 6.5),
+        ("JPEG", {"progressive": True, "subsampling": 2}, 3, 3.5),
+        ("WEBP", {}, 8, 9),
+        ("PNG", {}, 0, 0),
+        ("TIFF", {}, 0, 0),
+        ("TIFF", {"compression": "tiff_lzw", "strip_size": 10**9}, 3, 3),
+        ("TIFF", {"tiffinfo": {274: 6}}, 4, 4),
+    ],
+)
+def test_memory_of_decoders_is_told(format, options, least, most):
+    data = encode_image(Image.effect_noise((400, 300), 9).convert("RGB"), format, **options)
+
+    file = 2 * len(data) if format == "WEBP" else 0
+    assert least <= (read_header(data, MAX_PIXELS).buffer_bytes - file) / (400 * 300) <= most
+
+
+def test_image_that_needs_too_much_memory_is_refused_by_its_header():
+    data = bytearray(encode_image(GRADIENT, "JPEG", progressive=True, subsampling=0))
+    struct.pack_into(">HH", data, data.index(b"\xff\xc2") + 5, 6000, 6000)
+    webp = bytearray(encode_image(GRADIENT, "WEBP", exif=EXIF))
+    webp[24:30] = (5999).to_bytes(3, "little") * 2
+
+    for each in (data, webp):
+        with pytest.raises(ImageTooLarge, match=r"6000 x 6000 pixels would take \d+ MB"):
+            read_header(bytes(each), MAX_PIXELS)
+
+
+def test_sides_are_limited():
+    png = bytearray(encode_image(GRADIENT, "PNG"))
+    struct.pack_into(">II", png, 16, 1, 36_000_000)
+
+    with pytest.raises(ImageTooLarge, match="65535"):
+        read_header(bytes(png), MAX_PIXELS)
+
+
+def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_png_of_tiny_chunks_is_given_up():
+    data = encode_image(GRADIENT, "PNG")
+
+    read_header(data[:33] + png_chunk(b"teSt") * 10_000 + data[33:], MAX_PIXELS)
+    with pytest.raises(BrokenImage, match="too many chunks"):
+        read_header(data[:33] + png_chunk(b"teSt") * 30_000 + data[33:], MAX_PIXELS)
+
+
+def test_gif_of_large_frames_is_taken_and_one_of_large_comments_is_not():
+    small = encode_image(GRADIENT, "GIF")
+    start = small.index(b",", 13)
+    blocks = (b"\xff" + bytes(255)) * 60_000 + b"\0"
+    comment = b"!\xfe" + blocks
+
+    assert read_header(small[: start + 11] + blocks + b";", MAX_PIXELS).width == 40
+    with pytest.raises(BrokenImage):
+        read_header(small[:start] + comment + small[start:], MAX_PIXELS)
+
+
+def test_large_run_length_coded_bmp_is_refused():
+    def bmp(width: int, height: int) -> bytes:
+        header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 2, 0, 0, 256, 256)
+        return b"BM" + struct.pack("<IHHI", 0, 0, 0, 1078) + header + bytes(1024) + b"\0\1"
+
+    assert read_header(bmp(1000, 1000), MAX_PIXELS).width == 1000
+    with pytest.raises(ImageTooLarge, match="run-length"):
+        read_header(bmp(6000, 6000), MAX_PIXELS)
+
+
+def tiff(**tags: int) -> bytes:
+    """A TIFF that is a directory of whole numbers, by tag: {"t256": 10}."""
+    entries = [(int(tag[1:]), 4, 1, value) for tag, value in tags.items()]
+    data = b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(entries))
+    return data + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(300)
+
+
+def test_padding_of_tiles_counts():
+    with pytest.raises(ImageTooLarge, match="6000 x 60000"):
+        read_header(tiff(t256=1, t257=60_000, t322=6000, t323=6000, t324=200, t325=20), MAX_PIXELS)
+
+
+@pytest.mark.parametrize("compression", [34925, 50000, 50001])  # LZMA, Zstandard, WebP
+def test_rare_compression_of_tiff_is_named(compression):
+    with pytest.raises(UnsupportedFormat, match=str(compression)):
+        read_header(tiff(t256=10, t257=10, t259=compression), MAX_PIXELS)
+
+
+def test_tiff_whose_parts_of_jpeg_have_no_length_of_their_own_is_refused():
+    with pytest.raises(BrokenImage, match="same bytes"):
+        read_header(tiff(t256=10, t257=10, t259=7, t273=200, t279=0), MAX_PIXELS)
+
+
+def test_tiff_of_many_scans_is_refused():
+    data = tiff(t256=6000, t257=6000, t259=7, t273=200, t278=6000, t279=20) + b"\xff\xda\0" * 30
+
+    with pytest.raises(ImageTooLarge, match="scans"):
+        read_header(data, MAX_PIXELS)

@@ -88,14 +88,14 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "a GIF bomb": ({"data": form(GIF_BOMB, "bomb.gif")}, 413, "too_many_pixels", "50000"),
     "a PNG bomb": ({"data": form(png_bomb(), "bomb.png")}, 413, "too_many_pixels", "60000"),
     "a PDF": ({"data": form(b"%PDF-1.7\n" + bytes(200))}, 415, "unsupported_format", ""),
-    "over 2 MB in a form": (multipart(HEAD + JPEG + bytes(2**21) + TAIL), 413, "too_large", "2 MB"),
-    "one byte over 2 MB in a form": (
-        multipart(HEAD + JPEG + bytes(2**21 + 1 - len(JPEG)) + TAIL),
+    "over 16 MB in a form": (multipart(HEAD + JPEG + bytes(2**24) + TAIL), 413, "too_large", "16 MB"),
+    "one byte over 16 MB in a form": (
+        multipart(HEAD + JPEG + bytes(2**24 + 1 - len(JPEG)) + TAIL),
         413,
         "too_large",
-        "2 MB",
+        "16 MB",
     ),
-    "over 2 MB raw": ({"data": JPEG + bytes(2 * 1024 * 1024), "content_type": "image/jpeg"}, 413, "too_large", "2 MB"),
+    "over 16 MB raw": ({"data": JPEG + bytes(2**24), "content_type": "image/jpeg"}, 413, "too_large", "16 MB"),
     "JSON": ({"json": {"image": "abc"}}, 403, "fetching_is_off", "Send the image itself"),
     "text": ({"data": b"hello", "content_type": "text/plain"}, 415, "unsupported_media_type", "curl -F"),
     "curl -d": ({"data": {"image": "x"}}, 415, "unsupported_media_type", "curl -F"),
@@ -214,9 +214,9 @@ class Watched(io.BytesIO):
 def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
     client: flask.testing.FlaskClient, stored_state: Traces, content_type: str
 ) -> None:
-    body = Watched(bytes(5_000_000))
+    body = Watched(bytes(20_000_000))
 
-    response = client.post(URL, input_stream=body, content_length=5_000_000, content_type=content_type)
+    response = client.post(URL, input_stream=body, content_length=20_000_000, content_type=content_type)
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     assert body.bytes_read == 0
@@ -224,7 +224,7 @@ def test_a_declared_length_over_the_limit_is_refused_before_a_byte_is_read(
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=b"])
-@pytest.mark.parametrize("size", [10_000_000, 50_000_000])
+@pytest.mark.parametrize("size", [20_000_000, 80_000_000])
 def test_an_undeclared_length_is_refused_while_reading(
     client: flask.testing.FlaskClient, stored_state: Traces, content_type: str, size: int
 ) -> None:
@@ -235,7 +235,7 @@ def test_an_undeclared_length_is_refused_while_reading(
 
     assert (response.status_code, response.json["code"]) == (413, "too_large")
     # To its end, so that the client has sent all and reads the answer; but not for ever.
-    assert min(size, 35_000_000) <= body.bytes_read < 36_000_000
+    assert min(size, 50_000_000) <= body.bytes_read < 51_000_000
     assert stored_state() == ([], 0)
 
 

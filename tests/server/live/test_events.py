@@ -479,14 +479,14 @@ def test_a_listener_is_notified_after_no_thread_could_be_started(
 ) -> None:
     events = ChangeDispatcher(store.changes, capacity=1)
     number = store.requests.get(post(client)).number
-    listener = Listener(numbers=[number])
+    listener = Listener(numbers=[number], is_allowed=lambda: True)
 
     def no_thread(*arguments: object) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as without_threads, pytest.raises(RuntimeError):
         without_threads.setattr(threading.Thread, "start", no_thread)
-        with events.listening(Listener(numbers=[number])):
+        with events.listening(Listener(numbers=[number], is_allowed=lambda: True)):
             pass
     with events.listening(listener):
         store.requests.cancel(store.requests.list()[0].id, now=datetime.now(UTC))

@@ -1,6 +1,7 @@
 """Child processes that run this project's own modules: their command, their environment, and how they ended.
 
-Used by `mlg up` for `mlg serve` and `mlg batch`, by the local executor for its workers, and by `batcher.resizing`.
+Used by `mlg up` for `mlg serve` and `mlg batch`, by the local executor for its workers, and by
+`provider_image.decoders`.
 Works installed and from a source checkout, whatever the current folder is and contains.
 """
 

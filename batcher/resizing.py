@@ -1,0 +1,83 @@
+"""Decodes images in separate processes: resizes them to a model's input, and tries what a provider refused.
+
+Made by `batcher.scheduler`, called by `batcher.packing` and `batcher.results` in threads. The processes are those of
+`provider_image.decoders`, up to MLG_WORKERS of them, started when the first image comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batcher.errors import ResizingUnavailable
+from provider_image.decoders import JOB_TIMEOUT_SECONDS, DecoderPool, DecoderResult
+from provider_image.errors import DecodingUnavailable, MlgError
+
+if TYPE_CHECKING:
+    from batcher.executors import Executor
+    from batcher.settings import BatcherSettings
+    from provider_image.models.catalogue import ModelFacts
+
+
+class Resizer:
+    """Resizes items in a pool of processes; safe to use from several threads.
+
+    :param workers: maximum number of processes.
+    :param environment, limit_seconds: see `DecoderPool`.
+    """
+
+    def __init__(
+        self, workers: int, *, environment: Mapping[str, str] | None = None, limit_seconds: float = JOB_TIMEOUT_SECONDS
+    ) -> None:
+        self._pool = DecoderPool(workers, environment=environment, limit_seconds=limit_seconds)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="resize")
+        self._is_closed = False
+        #: Lists the running processes.
+        self.pids = self._pool.pids
+
+    def resize(self, model: ModelFacts, items: Iterable[Mapping[str, Path]]) -> list[DecoderResult]:
+        """Resize items in parallel, and wait for all of them.
+
+        :param items: input name -> image file, for each item.
+        :return: a result for each item, in their order; see `DecoderPool.run`.
+        :raises ResizingUnavailable: no process can be started, or this is closed; no item is at fault.
+        :raises OSError: an existing file cannot be read.
+        """
+        size = {"height": model.height, "width": model.width, "crop": model.crop}
+        inputs = ({name: str(path) for name, path in item.items()} for item in items)
+        return self._run([{"do": "resize", "options": size, "inputs": each} for each in inputs])
+
+    def try_item(self, chunk: Path, models: Path, number: int) -> MlgError | None:
+        """Decode the inputs of an item of a chunk file as a worker does.
+
+        :param models: the folder of artefacts.
+        :return: None, or why they cannot be used; WorkerDied and ChunkTimeout as in `DecoderPool.run`.
+        :raises ResizingUnavailable: as `resize`.
+        """
+        options = {"chunk": str(chunk), "models": str(models), "number": number}
+        (found,) = self._run([{"do": "try", "options": options, "inputs": {}}])
+        return found if isinstance(found, MlgError) else None
+
+    def _run(self, jobs: Iterable[Mapping[str, Any]]) -> list[DecoderResult]:
+        try:
+            return list(self._threads.map(self._pool.run, jobs))
+        except DecodingUnavailable as error:
+            raise ResizingUnavailable(error.reason) from error
+        except RuntimeError as error:
+            if not self._is_closed:
+                raise
+            raise ResizingUnavailable("The batcher was stopped before the images were resized.") from error
+
+    def close(self) -> None:
+        """Kill the processes and wait for them; calls of `resize` raise. May be called twice."""
+        self._is_closed = True
+        self._pool.retire()
+        self._threads.shutdown()
+        self._pool.close()
+
+
+def is_resizing(settings: BatcherSettings, executor: Executor) -> bool:
+    """Tell whether an executor gets resized images; else it gets the originals."""
+    return settings.shrink == "on" or (settings.shrink == "auto" and executor.is_remote)

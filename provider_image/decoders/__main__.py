@@ -1,0 +1,139 @@
+"""The main program of a process that decodes images: `python -m provider_image.decoders`.
+
+Started by `provider_image.decoders.Decoder`; the package's docstring describes the protocol. It must not open the store
+or know of requests: a malicious image may take control of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from provider_image.chunk import open_chunk
+from provider_image.decoders import KILL_MARGIN_SECONDS, MAX_JSON_BYTES, READY
+from provider_image.errors import ImageTooLarge, InferenceFailed, MlgError
+from provider_image.images.resizing import resize
+from provider_image.images.thumbnails import draw_sheet, thumbnail
+from provider_image.models.artefact import find_artefact
+from provider_image.runtime import prepare_item
+from provider_image.schemas import MAX_REASON
+from provider_image.services import load_service
+
+log = logging.getLogger(__name__)
+
+#: Memory that a process may take beside what it has when it is ready. An image takes at most 200 MB; the rest is for
+#: its file and for memory that is not returned at once.
+MAX_JOB_BYTES = 320 * 1024 * 1024
+
+
+def main() -> int:
+    """Run jobs until the owner's end of the socket closes."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # Pillow warns of odd metadata in images, which cannot be fixed here.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    threading.Thread(target=_exit_with_owner, daemon=True).start()
+    _limit_memory()
+    with Connection(sys.stdin.fileno()) as owner, contextlib.suppress(EOFError):
+        owner.send_bytes(READY)
+        while True:
+            job = json.loads(owner.recv_bytes(MAX_JSON_BYTES))
+            signal.setitimer(signal.ITIMER_REAL, job["limit_seconds"] + KILL_MARGIN_SECONDS)
+            _limit_processor_time(job["limit_seconds"])
+            reply, data = _run_job(job)
+            owner.send_bytes(json.dumps({**reply, "inputs": list(data)}).encode())
+            for each in data.values():
+                owner.send_bytes(each)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            del data
+    return 0
+
+
+def _limit_memory() -> None:
+    """Limit what this process may allocate from now on. What every image needs is loaded first."""
+    importlib.import_module("numpy")
+    importlib.import_module("PIL.Image")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    data_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = data_bytes + MAX_JOB_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """Have the kernel end this process when it has used that much more processor time."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), most))
+
+
+def _exit_with_owner() -> None:
+    hang_up = select.poll()
+    hang_up.register(0, 0)  # a hang-up is reported without being requested
+    hang_up.poll()
+    os._exit(0)  # from a thread, during an image whose result is not needed
+
+
+def _resize(inputs: Mapping[str, bytes], **size: Any) -> dict[str, bytes]:
+    return {name: resize(each, **size) for name, each in inputs.items()}
+
+
+def _thumbnail(inputs: Mapping[str, bytes], side: int) -> dict[str, bytes]:
+    return {name: thumbnail(each, side) for name, each in inputs.items()}
+
+
+def _sheet(inputs: Mapping[str, bytes], cells: list[tuple[str | None, list[str]]]) -> dict[str, bytes]:
+    return {"sheet": draw_sheet([(None if name is None else inputs[name], lines) for name, lines in cells])}
+
+
+def _try_item(inputs: Mapping[str, bytes], chunk: str, models: str, number: int) -> dict[str, bytes]:
+    """Prepare an item of a chunk file as a worker does."""
+    with open_chunk(Path(chunk)) as reader:
+        artefact = find_artefact(Path(models), reader.model)
+        prepare_item(load_service(reader.service), artefact, reader, reader.items[number])
+    return {}
+
+
+#: The works by their names.
+_WORKS: Mapping[str, Callable[..., dict[str, bytes]]] = {
+    "resize": _resize,
+    "thumbnail": _thumbnail,
+    "sheet": _sheet,
+    "try": _try_item,
+}
+
+
+def _run_job(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    try:
+        inputs = {name: Path(path).read_bytes() for name, path in job["inputs"].items()}
+    except OSError as error:
+        return {"errno": error.errno, "text": error.strerror}, {}
+    try:
+        return {}, _WORKS[job["do"]](inputs, **job["options"])
+    except MemoryError:
+        failed: MlgError = ImageTooLarge("Decoding the image takes too much memory. Scale it down and send it again.")
+    except Exception as error:
+        if not isinstance(error, MlgError):
+            log.exception("job failed")
+        failed = InferenceFailed.from_exception(error)
+    reply = failed.to_reply()
+    # Truncated like a reason in a results file, so that clients see the same text.
+    return {**reply, "reason": reply["reason"][:MAX_REASON]}, {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
