@@ -33,6 +33,8 @@ MAX_DECODING_BYTES = 186 * 1024 * 1024
 #: Most scans of a JPEG, and most pixels of all of them: each scan takes the time of a pass over the image, however few
 #: bytes it has. Usual are 10.
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 720_000_000
+#: Most bytes of the pixels of a PNG, half of them if it is interlaced, and its channels by its type of colour.
+_MAX_PNG_BYTES, _PNG_CHANNELS = 200_000_000, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 #: Most pixels and bytes of a run-length coded BMP, which Pillow decodes in Python.
 _MAX_RLE = 2_000_000
 #: Most bytes before the first frame of a GIF, which Pillow reads in Python, and most blocks of that frame.
@@ -184,6 +186,12 @@ def _png(data: bytes, check_size: _SizeCheck) -> _Facts:
     check_size(width, height)
     if data.rfind(b"IEND\xaeB`\x82") < 33 or data.find(b"IDAT") < 0:
         raise _cut_short("PNG")
+    stored_bytes = width * height * _PNG_CHANNELS.get(data[25], 4) * data[24] // 8
+    if stored_bytes * (2 if data[28] else 1) > _MAX_PNG_BYTES:
+        raise ImageTooLarge(
+            f"The PNG has {stored_bytes / 1e6:.0f} million bytes of pixels; at most {_MAX_PNG_BYTES / 1e6:g} million "
+            "are allowed, half as many if it is interlaced. Scale it down, or save it with 8 bits."
+        )
     position = 8
     for _ in range(_MAX_STEPS):  # Pillow reads chunk by chunk in Python
         if data[position + 4 : position + 8] == b"IEND":

@@ -318,6 +318,29 @@ def test_png_of_tiny_chunks_is_given_up():
         read_header(data[:33] + png_chunk(b"teSt") * 30_000 + data[33:], MAX_PIXELS)
 
 
+@pytest.mark.parametrize(
+    ("side", "bits", "colour", "is_interlaced", "is_accepted"),
+    [
+        (6000, 8, 6, False, True),
+        (5700, 8, 2, True, True),
+        (6000, 8, 2, True, False),
+        (5000, 16, 6, False, True),
+        (5100, 16, 6, False, False),
+        (6000, 16, 0, True, True),
+    ],
+)
+def test_bytes_of_the_pixels_of_a_png_are_limited(side, bits, colour, is_interlaced, is_accepted):
+    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, is_interlaced)
+    parts = [png_chunk(b"IHDR", header), png_chunk(b"IDAT"), png_chunk(b"IEND")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+    if is_accepted:
+        assert read_header(data, MAX_PIXELS).width == side
+    else:
+        with pytest.raises(ImageTooLarge, match="200 million"):
+            read_header(data, MAX_PIXELS)
+
+
 def test_gif_of_large_frames_is_taken_and_one_of_large_comments_is_not():
     small = encode_image(GRADIENT, "GIF")
     start = small.index(b",", 13)
