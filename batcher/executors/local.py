@@ -63,7 +63,7 @@ class LocalSettings(Settings):
     """Settings of the local executor."""
 
     #: Number of local worker processes, which share the cores, and of resizing processes.
-    #: MLG_WORKERS. Defaults to the number of cores; with over 8 cores to fewer workers with several threads each.
+    #: MLG_WORKERS. Defaults to the number of cores; over 8 cores, to fewer workers with several threads each.
     workers: int = setting("MLG_WORKERS", 1, unset=default_processes, minimum=1, maximum=256)
     #: Precision of local workers: f32, bf16, or auto, which leaves it to the processor.
     #: MLG_PRECISION. Defaults to f32.
