@@ -26,7 +26,8 @@ from provider_image.models.registry import find_row
 from provider_image.service import Input, Service, are_inputs, check_params, primary_input
 from provider_image.services import load_service
 from server.auth.guard import current_key_id, quota_left
-from server.errors import BacklogFull, FetchingDisabled
+from server.auth.limits import FairSlots
+from server.errors import BacklogFull, FetchingDisabled, TooManyUploads
 from server.intake.batch_parser import body_too_large, detect_format, parse_items, spool
 from server.intake.request_options import RequestOptions, parse_fresh, read_request_options
 from server.intake.staging import StagedItem, Stager
@@ -148,6 +149,8 @@ class Intake:
         self._clock = clock
         # Fetching one image takes seconds and a batch of them minutes, so neither may hold up every thread.
         self._fetch_slots = threading.BoundedSemaphore(settings.server_threads)
+        # A batch keeps a work slot for long, so all together get half of them, and one client half of that.
+        self._batch_slots = FairSlots(settings.server_threads // 2)
         self._batch_fetch_slots = threading.BoundedSemaphore(max(1, settings.server_threads // 4))
 
     def read_image(self, request: Request, model: str | None) -> ReceivedImage:
@@ -210,6 +213,8 @@ class Intake:
     def read_batch(self, request: Request, model: str) -> Iterator[ReceivedBatch]:
         """Read the images of a batch: a form, a zip, or JSON lines of URLs; or the first inputs of another service.
 
+        The slot of the batch is kept until the block ends.
+
         :raises MlgError: the batch cannot be accepted.
         """
         fields, options = read_request_options(request, self._clock())
@@ -230,22 +235,25 @@ class Intake:
             # More bytes hold more images than may be accepted, or some that are too large.
             max_bytes, too_large = room * (self._settings.max_image_bytes + FORM_ALLOWANCE_BYTES), is_full
         digest = body_digest(request)
-        with spool(
-            request,
-            folder=self._settings.home,
-            max_bytes=max_bytes,
-            too_large=too_large,
-            active_reads=self._active_reads,
-            digest=digest,
-        ) as file:
-            yield ReceivedBatch(
-                submission=submission,
-                name=name,
-                file=file,
-                kind=kind,
-                boundary=boundary,
-                digest=None if digest is None else digest.hexdigest(),
-            )
+        with self._batch_slots.holding(submission.key_id) as is_held:
+            if not is_held:
+                raise TooManyUploads()
+            with spool(
+                request,
+                folder=self._settings.home,
+                max_bytes=max_bytes,
+                too_large=too_large,
+                active_reads=self._active_reads,
+                digest=digest,
+            ) as file:
+                yield ReceivedBatch(
+                    submission=submission,
+                    name=name,
+                    file=file,
+                    kind=kind,
+                    boundary=boundary,
+                    digest=None if digest is None else digest.hexdigest(),
+                )
 
     def add_batch(self, received: ReceivedBatch) -> tuple[BatchRecord, Sequence[StagedItem]]:
         """Check the items of a batch and add their requests.

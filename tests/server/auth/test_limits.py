@@ -7,6 +7,7 @@ import http.client
 import io
 import socket
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -152,6 +153,37 @@ def test_bodies_that_one_key_sends_slowly_leave_threads_to_others(
     assert refused.headers["Retry-After"] == "1"
     assert accepted.status_code == 202
     assert statuses == [202] * 8
+
+
+def test_batches_of_one_key_leave_threads_that_work_to_others(
+    settings: ServerSettings, store: Store, photo: bytes
+) -> None:
+    app = create_app(replace(settings, server_threads=8), store)
+    alice, bob = add_key(store), add_key(store)
+    entered, leave, statuses = threading.Semaphore(0), threading.Event(), list[int]()
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jpg", photo)
+
+    def post(headers: dict[str, str], body: io.BytesIO) -> flask.testing.TestResponse:
+        url = URL.replace("Prediction", "Predictions")
+        return app.test_client().post(url, input_stream=body, content_type="application/zip", headers=headers)
+
+    def stall() -> None:
+        statuses.append(post(alice, StalledBody(file.getvalue(), entered, leave)).status_code)
+
+    threads = [threading.Thread(target=stall) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert entered.acquire(timeout=120)
+    refused, accepted = post(alice, io.BytesIO(file.getvalue())), post(bob, io.BytesIO(file.getvalue()))
+    leave.set()
+    for thread in threads:
+        thread.join(120)
+
+    assert (refused.status_code, refused.get_json()["code"]) == (503, "too_many_uploads")
+    assert (accepted.status_code, statuses) == (202, [202, 202])
 
 
 @pytest.fixture
