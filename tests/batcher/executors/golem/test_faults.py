@@ -537,7 +537,7 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
 
 
 def test_two_batchers_do_not_exceed_the_budget_of_the_day_together(tmp_path: Path, models_folder: Path) -> None:
-    budget, pace = Decimal("0.15"), slowness()
+    budget, pace = Decimal("0.2"), slowness()
     plans = [provider(name, second=f"{0.02 / pace:.6f}", price_per_cpu_second=Decimal(0)) for name in ("alpha", "beta")]
     timings = replace(SHORT, overtime_seconds=0.1, ending_seconds=0.5 * pace, cover_seconds=1.0 * pace)
     limits: dict[str, Any] = {"budget_day": budget, "start_seconds": 4 * pace, "max_price_hour": None}
@@ -580,7 +580,7 @@ def test_two_batchers_do_not_exceed_the_budget_of_the_day_together(tmp_path: Pat
 
 
 def test_a_worker_that_is_kept_ends_before_the_budget_is_used_up(play: Play) -> None:
-    budget, pace = Decimal("0.1"), slowness()
+    budget, pace = Decimal("0.15"), slowness()
 
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one", timeout_seconds=2 * pace)
