@@ -108,6 +108,10 @@ class Decisions:
 
         self._database.write(write)
 
+    def record_accepted(self, decision: DecisionRecord) -> None:
+        """Record a bill that the daemon has accepted, whoever decided that."""
+        self._database.write(lambda transaction: _write_bill(transaction, decision, BillState.ACCEPTED))
+
     def unfinished(self) -> builtins.list[DecisionRecord]:
         """List the decisions of which the daemon does not know, oldest first."""
         return self._database.records(DecisionRecord, _UNFINISHED)

@@ -188,6 +188,16 @@ class Reservations:
 
         return self._database.write(write)
 
+    def lower(self, id: str, amount: Decimal, *, now: datetime) -> None:
+        """Lower a commitment to what its agreement may still cost; does nothing if it is lower."""
+
+        def write(transaction: Transaction) -> None:
+            known = _find(transaction, "id", id)
+            if known is not None and known.state is ReservationState.COMMITTED and amount < known.amount:
+                transaction.execute(_SAVE, to_row(replace(known, amount=amount, changed_at=now)))
+
+        self._database.write(write)
+
     def release(self, id: str) -> None:
         """Give up a reservation that no agreement came of."""
         self._database.execute(_RELEASE, (id,))

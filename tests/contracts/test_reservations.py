@@ -201,6 +201,14 @@ def test_an_agreement_that_nobody_billed_is_written_off_and_a_late_bill_counts_n
     assert store.ledger.spent() == Decimal("0.2")
 
 
+def test_a_commitment_is_lowered_but_not_raised(store: Store) -> None:
+    commit(store, "a1", "0.5")
+    for amount in ("0.7", "0.3", "0.4"):
+        store.reservations.lower("r-a1", Decimal(amount), now=NOON)
+
+    assert open_amount(store) == Decimal("0.3")
+
+
 def test_an_agreement_that_ended_is_committed_with_what_it_may_have_cost_by_then(store: Store) -> None:
     for id in ("a1", "a2", "a3"):
         commit(store, id, "0.5")

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import NO_SUCH_CALL, tagged
 from batcher.executors.golem.yapapi_adapter import OWNER, explain
 from store.decisions import BILLED_BEFORE, BillKind, DecisionRecord
-from store.ledger import AgreementRecord, BillState, DebitNoteRecord, InvoiceRecord
+from store.ledger import AgreementRecord
 
 if TYPE_CHECKING:
     from batcher.executors.golem.session import Session
@@ -281,7 +281,7 @@ class PaymentProcessor:
             return id in self._foreign_agreements
         if status in _PAID:
             # By a batcher that was killed before it could record that, or by the operator.
-            await asyncio.to_thread(self._record_paid, calls, bill)
+            await asyncio.to_thread(self._decisions.record_accepted, self._describe(calls, bill))
         elif status in _PAYABLE or status == _REJECTED:
             decision = decision or await self._decide(calls, bill, agreement)
             if status == _REJECTED and not decision.is_refused:
@@ -322,31 +322,34 @@ class PaymentProcessor:
 
     async def _decide(self, calls: _Calls, bill: Any, agreement: _BilledAgreement) -> DecisionRecord:
         """Judge a bill: by what its agreement can have cost until its end, or until now while it runs."""
-        id, amount = bill.agreement_id, Decimal(str(getattr(bill, calls.amount_name)))
-        max_amount = await asyncio.to_thread(self._max_amount, calls.kind, id, agreement)
-        refusal = None
+        max_amount = await asyncio.to_thread(self._max_amount, calls.kind, bill.agreement_id, agreement)
+        made, refusal = self._describe(calls, bill), None
         if str(bill.status) == _REJECTED:
             refusal = "It was rejected at the daemon."
-        elif amount > max_amount:
-            refusal = f"It charges {amount:f} GLM, and at most {max_amount:f} GLM can be owed."
+        elif made.amount > max_amount:
+            refusal = f"It charges {made.amount:f} GLM, and at most {max_amount:f} GLM can be owed."
         elif calls.kind is BillKind.DEBIT_NOTE and bill.payment_due_date is not None:
             refusal = _NOT_AGREED
-        made = DecisionRecord(
-            bill_id=getattr(bill, calls.id_name),
-            kind=calls.kind,
-            agreement_id=id,
-            activity_id=bill.activity_id if calls.kind is BillKind.DEBIT_NOTE else None,
-            amount=amount,
-            max_amount=max_amount,
-            is_refused=refusal is not None,
-            reason=refusal,
-            decided_at=self._now(),
-        )
+        made = replace(made, max_amount=max_amount, is_refused=refusal is not None, reason=refusal)
         decision = await asyncio.to_thread(self._decisions.decide, made)
         if decision.is_refused:
             name = agreement.record.provider_name
             log.warning("the %s of provider %s is rejected: %s", calls.title, name, decision.reason)
         return decision
+
+    def _describe(self, calls: _Calls, bill: Any) -> DecisionRecord:
+        """Return the decision to pay a bill."""
+        amount = Decimal(str(getattr(bill, calls.amount_name)))
+        return DecisionRecord(
+            bill_id=getattr(bill, calls.id_name),
+            kind=calls.kind,
+            agreement_id=bill.agreement_id,
+            activity_id=bill.activity_id if calls.kind is BillKind.DEBIT_NOTE else None,
+            amount=amount,
+            max_amount=amount,
+            is_refused=False,
+            decided_at=self._now(),
+        )
 
     def _max_amount(self, kind: BillKind, agreement_id: str, agreement: _BilledAgreement) -> Decimal:
         """Return the most that a bill may demand. Called in a thread."""
@@ -416,33 +419,6 @@ class PaymentProcessor:
             if getattr(error, "status", None) not in NO_SUCH_CALL:
                 raise
             log.info("the daemon cannot be told that a bill is rejected: %s", explain(error))
-
-    def _record_paid(self, calls: _Calls, bill: Any) -> None:
-        """Record a bill that the daemon has accepted. Called in a thread."""
-        now, amount = self._now(), Decimal(str(getattr(bill, calls.amount_name)))
-        state = BillState.ACCEPTED
-        if calls.kind is BillKind.INVOICE:
-            self._ledger.record_invoice(
-                InvoiceRecord(
-                    id=bill.invoice_id,
-                    agreement_id=bill.agreement_id,
-                    amount=amount,
-                    state=state,
-                    received_at=now,
-                    settled_at=now,
-                )
-            )
-            return
-        self._ledger.record_debit_note(
-            DebitNoteRecord(
-                id=bill.debit_note_id,
-                activity_id=bill.activity_id,
-                agreement_id=bill.agreement_id,
-                amount=amount,
-                state=state,
-                received_at=now,
-            )
-        )
 
     def _note_settled(self, agreement_id: str) -> None:
         self._settled_agreements.add(agreement_id)

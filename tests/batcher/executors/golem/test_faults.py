@@ -536,8 +536,51 @@ def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
     play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
 
 
+def test_two_batchers_do_not_exceed_the_budget_of_the_day_together(tmp_path: Path, models_folder: Path) -> None:
+    budget, pace = Decimal("0.2"), slowness()
+    plans = [provider(name, second=f"{0.02 / pace:.6f}", price_per_cpu_second=Decimal(0)) for name in ("alpha", "beta")]
+    timings = replace(SHORT, overtime_seconds=0.1, ending_seconds=0.5 * pace, cover_seconds=1.0 * pace)
+    limits: dict[str, Any] = {"budget_day": budget, "start_seconds": 4 * pace, "max_price_hour": None}
+    limits["settle_seconds"] = 60.0
+
+    async def main() -> None:
+        async with devnet_and_store(scenario(*plans), tmp_path, models_folder) as (devnet, store):
+            workspaces = [Workspace(tmp_path / "work", name) for name in ("aaaa1111", "bbbb2222")]
+            executors, used = [], []
+            try:
+                for each in workspaces:
+                    each.create()
+                    name = each.folder.name
+                    executors.append(
+                        make_executor(devnet, store, tmp_path, models_folder, name=name, timings=timings, **limits)
+                    )
+                    await executors[-1].start()
+                harnesses = [GolemHarness(devnet, each, store, tmp_path / "jobs", models_folder) for each in executors]
+                jobs = [
+                    harness.run(*(f"{harness.work.name}-{each}" for each in range(20)), timeout_seconds=2 * pace)
+                    for harness in harnesses
+                ]
+                running = asyncio.ensure_future(asyncio.gather(*jobs))
+                while not running.done():
+                    used.append(store.reservations.used_by_all(now=datetime.now(UTC))["day"])
+                    await asyncio.sleep(0.05)
+                outcomes = [outcome for some in running.result() for outcome in some]
+                await asyncio.gather(*(each.close() for each in executors))
+            finally:
+                for executor in executors:
+                    await executor.close()
+                for workspace in workspaces:
+                    workspace.remove()
+
+            assert {type(each.error) for each in outcomes} == {type(None), BudgetReached}
+            assert 0 < max(used) <= budget
+            assert 0 < store.ledger.spent() == sum(paid(devnet).values()) <= budget
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+
 def test_a_worker_that_is_kept_ends_before_the_budget_is_used_up(play: Play) -> None:
-    budget, pace = Decimal("0.1"), slowness()
+    budget, pace = Decimal("0.15"), slowness()
 
     async def body(harness: GolemHarness) -> None:
         (outcome,) = await harness.run("one", timeout_seconds=2 * pace)
