@@ -674,6 +674,11 @@ def m011_files(db: sqlite_utils.Database) -> None:
         db.execute(statement)
 
 
+def m018_leases(db: sqlite_utils.Database) -> None:
+    """The clocks of leases, see `lease_clock.py`: for each start of the machine, the time at which it shows zero."""
+    db.execute("CREATE TABLE lease_clocks (boot_id TEXT PRIMARY KEY, zero_at TEXT NOT NULL) WITHOUT ROWID")
+
+
 STEPS: tuple[Step, ...] = (
     m001_requests,
     m002_journal,
@@ -686,6 +691,7 @@ STEPS: tuple[Step, ...] = (
     m009_transition,
     m010_reservations,
     m011_files,
+    m018_leases,
 )
 
 

@@ -186,6 +186,7 @@ class Harness:
             batcher_id="batcher",
             resizer=self.resizer,
             clock=self.clock,
+            lease_clock=self.clock,
         )
 
     def run(self, *, is_flushing: bool = True) -> Any:
