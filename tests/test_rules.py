@@ -43,7 +43,7 @@ LEVELS = {
         "process",
     ),
     "batcher": (
-        "backoff errors subprocesses waiting workspace planner",
+        "backoff errors subprocesses systemd waiting workspace planner",
         "image_build",
         "executors settings",
         "resizing",

@@ -124,10 +124,14 @@ class GolemExecutor:
                 queued_job.cancel()
 
     def stop_seconds(self) -> float:
-        """See Executor.stop_seconds: workers and agreements end, bills are paid, records are written."""
+        """See Executor.stop_seconds: workers and agreements end, bills are paid, records are written.
+
+        The sum of the limits of all that. Only a daemon that does not respond makes it last so long.
+        """
         timings = self._timings
-        closing = timings.close_seconds + timings.cleanup_seconds + timings.ledger_close_seconds
-        return closing + self._settings.settle_seconds
+        pools = timings.close_seconds + 3 * timings.cleanup_seconds
+        session = timings.recovery_seconds + 2 * timings.stop_seconds + timings.ledger_close_seconds
+        return pools + session + self._settings.settle_seconds
 
     async def close(self) -> None:
         self._job_queue.close()

@@ -47,6 +47,7 @@ class GolemTimings:
     stop_seconds: float = 20.0
     #: Pause between two attempts to close what is still open at the end.
     recovery_pause_seconds: float = 0.5
+    recovery_seconds: float = 15.0
 
     # Demands
 
