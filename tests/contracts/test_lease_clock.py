@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from store.lease_clock import LeaseClock, read_boot_id
 from store.store import Store
@@ -66,6 +67,16 @@ def test_after_a_restart_of_the_machine_it_begins_with_the_systems_time(store: S
     machine.boot_id, machine.monotonic = "second", 3.0
 
     assert machine.process().now() == NOON + timedelta(seconds=60)
+
+
+def test_a_sandbox_without_a_boot_id_has_a_clock_too(store: Store, tmp_path: Path) -> None:
+    machine = Machine(store)
+    machine.boot_id = read_boot_id(tmp_path / "missing")
+    machine.process().now()
+
+    machine.wall, machine.monotonic = NOON + timedelta(days=1), 3.0
+
+    assert machine.process().now() == NOON - timedelta(seconds=997)
 
 
 def test_the_clocks_of_this_machine_are_used_by_default(store: Store) -> None:
