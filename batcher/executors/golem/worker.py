@@ -253,7 +253,7 @@ class GolemWorker:
                 yield script
                 # Before the results are checked: they must not change afterwards.
                 await stop_receiving(engine, script)
-                is_receiving = False
+                self._received, is_receiving = None, False
                 await asyncio.to_thread(_accept_results, received, queued_job)
             except Exception as error:
                 self._finish_attempt()

@@ -776,6 +776,20 @@ def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play:
     play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), max_workers=2)
 
 
+def test_closing_ends_within_its_limit_though_no_call_to_the_daemon_returns(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        harness.devnet.faults._faults[DAEMON] = (fault("http-hang", path="*"),)
+        started_at = time.monotonic()
+        await harness.executor.close()
+
+        assert outcome.error is None
+        assert time.monotonic() - started_at < harness.executor.stop_seconds() + 2 * slowness()
+
+    timings = replace(SHORT, recovery_seconds=1.0, stop_seconds=1.0, ledger_close_seconds=1.0, cleanup_seconds=0.5)
+    play(body, provider("alpha"), timings=timings, settle_seconds=0.5)
+
+
 def test_two_models_have_workers_at_the_same_time(play: Play, custom_models_folder: Path) -> None:
     async def body(harness: GolemHarness) -> None:
         jobs = [harness.job(f"{model}{number}", model=model) for model in (MODEL, "my_pets") for number in range(2)]

@@ -147,7 +147,7 @@ def test_a_budget_below_a_start_with_a_chunk_pays_for_no_start_and_says_so(tmp_p
 
 def dear(name: str, *faults: Fault, **fields: Any) -> ProviderPlan:
     """Make a provider whose price per second alone counts, the same idle or busy."""
-    return provider(name, *faults, start="0", second="0.01", price_per_cpu_second=Decimal(0), **fields)
+    return provider(name, *faults, start="0", second="0.001", price_per_cpu_second=Decimal(0), **fields)
 
 
 #: Without tolerances, which at this price would be more than the budget.
@@ -158,11 +158,13 @@ def test_a_kept_worker_ends_with_the_budget_and_is_not_started_again_without_wor
     tmp_path: Path, models_folder: Path
 ) -> None:
     async def main() -> None:
-        settings = {"budget_run": Decimal("1.2"), "min_workers": 1, "start_seconds": 60.0, "max_price_hour": None}
+        # A thousand seconds of work.
+        budgets = {"budget_run": Decimal(1), "budget_day": None, "max_price_hour": None}
+        settings = {**budgets, "min_workers": 1, "start_seconds": 60.0}
         async with golem(scenario(dear("alpha")), tmp_path, models_folder, timings=EXACT, **settings) as harness:
-            (outcome,) = await harness.run("one", timeout_seconds=25)
+            (outcome,) = await harness.run("one", timeout_seconds=250)
             (worker,) = pools(harness)[0].workers
-            worker._started -= 118  # as if it had idled for so long
+            worker._started -= 999  # as if it had idled for so long
             await until(lambda: not pools(harness)[0].workers)
             # The bill is far lower, so that there is room for another start again.
             await until(lambda: harness.store.ledger.agreements(is_settled=False) == [])
@@ -172,11 +174,11 @@ def test_a_kept_worker_ends_with_the_budget_and_is_not_started_again_without_wor
 
             assert outcome.error is None
             assert approved_providers(harness) == ["alpha"]
-            (next_one,) = await harness.run("two", timeout_seconds=25)
+            (next_one,) = await harness.run("two", timeout_seconds=250)
             await close(harness)
 
             assert next_one.error is None
-            assert harness.paid() <= settings["budget_run"]
+            assert harness.paid() <= budgets["budget_run"]
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
