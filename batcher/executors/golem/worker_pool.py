@@ -105,10 +105,8 @@ class WorkerPool:
         if self._is_closing or not wanted:
             self._wanted_since = None
             return
-        jobs = [each.job for each in self.parts.job_queue.queued_jobs(self.model)]
-        self._chunk_seconds = max(
-            [self._chunk_seconds, *(self._timings.chunk_limit(job.timeout_seconds) for job in jobs)]
-        )
+        for each in self.parts.job_queue.queued_jobs(self.model):
+            self._chunk_seconds = max(self._chunk_seconds, self.parts.chunk_seconds(each.job, None))
         lead = self._timings.renewal_lead(
             start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._chunk_seconds
         )
