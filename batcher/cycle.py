@@ -72,6 +72,7 @@ class Cycle:
     :param resizer: resizes images before they are packed; closed if stopping takes too long. None sends originals.
     :param try_item: tries the inputs that a worker refused; None trusts all workers.
     :param clock: returns the current time.
+    :param lease_clock: returns the time by which leases end; by default the store's, which all batchers share.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Cycle:
         resizer: Resizer | None = None,
         try_item: TryItem | None = None,
         clock: Callable[[], datetime] = now_utc,
+        lease_clock: Callable[[], datetime] | None = None,
         timings: BatcherTimings = BatcherTimings(),
     ) -> None:
         self._store = store
@@ -93,6 +95,7 @@ class Cycle:
         self._timings = timings
         self._folder = folder
         self._clock = clock
+        self._lease_clock = store.lease_clock.now if lease_clock is None else lease_clock
         self._resizer = resizer
         self._try_item = try_item
         # Separate threads: packing that waits for decoders must not delay the renewal of leases.
@@ -229,9 +232,9 @@ class Cycle:
         is_flushing: bool,
         is_lease_check_due: bool,
     ) -> list[Claim]:
-        now = self._clock()
+        now, lease_now = self._clock(), self._lease_clock()
         if is_lease_check_due:
-            released = self._store.requests.release_expired(now)
+            released = self._store.requests.release_expired(now, lease_now=lease_now)
             if released:
                 log.warning("the leases of %d requests expired, they are queued again", released)
             expired = self._store.requests.expire(now)
@@ -243,7 +246,7 @@ class Cycle:
             models=models,
             limit=limit,
             now=now,
-            lease_ends_at=now + timedelta(seconds=self._settings.lease_seconds),
+            lease_ends_at=lease_now + timedelta(seconds=self._settings.lease_seconds),
             oldest_before=None if is_flushing else now - timedelta(seconds=self._settings.max_wait_seconds),
         )
 
@@ -425,8 +428,9 @@ class Cycle:
         while True:
             await asyncio.sleep(pause)
             open_claims = list(self._open_claims.values())
-            lease_ends_at = self._clock() + timedelta(seconds=self._settings.lease_seconds)
             try:
+                now = await asyncio.to_thread(self._lease_clock)
+                lease_ends_at = now + timedelta(seconds=self._settings.lease_seconds)
                 renewed = await asyncio.to_thread(self._store.requests.renew, open_claims, lease_ends_at=lease_ends_at)
             except StoreError as error:
                 log.warning("cannot renew leases: %s", error)

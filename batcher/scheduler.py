@@ -25,6 +25,7 @@ from batcher.executors import Executor, ExecutorContext, load_executor
 from batcher.resizing import Resizer, is_resizing
 from batcher.result_writer import Tally
 from batcher.settings import BatcherSettings, BatcherTimings
+from batcher.systemd import extend_stop_timeout
 from batcher.waiting import wait_for_first
 from batcher.workspace import Workspace
 from provider_image.errors import MlgError
@@ -37,6 +38,9 @@ from store.settings import HomeSettings
 from store.store import Store
 
 log = logging.getLogger(__name__)
+
+#: Time to stop that systemd is asked for beyond what drain, results and executor need.
+_STOP_MARGIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +321,6 @@ async def run_batcher(
     workspace.create()
     try:
         stop = asyncio.Event()
-        _listen_for_stop(stop, parent_fd)
         context = ExecutorContext(
             owner=workspace.folder.name,
             work=workspace.folder,
@@ -325,9 +328,12 @@ async def run_batcher(
             store=store,
             environment=environment,
         )
+        executor = load_executor(settings.executor, context)
+        stop_seconds = settings.drain_seconds + BatcherTimings().final_write_seconds + executor.stop_seconds()
+        _listen_for_stop(stop, parent_fd, lambda: extend_stop_timeout(stop_seconds + _STOP_MARGIN_SECONDS, environment))
         batcher = Batcher(
             store=store,
-            executor=load_executor(settings.executor, context),
+            executor=executor,
             settings=settings,
             home_settings=home_settings,
             workspace=workspace,
@@ -341,7 +347,7 @@ async def run_batcher(
         workspace.remove()
 
 
-def _listen_for_stop(stop: asyncio.Event, parent_fd: int | None) -> None:
+def _listen_for_stop(stop: asyncio.Event, parent_fd: int | None, on_stop: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -349,6 +355,7 @@ def _listen_for_stop(stop: asyncio.Event, parent_fd: int | None) -> None:
             # A second signal ends the process immediately: workers end with their standard input, leases expire.
             os._exit(130)
         stop.set()
+        on_stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)

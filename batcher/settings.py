@@ -60,7 +60,8 @@ class BatcherSettings(Settings):
     chunk_items: int = setting("MLG_CHUNK_ITEMS", MAX_ITEMS, minimum=1, maximum=MAX_ITEMS)
     #: Maximum bytes of images in a chunk. MLG_CHUNK_BYTES. Defaults to 67108864 (64 MB).
     chunk_bytes: int = setting("MLG_CHUNK_BYTES", MAX_BYTES, minimum=65536, maximum=MAX_BYTES)
-    #: Seconds after which a claim that is not renewed returns to the queue. MLG_LEASE_SECONDS. Defaults to 30 seconds.
+    #: Seconds after which a claim that is not renewed returns to the queue; the time during which the machine was
+    #: suspended does not count. MLG_LEASE_SECONDS. Defaults to 30 seconds.
     lease_seconds: float = setting("MLG_LEASE_SECONDS", 30.0, minimum=1, maximum=59)
     #: Seconds that a chunk may take before its worker is stopped. MLG_CHUNK_TIMEOUT_SECONDS. Defaults to 120 seconds.
     chunk_timeout_seconds: float = setting("MLG_CHUNK_TIMEOUT_SECONDS", 120.0, minimum=0.1, maximum=MAX_CHUNK_SECONDS)

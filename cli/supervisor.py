@@ -247,6 +247,12 @@ class Supervisor:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
+    def _grace_seconds(self, child: _Child) -> float:
+        """Return how long a child may take to stop."""
+        if child is not self._batcher:
+            return GRACE_SECONDS
+        return GRACE_SECONDS + self._batcher_settings.drain_seconds + self._executor.stop_seconds()
+
     def _stop(self, *, is_forced: bool = False) -> None:
         """Stop the batcher, which finishes its chunks, then the server. A second signal kills both at once.
 
@@ -256,10 +262,7 @@ class Supervisor:
             if child.process is None:
                 continue
             child.process.terminate()  # no effect on a process that has ended
-            grace_seconds = 0.0 if is_forced else GRACE_SECONDS
-            if child is self._batcher and not is_forced:
-                grace_seconds += self._batcher_settings.drain_seconds + self._executor.stop_seconds()
-            deadline = time.monotonic() + grace_seconds
+            deadline = time.monotonic() + (0.0 if is_forced else self._grace_seconds(child))
             while child.process.poll() is None:
                 if self._signals > 1 or time.monotonic() >= deadline:
                     log.warning("killing the %s", child.name)

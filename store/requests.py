@@ -14,7 +14,7 @@ import sqlite3
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -33,6 +33,8 @@ ISOLATION_STEPS = (16, 4, 1)
 #: Requests that one commit of many adds, changes or deletes: each changes a page of every index.
 ROWS_PER_COMMIT = 50
 
+#: No lease is as long as this.
+MAX_LEASE_SECONDS = 60.0
 #: A request fails after this many failures that it is to blame for.
 MAX_ATTEMPTS = 3
 
@@ -135,7 +137,8 @@ _COUNT_FAILURE = f"""
     isolation = CASE WHEN :blame = 'chunk' THEN min(isolation + 1, :alone) ELSE isolation END
 """
 
-_HAS_LEASE_ENDED = "state = 'claimed' AND lease_ends_at <= :now"
+# No lease is longer than the second bound, unless the clock of leases has lost time since.
+_HAS_LEASE_ENDED = "state = 'claimed' AND (lease_ends_at <= :lease_now OR lease_ends_at > :longest_lease)"
 
 _SOME_ENDED_LEASES = f"number IN (SELECT number FROM requests WHERE {_HAS_LEASE_ENDED} LIMIT {ROWS_PER_COMMIT})"
 
@@ -252,7 +255,7 @@ class RequestRecord(RequestFacts):
     due_at: datetime
     #: When the current or last claim was made.
     claimed_at: datetime | None
-    #: When the current claim ends unless it is renewed.
+    #: When the current claim ends unless it is renewed, on the clock of leases.
     lease_ends_at: datetime | None
     #: When it reached a final state.
     finished_at: datetime | None
@@ -542,6 +545,7 @@ class Requests:
 
         Models share the limit in turns, a full chunk each, the longest waiting first.
 
+        :param lease_ends_at: on the clock of leases.
         :param oldest_before: a model is due when a full chunk of it is queued, or its oldest request was accepted
             before this time; with None every model is.
         """
@@ -585,7 +589,7 @@ class Requests:
         return self._database.write(write)
 
     def renew(self, claims: Iterable[Claim], *, lease_ends_at: datetime) -> set[int]:
-        """Extend the leases. :return: the numbers of the claims that are still valid."""
+        """Extend the leases to a time on their clock. :return: the numbers of the claims that are still valid."""
         values = {"claims": _to_json(claims), "lease_ends_at": to_text(lease_ends_at)}
         rows = self._database.write(lambda transaction: transaction.execute(_RENEW, values).fetchall())
         return {number for (number,) in rows}
@@ -681,14 +685,21 @@ class Requests:
         values = {"claims": _to_json(claims), "code": code, "reason": reason, "due_at": to_text(due_at or now)}
         return self._database.write(self._release(_ARE_VALID, values, blame, now))
 
-    def release_expired(self, now: datetime) -> int:
-        """Release every claim whose lease has ended, blaming the chunk. :return: how many."""
-        if not self._has_any(_HAS_LEASE_ENDED, now):
+    def release_expired(self, now: datetime, *, lease_now: datetime | None = None) -> int:
+        """Release every claim whose lease has ended. Its batcher died, for which no item is to blame.
+
+        :param lease_now: the time on the clock of leases; None if `now` is that.
+        :return: how many.
+        """
+        lease_now = lease_now or now
+        longest_lease = lease_now + timedelta(seconds=MAX_LEASE_SECONDS)
+        times = {"lease_now": to_text(lease_now), "longest_lease": to_text(longest_lease)}
+        if not self._has_any(_HAS_LEASE_ENDED, times):
             return 0
         reason = "The batcher that worked on it stopped."
-        values = {"code": "lease_ended", "reason": reason, "due_at": to_text(now)}
+        values = {**times, "code": "lease_ended", "reason": reason, "due_at": to_text(now)}
         return self._database.write_in_steps(
-            self._release(_SOME_ENDED_LEASES, values, Blame.CHUNK, now), rows_per_commit=ROWS_PER_COMMIT
+            self._release(_SOME_ENDED_LEASES, values, Blame.NOBODY, now), rows_per_commit=ROWS_PER_COMMIT
         )
 
     def _release(
@@ -756,7 +767,7 @@ class Requests:
 
     def expire(self, now: datetime) -> int:
         """Cancel every queued request whose deadline has passed; claimed ones are finished. :return: how many."""
-        if not self._has_any(_IS_OVERDUE, now):
+        if not self._has_any(_IS_OVERDUE, {"now": to_text(now)}):
             return 0
 
         def write(transaction: Transaction) -> int:
@@ -766,9 +777,9 @@ class Requests:
 
         return self._database.write_in_steps(write, rows_per_commit=ROWS_PER_COMMIT)
 
-    def _has_any(self, where: str, now: datetime) -> bool:
+    def _has_any(self, where: str, values: Mapping[str, str]) -> bool:
         """Tell whether a write would find anything: reading needs no write lock, and most calls find nothing."""
-        return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", {"now": to_text(now)}) is not None
+        return self._database.row(f"SELECT 1 FROM requests WHERE {where} LIMIT 1", values) is not None
 
     def backlog(self) -> list[ModelBacklog]:
         """Count the queued and the claimed requests by model."""

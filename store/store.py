@@ -25,6 +25,7 @@ from store.errors import StoreUnavailable
 from store.idempotency import Idempotency
 from store.images import ImageStore, as_store_error
 from store.keys import Keys
+from store.lease_clock import LeaseClock
 from store.ledger import Ledger
 from store.migrations import migrate
 from store.providers import Providers
@@ -48,6 +49,7 @@ class Store:
         self.images = ImageStore(settings.images)
         self.database = Database(settings.database, self.images, busy_seconds=settings.busy_seconds)
         self.requests = Requests(self.database, self.images)
+        self.lease_clock = LeaseClock(self.database)
         self.batches = Batches(self.database, self.images)
         self.search = Search(self.database)
         self.chunks = Chunks(self.database)

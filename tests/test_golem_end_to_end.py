@@ -51,8 +51,9 @@ def test_two_thousand_images_over_eight_providers_of_which_three_misbehave(tmp_p
     log = tmp_path / "batch.log"
 
     with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 8, golem.FAULTS)) as variables:
-        # A bill of no more than this: each of eight starts costs 0.001, and the work some minutes of one core.
-        run = golem.batch(home, "golem", log, **variables, MLG_BUDGET_DAY="0.1", MLG_CHUNK_TIMEOUT_SECONDS="30")
+        # Enough for eight providers at a time, each with a start and a chunk that take as long as they may.
+        limits = {"MLG_CHUNK_TIMEOUT_SECONDS": "30", "MLG_GOLEM_START_SECONDS": "30"}
+        run = golem.batch(home, "golem", log, **variables, MLG_BUDGET_DAY="0.2", **limits)
         daemons = paid_by_the_daemon(variables)
         assert_nothing_is_open(variables)
 
@@ -63,6 +64,7 @@ def test_two_thousand_images_over_eight_providers_of_which_three_misbehave(tmp_p
     store.close()
     assert [request.state for request in requests] == [RequestState.DONE] * 2000
     assert answers == 2000  # none was answered twice
+    # A bill of no more than this: each of eight starts costs 0.001, and the work some minutes of one core.
     assert run.cost == daemons <= Decimal("0.1")
     for by in ("day", "model", "provider"):
         total = sum((Decimal(row["paid"]) for row in costs(home, by) if row["by"] != "total"), Decimal(0))
@@ -98,9 +100,13 @@ def test_killed_batchers_lose_nothing_and_leave_nothing_open(tmp_path: Path, mod
 
 def test_up_rents_a_computer_and_the_answer_names_provider_and_cost(tmp_path: Path, models_folder: Path) -> None:
     home, providers = make_home(tmp_path / "home", models_folder), make_home(tmp_path / "providers", models_folder)
+    plan = golem.scenario(tmp_path, 2, {})
+    late = '[[providers.faults]]\nkind = "late-bill"\nseconds = 3\n'
+    plan.write_text("[[providers]]".join(part and part + late for part in plan.read_text().split("[[providers]]")))
 
-    with golem.devnet(tmp_path, providers, golem.scenario(tmp_path, 2, {})) as variables:
-        system = System(home, "--executor", "golem", **variables)
+    with golem.devnet(tmp_path, providers, plan) as variables:
+        # It ends only when the bill is paid, which comes late.
+        system = System(home, "--executor", "golem", **variables, MLG_GOLEM_SETTLE_SECONDS="300")
         try:
             id = system.post(make_image())["req_id"]
             # The cost is recorded after the answer, so that nobody waits for it.

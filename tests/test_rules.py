@@ -43,7 +43,7 @@ LEVELS = {
         "process",
     ),
     "batcher": (
-        "backoff errors waiting workspace planner",
+        "backoff errors systemd waiting workspace planner",
         "image_build",
         "executors settings",
         "resizing",

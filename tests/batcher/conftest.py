@@ -189,6 +189,7 @@ class Harness:
             resizer=self.resizer,
             try_item=self.try_item,
             clock=self.clock,
+            lease_clock=self.clock,
         )
 
     def run(self, *, is_flushing: bool = True) -> Any:

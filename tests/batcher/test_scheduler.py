@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from batcher import scheduler, systemd
 from batcher.executors import Outcome
-from batcher.scheduler import OnceReport
+from batcher.scheduler import OnceReport, run_batcher
 from provider_image.errors import BrokenArtefact
+from store import new_id
 from store.states import RequestState
 from tests.batcher.conftest import now
 
@@ -226,3 +231,45 @@ def test_expired_data_is_deleted_at_the_start(harness: Any, batcher: Any) -> Non
         await run
 
     asyncio.run(asyncio.wait_for(main(), 300))
+
+
+@pytest.mark.parametrize("name", ["notify", "@mlg-test-notify"])
+def test_systemd_is_asked_for_the_time_to_stop_that_the_settings_grant(
+    name: str, harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.change_settings(drain_seconds=7.0)
+    harness.executor.stop_seconds = lambda: 600.0
+    monkeypatch.setattr(scheduler, "load_executor", lambda names, context: harness.executor)
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    address = f"\0{name[1:]}-{os.getpid()}" if name.startswith("@") else name
+
+    async def main(environment: dict[str, str]) -> None:
+        run = asyncio.create_task(
+            run_batcher(
+                harness.settings,
+                harness.home_settings,
+                harness.store,
+                environment,
+                batcher_id=new_id(),
+                is_once=False,
+            )
+        )
+        await harness.until(lambda: harness.store.batchers.list(seen_since=now() - timedelta(days=1)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await run
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address)
+        listener.setblocking(False)
+        asyncio.run(main({"NOTIFY_SOCKET": address.replace("\0", "@")}))
+        received = listener.recv(4096)
+
+    # Drain, results, executor, and a margin.
+    assert received == b"EXTEND_TIMEOUT_USEC=%d" % ((7 + 5 + 600 + 15) * 1_000_000)
+
+
+def test_a_batcher_that_systemd_does_not_hear_stops_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    systemd.extend_stop_timeout(1.0, {})
+    systemd.extend_stop_timeout(1.0, {"NOTIFY_SOCKET": str(tmp_path / "nobody")})
+
+    assert [message.split(":")[0] for message in caplog.messages] == ["systemd cannot be asked for time to stop"]

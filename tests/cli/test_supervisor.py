@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
-from cli.supervisor import with_short_waits
+from batcher.executors.golem.timings import GolemTimings
+from batcher.settings import BatcherTimings
+from cli.supervisor import Supervisor, with_short_waits
+from store.settings import HomeSettings
+from store.store import Store
 from tests.process_tree import children, command_line, descendants, is_alive
 from tests.timing import wait_until
 
@@ -135,6 +139,21 @@ def test_up_restarts_killed_children_and_stops_cleanly(
     assert errors.count("the batcher was killed by SIGKILL; starting it again") == 1
     assert errors.count("the server was killed by SIGKILL; starting it again") == 1
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("settle_seconds", [8, 600])
+def test_the_batcher_gets_the_time_to_stop_that_its_executor_needs(settle_seconds: int, tmp_path: Path) -> None:
+    variables = {"MLG_HOME": str(tmp_path), "MLG_EXECUTOR": "golem", "MLG_DRAIN_SECONDS": "20"}
+    supervisor = Supervisor({**variables, "MLG_GOLEM_SETTLE_SECONDS": str(settle_seconds)}, write_line=print)
+    store = Store(HomeSettings(home=tmp_path))
+    supervisor._executor = supervisor._load_executor(store)
+    timings = GolemTimings()
+
+    granted = supervisor._grace_seconds(supervisor._batcher)
+
+    store.close()
+    session = timings.recovery_seconds + 2 * timings.stop_seconds + timings.ledger_close_seconds
+    assert granted > 20 + BatcherTimings().final_write_seconds + settle_seconds + session
 
 
 def test_no_process_outlives_a_killed_supervisor(start: Callable[..., Up]) -> None:

@@ -269,6 +269,34 @@ def test_an_item_of_failing_chunks_is_isolated_before_it_is_blamed(store: Store)
     assert store.requests.get(request.id).code == "worker_died"
 
 
+def test_an_item_is_not_charged_for_batchers_that_die(store: Store) -> None:
+    request = add(store)
+    for kill in range(9):
+        claim_all(store, at=after(kill * 100))
+
+        assert store.requests.release_expired(after(kill * 100 + 30)) == 1
+
+    found = store.requests.get(request.id)
+    assert (found.state, found.attempts, found.isolation) == (RequestState.QUEUED, 0, 0)
+    assert found.code == "lease_ended"
+
+
+def test_the_end_of_a_lease_is_judged_by_the_clock_of_leases(store: Store) -> None:
+    add(store)
+    claim_all(store)
+
+    assert store.requests.release_expired(after(99_999), lease_now=after(29)) == 0
+    assert store.requests.release_expired(after(-99_999), lease_now=after(30)) == 1
+
+
+def test_a_lease_longer_than_any_is_from_a_clock_that_has_lost_time_and_has_ended(store: Store) -> None:
+    add(store)
+    claim_all(store)
+
+    assert store.requests.release_expired(after(0), lease_now=after(-30)) == 0
+    assert store.requests.release_expired(after(0), lease_now=after(-31)) == 1
+
+
 def test_fail_is_final_at_once(store: Store) -> None:
     request = add(store)
 

@@ -247,7 +247,9 @@ def test_frequent_queries_use_an_index(store: Store, tmp_path: Path) -> None:
     plans = {
         "SELECT created_at FROM requests WHERE state = 'queued' AND model = 'x' AND due_at <= 'y' "
         "ORDER BY number LIMIT 1": "requests_queued",
-        "SELECT 1 FROM requests WHERE state = 'claimed' AND lease_ends_at <= 'x'": "requests_claimed",
+        "SELECT 1 FROM requests WHERE state = 'claimed' AND (lease_ends_at <= 'x' OR lease_ends_at > 'y')": (
+            "requests_claimed"
+        ),
         "SELECT * FROM requests WHERE state = 'failed' AND number < 5 ORDER BY number DESC": "requests_failed",
         "SELECT * FROM requests WHERE id = 'x'": "sqlite_autoindex_requests_1",
     }

@@ -60,6 +60,10 @@ class GolemExecutor:
         self._session: Session | None = None
         self._sessions = 0
         self._pools: dict[str, WorkerPool] = {}
+        #: Pools that are being made, which may wait for the registry of images: model -> task.
+        self._opening: dict[str, asyncio.Task[WorkerPool]] = {}
+        #: Pools that are being closed.
+        self._closing: set[asyncio.Task[None]] = set()
         self._session_task: asyncio.Task[None] | None = None
         self._closing_task: asyncio.Task[None] | None = None
         #: Why there is no session; None when there is one.
@@ -124,10 +128,14 @@ class GolemExecutor:
                 queued_job.cancel()
 
     def stop_seconds(self) -> float:
-        """See Executor.stop_seconds: workers and agreements end, bills are paid, records are written."""
+        """See Executor.stop_seconds: workers and agreements end, bills are paid, records are written.
+
+        The sum of the limits of all that. Only a daemon that does not respond makes it last so long.
+        """
         timings = self._timings
-        closing = timings.close_seconds + timings.cleanup_seconds + timings.ledger_close_seconds
-        return closing + self._settings.settle_seconds
+        pools = timings.close_seconds + 3 * timings.cleanup_seconds
+        session = timings.recovery_seconds + 2 * timings.stop_seconds + timings.ledger_close_seconds
+        return pools + session + self._settings.settle_seconds
 
     async def close(self) -> None:
         self._job_queue.close()
@@ -219,20 +227,30 @@ class GolemExecutor:
             await self._step_pools(session)
 
     async def _step_pools(self, session: Session) -> None:
+        if self._parts.provider_records.take_unbanned():
+            for pool in self._pools.values():
+                pool.restart_search()
         waiting = Counter(each.job.model for each in self._job_queue.queued_jobs())
+        # Neither is waited for here: other models go on meanwhile.
         for model in waiting:
-            if model not in self._pools:
-                try:
-                    self._pools[model] = await self._new_pool(model, session)
-                except MlgError as error:
-                    self._job_queue.fail_all(error, model=model)
+            if model not in self._pools and model not in self._opening:
+                self._opening[model] = asyncio.create_task(self._new_pool(model, session))
+        for model in [model for model, task in self._opening.items() if task.done()]:
+            try:
+                self._pools[model] = self._opening.pop(model).result()
+            except MlgError as error:
+                self._job_queue.fail_all(error, model=model)
         wanted = self._distribute_workers(waiting)
         for model, pool in list(self._pools.items()):
-            pool.step(wanted.get(model, 0))
+            total = sum(len(each.workers) + each.is_starting() for each in self._pools.values())
+            # Where agreements expire, one worker more than allowed: it starts while an earlier one still works.
+            pool.step(wanted.get(model, 0), may_replace=total <= self._settings.max_workers)
             is_idle = not pool.workers and not waiting.get(model)
             if is_idle and time.monotonic() - pool.last_wanted > self._timings.unused_pool_seconds:
                 del self._pools[model]
-                await pool.close(0.0)
+                task = asyncio.create_task(pool.close(0.0))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
 
     def _distribute_workers(self, waiting: Mapping[str, int]) -> dict[str, int]:
         """Return the number of workers for each model: busy ones stay, the rest are distributed round-robin."""
@@ -240,11 +258,11 @@ class GolemExecutor:
         max_workers = self._settings.max_workers
         wanted = {}
         for model, pool in self._pools.items():
-            busy = sum(not worker.is_idle() for worker in pool.workers)
-            needed = max(busy, min(busy + waiting.get(model, 0), busy + max_workers))
-            if now - pool.last_wanted < self._timings.min_workers_seconds:
-                needed = max(needed, self._settings.min_workers)
-            wanted[model] = needed
+            if waiting.get(model) or any(worker.queued_job is not None for worker in pool.workers):
+                pool.last_work = now
+            busy = sum(not worker.is_idle() for worker in pool.current_workers())
+            needed = busy + min(waiting.get(model, 0), max_workers)
+            wanted[model] = max(needed, pool.min_workers())
         shared = dict.fromkeys(wanted, 0)
         while sum(shared.values()) < max_workers and any(shared[model] < wanted[model] for model in wanted):
             for model in wanted:
@@ -280,10 +298,14 @@ class GolemExecutor:
         await asyncio.shield(self._closing_task)
 
     async def _end_session_now(self, settle_seconds: float) -> None:
+        opening, self._opening = list(self._opening.values()), {}
+        for task in opening:
+            task.cancel()
         pools, self._pools = list(self._pools.values()), {}
         session, self._session = self._session, None
         is_usable = session is not None and session.broken_reason is None
         await asyncio.gather(*(pool.close(self._timings.close_seconds if is_usable else 0.0) for pool in pools))
+        await asyncio.gather(*opening, *self._closing, return_exceptions=True)
         if session is not None:
             self._parts.money.release_all()  # a hire that was cancelled may have left its reservation
             await session.close(settle_seconds)
@@ -294,15 +316,11 @@ class GolemExecutor:
         if now - self._refreshed_at < self._timings.refresh_seconds:
             return
         self._refreshed_at = now
-        banned = set(self._parts.provider_records.banned)
         try:
             await asyncio.to_thread(self._parts.provider_records.refresh)
             await self._parts.money.refresh()
         except MlgError as error:
             log.warning("cannot read the ledger: %s", error)
-        if banned - set(self._parts.provider_records.banned):
-            for pool in self._pools.values():
-                pool.restart_search()
 
     def _expire_waiting(self) -> None:
         """End jobs that have waited too long for a provider."""

@@ -1,10 +1,10 @@
 """Money: every amount is reserved in the ledger before it can come to be owed. Amounts in GLM.
 
-`worker_pool.py` reserves before it makes an agreement and commits when it has one; `worker.py` extends the reservation
-before each chunk, and while a worker starts or idles; `end_agreement` replaces it by what the agreement may cost until
-the end that the daemon acknowledged, and `payments.py` settles it with the bill, in the transaction that records the
-invoice. All batchers of a home reserve in the same table, so the caps hold for them together. The rules are in
-`store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
+`worker_pool.py` reserves a start and a chunk before it makes an agreement and commits when it has one; `worker.py`
+extends the reservation before further chunks and while a worker idles; `end_agreement` replaces it by what the
+agreement may cost until the end that the daemon acknowledged, and `payments.py` settles it with the bill, in the
+transaction that records the invoice. All batchers of a home reserve in the same table, so the caps hold for them
+together. The rules are in `store/reservations.py`; how much an agreement may cost is `GolemTimings.cost_limit`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,27 @@ log = logging.getLogger(__name__)
 
 #: With less than this, in GLM, nothing can be done.
 _SMALLEST_AMOUNT = Decimal("1e-9")
-#: Name of a cap -> its title, and what to do when it is reached.
+#: Name of a cap -> its title, its setting, and what to do when it is reached.
 _MESSAGES = {
-    "run": ("The budget of this run", "Raise MLG_BUDGET_RUN, or start another run."),
+    "run": ("The budget of this run", "MLG_BUDGET_RUN", "Raise MLG_BUDGET_RUN, or start another run."),
     "day": (
         "The budget of the day",
+        "MLG_BUDGET_DAY",
         "Work continues by itself tomorrow (UTC), or immediately with a higher MLG_BUDGET_DAY.",
     ),
-    "total": ("The total budget", "Raise MLG_BUDGET_TOTAL."),
+    "total": ("The total budget", "MLG_BUDGET_TOTAL", "Raise MLG_BUDGET_TOTAL."),
 }
 
 
 def describe_denial(denial: Denial) -> str:
     """Return, in a sentence, which cap is reached and what to do."""
-    title, remedy = _MESSAGES[denial.cap]
+    title, variable, remedy = _MESSAGES[denial.cap]
+    if denial.extra > denial.limit:
+        return (
+            f"{title} is too small: the next step may cost up to {_format_amount(denial.extra)} GLM, and the limit is "
+            f"{_format_amount(denial.limit)} GLM. Raise {variable}; lower values of MLG_GOLEM_START_SECONDS and "
+            "MLG_CHUNK_TIMEOUT_SECONDS make a step cheaper."
+        )
     return (
         f"{title} is used up: {_format_amount(denial.used)} of {_format_amount(denial.limit)} GLM are spent or "
         f"committed, and the next step may cost up to {_format_amount(denial.extra)} GLM. {remedy}"
@@ -234,6 +241,16 @@ class Reservation:
             raise StoreBusy()
         await self._money.raise_to(self.id, self._purpose, self._money.timings.cost_limit(self.price, seconds))
         self.covered_seconds = max(seconds, self.covered_seconds)
+
+    def lower(self, seconds: float) -> None:
+        """Give back what lies beyond some seconds after the agreement's start."""
+        assert self.price is not None
+        if seconds < self.covered_seconds:
+            amount = self._money.timings.cost_limit(self.price, seconds)
+            lower = self._money.reservations.lower
+            # A later `extend` waits for it, so that it is not lowered afterwards.
+            self._committing = self._money.ledger_writer.enqueue(lower, self.id, amount, now=self._money.clock())
+            self.covered_seconds = seconds
 
     def release(self) -> None:
         """Give it up, because no agreement came of it."""

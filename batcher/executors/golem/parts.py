@@ -5,7 +5,7 @@ Made by `executor.py`; each part is described in its own module.
 
 from __future__ import annotations
 
-from batcher.executors import ExecutorContext
+from batcher.executors import ExecutorContext, Job
 from batcher.executors.golem.job_queue import JobQueue
 from batcher.executors.golem.ledger_writer import LedgerWriter
 from batcher.executors.golem.money import Money
@@ -27,6 +27,15 @@ class GolemParts:
         self.ledger_writer = LedgerWriter(timings)
         self.money = Money(context.store, self.ledger_writer, owner=context.owner, caps=settings.caps, timings=timings)
         self.provider_records = ProviderRecords(context.store.providers, settings, self.ledger_writer)
+
+    def chunk_seconds(self, job: Job, images_per_second: float | None) -> float:
+        """Return how long a chunk may take on a provider of this speed; None is an unknown one."""
+        return self.timings.chunk_timeout(
+            items=job.items,
+            size_bytes=job.chunk.stat().st_size,
+            images_per_second=images_per_second,
+            max_seconds=job.timeout_seconds,
+        )
 
     def is_gone(self, batcher_id: str) -> bool:
         """Return whether another batcher no longer runs."""

@@ -62,6 +62,7 @@ class ProviderRecords:
         self._ban_backoff = Backoff(first_seconds=settings.ban_seconds, max_seconds=_MAX_BAN_SECONDS)
         #: Address -> reason. Has what this batcher decides before the store has it.
         self.banned: dict[str, str] = {}
+        self._has_unbanned = False
         #: Address -> 0 to 1.
         self.reliability: dict[str, float] = {}
         #: Model -> address -> images per second, as far as it was measured.
@@ -77,7 +78,9 @@ class ProviderRecords:
 
     def refresh(self) -> None:
         """Read bans by operators and other batchers, and scores, from the store. Called in a thread."""
-        self.banned = self._providers.banned(datetime.now(UTC))
+        banned = self._providers.banned(datetime.now(UTC))
+        self._has_unbanned = self._has_unbanned or bool(self.banned.keys() - banned.keys())
+        self.banned = banned
         self.reliability = {each.id: each.score for each in self._providers.list()}
 
     def record_offer(self, provider_id: str, properties: Mapping[str, Any]) -> None:
@@ -123,7 +126,13 @@ class ProviderRecords:
         for provider_id in suspicious:
             self._failures.pop(provider_id, None)
             self.banned.pop(provider_id, None)
+            self._has_unbanned = True
             self._ledger_writer.enqueue(self._providers.unban, provider_id, by_operator=False)
+
+    def take_unbanned(self) -> bool:
+        """Return whether bans were lifted or have ended since the last call; those providers have to be asked again."""
+        has_unbanned, self._has_unbanned = self._has_unbanned, False
+        return has_unbanned
 
     def record_overbilling(self, provider_id: str, reason: str) -> None:
         """Ban a provider that charged more than it can have earned."""

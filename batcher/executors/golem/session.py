@@ -173,7 +173,9 @@ class Session:
             return
         if self.payment_processor is not None:
             if not self.broken_reason:
-                await self._close_own()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._timings.recovery_seconds):
+                        await self._close_own()
             missing = await self.payment_processor.wait_until_settled(0.0 if self.broken_reason else settle_seconds)
             if missing:
                 log.warning("%d invoices have not arrived; the next batcher pays them", missing)

@@ -48,15 +48,16 @@ class GolemSettings(Settings):
     max_price_hour: Decimal | None = setting("MLG_MAX_PRICE_HOUR", Decimal("0.5"), parse=_amount)
     #: Offers above this price per start are rejected. MLG_MAX_PRICE_START. Defaults to 0.01.
     max_price_start: Decimal | None = setting("MLG_MAX_PRICE_START", Decimal("0.01"), parse=_amount)
-    #: Workers kept for a model that has had work within the last hour. MLG_GOLEM_MIN_WORKERS. Defaults to 0.
+    #: Workers kept for a model that has had work within the last hour, as long as the budget allows.
+    #: MLG_GOLEM_MIN_WORKERS. Defaults to 0.
     min_workers: int = setting("MLG_GOLEM_MIN_WORKERS", 0, minimum=0, maximum=1000)
     #: Workers at the same time, all models together. MLG_GOLEM_MAX_WORKERS. Defaults to 8.
     max_workers: int = setting("MLG_GOLEM_MAX_WORKERS", 8, minimum=1, maximum=1000)
     #: Seconds that a provider may take to start, including the download of its container image.
     #: MLG_GOLEM_START_SECONDS. Defaults to 300.
     start_seconds: float = setting("MLG_GOLEM_START_SECONDS", 300.0, minimum=1, maximum=3600)
-    # From five hours on, providers demand interim payments, which yapapi does not handle well.
-    #: Seconds after which a demand is renewed; its agreements end with it. MLG_GOLEM_RENTAL_SECONDS. Defaults to 10800.
+    #: Seconds after which a demand is renewed: new agreements are made, and the old ones end after their chunks.
+    #: MLG_GOLEM_RENTAL_SECONDS. Defaults to 10800.
     rental_seconds: float = setting("MLG_GOLEM_RENTAL_SECONDS", 10800.0, minimum=60, maximum=17000)
     #: Seconds that an idle worker is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
     idle_seconds: float = setting("MLG_GOLEM_IDLE_SECONDS", 60.0, minimum=0, maximum=3600)

@@ -45,8 +45,9 @@ class GolemTimings:
     unreachable_seconds: float = 8.0
     #: Limit for closing yapapi.
     stop_seconds: float = 20.0
-    #: Pause between two attempts to close what is still open at the end.
+    #: Pause between two attempts to close what is still open at the end, and the limit for all of them.
     recovery_pause_seconds: float = 0.5
+    recovery_seconds: float = 15.0
 
     # Demands
 
@@ -57,8 +58,12 @@ class GolemTimings:
     stale_demand_seconds: float = 20.0
     #: Pauses after a demand failed.
     search_backoff: Backoff = Backoff(first_seconds=0.5, max_seconds=15.0)
-    #: A demand is replaced this long before its agreements expire.
-    renewal_seconds: float = 120.0
+    #: Providers refuse an agreement that would expire sooner than this.
+    min_agreement_seconds: float = 300.0
+    #: From five hours on, providers demand interim payments, which yapapi does not handle well.
+    max_agreement_seconds: float = 17_900.0
+    #: Time to collect offers and to sign an agreement, before its start begins.
+    signing_seconds: float = 30.0
     #: Limit for yapapi's calls at the end of an activity.
     cleanup_seconds: float = 5.0
     #: Pauses between attempts to end an agreement.
@@ -70,7 +75,9 @@ class GolemTimings:
     overtime_seconds: float = 10.0
     #: Longest wait for work before the state is checked again.
     idle_poll_seconds: float = 1.0
-    #: Money for a start and for idling is reserved for this long at a time; chunks are reserved until their timeout.
+    #: Interval at which the size of a results file is checked while a provider may send it.
+    receive_poll_seconds: float = 0.25
+    #: Money for idling is reserved for this long at a time; a start with its first chunk, and each chunk, as a whole.
     cover_seconds: float = 60.0
     #: A chunk may take this many times its expected duration, because a provider's machine is shared, and some seconds
     #: more, for loading the model and for a slow daemon.
@@ -108,10 +115,30 @@ class GolemTimings:
         """Return what is reserved for an agreement that should end after so many seconds."""
         return self.bill_limit(price, seconds + self.ending_seconds)
 
+    def start_cover(self, *, start_seconds: float, chunk_seconds: float) -> float:
+        """Return the seconds that are reserved before an agreement is made: a start and a chunk, both with overtime.
+
+        A start that can no longer be followed by a chunk would be paid for nothing.
+        """
+        return start_seconds + chunk_seconds + 2 * self.overtime_seconds
+
+    def renewal_lead(self, *, start_seconds: float, chunk_seconds: float) -> float:
+        """Return how long before its agreements expire a demand is renewed.
+
+        An agreement that is made at the last moment is one that providers accept, and a chunk fits in after its start.
+        """
+        until_ready = max(self.min_agreement_seconds, start_seconds + self.overtime_seconds)
+        return self.signing_seconds + until_ready + chunk_seconds + self.overtime_seconds
+
+    def chunk_limit(self, max_seconds: float) -> float:
+        """Return the most that a chunk may take, whatever the operator allows: it must fit into an agreement."""
+        return min(max_seconds, self.max_agreement_seconds / 2)
+
     def chunk_timeout(
         self, *, items: int, size_bytes: int, images_per_second: float | None, max_seconds: float
     ) -> float:
         """Return how long a chunk may take, transfer included; `max_seconds` if the speed is unknown."""
+        max_seconds = self.chunk_limit(max_seconds)
         if images_per_second is None or images_per_second <= 0:
             return max_seconds
         transfer = size_bytes / self.min_bytes_per_second

@@ -22,13 +22,13 @@ from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
 from batcher.executors.golem.timings import idle_seconds
-from batcher.executors.golem.yapapi_adapter import explain
+from batcher.executors.golem.yapapi_adapter import explain, stop_receiving
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
 from store.errors import StoreError
 from store.ledger import ActivityRecord
 
 if TYPE_CHECKING:
-    from batcher.executors.golem.worker_pool import WorkerPool
+    from batcher.executors.golem.worker_pool import PublishedDemand, WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,14 @@ _MAX_RESULTS_BYTES = 64 * 1024 * 1024
 _MAX_ATTEMPTS = 10
 #: How long a call that hangs is waited for when the worker ends.
 _HANGING_SECONDS = 2.0
+
+
+def elapsed() -> float:
+    """Return seconds on the clock by which agreements run.
+
+    It goes on while this machine is suspended, as the provider's does, and setting the system's time does not move it.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +64,17 @@ class AttemptFailure:
 class GolemWorker:
     """A provider's activity that runs chunks, and its costs.
 
+    :param demand: its agreement expires with that.
     :param yapapi_context: yapapi's WorkContext.
     :param reservation: of its agreement, which is committed.
     """
 
-    def __init__(self, pool: WorkerPool, yapapi_context: Any, reservation: Reservation) -> None:
+    def __init__(
+        self, pool: WorkerPool, demand: PublishedDemand, yapapi_context: Any, reservation: Reservation
+    ) -> None:
         assert reservation.agreement is not None and reservation.price is not None, "it is not committed"
         self.model = pool.model
+        self.demand = demand
         self.provider_id: str = yapapi_context.provider_id
         self.provider_name = reservation.agreement.provider_name
         self.agreement_id: str = yapapi_context._agreement.id
@@ -83,8 +95,12 @@ class GolemWorker:
         self._parts = pool.parts
         self._timings = pool.parts.timings
         self._yapapi_context = yapapi_context
-        self._started = time.monotonic()
+        self._started = elapsed()
         self._ended: float | None = None
+        #: For how long idling is paid for at a time, in seconds: this limit lets a small budget keep workers at all.
+        self._cover_seconds = min(self._timings.cover_seconds, pool.parts.settings.start_seconds)
+        #: Where the results of the job under way arrive.
+        self._received: Path | None = None
         #: Of the start or the job under way, on the monotonic clock.
         self._deadline: float | None = None
         #: Cost attributed to its chunks so far.
@@ -92,7 +108,7 @@ class GolemWorker:
 
     def seconds(self) -> float:
         """Return how long it has been running, or ran."""
-        return (self._ended if self._ended is not None else time.monotonic()) - self._started
+        return (self._ended if self._ended is not None else elapsed()) - self._started
 
     def is_idle(self) -> bool:
         """Return whether it has started and runs no job."""
@@ -123,7 +139,14 @@ class GolemWorker:
                     late = AttemptFailure(error=ChunkTimeout("The provider does not respond."), is_provider_fault=True)
                     self._report_failure(self._finish_attempt(), late, self.seconds())
                     break
-                await self._cover_start_or_idling()
+                if self._received is not None and self._received.exists():
+                    try:
+                        _check_size(self._received)
+                    except MalformedResults as refusal:
+                        too_large = AttemptFailure(error=refusal, is_provider_fault=True)
+                        self._report_failure(self._finish_attempt(), too_large, self.seconds())
+                        break
+                await self._cover_idling()
         finally:
             was_aborted = self.abort.is_set()
             self.is_stopping = True
@@ -131,7 +154,7 @@ class GolemWorker:
             batches.cancel()
             # A call that hangs is not waited for: its response is not needed.
             await asyncio.wait({batches, aborting}, timeout=_HANGING_SECONDS)
-            self._ended = time.monotonic()
+            self._ended = elapsed()
             queued_job = self._finish_attempt()
             error = batches.exception() if batches.done() and not batches.cancelled() else None
             if queued_job is not None or error is not None:
@@ -145,26 +168,29 @@ class GolemWorker:
     def _poll_seconds(self) -> float:
         """Return how long `run` may wait before it looks again at the time limit and the money."""
         until = [self._timings.idle_poll_seconds]
+        if self._received is not None:
+            until.append(self._timings.receive_poll_seconds)
         if self._deadline is not None:
             until.append(self._deadline + self._timings.overtime_seconds - time.monotonic())
-        if self.queued_job is None:
-            until.append(self._cover_left() - self._pool.first_cover_seconds / 4)
+        if self.is_idle():
+            until.append(self._cover_left() - self._cover_seconds / 4)
         return max(0.05, min(until))
 
     # Money
 
     def _cover_left(self) -> float:
-        return self.reservation.covered_seconds - self.seconds()
+        return self.reservation.covered_seconds - self.reservation.seconds()
 
-    async def _cover_start_or_idling(self) -> None:
-        """Reserve more while it starts or idles, and end it when the budget does not allow that."""
-        if self.queued_job is not None or self._cover_left() > self._pool.first_cover_seconds / 4:
+    async def _cover_idling(self) -> None:
+        """Reserve more while it idles, and end it when the budget does not allow that."""
+        if not self.is_idle() or self._cover_left() > self._cover_seconds / 4:
             return
         try:
-            await self.reservation.extend(self.seconds() + self._pool.first_cover_seconds)
+            await self.reservation.extend(self.reservation.seconds() + self._cover_seconds)
         except BudgetReached as error:
             log.info("the worker of provider %s ends: %s", self.provider_name, error)
             if self.queued_job is None:
+                self._pool.give_up_minimum()
                 self.abort.set()
         except StoreError as error:
             log.warning("cannot reserve money for provider %s: %s", self.provider_name, error)
@@ -187,7 +213,7 @@ class GolemWorker:
     # Scripts
 
     async def _process(self, engine: Any, job_id: str) -> None:
-        scripts = self._scripts()
+        scripts = self._scripts(engine)
         try:
             await engine.process_batches(job_id, self.agreement_id, self._yapapi_context._activity, scripts)
         except StopAsyncIteration:
@@ -195,7 +221,7 @@ class GolemWorker:
         finally:
             await scripts.aclose()
 
-    async def _scripts(self) -> AsyncGenerator[Any, Any]:
+    async def _scripts(self, engine: Any) -> AsyncGenerator[Any, Any]:
         """Yield script after script to yapapi, which throws their errors into this generator."""
         started_at = time.monotonic()
         limit_seconds = self._parts.settings.start_seconds
@@ -211,15 +237,23 @@ class GolemWorker:
             return
         self._deadline = None
         self.start_seconds = time.monotonic() - started_at
+        # What the start did not need is given back, but for some time until the first chunk begins.
+        unused = limit_seconds + self._timings.overtime_seconds - self.reservation.seconds() - self._cover_seconds
+        self.reservation.lower(self.reservation.covered_seconds - max(0.0, unused))
+        self._pool.release_earlier_worker()
         log.info("provider %s is ready for %s after %.1f s", self.provider_name, self.model, self.start_seconds)
         while True:
             queued_job = await self._next_job()
             if queued_job is None:
                 return
             started_at = time.monotonic()
-            received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
+            received = self._received = self._parts.context.work / f"{self.activity_id[:8]}-{self.chunks}.part"
+            script, is_receiving = self._script(queued_job, received), True
             try:
-                yield self._script(queued_job, received)
+                yield script
+                # Before the results are checked: they must not change afterwards.
+                await stop_receiving(engine, script)
+                self._received, is_receiving = None, False
                 images = await asyncio.to_thread(_accept_results, received, queued_job)
             except Exception as error:
                 self._finish_attempt()
@@ -227,13 +261,24 @@ class GolemWorker:
                 self._report_failure(queued_job, failure, time.monotonic() - started_at)
                 return
             finally:
-                received.unlink(missing_ok=True)  # also when the worker is stopped
+                # Also when the worker is stopped.
+                self._received = None
+                received.unlink(missing_ok=True)
+                if is_receiving:
+                    await self._stop_receiving(engine, script)
             self._finish_attempt()
             self.chunks += 1
             seconds = time.monotonic() - started_at
             self._parts.provider_records.record_success(self, images=images, seconds=seconds)
             queued_job.bills.append(self._bill(seconds))
             queued_job.complete(Outcome(provider=self.provider_name, seconds=seconds))
+
+    async def _stop_receiving(self, engine: Any, script: Any) -> None:
+        try:
+            async with asyncio.timeout(self._timings.cleanup_seconds):
+                await stop_receiving(engine, script)
+        except Exception as error:
+            log.info("the file server does not stop to receive from %s: %s", self.provider_name, explain(error))
 
     def _script(self, queued_job: QueuedJob, received: Path) -> Any:
         left = (self._deadline or time.monotonic()) - time.monotonic()
@@ -252,7 +297,7 @@ class GolemWorker:
         max_idle_seconds = idle_seconds(
             self.price, start_seconds=self.start_seconds or 0.0, max_seconds=self._parts.settings.idle_seconds
         )
-        while not self.is_stopping:
+        while not self.is_stopping and self.demand.seconds_left() > self._timings.overtime_seconds:
             queued_job = job_queue.pop(self.model, self.provider_id)
             is_second_attempt = queued_job is None
             queued_job = queued_job or job_queue.straggler(self.model, self.provider_id)
@@ -269,14 +314,15 @@ class GolemWorker:
         """Reserve what a job may cost, and begin it. :return: False: it is back in the queue, or over."""
         job, job_queue = queued_job.job, self._parts.job_queue
         speed = self._parts.provider_records.speed(self.model, self.provider_id)
-        seconds = self._timings.chunk_timeout(
-            items=job.items,
-            size_bytes=job.chunk.stat().st_size,
-            images_per_second=speed,
-            max_seconds=job.timeout_seconds,
-        )
+        seconds = self._parts.chunk_seconds(job, speed)
+        if seconds + self._timings.overtime_seconds > self.demand.seconds_left():
+            # The provider would end the agreement before the chunk; a worker of the next demand takes it.
+            self.is_stopping = True
+            if not is_second_attempt:
+                job_queue.put(queued_job, is_retry=True)
+            return False
         try:
-            await self.reservation.extend(self.seconds() + seconds + self._timings.overtime_seconds)
+            await self.reservation.extend(self.reservation.seconds() + seconds + self._timings.overtime_seconds)
         except BudgetReached as error:
             self.is_stopping = True
             if not is_second_attempt:
@@ -348,13 +394,17 @@ def _accept_results(received: Path, queued_job: QueuedJob) -> int:
 
     :return: the number of items that it answers.
     """
-    size = received.stat().st_size
-    if size > _MAX_RESULTS_BYTES:
-        raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
+    _check_size(received)
     images = queued_job.job.items if queued_job.job.check is None else queued_job.job.check(received)
     if not queued_job.outcome.done():  # otherwise another attempt was faster
         received.replace(queued_job.job.results)
     return images
+
+
+def _check_size(received: Path) -> None:
+    size = received.stat().st_size
+    if size > _MAX_RESULTS_BYTES:
+        raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:

@@ -2,15 +2,18 @@
 
 Made by `executor.py` for each model that has work. `step`, called a few times per second, starts as many workers as the
 queue needs and the budget allows. The search for offers is restarted whenever the daemon ends it; a worker's agreement
-ends with it.
+ends with it. Agreements expire with their demand, so it is renewed long before: new workers are started, and whenever
+one is ready, a worker of the earlier demand takes no further chunk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,7 +26,7 @@ from batcher.executors.golem.offers import BadOffer, Price
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import end_agreement
 from batcher.executors.golem.session import Session
-from batcher.executors.golem.worker import GolemWorker
+from batcher.executors.golem.worker import GolemWorker, elapsed
 from batcher.executors.golem.yapapi_adapter import explain, make_job
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,18 @@ class _WorkerFinished(Exception):
     """Makes yapapi destroy the activity and terminate the agreement; it would keep and pay an idle one."""
 
 
+class PublishedDemand:
+    """A demand and its agreements, which expire with it. :param job: yapapi's Job."""
+
+    def __init__(self, job: Any, seconds: float) -> None:
+        self.job = job
+        self._expires = elapsed() + seconds
+
+    def seconds_left(self) -> float:
+        """Return how long its agreements still run."""
+        return self._expires - elapsed()
+
+
 class WorkerPool:
     """One model's workers within one session."""
 
@@ -50,57 +65,97 @@ class WorkerPool:
         #: The workers that run now.
         self.workers: set[GolemWorker] = set()
         self.last_wanted = time.monotonic()
-        #: For how long a start is paid for at first, in seconds: this limit lets a small budget start workers at all.
-        self.first_cover_seconds = min(parts.timings.cover_seconds, parts.settings.start_seconds)
+        #: When it had work last, on the monotonic clock; the minimum of workers is kept for a while after that.
+        self.last_work = time.monotonic()
         self._timings = parts.timings
         self._payload = payload
         #: Workers, and what ends agreements and demands; they run in the background.
         self._background: set[asyncio.Task[Any]] = set()
-        self._job: Any = None
+        #: New agreements are for this demand.
+        self._demand: PublishedDemand | None = None
+        #: Earlier ones, whose workers finish their chunks.
+        self._earlier_demands: list[PublishedDemand] = []
         self._search_task: asyncio.Task[None] | None = None
         self._start_task: asyncio.Task[Any] | None = None
-        self._expires: float = 0.0
+        #: The longest time limit of a chunk seen so far.
+        self._chunk_seconds = 0.0
         self._first_offer: float | None = None
         #: Offers withheld from yapapi's pool, because every queued job failed on their provider: address -> its entry.
         self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
+        #: Whether providers may offer again that were rejected before.
+        self._is_search_stale = False
         self._is_closing = False
         #: Reserved for the agreement that is being made; None when none is.
         self._hire: Reservation | None = None
         #: Agreements without a worker -> what they may cost.
         self._commitments: dict[str, Reservation] = {}
+        #: For how many seconds that pays: a start and a chunk.
+        self._hire_seconds = 0.0
 
-    def step(self, wanted: int) -> None:
-        """Move one step towards this many workers; called several times per second."""
+    def step(self, wanted: int, *, may_replace: bool) -> None:
+        """Move one step towards this many workers; called several times per second.
+
+        :param may_replace: whether a worker may be started in place of one of an earlier demand that has not ended.
+        """
         now = time.monotonic()
         if wanted:
             self.last_wanted = now
+        self._end_earlier_demands()
         if self._is_closing or not wanted:
             self._wanted_since = None
             return
-        if self._job is None or now > self._expires:
-            self._renew()
+        for each in self.parts.job_queue.queued_jobs(self.model):
+            self._chunk_seconds = max(self._chunk_seconds, self.parts.chunk_seconds(each.job, None))
+        lead = self._timings.renewal_lead(
+            start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._chunk_seconds
+        )
+        # While an agreement is made, the demand must not change.
+        if not self.is_starting() and (self._demand is None or self._demand.seconds_left() < lead):
+            self._renew(lead)
         if self._search_task is None or self._search_task.done():
             self._search_task = asyncio.create_task(self._search_loop())
-        if len(self.workers) + self._is_starting() >= wanted:
+        current = self.current_workers()
+        if len(current) + self.is_starting() >= wanted:
             self._wanted_since = None
             return
+        if len(current) < len(self.workers) and not may_replace:
+            return
         self._wanted_since = self._wanted_since or now
-        if now - self._wanted_since > self._timings.stale_demand_seconds:
-            self.restart_search()
-        if not self._is_starting() and self._has_offers(now):
+        if self._is_search_stale or now - self._wanted_since > self._timings.stale_demand_seconds:
+            self._is_search_stale, self._wanted_since = False, now
+            self._search_task.cancel()
+        if not self.is_starting() and self._has_offers(now):
             self._start_task = asyncio.create_task(self._start_worker())
 
     def restart_search(self) -> None:
-        """Publish the demand again if more workers are needed, so that rejected providers offer again."""
-        if self._wanted_since is not None and self._search_task is not None:
-            self._wanted_since = time.monotonic()
-            self._search_task.cancel()
+        """Publish the demand again as soon as more workers are needed, so that rejected providers offer again."""
+        self._is_search_stale = True
+
+    def current_workers(self) -> list[GolemWorker]:
+        """Return the workers that are not to be replaced because their agreements expire."""
+        return [worker for worker in self.workers if worker.demand is self._demand]
+
+    def min_workers(self) -> int:
+        """Return how many workers are kept though they have no work."""
+        has_worked = time.monotonic() - self.last_work < self._timings.min_workers_seconds
+        return self.parts.settings.min_workers if has_worked else 0
+
+    def give_up_minimum(self) -> None:
+        """Keep no worker without work until there is work again, because the budget does not allow it."""
+        self.last_work = float("-inf")
 
     def is_retained(self) -> bool:
         """Return whether an idle worker is kept, as one of the minimum of its model."""
         active = [worker for worker in self.workers if not worker.is_stopping]
-        return not self._is_closing and len(active) <= self.parts.settings.min_workers
+        return not self._is_closing and len(active) <= self.min_workers()
+
+    def release_earlier_worker(self) -> None:
+        """Let a worker of an earlier demand end after its chunk, because another is ready in its place."""
+        active = [worker for worker in self.workers if worker.demand is not self._demand and not worker.is_stopping]
+        for worker in sorted(active, key=lambda worker: not worker.is_idle())[:1]:
+            worker.is_stopping = True
+            self.parts.job_queue.notify()
 
     def drain(self) -> None:
         """Start nothing more; workers finish their chunk and end."""
@@ -116,48 +171,58 @@ class WorkerPool:
             await asyncio.sleep(0.05)
         for worker in self.workers:
             worker.abort.set()
-        for task in (self._start_task, self._search_task):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task}, timeout=self._timings.cleanup_seconds)
+        tasks = {task for task in (self._start_task, self._search_task) if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._timings.cleanup_seconds)
         if self._background:
             _, hanging = await asyncio.wait(self._background, timeout=self._timings.cleanup_seconds)
             for task in hanging:
                 task.cancel()
-        job, self._job = self._job, None
-        if job is not None:
-            await self._end_job(job)
+        demands = [each for each in (*self._earlier_demands, self._demand) if each is not None]
+        await asyncio.gather(*(self._end_job(demand.job) for demand in demands))
 
     # The demand
 
-    def _renew(self) -> None:
-        """Make a new demand; workers of the old one finish their chunk."""
-        if self._job is not None:
-            for worker in self.workers:
-                worker.is_stopping = True
-            self._keep(asyncio.create_task(self._end_job(self._job)))
+    def _renew(self, lead: float) -> None:
+        """Make a new demand; the workers of the earlier one go on until others take their place."""
+        if self._demand is not None:
+            self._earlier_demands.append(self._demand)
             if self._search_task is not None:
                 self._search_task.cancel()
                 self._search_task = None
-        seconds = self.parts.settings.rental_seconds
-        self._expires = time.monotonic() + max(seconds / 2, seconds - self._timings.renewal_seconds)
+        seconds = min(self.parts.settings.rental_seconds + lead, self._timings.max_agreement_seconds)
         self._first_offer = None
         self._unsuited = {}
-        self._job = make_job(
+        job = make_job(
             self.session.engine,
             expires_at=datetime.now(UTC) + timedelta(seconds=seconds),
             payload=self._payload,
             id=f"{self.model}-{next(_numbers)}",
             on_event=self._on_event,
         )
+        self._demand = PublishedDemand(job, seconds)
+
+    def _end_earlier_demands(self) -> None:
+        used = {id(worker.demand) for worker in self.workers}
+        for demand in [each for each in self._earlier_demands if id(each) not in used]:
+            self._earlier_demands.remove(demand)
+            self._keep(asyncio.create_task(self._end_job(demand.job)))
+
+    @property
+    def _agreements_pool(self) -> Any:
+        assert self._demand is not None
+        return self._demand.job.agreements_pool
 
     async def _search_loop(self) -> None:
         """Keep the demand on the market; ends only when cancelled."""
-        failures = 1
+        assert self._demand is not None
+        failures, job = 1, self._demand.job
         while True:
             started_at = time.monotonic()
             try:
-                await self._job.find_offers()
+                await job.find_offers()
             except Exception as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -170,7 +235,7 @@ class WorkerPool:
             failures += 1
 
     def _has_offers(self, now: float) -> bool:
-        pool = self._job.agreements_pool
+        pool = self._agreements_pool
         pool._offer_buffer.update({**self._unsuited, **pool._offer_buffer})
         self._unsuited = {}
         # The pool may hold offers from before a ban.
@@ -208,7 +273,7 @@ class WorkerPool:
                 log.info("provider %s did not sign an agreement", provider_id)
                 self.parts.provider_records.record_not_signed(provider_id)
             if name == "ActivityCreateFailed":
-                self._terminate_later(event_fields["agreement"].id, self._job.agreements_pool)
+                self._terminate_later(event_fields["agreement"].id, self._agreements_pool)
             else:
                 self._terminate_with_retries(event_fields["agreement"].id)
 
@@ -226,16 +291,16 @@ class WorkerPool:
             return
         self._hire = None
         self._commitments[record.id] = hire
-        hire.commit(record, price, self.first_cover_seconds)
+        hire.commit(record, price, self._hire_seconds)
 
     def _check_commitment(self, agreement: Any) -> None:
         """Refuse to create an activity that nothing is reserved for. :raises BudgetReached:"""
         if agreement.id not in self._commitments:
-            self._terminate_later(agreement.id, self._job.agreements_pool)
+            self._terminate_later(agreement.id, self._agreements_pool)
             raise BudgetReached("More would be owed for this agreement than is reserved.")
 
     def _first_cost(self, price: Price) -> Decimal:
-        return self._timings.cost_limit(price, self.first_cover_seconds)
+        return self._timings.cost_limit(price, self._hire_seconds)
 
     async def _end_job(self, job: Any) -> None:
         try:
@@ -289,19 +354,22 @@ class WorkerPool:
 
     # Workers
 
-    def _is_starting(self) -> bool:
+    def is_starting(self) -> bool:
+        """Return whether an agreement or an activity is being made."""
         return self._start_task is not None and not self._start_task.done()
 
     async def _start_worker(self) -> None:
         """Try to get an agreement and an activity; `_run_worker` adds the worker to `workers`."""
-        job = self._job
-        before = len(self.workers)
+        demand = self._demand
+        assert demand is not None
+        pool, has_activity = demand.job.agreements_pool, asyncio.Event()
+        run_worker = functools.partial(self._run_worker, demand, has_activity)
         try:
-            self._hire = await self._reserve(job.agreements_pool)
+            self._hire = await self._reserve(pool)
             if self._hire is None:
                 return
-            await job.agreements_pool.cycle()
-            task = await self.session.engine.start_worker(job, self._run_worker, self._check_commitment)
+            await pool.cycle()
+            task = await self.session.engine.start_worker(demand.job, run_worker, self._check_commitment)
         except Exception as error:
             log.info("no agreement for %s: %s", self.model, explain(error))
             return
@@ -313,7 +381,7 @@ class WorkerPool:
             return
         self._keep(task)
         # The activity is created within the task; another start before that would be one too many.
-        while not task.done() and len(self.workers) == before:
+        while not (task.done() or has_activity.is_set()):
             await asyncio.sleep(0.02)
 
     async def _reserve(self, agreements_pool: Any) -> Reservation | None:
@@ -323,6 +391,9 @@ class WorkerPool:
         :raises StoreError:
         """
         offers = agreements_pool._offer_buffer
+        self._hire_seconds = self._timings.start_cover(
+            start_seconds=self.parts.settings.start_seconds, chunk_seconds=self._longest_chunk(offers)
+        )
         costs = {id: self._first_cost(Price.from_offer(each.proposal.props)) for id, each in offers.items()}
         reservation = None
         try:
@@ -342,14 +413,21 @@ class WorkerPool:
                     self._unsuited[id] = buffered  # it came meanwhile
         return reservation
 
-    async def _run_worker(self, yapapi_context: Any) -> bool:
+    def _longest_chunk(self, provider_ids: Iterable[str]) -> float:
+        """Return the longest that a queued chunk may take on one of these providers."""
+        speeds = [self.parts.provider_records.speed(self.model, id) for id in provider_ids]
+        slowest = min((speed for speed in speeds if speed is not None), default=None)
+        queued_jobs = self.parts.job_queue.queued_jobs(self.model)
+        return max((self.parts.chunk_seconds(each.job, slowest) for each in queued_jobs), default=self._chunk_seconds)
+
+    async def _run_worker(self, demand: PublishedDemand, has_activity: asyncio.Event, yapapi_context: Any) -> bool:
         """Run a worker. yapapi calls this with its WorkContext of an activity, which it destroys at the end."""
         parts = self.parts
-        pool = self._job.agreements_pool  # kept, because a renewed demand has another
+        has_activity.set()
         reservation = self._commitments.pop(yapapi_context._agreement.id, None)
         if reservation is None:
             raise _WorkerFinished  # the agreement has ended already
-        worker = GolemWorker(self, yapapi_context, reservation)
+        worker = GolemWorker(self, demand, yapapi_context, reservation)
         name = worker.provider_name
         worker.is_stopping = self._is_closing
         self.workers.add(worker)
@@ -357,17 +435,12 @@ class WorkerPool:
         log.info("provider %s starts a worker for %s", name, self.model, extra={"agreement_id": worker.agreement_id})
         parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
         try:
-            await worker.run(self.session.engine, self._job_id(yapapi_context))
+            await worker.run(self.session.engine, str(demand.job.id))
         finally:
             self.workers.discard(worker)
             log.info("the worker of provider %s ended after %d chunks", name, worker.chunks)
             parts.ledger_writer.enqueue(parts.ledger.record_activity, worker.activity_record())
             if self.session.payment_processor is not None:
                 self.session.payment_processor.expect_invoice(worker.agreement_id)
-            self._terminate_later(worker.agreement_id, pool)
+            self._terminate_later(worker.agreement_id, demand.job.agreements_pool)
         raise _WorkerFinished
-
-    def _job_id(self, yapapi_context: Any) -> str:
-        """Return the id of the yapapi job of an activity; `_job` may be a renewed one."""
-        manager = self.session.engine._invoice_manager
-        return str(manager.agreement_job(yapapi_context._agreement.id).id)

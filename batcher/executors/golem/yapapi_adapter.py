@@ -80,6 +80,17 @@ def shield_file_server(engine: Any) -> None:
     process.__dict__["send_message"] = send_message
 
 
+async def stop_receiving(engine: Any, script: Any) -> None:
+    """Close the addresses at which a script's downloads arrive, to which the provider could write until then.
+
+    :raises Exception: the file server fails.
+    """
+    slots = [getattr(command, "_dst_slot", None) for command in script._commands]
+    urls = [slot.upload_url for slot in slots if slot is not None]
+    if urls:
+        await engine._storage_manager._process.close(urls=urls)
+
+
 @contextlib.contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
     """Make yapapi use our folder for temporary files, which is removed even if this process is killed."""

@@ -15,12 +15,18 @@ import pytest
 
 from batcher.errors import GolemUnavailable
 from batcher.executors.fallback import FallbackExecutor
-from batcher.executors.golem import payload
+from batcher.executors.golem import executor, payload
+from batcher.executors.golem.job_queue import QueuedJob
+from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
+from batcher.executors.golem.settings import GolemSettings
+from batcher.executors.golem.timings import GolemTimings
 from batcher.image_build.lock import PublishedImage
 from provider_image.errors import ConfigError
 from provider_image.models.artefact import find_artefact
+from store.store import Store
 from tests.batcher.executors.test_fallback import Member
+from tests.contexts import make_context
 from tests.golem import MODEL, golem, make_executor, provider, scenario
 from tests.timing import until
 
@@ -101,6 +107,75 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             outcome = await waiting
 
             assert outcome.error is None
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+
+def test_a_provider_whose_ban_ended_while_nothing_was_wanted_is_asked_as_soon_as_it_is_wanted(
+    tmp_path: Path, models_folder: Path
+) -> None:
+    async def main() -> None:
+        # Only because of the ban is the demand published again.
+        timings = GolemTimings(refresh_seconds=0.1, stale_demand_seconds=1e9)
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder, timings=timings) as harness:
+            records = harness.executor._parts.provider_records
+            alpha = provider("alpha").node_id
+            await harness.run("first")
+            harness.store.providers.ban("alpha", until=None, reason="Too slow.", by_operator=True)
+            await until(lambda: alpha in records.banned)
+            (pool,) = harness.executor._pools.values()
+            for worker in pool.workers:
+                worker.abort.set()
+            await until(lambda: records._recent.get((MODEL, alpha), (0, None))[1] == "banned")
+            harness.store.providers.unban("alpha")
+            await until(lambda: alpha not in records.banned)
+
+            (outcome,) = await harness.run("second")
+
+            assert outcome.error is None
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+
+def test_bans_that_a_chunk_caused_are_lifted_at_the_market_too(tmp_path: Path, store: Store) -> None:
+    records = GolemParts(
+        make_context(tmp_path, tmp_path, store=store), GolemSettings(), GolemTimings()
+    ).provider_records
+
+    async def main() -> None:
+        outcome = asyncio.get_running_loop().create_future()
+        poison = QueuedJob(job=None, outcome=outcome, failed_on={"0xa", "0xb"})  # type: ignore[arg-type]
+        records.banned = {"0xa": "It failed.", "0xb": "It failed."}
+
+        before, _ = records.take_unbanned(), records.lift_bans(poison)
+
+        assert (before, records.take_unbanned(), records.take_unbanned()) == (False, True, False)
+
+    asyncio.run(main())
+
+
+def test_a_model_whose_image_is_looked_up_does_not_delay_others(
+    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, is_asked = executor.make_payload, asyncio.Event()
+
+    async def look_up(model: str, *arguments: Any) -> Any:
+        if model == "slow":
+            is_asked.set()
+            await asyncio.Event().wait()
+        return await plain(model, *arguments)
+
+    monkeypatch.setattr(executor, "make_payload", look_up)
+
+    async def main() -> None:
+        async with golem(scenario(provider("alpha")), tmp_path, models_folder) as harness:
+            slow = asyncio.create_task(harness.executor.run(replace(harness.job("slow"), model="slow")))
+            await is_asked.wait()
+            (outcome,) = await harness.run("fast")
+            await harness.executor.close()
+
+            assert outcome.error is None
+            assert (await slow).is_blameless
 
     asyncio.run(asyncio.wait_for(main(), 300))
 

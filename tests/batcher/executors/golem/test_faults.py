@@ -257,6 +257,23 @@ def test_wrong_results_are_detected_and_the_chunk_is_answered_elsewhere(play: Pl
     play(body, *plans, attempts=6, max_workers=1)
 
 
+def test_a_results_file_is_measured_while_it_arrives_and_can_be_written_only_until_its_chunk_ends(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        running = asyncio.create_task(harness.run("one", timeout_seconds=1000))
+        (file,) = await until(lambda: list(harness.work.glob("*.part")))
+        os.truncate(file, 65 * 1024 * 1024)
+        (outcome,) = await running
+        texts = [path.read_text() for path in harness.devnet._exchange.glob("*/*") if path.is_file()]
+        published = [json.loads(text) for text in texts if text]
+        await close(harness)
+
+        assert (outcome.error, outcome.provider) == (None, "honest")
+        assert "The results file has 68157440 bytes" in banned(harness)["hangs"]
+        assert published and not any(entry["is_target"] for entry in published)
+
+    play(body, *increasingly_expensive(("hangs", (fault("hang"),)), ("honest", ())), max_workers=1)
+
+
 def test_a_provider_that_does_not_sign_is_skipped(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     from ya_market import RequestorApi
 
@@ -516,24 +533,23 @@ def test_two_batchers_of_a_home_each_pay_their_own_bills(tmp_path: Path, models_
 
 
 def test_work_stops_before_the_budget_is_used_up(play: Play) -> None:
-    budget, pace = Decimal("0.25"), slowness()
+    budget = Decimal("0.5")
 
     async def body(harness: GolemHarness) -> None:
-        outcomes = await harness.run(*(f"chunk{number}" for number in range(60)), timeout_seconds=2 * pace)
+        (done,) = await harness.run("one", timeout_seconds=100)
+        (worker,) = next(iter(harness.executor._pools.values())).workers
+        worker.reservation._committed_at -= 460  # as if it had worked for so long
+        refused = await harness.run("two", "three", timeout_seconds=100)
         unavailable_reason = harness.executor.unavailable_reason(MODEL)
         await close(harness)
 
-        done = [each for each in outcomes if each.error is None]
-        refused = [each for each in outcomes if each.error is not None]
-        assert done and refused
+        assert done.error is None
         assert all(isinstance(each.error, BudgetReached) and each.is_blameless for each in refused)
         assert unavailable_reason is not None and "The budget of this run is used up" in unavailable_reason
         assert 0 < harness.paid() <= budget
 
-    expensive = provider("alpha", second=f"{0.04 / pace:.6f}")
-    # Without tolerances, which at this price would be more than the budget.
-    timings = replace(SHORT, overtime_seconds=0.1, bill_tolerance=Decimal(1), ending_seconds=0.2)
-    play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=4 * pace, timings=timings)
+    expensive = provider("alpha", second="0.001", price_per_cpu_second=Decimal(0))
+    play(body, expensive, budget_run=budget, max_price_hour=None, start_seconds=100.0)
 
 
 def test_two_batchers_do_not_exceed_the_budget_of_the_day_together(tmp_path: Path, models_folder: Path) -> None:
@@ -891,6 +907,20 @@ def test_closing_during_the_work_ends_pays_and_releases_everything_quickly(play:
         assert banned(harness) == {}
 
     play(body, provider("alpha", fault("hang")), provider("beta", fault("hang")), max_workers=2)
+
+
+def test_closing_ends_within_its_limit_though_no_call_to_the_daemon_returns(play: Play) -> None:
+    async def body(harness: GolemHarness) -> None:
+        (outcome,) = await harness.run("one")
+        harness.devnet.faults._faults[DAEMON] = (fault("http-hang", path="*"),)
+        started_at = time.monotonic()
+        await harness.executor.close()
+
+        assert outcome.error is None
+        assert time.monotonic() - started_at < harness.executor.stop_seconds() + 2 * slowness()
+
+    timings = replace(SHORT, recovery_seconds=1.0, stop_seconds=1.0, ledger_close_seconds=1.0, cleanup_seconds=0.5)
+    play(body, provider("alpha"), timings=timings, settle_seconds=0.5)
 
 
 def test_two_models_have_workers_at_the_same_time(play: Play, custom_models_folder: Path) -> None:

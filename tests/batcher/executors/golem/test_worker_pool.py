@@ -1,4 +1,4 @@
-"""What a worker pool reserves before it hires, with agreements that are made by hand."""
+"""What a worker pool reserves before it hires, and which workers it wants, with agreements that are made by hand."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from batcher.errors import BudgetReached
+from batcher.executors import Job
+from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.parts import GolemParts
 from batcher.executors.golem.settings import GolemSettings
 from batcher.executors.golem.timings import GolemTimings
-from batcher.executors.golem.worker_pool import WorkerPool
+from batcher.executors.golem.worker_pool import PublishedDemand, WorkerPool
 from store.store import Store
 from tests.contexts import make_context
 
 #: Without tolerances, so that amounts are easy to follow.
-EXACT = GolemTimings(bill_tolerance=Decimal(1), ending_seconds=0.0, cover_seconds=10.0)
+EXACT = GolemTimings(bill_tolerance=Decimal(1), ending_seconds=0.0, overtime_seconds=0.0)
 
 
 def offer(start: str) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def offers(**starts: str) -> Any:
 @pytest.fixture
 def parts(store: Store, tmp_path: Path) -> GolemParts:
     context = make_context(tmp_path / "work", tmp_path / "models", store=store)
-    return GolemParts(context, GolemSettings(budget_day=Decimal(1)), EXACT)
+    return GolemParts(context, GolemSettings(budget_day=Decimal(1), start_seconds=10.0), EXACT)
 
 
 async def make_pool(parts: GolemParts) -> WorkerPool:
@@ -59,7 +61,7 @@ async def make_pool(parts: GolemParts) -> WorkerPool:
     await parts.money.start()
     session: Any = SimpleNamespace(engine=None, allocation_id="al1")
     pool = WorkerPool(parts, session, model="resnet50", payload=None)
-    pool._job = SimpleNamespace(agreements_pool=offers())
+    pool._demand = PublishedDemand(SimpleNamespace(id="d1", agreements_pool=offers()), 1000.0)
     return pool
 
 
@@ -83,13 +85,71 @@ def test_if_even_the_cheapest_offer_is_above_the_budget_nothing_is_reserved_and_
 ) -> None:
     async def main() -> None:
         pool = await make_pool(parts)
-        buffered = offers(dear="1", dearer="2")
+        buffered = offers(dear="0.95", dearer="2")
 
         reservation = await pool._reserve(buffered)
         await parts.ledger_writer.close()
 
         assert (reservation, buffered._offer_buffer, store.reservations.list()) == (None, {}, [])
-        assert "up to 1.1 GLM" in str(parts.money.unavailable_reason())
+        assert "may cost up to 1.05 GLM" in str(parts.money.unavailable_reason())
+
+    asyncio.run(main())
+
+
+def queue_job(parts: GolemParts, folder: Path, *, items: int = 16, timeout_seconds: float = 60.0) -> QueuedJob:
+    chunk = folder / "chunk.zip"
+    chunk.touch()
+    job = Job(
+        chunk_id="one",
+        model="resnet50",
+        items=items,
+        chunk=chunk,
+        results=folder / "results",
+        timeout_seconds=timeout_seconds,
+    )
+    queued_job = QueuedJob(job=job, outcome=asyncio.get_running_loop().create_future())
+    parts.job_queue.put(queued_job)
+    return queued_job
+
+
+@pytest.mark.parametrize(("speed", "seconds"), [(None, 60.0), (4.0, 50.0)])
+def test_a_start_is_reserved_together_with_the_longest_chunk_that_waits(
+    speed: float | None, seconds: float, parts: GolemParts, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        if speed is not None:
+            parts.provider_records.speeds["resnet50"]["cheap"] = speed
+        queue_job(parts, tmp_path, items=1)
+        queue_job(parts, tmp_path)
+
+        reservation = await pool._reserve(offers(cheap="0.1"))
+        await parts.ledger_writer.close()
+
+        # Where the speed is known: 30 s and five times 16 / 4 s.
+        assert reservation is not None and reservation.amount == Decimal("0.1") + Decimal("0.01") * int(10 + seconds)
+
+    asyncio.run(main())
+
+
+def test_chunks_whose_first_start_the_budget_does_not_allow_end_with_the_reason_and_without_an_agreement(
+    parts: GolemParts, tmp_path: Path, store: Store
+) -> None:
+    async def main() -> None:
+        pool = await make_pool(parts)
+        waiting = queue_job(parts, tmp_path, timeout_seconds=100.0)
+
+        # Its first minute would be affordable.
+        reservation = await pool._reserve(offers(cheap="0.1"))
+        outcome = await waiting.outcome
+        await parts.ledger_writer.close()
+
+        assert (reservation, store.reservations.list()) == (None, [])
+        assert outcome.is_blameless and isinstance(outcome.error, BudgetReached)
+        assert outcome.error.reason == (
+            "The budget of the day is too small: the next step may cost up to 1.2 GLM, and the limit is 1 GLM. Raise "
+            "MLG_BUDGET_DAY; lower values of MLG_GOLEM_START_SECONDS and MLG_CHUNK_TIMEOUT_SECONDS make a step cheaper."
+        )
 
     asyncio.run(main())
 
