@@ -22,7 +22,7 @@ from pathlib import Path
 from batcher.errors import ContainerImageError
 from batcher.image_build.container_engine import find_engine
 from batcher.image_build.context import check_checkout, find_intact_artefact, make_context
-from batcher.image_build.lock import HASH, LOCK_FILE, REPOSITORY, PublishedImage, add_to_lock, read_lock
+from batcher.image_build.lock import HASH, REPOSITORY, PublishedImage, add_to_lock, lock_file, read_lock
 from provider_image.environment import Settings, home_setting, setting
 from provider_image.errors import ConfigError, MlgError
 from provider_image.models.artefact import check_files, read_artefact
@@ -134,10 +134,9 @@ def push_image(
     settings: ImageSettings,
     *,
     tag: str | None = None,
-    lock: Path = LOCK_FILE,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> dict[str, PublishedImage]:
-    """Publish the image with these models in Golem's registry, and record it in the lock file.
+    """Publish the image with these models in Golem's registry, and record it in the home's lock file.
 
     :return: the published image, by model.
     :raises MlgError: it was not published and the lock file is unchanged; says what to do.
@@ -146,6 +145,7 @@ def push_image(
     name = image_tag(names, tag)
     if not settings.registry:
         raise ConfigError("Set where to publish, a repository in Golem's registry: MLG_IMAGE_REGISTRY=user/repository.")
+    lock = lock_file(settings.models)
     read_lock(lock)  # so that a damaged file is reported before the upload
     program = shutil.which("gvmkit-build")
     if program is None:

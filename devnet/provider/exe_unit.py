@@ -13,12 +13,13 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from devnet.errors import Gone, NotFound, TimedOut
 from devnet.gftp import TransferFailed, deliver, fetch
+from devnet.image import Image, ImageUnusable
 from devnet.provider.fault_injection import FAULTS_BEFORE_RUN, FaultInjector
 from devnet.provider.sandbox import PathOutsideSandbox, Sandbox
 from devnet.provider.script import ALLOWED_STATES, Command, CommandFailed, OutputCapture, ScriptBatch, parse_script
@@ -43,6 +44,7 @@ class ExeUnit:
 
     :param folder: the activity's folder; made here, removed at its end.
     :param exchange: the folder that the `gftp` program shares with the daemon.
+    :param load_image: returns the image to deploy; called in a thread; raises ImageUnusable.
     :param environment: the environment of programs.
     :param cpus: the processor cores that programs may use; all if None.
     """
@@ -55,12 +57,14 @@ class ExeUnit:
         folder: Path,
         exchange: Path,
         faults: FaultSchedule,
+        load_image: Callable[[], Image],
         environment: Mapping[str, str],
         cpus: frozenset[int] | None,
     ) -> None:
         self.activity_id = activity_id
         self._speed = min(1.0, plan.speed)
         self._exchange = exchange
+        self._load_image = load_image
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
         self._fault_injector = FaultInjector(plan.name, faults)
         self.state = "Initialized"
@@ -163,7 +167,7 @@ class ExeUnit:
                 await self._run_command(command, streams)
             except CommandFailed as failure:
                 error = failure
-            except (PathOutsideSandbox, TransferFailed, OSError) as failure:
+            except (PathOutsideSandbox, TransferFailed, ImageUnusable, OSError) as failure:
                 error = CommandFailed(str(failure))
             batch.add_result(index, error, streams["stdout"].text, streams["stderr"].text)
             if error is not None:
@@ -178,6 +182,7 @@ class ExeUnit:
         if command.name == "deploy":
             if self._fault_injector.first("fail-deploy"):
                 raise CommandFailed("Fault of the scenario: fail-deploy.")
+            self._sandbox.use_image(await asyncio.to_thread(self._load_image))
             self.state = "Deployed"
         elif command.name == "start":
             self.state = "Ready"

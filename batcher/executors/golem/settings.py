@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from batcher.image_build.lock import ImageAddress
 from provider_image.environment import Settings, setting
 from provider_image.errors import ConfigError
 
@@ -23,6 +24,16 @@ def _amount(variable: str, text: str) -> Decimal | None:
     if not amount.is_finite() or amount < 0:
         raise ConfigError(f"{variable} is {text}, which is not an amount. Use for example 0.5, or none.")
     return amount
+
+
+def _image(variable: str, text: str) -> ImageAddress:
+    try:
+        return ImageAddress.from_text(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{variable}={text!r} does not have the form HASH@URL: the SHA3-224 of the image file, 56 hexadecimal "
+            "digits in lower case, and an address that begins with http:// or https://."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +80,12 @@ class GolemSettings(Settings):
     attempts: int = setting("MLG_GOLEM_ATTEMPTS", 3, minimum=1, maximum=10)
     #: Seconds that a batcher waits for the last invoices when it stops. MLG_GOLEM_SETTLE_SECONDS. Defaults to 8.
     settle_seconds: float = setting("MLG_GOLEM_SETTLE_SECONDS", 8.0, minimum=0, maximum=600)
-    #: Runtime of providers with built-in models; used for models without a published container image.
-    #: MLG_GOLEM_RUNTIME. Defaults to mlg.
-    runtime: str = setting("MLG_GOLEM_RUNTIME", "mlg")
+    #: The container image for all models, HASH@URL, in place of those that `mlg image push` recorded in images.lock.
+    #: MLG_GOLEM_IMAGE. Defaults to none.
+    image: ImageAddress | None = setting("MLG_GOLEM_IMAGE", None, parse=_image)
+    #: Runtime of providers with built-in models, for models without a container image.
+    #: MLG_GOLEM_RUNTIME. Defaults to none.
+    runtime: str | None = setting("MLG_GOLEM_RUNTIME", None, parse=lambda _, text: text)
     #: Registry of published container images. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
     registry: str = setting("MLG_GOLEM_REGISTRY", "https://registry.golem.network")
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from batcher.errors import GolemUnavailable
 from batcher.executors.fallback import FallbackExecutor
-from batcher.executors.golem import payload
 from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
-from batcher.image_build.lock import PublishedImage
 from provider_image.errors import ConfigError
-from provider_image.models.artefact import find_artefact
 from tests.batcher.executors.test_fallback import Member
 from tests.golem import MODEL, golem, make_executor, provider, scenario
 from tests.timing import until
-
-HASH = "ab" * 28
 
 
 def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, models_folder: Path) -> None:
@@ -101,82 +91,6 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             outcome = await waiting
 
             assert outcome.error is None
-
-    asyncio.run(asyncio.wait_for(main(), 300))
-
-
-@contextlib.asynccontextmanager
-async def registry(status: int = 200) -> AsyncIterator[str]:
-    """Run an image registry that returns the address of an image, as Golem's does."""
-    from aiohttp import web
-
-    async def info(request: web.Request) -> web.Response:
-        url = f"http://{request.host}/image.gvmi"
-        return web.json_response(
-            {"http": url, "https": url, "sha3": request.query["hash"], "size": 4096}, status=status
-        )
-
-    app = web.Application()
-    app.router.add_get("/v1/image/info", info)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-def published(models: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    image = PublishedImage(
-        image="me/mlg:lite0",
-        hash=HASH,
-        digest=find_artefact(models, MODEL).digest,
-        size_bytes=4096,
-        pushed_at=datetime(2026, 11, 20, tzinfo=UTC),
-    )
-    monkeypatch.setattr(payload, "read_lock", lambda: {MODEL: replace(image, **changes)})
-
-
-def test_the_demand_names_a_published_image_by_its_hash_and_address(
-    tmp_path: Path, models_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    published(models_folder, monkeypatch)
-
-    async def main() -> None:
-        async with (
-            registry() as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
-        ):
-            (outcome,) = await harness.run("job")
-            (demand,) = harness.devnet.market.demands.values()
-
-            assert outcome.error is None
-            assert demand.properties["golem.srv.comp.task_package"] == f"hash:sha3:{HASH}:{url}/image.gvmi"
-            assert "(golem.runtime.name=vm)" in demand.constraints
-
-    asyncio.run(asyncio.wait_for(main(), 300))
-
-
-@pytest.mark.parametrize(
-    ("status", "changes", "words"),
-    [(500, {}, "does not return the address"), (200, {"digest": "0" * 64}, "mlg image push efficientnet_lite0")],
-)
-def test_a_published_image_that_is_missing_or_of_another_build_is_an_error_with_a_remedy(
-    status: int, changes: dict[str, Any], words: str, tmp_path: Path, models_folder: Path, monkeypatch: Any
-) -> None:
-    published(models_folder, monkeypatch, **changes)
-
-    async def main() -> None:
-        async with (
-            registry(status) as url,
-            golem(scenario(provider("alpha")), tmp_path, models_folder, registry=url) as harness,
-        ):
-            (outcome,) = await harness.run("job")
-
-            assert outcome.is_blameless and isinstance(outcome.error, GolemUnavailable)
-            assert words in outcome.error.reason
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
