@@ -68,8 +68,11 @@ def _device(options: argparse.Namespace) -> Device:
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
+    from provider_image.cores import limit_cores
     from provider_image.warm_client import run
 
+    if options.threads is not None:
+        limit_cores(options.threads)  # also of the process that it may start
     keep_warm_seconds = environment.number(
         "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
     )

@@ -55,7 +55,7 @@ class GolemSettings(Settings):
     budget_day: Decimal | None = setting("MLG_BUDGET_DAY", Decimal(1), parse=_amount)
     #: Most that all batchers of this home may spend in total. MLG_BUDGET_TOTAL. Defaults to none.
     budget_total: Decimal | None = setting("MLG_BUDGET_TOTAL", None, parse=_amount)
-    #: Offers above this price per hour, with all threads busy, are rejected. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
+    #: Offers above this price per hour, with one thread busy, are rejected. MLG_MAX_PRICE_HOUR. Defaults to 0.5.
     max_price_hour: Decimal | None = setting("MLG_MAX_PRICE_HOUR", Decimal("0.5"), parse=_amount)
     #: Offers above this price per start are rejected. MLG_MAX_PRICE_START. Defaults to 0.01.
     max_price_start: Decimal | None = setting("MLG_MAX_PRICE_START", Decimal("0.01"), parse=_amount)

@@ -21,6 +21,7 @@ from batcher.errors import BudgetReached, GolemUnavailable
 from batcher.executors import AttemptBill, Outcome
 from batcher.executors.golem.job_queue import QueuedJob
 from batcher.executors.golem.money import Reservation
+from batcher.executors.golem.offers import THREADS
 from batcher.executors.golem.timings import idle_seconds
 from batcher.executors.golem.yapapi_adapter import explain
 from provider_image.errors import ChunkTimeout, MalformedResults, MlgError, WorkerDied
@@ -239,7 +240,7 @@ class GolemWorker:
         left = (self._deadline or time.monotonic()) - time.monotonic()
         script = self._yapapi_context.new_script(timeout=timedelta(seconds=max(0.1, left)))
         script.upload_file(str(queued_job.job.chunk), _CHUNK)
-        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS)
+        script.run("/usr/local/bin/mlg-provider", "run", _CHUNK, _RESULTS, "--threads", str(THREADS))
         script.download_file(_RESULTS, str(received))
         return script
 
