@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from batcher.executors.golem.offers import Price
 from batcher.image_build.lock import ImageAddress
 from provider_image.environment import Settings, setting
 from provider_image.errors import ConfigError
@@ -88,6 +89,14 @@ class GolemSettings(Settings):
     runtime: str | None = setting("MLG_GOLEM_RUNTIME", None, parse=lambda _, text: text)
     #: Registry of published container images. MLG_GOLEM_REGISTRY. Defaults to https://registry.golem.network.
     registry: str = setting("MLG_GOLEM_REGISTRY", "https://registry.golem.network")
+
+    def price_rejection(self, price: Price) -> str | None:
+        """Return why an offer is rejected for its price, in words that fit after "2 providers"; None if it is not."""
+        if self.max_price_start is not None and price.start > self.max_price_start:
+            return f"above {self.max_price_start} GLM per start (MLG_MAX_PRICE_START)"
+        if self.max_price_hour is not None and price.per_hour > self.max_price_hour:
+            return f"above {self.max_price_hour} GLM per hour (MLG_MAX_PRICE_HOUR)"
+        return None
 
     @property
     def caps(self) -> dict[str, Decimal]:
