@@ -67,13 +67,15 @@ class GolemSettings(Settings):
     #: Seconds that a provider may take to start, including the download of its container image.
     #: MLG_GOLEM_START_SECONDS. Defaults to 300.
     start_seconds: float = setting("MLG_GOLEM_START_SECONDS", 300.0, minimum=1, maximum=3600)
-    # From five hours on, providers demand interim payments, which yapapi does not handle well.
+    # From five hours on, providers demand interim payments, which yapapi does not handle well. Under five minutes, and
+    # they refuse.
     #: Seconds after which a demand is renewed; its agreements end with it. MLG_GOLEM_RENTAL_SECONDS. Defaults to 10800.
-    rental_seconds: float = setting("MLG_GOLEM_RENTAL_SECONDS", 10800.0, minimum=60, maximum=17000)
+    rental_seconds: float = setting("MLG_GOLEM_RENTAL_SECONDS", 10800.0, minimum=900, maximum=17000)
     #: Seconds that an idle worker is kept at most. MLG_GOLEM_IDLE_SECONDS. Defaults to 60.
     idle_seconds: float = setting("MLG_GOLEM_IDLE_SECONDS", 60.0, minimum=0, maximum=3600)
-    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 120.
-    offer_seconds: float = setting("MLG_GOLEM_OFFER_SECONDS", 120.0, minimum=1, maximum=86400)
+    # A daemon that has just started needs minutes to hear of offers.
+    #: Seconds that a chunk waits for a provider before it is released. MLG_GOLEM_OFFER_SECONDS. Defaults to 300.
+    offer_seconds: float = setting("MLG_GOLEM_OFFER_SECONDS", 300.0, minimum=1, maximum=86400)
     #: Seconds that a provider is banned after its first failure; doubles with each.
     #: MLG_GOLEM_BAN_SECONDS. Defaults to 900.
     ban_seconds: float = setting("MLG_GOLEM_BAN_SECONDS", 900.0, minimum=1, maximum=604800)

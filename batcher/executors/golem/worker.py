@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _CHUNK, _RESULTS = "/golem/input/chunk.zip", "/golem/output/results.zip"
 #: A larger results file is rejected.
 _MAX_RESULTS_BYTES = 64 * 1024 * 1024
+_COPY_BYTES = 1024 * 1024
 #: Limit for attempts of any kind, those that failed through this machine or the daemon included.
 _MAX_ATTEMPTS = 10
 #: How long a call that hangs is waited for when the worker ends.
@@ -343,14 +344,24 @@ class GolemWorker:
 
 
 def _accept_results(received: Path, queued_job: QueuedJob) -> None:
-    """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk."""
+    """Check a downloaded results file and move it to its place. :raises MlgError: it does not answer this chunk.
+
+    A copy is checked: gftp writes into the downloaded file what the provider sends, even after the transfer has ended.
+    """
     size = received.stat().st_size
     if size > _MAX_RESULTS_BYTES:
         raise MalformedResults(f"The results file has {size} bytes, more than the {_MAX_RESULTS_BYTES} allowed.")
-    if queued_job.job.check is not None:
-        queued_job.job.check(received)
-    if not queued_job.outcome.done():  # otherwise another attempt was faster
-        received.replace(queued_job.job.results)
+    copy = received.with_name(f"copy-{received.name}")
+    try:
+        with received.open("rb") as source, copy.open("wb") as target:
+            for _ in range(0, size, _COPY_BYTES):
+                target.write(source.read(_COPY_BYTES))
+        if queued_job.job.check is not None:
+            queued_job.job.check(copy)
+        if not queued_job.outcome.done():  # otherwise another attempt was faster
+            copy.replace(queued_job.job.results)
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _classify_error(error: Exception, what: str) -> AttemptFailure:

@@ -64,6 +64,10 @@ class WorkerPool:
         #: Offers withheld from yapapi's pool, because every queued job failed on their provider: address -> its entry.
         self._unsuited: dict[str, Any] = {}
         self._wanted_since: float | None = None
+        #: When a provider was last heard of in a negotiation, and how often the demand was published again since the
+        #: last agreement.
+        self._negotiated_at = 0.0
+        self._restarts = 0
         self._is_closing = False
         #: Reserved for the agreement that is being made; None when none is.
         self._hire: Reservation | None = None
@@ -86,7 +90,9 @@ class WorkerPool:
             self._wanted_since = None
             return
         self._wanted_since = self._wanted_since or now
-        if now - self._wanted_since > self._timings.stale_demand_seconds:
+        quiet_seconds = now - max(self._wanted_since, self._negotiated_at)
+        if quiet_seconds > self._timings.stale_demand_backoff.after(self._restarts + 1):
+            self._restarts += 1
             self.restart_search()
         if not self._is_starting() and self._has_offers(now):
             self._start_task = asyncio.create_task(self._start_worker())
@@ -192,7 +198,10 @@ class WorkerPool:
     def _on_event(self, name: str, event_fields: dict[str, Any]) -> None:
         if name == "SubscriptionCreated":
             self.session.subscription_models[event_fields["subscription"].id] = self.model
+        elif name in ("ProposalResponded", "ProposalConfirmed", "AgreementCreated"):
+            self._negotiated_at = time.monotonic()
         elif name == "AgreementConfirmed":
+            self._restarts = 0
             self._commit(event_fields["agreement"])
         elif name == "AgreementTerminated":
             self._end_agreement(event_fields["agreement"].id, str(event_fields["reason"].get("message")))

@@ -206,6 +206,12 @@ def test_a_chunk_timeout_depends_on_its_size_and_the_measured_speed() -> None:
     assert limit() == 35.0
     assert limit(size_bytes=2_000_000) == 45.0
     assert limit(images_per_second=0.1) == limit(images_per_second=None) == 120.0
+    # However short the limit, the largest chunk gets the time to be sent at the lowest speed.
+    assert (
+        limit(size_bytes=64_000_000, images_per_second=None)
+        == limit(size_bytes=64_000_000, images_per_second=0.1)
+        == 440.0
+    )
 
 
 def test_a_chunk_is_a_straggler_only_if_the_speed_is_known() -> None:
