@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,7 +63,10 @@ class ExeUnit:
         cpus: frozenset[int] | None,
     ) -> None:
         self.activity_id = activity_id
+        self._plan = plan
         self._speed = min(1.0, plan.speed)
+        #: Ends transfers.
+        self._is_over = threading.Event()
         self._exchange = exchange
         self._load_image = load_image
         self._sandbox = Sandbox(activity_id, folder, environment=environment, cpus=cpus)
@@ -130,6 +134,7 @@ class ExeUnit:
         return self._cleanup_task
 
     async def _clean_up(self) -> None:
+        self._is_over.set()
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
         self._sandbox.processes.cpu_seconds()  # measures them for the last time
@@ -159,6 +164,7 @@ class ExeUnit:
             self._terminate("Internal error of the devnet; see its log.")
 
     async def _run_batch(self, batch: ScriptBatch) -> None:
+        await asyncio.sleep(self._plan.latency_seconds)
         for index, command in enumerate(batch.commands):
             captured = command.body.get("capture") or {}
             streams = {name: OutputCapture(captured.get(name) is not None) for name in ("stdout", "stderr")}
@@ -197,12 +203,18 @@ class ExeUnit:
         if target.startswith(_CONTAINER) and not source.startswith(_CONTAINER):
             path = self._sandbox.host_path(target.removeprefix(_CONTAINER))
             path.parent.mkdir(parents=True, exist_ok=True)
-            await asyncio.to_thread(fetch, self._exchange, source, path)
+            await asyncio.to_thread(fetch, self._exchange, source, path, self._pace)
         elif source.startswith(_CONTAINER) and not target.startswith(_CONTAINER):
             path = self._sandbox.host_path(source.removeprefix(_CONTAINER))
-            await asyncio.to_thread(deliver, self._exchange, path, target)
+            await asyncio.to_thread(deliver, self._exchange, path, target, self._pace)
         else:
             raise CommandFailed(f"A transfer must have exactly one side in the container, unlike {source} -> {target}")
+
+    def _pace(self, size: int) -> None:
+        """Wait for as long as so many bytes take; called in a thread."""
+        rate = self._plan.bytes_per_second
+        if self._is_over.wait(size / rate) if rate else self._is_over.is_set():
+            raise TransferFailed("The activity has ended.")
 
     async def _run(self, entry_point: str, arguments: list[str], streams: Mapping[str, OutputCapture]) -> None:
         fault = self._fault_injector.first(*FAULTS_BEFORE_RUN)
