@@ -7,7 +7,6 @@ what is in it can be run. `Devnet` publishes one image, with the models that the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -64,7 +63,7 @@ def build_image(folder: Path, home: Path | None) -> Image:
     if home is not None and (home / "models").is_dir():
         for model in sorted((home / "models").iterdir()):
             if (model / "model.json").is_file():
-                shutil.copytree(model, folder / "models" / model.name, copy_function=_link_or_copy)
+                shutil.copytree(model, folder / "models" / model.name, copy_function=_link)
                 description = (folder / "models" / model.name / "model.json").read_bytes()
                 models[model.name] = hashlib.sha256(description).hexdigest()
     program = str(Path(sys.executable).with_name("mlg-provider"))
@@ -92,7 +91,9 @@ def load_image(package: str) -> Image:
         raise ImageUnusable("A devnet runs only the image that it publishes itself.") from error
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    with contextlib.suppress(OSError):
-        return os.link(os.path.realpath(source), target)  # weights are large
-    shutil.copy2(source, target)
+def _link(source: str, target: str) -> None:
+    """Link a file, because weights are large: what is installed later replaces files, and does not change them."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or another owner
+        Path(target).symlink_to(Path(source).resolve())

@@ -14,7 +14,7 @@ from batcher.executors.golem.recovery import home_tag, is_tagged, tagged
 from provider_image.errors import ConfigError
 from tests.batcher.executors.test_fallback import Member
 from tests.golem import MODEL, golem, make_executor, provider, scenario
-from tests.timing import until
+from tests.timing import slowness, until
 
 
 def test_chunks_are_answered_and_all_costs_are_in_the_ledger(tmp_path: Path, models_folder: Path) -> None:
@@ -91,6 +91,28 @@ def test_a_banned_provider_gets_no_work_until_the_operator_lifts_the_ban(tmp_pat
             outcome = await waiting
 
             assert outcome.error is None
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+
+
+def test_slow_distant_providers_with_deadlines_are_served_and_keep_their_agreement(
+    tmp_path: Path, models_folder: Path
+) -> None:
+    alpha = provider("alpha", latency_seconds=0.2, bytes_per_second=500_000.0, debit_note_seconds=0.3, threads=16)
+    plan = scenario(alpha, debit_note_accept_seconds=5.0 * slowness())
+
+    async def main() -> None:
+        async with golem(plan, tmp_path, models_folder, max_workers=1) as harness:
+            for number in range(3):
+                (outcome,) = await harness.run(f"chunk-{number}", images=4)
+                assert outcome.error is None
+            (agreement,) = harness.devnet.market.agreements.values()
+            notes = harness.devnet.payment.debit_notes
+            await until(lambda: len(notes) > 2 and any(each.status == "ACCEPTED" for each in notes.values()))
+            assert agreement.state == "Approved"
+            await harness.executor.close()
+
+            assert harness.store.ledger.spent() == harness.paid() > 0
 
     asyncio.run(asyncio.wait_for(main(), 300))
 
