@@ -30,6 +30,8 @@ from provider_image.models.catalogue import CATALOGUE
 from provider_image.models.registry import find_custom_name, find_row
 
 _TAG = re.compile(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9]:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+#: What Golem's runtime for images runs, as engines name it.
+_ARCHITECTURE = "amd64"
 #: Messages of gvmkit-build when it is not logged in, or cannot store a token.
 _NOT_LOGGED_IN = re.compile(r"log ?in|credential|secure storage|unauthori[sz]ed|\b401\b", re.IGNORECASE)
 _NO_ENGINE = re.compile(r"connect to docker", re.IGNORECASE)
@@ -158,7 +160,13 @@ def push_image(
             f"gvmkit-build takes images from docker only. Copy it: buildah push {name} docker-daemon:{name}, "
             "then push with MLG_IMAGE_ENGINE=docker"
         )
-    digests = _labelled_digests(engine.labels(name), name, names)
+    labels, architecture = engine.inspect(name)
+    if architecture != _ARCHITECTURE:
+        raise ContainerImageError(
+            f"The image {name} is for {architecture}, but Golem's providers run {_ARCHITECTURE} only. "
+            "Build it on such a machine."
+        )
+    digests = _labelled_digests(labels, name, names)
     target = f"{settings.registry}:{name.rpartition(':')[2]}"
     with tempfile.TemporaryDirectory(prefix="mlg-image-") as folder:
         file = Path(folder, "image.gvmi")

@@ -61,8 +61,9 @@ elif "inspect" in words:
     if not file.exists():
         sys.exit("no such image")
     labels = json.loads(file.read_text())
-    config = {"Labels": labels}
-    print(json.dumps({"OCIv1": {"config": config}} if name == "buildah" else [{"Config": config}]))
+    config, machine = {"Labels": labels}, os.environ.get("FAKE_ARCHITECTURE", "amd64")
+    oci = {"OCIv1": {"config": config, "architecture": machine}}
+    print(json.dumps(oci if name == "buildah" else [{"Config": config, "Architecture": machine}]))
 """
 #: Prints what gvmkit-build 0.3.19 prints.
 GVMKIT = """
@@ -461,6 +462,7 @@ def test_push_publishes_and_keeps_the_other_entries(
         ({"FAKE_GVMKIT": "upload"}, "push again. Its output: Error: Image upload failed with code 500"),
         ({"FAKE_GVMKIT": "no_file"}, "wrote no image file"),
         ({"FAKE_GVMKIT": "other_hash"}, "did not report that it published"),
+        ({"FAKE_ARCHITECTURE": "arm64"}, "is for arm64, but Golem's providers run amd64 only"),
     ],
 )
 def test_a_failed_push_names_the_remedy_and_does_not_change_the_lock_file(
