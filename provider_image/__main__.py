@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         is_debugging = environment.boolean("MLG_DEBUG", False)
         options = _parser(environment).parse_args(arguments)
+        if options.command == "run" and options.threads is not None:
+            from provider_image.cores import limit_cores
+
+            limit_cores(options.threads)  # also for the warm process that it may start
         if options.command == "run" and not options.cold:
             _run_warm(options, environment)
             return 0
@@ -68,11 +72,8 @@ def _device(options: argparse.Namespace) -> Device:
 
 
 def _run_warm(options: argparse.Namespace, environment: Environment) -> None:
-    from provider_image.cores import limit_cores
     from provider_image.warm_client import run
 
-    if options.threads is not None:
-        limit_cores(options.threads)  # also of the process that it may start
     keep_warm_seconds = environment.number(
         "MLG_KEEP_WARM_SECONDS", _DEFAULT_KEEP_WARM_SECONDS, minimum=0.1, maximum=86400
     )

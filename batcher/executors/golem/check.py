@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -169,40 +170,12 @@ class GolemCheck:
         if program is None:
             remedy = "Install yagna, which includes it, and add its folder to the PATH of the batcher."
             return CheckResult(name="gftp", is_ok=False, finding="gftp is not on the PATH.", remedy=remedy)
-        with tempfile.NamedTemporaryFile(prefix="mlg-check-") as file:
-            file.write(b"mlg")
-            file.flush()
-            calls = [("version", {}), ("publish", {"files": [file.name]})]
-            lines = [
-                json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}) + "\n"
-                for number, (method, params) in enumerate(calls)
-            ]
-            try:
-                done = subprocess.run(
-                    [program, "server"],
-                    input="".join(lines),
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=_GFTP_SECONDS,
-                    env=self._environment,
-                    check=False,
-                )
-                output, problem = done.stdout, done.stderr.strip()
-            except subprocess.TimeoutExpired as error:
-                output, problem = _text(error.stdout), "It does not end when its input does."
-            except OSError as error:
-                output, problem = "", str(error)
-        responses: dict[Any, Any] = {}
-        for line in output.splitlines():
-            with contextlib.suppress(ValueError, AttributeError):
-                response = json.loads(line)
-                responses[response.get("id")] = response
+        responses, problem = self._call_gftp(program)
         if "result" in responses.get(1, {}):
             return CheckResult(
                 name="gftp", is_ok=True, finding=f"{program} {responses[0].get('result')} publishes files."
             )
-        reason = str(responses.get(1, {}).get("error") or problem or "no response")
+        reason = str(responses.get(1, {}).get("error") or problem or "It does not respond.")
         return CheckResult(
             name="gftp",
             is_ok=False,
@@ -210,6 +183,39 @@ class GolemCheck:
             remedy="Set GSB_URL to the socket of the daemon, the same for both; this user must be able to open it. "
             "Under systemd PrivateTmp hides the default, /tmp/yagna.sock.",
         )
+
+    def _call_gftp(self, program: str) -> tuple[dict[Any, Any], str]:
+        """Ask gftp for its version, and to publish a file. :return: the responses, 0 and 1; what it says of errors."""
+        responses: dict[Any, Any] = {}
+        with tempfile.NamedTemporaryFile(prefix="mlg-check-") as file, tempfile.TemporaryFile() as errors:
+            file.write(b"mlg")
+            file.flush()
+            calls: tuple[tuple[str, dict[str, Any]], ...] = (("version", {}), ("publish", {"files": [file.name]}))
+            try:
+                process = subprocess.Popen(
+                    [program, "server"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=self._environment,
+                )
+            except OSError as error:
+                return {}, str(error)
+            timer = threading.Timer(_GFTP_SECONDS, process.kill)
+            timer.start()
+            with contextlib.suppress(BrokenPipeError), process:
+                assert process.stdin is not None and process.stdout is not None
+                for number, (method, params) in enumerate(calls):
+                    call = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+                    process.stdin.write(json.dumps(call).encode() + b"\n")
+                    process.stdin.flush()
+                    # It ends with its input, which therefore stays open until it has responded.
+                    with contextlib.suppress(ValueError, TypeError):
+                        responses[number] = dict(json.loads(process.stdout.readline()))
+                process.kill()
+            timer.cancel()
+            errors.seek(0)
+            return responses, errors.read(10_000).decode(errors="replace").strip()
 
     # Images
 
@@ -359,7 +365,3 @@ def _hash_problem(url: str, image_hash: str) -> str:
         return f"{url} cannot be downloaded: {error}."
     found = digest.hexdigest()
     return "" if found == image_hash else f"The file at {url} has the hash {found}, not {image_hash}."
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

@@ -82,7 +82,7 @@ async def test_an_image_with_another_hash_is_found_by_downloading_it(devnet: Dev
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ('echo \'{"id": 1, "error": {"message": "no GSB"}}\'', "no GSB"),
+        ('read -r a; echo \'{}\'; read -r b; echo \'{"id": 1, "error": {"message": "no GSB"}}\'', "no GSB"),
         ("echo 'Error: cannot connect to unix:/tmp/yagna.sock' >&2; exit 1", "unix:/tmp/yagna.sock"),
     ],
 )
