@@ -26,7 +26,7 @@ def golem() -> None:
 
 
 @golem.command()
-@click.argument("models", nargs=-1, metavar="[MODEL...]")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option(
     "--seconds",
     type=click.FloatRange(1, 3600),

@@ -130,6 +130,12 @@ class GolemCheck:
                 yield CheckResult(name="daemon", is_ok=False, finding=finding, remedy=remedy)
                 return
             finding = f"A daemon responds at {self._url}."
+        except (LookupError, TypeError):
+            remedy = "Set YAGNA_API_URL to the address of the daemon."
+            yield CheckResult(
+                name="daemon", is_ok=False, finding=f"What responds at {self._url} is not yagna.", remedy=remedy
+            )
+            return
         yield CheckResult(name="daemon", is_ok=True, finding=finding)
         try:
             self._identity = str(self._call("GET", "/me")["identity"])
@@ -173,7 +179,7 @@ class GolemCheck:
         responses, problem = self._call_gftp(program)
         if "result" in responses.get(1, {}):
             return CheckResult(
-                name="gftp", is_ok=True, finding=f"{program} {responses[0].get('result')} publishes files."
+                name="gftp", is_ok=True, finding=f"{program} {responses.get(0, {}).get('result')} publishes files."
             )
         reason = str(responses.get(1, {}).get("error") or problem or "It does not respond.")
         return CheckResult(
@@ -348,7 +354,12 @@ class GolemCheck:
         parts = [f"{len(prices)} acceptable", *(f"{count} {reason}" for reason, count in sorted(rejections.items()))]
         finding = f"{len(offers)} providers made offers: {', '.join(parts)}."
         if not prices:
-            return CheckResult(name=name, is_ok=False, finding=finding, remedy="Raise the limit that is named.")
+            return CheckResult(
+                name=name,
+                is_ok=False,
+                finding=finding,
+                remedy="Raise the limit that is named, or look elsewhere: YAGNA_SUBNET.",
+            )
         cheapest = min(prices, key=lambda price: price.per_hour)
         finding += f" The cheapest takes {cheapest.per_hour:.4f} GLM per hour and {cheapest.start:.4f} per start."
         return CheckResult(name=name, is_ok=True, finding=finding)

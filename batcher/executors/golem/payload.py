@@ -27,7 +27,7 @@ _UNKNOWN_BYTES = 64 * 1024 * 1024
 #: Time for the server of the image to say that it has it.
 _IMAGE_SECONDS = 20.0
 #: Golem's runtime for images exists for no other.
-ARCHITECTURE = "x86_64"
+_ARCHITECTURE = "x86_64"
 
 
 def choose_image(model: str, models: Path, settings: GolemSettings) -> ImageAddress | PublishedImage | None:
@@ -93,7 +93,7 @@ async def make_payload(model: str, owner: str, models: Path, settings: GolemSett
         async def decorate_demand(self, demand: Any) -> None:
             if package is not None:
                 await package.decorate_demand(demand)
-                demand.ensure(f"(golem.inf.cpu.architecture={ARCHITECTURE})")
+                demand.ensure(f"(golem.inf.cpu.architecture={_ARCHITECTURE})")
             else:
                 demand.ensure(
                     f"(&(golem.runtime.name={settings.runtime})(golem.inf.mem.gib>={memory:g})"
